@@ -1,0 +1,66 @@
+"""Every error that aioengine raises on purpose, all under :class:`AioEngineError`.
+
+A message says what was wrong, where, and what to do about it. Adapter errors carry the adapter's
+``name`` and ``path`` and put both in the message.
+"""
+
+from __future__ import annotations
+
+
+class AioEngineError(Exception):
+    """Base of all aioengine errors."""
+
+
+class ConfigError(AioEngineError, ValueError):
+    """A configuration value is not acceptable, or the configuration does not fit the machine."""
+
+
+class AdapterError(AioEngineError):
+    """Base of the adapter errors; ``name`` and ``path`` say which adapter."""
+
+    def __init__(self, reason: str, *, name: str, path: str | None = None) -> None:
+        self.name = name
+        self.path = path
+        self.reason = reason
+        where = f" ({path})" if path is not None else ""
+        super().__init__(f"adapter {name!r}{where}: {reason}")
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of this name is registered (or it is being unloaded)."""
+
+
+class AdapterInvalid(AdapterError):
+    """The adapter is malformed, does not fit the base model, or uses an unsupported feature."""
+
+
+class AdapterTooLarge(AdapterInvalid):
+    """The adapter's rank exceeds ``max_lora_rank``."""
+
+
+class AdapterLoadError(AdapterError):
+    """The adapter's files could not be read."""
+
+
+class RequestInvalid(AioEngineError, ValueError):
+    """The request can never run as given: empty or too long prompt, bad sampling values, ..."""
+
+
+class EngineOverloaded(AioEngineError):
+    """The queue of waiting requests is at its bound (``max_waiting``); try again later."""
+
+
+class DeadlineExceeded(AioEngineError):
+    """The request's deadline passed before it finished."""
+
+
+class EngineStopped(AioEngineError):
+    """The engine is not running: not entered yet, draining, or closed."""
+
+
+class EngineDead(AioEngineError):
+    """The engine hit an internal error and cannot go on; the cause is chained."""
+
+
+class PolicyError(AioEngineError):
+    """A scheduler policy could not be found or built, or broke its contract."""

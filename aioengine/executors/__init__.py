@@ -1,0 +1,1 @@
+"""Executors run model steps somewhere else than on the event loop's thread."""

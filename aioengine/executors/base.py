@@ -1,0 +1,75 @@
+"""What the core asks of an executor: the step's inputs and outputs, and the interface itself.
+
+These types are plain data, so that they can cross a process boundary unchanged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioengine.request import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from aioengine.adapters.peft import PackedAdapter
+
+
+class SequenceWork(NamedTuple):
+    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``."""
+
+    request_id: str
+    slot: int
+    """The adapter's slot, or -1 for the base model."""
+    tokens: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    """KV block ids that cover positions ``0..start+len(tokens)-1``."""
+    sample: bool
+    """Whether the last of ``tokens`` is the sequence's last known one, so that a token is to be sampled."""
+    params: SamplingParams
+    seed: int
+    """The request's seed (drawn by the engine if the caller gave none)."""
+    history: Sequence[int]
+    """Prompt followed by output so far (for penalties)."""
+    prompt_len: int
+
+
+class StepBatch(NamedTuple):
+    """One model step. ``sequences`` are sorted by slot, base rows (-1) first."""
+
+    step: int
+    sequences: Sequence[SequenceWork]
+    slot_ranks: Sequence[int]
+    """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
+
+
+class Sampled(NamedTuple):
+    """The token sampled for one sequence; ``error`` is set instead if its logits were not finite."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+class StepResult(NamedTuple):
+    sampled: Sequence[Sampled | None]
+    """Aligned with ``StepBatch.sequences``; None where ``sample`` was False."""
+    seconds: float
+    """Wall time of the step."""
+
+
+class Executor(ABC):
+    """Runs steps and writes slots. All methods are called on the event loop and never block it."""
+
+    @abstractmethod
+    async def execute(self, batch: StepBatch) -> StepResult:
+        """Run one step. At most one is in flight."""
+
+    @abstractmethod
+    async def write_slot(self, slot: int, adapter: PackedAdapter) -> float:
+        """Copy an adapter from the CPU into a slot that nothing reads; returns the seconds it took."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release threads, processes and device memory. Safe to call twice."""

@@ -1,0 +1,1 @@
+"""The native decoder and everything that a model step needs. Imports torch; nothing here imports asyncio."""

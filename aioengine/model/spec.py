@@ -1,0 +1,108 @@
+"""The shape of a model, without its weights: what planning, adapter validation and the decoder share.
+
+No torch in this module: ``aioengine plan`` and the policy lab use it without loading anything.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Every linear that an adapter may target, in the order used everywhere."""
+
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Hugging Face ``architectures`` entry -> family."""
+
+
+class LinearShape(NamedTuple):
+    in_features: int
+    out_features: int
+
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary position embedding. ``factor`` and the fields after it belong to the scaled variants."""
+
+    type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One decoder-only transformer of the Llama family."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_position: int
+    rope: RopeSpec
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    """Per layer: the attention window in tokens, or None for full attention; empty = None everywhere."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The dtype that the checkpoint is stored in."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def linear(self, module: str) -> LinearShape:
+        """The shape of a LoRA-targetable linear, by its name in :data:`LORA_MODULES`."""
+        h, i = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": LinearShape(h, self.q_size),
+            "k_proj": LinearShape(h, self.kv_size),
+            "v_proj": LinearShape(h, self.kv_size),
+            "o_proj": LinearShape(self.q_size, h),
+            "gate_proj": LinearShape(h, i),
+            "up_proj": LinearShape(h, i),
+            "down_proj": LinearShape(i, h),
+        }[module]
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def num_parameters(self) -> int:
+        """Exactly the parameters that the decoder allocates (tied embeddings counted once)."""
+        linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
+        bias = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
+        bias += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        norms = 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        return 2 * self.num_layers * self.kv_size * dtype_bytes

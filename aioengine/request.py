@@ -1,0 +1,138 @@
+"""What a caller sends and what comes back: :class:`SamplingParams` and :class:`RequestOutput`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from aioengine.errors import RequestInvalid
+
+Prompt = str | list[int] | list[dict[str, Any]]
+"""Text, token ids, or chat messages (rendered with the model's chat template)."""
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to choose tokens, and when to stop.
+
+    ``temperature=0`` (the default) is greedy. The filters apply in this order: penalties, temperature,
+    top-k, top-p, min-p. With ``seed`` the output depends on the prompt, the parameters and the seed
+    alone, whatever else is in the batch; without it a seed is drawn for each request.
+
+    Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
+    """
+
+    max_tokens: int = 256
+    """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt."""
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Drop tokens less likely than ``min_p`` times the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the output contains."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once per occurrence in the output."""
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    """Strings that end the generation; the output is cut before the first one found."""
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report the log-probability of each output token and of this many most likely ones (0..20)."""
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        set_ = msgspec.structs.force_setattr
+        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        set_(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_int("max_tokens", self.max_tokens, low=1)
+        _check_float("temperature", self.temperature, low=0.0, high=100.0)
+        _check_int("top_k", self.top_k, low=0)
+        _check_float("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        _check_float("min_p", self.min_p, low=0.0, high=1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
+        _check_float("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, low=0, high=20)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestInvalid(f"stop={text!r}: each stop string must be a non-empty str")
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, low=0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probabilities (natural log, of the unmodified model distribution) at one output position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely (token id, logprob) pairs, best first; as many as ``logprobs`` asked for."""
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What a request has produced so far; the ``_delta`` fields are what is new since the last one."""
+
+    request_id: str
+    adapter: str | None
+    text_delta: str
+    token_ids_delta: list[int]
+    text: str
+    token_ids: list[int]
+    finished: bool
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the output, if one did."""
+    logprobs: list[TokenLogprob] | None = None
+    """One entry for each of ``token_ids``, when asked for."""
+    prompt_token_ids: list[int]
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was taken from the prefix cache."""
+    arrival: float = 0.0
+    """Times are seconds on the engine's clock (the event loop's ``time()``)."""
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+
+def _check_int(field: str, value: object, *, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestInvalid(f"{field}={value!r}: must be an integer")
+    if value < low or (high is not None and value > high):
+        bound = f">= {low}" if high is None else f"in {low}..{high}"
+        raise RequestInvalid(f"{field}={value}: must be {bound}")
+
+
+def _check_float(
+    field: str, value: object, *, low: float, high: float, low_open: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestInvalid(f"{field}={value!r}: must be a finite number")
+    if value > high or value < low or (low_open and value == low):
+        raise RequestInvalid(f"{field}={value}: must be in {'(' if low_open else '['}{low}, {high}]")
