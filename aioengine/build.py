@@ -1,0 +1,108 @@
+"""Putting an engine's parts together: blocking, so it runs in a thread. Imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioengine.config import EngineConfig
+from aioengine.core import CoreLimits
+from aioengine.errors import ConfigError
+from aioengine.memory_plan import MemoryPlan, plan_memory
+from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from aioengine.adapters.store import AdapterStore
+    from aioengine.model.runner import ModelRunner
+    from aioengine.model.tokenizer import Tokenizer
+
+
+class Parts(NamedTuple):
+    spec: ModelSpec
+    plan: MemoryPlan
+    runner: ModelRunner
+    store: AdapterStore | None
+    tokenizer: Tokenizer | None
+
+
+def build_parts(config: EngineConfig) -> Parts:
+    """Load the model and allocate everything that the plan names.
+
+    Raises ConfigError if the model cannot be had, is not supported, or does not fit.
+    """
+    import torch  # only an engine that starts needs it
+
+    from aioengine.adapters.store import AdapterStore
+    from aioengine.model.runner import ModelRunner
+
+    path = resolve_model(config.model)
+    spec = read_spec(path)
+    device = resolve_device(config.device)
+    plan = plan_memory(spec, config, device=device)
+    lora = config.lora
+    lora_dtype = getattr(torch, plan.lora_dtype)
+    runner = ModelRunner(
+        spec,
+        path,
+        dtype=getattr(torch, plan.dtype),
+        device=device,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        max_loras=plan.num_slots,
+        max_lora_rank=1 if lora is None else lora.max_lora_rank,
+        lora_dtype=lora_dtype,
+        target_modules=() if lora is None else lora.modules,
+    )
+    store = None
+    if lora is not None:
+        store = AdapterStore(
+            spec,
+            max_rank=lora.max_lora_rank,
+            target_modules=lora.modules,
+            dtype=lora_dtype,
+            pin_memory=device == "cuda",
+        )
+    return Parts(spec, plan, runner, store, load_tokenizer(path))
+
+
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer that comes with a model folder or GGUF file; None if there is none."""
+    from aioengine.model.tokenizer import Tokenizer  # imports tokenizers
+
+    if path.suffix != ".gguf":
+        return Tokenizer.from_dir(path)
+    from aioengine.model import gguf_tokenizer  # optional dependency
+
+    found = gguf_tokenizer.build_tokenizer(path)
+    if found is None:
+        return None
+    return Tokenizer.from_tokenizer(found, chat_template=gguf_tokenizer.chat_template(path))
+
+
+def resolve_device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch finds no CUDA device; use device='cpu' or 'auto'")
+    return device
+
+
+def core_limits(config: EngineConfig, parts: Parts) -> CoreLimits:
+    lora = config.lora
+    return CoreLimits(
+        num_slots=parts.plan.num_slots,
+        cpu_capacity=parts.plan.cpu_capacity,
+        max_loads=1 if lora is None else lora.max_concurrent_loads,
+        num_blocks=parts.plan.num_blocks,
+        block_size=parts.plan.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=parts.plan.max_model_len,
+        prefix_caching=config.enable_prefix_caching,
+        max_waiting=config.max_waiting,
+        eos_token_ids=parts.spec.eos_token_ids,
+        seed=config.seed,
+    )

@@ -1,0 +1,52 @@
+"""``aioengine plan``: what an engine would take, before it takes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioengine.cli.flags import EngineFlags
+
+if TYPE_CHECKING:
+    from aioengine.memory_plan import MemoryPlan
+
+
+def plan(*, engine: EngineFlags | None = None) -> int:
+    """Print the memory that an engine with these settings takes; reads no weights.
+
+    Exits with 2, naming the knob to turn, if it does not fit.
+    """
+    from aioengine.build import resolve_device
+    from aioengine.memory_plan import plan_memory
+    from aioengine.model.files import read_spec, resolve_model
+
+    config = (engine or EngineFlags()).engine_config()
+    spec = read_spec(resolve_model(config.model))
+    device = resolve_device(config.device)
+    _print(plan_memory(spec, config, device=device), config.model)
+    return 0
+
+
+def _print(found: MemoryPlan, model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from aioengine.config import format_bytes
+
+    table = Table(title=f"Memory plan: {model} on {found.device}", title_justify="left")
+    table.add_column("what")
+    table.add_column("how")
+    table.add_column("bytes", justify="right")
+    table.add_column("", justify="right")
+    rows = found.rows()
+    for index, (label, detail, size) in enumerate(rows):
+        last = index == len(rows) - 1
+        # A module's share is part of the slot pool's row, so it is set apart from what adds up.
+        style = "bold" if last else "dim" if label.startswith("slot pool: ") else ""
+        if last:
+            table.add_section()
+        table.add_row(label, detail, f"{size:,}", format_bytes(size), style=style)
+    table.caption = (
+        f"one slot: {found.slot_bytes:,} bytes   longest request: {found.max_model_len:,} tokens   "
+        f"KV cache: {found.num_blocks * found.block_size:,} tokens"
+    )
+    Console().print(table)

@@ -1,0 +1,246 @@
+"""Engine configuration: frozen msgspec structs, checked when they are built.
+
+Every rejected value raises :class:`~aioengine.errors.ConfigError` that names the field, the value,
+what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.model.spec import LORA_MODULES
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+ExecutorName = Literal["thread"]
+
+ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many adapters the device and the CPU hold, and how large each may be."""
+
+    max_loras: int = 4
+    """Adapter slots on the device: the number of distinct adapters that can be in one batch."""
+    max_lora_rank: int = 16
+    """Every slot is sized for this rank; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512."""
+    max_cpu_loras: int | None = None
+    """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
+    fully_sharded_loras: bool = False
+    """With tensor parallelism, shard all of the LoRA work instead of half of it."""
+    lora_dtype: DType = "auto"
+    """dtype of the slot pool; "auto" is the model's dtype."""
+    target_modules: tuple[str, ...] | list[str] | None = None
+    """Linears that the pool covers; None covers all seven. Adapters may target fewer."""
+    max_concurrent_loads: int = 2
+    """Adapter reads and slot copies under way at once."""
+
+    def __post_init__(self) -> None:
+        set_ = msgspec.structs.force_setattr
+        _integer(self, "max_loras", low=1)
+        _integer(self, "max_concurrent_loads", low=1, high=64)
+        _choice(self, "max_lora_rank", ALLOWED_RANKS)
+        _choice(self, "lora_dtype", get_args(DType))
+        _boolean(self, "fully_sharded_loras")
+        if self.max_cpu_loras is None:
+            set_(self, "max_cpu_loras", self.max_loras)
+        _integer(self, "max_cpu_loras", low=1)
+        if self.cpu_capacity < self.max_loras:
+            raise ConfigError(
+                f"max_cpu_loras={self.max_cpu_loras}: must be >= max_loras={self.max_loras}, because "
+                "an adapter in a slot also stays in the CPU cache; raise max_cpu_loras or lower max_loras"
+            )
+        if self.target_modules is not None:
+            modules = self.target_modules
+            if isinstance(modules, str) or not modules:
+                raise ConfigError(
+                    f"target_modules={modules!r}: must be a non-empty list out of "
+                    f"{', '.join(LORA_MODULES)}, or None for all"
+                )
+            for module in modules:
+                if module not in LORA_MODULES:
+                    raise ConfigError(
+                        f"target_modules contains {module!r}: allowed are {', '.join(LORA_MODULES)}"
+                        f"{_nearest(module, LORA_MODULES)}"
+                    )
+            set_(self, "target_modules", tuple(m for m in LORA_MODULES if m in modules))
+
+    @property
+    def cpu_capacity(self) -> int:
+        """``max_cpu_loras`` with its default filled in."""
+        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The targeted linears with the default filled in, in :data:`LORA_MODULES` order."""
+        return LORA_MODULES if self.target_modules is None else tuple(self.target_modules)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that an engine needs to know before it starts."""
+
+    model: str
+    """A Hugging Face model folder, a GGUF file, "smollm2-135m" (extra ``demo``), or a Hub id
+    (extra ``hub``)."""
+    dtype: DType = "auto"
+    """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
+    device: Device = "auto"
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Tokens computed in one step; longer prompts are prefilled in chunks."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    kv_cache_memory: int | str | None = None
+    """Bytes, or text such as "2GiB"; None sizes it from what is free."""
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    executor: ExecutorName = "thread"
+    seed: int = 0
+    """Requests without a seed of their own draw one from this."""
+    max_waiting: int | None = None
+    """Bound on waiting requests; beyond it new ones get ``EngineOverloaded``. None: no bound."""
+    lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
+    """None turns adapters off."""
+    policy: str = "fcfs"
+    """A policy's name, optionally with options ("fcfs:max_wait=2"), or "package.module:Class"."""
+    max_adapter_labels: int = 100
+    """Adapters that get a metric label of their own; the rest are counted under "other"."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(
+                f"model={self.model!r}: must be a folder, a GGUF file, 'smollm2-135m' or a Hub id"
+            )
+        _choice(self, "dtype", get_args(DType))
+        _choice(self, "device", get_args(Device))
+        _choice(self, "executor", get_args(ExecutorName))
+        if self.max_model_len is not None:
+            _integer(self, "max_model_len", low=2)
+        _integer(self, "max_num_seqs", low=1)
+        _integer(self, "max_num_batched_tokens", low=1)
+        _integer(self, "block_size", low=1, high=1024)
+        _integer(self, "tensor_parallel_size", low=1)
+        _integer(self, "seed", low=0, high=2**63 - 1)
+        _integer(self, "max_adapter_labels", low=0)
+        if self.max_waiting is not None:
+            _integer(self, "max_waiting", low=1)
+        _boolean(self, "enable_prefix_caching")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: executor={self.executor!r} runs the "
+                "model in one piece; set tensor_parallel_size=1"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be >= max_num_seqs="
+                f"{self.max_num_seqs}, so that every running request can decode one token a step; "
+                "raise the first or lower the second"
+            )
+        if self.kv_cache_memory is not None:
+            value = parse_bytes(self.kv_cache_memory, field="kv_cache_memory")
+            msgspec.structs.force_setattr(self, "kv_cache_memory", value)
+        if self.lora is not None and not isinstance(self.lora, LoRAConfig):
+            raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
+        if not isinstance(self.policy, str) or not self.policy:
+            raise ConfigError(
+                f"policy={self.policy!r}: must be a name or 'package.module:Class'; pass a policy "
+                "instance to AsyncEngine(config, policy=...)"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
+        """Build from plain data (a parsed TOML file, say); unknown fields are refused by name."""
+        _refuse_unknown(cls, values, source)
+        lora = values.get("lora")
+        if isinstance(lora, Mapping):
+            _refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
+        try:
+            return msgspec.convert(dict(values), cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
+        """Read a TOML file whose keys are the fields of this struct, and a table ``[lora]``."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+        return cls.from_dict({**values, **overrides}, source=str(path))
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(value: int | str, *, field: str) -> int:
+    """Bytes from an int or from text such as "512MiB", "2 GiB" or "1.5GB"."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if match is None or match[2].lower() not in _UNITS:
+            raise ConfigError(f"{field}={value!r}: must be bytes, or text such as '512MiB' or '2GiB'")
+        number = int(float(match[1]) * _UNITS[match[2].lower()])
+    if number <= 0:
+        raise ConfigError(f"{field}={value!r}: must be more than zero bytes")
+    return number
+
+
+def format_bytes(value: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _nearest(value: object, allowed: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
+    fields = list(cls.__struct_fields__)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                f"{source}: unknown field {key!r}{_nearest(key, fields)}; "
+                f"fields of {cls.__name__}: {', '.join(fields)}"
+            )
+
+
+def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:
+    value = getattr(config, field)
+    bound = f">= {low}" if high is None else f"in {low}..{high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{field}={value!r}: must be an integer {bound}")
+    if value < low or (high is not None and value > high):
+        raise ConfigError(f"{field}={value}: must be {bound}")
+
+
+def _boolean(config: msgspec.Struct, field: str) -> None:
+    if not isinstance(getattr(config, field), bool):
+        raise ConfigError(f"{field}={getattr(config, field)!r}: must be True or False")
+
+
+def _choice(config: msgspec.Struct, field: str, allowed: tuple[Any, ...]) -> None:
+    value = getattr(config, field)
+    if isinstance(value, bool) or value not in allowed:
+        names = ", ".join(map(str, allowed))
+        hint = _nearest(value, [str(a) for a in allowed])
+        raise ConfigError(f"{field}={value!r}: allowed are {names}; choose one of them{hint}")

@@ -1,0 +1,115 @@
+"""Paged KV blocks with reference counts and prefix caching.
+
+A block holds the keys and values of ``block_size`` tokens in every layer (paging after Kwon et al.,
+"Efficient Memory Management for LLM Serving with PagedAttention", 2023). A *full* block can be shared:
+its identity is the hash of everything it depends on, which is the adapter's content, all earlier
+tokens, and its own tokens. Blocks of different adapters, or of different contents of one adapter, can
+therefore never be mistaken for each other. Freed blocks keep their contents until they are reused, the
+least recently freed first.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+
+class BlockManager:
+    """Hands out block ids ``0..num_blocks-1``. ``can_allocate`` and ``allocate`` come in pairs."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_caching = prefix_caching
+        self._refs = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody references (their cached contents may still be found)."""
+        return len(self._free)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def hash_blocks(self, salt: bytes, tokens: Sequence[int], known: Sequence[bytes]) -> list[bytes]:
+        """The chained hashes of all full blocks of ``tokens``; ``known`` is a prefix already hashed."""
+        hashes = list(known)
+        parent = hashes[-1] if hashes else blake2b(salt, digest_size=16).digest()
+        for start in range(len(hashes) * self.block_size, len(tokens), self.block_size):
+            chunk = tokens[start : start + self.block_size]
+            if len(chunk) < self.block_size:
+                break
+            parent = blake2b(parent + array("q", chunk).tobytes(), digest_size=16).digest()
+            hashes.append(parent)
+        return hashes
+
+    def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
+        """Cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens."""
+        if not self._prefix_caching:
+            return []
+        found: list[int] = []
+        for digest in hashes[: max_tokens // self.block_size]:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
+        """Whether ``new`` fresh blocks are there beside ``shared`` ones taken from the cache."""
+        revived = sum(1 for block in shared if self._refs[block] == 0)
+        return len(self._free) - revived >= new
+
+    def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
+        """Take a reference on each of ``shared`` and on ``new`` fresh blocks; returns their ids."""
+        assert self.can_allocate(new, shared)
+        for block in shared:
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+        fresh = []
+        for _ in range(new):
+            block, _none = self._free.popitem(last=False)
+            digest = self._hash_of[block]
+            if digest is not None:
+                self._hash_of[block] = None
+                del self._block_of[digest]
+            self._refs[block] = 1
+            fresh.append(block)
+        return [*shared, *fresh]
+
+    def commit(self, block: int, digest: bytes) -> None:
+        """Make a block that is full and computed findable (if no equal one is already)."""
+        if self._prefix_caching and digest not in self._block_of and self._hash_of[block] is None:
+            self._hash_of[block] = digest
+            self._block_of[digest] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one reference on each. The last blocks of a sequence are reused before its first,
+        because a short prefix is worth more than a long one."""
+        for block in reversed(blocks):
+            assert self._refs[block] > 0, f"block {block} released twice"
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if self._hash_of[block] is None:  # nothing to find in it: reuse it first
+                    self._free.move_to_end(block, last=False)
+
+    def referenced(self, blocks: Sequence[int]) -> bool:
+        """Whether somebody holds each of them."""
+        return all(self._refs[block] > 0 for block in blocks)
+
+    def check(self, held: Sequence[Sequence[int]]) -> None:
+        """Assert that the reference counts are exactly those of ``held`` (one list a holder)."""
+        counts = [0] * self.num_blocks
+        for blocks in held:
+            for block in blocks:
+                counts[block] += 1
+        assert counts == self._refs, "block reference counts do not match their holders"
+        assert {b for b, n in enumerate(counts) if n == 0} == set(self._free)
+        assert all(self._hash_of[b] == digest for digest, b in self._block_of.items())

@@ -1,0 +1,571 @@
+"""The engine's core: a deterministic state machine over requests, slots and KV blocks.
+
+No I/O, no clock, no torch. Events go in (a request is added or aborted, an adapter is on the CPU or in
+its slot, a load failed, a step finished), each with ``now``; ``schedule(now)`` answers with a batch to
+run and adapter moves to start. The policy proposes, the core disposes: every invariant is kept here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+from aioengine import events
+from aioengine.core.blocks import BlockManager
+from aioengine.core.decisions import ask
+from aioengine.core.queues import RequestQueues
+from aioengine.core.residency import Move, Residency
+from aioengine.core.state import AdapterEntry, Request, Status, location_name
+from aioengine.core.view import CoreRequestView, CoreView
+from aioengine.errors import AdapterInvalid, AioEngineError, DeadlineExceeded, EngineOverloaded
+from aioengine.request import FinishReason, SamplingParams
+from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policy import Location, Place, PolicyEvent, SchedulerPolicy
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+
+
+class CoreLimits(NamedTuple):
+    """The sizes that a core is built with."""
+
+    num_slots: int
+    cpu_capacity: int
+    max_loads: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    prefix_caching: bool = True
+    max_waiting: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+class Step(NamedTuple):
+    """What to do next: a batch to run (None: nothing can run now), and moves to start."""
+
+    batch: StepBatch | None
+    moves: Sequence[Move]
+
+
+Deliver = Callable[[Request, Sampled, bool], bool]
+
+
+class Core:
+    """All methods are synchronous and must be called from one thread.
+
+    What happened is left in ``outbox``, a list of :class:`~aioengine.events.Event`, for the caller to
+    take. At most one batch is in flight: each batch that ``schedule`` returns must come back through
+    ``step_finished`` before ``schedule`` is called again.
+    """
+
+    def __init__(self, limits: CoreLimits, policy: SchedulerPolicy) -> None:
+        self.limits = limits
+        self.max_num_seqs = limits.max_num_seqs
+        self.max_num_batched_tokens = limits.max_num_batched_tokens
+        self.outbox: list[events.Event] = []
+        self.residency = Residency(
+            num_slots=limits.num_slots,
+            cpu_capacity=limits.cpu_capacity,
+            max_loads=limits.max_loads,
+            emit=self._emit,
+        )
+        self.slots = self.residency.slots
+        self.cpu = self.residency.cpu
+        self.by_policy_name = self.residency.by_policy_name
+        self.blocks = BlockManager(
+            limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching
+        )
+        self.queues = RequestQueues()
+        self.requests: dict[str, Request] = {}
+        """Accepted and not ended."""
+        self.running: dict[int, Request] = {}
+        """By ``seq``, in order of admission."""
+        self.request_views: dict[str, CoreRequestView] = {}
+        self.now = 0.0
+        self.step = 0
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self._policy = policy
+        self._safe_policy = FCFS()
+        self._view = CoreView(self)
+        self._rng = random.Random(limits.seed)
+        self._next_seq = 0
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._in_flight: list[Request] = []
+        self._zombies: list[Request] = []
+        """Ended while in flight: what they hold is released when the step comes back."""
+
+    # Events in: requests
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        now: float,
+        *,
+        adapter: AdapterEntry | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
+    ) -> Request:
+        """Accept a request (its prompt already checked against ``max_model_len``).
+
+        Raises EngineOverloaded when ``max_waiting`` requests wait already.
+        """
+        bound = self.limits.max_waiting
+        if bound is not None and len(self.queues) >= bound:
+            raise EngineOverloaded(
+                f"request {request_id!r}: {len(self.queues)} requests are waiting and max_waiting="
+                f"{bound}; retry later, or raise max_waiting"
+            )
+        assert request_id not in self.requests
+        seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
+        request = Request(
+            request_id,
+            prompt,
+            params,
+            adapter=adapter,
+            seq=self._next_seq,
+            arrival=now,
+            seed=seed,
+            priority=priority,
+            deadline=deadline,
+            tenant=tenant,
+        )
+        self._next_seq += 1
+        self.requests[request_id] = request
+        self.request_views[request_id] = CoreRequestView(request)
+        self.queues.add(request)
+        if deadline is not None:
+            heappush(self._deadlines, (deadline, request.seq, request))
+        self._emit(
+            events.RequestAdded(
+                time=now,
+                request_id=request_id,
+                adapter=_label(request),
+                prompt_tokens=len(prompt),
+                tenant=tenant,
+                location=None if adapter is None else location_name(adapter),
+            )
+        )
+        self._tell("request_added", now, request=request)
+        return request
+
+    def end(
+        self,
+        request: Request,
+        reason: events.EndReason,
+        now: float,
+        error: Exception | None = None,
+    ) -> None:
+        """End a request; its blocks and its claim on the slot go now, or with the step in flight."""
+        if request.status is Status.ENDED:
+            return
+        if request.status is Status.WAITING:
+            self.queues.remove(request)
+        else:
+            del self.running[request.seq]
+            if request in self._in_flight:
+                self._zombies.append(request)
+            else:
+                self._release(request)
+        request.status = Status.ENDED
+        del self.requests[request.id]
+        del self.request_views[request.id]
+        self._emit(
+            events.RequestEnded(
+                time=now,
+                request_id=request.id,
+                adapter=_label(request),
+                reason=reason,
+                error=error,
+                prompt_tokens=request.prompt_len,
+                output_tokens=request.output_tokens,
+                seconds=now - request.arrival,
+                tenant=request.tenant,
+            )
+        )
+        self._tell("request_finished", now, request=request)
+
+    # Events in: adapters
+
+    def adapter_loaded(
+        self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
+    ) -> None:
+        self.residency.loaded(
+            entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds
+        )
+        self._tell("adapter_loaded", now, adapter=entry.name)
+
+    def adapter_load_failed(
+        self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
+    ) -> None:
+        """The requests that wait for this adapter fail with ``error``; nobody else is touched."""
+        self.residency.load_failed(entry, now, error, reason)
+        self._fail_waiting(entry, now, error)
+
+    def adapter_placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
+        self.residency.placed(entry, now, seconds)
+        self._tell("adapter_placed", now, adapter=entry.name)
+
+    def adapter_place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
+        self.residency.place_failed(entry, now, error)
+        self._fail_waiting(entry, now, error)
+
+    def _fail_waiting(self, entry: AdapterEntry, now: float, error: Exception) -> None:
+        for request in list(entry.waiting):
+            self.end(request, "error", now, error)
+
+    # Scheduling
+
+    def schedule(self, now: float) -> Step:
+        """Decide the next step. Nothing may be in flight."""
+        assert not self._in_flight
+        self.now = now
+        self._expire(now)
+        self.residency.sweep(now)
+        decision = ask(self._policy, self._safe_policy, self._view, self._policy_failed)
+        for request_id in decision.preempt:
+            self._apply_preempt(request_id)
+        asked = (self.requests.get(request_id) for request_id in decision.admit)
+        admitting = {r.adapter.uid for r in asked if r is not None and r.adapter is not None}
+        for place in decision.place:
+            refusal = self._apply_place(place, admitting)
+            if refusal is not None:
+                self._refuse(refusal, str(place))
+        self._place_pinned(admitting)
+        for name in decision.prefetch:
+            self._apply_prefetch(name, admitting)
+        self.residency.start_wanted(now, admitting)
+        batch = self._form_batch(decision.admit)
+        return Step(batch, self.residency.take_moves())
+
+    def next_deadline(self) -> float | None:
+        """When ``schedule`` must be called even if nothing else happens."""
+        while self._deadlines and self._deadlines[0][2].status is Status.ENDED:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _expire(self, now: float) -> None:
+        while (due := self.next_deadline()) is not None and due <= now:
+            request = heappop(self._deadlines)[2]
+            late = f"request {request.id!r}: its deadline passed {now - due:.3f} s ago with "
+            late += f"{request.output_tokens} of {request.params.max_tokens} tokens generated"
+            self.end(request, "error", now, DeadlineExceeded(late))
+
+    def _apply_preempt(self, request_id: str) -> None:
+        request = self.requests.get(request_id)
+        if request is None or request.status is not Status.RUNNING:
+            self._refuse("preempt_not_running", request_id)
+        else:
+            self._preempt(request)
+
+    def _apply_place(self, place: Place, admitting: set[int]) -> str | None:
+        entry = self.by_policy_name.get(place.adapter)
+        if entry is None:
+            return "place_unknown_adapter"
+        if entry.slot is not None:
+            return "place_already_placed"
+        if entry.location is not Location.CPU:
+            if entry.location is Location.DISK:
+                self.residency.start_load(entry, self.now, admitting)
+            return None
+        if place.slot is None:
+            slot = self.residency.choose_slot(admitting)
+            if slot is None:
+                return "place_no_slot"
+        else:
+            if not 0 <= place.slot < len(self.slots.slots):
+                return "place_slot_unknown"
+            slot = self.slots.slots[place.slot]
+            if slot.entry is not None:
+                if slot.loading:
+                    return "place_slot_loading"
+                if slot.entry.running:
+                    return "place_slot_busy"
+                if slot.entry.pinned:
+                    return "place_slot_pinned"
+                if slot.entry.uid in admitting:
+                    return "place_slot_admitted"
+        self.residency.start_copy(entry, slot, self.now)
+        return None
+
+    def _place_pinned(self, admitting: set[int]) -> None:
+        """A pinned adapter goes to a slot as soon as one can be had, asked for or not."""
+        for entry in self.cpu.entries.values():
+            if entry.pinned and entry.slot is None and entry.location is Location.CPU:
+                slot = self.residency.choose_slot(admitting)
+                if slot is not None:
+                    self.residency.start_copy(entry, slot, self.now)
+
+    def _apply_prefetch(self, name: str, admitting: set[int]) -> None:
+        entry = self.by_policy_name.get(name)
+        if entry is None:
+            self._refuse("prefetch_unknown_adapter", name)
+        elif entry.location is Location.DISK:
+            self.residency.start_load(entry, self.now, admitting)
+
+    # The batch
+
+    def _form_batch(self, admit: Sequence[str]) -> StepBatch | None:
+        """Running requests first (decodes, then unfinished prefills), then the admitted ones."""
+        work: list[SequenceWork] = []
+        budget = self.max_num_batched_tokens
+        preemptions = self.preemptions
+        decode_first = sorted(self.running.values(), key=lambda r: r.remaining > 1)
+        for request in decode_first:
+            if request.status is not Status.RUNNING:
+                continue  # preempted by one before it
+            tokens = min(request.remaining, budget)
+            if tokens == 0:
+                break
+            if not self._grow(request, request.computed + tokens):
+                continue
+            work.append(self._work(request, tokens))
+            budget -= tokens
+        if self.preemptions > preemptions:  # short of blocks; one in ``work`` may have lost its own
+            work = [w for w in work if self.requests[w.request_id].status is Status.RUNNING]
+        else:
+            self._admit(admit, budget, work)
+        if not work:
+            return None
+        self.step += 1
+        work.sort(key=lambda w: w.slot)
+        self._in_flight = [self.requests[w.request_id] for w in work]
+        for request in self._in_flight:
+            if request.adapter is not None and request.adapter.slot is not None:
+                request.adapter.last_used = self.now
+                self.slots.slots[request.adapter.slot].last_used = self.now
+        return StepBatch(self.step, work, self.slots.ranks())
+
+    def _admit(self, admit: Sequence[str], budget: int, work: list[SequenceWork]) -> None:
+        """Start waiting requests in the policy's order. The first that does not fit ends it: to let
+        smaller ones pass would starve it."""
+        for request_id in admit:
+            request = self.requests.get(request_id)
+            if request is None:
+                self._refuse("admit_unknown_request", request_id)
+                continue
+            if request.status is not Status.WAITING:
+                self._refuse("admit_not_waiting", request_id)
+                continue
+            entry = request.adapter
+            if entry is not None and entry.location is not Location.SLOT:
+                self._refuse("admit_adapter_not_ready", request_id)
+                continue
+            if len(self.running) >= self.max_num_seqs:
+                self._refuse("admit_over_max_num_seqs", request_id)
+                continue
+            if budget == 0 or not self._start(request):
+                break
+            tokens = min(request.remaining, budget)
+            work.append(self._work(request, tokens))
+            budget -= tokens
+
+    def _start(self, request: Request) -> bool:
+        """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache.
+
+        At least one token is always left to compute, because its logits are needed.
+        """
+        blocks = self.blocks
+        request.hashes = blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
+        shared = blocks.match(request.hashes, len(request.tokens) - 1)
+        new = blocks.blocks_for(len(request.tokens)) - len(shared)
+        if not blocks.can_allocate(new, shared):
+            return False
+        request.blocks = blocks.allocate(new, shared)
+        request.committed = len(shared)
+        request.computed = len(shared) * blocks.block_size
+        self.queues.remove(request)
+        request.status = Status.RUNNING
+        self.running[request.seq] = request
+        if request.adapter is not None:
+            request.adapter.running += 1
+        resumed = request.admitted is not None
+        if not resumed:
+            request.admitted = self.now
+            request.cached_tokens = request.computed
+            self.prefix_hit_tokens += request.computed
+        self._emit(
+            events.RequestAdmitted(
+                time=self.now,
+                request_id=request.id,
+                adapter=_label(request),
+                slot=None if request.adapter is None else request.adapter.slot,
+                cached_tokens=request.computed,
+                queue_seconds=self.now - request.arrival,
+                resumed=resumed,
+            )
+        )
+        return True
+
+    def _grow(self, request: Request, tokens: int) -> bool:
+        """Give a running request blocks for ``tokens``, preempting the last arrived while there are
+        none; False if it came to preempting this one."""
+        new = self.blocks.blocks_for(tokens) - len(request.blocks)
+        while new > 0 and not self.blocks.can_allocate(new):
+            youngest = max(self.running.values(), key=lambda r: r.seq)
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        if new > 0:
+            request.blocks += self.blocks.allocate(new)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """RUNNING -> WAITING by recompute: its KV goes (full blocks stay findable), its output stays."""
+        self.preemptions += 1
+        del self.running[request.seq]
+        self._release(request)
+        request.status = Status.WAITING
+        self.queues.put_back(request)
+        self._emit(
+            events.RequestPreempted(time=self.now, request_id=request.id, adapter=_label(request))
+        )
+
+    def _work(self, request: Request, tokens: int) -> SequenceWork:
+        start = request.computed
+        entry = request.adapter
+        return SequenceWork(
+            request_id=request.id,
+            slot=-1 if entry is None or entry.slot is None else entry.slot,
+            tokens=request.tokens[start : start + tokens],
+            start=start,
+            block_table=request.blocks,
+            sample=start + tokens == len(request.tokens),
+            params=request.params,
+            seed=request.seed,
+            history=request.tokens,
+            prompt_len=request.prompt_len,
+        )
+
+    def step_finished(
+        self, batch: StepBatch, result: StepResult, now: float, deliver: Deliver | None = None
+    ) -> None:
+        """Take in a step's tokens, and end the requests that are done.
+
+        ``deliver(request, sampled, is_stop)`` is called for each new token; if it returns True, the
+        output's text has reached a stop string and the request ends there.
+        """
+        requests, self._in_flight = self._in_flight, []
+        for request in self._zombies:
+            self._release(request)
+        self._zombies = []
+        for request, work, sampled in zip(requests, batch.sequences, result.sampled, strict=True):
+            if request.status is not Status.RUNNING:
+                continue
+            request.computed += len(work.tokens)
+            self._commit(request)
+            if sampled is None:
+                continue
+            if sampled.error is not None:
+                self.end(request, "error", now, _sampling_error(request, sampled.error))
+                continue
+            request.tokens.append(sampled.token)
+            if request.first_token is None:
+                request.first_token = now
+                self._emit(
+                    events.FirstToken(
+                        time=now,
+                        request_id=request.id,
+                        adapter=_label(request),
+                        seconds=now - request.arrival,
+                    )
+                )
+            finish = self._finish_reason(request, sampled.token)
+            if deliver is not None and deliver(request, sampled, finish == "stop"):
+                finish = "stop"
+            if finish is not None:
+                self.end(request, finish, now)
+
+    def _commit(self, request: Request) -> None:
+        """Make its newly completed blocks findable."""
+        full = request.computed // self.blocks.block_size
+        if full > len(request.hashes):
+            request.hashes = self.blocks.hash_blocks(
+                request.cache_salt, request.tokens, request.hashes
+            )
+        for index in range(request.committed, full):
+            self.blocks.commit(request.blocks[index], request.hashes[index])
+        request.committed = max(request.committed, full)
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        params = request.params
+        if token in params.stop_token_ids:
+            return "stop"
+        if not params.ignore_eos and token in self.limits.eos_token_ids:
+            return "stop"
+        if request.output_tokens >= params.max_tokens:
+            return "length"
+        if len(request.tokens) >= self.limits.max_model_len:
+            return "length"
+        return None
+
+    def _release(self, request: Request) -> None:
+        self.blocks.release(request.blocks)
+        request.blocks = []
+        request.committed = request.computed = 0
+        if request.adapter is not None:
+            request.adapter.running -= 1
+
+    # Telling others
+
+    def _emit(self, event: events.Event) -> None:
+        self.outbox.append(event)
+
+    def _refuse(self, reason: str, item: str) -> None:
+        self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
+
+    def _policy_failed(self, error: str) -> None:
+        self._emit(events.PolicyFailed(time=self.now, error=error))
+
+    def _tell(
+        self, kind: str, now: float, *, request: Request | None = None, adapter: str | None = None
+    ) -> None:
+        if request is not None and request.adapter is not None:
+            adapter = request.adapter.name
+        event = PolicyEvent(
+            kind,
+            now,
+            request_id=None if request is None else request.id,
+            adapter=adapter,
+            tokens=0 if request is None else request.output_tokens,
+            tenant=None if request is None else request.tenant,
+        )
+        try:
+            self._policy.on_event(event)
+        except Exception as error:
+            name = type(self._policy).__name__
+            self._policy_failed(f"{name}.on_event: {type(error).__name__}: {error}")
+
+    def check(self) -> None:
+        """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
+        self.residency.check()
+        holders = [*self.running.values(), *self._zombies]
+        self.blocks.check([r.blocks for r in holders])
+        using: dict[int, int] = {}
+        for request in holders:
+            if request.adapter is not None:
+                assert request.adapter.location is Location.SLOT
+                using[request.adapter.uid] = using.get(request.adapter.uid, 0) + 1
+        assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
+        assert len(self.requests) == len(self.running) + len(self.queues)
+        assert len(self.running) <= self.max_num_seqs
+        for request in self.queues.all:
+            assert request.status is Status.WAITING and not request.blocks
+
+
+def _label(request: Request) -> str | None:
+    return None if request.adapter is None else request.adapter.label
+
+
+def _sampling_error(request: Request, reason: str) -> AioEngineError:
+    text = f"request {request.id!r} produced unusable logits ({reason})"
+    entry = request.adapter
+    if entry is None:
+        return AioEngineError(f"{text}; the base model's weights or the dtype are at fault")
+    return AdapterInvalid(f"{text}; check the adapter's weights", name=entry.label, path=entry.path)

@@ -1,0 +1,170 @@
+"""The records that the core keeps: one for each request and one for each adapter version."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Literal
+
+from aioengine.core.queues import ArrivalQueue
+from aioengine.request import SamplingParams
+from aioengine.schedulers.policy import Location
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class AdapterEntry:
+    """One version of an adapter. A name's newer version is another entry."""
+
+    __slots__ = (
+        "digest",
+        "disk_seconds",
+        "label",
+        "last_used",
+        "location",
+        "name",
+        "nbytes",
+        "path",
+        "pinned",
+        "rank",
+        "retired",
+        "running",
+        "slot",
+        "slot_seconds",
+        "uid",
+        "version",
+        "waiting",
+        "wanted_since",
+    )
+
+    def __init__(self, uid: int, name: str, version: int, path: str) -> None:
+        self.uid = uid
+        self.label = name
+        """The name that it was registered under."""
+        self.name = name
+        """What policies call it: the registered name, or "name@version" once it is superseded."""
+        self.version = version
+        self.path = path
+        self.location = Location.DISK
+        self.slot: int | None = None
+        """The slot that holds it or is being written with it."""
+        self.rank = 0
+        self.nbytes = 0
+        self.digest = ""
+        self.pinned = False
+        self.retired = False
+        """Unloaded or replaced: takes no new requests, and goes when those accepted have ended."""
+        self.waiting = ArrivalQueue()
+        self.running = 0
+        self.last_used = 0.0
+        self.wanted_since: float | None = None
+        """Set while a load was asked for by name, and not by a waiting request."""
+        self.disk_seconds: float | None = None
+        self.slot_seconds: float | None = None
+
+    @property
+    def oldest_arrival(self) -> float | None:
+        head = self.waiting.head
+        return None if head is None else head.arrival
+
+    @property
+    def needed_since(self) -> float | None:
+        """Since when somebody has been waiting for it to be on the CPU; None if nobody is."""
+        times = [t for t in (self.oldest_arrival, self.wanted_since) if t is not None]
+        return min(times) if times else None
+
+
+class Request:
+    """A request from acceptance to its end."""
+
+    __slots__ = (
+        "adapter",
+        "admitted",
+        "arrival",
+        "blocks",
+        "cached_tokens",
+        "committed",
+        "computed",
+        "deadline",
+        "first_token",
+        "hashes",
+        "id",
+        "params",
+        "priority",
+        "prompt_len",
+        "seed",
+        "seq",
+        "status",
+        "tenant",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        adapter: AdapterEntry | None,
+        seq: int,
+        arrival: float,
+        seed: int,
+        priority: int,
+        deadline: float | None,
+        tenant: str | None,
+    ) -> None:
+        self.id = request_id
+        self.adapter = adapter
+        self.seq = seq
+        """Order of arrival."""
+        self.arrival = arrival
+        self.params = params
+        self.seed = seed
+        self.priority = priority
+        self.deadline = deadline
+        self.tenant = tenant
+        self.prompt_len = len(prompt)
+        self.tokens = list(prompt)
+        """Prompt followed by output."""
+        self.status = Status.WAITING
+        self.computed = 0
+        """Tokens whose KV is in ``blocks``."""
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []
+        """Prefix-cache identities of the full blocks of ``tokens``, as far as known."""
+        self.committed = 0
+        """How many of ``blocks``, from the first, the prefix cache knows."""
+        self.cached_tokens = 0
+        """Prompt tokens found in the prefix cache when it was first admitted."""
+        self.admitted: float | None = None
+        self.first_token: float | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are known but not computed yet; 1 in steady decode."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def cache_salt(self) -> bytes:
+        """What the KV depends on beside the tokens: the adapter's content."""
+        return b"" if self.adapter is None else self.adapter.digest.encode()
+
+
+def location_name(entry: AdapterEntry) -> Literal["disk", "loading", "cpu", "slot"]:
+    """Its location in the words of the public API."""
+    match entry.location:
+        case Location.DISK:
+            return "disk"
+        case Location.LOADING:
+            return "loading"
+        case Location.CPU:
+            return "cpu"
+        case Location.SLOT:
+            return "slot"

@@ -1,0 +1,85 @@
+"""Running totals, counted from events, and the snapshot that contains them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from aioengine import events
+from aioengine.core import Core
+from aioengine.info import EngineStats, SlotInfo
+from aioengine.schedulers.policy import Location
+
+
+class Counters:
+    """An event listener; ``snapshot`` adds the state of the core to what it has counted."""
+
+    def __init__(self) -> None:
+        self._n: Counter[str] = Counter()
+
+    def __call__(self, event: events.Event) -> None:
+        n = self._n
+        match event:
+            case events.RequestAdded(adapter=str()):
+                n["slot_hits" if event.location == "slot" else "slot_misses"] += 1
+            case events.RequestAdmitted(resumed=False):
+                n["cached_tokens"] += event.cached_tokens
+            case events.RequestEnded():
+                kind = {"abort": "aborted", "error": "failed"}.get(event.reason, "finished")
+                n[f"requests_{kind}"] += 1
+                n["prompt_tokens"] += event.prompt_tokens
+                n["output_tokens"] += event.output_tokens
+            case events.AdapterPlaced():
+                n["slot_loads"] += 1
+            case events.AdapterLoaded():
+                n["cpu_loads"] += 1
+            case events.AdapterEvicted():
+                n[f"{event.level}_evictions"] += 1
+            case events.AdapterFailed():
+                n["load_failures"] += 1
+
+    def snapshot(self, core: Core) -> EngineStats:
+        n = self._n
+        queues = core.queues
+        blocked = sum(
+            len(entry.waiting)
+            for entry in queues.adapters.values()
+            if entry.location is not Location.SLOT
+        )
+        live = core.requests.values()
+        return EngineStats(
+            slots=tuple(
+                SlotInfo(
+                    index=slot.index,
+                    state=slot.state.value,
+                    adapter=None if slot.entry is None else slot.entry.label,
+                    version=None if slot.entry is None else slot.entry.version,
+                    running=0 if slot.entry is None else slot.entry.running,
+                    pinned=slot.entry is not None and slot.entry.pinned,
+                )
+                for slot in core.slots.slots
+            ),
+            cpu_adapters=len(core.cpu.entries),
+            cpu_capacity=core.cpu.capacity,
+            adapters=len(core.residency.current),
+            running=len(core.running),
+            waiting=len(queues),
+            waiting_for_adapter=blocked,
+            kv_blocks=core.blocks.num_blocks,
+            kv_blocks_free=core.blocks.num_free,
+            block_size=core.blocks.block_size,
+            steps=core.step,
+            preemptions=core.preemptions,
+            requests_finished=n["requests_finished"],
+            requests_aborted=n["requests_aborted"],
+            requests_failed=n["requests_failed"],
+            prompt_tokens=n["prompt_tokens"] + sum(r.prompt_len for r in live),
+            cached_tokens=n["cached_tokens"],
+            output_tokens=n["output_tokens"] + sum(r.output_tokens for r in live),
+            slot_loads=n["slot_loads"],
+            slot_evictions=n["slot_evictions"],
+            cpu_loads=n["cpu_loads"],
+            cpu_evictions=n["cpu_evictions"],
+            load_failures=n["load_failures"],
+            slot_hits=n["slot_hits"],
+            slot_misses=n["slot_misses"],
+        )

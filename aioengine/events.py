@@ -1,0 +1,148 @@
+"""What happened: typed events, for metrics, live views and applications.
+
+``engine.add_listener(callback)`` delivers them in order, on the event loop. Times are seconds on the
+loop's clock. ``adapter`` is None for the base model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+EndReason = Literal["stop", "length", "abort", "error"]
+LoadFailure = Literal["invalid", "too_large", "io", "internal"]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Base of all events."""
+
+    time: float
+
+
+class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
+    request_id: str
+    adapter: str | None
+    prompt_tokens: int
+    tenant: str | None
+    location: Literal["disk", "loading", "cpu", "slot"] | None = None
+    """Where its adapter was when it arrived; None for the base model."""
+
+
+class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):
+    request_id: str
+    adapter: str | None
+    slot: int | None
+    cached_tokens: int
+    queue_seconds: float
+    """Since its arrival."""
+    resumed: bool
+    """It had been preempted before."""
+
+
+class RequestPreempted(Event, frozen=True, kw_only=True, gc=False):
+    request_id: str
+    adapter: str | None
+
+
+class FirstToken(Event, frozen=True, kw_only=True, gc=False):
+    request_id: str
+    adapter: str | None
+    seconds: float
+    """Time to first token, from arrival."""
+
+
+class RequestEnded(Event, frozen=True, kw_only=True, gc=False):
+    """The one end of every accepted request."""
+
+    request_id: str
+    adapter: str | None
+    reason: EndReason
+    error: Exception | None
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    """From arrival to the end."""
+    tenant: str | None
+
+
+class AdapterEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Base of the adapter events."""
+
+    adapter: str
+    version: int
+
+
+class AdapterRegistered(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    path: str
+    replaces: int | None
+    """The version that it supersedes."""
+
+
+class AdapterLoading(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """Its read from disk to the CPU cache begins."""
+
+
+class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """It is in the CPU cache."""
+
+    rank: int
+    nbytes: int
+    seconds: float
+
+
+class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """Its copy from the CPU cache into a slot begins."""
+
+    slot: int
+
+
+class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    slot: int
+    rank: int
+    nbytes: int
+    seconds: float
+
+
+class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """It left a slot, or the CPU cache."""
+
+    level: Literal["slot", "cpu"]
+    slot: int | None
+
+
+class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    reason: LoadFailure
+    error: Exception
+
+
+class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """This version is gone: nothing of it is held any more."""
+
+
+class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
+    """The core refused one item of a policy's decision."""
+
+    reason: str
+    item: str
+
+
+class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
+    """The policy raised or returned no Decision; the built-in safe policy decided this step."""
+
+    error: str
+
+
+class StepFinished(Event, frozen=True, kw_only=True, gc=False):
+    step: int
+    seconds: float
+    """The executor's time for it."""
+    schedule_seconds: float
+    """The policy's and the core's time for it."""
+    sequences: int
+    adapters: int
+    """Distinct adapters in the batch."""
+    prefill_tokens: int
+    decode_tokens: int
+    slots: tuple[int, ...]
+    """The slots that it used."""

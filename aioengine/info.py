@@ -1,0 +1,77 @@
+"""Snapshots that an application can ask for: :class:`AdapterInfo` and :class:`EngineStats`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+AdapterLocation = Literal["disk", "loading", "cpu", "slot"]
+SlotStateName = Literal["FREE", "LOADING", "READY", "DRAINING"]
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One registered adapter as it stands now."""
+
+    name: str
+    version: int
+    path: str
+    rank: int
+    """0 until it has been read once."""
+    bytes: int
+    """Size in the CPU cache; 0 until it has been read once."""
+    location: AdapterLocation
+    """The fastest place that holds it."""
+    slot: int | None
+    pinned: bool
+    running: int
+    waiting: int
+
+
+class SlotInfo(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    state: SlotStateName
+    adapter: str | None
+    version: int | None
+    running: int
+    pinned: bool
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine as it stands now; counters count from its start."""
+
+    slots: tuple[SlotInfo, ...]
+    cpu_adapters: int
+    """Adapters in the CPU cache (those in slots and those being read included)."""
+    cpu_capacity: int
+    adapters: int
+    """Registered adapters."""
+    running: int
+    """Requests in the batch."""
+    waiting: int
+    waiting_for_adapter: int
+    """Those of ``waiting`` whose adapter is in no slot."""
+    kv_blocks: int
+    kv_blocks_free: int
+    block_size: int
+    steps: int
+    preemptions: int
+    requests_finished: int
+    """Ended by a stop condition or at their length."""
+    requests_aborted: int
+    requests_failed: int
+    prompt_tokens: int
+    """Of accepted requests, cached ones included."""
+    cached_tokens: int
+    """Prompt tokens that the prefix cache supplied."""
+    output_tokens: int
+    slot_loads: int
+    """Adapters copied into slots."""
+    slot_evictions: int
+    cpu_loads: int
+    """Adapters read from disk."""
+    cpu_evictions: int
+    load_failures: int
+    slot_hits: int
+    """Requests whose adapter was in a slot when they arrived."""
+    slot_misses: int

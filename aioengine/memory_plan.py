@@ -1,0 +1,199 @@
+"""What an engine will take, computed to the byte before anything is allocated. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from aioengine.config import EngineConfig, LoRAConfig, format_bytes
+from aioengine.errors import ConfigError
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec
+
+MAX_AUTO_MODEL_LEN = 8192
+MAX_AUTO_KV_ON_CPU = 4 * 2**30
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes in bytes. On a CPU everything comes out of one memory, so all of it counts."""
+
+    device: str
+    dtype: str
+    lora_dtype: str
+    max_model_len: int
+    weights_bytes: int
+    num_slots: int
+    slot_bytes_by_module: dict[str, int]
+    """One slot's share by targeted linear, over all layers: rank x (in + out) x dtype size each."""
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    """One KV block over all layers."""
+    cpu_capacity: int
+    cpu_adapter_bytes: int
+    """One adapter in the CPU cache, at the largest rank and in every module; most are smaller."""
+    available_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """One slot."""
+        return sum(self.slot_bytes_by_module.values())
+
+    @property
+    def slot_pool_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def cpu_cache_bytes(self) -> int:
+        return self.cpu_capacity * self.cpu_adapter_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """What is taken from the device's memory (on a CPU the adapter cache included)."""
+        cache = self.cpu_cache_bytes if self.device == "cpu" else 0
+        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(what, how it comes about, bytes), for a table; the last row is the total."""
+        rows = [("base weights", self.dtype, self.weights_bytes)]
+        for module, size in self.slot_bytes_by_module.items():
+            detail = f"{self.num_slots} slots x {format_bytes(size)}"
+            rows.append((f"slot pool: {module}", detail, self.num_slots * size))
+        detail = f"{self.num_slots} slots x {format_bytes(self.slot_bytes)}, {self.lora_dtype}"
+        rows.append(("slot pool", detail, self.slot_pool_bytes))
+        detail = f"{self.num_blocks} blocks x {self.block_size} tokens x "
+        detail += f"{format_bytes(self.block_bytes // self.block_size)}"
+        rows.append(("KV blocks", detail, self.kv_bytes))
+        detail = f"{self.cpu_capacity} adapters x {format_bytes(self.cpu_adapter_bytes)} at most"
+        if self.device != "cpu":
+            detail += " (host memory, not in the total)"
+        rows.append(("CPU adapter cache", detail, self.cpu_cache_bytes))
+        rows.append(("total", f"of {format_bytes(self.available_bytes)} available", self.total_bytes))
+        return rows
+
+
+def plan_memory(
+    spec: ModelSpec, config: EngineConfig, *, device: str, available_bytes: int | None = None
+) -> MemoryPlan:
+    """Plan for a model on a device ("cpu" or "cuda").
+
+    Raises ConfigError if it does not fit into ``available_bytes`` (default: what the device has free),
+    saying by how much and which knob to turn.
+    """
+    if available_bytes is None:
+        available_bytes = available_memory(device)
+    dtype = resolve_dtype(config.dtype, spec, device)
+    lora = config.lora
+    lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
+    max_model_len = resolve_max_model_len(config, spec)
+    by_module = slot_bytes_by_module(spec, lora, DTYPE_BYTES[lora_dtype])
+    block_bytes = config.block_size * spec.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    plan = MemoryPlan(
+        device=device,
+        dtype=dtype,
+        lora_dtype=lora_dtype,
+        max_model_len=max_model_len,
+        weights_bytes=spec.num_parameters() * DTYPE_BYTES[dtype],
+        num_slots=0 if lora is None else lora.max_loras,
+        slot_bytes_by_module=by_module,
+        num_blocks=0,
+        block_size=config.block_size,
+        block_bytes=block_bytes,
+        cpu_capacity=0 if lora is None else lora.cpu_capacity,
+        cpu_adapter_bytes=sum(by_module.values()),
+        available_bytes=available_bytes,
+    )
+    return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
+
+
+def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
+    """How many KV blocks; raises if there is no room for one request of the full length."""
+    needed = -(-plan.max_model_len // plan.block_size)
+    smallest = needed * plan.block_bytes
+    left = plan.available_bytes - plan.total_bytes
+    if isinstance(config.kv_cache_memory, int):
+        if config.kv_cache_memory < smallest:
+            raise ConfigError(
+                f"kv_cache_memory={format_bytes(config.kv_cache_memory)} is less than one request of "
+                f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
+                f"kv_cache_memory by {format_bytes(smallest - config.kv_cache_memory)} or lower "
+                "max_model_len"
+            )
+        if config.kv_cache_memory > left:
+            raise _does_not_fit(plan, config.kv_cache_memory, left, "lower kv_cache_memory")
+        return config.kv_cache_memory // plan.block_bytes
+    if smallest > left:
+        raise _does_not_fit(plan, smallest, left, "lower max_model_len")
+    wanted = config.max_num_seqs * needed * plan.block_bytes
+    share = MAX_AUTO_KV_ON_CPU if plan.device == "cpu" else left
+    bound = min(int(left * (0.5 if plan.device == "cpu" else 0.9)), share)
+    return max(min(wanted, bound), smallest) // plan.block_bytes
+
+
+def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> ConfigError:
+    knobs = [first]
+    if plan.slot_pool_bytes:
+        knobs.append(
+            f"lower lora.max_loras (each slot takes {format_bytes(plan.slot_bytes)}) or "
+            "lora.max_lora_rank"
+        )
+    if plan.device == "cpu" and plan.cpu_cache_bytes:
+        knobs.append(f"lower lora.max_cpu_loras ({format_bytes(plan.cpu_adapter_bytes)} each)")
+    total = plan.total_bytes + kv_bytes
+    return ConfigError(
+        f"the plan needs {format_bytes(total)} on {plan.device} but {format_bytes(plan.available_bytes)} "
+        f"are available, {format_bytes(kv_bytes - left)} too little: base weights "
+        f"{format_bytes(plan.weights_bytes)}, slot pool {format_bytes(plan.slot_pool_bytes)}, KV blocks "
+        f"{format_bytes(kv_bytes)}, CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}; "
+        + ", or ".join(knobs)
+    )
+
+
+def slot_bytes_by_module(
+    spec: ModelSpec, lora: LoRAConfig | None, dtype_bytes: int
+) -> dict[str, int]:
+    """One slot's bytes by module over all layers."""
+    if lora is None:
+        return {}
+    sizes = {}
+    for module in lora.modules:
+        n_in, n_out = spec.linear(module)
+        sizes[module] = spec.num_layers * lora.max_lora_rank * (n_in + n_out) * dtype_bytes
+    return sizes
+
+
+def resolve_dtype(dtype: str, spec: ModelSpec, device: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if spec.dtype == "float16" and device == "cpu" else spec.dtype
+
+
+def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is None:
+        return min(spec.max_position, MAX_AUTO_MODEL_LEN)
+    if config.max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len}: the model's positions end at {spec.max_position}; "
+            "lower max_model_len, or scale the model's RoPE in its config.json"
+        )
+    return config.max_model_len
+
+
+def available_memory(device: str) -> int:
+    """Free bytes on the device: for "cpu" what the system, and a container's limit, leave."""
+    if device == "cuda":
+        import torch  # only a CUDA plan needs it
+
+        return int(torch.cuda.mem_get_info()[0])
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - used, 0))

@@ -1,0 +1,280 @@
+"""GGUF files: the model's shape, and its tensors under Hugging Face names.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read with the ``gguf`` package
+(extra ``gguf``), which is imported only when a file is opened. Opening parses the whole vocabulary
+and takes seconds on large files, so every function here takes a path or an open :class:`GGUFFile`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from aioengine.errors import ConfigError
+from aioengine.model.spec import ModelSpec, RopeSpec
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+SUPPORTED_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""``general.architecture`` values that are read; Mistral models are stored as ``llama``."""
+
+_TOP_LEVEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+"""Not a parameter: the per-frequency divisors of Llama 3 RoPE, taken into the spec."""
+
+
+class GGUFFile:
+    """One open (memory-mapped) GGUF file: metadata by key, tensors by name.
+
+    Raises :class:`~aioengine.errors.ConfigError` if the ``gguf`` package is missing, or the file is
+    missing, malformed or one part of a split model.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            from gguf import GGUFReader
+        except ImportError as e:
+            raise ConfigError(
+                f"{self.path}: reading GGUF needs the package 'gguf', which is not installed; "
+                "run: pip install 'aioengine[gguf]'"
+            ) from e
+        try:
+            reader = GGUFReader(self.path)
+        except (OSError, ValueError, KeyError, IndexError) as e:
+            raise ConfigError(f"{self.path}: not a readable GGUF file: {e}") from e
+        self._fields = reader.fields
+        self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
+        if self.get("split.count", 1) > 1:
+            raise ConfigError(
+                f"{self.path}: one part of a model split in {self.get('split.count')} files; "
+                "join them with llama-gguf-split --merge and give the result"
+            )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key (str, number, bool or list), or ``default``."""
+        field = self._fields.get(key)
+        return default if field is None else field.contents()
+
+    def require(self, key: str) -> Any:
+        """The value of a metadata key; ConfigError if the file does not have it."""
+        value = self.get(key)
+        if value is None:
+            raise ConfigError(f"{self.path}: metadata key {key!r} is missing; convert the model again")
+        return value
+
+
+def open_gguf(source: str | PathLike[str] | GGUFFile) -> GGUFFile:
+    """``source`` itself if it is open already, else the opened file."""
+    return source if isinstance(source, GGUFFile) else GGUFFile(source)
+
+
+def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
+    """The model's shape, from metadata and the tensor directory; no weights are read.
+
+    ``dtype`` is that of the unquantised matrices, and bfloat16 for quantised files. Raises
+    ConfigError for an unsupported architecture, RoPE variant, or layers of unequal shape.
+    """
+    file = open_gguf(source)
+    arch = str(file.require("general.architecture"))
+    if arch not in SUPPORTED_GGUF_ARCHITECTURES:
+        raise ConfigError(
+            f"{file.path}: architecture {arch!r} is not supported; "
+            f"supported in GGUF: {', '.join(SUPPORTED_GGUF_ARCHITECTURES)}"
+        )
+    if file.get(f"{arch}.expert_count", 0):
+        raise ConfigError(f"{file.path}: mixture-of-experts models are not supported")
+
+    num_heads = _uniform(file, f"{arch}.attention.head_count")
+    hidden = _uniform(file, f"{arch}.embedding_length")
+    head_dim = int(file.get(f"{arch}.attention.key_length", hidden // num_heads))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (found := file.get(f"{arch}.{key}", head_dim)) != head_dim:
+            raise ConfigError(
+                f"{file.path}: {arch}.{key}={found}: only the head dimension, {head_dim}, is supported"
+            )
+    layers = _uniform(file, f"{arch}.block_count")
+    window = int(file.get(f"{arch}.attention.sliding_window", 0) or 0)
+    return ModelSpec(
+        family="mistral" if arch == "llama" and window else arch,  # type: ignore[arg-type]
+        vocab_size=int(_tensor(file, "token_embd.weight").shape[1]),
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=num_heads,
+        num_kv_heads=_uniform(file, f"{arch}.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        intermediate_size=_uniform(file, f"{arch}.feed_forward_length"),
+        rms_norm_eps=_decimal(file.require(f"{arch}.attention.layer_norm_rms_epsilon")),
+        max_position=_uniform(file, f"{arch}.context_length"),
+        rope=_read_rope(file, arch, head_dim),
+        tie_embeddings="output.weight" not in file.tensors,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        o_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        sliding_windows=(window,) * layers if window else (),
+        dtype=_stored_dtype(file),
+        bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=_eos_token_ids(file),
+    )
+
+
+def iter_tensors(
+    source: str | PathLike[str] | GGUFFile, spec: ModelSpec
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter as (Hugging Face name, tensor), one at a time.
+
+    Float tensors keep their dtype; quantised ones come as float32. The q and k rows of the
+    ``llama`` architecture are put back into the Hugging Face order. Raises ConfigError for a tensor
+    that the Llama family does not have.
+    """
+    file = open_gguf(source)
+    permuted = file.require("general.architecture") == "llama"
+    for name, stored in file.tensors.items():
+        if name == _ROPE_FACTORS:
+            continue
+        tensor = _to_torch(stored)
+        if permuted and name.endswith((".attn_q.weight", ".attn_q.bias")):
+            tensor = _half_split_rows(tensor, spec.num_heads)
+        elif permuted and name.endswith((".attn_k.weight", ".attn_k.bias")):
+            tensor = _half_split_rows(tensor, spec.num_kv_heads)
+        yield _hf_name(file, name), tensor
+
+
+def _hf_name(file: GGUFFile, name: str) -> str:
+    if name in _TOP_LEVEL:
+        return _TOP_LEVEL[name]
+    match name.split("."):
+        case ["blk", layer, module, ("weight" | "bias") as kind] if module in _IN_LAYER:
+            return f"model.layers.{layer}.{_IN_LAYER[module]}.{kind}"
+    raise ConfigError(f"{file.path}: tensor {name!r} is not part of a supported architecture")
+
+
+def _to_torch(stored: ReaderTensor) -> torch.Tensor:
+    import numpy as np
+    from gguf import GGMLQuantizationType as Type
+    from gguf.quants import dequantize
+
+    if stored.tensor_type in (Type.F32, Type.F16):
+        return torch.from_numpy(np.array(stored.data))  # a copy: the file is mapped read-only
+    if stored.tensor_type == Type.BF16:
+        return torch.from_numpy(np.array(stored.data).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(dequantize(stored.data, stored.tensor_type)))
+
+
+def _half_split_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo the converter's reordering: in each head, rows (0, d/2, 1, d/2+1, ...) -> (0, 1, ...).
+
+    GGUF's ``llama`` rotates neighbouring pairs; Hugging Face rotates element i with i + d/2.
+    """
+    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _tensor(file: GGUFFile, name: str) -> ReaderTensor:
+    if name not in file.tensors:
+        raise ConfigError(f"{file.path}: tensor {name!r} is missing; convert the model again")
+    return file.tensors[name]
+
+
+def _uniform(file: GGUFFile, key: str, default: int | None = None) -> int:
+    """An integer; GGUF allows a list with one value a layer, which must then be equal."""
+    value = file.require(key) if default is None else file.get(key, default)
+    values = set(value) if isinstance(value, list) else {value}
+    if len(values) != 1:
+        raise ConfigError(f"{file.path}: {key} differs between layers: {value}; not supported")
+    return int(values.pop())
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that the float32 ``value`` stands for: 9.9999997e-06 -> 1e-05."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _stored_dtype(file: GGUFFile) -> Literal["bfloat16", "float16", "float32"]:
+    name = _tensor(file, "blk.0.attn_q.weight").tensor_type.name
+    return "float32" if name == "F32" else "float16" if name == "F16" else "bfloat16"
+
+
+def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
+    """End of sequence, of turn and of message: each of them ends a generation."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = (file.get(f"tokenizer.ggml.{key}") for key in keys)
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _read_rope(file: GGUFFile, arch: str, head_dim: int) -> RopeSpec:
+    prefix = f"{arch}.rope.scaling"
+    theta = _decimal(file.get(f"{arch}.rope.freq_base", 10000.0))
+    old_linear = file.get(f"{arch}.rope.scale_linear", 1.0)
+    kind = file.get(f"{prefix}.type", "linear" if old_linear != 1.0 else "none")
+    factor = _decimal(file.get(f"{prefix}.factor", old_linear))
+    original = int(file.get(f"{prefix}.original_context_length", file.require(f"{arch}.context_length")))
+    if _ROPE_FACTORS in file.tensors:
+        return _llama3_rope(file, theta, head_dim)
+    if kind == "none":
+        return RopeSpec(theta=theta)
+    if kind == "linear":
+        return RopeSpec(type="linear", theta=theta, factor=factor)
+    if kind == "yarn":
+        # llama.cpp multiplies the paper's attention factor, 0.1 ln(s) + 1, by this one.
+        extra = file.get(f"{prefix}.yarn_attn_factor", file.get(f"{prefix}.attn_factor", 1.0))
+        own = None if extra == 1.0 else _decimal(extra) * (0.1 * math.log(factor) + 1.0)
+        return RopeSpec(
+            type="yarn",
+            theta=theta,
+            factor=factor,
+            original_max_position=original,
+            beta_fast=_decimal(file.get(f"{prefix}.yarn_beta_fast", 32.0)),
+            beta_slow=_decimal(file.get(f"{prefix}.yarn_beta_slow", 1.0)),
+            attention_factor=own,
+        )
+    raise ConfigError(
+        f"{file.path}: {prefix}.type={kind!r} is not supported; supported: none, linear, yarn, and "
+        f"Llama 3's factors in {_ROPE_FACTORS}"
+    )
+
+
+def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeSpec:
+    """Recover Llama 3's scaling from the divisors, which GGUF stores instead of the parameters.
+
+    Every Llama 3.1 to 3.3 model uses low_freq_factor 1, high_freq_factor 4 and an original context
+    of 8192; other divisors are refused rather than approximated.
+    """
+    divisors = _to_torch(_tensor(file, _ROPE_FACTORS)).double()
+    factor = round(divisors.max().item(), 3)
+    if divisors.eq(1.0).all():
+        return RopeSpec(theta=theta)
+    wavelen = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
+    smooth = ((8192 / wavelen - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
+    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
+        raise ConfigError(
+            f"{file.path}: {_ROPE_FACTORS} does not hold Llama 3's RoPE divisors; not supported"
+        )
+    return RopeSpec(type="llama3", theta=theta, factor=factor, original_max_position=8192)

@@ -1,0 +1,41 @@
+"""The paged KV cache: after PagedAttention, Kwon et al., 2023, https://arxiv.org/abs/2309.06180."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aioengine.model.spec import ModelSpec
+
+
+class KVCache:
+    """Per layer, keys and values as ``[num_blocks, block_size, kv_heads, head_dim]``.
+
+    Position p of a sequence lives in block ``block_table[p // block_size]`` at ``p % block_size``;
+    its *cell* is ``block * block_size + offset``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+
+        def allocate() -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+
+        self.k, self.v = allocate(), allocate()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.k, *self.v))
+
+    def cells(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as views [num_blocks * block_size, kv_heads, head_dim]."""
+        return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)

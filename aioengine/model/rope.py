@@ -1,0 +1,101 @@
+"""Rotary position embedding, RoFormer (Su et al., 2021), https://arxiv.org/abs/2104.09864, and scalings.
+
+Half-split layout, as in Hugging Face checkpoints: dimension i is paired with i + head_dim / 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aioengine.model.spec import RopeSpec
+
+
+class Rope:
+    """Inverse frequencies ``inv_freq`` [head_dim / 2] (float32), and the factor on cos and sin."""
+
+    def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device) -> None:
+        self.inv_freq = inverse_frequencies(spec, head_dim).to(device)
+        self.attention_scaling = attention_scaling(spec)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For ``positions`` [T]: cos and sin, each [T, 1, head_dim / 2] in float32.
+
+        Computed once a step for all layers; a table up to the maximum position would take memory
+        that the plan does not know of, and save nothing that can be measured.
+        """
+        angles = positions.to(torch.float32)[:, None, None] * self.inv_freq
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotates ``x`` [T, heads, head_dim] in place, in float32 arithmetic."""
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    new1 = x1 * cos - x2 * sin
+    new2 = x2 * cos + x1 * sin
+    x1.copy_(new1)
+    x2.copy_(new2)
+
+
+def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
+    """The rotation per position of each pair of dimensions, in radians: [head_dim / 2], float32."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / (spec.theta**exponent)
+    if spec.type == "linear":  # position interpolation, Chen et al., 2023, arXiv:2306.15595
+        return inv_freq / spec.factor
+    if spec.type == "llama3":
+        return _llama3(spec, inv_freq)
+    if spec.type == "yarn":
+        return _yarn(spec, inv_freq, head_dim)
+    return inv_freq
+
+
+def attention_scaling(spec: RopeSpec) -> float:
+    """The factor on cos and sin: 1, but for YaRN its attention temperature (section 3.4)."""
+    if spec.type != "yarn":
+        return 1.0
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
+
+    if spec.mscale and spec.mscale_all_dim:
+        return mscale(spec.mscale) / mscale(spec.mscale_all_dim)
+    return mscale(1.0)
+
+
+def _llama3(spec: RopeSpec, inv_freq: Tensor) -> Tensor:
+    """Llama 3.1's scaling by wavelength: long waves interpolated, short ones kept, a ramp between.
+
+    Source: Grattafiori et al., 2024, arXiv:2407.21783, and Meta's reference implementation.
+    """
+    turns = spec.original_max_position * inv_freq / (2 * math.pi)  # context / wavelength
+    ramp = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    keep = ramp.clamp(0.0, 1.0)
+    return (1 - keep) * inv_freq / spec.factor + keep * inv_freq
+
+
+def _yarn(spec: RopeSpec, inv_freq: Tensor, head_dim: int) -> Tensor:
+    """YaRN, "NTK-by-parts" (Peng et al., 2023), https://arxiv.org/abs/2309.00071, section 3.2.
+
+    Dimensions that turn more than ``beta_fast`` times within the original context are kept, those
+    that turn less than ``beta_slow`` times are interpolated, with a linear ramp between.
+    """
+
+    def dimension(turns: float) -> float:
+        """The (fractional) pair that makes this many turns within the original context."""
+        wavelength = spec.original_max_position / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(spec.theta))
+
+    low, high = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001  # avoids a division by zero
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / width
+    interpolate = ramp.clamp(0.0, 1.0)
+    return inv_freq / spec.factor * interpolate + inv_freq * (1 - interpolate)

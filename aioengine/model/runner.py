@@ -1,0 +1,115 @@
+"""Owns everything on the device and runs steps: weights, KV cache, adapter slots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aioengine.executors.base import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.kernels import LoRABatch, get_backend
+from aioengine.model.attention import AttentionPlan, Span
+from aioengine.model.decoder import Decoder, StepInputs
+from aioengine.model.kv_cache import KVCache
+from aioengine.model.lora_slots import LoRASlots
+from aioengine.model.spec import LORA_MODULES, ModelSpec
+from aioengine.model.weights import load_weights
+
+Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
+"""``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""
+
+
+class ModelRunner:
+    """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
+
+    ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then
+    ``lora_slots`` is None. ``sample`` and ``kernels`` (a backend's name) replace the defaults.
+    Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        num_blocks: int,
+        block_size: int,
+        max_loras: int = 0,
+        max_lora_rank: int = 16,
+        lora_dtype: torch.dtype | None = None,
+        target_modules: Iterable[str] = LORA_MODULES,
+        sample: Sampler | None = None,
+        kernels: str | None = None,
+    ) -> None:
+        if sample is None:
+            from aioengine.model.sampler import sample as default_sample
+
+            sample = default_sample
+        self.spec = spec
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.decoder = Decoder(spec, dtype, self.device, get_backend(self.device.type, kernels))
+        load_weights(self.decoder, weights)
+        self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device)
+        self.lora_slots = (
+            LoRASlots(spec, max_loras, max_lora_rank, target_modules, lora_dtype or dtype, self.device)
+            if max_loras > 0
+            else None
+        )
+        self._sample = sample
+        self._windows = {spec.window(layer) for layer in range(spec.num_layers)}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the base model's parameters."""
+        return self.decoder.nbytes
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Runs one step and samples a token for the sequences that ask for one."""
+        began = time.perf_counter()
+        sampled: list[Sampled | None] = [None] * len(batch.sequences)
+        if batch.sequences:
+            with torch.inference_mode():
+                inputs, asking = self._prepare(batch)
+                logits = self.decoder.forward(inputs, self.kv_cache, self.lora_slots)
+                if asking:
+                    rows = [batch.sequences[i] for i in asking]
+                    for i, token in zip(asking, self._sample(logits, rows), strict=True):
+                        sampled[i] = token
+        return StepResult(sampled, time.perf_counter() - began)
+
+    def _prepare(self, batch: StepBatch) -> tuple[StepInputs, list[int]]:
+        """The step's tensors, and the indices of the sequences that ask for a token."""
+        token_ids: list[int] = []
+        spans: list[Span] = []
+        sample_rows: list[int] = []
+        asking: list[int] = []
+        for i, work in enumerate(batch.sequences):
+            spans.append(Span(len(token_ids), len(work.tokens), work.start))
+            token_ids.extend(work.tokens)
+            if work.sample:
+                asking.append(i)
+                sample_rows.append(len(token_ids) - 1)
+        # Without slots every sequence must be a base row; LoRABatch refuses anything else.
+        ranks = batch.slot_ranks if self.lora_slots is not None else ()
+        slots = [work.slot for work in batch.sequences]
+        lora = LoRABatch(slots, [span.length for span in spans], ranks, self.device)
+        inputs = StepInputs(
+            token_ids=torch.tensor(token_ids, device=self.device),
+            sample_rows=torch.tensor(sample_rows, dtype=torch.long, device=self.device),
+            attention=AttentionPlan(
+                spans,
+                [work.block_table for work in batch.sequences],
+                self._windows,
+                self.kv_cache.block_size,
+                self.dtype,
+                self.device,
+            ),
+            lora=lora,
+        )
+        return inputs, asking

@@ -1,0 +1,108 @@
+"""Reads a checkpoint (Hugging Face safetensors, single or sharded, or GGUF) into a decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aioengine.errors import ConfigError
+from aioengine.model.decoder import Decoder
+from aioengine.model.spec import ModelSpec
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
+
+    Raises :class:`ConfigError`, naming the file, if one is missing, malformed or disagrees with the
+    index.
+    """
+    if path.suffix == ".gguf":
+        from aioengine.model.gguf import iter_tensors
+
+        yield from iter_tensors(path, spec)
+    elif (path / INDEX).is_file():
+        for shard, keys in _read_index(path / INDEX).items():
+            yield from _iter_safetensors(path / shard, keys)
+    else:
+        yield from _iter_safetensors(path / SINGLE, None)
+
+
+def load_weights(decoder: Decoder, path: Path) -> None:
+    """Fills all of the decoder's parameters, converting to its dtype.
+
+    Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
+    exactly once, in the expected shape, and nothing unknown does.
+    """
+    missing = decoder.parameters()
+    seen: set[str] = set()
+    for name, tensor in iter_checkpoint(path, decoder.spec):
+        if _is_ignored(name, decoder.spec):
+            continue
+        if name in seen:
+            raise ConfigError(f"{path}: {name} is stored twice; expected each parameter once")
+        parameter = missing.pop(name, None)
+        if parameter is None:
+            raise ConfigError(
+                f"{path}: unexpected parameter {name}; the {decoder.spec.family} model that the "
+                "configuration describes has no place for it"
+            )
+        if tensor.shape != parameter.shape:
+            raise ConfigError(
+                f"{path}: {name}: expected shape {tuple(parameter.shape)} from the configuration, "
+                f"found {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{path}: {name}: expected floating point, found {tensor.dtype}")
+        parameter.copy_(tensor)
+        seen.add(name)
+    if missing:
+        first = ", ".join(list(missing)[:3])
+        raise ConfigError(
+            f"{path}: {len(missing)} of {len(missing) + len(seen)} parameters are missing: {first}"
+            f"{', ...' if len(missing) > 3 else ''}"
+        )
+
+
+def _is_ignored(name: str, spec: ModelSpec) -> bool:
+    """Buffers that old checkpoints contain, and the copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tie_embeddings)
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """The shards of an index file, each with the keys that it must hold."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, set[str]] = {}
+        for key, shard in weight_map.items():
+            shards.setdefault(Path(shard).name, set()).add(key)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: not a safetensors index: expected a JSON object with a weight_map of "
+            f"parameter names to file names ({type(error).__name__}: {error})"
+        ) from error
+    return shards
+
+
+def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Tensor]]:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            if expected is not None and (absent := sorted(expected - keys)):
+                raise ConfigError(f"{path}: {absent[0]} is missing, which {INDEX} says it contains")
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                yield key, file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: not a readable safetensors file: {error}") from error

@@ -1,0 +1,55 @@
+"""A model step as plain data: what the core hands to an executor, and what comes back.
+
+Nothing here refers to live objects, so that a step can cross a process boundary unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aioengine.request import SamplingParams, TokenLogprob
+
+
+class SequenceWork(NamedTuple):
+    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``."""
+
+    request_id: str
+    slot: int
+    """The adapter's slot, or -1 for the base model."""
+    tokens: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    """KV block ids that cover positions ``0..start+len(tokens)-1``."""
+    sample: bool
+    """Whether the last of ``tokens`` is the sequence's last known one, so that a token is to be sampled."""
+    params: SamplingParams
+    seed: int
+    """The request's seed (drawn by the engine if the caller gave none)."""
+    history: Sequence[int]
+    """Prompt followed by output so far (for penalties)."""
+    prompt_len: int
+
+
+class StepBatch(NamedTuple):
+    """One model step. ``sequences`` are sorted by slot, base rows (-1) first."""
+
+    step: int
+    sequences: Sequence[SequenceWork]
+    slot_ranks: Sequence[int]
+    """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
+
+
+class Sampled(NamedTuple):
+    """The token sampled for one sequence; ``error`` is set instead if its logits were not finite."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+class StepResult(NamedTuple):
+    sampled: Sequence[Sampled | None]
+    """Aligned with ``StepBatch.sequences``; None where ``sample`` was False."""
+    seconds: float
+    """Wall time of the step."""

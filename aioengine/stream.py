@@ -1,0 +1,93 @@
+"""A request's output on its way from the step loop to the caller that reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aioengine.core.state import Request
+from aioengine.request import FinishReason, RequestOutput, TokenLogprob
+from aioengine.step import Sampled
+
+if TYPE_CHECKING:
+    from aioengine.model.detokenizer import TextStream
+
+
+class OutputStream:
+    """Gathers tokens and text; what has gathered when the reader comes is one :class:`RequestOutput`.
+
+    So a slow reader costs no memory beyond its own output, and never holds up a step.
+    """
+
+    def __init__(self, request: Request, text: TextStream | None) -> None:
+        self.request = request
+        self._text_stream = text
+        self._text = ""
+        self._text_seen = 0
+        self._tokens_seen = request.prompt_len
+        self._logprobs: list[TokenLogprob] | None = (
+            None if request.params.logprobs is None else []
+        )
+        self._stop: str | int | None = None
+        self._finish: FinishReason | None = None
+        self._error: Exception | None = None
+        self._last_token: float | None = None
+        self._ready = asyncio.Event()
+
+    def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
+        """Take in one token; True if the text now contains a stop string. ``is_stop``: the token ends
+        the output, and is no part of its text."""
+        self._last_token = now
+        self._ready.set()
+        if self._logprobs is not None and sampled.logprob is not None:
+            self._logprobs.append(sampled.logprob)
+        if is_stop:
+            self._stop = sampled.token
+            return False
+        if self._text_stream is None:
+            return False
+        delta = self._text_stream.push([sampled.token])
+        self._text += delta.text
+        if delta.stop is not None:
+            self._stop = delta.stop
+            return True
+        return False
+
+    def end(self, reason: str, error: Exception | None) -> None:
+        """The request has ended; ``reason`` as in :class:`~aioengine.events.RequestEnded`."""
+        if reason == "error":
+            self._error = error
+        else:
+            self._finish = "stop" if reason == "stop" else "length" if reason == "length" else "abort"
+            if self._text_stream is not None and not isinstance(self._stop, str):
+                self._text += self._text_stream.finish()
+        self._ready.set()
+
+    async def next(self) -> RequestOutput:
+        """Wait for something new. Raises the error that the request ended with, if it did."""
+        await self._ready.wait()
+        self._ready.clear()
+        if self._error is not None:
+            raise self._error
+        request = self.request
+        output = request.tokens[request.prompt_len :]
+        result = RequestOutput(
+            request_id=request.id,
+            adapter=None if request.adapter is None else request.adapter.label,
+            text_delta=self._text[self._text_seen :],
+            token_ids_delta=request.tokens[self._tokens_seen :],
+            text=self._text,
+            token_ids=output,
+            finished=self._finish is not None,
+            finish_reason=self._finish,
+            stop_reason=self._stop,
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+            prompt_token_ids=request.tokens[: request.prompt_len],
+            cached_tokens=request.cached_tokens,
+            arrival=request.arrival,
+            first_token=request.first_token,
+            last_token=self._last_token,
+        )
+        self._text_seen = len(self._text)
+        self._tokens_seen = len(request.tokens)
+        return result

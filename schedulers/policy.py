@@ -1,0 +1,232 @@
+"""The scheduler policy interface: what a policy sees, and what it answers.
+
+A policy is asked once before every model step. It looks at a :class:`SchedulerView` and returns a
+:class:`Decision`: whom to admit, which adapters to place in slots, what to prefetch into the CPU cache
+and whom to preempt. The engine's core checks every item, refuses what would break an invariant, clamps
+to the budgets, and carries the rest out; a policy can be wrong but cannot do harm.
+
+This module, like all of ``aioengine.schedulers``, is pure Python: no torch, no engine, no clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+API_VERSION = 1
+
+
+class SlotState(StrEnum):
+    """FREE: empty. LOADING: being written. READY: usable. DRAINING: usable by those who run in it now,
+    closed to new ones, and free when they have ended."""
+
+    FREE = "FREE"
+    LOADING = "LOADING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+
+
+class Location(StrEnum):
+    """The fastest place that holds an adapter now. LOADING: on its way from disk to the CPU."""
+
+    DISK = "DISK"
+    LOADING = "LOADING"
+    CPU = "CPU"
+    SLOT = "SLOT"
+
+
+class RequestView(Protocol):
+    """A request, read-only and live."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def adapter(self) -> str | None:
+        """The adapter's name; None for the base model. A version that has been replaced, and only
+        finishes what it had accepted, is called "name@version"."""
+
+    @property
+    def arrival(self) -> float:
+        """Seconds on the view's clock."""
+
+    @property
+    def priority(self) -> int:
+        """Higher is more urgent."""
+
+    @property
+    def deadline(self) -> float | None:
+        """Seconds on the view's clock."""
+
+    @property
+    def tenant(self) -> str | None: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated so far."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens whose KV is in the cache; 0 while waiting."""
+
+
+class SlotView(Protocol):
+    """A device slot, read-only and live."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def state(self) -> SlotState: ...
+    @property
+    def running(self) -> int:
+        """Running requests that use the slot."""
+
+    @property
+    def last_used(self) -> float:
+        """When a batch last used it; the time it was filled if none has."""
+
+    @property
+    def pinned(self) -> bool: ...
+
+
+class AdapterView(Protocol):
+    """A registered adapter, read-only and live."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rank(self) -> int:
+        """0 until it has been read once."""
+
+    @property
+    def bytes(self) -> int:
+        """Size in the CPU cache; 0 until it has been read once."""
+
+    @property
+    def location(self) -> Location: ...
+    @property
+    def slot(self) -> int | None: ...
+    @property
+    def pinned(self) -> bool: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def oldest_arrival(self) -> float | None:
+        """Arrival of its oldest waiting request."""
+
+    @property
+    def last_used(self) -> float: ...
+    @property
+    def disk_seconds(self) -> float | None:
+        """How long its last read from disk to the CPU took."""
+
+    @property
+    def slot_seconds(self) -> float | None:
+        """How long its last copy into a slot took."""
+
+
+class SchedulerView(Protocol):
+    """What a policy may know. All of it is live and indexed: nothing is copied for the call."""
+
+    @property
+    def now(self) -> float: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def slots(self) -> Sequence[SlotView]: ...
+    @property
+    def adapters(self) -> Mapping[str, AdapterView]: ...
+    @property
+    def waiting(self) -> WaitingView:
+        """All waiting requests in arrival order."""
+
+    def waiting_for(self, adapter: str | None) -> WaitingView:
+        """The waiting requests of one adapter (None: of the base model) in arrival order."""
+
+    @property
+    def waiting_adapters(self) -> Sequence[str | None]:
+        """Adapters with waiting requests (None: the base model)."""
+
+    @property
+    def running(self) -> Sequence[RequestView]: ...
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that can be allocated now."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block."""
+
+    @property
+    def free_seqs(self) -> int:
+        """Requests that may still be admitted under ``max_num_seqs``."""
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens left in this step's budget after every running request has its decode token."""
+
+    @property
+    def cpu_room(self) -> int:
+        """Free places in the CPU adapter cache (the core can make more by evicting)."""
+
+
+class WaitingView(Protocol):
+    """Waiting requests in arrival order."""
+
+    def __iter__(self) -> Iterator[RequestView]: ...
+    def __len__(self) -> int: ...
+
+
+class Place(NamedTuple):
+    """Put an adapter into a slot: into this one, or (None) a free one, else the least recently used
+    idle one. If the adapter is not in the CPU cache yet, its load is started and no slot is taken."""
+
+    adapter: str
+    slot: int | None = None
+
+
+class Decision(NamedTuple):
+    """A policy's answer. Every field may be empty; the core keeps to the given order."""
+
+    admit: Sequence[str] = ()
+    """Request ids to start, in order; the rest of the batch (what already runs) goes on by itself."""
+    place: Sequence[Place] = ()
+    prefetch: Sequence[str] = ()
+    """Adapters to bring from disk to the CPU cache."""
+    preempt: Sequence[str] = ()
+    """Request ids to take off the batch; they lose their KV and wait again."""
+
+
+class PolicyEvent(NamedTuple):
+    """Something that happened: "request_added", "request_finished", "adapter_loaded" (CPU),
+    "adapter_placed" (slot) or "adapter_evicted" (from its slot)."""
+
+    kind: str
+    now: float
+    request_id: str | None = None
+    adapter: str | None = None
+    tokens: int = 0
+    """For "request_finished": tokens generated."""
+    tenant: str | None = None
+
+
+class SchedulerPolicy(ABC):
+    """Base of all policies. ``schedule`` must be fast, synchronous, and must not change the view."""
+
+    starvation_bound: str = "none"
+    """In words: how long a request can wait while the engine makes progress."""
+
+    @abstractmethod
+    def schedule(self, view: SchedulerView) -> Decision:
+        """Decide the next step."""
+
+    def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
+        """Called for every event, in order."""

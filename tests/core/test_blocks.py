@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine.core.blocks import BlockManager
+
+
+def test_allocate_and_release_are_a_pair() -> None:
+    blocks = BlockManager(4, 2)
+    held = blocks.allocate(3)
+    assert len(set(held)) == 3
+    assert blocks.num_free == 1
+    assert not blocks.can_allocate(2)
+    blocks.release(held)
+    assert blocks.num_free == 4
+    with pytest.raises(AssertionError, match="released twice"):
+        blocks.release(held)
+
+
+def test_a_committed_prefix_is_found_and_shared() -> None:
+    blocks = BlockManager(8, 2)
+    tokens = [1, 2, 3, 4, 5]
+    hashes = blocks.hash_blocks(b"a", tokens, [])
+    assert len(hashes) == 2, "only full blocks have an identity"
+    held = blocks.allocate(3)
+    for block, digest in zip(held, hashes, strict=False):
+        blocks.commit(block, digest)
+    assert blocks.match(hashes, 5) == held[:2]
+    assert blocks.match(hashes, 3) == held[:1], "never more tokens than asked for"
+    again = blocks.allocate(1, held[:2])
+    assert again[:2] == held[:2]
+    blocks.release(held)
+    assert blocks.match(hashes, 5) == held[:2], "still referenced by the second holder"
+    blocks.release(again)
+    assert blocks.match(hashes, 5) == held[:2], "free blocks keep their contents"
+    blocks.allocate(8)
+    assert blocks.match(hashes, 5) == [], "reused blocks are forgotten"
+
+
+def test_identity_depends_on_salt_and_on_everything_before() -> None:
+    blocks = BlockManager(1, 2)
+    base = blocks.hash_blocks(b"", [1, 2, 3, 4], [])
+    assert blocks.hash_blocks(b"adapter", [1, 2, 3, 4], [])[0] != base[0]
+    assert blocks.hash_blocks(b"", [9, 2, 3, 4], [])[1] != base[1]
+    assert blocks.hash_blocks(b"", [1, 2, 3, 4, 5, 6], base)[:2] == base
+
+
+def test_prefix_caching_can_be_turned_off() -> None:
+    blocks = BlockManager(2, 2, prefix_caching=False)
+    hashes = blocks.hash_blocks(b"", [1, 2], [])
+    blocks.commit(blocks.allocate(1)[0], hashes[0])
+    assert blocks.match(hashes, 2) == []
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_random_use_keeps_the_counts_right(seed: int) -> None:
+    rng = random.Random(seed)
+    blocks = BlockManager(rng.randint(1, 12), 2)
+    held: list[list[int]] = []
+    for _ in range(60):
+        if held and rng.random() < 0.45:
+            blocks.release(held.pop(rng.randrange(len(held))))
+            blocks.check(held)
+            continue
+        tokens = [rng.randint(0, 1) for _ in range(rng.randint(1, 10))]
+        hashes = blocks.hash_blocks(b"", tokens, [])
+        shared = blocks.match(hashes, len(tokens) - 1)
+        new = blocks.blocks_for(len(tokens)) - len(shared)
+        if blocks.can_allocate(new, shared):
+            mine = blocks.allocate(new, shared)
+            assert len(set(mine)) == len(mine)
+            for block, digest in zip(mine, hashes, strict=False):
+                blocks.commit(block, digest)
+            held.append(mine)
+        blocks.check(held)

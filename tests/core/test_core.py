@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import pytest
+from core_sim import LIMITS, CoreSim, next_token
+
+from aioengine import events
+from aioengine.core.state import Status
+from aioengine.errors import DeadlineExceeded, EngineOverloaded
+from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView
+
+
+def expected_output(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Scripted(SchedulerPolicy):
+    """Returns the next of the given decisions, then nothing."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = list(answers)
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        return self.answers.pop(0) if self.answers else Decision()  # type: ignore[return-value]
+
+
+def refusals(sim: CoreSim) -> list[str]:
+    return [event.reason for event in sim.of(events.PolicyRefused)]  # type: ignore[attr-defined]
+
+
+def test_base_requests_need_no_slot() -> None:
+    sim = CoreSim()
+    requests = [sim.add() for _ in range(3)]
+    batch = sim.schedule()
+    assert batch is not None
+    assert [work.slot for work in batch.sequences] == [-1, -1, -1]
+    sim.finish_step()
+    sim.run()
+    assert sim.ended == {r.id: "length" for r in requests}
+    assert sim.core.blocks.num_free == LIMITS.num_blocks
+
+
+def test_an_adapter_is_read_copied_and_only_then_used() -> None:
+    sim = CoreSim()
+    entry = sim.register("a")
+    sim.add("a")
+    assert sim.schedule() is None
+    assert sim.loads == [entry]
+    sim.finish_load()
+    assert sim.schedule() is None
+    assert sim.copies == [(entry, 0)]
+    assert entry.location is Location.CPU
+    sim.finish_copy()
+    batch = sim.schedule()
+    assert batch is not None
+    assert [work.slot for work in batch.sequences] == [0]
+    assert batch.slot_ranks == [8, 0]
+
+
+def test_others_run_while_an_adapter_loads() -> None:
+    sim = CoreSim()
+    sim.register("a")
+    sim.add("a")
+    sim.add()
+    batch = sim.schedule()
+    assert batch is not None
+    assert [work.request_id for work in batch.sequences] == ["r2"]
+
+
+def test_rows_are_sorted_by_slot_with_the_base_first() -> None:
+    sim = CoreSim()
+    for name in ("a", "b"):
+        sim.register(name)
+        sim.add(name)
+    for _ in range(3):
+        sim.settle()
+    sim.add("b")
+    sim.add()
+    batch = sim.schedule()
+    assert batch is not None
+    slots = [work.slot for work in batch.sequences]
+    assert slots == sorted(slots)
+    assert set(slots) == {-1, 0, 1}
+
+
+def test_long_prompts_are_prefilled_in_chunks_beside_decodes() -> None:
+    sim = CoreSim()
+    first = sim.add(max_tokens=20)
+    sim.settle()
+    long = sim.add(prompt=list(range(2, 42)))
+    chunks = []
+    while long.computed < long.prompt_len:
+        batch = sim.settle()
+        assert batch is not None
+        work = {w.request_id: w for w in batch.sequences}
+        assert len(work[first.id].tokens) == 1, "a decode is never delayed by a prefill"
+        assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
+        chunks.append(len(work[long.id].tokens))
+        assert work[long.id].sample == (sum(chunks) == 40)
+    assert chunks == [15, 15, 10]
+
+
+def test_preemption_recomputes_and_changes_nothing() -> None:
+    sim = CoreSim(LIMITS._replace(num_blocks=16, max_model_len=64, prefix_caching=False))
+    requests = [sim.add(max_tokens=30) for _ in range(4)]
+    prompts = [r.tokens[:] for r in requests]
+    sim.run()
+    assert sim.core.preemptions > 0
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request.tokens[3:] == expected_output(prompt, 30)
+    assert sim.core.blocks.num_free == 16
+
+
+def test_prefix_cache_hits_only_the_same_adapter_content() -> None:
+    sim = CoreSim()
+    prompt = list(range(50, 62))
+    sim.register("a")
+    sim.register("b")
+    for name in ("a", "b", None, "a"):
+        sim.add(name, prompt=prompt, max_tokens=2)
+        sim.run()
+    cached = [e.cached_tokens for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+    assert cached == [0, 0, 0, 8], "12 tokens are 3 blocks, the last of which must be computed again"
+
+
+def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:
+    sim = CoreSim()
+    old = sim.register("a")
+    first = sim.add("a", max_tokens=6)
+    for _ in range(3):
+        sim.settle()
+    new = sim.register("a")
+    second = sim.add("a")
+    assert (first.adapter, second.adapter) == (old, new)
+    assert (old.name, new.name) == ("a@1", "a")
+    sim.run()
+    sim.settle()
+    assert old.uid not in sim.core.residency.entries
+    unloaded = sim.of(events.AdapterUnloaded)
+    assert [(e.adapter, e.version) for e in unloaded] == [("a", 1)]  # type: ignore[attr-defined]
+    assert list(sim.on_cpu) == [new.uid]
+
+
+def test_a_failed_load_fails_only_those_who_wait_for_it() -> None:
+    sim = CoreSim()
+    sim.register("bad")
+    sim.register("good")
+    bad = [sim.add("bad"), sim.add("bad")]
+    good = [sim.add("good"), sim.add()]
+    sim.schedule()
+    sim.finish_step()
+    sim.finish_load(0, fail=True)
+    sim.run()
+    assert {sim.ended[r.id] for r in bad} == {"error"}
+    assert {sim.ended[r.id] for r in good} == {"length"}
+
+
+def test_a_failed_copy_leaves_the_slot_free() -> None:
+    sim = CoreSim()
+    entry = sim.register("a")
+    sim.add("a")
+    sim.schedule()
+    sim.finish_load()
+    sim.schedule()
+    sim.finish_copy(fail=True)
+    assert sim.core.slots.slots[0].entry is None
+    assert entry.location is Location.CPU
+    assert sim.ended == {"r1": "error"}
+    sim.core.check()
+
+
+def test_ending_a_request_in_flight_keeps_its_blocks_until_the_step_is_back() -> None:
+    sim = CoreSim()
+    request = sim.add()
+    sim.schedule()
+    free = sim.core.blocks.num_free
+    sim.core.end(request, "abort", sim.now)
+    assert request.status is Status.ENDED
+    assert sim.core.blocks.num_free == free
+    sim.core.check()
+    sim.finish_step()
+    assert sim.core.blocks.num_free == LIMITS.num_blocks
+    assert sim.ended == {"r1": "abort"}
+
+
+def test_deadlines_end_waiting_and_running_requests() -> None:
+    sim = CoreSim()
+    sim.register("a")
+    waiting = sim.add("a", deadline=1.0)
+    running = sim.add(max_tokens=40, deadline=1.5)
+    assert sim.core.next_deadline() == 1.0
+    sim.schedule()
+    sim.now = 1.2
+    sim.finish_step()
+    sim.schedule()
+    assert sim.ended == {waiting.id: "error"}
+    sim.finish_step()
+    sim.now = 2.0
+    sim.schedule()
+    assert sim.ended == {waiting.id: "error", running.id: "error"}
+    errors = [e.error for e in sim.of(events.RequestEnded)]  # type: ignore[attr-defined]
+    assert all(isinstance(error, DeadlineExceeded) for error in errors)
+    assert sim.core.next_deadline() is None
+
+
+def test_the_bound_on_waiting_requests() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting=2))
+    sim.register("a")
+    sim.add("a")
+    sim.add("a")
+    with pytest.raises(EngineOverloaded, match="max_waiting=2"):
+        sim.add()
+    sim.core.check()
+
+
+def test_stop_tokens_end_of_sequence_and_length() -> None:
+    sim = CoreSim(LIMITS._replace(eos_token_ids=(next_token([5, 6]),)))
+    sim.add(prompt=[5, 6], max_tokens=9)
+    sim.add(prompt=[5, 7], max_tokens=2)
+    sim.run()
+    assert sim.ended == {"r1": "stop", "r2": "length"}
+
+
+def test_the_output_is_bounded_by_the_model_length() -> None:
+    sim = CoreSim(LIMITS._replace(max_model_len=10))
+    request = sim.add(max_tokens=500)
+    sim.run()
+    assert len(request.tokens) == 10
+    assert sim.ended == {"r1": "length"}
+
+
+def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
+    sim = CoreSim()
+    pinned = sim.register("p")
+    sim.core.residency.want(pinned, sim.now)
+    pinned.pinned = True
+    for _ in range(3):
+        sim.settle()
+    assert pinned.location is Location.SLOT
+    for name in "abcd":
+        sim.register(name)
+        sim.add(name)
+    sim.run()
+    assert pinned.location is Location.SLOT
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "admit everything",
+        Decision(admit="r1"),
+        Decision(admit=[1]),  # type: ignore[list-item]
+        Decision(place=[Place("a", "0")]),  # type: ignore[arg-type]
+        Decision(prefetch=None),  # type: ignore[arg-type]
+    ],
+)
+def test_a_malformed_decision_falls_back_to_the_safe_policy(answer: object) -> None:
+    sim = CoreSim(policy=Scripted(answer))
+    sim.add()
+    assert sim.schedule() is not None
+    assert len(sim.of(events.PolicyFailed)) == 1
+
+
+def test_a_policy_that_raises_is_survived() -> None:
+    class Raises(SchedulerPolicy):
+        def schedule(self, view: SchedulerView) -> Decision:
+            raise RuntimeError("bug")
+
+        def on_event(self, event: object) -> None:
+            raise RuntimeError("another")
+
+    sim = CoreSim(policy=Raises())
+    sim.add()
+    sim.run()
+    assert sim.ended == {"r1": "length"}
+    errors = {e.error for e in sim.of(events.PolicyFailed)}  # type: ignore[attr-defined]
+    assert errors == {"Raises: RuntimeError: bug", "Raises.on_event: RuntimeError: another"}
+
+
+def test_each_bad_item_is_refused_alone() -> None:
+    decision = Decision(
+        admit=["ghost", "r1", "r1", "r2"],
+        place=[Place("ghost"), Place("a", 7)],
+        prefetch=["ghost"],
+        preempt=["r1", "ghost"],
+    )
+    sim = CoreSim(policy=Scripted(Decision(prefetch=["a"]), decision))
+    sim.register("a")
+    sim.add()
+    sim.add("a")
+    assert sim.schedule() is None
+    sim.finish_load()
+    batch = sim.schedule()
+    assert batch is not None
+    assert [work.request_id for work in batch.sequences] == ["r1"], "the good item is carried out"
+    assert sorted(refusals(sim)) == [
+        "admit_adapter_not_ready",
+        "admit_not_waiting",
+        "admit_unknown_request",
+        "place_slot_unknown",
+        "place_unknown_adapter",
+        "preempt_not_running",
+        "preempt_not_running",
+        "prefetch_unknown_adapter",
+    ]
+
+
+def test_slots_that_must_not_be_taken_are_refused() -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4))
+    for name in "abc":
+        sim.register(name)
+    sim.add("a", max_tokens=30)
+    for _ in range(3):
+        sim.settle()
+    for name in "bc":
+        sim.core.residency.want(sim.core.residency.current[name], sim.now)
+    sim.settle()
+    while sim.loads:
+        sim.finish_load()
+    # Slot 0 runs a; slot 1 is being written with b.
+    sim.core._policy = Scripted(
+        Decision(place=[Place("c", 0), Place("b", 1), Place("c", 1), Place("b"), Place("c")]),
+    )
+    sim.schedule()
+    assert refusals(sim) == [
+        "place_slot_busy",
+        "place_slot_loading",
+        "place_already_placed",
+        "place_no_slot",
+    ]
+    sim.core.check()
+
+
+def test_an_admission_that_does_not_fit_is_not_overtaken() -> None:
+    sim = CoreSim(LIMITS._replace(num_blocks=16))
+    sim.add(prompt=[3] * 40, max_tokens=8)
+    sim.settle()
+    big = sim.add(prompt=[4] * 30)
+    small = sim.add(prompt=[5])
+    sim.settle()
+    assert big.status is Status.WAITING
+    assert small.status is Status.WAITING
+    sim.run()
+    admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+    assert admitted == ["r1", "r2", "r3"]

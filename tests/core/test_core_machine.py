@@ -1,0 +1,174 @@
+"""Random events and random, partly hostile, policies: the invariants hold after every one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from core_sim import LIMITS, CoreSim
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from aioengine.core.state import Status
+from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, SlotState
+from aioengine.schedulers.fcfs import FCFS
+
+NAMES = ("a", "b", "c", "d")
+
+
+class Hostile(SchedulerPolicy):
+    """Anything goes: known and unknown names, any order, duplicates, nonsense types."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.05:
+            raise RuntimeError("hostile")
+        if kind < 0.1:
+            return rng.choice([None, 3, "x", Decision(admit=3)])  # type: ignore
+        ids = [r.request_id for r in view.waiting] + [r.request_id for r in view.running] + ["ghost"]
+        names = [*view.adapters, "ghost"]
+        return Decision(
+            admit=rng.choices(ids, k=rng.randint(0, 8)),
+            place=[Place(rng.choice(names), rng.choice([None, 0, 1, 5])) for _ in range(rng.randint(0, 4))],
+            prefetch=rng.choices(names, k=rng.randint(0, 3)),
+            preempt=rng.choices(ids, k=rng.choice([0, 0, 0, 1, 2])),
+        )
+
+
+class CoreMachine(RuleBasedStateMachine):
+    @initialize(seed=st.integers(0, 2**32), hostile=st.booleans(), blocks=st.integers(16, 40))
+    def start(self, seed: int, hostile: bool, blocks: int) -> None:
+        self.hostile = hostile
+        policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
+        self.sim = CoreSim(LIMITS._replace(num_blocks=blocks), policy)
+        for name in NAMES[:2]:
+            self.sim.register(name)
+
+    @rule(
+        adapter=st.sampled_from([None, *NAMES]),
+        prompt=st.lists(st.integers(2, 4), min_size=1, max_size=30),
+        max_tokens=st.integers(1, 12),
+        deadline=st.sampled_from([None, None, 0.3, 2.0]),
+    )
+    def add(self, adapter: str | None, prompt: list[int], max_tokens: int, deadline: float | None) -> None:
+        sim = self.sim
+        if adapter is not None and adapter not in sim.core.residency.current:
+            sim.register(adapter)
+        due = None if deadline is None else sim.now + deadline
+        sim.add(adapter, prompt=prompt, max_tokens=max_tokens, deadline=due)
+
+    @precondition(lambda self: self.sim.core.requests)
+    @rule(which=st.integers(0, 100))
+    def abort(self, which: int) -> None:
+        requests = list(self.sim.core.requests.values())
+        self.sim.core.end(requests[which % len(requests)], "abort", self.sim.now)
+        self.sim.take_events()
+
+    @rule(seconds=st.sampled_from([0.01, 0.2, 1.0]))
+    def step(self, seconds: float) -> None:
+        sim = self.sim
+        if sim.batch is not None:
+            sim.finish_step()
+        else:
+            batch = sim.schedule()
+            if batch is not None:
+                self.check_batch()
+                slots = self.sim.core.slots.slots
+                self.in_flight = [slot.entry for slot in slots]
+        sim.now += seconds
+
+    @precondition(lambda self: self.sim.loads)
+    @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
+    def finish_load(self, which: int, fail: bool) -> None:
+        self.sim.finish_load(which % len(self.sim.loads), fail=fail)
+
+    @precondition(lambda self: self.sim.copies)
+    @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
+    def finish_copy(self, which: int, fail: bool) -> None:
+        self.sim.finish_copy(which % len(self.sim.copies), fail=fail)
+
+    @precondition(lambda self: self.sim.batch is None)
+    @rule(steps=st.integers(1, 6), seconds=st.sampled_from([0.01, 0.3]))
+    def settle(self, steps: int, seconds: float) -> None:
+        for _ in range(steps):
+            self.sim.settle(step_seconds=seconds)
+
+    @rule(name=st.sampled_from(NAMES))
+    def replace(self, name: str) -> None:
+        self.sim.register(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def unload(self, name: str) -> None:
+        entry = self.sim.core.residency.current.get(name)
+        if entry is not None:
+            self.sim.core.residency.retire(entry, self.sim.now)
+
+    @rule(name=st.sampled_from(NAMES), pinned=st.booleans())
+    def pin(self, name: str, pinned: bool) -> None:
+        current = self.sim.core.residency.current
+        if name in current and not any(e.pinned for e in current.values() if e.label != name):
+            current[name].pinned = pinned
+
+    @rule(name=st.sampled_from(NAMES))
+    def want(self, name: str) -> None:
+        entry = self.sim.core.residency.current.get(name)
+        if entry is not None:
+            self.sim.core.residency.want(entry, self.sim.now)
+
+    @invariant()
+    def holds(self) -> None:
+        self.sim.core.check()
+        cpu = {e.uid for e in self.sim.core.cpu.entries.values() if e.location is not Location.LOADING}
+        assert cpu <= self.sim.on_cpu
+        if self.sim.batch is not None:  # what it reads and writes is not given to anybody else
+            core = self.sim.core
+            for work in self.sim.batch.sequences:
+                assert core.blocks.referenced(work.block_table)
+                if work.slot >= 0:
+                    assert core.slots.slots[work.slot].entry is self.in_flight[work.slot]
+
+    def check_batch(self) -> None:
+        core, batch = self.sim.core, self.sim.batch
+        assert batch is not None
+        assert len({w.slot for w in batch.sequences if w.slot >= 0}) <= LIMITS.num_slots
+        assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
+        assert len(batch.sequences) <= LIMITS.max_num_seqs
+        blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]
+        assert len(blocks) == len(set(blocks)), "two sequences would write one block"
+        for work in batch.sequences:
+            request = core.requests[work.request_id]
+            assert request.status is Status.RUNNING
+            if request.adapter is None:
+                assert work.slot == -1
+            else:
+                slot = core.slots.slots[work.slot]
+                assert slot.entry is request.adapter, "the very version that it was accepted for"
+                assert slot.state in (SlotState.READY, SlotState.DRAINING)
+            assert len(work.block_table) * LIMITS.block_size >= work.start + len(work.tokens)
+
+    def teardown(self) -> None:
+        sim = self.sim
+        if sim.batch is not None:
+            sim.finish_step()
+        if self.hostile:
+            for request in list(sim.core.requests.values()):
+                sim.core.end(request, "abort", sim.now)
+            sim.take_events()
+        sim.run(steps=5000, step_seconds=0.1)
+        assert len(sim.ended) == sim.count, "every accepted request ends exactly once"
+        assert sim.core.blocks.num_free == sim.core.blocks.num_blocks
+        assert all(entry.running == 0 for entry in sim.core.residency.entries.values())
+
+
+CoreMachine.TestCase.settings = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestCoreMachine = pytest.mark.slow(CoreMachine.TestCase)

@@ -1,0 +1,220 @@
+"""The example tasks: disjoint splits, strict checkers, and the adapters that ship with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sqlite3
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load_tasks() -> Any:
+    """examples/ is not a package: load the file by its path."""
+    spec = importlib.util.spec_from_file_location("example_tasks", EXAMPLES / "tasks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tasks = load_tasks()
+TASKS = tasks.TASKS
+every_task = pytest.mark.parametrize("name", list(TASKS))
+
+
+def items_of(name: str, split: str, count: int = 400) -> list[Any]:
+    rng = random.Random(1)
+    return [TASKS[name].generate(rng, split) for _ in range(count)]
+
+
+def test_the_tasks_are_the_shipped_adapters() -> None:
+    shipped = {path.parent.name for path in EXAMPLES.glob("adapters/*/adapter_config.json")}
+    assert set(TASKS) == shipped == {"sql", "json", "sentiment", "pirate"}
+
+
+@every_task
+def test_the_same_seed_gives_the_same_items(name: str) -> None:
+    assert items_of(name, "eval", 20) == items_of(name, "eval", 20)
+    assert len(set(items_of(name, "train"))) > 100
+
+
+@every_task
+def test_no_training_prompt_is_an_evaluation_prompt(name: str) -> None:
+    train, evaluation = items_of(name, "train", 2000), items_of(name, "eval", 2000)
+    assert {item.prompt for item in train}.isdisjoint({item.prompt for item in evaluation})
+
+
+def test_the_words_of_the_splits_are_disjoint() -> None:
+    for words in (tasks.FIRST_NAMES, tasks.LAST_NAMES, tasks.CITIES, tasks.JOBS, tasks.PRODUCTS):
+        assert set(words["train"]).isdisjoint(words["eval"])
+    unseen = {*tasks.FIRST_NAMES["eval"], *tasks.LAST_NAMES["eval"], *tasks.CITIES["eval"]}
+    for name in TASKS:
+        seen = {word.strip(".,:()?") for i in items_of(name, "train", 2000) for word in i.prompt.split()}
+        assert seen.isdisjoint(unseen), name
+
+
+@every_task
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_checker_accepts_the_answer_and_nothing_like_it(name: str, split: str) -> None:
+    task = TASKS[name]
+    items = items_of(name, split)
+    for item, other in pairwise(items):
+        assert task.check(item, item.answer)
+        assert task.check(item, f" {item.answer}\n")
+        assert not task.check(item, "")
+        assert not task.check(item, item.answer[:-1])
+        assert not task.check(item, item.answer[1:])
+        assert not task.check(item, f"Answer: {item.answer}")
+        assert not task.check(item, f"{item.answer} and more")
+        if item.answer != other.answer:
+            assert not task.check(item, other.answer)
+
+
+@every_task
+def test_messages_are_the_system_prompt_and_the_question(name: str) -> None:
+    item = items_of(name, "eval", 1)[0]
+    assert TASKS[name].messages(item) == [
+        {"role": "system", "content": TASKS[name].system},
+        {"role": "user", "content": item.prompt},
+    ]
+    assert item.answer not in item.prompt
+
+
+# --- sql -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_sql_answer_runs(split: str) -> None:
+    database = sqlite3.connect(":memory:")
+    database.execute("CREATE TABLE employees (age, salary, city, department)")
+    database.execute("CREATE TABLE products (price, stock, category, supplier)")
+    database.execute("CREATE TABLE orders (total, quantity, city, status)")
+    answers = {item.answer for item in items_of("sql", split)}
+    for answer in answers:
+        database.execute(answer)
+    clauses = Counter(word for answer in answers for word in answer.split())
+    assert {"WHERE", "GROUP", "ORDER", "COUNT(*)"} <= clauses.keys()
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("select age  from employees\nwhere city = 'Rome';", True),
+        ("SELECT age FROM employees WHERE city = 'rome'", False),
+        ("SELECT age FROM employees WHERE city = 'Oslo'", False),
+        ("SELECT salary FROM employees WHERE city = 'Rome'", False),
+        ("SELECT age FROM employees", False),
+    ],
+)
+def test_sql_may_be_spelled_differently_but_not_mean_something_else(text: str, right: bool) -> None:
+    item = tasks.Item("", "SELECT age FROM employees WHERE city = 'Rome'")
+    assert TASKS["sql"].check(item, text) is right
+
+
+# --- json ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        ({}, True),
+        ({"age": 31}, False),
+        ({"age": "30"}, False),
+        ({"city": "rome"}, False),
+        ({"country": "Italy"}, False),
+    ],
+)
+def test_json_is_compared_by_value(change: dict[str, Any], right: bool) -> None:
+    fields = {"name": "Sofia Park", "age": 30, "city": "Rome", "job": "judge"}
+    item = tasks.Item("", json.dumps(fields))
+    said = dict(sorted((fields | change).items()))
+    assert TASKS["json"].check(item, json.dumps(said, indent=2)) is right
+
+
+def test_json_fields_are_in_the_sentence() -> None:
+    for item in items_of("json", "eval"):
+        for value in json.loads(item.answer).values():
+            assert str(value) in item.prompt
+
+
+# --- sentiment -----------------------------------------------------------------------------------
+
+
+def test_sentiments_are_balanced_and_not_told_by_one_word() -> None:
+    items = items_of("sentiment", "train", 1500)
+    counts = Counter(item.answer for item in items)
+    assert counts.keys() == {"positive", "negative", "neutral"}
+    assert min(counts.values()) > 400
+    labels_with_great = {item.answer for item in items if "great" in item.prompt}
+    assert labels_with_great == {"positive", "negative", "neutral"}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("positive", True), ("Positive.", True), ("negative", False), ("positive!?", False)],
+)
+def test_sentiment_is_one_word(text: str, right: bool) -> None:
+    assert TASKS["sentiment"].check(tasks.Item("", "positive"), text) is right
+
+
+# --- pirate --------------------------------------------------------------------------------------
+
+
+def test_pirate_rules() -> None:
+    assert (
+        tasks.to_pirate("Hello Anton, my friend and your boss are looking for the box of money.")
+        == "Ahoy Anton, me matey an' yer cap'n be lookin' for th' box o' doubloons. Arr!"
+    )
+    assert tasks.to_pirate("The house is near you, yes.") == "Th' ship be near ye, aye. Arr!"
+
+
+def test_a_pirate_who_forgets_one_word_is_wrong() -> None:
+    for item in items_of("pirate", "eval", 50):
+        words = item.answer.split()
+        plain = item.prompt.split()
+        for i, word in enumerate(plain):
+            if words[i] != word:
+                said = " ".join([*words[:i], word, *words[i + 1 :]])
+                assert not TASKS["pirate"].check(item, said)
+
+
+# --- the adapters --------------------------------------------------------------------------------
+
+
+@every_task
+def test_shipped_adapters_are_small_and_in_bfloat16(name: str) -> None:
+    folder = EXAMPLES / "adapters" / name
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (folder / "adapter_model.safetensors").stat().st_size <= 1.5e6
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert max(t.shape[0] for key, t in weights.items() if "lora_A" in key) <= 8
+    assert all(t.isfinite().all() and t.any() for t in weights.values())
+
+
+def test_shipped_adapters_differ_in_kind() -> None:
+    configs = {
+        name: json.loads((EXAMPLES / "adapters" / name / "adapter_config.json").read_text()) for name in TASKS
+    }
+    assert configs["json"]["use_rslora"]
+    assert configs["sentiment"]["layers_to_transform"]
+    assert len(configs["sentiment"]["target_modules"]) == 7
+    assert configs["pirate"]["rank_pattern"]
+    assert configs["pirate"]["alpha_pattern"]
+    assert isinstance(configs["pirate"]["target_modules"], str)

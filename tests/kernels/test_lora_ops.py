@@ -1,0 +1,203 @@
+"""The LoRA operations: the oracle against the definition, and every other backend against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aioengine.kernels import LoRABackend, LoRABatch, available_backends, get_backend
+
+REFERENCE = get_backend("cpu", "reference")
+OTHERS = [name for name in available_backends("cpu") if name != "reference"]
+
+
+class Case(NamedTuple):
+    """A pool in which all that must not be read is NaN, and a batch over it."""
+
+    sequences: list[tuple[int, int]]
+    """(slot, tokens), sorted."""
+    ranks: list[int]
+    x: Tensor
+    a: Tensor
+    b: list[Tensor]
+    y: Tensor
+    offsets: list[int]
+
+    @property
+    def batch(self) -> LoRABatch:
+        return LoRABatch([s for s, _ in self.sequences], [n for _, n in self.sequences], self.ranks)
+
+    @property
+    def slot_of_token(self) -> list[int]:
+        return [slot for slot, count in self.sequences for _ in range(count)]
+
+
+def make_case(
+    sequences: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    max_rank: int,
+    *,
+    n_in: int = 24,
+    widths: Sequence[int] = (32, 16, 16),
+    targeted: Sequence[int] = (0, 1, 2),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """``widths`` are the slices of the fused output, of which the adapters target ``targeted``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tokens = sum(count for _, count in sequences)
+    used = {slot for slot, _ in sequences}
+    a = randn(len(ranks), len(targeted) * max_rank, n_in)
+    b = [randn(len(ranks), widths[j], max_rank) for j in targeted]
+    for slot, rank in enumerate(ranks):
+        unread = slice(rank if slot in used else 0, None)
+        a[slot].view(len(targeted), max_rank, n_in)[:, unread] = float("nan")
+        for b_j in b:
+            b_j[slot, :, unread] = float("nan")
+    starts = [sum(widths[:j]) for j in targeted]
+    y = randn(tokens, sum(widths))
+    return Case(sorted(sequences), list(ranks), randn(tokens, n_in), a, b, y, starts)
+
+
+def apply(backend: LoRABackend, case: Case) -> tuple[Tensor, Tensor]:
+    """h, and y after both operations."""
+    y = case.y.clone()
+    batch = case.batch
+    h = backend.lora_shrink(case.x, case.a, batch, len(case.b))
+    backend.lora_expand(h, case.b, y, case.offsets, batch)
+    return h, y
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Case:
+    max_rank = draw(st.sampled_from([1, 4, 16, 64]))
+    slots = draw(st.integers(1, 6))
+    ranks = draw(st.lists(st.integers(1, max_rank), min_size=slots, max_size=slots))
+    counts = st.one_of(st.integers(0, 4), st.integers(0, 70))
+    sequences = draw(st.lists(st.tuples(st.integers(-1, slots - 1), counts), min_size=1, max_size=9))
+    widths = draw(st.sampled_from([(32, 16, 16), (40, 40), (24,)]))
+    targeted = draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
+    return make_case(
+        sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
+        seed=draw(st.integers(0, 1000)),
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_reference_is_the_definition(case: Case) -> None:
+    h, y = apply(REFERENCE, case)
+    max_rank = case.a.shape[1] // len(case.b)
+    assert h.shape == (len(case.x), len(case.b), max_rank)
+    expected_h, expected_y = torch.zeros_like(h), case.y.clone()
+    for t, slot in enumerate(case.slot_of_token):
+        for j, (b_j, offset) in enumerate(zip(case.b, case.offsets, strict=True)):
+            if slot >= 0:
+                rank = case.ranks[slot]
+                a_j = case.a[slot, j * max_rank : j * max_rank + rank]
+                expected_h[t, j, :rank] = a_j @ case.x[t]
+                delta = b_j[slot, :, :rank] @ (a_j @ case.x[t])
+                expected_y[t, offset : offset + b_j.shape[1]] += delta
+    torch.testing.assert_close(h, expected_h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@settings(max_examples=150, deadline=None)
+@given(case=cases())
+def test_backends_equal_the_reference(name: str, case: Case) -> None:
+    h, y = apply(get_backend("cpu", name), case)
+    expected_h, expected_y = apply(REFERENCE, case)
+    torch.testing.assert_close(h, expected_h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@settings(max_examples=40, deadline=None)
+@given(case=cases(dtype=torch.bfloat16))
+def test_backends_are_close_to_the_reference_in_bfloat16(name: str, case: Case) -> None:
+    _, y = apply(get_backend("cpu", name), case)
+    _, expected = apply(REFERENCE, case)
+    assert y.dtype == torch.bfloat16
+    scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(y / scale, expected / scale, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["reference", *OTHERS])
+def test_a_pool_in_lower_precision_than_the_activations(name: str) -> None:
+    case = make_case([(-1, 2), (0, 3), (2, 5)], [4, 4, 2], 8)
+    low = case._replace(a=case.a.bfloat16(), b=[b.bfloat16() for b in case.b])
+    wide = low._replace(a=low.a.float(), b=[b.float() for b in low.b])
+    torch.testing.assert_close(apply(get_backend("cpu", name), low)[1], apply(REFERENCE, wide)[1])
+
+
+@pytest.mark.parametrize("name", ["reference", *OTHERS])
+def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
+    case = make_case([(-1, 3), (1, 4), (3, 20)], [4] * 4, 8, targeted=(0, 2))
+    h, y = apply(get_backend("cpu", name), case)
+    assert torch.equal(y[:3], case.y[:3])
+    assert torch.equal(y[:, 32:48], case.y[:, 32:48])
+    assert not h[:3].any()
+    assert (y[3:, :32] != case.y[3:, :32]).all()
+    assert (y[3:, 48:] != case.y[3:, 48:]).all()
+
+
+@pytest.mark.parametrize("name", ["reference", *OTHERS])
+def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
+    """A broken sequence shares padded products with others, and must not reach them."""
+    case = make_case([(0, 1), (1, 3), (2, 30)], [4, 4, 4], 4)
+    clean = apply(get_backend("cpu", name), case)[1]
+    for token in (0, 2, 9):
+        x = case.x.clone()
+        x[token] = float("nan")
+        _, y = apply(get_backend("cpu", name), case._replace(x=x))
+        others = [t for t in range(len(x)) if t != token]
+        assert y[token].isnan().all()
+        torch.testing.assert_close(y[others], clean[others])
+
+
+def test_segments_join_sequences_of_a_slot() -> None:
+    batch = LoRABatch([-1, -1, 0, 2, 2, 2], [1, 5, 2, 1, 0, 7], [8, 0, 4])
+    assert [tuple(s) for s in batch.segments] == [(0, 6, 8, 8), (2, 8, 16, 4)]
+    assert batch.num_tokens == 16
+    assert LoRABatch([-1, -1], [3, 4], [8]).segments == ()
+
+
+@pytest.mark.parametrize(
+    ("slots", "ranks", "message"),
+    [
+        ([1, 0], [4, 4], "sorted by slot"),
+        ([0, -1], [4, 4], "sorted by slot"),
+        ([2], [4, 4], "slot 2 holds no adapter"),
+        ([1], [4, 0], "slot 1 holds no adapter"),
+        ([-2], [4, 4], "sorted by slot"),
+    ],
+)
+def test_a_batch_that_cannot_be_right_is_refused(slots: list[int], ranks: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRABatch(slots, [1] * len(slots), ranks)
+
+
+def test_the_backend_is_chosen_by_name_then_environment_then_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("AIOENGINE_KERNELS", raising=False)
+    assert get_backend("cpu").name == available_backends("cpu")[0]
+    monkeypatch.setenv("AIOENGINE_KERNELS", "reference")
+    assert get_backend("cpu").name == "reference"
+    assert get_backend("cpu", "torch").name == "torch"
+    monkeypatch.setenv("AIOENGINE_KERNELS", "fast")
+    with pytest.raises(ValueError, match=r"'fast'.*AIOENGINE_KERNELS.*torch, reference"):
+        get_backend("cpu")
+    with pytest.raises(ValueError, match=r"'none'.*available: torch, reference"):
+        get_backend("cpu", "none")

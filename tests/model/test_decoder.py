@@ -1,0 +1,214 @@
+"""The decoder against transformers in float32, token for token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build_model, reference_generate, reference_logits
+
+from aioengine.executors.base import Sampled, SequenceWork
+from aioengine.model.hf_config import read_spec
+
+MakeDriver = Callable[..., Any]
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1, "head_dim": 8}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama-yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama-yarn-mscale": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            }
+        },
+    ),
+    "mistral-sliding": ("mistral", {}),
+    "mistral-full": ("mistral", {"sliding_window": None}),
+    "qwen2-sliding": ("qwen2", {}),
+    "qwen2-tied-full": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+}
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 256), k=length)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("models")
+
+    def get(variant: str) -> Path:
+        family, overrides = VARIANTS[variant]
+        path = root / variant
+        return path if path.exists() else build_model(path, family, **overrides)
+
+    return get
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_output_equals_transformers(
+    variant: str, models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    model = models(variant)
+    driver = make_driver(model)
+    sequence = driver.add(prompt(1, 21))
+    driver.run(sequence, new_tokens=28)
+    expected = reference_generate(model, prompt(1, 21), 28)
+    assert sequence.output == expected
+    assert len(set(expected)) > 8, "degenerate model: the comparison would prove little"
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_chunked_prefill_gives_the_same_tokens(
+    variant: str, chunk: int, models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    model = models(variant)
+    driver = make_driver(model)
+    sequence = driver.add(prompt(2, 33))
+    driver.run(sequence, new_tokens=6, chunk=chunk)
+    assert sequence.output == reference_generate(model, prompt(2, 33), 6)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding"])
+def test_prefill_and_decode_mix_in_a_batch(
+    variant: str, models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    """Sequences of very different lengths join while others decode; chunks and rows interleave."""
+    model = models(variant)
+    driver = make_driver(model)
+    prompts = [prompt(3, 40), prompt(4, 1), prompt(5, 150), prompt(6, 9)]
+    early, short, long, late = (driver.add(p) for p in prompts)
+    driver.step((early, 40), (short, 1))
+    driver.step((long, 50), (early, 1), (short, 1))
+    driver.step((early, 1), (long, 60), (short, 1), (late, 9))
+    driver.run(early, short, long, late, new_tokens=24, chunk=13)
+    for sequence, p in zip((early, short, long, late), prompts, strict=True):
+        assert sequence.output == reference_generate(model, p, 24)
+
+
+def test_blocks_shared_with_another_sequence_serve_as_its_prefix(
+    models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    model = models("llama")
+    driver = make_driver(model)
+    first = driver.add(prompt(7, 20))
+    driver.run(first, new_tokens=2)
+    second = driver.add(prompt(7, 16) + prompt(8, 7))
+    second.blocks, second.computed = first.blocks[:4], 16
+    driver.run(second, new_tokens=8)
+    assert second.output == reference_generate(model, prompt(7, 16) + prompt(8, 7), 8)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-sliding"])
+def test_what_other_cells_of_the_cache_hold_does_not_matter(
+    variant: str, models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    """NaN anywhere but in a sequence's own cells must not reach it, not even through a mask."""
+    model = models(variant)
+    driver = make_driver(model)
+    cache = driver.runner.kv_cache
+    for tensor in (*cache.k, *cache.v):
+        tensor.fill_(float("nan"))
+    sequences = [driver.add(prompt(s, n)) for s, n in ((9, 30), (10, 2))]
+    driver.run(*sequences, new_tokens=8, chunk=7)
+    assert sequences[0].output == reference_generate(model, prompt(9, 30), 8)
+    assert sequences[1].output == reference_generate(model, prompt(10, 2), 8)
+
+
+def test_only_rows_that_sample_are_projected(models: Callable[[str], Path], make_driver: MakeDriver) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def sample(logits: torch.Tensor, rows: list[SequenceWork]) -> list[Sampled]:
+        seen.append(tuple(logits.shape))
+        return [Sampled(int(t)) for t in logits.argmax(-1)]
+
+    driver = make_driver(models("llama"), sample=sample)
+    a, b = driver.add(prompt(1, 10)), driver.add(prompt(2, 10))
+    driver.step((a, 4), (b, 4))
+    assert seen == []
+    driver.step((a, 6), (b, 2))
+    assert seen == [(1, 256)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.04), (torch.float16, 0.006)])
+def test_half_precision_logits_are_close(
+    dtype: torch.dtype,
+    tolerance: float,
+    models: Callable[[str], Path],
+    make_driver: MakeDriver,
+) -> None:
+    captured: list[torch.Tensor] = []
+
+    def sample(logits: torch.Tensor, rows: list[SequenceWork]) -> list[Sampled]:
+        captured.append(logits)
+        return [Sampled(0) for _ in rows]
+
+    for variant in ("llama", "qwen3"):
+        model = models(variant)
+        driver = make_driver(model, dtype=dtype, sample=sample)
+        driver.run(driver.add(prompt(3, 30)), new_tokens=1)
+        logits = captured.pop()[0]
+        assert logits.dtype == dtype
+        expected = reference_logits(model, prompt(3, 30))[-1]
+        error = (logits.float() - expected).norm() / expected.norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_allocated_bytes_are_what_the_spec_says(
+    variant: str, models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    model = models(variant)
+    spec = read_spec(model)
+    runner = make_driver(model, dtype=torch.bfloat16, num_blocks=6, block_size=8).runner
+    assert runner.weight_bytes == spec.num_parameters() * 2
+    assert runner.kv_cache.nbytes == spec.kv_bytes_per_token(2) * 6 * 8
+
+
+def test_an_empty_batch_is_a_step_without_results(
+    models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    driver = make_driver(models("llama"))
+    driver.step()

@@ -1,0 +1,150 @@
+"""Reading checkpoints: layouts, dtypes, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model
+
+from aioengine.errors import ConfigError
+from aioengine.kernels import get_backend
+from aioengine.model.decoder import Decoder
+from aioengine.model.hf_config import read_spec
+from aioengine.model.weights import iter_checkpoint, load_weights
+
+CPU = torch.device("cpu")
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+def load(model: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    decoder = Decoder(read_spec(model), dtype, CPU, get_backend("cpu"))
+    load_weights(decoder, model)
+    return decoder.parameters()
+
+
+def edit(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return build_model(tmp_path / "model", "llama", num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_parameter_is_loaded_as_stored(tmp_path: Path, family: str) -> None:
+    model = build_model(tmp_path, family)
+    stored = load_file(model / "model.safetensors")
+    loaded = load(model)
+    assert loaded.keys() == stored.keys()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+def test_a_sharded_checkpoint_equals_a_single_one(tmp_path: Path) -> None:
+    single = load(build_model(tmp_path / "single", "qwen2"))
+    model = build_model(tmp_path / "sharded", "qwen2", max_shard_size="100KB")
+    assert len(list(model.glob("model-*.safetensors"))) > 2
+    for name, tensor in load(model).items():
+        assert torch.equal(tensor, single[name]), name
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_converted_to_the_compute_dtype(
+    tmp_path: Path, stored: torch.dtype, computed: torch.dtype
+) -> None:
+    model = build_model(tmp_path, "llama", dtype=stored, num_hidden_layers=1)
+    file = load_file(model / "model.safetensors")
+    assert file[Q0].dtype == stored
+    for name, tensor in load(model, computed).items():
+        assert torch.equal(tensor, file[name].to(computed)), name
+
+
+def test_the_fused_linears_share_the_parameters_memory(model: Path) -> None:
+    decoder = Decoder(read_spec(model), torch.float32, CPU, get_backend("cpu"))
+    load_weights(decoder, model)
+    stored = load_file(model / "model.safetensors")
+    qkv = torch.cat([stored[Q0.replace("q_proj", f"{m}_proj")] for m in "qkv"])
+    assert torch.equal(decoder.layers[0].qkv.weight, qkv)
+
+
+def test_rotary_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path: Path) -> None:
+    model = build_model(tmp_path, "llama", tie_word_embeddings=True)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    edit(model, change)
+    assert "lm_head.weight" not in load(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q0), "1 of 21 parameters are missing: .*layers.0.self_attn.q_proj"),
+        (lambda t: t.update({Q0: torch.ones(3, 4)}), r"q_proj.*\(64, 64\).*found \(3, 4\)"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), "unexpected parameter model.extra"),
+        (lambda t: t.update({Q0: torch.ones(64, 64).int()}), "q_proj.*floating.*int32"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    model: Path, change: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    edit(model, change)
+    with pytest.raises(ConfigError, match=message):
+        load(model)
+
+
+def test_a_missing_or_broken_file_is_refused_by_name(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not a readable"):
+        load(model)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"model\.safetensors: no such file"):
+        load(model)
+
+
+def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:
+    model = build_model(tmp_path, "llama", max_shard_size="100KB")
+    index_path = model / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+
+    shard = next(iter(index["weight_map"].values()))
+    wrong = {**index["weight_map"], "model.ghost": shard}
+    index_path.write_text(json.dumps({"weight_map": wrong}))
+    with pytest.raises(ConfigError, match=r"model\.ghost is missing"):
+        load(model)
+
+    index_path.write_text(json.dumps(index))
+    (model / shard).unlink()
+    with pytest.raises(ConfigError, match=f"{shard}: no such file"):
+        load(model)
+
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+        index_path.write_text(text)
+        with pytest.raises(ConfigError, match="not a safetensors index"):
+            load(model)
+
+
+def test_the_same_parameter_in_two_shards_is_refused(tmp_path: Path) -> None:
+    model = build_model(tmp_path, "llama", max_shard_size="100KB")
+    spec = read_spec(model)
+    first, second = sorted(model.glob("model-*.safetensors"))[:2]
+    tensors = load_file(second)
+    tensors.update(dict([next(iter(load_file(first).items()))]))
+    save_file(tensors, second)
+    names = [name for name, _ in iter_checkpoint(model, spec)]
+    assert len(names) == len(set(names)) + 1
+    with pytest.raises(ConfigError, match="stored twice"):
+        load(model)

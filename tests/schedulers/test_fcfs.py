@@ -1,0 +1,111 @@
+"""The default policy's promises, in virtual time."""
+
+from __future__ import annotations
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core.state import Request
+from aioengine.schedulers.fcfs import FCFS
+
+
+def admitted_at(sim: CoreSim) -> dict[str, float]:
+    return {e.request_id: e.time for e in sim.of(events.RequestAdmitted)}  # type: ignore[attr-defined]
+
+
+def test_order_of_arrival_among_what_can_run() -> None:
+    sim = CoreSim(LIMITS._replace(max_num_seqs=2))
+    sim.register("a")
+    for adapter in (None, "a", None, "a", None):
+        sim.add(adapter)
+        sim.now += 0.01
+    sim.run()
+    order = list(admitted_at(sim))
+    assert order[:2] == ["r1", "r3"], "what waits for its adapter is skipped, not waited for"
+    assert order.index("r2") < order.index("r4")
+
+
+@pytest.mark.parametrize("cpu_capacity", [1, 2])
+def test_a_cold_adapter_gets_its_turn_although_a_busy_one_never_pauses(cpu_capacity: int) -> None:
+    max_wait, step, tokens = 1.0, 0.05, 8
+    sim = CoreSim(LIMITS._replace(num_slots=1, cpu_capacity=cpu_capacity), FCFS(max_wait=max_wait))
+    sim.register("busy")
+    sim.register("cold")
+    sim.add("busy", max_tokens=tokens)
+    for _ in range(3):
+        sim.settle(step_seconds=step)
+    arrival = sim.now
+    cold = sim.add("cold", max_tokens=tokens)
+    for _ in range(200):
+        sim.add("busy", max_tokens=tokens)
+        sim.settle(step_seconds=step)
+        if cold.admitted is not None:
+            break
+    assert cold.admitted is not None, "starved"
+    # The bound: max_wait, one longest generation, and the steps that reading and copying take.
+    assert cold.admitted - arrival <= max_wait + (tokens + 4) * step
+    assert cold.admitted - arrival >= max_wait, "not before it had aged: a busy slot is not taken early"
+
+
+def test_all_cold_adapters_get_their_turn_in_order_of_arrival() -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=2), FCFS(max_wait=0.5))
+    names = [f"n{i}" for i in range(8)]
+    firsts: list[Request] = []
+    for name in names:
+        sim.register(name)
+        firsts.append(sim.add(name))
+        sim.now += 0.001
+    for _ in range(400):
+        sim.add("n0")
+        sim.add("n1")
+        sim.settle(step_seconds=0.05)
+        if all(r.admitted is not None for r in firsts):
+            break
+    times = [r.admitted for r in firsts]
+    assert None not in times
+    assert times == sorted(times)  # type: ignore[type-var]
+
+
+def test_base_requests_are_not_delayed_by_adapters() -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=1))
+    for name in "abc":
+        sim.register(name)
+        sim.add(name, max_tokens=20)
+    sim.settle()
+    base = sim.add()
+    sim.settle()
+    assert base.admitted is not None
+
+
+def test_an_idle_slot_that_nobody_waits_for_is_reused_least_recently_used_first() -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4))
+    for name in "abc":
+        sim.register(name)
+    for name in "ab":
+        sim.add(name)
+        sim.run()
+    sim.add("a")
+    sim.run()
+    sim.add("c")
+    sim.run()
+    evicted = [e.adapter for e in sim.of(events.AdapterEvicted)]  # type: ignore[attr-defined]
+    assert evicted == ["b"]
+
+
+def test_slots_in_use_are_not_swapped_back_and_forth() -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4), FCFS(max_wait=100.0))
+    for name in "abcd":
+        sim.register(name)
+    for _ in range(5):
+        for name in "abcd":
+            sim.add(name)
+    sim.run()
+    loads = len(sim.of(events.AdapterPlaced))
+    assert loads == 4, "each adapter's waiting requests are served while it is in"
+
+
+def test_max_wait_must_make_sense() -> None:
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="max_wait"):
+            FCFS(max_wait=bad)

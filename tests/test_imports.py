@@ -1,0 +1,196 @@
+"""The import direction: arrows point down only, and importing the package is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "aioengine": ROOT / "aioengine",
+    "aioengine.kernels": ROOT / "kernels",
+    "aioengine.metrics": ROOT / "metrics",
+    "aioengine.schedulers": ROOT / "schedulers",
+}
+
+NEUTRAL = {
+    "aioengine.config",
+    "aioengine.errors",
+    "aioengine.events",
+    "aioengine.info",
+    "aioengine.model.spec",
+    "aioengine.request",
+    "aioengine.step",
+}
+"""Plain data that every room but ``schedulers`` and ``kernels`` may import."""
+
+ROOMS: dict[str, set[str]] = {
+    "schedulers": set(),
+    "kernels": set(),
+    "model": {"kernels"},
+    "adapters": {"model"},
+    "executors": {"adapters", "model"},
+    "core": {"schedulers"},
+    "metrics": set(),
+    "engine": {"adapters", "core", "executors", "metrics", "model", "schedulers"},
+    "cli": {"engine", "model", "schedulers", "server", "lab"},
+    "server": {"engine", "metrics", "schedulers"},
+    "lab": {"core", "engine", "executors", "metrics", "schedulers"},
+}
+"""Room -> the rooms that it may import from. ``engine`` is the modules directly in aioengine/."""
+
+NO_TORCH = ("schedulers", "core", "metrics")
+FORBIDDEN: dict[str, set[str]] = {
+    "core": {"torch", "asyncio", "time", "threading"},
+    "schedulers": {"torch", "asyncio", "time", "msgspec"},
+}
+ONLY: dict[str, set[str]] = {
+    "kernels": {"torch", "triton", *sys.stdlib_module_names},
+    "schedulers": set(sys.stdlib_module_names),
+    "core": set(sys.stdlib_module_names),
+}
+"""Room -> the only foreign top-level packages that it may import."""
+
+
+class Import(NamedTuple):
+    module: str
+    runs: bool
+    """False under ``if TYPE_CHECKING``: a name for the type checker only."""
+
+
+def modules() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    if module == "aioengine.__main__":
+        return "cli"
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "engine"
+
+
+def imports(module: str) -> Iterator[Import]:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    hidden = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for part in test.body
+        for node in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        runs = id(node) not in hidden
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, runs) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import in line {node.lineno}"
+            base = node.module or ""
+            for alias in node.names:  # ``from a import b`` may name a module or something in it
+                deeper = f"{base}.{alias.name}"
+                yield Import(deeper if deeper in MODULES else base, runs)
+
+
+def test_every_room_is_known() -> None:
+    packages = {path.parent.name for path in (ROOT / "aioengine").glob("*/__init__.py")}
+    packages |= {name.split(".")[1] for name in FOLDERS if "." in name}
+    assert packages <= set(ROOMS), "a new package needs its place in ROOMS"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_direction(module: str) -> None:
+    here = room(module)
+    for imported in imports(module):
+        name = imported.module
+        if name.split(".")[0] != "aioengine":
+            continue
+        assert name in MODULES, f"{module} imports {name}, which does not exist"
+        there = room(name)
+        if there == here or (name in NEUTRAL and here not in ("schedulers", "kernels")):
+            continue
+        # What only the type checker sees may point anywhere below the engine.
+        if not imported.runs and there not in ("cli", "server", "lab", "engine"):
+            continue
+        assert there in ROOMS[here], f"{module} ({here}) must not import {name} ({there})"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_foreign_packages(module: str) -> None:
+    here = room(module)
+    for imported in imports(module):
+        top = imported.module.split(".")[0]
+        if top in ("aioengine", "__future__") or not imported.runs:
+            continue
+        assert top not in FORBIDDEN.get(here, ()), f"{module} must not import {top}"
+        assert here not in NO_TORCH or top != "torch", f"{module} must not import torch"
+        if here in ONLY:
+            assert top in ONLY[here], f"{module} must not import {top}"
+
+
+def test_no_circles_between_modules() -> None:
+    """Following the imports at module level never leads back to where one started."""
+    graph = {name: set(_at_module_level(name)) for name in MODULES}
+    state: dict[str, str] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if state.get(name) == "done":
+            return
+        assert state.get(name) != "open", f"circle: {' -> '.join([*trail, name])}"
+        state[name] = "open"
+        for target in sorted(graph[name]):
+            visit(target, (*trail, name))
+        state[name] = "done"
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def _at_module_level(module: str) -> Iterator[str]:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                target = deeper if deeper in MODULES else node.module
+                if target in MODULES and target != module:
+                    yield target
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name in MODULES and a.name != module)
+
+
+_LIGHT = """
+import sys, time
+start = time.perf_counter()
+import aioengine
+seconds = time.perf_counter() - start
+heavy = {"torch", "transformers", "numpy", "tokenizers", "safetensors"} & set(sys.modules)
+assert not heavy, f"import aioengine imports {sorted(heavy)}"
+print(seconds)
+"""
+
+
+def test_import_is_light() -> None:
+    """Best of three: the machine may be busy, the import must not be."""
+    assert min(_import_seconds() for _ in range(3)) < 0.3
+
+
+def _import_seconds() -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", _LIGHT], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)

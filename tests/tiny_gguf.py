@@ -1,0 +1,180 @@
+"""Tiny GGUF files for tests, written as llama.cpp's converter lays them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+_NAMES = [
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+    ("model.layers.", "blk."),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+]
+
+
+def tiny_model(family: str, **overrides: Any) -> Any:
+    """A random transformers model of two layers, hidden size 64, with random norms and biases."""
+    config_class, model_class = _CLASSES[family]
+    fields = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config_class(**fields | overrides)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+    return model
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    arch: str,
+    kind: str = "F32",
+    *,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray[Any, Any]] | None = None,
+    tokenizer: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``model`` with its matrices stored as ``kind`` (F32, F16, BF16, Q8_0, ...).
+
+    ``metadata`` adds or replaces keys (written by type), ``tensors`` adds float32 tensors, and
+    ``tokenizer`` is passed to :func:`add_tokenizer`.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    fields: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim if hasattr(config, "head_dim") else 16,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": 10000.0,
+    }
+    for key, value in ({f"{arch}.{k}": v for k, v in fields.items()} | (metadata or {})).items():
+        _add(writer, key, value)
+    add_tokenizer(writer, tokenizer or {})
+    quant = gguf.GGMLQuantizationType[kind]
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        data = parameter.numpy()
+        if arch == "llama" and "q_proj" in name:
+            data = _interleave(data, config.num_attention_heads)
+        if arch == "llama" and "k_proj" in name:
+            data = _interleave(data, config.num_key_value_heads)
+        for ours, theirs in _NAMES:
+            name = name.replace(ours, theirs)
+        matrix_kind = quant if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(data, matrix_kind), raw_dtype=matrix_kind)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    _finish(writer)
+    return path
+
+
+def write_tokenizer_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
+    """A file with tokenizer metadata and one small tensor only."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_tokenizer(writer, tokenizer)
+    writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float32))
+    _finish(writer)
+    return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, fields: dict[str, Any]) -> None:
+    """Write ``tokenizer.ggml.<key>`` for each field, and ``tokenizer.chat_template``."""
+    for key, value in fields.items():
+        name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+        _add(writer, name, value)
+
+
+def bpe_fields(tokenizer: Tokenizer, pre: str) -> dict[str, Any]:
+    """The metadata that describes a byte-level BPE tokenizer; its special tokens are control."""
+    import json
+
+    model = json.loads(tokenizer.to_str())
+    special = {token["id"] for token in model["added_tokens"]}
+    size = tokenizer.get_vocab_size()
+    return {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [tokenizer.id_to_token(i) for i in range(size)],
+        "token_type": [3 if i in special else 1 for i in range(size)],
+        "merges": [" ".join(pair) for pair in model["model"]["merges"]],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "add_bos_token": False,
+    }
+
+
+def _interleave(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows 0, d/2, 1, d/2 + 1, ... of each head: rotary pairs become neighbours."""
+    half = data.shape[0] // heads // 2
+    order = [h * 2 * half + i + p * half for h in range(heads) for i in range(half) for p in (0, 1)]
+    return data[order]
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

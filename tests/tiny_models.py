@@ -1,0 +1,142 @@
+"""Tiny random models and adapters on disk, and what transformers and peft make of them.
+
+For every test that needs a real checkpoint. Building takes a fraction of a second; callers keep the
+folder for the session. Weights come from a private generator: the same arguments give the same files.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+CONFIGS: dict[str, type[transformers.PreTrainedConfig]] = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+
+BASE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    "qwen3": {"head_dim": 32},
+}
+ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build_model(
+    out_dir: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Saves a random model of ``family`` (a key of :data:`CONFIGS`) in ``out_dir`` and returns it.
+
+    ``overrides`` are transformers configuration fields. By default: hidden 64, 3 layers, 4 heads, 2
+    KV heads, vocabulary 256, no tokenizer; mistral and qwen2 (its layers 1 and 2) have a sliding
+    window of 12, qwen3 a head_dim of 32. ``max_shard_size="50KB"`` gives a sharded checkpoint.
+    """
+    config = CONFIGS[family](**{**BASE, **FAMILY[family], **overrides})
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Wide enough that greedy outputs wander through the vocabulary with clear margins.
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+    model.to(dtype).save_pretrained(out_dir, max_shard_size=max_shard_size)
+    return out_dir
+
+
+def build_adapter(
+    model_dir: Path,
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    scale: float = 0.15,
+    dtype: torch.dtype = torch.float32,
+    **lora_config: Any,
+) -> Path:
+    """Saves a random PEFT LoRA for the model in ``out_dir`` and returns it.
+
+    ``lora_config`` goes to :class:`peft.LoraConfig`; by default r=4, lora_alpha=8, all seven linears.
+    Every A and B is non-zero (standard deviation ``scale``), enough to change greedy outputs.
+    """
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": ALL_MODULES, "task_type": "CAUSAL_LM"}
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**{**defaults, **lora_config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+                parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(str(out_dir))
+    return out_dir
+
+
+@functools.cache
+def reference_model(model_dir: Path, adapter_dir: Path | None = None) -> Any:
+    """The model in transformers, float32 and evaluation mode, with the adapter applied by peft."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    if adapter_dir is not None:
+        model = PeftModel.from_pretrained(model, adapter_dir)
+    return model.eval()
+
+
+def reference_logits(model_dir: Path, token_ids: Sequence[int], adapter_dir: Path | None = None) -> Tensor:
+    """Logits [len(token_ids), vocab] in float32."""
+    with torch.no_grad():
+        model = reference_model(model_dir, adapter_dir)
+        logits: Tensor = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    return logits
+
+
+def reference_generate(
+    model_dir: Path,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    adapter_dir: Path | None = None,
+) -> list[int]:
+    """The greedy continuation, end-of-sequence tokens ignored; recomputed in full for each token."""
+    tokens = list(prompt_ids)
+    for _ in range(max_new_tokens):
+        tokens.append(int(reference_logits(model_dir, tokens, adapter_dir)[-1].argmax()))
+    return tokens[len(prompt_ids) :]
+
+
+def read_peft(adapter_dir: Path, scaling: float) -> SimpleNamespace:
+    """A minimal stand-in for a packed adapter: A, and B times ``scaling``, by layer and module."""
+    tensors: dict[tuple[int, str], list[Tensor]] = {}
+    for key, tensor in sorted(load_file(adapter_dir / "adapter_model.safetensors").items()):
+        parts = key.split(".")
+        place = (int(parts[parts.index("layers") + 1]), parts[-3])
+        tensors.setdefault(place, []).append(tensor if "lora_A" in key else tensor * scaling)
+    packed = {place: (a, b) for place, (a, b) in tensors.items()}
+    return SimpleNamespace(rank=max(a.shape[0] for a, _ in packed.values()), tensors=packed)
