@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aioengine.config import EngineConfig
 from aioengine.core import CoreLimits
-from aioengine.errors import ConfigError
-from aioengine.memory_plan import MemoryPlan, plan_memory
+from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
 from aioengine.model.files import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
 
@@ -78,16 +77,6 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     if found is None:
         return None
     return Tokenizer.from_tokenizer(found, chat_template=gguf_tokenizer.chat_template(path))
-
-
-def resolve_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda': torch finds no CUDA device; use device='cpu' or 'auto'")
-    return device
 
 
 def core_limits(config: EngineConfig, parts: Parts) -> CoreLimits:

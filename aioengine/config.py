@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -38,7 +38,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: DType = "auto"
     """dtype of the slot pool; "auto" is the model's dtype."""
-    target_modules: tuple[str, ...] | list[str] | None = None
+    target_modules: Sequence[str] | None = None
     """Linears that the pool covers; None covers all seven. Adapters may target fewer."""
     max_concurrent_loads: int = 2
     """Adapter reads and slot copies under way at once."""

@@ -285,7 +285,7 @@ class AsyncEngine:
         )
         text = None
         if self._parts.tokenizer is not None:
-            text = self._parts.tokenizer.text_stream(params.skip_special_tokens, params.stop)
+            text = self._parts.tokenizer.text_stream(params.skip_special_tokens, tuple(params.stop))
         stream = OutputStream(request, text)
         self._stepper.streams[request_id] = stream
         self._stepper.wake()

@@ -9,6 +9,7 @@ import psutil
 
 from aioengine.config import EngineConfig, LoRAConfig, format_bytes
 from aioengine.errors import ConfigError
+from aioengine.model.files import read_spec, resolve_model
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 MAX_AUTO_MODEL_LEN = 8192
@@ -109,6 +110,29 @@ def plan_memory(
         available_bytes=available_bytes,
     )
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
+
+
+def plan_from_config(config: EngineConfig, *, available_bytes: int | None = None) -> MemoryPlan:
+    """The plan for a configuration; reads the model's description, not its weights.
+
+    Raises ConfigError if the model cannot be had, is not supported, or does not fit.
+    """
+    spec = read_spec(resolve_model(config.model))
+    device = resolve_device(config.device)
+    return plan_memory(spec, config, device=device, available_bytes=available_bytes)
+
+
+def resolve_device(device: str) -> str:
+    """"cpu" or "cuda"; torch is asked only if it matters. Raises ConfigError if there is no CUDA."""
+    if device == "cpu":
+        return device
+    import torch  # only now, so that a plan for the CPU does not need it
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "cuda":
+        raise ConfigError("device='cuda': torch finds no CUDA device; use device='cpu' or 'auto'")
+    return "cpu"
 
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:

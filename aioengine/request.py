@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -40,9 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once per occurrence in the output."""
     seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str = ()
+    stop: Sequence[str] | str = ()
     """Strings that end the generation; the output is cut before the first one found."""
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     """Report the log-probability of each output token and of this many most likely ones (0..20)."""

@@ -61,6 +61,8 @@ class OutputStream:
             self._finish = "stop" if reason == "stop" else "length" if reason == "length" else "abort"
             if self._text_stream is not None and not isinstance(self._stop, str):
                 self._text += self._text_stream.finish()
+                if self._text_stream.stopped is not None:  # seen only now that nothing follows
+                    self._stop, self._finish = self._text_stream.stopped, "stop"
         self._ready.set()
 
     async def next(self) -> RequestOutput:

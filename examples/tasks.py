@@ -3,7 +3,8 @@
 Pure Python, so that demos and tests can use it without torch. Each task draws items from word
 lists and templates with a ``random.Random``. Training and evaluation items are disjoint twice over:
 the words that carry the content (names, cities, products, ...) come from separate lists, and the
-remaining combinations are divided by a hash of the prompt.
+remaining combinations are divided by a hash of the prompt. The sentiment task keeps its sentence
+patterns apart too; the other tasks share theirs.
 """
 
 from __future__ import annotations
@@ -234,38 +235,58 @@ _BAD: dict[Split, list[str]] = {
     "train": ["terrible", "awful", "useless", "disappointing", "poor", "a mess", "broken"],
     "eval": ["horrible", "dreadful", "annoying", "a disaster"],
 }
-_REVIEWS = {
-    "positive": [
-        "The {p} was {good}.",
-        "I thought the {p} would be {bad}, but it turned out {good}.",
-        "Nothing about the {p} was {bad}; I would buy it again.",
-        "My friends called the {p} {bad}. They are wrong, it is {good}.",
-        "The {p} is far from {bad}. I use it with pleasure.",
-        "At first the {p} seemed {bad}, now I find it {good}.",
-    ],
-    "negative": [
-        "The {p} was {bad}.",
-        "I thought the {p} would be {good}, but it turned out {bad}.",
-        "Nothing about the {p} was {good}; I want my money back.",
-        "My friends called the {p} {good}. They are wrong, it is {bad}.",
-        "The {p} is far from {good}. I gave it away.",
-        "At first the {p} seemed {good}, now I find it {bad}.",
-    ],
-    "neutral": [
-        "The {p} arrived on {day}.",
-        "I ordered the {p} in {city} and have not tried it yet.",
-        "My friend asked me whether the {p} is {good} or {bad}. I do not know.",
-        "The {p} comes in three colours and two sizes.",
-        "Some say the {p} is {good}, some say it is {bad}. I have no opinion.",
-        "The {p} from {city} costs the same as last {day}.",
-    ],
+_REVIEWS: dict[Split, dict[str, list[str]]] = {
+    "train": {
+        "positive": [
+            "The {p} was {good}.",
+            "I thought the {p} would be {bad}, but it turned out {good}.",
+            "Nothing about the {p} was {bad}; I would buy it again.",
+            "My friends called the {p} {bad}. They are wrong, it is {good}.",
+            "The {p} is far from {bad}. I use it with pleasure.",
+            "At first the {p} seemed {bad}, now I find it {good}.",
+        ],
+        "negative": [
+            "The {p} was {bad}.",
+            "I thought the {p} would be {good}, but it turned out {bad}.",
+            "Nothing about the {p} was {good}; I want my money back.",
+            "My friends called the {p} {good}. They are wrong, it is {bad}.",
+            "The {p} is far from {good}. I gave it away.",
+            "At first the {p} seemed {good}, now I find it {bad}.",
+        ],
+        "neutral": [
+            "The {p} arrived on {day}.",
+            "I ordered the {p} in {city} and have not tried it yet.",
+            "My friend asked me whether the {p} is {good} or {bad}. I do not know.",
+            "The {p} comes in three colours and two sizes.",
+            "Some say the {p} is {good}, some say it is {bad}. I have no opinion.",
+            "The {p} from {city} costs the same as last {day}.",
+        ],
+    },
+    "eval": {
+        "positive": [
+            "What a {p}! It is simply {good}.",
+            "I was told that the {p} is {bad}, yet to me it is {good}.",
+            "Everyone in {city} complains about the {p}, but for me it was {good}.",
+        ],
+        "negative": [
+            "What a {p}! It is simply {bad}.",
+            "I was told that the {p} is {good}, yet to me it is {bad}.",
+            "Everyone in {city} loves the {p}, but for me it was {bad}.",
+        ],
+        "neutral": [
+            "The {p} will be delivered next {day}.",
+            "I cannot say if the {p} is {good} or {bad}; it is still in its box.",
+            "They sell the {p} in {city} and in two other towns.",
+        ],
+    },
 }
+"""The evaluation's sentences are built in ways that training does not show."""
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
 def _draw_sentiment(rng: random.Random, split: Split) -> Item:
-    label = rng.choice(sorted(_REVIEWS))
-    prompt = rng.choice(_REVIEWS[label]).format(
+    label = rng.choice(sorted(_REVIEWS[split]))
+    prompt = rng.choice(_REVIEWS[split][label]).format(
         p=rng.choice(PRODUCTS[split]),
         good=rng.choice(_GOOD[split]),
         bad=rng.choice(_BAD[split]),

@@ -23,21 +23,31 @@ class Segment(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Segments of equal rank and similar length, as one batched product of ``[G, length, ...]``."""
+    """Segments of similar rank and length, as one batched product of ``[size, length, ...]``."""
 
     rank: int
+    """The largest of the segments'."""
     slots: slice | Tensor
-    """Selects the G slots from a pool tensor's first dimension; a slice, hence a view, if possible."""
+    """Selects the group's slots from a pool's first dimension; a slice, hence a view, if possible."""
     size: int
+    """Number of slots selected; a few may have no segment, if that spares copying the others."""
     length: int
+    """Of the longest segment; the others are padded to it."""
     start: int
-    """First token, if the segments are adjacent and all of ``length`` tokens (``tokens`` is None)."""
-    padded: Tensor | None
-    """[G * length] token of each padded row; padding repeats a token of the same segment."""
+    """First token, if the slots' segments adjoin and all have ``length``; then ``tokens`` is None."""
     tokens: Tensor | None
-    """[n] the tokens of the group, each once."""
-    rows: Tensor | None
-    """[n] the padded row of each of ``tokens``."""
+    """[size * length] token of each padded row; padding repeats a token of the segment."""
+
+
+class Grouping(NamedTuple):
+    """All segments as groups, whose padded rows follow each other: R rows in all."""
+
+    groups: tuple[Group, ...]
+    first: int
+    """First token with an adapter; those with one are the step's last, since sequences are sorted."""
+    num_rows: int
+    order: Tensor | None
+    """[num_tokens - first] the padded row of each token from ``first`` on; None if it is the same."""
 
 
 class LoRABatch:
@@ -73,42 +83,48 @@ class LoRABatch:
         self.segments: tuple[Segment, ...] = tuple(segments)
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def grouping(self) -> Grouping:
         """The segments grouped for batched products; padding never doubles a long group's work."""
         by_key: dict[tuple[int, int], list[Segment]] = {}
         for segment in self.segments:
             length = segment.stop - segment.start
             bucket = 0 if length <= _SHORT else (length - 1).bit_length()
-            by_key.setdefault((segment.rank, bucket), []).append(segment)
-        return tuple(_group(segments, self.device) for segments in by_key.values())
+            # Ranks within a factor of four share a product.
+            by_key.setdefault((bucket, (segment.rank - 1).bit_length() // 2), []).append(segment)
+
+        first = self.segments[0].start
+        order = [0] * (self.num_tokens - first)
+        groups: list[Group] = []
+        row = 0
+        for segments in by_key.values():
+            group, row_of_segment = _group(segments, self.device)
+            groups.append(group)
+            for segment, offset in zip(segments, row_of_segment, strict=True):
+                rows = range(row + offset, row + offset + segment.stop - segment.start)
+                order[segment.start - first : segment.stop - first] = rows
+            row += group.size * group.length
+        same = order == list(range(row))
+        tensor = None if same else torch.tensor(order, device=self.device)
+        return Grouping(tuple(groups), first, row, tensor)
 
 
-def _group(segments: list[Segment], device: torch.device) -> Group:
-    slots = [s.slot for s in segments]
+def _group(segments: list[Segment], device: torch.device) -> tuple[Group, list[int]]:
+    """The group of these segments (in slot order), and each segment's first padded row in it."""
     lengths = [s.stop - s.start for s in segments]
-    length, start = max(lengths), segments[0].start
+    rank, length, start = max(s.rank for s in segments), max(lengths), segments[0].start
+    low, high = segments[0].slot, segments[-1].slot + 1
+    dense = high - low == len(segments)
     selector: slice | Tensor
-    if slots[-1] - slots[0] + 1 == len(slots):
-        selector = slice(slots[0], slots[-1] + 1)
+    if dense or (length <= _SHORT and high - low <= 2 * len(segments)):
+        selector, size = slice(low, high), high - low
+        first_rows = [(s.slot - low) * length for s in segments]
     else:
-        selector = torch.tensor(slots, device=device)
-    if min(lengths) == length and segments[-1].stop - start == length * len(segments):
-        return Group(segments[0].rank, selector, len(slots), length, start, None, None, None)
-    padded: list[int] = []
-    tokens: list[int] = []
-    rows: list[int] = []
-    for segment, count in zip(segments, lengths, strict=True):
-        tokens.extend(range(segment.start, segment.stop))
-        rows.extend(range(len(padded), len(padded) + count))
-        padded.extend(range(segment.start, segment.stop))
-        padded.extend([segment.start] * (length - count))
-    return Group(
-        segments[0].rank,
-        selector,
-        len(slots),
-        length,
-        start,
-        torch.tensor(padded, device=device),
-        torch.tensor(tokens, device=device),
-        torch.tensor(rows, device=device),
-    )
+        selector, size = torch.tensor([s.slot for s in segments], device=device), len(segments)
+        first_rows = list(range(0, size * length, length))
+    if dense and min(lengths) == length and segments[-1].stop - start == size * length:
+        return Group(rank, selector, size, length, start, None), first_rows
+    padded = [start] * (size * length)
+    for segment, count, row in zip(segments, lengths, first_rows, strict=True):
+        padded[row : row + count] = range(segment.start, segment.stop)
+        padded[row + count : row + length] = [segment.start] * (length - count)
+    return Group(rank, selector, size, length, start, torch.tensor(padded, device=device)), first_rows

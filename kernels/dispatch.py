@@ -19,8 +19,8 @@ class LoRABackend(Protocol):
     """The LoRA operations, over tokens grouped by slot and for several fused slices at once.
 
     Shapes: T tokens, S slots, R the pool's maximum rank, n slices (3 for q, k, v of one fused linear).
-    Only the tokens of ``batch.segments`` are touched, and only the first ``rank`` rows of a slot's A
-    and columns of its B are read, so what unused slots and padding hold never matters.
+    Only the tokens of ``batch.segments`` are touched. What slots without a segment hold never matters.
+    In those with one, A's rows and B's columns from the adapter's rank up to R must be zero.
     """
 
     @property

@@ -1,18 +1,18 @@
 """The default backend: batched matrix products over groups of segments, in plain torch, on any device.
 
 A loop over segments from Python costs more than its arithmetic, and one product over all slots with a
-mask does work for every slot that is not asked for. Here the segments of equal rank become one
-``bmm``, without copies where they are adjacent and equally long, as they are in steady decoding.
+mask does work for every slot that is not asked for. Here the segments of similar rank become one
+``bmm``, without copies where they adjoin and are equally long, as they are in steady decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels.batch import Group, LoRABatch
+from aioengine.kernels.batch import Group, Grouping, LoRABatch
 
 name = "torch"
 
@@ -21,44 +21,61 @@ def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor
     """``h[t, j] = A[slot(t), j] x[t]``; see :class:`aioengine.kernels.dispatch.LoRABackend`."""
     max_rank = a.shape[1] // n_slices
     h = x.new_zeros(x.shape[0], n_slices, max_rank)
-    for group in batch.groups:
+    if not batch.segments:
+        return h
+    grouping = batch.grouping
+    rows = x.new_zeros(grouping.num_rows, n_slices, max_rank)
+    for group, start, stop in _row_ranges(grouping):
         a_g = _select(a, group, x.dtype)
         if group.rank < max_rank:
             a_g = a_g.view(group.size, n_slices, max_rank, -1)[:, :, : group.rank].flatten(1, 2)
         h_g = torch.bmm(_gather(x, group), a_g.transpose(1, 2))
-        h_g = h_g.view(group.size * group.length, n_slices, group.rank)
-        if group.tokens is None or group.rows is None:
-            h[group.start : group.start + h_g.shape[0], :, : group.rank] = h_g
-        else:
-            h[group.tokens, :, : group.rank] = h_g.index_select(0, group.rows)
+        rows[start:stop, :, : group.rank] = h_g.view(stop - start, n_slices, group.rank)
+    h[grouping.first :] = _in_token_order(rows, grouping)
     return h
 
 
 def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
     """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`LoRABackend`."""
-    for group in batch.groups:
-        h_g = _gather(h, group)
-        for j, (b_j, offset) in enumerate(zip(b, offsets, strict=True)):
+    if not batch.segments:
+        return
+    grouping = batch.grouping
+    gathered = [(_gather(h, group), group, start, stop) for group, start, stop in _row_ranges(grouping)]
+    for j, (b_j, offset) in enumerate(zip(b, offsets, strict=True)):
+        width = b_j.shape[1]
+        delta = h.new_empty(grouping.num_rows, width)
+        for h_g, group, start, stop in gathered:
             b_g = _select(b_j, group, h.dtype)[:, :, : group.rank]
-            delta = torch.bmm(h_g[:, :, j, : group.rank], b_g.transpose(1, 2)).flatten(0, 1)
-            y_j = y[:, offset : offset + b_j.shape[1]]
-            if group.tokens is None or group.rows is None:
-                y_j[group.start : group.start + delta.shape[0]] += delta
-            else:
-                y_j.index_add_(0, group.tokens, delta.index_select(0, group.rows).to(y.dtype))
+            out = delta[start:stop].view(group.size, group.length, width)
+            torch.bmm(h_g[:, :, j, : group.rank], b_g.transpose(1, 2), out=out)
+        y[grouping.first :, offset : offset + width] += _in_token_order(delta, grouping)
+
+
+def _row_ranges(grouping: Grouping) -> Iterator[tuple[Group, int, int]]:
+    """Each group with its range of padded rows."""
+    start = 0
+    for group in grouping.groups:
+        stop = start + group.size * group.length
+        yield group, start, stop
+        start = stop
 
 
 def _select(pool: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """The group's slots of ``pool`` [S, ...] -> [G, ...] in ``dtype``; a view where possible."""
+    """The group's slots of ``pool`` [S, ...] -> [size, ...] in ``dtype``; a view where possible."""
     if isinstance(group.slots, slice):
         return pool[group.slots].to(dtype)
     return pool.index_select(0, group.slots).to(dtype)
 
 
-def _gather(rows: Tensor, group: Group) -> Tensor:
-    """The group's tokens of ``rows`` [T, ...] -> [G, length, ...]."""
-    if group.padded is None:
-        rows = rows[group.start : group.start + group.size * group.length]
+def _gather(values: Tensor, group: Group) -> Tensor:
+    """The group's tokens of ``values`` [T, ...] -> [size, length, ...]."""
+    if group.tokens is None:
+        values = values[group.start : group.start + group.size * group.length]
     else:
-        rows = rows.index_select(0, group.padded)
-    return rows.view(group.size, group.length, *rows.shape[1:])
+        values = values.index_select(0, group.tokens)
+    return values.view(group.size, group.length, *values.shape[1:])
+
+
+def _in_token_order(rows: Tensor, grouping: Grouping) -> Tensor:
+    """Padded rows [num_rows, ...] -> one row for each token from ``grouping.first`` on."""
+    return rows if grouping.order is None else rows.index_select(0, grouping.order)

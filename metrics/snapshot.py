@@ -34,9 +34,7 @@ class SnapshotCollector(Collector):
         stats = self._snapshot()
         yield from self._slots(stats)
         yield self._loaded()
-        yield GaugeMetricFamily(
-            "aioengine_requests_running", "Requests in the batch.", value=stats.running
-        )
+        yield GaugeMetricFamily("aioengine_requests_running", "Requests in the batch.", value=stats.running)
         waiting = GaugeMetricFamily(
             "aioengine_requests_waiting",
             "Requests not running yet: their adapter is in no slot, or there is no room.",

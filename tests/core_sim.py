@@ -50,7 +50,12 @@ class CoreSim:
         return entry
 
     def add(
-        self, adapter: str | None = None, *, prompt: list[int] | None = None, max_tokens: int = 4, **kwargs: object
+        self,
+        adapter: str | None = None,
+        *,
+        prompt: list[int] | None = None,
+        max_tokens: int = 4,
+        **kwargs: object,
     ) -> Request:
         entry = None if adapter is None else self.core.residency.current[adapter]
         self.count += 1

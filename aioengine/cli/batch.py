@@ -29,9 +29,7 @@ class Request(NamedTuple):
     params: SamplingParams
 
 
-def parse_lines(
-    lines: Iterable[bytes], defaults: Mapping[str, Any], adapter: str | None
-) -> list[Request]:
+def parse_lines(lines: Iterable[bytes], defaults: Mapping[str, Any], adapter: str | None) -> list[Request]:
     """Parse every line, so that a mistake is told before a model is loaded.
 
     ``defaults`` are sampling fields, and ``adapter`` the adapter, of the lines that have none.
@@ -59,13 +57,13 @@ def _parse(line: bytes, index: int, defaults: Mapping[str, Any], adapter: str | 
     if ("prompt" in fields) == ("messages" in fields):
         raise RequestInvalid('give either "prompt" or "messages"')
     if "prompt" in fields:
-        prompt: Prompt = msgspec.convert(fields["prompt"], str | list[int])  # type: ignore[arg-type]
+        prompt: Prompt = msgspec.convert(fields["prompt"], str | list[int])
     else:
         prompt = msgspec.convert(fields["messages"], list[dict[str, Any]])
     return Request(
         id=fields.get("id", index),
         prompt=prompt,
-        adapter=msgspec.convert(fields.get("adapter", adapter), str | None),  # type: ignore[arg-type]
+        adapter=msgspec.convert(fields.get("adapter", adapter), str | None),
         params=SamplingParams(**sampling),
     )
 
@@ -81,19 +79,23 @@ async def run_batch(
     failed = False
     encoder = msgspec.json.Encoder()
     window = 4 * config.max_num_seqs
-    async with AsyncEngine(config) as engine, asyncio.TaskGroup() as group:
+    upcoming = iter(requests)
+    tasks: deque[asyncio.Task[dict[str, Any]]] = deque()
+    async with AsyncEngine(config) as engine:
         register(engine, adapters)
-        tasks: deque[asyncio.Task[dict[str, Any]]] = deque()
-        upcoming = iter(requests)
-        while True:
-            for request in islice(upcoming, window - len(tasks)):
-                tasks.append(group.create_task(_answer(engine, request)))
-            if not tasks:
-                return 1 if failed else 0
-            answer = await tasks.popleft()
-            failed = failed or "error" in answer
-            out.write(encoder.encode(answer).decode() + "\n")
-            out.flush()
+        try:
+            while True:
+                for request in islice(upcoming, window - len(tasks)):
+                    tasks.append(asyncio.create_task(_answer(engine, request)))
+                if not tasks:
+                    return 1 if failed else 0
+                answer = await tasks.popleft()
+                failed = failed or "error" in answer
+                out.write(encoder.encode(answer).decode() + "\n")
+                out.flush()
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 async def _answer(engine: AsyncEngine, request: Request) -> dict[str, Any]:
@@ -102,11 +104,10 @@ async def _answer(engine: AsyncEngine, request: Request) -> dict[str, Any]:
         out = await engine.complete(request.prompt, request.params, adapter=request.adapter)
     except AioEngineError as error:
         return {**answer, "error": {"type": type(error).__name__, "message": str(error)}}
-    return {
-        **answer,
+    answer |= {
         "text": out.text,
         "token_ids": out.token_ids,
         "finish_reason": out.finish_reason,
         "prompt_tokens": len(out.prompt_token_ids),
-        "logprobs": out.logprobs,
     }
+    return answer if out.logprobs is None else {**answer, "logprobs": out.logprobs}

@@ -110,15 +110,13 @@ def _add_folder(adapter: str, adapters: dict[str, str]) -> str:
         )
     name = path.resolve().name
     if name in adapters:
-        raise RequestInvalid(
-            f"--adapter {adapter}: --lora-modules has a {name!r} too; use its name"
-        )
+        raise RequestInvalid(f"--adapter {adapter}: --lora-modules has a {name!r} too; use its name")
     adapters[name] = str(path)
     return name
 
 
 async def _one(
-    config: Any,
+    config: EngineConfig,
     adapters: dict[str, str],
     prompt: Prompt,
     params: SamplingParams,

@@ -115,7 +115,8 @@ class Residency:
                 self._evict_cpu(entry, now)
             del self._retired[entry.uid]
             del self.entries[entry.uid]
-            self.by_policy_name.pop(entry.name, None)
+            if self.by_policy_name.get(entry.name) is entry:  # not so if it was never published
+                del self.by_policy_name[entry.name]
             self._emit(
                 events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version)
             )
@@ -267,7 +268,11 @@ class Residency:
         self.cpu.check()
         loading = sum(e.location is Location.LOADING for e in self.entries.values())
         assert loading == self._loads <= self._max_loads
+        for name, entry in self.current.items():
+            assert self.by_policy_name[name] is entry
         for entry in self.entries.values():
+            if entry.waiting or entry.running:
+                assert self.by_policy_name[entry.name] is entry
             assert (entry.location is Location.DISK) == (entry.uid not in self.cpu.entries)
             assert entry.running == 0 or entry.location is Location.SLOT
 

@@ -126,7 +126,7 @@ class Decoder:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         spec, plan = self.spec, inputs.attention
         cos, sin = self.rope.cos_sin(plan.positions)
-        qk_heads = spec.num_heads + spec.num_kv_heads
+        heads, qk_heads = spec.num_heads, spec.num_heads + spec.num_kv_heads
         hidden = F.embedding(inputs.token_ids, self.embed_tokens)
 
         for i, layer in enumerate(self.layers):
@@ -134,12 +134,11 @@ class Decoder:
 
             x = rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
             qkv = apply("qkv", layer.qkv, x).view(len(x), -1, spec.head_dim)
-            qk, v = qkv.split((qk_heads, spec.num_kv_heads), dim=1)
-            q, k = qk.split((spec.num_heads, spec.num_kv_heads), dim=1)
+            q, k, v = qkv[:, :heads], qkv[:, heads:qk_heads], qkv[:, qk_heads:]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q.copy_(rms_norm(q, layer.q_norm, spec.rms_norm_eps))
                 k.copy_(rms_norm(k, layer.k_norm, spec.rms_norm_eps))
-            rotate_(qk, cos, sin)
+            rotate_(qkv[:, :qk_heads], cos, sin)
             attended = paged_attention(q, k, v, cache, i, plan, spec.window(i))
             hidden += apply("o", layer.o, attended)
 

@@ -64,12 +64,11 @@ class Detokenizer:
         return delta
 
     def _shrink(self) -> None:
-        """Forget the window's start, but never cut a run of byte tokens."""
+        """Forget the window's start. A character or a byte run cut there decodes to U+FFFD, which later
+        tokens cannot change (the last token is no byte token), and which counts as emitted."""
         start = len(self._window) - _CONTEXT
-        while start > 0 and self._is_byte[start]:
-            start -= 1
         text = self._decode(self._window[start:])
-        if start == 0 or not text:
+        if not text:
             return
         del self._window[:start], self._is_byte[:start]
         self._emitted = len(text) - text.endswith(_REPLACEMENT)

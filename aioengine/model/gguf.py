@@ -77,7 +77,10 @@ class GGUFFile:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key (str, number, bool or list), or ``default``."""
         field = self._fields.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except ValueError as e:
+            raise ConfigError(f"{self.path}: metadata key {key!r} is not readable: {e}") from e
 
     def require(self, key: str) -> Any:
         """The value of a metadata key; ConfigError if the file does not have it."""
@@ -156,11 +159,11 @@ def iter_tensors(
     for name, stored in file.tensors.items():
         if name == _ROPE_FACTORS:
             continue
-        tensor = _to_torch(stored)
+        tensor = _to_torch(file, stored)
         if permuted and name.endswith((".attn_q.weight", ".attn_q.bias")):
-            tensor = _half_split_rows(tensor, spec.num_heads)
+            tensor = _half_split_rows(file, name, tensor, spec.num_heads, spec.head_dim)
         elif permuted and name.endswith((".attn_k.weight", ".attn_k.bias")):
-            tensor = _half_split_rows(tensor, spec.num_kv_heads)
+            tensor = _half_split_rows(file, name, tensor, spec.num_kv_heads, spec.head_dim)
         yield _hf_name(file, name), tensor
 
 
@@ -173,7 +176,7 @@ def _hf_name(file: GGUFFile, name: str) -> str:
     raise ConfigError(f"{file.path}: tensor {name!r} is not part of a supported architecture")
 
 
-def _to_torch(stored: ReaderTensor) -> torch.Tensor:
+def _to_torch(file: GGUFFile, stored: ReaderTensor) -> torch.Tensor:
     import numpy as np
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize
@@ -182,14 +185,26 @@ def _to_torch(stored: ReaderTensor) -> torch.Tensor:
         return torch.from_numpy(np.array(stored.data))  # a copy: the file is mapped read-only
     if stored.tensor_type == Type.BF16:
         return torch.from_numpy(np.array(stored.data).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(dequantize(stored.data, stored.tensor_type)))
+    try:
+        return torch.from_numpy(np.ascontiguousarray(dequantize(stored.data, stored.tensor_type)))
+    except NotImplementedError as e:
+        raise ConfigError(
+            f"{file.path}: tensor {stored.name!r} is stored as {stored.tensor_type.name}, which the "
+            "installed 'gguf' package cannot expand; upgrade it, or use a Q8_0, K-quant or F16 file"
+        ) from e
 
 
-def _half_split_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+def _half_split_rows(
+    file: GGUFFile, name: str, tensor: torch.Tensor, heads: int, head_dim: int
+) -> torch.Tensor:
     """Undo the converter's reordering: in each head, rows (0, d/2, 1, d/2+1, ...) -> (0, 1, ...).
 
     GGUF's ``llama`` rotates neighbouring pairs; Hugging Face rotates element i with i + d/2.
     """
+    if tensor.shape[0] != heads * head_dim:
+        raise ConfigError(
+            f"{file.path}: tensor {name!r} has {tensor.shape[0]} rows, expected {heads * head_dim}"
+        )
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
@@ -266,7 +281,7 @@ def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeSpec:
     Every Llama 3.1 to 3.3 model uses low_freq_factor 1, high_freq_factor 4 and an original context
     of 8192; other divisors are refused rather than approximated.
     """
-    divisors = _to_torch(_tensor(file, _ROPE_FACTORS)).double()
+    divisors = _to_torch(file, _tensor(file, _ROPE_FACTORS)).double()
     factor = round(divisors.max().item(), 3)
     if divisors.eq(1.0).all():
         return RopeSpec(theta=theta)

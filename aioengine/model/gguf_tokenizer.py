@@ -15,6 +15,7 @@ from tokenizers import (
     processors,
 )
 
+from aioengine.errors import ConfigError
 from aioengine.model.gguf import GGUFFile, open_gguf
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -32,15 +33,20 @@ def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
     """The file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
 
     Byte-level BPE (``gpt2``) with the splitting rules named smollm, llama-bpe, qwen2, gpt-2 or
-    default, and SentencePiece BPE (``llama``). Raises ConfigError if the file is not readable.
+    default, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
+    malformed.
     """
     file = open_gguf(source)
     kind = file.get("tokenizer.ggml.model")
-    tokenizer: Tokenizer | None = None
-    if kind == "gpt2":
-        tokenizer = _byte_level_bpe(file)
-    elif kind == "llama":
-        tokenizer = _sentencepiece_bpe(file)
+    rebuild = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}.get(kind)
+    if rebuild is None:
+        return None
+    try:
+        tokenizer = rebuild(file)
+    except ConfigError:
+        raise
+    except Exception as e:  # tokenizers raises nothing more specific
+        raise ConfigError(f"{file.path}: the tokenizer in the file is malformed: {e}") from e
     if tokenizer is None:
         return None
     _add_special_tokens(tokenizer, file)
@@ -102,7 +108,7 @@ def _splitter(pre: str) -> pre_tokenizers.PreTokenizer | None:
     )
 
 
-def _sentencepiece_bpe(file: GGUFFile) -> Tokenizer:
+def _sentencepiece_bpe(file: GGUFFile) -> Tokenizer | None:
     """SentencePiece BPE as ranked merges: a token of higher score is merged before one of lower."""
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
     scores: list[float] = file.require("tokenizer.ggml.scores")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aioengine.core.state import Status
+from aioengine.core.state import AdapterEntry, Status
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, SlotState
 from aioengine.schedulers.fcfs import FCFS
 
@@ -44,6 +44,7 @@ class CoreMachine(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32), hostile=st.booleans(), blocks=st.integers(16, 40))
     def start(self, seed: int, hostile: bool, blocks: int) -> None:
         self.hostile = hostile
+        self.unpublished: list[AdapterEntry] = []
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         self.sim = CoreSim(LIMITS._replace(num_blocks=blocks), policy)
         for name in NAMES[:2]:
@@ -101,6 +102,17 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     def replace(self, name: str) -> None:
         self.sim.register(name)
+
+    @rule(name=st.sampled_from(NAMES), give_up=st.booleans())
+    def load_a_version_that_is_never_published(self, name: str, give_up: bool) -> None:
+        residency = self.sim.core.residency
+        entry = residency.declare(name, "/elsewhere")
+        residency.want(entry, self.sim.now)
+        self.unpublished.append(entry)
+        if give_up:
+            for abandoned in self.unpublished:
+                residency.retire(abandoned, self.sim.now)
+            self.unpublished.clear()
 
     @rule(name=st.sampled_from(NAMES))
     def unload(self, name: str) -> None:

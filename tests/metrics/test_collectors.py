@@ -20,9 +20,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 def slot(
     index: int, state: SlotStateName, adapter: str | None = None, version: int | None = None
 ) -> SlotInfo:
-    return SlotInfo(
-        index=index, state=state, adapter=adapter, version=version, running=0, pinned=False
-    )
+    return SlotInfo(index=index, state=state, adapter=adapter, version=version, running=0, pinned=False)
 
 
 def stats(*slots: SlotInfo, **values: int) -> EngineStats:
@@ -77,9 +75,7 @@ def value(found: Samples, name: str, **labels: str) -> float | None:
 
 
 def registered(adapter: str, version: int = 1, replaces: int | None = None) -> events.Event:
-    return events.AdapterRegistered(
-        time=0.0, adapter=adapter, version=version, path="/x", replaces=replaces
-    )
+    return events.AdapterRegistered(time=0.0, adapter=adapter, version=version, path="/x", replaces=replaces)
 
 
 def loaded(adapter: str, version: int = 1, seconds: float = 0.02) -> events.Event:
@@ -102,15 +98,11 @@ def placed(adapter: str, index: int, version: int = 1, seconds: float = 0.004) -
 
 def evicted(adapter: str, index: int | None, version: int = 1) -> events.Event:
     level = "cpu" if index is None else "slot"
-    return events.AdapterEvicted(
-        time=0.0, adapter=adapter, version=version, level=level, slot=index
-    )
+    return events.AdapterEvicted(time=0.0, adapter=adapter, version=version, level=level, slot=index)
 
 
 def added(adapter: str | None, request_id: str = "r") -> events.Event:
-    return events.RequestAdded(
-        time=0.0, request_id=request_id, adapter=adapter, prompt_tokens=5, tenant=None
-    )
+    return events.RequestAdded(time=0.0, request_id=request_id, adapter=adapter, prompt_tokens=5, tenant=None)
 
 
 def admitted(adapter: str | None, *, resumed: bool = False) -> events.Event:

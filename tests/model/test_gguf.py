@@ -208,6 +208,21 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
             read_spec(path)
 
 
+def test_a_tensor_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
+    metadata = {"llama.attention.head_count_kv": 4}
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata)
+    with pytest.raises(ConfigError, match=r"blk\.0\.attn_k\.weight.*32 rows, expected 64"):
+        read_all(path)
+
+
+def test_a_malformed_tokenizer_is_refused(tmp_path: Path) -> None:
+    fields = bpe_fields(byte_level_tokenizer(splitter_of("gpt-2")), "gpt-2")
+    fields["merges"] = ["no such", *fields["merges"]]
+    path = write_tokenizer_gguf(tmp_path / "t.gguf", fields)
+    with pytest.raises(ConfigError, match=r"t\.gguf.*malformed"):
+        build_tokenizer(path)
+
+
 def test_without_the_gguf_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"pip install 'aioengine\[gguf\]'"):

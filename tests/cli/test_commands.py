@@ -1,0 +1,250 @@
+"""The commands as a user runs them: output, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_chat import build_chat_model
+from tiny_models import build_adapter
+
+from aioengine.cli.main import main
+
+SMALL = ["--kv-cache-memory", "8MiB", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four adapters that the demo asks for, and the tasks beside it."""
+    folder = tmp_path_factory.mktemp("examples") / "adapters"
+    for seed, name in enumerate(("sql", "json", "sentiment", "pirate")):
+        build_adapter(model, folder / name, seed=seed, r=4)
+    tasks = Path(__file__).resolve().parents[2] / "examples" / "tasks.py"
+    (folder.parent / "tasks.py").write_text(tasks.read_text())
+    return folder
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, *lines: object) -> None:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; from aioengine.cli.main import main\n"
+        "for command in ([], ['demo'], ['generate'], ['plan'], ['policies']):\n"
+        "    assert main([*command, '--help']) == 0\n"
+        "main(['policies'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("demo", "generate", "--max-loras", "--lora-modules", "Exit codes"):
+        assert word in done.stdout
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aioengine", "plan", "--max-loras", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "max_loras" in done.stderr and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["plan", "--model", "/nowhere"], "/nowhere"),
+        (["plan", "--max-loras", "2", "--max-lora-rank", "17"], "max_lora_rank"),
+        (["plan", "--nonsense"], "--nonsense"),
+        (["plan", "--dtype", "int3"], "int3"),
+        (["generate", "hi", "--temperature", "-1"], "temperature"),
+        (["generate", "hi", "--adapter", "nobody"], "nobody"),
+        (["generate", "hi", "--lora-modules", "nopath"], "name=path"),
+        (["generate", "hi", "--policy", "fcsf"], "fcfs"),
+        (["demo", "--adapters", "/nowhere"], "/nowhere"),
+        (["demo", "--requests", "0"], "--requests"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_what_is_refused_says_so_in_one_line(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.startswith("aioengine: ") and error.count("\n") == 1
+
+
+def test_debug_lets_the_error_through() -> None:
+    with pytest.raises(Exception, match="/nowhere"):
+        main(["plan", "--model", "/nowhere", "--debug"])
+
+
+def test_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max-loras", "3", "--max-lora-rank", "8", "--kv-cache-memory", "1MiB"]
+    assert main(["plan", "--model", str(model), "--dtype", "float32", *flags]) == 0
+    out = capsys.readouterr().out
+    # hidden 64, intermediate 96, 3 layers, rank 8, float32, 3 slots
+    q_proj = 3 * 3 * 8 * (64 + 64) * 4
+    down_proj = 3 * 3 * 8 * (96 + 64) * 4
+    assert f"{q_proj:,}" in next(line for line in out.splitlines() if "q_proj" in line)
+    assert f"{down_proj:,}" in next(line for line in out.splitlines() if "down_proj" in line)
+    for word in ("base weights", "KV blocks", "CPU adapter cache", "total"):
+        assert word in out
+
+
+def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), "--kv-cache-memory", "900TiB"]) == 2
+    assert "kv_cache_memory" in capsys.readouterr().err
+
+
+def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policies"]) == 0
+    assert "fcfs" in capsys.readouterr().out
+
+
+def test_generate(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", str(model), *SMALL, "--max-tokens", "12", "--ignore-eos"]
+    assert main(["generate", "Hello", *common]) == 0
+    base = capsys.readouterr().out
+    assert len(base) > 1 and base.endswith("\n")
+    assert main(["generate", "Hello", *common, "--adapter", str(adapters / "sql")]) == 0
+    by_folder = capsys.readouterr().out
+    named = ["--lora-modules", f"x={adapters / 'json'}", f"s={adapters / 'sql'}"]
+    assert main(["generate", "Hello", *common, *named, "--adapter", "s"]) == 0
+    assert capsys.readouterr().out == by_folder != base
+    assert main(["generate", "Hello", *common, "--system", "Be brief"]) == 0
+    assert capsys.readouterr().out != base  # through the chat template
+
+
+def test_generate_json_lines(
+    model: Path,
+    adapters: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    feed(
+        monkeypatch,
+        {"prompt": "Hello", "max_tokens": 9},
+        {"prompt": [5, 6, 7], "id": "ids", "logprobs": 1},
+        "",
+        {"messages": [{"role": "user", "content": "Hi"}], "adapter": "sql"},
+        {"prompt": "Hello", "adapter": "nobody"},
+        {"prompt": "", "id": "empty"},
+    )
+    flags = ["--model", str(model), *SMALL, "--max-tokens", "4", "--ignore-eos"]
+    registered = ["--lora-modules", f"sql={adapters / 'sql'}", "--max-num-seqs", "1"]
+    assert main(["generate", *flags, *registered]) == 1  # two of them failed
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["id"] for answer in answers] == [0, "ids", 2, 3, "empty"]
+    assert [len(a.get("token_ids", [])) for a in answers] == [9, 4, 4, 0, 0]
+    assert answers[0]["finish_reason"] == "length" and answers[0]["text"]
+    assert answers[1]["prompt_tokens"] == 3 and len(answers[1]["logprobs"]) == 4
+    assert answers[2]["adapter"] == "sql"
+    assert answers[3]["error"]["type"] == "AdapterNotFound"
+    assert answers[4]["error"]["type"] == "RequestInvalid"
+
+
+def test_generate_json_lines_longer_than_the_window(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, *({"prompt": f"Number {n}", "max_tokens": 1 + n % 3} for n in range(20)))
+    flags = ["--model", str(model), *SMALL, "--max-num-seqs", "2", "--ignore-eos"]
+    assert main(["generate", *flags]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["id"] for answer in answers] == list(range(20))
+    assert [len(answer["token_ids"]) for answer in answers] == [1 + n % 3 for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "line 2"),
+        ("[]", "line 2"),
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": []}, "prompt"),
+        ({"prompt": 3}, "line 2"),
+        ({"prompt": "a", "adapter": 3}, "line 2"),
+        ({"prompt": "a", "temprature": 1}, "temprature"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "stop": 3}, "line 2"),
+    ],
+)
+def test_a_bad_json_line_is_named_before_anything_runs(
+    line: object, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, {"prompt": "good"}, line)
+    assert main(["generate", "--model", "/nowhere"]) == 2  # the model is not even looked for
+    captured = capsys.readouterr()
+    assert "line 2" in captured.err and part in captured.err
+    assert captured.out == ""
+
+
+def test_no_prompt_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    feed(monkeypatch)
+    assert main(["generate"]) == 2
+    assert "PROMPT" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_crash(model: Path) -> None:
+    lines = "\n".join(json.dumps({"prompt": "Hello", "max_tokens": 2}) for _ in range(20))
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "aioengine", "generate", "--model", str(model), *SMALL],
+        input=lines,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def test_demo_swaps_and_finishes(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["demo", "--model", str(model), "--adapters", str(adapters)]
+    assert main([*arguments, "--max-tokens", "6"]) == 0
+    out = capsys.readouterr().out
+    for name in ("base", "sql", "json", "sentiment", "pirate"):
+        assert f"{name}-2 done" in out
+    assert out.count("-> slot") >= 4  # each adapter had a slot
+    assert "out of slot" in out and "out of the CPU cache" in out
+    assert "12 requests" in out and "hit rate" in out
+
+
+def test_demo_fails_if_a_request_fails(
+    model: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "adapters"
+    for folder in adapters.iterdir():
+        (broken / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            content = file.read_bytes()
+            cut = folder.name == "pirate" and file.suffix == ".safetensors"
+            (broken / folder.name / file.name).write_bytes(content[:100] if cut else content)
+    (tmp_path / "tasks.py").write_text((adapters.parent / "tasks.py").read_text())
+    arguments = ["demo", "--model", str(model), "--adapters", str(broken)]
+    assert main([*arguments, "--max-tokens", "4"]) == 1
+    out = capsys.readouterr().out
+    assert "pirate-1 failed" in out and "sql-2 done" in out

@@ -1,0 +1,87 @@
+"""The live board, drawn from a scripted list of events."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from aioengine import events
+from aioengine.cli.demo_board import Board
+from aioengine.cli.demo_jobs import Job
+from aioengine.cli.demo_view import live_board, print_summary
+from aioengine.info import EngineStats, SlotInfo
+
+
+def job(key: str, adapter: str | None) -> Job:
+    return Job(key, adapter, f"question of {key}", [], None)
+
+
+def stats() -> EngineStats:
+    names = [n for n in EngineStats.__struct_fields__ if n != "slots"]
+    held = SlotInfo(index=0, state="READY", adapter="sql", version=1, running=1, pinned=False)
+    free = SlotInfo(index=1, state="FREE", adapter=None, version=None, running=0, pinned=False)
+    values = {**dict.fromkeys(names, 0), "slot_loads": 3, "slot_hits": 1, "slot_misses": 3}
+    return EngineStats(slots=(held, free), **values)
+
+
+def admitted(key: str, adapter: str | None, slot: int | None) -> events.RequestAdmitted:
+    return events.RequestAdmitted(
+        time=1.0,
+        request_id=key,
+        adapter=adapter,
+        slot=slot,
+        cached_tokens=0,
+        queue_seconds=0.5,
+        resumed=False,
+    )
+
+
+def ended(key: str, reason: events.EndReason, error: Exception | None = None) -> events.Event:
+    return events.RequestEnded(
+        time=3.0,
+        request_id=key,
+        adapter=None,
+        reason=reason,
+        error=error,
+        prompt_tokens=4,
+        output_tokens=10,
+        seconds=2.5,
+        tenant=None,
+    )
+
+
+def drawn(board: Board) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(live_board(board, stats()))
+    return capture.get()
+
+
+def test_board_and_summary() -> None:
+    said: list[str] = []
+    board = Board([job("base-1", None), job("sql-1", "sql"), job("sql-2", "sql")], said.append)
+    board.handle(
+        events.AdapterPlaced(time=0.0, adapter="sql", version=1, slot=0, rank=8, nbytes=9, seconds=0.002)
+    )
+    board.handle(admitted("sql-1", "sql", 0))
+    board.handle(events.FirstToken(time=1.5, request_id="sql-1", adapter="sql", seconds=0.25))
+    board.rows["sql-1"].text = "SELECT the tail of a long answer " * 4
+    text = drawn(board)
+    assert "▶ sql-1        slot 0" in text and "long answer" in text
+    assert "? question of base-1" in text
+    assert "slot 1  free" in text and "3 loads" in text
+    assert "sql: CPU -> slot 0 (2.0 ms)" in text
+    assert not board.all_finished
+
+    board.handle(ended("sql-1", "stop"))
+    board.handle(ended("base-1", "length"))
+    board.handle(ended("sql-2", "error", ValueError("it broke")))
+    assert "✘ sql-2" in drawn(board) and "it broke" in drawn(board)
+    assert not board.all_finished
+    console = Console(width=80)
+    with console.capture() as capture:
+        print_summary(console, board, stats(), 2.0)
+    table = capture.get()
+    sql = next(line for line in table.splitlines() if "sql" in line)
+    assert "250 ms" in sql and "10.0" in sql  # 10 tokens of sql-1 in 2 s and 10 of sql-2, no time
+    assert "25% of 4" in table
+    assert len(said) == 2

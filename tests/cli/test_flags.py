@@ -1,0 +1,101 @@
+"""Flags and the configuration file: what wins, and what is refused how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aioengine.cli.flags import DEFAULT_MODEL, EngineFlags
+from aioengine.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "engine.toml"
+    path.write_text('model = "m"\nseed = 7\n[lora]\nmax_loras = 2\nmax_lora_rank = 8\n')
+    return path
+
+
+def test_defaults_are_those_of_the_configuration() -> None:
+    config = EngineFlags().engine_config()
+    assert config.model == DEFAULT_MODEL
+    assert config.lora is not None and config.lora.max_loras == 4
+    assert config.max_num_seqs == 64
+
+
+def test_flags_win_over_the_file(file: Path) -> None:
+    config = EngineFlags(config=file, seed=9, max_lora_rank=32).engine_config()
+    assert (config.model, config.seed) == ("m", 9)
+    assert config.lora is not None
+    assert (config.lora.max_loras, config.lora.max_lora_rank) == (2, 32)
+
+
+def test_a_default_that_depends_on_another_field_sees_the_flag(file: Path) -> None:
+    """Nothing says max_cpu_loras: it must follow the max_loras of the flag, not of the file."""
+    config = EngineFlags(config=file, max_loras=6).engine_config()
+    assert config.lora is not None and config.lora.cpu_capacity == 6
+
+
+def test_every_flag_reaches_the_configuration() -> None:
+    config = EngineFlags(
+        model="x",
+        dtype="float32",
+        device="cpu",
+        max_model_len=128,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        block_size=8,
+        kv_cache_memory="1MiB",
+        enable_prefix_caching=False,
+        seed=3,
+        max_waiting=5,
+        policy="fcfs:max_wait=2",
+        max_loras=2,
+        max_lora_rank=4,
+        max_cpu_loras=3,
+        fully_sharded_loras=True,
+        lora_dtype="float32",
+    ).engine_config()
+    assert (config.dtype, config.device, config.max_model_len) == ("float32", "cpu", 128)
+    assert (config.max_num_seqs, config.max_num_batched_tokens, config.block_size) == (4, 64, 8)
+    assert (config.kv_cache_memory, config.enable_prefix_caching) == (2**20, False)
+    assert (config.seed, config.max_waiting, config.policy) == (3, 5, "fcfs:max_wait=2")
+    lora = config.lora
+    assert lora is not None
+    assert (lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras) == (2, 4, 3)
+    assert (lora.fully_sharded_loras, lora.lora_dtype) == (True, "float32")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("model = ", "not valid TOML"),
+        ("modle = 'x'", "modle"),
+        ("lora = 3", "lora"),
+        ("[lora]\nmax_lora = 3", "max_lora"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: str, part: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        EngineFlags(config=path, max_loras=2).engine_config()
+    assert part in str(caught.value)
+    assert "bad.toml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        EngineFlags(config=tmp_path / "nowhere.toml").engine_config()
+
+
+def test_adapters_by_name() -> None:
+    flags = EngineFlags(lora_modules=["a=/x", "b=/y=z"])
+    assert flags.adapters() == {"a": "/x", "b": "/y=z"}
+
+
+@pytest.mark.parametrize("given", [["a"], ["=x"], ["a="], ["a=x", "a=y"]])
+def test_bad_adapters(given: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--lora-modules"):
+        EngineFlags(lora_modules=given).adapters()

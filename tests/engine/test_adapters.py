@@ -1,0 +1,195 @@
+"""The life cycle of adapters through the engine: load, replace, pin, unload."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+
+from aioengine import AsyncEngine
+from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
+from aioengine.events import AdapterLoading, Event
+
+
+def info(engine: AsyncEngine, name: str) -> object:
+    return next(a for a in engine.adapters() if a.name == name)
+
+
+async def test_register_does_nothing_until_it_is_needed(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        before = engine.register_adapter("r", tiny.adapters["rank-3"])
+        assert (before.location, before.version, before.rank) == ("disk", 1, 0)
+        out = await engine.complete([4, 5], greedy(), adapter="r")
+        assert out.token_ids == tiny.expected([4, 5], 24, "rank-3")
+        (after,) = engine.adapters()
+        assert (after.location, after.rank, after.slot) == ("slot", 3, 0)
+        assert after.bytes > 0
+        assert engine.register_adapter("r", tiny.adapters["rank-3"]) == after, "again: no change"
+
+
+async def test_load_brings_it_to_the_cpu(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        loaded = await engine.load_adapter("r", tiny.adapters["rank-3"])
+        assert (loaded.location, loaded.rank, loaded.pinned) == ("cpu", 3, False)
+        assert engine.stats().cpu_adapters == 1
+
+
+async def test_many_requests_for_one_cold_adapter_read_it_once(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        seen: list[Event] = []
+        engine.add_listener(seen.append)
+        engine.register_adapter("r", tiny.adapters["rank-3"])
+        await asyncio.gather(
+            *(engine.complete([4, i], greedy(2), adapter="r") for i in range(10)),
+            engine.load_adapter("r"),
+            engine.load_adapter("r", tiny.adapters["rank-3"]),
+        )
+        assert sum(isinstance(event, AdapterLoading) for event in seen) == 1
+
+
+async def test_replace_lets_accepted_requests_end_on_the_old_version(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        prompt = prompt_of(3, 6)
+        stream = engine.generate(prompt, greedy(80), adapter="x")
+        await anext(stream)
+        replaced = await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
+        assert replaced.version == 2
+        new = await engine.complete(prompt, greedy(), adapter="x")
+        assert new.token_ids == tiny.expected(prompt, 24, "qv-only")
+        async for out in stream:
+            pass
+        assert out.token_ids == tiny.expected(prompt, 80, "rank-3")
+        await engine.complete([1], greedy(1))
+        stats = engine.stats()
+        assert [s.version for s in stats.slots if s.adapter == "x"] == [2], "the old slot is free"
+        assert stats.cpu_adapters == 1
+        engine.check_invariants()
+
+
+async def test_a_bad_replacement_leaves_the_old_version_in_place(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(AdapterInvalid):
+            await engine.load_adapter("x", tmp_path, replace=True)
+        out = await engine.complete([4, 5], greedy(), adapter="x")
+        assert out.token_ids == tiny.expected([4, 5], 24, "rank-3")
+        assert [a.version for a in engine.adapters()] == [1]
+
+
+async def test_another_path_needs_replace(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        for call in (engine.load_adapter("x", tiny.adapters["qv-only"]),):
+            with pytest.raises(AdapterInvalid, match="replace=True"):
+                await call
+        with pytest.raises(AdapterInvalid, match="replace=True"):
+            engine.register_adapter("x", tiny.adapters["qv-only"])
+
+
+async def test_unload_waits_for_what_runs_and_frees_everything(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        stream = engine.generate([4, 5], greedy(60), adapter="x")
+        await anext(stream)
+        unloading = asyncio.create_task(engine.unload_adapter("x"))
+        await asyncio.sleep(0)
+        with pytest.raises(AdapterNotFound, match="'x'"):
+            await engine.complete([4], adapter="x")
+        assert engine.adapters() == []
+        async for out in stream:
+            pass
+        assert out.token_ids == tiny.expected([4, 5], 60, "rank-3")
+        await unloading
+        stats = engine.stats()
+        assert {slot.state for slot in stats.slots} == {"FREE"}
+        assert stats.cpu_adapters == 0
+        with pytest.raises(AdapterNotFound):
+            await engine.unload_adapter("x")
+
+
+async def test_forced_unload_aborts_what_runs(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        running = asyncio.create_task(engine.complete([4, 5], greedy(120), adapter="x"))
+        waiting = asyncio.create_task(engine.complete([4, 5], greedy(100)))
+        while engine.stats().running < 2:
+            await asyncio.sleep(0.001)
+        await engine.unload_adapter("x", force=True)
+        assert (await running).finish_reason == "abort"
+        assert (await waiting).token_ids == tiny.expected([4, 5], 100)
+        assert engine.stats().cpu_adapters == 0
+
+
+async def test_a_pinned_adapter_keeps_its_slot(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        pinned = await engine.load_adapter("keep", tiny.adapters["rank-3"], pin=True)
+        assert pinned.pinned
+        for name in ("qv-only", "rank-4", "rslora", "regex"):
+            engine.register_adapter(name, tiny.adapters[name])
+            await engine.complete([4, 5], greedy(3), adapter=name)
+        (kept,) = (a for a in engine.adapters() if a.name == "keep")
+        assert kept.location == "slot"
+        with pytest.raises(ConfigError, match="max_loras"):
+            await engine.pin_adapter("qv-only")
+        assert not (await engine.unpin_adapter("keep")).pinned
+        assert (await engine.pin_adapter("regex")).pinned
+        for name in ("qv-only", "rank-4"):
+            await engine.complete([4, 5], greedy(3), adapter=name)
+        places = {a.name: a.location for a in engine.adapters()}
+        assert places["keep"] != "slot"
+        assert places["regex"] == "slot"
+
+
+async def test_cancelling_a_load_at_any_moment_leaves_nothing(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        finished = False
+        for k in range(400):
+            task = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-3"]))
+            for _ in range(k):
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                pass
+            else:
+                finished = True
+            if "x" in [a.name for a in engine.adapters()]:
+                await engine.unload_adapter("x")
+            if finished:
+                break
+        assert finished
+        await engine.load_adapter("y", tiny.adapters["qv-only"])
+        stats = engine.stats()
+        assert (stats.adapters, stats.cpu_adapters) == (1, 1)
+        engine.check_invariants()
+
+
+async def test_without_lora_adapters_are_refused(tiny: Tiny) -> None:
+    from aioengine import EngineConfig
+
+    config = EngineConfig(
+        model=str(tiny.model), dtype="float32", max_model_len=64, kv_cache_memory="1MiB", lora=None
+    )
+    async with AsyncEngine(config) as engine:
+        out = await engine.complete([4, 5], greedy())
+        assert out.token_ids == tiny.expected([4, 5], 24)
+        with pytest.raises(ConfigError, match="lora=None"):
+            await engine.load_adapter("x", tiny.adapters["rank-3"])
+        with pytest.raises(AdapterNotFound):
+            await engine.complete([4, 5], adapter="x")
+        assert engine.stats().slots == ()

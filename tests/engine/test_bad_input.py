@@ -1,0 +1,235 @@
+"""Bad input gets the typed error that says what, where and what to do, and harms nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from safetensors.torch import load_file, save_file
+
+from aioengine import AsyncEngine, SamplingParams
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterLoadError,
+    AdapterNotFound,
+    AdapterTooLarge,
+    AioEngineError,
+    RequestInvalid,
+)
+
+
+@asynccontextmanager
+async def others_undisturbed(engine: AsyncEngine, tiny: Tiny) -> AsyncIterator[None]:
+    """Requests that run before, during and after; their tokens are exactly what they should be."""
+    engine.register_adapter("good", tiny.adapters["rslora"])
+    names = [None, "good", None, "good"]
+    tasks = [
+        asyncio.create_task(engine.complete(prompt_of(i, 5 + i), greedy(60), adapter=name))
+        for i, name in enumerate(names)
+    ]
+    await asyncio.sleep(0)
+    yield
+    for i, (name, task) in enumerate(zip(names, tasks, strict=True)):
+        expected = tiny.expected(prompt_of(i, 5 + i), 60, name and "rslora")
+        assert (await task).token_ids == expected
+    async with asyncio.timeout(20):  # what ended in flight is released with its step
+        while engine.stats().kv_blocks_free != engine.stats().kv_blocks:
+            await asyncio.sleep(0.001)
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([5] * 128, "max_model_len=128"),
+        ([5, 256], "256 is outside the vocabulary"),
+        ([-1], "-1 is outside"),
+        ("text", "no tokenizer.json"),
+        ([{"role": "user", "content": "x"}], "no tokenizer.json"),
+        (5, "must be str"),
+        ([1.5], "no tokenizer.json"),
+        (None, "must be str"),
+    ],
+)
+async def test_bad_prompts(
+    prompt: Any, message: str, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
+        with pytest.raises(RequestInvalid, match=message):
+            await engine.complete(prompt, greedy())
+
+
+async def test_an_empty_text_is_an_empty_prompt(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text) as engine:
+        with pytest.raises(RequestInvalid, match="empty"):
+            await engine.complete("")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("top_k", -1),
+        ("min_p", float("inf")),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", -3.0),
+        ("logprobs", 21),
+        ("stop", [""]),
+        ("stop_token_ids", [-1]),
+        ("seed", "x"),
+    ],
+)
+def test_bad_sampling_values(field: str, value: Any) -> None:
+    with pytest.raises(RequestInvalid, match=field):
+        SamplingParams(**{field: value})
+
+
+async def test_bad_request_arguments(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
+        with pytest.raises(AdapterNotFound, match=r"'goood'.*known: good"):
+            await engine.complete([1], adapter="goood")
+        with pytest.raises(RequestInvalid, match="deadline"):
+            await engine.complete([1], deadline=-1.0)
+        with pytest.raises(RequestInvalid, match="SamplingParams"):
+            await engine.complete([1], {"max_tokens": 3})  # type: ignore[arg-type]
+        with pytest.raises(RequestInvalid, match="stop"):
+            await engine.complete([1], SamplingParams(stop="x"))
+        first = engine.generate([1], greedy(100), request_id="same")
+        await anext(first)
+        with pytest.raises(RequestInvalid, match="'same' is in use"):
+            await engine.complete([1], request_id="same")
+        await first.aclose()
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    key = next(k for k in tensors if "layers.1.self_attn.v_proj.lora_B" in k)
+    tensors[key] = torch.zeros(33, tensors[key].shape[1])
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], tuple[str, ...]]] = {
+    "missing folder": (shutil.rmtree, AdapterLoadError, ()),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterLoadError, ("adapter_config.json",)),
+    "no weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        AdapterLoadError,
+        ("adapter_model.safetensors",),
+    ),
+    "not json": (
+        lambda f: (f / "adapter_config.json").write_text("{"),
+        AdapterInvalid,
+        ("adapter_config.json",),
+    ),
+    "truncated": (truncate, AdapterInvalid, ("adapter_model.safetensors",)),
+    "wrong shape": (
+        lambda f: edit_weights(f, wrong_shape),
+        AdapterInvalid,
+        ("adapter_model.safetensors", "layers.1.self_attn.v_proj.lora_B", "33", "32"),
+    ),
+    "not finite": (lambda f: edit_weights(f, not_finite), AdapterInvalid, ("adapter_model.safetensors",)),
+    "other peft type": (lambda f: edit_config(f, peft_type="IA3"), AdapterInvalid, ("IA3",)),
+    "dora": (lambda f: edit_config(f, use_dora=True), AdapterInvalid, ("use_dora",)),
+    "modules to save": (
+        lambda f: edit_config(f, modules_to_save=["lm_head"]),
+        AdapterInvalid,
+        ("modules_to_save",),
+    ),
+    "bias": (lambda f: edit_config(f, bias="all"), AdapterInvalid, ("bias",)),
+}
+
+
+@pytest.mark.parametrize("how", ["load", "first use"])
+@pytest.mark.parametrize("case", BAD)
+async def test_bad_adapters(
+    case: str, how: str, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    spoil, error_type, words = BAD[case]
+    folder = shutil.copytree(tiny.adapters["rank-4" if case != "wrong shape" else "rank-3"], tmp_path / "bad")
+    spoil(folder)
+    async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
+        if how == "load":
+            with pytest.raises(error_type) as caught:
+                await engine.load_adapter("bad", folder)
+            assert [a.name for a in engine.adapters()] == ["good"], "it is not registered"
+        else:
+            engine.register_adapter("bad", folder)
+            tasks = [engine.complete([i + 3], greedy(), adapter="bad") for i in range(2)]
+            errors = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(error, error_type) for error in errors), errors
+            with pytest.raises(error_type) as caught:
+                await engine.complete([3], greedy(), adapter="bad")
+        for word in ("'bad'", str(folder), *words):
+            assert word in str(caught.value)
+
+
+async def test_a_rank_over_the_slots_size(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_lora_rank=8) as engine:
+        with pytest.raises(AdapterTooLarge, match=r"16.*max_lora_rank=8|max_lora_rank.*16") as caught:
+            await engine.load_adapter("big", tiny.adapters["all-modules"])
+        assert "big" in str(caught.value)
+        assert str(tiny.adapters["all-modules"]) in str(caught.value)
+
+
+async def test_a_module_that_the_pool_does_not_cover(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, target_modules=["q_proj", "v_proj"]) as engine:
+        with pytest.raises(AdapterInvalid, match="target_modules"):
+            await engine.load_adapter("x", tiny.adapters["rank-3"])
+        await engine.load_adapter("y", tiny.adapters["qv-only"])
+        out = await engine.complete([4, 5], greedy(), adapter="y")
+        assert out.token_ids == tiny.expected([4, 5], 24, "qv-only")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", "x@1", "ü", "a" * 256])
+async def test_bad_names(name: str, tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        with pytest.raises(AdapterInvalid, match="name"):
+            engine.register_adapter(name, "/x")
+
+
+async def test_an_adapter_that_is_repaired_can_be_used_again(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("late", tmp_path / "late")
+        with pytest.raises(AdapterLoadError):
+            await engine.complete([4, 5], greedy(), adapter="late")
+        shutil.copytree(tiny.adapters["rank-3"], tmp_path / "late")
+        out = await engine.complete([4, 5], greedy(), adapter="late")
+        assert out.token_ids == tiny.expected([4, 5], 24, "rank-3")

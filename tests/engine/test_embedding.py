@@ -1,0 +1,366 @@
+"""What an application that embeds the engine relies on: cancellation, cleanliness, a loop that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvloop
+from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+
+from aioengine import AsyncEngine, SamplingParams
+from aioengine.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineOverloaded,
+    EngineStopped,
+    RequestInvalid,
+)
+from aioengine.events import RequestEnded
+
+
+def assert_nothing_held(engine: AsyncEngine) -> None:
+    stats = engine.stats()
+    assert stats.running == stats.waiting == 0
+    assert stats.kv_blocks_free == stats.kv_blocks
+    assert all(slot.running == 0 for slot in stats.slots)
+    engine.check_invariants()
+
+
+async def until_idle(engine: AsyncEngine) -> None:
+    """What an ended request held goes with the step that it was in."""
+    await until(lambda: engine.stats().kv_blocks_free == engine.stats().kv_blocks)
+    assert_nothing_held(engine)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_streaming_adds_up(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text) as engine:
+        text, tokens, outputs = "", [], 0
+        async for out in engine.generate("Hello", greedy(), adapter=None, request_id="mine"):
+            text += out.text_delta
+            tokens += out.token_ids_delta
+            outputs += 1
+            assert (out.text, out.token_ids) == (text, tokens)
+            assert out.request_id == "mine"
+        assert out.finished
+        assert out.finish_reason == "length"
+        assert len(tokens) == 24
+        assert 1 < outputs <= 25
+        assert out.ttft is not None
+        assert out.ttft > 0
+
+
+@pytest.mark.parametrize("adapter", [None, "rank-3"])
+async def test_closing_the_iterator_frees_everything(
+    adapter: str | None, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("rank-3", tiny.adapters["rank-3"])
+        ended: list[str] = []
+        engine.add_listener(lambda e: ended.append(e.reason) if isinstance(e, RequestEnded) else None)
+        stream = engine.generate(prompt_of(0, 8), greedy(100), adapter=adapter)
+        await anext(stream)
+        await stream.aclose()
+        await until_idle(engine)
+        assert ended == ["abort"]
+
+
+async def test_breaking_out_of_the_loop_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+
+        async def first() -> int:
+            async for out in engine.generate(prompt_of(0, 8), greedy(100)):
+                return out.token_ids[0]
+            raise AssertionError
+
+        assert await first() == tiny.expected(prompt_of(0, 8), 1)[0]
+        await until_idle(engine)
+
+
+async def test_cancelling_at_any_moment_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """Cancel after k trips round the loop, for k from before the start until it finishes by itself."""
+    async with make_engine(tiny, max_loras=1, max_cpu_loras=1) as engine:
+        for name in ("rank-3", "qv-only"):
+            engine.register_adapter(name, tiny.adapters[name])
+        cancelled = 0
+        for k in range(400):
+            name = ("rank-3", "qv-only")[k % 2]
+            task = asyncio.create_task(engine.complete([5, 6, 7], greedy(3), adapter=name))
+            for _ in range(k):
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                cancelled += 1
+            else:
+                break
+        assert cancelled > 5
+        await until_idle(engine)
+        out = await engine.complete([5, 6, 7], greedy(3), adapter="rank-3")
+        assert out.token_ids == tiny.expected([5, 6, 7], 3, "rank-3")
+
+
+async def test_abort_ends_the_stream(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        outputs = []
+        async for out in engine.generate([5], greedy(100), request_id="x"):
+            outputs.append(out)
+            if len(outputs) == 2:
+                assert await engine.abort("x")
+        assert outputs[-1].finish_reason == "abort"
+        assert not await engine.abort("x")
+        await until_idle(engine)
+
+
+async def test_a_slow_reader_gets_everything_and_holds_up_nobody(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        slow = engine.generate([9, 8], greedy(40))
+        await anext(slow)
+        quick = await engine.complete([4, 5], greedy(60))
+        assert len(quick.token_ids) == 60
+        tokens = []
+        async for out in slow:
+            tokens += out.token_ids_delta
+        assert out.token_ids == tiny.expected([9, 8], 40)
+        assert out.token_ids[-len(tokens) :] == tokens
+
+
+async def test_two_engines_in_one_process(
+    tiny_of: Callable[[str], Tiny], make_engine: MakeEngine
+) -> None:
+    one, two = tiny_of("llama"), tiny_of("qwen3")
+    async with make_engine(one) as a, make_engine(two, max_loras=1) as b:
+        for engine, tiny in ((a, one), (b, two)):
+            engine.register_adapter("x", tiny.adapters["rank-3"])
+        results = await asyncio.gather(
+            *(e.complete([7, 7, i], greedy(), adapter="x") for i in range(4) for e in (a, b))
+        )
+        assert a.metrics.registry is not b.metrics.registry
+    for i, out in enumerate(results):
+        tiny = (one, two)[i % 2]
+        assert out.token_ids == tiny.expected([7, 7, i // 2], 24, "rank-3")
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_runs_on_any_loop_and_leaves_nothing(
+    loop_factory: Callable[[], Any], tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    def open_files() -> set[str]:
+        folder = "/proc/self/fd"
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        return {n for n in names if os.path.exists(f"{folder}/{n}")}  # not the listing's own
+
+    async def main() -> None:
+        await asyncio.sleep(0)
+        threads, files = set(threading.enumerate()), open_files()
+        async with make_engine(tiny) as engine:
+            engine.register_adapter("x", tiny.adapters["rank-3"])
+            out = await engine.complete([7, 7], greedy(), adapter="x")
+            assert out.token_ids == tiny.expected([7, 7], 24, "rank-3")
+            left_running = asyncio.create_task(engine.complete([1], greedy(100)))
+            await asyncio.sleep(0)
+        with pytest.raises(EngineStopped):
+            await left_running
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert set(threading.enumerate()) == threads
+        assert open_files() <= files
+
+    tiny.expected([7, 7], 24, "rank-3")  # so that the reference opens its files before
+    for _ in range(2):
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(main())
+
+
+async def test_cancelled_while_starting_and_stopping(tiny: Tiny, make_engine: MakeEngine) -> None:
+    threads = set(threading.enumerate())
+    engine = make_engine(tiny)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    with pytest.raises(EngineStopped):
+        await engine.start()
+    await until(lambda: set(threading.enumerate()) == threads)
+
+    engine = make_engine(tiny)
+    await engine.start()
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert set(threading.enumerate()) == threads
+    await engine.stop()
+
+
+async def test_drain_finishes_what_is_accepted_and_refuses_the_rest(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        tasks = [asyncio.create_task(engine.complete([i + 3], greedy())) for i in range(3)]
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(EngineStopped, match="draining"):
+            await engine.complete([1])
+        await draining
+        assert all(task.done() for task in tasks)
+        assert [t.result().token_ids for t in tasks] == [tiny.expected([i + 3], 24) for i in range(3)]
+
+
+async def test_deadlines_and_overload(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_waiting=2) as engine:
+        with pytest.raises(DeadlineExceeded):
+            await engine.complete([1], greedy(120), deadline=0.0001)
+        tasks = [asyncio.create_task(engine.complete([i + 3], greedy())) for i in range(5)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [r for r in results if isinstance(r, EngineOverloaded)]
+        assert 1 <= len(refused) <= 3
+        assert len(refused) + sum(not isinstance(r, BaseException) for r in results) == 5
+        await until_idle(engine)
+
+
+async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny)
+    for call in (engine.stats, engine.adapters, lambda: engine.register_adapter("a", "/x")):
+        with pytest.raises(EngineStopped):
+            call()
+    with pytest.raises(EngineStopped):
+        await engine.complete([1])
+    async with engine:
+        pass
+    with pytest.raises(EngineStopped):
+        await engine.complete([1])
+    await engine.stop()
+
+
+async def test_an_executor_that_fails_ends_every_request_with_engine_dead(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aioengine.model.runner import ModelRunner
+
+    async with make_engine(tiny) as engine:
+        tasks = [asyncio.create_task(engine.complete([i + 3], greedy(100))) for i in range(3)]
+        await until(lambda: engine.stats().running == 3)
+
+        def broken(self: ModelRunner, batch: object) -> None:
+            raise MemoryError("out of device memory")
+
+        monkeypatch.setattr(ModelRunner, "execute", broken)
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, EngineDead)
+            assert isinstance(result.__cause__, MemoryError)
+        with pytest.raises(EngineDead):
+            await engine.complete([1])
+
+
+async def test_seeded_sampling_does_not_depend_on_the_batch(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=30, ignore_eos=True)
+    async with make_engine(tiny) as engine:
+        alone = await engine.complete([3, 4, 5], params)
+        others = [
+            asyncio.create_task(
+                engine.complete([9, i], SamplingParams(temperature=1.0, max_tokens=20 + i))
+            )
+            for i in range(6)
+        ]
+        together = await engine.complete([3, 4, 5], params)
+        await asyncio.gather(*others)
+        other_seed = await engine.complete(
+            [3, 4, 5], SamplingParams(temperature=0.9, top_p=0.95, seed=8, max_tokens=30, ignore_eos=True)
+        )
+    assert alone.token_ids == together.token_ids != other_seed.token_ids
+
+
+async def test_stops_and_logprobs(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text) as engine:
+        full = await engine.complete("stop here", SamplingParams(max_tokens=40, logprobs=2, ignore_eos=True))
+        assert full.logprobs is not None
+        assert len(full.logprobs) == len(full.token_ids) == 40
+        for token, logprob in zip(full.token_ids, full.logprobs, strict=True):
+            assert logprob.token_id == token
+            assert logprob.top[0] == (token, logprob.logprob), "greedy takes the likeliest"
+            assert len(logprob.top) == 2
+        token = full.token_ids[5]
+        first = full.token_ids.index(token)
+        by_token = await engine.complete(
+            "stop here", SamplingParams(max_tokens=40, stop_token_ids=[token], ignore_eos=True)
+        )
+        assert by_token.token_ids == full.token_ids[: first + 1]
+        assert (by_token.finish_reason, by_token.stop_reason) == ("stop", token)
+        stop = full.text[6:9]  # three characters: spans tokens
+        by_text = await engine.complete(
+            "stop here", SamplingParams(max_tokens=40, stop=stop, ignore_eos=True)
+        )
+        assert by_text.text == full.text[: full.text.index(stop)]
+        assert (by_text.finish_reason, by_text.stop_reason) == ("stop", stop)
+
+
+async def test_chat_messages_are_rendered(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text) as engine:
+        chat = await engine.complete([{"role": "user", "content": "hi"}], greedy(4))
+        text = await engine.complete("<user>hi", greedy(4))
+        assert chat.prompt_token_ids == text.prompt_token_ids
+        with pytest.raises(RequestInvalid, match="role"):
+            await engine.complete([{"content": "hi"}], greedy(4))
+
+
+async def test_the_loop_stays_free_while_the_engine_generates(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    """A 10 ms ticker, beside a batch that is busy all the time and swaps adapters."""
+    late: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def tick() -> None:
+        while True:
+            due = loop.time() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(loop.time() - due)
+
+    async with make_engine(tiny) as engine:
+        for name, folder in tiny.adapters.items():
+            engine.register_adapter(name, folder)
+        ticker = asyncio.create_task(tick())
+        names = [None, *tiny.adapters]
+        await asyncio.gather(
+            *(engine.complete([3, i], greedy(100), adapter=names[i % len(names)]) for i in range(40))
+        )
+        ticker.cancel()
+    late.sort()
+    p99 = late[int(len(late) * 0.99)]
+    print(f"ticker: {len(late)} ticks, p99 {p99 * 1e3:.1f} ms late, worst {late[-1] * 1e3:.1f} ms")
+    assert len(late) > 20
+    assert p99 < 0.05
+
+
+def test_importing_is_quick_and_leaves_torch_alone() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import aioengine; "
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    seconds = min(float(run.stdout.split()[0]) for run in runs)
+    assert all(run.stdout.split()[1] == "False" for run in runs)
+    assert seconds < 0.3

@@ -1,0 +1,107 @@
+"""The engine against transformers + peft in float32, token for token, through every path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+
+from aioengine import events
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PATHS: dict[str, dict[str, Any]] = {
+    "whole-prompts": {"enable_prefix_caching": False},
+    "chunked-prefill": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+    "preempted": {"max_model_len": 64, "max_num_seqs": 6},
+}
+KV_TOKEN_BYTES = {"llama": 768, "mistral": 768, "qwen2": 768, "qwen3": 1536}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_base_and_all_adapters_mixed(
+    family: str, path: str, tiny_of: Callable[[str], Tiny], make_engine: MakeEngine
+) -> None:
+    tiny = tiny_of(family)
+    names = [None, *ADAPTERS, None, None]
+    lengths = [29, 5, 17, 33, 9, 21, 13, 26, 2, 30, 20, 31]
+    prompts = [prompt_of(i, n) for i, n in enumerate(lengths)]
+    fields = dict(PATHS[path])
+    if path == "preempted":  # little more than one request of the full length: they must take turns
+        fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES[family]
+    async with make_engine(tiny, **fields) as engine:
+        for name, folder in tiny.adapters.items():
+            engine.register_adapter(name, folder)
+        outputs = await asyncio.gather(
+            *(
+                engine.complete(prompt, greedy(), adapter=name)
+                for name, prompt in zip(names, prompts, strict=True)
+            )
+        )
+        stats = engine.stats()
+        engine.check_invariants()
+    for name, prompt, output in zip(names, prompts, outputs, strict=True):
+        assert output.token_ids == tiny.expected(prompt, 24, name), f"adapter {name}"
+        assert output.finish_reason == "length"
+    assert stats.slot_loads >= len(ADAPTERS) > len(stats.slots), "fewer slots than adapters"
+    assert (stats.preemptions > 0) == (path == "preempted")
+
+
+async def test_adapters_change_the_output(tiny: Tiny) -> None:
+    prompt = prompt_of(0, 12)
+    outputs = [tuple(tiny.expected(prompt, 24, name)) for name in (None, *ADAPTERS)]
+    assert len(set(outputs)) == len(outputs), "or the tests above would prove nothing"
+
+
+async def test_prefix_cache_hits_give_the_same_tokens(tiny: Tiny, make_engine: MakeEngine) -> None:
+    shared = prompt_of(1, 24)
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("rank-3", tiny.adapters["rank-3"])
+        for name in (None, "rank-3"):
+            for tail, cached in (([], 0), ([7, 8, 9], 24), ([9, 8], 24), ([], 20)):
+                output = await engine.complete(shared + tail, greedy(), adapter=name)
+                assert output.token_ids == tiny.expected(shared + tail, 24, name)
+                assert output.cached_tokens == cached
+
+
+async def test_a_new_version_never_sees_the_old_versions_cache(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    prompt = prompt_of(2, 24)
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        first = await engine.complete(prompt, greedy(), adapter="x")
+        await engine.load_adapter("x", tiny.adapters["rslora"], replace=True)
+        second = await engine.complete(prompt, greedy(), adapter="x")
+        await engine.unload_adapter("x")
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        third = await engine.complete(prompt, greedy(), adapter="x")
+    assert first.token_ids == third.token_ids == tiny.expected(prompt, 24, "rank-3")
+    assert second.token_ids == tiny.expected(prompt, 24, "rslora")
+    assert second.cached_tokens == 0
+    assert third.cached_tokens == 20, "the same content under any name is the same cache"
+
+
+async def test_requests_join_and_leave_a_running_batch(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_loras=3) as engine:
+        for name, folder in tiny.adapters.items():
+            engine.register_adapter(name, folder)
+        names = [None, *ADAPTERS] * 3
+        swaps: list[events.Event] = []
+        engine.add_listener(swaps.append)
+
+        async def one(i: int) -> None:
+            for _ in range(i % 7):
+                await asyncio.sleep(0)
+            prompt, count = prompt_of(i, 3 + i), 24 + i % 5
+            output = await engine.complete(prompt, greedy(count), adapter=names[i])
+            assert output.token_ids == tiny.expected(prompt, count, names[i])
+
+        await asyncio.gather(*(one(i) for i in range(len(names))))
+        placed = [e for e in swaps if isinstance(e, events.AdapterPlaced)]
+        mixed = [e for e in swaps if isinstance(e, events.StepFinished) and e.adapters == 3]
+        assert len(placed) >= len(ADAPTERS)
+        assert mixed, "several adapters in one batch"

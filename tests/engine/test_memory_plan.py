@@ -1,0 +1,112 @@
+"""The plan is what is allocated, to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_fixtures import MakeEngine, Tiny
+
+from aioengine import EngineConfig, LoRAConfig
+from aioengine.build import build_parts
+from aioengine.errors import ConfigError
+from aioengine.memory_plan import plan_from_config, plan_memory
+from aioengine.model.files import read_spec
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"max_loras": 1, "max_lora_rank": 1},
+        {"max_loras": 3, "max_lora_rank": 320},
+        {"max_loras": 5, "max_lora_rank": 8, "target_modules": ["k_proj", "down_proj"]},
+        {"max_loras": 2, "max_lora_rank": 16, "lora_dtype": "bfloat16"},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_plan_is_what_is_allocated(
+    family: str, lora: dict[str, Any], tiny_of: Callable[[str], Tiny]
+) -> None:
+    model = str(tiny_of(family).model)
+    config = EngineConfig(
+        model=model, dtype="float32", max_model_len=64, kv_cache_memory="1MiB", lora=LoRAConfig(**lora)
+    )
+    parts = build_parts(config)
+    plan, slots = parts.plan, parts.runner.lora_slots
+    assert slots is not None
+    assert plan == plan_from_config(config, available_bytes=plan.available_bytes)
+
+    tensors = [t for t in _tensors(slots) if t.device.type == "cpu"]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(storages.values()) == plan.slot_pool_bytes == slots.nbytes
+    per_pool = {m: plan.num_slots * size for m, size in plan.slot_bytes_by_module.items()}
+    assert slots.nbytes_by_module == per_pool
+    assert parts.runner.weight_bytes == plan.weights_bytes
+    assert parts.runner.kv_cache.nbytes == plan.kv_bytes <= 2**20
+
+    spec = parts.spec
+    size = 2 if plan.lora_dtype == "bfloat16" else 4
+    for module, found in plan.slot_bytes_by_module.items():
+        n_in, n_out = spec.linear(module)
+        assert found == spec.num_layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
+
+
+def _tensors(holder: object, depth: int = 5) -> list[torch.Tensor]:
+    """Every tensor that an object holds, found by looking and not by its own account."""
+    if isinstance(holder, torch.Tensor):
+        return [holder]
+    if depth == 0 or isinstance(holder, (str, bytes, int, float, torch.dtype, torch.device)):
+        return []
+    if isinstance(holder, dict):
+        children = list(holder.values())
+    elif isinstance(holder, (list, tuple, set)):
+        children = list(holder)
+    else:
+        children = list(getattr(holder, "__dict__", {}).values())
+        children += [getattr(holder, name, None) for name in getattr(holder, "__slots__", ())]
+    return [tensor for child in children for tensor in _tensors(child, depth - 1)]
+
+
+async def test_the_cpu_cache_stays_within_the_plan(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_loras=2, max_cpu_loras=3) as engine:
+        for name, folder in tiny.adapters.items():
+            loaded = await engine.load_adapter(name, folder)
+            assert 0 < loaded.bytes <= engine.plan.cpu_adapter_bytes
+        held = [a for a in engine.adapters() if a.location in ("cpu", "slot")]
+        assert len(held) == 3
+        assert sum(a.bytes for a in held) <= engine.plan.cpu_cache_bytes
+
+
+def plan(tiny: Tiny, available: int, lora: LoRAConfig | None = None, **fields: Any) -> Any:
+    config = EngineConfig(model=str(tiny.model), dtype="float32", lora=lora, **fields)
+    return plan_memory(read_spec(tiny.model), config, device="cpu", available_bytes=available)
+
+
+def test_what_does_not_fit_is_refused_by_how_much_and_with_the_knobs(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"too little.*lower max_model_len"):
+        plan(tiny, 600_000, max_model_len=512)
+    big = LoRAConfig(max_loras=100, max_lora_rank=512)
+    with pytest.raises(ConfigError, match=r"max_loras \(each slot.*max_lora_rank.*max_cpu_loras"):
+        plan(tiny, 10**8, big)
+    with pytest.raises(ConfigError, match="lower kv_cache_memory"):
+        plan(tiny, 10**7, kv_cache_memory="1GiB")
+    with pytest.raises(ConfigError, match=r"kv_cache_memory=1000 B.*raise kv_cache_memory"):
+        plan(tiny, 10**9, kv_cache_memory=1000)
+    with pytest.raises(ConfigError, match=r"max_model_len=513.*512"):
+        plan(tiny, 10**9, max_model_len=513)
+
+
+def test_kv_blocks_sized_from_what_is_free(tiny: Tiny) -> None:
+    small, large = plan(tiny, 10**7), plan(tiny, 10**9)
+    assert small.num_blocks < large.num_blocks
+    assert small.total_bytes <= 10**7
+    assert large.num_blocks * large.block_size >= 64 * 512, "enough for max_num_seqs at full length"
+
+
+def test_unknown_models_are_refused_by_name(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        plan_from_config(EngineConfig(model=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="did you mean 'smollm2-135m'"):
+        plan_from_config(EngineConfig(model="smolm2-135m"))

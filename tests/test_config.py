@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig
+from aioengine.config import parse_bytes
+from aioengine.errors import ConfigError, PolicyError
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512])
+def test_allowed_ranks(rank: int) -> None:
+    assert LoRAConfig(max_lora_rank=rank).max_lora_rank == rank
+
+
+@pytest.mark.parametrize("rank", [0, 3, 24, 1024, -8, 16.0, "16", True, None])
+def test_other_ranks_are_refused_with_the_list(rank: Any) -> None:
+    if rank == 16.0 and not isinstance(rank, str):
+        return  # equal to 16
+    with pytest.raises(ConfigError, match=r"max_lora_rank.*allowed.*320"):
+        LoRAConfig(max_lora_rank=rank)
+
+
+def test_max_cpu_loras_defaults_to_max_loras_and_must_not_be_less() -> None:
+    assert LoRAConfig(max_loras=7).max_cpu_loras == 7
+    assert LoRAConfig(max_loras=7, max_cpu_loras=9).max_cpu_loras == 9
+    with pytest.raises(ConfigError, match=r"max_cpu_loras=2.*max_loras=3.*raise"):
+        LoRAConfig(max_loras=3, max_cpu_loras=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_loras": 0}, "max_loras=0: must be >= 1"),
+        ({"max_loras": "4"}, "max_loras='4': must be an integer"),
+        ({"max_loras": True}, "max_loras=True"),
+        ({"max_cpu_loras": 0}, "max_cpu_loras=0"),
+        ({"fully_sharded_loras": 1}, "fully_sharded_loras=1"),
+        ({"lora_dtype": "float8"}, "lora_dtype='float8': allowed are auto, bfloat16"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": "q_proj"}, "target_modules='q_proj'"),
+        ({"target_modules": ["q_prj"]}, "did you mean 'q_proj'"),
+    ],
+)
+def test_bad_lora_fields(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoRAConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": ""}, "model=''"),
+        ({"dtype": "bf16"}, "dtype='bf16': allowed are auto, bfloat16"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"max_model_len": 1}, "max_model_len=1"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens=8: must be >= max_num_seqs=64"),
+        ({"kv_cache_memory": "2 apples"}, "kv_cache_memory='2 apples'"),
+        ({"kv_cache_memory": -1}, "kv_cache_memory=-1"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({"executor": "ray"}, "executor='ray'"),
+        ({"max_waiting": 0}, "max_waiting=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"enable_prefix_caching": "yes"}, "enable_prefix_caching='yes'"),
+        ({"lora": {"max_loras": 1}}, "lora="),
+        ({"policy": ""}, "policy=''"),
+    ],
+)
+def test_bad_engine_fields(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**{"model": "m", **fields})
+
+
+def test_configs_are_frozen() -> None:
+    config = EngineConfig(model="m")
+    with pytest.raises(AttributeError):
+        config.model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1024", 1024), (7, 7), ("2GiB", 2**31), ("1.5 MB", 1_500_000), ("512 mib", 2**29)],
+)
+def test_sizes(text: int | str, value: int) -> None:
+    assert parse_bytes(text, field="x") == value
+    assert EngineConfig(model="m", kv_cache_memory=text).kv_cache_memory == value
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = tmp_path / "engine.toml"
+    path.write_text(
+        'model = "m"\nkv_cache_memory = "1GiB"\npolicy = "fcfs:max_wait=2"\n'
+        "[lora]\nmax_loras = 8\nmax_cpu_loras = 64\ntarget_modules = ['v_proj', 'q_proj']\n"
+    )
+    config = EngineConfig.from_toml(path, max_num_seqs=3)
+    assert config.lora == LoRAConfig(
+        max_loras=8, max_cpu_loras=64, target_modules=("q_proj", "v_proj")
+    )
+    assert (config.kv_cache_memory, config.max_num_seqs) == (2**30, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('model = "m"\nmax_lora = 3', "unknown field 'max_lora'"),
+        ('model = "m"\n[lora]\nmax_lora = 3', "table lora: unknown field 'max_lora'.*'max_loras'"),
+        ("max_num_seqs = 3", "model"),
+        ('model = "m"\nmax_num_seqs = "three"', "max_num_seqs"),
+        ('model = "m"\nmax_num_seqs = 0', "max_num_seqs=0"),
+        ("model = ", "not valid TOML"),
+    ],
+)
+def test_bad_toml(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "engine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        EngineConfig.from_toml(path)
+    assert "engine.toml" in str(caught.value)
+
+
+def test_a_missing_toml_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        EngineConfig.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("fcsf", "did you mean 'fcfs'"),
+        ("fcfs:max_wiat=3", "max_wiat"),
+        ("fcfs:3", "name=value"),
+        ("fcfs:max_wait=-1", "max_wait=-1"),
+        ("no.such:Thing", "cannot import"),
+        ("aioengine.config:EngineConfig", "not a subclass of SchedulerPolicy"),
+    ],
+)
+def test_bad_policies(policy: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        AsyncEngine(EngineConfig(model="m", policy=policy))
+
+
+def test_a_policy_by_path_and_by_instance() -> None:
+    from aioengine.schedulers.fcfs import FCFS
+
+    AsyncEngine(EngineConfig(model="m", policy="aioengine.schedulers.fcfs:FCFS:max_wait=3"))
+    AsyncEngine(EngineConfig(model="m"), policy=FCFS(max_wait=2))
+    with pytest.raises(PolicyError, match="must be a SchedulerPolicy"):
+        AsyncEngine(EngineConfig(model="m"), policy="fcfs")  # type: ignore[arg-type]
