@@ -192,9 +192,7 @@ class AdapterOps:
 
 
 @asynccontextmanager
-async def _counted_lock(
-    locks: dict[str, tuple[asyncio.Lock, int]], name: str
-) -> AsyncIterator[None]:
+async def _counted_lock(locks: dict[str, tuple[asyncio.Lock, int]], name: str) -> AsyncIterator[None]:
     """A lock by name that exists only while somebody holds it or waits for it."""
     lock, users = locks.get(name, (asyncio.Lock(), 0))
     locks[name] = (lock, users + 1)

@@ -21,7 +21,7 @@ class Parts(NamedTuple):
     spec: ModelSpec
     plan: MemoryPlan
     runner: ModelRunner
-    store: AdapterStore | None
+    store: AdapterStore
     tokenizer: Tokenizer | None
 
 
@@ -41,6 +41,7 @@ def build_parts(config: EngineConfig) -> Parts:
     plan = plan_memory(spec, config, device=device)
     lora = config.lora
     lora_dtype = getattr(torch, plan.lora_dtype)
+    max_rank, modules = (1, ()) if lora is None else (lora.max_lora_rank, lora.modules)
     runner = ModelRunner(
         spec,
         path,
@@ -49,19 +50,17 @@ def build_parts(config: EngineConfig) -> Parts:
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_loras=plan.num_slots,
-        max_lora_rank=1 if lora is None else lora.max_lora_rank,
+        max_lora_rank=max_rank,
         lora_dtype=lora_dtype,
-        target_modules=() if lora is None else lora.modules,
+        target_modules=modules,
     )
-    store = None
-    if lora is not None:
-        store = AdapterStore(
-            spec,
-            max_rank=lora.max_lora_rank,
-            target_modules=lora.modules,
-            dtype=lora_dtype,
-            pin_memory=device == "cuda",
-        )
+    store = AdapterStore(
+        spec,
+        max_rank=max_rank,
+        target_modules=modules,
+        dtype=lora_dtype,
+        pin_memory=device == "cuda",
+    )
     return Parts(spec, plan, runner, store, load_tokenizer(path))
 
 

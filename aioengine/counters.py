@@ -41,9 +41,7 @@ class Counters:
         n = self._n
         queues = core.queues
         blocked = sum(
-            len(entry.waiting)
-            for entry in queues.adapters.values()
-            if entry.location is not Location.SLOT
+            len(entry.waiting) for entry in queues.adapters.values() if entry.location is not Location.SLOT
         )
         live = core.requests.values()
         return EngineStats(

@@ -123,7 +123,7 @@ def plan_from_config(config: EngineConfig, *, available_bytes: int | None = None
 
 
 def resolve_device(device: str) -> str:
-    """"cpu" or "cuda"; torch is asked only if it matters. Raises ConfigError if there is no CUDA."""
+    """ "cpu" or "cuda"; torch is asked only if it matters. Raises ConfigError if there is no CUDA."""
     if device == "cpu":
         return device
     import torch  # only now, so that a plan for the CPU does not need it
@@ -163,8 +163,7 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     knobs = [first]
     if plan.slot_pool_bytes:
         knobs.append(
-            f"lower lora.max_loras (each slot takes {format_bytes(plan.slot_bytes)}) or "
-            "lora.max_lora_rank"
+            f"lower lora.max_loras (each slot takes {format_bytes(plan.slot_bytes)}) or lora.max_lora_rank"
         )
     if plan.device == "cpu" and plan.cpu_cache_bytes:
         knobs.append(f"lower lora.max_cpu_loras ({format_bytes(plan.cpu_adapter_bytes)} each)")
@@ -178,9 +177,7 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     )
 
 
-def slot_bytes_by_module(
-    spec: ModelSpec, lora: LoRAConfig | None, dtype_bytes: int
-) -> dict[str, int]:
+def slot_bytes_by_module(spec: ModelSpec, lora: LoRAConfig | None, dtype_bytes: int) -> dict[str, int]:
     """One slot's bytes by module over all layers."""
     if lora is None:
         return {}
@@ -214,7 +211,7 @@ def available_memory(device: str) -> int:
         import torch  # only a CUDA plan needs it
 
         return int(torch.cuda.mem_get_info()[0])
-    free = psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

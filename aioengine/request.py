@@ -77,11 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def has_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -130,9 +126,7 @@ def _check_int(field: str, value: object, *, low: int, high: int | None = None) 
         raise RequestInvalid(f"{field}={value}: must be {bound}")
 
 
-def _check_float(
-    field: str, value: object, *, low: float, high: float, low_open: bool = False
-) -> None:
+def _check_float(field: str, value: object, *, low: float, high: float, low_open: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RequestInvalid(f"{field}={value!r}: must be a finite number")
     if value > high or value < low or (low_open and value == low):

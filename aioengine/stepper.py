@@ -234,9 +234,7 @@ class Stepper:
             logger.warning("%s (first: %s; said once, counted always)", what, item)
 
 
-def _step_event(
-    batch: StepBatch, seconds: float, schedule_seconds: float, now: float
-) -> events.StepFinished:
+def _step_event(batch: StepBatch, seconds: float, schedule_seconds: float, now: float) -> events.StepFinished:
     sequences = batch.sequences
     slots = sorted({work.slot for work in sequences if work.slot >= 0})
     decode = sum(len(w.tokens) for w in sequences if len(w.tokens) == 1 and w.start >= w.prompt_len)

@@ -25,9 +25,7 @@ class OutputStream:
         self._text = ""
         self._text_seen = 0
         self._tokens_seen = request.prompt_len
-        self._logprobs: list[TokenLogprob] | None = (
-            None if request.params.logprobs is None else []
-        )
+        self._logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self._stop: str | int | None = None
         self._finish: FinishReason | None = None
         self._error: Exception | None = None

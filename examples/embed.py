@@ -11,7 +11,7 @@ async def main() -> None:
         await engine.load_adapter("sql", "examples/adapters/sql")
         prompt = [
             {"role": "system", "content": "Write the SQL query."},
-            {"role": "user", "content": "How many employees are there in Berlin?"},
+            {"role": "user", "content": "What is the average age of employees whose city is Berlin?"},
         ]
         async for out in engine.generate(prompt, SamplingParams(max_tokens=40), adapter="sql"):
             print(out.text_delta, end="", flush=True)

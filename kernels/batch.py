@@ -85,12 +85,14 @@ class LoRABatch:
     @cached_property
     def grouping(self) -> Grouping:
         """The segments grouped for batched products; padding never doubles a long group's work."""
+        top_rank = max(segment.rank for segment in self.segments)
         by_key: dict[tuple[int, int], list[Segment]] = {}
         for segment in self.segments:
             length = segment.stop - segment.start
             bucket = 0 if length <= _SHORT else (length - 1).bit_length()
-            # Ranks within a factor of four share a product.
-            by_key.setdefault((bucket, (segment.rank - 1).bit_length() // 2), []).append(segment)
+            # Less than a quarter of the largest rank is worth a product of its own.
+            smaller = (top_rank // segment.rank).bit_length() // 3
+            by_key.setdefault((bucket, smaller), []).append(segment)
 
         first = self.segments[0].start
         order = [0] * (self.num_tokens - first)

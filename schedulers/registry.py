@@ -73,9 +73,7 @@ def _parse_options(text: str, options: str) -> dict[str, Any]:
     return parsed
 
 
-def _build(
-    text: str, policy: type[SchedulerPolicy], options: Mapping[str, Any]
-) -> SchedulerPolicy:
+def _build(text: str, policy: type[SchedulerPolicy], options: Mapping[str, Any]) -> SchedulerPolicy:
     signature = inspect.signature(policy)
     try:
         signature.bind(**options)

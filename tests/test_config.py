@@ -97,9 +97,7 @@ def test_toml(tmp_path: Path) -> None:
         "[lora]\nmax_loras = 8\nmax_cpu_loras = 64\ntarget_modules = ['v_proj', 'q_proj']\n"
     )
     config = EngineConfig.from_toml(path, max_num_seqs=3)
-    assert config.lora == LoRAConfig(
-        max_loras=8, max_cpu_loras=64, target_modules=("q_proj", "v_proj")
-    )
+    assert config.lora == LoRAConfig(max_loras=8, max_cpu_loras=64, target_modules=("q_proj", "v_proj"))
     assert (config.kv_cache_memory, config.max_num_seqs) == (2**30, 3)
 
 

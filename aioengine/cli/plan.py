@@ -15,14 +15,10 @@ def plan(*, engine: EngineFlags | None = None) -> int:
 
     Exits with 2, naming the knob to turn, if it does not fit.
     """
-    from aioengine.build import resolve_device
-    from aioengine.memory_plan import plan_memory
-    from aioengine.model.files import read_spec, resolve_model
+    from aioengine.memory_plan import plan_from_config
 
     config = (engine or EngineFlags()).engine_config()
-    spec = read_spec(resolve_model(config.model))
-    device = resolve_device(config.device)
-    _print(plan_memory(spec, config, device=device), config.model)
+    _print(plan_from_config(config), config.model)
     return 0
 
 

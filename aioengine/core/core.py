@@ -75,9 +75,7 @@ class Core:
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
-        self.blocks = BlockManager(
-            limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching
-        )
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
         self.queues = RequestQueues()
         self.requests: dict[str, Request] = {}
         """Accepted and not ended."""
@@ -196,9 +194,7 @@ class Core:
     def adapter_loaded(
         self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
     ) -> None:
-        self.residency.loaded(
-            entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds
-        )
+        self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
         self._tell("adapter_loaded", now, adapter=entry.name)
 
     def adapter_load_failed(
@@ -423,9 +419,7 @@ class Core:
         self._release(request)
         request.status = Status.WAITING
         self.queues.put_back(request)
-        self._emit(
-            events.RequestPreempted(time=self.now, request_id=request.id, adapter=_label(request))
-        )
+        self._emit(events.RequestPreempted(time=self.now, request_id=request.id, adapter=_label(request)))
 
     def _work(self, request: Request, tokens: int) -> SequenceWork:
         start = request.computed
@@ -486,9 +480,7 @@ class Core:
         """Make its newly completed blocks findable."""
         full = request.computed // self.blocks.block_size
         if full > len(request.hashes):
-            request.hashes = self.blocks.hash_blocks(
-                request.cache_salt, request.tokens, request.hashes
-            )
+            request.hashes = self.blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
         for index in range(request.committed, full):
             self.blocks.commit(request.blocks[index], request.hashes[index])
         request.committed = max(request.committed, full)

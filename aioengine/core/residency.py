@@ -117,9 +117,7 @@ class Residency:
             del self.entries[entry.uid]
             if self.by_policy_name.get(entry.name) is entry:  # not so if it was never published
                 del self.by_policy_name[entry.name]
-            self._emit(
-                events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version)
-            )
+            self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
 
     # Disk -> CPU
 
@@ -155,9 +153,7 @@ class Residency:
         entry.location = Location.LOADING
         self._loads += 1
         self._moves.append(LoadMove(entry))
-        self._emit(
-            events.AdapterLoading(time=now, adapter=entry.label, version=entry.version)
-        )
+        self._emit(events.AdapterLoading(time=now, adapter=entry.label, version=entry.version))
         return None
 
     def loaded(
@@ -217,9 +213,7 @@ class Residency:
         self.slots.begin(slot, entry)
         self._moves.append(CopyMove(entry, slot.index))
         self._emit(
-            events.AdapterPlacing(
-                time=now, adapter=entry.label, version=entry.version, slot=slot.index
-            )
+            events.AdapterPlacing(time=now, adapter=entry.label, version=entry.version, slot=slot.index)
         )
 
     def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
@@ -294,9 +288,7 @@ class Residency:
             )
         )
 
-    def _failed(
-        self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
-    ) -> None:
+    def _failed(self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure) -> None:
         self._emit(
             events.AdapterFailed(
                 time=now,
@@ -306,4 +298,3 @@ class Residency:
                 error=error,
             )
         )
-

@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.adapters.peft import PackedAdapter
-
-__all__ = ["Executor", "Sampled", "SequenceWork", "StepBatch", "StepResult"]
 
 
 class Executor(ABC):

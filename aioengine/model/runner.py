@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aioengine.executors.base import Sampled, SequenceWork, StepBatch, StepResult
 from aioengine.kernels import LoRABatch, get_backend
 from aioengine.model.attention import AttentionPlan, Span
 from aioengine.model.decoder import Decoder, StepInputs
@@ -17,6 +16,7 @@ from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from aioengine.model.weights import load_weights
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 """``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""

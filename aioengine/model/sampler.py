@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aioengine.executors.base import Sampled, SequenceWork
 from aioengine.request import SamplingParams, TokenLogprob
+from aioengine.step import Sampled, SequenceWork
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15

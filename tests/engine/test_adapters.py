@@ -36,9 +36,7 @@ async def test_load_brings_it_to_the_cpu(tiny: Tiny, make_engine: MakeEngine) ->
         assert engine.stats().cpu_adapters == 1
 
 
-async def test_many_requests_for_one_cold_adapter_read_it_once(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_many_requests_for_one_cold_adapter_read_it_once(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         seen: list[Event] = []
         engine.add_listener(seen.append)
@@ -96,9 +94,7 @@ async def test_another_path_needs_replace(tiny: Tiny, make_engine: MakeEngine) -
             engine.register_adapter("x", tiny.adapters["qv-only"])
 
 
-async def test_unload_waits_for_what_runs_and_frees_everything(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_unload_waits_for_what_runs_and_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         await engine.load_adapter("x", tiny.adapters["rank-3"])
         stream = engine.generate([4, 5], greedy(60), adapter="x")
@@ -152,9 +148,7 @@ async def test_a_pinned_adapter_keeps_its_slot(tiny: Tiny, make_engine: MakeEngi
         assert places["regex"] == "slot"
 
 
-async def test_cancelling_a_load_at_any_moment_leaves_nothing(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_cancelling_a_load_at_any_moment_leaves_nothing(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         finished = False
         for k in range(400):

@@ -60,9 +60,7 @@ async def others_undisturbed(engine: AsyncEngine, tiny: Tiny) -> AsyncIterator[N
         (None, "must be str"),
     ],
 )
-async def test_bad_prompts(
-    prompt: Any, message: str, tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_bad_prompts(prompt: Any, message: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
         with pytest.raises(RequestInvalid, match=message):
             await engine.complete(prompt, greedy())
@@ -177,9 +175,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], tuple[str, ...
 
 @pytest.mark.parametrize("how", ["load", "first use"])
 @pytest.mark.parametrize("case", BAD)
-async def test_bad_adapters(
-    case: str, how: str, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
-) -> None:
+async def test_bad_adapters(case: str, how: str, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
     spoil, error_type, words = BAD[case]
     folder = shutil.copytree(tiny.adapters["rank-4" if case != "wrong shape" else "rank-3"], tmp_path / "bad")
     spoil(folder)
@@ -201,7 +197,7 @@ async def test_bad_adapters(
 
 async def test_a_rank_over_the_slots_size(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_lora_rank=8) as engine:
-        with pytest.raises(AdapterTooLarge, match=r"16.*max_lora_rank=8|max_lora_rank.*16") as caught:
+        with pytest.raises(AdapterTooLarge, match=r"rank 16.*max_lora_rank is 8") as caught:
             await engine.load_adapter("big", tiny.adapters["all-modules"])
         assert "big" in str(caught.value)
         assert str(tiny.adapters["all-modules"]) in str(caught.value)

@@ -125,9 +125,7 @@ async def test_abort_ends_the_stream(tiny: Tiny, make_engine: MakeEngine) -> Non
         await until_idle(engine)
 
 
-async def test_a_slow_reader_gets_everything_and_holds_up_nobody(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_a_slow_reader_gets_everything_and_holds_up_nobody(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         slow = engine.generate([9, 8], greedy(40))
         await anext(slow)
@@ -140,9 +138,7 @@ async def test_a_slow_reader_gets_everything_and_holds_up_nobody(
         assert out.token_ids[-len(tokens) :] == tokens
 
 
-async def test_two_engines_in_one_process(
-    tiny_of: Callable[[str], Tiny], make_engine: MakeEngine
-) -> None:
+async def test_two_engines_in_one_process(tiny_of: Callable[[str], Tiny], make_engine: MakeEngine) -> None:
     one, two = tiny_of("llama"), tiny_of("qwen3")
     async with make_engine(one) as a, make_engine(two, max_loras=1) as b:
         for engine, tiny in ((a, one), (b, two)):
@@ -270,16 +266,12 @@ async def test_an_executor_that_fails_ends_every_request_with_engine_dead(
             await engine.complete([1])
 
 
-async def test_seeded_sampling_does_not_depend_on_the_batch(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Tiny, make_engine: MakeEngine) -> None:
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=30, ignore_eos=True)
     async with make_engine(tiny) as engine:
         alone = await engine.complete([3, 4, 5], params)
         others = [
-            asyncio.create_task(
-                engine.complete([9, i], SamplingParams(temperature=1.0, max_tokens=20 + i))
-            )
+            asyncio.create_task(engine.complete([9, i], SamplingParams(temperature=1.0, max_tokens=20 + i)))
             for i in range(6)
         ]
         together = await engine.complete([3, 4, 5], params)
@@ -323,9 +315,7 @@ async def test_chat_messages_are_rendered(tiny_text: Tiny, make_engine: MakeEngi
             await engine.complete([{"content": "hi"}], greedy(4))
 
 
-async def test_the_loop_stays_free_while_the_engine_generates(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_the_loop_stays_free_while_the_engine_generates(tiny: Tiny, make_engine: MakeEngine) -> None:
     """A 10 ms ticker, beside a batch that is busy all the time and swaps adapters."""
     late: list[float] = []
     loop = asyncio.get_running_loop()

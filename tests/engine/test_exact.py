@@ -67,9 +67,7 @@ async def test_prefix_cache_hits_give_the_same_tokens(tiny: Tiny, make_engine: M
                 assert output.cached_tokens == cached
 
 
-async def test_a_new_version_never_sees_the_old_versions_cache(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_a_new_version_never_sees_the_old_versions_cache(tiny: Tiny, make_engine: MakeEngine) -> None:
     prompt = prompt_of(2, 24)
     async with make_engine(tiny) as engine:
         await engine.load_adapter("x", tiny.adapters["rank-3"])

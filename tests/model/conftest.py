@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from aioengine.executors.base import Sampled, SequenceWork, StepBatch
 from aioengine.model.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
+from aioengine.step import Sampled, SequenceWork, StepBatch
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 256

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_models import build_model, reference_generate, reference_logits
 
-from aioengine.executors.base import Sampled, SequenceWork
 from aioengine.model.hf_config import read_spec
+from aioengine.step import Sampled, SequenceWork
 
 MakeDriver = Callable[..., Any]
 

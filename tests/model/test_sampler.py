@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.executors.base import SequenceWork
 from aioengine.model.sampler import sample, uniform
 from aioengine.request import SamplingParams
+from aioengine.step import SequenceWork
 
 VOCABULARIES = (7, 100, 20000)  # below, around and beyond the sampler's block and candidate counts
 

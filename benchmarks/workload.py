@@ -1,0 +1,150 @@
+"""Throughput of the whole engine on one workload, with and without adapters.
+
+32 requests at once, 128 random prompt tokens each, 64 greedy output tokens, end of sequence ignored;
+with adapters, request i uses adapter i % 8 of 8 random rank-16 adapters on all seven linears, 8 slots.
+
+    python benchmarks/workload.py
+    python benchmarks/workload.py --requests 8 --adapters 4 --rank 32 --repeats 5
+
+The two variants take turns, so that a drift of the machine's speed falls on both; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.spec import LORA_MODULES, ModelSpec
+
+
+def write_random_adapter(folder: Path, spec: ModelSpec, rank: int, seed: int) -> Path:
+    """A PEFT directory with small random A and B for all seven linears, in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(spec.num_layers):
+        for module in LORA_MODULES:
+            block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            shape = spec.linear(module)
+            key = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
+                noise = torch.randn(*size, generator=generator) * 0.02
+                tensors[f"{key}.lora_{name}.weight"] = noise.to(torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(LORA_MODULES),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+async def run_once(
+    engine: AsyncEngine, prompts: list[list[int]], output_tokens: int, adapters: list[str | None]
+) -> tuple[float, float]:
+    """(output tokens per second, median TTFT in seconds) of all prompts at once."""
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    start = time.perf_counter()
+    outputs = await asyncio.gather(
+        *(
+            engine.complete(prompt, params, adapter=adapters[i % len(adapters)])
+            for i, prompt in enumerate(prompts)
+        )
+    )
+    seconds = time.perf_counter() - start
+    assert all(len(out.token_ids) == output_tokens for out in outputs)
+    ttft = statistics.median(out.ttft or 0.0 for out in outputs)
+    return len(prompts) * output_tokens / seconds, ttft
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    spec = read_spec(resolve_model(args.model))
+    rng = random.Random(0)
+    prompts = [
+        [rng.randrange(100, spec.vocab_size - 100) for _ in range(args.prompt_tokens)]
+        for _ in range(args.requests)
+    ]
+    config = EngineConfig(
+        model=args.model,
+        dtype=args.dtype,
+        max_model_len=args.prompt_tokens + args.output_tokens,
+        max_num_seqs=args.requests,
+        max_num_batched_tokens=max(2048, args.requests),
+        kv_cache_memory="1GiB",
+        enable_prefix_caching=False,  # every run computes every prompt
+        lora=LoRAConfig(max_loras=args.adapters, max_lora_rank=args.rank),
+    )
+    names: list[str | None] = [f"random-{i}" for i in range(args.adapters)]
+    variants = {"base": [None], f"{args.adapters} adapters, rank {args.rank}": names}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        async with AsyncEngine(config) as engine:
+            for i, name in enumerate(names):
+                path = write_random_adapter(Path(folder) / str(i), spec, args.rank, seed=i)
+                await engine.load_adapter(str(name), path)
+            for adapters in variants.values():  # warm-up
+                await run_once(engine, prompts, 2, adapters)
+            for _ in range(args.repeats):
+                for name, adapters in variants.items():
+                    results[name].append(await run_once(engine, prompts, args.output_tokens, adapters))
+
+    table = Table(
+        title=f"{args.requests} requests x {args.prompt_tokens} + {args.output_tokens} tokens, "
+        f"{args.model} {args.dtype}, {torch.get_num_threads()} threads, {_cpu_name()}"
+    )
+    for column in ("variant", "output tok/s (median)", "min .. max", "median TTFT", "of base"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    base = statistics.median(rate for rate, _ in results["base"])
+    for name, runs in results.items():
+        rates = sorted(rate for rate, _ in runs)
+        median = statistics.median(rates)
+        ttft = statistics.median(ttft for _, ttft in runs)
+        table.add_row(
+            name,
+            f"{median:.1f}",
+            f"{rates[0]:.1f} .. {rates[-1]:.1f}",
+            f"{ttft:.2f} s",
+            f"{median / base:.0%}",
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
