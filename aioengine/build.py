@@ -93,4 +93,6 @@ def core_limits(config: EngineConfig, parts: Parts) -> CoreLimits:
         max_waiting=config.max_waiting,
         eos_token_ids=parts.spec.eos_token_ids,
         seed=config.seed,
+        policy_time_budget=config.policy_time_budget,
+        policy_max_overruns=config.policy_max_overruns,
     )

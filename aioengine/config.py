@@ -114,6 +114,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """None turns adapters off."""
     policy: str = "fcfs"
     """A policy's name, optionally with options ("fcfs:max_wait=2"), or "package.module:Class"."""
+    policy_time_budget: float = 0.02
+    """Seconds that one decision may take."""
+    policy_max_overruns: int = 20
+    """After so many decisions over the budget, fcfs decides in the policy's place."""
     max_adapter_labels: int = 100
     """Adapters that get a metric label of their own; the rest are counted under "other"."""
 
@@ -133,6 +137,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _integer(self, "tensor_parallel_size", low=1)
         _integer(self, "seed", low=0, high=2**63 - 1)
         _integer(self, "max_adapter_labels", low=0)
+        _integer(self, "policy_max_overruns", low=1)
+        budget = self.policy_time_budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+            raise ConfigError(f"policy_time_budget={budget!r}: must be more than 0 seconds")
         if self.max_waiting is not None:
             _integer(self, "max_waiting", low=1)
         _boolean(self, "enable_prefix_caching")

@@ -41,7 +41,9 @@ class Counters:
         n = self._n
         queues = core.queues
         blocked = sum(
-            len(entry.waiting) for entry in queues.adapters.values() if entry.location is not Location.SLOT
+            len(entry.waiting)
+            for entry in queues.heads.values()
+            if entry is not None and entry.location is not Location.SLOT
         )
         live = core.requests.values()
         return EngineStats(

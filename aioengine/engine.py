@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -114,7 +115,7 @@ class AsyncEngine:
         self._loader: AdapterLoader = loader
         self._parts: Parts = parts
         self._plan = parts.plan
-        self._core = Core(core_limits(self.config, parts), self._policy)
+        self._core = Core(core_limits(self.config, parts), self._policy, timer=time.perf_counter)
         self._stepper = Stepper(self._core, executor, loader)
         self._adapters = AdapterOps(self._stepper, parts.plan.num_slots)
         self._metrics: EngineMetrics = EngineMetrics(

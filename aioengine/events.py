@@ -133,6 +133,19 @@ class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
     error: str
 
 
+class PolicyOverran(Event, frozen=True, kw_only=True, gc=False):
+    """A decision took longer than ``policy_time_budget``."""
+
+    seconds: float
+    budget: float
+
+
+class PolicyReplaced(Event, frozen=True, kw_only=True, gc=False):
+    """The policy overran too often; from now on the built-in safe policy decides."""
+
+    reason: str
+
+
 class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     step: int
     seconds: float

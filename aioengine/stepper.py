@@ -222,6 +222,8 @@ class Stepper:
             self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
         elif isinstance(event, events.PolicyFailed):
             self._log_once("the policy failed; fcfs decides in its place", event.error)
+        elif isinstance(event, events.PolicyReplaced):
+            logger.warning("%s; fcfs decides from now on", event.reason)
         for listener in list(self.listeners):
             try:
                 listener(event)

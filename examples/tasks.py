@@ -66,7 +66,9 @@ FIRST_NAMES: dict[Split, list[str]] = {
     "train": _words(
         "Maria, James, Aisha, Peter, Elena, Hiro, Lucas, Nadia, Oscar, Grace, Ivan, Chloe, "
         "Samuel, Priya, Daniel, Ingrid, Marco, Fatima, George, Hannah, Omar, Julia, Kenji, "
-        "Laura"
+        "Laura, Emma, Robert, Yuki, Bruno, Zara, Stefan, Alice, Mateo, Diana, Henry, Olga, Paul, "
+        "Miriam, Jorge, Nina, Walter, Teresa, Kofi, Astrid, Simon, Irene, Tariq, Molly, Andre, "
+        "Noor, Edward, Valentina, Isaac, Bianca, Ravi, Monica, Gustav, Selma, Arthur, Lucia, Emil"
     ),
     "eval": _words("Sofia, Thomas, Leila, Victor, Amara, Felix, Naomi, Hugo, Carmen, Anton"),
 }
@@ -87,7 +89,9 @@ CITIES: dict[Split, list[str]] = {
 JOBS: dict[Split, list[str]] = {
     "train": _words(
         "nurse, teacher, pilot, baker, lawyer, plumber, software engineer, dentist, chef, "
-        "gardener, bus driver, journalist, architect, librarian, carpenter"
+        "gardener, bus driver, journalist, architect, librarian, carpenter, fisherman, actor, "
+        "welder, tailor, translator, postman, firefighter, midwife, florist, surgeon, waiter, "
+        "hunter, banker, singer, taxi driver, builder, writer, barber, miner, biologist, coach"
     ),
     "eval": _words("doctor, painter, farmer, truck driver, accountant, electrician, photographer, judge"),
 }
@@ -319,12 +323,19 @@ _PIRATE_WORDS = {
     "house": "ship",
 }
 _PEOPLE: dict[Split, list[str]] = {
-    "train": ["my friend", "your boss", "the teacher", "my sister", "the old man", "your cousin"],
-    "eval": ["my boss", "your friend", "the neighbour", "my brother", "the young cook"],
+    "train": _words(
+        "my friend, your boss, the teacher, my sister, the old man, your cousin, a friend, "
+        "the boss, our friend, a tall sailor, his boss, their friend, the quiet girl, my uncle"
+    ),
+    "eval": _words("my boss, your friend, the neighbour, my brother, the young cook"),
 }
 _DOING: dict[Split, list[str]] = {
-    "train": ["looking for", "talking about", "selling", "hiding", "painting", "carrying"],
-    "eval": ["asking for", "thinking about", "buying", "cleaning", "stealing"],
+    "train": _words(
+        "looking for, talking about, selling, hiding, painting, carrying, counting, throwing, "
+        "finding, breaking, holding, drawing, laughing at, burning, washing, dreaming of, lifting, "
+        "pulling, waiting for, writing about, moving, opening, watching, fixing, reading about"
+    ),
+    "eval": _words("asking for, thinking about, buying, cleaning, stealing"),
 }
 _THINGS: dict[Split, list[str]] = {
     "train": [

@@ -53,7 +53,7 @@ class Recipe:
 RECIPES = {
     "sql": Recipe(80, {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "json": Recipe(
-        60,
+        90,
         {
             "r": 4,
             "lora_alpha": 8,
@@ -71,7 +71,7 @@ RECIPES = {
         },
     ),
     "pirate": Recipe(
-        80,
+        100,
         {
             "r": 4,
             "lora_alpha": 8,
@@ -204,6 +204,7 @@ def evaluate(names: list[str], count: int) -> Table:
         with model.disable_adapter():
             before = _accuracy(base, model, TASKS[name], items)
         after = _accuracy(base, model, TASKS[name], items)
+        print(f"{name}: {before:.0%} without, {after:.0%} with the adapter", flush=True)
         size = (ADAPTERS / name / WEIGHTS).stat().st_size
         modules, ranks = _shape(load_file(ADAPTERS / name / WEIGHTS))
         table.add_row(name, modules, ranks, f"{size / 1e6:.2f} MB", f"{before:.0%}", f"{after:.0%}")

@@ -12,6 +12,7 @@ from aioengine.schedulers.policy import (
     SchedulerView,
     SlotState,
     SlotView,
+    WaitingAdaptersView,
     WaitingView,
 )
 from aioengine.schedulers.registry import available_policies, load_policy
@@ -28,6 +29,7 @@ __all__ = [
     "SchedulerView",
     "SlotState",
     "SlotView",
+    "WaitingAdaptersView",
     "WaitingView",
     "available_policies",
     "load_policy",

@@ -152,8 +152,8 @@ class SchedulerView(Protocol):
         """The waiting requests of one adapter (None: of the base model) in arrival order."""
 
     @property
-    def waiting_adapters(self) -> Sequence[str | None]:
-        """Adapters with waiting requests (None: the base model)."""
+    def waiting_adapters(self) -> WaitingAdaptersView:
+        """Adapters with waiting requests (None: the base model), the one with the oldest first."""
 
     @property
     def running(self) -> Sequence[RequestView]: ...
@@ -177,11 +177,22 @@ class SchedulerView(Protocol):
     def cpu_room(self) -> int:
         """Free places in the CPU adapter cache (the core can make more by evicting)."""
 
+    @property
+    def load_room(self) -> int:
+        """Reads from disk that may be started now."""
+
 
 class WaitingView(Protocol):
     """Waiting requests in arrival order."""
 
     def __iter__(self) -> Iterator[RequestView]: ...
+    def __len__(self) -> int: ...
+
+
+class WaitingAdaptersView(Protocol):
+    """Names of adapters (None: the base model) in order of their oldest waiting request."""
+
+    def __iter__(self) -> Iterator[str | None]: ...
     def __len__(self) -> int: ...
 
 
@@ -206,16 +217,19 @@ class Decision(NamedTuple):
 
 
 class PolicyEvent(NamedTuple):
-    """Something that happened: "request_added", "request_finished", "adapter_loaded" (CPU),
-    "adapter_placed" (slot) or "adapter_evicted" (from its slot)."""
+    """Something that happened.
+
+    ``kind`` is one of: "request_added", "request_admitted", "request_preempted", "request_finished"
+    (however it ended), "adapter_loaded" (it is on the CPU), "adapter_placed" (it is in a slot),
+    "adapter_evicted" (it has left its slot).
+    """
 
     kind: str
     now: float
-    request_id: str | None = None
+    request: RequestView | None = None
+    """For the request events."""
     adapter: str | None = None
-    tokens: int = 0
-    """For "request_finished": tokens generated."""
-    tenant: str | None = None
+    """The adapter concerned; None for a request to the base model."""
 
 
 class SchedulerPolicy(ABC):

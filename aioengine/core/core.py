@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
-from aioengine.core.decisions import ask
+from aioengine.core.guard import PolicyGuard
 from aioengine.core.queues import RequestQueues
 from aioengine.core.residency import Move, Residency
 from aioengine.core.state import AdapterEntry, Request, Status, location_name
@@ -41,6 +41,8 @@ class CoreLimits(NamedTuple):
     max_waiting: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    policy_time_budget: float = 0.02
+    policy_max_overruns: int = 20
 
 
 class Step(NamedTuple):
@@ -57,11 +59,18 @@ class Core:
     """All methods are synchronous and must be called from one thread.
 
     What happened is left in ``outbox``, a list of :class:`~aioengine.events.Event`, for the caller to
-    take. At most one batch is in flight: each batch that ``schedule`` returns must come back through
-    ``step_finished`` before ``schedule`` is called again.
+    take. ``timer`` measures the policy's decisions; the core itself has no clock. At most one batch is
+    in flight: each batch that ``schedule`` returns must come back through ``step_finished`` before
+    ``schedule`` is called again.
     """
 
-    def __init__(self, limits: CoreLimits, policy: SchedulerPolicy) -> None:
+    def __init__(
+        self,
+        limits: CoreLimits,
+        policy: SchedulerPolicy,
+        *,
+        timer: Callable[[], float] | None = None,
+    ) -> None:
         self.limits = limits
         self.max_num_seqs = limits.max_num_seqs
         self.max_num_batched_tokens = limits.max_num_batched_tokens
@@ -71,6 +80,7 @@ class Core:
             cpu_capacity=limits.cpu_capacity,
             max_loads=limits.max_loads,
             emit=self._emit,
+            evicted=lambda entry, now: self._tell("adapter_evicted", now, adapter=entry.name),
         )
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
@@ -86,8 +96,14 @@ class Core:
         self.step = 0
         self.preemptions = 0
         self.prefix_hit_tokens = 0
-        self._policy = policy
-        self._safe_policy = FCFS()
+        self._guard = PolicyGuard(
+            policy,
+            FCFS(),
+            self._emit,
+            timer=timer,
+            budget=limits.policy_time_budget,
+            max_overruns=limits.policy_max_overruns,
+        )
         self._view = CoreView(self)
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
@@ -172,6 +188,7 @@ class Core:
             else:
                 self._release(request)
         request.status = Status.ENDED
+        self._tell("request_finished", now, request=request)
         del self.requests[request.id]
         del self.request_views[request.id]
         self._emit(
@@ -187,7 +204,6 @@ class Core:
                 tenant=request.tenant,
             )
         )
-        self._tell("request_finished", now, request=request)
 
     # Events in: adapters
 
@@ -224,7 +240,7 @@ class Core:
         self.now = now
         self._expire(now)
         self.residency.sweep(now)
-        decision = ask(self._policy, self._safe_policy, self._view, self._policy_failed)
+        decision = self._guard.decide(self._view)
         for request_id in decision.preempt:
             self._apply_preempt(request_id)
         asked = (self.requests.get(request_id) for request_id in decision.admit)
@@ -397,6 +413,7 @@ class Core:
                 resumed=resumed,
             )
         )
+        self._tell("request_admitted", self.now, request=request)
         return True
 
     def _grow(self, request: Request, tokens: int) -> bool:
@@ -512,27 +529,14 @@ class Core:
     def _refuse(self, reason: str, item: str) -> None:
         self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
 
-    def _policy_failed(self, error: str) -> None:
-        self._emit(events.PolicyFailed(time=self.now, error=error))
-
     def _tell(
         self, kind: str, now: float, *, request: Request | None = None, adapter: str | None = None
     ) -> None:
-        if request is not None and request.adapter is not None:
-            adapter = request.adapter.name
-        event = PolicyEvent(
-            kind,
-            now,
-            request_id=None if request is None else request.id,
-            adapter=adapter,
-            tokens=0 if request is None else request.output_tokens,
-            tenant=None if request is None else request.tenant,
-        )
-        try:
-            self._policy.on_event(event)
-        except Exception as error:
-            name = type(self._policy).__name__
-            self._policy_failed(f"{name}.on_event: {type(error).__name__}: {error}")
+        view = None
+        if request is not None:
+            view = self.request_views[request.id]
+            adapter = None if request.adapter is None else request.adapter.name
+        self._guard.tell(PolicyEvent(kind, now, view, adapter))
 
     def check(self) -> None:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
@@ -547,6 +551,7 @@ class Core:
         assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
         assert len(self.running) <= self.max_num_seqs
+        self.queues.check()
         for request in self.queues.all:
             assert request.status is Status.WAITING and not request.blocks
 

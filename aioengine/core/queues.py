@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from heapq import merge
 from typing import TYPE_CHECKING
 
+from sortedcontainers import SortedDict
+
 if TYPE_CHECKING:
     from aioengine.core.state import AdapterEntry, Request
 
@@ -50,13 +52,17 @@ class ArrivalQueue:
 
 
 class RequestQueues:
-    """All waiting requests, indexed by adapter; keeps both indexes in step."""
+    """All waiting requests, those of each adapter, and the adapters in order of their oldest one.
+
+    Every change costs O(log adapters that are waited for), whatever the number of requests.
+    """
 
     def __init__(self) -> None:
         self.all = ArrivalQueue()
         self.base = ArrivalQueue()
-        self.adapters: dict[int, AdapterEntry] = {}
-        """Entries that have waiting requests, by uid."""
+        self.heads: SortedDict[int, AdapterEntry | None] = SortedDict()
+        """By the ``seq`` of its oldest waiting request: each adapter waited for (None: the base model)."""
+        self._head_of: dict[int, int] = {}
 
     def queue_of(self, adapter: AdapterEntry | None) -> ArrivalQueue:
         return self.base if adapter is None else adapter.waiting
@@ -64,22 +70,35 @@ class RequestQueues:
     def add(self, request: Request) -> None:
         self.all.add(request)
         self.queue_of(request.adapter).add(request)
-        self._index(request.adapter)
+        self._reindex(request.adapter)
 
     def put_back(self, request: Request) -> None:
         self.all.put_back(request)
         self.queue_of(request.adapter).put_back(request)
-        self._index(request.adapter)
+        self._reindex(request.adapter)
 
     def remove(self, request: Request) -> None:
         self.all.remove(request)
         self.queue_of(request.adapter).remove(request)
-        if request.adapter is not None and not request.adapter.waiting:
-            del self.adapters[request.adapter.uid]
+        self._reindex(request.adapter)
 
-    def _index(self, adapter: AdapterEntry | None) -> None:
-        if adapter is not None:
-            self.adapters[adapter.uid] = adapter
+    def _reindex(self, adapter: AdapterEntry | None) -> None:
+        uid = -1 if adapter is None else adapter.uid
+        head = self.queue_of(adapter).head
+        old = self._head_of.get(uid)
+        if head is not None and head.seq == old:
+            return
+        if old is not None:
+            del self.heads[old]
+            del self._head_of[uid]
+        if head is not None:
+            self.heads[head.seq] = adapter
+            self._head_of[uid] = head.seq
+
+    def check(self) -> None:
+        found = {self.queue_of(adapter).head for adapter in self.heads.values()}
+        assert {request.seq for request in found if request is not None} == set(self.heads)
+        assert len(self.all) == sum(len(self.queue_of(a)) for a in self.heads.values())
 
     def __len__(self) -> int:
         return len(self.all)

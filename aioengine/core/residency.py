@@ -46,6 +46,7 @@ class Residency:
         cpu_capacity: int,
         max_loads: int,
         emit: Callable[[events.Event], None],
+        evicted: Callable[[AdapterEntry, float], None],
     ) -> None:
         self.slots = SlotTable(num_slots)
         self.cpu = CpuCache(cpu_capacity)
@@ -62,6 +63,7 @@ class Residency:
         self._loads = 0
         self._moves: list[Move] = []
         self._emit = emit
+        self._evicted = evicted
 
     # Registration
 
@@ -120,6 +122,11 @@ class Residency:
             self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
 
     # Disk -> CPU
+
+    @property
+    def load_room(self) -> int:
+        """Reads that may be started now."""
+        return self._max_loads - self._loads
 
     def want(self, entry: AdapterEntry, now: float) -> None:
         """Bring it to the CPU cache as soon as there is room, though no request waits for it."""
@@ -250,6 +257,7 @@ class Residency:
                 slot=slot.index,
             )
         )
+        self._evicted(entry, now)
 
     # Common
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from aioengine.core.queues import ArrivalQueue
+from aioengine.core.queues import ArrivalQueue, RequestQueues
 from aioengine.core.slots import Slot
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers.policy import Location, SlotState
@@ -112,6 +112,20 @@ class _Waiting:
         return len(self._queue)
 
 
+class _WaitingAdapters:
+    __slots__ = ("_queues",)
+
+    def __init__(self, queues: RequestQueues) -> None:
+        self._queues = queues
+
+    def __iter__(self) -> Iterator[str | None]:
+        entries = self._queues.heads.values()
+        return (None if entry is None else entry.name for entry in entries)
+
+    def __len__(self) -> int:
+        return len(self._queues.heads)
+
+
 class _Adapters(Mapping[str, CoreAdapterView]):
     __slots__ = ("_entries",)
 
@@ -131,13 +145,26 @@ class _Adapters(Mapping[str, CoreAdapterView]):
 class CoreView:
     """The :class:`~aioengine.schedulers.policy.SchedulerView` of a core."""
 
-    __slots__ = ("_core", "_slots", "adapters", "waiting")
+    __slots__ = ("_adapters", "_core", "_slots", "_waiting", "_waiting_adapters")
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._slots = tuple(CoreSlotView(slot) for slot in core.slots.slots)
-        self.adapters = _Adapters(core.by_policy_name)
-        self.waiting = _Waiting(core.queues.all, core.request_views)
+        self._adapters = _Adapters(core.by_policy_name)
+        self._waiting = _Waiting(core.queues.all, core.request_views)
+        self._waiting_adapters = _WaitingAdapters(core.queues)
+
+    @property
+    def adapters(self) -> Mapping[str, CoreAdapterView]:
+        return self._adapters
+
+    @property
+    def waiting(self) -> _Waiting:
+        return self._waiting
+
+    @property
+    def waiting_adapters(self) -> _WaitingAdapters:
+        return self._waiting_adapters
 
     @property
     def now(self) -> float:
@@ -156,12 +183,6 @@ class CoreView:
         if adapter is None:
             return _Waiting(core.queues.base, core.request_views)
         return _Waiting(core.by_policy_name[adapter].waiting, core.request_views)
-
-    @property
-    def waiting_adapters(self) -> Sequence[str | None]:
-        queues = self._core.queues
-        names: list[str | None] = [entry.name for entry in queues.adapters.values()]
-        return [None, *names] if queues.base else names
 
     @property
     def running(self) -> Sequence[CoreRequestView]:
@@ -187,3 +208,7 @@ class CoreView:
     @property
     def cpu_room(self) -> int:
         return self._core.cpu.room
+
+    @property
+    def load_room(self) -> int:
+        return self._core.residency.load_room

@@ -321,7 +321,7 @@ def test_slots_that_must_not_be_taken_are_refused() -> None:
     while sim.loads:
         sim.finish_load()
     # Slot 0 runs a; slot 1 is being written with b.
-    sim.core._policy = Scripted(
+    sim.core._guard.policy = Scripted(
         Decision(place=[Place("c", 0), Place("b", 1), Place("c", 1), Place("b"), Place("c")]),
     )
     sim.schedule()

@@ -1,0 +1,112 @@
+"""Asking the policy, and not trusting the answer.
+
+Here only the answer's form and the time it took are checked; whether each item is allowed is for the
+core to say when it applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from aioengine import events
+from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
+
+FORGIVEN_AFTER = 1000
+"""Decisions in time, one after the other, that make earlier overruns forgotten."""
+
+
+class PolicyGuard:
+    """Stands between the core and a policy.
+
+    A policy that raises or returns something else than a Decision is passed over for that step, and
+    ``safe`` decides. One that takes longer than ``budget`` seconds ``max_overruns`` times is passed
+    over for good. ``timer`` measures; without one there is no budget (the core itself has no clock).
+    """
+
+    def __init__(
+        self,
+        policy: SchedulerPolicy,
+        safe: SchedulerPolicy,
+        emit: Callable[[events.Event], None],
+        *,
+        timer: Callable[[], float] | None,
+        budget: float,
+        max_overruns: int,
+    ) -> None:
+        self.policy = policy
+        self._name = type(policy).__name__
+        self._safe = safe
+        self._emit = emit
+        self._timer = timer
+        self._budget = budget
+        self._max_overruns = max_overruns
+        self._overruns = 0
+        self._in_time = 0
+
+    def decide(self, view: SchedulerView) -> Decision:
+        start = self._timer() if self._timer is not None else 0.0
+        try:
+            decision = _well_formed(self.policy.schedule(view))
+        except Exception as error:
+            self._failed(view.now, f"{self._name}: {type(error).__name__}: {error}")
+            decision = self._safe.schedule(view)
+        if self._timer is not None:
+            self._measure(view.now, self._timer() - start)
+        return decision
+
+    def tell(self, event: PolicyEvent) -> None:
+        try:
+            self.policy.on_event(event)
+        except Exception as error:
+            text = f"{self._name}.on_event: {type(error).__name__}: {error}"
+            self._failed(event.now, text)
+
+    def _failed(self, now: float, error: str) -> None:
+        self._emit(events.PolicyFailed(time=now, error=error))
+
+    def _measure(self, now: float, seconds: float) -> None:
+        if seconds <= self._budget:
+            self._in_time += 1
+            if self._in_time >= FORGIVEN_AFTER:
+                self._overruns = 0
+            return
+        self._in_time = 0
+        self._overruns += 1
+        self._emit(events.PolicyOverran(time=now, seconds=seconds, budget=self._budget))
+        if self._overruns >= self._max_overruns and self.policy is not self._safe:
+            self.policy = self._safe
+            reason = f"{self._name} took more than {self._budget * 1e3:g} ms {self._overruns} times"
+            self._emit(events.PolicyReplaced(time=now, reason=reason))
+
+
+def _well_formed(answer: Any) -> Decision:
+    if not isinstance(answer, Decision):
+        raise TypeError(f"schedule() returned {type(answer).__name__}, not Decision")
+    return Decision(
+        admit=_strings("admit", answer.admit),
+        place=[_place(item) for item in _items("place", answer.place)],
+        prefetch=_strings("prefetch", answer.prefetch),
+        preempt=_strings("preempt", answer.preempt),
+    )
+
+
+def _place(item: Any) -> Place:
+    adapter, slot = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+    if not isinstance(adapter, str) or not (slot is None or type(slot) is int):
+        raise TypeError(f"place contains {item!r}, not Place(adapter: str, slot: int | None)")
+    return Place(adapter, slot)
+
+
+def _strings(field: str, items: Any) -> list[str]:
+    found = list(_items(field, items))
+    for item in found:
+        if not isinstance(item, str):
+            raise TypeError(f"{field} contains {item!r}, not a str")
+    return found
+
+
+def _items(field: str, items: Any) -> Iterable[Any]:
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise TypeError(f"{field} is {items!r}, not a sequence")
+    return items

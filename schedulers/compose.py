@@ -1,0 +1,205 @@
+"""Policies put together from parts: ``compose(order="edf", replace="gdsf")``, or "edf+gdsf" as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+
+from aioengine.schedulers.parts import Ordering, Preemption, Prefetch, Replacement, is_cold
+from aioengine.schedulers.policy import (
+    Decision,
+    Location,
+    Place,
+    PolicyEvent,
+    SchedulerPolicy,
+    SchedulerView,
+    SlotState,
+    SlotView,
+)
+
+SCAN_LIMIT = 256
+"""Cold adapters that one decision looks at; those further back have their turn when these have moved."""
+
+
+class Composed(SchedulerPolicy):
+    """A policy out of four parts, with ageing.
+
+    Requests whose adapter is in no slot are skipped, not waited for; the others are admitted in the
+    ordering's order. A cold adapter gets a free slot, or an idle one that nobody waits for, chosen by
+    the replacement. If there is none for ``max_wait`` seconds, an idle slot that only later requests
+    wait for is taken, else the busy slot that will be free soonest (the fewest tokens left to
+    generate) is closed: it finishes what runs in it, admits nothing new, and then goes to the adapter
+    that has waited longest.
+
+    Args:
+        order, replace, prefetch, preempt: The parts.
+        max_wait: Seconds that an adapter's oldest request waits before others make way for it.
+    """
+
+    def __init__(
+        self,
+        order: Ordering,
+        replace: Replacement,
+        prefetch: Prefetch,
+        preempt: Preemption,
+        *,
+        max_wait: float = 1.0,
+    ) -> None:
+        if not max_wait >= 0:
+            raise ValueError(f"max_wait={max_wait}: must be >= 0 seconds")
+        self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
+        self.max_wait = max_wait
+        self._take_after = max_wait if order.take_after is None else order.take_after
+        self._close_after = max_wait if order.close_after is None else order.close_after
+        if self._close_after == float("inf"):
+            self.starvation_bound = "none"
+        else:
+            self.starvation_bound = (
+                "for a slot: max_wait, plus, for each max_loras older adapters that wait too, one "
+                f"longest generation and one copy; then {order.starvation_bound}"
+            )
+
+    def on_event(self, event: PolicyEvent) -> None:
+        for part in (self.order, self.replace, self.prefetch, self.preempt):
+            part.on_event(event)
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        place, read, closed = self._assign_slots(view)
+        given = {view.slots[p.slot].adapter for p in place if p.slot is not None}
+        open_queues: list[str | None] = [None]
+        for slot in view.slots:
+            usable = slot.state in (SlotState.READY, SlotState.DRAINING)
+            if usable and slot.adapter not in closed and slot.adapter not in given:
+                open_queues.append(slot.adapter)
+        admit = self.order.admit(view, open_queues, view.free_seqs) if view.free_seqs > 0 else ()
+        if view.load_room > len(read):
+            read += self.prefetch.choose(view, self._by_urgency(view))
+        return Decision(
+            admit=[request.request_id for request in admit],
+            place=place,
+            prefetch=list(dict.fromkeys(read)),
+            preempt=self.preempt.choose(view),
+        )
+
+    def _by_urgency(self, view: SchedulerView) -> Iterator[str]:
+        """Cold adapters: the aged ones by age, then all others in the ordering's order. Lazy."""
+        aged: list[str] = []
+        for name in view.waiting_adapters:
+            if name is None or not is_cold(view, name):
+                continue
+            if self._waited(view, name) < self.max_wait:
+                break  # and those after it have waited less
+            aged.append(name)
+            yield name
+        seen = set(aged)
+        yield from (name for name in self.order.cold(view) if name not in seen)
+
+    @staticmethod
+    def _waited(view: SchedulerView, name: str) -> float:
+        oldest = view.adapters[name].oldest_arrival
+        return 0.0 if oldest is None else view.now - oldest
+
+    def _assign_slots(self, view: SchedulerView) -> tuple[list[Place], list[str], set[str | None]]:
+        """(slots for the cold adapters, adapters to read because there is a slot that they could have,
+        adapters whose slots are closed for the sake of cold ones)."""
+        place: list[Place] = []
+        read: list[str] = []
+        closed: set[str | None] = set()
+        pool = _SlotPool(view, self.replace)
+        for name in islice(self._by_urgency(view), SCAN_LIMIT):
+            adapter = view.adapters[name]
+            waited, oldest = self._waited(view, name), adapter.oldest_arrival
+            may_take, may_close = waited >= self._take_after, waited >= self._close_after
+            if pool.exhausted(may_take=may_take, may_close=may_close):
+                break  # nor is there anything for those after it, who have waited less
+            if adapter.location is Location.CPU and (slot := pool.take_unwanted()) is not None:
+                place.append(Place(name, slot.index))
+            elif adapter.location is Location.DISK and view.cpu_room > 0:
+                # It can be read without anybody making way, and is if there will be a slot for it.
+                if len(read) < view.load_room and pool.has_idle(oldest if may_take else None):
+                    read.append(name)
+            elif adapter.location is not Location.LOADING:
+                slot = pool.take_idle(oldest) if may_take else None
+                if slot is None and may_close:
+                    slot = pool.take_busy(oldest)
+                if slot is not None:
+                    closed.add(slot.adapter)
+                    if slot.running == 0 and adapter.location is Location.CPU:
+                        place.append(Place(name, slot.index))
+        return place, read, closed
+
+
+class _SlotPool:
+    """The slots of one decision that may still be given away."""
+
+    def __init__(self, view: SchedulerView, replace: Replacement) -> None:
+        self._view = view
+        self._replace = replace
+        free = [slot for slot in view.slots if slot.state is SlotState.FREE]
+        usable = [s for s in view.slots if s.state is SlotState.READY and not s.pinned]
+        unwanted = [s for s in usable if s.running == 0 and self._oldest(s) is None]
+        self._wanted = [slot for slot in usable if slot not in unwanted]
+        self._unwanted: Iterator[SlotView] = chain(free, self._by_score(unwanted))
+        self._spare = len(free) + len(unwanted)
+        self._tokens_left: dict[str | None, int] | None = None
+
+    def exhausted(self, *, may_take: bool, may_close: bool) -> bool:
+        """Whether nothing is left for an adapter that may, or may not, have others make way for it."""
+        if self._spare > 0 or (may_close and self._wanted):
+            return False
+        return not (may_take and any(slot.running == 0 for slot in self._wanted))
+
+    def has_idle(self, before: float | None) -> bool:
+        """Whether there is a free slot, or an idle one that nobody waits for or only those who came
+        after ``before``."""
+        return self._spare > 0 or any(s.running == 0 and self._younger(s, before) for s in self._wanted)
+
+    def take_unwanted(self) -> SlotView | None:
+        """A free slot, else the idle one that nobody waits for and that the replacement values least."""
+        slot = next(self._unwanted, None)
+        self._spare -= slot is not None
+        return slot
+
+    def take_idle(self, before: float | None) -> SlotView | None:
+        """An idle slot that only requests after ``before`` wait for."""
+        idle = [s for s in self._wanted if s.running == 0 and self._younger(s, before)]
+        return self._take(next(self._by_score(idle), None))
+
+    def take_busy(self, before: float | None) -> SlotView | None:
+        """The slot that will be idle soonest, if only requests after ``before`` wait for it."""
+        busy = [slot for slot in self._wanted if self._younger(slot, before)]
+        tokens_left = self._tokens_left_by_adapter()
+        by_end = sorted(busy, key=lambda s: (tokens_left.get(s.adapter, 0), s.last_used))
+        return self._take(next(iter(by_end), None))
+
+    def _take(self, slot: SlotView | None) -> SlotView | None:
+        if slot is not None:
+            self._wanted.remove(slot)
+        return slot
+
+    def _by_score(self, slots: list[SlotView]) -> Iterator[SlotView]:
+        """Lazily, so that nothing is scored when no slot is asked for."""
+        adapters = self._view.adapters
+
+        def score(slot: SlotView) -> tuple[float, int]:
+            assert slot.adapter is not None
+            return self._replace.score(self._view, slot, adapters[slot.adapter]), slot.index
+
+        yield from sorted(slots, key=score)
+
+    def _oldest(self, slot: SlotView) -> float | None:
+        return None if slot.adapter is None else self._view.adapters[slot.adapter].oldest_arrival
+
+    def _younger(self, slot: SlotView, before: float | None) -> bool:
+        waiting = self._oldest(slot)
+        return waiting is None or (before is not None and waiting > before)
+
+    def _tokens_left_by_adapter(self) -> dict[str | None, int]:
+        """By adapter: the most tokens that one of its running requests has left to generate."""
+        if self._tokens_left is None:
+            left: dict[str | None, int] = {}
+            for request in self._view.running:
+                tokens = request.max_tokens - request.output_tokens
+                left[request.adapter] = max(left.get(request.adapter, 0), tokens)
+            self._tokens_left = left
+        return self._tokens_left

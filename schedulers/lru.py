@@ -1,0 +1,13 @@
+"""Least recently used: the idle adapter that no batch has used for longest gives up its slot."""
+
+from __future__ import annotations
+
+from aioengine.schedulers.parts import Replacement
+from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotView
+
+
+class LRU(Replacement):
+    """The least recently used idle adapter goes: score = the time of its last use."""
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return slot.last_used
