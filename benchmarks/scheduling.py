@@ -1,0 +1,139 @@
+"""What a scheduling decision costs: view, policy and the core's validation, without a model.
+
+    python benchmarks/scheduling.py                       # all policies, 100 .. 100,000 waiting
+    python benchmarks/scheduling.py --policies fcfs vtc --waiting 10000
+
+A core with 1,000 registered adapters, 8 slots and 256 running requests, all in steady decode. Every step
+a few requests end, as many are admitted, and as many arrive, so that the queue keeps its length.
+Printed are medians over the steps, in microseconds: ``policy`` is the call of the policy alone,
+``decide`` adds the view and the core's validation of the decision, and ``schedule`` the forming of the
+batch as well, which grows with the number of running requests and not with that of waiting ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from aioengine.core import CopyMove, Core, CoreLimits, LoadMove
+from aioengine.request import SamplingParams
+from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies, load_policy
+from aioengine.step import Sampled, StepResult
+
+RUNNING, ADAPTERS, SLOTS = 256, 1000, 8
+
+
+class Timed(SchedulerPolicy):
+    """Passes everything on to another policy, and measures it."""
+
+    def __init__(self, inner: SchedulerPolicy) -> None:
+        self.inner = inner
+        self.seconds = 0.0
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        start = time.perf_counter()
+        decision = self.inner.schedule(view)
+        self.seconds = time.perf_counter() - start
+        return decision
+
+    def on_event(self, event: object) -> None:
+        self.inner.on_event(event)  # type: ignore[arg-type]
+
+
+class TimedCore(Core):
+    """A core that measures the forming of the batch apart from the rest."""
+
+    batch_seconds = 0.0
+
+    def _form_batch(self, admit):  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        batch = super()._form_batch(admit)
+        self.batch_seconds = time.perf_counter() - start
+        return batch
+
+
+def measure(make: Callable[[], SchedulerPolicy], waiting: int, steps: int) -> tuple[float, float, float]:
+    """Medians in seconds of (policy, policy + view + validation, all of ``schedule``)."""
+    limits = CoreLimits(
+        num_slots=SLOTS,
+        cpu_capacity=64,
+        max_loads=4,
+        num_blocks=RUNNING * 40,
+        block_size=16,
+        max_num_seqs=RUNNING,
+        max_num_batched_tokens=2048,
+        max_model_len=512,
+    )
+    policy = Timed(make())
+    core = TimedCore(limits, policy)
+    rng = random.Random(0)
+    entries = [core.residency.declare(f"adapter-{i}", "/nowhere") for i in range(ADAPTERS)]
+    for entry in entries:
+        core.residency.publish(entry, 0.0)
+    now, count = 0.0, 0
+
+    def arrive() -> None:
+        nonlocal count
+        count += 1
+        # Half of the requests are for a few popular adapters, the others for any.
+        popular = rng.random() < 0.5
+        entry = entries[rng.randrange(SLOTS if popular else ADAPTERS)]
+        params = SamplingParams(max_tokens=rng.randint(64, 256))
+        core.add_request(
+            f"r{count}", [7] * rng.randint(8, 32), params, now, adapter=entry, tenant=f"t{count % 20}"
+        )
+
+    results: list[tuple[float, float, float]] = []
+    for step in range(steps + 40):
+        while len(core.queues) < waiting:
+            arrive()
+        now += 0.02
+        start = time.perf_counter()
+        batch, moves = core.schedule(now)
+        total = time.perf_counter() - start
+        if step >= 40:
+            results.append((policy.seconds, total - core.batch_seconds, total))
+        for move in moves:
+            if isinstance(move, LoadMove):
+                core.adapter_loaded(
+                    move.entry, now, rank=16, nbytes=10**7, digest=move.entry.name, seconds=0.01
+                )
+            elif isinstance(move, CopyMove):
+                core.adapter_placed(move.entry, now, 0.005)
+        if batch is not None:
+            sampled = [Sampled(5) if work.sample else None for work in batch.sequences]
+            core.step_finished(batch, StepResult(sampled, 0.02), now)
+        core.outbox.clear()
+    columns = list(zip(*results, strict=True))
+    return statistics.median(columns[0]), statistics.median(columns[1]), statistics.median(columns[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--policies", nargs="*", help="default: all that need no known future")
+    parser.add_argument("--waiting", nargs="*", type=int, default=[100, 1_000, 10_000, 100_000])
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    names = args.policies or [n for n in available_policies() if n not in ("oracle", "belady")]
+
+    table = Table(title=f"{ADAPTERS} adapters, {SLOTS} slots, {RUNNING} running: medians in us")
+    for heading in ("policy", "waiting", "policy alone", "decide", "schedule"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    console = Console(stderr=True)
+    cases = [(name, waiting) for name in names for waiting in args.waiting]
+    for name, waiting in track(cases, console=console, disable=not console.is_terminal):
+        steps = args.steps if waiting <= 10_000 else max(args.steps // 4, 20)
+        medians = measure(lambda name=name: load_policy(name), waiting, steps)  # type: ignore[misc]
+        table.add_row(name, f"{waiting:,}", *(f"{seconds * 1e6:,.0f}" for seconds in medians))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
