@@ -2,9 +2,10 @@
 #
 #   make demo         watch four adapters being served through two slots
 #   make test         the test suite
+#   make fuzz         the core under random events and hostile policies, RUNS=5000 times
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
-#   make bench        tokens per second, with and without adapters
+#   make bench        tokens per second with and without adapters, and what a scheduling decision costs
 #   make clean        remove .venv and everything that was built
 #
 # PYTHON=python3.12 picks the interpreter, which must be 3.11 or newer. ARGS are passed on to the command.
@@ -16,13 +17,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint typecheck bench clean
+.PHONY: demo test fuzz lint typecheck bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.dev
+	AIOENGINE_FUZZ_RUNS=$(or $(RUNS),5000) $(BIN)/python -m pytest tests/core/test_core_machine.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -37,6 +41,7 @@ typecheck: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/workload.py $(ARGS)
+	$(BIN)/python benchmarks/scheduling.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -112,8 +112,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Bound on waiting requests; beyond it new ones get ``EngineOverloaded``. None: no bound."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
     """None turns adapters off."""
-    policy: str = "fcfs"
-    """A policy's name, optionally with options ("fcfs:max_wait=2"), or "package.module:Class"."""
+    policy: str | dict[str, Any] = "fcfs"
+    """A policy by name ("fcfs:max_wait=2"), out of parts ("edf+gdsf+lookahead"), by path
+    ("package.module:Class"), or as a table; see :mod:`aioengine.schedulers.registry`."""
     policy_time_budget: float = 0.02
     """Seconds that one decision may take."""
     policy_max_overruns: int = 20
@@ -160,10 +161,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             msgspec.structs.force_setattr(self, "kv_cache_memory", value)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
-        if not isinstance(self.policy, str) or not self.policy:
+        if not isinstance(self.policy, (str, dict)) or not self.policy:
             raise ConfigError(
-                f"policy={self.policy!r}: must be a name or 'package.module:Class'; pass a policy "
-                "instance to AsyncEngine(config, policy=...)"
+                f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
+                "policy instance to AsyncEngine(config, policy=...)"
             )
 
     @classmethod

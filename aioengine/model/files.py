@@ -9,6 +9,7 @@ from aioengine.errors import ConfigError
 from aioengine.model.spec import ModelSpec
 
 EMBEDDED_MODEL = "smollm2-135m"
+"""The name that stands for the embedded model in ``EngineConfig.model``."""
 
 
 def resolve_model(model: str) -> Path:

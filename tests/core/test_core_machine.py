@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Callable
+from contextlib import suppress
 
-import pytest
 from core_sim import LIMITS, CoreSim
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -32,12 +34,26 @@ class Hostile(SchedulerPolicy):
             return rng.choice([None, 3, "x", Decision(admit=3)])  # type: ignore
         ids = [r.request_id for r in view.waiting] + [r.request_id for r in view.running] + ["ghost"]
         names = [*view.adapters, "ghost"]
+        self.meddle(view)
         return Decision(
             admit=rng.choices(ids, k=rng.randint(0, 8)),
             place=[Place(rng.choice(names), rng.choice([None, 0, 1, 5])) for _ in range(rng.randint(0, 4))],
             prefetch=rng.choices(names, k=rng.randint(0, 3)),
             preempt=rng.choices(ids, k=rng.choice([0, 0, 0, 1, 2])),
         )
+
+    def meddle(self, view: SchedulerView) -> None:
+        """Try to change what it was given."""
+        attempts: list[Callable[[], object]] = [
+            lambda: setattr(view, "now", 0.0),
+            lambda: setattr(view.slots[0], "running", 0),
+            lambda: setattr(view, "slots", ()),
+            lambda: view.running.clear(),  # type: ignore[attr-defined]
+            lambda: view.adapters.clear(),  # type: ignore[attr-defined]
+            lambda: setattr(next(iter(view.waiting)), "arrival", -1.0),
+        ]
+        with suppress(AttributeError, TypeError, StopIteration):
+            self.rng.choice(attempts)()
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -178,9 +194,9 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 CoreMachine.TestCase.settings = settings(
-    max_examples=200,
+    max_examples=int(os.environ.get("AIOENGINE_FUZZ_RUNS", "200")),  # make fuzz runs more
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-TestCoreMachine = pytest.mark.slow(CoreMachine.TestCase)
+TestCoreMachine = CoreMachine.TestCase

@@ -1,0 +1,98 @@
+"""A policy that is slow, or meddles with what it was given, does not stop the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core import Core
+from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
+from aioengine.schedulers.fcfs import FCFS
+
+
+class Slow(SchedulerPolicy):
+    """Takes as long as it is told, on a clock that is not real."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.takes = 0.0
+        self.calls = 0
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        self.calls += 1
+        self.clock += self.takes
+        return FCFS().schedule(view)
+
+
+def slow_sim(max_overruns: int) -> tuple[CoreSim, Slow]:
+    policy = Slow()
+    limits = LIMITS._replace(policy_time_budget=0.01, policy_max_overruns=max_overruns)
+    sim = CoreSim(limits, policy)
+    sim.core = Core(limits, policy, timer=lambda: policy.clock)
+    return sim, policy
+
+
+def test_overruns_are_counted_and_then_the_safe_policy_takes_over() -> None:
+    sim, policy = slow_sim(max_overruns=3)
+    sim.add(max_tokens=20)
+    policy.takes = 0.02
+    sim.run()
+    assert sim.ended == {"r1": "length"}
+    assert policy.calls == 3
+    overruns = sim.of(events.PolicyOverran)
+    assert [round(e.seconds, 6) for e in overruns] == [0.02] * 3  # type: ignore[attr-defined]
+    (replaced,) = sim.of(events.PolicyReplaced)
+    assert "Slow took more than 10 ms 3 times" in replaced.reason  # type: ignore[attr-defined]
+
+
+def test_a_few_overruns_among_many_decisions_are_forgiven() -> None:
+    sim, policy = slow_sim(max_overruns=2)
+    for _ in range(3):
+        policy.takes = 0.02
+        sim.settle()
+        policy.takes = 0.001
+        for _ in range(1000):
+            sim.settle()
+    assert len(sim.of(events.PolicyOverran)) == 3
+    assert not sim.of(events.PolicyReplaced)
+
+
+def test_without_a_timer_there_is_no_budget() -> None:
+    sim = CoreSim(policy=Slow())
+    sim.add()
+    sim.run()
+    assert not sim.of(events.PolicyOverran)
+
+
+MEDDLING: dict[str, Callable[[Any], object]] = {
+    "set a time": lambda view: setattr(view, "now", 0.0),
+    "replace the slots": lambda view: setattr(view, "slots", ()),
+    "set a slot": lambda view: setattr(view.slots[0], "adapter", None),
+    "delete an adapter": lambda view: view.adapters.pop("a"),
+    "set an adapter": lambda view: setattr(view.adapters["a"], "pinned", True),
+    "set a request": lambda view: setattr(next(iter(view.waiting)), "max_tokens", 0),
+    "empty a queue": lambda view: view.waiting.clear(),
+    "empty the batch": lambda view: view.running.clear(),
+}
+
+
+@pytest.mark.parametrize("case", MEDDLING)
+def test_meddling_changes_nothing(case: str) -> None:
+    class Meddles(SchedulerPolicy):
+        def schedule(self, view: SchedulerView) -> Decision:
+            MEDDLING[case](view)
+            return FCFS().schedule(view)
+
+    def outputs(policy: SchedulerPolicy) -> list[list[int]]:
+        sim = CoreSim(policy=policy)
+        sim.register("a")
+        requests = [sim.add(name) for name in (None, "a", None, "a")]
+        sim.run()
+        assert set(sim.ended.values()) == {"length"}
+        return [request.tokens for request in requests]
+
+    assert outputs(Meddles()) == outputs(FCFS())

@@ -1,0 +1,163 @@
+"""Policies by name, by parts, by path, by entry point; with options."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine import AsyncEngine, EngineConfig
+from aioengine.errors import PolicyError
+from aioengine.schedulers import (
+    Composed,
+    SchedulerPolicy,
+    available_parts,
+    available_policies,
+    compose,
+    load_policy,
+)
+from aioengine.schedulers.fcfs import FCFS, Arrival
+from aioengine.schedulers.gdsf import GDSF
+from aioengine.schedulers.lookahead import Lookahead
+from aioengine.schedulers.none import NoPrefetch
+
+NAMES = sorted(set(available_policies()) - {"oracle", "belady"})
+
+
+def composed(spec: Any) -> Composed:
+    policy = load_policy(spec)
+    assert isinstance(policy, Composed)
+    return policy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_a_policy_that_serves(name: str) -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=3), load_policy(name))
+    for adapter in "abcd":
+        sim.register(adapter)
+    for i in range(12):
+        sim.add((None, "a", "b", "c", "d")[i % 5], priority=i % 3, deadline=100.0 + i, tenant=f"t{i % 2}")
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+
+
+def test_what_the_design_names_is_there() -> None:
+    assert {"fcfs", "vllm", "slora", "vtc", "drr", "sjf", "edf", "chameleon", "oracle"} <= set(
+        available_policies()
+    )
+    assert {"lru", "lfu", "gdsf"} <= set(available_parts("replace"))
+    assert {"none", "lookahead", "popular"} == set(available_parts("prefetch"))
+
+
+@pytest.mark.parametrize("kind", ["order", "replace", "prefetch", "preempt"])
+def test_every_part_says_what_it_does(kind: str) -> None:
+    for name, info in available_parts(kind).items():
+        assert info.summary.endswith("."), name
+        assert info.kind == kind
+        if name != "none":
+            assert info.source, name
+        if kind == "order":
+            assert info.starvation_bound, name
+
+
+def test_parts_by_text() -> None:
+    policy = composed("edf+gdsf+lookahead:k=3")
+    assert type(policy.order).__name__ == "EDF"
+    assert isinstance(policy.replace, GDSF)
+    assert isinstance(policy.prefetch, Lookahead)
+    assert policy.prefetch.k == 3
+    same = compose(order="edf", replace="gdsf", prefetch="lookahead:k=3", preempt="none")
+    assert [type(p) for p in vars(same).values()] == [type(p) for p in vars(policy).values()]
+    assert isinstance(composed("gdsf").order, Arrival), "a part alone: the others are the defaults"
+    assert isinstance(composed("vllm+lru").prefetch, NoPrefetch), "what goes with the ordering"
+
+
+def test_options() -> None:
+    assert load_policy("fcfs:max_wait=2.5").max_wait == 2.5  # type: ignore[attr-defined]
+    assert composed("sjf:max_wait=3").max_wait == 3.0
+    vtc = composed("vtc:input_weight=3,output_weight=4").order
+    assert (vtc.input_weight, vtc.output_weight) == (3, 4)  # type: ignore[attr-defined]
+    table = {"order": {"name": "vtc", "weights": {"a": 2.0}}, "replace": "gdsf", "max_wait": 2}
+    assert composed(table).max_wait == 2
+    assert isinstance(load_policy({"name": "fcfs", "max_wait": 4}), FCFS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fcsf", "did you mean 'fcfs'"),
+        ("edf+gdfs", "did you mean 'gdsf'"),
+        ("edf+sjf", "two parts of the kind 'order'"),
+        ("fcfs:max_wiat=1", "did you mean 'max_wait'"),
+        ("fcfs:max_wait=soon", "max_wait='soon'"),
+        ("fcfs:max_wait=-1", "max_wait=-1"),
+        ("lookahead:k=0", "k=0"),
+        ("lookahead:k", "name=value"),
+        ("none.such:Thing", "cannot import"),
+        ("aioengine.schedulers.policy:Decision", "not a subclass"),
+        ("", "there is no ''"),
+        ({"order": "lru"}, "order='lru'"),
+        ({"order": 3}, "order=3"),
+        ({"name": "oracle"}, "future"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_policy(spec)
+
+
+def test_the_engine_takes_all_forms(tmp_path: Path) -> None:
+    for policy in ("edf+gdsf", {"order": "edf"}, "aioengine.schedulers.fcfs:FCFS:max_wait=2"):
+        AsyncEngine(EngineConfig(model="m", policy=policy))
+    path = tmp_path / "engine.toml"
+    path.write_text('model = "m"\n[policy]\norder = {name = "vtc", weights = {a = 2.0}}\nmax_wait = 2')
+    AsyncEngine(EngineConfig.from_toml(path))
+    with pytest.raises(PolicyError, match="did you mean"):
+        AsyncEngine(EngineConfig(model="m", policy={"ordr": "edf"}))
+
+
+def test_an_installed_package_adds_its_names(tmp_path: Path) -> None:
+    package = Path(__file__).parents[2] / "examples" / "policy_package"
+    source = tmp_path / "source"
+    subprocess.run(["cp", "-r", str(package), str(source)], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", str(tmp_path / "site"), str(source)], check=True)
+    code = (
+        "from aioengine.schedulers import available_policies, load_policy\n"
+        "policy = load_policy('take_turns+longest_idle:per_megabyte=0.5')\n"
+        "print(type(policy.order).__name__, policy.replace.per_megabyte)\n"
+        "print(available_policies()['take_turns'].where)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["TakeTurns", "0.5", "take_turns:TakeTurns"]
+
+
+def test_a_broken_package_harms_only_those_who_name_it(tmp_path: Path) -> None:
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[aioengine.schedulers]\nbroken = no_such_module:Policy\n")
+    code = (
+        "from aioengine.schedulers import available_policies, load_policy\n"
+        "assert 'fcfs' in available_policies() and 'broken' not in available_policies()\n"
+        "load_policy('fcfs')\n"
+        "try: load_policy('broken')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "cannot import no_such_module:Policy" in done.stdout
+
+
+def test_a_whole_policy_is_a_scheduler_policy() -> None:
+    assert isinstance(load_policy("fcfs"), SchedulerPolicy)

@@ -1,0 +1,192 @@
+"""Which adapter gives up its slot: lru, lfu and gdsf disagree where they should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core.state import AdapterEntry
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.fcfs import Arrival
+from aioengine.schedulers.gdsf import GDSF
+from aioengine.schedulers.lfu import LFU, MAX_NAMES, DecayedCounts
+from aioengine.schedulers.lookahead import Lookahead
+from aioengine.schedulers.lru import LRU
+from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.parts import Replacement
+from aioengine.schedulers.policy import PolicyEvent
+
+SIZES = {"small": 100_000, "large": 10_000_000}
+
+
+class SizedSim(CoreSim):
+    """Adapters have the sizes and load times that the test gives them."""
+
+    def __init__(self, replace: Replacement, *, slots: int = 3, cpu: int = 8) -> None:
+        policy = Composed(Arrival(), replace, Lookahead(), NoPreemption())
+        super().__init__(LIMITS._replace(num_slots=slots, cpu_capacity=cpu), policy)
+        self.sizes: dict[str, int] = {}
+        self.copy_seconds: dict[str, float] = {}
+        self.read_seconds: dict[str, float] = {}
+
+    def have(self, name: str, nbytes: int = 1_000_000, *, copy: float = 0.01, read: float = 0.1) -> None:
+        self.register(name)
+        self.sizes[name] = nbytes
+        self.copy_seconds[name] = copy
+        self.read_seconds[name] = read
+
+    def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
+        entry = self.loads.pop(index)
+        self.on_cpu.add(entry.uid)
+        self.core.adapter_loaded(
+            entry,
+            self.now,
+            rank=8,
+            nbytes=self.sizes[entry.label],
+            digest=entry.label,
+            seconds=self.read_seconds[entry.label],
+        )
+
+    def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
+        entry, _ = self.copies.pop(index)
+        self.core.adapter_placed(entry, self.now, self.copy_seconds[entry.label])
+
+    def use(self, names: str) -> None:
+        """One request after the other, for each letter."""
+        for name in names:
+            self.add(name, max_tokens=1)
+            self.run()
+
+    def evicted(self) -> str:
+        found = self.of(events.AdapterEvicted)
+        return "".join(e.adapter for e in found if e.level == "slot")  # type: ignore[attr-defined]
+
+    def entry(self, name: str) -> AdapterEntry:
+        return self.core.residency.current[name]
+
+
+@pytest.mark.parametrize(("replace", "victim"), [(LRU, "a"), (LFU, "b"), (GDSF, "c")])
+def test_each_replacement_has_its_own_victim(replace: Callable[[], Replacement], victim: str) -> None:
+    sim = SizedSim(replace())
+    sim.have("a")
+    sim.have("b", SIZES["small"])
+    sim.have("c", SIZES["large"])
+    sim.have("d")
+    sim.use("aaa" + "b" + "cc")  # a: longest ago; b: least often; c: largest for its use
+    assert sim.evicted() == ""
+    sim.use("d")
+    assert sim.evicted() == victim
+
+
+def test_lfu_forgets_what_was_used_long_ago() -> None:
+    fading, lasting = SizedSim(LFU(half_life=10.0), slots=2), SizedSim(LFU(half_life=0), slots=2)
+    for sim in (fading, lasting):
+        for name in "abc":
+            sim.have(name)
+        sim.use("aaaa")
+        sim.now += 30.0  # three half-lives: 4 uses have come down to 1/2
+        sim.use("b")
+        sim.use("c")
+    assert fading.evicted() == "a"
+    assert lasting.evicted() == "b"
+
+
+def test_counts_are_what_the_formula_says() -> None:
+    counts = DecayedCounts(half_life=10.0)
+    for now in (0.0, 10.0, 10.0, 30.0):
+        counts.add("a", now)
+    assert counts.count("a", 40.0) == pytest.approx(2**-4 + 2 * 2**-3 + 2**-1)
+    assert counts.count("never", 40.0) == 0
+    lasting = DecayedCounts(half_life=0)
+    for now in range(1000):
+        lasting.add("a", float(now))
+    assert lasting.count("a", 1e9) == pytest.approx(1000)
+
+
+def test_counts_keep_to_a_bounded_number_of_names() -> None:
+    counts = DecayedCounts(half_life=0)
+    for _ in range(3):
+        counts.add("often", 0.0)
+    for index in range(MAX_NAMES + 100):
+        counts.add(f"once{index}", 0.0)
+    assert len(counts) == MAX_NAMES
+    assert next(counts.most()) == "often"
+
+
+def test_gdsf_counts_what_loading_costs() -> None:
+    sim = SizedSim(GDSF(), slots=2)
+    sim.have("a", copy=0.01)
+    sim.have("b", copy=0.05)
+    sim.have("c")
+    sim.use("b" + "aaa" + "c")
+    assert sim.evicted() == "a", "three uses at 0.01 s are worth less than one at 0.05 s"
+    same = SizedSim(GDSF(cost="one"), slots=2)
+    same.have("a", copy=0.01)
+    same.have("b", copy=0.05)
+    same.have("c")
+    same.use("b" + "aaa" + "c")
+    assert same.evicted() == "b"
+
+
+@pytest.mark.parametrize(("cpu", "victim"), [(8, "a"), (3, "b")])
+def test_gdsf_counts_the_read_from_disk_while_the_cpu_cache_is_full(cpu: int, victim: str) -> None:
+    sim = SizedSim(GDSF(), slots=2, cpu=cpu)
+    sim.have("a", copy=0.01, read=1.0)
+    sim.have("b", copy=0.02, read=0.1)
+    sim.have("c")
+    sim.use("abc")
+    assert sim.evicted() == victim
+
+
+def test_gdsf_inflation_lets_go_of_what_was_popular_once() -> None:
+    uses_of_a, others = 5, "bcbcbcbc"
+    gdsf, lfu = SizedSim(GDSF(cost="one"), slots=2), SizedSim(LFU(half_life=0), slots=2)
+    for sim in (gdsf, lfu):
+        for name in "abc":
+            sim.have(name)
+        sim.use("a" * uses_of_a)
+        sim.use(others)
+    # Each swap raises L by 1 / size, so after 5 of them what came in last is worth more than a.
+    assert "a" in gdsf.evicted()
+    assert gdsf.evicted().index("a") <= uses_of_a
+    assert "a" not in lfu.evicted(), "b and c were used less often, 4 times each"
+
+
+def test_gdsf_inflation_is_not_raised_by_an_eviction_that_it_did_not_choose() -> None:
+    sim = SizedSim(gdsf := GDSF(), slots=2)
+    sim.have("a")
+    sim.use("aaaa")
+    sim.core.residency.retire(sim.entry("a"), sim.now)
+    sim.settle()
+    assert sim.evicted() == "a"
+    assert gdsf.inflation == 0.0
+
+
+def test_gdsf_forgets_adapters_that_were_replaced_while_in_a_slot() -> None:
+    gdsf = GDSF(cost="one")
+    sim = SizedSim(gdsf, slots=2)
+    for name in "xy":
+        sim.have(name)
+    for _ in range(20):  # each new version leaves its slot under another name, "a@1", "a@2", ...
+        sim.have("a")
+        sim.use("a" + "xy")
+    seen = sum(len(value) for value in vars(gdsf).values() if isinstance(value, dict))
+    assert seen <= 2 * (2 * 2 + 1)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"half_life=-1.*>= 0"):
+        LFU(half_life=-1.0)
+    with pytest.raises(ValueError, match=r"half_life=nan"):
+        LFU(half_life=float("nan"))
+    with pytest.raises(ValueError, match=r'cost=.*"seconds" or "one"'):
+        GDSF(cost="bytes")
+
+
+def test_base_model_requests_are_not_counted() -> None:
+    lfu = LFU()
+    lfu.on_event(PolicyEvent("request_admitted", 0.0, None, None))
+    assert len(lfu.counts) == 0

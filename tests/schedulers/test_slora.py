@@ -1,0 +1,122 @@
+"""Adapter clustering: few adapters in a batch, and nobody put off for ever."""
+
+from __future__ import annotations
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.lookahead import Lookahead
+from aioengine.schedulers.lru import LRU
+from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.policy import SchedulerPolicy
+from aioengine.schedulers.slora import SLoRA
+from aioengine.step import StepBatch
+
+NAMES = "abcd"
+WIDE = LIMITS._replace(num_slots=4, cpu_capacity=8, num_blocks=400, max_num_batched_tokens=64)
+
+
+def slora(**options: float) -> Composed:
+    return Composed(SLoRA(**options), LRU(), Lookahead(), NoPreemption())  # type: ignore[arg-type]
+
+
+def warm(policy: SchedulerPolicy, *, seqs: int = 4) -> CoreSim:
+    """All adapters are in slots, and nothing is running."""
+    sim = CoreSim(WIDE._replace(max_num_seqs=seqs), policy)
+    for name in NAMES:
+        sim.register(name)
+        sim.add(name, max_tokens=1)
+    sim.run()
+    assert all(slot.entry is not None for slot in sim.core.slots.slots)
+    return sim
+
+
+def adapters_in(batch: StepBatch | None) -> int:
+    return 0 if batch is None else len({work.slot for work in batch.sequences if work.slot >= 0})
+
+
+def distinct_per_batch(policy: SchedulerPolicy) -> float:
+    sim = warm(policy)
+    for _ in range(8):
+        for name in NAMES:
+            sim.add(name, max_tokens=3)
+            sim.now += 0.001
+    counts = []
+    while sim.core.requests:
+        counts.append(adapters_in(sim.settle()))
+    return sum(counts) / len(counts)
+
+
+def test_fewer_distinct_adapters_in_a_batch_than_by_arrival() -> None:
+    by_arrival, clustered = distinct_per_batch(FCFS(max_wait=60.0)), distinct_per_batch(slora(age=60.0))
+    assert by_arrival == 4.0
+    assert clustered == 1.0, "8 requests each, 4 at a time: one adapter after the other"
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3])
+def test_never_more_adapters_than_clusters(clusters: int) -> None:
+    sim = warm(slora(clusters=clusters, age=0.05), seqs=6)
+    most = 0
+    for step in range(120):
+        sim.add(NAMES[step * 7 % 4], max_tokens=1 + step % 5)
+        if step % 3 == 0:
+            sim.add(None, max_tokens=2)
+        most = max(most, adapters_in(sim.settle()))
+    assert most == clusters
+
+
+def test_order_of_arrival_within_the_batch() -> None:
+    sim = warm(slora(clusters=1), seqs=2)
+    sim.add("a", max_tokens=20)
+    sim.settle()
+    requests = []
+    for name in ("b", "a", None, "a", "b"):
+        requests.append(sim.add(name, max_tokens=2))
+        sim.now += 0.001
+    for _ in range(10):
+        sim.settle()
+    admitted = [requests.index(r) for r in sorted(requests, key=lambda r: r.admitted or 9e9) if r.admitted]
+    assert admitted == [1, 2, 3], "those of the batch's adapter and of the base model, by arrival"
+
+
+def test_an_adapter_joins_when_none_waits_for_those_in_the_batch() -> None:
+    sim = warm(slora(clusters=2), seqs=2)
+    sim.add("a", max_tokens=20)
+    sim.settle()
+    other = sim.add("b", max_tokens=2)
+    sim.now += 0.001
+    base = sim.add(None, max_tokens=2)
+    sim.settle()
+    assert other.admitted is not None and base.admitted is None, "by arrival, base model or not"
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 4])
+def test_a_request_outside_the_batch_waits_for_its_age_and_one_generation(seqs: int) -> None:
+    age, step, tokens = 1.0, 0.05, 8
+    sim = warm(slora(clusters=1, age=age), seqs=seqs)
+    for _ in range(seqs):
+        sim.add("a", max_tokens=tokens)
+        sim.settle(step_seconds=step)
+    arrival = sim.now
+    older = [sim.add("a", max_tokens=tokens) for _ in range(2)]
+    other = sim.add("b", max_tokens=tokens)
+    for _ in range(200):
+        sim.add("a", max_tokens=tokens)
+        sim.add(None, max_tokens=tokens)
+        sim.settle(step_seconds=step)
+        if other.admitted is not None:
+            break
+    assert other.admitted is not None, "starved"
+    before_it = -(-len(older) // seqs) * (tokens + 1) * step
+    assert other.admitted - arrival <= age + before_it + (tokens + 1) * step
+    if seqs > 1:
+        assert other.admitted - arrival >= age, "put off in favour of the batch's adapter until then"
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"clusters=-1: must be >= 0"):
+        SLoRA(clusters=-1)
+    with pytest.raises(ValueError, match=r"age=-1.*>= 0 seconds"):
+        SLoRA(age=-1.0)
