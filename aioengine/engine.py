@@ -259,7 +259,9 @@ class AsyncEngine:
         self._check_running()
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
-        if request_id is None:
+        made_up = False
+        while request_id is None or (made_up and request_id in self._core.requests):
+            made_up = True
             request_id = f"request-{self._request_count}"
             self._request_count += 1
         arrival = _now()

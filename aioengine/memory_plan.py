@@ -160,20 +160,22 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
 
 
 def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> ConfigError:
-    knobs = [first]
+    knobs = [(kv_bytes, first)]
     if plan.slot_pool_bytes:
-        knobs.append(
-            f"lower lora.max_loras (each slot takes {format_bytes(plan.slot_bytes)}) or lora.max_lora_rank"
-        )
+        each = format_bytes(plan.slot_bytes)
+        text = f"lower lora.max_loras (each slot takes {each}) or lora.max_lora_rank"
+        knobs.append((plan.slot_pool_bytes, text))
     if plan.device == "cpu" and plan.cpu_cache_bytes:
-        knobs.append(f"lower lora.max_cpu_loras ({format_bytes(plan.cpu_adapter_bytes)} each)")
+        each = format_bytes(plan.cpu_adapter_bytes)
+        knobs.append((plan.cpu_cache_bytes, f"lower lora.max_cpu_loras ({each} each)"))
+    knobs.sort(key=lambda knob: -knob[0])  # what takes most, first
     total = plan.total_bytes + kv_bytes
     return ConfigError(
         f"the plan needs {format_bytes(total)} on {plan.device} but {format_bytes(plan.available_bytes)} "
         f"are available, {format_bytes(kv_bytes - left)} too little: base weights "
         f"{format_bytes(plan.weights_bytes)}, slot pool {format_bytes(plan.slot_pool_bytes)}, KV blocks "
         f"{format_bytes(kv_bytes)}, CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}; "
-        + ", or ".join(knobs)
+        + ", or ".join(text for _, text in knobs)
     )
 
 

@@ -30,9 +30,9 @@ def resolve_model(model: str) -> Path:
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_hub(model)
     close = difflib.get_close_matches(model, [EMBEDDED_MODEL], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ConfigError(
-        f"model={model!r}: no such folder or file{hint} Give a Hugging Face model folder, a .gguf file, "
+        f"model={model!r}: no such folder or file{hint}; give a Hugging Face model folder, a .gguf file, "
         f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
     )
 

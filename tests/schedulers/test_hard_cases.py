@@ -198,3 +198,131 @@ def swaps_and_p99(policy: SchedulerPolicy, rate: float, seed: int, requests: int
     assert set(sim.ended.values()) == {"length"}
     ttft = sorted(e.seconds for e in sim.of(events.FirstToken))  # type: ignore[attr-defined]
     return len(sim.of(events.AdapterPlaced)) / requests, ttft[int(0.99 * len(ttft))]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_thrash_with_64_adapters_over_8_slots(seed: int) -> None:
+    """At about three quarters of what the slots can carry. Under overload ageing costs swaps, on purpose:
+    whoever has waited for max_wait gets a slot."""
+    swaps, p99 = swaps_and_p99(FCFS(), rate=11.0, seed=seed, requests=1000)
+    vllm_swaps, vllm_p99 = swaps_and_p99(vllm(), rate=11.0, seed=seed, requests=1000)
+    assert swaps <= vllm_swaps
+    assert p99 < vllm_p99
+
+
+# (d) One tenant floods
+
+
+def service_gap(policy: SchedulerPolicy) -> tuple[float, float, float]:
+    """(largest difference of service, the bound, the service of the tenant who floods) while both wait."""
+    input_weight, output_weight, prompt_tokens, tokens = 1.0, 2.0, 6, 8
+    sim = CoreSim(LIMITS, policy)
+    sim.register("a")
+    sim.register("b")
+    modest = [sim.add("b", prompt=[5] * prompt_tokens, max_tokens=tokens, tenant="modest") for _ in range(2)]
+    flood: list[Request] = []
+
+    def service(requests: list[Request]) -> float:
+        begun = [r for r in requests if r.admitted is not None]
+        return sum(input_weight * r.prompt_len + output_weight * r.output_tokens for r in begun)
+
+    gap, base = 0.0, 0.0
+    for step in range(600):
+        if step % 2 == 0:
+            for token in (7, 9):
+                request = sim.add("a", prompt=[token] * prompt_tokens, max_tokens=tokens, tenant="flood")
+                flood.append(request)
+        while sum(r.admitted is None for r in modest) < 2:  # it always has a little waiting
+            modest.append(sim.add("b", prompt=[5] * prompt_tokens, max_tokens=tokens, tenant="modest"))
+        sim.settle()
+        if step == 20:  # both adapters are in
+            base = service(flood) - service(modest)
+        if step > 20:
+            gap = max(gap, abs(service(flood) - service(modest) - base))
+    batch_tokens = LIMITS.num_blocks * LIMITS.block_size
+    bound = 2 * max(input_weight * prompt_tokens, output_weight * batch_tokens)
+    return gap, bound, service(flood)
+
+
+def test_vtc_keeps_a_flooding_tenant_within_the_bound() -> None:
+    gap, bound, served = service_gap(composed(VTC()))
+    assert gap <= bound
+    assert served > 3 * bound, "long enough to show a drift"
+    unfair, _, _ = service_gap(FCFS())
+    assert unfair > bound, "the case is none: first come, first served is as fair"
+
+
+# (e) Deadlines
+
+
+def deadlines_met(policy: SchedulerPolicy) -> int:
+    """One at a time, each for 4 steps. In order of deadline all 12 end in time; in no other order do
+    they, as the last possible moment of the k-th is that of k jobs and two steps of slack."""
+    count, tokens = 12, 4
+    sim = CoreSim(LIMITS._replace(max_num_seqs=1, num_slots=2), policy)
+    for name in "ab":
+        sim.register(name)
+        sim.add(name, max_tokens=1)
+    sim.run()
+    places = list(range(count))
+    random.Random(5).shuffle(places)
+    for place in places:
+        deadline = sim.now + ((place + 1) * tokens + 2) * STEP
+        sim.add([None, "a", "b"][place % 3], max_tokens=tokens, deadline=deadline)
+    sim.run(step_seconds=STEP)
+    return sum(reason == "length" for reason in sim.ended.values()) - 2
+
+
+def test_edf_meets_every_deadline_that_can_be_met() -> None:
+    assert deadlines_met(composed(EDF(), max_wait=1e9)) == 12
+    assert deadlines_met(FCFS(max_wait=1e9)) < 12, "the case is none: order of arrival meets all too"
+
+
+# (f) Pinned slots
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_pinned_slot_is_never_taken(name: str) -> None:
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=4), BUILT_IN[name]())
+    for adapter in "pabcd":
+        sim.register(adapter)
+    sim.add("p")
+    sim.run()
+    pinned = sim.core.residency.current["p"]
+    pinned.pinned = True
+    slot = pinned.slot
+    assert slot is not None
+    rng = random.Random(3)
+    others = [sim.add(rng.choice("abcd"), max_tokens=rng.randrange(1, 8)) for _ in range(60)]
+    for _ in range(2000):
+        sim.settle(step_seconds=STEP)
+        assert pinned.slot == slot
+        if not sim.core.requests:
+            break
+    assert all(sim.ended[request.id] == "length" for request in others), "the other slot serves them all"
+    assert "p" not in {e.adapter for e in sim.of(events.AdapterEvicted)}  # type: ignore[attr-defined]
+
+
+# (g) A broken adapter
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_request_whose_adapter_fails_to_load_fails_alone(name: str) -> None:
+    sim = CoreSim(LIMITS, BUILT_IN[name]())
+    for adapter in ("good", "bad"):
+        sim.register(adapter)
+    fine = [sim.add("good"), sim.add()]
+    doomed = [sim.add("bad"), sim.add("bad")]
+    fine += [sim.add("good"), sim.add()]
+    while any(request.id not in sim.ended for request in doomed):
+        sim.schedule()
+        for index in reversed(range(len(sim.loads))):
+            sim.finish_load(index, fail=sim.loads[index].label == "bad")
+        while sim.copies:
+            sim.finish_copy()
+        sim.now += STEP
+        if sim.batch is not None:
+            sim.finish_step()
+    sim.run()
+    assert [sim.ended[request.id] for request in doomed] == ["error", "error"]
+    assert [sim.ended[request.id] for request in fine] == ["length"] * 4

@@ -124,6 +124,19 @@ def test_next_use_on_the_engines_clock() -> None:
     assert replace.next_use("unknown", 0.0) == float("inf")
 
 
+def test_what_is_waited_for_is_used_next() -> None:
+    replace = Belady([(6.0, "soon")])
+    view: Any = SimpleNamespace(now=5.0)
+    slot: Any = None
+    adapters: list[Any] = [
+        SimpleNamespace(name=name, waiting=waiting)
+        for name, waiting in (("never again", 0), ("soon", 0), ("waited for", 1))
+    ]
+    scores = [replace.score(view, slot, adapter) for adapter in adapters]
+    assert scores == sorted(scores), "the lowest goes first"
+    assert len(set(scores)) == 3
+
+
 def trace_in_engine(policy: Composed, trace: Sequence[str]) -> int:
     """Swaps by the engine's core for the same, one request each second."""
     sim = CoreSim(LIMITS._replace(num_slots=3, cpu_capacity=20, max_num_seqs=1), policy)

@@ -67,7 +67,7 @@ def test_what_is_waited_for_goes_first() -> None:
 
 def test_no_guess_while_some_who_wait_have_not_been_looked_at() -> None:
     names = {f"n{i}": 0 for i in range(4)}
-    sim = asked_for(with_popular(k=1), {"often": 9, **names}, cpu=8, loads=4)
+    sim = asked_for(with_popular(k=1), {"often": 9, **names}, cpu=8, loads=8)
     for name in names:
         sim.add(name)
     sim.schedule()

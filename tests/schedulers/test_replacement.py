@@ -165,16 +165,33 @@ def test_gdsf_inflation_is_not_raised_by_an_eviction_that_it_did_not_choose() ->
     assert gdsf.inflation == 0.0
 
 
-def test_gdsf_forgets_adapters_that_were_replaced_while_in_a_slot() -> None:
+def test_gdsf_inflation_is_not_raised_by_a_score_from_before_the_last_use() -> None:
+    sim = SizedSim(gdsf := GDSF(cost="one"), slots=2)
+    for name in "abc":
+        sim.have(name)
+    sim.use("abbb" + "c")  # a and b are scored, and a goes
+    assert sim.evicted() == "a"
+    inflation = gdsf.inflation
+    assert inflation > 0
+    sim.use("b")
+    sim.core.residency.retire(sim.entry("b"), sim.now)
+    sim.settle()
+    assert gdsf.inflation == inflation
+
+
+def test_gdsf_forgets_adapters_that_were_unloaded_while_in_a_slot() -> None:
     gdsf = GDSF(cost="one")
     sim = SizedSim(gdsf, slots=2)
-    for name in "xy":
+    for name in "xyz":
         sim.have(name)
-    for _ in range(20):  # each new version leaves its slot under another name, "a@1", "a@2", ...
-        sim.have("a")
-        sim.use("a" + "xy")
-    seen = sum(len(value) for value in vars(gdsf).values() if isinstance(value, dict))
-    assert seen <= 2 * (2 * 2 + 1)
+    for index in range(20):  # each leaves its slot under another name, "n0@1", "n1@1", ...
+        sim.have(f"n{index}")
+        sim.add(f"n{index}", max_tokens=1)
+        sim.run()
+        sim.core.residency.retire(sim.entry(f"n{index}"), sim.now)
+        sim.use("xyz")
+    kept = [value for value in vars(gdsf).values() if isinstance(value, dict)]
+    assert max(map(len, kept)) <= 2 * 2 + 1
 
 
 def test_options_out_of_range_are_refused() -> None:
