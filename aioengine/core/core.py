@@ -13,17 +13,18 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from aioengine import events
+from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.queues import RequestQueues
 from aioengine.core.residency import Move, Residency
-from aioengine.core.state import AdapterEntry, Request, Status, location_name
+from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
 from aioengine.core.view import CoreRequestView, CoreView
 from aioengine.errors import AdapterInvalid, AioEngineError, DeadlineExceeded, EngineOverloaded
 from aioengine.request import FinishReason, SamplingParams
 from aioengine.schedulers.fcfs import FCFS
 from aioengine.schedulers.policy import Location, Place, PolicyEvent, SchedulerPolicy
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import Sampled, StepBatch, StepResult
 
 
 class CoreLimits(NamedTuple):
@@ -72,8 +73,6 @@ class Core:
         timer: Callable[[], float] | None = None,
     ) -> None:
         self.limits = limits
-        self.max_num_seqs = limits.max_num_seqs
-        self.max_num_batched_tokens = limits.max_num_batched_tokens
         self.outbox: list[events.Event] = []
         self.residency = Residency(
             num_slots=limits.num_slots,
@@ -85,17 +84,23 @@ class Core:
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
         self.queues = RequestQueues()
+        self.batcher = Batcher(
+            BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching),
+            self.queues,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            emit=self._emit,
+            tell=self._tell,
+            refuse=self._refuse,
+        )
+        self.blocks = self.batcher.blocks
+        self.running = self.batcher.running
         self.requests: dict[str, Request] = {}
         """Accepted and not ended."""
-        self.running: dict[int, Request] = {}
-        """By ``seq``, in order of admission."""
         self.request_views: dict[str, CoreRequestView] = {}
         self.now = 0.0
         self.step = 0
-        self.preemptions = 0
-        self.prefix_hit_tokens = 0
         self._guard = PolicyGuard(
             policy,
             FCFS(),
@@ -111,6 +116,10 @@ class Core:
         self._in_flight: list[Request] = []
         self._zombies: list[Request] = []
         """Ended while in flight: what they hold is released when the step comes back."""
+
+    @property
+    def preemptions(self) -> int:
+        return self.batcher.preemptions
 
     # Events in: requests
 
@@ -160,7 +169,7 @@ class Core:
             events.RequestAdded(
                 time=now,
                 request_id=request_id,
-                adapter=_label(request),
+                adapter=label_of(request),
                 prompt_tokens=len(prompt),
                 tenant=tenant,
                 location=None if adapter is None else location_name(adapter),
@@ -186,7 +195,7 @@ class Core:
             if request in self._in_flight:
                 self._zombies.append(request)
             else:
-                self._release(request)
+                self.batcher.release(request)
         request.status = Status.ENDED
         self._tell("request_finished", now, request=request)
         del self.requests[request.id]
@@ -195,7 +204,7 @@ class Core:
             events.RequestEnded(
                 time=now,
                 request_id=request.id,
-                adapter=_label(request),
+                adapter=label_of(request),
                 reason=reason,
                 error=error,
                 prompt_tokens=request.prompt_len,
@@ -274,7 +283,7 @@ class Core:
         if request is None or request.status is not Status.RUNNING:
             self._refuse("preempt_not_running", request_id)
         else:
-            self._preempt(request)
+            self.batcher.preempt(request, self.now)
 
     def _apply_place(self, place: Place, admitting: set[int]) -> str | None:
         entry = self.by_policy_name.get(place.adapter)
@@ -324,136 +333,16 @@ class Core:
     # The batch
 
     def _form_batch(self, admit: Sequence[str]) -> StepBatch | None:
-        """Running requests first (decodes, then unfinished prefills), then the admitted ones."""
-        work: list[SequenceWork] = []
-        budget = self.max_num_batched_tokens
-        preemptions = self.preemptions
-        decode_first = sorted(self.running.values(), key=lambda r: r.remaining > 1)
-        for request in decode_first:
-            if request.status is not Status.RUNNING:
-                continue  # preempted by one before it
-            tokens = min(request.remaining, budget)
-            if tokens == 0:
-                break
-            if not self._grow(request, request.computed + tokens):
-                continue
-            work.append(self._work(request, tokens))
-            budget -= tokens
-        if self.preemptions > preemptions:  # short of blocks; one in ``work`` may have lost its own
-            work = [w for w in work if self.requests[w.request_id].status is Status.RUNNING]
-        else:
-            self._admit(admit, budget, work)
+        work = self.batcher.form(admit, self.requests, self.now)
         if not work:
             return None
         self.step += 1
-        work.sort(key=lambda w: w.slot)
         self._in_flight = [self.requests[w.request_id] for w in work]
         for request in self._in_flight:
             if request.adapter is not None and request.adapter.slot is not None:
                 request.adapter.last_used = self.now
                 self.slots.slots[request.adapter.slot].last_used = self.now
         return StepBatch(self.step, work, self.slots.ranks())
-
-    def _admit(self, admit: Sequence[str], budget: int, work: list[SequenceWork]) -> None:
-        """Start waiting requests in the policy's order. The first that does not fit ends it: to let
-        smaller ones pass would starve it."""
-        for request_id in admit:
-            request = self.requests.get(request_id)
-            if request is None:
-                self._refuse("admit_unknown_request", request_id)
-                continue
-            if request.status is not Status.WAITING:
-                self._refuse("admit_not_waiting", request_id)
-                continue
-            entry = request.adapter
-            if entry is not None and entry.location is not Location.SLOT:
-                self._refuse("admit_adapter_not_ready", request_id)
-                continue
-            if len(self.running) >= self.max_num_seqs:
-                self._refuse("admit_over_max_num_seqs", request_id)
-                continue
-            if budget == 0 or not self._start(request):
-                break
-            tokens = min(request.remaining, budget)
-            work.append(self._work(request, tokens))
-            budget -= tokens
-
-    def _start(self, request: Request) -> bool:
-        """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache.
-
-        At least one token is always left to compute, because its logits are needed.
-        """
-        blocks = self.blocks
-        request.hashes = blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
-        shared = blocks.match(request.hashes, len(request.tokens) - 1)
-        new = blocks.blocks_for(len(request.tokens)) - len(shared)
-        if not blocks.can_allocate(new, shared):
-            return False
-        request.blocks = blocks.allocate(new, shared)
-        request.committed = len(shared)
-        request.computed = len(shared) * blocks.block_size
-        self.queues.remove(request)
-        request.status = Status.RUNNING
-        self.running[request.seq] = request
-        if request.adapter is not None:
-            request.adapter.running += 1
-        resumed = request.admitted is not None
-        if not resumed:
-            request.admitted = self.now
-            request.cached_tokens = request.computed
-            self.prefix_hit_tokens += request.computed
-        self._emit(
-            events.RequestAdmitted(
-                time=self.now,
-                request_id=request.id,
-                adapter=_label(request),
-                slot=None if request.adapter is None else request.adapter.slot,
-                cached_tokens=request.computed,
-                queue_seconds=self.now - request.arrival,
-                resumed=resumed,
-            )
-        )
-        self._tell("request_admitted", self.now, request=request)
-        return True
-
-    def _grow(self, request: Request, tokens: int) -> bool:
-        """Give a running request blocks for ``tokens``, preempting the last arrived while there are
-        none; False if it came to preempting this one."""
-        new = self.blocks.blocks_for(tokens) - len(request.blocks)
-        while new > 0 and not self.blocks.can_allocate(new):
-            youngest = max(self.running.values(), key=lambda r: r.seq)
-            self._preempt(youngest)
-            if youngest is request:
-                return False
-        if new > 0:
-            request.blocks += self.blocks.allocate(new)
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        """RUNNING -> WAITING by recompute: its KV goes (full blocks stay findable), its output stays."""
-        self.preemptions += 1
-        del self.running[request.seq]
-        self._release(request)
-        request.status = Status.WAITING
-        self.queues.put_back(request)
-        self._emit(events.RequestPreempted(time=self.now, request_id=request.id, adapter=_label(request)))
-        self._tell("request_preempted", self.now, request=request)
-
-    def _work(self, request: Request, tokens: int) -> SequenceWork:
-        start = request.computed
-        entry = request.adapter
-        return SequenceWork(
-            request_id=request.id,
-            slot=-1 if entry is None or entry.slot is None else entry.slot,
-            tokens=request.tokens[start : start + tokens],
-            start=start,
-            block_table=request.blocks,
-            sample=start + tokens == len(request.tokens),
-            params=request.params,
-            seed=request.seed,
-            history=request.tokens,
-            prompt_len=request.prompt_len,
-        )
 
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float, deliver: Deliver | None = None
@@ -465,13 +354,12 @@ class Core:
         """
         requests, self._in_flight = self._in_flight, []
         for request in self._zombies:
-            self._release(request)
+            self.batcher.release(request)
         self._zombies = []
         for request, work, sampled in zip(requests, batch.sequences, result.sampled, strict=True):
             if request.status is not Status.RUNNING:
                 continue
-            request.computed += len(work.tokens)
-            self._commit(request)
+            self.batcher.advance(request, len(work.tokens))
             if sampled is None:
                 continue
             if sampled.error is not None:
@@ -484,7 +372,7 @@ class Core:
                     events.FirstToken(
                         time=now,
                         request_id=request.id,
-                        adapter=_label(request),
+                        adapter=label_of(request),
                         seconds=now - request.arrival,
                     )
                 )
@@ -493,15 +381,6 @@ class Core:
                 finish = "stop"
             if finish is not None:
                 self.end(request, finish, now)
-
-    def _commit(self, request: Request) -> None:
-        """Make its newly completed blocks findable."""
-        full = request.computed // self.blocks.block_size
-        if full > len(request.hashes):
-            request.hashes = self.blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
-        for index in range(request.committed, full):
-            self.blocks.commit(request.blocks[index], request.hashes[index])
-        request.committed = max(request.committed, full)
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         params = request.params
@@ -514,13 +393,6 @@ class Core:
         if len(request.tokens) >= self.limits.max_model_len:
             return "length"
         return None
-
-    def _release(self, request: Request) -> None:
-        self.blocks.release(request.blocks)
-        request.blocks = []
-        request.committed = request.computed = 0
-        if request.adapter is not None:
-            request.adapter.running -= 1
 
     # Telling others
 
@@ -551,14 +423,10 @@ class Core:
                 using[request.adapter.uid] = using.get(request.adapter.uid, 0) + 1
         assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
-        assert len(self.running) <= self.max_num_seqs
+        assert len(self.running) <= self.limits.max_num_seqs
         self.queues.check()
         for request in self.queues.all:
             assert request.status is Status.WAITING and not request.blocks
-
-
-def _label(request: Request) -> str | None:
-    return None if request.adapter is None else request.adapter.label
 
 
 def _sampling_error(request: Request, reason: str) -> AioEngineError:

@@ -157,6 +157,11 @@ class Request:
         return b"" if self.adapter is None else self.adapter.digest.encode()
 
 
+def label_of(request: Request) -> str | None:
+    """The name of its adapter as it was registered; None for the base model."""
+    return None if request.adapter is None else request.adapter.label
+
+
 def location_name(entry: AdapterEntry) -> Literal["disk", "loading", "cpu", "slot"]:
     """Its location in the words of the public API."""
     match entry.location:

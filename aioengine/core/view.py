@@ -199,11 +199,11 @@ class CoreView:
 
     @property
     def free_seqs(self) -> int:
-        return self._core.max_num_seqs - len(self._core.running)
+        return self._core.limits.max_num_seqs - len(self._core.running)
 
     @property
     def free_tokens(self) -> int:
-        return self._core.max_num_batched_tokens - len(self._core.running)
+        return self._core.limits.max_num_batched_tokens - len(self._core.running)
 
     @property
     def cpu_room(self) -> int:

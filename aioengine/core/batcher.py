@@ -1,0 +1,193 @@
+"""Forming batches: who runs, over how many tokens, in which KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from aioengine import events
+from aioengine.core.blocks import BlockManager
+from aioengine.core.queues import RequestQueues
+from aioengine.core.state import Request, Status, label_of
+from aioengine.schedulers.policy import Location
+from aioengine.step import SequenceWork
+
+
+class Tell(Protocol):
+    def __call__(self, kind: str, now: float, *, request: Request) -> None: ...
+
+
+class Batcher:
+    """Owns the running requests and the KV blocks. ``emit``, ``tell`` and ``refuse`` report: an event,
+    an event for the policy, and a refused item of its decision."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        queues: RequestQueues,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        emit: Callable[[events.Event], None],
+        tell: Tell,
+        refuse: Callable[[str, str], None],
+    ) -> None:
+        self.blocks = blocks
+        self.queues = queues
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: dict[int, Request] = {}
+        """By ``seq``, in order of admission."""
+        self.preemptions = 0
+        self._emit = emit
+        self._tell = tell
+        self._refuse = refuse
+
+    def form(self, admit: Sequence[str], requests: Mapping[str, Request], now: float) -> list[SequenceWork]:
+        """Running requests first (decodes, then unfinished prefills), then those of ``admit``; sorted
+        by slot."""
+        work: list[SequenceWork] = []
+        budget = self.max_num_batched_tokens
+        preemptions = self.preemptions
+        decode_first = sorted(self.running.values(), key=lambda r: r.remaining > 1)
+        for request in decode_first:
+            if request.status is not Status.RUNNING:
+                continue  # preempted by one before it
+            tokens = min(request.remaining, budget)
+            if tokens == 0:
+                break
+            if self._grow(request, request.computed + tokens, now):
+                work.append(_work(request, tokens))
+                budget -= tokens
+        if self.preemptions > preemptions:  # short of blocks; one in ``work`` may have lost its own
+            work = [w for w in work if requests[w.request_id].status is Status.RUNNING]
+        else:
+            self._admit(admit, requests, budget, work, now)
+        work.sort(key=lambda w: w.slot)
+        return work
+
+    def _admit(
+        self,
+        admit: Sequence[str],
+        requests: Mapping[str, Request],
+        budget: int,
+        work: list[SequenceWork],
+        now: float,
+    ) -> None:
+        """Start waiting requests in the policy's order. The first that does not fit ends it: to let
+        smaller ones pass would starve it."""
+        for request_id in admit:
+            request = requests.get(request_id)
+            if request is None:
+                self._refuse("admit_unknown_request", request_id)
+                continue
+            if request.status is not Status.WAITING:
+                self._refuse("admit_not_waiting", request_id)
+                continue
+            entry = request.adapter
+            if entry is not None and entry.location is not Location.SLOT:
+                self._refuse("admit_adapter_not_ready", request_id)
+                continue
+            if len(self.running) >= self.max_num_seqs:
+                self._refuse("admit_over_max_num_seqs", request_id)
+                continue
+            if budget == 0 or not self._start(request, now):
+                break
+            tokens = min(request.remaining, budget)
+            work.append(_work(request, tokens))
+            budget -= tokens
+
+    def _start(self, request: Request, now: float) -> bool:
+        """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache.
+
+        At least one token is always left to compute, because its logits are needed.
+        """
+        blocks = self.blocks
+        request.hashes = blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
+        shared = blocks.match(request.hashes, len(request.tokens) - 1)
+        new = blocks.blocks_for(len(request.tokens)) - len(shared)
+        if not blocks.can_allocate(new, shared):
+            return False
+        request.blocks = blocks.allocate(new, shared)
+        request.committed = len(shared)
+        request.computed = len(shared) * blocks.block_size
+        self.queues.remove(request)
+        request.status = Status.RUNNING
+        self.running[request.seq] = request
+        if request.adapter is not None:
+            request.adapter.running += 1
+        resumed = request.admitted is not None
+        if not resumed:
+            request.admitted = now
+            request.cached_tokens = request.computed
+        self._emit(
+            events.RequestAdmitted(
+                time=now,
+                request_id=request.id,
+                adapter=label_of(request),
+                slot=None if request.adapter is None else request.adapter.slot,
+                cached_tokens=request.computed,
+                queue_seconds=now - request.arrival,
+                resumed=resumed,
+            )
+        )
+        self._tell("request_admitted", now, request=request)
+        return True
+
+    def _grow(self, request: Request, tokens: int, now: float) -> bool:
+        """Give a running request blocks for ``tokens``, preempting the last arrived while there are
+        none; False if it came to preempting this one."""
+        new = self.blocks.blocks_for(tokens) - len(request.blocks)
+        while new > 0 and not self.blocks.can_allocate(new):
+            youngest = max(self.running.values(), key=lambda r: r.seq)
+            self.preempt(youngest, now)
+            if youngest is request:
+                return False
+        if new > 0:
+            request.blocks += self.blocks.allocate(new)
+        return True
+
+    def preempt(self, request: Request, now: float) -> None:
+        """RUNNING -> WAITING by recompute: its KV goes (full blocks stay findable), its output stays."""
+        self.preemptions += 1
+        del self.running[request.seq]
+        self.release(request)
+        request.status = Status.WAITING
+        self.queues.put_back(request)
+        self._emit(events.RequestPreempted(time=now, request_id=request.id, adapter=label_of(request)))
+        self._tell("request_preempted", now, request=request)
+
+    def advance(self, request: Request, tokens: int) -> None:
+        """Count ``tokens`` as computed, and make its newly completed blocks findable."""
+        request.computed += tokens
+        full = request.computed // self.blocks.block_size
+        if full > len(request.hashes):
+            request.hashes = self.blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
+        for index in range(request.committed, full):
+            self.blocks.commit(request.blocks[index], request.hashes[index])
+        request.committed = max(request.committed, full)
+
+    def release(self, request: Request) -> None:
+        """Give back its blocks and its claim on the slot."""
+        self.blocks.release(request.blocks)
+        request.blocks = []
+        request.committed = request.computed = 0
+        if request.adapter is not None:
+            request.adapter.running -= 1
+
+
+def _work(request: Request, tokens: int) -> SequenceWork:
+    start = request.computed
+    entry = request.adapter
+    return SequenceWork(
+        request_id=request.id,
+        slot=-1 if entry is None or entry.slot is None else entry.slot,
+        tokens=request.tokens[start : start + tokens],
+        start=start,
+        block_table=request.blocks,
+        sample=start + tokens == len(request.tokens),
+        params=request.params,
+        seed=request.seed,
+        history=request.tokens,
+        prompt_len=request.prompt_len,
+    )
