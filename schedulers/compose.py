@@ -12,6 +12,7 @@ from aioengine.schedulers.policy import (
     Location,
     Place,
     PolicyEvent,
+    RequestView,
     SchedulerPolicy,
     SchedulerView,
     SlotState,
@@ -20,6 +21,15 @@ from aioengine.schedulers.policy import (
 
 SCAN_LIMIT = 256
 """Cold adapters that one decision looks at; those further back have their turn when these have moved."""
+STAY = 2.0
+"""In units of ``max_wait``: how long an adapter keeps its slot before the slot may be closed. Without it,
+an overload, in which everybody has waited long, would close slots as soon as they are filled."""
+SLOT_BOUND = (
+    "for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras older "
+    "adapters that wait too, and once more"
+)
+FILL_LIMIT = 32
+"""Waiting requests of a closed slot that one decision looks at."""
 
 
 class Composed(SchedulerPolicy):
@@ -29,8 +39,9 @@ class Composed(SchedulerPolicy):
     ordering's order. A cold adapter gets a free slot, or an idle one that nobody waits for, chosen by
     the replacement. If there is none for ``max_wait`` seconds, an idle slot that only later requests
     wait for is taken, else the busy slot that will be free soonest (the fewest tokens left to
-    generate) is closed: it finishes what runs in it, admits nothing new, and then goes to the adapter
-    that has waited longest.
+    generate) is closed: it finishes what runs in it, admits only what ends before that does, and then
+    goes to the adapter that has waited longest. A slot is not closed within 2 ``max_wait`` after it was
+    filled.
 
     Args:
         order, replace, prefetch, preempt: The parts.
@@ -51,16 +62,19 @@ class Composed(SchedulerPolicy):
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
         self.max_wait = max_wait
         self._take_after = max_wait if order.take_after is None else order.take_after
+        self._placed: dict[str, float] = {}
+        """When each adapter in a slot was put there."""
         self._close_after = max_wait if order.close_after is None else order.close_after
         if self._close_after == inf:
             self.starvation_bound = "none"
         else:
-            self.starvation_bound = (
-                "for a slot: max_wait, plus, for each max_loras older adapters that wait too, one "
-                f"longest generation and one copy; then {order.starvation_bound}"
-            )
+            self.starvation_bound = f"{SLOT_BOUND}; then {order.starvation_bound}"
 
     def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "adapter_placed" and event.adapter is not None:
+            self._placed[event.adapter] = event.now
+        elif event.kind == "adapter_evicted" and event.adapter is not None:
+            self._placed.pop(event.adapter, None)
         for part in (self.order, self.replace, self.prefetch, self.preempt):
             part.on_event(event)
 
@@ -75,12 +89,29 @@ class Composed(SchedulerPolicy):
         admit = self.order.admit(view, open_queues, view.free_seqs) if view.free_seqs > 0 else ()
         if view.load_room > len(read):
             read += self.prefetch.choose(view, self._by_urgency(view))
+        room = view.free_seqs - len(admit)
+        if room > 0 and closed:
+            admit = [*admit, *self._fill(view, closed)[:room]]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
             prefetch=list(dict.fromkeys(read)),
             preempt=self.preempt.choose(view),
         )
+
+    @staticmethod
+    def _fill(view: SchedulerView, closed: set[str | None]) -> list[RequestView]:
+        """Requests for closed slots that end before what runs there does, so that nobody waits longer
+        for the slot because of them."""
+        tokens_left = tokens_left_by_adapter(view)
+        fitting = [
+            request
+            for name in closed
+            if name in tokens_left
+            for request in islice(view.waiting_for(name), FILL_LIMIT)
+            if request.max_tokens - request.output_tokens <= tokens_left[name]
+        ]
+        return sorted(fitting, key=lambda request: request.arrival)
 
     def _by_urgency(self, view: SchedulerView) -> Iterator[str]:
         """Cold adapters: the aged ones by age, then all others in the ordering's order. Lazy."""
@@ -95,6 +126,13 @@ class Composed(SchedulerPolicy):
         seen = set(aged)
         yield from (name for name in self.order.cold(view) if name not in seen)
 
+    def _settling(self, view: SchedulerView) -> set[str | None]:
+        """Adapters whose busy slots are not closed yet, because they came only a short time ago."""
+        if self.max_wait == 0:
+            return set()
+        since = view.now - STAY * self.max_wait
+        return {name for name, placed in self._placed.items() if placed > since}
+
     @staticmethod
     def _waited(view: SchedulerView, name: str) -> float:
         oldest = view.adapters[name].oldest_arrival
@@ -106,7 +144,7 @@ class Composed(SchedulerPolicy):
         place: list[Place] = []
         read: list[str] = []
         closed: set[str | None] = set()
-        pool = _SlotPool(view, self.replace)
+        pool = _SlotPool(view, self.replace, self._settling(view))
         for name in islice(self._by_urgency(view), SCAN_LIMIT):
             adapter = view.adapters[name]
             waited, oldest = self._waited(view, name), adapter.oldest_arrival
@@ -122,6 +160,9 @@ class Composed(SchedulerPolicy):
                 if len(read) < view.load_room and pool.has_idle(oldest if may_take else None):
                     read.append(name)
             elif adapter.location is not Location.LOADING:
+                # On disk, and the cache is full: the core finds what may leave it, if anything may.
+                if adapter.location is Location.DISK and len(read) < view.load_room:
+                    read += [name] if pool.has_idle(oldest if may_take else None) else []
                 slot = pool.take_idle(oldest) if may_take else None
                 if slot is None and may_close:
                     slot = pool.take_busy(oldest)
@@ -135,8 +176,9 @@ class Composed(SchedulerPolicy):
 class _SlotPool:
     """The slots of one decision that may still be given away."""
 
-    def __init__(self, view: SchedulerView, replace: Replacement) -> None:
+    def __init__(self, view: SchedulerView, replace: Replacement, settling: set[str | None]) -> None:
         self._view = view
+        self._settling = settling
         self._replace = replace
         self._oldest: dict[int, float] = {}
         """By slot: when the first of those who wait for its adapter arrived; inf if nobody does."""
@@ -160,7 +202,8 @@ class _SlotPool:
         if self._spare > 0:
             return True
         return any(
-            self._younger(slot, before) and (may_close or (may_take and slot.running == 0))
+            self._younger(slot, before)
+            and ((may_close and slot.adapter not in self._settling) or (may_take and slot.running == 0))
             for slot in self._wanted
         )
 
@@ -183,7 +226,7 @@ class _SlotPool:
 
     def take_busy(self, before: float | None) -> SlotView | None:
         """The slot that will be idle soonest, if only requests after ``before`` wait for it."""
-        busy = [slot for slot in self._wanted if self._younger(slot, before)]
+        busy = [s for s in self._wanted if s.adapter not in self._settling and self._younger(s, before)]
         tokens_left = self._tokens_left_by_adapter() if busy else {}
         by_end = sorted(busy, key=lambda s: (tokens_left.get(s.adapter, 0), s.last_used))
         return self._take(next(iter(by_end), None))
@@ -207,11 +250,15 @@ class _SlotPool:
         return self._oldest[slot.index] > (inf if before is None else before)
 
     def _tokens_left_by_adapter(self) -> dict[str | None, int]:
-        """By adapter: the most tokens that one of its running requests has left to generate."""
         if self._tokens_left is None:
-            left: dict[str | None, int] = {}
-            for request in self._view.running:
-                tokens = request.max_tokens - request.output_tokens
-                left[request.adapter] = max(left.get(request.adapter, 0), tokens)
-            self._tokens_left = left
+            self._tokens_left = tokens_left_by_adapter(self._view)
         return self._tokens_left
+
+
+def tokens_left_by_adapter(view: SchedulerView) -> dict[str | None, int]:
+    """By adapter: the most tokens that one of its running requests has left to generate."""
+    left: dict[str | None, int] = {}
+    for request in view.running:
+        tokens = request.max_tokens - request.output_tokens
+        left[request.adapter] = max(left.get(request.adapter, 0), tokens)
+    return left

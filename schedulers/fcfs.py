@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from heapq import merge
 from itertools import islice
 
-from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.compose import SLOT_BOUND, Composed
 from aioengine.schedulers.lookahead import Lookahead
 from aioengine.schedulers.lru import LRU
 from aioengine.schedulers.none import NoPreemption
@@ -46,10 +46,7 @@ class FCFS(Composed):
     """
 
     source = "aioengine's own"
-    starvation_bound = (
-        "max_wait, plus, for each max_loras older adapters that wait too, one longest generation and "
-        "one copy; then those who arrived before"
-    )
+    starvation_bound = f"{SLOT_BOUND}; then {Arrival.starvation_bound}"
 
     def __init__(self, max_wait: float = 1.0) -> None:
         super().__init__(Arrival(), LRU(), Lookahead(), NoPreemption(), max_wait=max_wait)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
@@ -308,7 +309,8 @@ def _info(name: str, kind: str, cls: type[Any], where: str) -> PolicyInfo:
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
     options = []
     for option, (hint, default) in _fields(cls).items():
-        shown = getattr(hint, "__name__", str(hint)) if inspect.isclass(hint) else str(hint)
+        shown = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+        shown = re.sub(r"[a-z_.]+\.([A-Z])", r"\1", shown)
         options.append(
             f"{option}: {shown}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
         )

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 
 def policies() -> int:
-    """List the scheduler policies and the parts that they can be put together from."""
+    """List the scheduler policies and the parts that they can be put together from.
+
+    A policy is named alone (fcfs), with options (fcfs:max_wait=2), out of parts (edf+gdsf+lookahead),
+    or by path (package.module:Class).
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from aioengine.schedulers import available_parts, available_policies
     from aioengine.schedulers.registry import KINDS
 
     console = Console()
     whole = [info for info in available_policies().values() if info.kind == "policy"]
-    listed = {"policies": whole} | {f"parts: {kind}": [*available_parts(kind).values()] for kind in KINDS}
-    for title, infos in listed.items():
-        bounded = title in ("policies", "parts: order")
-        table = Table(title=title, title_justify="left", expand=True)
-        table.add_column("name", no_wrap=True)
-        for heading in ("what it does", "options", "source"):
-            table.add_column(heading, overflow="fold", ratio=2)
-        if bounded:
-            table.add_column("how long a request can wait", overflow="fold", ratio=2)
+    titles = {
+        "order": "who goes first",
+        "replace": "which idle adapter gives up its slot",
+        "prefetch": "what to bring from disk to the CPU",
+        "preempt": "whom to take off the batch",
+    }
+    sections = {"whole policies": whole}
+    for kind in KINDS:
+        sections[f"parts, {kind}: {titles[kind]}"] = list(available_parts(kind).values())
+    for title, infos in sections.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for info in infos:
-            row = [info.name, info.summary, info.options.replace(", ", "\n"), info.source]
-            table.add_row(*row, *([info.starvation_bound] if bounded else []))
+            details = [info.summary]
+            if info.options:
+                details.append(f"options: {info.options}")
+            if info.starvation_bound:
+                details.append(f"longest wait: {info.starvation_bound}")
+            if info.source:
+                details.append(f"from: {info.source}")
+            text = Text(details[0])
+            for detail in details[1:]:
+                text.append(f"\n{detail}", style="dim")
+            table.add_row(Text(f"  {info.name}", style="bold"), text)
+        console.print(Text(title, style="bold underline"))
         console.print(table)
+        console.print()
     console.print(
-        "A policy is named alone (fcfs), with options (fcfs:max_wait=2), out of parts "
-        "(edf+gdsf+lookahead), or by path (package.module:Class).",
+        "Name one alone (fcfs), with options (fcfs:max_wait=2), out of parts (edf+gdsf+lookahead), "
+        "or by path (package.module:Class).",
         highlight=False,
     )
     return 0

@@ -64,6 +64,12 @@ class SizedSim(CoreSim):
         found = self.of(events.AdapterEvicted)
         return "".join(e.adapter for e in found if e.level == "slot")  # type: ignore[attr-defined]
 
+    def turn_out(self, name: str) -> None:
+        slot = self.entry(name).slot
+        assert slot is not None
+        self.core.residency.evict_slot(self.core.slots.slots[slot], self.now)
+        self.take_events()
+
     def entry(self, name: str) -> AdapterEntry:
         return self.core.residency.current[name]
 
@@ -159,8 +165,7 @@ def test_gdsf_inflation_is_not_raised_by_an_eviction_that_it_did_not_choose() ->
     sim = SizedSim(gdsf := GDSF(), slots=2)
     sim.have("a")
     sim.use("aaaa")
-    sim.core.residency.retire(sim.entry("a"), sim.now)
-    sim.settle()
+    sim.turn_out("a")
     assert sim.evicted() == "a"
     assert gdsf.inflation == 0.0
 
@@ -174,8 +179,8 @@ def test_gdsf_inflation_is_not_raised_by_a_score_from_before_the_last_use() -> N
     inflation = gdsf.inflation
     assert inflation > 0
     sim.use("b")
-    sim.core.residency.retire(sim.entry("b"), sim.now)
-    sim.settle()
+    sim.turn_out("b")
+    assert sim.evicted() == "ab"
     assert gdsf.inflation == inflation
 
 

@@ -1,0 +1,212 @@
+"""Lanes by request size, and the cache that weighs frequency, recency and size."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine.core.state import Request
+from aioengine.schedulers.chameleon import Chameleon, ChameleonCache, ChameleonOrder, cluster, shares
+from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policy import PolicyEvent, SchedulerPolicy
+
+STEP = 0.05
+SMALL, LARGE = 4, 40  # tokens to generate
+ROOMY = LIMITS._replace(num_blocks=400, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+def warm(policy: SchedulerPolicy, **limits: int) -> CoreSim:
+    """Enough small and large requests have passed for the lanes to be formed."""
+    sim = CoreSim(ROOMY._replace(**limits), policy)
+    sim.register("a")
+    for _ in range(4):
+        for _ in range(3):
+            sim.add("a", max_tokens=SMALL)
+        sim.add("a", max_tokens=LARGE)
+    sim.run(step_seconds=STEP)
+    return sim
+
+
+def waited(request: Request) -> float:
+    assert request.admitted is not None, "starved"
+    return request.admitted - request.arrival
+
+
+def small_behind_large(policy: SchedulerPolicy) -> float:
+    sim = warm(policy)
+    for _ in range(12):
+        sim.add("a", max_tokens=LARGE)
+    sim.settle(step_seconds=STEP)
+    small = sim.add("a", max_tokens=SMALL)
+    sim.run(step_seconds=STEP)
+    return waited(small)
+
+
+def large_behind_small(policy: SchedulerPolicy) -> float:
+    sim = warm(policy)
+    for _ in range(4):  # so that one place after the other becomes free, not all four at once
+        sim.add("a", max_tokens=SMALL)
+        sim.settle(step_seconds=STEP)
+    for _ in range(60):
+        sim.add("a", max_tokens=SMALL)
+    sim.settle(step_seconds=STEP)
+    large = sim.add("a", max_tokens=LARGE)
+    for _ in range(400):
+        sim.add("a", max_tokens=SMALL)
+        sim.add("a", max_tokens=SMALL)
+        sim.settle(step_seconds=STEP)
+        if large.admitted is not None:
+            break
+    return waited(large)
+
+
+def test_a_small_request_is_not_stuck_behind_large_ones() -> None:
+    generation = (LARGE + 1) * STEP
+    assert small_behind_large(Chameleon(age=60.0)) <= generation, "it has the next free place"
+    assert small_behind_large(FCFS()) > 2 * generation, "12 large ones, 4 at a time, are before it"
+
+
+def test_a_large_request_is_not_starved_by_small_ones() -> None:
+    # Its lane has a place, which it gets as soon as a small one that borrowed it has ended.
+    assert large_behind_small(Chameleon(age=60.0)) <= (SMALL + 2) * STEP
+    assert large_behind_small(FCFS()) > 10 * SMALL * STEP, "60 small ones, 4 at a time, are before it"
+
+
+def large_where_memory_is_short(age: float) -> float | None:
+    """Its prompt takes 12 of 16 blocks, of which the small ones' share of the places can hold 8."""
+    sim = warm(Chameleon(age=age), num_blocks=16, max_num_seqs=8)
+    for _ in range(8):
+        sim.add("a", max_tokens=SMALL)
+        sim.settle(step_seconds=STEP)
+    large = sim.add("a", prompt=list(range(2, 50)), max_tokens=8)
+    for _ in range(200):
+        sim.add("a", max_tokens=SMALL)
+        sim.add("a", max_tokens=SMALL)
+        sim.settle(step_seconds=STEP)
+        if large.admitted is not None:
+            return waited(large)
+    return None
+
+
+def test_age_bounds_the_wait_even_where_memory_is_short() -> None:
+    assert large_where_memory_is_short(age=60.0) is None, "small ones take what others leave for 10 s"
+    for age in (1.0, 3.0):
+        wait = large_where_memory_is_short(age)
+        # Age; the few small ones that were before it; and the end of those that run at its turn.
+        assert wait is not None and age <= wait <= age + 2 * (SMALL + 1) * STEP
+
+
+def test_the_places_of_an_empty_lane_are_lent() -> None:
+    sim = warm(Chameleon())
+    for _ in range(4):
+        sim.add("a", max_tokens=LARGE)
+    batch = sim.settle()
+    assert batch is not None and len(batch.sequences) == 4
+
+
+def test_one_lane_is_first_come_first_served() -> None:
+    orders = []
+    for policy in (Chameleon(queues=1), FCFS()):
+        sim = warm(policy)
+        requests = []
+        for index in range(20):
+            requests.append(sim.add("a" if index % 3 else None, max_tokens=1 + index * 7 % 11))
+            sim.settle()
+        sim.run()
+        orders.append([request.admitted for request in requests])
+    assert orders[0] == orders[1]
+
+
+def test_lanes_follow_the_sizes_that_are_seen() -> None:
+    order = ChameleonOrder(refresh=16, window=16)
+    view: Any = SimpleNamespace(now=0.0, adapters={}, running=[], free_seqs=8, waiting_for=lambda name: [])
+
+    def see(sizes: list[int]) -> None:
+        for size in sizes:
+            request: Any = SimpleNamespace(
+                request_id="x", prompt_tokens=size, max_tokens=size, adapter=None, arrival=0.0
+            )
+            order.on_event(PolicyEvent("request_added", 0.0, request))
+        order.admit(view, [None], 8)
+
+    see([10] * 15)
+    assert order.borders == [], "not enough of them yet"
+    see([10])
+    assert order.borders == [], "all alike: one lane"
+    see([10] * 12 + [100] * 4)
+    assert order.borders == [pytest.approx((0.1 + 1.0) / 2)]
+    assert order.load == [pytest.approx(1.2), pytest.approx(4.0)]
+    see([10] * 5 + [50] * 5 + [100] * 6)
+    assert order.borders == [pytest.approx(0.3), pytest.approx(0.75)]
+
+
+def test_size_is_the_papers_product() -> None:
+    order = ChameleonOrder(refresh=3)
+    sizes = {"big": SimpleNamespace(bytes=800), "little": SimpleNamespace(bytes=200)}
+    view: Any = SimpleNamespace(now=0.0, adapters=sizes, running=[], free_seqs=8, waiting_for=lambda name: [])
+    for tokens_in, tokens_out, name in ((100, 10, "big"), (50, 40, "little"), (10, 10, None)):
+        request: Any = SimpleNamespace(
+            request_id="x", prompt_tokens=tokens_in, max_tokens=tokens_out, adapter=name, arrival=0.0
+        )
+        order.on_event(PolicyEvent("request_added", 0.0, request))
+    order.admit(view, [None], 8)
+    assert order.size(view, 50, 20, "big") == pytest.approx((0.4 * 50 / 100 + 0.6 * 20 / 40) * 1)
+    assert order.size(view, 50, 20, "little") == pytest.approx((0.4 * 50 / 100 + 0.6 * 20 / 40) * 200 / 800)
+    assert order.size(view, 50, 20, None) == order.size(view, 50, 20, "little"), "as the smallest adapter"
+
+
+def test_clusters() -> None:
+    assert [len(c) for c in cluster([1.0] * 9, 4)] == [9]
+    assert [len(c) for c in cluster([1.0, 1.1, 1.2, 9.0, 9.1], 4)] == [3, 2]
+    assert [len(c) for c in cluster([1.0, 1.1, 1.2, 9.0, 9.1], 1)] == [5]
+    assert len(cluster([0.1] * 50 + [0.5] * 2 + [0.9] * 30, 4)[0]) == 50
+    even = [i / 100 for i in range(100)]
+    assert [len(c) for c in cluster(even, 4)] == [25, 25, 25, 25]
+    assert [len(c) for c in cluster([0.5], 4)] == [1]
+
+
+def test_shares() -> None:
+    assert shares([3.0, 1.0], 10) == [7, 3]  # one each, then 6 and 2
+    assert shares([1000.0, 0.001], 4) == [3, 1]
+    assert shares([1.0, 1.0, 1.0], 2) == [1, 1, 0]
+    assert shares([0.0], 5) == [5]
+    for places in range(40):
+        assert sum(shares([0.3, 1.7, 5.1, 0.01], places)) == places
+
+
+def test_finished_requests_are_forgotten() -> None:
+    policy = Chameleon(window=16)
+    sim = warm(policy)
+    for _ in range(100):
+        sim.add("a", max_tokens=SMALL)
+        sim.run(step_seconds=STEP)
+    kept = [value for value in vars(policy.order).values() if hasattr(value, "__len__")]
+    assert max(map(len, kept)) <= 16, "no more than the window, after 116 requests"
+
+
+def test_the_cache_scores_frequency_recency_and_size() -> None:
+    cache = ChameleonCache(half_life=0)
+    for name in "aaaabbc":
+        cache.on_event(PolicyEvent("request_admitted", 0.0, None, name))
+    adapters = {name: SimpleNamespace(name=name, bytes=size) for name, size in (("a", 1), ("b", 4), ("c", 8))}
+    slots = [SimpleNamespace(adapter=n, last_used=t) for n, t in (("a", 10.0), ("b", 15.0), ("c", 20.0))]
+    view: Any = SimpleNamespace(now=20.0, slots=[*slots, SimpleNamespace(adapter=None)], adapters=adapters)
+    scores = {s.adapter: cache.score(view, s, adapters[s.adapter]) for s in slots}  # type: ignore[arg-type]
+    assert scores["a"] == pytest.approx(0.45 * 1.0 + 0.10 * 0.0 + 0.45 / 8)
+    assert scores["b"] == pytest.approx(0.45 * 0.5 + 0.10 * 0.5 + 0.45 * 0.5)
+    assert scores["c"] == pytest.approx(0.45 * 0.25 + 0.10 * 1.0 + 0.45 * 1.0)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for option in ("queues", "refresh", "window"):
+        with pytest.raises(ValueError, match=f"{option}=0: must be >= 1"):
+            Chameleon(**{option: 0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"age=-1.*>= 0"):
+        Chameleon(age=-1.0)
+    with pytest.raises(ValueError, match=r"output_weight=-1.*>= 0"):
+        ChameleonOrder(output_weight=-1.0)
+    with pytest.raises(ValueError, match=r"recency=-0.1: must be >= 0"):
+        ChameleonCache(recency=-0.1)

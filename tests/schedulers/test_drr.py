@@ -1,0 +1,150 @@
+"""Deficit round robin: turns, the bound on unfairness, and that only what was admitted is charged."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from core_sim import LIMITS
+from strict_sim import StrictSim
+
+from aioengine import events
+from aioengine.core import CoreLimits
+from aioengine.core.state import Request
+from aioengine.schedulers import SchedulerPolicy
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.drr import DRR
+from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.lookahead import Lookahead
+from aioengine.schedulers.lru import LRU
+from aioengine.schedulers.none import NoPreemption
+
+
+def drr(quantum: int = 512) -> Composed:
+    return Composed(DRR(quantum), LRU(), Lookahead(), NoPreemption(), max_wait=1e9)
+
+
+def warm_sim(policy: SchedulerPolicy, limits: CoreLimits, names: str) -> StrictSim:
+    """All adapters are in slots."""
+    sim = StrictSim(limits._replace(num_slots=len(names), cpu_capacity=len(names)), policy)
+    for name in names:
+        sim.register(name)
+        sim.add(name, max_tokens=1)
+        sim.run()
+    return sim
+
+
+def order_of(sim: StrictSim, requests: list[Request]) -> str:
+    """Adapters in the order of admission, "-" for the base model."""
+    name = {r.id: "-" if r.adapter is None else r.adapter.name for r in requests}
+    admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+    return "".join(name[i] for i in admitted if i in name)
+
+
+def add_sized(sim: StrictSim, adapter: str | None, cost: int) -> Request:
+    return sim.add(adapter, prompt=[3] * (cost - cost // 2), max_tokens=cost // 2)
+
+
+def test_adapters_and_the_base_model_take_turns() -> None:
+    sim = warm_sim(drr(quantum=8), LIMITS._replace(max_num_seqs=1), "ab")
+    queue = [None] * 4 + ["a"] * 4 + ["b"] * 4
+    requests = [add_sized(sim, name, 8) for name in queue]
+    sim.run()
+    assert order_of(sim, requests) in {"".join(p) * 4 for p in ("-ab", "ab-", "b-a", "-ba", "a-b", "ba-")}
+
+
+def test_a_larger_quantum_serves_an_adapter_in_runs() -> None:
+    sim = warm_sim(drr(quantum=16), LIMITS._replace(max_num_seqs=1), "ab")
+    requests = [add_sized(sim, name, 8) for name in "aaaabbbb"]
+    sim.run()
+    assert order_of(sim, requests) == "aabbaabb"
+
+
+def test_large_requests_get_as_many_tokens_not_as_many_requests() -> None:
+    sim = warm_sim(drr(quantum=8), LIMITS._replace(max_num_seqs=1), "ab")
+    requests = [add_sized(sim, "a", 24) for _ in range(3)] + [add_sized(sim, "b", 8) for _ in range(9)]
+    sim.run()
+    order = order_of(sim, requests)
+    for taken in range(len(order) + 1):
+        a, b = 24 * order[:taken].count("a"), 8 * order[:taken].count("b")
+        assert abs(a - b) <= 8 + 2 * 24
+
+
+def unfairness(policy: SchedulerPolicy, seqs: int, largest: int) -> float:
+    """The largest difference of admitted cost over any span in which all adapters are waited for."""
+    rng = random.Random(11)
+    sim = warm_sim(policy, LIMITS._replace(max_num_seqs=seqs, num_blocks=12 * seqs), "abc")
+    sizes = {"a": (4, largest), "b": (4, 8), "c": (largest // 2, largest)}
+    waiting: dict[str, list[Request]] = {name: [] for name in "abc"}
+    admitted = dict.fromkeys("abc", 0)
+    history = [(0, 0, 0)]
+    for _ in range(400):
+        for name, (low, high) in sizes.items():
+            for _ in range(seqs + 6 - len(waiting[name])):
+                waiting[name].append(add_sized(sim, name, rng.randrange(low, high + 1)))
+        sim.settle()
+        for name, queue in waiting.items():
+            for request in [r for r in queue if r.admitted is not None]:
+                admitted[name] += request.prompt_len + request.params.max_tokens
+                queue.remove(request)
+        history.append((admitted["a"], admitted["b"], admitted["c"]))
+    assert min(admitted.values()) > 0
+    worst = 0
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        differences = [h[i] - h[j] for h in history]
+        worst = max(worst, max(differences) - min(differences))
+    return worst
+
+
+@pytest.mark.parametrize("quantum", [1, 10, 64])
+@pytest.mark.parametrize("seqs", [1, 3])
+def test_unfairness_is_within_the_bound(quantum: int, seqs: int) -> None:
+    largest = 32
+    bound = quantum + 2 * largest
+    assert unfairness(drr(quantum), seqs, largest) <= bound
+    assert unfairness(FCFS(max_wait=1e9), seqs, largest) > bound, "the case is none"
+
+
+def test_what_the_core_does_not_admit_is_not_charged() -> None:
+    """Most of each proposal finds no KV blocks: turns must pass on by what was admitted alone."""
+    sim = warm_sim(drr(quantum=8), LIMITS._replace(max_num_seqs=6, num_blocks=9), "ab")
+    requests = [add_sized(sim, name, 16) for name in "aaaaaabbbbbb"]
+    sim.run()
+    order = order_of(sim, requests)
+    assert len(order) >= 12
+    for taken in range(1, 13):
+        assert abs(order[:taken].count("a") - order[:taken].count("b")) * 16 <= 8 + 2 * 16
+
+
+def test_a_newcomer_gets_its_turn_within_a_round() -> None:
+    sim = warm_sim(drr(quantum=8), LIMITS._replace(max_num_seqs=1), "abc")
+    requests = [add_sized(sim, name, 8) for name in "ababababab"]
+    for _ in range(6):
+        sim.settle()
+    before = len(order_of(sim, requests))
+    requests.append(add_sized(sim, "c", 8))
+    sim.run()
+    assert order_of(sim, requests).index("c") - before <= 2
+
+
+def test_a_newcomer_does_not_cut_a_turn_short() -> None:
+    sim = warm_sim(drr(quantum=24), LIMITS._replace(max_num_seqs=1), "abc")
+    requests = [add_sized(sim, name, 8) for name in "aaaaaabbb"]
+    while len(order_of(sim, requests)) < 1:
+        sim.settle()
+    requests += [add_sized(sim, "c", 8) for _ in range(3)]
+    sim.run()
+    assert order_of(sim, requests) == "aaabbbcccaaa"
+
+
+def test_tiny_quanta_and_large_requests_cost_no_time() -> None:
+    sim = warm_sim(drr(quantum=1), LIMITS._replace(max_num_seqs=1, max_model_len=10**9), "ab")
+    huge = [sim.add(name, max_tokens=10**8) for name in "ab"]
+    sim.schedule()
+    sim.finish_step()
+    assert sum(r.admitted is not None for r in huge) == 1
+
+
+def test_quantum_must_make_sense() -> None:
+    with pytest.raises(ValueError, match="quantum"):
+        DRR(quantum=0)

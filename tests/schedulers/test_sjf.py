@@ -1,0 +1,100 @@
+"""Shortest job first."""
+
+from __future__ import annotations
+
+import pytest
+from core_sim import LIMITS
+from strict_sim import StrictSim
+
+from aioengine import events
+from aioengine.core.state import Request
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.lookahead import Lookahead
+from aioengine.schedulers.lru import LRU
+from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.sjf import SJF
+
+
+def serial_sim(order: SJF) -> StrictSim:
+    """One at a time."""
+    return StrictSim(LIMITS._replace(max_num_seqs=1), Composed(order, LRU(), Lookahead(), NoPreemption()))
+
+
+def order_of(sim: StrictSim) -> list[str]:
+    return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+
+
+def add_sized(sim: StrictSim, prompt: int, tokens: int) -> Request:
+    return sim.add(prompt=[3] * prompt, max_tokens=tokens)
+
+
+def test_the_shortest_goes_first_and_equals_by_arrival() -> None:
+    sim = serial_sim(SJF())
+    sizes = [(9, 9), (2, 6), (3, 2), (6, 2), (1, 1)]
+    requests = [add_sized(sim, *size) for size in sizes]
+    sim.run()
+    assert order_of(sim) == [requests[i].id for i in (4, 2, 1, 3, 0)]
+
+
+def test_weights_decide_what_is_short() -> None:
+    long_prompt, long_output = (12, 2), (2, 10)
+    for order, first in ((SJF(input_weight=0.1), 0), (SJF(output_weight=0.1), 1)):
+        sim = serial_sim(order)
+        requests = [add_sized(sim, *size) for size in (long_prompt, long_output)]
+        sim.run()
+        assert order_of(sim)[0] == requests[first].id
+
+
+def test_the_mean_wait_is_less_than_in_order_of_arrival() -> None:
+    sizes = [(1, t) for t in (12, 1, 9, 2, 7, 3)]
+    sim = serial_sim(SJF())
+    requests = [add_sized(sim, *size) for size in sizes]
+    sim.run(step_seconds=1.0)
+    waits = [r.admitted - r.arrival for r in requests if r.admitted is not None]
+    in_order = [sum(t for _, t in sizes[:i]) for i in range(len(sizes))]
+    best = [sum(sorted(t for _, t in sizes)[:i]) for i in range(len(sizes))]
+    assert sum(waits) == pytest.approx(sum(best))
+    assert sum(waits) < sum(in_order)
+
+
+def test_a_request_that_ends_while_it_waits_is_forgotten() -> None:
+    order = SJF()
+    sim = serial_sim(order)
+    add_sized(sim, 4, 4)
+    gone = add_sized(sim, 1, 1)
+    sim.core.end(gone, "abort", sim.now)
+    last = add_sized(sim, 2, 2)
+    sim.run()
+    assert order_of(sim)[0] == last.id
+    assert gone.admitted is None
+
+
+def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
+    sim = StrictSim(LIMITS._replace(max_num_seqs=1), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
+    sim.register("a")
+    old = [sim.add("a", max_tokens=t) for t in (5, 2, 4)]
+    sim.register("a")
+    new = [sim.add("a", max_tokens=t) for t in (3, 6, 1)]
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+    order = order_of(sim)
+    for batch, expected in ((old, (1, 2, 0)), (new, (2, 0, 1))):
+        assert [i for i in order if i in {r.id for r in batch}] == [batch[k].id for k in expected]
+
+
+def test_preempted_requests_come_back_to_their_place() -> None:
+    """Blocks for two long ones only: the last is preempted, and must end all the same."""
+    sim = StrictSim(LIMITS._replace(num_blocks=16), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
+    for i in range(6):
+        sim.add(prompt=[20 + i] * 8, max_tokens=30)
+    sim.run()
+    assert sim.of(events.RequestPreempted), "the case is none"
+    assert set(sim.ended.values()) == {"length"}
+    assert sim.core.blocks.num_free == 16
+
+
+@pytest.mark.parametrize("option", ["input_weight", "output_weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_weights_must_make_sense(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=option):
+        SJF(**{option: value})

@@ -1,0 +1,82 @@
+"""The peer's order: arrival order, skip what needs a further adapter, never age."""
+
+from __future__ import annotations
+
+from core_sim import LIMITS
+from strict_sim import StrictSim
+
+from aioengine import events
+from aioengine.core import CoreLimits
+from aioengine.schedulers.compose import Composed
+from aioengine.schedulers.lru import LRU
+from aioengine.schedulers.none import NoPreemption, NoPrefetch
+from aioengine.schedulers.vllm import VLLMOrder
+
+
+def sim_with(limits: CoreLimits, names: str) -> StrictSim:
+    sim = StrictSim(limits, Composed(VLLMOrder(), LRU(), NoPrefetch(), NoPreemption()))
+    for name in names:
+        sim.register(name)
+    return sim
+
+
+def order_of(sim: StrictSim) -> list[str]:
+    return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+
+
+def test_what_needs_a_further_adapter_is_skipped_and_keeps_its_place() -> None:
+    sim = sim_with(LIMITS._replace(num_slots=1, max_num_seqs=4), "ab")
+    first = sim.add("a", max_tokens=8)
+    for _ in range(3):
+        sim.settle()
+    assert first.admitted is not None
+    skipped = sim.add("b")
+    sim.now += 0.001
+    hot = sim.add("a")
+    sim.now += 0.001
+    base = sim.add()
+    sim.settle()
+    assert skipped.admitted is None
+    assert hot.admitted is not None and base.admitted is not None
+    sim.run()
+    assert order_of(sim) == [first.id, hot.id, base.id, skipped.id]
+
+
+def test_an_idle_slot_goes_to_the_first_in_the_queue_at_once() -> None:
+    """Although a later request waits for the adapter that is in it, and is served when it comes back."""
+    sim = sim_with(LIMITS._replace(num_slots=1), "ab")
+    for name in "ba":  # both on the CPU, a in the slot
+        sim.add(name)
+        sim.run()
+    cold = sim.add("b")
+    sim.now += 0.001
+    warm = sim.add("a")
+    sim.run()
+    assert cold.admitted is not None and warm.admitted is not None
+    assert cold.admitted < warm.admitted
+
+
+def test_nothing_is_read_ahead() -> None:
+    sim = sim_with(LIMITS._replace(num_slots=1, cpu_capacity=3), "ab")
+    sim.add("a", max_tokens=8)
+    for _ in range(3):
+        sim.settle()
+    sim.add("b")
+    sim.settle()
+    assert not sim.loads, "b would have to wait for the slot anyway"
+
+
+def test_everybody_is_served_though_the_cpu_cache_is_small() -> None:
+    sim = sim_with(LIMITS._replace(num_slots=2, cpu_capacity=2), "abcdef")
+    for name in "abcdef":
+        sim.add(name)
+    sim.run(steps=200)
+    assert set(sim.ended.values()) == {"length"}
+
+
+def test_with_a_full_cpu_cache_a_cold_adapter_is_read_as_soon_as_a_slot_is_idle() -> None:
+    sim = sim_with(LIMITS._replace(num_slots=1, cpu_capacity=2), "abc")
+    for name in "abc":
+        sim.add(name)
+        sim.run(steps=200)
+    assert set(sim.ended.values()) == {"length"}
