@@ -173,7 +173,9 @@ def _single(text: str, name: str, options: dict[str, Any]) -> SchedulerPolicy:
     if target is not None:
         found = _import(text, target)
         if issubclass(found, SchedulerPolicy):
-            return _build(text, found, options)
+            policy = _build(text, found, options)
+            assert isinstance(policy, SchedulerPolicy)
+            return policy
     return _from_tokens(text, [(name, options)])
 
 
