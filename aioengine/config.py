@@ -21,6 +21,7 @@ from aioengine.model.spec import LORA_MODULES
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 ExecutorName = Literal["thread"]
+MetricsCompat = Literal["none", "vllm"]
 
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -121,6 +122,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """After so many decisions over the budget, fcfs decides in the policy's place."""
     max_adapter_labels: int = 100
     """Adapters that get a metric label of their own; the rest are counted under "other"."""
+    metrics_compat: MetricsCompat = "none"
+    """"vllm" also exports the metrics that request routers read, under the names that vLLM gave them."""
+    name: str = "default"
+    """The label ``engine`` of its metrics; engines that are scraped together need different ones."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -130,6 +135,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _choice(self, "dtype", get_args(DType))
         _choice(self, "device", get_args(Device))
         _choice(self, "executor", get_args(ExecutorName))
+        _choice(self, "metrics_compat", get_args(MetricsCompat))
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name={self.name!r}: must be text that is not empty")
         if self.max_model_len is not None:
             _integer(self, "max_model_len", low=2)
         _integer(self, "max_num_seqs", low=1)

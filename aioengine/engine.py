@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -32,6 +31,7 @@ from aioengine.request import Prompt, RequestOutput, SamplingParams
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.stepper import Stepper
 from aioengine.stream import OutputStream
+from aioengine.timing import DecisionTimer
 
 if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
@@ -115,13 +115,16 @@ class AsyncEngine:
         self._loader: AdapterLoader = loader
         self._parts: Parts = parts
         self._plan = parts.plan
-        self._core = Core(core_limits(self.config, parts), self._policy, timer=time.perf_counter)
-        self._stepper = Stepper(self._core, executor, loader)
+        timer = DecisionTimer()
+        self._core = Core(core_limits(self.config, parts), self._policy, timer=timer)
+        self._stepper = Stepper(self._core, executor, loader, timer)
         self._adapters = AdapterOps(self._stepper, parts.plan.num_slots)
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
             adapters=self.adapters,
+            engine=self.config.name,
+            compat=self.config.metrics_compat,
         )
         self._stepper.listeners += [self._counters, self._metrics.handle]
         self._stepper.start()

@@ -6,7 +6,7 @@ loop's clock. ``adapter`` is None for the base model.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -146,6 +146,14 @@ class PolicyReplaced(Event, frozen=True, kw_only=True, gc=False):
     reason: str
 
 
+class TokenInterval(NamedTuple):
+    """Requests for one adapter had a token each, ``seconds`` after the ones before."""
+
+    adapter: str | None
+    seconds: float
+    tokens: int
+
+
 class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     step: int
     seconds: float
@@ -159,3 +167,13 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     decode_tokens: int
     slots: tuple[int, ...]
     """The slots that it used."""
+    policy_seconds: float = 0.0
+    """The policy's part of ``schedule_seconds``."""
+    intervals: tuple[TokenInterval, ...] = ()
+    """Between its tokens and the ones before; requests that had their first are not in it."""
+
+
+class LoopLag(Event, frozen=True, kw_only=True, gc=False):
+    """The event loop ran a timer ``seconds`` late; measured regularly while the engine runs."""
+
+    seconds: float

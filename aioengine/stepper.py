@@ -27,6 +27,7 @@ from aioengine.errors import (
 from aioengine.executors.base import Executor
 from aioengine.step import Sampled, StepBatch
 from aioengine.stream import OutputStream
+from aioengine.timing import DecisionTimer, LoopLagMeter, TokenIntervals
 
 if TYPE_CHECKING:
     from aioengine.adapters.loader import LoadedAdapter
@@ -49,10 +50,12 @@ class Stepper:
     """Drives a core with an executor and an adapter loader.
 
     ``listeners`` are called for every event, in order. ``loaded`` holds, by adapter uid, what to call
-    when its read has ended (with the error, or None).
+    when its read has ended (with the error, or None). ``timer`` is the core's, if it has one.
     """
 
-    def __init__(self, core: Core, executor: Executor, loader: Loader) -> None:
+    def __init__(
+        self, core: Core, executor: Executor, loader: Loader, timer: DecisionTimer | None = None
+    ) -> None:
         self.core = core
         self.streams: dict[str, OutputStream] = {}
         self.listeners: list[Listener] = []
@@ -60,6 +63,9 @@ class Stepper:
         self.dead: EngineDead | None = None
         self._executor = executor
         self._loader = loader
+        self._timer = timer
+        self._intervals = TokenIntervals()
+        self._lag = LoopLagMeter(self._report_lag)
         self._wake = asyncio.Event()
         self._stopping = False
         self._moves: set[asyncio.Task[None]] = set()
@@ -68,6 +74,7 @@ class Stepper:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
+        self._lag.start()
 
     def wake(self) -> None:
         """Have the core asked again; call after every change to it."""
@@ -83,6 +90,7 @@ class Stepper:
             await asyncio.wait([self._task])
         while self._moves:
             await asyncio.wait(self._moves)
+        self._lag.stop()
         self.publish()
 
     # The loop
@@ -103,7 +111,8 @@ class Stepper:
         self._wake.clear()
         start = time.perf_counter()
         batch, moves = self.core.schedule(loop.time())
-        seconds = time.perf_counter() - start
+        schedule_seconds = time.perf_counter() - start
+        policy_seconds = 0.0 if self._timer is None else self._timer.seconds
         for move in moves:
             self._start(move)
         self.publish()
@@ -114,10 +123,21 @@ class Stepper:
         now = loop.time()
 
         def deliver(request: Request, sampled: Sampled, is_stop: bool) -> bool:
+            self._intervals.token(request, now)
             return self.streams[request.id].push(sampled, now, is_stop=is_stop)
 
         self.core.step_finished(batch, result, now, deliver)
-        self.core.outbox.append(_step_event(batch, result.seconds, seconds, now))
+        self.core.outbox.append(
+            events.StepFinished(
+                time=now,
+                step=batch.step,
+                seconds=result.seconds,
+                schedule_seconds=schedule_seconds,
+                policy_seconds=policy_seconds,
+                intervals=self._intervals.take(now),
+                **_contents(batch),
+            )
+        )
         self.publish()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -215,6 +235,7 @@ class Stepper:
 
     def _deliver(self, event: events.Event) -> None:
         if isinstance(event, events.RequestEnded):
+            self._intervals.forget(event.request_id)
             stream = self.streams.pop(event.request_id, None)
             if stream is not None:
                 stream.end(event.reason, event.error)
@@ -230,27 +251,34 @@ class Stepper:
             except Exception:
                 logger.exception("an event listener failed on %s", type(event).__name__)
 
+    def _report_lag(self, seconds: float) -> None:
+        self.core.outbox.append(events.LoopLag(time=asyncio.get_running_loop().time(), seconds=seconds))
+        self.publish()
+
     def _log_once(self, what: str, item: str) -> None:
         if what not in self._logged:
             self._logged.add(what)
             logger.warning("%s (first: %s; said once, counted always)", what, item)
 
 
-def _step_event(batch: StepBatch, seconds: float, schedule_seconds: float, now: float) -> events.StepFinished:
-    sequences = batch.sequences
-    slots = sorted({work.slot for work in sequences if work.slot >= 0})
-    decode = sum(len(w.tokens) for w in sequences if len(w.tokens) == 1 and w.start >= w.prompt_len)
-    return events.StepFinished(
-        time=now,
-        step=batch.step,
-        seconds=seconds,
-        schedule_seconds=schedule_seconds,
-        sequences=len(sequences),
-        adapters=len(slots),
-        prefill_tokens=sum(len(w.tokens) for w in sequences) - decode,
-        decode_tokens=decode,
-        slots=tuple(slots),
-    )
+def _contents(batch: StepBatch) -> dict[str, Any]:
+    """The fields of StepFinished that say what was in the step."""
+    slots: set[int] = set()
+    tokens = decode = 0
+    for work in batch.sequences:
+        slots.add(work.slot)
+        count = len(work.tokens)
+        tokens += count
+        if count == 1 and work.start >= work.prompt_len:
+            decode += 1
+    used = tuple(sorted(slots - {-1}))
+    return {
+        "sequences": len(batch.sequences),
+        "adapters": len(used),
+        "prefill_tokens": tokens - decode,
+        "decode_tokens": decode,
+        "slots": used,
+    }
 
 
 def _load_failure(error: AdapterError) -> events.LoadFailure:

@@ -1,5 +1,7 @@
-"""Prometheus metrics of an engine, in a registry of its own."""
+"""Prometheus metrics of an engine, in a registry of its own, and the ways out for them."""
 
 from aioengine.metrics.collectors import EngineMetrics
+from aioengine.metrics.combined import combined_registry
+from aioengine.metrics.exporter import MetricsServer, serve_metrics
 
-__all__ = ["EngineMetrics"]
+__all__ = ["EngineMetrics", "MetricsServer", "combined_registry", "serve_metrics"]

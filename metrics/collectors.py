@@ -1,92 +1,42 @@
-"""The engine's metrics: what its events add up to, and a snapshot of it at each scrape.
-
-Names and units follow the Prometheus conventions: seconds, bytes, ratios, ``_total`` on counters.
-"""
+"""The engine's metrics: what its events add up to, and a snapshot of it at each scrape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats
-from aioengine.metrics.labels import AdapterLabels
+from aioengine.metrics import definitions as d
+from aioengine.metrics.by_adapter import AdapterMetrics
+from aioengine.metrics.compat import vllm_gauges
+from aioengine.metrics.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
+from aioengine.metrics.on_loop import OnLoop
 from aioengine.metrics.residency import ResidencyTracker
-from aioengine.metrics.snapshot import SnapshotCollector
-
-_REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-_SCHEDULE_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
-_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+from aioengine.metrics.snapshot import gauges
+from aioengine.metrics.storage import Counters, Family, Histograms
+from aioengine.metrics.waits import AdapterWaits
 
 
-class _Family:
-    """The metrics that are kept for each adapter label, with the children looked up once."""
+class EngineMetrics(Collector):
+    """Collects one engine's metrics; ``registry`` is a registry of its own that has them all.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(name, text, ["adapter"], registry=registry, buckets=_REQUEST_SECONDS)
-
-        self.queue = histogram(
-            "aioengine_request_queue_seconds", "From arrival to first admission to the batch."
-        )
-        self.ttft = histogram("aioengine_request_ttft_seconds", "From arrival to the first token.")
-        self.e2e = histogram("aioengine_request_e2e_seconds", "From arrival to the end.")
-        self.prompt = Counter(
-            "aioengine_prompt_tokens",
-            "Prompt tokens of the requests that have ended.",
-            ["adapter"],
-            registry=registry,
-        )
-        self.generation = Counter(
-            "aioengine_generation_tokens",
-            "Tokens generated for the requests that have ended.",
-            ["adapter"],
-            registry=registry,
-        )
-        self.finished = Counter(
-            "aioengine_requests_finished",
-            "Requests that have ended; reason is stop, length, abort or error.",
-            ["adapter", "reason"],
-            registry=registry,
-        )
-        self._series: dict[str, _Series] = {}
-
-    def series(self, label: str) -> _Series:
-        found = self._series.get(label)
-        if found is None:
-            found = self._series[label] = _Series(self, label)
-        return found
-
-
-class _Series:
-    """One adapter label's children."""
-
-    def __init__(self, family: _Family, label: str) -> None:
-        self.queue = family.queue.labels(label)
-        self.ttft = family.ttft.labels(label)
-        self.e2e = family.e2e.labels(label)
-        self.prompt = family.prompt.labels(label)
-        self.generation = family.generation.labels(label)
-        self._finished = family.finished
-        self._label = label
-
-    def finished(self, reason: events.EndReason) -> None:
-        self._finished.labels(self._label, reason).inc()
-
-
-class EngineMetrics:
-    """Collects one engine's metrics in ``registry``, a registry of its own.
+    ``handle`` belongs on the event loop's thread. Scrapes of ``registry``, ``collect``, ``families``
+    and ``expose`` may come from any: they take a snapshot on the loop's thread and render it on theirs.
 
     Args:
         max_adapter_labels: Adapters that get an ``adapter`` label of their own in the request
-            metrics; those seen later are counted together under "other". The base model is "base".
-        snapshot: Returns the engine's state now; called at each scrape.
-        adapters: Returns the registered adapters; called at each scrape.
-
-    ``handle`` and scrapes of ``registry`` belong on the event loop's thread.
+            metrics; see :class:`~aioengine.metrics.labels.AdapterLabels`.
+        snapshot: Returns the engine's state now.
+        adapters: Returns the registered adapters.
+        engine: Value of the label ``engine`` of every series.
+        compat: "vllm" adds the series that request routers read.
+        clock: Unix time, for exemplars and for what carries the time as its value.
     """
 
     def __init__(
@@ -94,30 +44,46 @@ class EngineMetrics:
         max_adapter_labels: int,
         snapshot: Callable[[], EngineStats],
         adapters: Callable[[], list[AdapterInfo]],
+        *,
+        engine: str = "default",
+        compat: Literal["none", "vllm"] = "none",
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.registry = CollectorRegistry()
-        self._labels = AdapterLabels(max_adapter_labels)
+        self.engine = engine
+        self._snapshot = snapshot
+        self._adapters = adapters
+        self._compat = compat
+        self._clock = clock
+        self._on_loop = OnLoop()
+        self._writer = TextWriter()
         self._residency = ResidencyTracker()
-        self._requests = _Family(self.registry)
+        self._waits = AdapterWaits(self._residency)
+        self._requests = AdapterMetrics(max_adapter_labels, clock)
         self._define_lora()
         self._define_engine()
-        self.registry.register(SnapshotCollector(snapshot, adapters, self._residency.ranks))
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
             events.RequestAdded: self._request_added,
             events.RequestAdmitted: self._request_admitted,
-            events.RequestPreempted: lambda event: self._preemptions.inc(),
-            events.FirstToken: self._first_token,
+            events.RequestPreempted: self._request_preempted,
+            events.FirstToken: self._requests.first_token,
             events.RequestEnded: self._request_ended,
             events.AdapterRegistered: self._adapter_registered,
+            events.AdapterLoading: lambda e: self._prefetched(self._residency.loading(e)),
             events.AdapterLoaded: self._adapter_loaded,
+            events.AdapterPlacing: self._adapter_placing,
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
-            events.AdapterFailed: lambda event: self._load_failures.labels(event.reason).inc(),
-            events.AdapterUnloaded: self._residency.unloaded,
-            events.PolicyRefused: lambda event: self._refusals.labels(event.reason).inc(),
-            events.PolicyFailed: lambda event: self._policy_errors.inc(),
+            events.AdapterFailed: self._adapter_failed,
+            events.AdapterUnloaded: self._adapter_unloaded,
+            events.PolicyRefused: lambda e: self._refusals.inc((e.reason,)),
+            events.PolicyFailed: lambda e: self._policy_errors.inc(),
+            events.PolicyOverran: lambda e: self._overruns.inc(),
+            events.PolicyReplaced: lambda e: self._replacements.inc(),
             events.StepFinished: self._step_finished,
+            events.LoopLag: lambda e: self._lag.at().observe(e.seconds),
         }
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def handle(self, event: events.Event) -> None:
         """Take in one event; kinds that no metric is made of are passed over."""
@@ -125,135 +91,130 @@ class EngineMetrics:
         if handler is not None:
             handler(event)
 
+    # Ways out
+
+    def families(self) -> list[Family]:
+        """Everything as it stands now."""
+        return self._on_loop.call(self._families)
+
+    def collect(self) -> Iterator[Metric]:
+        """As ``prometheus_client`` wants it."""
+        return map(to_metric, self.families())
+
+    def describe(self) -> Iterator[Metric]:
+        """The same without series, so that a registry knows the names beforehand."""
+        vllm = d.VLLM if self._compat == "vllm" else ()
+        return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm))
+
+    def expose(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics, which has the exemplars, if the ``Accept``
+        header asks for it. The same as ``prometheus_client`` writes of ``registry``, but quicker."""
+        openmetrics = "application/openmetrics-text" in accept
+        text = self._writer.write(self.families(), openmetrics=openmetrics)
+        return text, OPENMETRICS if openmetrics else TEXT
+
+    def _families(self) -> list[Family]:
+        stats, adapters = self._snapshot(), self._adapters()
+        found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
+        found += [metric.family(self.engine) for metric in (*self._metrics, *self._requests.metrics)]
+        if self._compat == "vllm":
+            found += vllm_gauges(self.engine, stats, adapters, self._clock())
+        return found
+
     # Definitions
 
     def _define_lora(self) -> None:
-        self._swaps = self._counter(
-            "aioengine_lora_swaps",
-            "Adapters copied into a slot (load), taken out of one (evict), and superseded by a "
-            "new version (replace).",
-            "kind",
-        )
-        self._swap_seconds = Histogram(
-            "aioengine_lora_swap_seconds",
-            "Time to bring an adapter from disk to the CPU (disk), or from there to a slot (slot).",
-            ["stage"],
-            registry=self.registry,
-            buckets=_STEP_SECONDS,
-        )
-        self._swap_bytes = self._counter(
-            "aioengine_lora_swap_bytes", "Bytes of the adapters so moved.", "stage"
-        )
-        self._lookups = self._counter(
-            "aioengine_lora_cache_requests",
-            "Arriving requests: did a slot hold the adapter and, if none did, the CPU cache?",
-            "level",
-            "result",
-        )
-        self._load_failures = self._counter(
-            "aioengine_lora_load_failures", "Adapters that could not be loaded.", "reason"
-        )
-        self._slot_busy = self._counter(
-            "aioengine_lora_slot_busy_seconds", "Time in steps that used the slot.", "slot"
-        )
-        for kind in ("load", "evict", "replace"):
-            self._swaps.labels(kind)
-        for stage in ("disk", "slot"):
-            self._swap_seconds.labels(stage)
-            self._swap_bytes.labels(stage)
+        self._swaps = Counters(d.LORA_SWAPS, ("load",), ("evict",), ("replace",))
+        self._swap_seconds = Histograms(d.LORA_SWAP_SECONDS, ("disk",), ("cpu",), ("slot",))
+        self._swap_bytes = Counters(d.LORA_SWAP_BYTES, ("disk",), ("slot",))
+        pairs = [(level, result) for level in ("slot", "cpu") for result in ("hit", "miss")]
+        self._lookups = Counters(d.LORA_CACHE_REQUESTS, *pairs)
+        self._prefetches = Counters(d.LORA_PREFETCH, ("used",), ("wasted",), ("late",))
+        reasons = ("invalid", "too_large", "io", "internal")
+        self._load_failures = Counters(d.LORA_LOAD_FAILURES, *((reason,) for reason in reasons))
+        self._slot_busy = Counters(d.LORA_SLOT_BUSY)
 
     def _define_engine(self) -> None:
-        self._preemptions = self._counter(
-            "aioengine_preemptions", "Requests taken off the batch, to be computed again later."
-        )
-        self._cached_tokens = self._counter(
-            "aioengine_prompt_cached_tokens", "Prompt tokens that the prefix cache supplied."
-        )
-        self._step_seconds = Histogram(
-            "aioengine_step_seconds",
-            "Time of a model step; phase is prefill, decode or mixed.",
-            ["phase"],
-            registry=self.registry,
-            buckets=_STEP_SECONDS,
-        )
-        self._step_tokens = self._counter(
-            "aioengine_step_tokens", "Tokens computed in steps, by phase.", "phase"
-        )
-        self._schedule_seconds = Histogram(
-            "aioengine_schedule_seconds",
-            "Time that the policy and the core took to form a batch.",
-            registry=self.registry,
-            buckets=_SCHEDULE_SECONDS,
-        )
-        self._batch_sequences = Histogram(
-            "aioengine_batch_sequences",
-            "Requests in a step.",
-            registry=self.registry,
-            buckets=_COUNTS,
-        )
-        self._batch_adapters = Histogram(
-            "aioengine_batch_adapters",
-            "Distinct adapters in a step.",
-            registry=self.registry,
-            buckets=(0, *_COUNTS[:8]),
-        )
-        self._refusals = self._counter(
-            "aioengine_policy_refusals",
-            "Items of policy decisions that the core refused.",
-            "reason",
-        )
-        self._policy_errors = self._counter(
-            "aioengine_policy_errors", "Steps that the safe policy decided because this one failed."
-        )
+        self._preemptions = Counters(d.PREEMPTIONS)
+        self._cached_tokens = Counters(d.PROMPT_CACHED_TOKENS)
+        self._steps = Histograms(d.STEP, ("prefill",), ("decode",), ("mixed",))
+        self._step_tokens = Counters(d.STEP_TOKENS, ("prefill",), ("decode",))
+        self._schedule = Histograms(d.SCHEDULE)
+        self._batch_sequences = Histograms(d.BATCH_SEQUENCES)
+        self._batch_adapters = Histograms(d.BATCH_ADAPTERS)
+        self._decisions = Histograms(d.POLICY_DECISION)
+        self._refusals = Counters(d.POLICY_REFUSALS)
+        self._policy_errors = Counters(d.POLICY_ERRORS)
+        self._overruns = Counters(d.POLICY_OVERRUNS)
+        self._replacements = Counters(d.POLICY_REPLACEMENTS)
+        self._lag = Histograms(d.EVENT_LOOP_LAG)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+    @property
+    def _metrics(self) -> list[Counters | Histograms]:
+        return [metric for metric in vars(self).values() if isinstance(metric, (Counters, Histograms))]
 
     # Requests
 
     def _request_added(self, event: events.RequestAdded) -> None:
         if event.adapter is not None:
-            for lookup in self._residency.lookup(event.adapter):
-                self._lookups.labels(lookup.level, "hit" if lookup.hit else "miss").inc()
+            for lookup in self._residency.lookup(event.adapter, event.time):
+                self._lookups.inc((lookup.level, "hit" if lookup.hit else "miss"))
+            self._requests.labels.used(event.adapter)
+            self._waits.added(event)
 
     def _request_admitted(self, event: events.RequestAdmitted) -> None:
+        wait = self._waits.admitted(event)
         if not event.resumed:
-            series = self._requests.series(self._labels.of(event.adapter))
-            series.queue.observe(event.queue_seconds)
-            self._cached_tokens.inc(event.cached_tokens)
+            self._requests.admitted(event, wait)
+            self._cached_tokens.inc(amount=event.cached_tokens)
 
-    def _first_token(self, event: events.FirstToken) -> None:
-        self._requests.series(self._labels.of(event.adapter)).ttft.observe(event.seconds)
+    def _request_preempted(self, event: events.RequestPreempted) -> None:
+        self._waits.preempted(event)
+        self._preemptions.inc()
 
     def _request_ended(self, event: events.RequestEnded) -> None:
-        series = self._requests.series(self._labels.of(event.adapter))
-        series.e2e.observe(event.seconds)
-        series.prompt.inc(event.prompt_tokens)
-        series.generation.inc(event.output_tokens)
-        series.finished(event.reason)
+        self._waits.ended(event)
+        self._requests.ended(event)
 
     # Adapters
+
+    def _prefetched(self, result: str | None) -> None:
+        if result is not None:
+            self._prefetches.inc((result,))
 
     def _adapter_registered(self, event: events.AdapterRegistered) -> None:
         self._residency.registered(event)
         if event.replaces is not None:
-            self._swaps.labels("replace").inc()
+            self._swaps.inc(("replace",))
 
     def _adapter_loaded(self, event: events.AdapterLoaded) -> None:
         self._residency.loaded(event)
-        self._swap_seconds.labels("disk").observe(event.seconds)
-        self._swap_bytes.labels("disk").inc(event.nbytes)
+        self._swap_seconds.at(("disk",)).observe(event.seconds)
+        self._swap_bytes.inc(("disk",), event.nbytes)
+
+    def _adapter_placing(self, event: events.AdapterPlacing) -> None:
+        seconds = self._residency.placing(event)
+        if seconds is not None:
+            self._swap_seconds.at(("cpu",)).observe(seconds)
 
     def _adapter_placed(self, event: events.AdapterPlaced) -> None:
-        self._residency.placed(event)
-        self._swaps.labels("load").inc()
-        self._swap_seconds.labels("slot").observe(event.seconds)
-        self._swap_bytes.labels("slot").inc(event.nbytes)
+        self._prefetched(self._residency.placed(event))
+        self._swaps.inc(("load",))
+        self._swap_seconds.at(("slot",)).observe(event.seconds)
+        self._swap_bytes.inc(("slot",), event.nbytes)
 
     def _adapter_evicted(self, event: events.AdapterEvicted) -> None:
-        self._residency.evicted(event)
+        self._prefetched(self._residency.evicted(event))
         if event.level == "slot":
-            self._swaps.labels("evict").inc()
+            self._swaps.inc(("evict",))
+
+    def _adapter_failed(self, event: events.AdapterFailed) -> None:
+        self._residency.failed(event)
+        self._load_failures.inc((event.reason,))
+
+    def _adapter_unloaded(self, event: events.AdapterUnloaded) -> None:
+        if self._residency.unloaded(event):
+            self._requests.labels.unloaded(event.adapter)
 
     # Steps
 
@@ -262,11 +223,14 @@ class EngineMetrics:
             phase = "mixed"
         else:
             phase = "prefill" if event.prefill_tokens else "decode"
-        self._step_seconds.labels(phase).observe(event.seconds)
-        self._step_tokens.labels("prefill").inc(event.prefill_tokens)
-        self._step_tokens.labels("decode").inc(event.decode_tokens)
-        self._schedule_seconds.observe(event.schedule_seconds)
-        self._batch_sequences.observe(event.sequences)
-        self._batch_adapters.observe(event.adapters)
+        self._steps.at((phase,)).observe(event.seconds)
+        self._step_tokens.inc(("prefill",), event.prefill_tokens)
+        self._step_tokens.inc(("decode",), event.decode_tokens)
+        self._schedule.at().observe(event.schedule_seconds)
+        self._decisions.at().observe(event.policy_seconds)
+        self._batch_sequences.at().observe(event.sequences)
+        self._batch_adapters.at().observe(event.adapters)
         for slot in event.slots:
-            self._slot_busy.labels(str(slot)).inc(event.seconds)
+            self._slot_busy.inc((str(slot),), event.seconds)
+        for interval in event.intervals:
+            self._requests.interval(interval)

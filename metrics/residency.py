@@ -1,4 +1,4 @@
-"""Which adapter versions are on the CPU and in the slots, as told by the events."""
+"""Where each adapter version is and who waits for it, as told by the events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from aioengine import events
 
 Level = Literal["slot", "cpu"]
+PrefetchResult = Literal["used", "wasted", "late"]
 
 
 class Lookup(NamedTuple):
@@ -16,44 +17,142 @@ class Lookup(NamedTuple):
     hit: bool
 
 
+class Version:
+    """One version of an adapter. Times are seconds on the events' clock."""
+
+    __slots__ = (
+        "absent_seconds",
+        "absent_since",
+        "blocked_since",
+        "copying",
+        "early",
+        "on_cpu",
+        "rank",
+        "waiting",
+    )
+
+    def __init__(self, now: float) -> None:
+        self.rank = 0
+        self.on_cpu = False
+        self.copying = False
+        """It is being copied into a slot."""
+        self.waiting = 0
+        """Requests for it that wait."""
+        self.early = False
+        """Its read was started while nobody waited for it, and what came of that is not known yet."""
+        self.blocked_since: float | None = None
+        """Since when it has been on the CPU, in no slot, with requests waiting for it."""
+        self.absent_seconds = 0.0
+        self.absent_since: float | None = now
+        """Since when it has been in no slot; ``absent_seconds`` is what went before."""
+
+    @property
+    def in_slot(self) -> bool:
+        return self.absent_since is None
+
+    def absent(self, now: float) -> float:
+        """Seconds that it has been in no slot, all told: the difference between two moments is a wait."""
+        return self.absent_seconds + (0.0 if self.absent_since is None else now - self.absent_since)
+
+    def wait_begins(self, now: float) -> None:
+        self.waiting += 1
+        self.check_blocked(now)
+
+    def wait_ends(self) -> None:
+        self.waiting -= 1
+        if self.waiting == 0:
+            self.blocked_since = None
+
+    def check_blocked(self, now: float) -> None:
+        idle = self.on_cpu and not self.copying and not self.in_slot
+        if idle and self.waiting and self.blocked_since is None:
+            self.blocked_since = now
+
+
 class ResidencyTracker:
-    """Follows the adapter events, so that a new request can be told to be a hit or a miss."""
+    """Follows the adapter events. State is kept for versions that have not been unloaded."""
 
     def __init__(self) -> None:
         self._current: dict[str, int] = {}
-        self._cpu: set[tuple[str, int]] = set()
-        self._slot: set[tuple[str, int]] = set()
-        self.ranks: dict[tuple[str, int], int] = {}
-        """Rank of each (adapter, version) that has been read and not been unloaded."""
+        self._versions: dict[tuple[str, int], Version] = {}
+
+    def current(self, adapter: str, now: float) -> Version:
+        """What a request that arrives now gets."""
+        return self._at((adapter, self._current.get(adapter, 0)), now)
+
+    def rank(self, adapter: str, version: int) -> int:
+        """0 if it has not been read."""
+        found = self._versions.get((adapter, version))
+        return 0 if found is None else found.rank
+
+    def lookup(self, adapter: str, now: float) -> tuple[Lookup, ...]:
+        """What a request for ``adapter`` finds; the CPU is asked only if no slot has it."""
+        version = self.current(adapter, now)
+        if version.in_slot:
+            return (Lookup("slot", True),)
+        return (Lookup("slot", False), Lookup("cpu", version.on_cpu))
 
     def registered(self, event: events.AdapterRegistered) -> None:
         self._current[event.adapter] = event.version
 
+    def loading(self, event: events.AdapterLoading) -> PrefetchResult | None:
+        version = self._of(event)
+        version.early = version.waiting == 0
+        return None if version.early else "late"
+
     def loaded(self, event: events.AdapterLoaded) -> None:
-        key = (event.adapter, event.version)
-        self._cpu.add(key)
-        self.ranks[key] = event.rank
+        version = self._of(event)
+        version.on_cpu = True
+        version.rank = event.rank
+        version.check_blocked(event.time)
 
-    def placed(self, event: events.AdapterPlaced) -> None:
-        key = (event.adapter, event.version)
-        self._slot.add(key)
-        self.ranks[key] = event.rank
+    def placing(self, event: events.AdapterPlacing) -> float | None:
+        """Seconds that requests have waited for a slot for it; None if none waits."""
+        version = self._of(event)
+        version.copying = True
+        since, version.blocked_since = version.blocked_since, None
+        return None if since is None else event.time - since
 
-    def evicted(self, event: events.AdapterEvicted) -> None:
-        level = self._slot if event.level == "slot" else self._cpu
-        level.discard((event.adapter, event.version))
+    def placed(self, event: events.AdapterPlaced) -> PrefetchResult | None:
+        version = self._of(event)
+        version.rank = event.rank
+        version.copying = False
+        version.absent_seconds = version.absent(event.time)
+        version.absent_since = None
+        early, version.early = version.early, False
+        return "used" if early else None
 
-    def unloaded(self, event: events.AdapterUnloaded) -> None:
-        key = (event.adapter, event.version)
-        self._cpu.discard(key)
-        self._slot.discard(key)
-        self.ranks.pop(key, None)
+    def evicted(self, event: events.AdapterEvicted) -> PrefetchResult | None:
+        version = self._of(event)
+        if event.level == "slot":
+            version.absent_since = event.time
+            version.check_blocked(event.time)
+            return None
+        version.on_cpu = False
+        version.blocked_since = None
+        early, version.early = version.early, False
+        return "wasted" if early else None
+
+    def failed(self, event: events.AdapterFailed) -> None:
+        version = self._of(event)
+        if version.copying:  # it was the copy: it is still on the CPU
+            version.copying = False
+            version.check_blocked(event.time)
+        else:
+            version.early = False
+
+    def unloaded(self, event: events.AdapterUnloaded) -> bool:
+        """Whether the name stands for no adapter any more."""
+        self._versions.pop((event.adapter, event.version), None)
         if self._current.get(event.adapter) == event.version:
             del self._current[event.adapter]
+        return event.adapter not in self._current
 
-    def lookup(self, adapter: str) -> tuple[Lookup, ...]:
-        """What a request for ``adapter`` finds now; the CPU is asked only if no slot has it."""
-        key = (adapter, self._current.get(adapter, 0))
-        if key in self._slot:
-            return (Lookup("slot", True),)
-        return (Lookup("slot", False), Lookup("cpu", key in self._cpu))
+    def _of(self, event: events.AdapterEvent) -> Version:
+        return self._at((event.adapter, event.version), event.time)
+
+    def _at(self, key: tuple[str, int], now: float) -> Version:
+        found = self._versions.get(key)
+        if found is None:
+            found = self._versions[key] = Version(now)
+        return found

@@ -48,12 +48,12 @@ ROOMS: dict[str, set[str]] = {
 NO_TORCH = ("schedulers", "core", "metrics")
 FORBIDDEN: dict[str, set[str]] = {
     "core": {"torch", "asyncio", "time", "threading"},
-    "schedulers": {"torch", "asyncio", "time", "msgspec"},
+    "schedulers": {"torch", "asyncio", "time"},
 }
 ONLY: dict[str, set[str]] = {
     "kernels": {"torch", "triton", *sys.stdlib_module_names},
-    "schedulers": set(sys.stdlib_module_names),
-    "core": set(sys.stdlib_module_names),
+    "schedulers": {"msgspec", "sortedcontainers", *sys.stdlib_module_names},
+    "core": {"sortedcontainers", *sys.stdlib_module_names},
 }
 """Room -> the only foreign top-level packages that it may import."""
 

@@ -52,6 +52,8 @@ class EngineFlags:
     """Bound on waiting requests."""
     policy: str | None = None
     """Scheduler policy: a name, or package.module:Class."""
+    metrics_compat: Literal["none", "vllm"] | None = None
+    """vllm: export the metrics that request routers read as well."""
 
     max_loras: Annotated[int | None, Parameter(group=_LORA)] = None
     """Adapter slots on the device."""
@@ -109,6 +111,7 @@ _ENGINE_FIELDS = (
     "seed",
     "max_waiting",
     "policy",
+    "metrics_compat",
 )
 
 

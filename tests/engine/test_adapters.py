@@ -150,8 +150,8 @@ async def test_a_pinned_adapter_keeps_its_slot(tiny: Tiny, make_engine: MakeEngi
 
 async def test_cancelling_a_load_at_any_moment_leaves_nothing(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
-        finished = False
-        for k in range(400):
+        cancelled = 0
+        for k in range(200):
             task = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-3"]))
             for _ in range(k):
                 await asyncio.sleep(0)
@@ -159,17 +159,15 @@ async def test_cancelling_a_load_at_any_moment_leaves_nothing(tiny: Tiny, make_e
             try:
                 await task
             except asyncio.CancelledError:
-                pass
-            else:
-                finished = True
+                cancelled += 1
             if "x" in [a.name for a in engine.adapters()]:
                 await engine.unload_adapter("x")
-            if finished:
-                break
-        assert finished
+        assert cancelled > 5
         await engine.load_adapter("y", tiny.adapters["qv-only"])
-        stats = engine.stats()
-        assert (stats.adapters, stats.cpu_adapters) == (1, 1)
+        async with asyncio.timeout(20):  # a read that had begun goes on until it can be dropped
+            while engine.stats().cpu_adapters > 1:
+                await asyncio.sleep(0.001)
+        assert [a.name for a in engine.adapters()] == ["y"]
         engine.check_invariants()
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import build_adapter, build_model
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.errors import AdapterLoadError
+from aioengine.cli.flags import EngineFlags
+from aioengine.errors import AdapterLoadError, ConfigError
+from aioengine.schedulers import Decision, SchedulerView
+from aioengine.schedulers.fcfs import FCFS
 
 
 def scrape(engine: AsyncEngine) -> dict[str, dict[tuple[str, ...], float]]:
@@ -20,7 +25,8 @@ def scrape(engine: AsyncEngine) -> dict[str, dict[tuple[str, ...], float]]:
     found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for family in text_string_to_metric_families(generate_latest(engine.metrics.registry).decode()):
         for sample in family.samples:
-            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            labels = tuple(value for key, value in sorted(sample.labels.items()) if key != "engine")
+            assert sample.labels["engine"] == "default"
             found[sample.name.removeprefix("aioengine_")][labels] = sample.value
     return found
 
@@ -74,14 +80,16 @@ async def test_swaps_requests_and_occupancy(model: Path, adapters: dict[str, Pat
     assert sums == {2.0}  # at every event, in every state
     # c took the place of a, and the attempt to read the broken one that of b.
     assert found["lora_swaps_total"] == {("load",): 3, ("evict",): 2, ("replace",): 0}
-    assert found["lora_swap_seconds_count"] == {("disk",): 3, ("slot",): 3}
+    assert found["lora_swap_seconds_count"] == {("disk",): 3, ("cpu",): 3, ("slot",): 3}
     assert found["lora_swap_bytes_total"][("slot",)] > 0
     assert found["lora_cache_requests_total"] == {
         ("slot", "miss"): 4,
         ("slot", "hit"): 1,
+        ("cpu", "hit"): 0,
         ("cpu", "miss"): 4,
     }
-    assert found["lora_load_failures_total"] == {("io",): 1}
+    assert found["lora_load_failures_total"][("io",)] == sum(found["lora_load_failures_total"].values()) == 1
+    assert found["lora_prefetch_total"] == {("late",): 4, ("used",): 0, ("wasted",): 0}
     assert found["requests_finished_total"] == {
         ("base", "length"): 1,
         ("a", "length"): 1,
@@ -100,3 +108,45 @@ async def test_swaps_requests_and_occupancy(model: Path, adapters: dict[str, Pat
     assert found["lora_adapter_loaded"] == {("c", "slot", "false"): 1}
     assert (stats.slot_loads, stats.slot_evictions) == (3, 2)  # the two ways of counting agree
     assert (stats.slot_hits, stats.slot_misses) == (1, 4)
+
+
+async def test_name_and_compatibility_come_from_the_configuration(
+    model: Path, adapters: dict[str, Path]
+) -> None:
+    flags = EngineFlags(model=str(model), kv_cache_memory="8MiB", metrics_compat="vllm").engine_config()
+    config = msgspec.structs.replace(flags, name="blue", dtype="float32", device="cpu")
+    async with AsyncEngine(config) as engine:
+        engine.register_adapter("a", adapters["a"])
+        await engine.complete([3, 4, 5], SamplingParams(max_tokens=2), adapter="a")
+        found = text_string_to_metric_families(engine.metrics.expose()[0].decode())
+        by_name = {family.name: family for family in found}
+    assert {s.labels["engine"] for family in by_name.values() for s in family.samples} == {"blue"}
+    (lora,) = by_name["vllm:lora_requests_info"].samples
+    assert (lora.labels["max_lora"], lora.labels["running_lora_adapters"]) == ("4", "a")
+    assert lora.labels["waiting_lora_adapters"] == ""
+
+
+@pytest.mark.parametrize(("field", "value"), [("name", ""), ("name", 3), ("metrics_compat", "triton")])
+def test_bad_fields_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={value!r}"):
+        EngineConfig(model="m", **{field: value})  # type: ignore[arg-type]
+
+
+async def test_the_time_of_a_slow_policy_and_of_an_early_read(model: Path, adapters: dict[str, Path]) -> None:
+    class Slow(FCFS):
+        def schedule(self, view: SchedulerView) -> Decision:
+            end = time.perf_counter() + 0.006
+            while time.perf_counter() < end:
+                pass
+            return super().schedule(view)
+
+    config = EngineConfig(model=str(model), dtype="float32", device="cpu", kv_cache_memory="8MiB")
+    async with AsyncEngine(config, policy=Slow()) as engine:
+        await engine.load_adapter("a", adapters["a"])
+        await engine.complete([3, 4], SamplingParams(max_tokens=3, ignore_eos=True), adapter="a")
+        found = scrape(engine)
+    steps = found["policy_decision_seconds_count"][()]
+    assert steps >= 3
+    assert found["policy_decision_seconds_bucket"][("0.005",)] == 0
+    assert 0.006 * steps <= found["policy_decision_seconds_sum"][()] < found["schedule_seconds_sum"][()]
+    assert found["lora_prefetch_total"] == {("late",): 0, ("used",): 1, ("wasted",): 0}

@@ -1,0 +1,244 @@
+"""An ASGI application to mount: ``/metrics`` for Prometheus, ``/`` for people.
+
+Plain ASGI, so that it runs in whatever the application runs in. Every URL that the page uses is
+relative: it works under any mount path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+
+from aioengine.errors import EngineStopped
+from aioengine.metrics.page_feed import Feed, WatchedEngine, Watcher
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+UPDATE_SECONDS = 0.2
+"""The shortest time between two updates of one page."""
+SEND_SECONDS = 30.0
+"""A client that takes nothing for so long is let go; a page that is still there connects again."""
+MAX_STREAMS = 100
+"""Pages served at once."""
+
+_SECURITY: Headers = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+_TYPES = {
+    ".html": b"text/html; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+
+
+class MetricsApp:
+    """The application that :func:`metrics_app` makes."""
+
+    def __init__(self, engine: WatchedEngine, interval: float) -> None:
+        self._engine = engine
+        self._feed = Feed(engine, interval)
+        self._streams: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._files = {path.name: path.read_bytes() for path in (Path(__file__).parent / "page").iterdir()}
+
+    @property
+    def watching(self) -> int:
+        """Pages connected now; while it is 0 the engine is not listened to."""
+        return len(self._feed.watchers)
+
+    def close(self) -> None:
+        """End the event streams, which a server that shuts down would wait for; refuse new ones."""
+        self._closed = True
+        for stream in self._streams:
+            stream.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            kind = (await receive())["type"]
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                self.close()
+                return
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, root = _route(scope)
+        head = scope["method"] == "HEAD"
+        asset = path.removeprefix("/assets/")
+        found = path in ("/", "/metrics", "/events") or (asset != path and asset in self._files)
+        if not path:  # mounted, and asked for without the final slash that relative URLs need
+            to = f"./{quote(root.rsplit('/', 1)[-1])}/".encode()
+            await _text(send, 307, "see /", head, [(b"location", to)])
+        elif not found:
+            await _text(send, 404, "not found", head)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await _text(send, 405, "method not allowed", head, [(b"allow", b"GET, HEAD")])
+        elif path == "/metrics":
+            await self._metrics(scope, send, head)
+        elif path == "/events":
+            await self._events(receive, send, head)
+        else:
+            name = "page.html" if path == "/" else asset
+            headers = [(b"content-type", _TYPES[Path(name).suffix]), (b"cache-control", b"no-cache")]
+            await _respond(send, 200, headers, self._files[name], head)
+
+    async def _metrics(self, scope: Scope, send: Send, head: bool) -> None:
+        names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]")
+        encode, content_type = choose_encoder(_header(scope, b"accept"))
+        headers = [(b"content-type", content_type.encode()), (b"vary", b"accept, accept-encoding")]
+        compress = gzip_accepted(_header(scope, b"accept-encoding"))
+        if compress:
+            headers.append((b"content-encoding", b"gzip"))
+
+        def render(registry: CollectorRegistry) -> bytes:
+            text = encode(registry.restricted_registry(names) if names else registry)
+            return gzip.compress(text, 1) if compress else text
+
+        try:  # in a thread: it asks this loop for a snapshot, and the loop need not wait for the text
+            body = await asyncio.to_thread(render, self._engine.metrics.registry)
+        except (EngineStopped, TimeoutError) as error:
+            await _text(send, 503, str(error), head)
+            return
+        await _respond(send, 200, [*headers, (b"cache-control", b"no-store")], body, head)
+
+    async def _events(self, receive: Receive, send: Send, head: bool) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        headers.append((b"x-accel-buffering", b"no"))  # nginx would collect the stream otherwise
+        if head:
+            await _respond(send, 200, headers, None, head)
+            return
+        if self._closed or self.watching >= MAX_STREAMS:
+            await _text(send, 503, "no more streams", head, [(b"retry-after", b"5")])
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            watcher = self._feed.watch(loop.time())
+        except EngineStopped as error:
+            await _text(send, 503, str(error), head)
+            return
+        gone = loop.create_task(_disconnected(receive), name="aioengine-page-client")
+        self._streams.add(gone)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": [*headers, *_SECURITY]})
+            await self._stream(watcher, send, gone)
+            if gone.cancelled():  # by close(): the client is still there
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:
+            pass  # it went away in the middle of a message
+        finally:
+            self._streams.discard(gone)
+            watcher.close()
+            await _end(gone)
+
+    async def _stream(self, watcher: Watcher, send: Send, gone: asyncio.Task[None]) -> None:
+        """Updates, until the client is gone or takes none for ``SEND_SECONDS``."""
+        loop = asyncio.get_running_loop()
+        while not gone.done():
+            update = watcher.next(loop.time())
+            if update is not None:
+                body = b"data: " + msgspec.json.encode(update) + b"\n\n"
+                message = {"type": "http.response.body", "body": body, "more_body": True}
+                sending = asyncio.ensure_future(send(message))
+                try:
+                    await asyncio.wait(
+                        {sending, gone}, timeout=SEND_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if not sending.done():
+                        return
+                    sending.result()
+                finally:
+                    await _end(sending)
+            await asyncio.wait({gone}, timeout=self._feed.interval)
+
+
+def metrics_app(engine: WatchedEngine, *, interval: float = UPDATE_SECONDS) -> MetricsApp:
+    """An ASGI application that shows ``engine`` (an AsyncEngine, started or not yet).
+
+    ``GET /metrics`` is for Prometheus, ``GET /`` the live page, ``GET /events`` what feeds it. It must
+    run on the engine's event loop. ``interval`` is the shortest time in seconds between two updates of
+    a page. It asks nobody for a password: mount it where only those can reach it who may see the
+    names of the adapters.
+    """
+    return MetricsApp(engine, interval)
+
+
+@contextlib.asynccontextmanager
+async def serve_page(engine: WatchedEngine, host: str = "127.0.0.1", port: int = 8080) -> AsyncIterator[str]:
+    """Serve :func:`metrics_app` with uvicorn (extra ``server``) while the context lasts.
+
+    Yields the page's URL. Port 0 takes a free one. Signal handlers and logging are left alone.
+    """
+    from aioengine.metrics.page_server import serve
+
+    app = metrics_app(engine)
+    async with serve(app, host, port, before_shutdown=app.close) as url:
+        yield url
+
+
+def _route(scope: Scope) -> tuple[str, str]:
+    """The path below the mount point, and that. Some servers leave the latter in the path, some do not."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        path = path[len(root) :]
+    return path if root else path or "/", root
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name)
+
+
+async def _text(send: Send, status: int, text: str, head: bool, headers: Headers | None = None) -> None:
+    plain = [(b"content-type", b"text/plain; charset=utf-8"), *(headers or [])]
+    await _respond(send, status, plain, f"{text}\n".encode(), head)
+
+
+async def _respond(send: Send, status: int, headers: Headers, body: bytes | None, head: bool) -> None:
+    """``body`` None: of unknown length."""
+    length = [] if body is None else [(b"content-length", str(len(body)).encode())]
+    start = {"type": "http.response.start", "status": status, "headers": [*headers, *length, *_SECURITY]}
+    await send(start)
+    await send({"type": "http.response.body", "body": b"" if head or body is None else body})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """Cancel it if it still runs, and wait until it is over, whatever came of it."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

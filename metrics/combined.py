@@ -1,0 +1,58 @@
+"""Several engines' metrics in one scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from aioengine.metrics.collectors import EngineMetrics
+from aioengine.metrics.exposition import to_metric
+from aioengine.metrics.storage import Family
+
+
+class HasMetrics(Protocol):
+    """An engine that runs."""
+
+    @property
+    def metrics(self) -> EngineMetrics: ...
+
+
+class _Combined(Collector):
+    def __init__(self, sources: list[EngineMetrics]) -> None:
+        self._sources = sources
+
+    def describe(self) -> Iterator[Metric]:
+        return iter({metric.name: metric for s in self._sources for metric in s.describe()}.values())
+
+    def collect(self) -> Iterator[Metric]:
+        merged: dict[str, Family] = {}
+        for source in self._sources:
+            for family in source.families():
+                merged.setdefault(family.definition.name, Family(family.definition, [])).points.extend(
+                    family.points
+                )
+        return map(to_metric, merged.values())
+
+
+def combined_registry(*engines: HasMetrics) -> CollectorRegistry:
+    """A registry of all the engines' metrics, told apart by the label ``engine``.
+
+    The exposition format wants each metric's series in one group, so the engines' registries cannot
+    simply be put one after the other.
+
+    Raises ValueError if two engines have the same ``EngineConfig.name``.
+    """
+    sources = [engine.metrics for engine in engines]
+    names = [source.engine for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"the engines are called {', '.join(names)}: give each another name (EngineConfig.name), "
+            "which is the label 'engine' of its series"
+        )
+    registry = CollectorRegistry()
+    registry.register(_Combined(sources))
+    return registry

@@ -1,0 +1,238 @@
+"""What the dashboard shows: titles, explanations, units and PromQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from grafana_foundation_sdk.models import units
+
+HERE = 'instance=~"$instance",engine=~"$engine"'
+"""The selection that every expression is held to."""
+
+FREE = "(free)"
+"""Stands for the adapter of an empty slot; no adapter can have this name."""
+
+
+class Query(NamedTuple):
+    """One PromQL expression. ``legend`` names its series; a panel's several queries need distinct ones."""
+
+    expr: str
+    legend: str
+
+
+class Chart(NamedTuple):
+    """A time series panel, ``width`` of Grafana's 24 columns wide."""
+
+    title: str
+    description: str
+    unit: str
+    queries: Sequence[Query]
+    width: int = 8
+    stacked: bool = False
+    top: float | None = None
+    """The axis' upper end; by default what the data needs."""
+
+
+def rate(counter: str, by: str, where: str = "") -> str:
+    """Per second, summed over everything but the labels ``by``."""
+    return f"sum by ({by}) (rate({counter}{{{HERE}{where}}}[$__rate_interval]))"
+
+
+def quantiles(histogram: str, by: str, where: str = "") -> list[Query]:
+    """Median and 99th percentile for each combination of the labels ``by``."""
+    buckets = rate(f"{histogram}_bucket", f"le, {by}", where)
+    label = " ".join(f"{{{{{name.strip()}}}}}" for name in by.split(","))
+    return [Query(f"histogram_quantile({q}, {buckets})", f"{label} p{q * 100:g}") for q in (0.5, 0.99)]
+
+
+def hit_ratio(by: str) -> str:
+    lookups = "aioengine_lora_cache_requests_total"
+    hits, all_ = rate(lookups, by, ',result="hit"'), rate(lookups, by)
+    return f"({hits} or 0 * {all_}) / {all_}"
+
+
+SUMMARY = [
+    Chart(
+        "Slots in use",
+        "Share of the slots that hold an adapter, drain, or are being copied to.",
+        units.PercentUnit,
+        [
+            Query(
+                f'1 - sum(aioengine_lora_slots{{{HERE},state="free"}}) / sum(aioengine_lora_slots{{{HERE}}})',
+                "in use",
+            )
+        ],
+    ),
+    Chart(
+        "Slot hit rate",
+        "Share of the arriving requests whose adapter was in a slot already. Low with busy slots means "
+        "that the working set of adapters is larger than max_loras.",
+        units.PercentUnit,
+        [Query(hit_ratio("level").replace(HERE, f'{HERE},level="slot"'), "slot")],
+    ),
+    Chart(
+        "Requests waiting",
+        "For their adapter or for room in the batch.",
+        units.Short,
+        [Query(f"sum(aioengine_requests_waiting{{{HERE}}})", "waiting")],
+    ),
+    Chart(
+        "Tokens computed",
+        "Prompt and generated tokens together, per second.",
+        units.CountsPerSecond,
+        [Query(f"sum(rate(aioengine_step_tokens_total{{{HERE}}}[$__rate_interval]))", "tokens")],
+    ),
+]
+
+ADAPTERS = [
+    Chart(
+        "Slots by state",
+        "Ready slots hold an adapter that requests can use; loading and draining ones are being changed.",
+        units.Short,
+        [Query(f"sum by (state) (aioengine_lora_slots{{{HERE}}})", "{{state}}")],
+        stacked=True,
+    ),
+    Chart(
+        "Hit rate by level",
+        "Arriving requests that found their adapter in a slot and, of those that did not, on the CPU. "
+        "A miss on the CPU is a read from disk.",
+        units.PercentUnit,
+        [Query(hit_ratio("level"), "{{level}}")],
+        top=1,
+    ),
+    Chart(
+        "Swaps by kind",
+        "Adapters copied into a slot (load), taken out of one (evict), superseded by a new version "
+        "(replace). As many loads as evictions, all the time, is thrashing.",
+        units.OpsPerSecond,
+        [Query(rate("aioengine_lora_swaps_total", "kind"), "{{kind}}")],
+    ),
+    Chart(
+        "Swaps by stage",
+        "Adapters read from disk to the CPU (disk), held up there because no slot was free (cpu), and "
+        "copied into a slot (slot).",
+        units.OpsPerSecond,
+        [Query(rate("aioengine_lora_swap_seconds_count", "stage"), "{{stage}}")],
+    ),
+    Chart(
+        "Swap latency by stage",
+        "How long one read (disk), wait for a slot (cpu) or copy (slot) takes.",
+        units.Seconds,
+        quantiles("aioengine_lora_swap_seconds", "stage"),
+    ),
+    Chart(
+        "Adapter wait",
+        "How long requests waited with their adapter in no slot, by adapter; counted at admission.",
+        units.Seconds,
+        quantiles("aioengine_request_adapter_wait_seconds", "adapter", ',adapter=~"$adapter"'),
+    ),
+    Chart(
+        "Prefetches",
+        "Adapters read ahead of their turn: used, evicted unused (wasted), or begun when a request was "
+        "waiting already (late).",
+        units.OpsPerSecond,
+        [Query(rate("aioengine_lora_prefetch_total", "result"), "{{result}}")],
+    ),
+    Chart(
+        "Load failures",
+        "Adapters that could not be read or did not fit, by reason.",
+        units.OpsPerSecond,
+        [Query(rate("aioengine_lora_load_failures_total", "reason"), "{{reason}}")],
+    ),
+    Chart(
+        "CPU cache",
+        "Adapters in CPU memory, those in slots and those being read included.",
+        units.Short,
+        [
+            Query(
+                f"aioengine_lora_cpu_adapters{{{HERE}}}",
+                "{{instance}} {{engine}}",
+            )
+        ],
+    ),
+]
+
+REQUESTS = [
+    Chart(
+        "Time to first token by adapter",
+        "From arrival to the first token.",
+        units.Seconds,
+        quantiles("aioengine_request_ttft_seconds", "adapter", ',adapter=~"$adapter"'),
+        width=12,
+    ),
+    Chart(
+        "Queue by reason",
+        "Requests in the batch, and those waiting: for their adapter to come to a slot, or for room.",
+        units.Short,
+        [
+            Query(f"sum by (reason) (aioengine_requests_waiting{{{HERE}}})", "waiting: {{reason}}"),
+            Query(f"sum(aioengine_requests_running{{{HERE}}})", "running"),
+        ],
+        width=12,
+        stacked=True,
+    ),
+    Chart(
+        "Tokens per second",
+        "Tokens as they are computed: of prompts (prefill) and generated (decode).",
+        units.CountsPerSecond,
+        [Query(rate("aioengine_step_tokens_total", "phase"), "{{phase}}")],
+    ),
+    Chart(
+        "Time between tokens",
+        "Of one request, from one token to the next.",
+        units.Seconds,
+        quantiles("aioengine_request_inter_token_seconds", "engine"),
+    ),
+    Chart(
+        "Requests ended by reason",
+        "stop and length are ordinary ends; error is the engine's, abort the client's.",
+        units.RequestsPerSecond,
+        [Query(rate("aioengine_requests_finished_total", "reason"), "{{reason}}")],
+    ),
+]
+
+ENGINE = [
+    Chart(
+        "KV cache use",
+        "Share of the KV blocks that running requests hold. Near 100 % requests are preempted.",
+        units.PercentUnit,
+        [Query(f"aioengine_kv_cache_usage_ratio{{{HERE}}}", "{{instance}} {{engine}}")],
+        top=1,
+    ),
+    Chart(
+        "Step time by phase",
+        "How long the model takes for one step.",
+        units.Seconds,
+        quantiles("aioengine_step_seconds", "phase"),
+    ),
+    Chart(
+        "Event-loop lag",
+        "How late the event loop runs a timer that is due. High: something blocks the loop.",
+        units.Seconds,
+        quantiles("aioengine_event_loop_lag_seconds", "engine"),
+    ),
+    Chart(
+        "Policy refusals and errors",
+        "Items of decisions that the core refused, by reason; decisions that failed; and those that took "
+        "longer than policy_time_budget. All are zero with a correct and quick policy.",
+        units.OpsPerSecond,
+        [
+            Query(rate("aioengine_policy_refusals_total", "reason"), "refused: {{reason}}"),
+            Query(rate("aioengine_policy_errors_total", "engine"), "failed: {{engine}}"),
+            Query(rate("aioengine_policy_overruns_total", "engine"), "too slow: {{engine}}"),
+        ],
+    ),
+    Chart(
+        "Policy decision time",
+        "What the policy takes to decide a step.",
+        units.Seconds,
+        quantiles("aioengine_policy_decision_seconds", "engine"),
+    ),
+    Chart(
+        "Preemptions",
+        "Requests taken off the batch for want of KV blocks, to be computed again later.",
+        units.OpsPerSecond,
+        [Query(rate("aioengine_preemptions_total", "engine"), "{{engine}}")],
+    ),
+]

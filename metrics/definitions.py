@@ -1,0 +1,269 @@
+"""Every metric that an engine exports: name, type, help text, labels and buckets, in one place.
+
+Names and units follow the Prometheus conventions: seconds, bytes, ratios (0 to 1), ``_total`` on
+counters. Each series also carries the label ``engine``, which is not repeated here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+DECISION_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
+COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+
+
+class Definition(NamedTuple):
+    """One metric. ``name`` is without the ``_total`` that a counter's series get."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets, "+Inf" left out."""
+
+    @property
+    def unit(self) -> str:
+        """What the name ends in, if that is a unit: seconds, bytes or ratio."""
+        last = self.name.rsplit("_", 1)[-1]
+        return last if last in ("seconds", "bytes", "ratio") else ""
+
+    @property
+    def exposed(self) -> str:
+        """The name in queries."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+
+# Slots and adapters
+
+LORA_SLOTS = Definition(
+    "aioengine_lora_slots",
+    "gauge",
+    "Device slots by state: free, loading, ready, draining; the states add up to max_loras.",
+    ("state",),
+)
+LORA_SLOT_INFO = Definition(
+    "aioengine_lora_slot_info",
+    "gauge",
+    "1 for the adapter that each slot holds, or is being written with.",
+    ("slot", "adapter", "version", "rank"),
+)
+LORA_SLOT_BUSY = Definition(
+    "aioengine_lora_slot_busy_seconds", "counter", "Time in steps that used the slot.", ("slot",)
+)
+LORA_ADAPTER_LOADED = Definition(
+    "aioengine_lora_adapter_loaded",
+    "gauge",
+    "1 for each adapter in memory; level is the fastest place that holds it, slot or cpu.",
+    ("adapter", "level", "pinned"),
+)
+LORA_ADAPTERS = Definition("aioengine_lora_adapters", "gauge", "Registered adapters, wherever they are.")
+LORA_CPU_ADAPTERS = Definition(
+    "aioengine_lora_cpu_adapters",
+    "gauge",
+    "Adapters in the CPU cache, those in slots and being read included.",
+)
+LORA_SWAPS = Definition(
+    "aioengine_lora_swaps",
+    "counter",
+    "Adapters copied into a slot (load), taken out of one (evict), and superseded by a new version "
+    "(replace).",
+    ("kind",),
+)
+LORA_SWAP_SECONDS = Definition(
+    "aioengine_lora_swap_seconds",
+    "histogram",
+    "Stages of a swap: the read from disk to the CPU (disk); on the CPU, with requests waiting for the "
+    "adapter, until a slot was there (cpu); the copy into the slot (slot).",
+    ("stage",),
+    STEP_SECONDS,
+)
+LORA_SWAP_BYTES = Definition(
+    "aioengine_lora_swap_bytes",
+    "counter",
+    "Bytes of adapters read from disk (disk) and copied into slots (slot).",
+    ("stage",),
+)
+LORA_CACHE_REQUESTS = Definition(
+    "aioengine_lora_cache_requests",
+    "counter",
+    "Requests for adapters as they arrive: did a slot hold the adapter (hit or miss) and, if none did, "
+    "the CPU cache?",
+    ("level", "result"),
+)
+LORA_PREFETCH = Definition(
+    "aioengine_lora_prefetch",
+    "counter",
+    "Reads from disk by what came of starting them early: used (started while no request waited for the "
+    "adapter, and copied into a slot later), wasted (started so, and evicted from the CPU without ever "
+    "having been copied into a slot), late (a request was waiting already when the read started).",
+    ("result",),
+)
+LORA_LOAD_FAILURES = Definition(
+    "aioengine_lora_load_failures",
+    "counter",
+    "Adapters that could not be loaded: invalid, too_large, io or internal.",
+    ("reason",),
+)
+
+# Requests
+
+REQUESTS_RUNNING = Definition("aioengine_requests_running", "gauge", "Requests in the batch.")
+REQUESTS_WAITING = Definition(
+    "aioengine_requests_waiting",
+    "gauge",
+    "Requests not running yet: their adapter is in no slot (adapter), or there is no room (capacity).",
+    ("reason",),
+)
+REQUESTS_FINISHED = Definition(
+    "aioengine_requests_finished",
+    "counter",
+    "Requests that have ended; reason is stop, length, abort or error.",
+    ("adapter", "reason"),
+)
+REQUEST_QUEUE = Definition(
+    "aioengine_request_queue_seconds",
+    "histogram",
+    "From arrival to first admission to the batch.",
+    ("adapter",),
+    REQUEST_SECONDS,
+)
+REQUEST_ADAPTER_WAIT = Definition(
+    "aioengine_request_adapter_wait_seconds",
+    "histogram",
+    "Time from arrival to first admission during which the request's adapter was in no slot; 0 if it "
+    "was in one all the while. Requests for the base model are not counted.",
+    ("adapter",),
+    REQUEST_SECONDS,
+)
+REQUEST_TTFT = Definition(
+    "aioengine_request_ttft_seconds",
+    "histogram",
+    "From arrival to the first token.",
+    ("adapter",),
+    REQUEST_SECONDS,
+)
+REQUEST_INTER_TOKEN = Definition(
+    "aioengine_request_inter_token_seconds",
+    "histogram",
+    "Between two successive tokens of a request.",
+    ("adapter",),
+    STEP_SECONDS,
+)
+REQUEST_E2E = Definition(
+    "aioengine_request_e2e_seconds",
+    "histogram",
+    "From arrival to the end, however it ended.",
+    ("adapter",),
+    REQUEST_SECONDS,
+)
+PROMPT_TOKENS = Definition(
+    "aioengine_prompt_tokens", "counter", "Prompt tokens of the requests that have ended.", ("adapter",)
+)
+GENERATION_TOKENS = Definition(
+    "aioengine_generation_tokens",
+    "counter",
+    "Tokens generated for the requests that have ended.",
+    ("adapter",),
+)
+PROMPT_CACHED_TOKENS = Definition(
+    "aioengine_prompt_cached_tokens", "counter", "Prompt tokens that the prefix cache supplied."
+)
+
+# Policy
+
+POLICY_DECISION = Definition(
+    "aioengine_policy_decision_seconds",
+    "histogram",
+    "Time that the policy took for the decision of a step.",
+    (),
+    DECISION_SECONDS,
+)
+POLICY_REFUSALS = Definition(
+    "aioengine_policy_refusals",
+    "counter",
+    "Items of policy decisions that the core refused, by its reason.",
+    ("reason",),
+)
+POLICY_ERRORS = Definition(
+    "aioengine_policy_errors", "counter", "Times that the policy raised or returned no decision."
+)
+POLICY_OVERRUNS = Definition(
+    "aioengine_policy_overruns", "counter", "Decisions that took longer than policy_time_budget."
+)
+POLICY_REPLACEMENTS = Definition(
+    "aioengine_policy_replacements",
+    "counter",
+    "Times that the policy was replaced for good by the built-in safe one, for overrunning too often.",
+)
+
+# Engine
+
+STEP = Definition(
+    "aioengine_step_seconds",
+    "histogram",
+    "Time of a model step; phase is prefill, decode or mixed.",
+    ("phase",),
+    STEP_SECONDS,
+)
+STEP_TOKENS = Definition(
+    "aioengine_step_tokens",
+    "counter",
+    "Tokens as they are computed in steps; phase is prefill or decode.",
+    ("phase",),
+)
+SCHEDULE = Definition(
+    "aioengine_schedule_seconds",
+    "histogram",
+    "Time that the policy and the core together took to form a batch.",
+    (),
+    DECISION_SECONDS,
+)
+BATCH_SEQUENCES = Definition("aioengine_batch_sequences", "histogram", "Requests in a step.", (), COUNTS)
+BATCH_ADAPTERS = Definition(
+    "aioengine_batch_adapters", "histogram", "Distinct adapters in a step.", (), (0.0, *COUNTS[:8])
+)
+PREEMPTIONS = Definition(
+    "aioengine_preemptions", "counter", "Requests taken off the batch, to be computed again later."
+)
+KV_CACHE_USAGE = Definition(
+    "aioengine_kv_cache_usage_ratio",
+    "gauge",
+    "KV blocks that running requests hold, as a share of all (0 to 1).",
+)
+EVENT_LOOP_LAG = Definition(
+    "aioengine_event_loop_lag_seconds",
+    "histogram",
+    "How late the event loop runs a timer that is due; measured four times a second.",
+    (),
+    STEP_SECONDS,
+)
+
+# Under the names that routers read (metrics_compat="vllm")
+
+VLLM_RUNNING = Definition("vllm:num_requests_running", "gauge", "Requests in the batch.")
+VLLM_WAITING = Definition("vllm:num_requests_waiting", "gauge", "Requests that are not running yet.")
+VLLM_KV_CACHE_USAGE = Definition(
+    "vllm:kv_cache_usage_perc", "gauge", "KV blocks that running requests hold, as a share of all (0 to 1)."
+)
+VLLM_LORA_REQUESTS = Definition(
+    "vllm:lora_requests_info",
+    "gauge",
+    "Unix time of this snapshot. running_lora_adapters are ready in a slot; waiting_lora_adapters are in "
+    "none, and requests wait for them; both are separated by commas. max_lora is the number of slots.",
+    ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+)
+VLLM_LORA_LOADED = Definition(
+    "vllm:lora_adapter_loaded",
+    "gauge",
+    "1 for each adapter in memory; level is the fastest place that holds it, slot or cpu.",
+    ("adapter_name", "level", "pinned"),
+)
+
+ALL = tuple(value for value in globals().copy().values() if isinstance(value, Definition))
+VLLM = tuple(definition for definition in ALL if definition.name.startswith("vllm:"))
+OWN = tuple(definition for definition in ALL if definition not in VLLM)

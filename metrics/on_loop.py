@@ -1,0 +1,65 @@
+"""Running a short function on the event loop's thread, from whichever thread asks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_CHECK_SECONDS = 0.05
+"""How often a caller that waits looks whether the loop has ended."""
+
+
+class OnLoop:
+    """Remembers the loop and thread that it was made on.
+
+    What belongs to the loop is touched there only: a scrape served by another thread asks the loop for
+    a snapshot, and waits for it for at most ``timeout`` seconds. A loop that has ended is not asked:
+    nothing changes any more.
+    """
+
+    def __init__(self, timeout: float = 5.0) -> None:
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+        self._thread = threading.get_ident()
+        self._timeout = timeout
+
+    def call(self, function: Callable[[], T]) -> T:
+        """``function()``; TimeoutError if the loop is too busy to run it."""
+        loop = self._loop
+        if loop is None or threading.get_ident() == self._thread or not loop.is_running():
+            return function()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        try:
+            loop.call_soon_threadsafe(run)
+        except RuntimeError:  # closed since we looked
+            return function()
+        return self._wait(loop, future, function)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop, future: Future[T], function: Callable[[], T]) -> T:
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                return future.result(_CHECK_SECONDS)
+            except TimeoutError:
+                if future.done():
+                    return future.result()
+                if not loop.is_running() and future.cancel():
+                    return function()
+                if time.monotonic() >= end and future.cancel():
+                    raise TimeoutError(f"the event loop did not answer within {self._timeout:g} s") from None

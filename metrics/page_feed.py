@@ -1,0 +1,286 @@
+"""What the live page is told: the engine's state, followed only while somebody watches.
+
+All watchers share one copy of the state, in which every part carries the tick at which it last changed.
+A watcher is one number, the tick that it has seen: however slow it is, it costs no memory, and when it
+asks again it gets everything newer at once, with nothing queued for it in between.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+from aioengine import events
+from aioengine.info import AdapterInfo, AdapterLocation, EngineStats, SlotInfo
+
+if TYPE_CHECKING:
+    from aioengine.config import EngineConfig
+    from aioengine.metrics.collectors import EngineMetrics
+
+LOG_LENGTH = 1000
+"""Adapter movements that a newcomer is told, and that a slow watcher can be behind."""
+TOMBSTONES = 1000
+"""Unloaded adapters remembered; a watcher further behind is told everything anew."""
+QUIET_SECONDS = 1.0
+"""How often the state is read when no event says that it changed (pinning causes none)."""
+HEARTBEAT_SECONDS = 5.0
+"""After so long without news a watcher is told the time, so that it knows the line is up."""
+
+Kind = Literal[
+    "loading", "loaded", "placing", "placed", "draining", "evicted", "dropped", "failed", "unloaded"
+]
+
+
+class WatchedEngine(Protocol):
+    """What is needed of an :class:`~aioengine.engine.AsyncEngine`."""
+
+    config: EngineConfig
+
+    @property
+    def metrics(self) -> EngineMetrics: ...
+    def stats(self) -> EngineStats: ...
+    def adapters(self) -> list[AdapterInfo]: ...
+    def add_listener(self, listener: Callable[[events.Event], None]) -> Callable[[], None]: ...
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One movement of an adapter; "evicted" is from a slot, "dropped" from the CPU cache."""
+
+    time: float
+    kind: Kind
+    adapter: str
+    version: int
+    slot: int | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+    reason: str | None = None
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One adapter, without its path: that is nobody's business on a web page."""
+
+    name: str
+    version: int
+    rank: int
+    bytes: int
+    location: AdapterLocation
+    slot: int | None
+    pinned: bool
+    running: int
+    waiting: int
+
+
+class Update(msgspec.Struct, omit_defaults=True):
+    """What one message says. Times are seconds on the engine's clock."""
+
+    time: float
+    full: bool = False
+    """It replaces what was told before."""
+    model: str | None = None
+    since: float | None = None
+    """When the log began."""
+    numbers: dict[str, int] | None = None
+    slots: tuple[SlotInfo, ...] | None = None
+    adapters: list[Row] = []
+    gone: list[str] = []
+    log: list[Entry] = []
+
+
+class Feed:
+    """The shared copy of one engine's state.
+
+    ``watch`` and ``Watcher.close`` attach it to the engine's events and detach it again. ``interval``
+    is the shortest time, in seconds, between two messages to one watcher.
+    """
+
+    def __init__(self, engine: WatchedEngine, interval: float) -> None:
+        self.interval = interval
+        self.watchers: set[Watcher] = set()
+        self._engine = engine
+        self._remove: Callable[[], None] | None = None
+        self._clear(0.0)
+
+    def watch(self, now: float) -> Watcher:
+        if not self.watchers:
+            self._clear(now)
+            self._remove = self._engine.add_listener(self._listen)
+        watcher = Watcher(self)
+        self.watchers.add(watcher)
+        return watcher
+
+    def forget(self, watcher: Watcher) -> None:
+        self.watchers.discard(watcher)
+        if not self.watchers and self._remove is not None:
+            self._remove()
+            self._remove = None
+            self._clear(0.0)
+
+    def _clear(self, now: float) -> None:
+        self._tick = 0
+        self._since = self._collected = now
+        self._changed = True
+        self._floor = 0
+        self._stats: EngineStats | None = None
+        self._stats_tick = 0
+        self._tokens = {"prefill": 0, "decode": 0}
+        self._log: deque[tuple[int, Entry]] = deque(maxlen=LOG_LENGTH)
+        self._rows: OrderedDict[str, tuple[int, AdapterInfo | None]] = OrderedDict()
+        """In the order in which they changed; None: unloaded."""
+        self._gone = 0
+
+    # From the engine
+
+    def _listen(self, event: events.Event) -> None:
+        self._changed = True
+        if isinstance(event, events.StepFinished):
+            self._tokens["prefill"] += event.prefill_tokens
+            self._tokens["decode"] += event.decode_tokens
+        elif isinstance(event, events.AdapterEvent):
+            entry = _entry(event)
+            if entry is not None:
+                self._log.append((self._tick + 1, entry))
+
+    def collect(self, now: float) -> None:
+        """Bring the copy up to date, unless it was just now."""
+        age = now - self._collected
+        if self._tick and age < (self.interval / 2 if self._changed else QUIET_SECONDS):
+            return
+        self._tick += 1
+        self._collected = now
+        self._changed = False
+        stats = self._engine.stats()
+        before = () if self._stats is None else self._stats.slots
+        for old, slot in zip(before, stats.slots, strict=False):
+            if slot.state == "DRAINING" != old.state and slot.adapter is not None:
+                entry = Entry(now, "draining", slot.adapter, slot.version or 0, slot.index)
+                self._log.append((self._tick, entry))
+        if stats != self._stats:
+            self._stats = stats
+            self._stats_tick = self._tick
+        self._collect_adapters()
+
+    def _collect_adapters(self) -> None:
+        rows = self._rows
+        infos = self._engine.adapters()
+        for info in infos:
+            known = rows.get(info.name)
+            if known is None or known[1] != info:
+                if known is not None and known[1] is None:
+                    self._gone -= 1
+                rows[info.name] = (self._tick, info)
+                rows.move_to_end(info.name)
+        if len(rows) - self._gone == len(infos):
+            return
+        names = {info.name for info in infos}
+        for name in [n for n, (_, info) in rows.items() if info is not None and n not in names]:
+            rows[name] = (self._tick, None)
+            rows.move_to_end(name)
+            self._gone += 1
+        if self._gone > TOMBSTONES:
+            for name in [n for n, (_, info) in rows.items() if info is None]:
+                del rows[name]
+            self._gone = 0
+            self._floor = self._tick
+
+    # To the watchers
+
+    def newer_than(self, seen: int, now: float) -> tuple[int, Update | None]:
+        """The tick now, and what changed after the tick ``seen`` (None: nothing did)."""
+        self.collect(now)
+        full = seen == 0 or seen < self._floor
+        if full:
+            seen = 0
+        update = Update(time=now, full=full)
+        for name, (tick, info) in reversed(self._rows.items()):
+            if tick <= seen:
+                break
+            if info is not None:
+                update.adapters.append(_row(info))
+            elif not full:
+                update.gone.append(name)
+        for tick, entry in reversed(self._log):
+            if tick <= seen:
+                break
+            if tick <= self._tick:
+                update.log.append(entry)
+        update.log.reverse()
+        if self._stats is not None and self._stats_tick > seen:
+            update.slots = self._stats.slots
+            update.numbers = self._numbers(self._stats)
+        if full:
+            update.since = self._since
+            update.model = Path(self._engine.config.model).name
+        elif not (update.adapters or update.gone or update.log or update.numbers):
+            return self._tick, None
+        return self._tick, update
+
+    def _numbers(self, stats: EngineStats) -> dict[str, int]:
+        numbers = {
+            name: value
+            for name in EngineStats.__struct_fields__
+            if isinstance(value := getattr(stats, name), int)
+        }
+        return {**numbers, **self._tokens}
+
+
+class Watcher:
+    """One client's place in the feed."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._seen = 0
+        self._spoken = 0.0
+
+    def next(self, now: float) -> Update | None:
+        """What it has not been told yet; None if there is nothing to say."""
+        self._seen, update = self._feed.newer_than(self._seen, now)
+        if update is None and now - self._spoken >= HEARTBEAT_SECONDS:
+            update = Update(time=now)
+        if update is not None:
+            self._spoken = now
+        return update
+
+    def close(self) -> None:
+        self._feed.forget(self)
+
+
+def _row(info: AdapterInfo) -> Row:
+    return Row(
+        info.name,
+        info.version,
+        info.rank,
+        info.bytes,
+        info.location,
+        info.slot,
+        info.pinned,
+        info.running,
+        info.waiting,
+    )
+
+
+def _entry(event: events.AdapterEvent) -> Entry | None:
+    who = (event.adapter, event.version)
+    match event:
+        case events.AdapterLoading():
+            return Entry(event.time, "loading", *who)
+        case events.AdapterLoaded():
+            return Entry(event.time, "loaded", *who, seconds=event.seconds, bytes=event.nbytes)
+        case events.AdapterPlacing():
+            return Entry(event.time, "placing", *who, slot=event.slot)
+        case events.AdapterPlaced():
+            return Entry(
+                event.time, "placed", *who, slot=event.slot, seconds=event.seconds, bytes=event.nbytes
+            )
+        case events.AdapterEvicted(level="slot"):
+            return Entry(event.time, "evicted", *who, slot=event.slot)
+        case events.AdapterEvicted():
+            return Entry(event.time, "dropped", *who)
+        case events.AdapterFailed():
+            return Entry(event.time, "failed", *who, reason=event.reason)
+        case events.AdapterUnloaded():
+            return Entry(event.time, "unloaded", *who)
+    return None

@@ -1,0 +1,86 @@
+"""The rules hold in promtool's eyes, and they ask for metrics that an engine exports."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from promql import asked, series_names
+
+from aioengine.info import EngineStats
+from aioengine.metrics import EngineMetrics
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "metrics" / "alerts"
+RULES_FILE = FOLDER / "aioengine.rules.yml"
+TESTS_FILE = FOLDER / "aioengine.test.yml"
+RULES: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))["groups"]
+    for rule in group["rules"]
+]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus"
+)
+
+
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+
+
+@needs_promtool
+def test_promtool_finds_no_fault() -> None:
+    done = promtool("check", "rules", "--lint=all", "--lint-fatal", RULES_FILE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_the_alerts_fire_when_they_should() -> None:
+    done = promtool("test", "rules", TESTS_FILE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda rule: str(rule["alert"]))
+@pytest.mark.parametrize("becomes", ["vector(1)", "vector(1) > 2"])
+def test_an_alert_that_always_or_never_fires_is_noticed(
+    alert: dict[str, Any], becomes: str, tmp_path: Path
+) -> None:
+    groups = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))
+    for group in groups["groups"]:
+        for rule in group["rules"]:
+            if rule.get("alert") == alert["alert"]:
+                rule["expr"] = becomes
+    (tmp_path / RULES_FILE.name).write_text(yaml.safe_dump(groups), encoding="utf-8")
+    shutil.copy(TESTS_FILE, tmp_path)
+    done = promtool("test", "rules", tmp_path / TESTS_FILE.name)
+    assert done.returncode != 0 and alert["alert"] in done.stdout + done.stderr
+
+
+def test_rules_use_what_is_exported() -> None:
+    zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
+    metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
+    known = set(series_names(metrics.registry.collect()))
+    for rule in RULES:  # recorded ones are known to the rules after them
+        assert asked(rule["expr"]).metrics <= known, rule
+        if "record" in rule:
+            known.add(rule["record"])
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda rule: str(rule["alert"]))
+def test_alerts_say_what_is_wrong_and_what_to_do(alert: dict[str, Any]) -> None:
+    assert alert["labels"]["severity"] in ("warning", "critical")
+    assert len(alert["annotations"]["summary"]) <= 90
+    assert len(alert["annotations"]["description"]) >= 100
+
+
+def test_every_alert_is_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(Aioengine\w+)`", page, flags=re.MULTILINE)) == {a["alert"] for a in ALERTS}

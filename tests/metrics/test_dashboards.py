@@ -1,0 +1,130 @@
+"""The dashboard is what its script writes, and it asks for metrics that an engine exports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from promql import Asked, asked, series_names
+
+from aioengine.info import EngineStats
+from aioengine.metrics import EngineMetrics, definitions
+
+FOLDER = Path(__file__).resolve().parents[2] / "metrics" / "dashboards"
+BOARD: dict[str, Any] = json.loads((FOLDER / "aioengine.json").read_text(encoding="utf-8"))
+PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
+
+LABELS = {
+    label
+    for value in vars(definitions).values()
+    if isinstance(value, definitions.Definition)
+    for label in value.labels
+}
+MADE_BY_PROMETHEUS = {"instance", "job", "le"}
+MADE_BY_EXPRESSIONS = {"row"}
+
+
+@pytest.fixture(scope="module")
+def exported() -> set[str]:
+    zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
+    metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
+    return set(series_names(metrics.registry.collect()))
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """(Where, PromQL) of every panel and of every variable."""
+    for panel in PANELS:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    for variable in BOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            yield f"${variable['name']}", variable["query"]["query"]
+
+
+def test_the_script_writes_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="needs grafana-foundation-sdk, of the extra dev")
+    written = tmp_path / "written.json"
+    subprocess.run([sys.executable, "-B", FOLDER / "generate.py", written], check=True)
+    assert written.read_text(encoding="utf-8") == (FOLDER / "aioengine.json").read_text(encoding="utf-8"), (
+        "run metrics/dashboards/generate.py"
+    )
+
+
+@pytest.mark.parametrize(("where", "expr"), list(expressions()))
+def test_expressions_use_what_is_exported(where: str, expr: str, exported: set[str]) -> None:
+    call = expr.startswith("label_values(")
+    found = asked(expr.removeprefix("label_values(").rpartition(",")[0] if call else expr)
+    assert found.metrics, f"{where} asks for no metric"
+    assert found.metrics <= exported
+    assert found.labels <= LABELS | {"engine"} | MADE_BY_PROMETHEUS | MADE_BY_EXPRESSIONS
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: str(panel["title"]))
+def test_panels_are_complete(panel: dict[str, Any]) -> None:
+    assert panel["title"] and panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    assert panel["targets"]
+    references = [target["refId"] for target in panel["targets"]]
+    assert len(set(references)) == len(references)
+    for target in panel["targets"]:
+        assert target["datasource"] == panel["datasource"]
+        for variable in ("instance", "engine"):
+            assert f'{variable}=~"${variable}"' in target["expr"]
+
+
+def test_titles_and_places_are_distinct() -> None:
+    titles = [panel["title"] for panel in BOARD["panels"]]
+    assert len(set(titles)) == len(titles)
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in BOARD["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells) and all(x < 24 for x, _ in cells)
+
+
+def test_what_must_be_on_the_dashboard() -> None:
+    shown = frozenset[str]().union(*(asked(t["expr"]).metrics for p in PANELS for t in p["targets"]))
+    assert shown >= {
+        "aioengine_lora_slot_info",
+        "aioengine_lora_cache_requests_total",
+        "aioengine_lora_swaps_total",
+        "aioengine_lora_swap_seconds_bucket",
+        "aioengine_request_adapter_wait_seconds_bucket",
+        "aioengine_request_ttft_seconds_bucket",
+        "aioengine_requests_waiting",
+        "aioengine_policy_refusals_total",
+        "aioengine_policy_errors_total",
+        "aioengine_kv_cache_usage_ratio",
+        "aioengine_step_tokens_total",
+        "aioengine_step_seconds_bucket",
+        "aioengine_event_loop_lag_seconds_bucket",
+    }
+    timeline = next(panel for panel in PANELS if panel["type"] == "state-timeline")
+    assert timeline["title"].startswith("Slot timeline")
+    assert {"datasource", "engine"} <= {variable["name"] for variable in BOARD["templating"]["list"]}
+
+
+@pytest.mark.parametrize(
+    ("expr", "metrics", "labels"),
+    [
+        ("up", {"up"}, set()),
+        ('sum by (le, x) (rate(a_bucket{b=~"c{d",e!="f"}[5m]))', {"a_bucket"}, {"le", "x", "b", "e"}),
+        ("a:b:rate5m / on (x) group_left (y) (0.5 * c offset 1h) > 1e3", {"a:b:rate5m", "c"}, {"x", "y"}),
+        ("histogram_quantile(0.99, rate(h_bucket[$__rate_interval]))", {"h_bucket"}, set()),
+        (
+            'label_replace(a, "x", "$1", "y", "(.)") unless b or max_over_time(c[1h:5m])',
+            {"a", "b", "c"},
+            set(),
+        ),
+    ],
+)
+def test_reading_expressions(expr: str, metrics: set[str], labels: set[str]) -> None:
+    assert asked(expr) == Asked(frozenset(metrics), frozenset(labels))

@@ -1,0 +1,288 @@
+"""The live page in a real browser: headless Chromium against a running engine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
+from page_engine import Told
+
+from aioengine import AdapterInfo, AsyncEngine, EngineStats
+from aioengine.metrics.asgi import metrics_app, serve_page
+
+api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+server = pytest.importorskip(
+    "aioengine.metrics.page_server", reason="uvicorn is not installed", exc_type=ImportError
+)
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed (Debian package chromium)"
+)
+
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+LIMIT = 20_000
+"""Milliseconds that any one condition may take to become true."""
+
+
+@asynccontextmanager
+async def browser_page(url: str, expected: tuple[str, ...] = (), **context: Any) -> AsyncIterator[Any]:
+    """The page, opened; at the end nothing unexpected may be on its console as an error."""
+    errors: list[str] = []
+    async with api.async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            page = await browser.new_page(viewport={"width": 1280, "height": 800}, **context)
+            page.set_default_timeout(LIMIT)
+            page.on("console", lambda said: said.type in ("error", "warning") and errors.append(said.text))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            await page.goto(url)
+            yield page
+        finally:
+            await browser.close()
+    assert [error for error in errors if not any(code in error for code in expected)] == []
+
+
+def shows(page: Any, selector: str, text: str) -> Any:
+    return api.expect(page.locator(selector).first).to_contain_text(text, timeout=LIMIT)
+
+
+@pytest.fixture
+async def engine(make_engine: MakeEngine, tiny: Tiny) -> AsyncIterator[AsyncEngine]:  # noqa: F811
+    async with make_engine(tiny) as engine:
+        for name in ("rank-3", "rank-4", "qv-only"):
+            engine.register_adapter(name, tiny.adapters[name])
+        yield engine
+
+
+DRAWN = """async (names) => { // whether the timeline has bars in the colours of all these adapters
+  const { hue } = await import("./assets/format.js");
+  const theme = getComputedStyle(document.documentElement);
+  const [lightness, chroma] = ["--fill-l", "--fill-c"].map((name) => theme.getPropertyValue(name));
+  const canvas = document.getElementById("canvas");
+  const [width, height] = [canvas.width, canvas.height];
+  const probe = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  probe.drawImage(canvas, 0, 0);
+  const drawn = new Set(new Uint32Array(probe.getImageData(0, 0, width, height).data.buffer));
+  return names.every((name) => {
+    probe.fillStyle = `oklch(${lightness} ${chroma} ${hue(name)})`;
+    probe.fillRect(0, 0, 1, 1);
+    return drawn.has(new Uint32Array(probe.getImageData(0, 0, 1, 1).data.buffer)[0]);
+  });
+}"""
+
+
+async def test_page_shows_a_swap_that_happens(engine: AsyncEngine) -> None:
+    async with serve_page(engine, port=0) as url, browser_page(url) as page:
+        await shows(page, "#connection", "Live")
+        await shows(page, "#swaps", "None since")
+        await shows(page, "#slot-names li >> nth=0", "free")
+        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
+        placed = page.locator('#swaps li[data-kind="placed"]')
+        await api.expect(placed).to_have_count(1, timeout=LIMIT)
+        slot = next(s.index for s in engine.stats().slots if s.adapter == "rank-3")
+        await api.expect(placed).to_contain_text(f"CPU → slot {slot}")
+        await api.expect(placed).to_contain_text("rank-3")
+        await api.expect(placed.locator(".took")).to_have_text(re.compile(r"^[\d.]+ (µs|ms|s)$"))
+        await shows(page, f"#slot-names li >> nth={slot}", "rank-3")
+        await shows(page, "#chips", "rank-3")
+        await shows(page, "#running-sub", "1 finished")
+        for name in ("rank-4", "qv-only"):
+            await engine.complete(prompt_of(2, 6), greedy(4), adapter=name)
+        await api.expect(page.locator('#swaps li[data-kind="evicted"]')).to_have_count(1, timeout=LIMIT)
+        await shows(page, '#swaps li[data-kind="evicted"]', f"left slot {slot}")
+        await shows(page, f"#slot-names li >> nth={slot}", "qv-only")
+        await shows(page, "#swaps-sub", "3 loads, 1 eviction")
+        async with asyncio.timeout(LIMIT / 1000):
+            while not await page.evaluate(DRAWN, ["rank-3", "rank-4", "qv-only"]):
+                pass
+        assert not await page.evaluate(DRAWN, ["all-linear"])  # which was never in a slot
+
+
+async def test_loading_draining_and_queues(engine: AsyncEngine) -> None:
+    told = Told(engine)
+    async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]
+        await shows(page, "#connection", "Live")
+        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
+        await shows(page, "#slot-names", "rank-3")
+
+        def change(stats: EngineStats) -> EngineStats:
+            first, second = stats.slots
+            first = msgspec.structs.replace(first, state="DRAINING", adapter="old", version=7)
+            second = msgspec.structs.replace(second, state="LOADING", adapter="new", version=1)
+            return msgspec.structs.replace(
+                stats,
+                slots=(first, second),
+                waiting=1234,
+                waiting_for_adapter=1000,
+                kv_blocks=200,
+                kv_blocks_free=150,
+            )
+
+        told.change_stats = change
+        await engine.complete(prompt_of(1, 6), greedy(4))
+        for index, words in enumerate((("old", "draining"), ("new", "loading"))):
+            await shows(page, f"#slot-names li >> nth={index}", words[0])
+            await shows(page, f"#slot-names li >> nth={index}", words[1])
+        await shows(page, "#waiting", "1,234")
+        await shows(page, "#waiting-sub", "1,000 for an adapter, 234 for room")
+        await shows(page, "#kv", "25%")
+        await page.hover("#canvas", position={"x": 10, "y": 10})  # before anything was known
+        await api.expect(page.locator("#tip")).to_be_hidden()
+        await page.evaluate("""() => {
+          const canvas = document.getElementById("canvas");
+          const { right, top } = canvas.getBoundingClientRect();
+          const at = { clientX: right - 1, clientY: top + 20, bubbles: true };
+          canvas.dispatchEvent(new PointerEvent("pointermove", at));
+        }""")
+        await shows(page, "#tip", "old version 7: draining")
+
+
+async def test_a_thousand_adapters(engine: AsyncEngine, tiny: Tiny) -> None:  # noqa: F811
+    for index in range(997):
+        engine.register_adapter(f"tenant-{index:04}", tiny.adapters["rank-3"])
+    async with serve_page(engine, port=0) as url, browser_page(url) as page:
+        await shows(page, "#count", "1,000")
+        rows = page.locator("#adapters tbody tr[aria-rowindex]")
+        assert 5 < await rows.count() < 60, "rows out of sight must not exist"
+        assert await page.locator("#adapters").get_attribute("aria-rowcount") == "1001"
+        took = await page.evaluate("""() => {
+          const input = document.getElementById("filter");
+          const start = performance.now();
+          for (const text of ["t", "te", "tenant-", "tenant-07", "TENANT-077"]) {
+            input.value = text;
+            input.dispatchEvent(new Event("input"));
+          }
+          document.body.offsetHeight;
+          return performance.now() - start;
+        }""")
+        assert took < 1000, f"five filters took {took:.0f} ms"
+        await shows(page, "#count", "10 of 1,000")
+        assert await rows.locator(".name").all_text_contents() == [f"tenant-077{i}" for i in range(10)]
+        await page.fill("#filter", "no such name")
+        await shows(page, "#adapters tbody", "No adapter matches.")
+        await page.fill("#filter", "")
+        await page.evaluate("document.getElementById('scroll').scrollTop = 1e9")
+        await api.expect(rows.last).to_contain_text("tenant-0996", timeout=LIMIT)
+        await page.click('th[data-sort="name"] button')
+        await page.click('th[data-sort="name"] button')
+        await api.expect(page.locator('th[data-sort="name"]')).to_have_attribute("aria-sort", "descending")
+        await engine.load_adapter("tenant-0500")
+        await page.select_option("#place", "cpu")
+        await api.expect(rows).to_have_count(1, timeout=LIMIT)
+        await api.expect(rows).to_contain_text("tenant-0500")
+
+
+async def test_keyboard_reaches_the_filter(engine: AsyncEngine) -> None:
+    async with serve_page(engine, port=0) as url, browser_page(url) as page:
+        await shows(page, "#count", "3")
+        await page.keyboard.press("/")
+        await page.keyboard.type("rank/4")  # a slash in the field is a slash
+        assert await page.input_value("#filter") == "rank/4"
+        for _ in range(3):
+            await page.keyboard.press("Tab")
+        focused = "document.activeElement.closest('th')?.dataset.sort"
+        assert await page.evaluate(focused) == "name"
+        await page.keyboard.press("Enter")
+        await api.expect(page.locator('th[data-sort="name"]')).to_have_attribute("aria-sort", "ascending")
+
+
+async def test_names_are_text_whatever_they_contain(engine: AsyncEngine) -> None:
+    name = "<img src=x onerror=\"document.title='broken in'\">&amp;</script>"
+    told = Told(engine)
+
+    def rename(infos: list[AdapterInfo]) -> list[AdapterInfo]:
+        first, *rest = infos
+        return [msgspec.structs.replace(first, name=name, location="cpu"), *rest]
+
+    told.change_adapters = rename
+    async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]
+        await api.expect(page.locator("#adapters tbody .name").first).to_have_text(name, timeout=LIMIT)
+        await api.expect(page.locator("#chips .name .name")).to_have_text(name)
+        assert await page.locator("img").count() == 0 and await page.title() == "aioengine"
+
+
+async def test_lost_connection_is_plain_and_mends_itself(engine: AsyncEngine) -> None:
+    async with serve_page(engine, port=0) as url:
+        port = int(url.rsplit(":", 1)[1].strip("/"))
+        browser = browser_page(url, ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING"))
+        page = await browser.__aenter__()
+        await shows(page, "#connection", "Live")
+    try:
+        await shows(page, "#connection", "Connection lost")
+        assert "lost" in await page.title()
+        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")  # meanwhile
+        async with serve_page(engine, port=port):
+            await shows(page, "#connection", "Live")
+            await shows(page, "#slot-names", "rank-3")
+            assert await page.title() == "aioengine"
+    finally:
+        await browser.__aexit__(None, None, None)
+
+
+async def test_under_a_mount_path(engine: AsyncEngine) -> None:
+    app = metrics_app(engine)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "root_path": "/inner/engine"}, receive, send)
+
+    serving = server.serve(outer, "127.0.0.1", 0, before_shutdown=app.close)
+    async with serving as url, browser_page(f"{url}inner/engine") as page:
+        await shows(page, "#connection", "Live")
+        assert page.url == f"{url}inner/engine/"
+        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
+        await shows(page, "#swaps", "rank-3")
+
+
+CONTRAST = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const poor = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walk.nextNode()); ) {
+    const at = node.parentElement;
+    if (!node.data.trim() || !at.checkVisibility() || at.closest(".hidden, noscript, option")) continue;
+    let behind = at;
+    const clear = () => (parse(getComputedStyle(behind).backgroundColor)[3] ?? 1) < 1;
+    while (behind && clear()) behind = behind.parentElement;
+    const pair = [getComputedStyle(at).color, getComputedStyle(behind ?? document.body).backgroundColor];
+    const [a, b] = pair.map((colour) => light(parse(colour)) + 0.05);
+    const ratio = Math.max(a, b) / Math.min(a, b);
+    if (ratio < 4.5) poor.push(`${node.data}: ${ratio.toFixed(2)} (${pair})`);
+  }
+  return poor;
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+async def test_text_is_readable_in_both_themes(engine: AsyncEngine, theme: str) -> None:
+    context = {"color_scheme": theme, "reduced_motion": "reduce"}
+    async with serve_page(engine, port=0) as url, browser_page(url, **context) as page:
+        for name in ("rank-3", "rank-4", "qv-only"):
+            await engine.complete(prompt_of(1, 6), greedy(4), adapter=name)
+        await shows(page, "#slot-names", "qv-only")
+        ground = {"light": "rgb(246, 247, 249)", "dark": "rgb(15, 18, 23)"}[theme]
+        assert await page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
+        assert await page.evaluate(CONTRAST) == []
+
+
+async def test_closing_the_page_frees_the_engine(engine: AsyncEngine) -> None:
+    app = metrics_app(engine)
+    async with server.serve(app, "127.0.0.1", 0, before_shutdown=app.close) as url:
+        async with browser_page(url) as page:
+            await shows(page, "#connection", "Live")
+            assert app.watching == 1
+        async with asyncio.timeout(LIMIT / 1000):
+            while app.watching:
+                await asyncio.sleep(0)

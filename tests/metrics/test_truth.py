@@ -1,0 +1,228 @@
+"""Scripted runs: every number in the exposition is what the recorded events say it must be."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+from core_sim import LIMITS, CoreSim
+from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of
+from metric_script import Samples, by_label, collected, value
+from metric_truth import Truth
+
+from aioengine import AsyncEngine, EngineStats
+from aioengine import events as e
+from aioengine.counters import Counters
+from aioengine.errors import AdapterError, AdapterLoadError
+from aioengine.metrics import EngineMetrics
+
+__all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
+
+
+def assert_true(found: Samples, record: list[e.Event]) -> None:
+    """Every counter and histogram series is as the record says, and no other has a value."""
+    truth = Truth(record).numbers
+    gauges = ("lora_slots", "lora_slot_info", "lora_adapter", "lora_cpu", "requests_running")
+    gauges += ("requests_waiting", "kv_cache")
+    summed = {k: v for k, v in found.items() if not k[0].startswith(tuple(f"aioengine_{g}" for g in gauges))}
+    wrong = {
+        key: (summed.get(key), truth.get(key))
+        for key in summed.keys() | truth.keys()
+        if summed.get(key, 0.0) != pytest.approx(truth.get(key, 0.0), abs=1e-9)
+    }
+    assert not wrong, "series: (exported, from the record)"
+
+
+def assert_occupancy(found: Samples, stats: EngineStats) -> None:
+    states = by_label(found, "lora_slots", "state")
+    assert sum(states.values()) == len(stats.slots)
+    swaps = by_label(found, "lora_swaps_total", "kind")
+    assert swaps["load"] - swaps["evict"] == states["ready"] + states["draining"]
+    held = {(i.index, i.adapter, i.version) for i in stats.slots if i.adapter is not None}
+    info = [dict(labels) for name, labels in found if name == "aioengine_lora_slot_info"]
+    assert {(int(s["slot"]), s["adapter"], int(s["version"])) for s in info} == held
+
+
+def replay_gauges(record: list[e.Event]) -> dict[str, float]:
+    """The queues and the CPU cache at the end of the record."""
+    waiting, running, cpu = set(), set(), set()
+    for event in record:
+        match event:
+            case e.RequestAdded():
+                waiting.add(event.request_id)
+            case e.RequestAdmitted():
+                waiting.remove(event.request_id)
+                running.add(event.request_id)
+            case e.RequestPreempted():
+                running.remove(event.request_id)
+                waiting.add(event.request_id)
+            case e.RequestEnded():
+                waiting.discard(event.request_id)
+                running.discard(event.request_id)
+            case e.AdapterLoading():
+                cpu.add((event.adapter, event.version))
+            case e.AdapterEvicted(level="cpu"):
+                cpu.remove((event.adapter, event.version))
+            case e.AdapterFailed() if event.reason != "internal":
+                cpu.remove((event.adapter, event.version))
+    return {"running": len(running), "waiting": len(waiting), "cpu": len(cpu)}
+
+
+def assert_gauges(found: Samples, record: list[e.Event]) -> None:
+    expected = replay_gauges(record)
+    assert value(found, "requests_running") == expected["running"]
+    assert sum(by_label(found, "requests_waiting", "reason").values()) == expected["waiting"]
+    assert value(found, "lora_cpu_adapters") == expected["cpu"]
+
+
+def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
+    """Arrivals, aborts, failures, replacements and preemptions in virtual time; scraped all the while."""
+    rng = random.Random(seed)
+    sim = CoreSim(LIMITS._replace(num_blocks=8))
+    counters = Counters()
+    metrics = EngineMetrics(100, lambda: counters.snapshot(sim.core), list)
+    taken = 0
+
+    def scrape() -> Samples:
+        nonlocal taken
+        sim.take_events()
+        for event in sim.events[taken:]:
+            counters(event)
+            metrics.handle(event)
+        taken = len(sim.events)
+        found = collected(metrics)
+        assert_occupancy(found, counters.snapshot(sim.core))
+        assert_gauges(found, sim.events)
+        return found
+
+    names = [f"a{i}" for i in range(5)]
+    for name in names:
+        sim.register(name)
+    doing: dict[str, Callable[[], object]] = {
+        "add": lambda: sim.add(
+            rng.choice([None, *sim.core.residency.current]), max_tokens=rng.randrange(1, 12)
+        ),
+        "load": lambda: sim.loads and sim.finish_load(fail=rng.random() < 0.2),
+        "copy": lambda: sim.copies and sim.finish_copy(fail=rng.random() < 0.1),
+        "schedule": lambda: None if sim.batch else sim.schedule(),
+        "step": lambda: sim.batch and sim.finish_step(),
+        "abort": lambda: (
+            sim.core.requests and sim.core.end(rng.choice([*sim.core.requests.values()]), "abort", sim.now)
+        ),
+        "want": lambda: sim.core.residency.want(rng.choice([*sim.core.residency.current.values()]), sim.now),
+        "replace": lambda: sim.register(rng.choice(names)),
+        "unload": lambda: (
+            len(sim.core.residency.current) > 2
+            and sim.core.residency.retire(rng.choice([*sim.core.residency.current.values()]), sim.now)
+        ),
+    }
+    weights = [20, 25, 25, 60, 60, 3, 20, 1, 1]
+    for _ in range(250):
+        sim.now += rng.choice([0.001, 0.02, 0.7])
+        doing[rng.choices([*doing], weights)[0]]()
+        found = scrape()
+    return found, sim.events
+
+
+def test_the_core_under_random_events() -> None:
+    kinds: set[type[e.Event]] = set()
+    results: set[str] = set()
+    for seed in range(4):
+        found, record = random_run(seed)
+        assert_true(found, record)
+        kinds |= {type(event) for event in record}
+        prefetches = by_label(found, "lora_prefetch_total", "result")
+        results |= {result for result, number in prefetches.items() if number}
+        if value(found, "lora_swap_seconds_count", stage="cpu"):
+            results.add("waited on the CPU")
+    # The runs together have everything in them that is hard to count.
+    assert {e.AdapterFailed, e.AdapterEvicted, e.AdapterUnloaded, e.RequestPreempted} <= kinds
+    assert results == {"used", "wasted", "late", "waited on the CPU"}
+
+
+async def scripted_run(engine: AsyncEngine, tiny: Tiny) -> None:
+    """Swaps, a hot swap, a failed load, an abort, a pin, an unloaded adapter, and the base model."""
+    names = ["rank-3", "rank-4", "qv-only", "rslora", "regex"]
+    for name in names:
+        engine.register_adapter(name, tiny.adapters[name])
+    engine.register_adapter("broken", "/nowhere")
+    await engine.load_adapter("regex")
+    tasks = [
+        asyncio.create_task(
+            engine.complete(prompt_of(i, 6 + i), greedy(6 + i % 5), adapter=[None, *names][i % 6])
+        )
+        for i in range(18)
+    ]
+    aborted = engine.generate([5, 6], greedy(100), adapter="rank-3", request_id="leaves")
+    await anext(aborted)
+    await engine.abort("leaves")
+    await aborted.aclose()
+    with pytest.raises(AdapterLoadError):
+        await engine.complete([1, 2], greedy(2), adapter="broken")
+    await engine.load_adapter("rank-4", tiny.adapters["all-linear"], replace=True)
+    with pytest.raises(AdapterError):
+        await engine.load_adapter("rank-3", "/nowhere", replace=True)
+    await engine.pin_adapter("qv-only")
+    await asyncio.gather(*tasks)
+    await engine.complete([7, 8], greedy(3), adapter="rank-4")
+    await engine.unload_adapter("rslora")
+    await engine.unpin_adapter("qv-only")
+
+
+async def test_an_engine(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_loras=2, max_cpu_loras=3) as engine:
+        record: list[e.Event] = []
+        scrapes = 0
+        loop = asyncio.get_running_loop()
+
+        def scrape() -> None:
+            """Between two of the loop's callbacks, as a scrape comes."""
+            nonlocal scrapes
+            scrapes += 1
+            assert_occupancy(collected(engine.metrics), engine.stats())
+
+        def listen(event: e.Event) -> None:
+            record.append(event)
+            loop.call_soon(scrape)
+
+        errors: list[object] = []
+        loop.set_exception_handler(lambda _loop, context: errors.append(context))
+        engine.add_listener(listen)
+        await scripted_run(engine, tiny)
+        async with asyncio.timeout(20):
+            while engine.stats().running or not any(isinstance(event, e.LoopLag) for event in record):
+                await asyncio.sleep(0)
+        found, stats = collected(engine.metrics), engine.stats()
+        listed = {info.name: info for info in engine.adapters()}
+        loop.set_exception_handler(None)
+        record = list(record)  # what happens while it stops is not in ``found``
+
+    assert not errors
+    assert scrapes > 100
+    assert_true(found, record)
+    assert_gauges(found, record)
+    # Residency is what the slot table and the CPU cache hold.
+    resident = {
+        (dict(labels)["adapter"], dict(labels)["level"], dict(labels)["pinned"])
+        for name, labels in found
+        if name == "aioengine_lora_adapter_loaded"
+    }
+    assert resident == {
+        (info.name, info.location, str(info.pinned).lower())
+        for info in listed.values()
+        if info.location in ("slot", "cpu")
+    }
+    assert {name for name, level, _ in resident if level == "slot"} == {
+        slot.adapter for slot in stats.slots if slot.state == "READY"
+    }
+    assert value(found, "lora_adapters") == len(listed)
+    # Each token but a request's first comes an interval after another.
+    firsts = sum(isinstance(event, e.FirstToken) for event in record)
+    intervals = sum(by_label(found, "request_inter_token_seconds_count", "adapter").values())
+    assert intervals == stats.output_tokens - firsts
+    assert sum(by_label(found, "step_seconds_count", "phase").values()) == stats.steps
+    decided = value(found, "policy_decision_seconds_sum")
+    scheduled = value(found, "schedule_seconds_sum")
+    assert decided is not None and scheduled is not None and 0 < decided < scheduled

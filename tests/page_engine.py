@@ -1,0 +1,138 @@
+"""Scripted engines and hand-driven clients, for tests of the metrics application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Gauge
+
+from aioengine import AsyncEngine, EngineConfig, events
+from aioengine.info import AdapterInfo, EngineStats, SlotInfo
+from aioengine.metrics.asgi import MetricsApp
+
+
+class FakeMetrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        Gauge("one", "Always 1.", registry=self.registry).set(1)
+        Gauge("two", "Always 2.", registry=self.registry).set(2)
+
+
+class FakeEngine:
+    """An engine that says what the test tells it to, and counts who asks."""
+
+    def __init__(self) -> None:
+        self.config = EngineConfig(model="/models/tiny")
+        self.metrics = FakeMetrics()
+        self.listeners: list[Callable[[events.Event], None]] = []
+        self.infos: dict[str, AdapterInfo] = {}
+        self.steps = 0
+        self.asked = 0
+
+    def stats(self) -> EngineStats:
+        self.asked += 1
+        slot = SlotInfo(index=0, state="FREE", adapter=None, version=None, running=0, pinned=False)
+        names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "steps")]
+        return EngineStats(slots=(slot,), steps=self.steps, **dict.fromkeys(names, 0))
+
+    def adapters(self) -> list[AdapterInfo]:
+        return list(self.infos.values())
+
+    def add_listener(self, listener: Callable[[events.Event], None]) -> Callable[[], None]:
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
+
+    def tell(self, event: events.Event) -> None:
+        for listener in list(self.listeners):
+            listener(event)
+
+    def add(self, name: str, location: Any = "disk", rank: int = 0) -> None:
+        self.infos[name] = AdapterInfo(
+            name=name,
+            version=1,
+            path=f"/secret/{name}",
+            rank=rank,
+            bytes=0,
+            location=location,
+            slot=None,
+            pinned=False,
+            running=0,
+            waiting=0,
+        )
+        self.tell(events.AdapterRegistered(time=0, adapter=name, version=1, path="/x", replaces=None))
+
+
+def loaded(name: str, seconds: float = 0.5) -> events.AdapterLoaded:
+    return events.AdapterLoaded(time=1, adapter=name, version=1, rank=4, nbytes=10, seconds=seconds)
+
+
+class Told:
+    """An engine as the page sees it, with some of what it says put differently."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self.config = engine.config
+        self.metrics = engine.metrics
+        self.change_adapters: Callable[[list[AdapterInfo]], list[AdapterInfo]] = lambda infos: infos
+        self.change_stats: Callable[[EngineStats], EngineStats] = lambda stats: stats
+
+    def stats(self) -> EngineStats:
+        return self.change_stats(self._engine.stats())
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self.change_adapters(self._engine.adapters())
+
+    def add_listener(self, listener: Callable[[events.Event], None]) -> Callable[[], None]:
+        return self._engine.add_listener(listener)
+
+
+class Client:
+    """One open event stream, whose server side the test drives."""
+
+    def __init__(self) -> None:
+        self.sent: asyncio.Queue[Any] = asyncio.Queue()
+        self.leave = asyncio.Event()
+        self.take = asyncio.Event()
+        """Cleared: the connection takes nothing."""
+        self.take.set()
+        self.blocked = asyncio.Event()
+
+    async def receive(self) -> Any:
+        await self.leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if not self.take.is_set():
+            self.blocked.set()
+        await self.take.wait()
+        self.sent.put_nowait(message)
+
+    async def next(self) -> dict[str, Any]:
+        """The next update."""
+        async with asyncio.timeout(5):
+            message = await self.sent.get()
+        body = message["body"]
+        assert body.startswith(b"data: ") and body.endswith(b"\n\n") and body.count(b"\n") == 2
+        return json.loads(body[6:])
+
+
+def scope(path: str, method: str = "GET", **fields: Any) -> dict[str, Any]:
+    return {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", **fields}
+
+
+@asynccontextmanager
+async def connected(app: MetricsApp) -> AsyncIterator[Client]:
+    client = Client()
+    task = asyncio.create_task(app(scope("/events"), client.receive, client.send))
+    try:
+        start = await asyncio.wait_for(client.sent.get(), 5)
+        kind = dict(start["headers"])[b"content-type"]
+        assert start["status"] == 200 and kind == b"text/event-stream; charset=utf-8"
+        yield client
+    finally:
+        client.leave.set()
+        await asyncio.wait_for(task, 5)
