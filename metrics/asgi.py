@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 import msgspec
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from aioengine.errors import EngineStopped
@@ -114,21 +113,26 @@ class MetricsApp:
 
     async def _metrics(self, scope: Scope, send: Send, head: bool) -> None:
         names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]")
-        encode, content_type = choose_encoder(_header(scope, b"accept"))
-        headers = [(b"content-type", content_type.encode()), (b"vary", b"accept, accept-encoding")]
+        accept = _header(scope, b"accept")
         compress = gzip_accepted(_header(scope, b"accept-encoding"))
-        if compress:
-            headers.append((b"content-encoding", b"gzip"))
 
-        def render(registry: CollectorRegistry) -> bytes:
-            text = encode(registry.restricted_registry(names) if names else registry)
-            return gzip.compress(text, 1) if compress else text
+        def render() -> tuple[bytes, str]:
+            metrics = self._engine.metrics
+            if names:
+                encode, content_type = choose_encoder(accept)
+                text = encode(metrics.registry.restricted_registry(names))
+            else:
+                text, content_type = metrics.expose(accept)
+            return gzip.compress(text, 1) if compress else text, content_type
 
         try:  # in a thread: it asks this loop for a snapshot, and the loop need not wait for the text
-            body = await asyncio.to_thread(render, self._engine.metrics.registry)
+            body, content_type = await asyncio.to_thread(render)
         except (EngineStopped, TimeoutError) as error:
             await _text(send, 503, str(error), head)
             return
+        headers = [(b"content-type", content_type.encode()), (b"vary", b"accept, accept-encoding")]
+        if compress:
+            headers.append((b"content-encoding", b"gzip"))
         await _respond(send, 200, [*headers, (b"cache-control", b"no-store")], body, head)
 
     async def _events(self, receive: Receive, send: Send, head: bool) -> None:

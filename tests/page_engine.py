@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.exposition import choose_encoder
 
 from aioengine import AsyncEngine, EngineConfig, events
 from aioengine.info import AdapterInfo, EngineStats, SlotInfo
@@ -20,6 +21,10 @@ class FakeMetrics:
         self.registry = CollectorRegistry()
         Gauge("one", "Always 1.", registry=self.registry).set(1)
         Gauge("two", "Always 2.", registry=self.registry).set(2)
+
+    def expose(self, accept: str = "") -> tuple[bytes, str]:
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
 
 class FakeEngine:
