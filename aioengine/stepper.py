@@ -123,7 +123,7 @@ class Stepper:
         now = loop.time()
 
         def deliver(request: Request, sampled: Sampled, is_stop: bool) -> bool:
-            self._intervals.token(request, now)
+            self._intervals.token(request)
             return self.streams[request.id].push(sampled, now, is_stop=is_stop)
 
         self.core.step_finished(batch, result, now, deliver)
@@ -235,7 +235,6 @@ class Stepper:
 
     def _deliver(self, event: events.Event) -> None:
         if isinstance(event, events.RequestEnded):
-            self._intervals.forget(event.request_id)
             stream = self.streams.pop(event.request_id, None)
             if stream is not None:
                 stream.end(event.reason, event.error)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import Request, Status
 from aioengine.events import TokenInterval
 
 LAG_INTERVAL_SECONDS = 0.25
@@ -33,43 +34,48 @@ class DecisionTimer:
 class TokenIntervals:
     """Seconds between successive tokens of each request, counted by adapter.
 
-    In a batch that decodes, most requests had their last token at the same moment: so a step of
-    hundreds of tokens comes to a few intervals.
+    In steady decode the same requests have a token in every step, and all gaps are equal: so a step is
+    compared with the one before as a whole, and looked at request by request only if it differs.
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-        self._runs: list[tuple[AdapterEntry | None, float, int]] = []
-        """Adapter, time of the tokens before, and how many such came one after the other."""
-        self._adapter: AdapterEntry | None = None
-        self._since = 0.0
-        self._tokens = 0
-        """The run that goes on."""
-
-    def token(self, request: Request, now: float) -> None:
-        """``request`` has a new token. ``now`` is the same for all tokens of a step, and those of an
-        adapter come one after the other: so most calls only count."""
-        last = self._last.get(request.id)
-        self._last[request.id] = now
-        if last == self._since and request.adapter is self._adapter:
-            self._tokens += 1
-        elif last is not None:
-            self._runs.append((self._adapter, self._since, self._tokens))
-            self._adapter, self._since, self._tokens = request.adapter, last, 1
+        self._step: list[Request] = []
+        self.token: Callable[[Request], None] = self._step.append
+        """To be called for each request that has a new token in the step."""
+        self._before: list[Request] = []
+        self._before_at = 0.0
+        self._counts: list[tuple[str | None, int]] = []
+        """Adapters of ``_before``, and how many of its requests are theirs."""
+        self._older: dict[Request, float] = {}
+        """When those had their last token that were passed over since, after a preemption say."""
 
     def take(self, now: float) -> tuple[TokenInterval, ...]:
         """The intervals that the step at ``now`` ended."""
-        runs = [*self._runs, (self._adapter, self._since, self._tokens)]
-        self._runs.clear()
-        self._tokens = 0
-        return tuple(
-            TokenInterval(None if adapter is None else adapter.label, now - since, tokens)
-            for adapter, since, tokens in runs
-            if tokens
-        )
+        if not self._step:
+            return ()
+        if self._step == self._before:
+            gap = now - self._before_at
+            found = tuple(TokenInterval(label, gap, tokens) for label, tokens in self._counts)
+        else:
+            found = self._compare(now)
+        self._before_at = now
+        self._step.clear()
+        return found
 
-    def forget(self, request_id: str) -> None:
-        self._last.pop(request_id, None)
+    def _compare(self, now: float) -> tuple[TokenInterval, ...]:
+        last = dict.fromkeys(self._before, self._before_at) | self._older
+        gaps: Counter[tuple[str | None, float]] = Counter()
+        counts: Counter[str | None] = Counter()
+        for request in self._step:
+            label = None if request.adapter is None else request.adapter.label
+            counts[label] += 1
+            since = last.pop(request, None)
+            if since is not None:
+                gaps[label, now - since] += 1
+        self._older = {r: at for r, at in last.items() if r.status is not Status.ENDED}
+        self._before = list(self._step)
+        self._counts = list(counts.items())
+        return tuple(TokenInterval(label, gap, tokens) for (label, gap), tokens in gaps.items())
 
 
 class LoopLagMeter:

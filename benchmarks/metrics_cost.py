@@ -194,7 +194,7 @@ def interval_cost(requests: list[Request]) -> list[float]:
     def one_step() -> None:
         now = next(clock) * 0.02
         for request in requests:
-            intervals.token(request, now)
+            intervals.token(request)
         intervals.take(now)
 
     return timed(one_step, 500)

@@ -23,7 +23,7 @@ def requests(*adapters: str | None) -> list[Request]:
 def step(intervals: TokenIntervals, now: float, *who: Request) -> Counter[TokenInterval]:
     """Tokens of one step; the intervals by adapter and seconds, however they are split up."""
     for request in who:
-        intervals.token(request, now)
+        intervals.token(request)
     found: Counter[TokenInterval] = Counter()
     for interval in intervals.take(now):
         found[interval._replace(tokens=0)] += interval.tokens
@@ -56,16 +56,25 @@ def test_equal_gaps_come_as_one_interval() -> None:
     many = requests(*["a"] * 50, *["b"] * 50)
     step(intervals, 1.0, *many)
     for request in many:
-        intervals.token(request, 1.5)
+        intervals.token(request)
     assert intervals.take(1.5) == (TokenInterval("a", 0.5, 50), TokenInterval("b", 0.5, 50))
 
 
 def test_a_request_id_that_is_used_again_starts_anew() -> None:
     intervals = TokenIntervals()
-    (request,) = requests("a")
-    step(intervals, 1.0, request)
-    intervals.forget(request.id)
-    assert step(intervals, 9.0, request) == {}
+    (first,), (second,) = requests("a"), requests("a")
+    assert first.id == second.id
+    step(intervals, 1.0, first)
+    assert step(intervals, 9.0, second) == {}
+
+
+def test_the_same_requests_again_and_again() -> None:
+    intervals = TokenIntervals()
+    who = requests("a", None, "a")
+    step(intervals, 1.0, *who)
+    for now in (1.5, 2.5, 4.5):
+        gap = {1.5: 0.5, 2.5: 1.0, 4.5: 2.0}[now]
+        assert step(intervals, now, *who) == {TokenInterval("a", gap, 0): 2, TokenInterval(None, gap, 0): 1}
 
 
 def test_the_decision_timer_has_what_lay_between_two_readings() -> None:
