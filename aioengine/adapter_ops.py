@@ -89,15 +89,17 @@ class AdapterOps:
             else:
                 done.set_exception(error)
 
-        previous = self._stepper.loaded.get(entry.uid)
-        assert previous is None, "the lock by name lets one load at a time wait"
+        assert entry.uid not in self._stepper.loaded, "the lock by name lets one load at a time wait"
         self._stepper.loaded[entry.uid] = loaded
         self._residency.want(entry, self._now())
         self._stepper.wake()
         try:
             await done
         except asyncio.CancelledError:
-            if new and entry.location is Location.DISK:  # not begun: nothing will call back
+            if not new:  # whoever else needs it will have it; nobody asks for it by name any more
+                self._stepper.loaded.pop(entry.uid, None)
+                self._residency.forget_want(entry)
+            elif entry.location is Location.DISK:  # not begun: nothing will call back
                 self._stepper.loaded.pop(entry.uid, None)
                 self._residency.retire(entry, self._now())
                 self._stepper.wake()
@@ -164,13 +166,21 @@ class AdapterOps:
 
     @staticmethod
     def _checked(name: str, path: str | os.PathLike[str]) -> str:
+        try:
+            where = os.fspath(path)
+        except TypeError:
+            where = None
+        if not isinstance(where, str) or not where or "\0" in where:
+            raise AdapterInvalid(
+                f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name)
+            )
         if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
             raise AdapterInvalid(
                 "a name is 1 to 255 letters, digits and _ . : / + - and starts with a letter, digit or _",
                 name=str(name),
-                path=os.fspath(path),
+                path=where,
             )
-        return os.path.abspath(os.path.expanduser(os.fspath(path)))
+        return os.path.abspath(os.path.expanduser(where))
 
     @staticmethod
     def _same_path(current: AdapterEntry, path: str) -> None:

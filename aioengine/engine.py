@@ -108,6 +108,11 @@ class AsyncEngine:
             self._state = "stopped"
             work.shutdown(wait=False)  # a thread that still loads ends by itself
             raise
+        if self._state != "starting":  # stopped while the model was loaded
+            await executor.close()
+            loader.close()
+            work.shutdown(wait=True)
+            raise EngineStopped("the engine was stopped while it was starting")
         from aioengine.metrics import EngineMetrics  # prometheus_client is slow to import
 
         self._work = work
@@ -132,8 +137,8 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """End what runs (with EngineStopped) and free everything; ``async with`` does it for you."""
-        if self._state in ("new", "stopped"):
-            self._state = "stopped"
+        if self._state in ("new", "starting", "stopped"):
+            self._state = "stopped"  # a start under way notices
             return
         if self._shutdown_task is None:
             self._state = "stopping"
@@ -155,7 +160,8 @@ class AsyncEngine:
         self._state = "stopped"
 
     async def drain(self) -> None:
-        """Accept nothing new, and wait until everything accepted has ended."""
+        """Accept nothing new, and wait until everything accepted has ended. If it is cancelled, the
+        engine accepts requests again."""
         self._check_running()
         self._state = "draining"
         ended = asyncio.Event()
@@ -168,6 +174,10 @@ class AsyncEngine:
         try:
             if self._core.requests:
                 await ended.wait()
+        except asyncio.CancelledError:
+            if self._state == "draining":
+                self._state = "running"
+            raise
         finally:
             remove()
 
@@ -262,6 +272,7 @@ class AsyncEngine:
         self._check_running()
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
+        _check_types(adapter, request_id, priority, deadline, tenant)
         made_up = False
         while request_id is None or (made_up and request_id in self._core.requests):
             made_up = True
@@ -274,8 +285,6 @@ class AsyncEngine:
         self._check_running()  # it may have changed while a long text was tokenized
         if request_id in self._core.requests:
             raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
-        if deadline is not None and not deadline > 0:
-            raise RequestInvalid(f"deadline={deadline!r}: must be more than 0 seconds from now")
         self._check_prompt(tokens)
         if params.stop and self._parts.tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and {self.config.model} has none")
@@ -447,6 +456,21 @@ def _build(config: EngineConfig) -> tuple[Parts, Executor, AdapterLoader]:
     executor = ThreadExecutor(parts.runner)
     threads = 1 if config.lora is None else config.lora.max_concurrent_loads
     return parts, executor, AdapterLoader(parts.store, executor, max_concurrent=threads)
+
+
+def _check_types(
+    adapter: object, request_id: object, priority: object, deadline: object, tenant: object
+) -> None:
+    """Refuse here what would make trouble, for everybody, further in."""
+    for field, value in (("adapter", adapter), ("request_id", request_id), ("tenant", tenant)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestInvalid(f"priority={priority!r}: must be an integer")
+    if deadline is not None:
+        number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+        if not number or not deadline > 0:  # type: ignore[operator] # a number by then
+            raise RequestInvalid(f"deadline={deadline!r}: must be more than 0 seconds from now")
 
 
 def _now() -> float:

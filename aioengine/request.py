@@ -20,8 +20,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How to choose tokens, and when to stop.
 
     ``temperature=0`` (the default) is greedy. The filters apply in this order: penalties, temperature,
-    top-k, top-p, min-p. With ``seed`` the output depends on the prompt, the parameters and the seed
-    alone, whatever else is in the batch; without it a seed is drawn for each request.
+    top-k, top-p, min-p. With ``seed`` the random draws depend on the seed and the position alone,
+    whatever else is in the batch; without it a seed is drawn for each request. (The logits' last bits
+    depend on the shape of the batch, as in every engine whose matrix products do: a draw that falls on
+    the very edge between two tokens may go either way, more often in bfloat16 than in float32.)
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
@@ -51,8 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        set_(self, "stop_token_ids", tuple(self.stop_token_ids))
+        set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
         _check_int("max_tokens", self.max_tokens, low=1)
         _check_float("temperature", self.temperature, low=0.0, high=100.0)
         _check_int("top_k", self.top_k, low=0)
@@ -116,6 +118,14 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     def ttft(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
+
+
+def _tuple(field: str, value: object) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise RequestInvalid(f"{field}={value!r}: must be a list")
+    return tuple(value)
 
 
 def _check_int(field: str, value: object, *, low: int, high: int | None = None) -> None:

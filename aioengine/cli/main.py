@@ -51,6 +51,9 @@ def build_app() -> App:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: ``sys.argv``) and return the exit code."""
+    # As python -m does, so that --policy my_module:MyPolicy finds a module in the current folder.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]

@@ -6,12 +6,14 @@ core to say when it applies it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from aioengine import events
 from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
 
+MAX_ITEMS = 4096
+"""The most items in one field of a decision; the core's checks take time too."""
 FORGIVEN_AFTER = 1000
 """Decisions in time, one after the other, that make earlier overruns forgotten."""
 
@@ -48,7 +50,10 @@ class PolicyGuard:
         start = self._timer() if self._timer is not None else 0.0
         try:
             decision = _well_formed(self.policy.schedule(view))
-        except Exception as error:
+        except BaseException as error:
+            # A stray CancelledError is the policy's own, for nothing is awaited here.
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             self._failed(view.now, f"{self._name}: {type(error).__name__}: {error}")
             decision = self._safe.schedule(view)
         if self._timer is not None:
@@ -58,7 +63,9 @@ class PolicyGuard:
     def tell(self, event: PolicyEvent) -> None:
         try:
             self.policy.on_event(event)
-        except Exception as error:
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             text = f"{self._name}.on_event: {type(error).__name__}: {error}"
             self._failed(event.now, text)
 
@@ -106,7 +113,10 @@ def _strings(field: str, items: Any) -> list[str]:
     return found
 
 
-def _items(field: str, items: Any) -> Iterable[Any]:
-    if isinstance(items, str) or not isinstance(items, Iterable):
+def _items(field: str, items: Any) -> Collection[Any]:
+    """Refuses what has no length (it might never end) and what is longer than any use of it."""
+    if isinstance(items, str) or not isinstance(items, Collection):
         raise TypeError(f"{field} is {items!r}, not a sequence")
+    if len(items) > MAX_ITEMS:
+        raise TypeError(f"{field} has {len(items)} items; at most {MAX_ITEMS} are looked at")
     return items

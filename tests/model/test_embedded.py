@@ -145,7 +145,6 @@ needs_model = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
 @needs_model
 def test_the_real_model_answers() -> None:
     folder = embedded_model_dir()
@@ -162,7 +161,6 @@ def test_the_real_model_answers() -> None:
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
-@pytest.mark.slow
 @needs_model
 def test_the_real_tokenizer() -> None:
     folder = embedded_model_dir()
