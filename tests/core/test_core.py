@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import asyncio
+import itertools
+
 import pytest
 from core_sim import LIMITS, CoreSim, next_token
 
@@ -255,6 +258,8 @@ def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
         Decision(admit=[1]),  # type: ignore[list-item]
         Decision(place=[Place("a", "0")]),  # type: ignore[arg-type]
         Decision(prefetch=None),  # type: ignore[arg-type]
+        Decision(admit=itertools.repeat("r1")),  # type: ignore[arg-type]
+        Decision(admit=["r1"] * 100_000),
     ],
 )
 def test_a_malformed_decision_falls_back_to_the_safe_policy(answer: object) -> None:
@@ -278,6 +283,17 @@ def test_a_policy_that_raises_is_survived() -> None:
     assert sim.ended == {"r1": "length"}
     errors = {e.error for e in sim.of(events.PolicyFailed)}  # type: ignore[attr-defined]
     assert errors == {"Raises: RuntimeError: bug", "Raises.on_event: RuntimeError: another"}
+
+
+def test_a_policy_that_raises_what_is_no_exception_is_survived() -> None:
+    class Cancels(SchedulerPolicy):
+        def schedule(self, view: SchedulerView) -> Decision:
+            raise asyncio.CancelledError
+
+    sim = CoreSim(policy=Cancels())
+    sim.add()
+    sim.run()
+    assert sim.ended == {"r1": "length"}
 
 
 def test_each_bad_item_is_refused_alone() -> None:

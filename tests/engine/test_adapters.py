@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
@@ -185,3 +187,23 @@ async def test_without_lora_adapters_are_refused(tiny: Tiny) -> None:
         with pytest.raises(AdapterNotFound):
             await engine.complete([4, 5], adapter="x")
         assert engine.stats().slots == ()
+
+
+async def test_a_load_that_was_given_up_can_be_asked_for_again(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("x", tiny.adapters["rank-3"])
+        for k in range(12):
+            task = asyncio.create_task(engine.load_adapter("x"))
+            for _ in range(k):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        assert (await engine.load_adapter("x")).location == "cpu"
+
+
+@pytest.mark.parametrize("path", [None, 5, b"x", "", "a\0b"])
+async def test_bad_paths(path: Any, tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        with pytest.raises(AdapterInvalid, match="path="):
+            engine.register_adapter("x", path)

@@ -109,6 +109,10 @@ async def test_bad_request_arguments(tiny: Tiny, make_engine: MakeEngine) -> Non
             await engine.complete([1], {"max_tokens": 3})  # type: ignore[arg-type]
         with pytest.raises(RequestInvalid, match="stop"):
             await engine.complete([1], SamplingParams(stop="x"))
+        bad = {"request_id": 5, "priority": "x", "tenant": [], "deadline": "x", "adapter": []}
+        for field, value in bad.items():
+            with pytest.raises(RequestInvalid, match=field):
+                await engine.complete([1], **{field: value})
         first = engine.generate([1], greedy(100), request_id="same")
         await anext(first)
         with pytest.raises(RequestInvalid, match="'same' is in use"):

@@ -205,6 +205,28 @@ async def test_cancelled_while_starting_and_stopping(tiny: Tiny, make_engine: Ma
     await engine.stop()
 
 
+async def test_stopped_while_starting(tiny: Tiny, make_engine: MakeEngine) -> None:
+    threads = set(threading.enumerate())
+    engine = make_engine(tiny)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    await engine.stop()
+    with pytest.raises(EngineStopped, match="while it was starting"):
+        await starting
+    assert set(threading.enumerate()) == threads
+
+
+async def test_a_cancelled_drain_is_undone(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        task = asyncio.create_task(engine.complete([3], greedy(100)))
+        await until(lambda: engine.stats().running == 1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await engine.drain()
+        assert len((await engine.complete([4], greedy(2))).token_ids) == 2
+        await task
+
+
 async def test_drain_finishes_what_is_accepted_and_refuses_the_rest(
     tiny: Tiny, make_engine: MakeEngine
 ) -> None:
