@@ -5,8 +5,8 @@ Randomness is a function of (seed, output index) only: SplitMix64's finalizer (S
 put through the inverse CDF. So a request draws the same tokens in any batch and after a preemption.
 
 Top-k, top-p and min-p each keep the n most likely tokens for some n, so together they keep the
-smallest n. Tokens are ranked by descending probability, equals by ascending id; a filtered row draws
-in rank order, an unfiltered one in id order, which needs no sort.
+smallest n. Tokens are ranked by descending probability, equals by ascending id, and drawn in rank order:
+so a draw lands near the top, where few edges between tokens lie that a rounding could move it across.
 """
 
 from __future__ import annotations
@@ -94,17 +94,7 @@ def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) ->
     temperature = torch.tensor([max(p.temperature, torch.finfo(x.dtype).tiny) for p in params])
     # The maximum comes off first, so that a tiny temperature cannot overflow it.
     x.sub_(x.amax(dim=-1, keepdim=True)).div_(temperature.to(x)[:, None])
-    filtered = [i for i, p in enumerate(params) if _is_filtered(p, x.shape[1])]
-    plain = [i for i, p in enumerate(params) if not _is_filtered(p, x.shape[1])]
-    chosen = [0] * len(params)
-    if filtered:
-        subset = x[filtered] if plain else x
-        ranked = _draw_by_rank(subset, [params[i] for i in filtered], [draws[i] for i in filtered])
-        _assign(chosen, filtered, ranked)
-    if plain:
-        subset = x[plain] if filtered else x
-        _assign(chosen, plain, _draw_by_id(subset, [draws[i] for i in plain]))
-    _assign(tokens, random, chosen)
+    _assign(tokens, random, _draw_by_rank(x, params, draws))
     return tokens
 
 
@@ -148,25 +138,6 @@ def _apply_penalties(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
     scores.clamp_(max=limit)  # a tiny repetition penalty overflows; -inf (a banned token) stays
 
 
-def _draw_by_id(x: Tensor, draws: Sequence[float]) -> list[int]:
-    """Inverse CDF over the whole vocabulary in id order; ``x`` [N, vocab], logits <= 0, is consumed.
-
-    Two levels, blocks and then the tokens of one block, replace the cumulative sum over all.
-    """
-    p = _blocks(x).exp_()
-    ends = p.sum(dim=-1).double().cumsum(dim=-1)
-    target = torch.tensor(draws, dtype=torch.float64).to(x.device) * ends[:, -1]
-    block = (ends <= target[:, None]).sum(dim=-1).clamp_(max=p.shape[1] - 1)
-    row = torch.arange(len(x), device=x.device)
-    inside = p[row, block].double()
-    before = torch.where(block > 0, ends[row, (block - 1).clamp(min=0)], 0.0)
-    within = (before[:, None] + inside.cumsum(dim=-1) <= target[:, None]).sum(dim=-1)
-    # Rounding can put the target at the block's very end: take its last token that has a chance.
-    last = _BLOCK - 1 - (inside > 0).flip(-1).int().argmax(dim=-1)
-    result: list[int] = (block * _BLOCK + torch.minimum(within, last)).tolist()
-    return result
-
-
 def _blocks(x: Tensor) -> Tensor:
     """``x`` [N, vocab] as [N, blocks, block]; a view unless the last block has to be padded."""
     missing = -x.shape[1] % _BLOCK
@@ -203,7 +174,13 @@ def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[f
         keep, known = _kept(sub, values, ends, [params[i] for i in pending])
         target = torch.tensor([draws[i] for i in pending], dtype=torch.float64).to(x.device)
         row = torch.arange(len(pending), device=x.device)
-        target *= ends[row, keep - 1]
+        mass = ends[row, keep - 1]
+        plain = [not _is_filtered(params[i], vocab) for i in pending]
+        if width < vocab and any(plain):  # no filter: the mass is known, and most draws are near the top
+            unfiltered = torch.tensor(plain).to(x.device)
+            mass = torch.where(unfiltered, sub.exp().sum(dim=-1).double(), mass)
+            known |= unfiltered & (target * mass < ends[:, -1])
+        target *= mass
         rank = torch.minimum((ends <= target[:, None]).sum(dim=-1), keep - 1)
         chosen = _token_of_rank(sub, values, ids, rank)
         for i, token, sure in zip(pending, chosen, known.tolist(), strict=True):
