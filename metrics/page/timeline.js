@@ -112,10 +112,12 @@ export class Timeline {
   }
 
   #segment(context, segment, i) {
-    const left = Math.max(this.#x(segment.from), 0);
-    const right = Math.min(segment.to === null ? this.#width : this.#x(segment.to), this.#width);
+    const ratio = devicePixelRatio || 1;
+    const snap = (x) => Math.round(x * ratio) / ratio; // whole pixels, or the thin bars would shimmer as they move
+    const left = snap(Math.max(this.#x(segment.from), 0));
+    const right = snap(Math.min(segment.to === null ? this.#width : this.#x(segment.to), this.#width));
     if (right <= 0) return;
-    const width = Math.max(right - left - 1, 1.5);
+    const width = Math.max(right - left - 1, 2);
     const [top, height] = [this.#top(i), this.#bar()];
     const full = this.#theme.fill(hue(segment.adapter));
     context.save();

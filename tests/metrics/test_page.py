@@ -81,6 +81,12 @@ DRAWN = """async (names) => { // whether the timeline has bars in the colours of
 }"""
 
 
+async def drawn(page: Any, adapters: list[str]) -> None:
+    async with asyncio.timeout(LIMIT / 1000):
+        while not await page.evaluate(DRAWN, adapters):
+            pass
+
+
 async def test_page_shows_a_swap_that_happens(engine: AsyncEngine) -> None:
     async with serve_page(engine, port=0) as url, browser_page(url) as page:
         await shows(page, "#connection", "Live")
@@ -96,15 +102,14 @@ async def test_page_shows_a_swap_that_happens(engine: AsyncEngine) -> None:
         await shows(page, f"#slot-names li >> nth={slot}", "rank-3")
         await shows(page, "#chips", "rank-3")
         await shows(page, "#running-sub", "1 finished")
+        await drawn(page, ["rank-3"])  # while it stays, its bar grows: soon it is wide enough to be seen
         for name in ("rank-4", "qv-only"):
             await engine.complete(prompt_of(2, 6), greedy(4), adapter=name)
         await api.expect(page.locator('#swaps li[data-kind="evicted"]')).to_have_count(1, timeout=LIMIT)
         await shows(page, '#swaps li[data-kind="evicted"]', f"left slot {slot}")
         await shows(page, f"#slot-names li >> nth={slot}", "qv-only")
         await shows(page, "#swaps-sub", "3 loads, 1 eviction")
-        async with asyncio.timeout(LIMIT / 1000):
-            while not await page.evaluate(DRAWN, ["rank-3", "rank-4", "qv-only"]):
-                pass
+        await drawn(page, ["rank-3", "rank-4", "qv-only"])
         assert not await page.evaluate(DRAWN, ["all-linear"])  # which was never in a slot
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -95,7 +96,10 @@ async def prometheus(folder: Path, target: int) -> AsyncIterator[Prometheus]:
             ) is None:
                 assert server.returncode is None, log.read_text()
                 await asyncio.sleep(0.05)
-        yield Prometheus(f"http://{found[1]}")
+            server_url = f"http://{found[1]}"
+            while not await asyncio.to_thread(is_ready, server_url):  # it listens before it can answer
+                await asyncio.sleep(0.05)
+        yield Prometheus(server_url)
     finally:
         if server.returncode is None:
             server.terminate()
@@ -104,6 +108,16 @@ async def prometheus(folder: Path, target: int) -> AsyncIterator[Prometheus]:
         except TimeoutError:
             server.kill()
             await server.wait()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/-/ready", timeout=BOUND) as response:
+            return bool(response.status == 200)
+    except urllib.error.HTTPError as error:
+        if error.code != 503:
+            raise
+        return False
 
 
 @pytest.fixture(scope="module")
