@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from aioengine.core.state import Request, Status
 from aioengine.events import TokenInterval
@@ -35,7 +36,7 @@ class TokenIntervals:
     """Seconds between successive tokens of each request, counted by adapter.
 
     In steady decode the same requests have a token in every step, and all gaps are equal: so a step is
-    compared with the one before as a whole, and looked at request by request only if it differs.
+    compared with the one before as a whole, and only those that differ are looked at one by one.
     """
 
     def __init__(self) -> None:
@@ -43,8 +44,9 @@ class TokenIntervals:
         self.token: Callable[[Request], None] = self._step.append
         """To be called for each request that has a new token in the step."""
         self._before: list[Request] = []
+        self._before_set: set[Request] = set()
         self._before_at = 0.0
-        self._counts: list[tuple[str | None, int]] = []
+        self._counts: Counter[str | None] = Counter()
         """Adapters of ``_before``, and how many of its requests are theirs."""
         self._older: dict[Request, float] = {}
         """When those had their last token that were passed over since, after a preemption say."""
@@ -53,29 +55,38 @@ class TokenIntervals:
         """The intervals that the step at ``now`` ended."""
         if not self._step:
             return ()
-        if self._step == self._before:
-            gap = now - self._before_at
-            found = tuple(TokenInterval(label, gap, tokens) for label, tokens in self._counts)
-        else:
-            found = self._compare(now)
+        came, gone = self._changes()
+        for request in gone:
+            self._counts[_label(request)] -= 1
+            self._older[request] = self._before_at
+        gap = now - self._before_at
+        found = [TokenInterval(label, gap, tokens) for label, tokens in self._counts.items() if tokens]
+        for request in came:
+            self._counts[_label(request)] += 1
+            since = self._older.pop(request, None)
+            if since is not None:
+                found.append(TokenInterval(_label(request), now - since, 1))
+        if came or gone:
+            self._counts = +self._counts  # without those of no request
+            self._older = {r: at for r, at in self._older.items() if r.status is not Status.ENDED}
         self._before_at = now
         self._step.clear()
-        return found
+        return tuple(found)
 
-    def _compare(self, now: float) -> tuple[TokenInterval, ...]:
-        last = dict.fromkeys(self._before, self._before_at) | self._older
-        gaps: Counter[tuple[str | None, float]] = Counter()
-        counts: Counter[str | None] = Counter()
-        for request in self._step:
-            label = None if request.adapter is None else request.adapter.label
-            counts[label] += 1
-            since = last.pop(request, None)
-            if since is not None:
-                gaps[label, now - since] += 1
-        self._older = {r: at for r, at in last.items() if r.status is not Status.ENDED}
+    def _changes(self) -> tuple[Sequence[Request], Sequence[Request]]:
+        """Who is in this step and was not in the one before, and the other way round."""
+        if self._step == self._before:
+            return (), ()
         self._before = list(self._step)
-        self._counts = list(counts.items())
-        return tuple(TokenInterval(label, gap, tokens) for (label, gap), tokens in gaps.items())
+        step = set(self._step)
+        came, gone = step - self._before_set, self._before_set - step
+        self._before_set = step
+        by_arrival = attrgetter("seq")  # sets have no order, and what is told must not depend on luck
+        return sorted(came, key=by_arrival), sorted(gone, key=by_arrival)
+
+
+def _label(request: Request) -> str | None:
+    return None if request.adapter is None else request.adapter.label
 
 
 class LoopLagMeter:

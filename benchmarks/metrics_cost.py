@@ -1,4 +1,7 @@
-"""What metrics cost: in each step, and at each scrape, by number of adapters and running requests.
+"""What metrics cost: in each step, beside it, and at each scrape, by number of adapters and requests.
+
+"In the step" is what the step loop waits for; "beside it" is done on the event loop while the model
+computes.
 
     python benchmarks/metrics_cost.py [--adapters 1000] [--running 256] [--slots 32] [--labels 100]
 
@@ -8,6 +11,7 @@ Prints the best and the median of many repetitions; asserts nothing.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from aioengine.request import SamplingParams
 from aioengine.timing import TokenIntervals
 
 
-def main() -> None:
+async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--running", type=int, default=256)
@@ -34,13 +38,12 @@ def main() -> None:
     requests = running_requests(names[: args.slots], args.running)
 
     print(f"{args.adapters} adapters, {args.slots} slots, {args.running} running, {args.labels} labels")
-    report("handle(): a step that decodes", step_cost(metrics, names[: args.slots], args.running, 0))
-    for turnover in (1, 8):
-        report(
-            f"handle(): the same, and {turnover} come and go",
-            step_cost(metrics, names[: args.slots], args.running, turnover),
-        )
-    report("step loop: gaps between tokens", interval_cost(requests))
+    for turnover in (0, 1, 8):
+        report(f"in the step: gaps between tokens, {turnover} come and go", interval_cost(requests, turnover))
+    for turnover in (0, 1, 8):
+        inside, beside = await step_cost(metrics, names[: args.slots], args.running, turnover)
+        report(f"in the step: its events, {turnover} requests come and go", inside)
+        report("  beside it", beside)
     series = len(metrics.expose()[0].splitlines())
     report(f"scrape: on the event loop ({series} lines)", timed(metrics.families, 30))
     report("scrape: in all, expose()", timed(metrics.expose, 30))
@@ -149,8 +152,11 @@ def step(
     )
 
 
-def step_cost(metrics: EngineMetrics, names: list[str], running: int, turnover: int) -> list[float]:
-    """Seconds in ``handle`` for all events of a step in which every running request gets a token."""
+async def step_cost(
+    metrics: EngineMetrics, names: list[str], running: int, turnover: int
+) -> tuple[list[float], list[float]]:
+    """Seconds in ``handle`` for all events of a step in which every running request gets a token, and
+    seconds until they are counted."""
     share = running // len(names)
     intervals = [events.TokenInterval(name, 0.02, share) for name in names]
     happened: list[events.Event] = []
@@ -159,11 +165,16 @@ def step_cost(metrics: EngineMetrics, names: list[str], running: int, turnover: 
         happened += [*come(name, f"r{index}"), *go(name, f"r{index}")]
     happened.append(step(intervals, slots=tuple(range(len(names))), sequences=running))
 
-    def handle() -> None:
+    inside, beside = [], []
+    for _ in range(500):
+        start = time.perf_counter()
         for event in happened:
             metrics.handle(event)
-
-    return timed(handle, 500)
+        handled = time.perf_counter()
+        await asyncio.sleep(0)
+        inside.append(handled - start)
+        beside.append(time.perf_counter() - handled)
+    return inside, beside
 
 
 def running_requests(names: list[str], count: int) -> list[Request]:
@@ -186,18 +197,22 @@ def running_requests(names: list[str], count: int) -> list[Request]:
     ]
 
 
-def interval_cost(requests: list[Request]) -> list[float]:
+def interval_cost(requests: list[Request], turnover: int) -> list[float]:
     """Seconds that the step loop takes to find out how long each request waited for its token."""
     intervals = TokenIntervals()
     clock = iter(range(10**6))
 
-    def one_step() -> None:
-        now = next(clock) * 0.02
-        for request in requests:
+    seconds = []
+    for _ in range(500):
+        step = next(clock)
+        away = step * turnover % len(requests)
+        tokens = requests[:away] + requests[away + turnover :]  # these have left, those before are back
+        start = time.perf_counter()
+        for request in tokens:
             intervals.token(request)
-        intervals.take(now)
-
-    return timed(one_step, 500)
+        intervals.take(step * 0.02)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def timed(function: Callable[[], object], repetitions: int) -> list[float]:
@@ -216,4 +231,4 @@ def report(what: str, seconds: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ class EngineMetrics(Collector):
 
     ``handle`` belongs on the event loop's thread. Scrapes of ``registry``, ``collect``, ``families``
     and ``expose`` may come from any: they take a snapshot on the loop's thread and render it on theirs.
+
+    ``handle`` only keeps the event. What it means is worked out the next time that the loop is free,
+    when the next model step runs already, or by a scrape that comes first: so a step does not wait for
+    its metrics, and no scrape misses what has happened.
 
     Args:
         max_adapter_labels: Adapters that get an ``adapter`` label of their own in the request
@@ -55,6 +60,9 @@ class EngineMetrics(Collector):
         self._compat = compat
         self._clock = clock
         self._on_loop = OnLoop()
+        self._pending: deque[events.Event] = deque()
+        self._applying = False
+        """That ``_apply`` is to run soon."""
         self._writer = TextWriter()
         self._residency = ResidencyTracker()
         self._waits = AdapterWaits(self._residency)
@@ -87,9 +95,20 @@ class EngineMetrics(Collector):
 
     def handle(self, event: events.Event) -> None:
         """Take in one event; kinds that no metric is made of are passed over."""
-        handler = self._handlers.get(type(event))
-        if handler is not None:
-            handler(event)
+        self._pending.append(event)
+        if not self._applying:
+            self._applying = self._on_loop.soon(self._apply)
+            if not self._applying:
+                self._apply()
+
+    def _apply(self) -> None:
+        self._applying = False  # first: after a handler that raised, the next event has the rest applied
+        pending, handlers = self._pending, self._handlers
+        while pending:
+            event = pending.popleft()
+            handler = handlers.get(type(event))
+            if handler is not None:
+                handler(event)
 
     # Ways out
 
@@ -114,6 +133,7 @@ class EngineMetrics(Collector):
         return text, OPENMETRICS if openmetrics else TEXT
 
     def _families(self) -> list[Family]:
+        self._apply()
         stats, adapters = self._snapshot(), self._adapters()
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
         found += [metric.family(self.engine) for metric in (*self._metrics, *self._requests.metrics)]
