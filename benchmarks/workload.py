@@ -31,8 +31,10 @@ from aioengine.model.files import read_spec, resolve_model
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 
 
-def write_random_adapter(folder: Path, spec: ModelSpec, rank: int, seed: int) -> Path:
-    """A PEFT directory with small random A and B for all seven linears, in bfloat16."""
+def write_random_adapter(
+    folder: Path, spec: ModelSpec, rank: int, seed: int, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A PEFT directory with small random A and B for all seven linears."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(spec.num_layers):
@@ -42,7 +44,7 @@ def write_random_adapter(folder: Path, spec: ModelSpec, rank: int, seed: int) ->
             key = f"base_model.model.model.layers.{layer}.{block}.{module}"
             for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
                 noise = torch.randn(*size, generator=generator) * 0.02
-                tensors[f"{key}.lora_{name}.weight"] = noise.to(torch.bfloat16)
+                tensors[f"{key}.lora_{name}.weight"] = noise.to(dtype)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {

@@ -1,0 +1,118 @@
+"""An open-loop load: requests that arrive at a fixed rate, whatever the engine makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from workload import write_random_adapter
+
+from aioengine import AsyncEngine, SamplingParams
+from aioengine.model.spec import ModelSpec
+
+TICK = 0.005
+
+
+class Arrival(NamedTuple):
+    seconds: float
+    """After the start."""
+    prompt: list[int]
+    adapter: str | None
+
+
+@dataclass
+class Measured:
+    """Of requests that arrived after the warm-up; all in seconds."""
+
+    ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    """Between one output of a stream and its next."""
+    late: list[float] = field(default_factory=list)
+    """A 5 ms ticker's lateness on the event loop."""
+    tokens: int = 0
+    seconds: float = 0.0
+    loads: int = 0
+    """Copies into slots."""
+    reads: int = 0
+
+
+def poisson(
+    rate: float,
+    seconds: float,
+    names: Sequence[str | None],
+    *,
+    prompt_tokens: int,
+    zipf: float = 0.0,
+    seed: int = 0,
+) -> list[Arrival]:
+    """Arrivals at ``rate`` a second; adapter k of ``names`` has weight 1 / k^zipf (0: uniform)."""
+    rng = random.Random(seed)
+    weights = [1 / (k + 1) ** zipf for k in range(len(names))]
+    now, found = 0.0, []
+    while (now := now + rng.expovariate(rate)) < seconds:
+        prompt = [rng.randrange(100, 40_000) for _ in range(prompt_tokens)]
+        found.append(Arrival(now, prompt, rng.choices(names, weights)[0]))
+    return found
+
+
+async def replay(
+    engine: AsyncEngine, arrivals: Sequence[Arrival], *, output_tokens: int, warm_up: float = 0.0
+) -> Measured:
+    """Send ``arrivals`` when they are due and wait for all answers."""
+    found = Measured()
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    start = time.perf_counter()
+
+    async def request(arrival: Arrival) -> None:
+        counted = arrival.seconds >= warm_up
+        sent = last = time.perf_counter()
+        first = True
+        async for out in engine.generate(arrival.prompt, params, adapter=arrival.adapter):
+            now = time.perf_counter()
+            if counted and out.token_ids_delta:
+                (found.ttft if first else found.gaps).append(now - (sent if first else last))
+            first, last = False, now
+            if now - start >= warm_up:
+                found.tokens += len(out.token_ids_delta)
+
+    ticker = asyncio.create_task(_tick(found.late))
+    before = engine.stats()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for arrival in arrivals:
+                await asyncio.sleep(max(arrival.seconds - (time.perf_counter() - start), 0))
+                group.create_task(request(arrival))
+    finally:
+        ticker.cancel()
+    found.seconds = time.perf_counter() - start - warm_up
+    after = engine.stats()
+    found.loads = after.slot_loads - before.slot_loads
+    found.reads = after.cpu_loads - before.cpu_loads
+    return found
+
+
+async def _tick(late: list[float]) -> None:
+    while True:
+        due = time.perf_counter() + TICK
+        await asyncio.sleep(TICK)
+        late.append(time.perf_counter() - due)
+
+
+def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) -> dict[str, Path]:
+    """Random adapters on all seven linears, by name."""
+    return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
