@@ -25,8 +25,6 @@ ALL_LINEAR = "all-linear"
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA (weight-decomposed LoRA) is not supported",
-    "lora_bias": "a bias in lora_B is not supported",
     "modules_to_save": "fully trained modules are not supported; only LoRA weights can be swapped",
     "layer_replication": "layer replication changes the base model's depth",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
@@ -47,7 +45,6 @@ _NEUTRAL = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "fan_in_fan_out",
         "inference_mode",
@@ -77,6 +74,9 @@ _USED = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "bias",
+        "lora_bias",
+        "use_dora",
+        "ensure_weight_tying",
         "init_lora_weights",
     )
 )
@@ -99,6 +99,12 @@ class PeftLoraConfig:
     layers: frozenset[int]
     """The layers that ``target_modules`` is limited to; empty = all."""
     layer_patterns: tuple[re.Pattern[str], ...]
+    use_dora: bool
+    """Each adapted module has a magnitude per output (arXiv:2402.09353)."""
+    lora_bias: bool
+    """Each B has a bias."""
+    ensure_weight_tying: bool
+    """Embeddings that are tied get one adapter."""
 
     def targets(self, module: str) -> bool:
         """Whether the configuration puts an adapter on the linear called ``module``."""
@@ -119,10 +125,10 @@ class PeftLoraConfig:
     def rank(self, module: str) -> int:
         return next((r for pattern, r in self.rank_patterns if pattern.match(module)), self.r)
 
-    def scaling(self, module: str) -> float:
+    def scaling(self, module: str, rank: int) -> float:
         """The factor of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
         matches = (alpha for pattern, alpha in self.alpha_patterns if pattern.match(module))
-        alpha, rank = next(matches, self.lora_alpha), self.rank(module)
+        alpha = next(matches, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _in_layers(self, module: str) -> bool:
@@ -134,7 +140,12 @@ class PeftLoraConfig:
 
 
 def _named_by(module: str, names: frozenset[str]) -> bool:
-    return module in names or any(module.endswith(f".{name}") for name in names)
+    """Whether one of ``names`` is the module's name or a dotted ending of it."""
+    while module not in names:
+        _, dot, module = module.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
@@ -168,6 +179,10 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
             "target_modules is missing; expected a list of names, a regex or "
             f"{ALL_LINEAR!r}: save the adapter with PEFT again"
         )
+    use_dora = _bool("use_dora", raw.get("use_dora"), invalid)
+    lora_bias = _bool("lora_bias", raw.get("lora_bias"), invalid)
+    if use_dora and lora_bias:
+        invalid("use_dora and lora_bias together have no meaning in PEFT")
     return PeftLoraConfig(
         r=_rank("r", raw.get("r"), invalid),
         lora_alpha=_number("lora_alpha", raw.get("lora_alpha"), invalid),
@@ -181,6 +196,9 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
             _regex("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\.", invalid)
             for pattern in _strings("layers_pattern", layer_patterns, invalid)
         ),
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+        ensure_weight_tying=_bool("ensure_weight_tying", raw.get("ensure_weight_tying"), invalid),
     )
 
 

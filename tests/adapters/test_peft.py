@@ -1,82 +1,21 @@
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, edit_weights, make, peft_deltas, read, refused
+from safetensors.torch import load_file
 
-from aioengine.adapters.peft import PackedAdapter, read_adapter
-from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterTooLarge
-from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
-
-SPEC = ModelSpec(
-    family="llama",
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    rms_norm_eps=1e-5,
-    max_position=64,
-    rope=RopeSpec(),
-    tie_embeddings=False,
-)
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def base_model() -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=SPEC.vocab_size,
-        hidden_size=SPEC.hidden_size,
-        intermediate_size=SPEC.intermediate_size,
-        num_hidden_layers=SPEC.num_layers,
-        num_attention_heads=SPEC.num_heads,
-        num_key_value_heads=SPEC.num_kv_heads,
-        max_position_embeddings=SPEC.max_position,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def make(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """A random adapter saved by PEFT itself."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
-    model = peft.get_peft_model(base_model(), config, autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(str(folder))
-
-
-def read(folder: Path, **options: Any) -> PackedAdapter:
-    defaults = {"max_rank": 16, "target_modules": LORA_MODULES, "dtype": torch.float32}
-    return read_adapter("sql", folder, SPEC, **{**defaults, **options})
-
-
-def peft_deltas(folder: Path) -> dict[tuple[int, str], torch.Tensor]:
-    """The weight change of each adapted linear, as PEFT reads it from the folder, in float32."""
-    model = peft.PeftModel.from_pretrained(base_model(), str(folder))
-    deltas = {}
-    for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            parts = name.split(".")
-            deltas[int(parts[2]), parts[-1]] = layer.get_delta_weight("default").detach()
-    return deltas
+from aioengine.adapters.peft import PackedAdapter
+from aioengine.errors import AdapterError, AdapterLoadError, AdapterTooLarge
+from aioengine.model.spec import LORA_MODULES
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +29,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(saved: Path, tmp_path: Path) -> Path:
     """A valid adapter that the test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "adapter"))
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def refused(folder: Path, *words: str, kind: type[AdapterError] = AdapterInvalid, **options: Any) -> None:
-    with pytest.raises(kind) as caught:
-        read(folder, **options)
-    assert type(caught.value) is kind
-    for word in ("'sql'", str(folder), *words):
-        assert word in str(caught.value)
 
 
 ALL = list(LORA_MODULES)
@@ -235,9 +155,10 @@ def test_pickle_bomb_does_not_run(adapter: Path, tmp_path: Path) -> None:
 
 UNSUPPORTED: dict[str, Any] = {
     "peft_type": "IA3",
-    "use_dora": True,
+    "use_dora": "yes",
     "bias": "all",
-    "lora_bias": True,
+    "lora_bias": "yes",
+    "ensure_weight_tying": 1,
     "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [1, 2],
@@ -290,7 +211,9 @@ def test_config_and_file_disagree(adapter: Path) -> None:
     edit_config(adapter, target_modules=["q_proj", "down_proj", "k_proj"])
     refused(adapter, WEIGHTS, "k_proj", "no weights")
     edit_config(adapter, target_modules=["q_proj", "down_proj", "lm_head"])
-    refused(adapter, "lm_head", "not supported")
+    refused(adapter, WEIGHTS, "lm_head", "no weights")
+    edit_config(adapter, target_modules=["q_proj", "down_proj"], use_dora=True, lora_bias=True)
+    refused(adapter, CONFIG, "use_dora and lora_bias")
 
 
 def test_module_that_the_pool_does_not_hold(adapter: Path) -> None:

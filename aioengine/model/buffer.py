@@ -1,0 +1,45 @@
+"""Large pieces of CPU memory that are cheap to touch for the first time."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from contextlib import suppress
+
+import torch
+
+_HUGE_PAGE = 2 << 20
+
+
+class Buffer:
+    """Memory for ``nbytes`` > 0 bytes, as a uint8 tensor and, to read into it and hash it, as a view.
+
+    A mapping of its own, all of which goes back to the system with the last tensor; anonymous, so that nobody
+    can truncate it. In huge pages where it fills them: touching new memory in small ones takes longer than
+    reading a file into it.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        huge = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
+        huge = huge if huge - nbytes <= nbytes // 8 else nbytes // _HUGE_PAGE * _HUGE_PAGE
+        self.nbytes = max(nbytes, huge)
+        """What it holds, rounded up."""
+        offset = 0
+        if sys.platform == "linux":
+            # Longer, to begin at a huge page; only what is used of it becomes memory.
+            mapping = _anonymous(self.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            offset = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+            if huge:
+                with suppress(OSError):  # a kernel without huge pages
+                    mapping.madvise(mmap.MADV_HUGEPAGE, offset, huge)
+        else:
+            mapping = _anonymous(nbytes)
+        self.tensor = torch.frombuffer(mapping, dtype=torch.uint8, offset=offset, count=nbytes)
+        self.view = memoryview(mapping)[offset : offset + nbytes]
+
+
+def _anonymous(nbytes: int, **options: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes, **options)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes for an adapter's weights: {error.strerror}") from error
