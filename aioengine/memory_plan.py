@@ -9,7 +9,9 @@ import psutil
 
 from aioengine.config import EngineConfig, LoRAConfig, format_bytes
 from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
 from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.slot_layout import SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 MAX_AUTO_MODEL_LEN = 8192
@@ -26,7 +28,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_slots: int
     slot_bytes_by_module: dict[str, int]
-    """One slot's share by targeted linear, over all layers: rank x (in + out) x dtype size each."""
+    """One slot's share by targeted module, over all layers: rank x (in + out) x dtype size each."""
+    slot_affine_bytes: int
+    """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
     num_blocks: int
     block_size: int
     block_bytes: int
@@ -34,12 +38,14 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     cpu_capacity: int
     cpu_adapter_bytes: int
     """One adapter in the CPU cache, at the largest rank and in every module; most are smaller."""
+    cpu_max_bytes: int | None = None
+    """The cache's bound in bytes, if it has one beside ``cpu_capacity``."""
     available_bytes: int
 
     @property
     def slot_bytes(self) -> int:
         """One slot."""
-        return sum(self.slot_bytes_by_module.values())
+        return sum(self.slot_bytes_by_module.values()) + self.slot_affine_bytes
 
     @property
     def slot_pool_bytes(self) -> int:
@@ -51,7 +57,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cpu_cache_bytes(self) -> int:
-        return self.cpu_capacity * self.cpu_adapter_bytes
+        largest = self.cpu_capacity * self.cpu_adapter_bytes
+        return largest if self.cpu_max_bytes is None else min(largest, self.cpu_max_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -62,7 +69,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def rows(self) -> list[tuple[str, str, int]]:
         """(what, how it comes about, bytes), for a table; the last row is the total."""
         rows = [("base weights", self.dtype, self.weights_bytes)]
-        for module, size in self.slot_bytes_by_module.items():
+        parts = dict(self.slot_bytes_by_module)
+        if self.num_slots:
+            parts["DoRA and biases"] = self.slot_affine_bytes
+        for module, size in parts.items():
             detail = f"{self.num_slots} slots x {format_bytes(size)}"
             rows.append((f"slot pool: {module}", detail, self.num_slots * size))
         detail = f"{self.num_slots} slots x {format_bytes(self.slot_bytes)}, {self.lora_dtype}"
@@ -71,6 +81,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         detail += f"{format_bytes(self.block_bytes // self.block_size)}"
         rows.append(("KV blocks", detail, self.kv_bytes))
         detail = f"{self.cpu_capacity} adapters x {format_bytes(self.cpu_adapter_bytes)} at most"
+        if self.cpu_max_bytes is not None:
+            detail += f", bound to {format_bytes(self.cpu_max_bytes)}"
         if self.device != "cpu":
             detail += " (host memory, not in the total)"
         rows.append(("CPU adapter cache", detail, self.cpu_cache_bytes))
@@ -92,7 +104,8 @@ def plan_memory(
     lora = config.lora
     lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
     max_model_len = resolve_max_model_len(config, spec)
-    by_module = slot_bytes_by_module(spec, lora, DTYPE_BYTES[lora_dtype])
+    slot = None if lora is None else SlotLayout(spec, lora.max_lora_rank, lora.modules)
+    by_module, affine_bytes = _slot_bytes(slot, DTYPE_BYTES[lora_dtype])
     block_bytes = config.block_size * spec.kv_bytes_per_token(DTYPE_BYTES[dtype])
     plan = MemoryPlan(
         device=device,
@@ -102,22 +115,27 @@ def plan_memory(
         weights_bytes=spec.num_parameters() * DTYPE_BYTES[dtype],
         num_slots=0 if lora is None else lora.max_loras,
         slot_bytes_by_module=by_module,
+        slot_affine_bytes=affine_bytes,
         num_blocks=0,
         block_size=config.block_size,
         block_bytes=block_bytes,
         cpu_capacity=0 if lora is None else lora.cpu_capacity,
-        cpu_adapter_bytes=sum(by_module.values()),
+        cpu_adapter_bytes=sum(by_module.values()) + affine_bytes,
+        cpu_max_bytes=None if lora is None else _cpu_max_bytes(lora, sum(by_module.values()) + affine_bytes),
         available_bytes=available_bytes,
     )
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
 
-def plan_from_config(config: EngineConfig, *, available_bytes: int | None = None) -> MemoryPlan:
-    """The plan for a configuration; reads the model's description, not its weights.
+def plan_from_config(
+    config: EngineConfig, *, available_bytes: int | None = None, progress: LoadProgress | None = None
+) -> MemoryPlan:
+    """The plan for a configuration; reads the model's description, not its weights. ``progress`` is told how
+    far it is if the model must be converted first.
 
     Raises ConfigError if the model cannot be had, is not supported, or does not fit.
     """
-    spec = read_spec(resolve_model(config.model))
+    spec = read_spec(resolve_model(config.model, progress))
     device = resolve_device(config.device)
     return plan_memory(spec, config, device=device, available_bytes=available_bytes)
 
@@ -159,6 +177,19 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     return max(min(wanted, bound), smallest) // plan.block_bytes
 
 
+def _cpu_max_bytes(lora: LoRAConfig, largest: int) -> int | None:
+    """The CPU cache's bound; raises if the largest adapter that the slots allow could never be served."""
+    bound = lora.max_cpu_lora_bytes
+    if not isinstance(bound, int):
+        return None
+    if bound < largest:
+        raise ConfigError(
+            f"max_cpu_lora_bytes={bound}: must be at least {largest}, so that an adapter of max_lora_rank="
+            f"{lora.max_lora_rank} in every module can be served; raise it, or lower max_lora_rank"
+        )
+    return bound
+
+
 def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> ConfigError:
     knobs = [(kv_bytes, first)]
     if plan.slot_pool_bytes:
@@ -179,15 +210,12 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     )
 
 
-def slot_bytes_by_module(spec: ModelSpec, lora: LoRAConfig | None, dtype_bytes: int) -> dict[str, int]:
-    """One slot's bytes by module over all layers."""
-    if lora is None:
-        return {}
-    sizes = {}
-    for module in lora.modules:
-        n_in, n_out = spec.linear(module)
-        sizes[module] = spec.num_layers * lora.max_lora_rank * (n_in + n_out) * dtype_bytes
-    return sizes
+def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int]:
+    """One slot's bytes by module, and those for DoRA and biases."""
+    if slot is None:
+        return {}, 0
+    by_module = {m: n * dtype_bytes for m, n in slot.matrix_elements_by_module.items()}
+    return by_module, slot.affine_elements * dtype_bytes
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: str) -> str:

@@ -1,19 +1,23 @@
-"""The CPU adapter cache's memory: packed adapters by uid. Who comes and goes is the core's decision."""
+"""The CPU adapter cache's memory: adapters by uid. Who comes and goes is the core's decision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aioengine.model.spec import ModelSpec
+from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.spec import NO_LAYER, ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from aioengine.adapters.peft import PackedAdapter
+    from aioengine.adapters.dora import BaseWeights
+    from aioengine.model.slot_image import AdapterImage
 
 
 class AdapterStore:
+    """``weights`` gives the base model's linears, which DoRA needs; ``dtype`` is that of the slots."""
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -21,44 +25,56 @@ class AdapterStore:
         max_rank: int,
         target_modules: Sequence[str],
         dtype: torch.dtype,
+        weights: BaseWeights,
         pin_memory: bool = False,
     ) -> None:
         self._spec = spec
-        self._max_rank = max_rank
-        self._target_modules = tuple(target_modules)
+        self._layout = SlotLayout(spec, max_rank, target_modules)
         self._dtype = dtype
+        self._weights = weights
         self._pin_memory = pin_memory
-        self._packed: dict[int, PackedAdapter] = {}
+        self._images: dict[int, AdapterImage] = {}
 
-    def read(self, uid: int, name: str, path: str) -> PackedAdapter:
-        """Read, validate and keep an adapter. Blocking: called in a loader thread.
+    def read(self, name: str, path: str) -> AdapterImage:
+        """Read and validate an adapter. Blocking: called in a loader thread, and keeps nothing.
 
         Raises the adapter errors of :func:`aioengine.adapters.peft.read_adapter`.
         """
-        from aioengine.adapters.peft import read_adapter  # imports torch
+        from aioengine.adapters.dora import output_affine  # these import torch
+        from aioengine.adapters.peft import read_adapter
+        from aioengine.model.slot_image import build_image
 
         packed = read_adapter(
             name,
             path,
             self._spec,
-            max_rank=self._max_rank,
-            target_modules=self._target_modules,
+            max_rank=self._layout.max_rank,
+            target_modules=self._layout.modules,
             dtype=self._dtype,
-            pin_memory=self._pin_memory,
+            base_weight=self._embedding,
         )
-        self._packed[uid] = packed
-        return packed
+        affine = output_affine(packed, self._weights, self._dtype)
+        return build_image(self._layout, packed, affine, self._dtype, pin_memory=self._pin_memory)
 
-    def get(self, uid: int) -> PackedAdapter:
-        return self._packed[uid]
+    def _embedding(self, module: str) -> torch.Tensor:
+        """[vocabulary, hidden]"""
+        weight, _ = self._weights(NO_LAYER, module)
+        return weight.T if module == "embed_tokens" else weight
+
+    def put(self, uid: int, image: AdapterImage) -> None:
+        """Keep an adapter that has been read."""
+        self._images[uid] = image
+
+    def get(self, uid: int) -> AdapterImage:
+        return self._images[uid]
 
     def drop(self, uid: int) -> None:
         """Free its memory. (A copy under way keeps what it reads alive.)"""
-        del self._packed[uid]
+        del self._images[uid]
 
     @property
     def nbytes(self) -> int:
-        return sum(packed.nbytes for packed in self._packed.values())
+        return sum(image.nbytes for image in self._images.values())
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self._images)

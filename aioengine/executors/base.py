@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aioengine.step import StepBatch, StepResult
 
 if TYPE_CHECKING:
-    from aioengine.adapters.peft import PackedAdapter
+    from aioengine.model.slot_image import AdapterImage
 
 
 class Executor(ABC):
@@ -19,7 +19,7 @@ class Executor(ABC):
         """Run one step. At most one is in flight."""
 
     @abstractmethod
-    async def write_slot(self, slot: int, adapter: PackedAdapter) -> float:
+    async def write_slot(self, slot: int, adapter: AdapterImage) -> float:
         """Copy an adapter from the CPU into a slot that nothing reads; returns the seconds it took."""
 
     @abstractmethod

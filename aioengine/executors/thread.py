@@ -14,8 +14,8 @@ from aioengine.executors.base import Executor
 from aioengine.step import StepBatch, StepResult
 
 if TYPE_CHECKING:
-    from aioengine.adapters.peft import PackedAdapter
     from aioengine.model.runner import ModelRunner
+    from aioengine.model.slot_image import AdapterImage
 
 
 class ThreadExecutor(Executor):
@@ -28,11 +28,11 @@ class ThreadExecutor(Executor):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._step_thread, self.runner.execute, batch)
 
-    async def write_slot(self, slot: int, adapter: PackedAdapter) -> float:
+    async def write_slot(self, slot: int, adapter: AdapterImage) -> float:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._copy_thread, self._write_slot, slot, adapter)
 
-    def _write_slot(self, slot: int, adapter: PackedAdapter) -> float:
+    def _write_slot(self, slot: int, adapter: AdapterImage) -> float:
         slots = self.runner.lora_slots
         assert slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()

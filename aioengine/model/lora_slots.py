@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import LORA_MODULES, ModelSpec
-
-FUSED_MODULES = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-"""The decoder's linears and the modules that each fuses, in the order of its output columns."""
-
-
-class Adapter(Protocol):
-    """What :meth:`LoRASlots.write` reads of an :class:`aioengine.adapters.peft.PackedAdapter`."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def tensors(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
+from aioengine.model.slot_copy import SerialCopier, SlotCopier, StreamCopier
+from aioengine.model.slot_image import AdapterImage
+from aioengine.model.slot_layout import FusedPlace, SlotLayout
+from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
 class FusedLoRA(NamedTuple):
-    """One layer's pool for one fused linear with n targeted slices: S slots, maximum rank R."""
+    """The pool of one fused linear with n targeted slices, as views: S slots, maximum rank R."""
 
     modules: tuple[str, ...]
     a: Tensor
     """[S, n * R, in]"""
     b: tuple[Tensor, ...]
     """n tensors [S, out, R]"""
+    affine: tuple[Tensor, ...]
+    """n tensors [S, 2, out]: each output's gain and shift, zero where there is no DoRA and no bias."""
     offsets: tuple[int, ...]
     """First output column of each slice in the fused linear."""
 
 
 class LoRASlots:
-    """``max_loras`` slots of ``max_rank``, for ``target_modules`` (of :data:`LORA_MODULES`) in all layers.
+    """``max_loras`` slots of ``max_rank``, for ``target_modules`` (of ``TARGETABLE_MODULES``).
 
-    A slot takes exactly ``max_rank * (in + out)`` elements for every targeted linear of every layer.
-    ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool.
+    ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool, and ``outer``
+    does the same for "embed_tokens" and "lm_head". All pools are views of one row of memory a slot.
     """
 
     def __init__(
@@ -58,90 +45,77 @@ class LoRASlots:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        targets = set(target_modules)
-        if unknown := sorted(targets - set(LORA_MODULES)):
-            raise ConfigError(
-                f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(LORA_MODULES)}"
-            )
-        self.spec = spec
+        self.layout = SlotLayout(spec, max_rank, target_modules)
         self.max_loras = max_loras
-        self.max_rank = max_rank
-        self.target_modules = tuple(m for m in LORA_MODULES if m in targets)
+        self._rows = torch.zeros(max_loras, self.layout.elements, dtype=dtype, device=device)
+        self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
+        self._extents: list[Mapping[int, int] | None] = [{}] * max_loras
+        """What of each slot may be other than zero; None: anything."""
+        self._has_affine = [False] * max_loras
 
-        def allocate(fused: tuple[str, ...]) -> FusedLoRA | None:
-            offsets, end = {}, 0
-            for module in fused:
-                offsets[module] = end
-                end += spec.linear(module).out_features
-            modules = tuple(m for m in fused if m in targets)
-            if not modules:
-                return None
-            rows, n_in = len(modules) * max_rank, spec.linear(modules[0]).in_features
-            return FusedLoRA(
-                modules,
-                torch.zeros(max_loras, rows, n_in, dtype=dtype, device=device),
-                tuple(
-                    torch.zeros(max_loras, spec.linear(m).out_features, max_rank, dtype=dtype, device=device)
-                    for m in modules
-                ),
-                tuple(offsets[m] for m in modules),
-            )
+        self.outer: dict[str, FusedLoRA] = {}
+        self.layers: list[dict[str, FusedLoRA]] = [{} for _ in range(spec.num_layers)]
+        for fused in self.layout.fused:
+            pools = self.outer if fused.layer == NO_LAYER else self.layers[fused.layer]
+            pools[fused.name] = self._pool(fused)
 
-        self.layers: list[dict[str, FusedLoRA]] = []
-        for _ in range(spec.num_layers):
-            pools = {name: allocate(fused) for name, fused in FUSED_MODULES.items()}
-            self.layers.append({name: pool for name, pool in pools.items() if pool is not None})
+    def _pool(self, fused: FusedPlace) -> FusedLoRA:
+        def view(offset: int, rows: int, width: int) -> Tensor:
+            return self._rows[:, offset : offset + rows * width].view(self.max_loras, rows, width)
+
+        rank = self.layout.max_rank
+        places = [self.layout.places[fused.layer, module] for module in fused.modules]
+        return FusedLoRA(
+            fused.modules,
+            view(places[0].a, len(places) * rank, places[0].shape.in_features),
+            tuple(view(place.b, place.shape.out_features, rank) for place in places),
+            tuple(view(place.affine, 2, place.shape.out_features) for place in places),
+            fused.columns,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
 
     @property
     def nbytes(self) -> int:
-        return sum(self.nbytes_by_module.values())
+        """Bytes allocated for all slots."""
+        return self._rows.nbytes
 
     @property
     def nbytes_by_module(self) -> dict[str, int]:
-        """Bytes allocated for each targeted module, all layers and slots together."""
-        sizes = dict.fromkeys(self.target_modules, 0)
-        for pools in self.layers:
-            for pool in pools.values():
-                for module, b in zip(pool.modules, pool.b, strict=True):
-                    sizes[module] += pool.a.nbytes // len(pool.modules) + b.nbytes
-        return sizes
+        """Bytes of the LoRA matrices of each targeted module, all layers and slots together."""
+        size = self.max_loras * self._rows.element_size()
+        return {m: n * size for m, n in self.layout.matrix_elements_by_module.items()}
 
-    def write(self, slot: int, adapter: Adapter) -> None:
-        """Copies an adapter into a slot and zeroes whatever of the slot it does not cover.
+    @property
+    def has_affine(self) -> list[bool]:
+        """For each slot: does its adapter scale or shift outputs (DoRA, ``lora_bias``)?"""
+        return self._has_affine
 
-        May run in another thread while a step reads *other* slots. Raises :class:`ConfigError`,
-        before a byte is written, if the slot does not exist or the adapter does not fit the pool.
+    def before_step(self) -> None:
+        """To be called by the thread that is about to enqueue a step."""
+        self._copier.before_step()
+
+    def write(self, slot: int, image: AdapterImage) -> None:
+        """Puts an adapter into a slot, and zeroes what another left of the slot that this does not cover.
+
+        Called in one thread, while steps may read *other* slots. Raises :class:`ConfigError`, before a
+        byte is written, if the slot does not exist or the image was made for other slots. If it fails
+        later, the slot holds nothing that may be read until a write into it succeeds.
         """
-        self._check(slot, adapter)
-        for layer, pools in enumerate(self.layers):
-            for pool in pools.values():
-                a_slices = pool.a[slot].view(len(pool.modules), self.max_rank, -1)
-                for module, a_pool, b_pool in zip(pool.modules, a_slices, pool.b, strict=True):
-                    rank = 0
-                    if (pair := adapter.tensors.get((layer, module))) is not None:
-                        a, b = pair
-                        rank = a.shape[0]
-                        a_pool[:rank].copy_(a)
-                        b_pool[slot, :, :rank].copy_(b)
-                    a_pool[rank:].zero_()
-                    b_pool[slot, :, rank:].zero_()
-
-    def _check(self, slot: int, adapter: Adapter) -> None:
         if not 0 <= slot < self.max_loras:
             raise ConfigError(f"slot {slot}: there are max_loras={self.max_loras} slots")
-        if adapter.rank > self.max_rank:
-            raise ConfigError(f"adapter rank {adapter.rank} exceeds max_lora_rank={self.max_rank}")
-        for (layer, module), (a, b) in adapter.tensors.items():
-            where = f"adapter tensors of layer {layer}, {module}"
-            if not 0 <= layer < len(self.layers) or module not in self.target_modules:
-                raise ConfigError(
-                    f"{where}: the slots hold {', '.join(self.target_modules)} of "
-                    f"{len(self.layers)} layers; add the module to target_modules"
-                )
-            rank, (n_in, n_out) = a.shape[0], self.spec.linear(module)
-            expected = ((rank, n_in), (n_out, rank))
-            if (tuple(a.shape), tuple(b.shape)) != expected or rank > adapter.rank:
-                raise ConfigError(
-                    f"{where}: expected A and B of shapes {expected} with rank <= {adapter.rank}, "
-                    f"found {tuple(a.shape)} and {tuple(b.shape)}"
-                )
+        if image.layout != self.layout:
+            raise ConfigError(
+                "the adapter was prepared for slots of another model, max_lora_rank or target_modules"
+            )
+        before = self._extents[slot]
+        self._extents[slot] = None
+        covered = before is not None and (
+            before == image.extent
+            or all(image.extent.get(offset, 0) >= size for offset, size in before.items())
+        )
+        self._copier.write(self._rows[slot], image, zero=not covered)
+        self._extents[slot] = image.extent
+        self._has_affine[slot] = image.has_affine

@@ -23,6 +23,7 @@ from aioengine.model.files import read_spec
         {"max_loras": 3, "max_lora_rank": 320},
         {"max_loras": 5, "max_lora_rank": 8, "target_modules": ["k_proj", "down_proj"]},
         {"max_loras": 2, "max_lora_rank": 16, "lora_dtype": "bfloat16"},
+        {"max_loras": 2, "max_lora_rank": 4, "target_modules": ["v_proj", "embed_tokens", "lm_head"]},
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -48,9 +49,16 @@ def test_the_plan_is_what_is_allocated(
 
     spec = parts.spec
     size = 2 if plan.lora_dtype == "bfloat16" else 4
+    affine = 0
     for module, found in plan.slot_bytes_by_module.items():
         n_in, n_out = spec.linear(module)
-        assert found == spec.num_layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
+        layers = 1 if module in ("embed_tokens", "lm_head") else spec.num_layers
+        assert found == layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
+        affine += layers * 2 * n_out * size
+    assert plan.slot_affine_bytes == affine
+    rows = {label: nbytes for label, _, nbytes in plan.rows()}
+    shares = [nbytes for label, nbytes in rows.items() if label.startswith("slot pool: ")]
+    assert sum(shares) == rows["slot pool"] == plan.slot_pool_bytes
 
 
 def _tensors(holder: object, depth: int = 5) -> list[torch.Tensor]:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from aioengine.adapters.store import AdapterStore
 from aioengine.model.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
 BLOCK_SIZE = 4
-NUM_BLOCKS = 256
+NUM_BLOCKS = 300
 
 
 def greedy(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
@@ -46,8 +47,9 @@ class Running:
 class Driver:
     """Allocates block tables (scattered on purpose) and appends the sampled tokens."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, lora_dtype: torch.dtype) -> None:
         self.runner = runner
+        self.lora_dtype = lora_dtype
         n = runner.kv_cache.num_blocks
         self.free = [(7 * i) % n for i in range(n)] if n % 7 else list(range(n))
         self.ranks = [0] * (runner.lora_slots.max_loras if runner.lora_slots else 0)
@@ -55,10 +57,20 @@ class Driver:
     def add(self, tokens: Sequence[int], slot: int = -1) -> Running:
         return Running(list(tokens), slot)
 
-    def load(self, slot: int, adapter: Any) -> None:
-        assert self.runner.lora_slots is not None
-        self.runner.lora_slots.write(slot, adapter)
-        self.ranks[slot] = adapter.rank
+    def load(self, slot: int, folder: Path) -> None:
+        """Reads a PEFT folder and puts it into a slot."""
+        slots = self.runner.lora_slots
+        assert slots is not None
+        store = AdapterStore(
+            self.runner.spec,
+            max_rank=slots.layout.max_rank,
+            target_modules=slots.layout.modules,
+            dtype=self.lora_dtype,
+            weights=self.runner.decoder.base_weight,
+        )
+        image = store.read(folder.name, str(folder))
+        slots.write(slot, image)
+        self.ranks[slot] = image.rank
 
     def step(self, *work: tuple[Running, int]) -> None:
         """One step over (sequence, number of tokens to compute)."""
@@ -107,6 +119,7 @@ def make_driver() -> Callable[..., Driver]:
             "sample": greedy,
             **overrides,
         }
-        return Driver(ModelRunner(read_spec(model_dir), model_dir, **arguments))
+        runner = ModelRunner(read_spec(model_dir), model_dir, **arguments)
+        return Driver(runner, arguments.get("lora_dtype") or arguments["dtype"])
 
     return make

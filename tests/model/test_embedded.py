@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -73,14 +74,26 @@ def test_conversion_gives_a_folder_that_transformers_loads(fake_package: Path) -
 
 
 def test_it_is_converted_once(fake_package: Path) -> None:
-    lines: list[str] = []
-    first = embedded_model_dir(lines.append)
+    told: list[tuple[str, int, int]] = []
+    first = embedded_model_dir(lambda *progress: told.append(progress))
     written = (first / "model.safetensors").stat().st_mtime_ns
-    second = embedded_model_dir(lines.append)
+    _, done, total = told[-1]
+    assert done == total > 0
+    count = len(told)
+    second = embedded_model_dir(lambda *progress: told.append(progress))
     assert second == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
-    assert len(lines) == 1
-    assert "tiny.gguf" in lines[0]
+    assert len(told) == count
+
+
+def test_what_a_killed_conversion_left_is_removed(fake_package: Path) -> None:
+    cache = fake_package.parents[1] / "cache" / "aioengine" / "models"
+    old, young = cache / ".smollm2-135m-abc-old", cache / ".smollm2-135m-abc-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    embedded_model_dir()
+    assert not old.exists() and young.exists()
 
 
 def test_another_source_gets_another_folder(fake_package: Path) -> None:
@@ -99,7 +112,7 @@ def test_concurrent_conversions_agree_and_leave_nothing_behind(fake_package: Pat
         all_decided_to_convert.wait()
 
     def convert(_: int) -> Path:
-        return embedded_model_dir(lambda line: wait())
+        return embedded_model_dir(lambda *progress: wait())
 
     with ThreadPoolExecutor(3) as pool:
         folders = set(pool.map(convert, range(3)))

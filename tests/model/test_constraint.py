@@ -1,0 +1,130 @@
+"""Logit bias and constraints in the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from aioengine.errors import RequestInvalid
+from aioengine.model.sampler import sample
+from aioengine.request import SamplingParams
+from aioengine.step import SequenceWork
+
+
+class Allow:
+    """Allows fixed tokens, and remembers what it was asked about."""
+
+    def __init__(self, *tokens: int, width: int = 40) -> None:
+        mask = bytearray(width)
+        for token in tokens:
+            mask[token // 8] |= 1 << token % 8
+        self.mask = bytes(mask)
+        self.asked: list[list[int]] = []
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        self.asked.append(list(output))
+        return self.mask
+
+
+class Broken:
+    def allowed(self, output: Sequence[int]) -> bytes:
+        raise ZeroDivisionError("oh")
+
+
+def row(params: SamplingParams, *, seed: int = 0, history: Sequence[int] = (7, 8, 9)) -> SequenceWork:
+    return SequenceWork(
+        request_id="r",
+        slot=-1,
+        tokens=[history[-1]],
+        start=len(history) - 1,
+        block_table=[],
+        sample=True,
+        params=params,
+        seed=seed,
+        history=list(history),
+        prompt_len=1,
+    )
+
+
+def logits(rows: int, vocab: int = 300) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("vocab", [300, 301, 307])
+def test_only_allowed_tokens_are_chosen(vocab: int) -> None:
+    x = logits(60, vocab)
+    constraint = Allow(0, 5, 299)
+    greedy = sample(x, [row(SamplingParams(constraint=constraint))] * 60)
+    assert [s.token for s in greedy] == [[0, 5, 299][i] for i in x[:, [0, 5, 299]].argmax(-1).tolist()]
+    drawn = sample(
+        x, [row(SamplingParams(temperature=3.0, constraint=constraint), seed=i) for i in range(60)]
+    )
+    assert {s.token for s in drawn} == {0, 5, 299}
+    assert constraint.asked == [[8, 9]] * 120
+
+
+def test_a_short_mask_bans_the_rest() -> None:
+    [found] = sample(logits(1), [row(SamplingParams(constraint=Allow(3, width=1)))])
+    assert found.token == 3
+
+
+def test_what_fails_harms_only_itself() -> None:
+    x = logits(4)
+    clean = SamplingParams(temperature=1.0, logprobs=1)
+    rows = [
+        row(clean),
+        row(SamplingParams(constraint=Allow(), logprobs=1)),
+        row(SamplingParams(constraint=Broken(), temperature=1.0)),
+        row(clean, seed=5),
+    ]
+    found = sample(x, rows)
+    assert [s.fault for s in found[1:3]] == ["request", "request"]
+    assert "no token" in (found[1].error or "") and "ZeroDivisionError: oh" in (found[2].error or "")
+    assert found[1].logprob is None
+    assert found[0] == sample(x[:1], rows[:1])[0]
+    assert found[3] == sample(x[3:], rows[3:])[0]
+
+
+def test_bias_is_added_before_the_choice_and_not_to_logprobs() -> None:
+    x = logits(2)
+    best = int(x[0].argmax())
+    [banned, plain] = sample(
+        x[[0, 0]],
+        [row(SamplingParams(logit_bias={best: -100.0}, logprobs=1)), row(SamplingParams(logprobs=1))],
+    )
+    assert banned.token == int(x[0].topk(2).indices[1])
+    assert banned.logprob is not None and plain.logprob is not None
+    assert banned.logprob.top == plain.logprob.top
+    forced = sample(x, [row(SamplingParams(logit_bias={17: 100.0}, temperature=1.0), seed=i) for i in (1, 2)])
+    assert [s.token for s in forced] == [17, 17]
+    # exactly to the edge
+    gap = float(x[0, best] - x[0, 17])
+    for extra, expected in ((-0.01, best), (0.01, 17)):
+        [found] = sample(x[:1], [row(SamplingParams(logit_bias={17: gap + extra}))])
+        assert found.token == expected
+
+
+def test_ids_beyond_the_vocabulary_are_no_bias() -> None:
+    assert sample(logits(1), [row(SamplingParams(logit_bias={10**6: 5.0}))]) == sample(
+        logits(1), [row(SamplingParams())]
+    )
+
+
+@pytest.mark.parametrize(
+    "bias", [{-1: 1.0}, {1: 101.0}, {1: float("nan")}, {"x": 1.0}, {True: 1.0}, [1], {1: "a"}, {1.5: 1.0}]
+)
+def test_bad_bias_is_refused(bias: Any) -> None:
+    with pytest.raises(RequestInvalid, match="logit_bias"):
+        SamplingParams(logit_bias=bias)
+
+
+def test_bias_keys_may_be_text_as_in_json() -> None:
+    assert SamplingParams(logit_bias={"12": 1}).logit_bias == {12: 1}  # type: ignore[dict-item]
+
+
+def test_a_constraint_has_a_method() -> None:
+    with pytest.raises(RequestInvalid, match="constraint"):
+        SamplingParams(constraint={"regex": "a"})  # type: ignore[arg-type]

@@ -1,0 +1,196 @@
+"""The slot pool: its size, what a write leaves behind, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from tiny_models import build_model
+from torch import Tensor
+
+from aioengine.errors import ConfigError
+from aioengine.model.hf_config import read_spec
+from aioengine.model.lora_slots import LoRASlots
+from aioengine.model.slot_image import SERIAL_ELEMENTS, AdapterImage, build_image
+from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, TARGETABLE_MODULES, ModelSpec
+
+Key = tuple[int, str]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return read_spec(build_model(tmp_path_factory.mktemp("model"), request.param))
+
+
+def keys_of(spec: ModelSpec) -> list[Key]:
+    layers = [(layer, module) for layer in range(spec.num_layers) for module in LORA_MODULES]
+    return [*layers, *((NO_LAYER, module) for module in EMBEDDING_MODULES)]
+
+
+def make_adapter(
+    spec: ModelSpec, ranks: dict[Key, int], affine: list[Key], seed: int = 0
+) -> tuple[Any, dict[Key, Tensor]]:
+    """Random matrices, of which none has a zero, and random gains and shifts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) + 0.5
+
+    tensors = {
+        key: (values(rank, spec.linear(key[1]).in_features), values(spec.linear(key[1]).out_features, rank))
+        for key, rank in ranks.items()
+    }
+    adapter = SimpleNamespace(rank=max(ranks.values()), digest="", tensors=tensors)
+    return adapter, {key: values(2, spec.linear(key[1]).out_features) for key in affine}
+
+
+def content(slots: LoRASlots, slot: int) -> dict[Key, tuple[Tensor, ...]]:
+    """(A [R, in], B [out, R], affine [2, out]) of each module, as the decoder sees them."""
+    found = {}
+    for layer, pools in [(NO_LAYER, slots.outer), *enumerate(slots.layers)]:
+        for pool in pools.values():
+            a = pool.a[slot].chunk(len(pool.modules))
+            for j, module in enumerate(pool.modules):
+                found[layer, module] = (a[j], pool.b[j][slot], pool.affine[j][slot])
+    return found
+
+
+def pools_of(slots: LoRASlots) -> list[Tensor]:
+    pools = [pool for group in (slots.outer, *slots.layers) for pool in group.values()]
+    return [tensor for pool in pools for tensor in (pool.a, *pool.b, *pool.affine)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_slot_holds_exactly_what_was_written_last(spec: ModelSpec, seed: int) -> None:
+    """Adapters of any ranks, modules and affines follow each other; nothing remains of the earlier ones."""
+    rng = random.Random(seed)
+    slots = LoRASlots(spec, 2, 8, TARGETABLE_MODULES, torch.float32, CPU)
+    other, other_affine = make_adapter(spec, dict.fromkeys(keys_of(spec), 8), keys_of(spec), seed=99)
+    slots.write(1, build_image(slots.layout, other, other_affine, torch.float32))
+    untouched = [tensor[1].clone() for tensor in pools_of(slots)]
+    for turn in range(6):
+        chosen = rng.sample(keys_of(spec), rng.choice([1, 3, len(keys_of(spec))]))
+        rank = rng.choice([None, 8])
+        ranks = {key: rank or rng.choice([1, 5, 8]) for key in chosen}
+        affine_of = rng.sample(chosen, rng.choice([0, 1, len(chosen)]))
+        adapter, affine = make_adapter(spec, ranks, affine_of, seed=turn)
+        slots.write(0, build_image(slots.layout, adapter, affine, torch.float32))
+        assert slots.has_affine[0] == bool(affine_of)
+        for key, (a, b, gain_and_shift) in content(slots, 0).items():
+            expected = [torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(gain_and_shift)]
+            if key in ranks:
+                expected[0][: ranks[key]], expected[1][:, : ranks[key]] = adapter.tensors[key]
+            if key in affine:
+                expected[2] = affine[key]
+            assert all(map(torch.equal, (a, b, gain_and_shift), expected)), key
+    assert all(map(torch.equal, (tensor[1] for tensor in pools_of(slots)), untouched))
+
+
+def test_a_write_that_failed_leaves_nothing_for_the_next(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = LoRASlots(spec, 1, 8, LORA_MODULES, torch.float32, CPU)
+    layers = keys_of(spec)[: -len(EMBEDDING_MODULES)]
+    full, affine = make_adapter(spec, dict.fromkeys(layers, 8), layers)
+    small, _ = make_adapter(spec, {(0, "q_proj"): 2}, [])
+    real = torch._foreach_copy_
+
+    def half(targets: list[Tensor], sources: list[Tensor]) -> None:
+        count = len(targets) // 2 + 1
+        real(targets[:count], sources[:count])
+        raise RuntimeError("no more memory")
+
+    image = build_image(slots.layout, full, affine, torch.float32)
+    monkeypatch.setattr(torch, "_foreach_copy_", half)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        slots.write(0, image)
+    monkeypatch.undo()
+    assert any(tensor.any() for tensor in pools_of(slots)), "or nothing was half-written"
+    slots.write(0, build_image(slots.layout, small, {}, torch.float32))
+    left = {key for key, (a, b, _) in content(slots, 0).items() if a.any() or b.any()}
+    assert left == {(0, "q_proj")}
+    assert not any(affine.any() for _, _, affine in content(slots, 0).values())
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64])
+@pytest.mark.parametrize(
+    "targets", [LORA_MODULES, ("q_proj", "v_proj"), ("lm_head", "up_proj", "o_proj"), ("embed_tokens",)]
+)
+def test_pool_bytes_are_exact(spec: ModelSpec, rank: int, targets: tuple[str, ...]) -> None:
+    slots = LoRASlots(spec, 3, rank, targets, torch.bfloat16, CPU)
+    layers = {m: 1 if m in EMBEDDING_MODULES else spec.num_layers for m in TARGETABLE_MODULES}
+    ordered = [m for m in TARGETABLE_MODULES if m in targets]
+    expected = {m: 3 * layers[m] * rank * sum(spec.linear(m)) * 2 for m in ordered}
+    assert slots.nbytes_by_module == expected
+    affine = sum(3 * layers[m] * 2 * spec.linear(m).out_features * 2 for m in ordered)
+    assert slots.nbytes == sum(expected.values()) + affine == sum(t.nbytes for t in pools_of(slots))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in pools_of(slots)}) == 1
+
+
+def test_an_adapter_of_the_slots_rank_is_one_copy(spec: ModelSpec) -> None:
+    """Which is why a write is hardly slower than a memcpy."""
+    layout = SlotLayout(spec, 8, TARGETABLE_MODULES)
+    plain, affine = make_adapter(spec, dict.fromkeys(keys_of(spec), 8), keys_of(spec))
+    assert len(build_image(layout, plain, {}, torch.float32).blocks) == 1
+    assert len(build_image(layout, plain, affine, torch.float32).blocks) == 1
+    image = build_image(layout, plain, affine, torch.float32)
+    assert image.nbytes == layout.elements * 4
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec) -> None:
+    slots = LoRASlots(spec, 2, 4, ("q_proj", "v_proj"), torch.float32, CPU)
+    q = spec.linear("q_proj")
+
+    def pair(rank: int, n_in: int = q.in_features) -> tuple[Tensor, Tensor]:
+        return torch.ones(rank, n_in), torch.ones(q.out_features, rank)
+
+    def image(rank: int, tensors: dict[Key, Any], affine: dict[Key, Tensor]) -> AdapterImage:
+        adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
+        return build_image(slots.layout, adapter, affine, torch.float32)
+
+    good = {(0, "q_proj"): pair(4)}
+    refused: list[tuple[int, dict[Any, Any], dict[Any, Any], str]] = [
+        (8, {(0, "q_proj"): pair(8)}, {}, "max_lora_rank=4"),
+        (4, good | {(0, "up_proj"): pair(4)}, {}, "up_proj.*target_modules"),
+        (4, good | {(9, "q_proj"): pair(4)}, {}, "layer 9"),
+        (4, good | {(1, "q_proj"): pair(4, 63)}, {}, r"expected .*found \(4, 63\)"),
+        (2, good, {}, "rank <= 2"),
+        (4, good, {(0, "q_proj"): torch.ones(2, 3)}, r"gain and shift.*found \(2, 3\)"),
+    ]
+    for rank, tensors, affine, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            image(rank, tensors, affine)
+    for slot in (2, -1):
+        with pytest.raises(ConfigError, match="max_loras=2"):
+            slots.write(slot, image(4, good, {}))
+    elsewhere = LoRASlots(spec, 2, 8, ("q_proj", "v_proj"), torch.float32, CPU)
+    with pytest.raises(ConfigError, match="another model, max_lora_rank or target_modules"):
+        elsewhere.write(0, image(4, good, {}))
+    assert not any(tensor.any() for tensor in pools_of(slots) + pools_of(elsewhere))
+    with pytest.raises(ConfigError, match="norm"):
+        LoRASlots(spec, 2, 4, ("q_proj", "norm"), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 3, 8, 32])
+def test_copies_are_cut_into_what_torch_does_in_the_calling_thread(
+    spec: ModelSpec, dtype: torch.dtype, rank: int
+) -> None:
+    large = msgspec.structs.replace(spec, intermediate_size=5 * SERIAL_ELEMENTS + 3, num_layers=1)
+    slots = LoRASlots(large, 2, 32, ("down_proj", "up_proj"), dtype, CPU)
+    adapter, affine = make_adapter(large, {(0, "down_proj"): rank, (0, "up_proj"): rank}, [(0, "up_proj")])
+    image = build_image(slots.layout, adapter, affine, dtype)
+    assert all(source.numel() <= SERIAL_ELEMENTS for source in image.sources)
+    slots.write(1, image)
+    found = content(slots, 1)
+    for key, (a, b) in adapter.tensors.items():
+        assert torch.equal(found[key][0][:rank], a.to(dtype))
+        assert torch.equal(found[key][1][:, :rank], b.to(dtype))
+    assert torch.equal(found[0, "up_proj"][2], affine[0, "up_proj"].to(dtype))
+    assert not any(tensor[0].any() for tensor in pools_of(slots))
