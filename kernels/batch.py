@@ -50,12 +50,24 @@ class Grouping(NamedTuple):
     """[num_tokens - first] the padded row of each token from ``first`` on; None if it is the same."""
 
 
+class AffineRows(NamedTuple):
+    """The tokens whose outputs are scaled or shifted."""
+
+    long: tuple[Segment, ...]
+    """Taken one by one: their slot's values are broadcast, not copied for each token."""
+    tokens: Tensor | None
+    """[M] the tokens of all short segments, or None if there are none."""
+    slots: Tensor | None
+    """[M] the slot of each."""
+
+
 class LoRABatch:
     """Segments of a step's tokens by adapter slot.
 
     ``slots`` and ``counts`` give each sequence's slot (-1: no adapter) and number of tokens, sequences
-    sorted by slot; ``slot_ranks`` gives the rank in each slot of the pool. Index tensors live on
-    ``device``. Raises ValueError if the sequences are not sorted or a slot holds no adapter.
+    sorted by slot; ``slot_ranks`` gives the rank in each slot of the pool, and ``slot_affine`` says which
+    slots scale or shift outputs (empty: none). Index tensors live on ``device``. Raises ValueError if the
+    sequences are not sorted or a slot holds no adapter.
     """
 
     def __init__(
@@ -64,6 +76,8 @@ class LoRABatch:
         counts: Sequence[int],
         slot_ranks: Sequence[int],
         device: torch.device | str = "cpu",
+        *,
+        slot_affine: Sequence[bool] = (),
     ) -> None:
         self.device = torch.device(device)
         self.num_tokens = sum(counts)
@@ -81,6 +95,28 @@ class LoRABatch:
                     segments.append(Segment(slot, start, start + count, slot_ranks[slot]))
             start, previous = start + count, slot
         self.segments: tuple[Segment, ...] = tuple(segments)
+        self.affine: tuple[Segment, ...] = tuple(s for s in segments if slot_affine and slot_affine[s.slot])
+        """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """[num_tokens - first] the slot of each token from the first one with an adapter."""
+        counts = torch.tensor([s.stop - s.start for s in self.segments])
+        slots = torch.tensor([s.slot for s in self.segments])
+        return slots.repeat_interleave(counts).to(self.device)
+
+    @cached_property
+    def affine_rows(self) -> AffineRows:
+        """The tokens of ``affine``, arranged for the fewest operations and copies."""
+        short = [s for s in self.affine if s.stop - s.start <= _SHORT]
+        long = tuple(s for s in self.affine if s.stop - s.start > _SHORT)
+        if not short:
+            return AffineRows(long, None, None)
+        tokens = [token for s in short for token in range(s.start, s.stop)]
+        slots = [s.slot for s in short for _ in range(s.start, s.stop)]
+        return AffineRows(
+            long, torch.tensor(tokens, device=self.device), torch.tensor(slots, device=self.device)
+        )
 
     @cached_property
     def grouping(self) -> Grouping:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from aioengine.kernels import grouped, reference
 from aioengine.kernels.batch import LoRABatch
+
+logger = logging.getLogger("aioengine")
 
 ENV = "AIOENGINE_KERNELS"
 """Environment variable that overrides the default backend."""
@@ -41,14 +45,54 @@ class LoRABackend(Protocol):
         ``h`` [T, n, R], ``b``: n tensors [S, out_j, R], ``y`` [T, >= max(offsets[j] + out_j)].
         """
 
+    def lora_affine(
+        self, y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch
+    ) -> None:
+        """``y[t, offsets[j] : offsets[j] + out_j] += gain * y[t, ...] + shift``, in place.
 
-_BACKENDS: dict[str, LoRABackend] = {"torch": grouped, "reference": reference}
+        ``affine``: n tensors [S, 2, out_j], gain and shift of each slot. Only the tokens of
+        ``batch.affine`` are touched. DoRA and trained biases come to this.
+        """
+
+    def lora_embed(self, token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+        """``h[t, 0] = A[slot(t)][:, token_ids[t]]``: :meth:`lora_shrink` of one-hot tokens.
+
+        ``token_ids`` [T], ``a`` [S, R, vocabulary]; returns h [T, 1, R] in a's dtype, zero wherever no
+        adapter reaches.
+        """
 
 
 def available_backends(device_type: str) -> list[str]:
-    """The names that :func:`get_backend` takes on this type of device ("cpu", "cuda"), best first."""
-    del device_type  # the plain-torch backends run everywhere
-    return list(_BACKENDS)
+    """The names that :func:`get_backend` takes on this type of device ("cpu", "cuda"), best first.
+
+    On a CPU, the first call in the life of a machine compiles the library (blocking, a few seconds).
+    """
+    return list(_backends(device_type))
+
+
+def _backends(device_type: str) -> dict[str, LoRABackend]:
+    found: dict[str, LoRABackend] = {"torch": grouped, "reference": reference}  # these run everywhere
+    if device_type == "cpu" and (cpu := _cpu_backend()) is not None:
+        found = {"cpu": cpu, **found}
+    return found
+
+
+@functools.cache
+def _cpu_backend() -> LoRABackend | None:
+    from aioengine.kernels.cpu import lora
+    from aioengine.kernels.cpu.build import Unavailable
+    from aioengine.kernels.cpu.library import load
+
+    try:
+        load()
+    except Unavailable as error:
+        logger.warning(
+            "the CPU kernels are not available: %s. Plain torch is used in their place: about half of the "
+            "throughput is lost, with LoRA more",
+            error,
+        )
+        return None
+    return lora
 
 
 def get_backend(device_type: str, name: str | None = None) -> LoRABackend:
@@ -56,7 +100,8 @@ def get_backend(device_type: str, name: str | None = None) -> LoRABackend:
 
     Raises ValueError, listing what is available, if there is no such backend for the device.
     """
-    available = available_backends(device_type)
+    backends = _backends(device_type)
+    available = list(backends)
     chosen = name or os.environ.get(ENV) or available[0]
     if chosen not in available:
         source = "" if name else f" (from the environment variable {ENV})"
@@ -64,4 +109,4 @@ def get_backend(device_type: str, name: str | None = None) -> LoRABackend:
             f"no kernel backend {chosen!r}{source} for device {device_type!r}; "
             f"available: {', '.join(available)}"
         )
-    return _BACKENDS[chosen]
+    return backends[chosen]

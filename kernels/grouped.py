@@ -51,6 +51,37 @@ def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int
         y[grouping.first :, offset : offset + width] += _in_token_order(delta, grouping)
 
 
+def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
+    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`LoRABackend`."""
+    if not batch.affine:
+        return
+    long, tokens, slots = batch.affine_rows
+    for affine_j, offset in zip(affine, offsets, strict=True):
+        y_j = y[:, offset : offset + affine_j.shape[2]]
+        for segment in long:
+            gain, shift = affine_j[segment.slot]
+            rows = y_j[segment.start : segment.stop]
+            rows.copy_(_scaled(rows, gain, shift))
+        if tokens is not None and slots is not None:
+            gain, shift = affine_j.index_select(0, slots).unbind(1)
+            y_j[tokens] = _scaled(y_j.index_select(0, tokens), gain, shift).to(y.dtype)
+
+
+def _scaled(y: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """``y + gain * y + shift``, in float32 before it is rounded."""
+    wide = y.float()
+    return torch.addcmul(wide + shift, wide, gain.float())
+
+
+def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`LoRABackend`."""
+    h = a.new_zeros(len(token_ids), 1, a.shape[1])
+    if batch.segments:
+        first = batch.segments[0].start
+        h[first:, 0] = a[batch.slot_of_token, :, token_ids[first:]]
+    return h
+
+
 def _row_ranges(grouping: Grouping) -> Iterator[tuple[Group, int, int]]:
     """Each group with its range of padded rows."""
     start = 0

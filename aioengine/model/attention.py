@@ -8,6 +8,7 @@ so a chunk may start anywhere. All indices and masks are built once a step (:cla
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,13 +75,35 @@ class AttentionPlan:
         first = torch.tensor([span.start - span.row for span in spans])
         sequence = torch.repeat_interleave(torch.arange(len(spans)), counts)
         positions = torch.arange(len(sequence)) + first[sequence]
-        self._tables, self._block_size = padded, block_size
+        self._spans, self._tables, self._block_size = spans, padded, block_size
+        self._windows = tuple(windows)
         self._dtype, self._device = dtype, device
         self.positions = positions.to(device)
         """[T] absolute position of each token."""
         self.cells = self._cells(sequence, positions).to(device)
         """[T] the cell where each token's key and value are stored."""
-        self.windows = {window: self._window_plan(spans, window) for window in windows}
+
+    @cached_property
+    def windows(self) -> dict[int | None, WindowPlan]:
+        """Indices and masks by window size, for :func:`paged_attention`."""
+        return {window: self._window_plan(self._spans, window) for window in self._windows}
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """[N, 3] row, length and start of each sequence (int32)."""
+        return torch.tensor(self._spans, dtype=torch.int32)
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """[N, width] block tables, padded (int32)."""
+        return self._tables.to(torch.int32)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[T] whether a token is its sequence's last in this step (uint8)."""
+        last = torch.zeros(len(self.positions), dtype=torch.uint8)
+        last[[span.row + span.length - 1 for span in self._spans]] = 1
+        return last
 
     def _cells(self, sequence: Tensor, positions: Tensor) -> Tensor:
         """The cells of ``positions`` in the sequences of these indices (broadcast)."""

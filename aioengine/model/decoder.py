@@ -10,19 +10,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels import LoRABackend, LoRABatch
+from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.model.attention import AttentionPlan, paged_attention
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.layers import rms_norm, silu_and_mul
-from aioengine.model.lora_slots import FUSED_MODULES, FusedLoRA, LoRASlots
+from aioengine.model.lora_slots import FusedLoRA, LoRASlots
 from aioengine.model.rope import Rope, rotate_
+from aioengine.model.slot_layout import FUSED_MODULES
 from aioengine.model.spec import ModelSpec
 
 
 @dataclass(slots=True)
 class Linear:
-    weight: Tensor
+    weight: Tensor | PackedWeight
     """[out, in]"""
     bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]"""
+        if isinstance(self.weight, PackedWeight):
+            return self.weight.linear(x, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows ``begin..end-1`` of the weight: a view, or a copy if it is packed."""
+        if isinstance(self.weight, PackedWeight):
+            return self.weight.rows(begin, end)
+        return self.weight[begin:end]
+
+    def pack(self) -> None:
+        """Rearranges the weight for the CPU library; what was a view of it no longer is."""
+        if isinstance(self.weight, Tensor):
+            self.weight = PackedWeight.pack(self.weight)
 
 
 @dataclass(slots=True)
@@ -47,6 +66,9 @@ class StepInputs:
     """[N] the token rows whose next token is wanted."""
     attention: AttentionPlan
     lora: LoRABatch
+    """The tokens by adapter slot."""
+    sample_lora: LoRABatch
+    """The same for ``sample_rows``."""
 
 
 class Decoder:
@@ -68,7 +90,7 @@ class Decoder:
         self.device = device
         self.kernels = kernels
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self.embed_tokens = empty(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens: Tensor | PackedWeight = empty(spec.vocab_size, spec.hidden_size)
         self.layers = [
             Layer(
                 input_norm=empty(spec.hidden_size),
@@ -84,16 +106,20 @@ class Decoder:
         ]
         self.norm = empty(spec.hidden_size)
         tied = spec.tie_embeddings
-        self.lm_head = self.embed_tokens if tied else empty(spec.vocab_size, spec.hidden_size)
+        self.head = Linear(self.embed_tokens if tied else empty(spec.vocab_size, spec.hidden_size), None)
+        self.nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
+        """Bytes of the weights."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter under its Hugging Face name, as a view of where it is stored.
 
-        The views cover the decoder's weights exactly once; a tied head appears as the embedding.
+        The views cover the decoder's weights exactly once; a tied head appears as the embedding. To be
+        called before they are packed.
         """
+        assert isinstance(self.embed_tokens, Tensor) and isinstance(self.head.weight, Tensor)
         out = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}
         if not self.spec.tie_embeddings:
-            out["lm_head.weight"] = self.lm_head
+            out["lm_head.weight"] = self.head.weight
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
             out[f"{prefix}.input_layernorm.weight"] = layer.input_norm
@@ -107,28 +133,61 @@ class Decoder:
                 for module in FUSED_MODULES[fused]:
                     rows = self.spec.linear(module).out_features
                     name = f"{prefix}.{block}.{module}"
-                    out[f"{name}.weight"] = linear.weight[row : row + rows]
+                    out[f"{name}.weight"] = linear.rows(row, row + rows)
                     if linear.bias is not None:
                         out[f"{name}.bias"] = linear.bias[row : row + rows]
                     row += rows
         return out
 
+    def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed."""
+        if module in ("embed_tokens", "lm_head"):
+            weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
+            whole = weight if isinstance(weight, Tensor) else weight.rows(0, weight.n)
+            return whole.T if module == "embed_tokens" else whole, None
+        for fused, linear in self._linears(self.layers[layer]).items():
+            row = 0
+            for member in FUSED_MODULES[fused]:
+                end = row + self.spec.linear(member).out_features
+                if member == module:
+                    return linear.rows(row, end), None if linear.bias is None else linear.bias[row:end]
+                row = end
+        raise KeyError(module)
+
     @staticmethod
     def _linears(layer: Layer) -> dict[str, Linear]:
         return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(parameter.nbytes for parameter in self.parameters().values())
+    def pack(self) -> None:
+        """Rearrange all weights for the CPU library, one after the other."""
+        for layer in self.layers:
+            for linear in self._linears(layer).values():
+                linear.pack()
+        tied = self.head.weight is self.embed_tokens
+        if tied:
+            self.embed_tokens = self.norm  # or it would be kept beside its packed copy
+        self.head.pack()
+        if tied:
+            self.embed_tokens = self.head.weight
+
+    def embed(self, inputs: StepInputs, slots: LoRASlots | None) -> Tensor:
+        """The hidden state [T, hidden] that the first layer gets."""
+        if isinstance(self.embed_tokens, PackedWeight):
+            hidden = self.embed_tokens.gather(inputs.token_ids)
+        else:
+            hidden = F.embedding(inputs.token_ids, self.embed_tokens)
+        pool = slots.outer.get("embed_tokens") if slots else None
+        if pool is not None and inputs.lora.segments:
+            h = self.kernels.lora_embed(inputs.token_ids, pool.a, inputs.lora)
+            self._expand(h.to(hidden.dtype), pool, hidden, inputs.lora)
+        return hidden
 
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         spec, plan = self.spec, inputs.attention
         cos, sin = self.rope.cos_sin(plan.positions)
         heads, qk_heads = spec.num_heads, spec.num_heads + spec.num_kv_heads
-        hidden = F.embedding(inputs.token_ids, self.embed_tokens)
-
+        hidden = self.embed(inputs, slots)
         for i, layer in enumerate(self.layers):
             apply = self._linear_with_lora(inputs.lora, slots.layers[i] if slots else {})
 
@@ -147,7 +206,8 @@ class Decoder:
             hidden += apply("down", layer.down, x)
 
         hidden = hidden.index_select(0, inputs.sample_rows)
-        return F.linear(rms_norm(hidden, self.norm, spec.rms_norm_eps), self.lm_head)
+        apply = self._linear_with_lora(inputs.sample_lora, slots.outer if slots else {})
+        return apply("lm_head", self.head, rms_norm(hidden, self.norm, spec.rms_norm_eps))
 
     def _linear_with_lora(
         self, batch: LoRABatch, pools: dict[str, FusedLoRA]
@@ -155,11 +215,17 @@ class Decoder:
         """``apply(name, linear, x)``: the linear, plus each token's adapter if it targets the linear."""
 
         def apply(fused: str, linear: Linear, x: Tensor) -> Tensor:
-            y = F.linear(x, linear.weight, linear.bias)
+            y = linear(x)
             pool = pools.get(fused)
             if pool is not None and batch.segments:
                 h = self.kernels.lora_shrink(x, pool.a, batch, len(pool.modules))
-                self.kernels.lora_expand(h, pool.b, y, pool.offsets, batch)
+                self._expand(h, pool, y, batch)
             return y
 
         return apply
+
+    def _expand(self, h: Tensor, pool: FusedLoRA, y: Tensor, batch: LoRABatch) -> None:
+        """Completes y, the base linear's output, in place."""
+        self.kernels.lora_expand(h, pool.b, y, pool.offsets, batch)
+        if batch.affine:
+            self.kernels.lora_affine(y, pool.affine, pool.offsets, batch)

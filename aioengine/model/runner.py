@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aioengine.info import LoadProgress
 from aioengine.kernels import LoRABatch, get_backend
 from aioengine.model.attention import AttentionPlan, Span
 from aioengine.model.decoder import Decoder, StepInputs
@@ -18,6 +20,8 @@ from aioengine.model.spec import LORA_MODULES, ModelSpec
 from aioengine.model.weights import load_weights
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
+logger = logging.getLogger("aioengine")
+
 Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 """``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""
 
@@ -26,7 +30,8 @@ class ModelRunner:
     """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then
-    ``lora_slots`` is None. ``sample`` and ``kernels`` (a backend's name) replace the defaults.
+    ``lora_slots`` is None. ``sample`` and ``kernels`` (a backend's name) replace the defaults;
+    ``progress`` is told how far the weights are read.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``.
     """
 
@@ -45,6 +50,7 @@ class ModelRunner:
         target_modules: Iterable[str] = LORA_MODULES,
         sample: Sampler | None = None,
         kernels: str | None = None,
+        progress: LoadProgress | None = None,
     ) -> None:
         if sample is None:
             from aioengine.model.sampler import sample as default_sample
@@ -54,15 +60,27 @@ class ModelRunner:
         self.dtype = dtype
         self.device = torch.device(device)
         self.decoder = Decoder(spec, dtype, self.device, get_backend(self.device.type, kernels))
-        load_weights(self.decoder, weights)
+        load_weights(self.decoder, weights, progress)
         self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device)
         self.lora_slots = (
             LoRASlots(spec, max_loras, max_lora_rank, target_modules, lora_dtype or dtype, self.device)
             if max_loras > 0
             else None
         )
+        self._forward = self._choose_forward(block_size)
         self._sample = sample
         self._windows = {spec.window(layer) for layer in range(spec.num_layers)}
+
+    def _choose_forward(self, block_size: int) -> Callable[[StepInputs], Tensor]:
+        """The compiled step where there is one, else the decoder's own."""
+        if self.decoder.kernels.name == "cpu":
+            from aioengine.model.native import NativeForward, not_covered
+
+            reason = not_covered(self.spec, self.dtype, block_size, self.lora_slots)
+            if reason is None:
+                return NativeForward(self.decoder, self.kv_cache, self.lora_slots).forward
+            logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
+        return lambda inputs: self.decoder.forward(inputs, self.kv_cache, self.lora_slots)
 
     @property
     def weight_bytes(self) -> int:
@@ -74,9 +92,11 @@ class ModelRunner:
         began = time.perf_counter()
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         if batch.sequences:
+            if self.lora_slots is not None:
+                self.lora_slots.before_step()
             with torch.inference_mode():
                 inputs, asking = self._prepare(batch)
-                logits = self.decoder.forward(inputs, self.kv_cache, self.lora_slots)
+                logits = self._forward(inputs)
                 if asking:
                     rows = [batch.sequences[i] for i in asking]
                     for i, token in zip(asking, self._sample(logits, rows), strict=True):
@@ -97,8 +117,12 @@ class ModelRunner:
                 sample_rows.append(len(token_ids) - 1)
         # Without slots every sequence must be a base row; LoRABatch refuses anything else.
         ranks = batch.slot_ranks if self.lora_slots is not None else ()
-        slots = [work.slot for work in batch.sequences]
-        lora = LoRABatch(slots, [span.length for span in spans], ranks, self.device)
+        affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
+
+        def lora_batch(sequences: Iterable[int], counts: list[int]) -> LoRABatch:
+            slots = [batch.sequences[i].slot for i in sequences]
+            return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
+
         inputs = StepInputs(
             token_ids=torch.tensor(token_ids, device=self.device),
             sample_rows=torch.tensor(sample_rows, dtype=torch.long, device=self.device),
@@ -110,6 +134,7 @@ class ModelRunner:
                 self.dtype,
                 self.device,
             ),
-            lora=lora,
+            lora=lora_batch(range(len(spans)), [span.length for span in spans]),
+            sample_lora=lora_batch(asking, [1] * len(asking)),
         )
         return inputs, asking

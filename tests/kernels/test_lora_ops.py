@@ -26,12 +26,20 @@ class Case(NamedTuple):
     x: Tensor
     a: Tensor
     b: list[Tensor]
+    affine: list[Tensor]
     y: Tensor
     offsets: list[int]
+    slot_affine: list[bool]
+    """The slots that scale and shift; what ``affine`` holds for the others is NaN."""
 
     @property
     def batch(self) -> LoRABatch:
-        return LoRABatch([s for s, _ in self.sequences], [n for _, n in self.sequences], self.ranks)
+        return LoRABatch(
+            [s for s, _ in self.sequences],
+            [n for _, n in self.sequences],
+            self.ranks,
+            slot_affine=self.slot_affine,
+        )
 
     @property
     def slot_of_token(self) -> list[int]:
@@ -46,6 +54,7 @@ def make_case(
     n_in: int = 24,
     widths: Sequence[int] = (32, 16, 16),
     targeted: Sequence[int] = (0, 1, 2),
+    slot_affine: Sequence[bool] = (),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
@@ -65,17 +74,24 @@ def make_case(
         a[slot].view(len(targeted), max_rank, n_in)[:, beyond] = value
         for b_j in b:
             b_j[slot, :, beyond] = value
+    affine = [randn(len(ranks), 2, widths[j]) for j in targeted]
+    for slot in range(len(ranks)):
+        if not (slot_affine and slot_affine[slot]):
+            for affine_j in affine:
+                affine_j[slot] = float("nan")
     starts = [sum(widths[:j]) for j in targeted]
     y = randn(tokens, sum(widths))
-    return Case(sorted(sequences), list(ranks), randn(tokens, n_in), a, b, y, starts)
+    x = randn(tokens, n_in)
+    return Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
 
 
 def apply(backend: LoRABackend, case: Case) -> tuple[Tensor, Tensor]:
-    """h, and y after both operations."""
+    """h, and y after all operations."""
     y = case.y.clone()
     batch = case.batch
     h = backend.lora_shrink(case.x, case.a, batch, len(case.b))
     backend.lora_expand(h, case.b, y, case.offsets, batch)
+    backend.lora_affine(y, case.affine, case.offsets, batch)
     return h, y
 
 
@@ -87,10 +103,11 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Case:
     counts = st.one_of(st.integers(0, 4), st.integers(0, 70))
     sequences = draw(st.lists(st.tuples(st.integers(-1, slots - 1), counts), min_size=1, max_size=9))
     widths = draw(st.sampled_from([(32, 16, 16), (40, 40), (24,)]))
+    slot_affine = draw(st.just([]) | st.lists(st.booleans(), min_size=slots, max_size=slots))
     targeted = draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
     return make_case(
         sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
-        seed=draw(st.integers(0, 1000)),
+        slot_affine=slot_affine, seed=draw(st.integers(0, 1000)),
     )  # fmt: skip
 
 
@@ -108,7 +125,11 @@ def test_reference_is_the_definition(case: Case) -> None:
                 a_j = case.a[slot, j * max_rank : j * max_rank + rank]
                 expected_h[t, j, :rank] = a_j @ case.x[t]
                 delta = b_j[slot, :, :rank] @ (a_j @ case.x[t])
-                expected_y[t, offset : offset + b_j.shape[1]] += delta
+                y_j = expected_y[t, offset : offset + b_j.shape[1]]
+                y_j += delta
+                if case.slot_affine and case.slot_affine[slot]:
+                    gain, shift = case.affine[j][slot]
+                    y_j += gain * y_j + shift
     torch.testing.assert_close(h, expected_h, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-3)
 
@@ -136,15 +157,17 @@ def test_backends_are_close_to_the_reference_in_bfloat16(name: str, case: Case) 
 
 @pytest.mark.parametrize("name", ["reference", *OTHERS])
 def test_a_pool_in_lower_precision_than_the_activations(name: str) -> None:
-    case = make_case([(-1, 2), (0, 3), (2, 5)], [4, 4, 2], 8)
-    low = case._replace(a=case.a.bfloat16(), b=[b.bfloat16() for b in case.b])
-    wide = low._replace(a=low.a.float(), b=[b.float() for b in low.b])
+    case = make_case([(-1, 2), (0, 3), (2, 50)], [4, 4, 2], 8, slot_affine=[True, False, True])
+    low = case._replace(
+        a=case.a.bfloat16(), b=[b.bfloat16() for b in case.b], affine=[w.bfloat16() for w in case.affine]
+    )
+    wide = low._replace(a=low.a.float(), b=[b.float() for b in low.b], affine=[w.float() for w in low.affine])
     torch.testing.assert_close(apply(get_backend("cpu", name), low)[1], apply(REFERENCE, wide)[1])
 
 
 @pytest.mark.parametrize("name", ["reference", *OTHERS])
 def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
-    case = make_case([(-1, 3), (1, 4), (3, 20)], [4] * 4, 8, targeted=(0, 2))
+    case = make_case([(-1, 3), (1, 4), (3, 20)], [4] * 4, 8, targeted=(0, 2), slot_affine=[True] * 4)
     h, y = apply(get_backend("cpu", name), case)
     assert torch.equal(y[:3], case.y[:3])
     assert torch.equal(y[:, 32:48], case.y[:, 32:48])
@@ -156,7 +179,7 @@ def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
 @pytest.mark.parametrize("name", ["reference", *OTHERS])
 def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
     """A broken sequence shares padded products with others, and must not reach them."""
-    case = make_case([(0, 1), (1, 3), (3, 30)], [4, 3, 4, 4], 4)
+    case = make_case([(0, 1), (1, 3), (3, 30)], [4, 3, 4, 4], 4, slot_affine=[True, True, False, True])
     clean = apply(get_backend("cpu", name), case)[1]
     for token in (0, 2, 9):
         x = case.x.clone()
@@ -165,6 +188,30 @@ def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
         others = [t for t in range(len(x)) if t != token]
         assert y[token].isnan().all()
         torch.testing.assert_close(y[others], clean[others])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), data=st.data())
+def test_embedding_is_shrink_of_one_hot_tokens(name: str, case: Case, data: st.DataObject) -> None:
+    vocabulary = case.a.shape[2]
+    token_ids = torch.tensor(
+        data.draw(st.lists(st.integers(0, vocabulary - 1), min_size=len(case.x), max_size=len(case.x))),
+        dtype=torch.long,
+    )
+    a = case.a[:, : case.a.shape[1] // len(case.b)].contiguous()  # one slice
+    one_hot = torch.nn.functional.one_hot(token_ids, vocabulary).float()
+    expected = REFERENCE.lora_shrink(one_hot, a, case.batch, 1)
+    assert torch.equal(REFERENCE.lora_embed(token_ids, a, case.batch), expected)
+    assert torch.equal(get_backend("cpu", name).lora_embed(token_ids, a, case.batch), expected)
+
+
+def test_affine_tokens_are_those_of_the_slots_that_ask_for_it() -> None:
+    slots, counts, ranks = [-1, 0, 1, 3], [2, 3, 4, 5], [4] * 4
+    batch = LoRABatch(slots, counts, ranks, slot_affine=[False, True, True, True])
+    assert [segment.slot for segment in batch.affine] == [1, 3]
+    assert LoRABatch(slots, counts, ranks, slot_affine=[False] * 4).affine == ()
+    assert LoRABatch(slots, counts, ranks).affine == ()
 
 
 def test_segments_join_sequences_of_a_slot() -> None:
@@ -200,5 +247,5 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
     monkeypatch.setenv("AIOENGINE_KERNELS", "fast")
     with pytest.raises(ValueError, match=r"'fast'.*AIOENGINE_KERNELS.*torch, reference"):
         get_backend("cpu")
-    with pytest.raises(ValueError, match=r"'none'.*available: torch, reference"):
+    with pytest.raises(ValueError, match=r"'none'.*available: .*torch, reference"):
         get_backend("cpu", "none")

@@ -1,0 +1,184 @@
+"""A decoder's step as one call into the compiled CPU library, for models and settings that it covers.
+
+The weights are packed in place: they take as much memory as before. The KV cache keeps its memory and gets
+a layout of the library's own inside each block. What the library does not cover runs as it would without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels import LoRABatch
+from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.library import load, threads
+from aioengine.kernels.cpu.lora import segment_table
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
+from aioengine.model.decoder import Decoder, Linear, StepInputs
+from aioengine.model.kv_cache import KVCache
+from aioengine.model.lora_slots import FusedLoRA, LoRASlots
+from aioengine.model.spec import ModelSpec
+
+_SPAN = 16
+"""Block sizes and head dimensions must be multiples of this: the lanes of a vector."""
+
+
+def not_covered(spec: ModelSpec, dtype: torch.dtype, block_size: int, slots: LoRASlots | None) -> str | None:
+    """Why the library cannot run this model with these settings; None if it can."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype}"
+    if slots is not None and slots.dtype != dtype:
+        return f"lora_dtype {slots.dtype} beside dtype {dtype}"
+    if block_size % _SPAN:
+        return f"block_size {block_size}, no multiple of {_SPAN}"
+    if spec.head_dim % _SPAN:
+        return f"head_dim {spec.head_dim}, no multiple of {_SPAN}"
+    widths = (spec.vocab_size, spec.hidden_size, spec.intermediate_size)
+    if any(width % PANEL for width in widths):
+        return f"vocabulary, hidden or intermediate size of {widths}, not all multiples of {PANEL}"
+    return None
+
+
+class NativeForward:
+    """Packs a decoder's weights, and runs its steps. ``forward`` is :meth:`Decoder.forward`'s equal."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None) -> None:
+        assert not_covered(decoder.spec, decoder.dtype, cache.block_size, slots) is None
+        decoder.pack()
+        self._decoder, self._slots = decoder, slots
+        self._library = load()
+        self._max_rank = 0 if slots is None else slots.layout.max_rank
+        self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
+        self._model = self._model_struct(cache.block_size)
+        spec = decoder.spec
+        self._wide = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+        self._narrow = max(spec.intermediate_size, spec.num_heads * spec.head_dim)
+
+    def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
+        found = []
+        for i, layer in enumerate(self._decoder.layers):
+            pools = self._slots.layers[i] if self._slots else {}
+            linears = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
+            found.append(
+                structs.Layer(
+                    input_norm=layer.input_norm.data_ptr(),
+                    q_norm=pointer(layer.q_norm),
+                    k_norm=pointer(layer.k_norm),
+                    post_norm=layer.post_attention_norm.data_ptr(),
+                    keys=cache.k[i].data_ptr(),
+                    values=cache.v[i].data_ptr(),
+                    window=self._decoder.spec.window(i) or 0,
+                    **{name: _matrix(linear) for name, linear in linears.items()},
+                    **{f"lora_{name}": _pool(pools, name) for name in linears},
+                )
+            )
+        return found
+
+    def _model_struct(self, block_size: int) -> structs.Model:
+        decoder, spec = self._decoder, self._decoder.spec
+        return structs.Model(
+            bf16=int(decoder.dtype == torch.bfloat16),
+            layers=spec.num_layers,
+            hidden=spec.hidden_size,
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            intermediate=spec.intermediate_size,
+            block_size=block_size,
+            slot_stride=0 if self._slots is None else self._slots.layout.elements,
+            max_rank=self._max_rank,
+            eps=spec.rms_norm_eps,
+            attention_scale=spec.head_dim**-0.5,
+            norm=decoder.norm.data_ptr(),
+            head=_matrix(decoder.head),
+            lora_head=_pool(self._slots.outer if self._slots else {}, "lm_head"),
+            layer=self._layers,
+        )
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
+        decoder, spec, plan = self._decoder, self._decoder.spec, inputs.attention
+        hidden = decoder.embed(inputs, self._slots)
+        tokens, samples = len(hidden), len(inputs.sample_rows)
+        cos, sin = decoder.rope.cos_sin(plan.positions)
+
+        def scratch(width: int) -> Tensor:
+            return torch.empty(tokens, width, dtype=decoder.dtype)
+
+        logits = torch.empty(samples, spec.vocab_size, dtype=decoder.dtype)
+        x, wide, narrow = scratch(spec.hidden_size), scratch(self._wide), scratch(self._narrow)
+        h = scratch(structs.MAX_SLICES * self._max_rank)
+        # Tables stay referenced by these names while the library reads them.
+        batches = [_Segments(inputs.lora), _Segments(inputs.sample_lora)]
+        step = structs.Step(
+            tokens=tokens,
+            sequences=len(plan.spans),
+            table_width=plan.tables.shape[1],
+            samples=samples,
+            threads=threads(),
+            lora=batches[0].struct,
+            sample_lora=batches[1].struct,
+            **_pointers(
+                hidden=hidden,
+                cos=cos,
+                sin=sin,
+                cells=plan.cells,
+                last=plan.last,
+                tables=plan.tables,
+                spans=plan.spans,
+                sample_rows=inputs.sample_rows,
+                logits=logits,
+                x=x,
+                wide=wide,
+                narrow=narrow,
+                h=h,
+            ),
+        )
+        self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
+        return logits
+
+
+class _Segments:
+    """A LoRABatch as the library reads it."""
+
+    def __init__(self, batch: LoRABatch) -> None:
+        self._all, self._affine = segment_table(batch.segments), segment_table(batch.affine)
+        self.struct = structs.LoraBatch(
+            segments=self._all.data_ptr(),
+            count=len(batch.segments),
+            affine=self._affine.data_ptr(),
+            affine_count=len(batch.affine),
+        )
+
+
+def _pointers(**tensors: Tensor) -> dict[str, int]:
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _matrix(linear: Linear) -> structs.Matrix:
+    weight = linear.weight
+    assert isinstance(weight, PackedWeight)
+    return structs.Matrix(weight.data.data_ptr(), pointer(linear.bias), weight.n, weight.k)
+
+
+def _pool(pools: Mapping[str, FusedLoRA], name: str) -> structs.LoraPool:
+    pool = pools.get(name)
+    if pool is None:
+        return structs.LoraPool(slices=0)
+    slices: Sequence[structs.LoraSlice] = [
+        structs.LoraSlice(
+            b=b.data_ptr(),
+            affine=affine.data_ptr(),
+            out=b.shape[1],
+            offset=offset,
+            b_stride=b.stride(0),
+            affine_stride=affine.stride(0),
+        )
+        for b, affine, offset in zip(pool.b, pool.affine, pool.offsets, strict=True)
+    ]
+    table = (structs.LoraSlice * structs.MAX_SLICES)(*slices)
+    return structs.LoraPool(a=pool.a.data_ptr(), slices=len(slices), slice=table)

@@ -1,0 +1,125 @@
+"""Compiles the CPU kernels once for each machine, into a cache folder.
+
+The library has a plain C interface and needs neither torch nor Python to be built: any C++ compiler with
+OpenMP will do, in a few seconds. The cache's key covers the sources, the compiler and the flags, so a new
+version, another compiler or another CPU gets a library of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+logger = logging.getLogger("aioengine")
+
+SOURCES = Path(__file__).parent / "src"
+COMPILE_SECONDS = 120
+_FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
+)
+# By what the CPU must have: (name, CPU features, compiler flags), best first.
+_LEVELS = (
+    (
+        "avx512_bf16",
+        ("avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        ("-march=x86-64-v4", "-mavx512bf16"),
+    ),
+    ("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("-march=x86-64-v4",)),
+    ("avx2", ("avx2", "fma", "f16c", "bmi2"), ("-march=x86-64-v3",)),
+)
+
+
+class Unavailable(Exception):
+    """The library cannot be had; the message says why and what would help."""
+
+
+def library(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Path:
+    """The compiled library. Compiles it (blocking, a few seconds) if the cache has it not.
+
+    ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler
+    (sanitizers, say). Raises Unavailable.
+    """
+    compiler = _compiler()
+    supported = levels()
+    level = level or next(iter(supported))
+    command = [compiler, *_FLAGS, *supported[level], *extra_flags]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
+    if not path.exists():
+        logger.info("compiling the CPU kernels (%s) with %s, once", level, compiler)
+        _compile([*command, *map(str, sources)], path)
+    return path
+
+
+def levels() -> dict[str, tuple[str, ...]]:
+    """The instruction sets that the kernels can be compiled for here, best first, with compiler flags."""
+    found: dict[str, tuple[str, ...]] = {}
+    if platform.machine() in ("x86_64", "AMD64"):
+        features = _cpu_features()
+        found = {name: flags for name, needed, flags in _LEVELS if features.issuperset(needed)}
+    return {**found, "generic": ()}
+
+
+def _cpu_features() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("flags"):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def _compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise Unavailable(f"no C++ compiler is found ({', '.join(names)}); install g++ or clang++, or set CXX")
+
+
+def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
+    digest = hashlib.sha256("\0".join(command).encode())
+    try:
+        digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout)
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be run: {error}") from error
+    for file in (*sources, *sorted(SOURCES.glob("*.h"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "aioengine" / "kernels"
+
+
+def _compile(command: list[str], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / "kernels.so"
+            done = subprocess.run(
+                [*command, "-o", str(built)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=COMPILE_SECONDS,
+                check=False,
+            )
+            if done.returncode != 0:
+                first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+                raise Unavailable(f"{command[0]} failed with status {done.returncode}: {first}")
+            os.replace(built, path)  # whole or not at all, whoever else compiles
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the kernels cannot be compiled into {path.parent}: {error}") from error

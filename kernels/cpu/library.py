@@ -1,0 +1,83 @@
+"""The compiled library's functions, with their argument types, and whether it may be used here."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from ctypes import c_float, c_int, c_long, c_void_p
+
+import torch  # before the library: its OpenMP runtime must be the one that both use
+
+from aioengine.kernels.cpu.build import Unavailable, library
+
+_SIGNATURES = {
+    "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long),
+    "aio_unpack": (c_int, c_void_p, c_void_p, c_long, c_long, c_long),
+    "aio_gather": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
+    "aio_linear": (
+        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
+        *(c_long, c_long, c_long, c_int),
+    ),
+    "aio_attention": (
+        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
+        *(c_long, c_long, c_long, c_long, c_long, c_float, c_int),
+    ),
+    "aio_rope_store": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_long, c_long, c_long, c_long, c_long, c_int),
+    ),
+    "aio_add_rms_norm": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int),
+    "aio_silu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
+    "aio_lora_shrink": (
+        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+        *(c_void_p, c_long, c_int),
+    ),
+    "aio_lora_expand": (
+        *(c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
+    ),
+    "aio_lora_affine": (*(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),),
+    "aio_head_norm": (c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int),
+    "aio_step": (c_void_p, c_void_p),
+}
+
+
+@functools.cache
+def load(level: str | None = None) -> ctypes.CDLL:
+    """The library, compiled first if need be. ctypes releases the GIL while its functions run.
+
+    ``level``: see :func:`aioengine.kernels.cpu.build.library`.
+
+    Raises Unavailable if it cannot be compiled or loaded, or would bring a second OpenMP runtime: two of
+    them in one process fight for the cores, and everything becomes several times slower.
+    """
+    path = library(level)
+    before = openmp_runtimes()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    second = openmp_runtimes() - before
+    if second:
+        raise Unavailable(
+            f"the kernels would bring a second OpenMP runtime ({', '.join(second)}) beside torch's "
+            f"({', '.join(before)}); set CXX to a compiler that uses the same one"
+        )
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def openmp_runtimes() -> set[str]:
+    """The files of the OpenMP runtimes in this process; Linux only, elsewhere empty."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            return set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)\b\S*)", maps.read()))
+    except OSError:
+        return set()
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()

@@ -1,0 +1,72 @@
+"""Weights rearranged for the packed linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.cpu.library import load, threads
+
+PANEL = 16
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A weight [n, k] as panels of 16 rows; see ``src/linear.cpp``. Takes as much memory as before."""
+
+    data: Tensor
+    n: int
+    k: int
+
+    @staticmethod
+    def fits(n: int, k: int, dtype: torch.dtype) -> bool:
+        """Whether a weight can be packed without padding."""
+        return dtype in DTYPES and n % PANEL == 0 and k % (4 // dtype.itemsize) == 0
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> PackedWeight:
+        """A packed copy of ``weight`` [n, k], contiguous."""
+        n, k = weight.shape
+        assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
+        data = torch.empty(n * k, dtype=weight.dtype)
+        load().aio_pack(is_bf16(weight), weight.data_ptr(), data.data_ptr(), n, k)
+        return cls(data, n, k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """A copy of rows ``begin..end-1``: [end - begin, k]."""
+        out = torch.empty(end - begin, self.k, dtype=self.data.dtype)
+        load().aio_unpack(is_bf16(self.data), self.data.data_ptr(), out.data_ptr(), begin, end, self.k)
+        return out
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """The rows ``indices`` [T] (int64): [T, k]."""
+        out = torch.empty(len(indices), self.k, dtype=self.data.dtype)
+        load().aio_gather(
+            *(is_bf16(self.data), self.data.data_ptr(), indices.data_ptr(), out.data_ptr()),
+            *(len(indices), self.k, threads()),
+        )
+        return out
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k], contiguous: [T, n]."""
+        y = torch.empty(len(x), self.n, dtype=x.dtype)
+        load().aio_linear(
+            *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), pointer(bias)),
+            *(y.data_ptr(), self.n, len(x), self.n, self.k, threads()),
+        )
+        return y
+
+
+def is_bf16(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

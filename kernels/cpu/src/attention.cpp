@@ -1,0 +1,228 @@
+// Attention over the paged KV cache: decode rows and prompt chunks in one call.
+//
+// Online softmax over blocks of keys, after FlashAttention (Dao et al., 2022, arXiv:2205.14135); paging
+// after PagedAttention (Kwon et al., 2023, arXiv:2309.06180). A task is a few query tokens of one
+// sequence with all query heads of one key head, so that a key is loaded once for all of them.
+//
+// Cache layout, for each block and key head, block_size a multiple of 16 (L lanes of head_dim):
+//   keys    [block_size / 16][L][16 keys]           a vector holds one lane of 16 keys
+//   values  [block_size / PER_LANE][head_dim]       a lane holds one dimension of 1 or 2 neighbouring keys
+#include <omp.h>
+
+#include <cmath>
+#include <vector>
+
+#include "ops.h"
+
+namespace aio {
+namespace {
+
+constexpr int CHUNK = 4;              // panels of 16 keys between two updates of the softmax
+constexpr int KEYS = CHUNK * LANES;   // keys in a chunk
+constexpr int MAX_ROWS = 32;          // query rows (token, head) of a task
+constexpr float NONE = -INFINITY;
+constexpr vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+struct Attention {
+  const void* q;
+  long q_stride;  // elements from one token's queries to the next's
+  const void* keys;
+  const void* values;
+  const int32_t* tables;  // [sequences, table_width]
+  long table_width;
+  const int32_t* spans;  // [sequences][row, length, start]
+  long sequences;
+  void* out;  // [tokens, heads * head_dim]
+  long heads, kv_heads, head_dim, block_size, window;  // window 0: all keys
+  float scale;
+};
+
+// Scores of R query rows against the 64 keys of four panels.
+template <class T, int R>
+void scores(const uint32_t* q, const uint32_t* const (&panel)[CHUNK], long lanes, float* out) {
+  vf acc[R][CHUNK];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < CHUNK; p++) acc[r][p] = vf{};
+  for (long k = 0; k < lanes; k++) {
+    vu b[CHUNK];
+    for (int p = 0; p < CHUNK; p++) b[p] = load(panel[p] + k * LANES);
+    for (int r = 0; r < R; r++) {
+      const vu a = splat(q[r * lanes + k]);
+      for (int p = 0; p < CHUNK; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < CHUNK; p++) storef(out + r * KEYS + p * LANES, acc[r][p]);
+}
+
+// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk.
+template <class T, int R>
+void accumulate(const uint32_t* weights, const uint32_t* const (&panel)[CHUNK], long count, long head_dim,
+                const float* decay, float* out) {
+  constexpr int W = 4;  // vectors of the output at a time
+  for (long d = 0; d < head_dim; d += W * LANES) {
+    const int width = head_dim - d < W * LANES ? int((head_dim - d) / LANES) : W;
+    vf acc[R][W];
+    for (int r = 0; r < R; r++)
+      for (int w = 0; w < W; w++)
+        acc[r][w] = w < width ? loadf(out + r * head_dim + d + w * LANES) * decay[r] : vf{};
+    for (int p = 0; p < CHUNK && p * LANES < count; p++) {
+      const long keys = count - p * LANES < LANES ? count - p * LANES : LANES;
+      const long lanes = (keys + T::PER_LANE - 1) / T::PER_LANE;
+      for (long k = 0; k < lanes; k++) {
+        vu v[W];
+        for (int w = 0; w < W; w++) v[w] = load(panel[p] + k * head_dim + d + (w < width ? w : 0) * LANES);
+        for (int r = 0; r < R; r++) {
+          const vu a = splat(weights[r * (KEYS / T::PER_LANE) + p * (LANES / T::PER_LANE) + k]);
+          for (int w = 0; w < W; w++) acc[r][w] = T::dot(acc[r][w], a, v[w]);
+        }
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int w = 0; w < width; w++) storef(out + r * head_dim + d + w * LANES, acc[r][w]);
+  }
+}
+
+struct Task {
+  long sequence, token, tokens, kv_head;
+};
+
+// A thread's working memory.
+struct Scratch {
+  std::vector<uint32_t> q, weights;
+  std::vector<float> out;
+  float scores[MAX_ROWS * KEYS];
+};
+
+template <class T>
+void attend(const Attention& a, const Task& task, long head_begin, long head_end, Scratch& scratch) {
+  using elem = typename T::elem;
+  const long lanes = a.head_dim / T::PER_LANE, group = head_end - head_begin, rows = task.tokens * group;
+  const int32_t* span = a.spans + task.sequence * 3;
+  const int32_t* table = a.tables + task.sequence * a.table_width;
+  const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
+  const long per_head = a.block_size * lanes;  // lanes of one head of one block
+  const uint32_t* keys = (const uint32_t*)a.keys;
+  const uint32_t* values = (const uint32_t*)a.values;
+
+  uint32_t* q = scratch.q.data();
+  for (long r = 0; r < rows; r++) {
+    const long token = span[0] + task.token + r / group, head = head_begin + r % group;
+    std::memcpy(q + r * lanes, (const elem*)a.q + token * a.q_stride + head * a.head_dim, lanes * 4);
+  }
+  float* out = scratch.out.data();
+  std::memset(out, 0, rows * a.head_dim * sizeof(float));
+  float highest[MAX_ROWS], decay[MAX_ROWS];
+  vf total[MAX_ROWS];
+  for (long r = 0; r < rows; r++) highest[r] = NONE, total[r] = vf{};
+
+  long begin = a.window > 0 && first_position + 1 > a.window ? first_position + 1 - a.window : 0;
+  begin -= begin % KEYS;
+  for (long at = begin; at <= last_position; at += KEYS) {
+    const long count = last_position + 1 - at < KEYS ? last_position + 1 - at : KEYS;
+    const uint32_t *k_panel[CHUNK], *v_panel[CHUNK];
+    for (int p = 0; p < CHUNK; p++) {
+      // Panels past the last key repeat the first: what they give is masked.
+      const long position = at + (p * LANES < count ? p * LANES : 0);
+      const long block = table[position / a.block_size], offset = position % a.block_size;
+      const long base = (block * a.kv_heads + task.kv_head) * per_head;
+      k_panel[p] = keys + base + offset * lanes;
+      v_panel[p] = values + base + offset * lanes;
+    }
+    for (long r = 0; r < rows; r += 4) {
+#define CALL(R) scores<T, R>(q + r * lanes, k_panel, lanes, scratch.scores + r * KEYS)
+      switch (rows - r) {
+        case 1: CALL(1); break;
+        case 2: CALL(2); break;
+        case 3: CALL(3); break;
+        default: CALL(4); break;
+      }
+#undef CALL
+    }
+    for (long r = 0; r < rows; r++) {
+      float* s = scratch.scores + r * KEYS;
+      const long position = first_position + r / group;
+      const long from = a.window > 0 ? position - a.window + 1 : 0;
+      vf score[CHUNK], top = splatf(NONE);
+      const bool masked = at + KEYS - 1 > position || at < from;
+      for (int p = 0; p < CHUNK; p++) {
+        score[p] = loadf(s + p * LANES) * a.scale;
+        if (masked) {
+          const vi key = COUNT + int32_t(at + p * LANES);
+          score[p] = (key > int32_t(position)) | (key < int32_t(from)) ? splatf(NONE) : score[p];
+        }
+        top = score[p] > top ? score[p] : top;
+      }
+      const float before = highest[r], now = std::fmax(before, max(top));
+      highest[r] = now;
+      decay[r] = before == NONE ? 0.0f : std::exp(before - now);
+      total[r] *= decay[r];
+      for (int p = 0; p < CHUNK; p++) {
+        // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
+        const vf weight = now == NONE ? vf{} : exp_negative(score[p] - now);
+        total[r] += weight;
+        T::store16((elem*)scratch.weights.data() + r * KEYS + p * LANES, weight);
+      }
+    }
+    for (long r = 0; r < rows; r += 4) {
+#define CALL(R)                                                                                             \
+  accumulate<T, R>(scratch.weights.data() + r * (KEYS / T::PER_LANE), v_panel, count, a.head_dim, decay + r, \
+                   out + r * a.head_dim)
+      switch (rows - r) {
+        case 1: CALL(1); break;
+        case 2: CALL(2); break;
+        case 3: CALL(3); break;
+        default: CALL(4); break;
+      }
+#undef CALL
+    }
+  }
+  for (long r = 0; r < rows; r++) {
+    const long token = span[0] + task.token + r / group, head = head_begin + r % group;
+    elem* to = (elem*)a.out + (token * a.heads + head) * a.head_dim;
+    const float inverse = 1.0f / sum(total[r]);
+    for (long d = 0; d < a.head_dim; d += LANES) T::store16(to + d, loadf(out + r * a.head_dim + d) * inverse);
+  }
+}
+
+template <class T>
+void attention(const Attention& a, int threads) {
+  const long group = a.heads / a.kv_heads;
+  const long heads_at_once = group < MAX_ROWS ? group : MAX_ROWS;
+  long tokens_at_once = MAX_ROWS / heads_at_once;
+  if (tokens_at_once > 4) tokens_at_once = 4;
+  std::vector<Task> tasks;
+  for (long s = 0; s < a.sequences; s++)
+    for (long t = 0; t < a.spans[s * 3 + 1]; t += tokens_at_once)
+      for (long h = 0; h < a.kv_heads; h++) {
+        const long left = a.spans[s * 3 + 1] - t;
+        tasks.push_back({s, t, left < tokens_at_once ? left : tokens_at_once, h});
+      }
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch;
+    scratch.q.resize(MAX_ROWS * a.head_dim / T::PER_LANE);
+    scratch.weights.resize(MAX_ROWS * KEYS / T::PER_LANE);
+    scratch.out.resize(MAX_ROWS * a.head_dim);
+#pragma omp for schedule(dynamic, 4)
+    for (long i = 0; i < long(tasks.size()); i++)
+      for (long h = 0; h < group; h += heads_at_once) {
+        const long head = tasks[i].kv_head * group + h, end = h + heads_at_once < group ? h + heads_at_once : group;
+        attend<T>(a, tasks[i], head, tasks[i].kv_head * group + end, scratch);
+      }
+  }
+}
+
+}  // namespace
+}  // namespace aio
+
+// out [tokens, heads * head_dim]: each token attends to its sequence's keys up to its own position (and,
+// with a window, the last `window` of them). head_dim must be a multiple of 16.
+AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
+                              const int32_t* tables, long table_width, const int32_t* spans, long sequences,
+                              void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
+                              float scale, int threads) {
+  const aio::Attention a{q,     q_stride, keys,     values,   tables,     table_width, spans, sequences, out,
+                         heads, kv_heads, head_dim, block_size, window, scale};
+  bf16 ? aio::attention<aio::Bf16>(a, threads) : aio::attention<aio::F32>(a, threads);
+}

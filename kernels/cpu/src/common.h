@@ -1,0 +1,173 @@
+// Types and vector helpers that all kernels share.
+//
+// Everything is written over 32-bit lanes: a lane is one float32, or a pair of neighbouring bfloat16. A
+// kernel is a template on the element type, Bf16 or F32, whose dot() multiplies two lanes and adds to a
+// float32 accumulator, so that one source serves both. Vectors are GCC and Clang vector extensions of 16
+// lanes; the compiler splits them where the machine's registers are shorter. Only the bfloat16 dot
+// product has an instruction of its own.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define AIO_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace aio {
+
+constexpr int LANES = 16;
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+
+// Unaligned loads and stores: memcpy of a known size becomes one instruction.
+static inline vu load(const uint32_t* p) {
+  vu v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline vf loadf(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void storef(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(uint32_t* p, vu v) { std::memcpy(p, &v, sizeof v); }
+
+static inline vu splat(uint32_t x) { return vu{} + x; }
+static inline vf splatf(float x) { return vf{} + x; }
+
+static inline float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+static inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+#if defined(__AVX512F__)
+static inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline float max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+static inline float sum(vf v) {
+  float s = 0.0f;
+  for (int i = 0; i < 4; i++) s += (v[i] + v[i + 8]) + (v[i + 4] + v[i + 12]);
+  return s;
+}
+static inline float max(vf v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+#endif
+
+// Round to nearest even; NaN stays NaN.
+static inline uint16_t to_bf16(float f) {
+  const uint32_t u = float_to_bits(f);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);
+  return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+struct Bf16 {
+  using elem = uint16_t;
+  static constexpr int PER_LANE = 2;
+
+  static inline float widen(elem e) { return bits_to_float(uint32_t(e) << 16); }
+  static inline elem narrow(float f) { return to_bf16(f); }
+
+  static inline vf dot(vf acc, vu a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc += (vf)(a << 16) * (vf)(b << 16);
+    acc += (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+    return acc;
+#endif
+  }
+
+  // 16 elements as floats, and back.
+  static inline vf load16(const elem* p) {
+    typedef uint16_t vh __attribute__((vector_size(32)));
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+  }
+  static inline void store16(elem* p, vf v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
+#else
+    typedef uint16_t vh __attribute__((vector_size(32)));
+    const vu u = (vu)v;
+    const vu rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    const vu nan = (u >> 16) | 64;
+    const vi is_nan = (vi)((u & 0x7fffffffu) > 0x7f800000u);
+    const vu chosen = ((vu)is_nan & nan) | (~(vu)is_nan & rounded);
+    const vh h = __builtin_convertvector(chosen, vh);
+    std::memcpy(p, &h, sizeof h);
+#endif
+  }
+};
+
+struct F32 {
+  using elem = float;
+  static constexpr int PER_LANE = 1;
+
+  static inline float widen(elem e) { return e; }
+  static inline elem narrow(float f) { return f; }
+  static inline vf dot(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
+  static inline vf load16(const elem* p) { return loadf(p); }
+  static inline void store16(elem* p, vf v) { storef(p, v); }
+};
+
+// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error below 2e-7); 0 below -87.
+static inline vf exp_negative(vf x) {
+  const vf low = splatf(-87.0f);
+  const vi tiny = (vi)(x < low);
+  x = (vf)(((vi)x & ~tiny) | ((vi)low & tiny));
+  const vf magic = splatf(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = x * 1.44269504f + magic;
+  const vf n = shifted - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splatf(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vi exponent = ((vi)shifted - (vi)magic) << 23;
+  return (vf)(((vi)p + exponent) & ~tiny);
+}
+
+// CALL(n) with n as a constant, 8 at most.
+#define AIO_SWITCH_ROWS(n, CALL) \
+  switch (n) {                   \
+    case 1: CALL(1); break;      \
+    case 2: CALL(2); break;      \
+    case 3: CALL(3); break;      \
+    case 4: CALL(4); break;      \
+    case 5: CALL(5); break;      \
+    case 6: CALL(6); break;      \
+    case 7: CALL(7); break;      \
+    default: CALL(8); break;     \
+  }
+
+struct Range {
+  long begin, end;
+};
+
+// The part of 0..n-1 that belongs to thread `index` of `count`.
+static inline Range share(long n, long index, long count) {
+  return {n * index / count, n * (index + 1) / count};
+}
+
+}  // namespace aio

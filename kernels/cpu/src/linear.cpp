@@ -1,0 +1,159 @@
+// The packed linear: y = x W^T (+ bias), for weights rearranged once.
+//
+// Packed weights are panels of 16 output columns: [ceil(N / 16)][K lanes][16 lanes], zero where N ends. A
+// tile of up to 8 rows by 3 panels is kept in registers: 24 accumulators, and each weight that is
+// loaded is used for every row. (Tiling as in Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication", 2008.)
+#include <omp.h>
+
+#include <vector>
+
+#include "ops.h"
+
+namespace aio {
+namespace {
+
+constexpr int ROWS = 8, PANELS = 3;
+constexpr long ROW_BLOCK = 64;  // rows of x that stay in the L2 cache while the panels pass by
+
+template <class T, int R, int P>
+inline void tile(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long lanes, vf (&acc)[R][P]) {
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) acc[r][p] = vf{};
+  for (long k = 0; k < lanes; k++) {
+    vu b[P];
+    for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
+    for (int r = 0; r < R; r++) {
+      const vu a = splat(x[r * x_stride + k]);
+      for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+    }
+  }
+}
+
+struct Linear {
+  const void* x;
+  long x_stride;  // in elements
+  const uint32_t* weight;
+  const void* bias;
+  void* y;
+  long y_stride;
+  long rows, n, k;
+};
+
+template <class T, int R, int P>
+void tile_out(const Linear& l, long row, long panel_index) {
+  using elem = typename T::elem;
+  const long lanes = l.k / T::PER_LANE, panel = lanes * LANES;
+  const uint32_t* x = (const uint32_t*)((const elem*)l.x + row * l.x_stride);
+  vf acc[R][P];
+  tile<T, R, P>(x, l.x_stride / T::PER_LANE, l.weight + panel_index * panel, panel, lanes, acc);
+  for (int p = 0; p < P; p++) {
+    const long column = (panel_index + p) * LANES;
+    const long count = l.n - column < LANES ? l.n - column : LANES;
+    if (l.bias != nullptr) {
+      elem b[LANES] = {};
+      std::memcpy(b, (const elem*)l.bias + column, count * sizeof(elem));
+      const vf bias = T::load16(b);
+      for (int r = 0; r < R; r++) acc[r][p] += bias;
+    }
+    for (int r = 0; r < R; r++) {
+      elem* out = (elem*)l.y + (row + r) * l.y_stride + column;
+      if (count == LANES) {
+        T::store16(out, acc[r][p]);
+      } else {
+        elem last[LANES];
+        T::store16(last, acc[r][p]);
+        std::memcpy(out, last, count * sizeof(elem));
+      }
+    }
+  }
+}
+
+template <class T, int P>
+void rows_out(const Linear& l, long begin, long end, long panel_index) {
+  long row = begin;
+  for (; row + ROWS <= end; row += ROWS) tile_out<T, ROWS, P>(l, row, panel_index);
+#define CALL(R) tile_out<T, R, P>(l, row, panel_index)
+  if (row < end) AIO_SWITCH_ROWS(end - row, CALL)
+#undef CALL
+}
+
+template <class T>
+void linear(const Linear& l, int threads) {
+  const long panels = (l.n + LANES - 1) / LANES, groups = (panels + PANELS - 1) / PANELS;
+  const long blocks = (l.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+#pragma omp parallel num_threads(threads)
+  {
+    // Blocks of rows outside, panels inside; a thread's share is contiguous in that order.
+    const Range mine = share(blocks * groups, omp_get_thread_num(), omp_get_num_threads());
+    for (long i = mine.begin; i < mine.end; i++) {
+      const long begin = i / groups * ROW_BLOCK, first = i % groups * PANELS;
+      const long end = begin + ROW_BLOCK < l.rows ? begin + ROW_BLOCK : l.rows;
+      switch (panels - first) {
+        case 1: rows_out<T, 1>(l, begin, end, first); break;
+        case 2: rows_out<T, 2>(l, begin, end, first); break;
+        default: rows_out<T, 3>(l, begin, end, first); break;
+      }
+    }
+  }
+}
+
+template <class T>
+void pack(const void* weight, void* packed, long n, long k) {
+  using elem = typename T::elem;
+  const long lanes = k / T::PER_LANE;
+  for (long panel = 0; panel * LANES < n; panel++) {
+    uint32_t* out = (uint32_t*)packed + panel * lanes * LANES;
+    for (int c = 0; c < LANES; c++) {
+      const long row = panel * LANES + c;
+      const uint32_t* in = (const uint32_t*)((const elem*)weight + row * k);
+      for (long i = 0; i < lanes; i++) out[i * LANES + c] = row < n ? in[i] : 0;
+    }
+  }
+}
+
+template <class T>
+void unpack(const void* packed, void* weight, long begin, long end, long k) {
+  using elem = typename T::elem;
+  const long lanes = k / T::PER_LANE;
+  for (long row = begin; row < end; row++) {
+    const uint32_t* in = (const uint32_t*)packed + row / LANES * lanes * LANES + row % LANES;
+    uint32_t* out = (uint32_t*)((elem*)weight + (row - begin) * k);
+    for (long i = 0; i < lanes; i++) out[i] = in[i * LANES];
+  }
+}
+
+template <class T>
+void gather(const void* packed, const int64_t* rows, void* out, long count, long k, int threads) {
+#pragma omp parallel for num_threads(count < 16 ? 1 : threads) schedule(static)
+  for (long i = 0; i < count; i++)
+    unpack<T>(packed, (typename T::elem*)out + i * k, rows[i], rows[i] + 1, k);
+}
+
+}  // namespace
+}  // namespace aio
+
+// weight [n, k] -> packed; k must be a whole number of lanes. `bf16` chooses the element type here and below.
+AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k) {
+  bf16 ? aio::pack<aio::Bf16>(weight, packed, n, k) : aio::pack<aio::F32>(weight, packed, n, k);
+}
+
+// Rows begin..end-1 of a packed weight, as [end - begin, k].
+AIO_EXPORT void aio_unpack(int bf16, const void* packed, void* weight, long begin, long end, long k) {
+  bf16 ? aio::unpack<aio::Bf16>(packed, weight, begin, end, k)
+       : aio::unpack<aio::F32>(packed, weight, begin, end, k);
+}
+
+// out [count, k]: the given rows of a packed weight (an embedding that shares its weight with the head).
+AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, void* out, long count, long k,
+                           int threads) {
+  bf16 ? aio::gather<aio::Bf16>(packed, rows, out, count, k, threads)
+       : aio::gather<aio::F32>(packed, rows, out, count, k, threads);
+}
+
+// y [rows, n] = x [rows, k] W^T + bias (may be null). Strides in elements, whole numbers of lanes.
+AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
+                           long y_stride, long rows, long n, long k, int threads) {
+  const aio::Linear l{x, x_stride, (const uint32_t*)packed, bias, y, y_stride, rows, n, k};
+  bf16 ? aio::linear<aio::Bf16>(l, threads) : aio::linear<aio::F32>(l, threads);
+}

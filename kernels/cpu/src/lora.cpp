@@ -1,0 +1,320 @@
+// LoRA shrink and expand over segments of tokens that share an adapter, for several fused slices at once.
+//
+// LoRA: Hu et al., 2021, arXiv:2106.09685. Tokens grouped by adapter: Punica, Chen et al., 2023, arXiv:2310.18547.
+// The pools hold A [slices * R, in] and B [out, R] of every slot, slot_stride elements apart; only an adapter's own rank
+// is computed.
+#include <omp.h>
+
+#include <vector>
+
+#include "ops.h"
+
+namespace aio {
+namespace {
+
+struct Segment {
+  int32_t slot, begin, end, rank;
+};
+
+// Lane i of the result is the sum of v[i]'s lanes: a transposition in which halves are added on the way.
+inline vf sums(const vf (&v)[16]) {
+#if defined(__GNUC__) && (__GNUC__ >= 12 || defined(__clang__))
+  vf a[8], b[4], c[2];
+  for (int i = 0; i < 8; i++)
+    a[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 4; i++)
+    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int i = 0; i < 2; i++)
+    c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#else
+  vf out;
+  for (int i = 0; i < 16; i++) out[i] = sum(v[i]);
+  return out;
+#endif
+}
+
+template <class T>
+inline vu load_tail(const typename T::elem* p, long count) {
+  vu v = {};
+  std::memcpy(&v, p, count * sizeof(typename T::elem));
+  return v;
+}
+
+// Products of up to 4 tokens with up to 4 rows of A: sums[t * 4 + r].
+template <class T, int TOKENS>
+inline vf products(const typename T::elem* x, long x_stride, const typename T::elem* const (&a)[4], long k) {
+  constexpr long STEP = LANES * T::PER_LANE;
+  vf acc[16];
+  for (int i = 0; i < 16; i++) acc[i] = vf{};
+  long i = 0;
+  for (; i + STEP <= k; i += STEP) {
+    vu row[4];
+    for (int r = 0; r < 4; r++) row[r] = load((const uint32_t*)(a[r] + i));
+    for (int t = 0; t < TOKENS; t++) {
+      const vu token = load((const uint32_t*)(x + t * x_stride + i));
+      for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, row[r]);
+    }
+  }
+  if (i < k)
+    for (int t = 0; t < TOKENS; t++) {
+      const vu token = load_tail<T>(x + t * x_stride + i, k - i);
+      for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, load_tail<T>(a[r] + i, k - i));
+    }
+  return sums(acc);
+}
+
+struct Shrink {
+  const void* x;
+  long x_stride;
+  const void* a;
+  void* h;  // [tokens, slices, max_rank]
+  long slot_stride, k, slices, max_rank;
+};
+
+template <class T>
+void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
+  using elem = typename T::elem;
+  struct Task {
+    const Segment* segment;
+    long begin, slice, row;
+  };
+  constexpr long TOKENS = 32;  // of a task, so that a long prompt is shared out too
+  std::vector<Task> tasks;
+  for (const Segment* g = segments; g < segments + count; g++)
+    for (long t = g->begin; t < g->end; t += TOKENS)
+      for (long j = 0; j < s.slices; j++)
+        for (long r = 0; r < g->rank; r += 4) tasks.push_back({g, t, j, r});
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < long(tasks.size()); i++) {
+    const Task& task = tasks[i];
+    const Segment& g = *task.segment;
+    const long rows = g.rank - task.row < 4 ? g.rank - task.row : 4;
+    const elem* first = (const elem*)s.a + g.slot * s.slot_stride + (task.slice * s.max_rank + task.row) * s.k;
+    const elem* a[4];
+    for (int r = 0; r < 4; r++) a[r] = first + (r < rows ? r : 0) * s.k;
+    const long end = task.begin + TOKENS < g.end ? task.begin + TOKENS : g.end;
+    for (long t = task.begin; t < end; t += 4) {
+      const elem* x = (const elem*)s.x + t * s.x_stride;
+      const long tokens = end - t < 4 ? end - t : 4;
+      vf found;
+      switch (tokens) {
+        case 1: found = products<T, 1>(x, s.x_stride, a, s.k); break;
+        case 2: found = products<T, 2>(x, s.x_stride, a, s.k); break;
+        case 3: found = products<T, 3>(x, s.x_stride, a, s.k); break;
+        default: found = products<T, 4>(x, s.x_stride, a, s.k); break;
+      }
+      for (long u = 0; u < tokens; u++)
+        for (long r = 0; r < rows; r++)
+          ((elem*)s.h)[((t + u) * s.slices + task.slice) * s.max_rank + task.row + r] =
+              T::narrow(found[u * 4 + r]);
+    }
+  }
+}
+
+#if defined(__GNUC__) && (__GNUC__ >= 12 || defined(__clang__))
+#define AIO_SHUFFLE 1
+// Lanes 0..7 of 16 rows (`stride` lanes apart) as 8 vectors of 16 rows: two 8 x 8 transpositions side by side.
+inline void transpose8(const uint32_t* b, long stride, uint32_t* out) {
+  typedef uint32_t half __attribute__((vector_size(32)));
+  vu v[8], t[8], u[8];
+  for (int i = 0; i < 8; i++) {
+    half low, high;
+    std::memcpy(&low, b + i * stride, sizeof low);
+    std::memcpy(&high, b + (i + 8) * stride, sizeof high);
+    v[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+  for (int i = 0; i < 8; i += i % 4 == 1 ? 3 : 1) {
+    u[i] = __builtin_shufflevector(t[i], t[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    u[i + 2] = __builtin_shufflevector(t[i], t[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 4; i++) {
+    store(out + i * LANES,
+          __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27));
+    store(out + (i + 4) * LANES,
+          __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+  }
+}
+#endif
+
+// `rows` <= 16 rows of B, `stride` elements apart and `rank` long, as lanes [rank lanes][16 rows].
+template <class T>
+void transpose(const typename T::elem* b, long stride, long rank, long rows, uint32_t* out) {
+  const long lanes = (rank + T::PER_LANE - 1) / T::PER_LANE;
+  long i = 0;
+#if defined(AIO_SHUFFLE)
+  if (rows == LANES && stride % T::PER_LANE == 0)
+    for (; (i + 8) * T::PER_LANE <= rank; i += 8)
+      transpose8((const uint32_t*)b + i, stride / T::PER_LANE, out + i * LANES);
+#endif
+  for (; i < lanes; i++)
+    for (long r = 0; r < LANES; r++) {
+      const long left = rank - i * T::PER_LANE;
+      uint32_t lane = 0;
+      if (r < rows) std::memcpy(&lane, b + r * stride + i * T::PER_LANE, left < T::PER_LANE ? sizeof *b : 4);
+      out[i * LANES + r] = lane;
+    }
+}
+
+template <class T>
+inline vf load_some(const typename T::elem* p, long count) {
+  if (count >= LANES) return T::load16(p);
+  typename T::elem some[LANES] = {};
+  std::memcpy(some, p, count * sizeof *p);
+  return T::load16(some);
+}
+
+template <class T>
+inline void store_some(typename T::elem* p, vf v, long count) {
+  if (count >= LANES) return T::store16(p, v);
+  typename T::elem some[LANES];
+  T::store16(some, v);
+  std::memcpy(p, some, count * sizeof *p);
+}
+
+// R tokens by P panels of 16 columns, of which `columns` exist: two panels, so that the dot products of a few tokens
+// do not wait for one another.
+template <class T, int R, int P>
+inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, long panel, long lanes,
+                        typename T::elem* y, long y_stride, long columns) {
+  vf acc[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) acc[r][p] = load_some<T>(y + r * y_stride + p * LANES, columns - p * LANES);
+  for (long i = 0; i < lanes; i++) {
+    vu w[P];
+    for (int p = 0; p < P; p++) w[p] = load(b + p * panel + i * LANES);
+    for (int r = 0; r < R; r++) {
+      const vu a = splat(h[r * h_stride + i]);
+      for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, w[p]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) store_some<T>(y + r * y_stride + p * LANES, acc[r][p], columns - p * LANES);
+}
+
+struct Slice {
+  const void* b;       // [out, max_rank] of the first slot
+  const void* affine;  // [2, out] of the first slot
+  int64_t out, offset;
+  int64_t b_stride, affine_stride;  // from one slot to the next
+};
+
+struct Expand {
+  const void* h;  // [tokens, slices, max_rank]
+  const Slice* slice;
+  long slices, max_rank;
+  void* y;
+  long y_stride;
+};
+
+template <class T>
+void expand(const Expand& e, const Segment* segments, long count, int threads) {
+  using elem = typename T::elem;
+  struct Task {
+    long slice, column;
+  };
+  std::vector<Task> tasks;
+  for (long j = 0; j < e.slices; j++)
+    for (long column = 0; column < e.slice[j].out; column += 2 * LANES) tasks.push_back({j, column});
+  const long width = (e.max_rank + T::PER_LANE - 1) / T::PER_LANE;
+  // h as whole lanes: where it is, or copied if a rank of 1 leaves half a lane.
+  const bool whole = e.max_rank % T::PER_LANE == 0;
+  const long h_stride = e.slices * width;
+  const uint32_t* lanes_of_h = (const uint32_t*)e.h;
+  std::vector<uint32_t> copy;
+  if (!whole) {
+    const long begin = segments[0].begin, end = segments[count - 1].end;
+    copy.resize(end * h_stride);
+    for (long i = begin * e.slices; i < end * e.slices; i++)
+      std::memcpy(&copy[i * width], (const elem*)e.h + i * e.max_rank, e.max_rank * sizeof(elem));
+    lanes_of_h = copy.data();
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const long panel = width * LANES;
+    std::vector<uint32_t> b(2 * panel);
+    const Range mine = share(long(tasks.size()), omp_get_thread_num(), omp_get_num_threads());
+    for (const Segment* g = segments; g < segments + count; g++) {
+      const long lanes = (g->rank + T::PER_LANE - 1) / T::PER_LANE;
+      for (long i = mine.begin; i < mine.end; i++) {
+        const Slice& slice = e.slice[tasks[i].slice];
+        const long column = tasks[i].column;
+        const long columns = slice.out - column;
+        for (int p = 0; p < 2 && p * LANES < columns; p++) {
+          const long rows = columns - p * LANES < LANES ? columns - p * LANES : LANES;
+          const elem* from = (const elem*)slice.b + g->slot * slice.b_stride + (column + p * LANES) * e.max_rank;
+          transpose<T>(from, e.max_rank, g->rank, rows, b.data() + p * panel);
+        }
+        for (long t = g->begin; t < g->end; t += 8) {
+          const uint32_t* h = lanes_of_h + t * h_stride + tasks[i].slice * width;
+          elem* y = (elem*)e.y + t * e.y_stride + slice.offset + column;
+          if (columns > LANES) {
+#define CALL(R) expand_tile<T, R, 2>(h, h_stride, b.data(), panel, lanes, y, e.y_stride, columns)
+            AIO_SWITCH_ROWS(g->end - t, CALL)
+#undef CALL
+          } else {
+#define CALL(R) expand_tile<T, R, 1>(h, h_stride, b.data(), panel, lanes, y, e.y_stride, columns)
+            AIO_SWITCH_ROWS(g->end - t, CALL)
+#undef CALL
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void affine(void* y_, long y_stride, const Slice* slice, long slices, const Segment* segments, long count,
+            int threads) {
+  using elem = typename T::elem;
+  for (const Segment* g = segments; g < segments + count; g++)
+    for (long j = 0; j < slices; j++) {
+      const elem* gain = (const elem*)slice[j].affine + g->slot * slice[j].affine_stride;
+      const elem* shift = gain + slice[j].out;
+#pragma omp parallel for num_threads((g->end - g->begin) * slice[j].out < 8192 ? 1 : threads) schedule(static)
+      for (long t = g->begin; t < g->end; t++) {
+        elem* y = (elem*)y_ + t * y_stride + slice[j].offset;
+        for (long i = 0; i < slice[j].out; i += LANES) {
+          const long n = slice[j].out - i;
+          const vf v = load_some<T>(y + i, n);
+          store_some<T>(y + i, v + load_some<T>(gain + i, n) * v + load_some<T>(shift + i, n), n);
+        }
+      }
+    }
+}
+
+}  // namespace
+}  // namespace aio
+
+// segments [count][slot, begin, end, rank]. h [tokens, slices, max_rank] must be zero beforehand.
+AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride,
+                                long k, long slices, long max_rank, const int32_t* segments, long count, int threads) {
+  const aio::Shrink s{x, x_stride, a, h, slot_stride, k, slices, max_rank};
+  const auto* g = (const aio::Segment*)segments;
+  bf16 ? aio::shrink<aio::Bf16>(s, g, count, threads) : aio::shrink<aio::F32>(s, g, count, threads);
+}
+
+// slice [slices], a Slice each; y += B h.
+AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const void* slice, long slices, long max_rank, void* y,
+                                long y_stride, const int32_t* segments, long count, int threads) {
+  const aio::Expand e{h, (const aio::Slice*)slice, slices, max_rank, y, y_stride};
+  const auto* g = (const aio::Segment*)segments;
+  bf16 ? aio::expand<aio::Bf16>(e, g, count, threads) : aio::expand<aio::F32>(e, g, count, threads);
+}
+
+// y = y + gain * y + shift, for what DoRA and trained biases come to.
+AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const void* slice, long slices,
+                                const int32_t* segments, long count, int threads) {
+  const auto* s = (const aio::Slice*)slice;
+  const auto* g = (const aio::Segment*)segments;
+  bf16 ? aio::affine<aio::Bf16>(y, y_stride, s, slices, g, count, threads)
+       : aio::affine<aio::F32>(y, y_stride, s, slices, g, count, threads);
+}

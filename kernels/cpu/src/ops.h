@@ -1,0 +1,30 @@
+// The library's C interface: operations on plain pointers. `bf16` chooses between bfloat16 and float32 elements;
+// strides are in elements; every operation runs on `threads` OpenMP threads. The definitions say the shapes.
+#pragma once
+
+#include "common.h"
+
+AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k);
+AIO_EXPORT void aio_unpack(int bf16, const void* packed, void* weight, long begin, long end, long k);
+AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, void* out, long count, long k,
+                           int threads);
+AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
+                           long y_stride, long rows, long n, long k, int threads);
+AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
+                              const int32_t* tables, long table_width, const int32_t* spans, long sequences,
+                              void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
+                              float scale, int threads);
+AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
+                               const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
+                               long head_dim, long block_size, int threads);
+AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows,
+                                 long size, float eps, int threads);
+AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count,
+                              long size, float eps, int threads);
+AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
+AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride,
+                                long k, long slices, long max_rank, const int32_t* segments, long count, int threads);
+AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const void* slice, long slices, long max_rank, void* y,
+                                long y_stride, const int32_t* segments, long count, int threads);
+AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const void* slice, long slices,
+                                const int32_t* segments, long count, int threads);

@@ -1,0 +1,75 @@
+"""The C structures of ``src/decoder.cpp``, field by field."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+
+MAX_SLICES = 3
+
+
+class Matrix(Structure):
+    """A packed linear: weight [n, k], and bias [n] or null."""
+
+    _fields_ = [("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+
+
+class LoraSlice(Structure):
+    """One slice of a fused linear's pool, as it lies in the first slot."""
+
+    _fields_ = [
+        ("b", c_void_p),
+        ("affine", c_void_p),
+        *((name, c_int64) for name in ("out", "offset", "b_stride", "affine_stride")),
+    ]
+
+
+class LoraPool(Structure):
+    """A fused linear's pool; no slices: nothing of it is targeted."""
+
+    _fields_ = [("a", c_void_p), ("slices", c_int64), ("slice", LoraSlice * MAX_SLICES)]
+
+
+class Layer(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, LoraPool) for name in ("lora_qkv", "lora_o", "lora_gate_up", "lora_down")),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int64),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("intermediate", "block_size", "slot_stride", "max_rank")),
+        ("eps", c_double),
+        ("attention_scale", c_double),
+        ("norm", c_void_p),
+        ("head", Matrix),
+        ("lora_head", LoraPool),
+        ("layer", POINTER(Layer)),
+    ]
+
+
+class LoraBatch(Structure):
+    """Segments [count][slot, begin, end, rank] of int32."""
+
+    _fields_ = [
+        ("segments", c_void_p),
+        ("count", c_int64),
+        ("affine", c_void_p),
+        ("affine_count", c_int64),
+    ]
+
+
+class Step(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "sequences", "table_width", "samples", "threads")),
+        *((name, c_void_p) for name in ("hidden", "cos", "sin", "cells", "last", "tables", "spans")),
+        ("sample_rows", c_void_p),
+        ("lora", LoraBatch),
+        ("sample_lora", LoraBatch),
+        *((name, c_void_p) for name in ("logits", "x", "wide", "narrow", "h")),
+    ]

@@ -1,0 +1,223 @@
+"""The compiled CPU library: its operations against plain torch, at every instruction set that runs here."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from aioengine.kernels.cpu import build, library
+from aioengine.kernels.cpu.packed import PackedWeight
+from aioengine.model.attention import AttentionPlan, Span
+from aioengine.model.layers import rms_norm, silu_and_mul
+from aioengine.model.rope import rotate_
+
+pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+THREADS = 2
+
+
+@pytest.fixture(params=sorted({next(iter(build.levels())), "generic"}))
+def lib(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return library.load(request.param)
+
+
+def bf16(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def close(found: Tensor, expected: Tensor, *, scale: float = 1.0) -> None:
+    tolerance = scale * (1e-4 if found.dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 70), panels=st.integers(1, 8), lanes=st.integers(1, 40), bias=st.booleans())
+def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, bias: bool) -> None:
+    n, k = panels * 16, lanes * (4 // dtype.itemsize)
+    generator = torch.Generator().manual_seed(rows * 1000 + n + k)
+    x, w, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, k), (n, k), (n,)))
+    packed = PackedWeight.pack(w)
+    assert torch.equal(packed.rows(0, n), w)
+    indices = torch.tensor([n - 1, 0, n // 2])
+    assert torch.equal(packed.gather(indices), w[indices])
+    expected = F.linear(x.double(), w.double(), b.double() if bias else None)
+    found = packed.linear(x, b if bias else None)
+    assert found.dtype == dtype
+    close(found, expected, scale=math.sqrt(k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 16, 4), (9, 50, 24), (130, 33, 40)])
+def test_linear_whose_last_panel_is_not_full(
+    lib: ctypes.CDLL, dtype: torch.dtype, rows: int, n: int, k: int
+) -> None:
+    x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+    packed = torch.empty(math.ceil(n / 16) * 16 * k, dtype=dtype)
+    lib.aio_pack(bf16(w), w.data_ptr(), packed.data_ptr(), n, k)
+    y = torch.full((rows + 1, n), math.nan, dtype=dtype)
+    lib.aio_linear(*(bf16(x), x.data_ptr(), k, packed.data_ptr(), None, y.data_ptr(), n, rows, n, k, THREADS))
+    close(y[:rows], x.float() @ w.float().T, scale=math.sqrt(k))
+    assert y[rows].isnan().all(), "nothing may be written beyond the last row"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 17), (40, 64), (32, 576)])
+def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, size: int) -> None:
+    hidden, delta = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype)
+    weight, out = torch.randn(size).to(dtype), torch.empty(rows, size, dtype=dtype)
+    for added in (None, delta):
+        total = hidden.clone()
+        lib.aio_add_rms_norm(
+            *(bf16(out), total.data_ptr(), None if added is None else added.data_ptr()),
+            *(weight.data_ptr(), out.data_ptr(), rows, size, 1e-5, THREADS),
+        )
+        expected = hidden if added is None else hidden + added
+        assert torch.equal(total, expected)
+        close(out, rms_norm(expected, weight, 1e-5))
+    gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
+    gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
+    lib.aio_silu_and_mul(bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, THREADS)
+    close(out, silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_heads_leaves_the_others_alone(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
+    row = torch.randn(5, 6, 32).to(dtype)
+    weight, before = torch.randn(32).to(dtype), row.clone()
+    lib.aio_head_norm(bf16(row), row.data_ptr(), weight.data_ptr(), 5, 6 * 32, 4, 32, 1e-6, THREADS)
+    close(row[:, :4], rms_norm(before[:, :4], weight, 1e-6))
+    assert torch.equal(row[:, 4:], before[:, 4:])
+
+
+class Cache:
+    """A paged cache full of NaN, block tables in random order, and the true keys and values."""
+
+    def __init__(self, dtype: torch.dtype, spans: list[tuple[int, int]], kv: int, d: int, block: int) -> None:
+        rng = random.Random(0)
+        counts = [math.ceil((start + length) / block) for start, length in spans]
+        blocks = list(range(sum(counts) + 3))
+        rng.shuffle(blocks)
+        self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
+        self.keys = torch.full(((sum(counts) + 3) * block * kv * d,), math.nan, dtype=dtype)
+        self.values = self.keys.clone()
+        self.true = [torch.randn(2, s + n, kv, d).to(dtype) for s, n in spans]
+        self.block = block
+
+
+def attend(
+    lib: ctypes.CDLL, cache: Cache, spans: list[tuple[int, int]], q: Tensor, window: int | None
+) -> Tensor:
+    """Stores the keys and values of these tokens, unrotated, and lets their queries attend."""
+    present = [i for i, (_, length) in enumerate(spans) if length]
+    rows, taken = [], 0
+    heads, kv, d = q.shape[1], cache.true[0].shape[2], q.shape[2]
+    plan_spans = []
+    for i in present:
+        start, length = spans[i]
+        k, v = cache.true[i][:, start : start + length]
+        rows.append(torch.cat([q[taken : taken + length], k, v], dim=1))
+        plan_spans.append(Span(taken, length, start))
+        taken += length
+    qkv = torch.cat(rows).contiguous()
+    tables = [cache.tables[i] for i in present]
+    plan = AttentionPlan(plan_spans, tables, [window], cache.block, q.dtype, torch.device("cpu"))
+    cos, sin = torch.ones(taken, d // 2), torch.zeros(taken, d // 2)
+    lib.aio_rope_store(
+        *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
+        *(plan.last.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
+        *(taken, heads, kv, d, cache.block, THREADS),
+    )
+    out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
+    lib.aio_attention(
+        *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
+        *(plan.tables.data_ptr(), plan.tables.shape[1], plan.spans.data_ptr(), len(present)),
+        *(out.data_ptr(), heads, kv, d, cache.block, window or 0, d**-0.5, THREADS),
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 7, 100])
+@pytest.mark.parametrize(
+    ("heads", "kv", "d", "block"),
+    [(9, 3, 64, 16), (4, 4, 32, 32), (8, 1, 128, 16), (64, 1, 16, 16), (5, 5, 80, 48)],
+)
+def test_attention(
+    lib: ctypes.CDLL, dtype: torch.dtype, window: int | None, heads: int, kv: int, d: int, block: int
+) -> None:
+    torch.manual_seed(0)
+    spans = [(0, 1), (5, 1), (63, 1), (64, 1), (200, 1), (0, 130), (33, 70), (15, 2)]
+    cache = Cache(dtype, spans, kv, d, block)
+    history = [(0, start) for start, _ in spans]
+    attend(lib, cache, history, torch.randn(sum(n for _, n in history), heads, d).to(dtype), window)
+    q = torch.randn(sum(n for _, n in spans), heads, d).to(dtype)
+    found = attend(lib, cache, spans, q, window)
+    row = 0
+    for (start, length), true in zip(spans, cache.true, strict=True):
+        k, v = (t.float().repeat_interleave(heads // kv, dim=1) for t in true)
+        scores = torch.einsum("thd,khd->htk", q[row : row + length].float(), k) / math.sqrt(d)
+        positions, keys = torch.arange(start, start + length)[:, None], torch.arange(start + length)
+        allowed = keys <= positions
+        if window is not None:
+            allowed &= keys > positions - window
+        weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        close(found[row : row + length], torch.einsum("htk,khd->thd", weights, v).reshape(length, -1))
+        row += length
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
+    tokens, heads, kv, d = 7, 4, 2, 32
+    qkv = torch.randn(tokens, heads + 2 * kv, d).to(dtype)
+    angles = torch.randn(tokens, 1, d // 2)
+    cos, sin = angles.cos(), angles.sin()
+    expected = qkv.clone()
+    rotate_(expected[:, : heads + kv], cos, sin)
+    keys, values = torch.zeros(16 * kv * d, dtype=dtype), torch.zeros(16 * kv * d, dtype=dtype)
+    cells, last = torch.arange(tokens), torch.zeros(tokens, dtype=torch.uint8)
+    lib.aio_rope_store(
+        *(bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), cells.data_ptr(), last.data_ptr()),
+        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, THREADS),
+    )
+    close(qkv, expected)
+
+
+def test_no_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(build.Unavailable, match=r"no C\+\+ compiler is found .*install g\+\+"):
+        build.library()
+
+
+def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "bad"
+    compiler.write_text("#!/bin/sh\necho 'file.cpp:1: error: no such luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(build.Unavailable, match=r"status 1: .*no such luck"):
+        build.library()
+    assert list((tmp_path / "cache" / "aioengine" / "kernels").iterdir()) == []
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = build.library("generic", extra_flags=["-O0"])
+    made = path.stat()
+    assert build.library("generic", extra_flags=["-O0"]) == path and path.stat() == made
+    assert build.library("generic", extra_flags=["-O1"]) != path
+
+
+def test_one_openmp_runtime() -> None:
+    library.load()
+    assert len(library.openmp_runtimes()) <= 1
