@@ -10,27 +10,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move
-from aioengine.core.state import AdapterEntry, Request
-from aioengine.errors import (
-    AdapterError,
-    AdapterInvalid,
-    AdapterLoadError,
-    AdapterTooLarge,
-    AioEngineError,
-    EngineDead,
-    EngineStopped,
-)
+from aioengine.core import Core, DropMove
+from aioengine.core.state import Request
+from aioengine.errors import AioEngineError, EngineDead, EngineStopped
 from aioengine.executors.base import Executor
+from aioengine.idle_watch import IdleWatch
+from aioengine.moves import AdapterMoves, Loader
 from aioengine.step import Sampled, StepBatch
 from aioengine.stream import OutputStream
-from aioengine.timing import DecisionTimer, LoopLagMeter, TokenIntervals
-
-if TYPE_CHECKING:
-    from aioengine.adapters.loader import LoadedAdapter
+from aioengine.timing import LoopLagMeter, TokenIntervals
 
 logger = logging.getLogger("aioengine")
 
@@ -40,35 +31,28 @@ POLICY_RETRY_SECONDS = 0.05
 Listener = Callable[[events.Event], None]
 
 
-class Loader(Protocol):
-    async def load(self, uid: int, name: str, path: str) -> LoadedAdapter: ...
-    async def place(self, uid: int, slot: int) -> float: ...
-    def drop(self, uid: int) -> None: ...
-
-
 class Stepper:
     """Drives a core with an executor and an adapter loader.
 
     ``listeners`` are called for every event, in order. ``loaded`` holds, by adapter uid, what to call
-    when its read has ended (with the error, or None). ``timer`` is the core's, if it has one.
+    when its load has ended (with the error, or None). ``waits`` are the futures of those who wait for
+    something else to happen to an adapter: when the engine ends, they get the error.
     """
 
-    def __init__(
-        self, core: Core, executor: Executor, loader: Loader, timer: DecisionTimer | None = None
-    ) -> None:
+    def __init__(self, core: Core, executor: Executor, loader: Loader) -> None:
         self.core = core
         self.streams: dict[str, OutputStream] = {}
         self.listeners: list[Listener] = []
-        self.loaded: dict[int, Callable[[AioEngineError | None], None]] = {}
         self.dead: EngineDead | None = None
         self._executor = executor
-        self._loader = loader
-        self._timer = timer
+        self._moves = AdapterMoves(core, loader, changed=self._moved)
+        self.loaded = self._moves.loaded
+        self.waits: set[asyncio.Future[None]] = set()
+        self._idle = IdleWatch(core)
         self._intervals = TokenIntervals()
         self._lag = LoopLagMeter(self._report_lag)
         self._wake = asyncio.Event()
         self._stopping = False
-        self._moves: set[asyncio.Task[None]] = set()
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -81,17 +65,36 @@ class Stepper:
         self.publish()
         self._wake.set()
 
+    def abort(self, request: Request) -> None:
+        """Its reader gets a last output with ``finish_reason="abort"``, if there still is one."""
+        self.core.end(request, "abort", asyncio.get_running_loop().time())
+        self.wake()
+
+    async def all_ended(self) -> None:
+        """Wait until every accepted request has ended."""
+        ended = asyncio.Event()
+
+        def listen(_event: events.Event) -> None:
+            if not self.core.requests:
+                ended.set()
+
+        self.listeners.append(listen)
+        try:
+            if self.core.requests:
+                await ended.wait()
+        finally:
+            self.listeners.remove(listen)
+
     async def stop(self) -> None:
         """End what has not ended with EngineStopped, and wait for what cannot be interrupted."""
         self._stopping = True
         self._end_all(EngineStopped("the engine was stopped before the request finished"))
         self.wake()
-        if self._task is not None:
-            await asyncio.wait([self._task])
-        while self._moves:
-            await asyncio.wait(self._moves)
+        moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
+        await asyncio.wait([moves] if self._task is None else [moves, self._task])
         self._lag.stop()
-        self.publish()
+        self._fail_waits(EngineStopped("the engine was stopped before it happened"))
+        self._free_retired()
 
     # The loop
 
@@ -112,10 +115,11 @@ class Stepper:
         start = time.perf_counter()
         batch, moves = self.core.schedule(loop.time())
         schedule_seconds = time.perf_counter() - start
-        policy_seconds = 0.0 if self._timer is None else self._timer.seconds
+        policy_seconds = self.core.policy_seconds
         for move in moves:
-            self._start(move)
+            self._moves.start(move)
         self.publish()
+        self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
         if batch is None:
             await self._sleep(loop)
             return
@@ -144,7 +148,7 @@ class Stepper:
         """Until something happens, or a deadline is due."""
         due = self.core.next_deadline()
         timeout = None if due is None else max(due - loop.time(), 0.0)
-        if self.core.queues and not self._moves:
+        if self.core.queues and not self._moves.under_way:
             timeout = POLICY_RETRY_SECONDS if timeout is None else min(timeout, POLICY_RETRY_SECONDS)
         try:
             async with asyncio.timeout(timeout):
@@ -156,73 +160,34 @@ class Stepper:
         self.dead = EngineDead(f"the engine failed: {type(cause).__name__}: {cause}")
         self.dead.__cause__ = cause
         self._end_all(self.dead)
-        for callback in list(self.loaded.values()):
-            callback(self.dead)
+        self.core.step_lost()
+        self._moves.fail_waiting(self.dead)
+        self._fail_waits(self.dead)
+        self._free_retired()
+
+    def _fail_waits(self, error: AioEngineError) -> None:
+        for future in self.waits:
+            if not future.done():
+                future.set_exception(error)
+
+    def _free_retired(self) -> None:
+        """For those who wait for an adapter to be gone: nothing will be scheduled any more."""
+        self.core.residency.sweep(asyncio.get_running_loop().time())
+        for move in self.core.residency.take_moves():
+            if isinstance(move, DropMove):
+                self._moves.start(move)
         self.publish()
+
+    def _moved(self) -> None:
+        if self.dead is None:
+            self.wake()
+        else:
+            self._free_retired()
 
     def _end_all(self, error: Exception) -> None:
         now = asyncio.get_running_loop().time()
         for request in list(self.core.requests.values()):
             self.core.end(request, "error", now, error)
-
-    # Adapter moves
-
-    def _start(self, move: Move) -> None:
-        match move:
-            case DropMove(entry):
-                self._loader.drop(entry.uid)
-            case LoadMove(entry):
-                self._spawn(self._load(entry), f"aioengine-load-{entry.label}")
-            case CopyMove(entry, slot):
-                self._spawn(self._copy(entry, slot), f"aioengine-copy-{entry.label}")
-
-    def _spawn(self, work: Any, name: str) -> None:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._moves.add(task)
-        task.add_done_callback(self._moves.discard)
-
-    async def _load(self, entry: AdapterEntry) -> None:
-        loop = asyncio.get_running_loop()
-        failure: AioEngineError | None = None
-        try:
-            done = await self._loader.load(entry.uid, entry.label, entry.path)
-        except AdapterError as error:
-            failure = error
-            self.core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
-        except Exception as error:
-            logger.exception("loading adapter %r failed unexpectedly", entry.label)
-            failure = AdapterLoadError(
-                f"unexpected {type(error).__name__}: {error}", name=entry.label, path=entry.path
-            )
-            failure.__cause__ = error
-            self.core.adapter_load_failed(entry, loop.time(), failure, "internal")
-        else:
-            self.core.adapter_loaded(
-                entry,
-                loop.time(),
-                rank=done.rank,
-                nbytes=done.nbytes,
-                digest=done.digest,
-                seconds=done.seconds,
-            )
-        callback = self.loaded.pop(entry.uid, None)
-        if callback is not None:
-            callback(failure)
-        self.wake()
-
-    async def _copy(self, entry: AdapterEntry, slot: int) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            seconds = await self._loader.place(entry.uid, slot)
-        except Exception as error:
-            logger.exception("copying adapter %r into slot %d failed", entry.label, slot)
-            failure = AdapterLoadError(
-                f"could not be copied into slot {slot}: {error}", name=entry.label, path=entry.path
-            )
-            self.core.adapter_place_failed(entry, loop.time(), failure)
-        else:
-            self.core.adapter_placed(entry, loop.time(), seconds)
-        self.wake()
 
     # Events out
 
@@ -278,9 +243,3 @@ def _contents(batch: StepBatch) -> dict[str, Any]:
         "decode_tokens": decode,
         "slots": used,
     }
-
-
-def _load_failure(error: AdapterError) -> events.LoadFailure:
-    if isinstance(error, AdapterTooLarge):
-        return "too_large"
-    return "invalid" if isinstance(error, AdapterInvalid) else "io"

@@ -14,24 +14,6 @@ from aioengine.events import TokenInterval
 LAG_INTERVAL_SECONDS = 0.25
 
 
-class DecisionTimer:
-    """The ``timer`` of a core, which reads it before and after each decision of the policy.
-
-    ``seconds`` is what lay between the last two readings: after ``Core.schedule``, the time that the
-    policy took.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._last = time.perf_counter()
-
-    def __call__(self) -> float:
-        now = time.perf_counter()
-        self.seconds = now - self._last
-        self._last = now
-        return now
-
-
 class TokenIntervals:
     """Seconds between successive tokens of each request, counted by adapter.
 

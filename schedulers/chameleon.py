@@ -224,7 +224,8 @@ class ChameleonCache(Replacement):
 
     score = 0.45 frequency + 0.10 recency + 0.45 size, each between 0 and 1 among the adapters in slots:
     admitted requests (faded by half every ``half_life`` seconds) over those of the most used; last use,
-    from the longest ago (0) to the latest (1); bytes over those of the largest.
+    from the longest ago (0) to the latest (1); bytes over those of the largest. Adapters outside the
+    slots, of which one has to leave the CPU cache, are measured by those in slots too.
 
     Args:
         frequency, recency, size: The weights.
@@ -252,11 +253,17 @@ class ChameleonCache(Replacement):
             self.counts.add(event.adapter, event.now)
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return self._weigh(view, adapter, slot.last_used)
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return self._weigh(view, adapter, adapter.last_used)
+
+    def _weigh(self, view: SchedulerView, adapter: AdapterView, last_used: float) -> float:
         if self._scale is None or self._scale.now != view.now:
             self._scale = self._measure(view)
         scale = self._scale
         uses = self.counts.count(adapter.name, view.now) / (scale.most_used or 1.0)
-        recent = (slot.last_used - scale.oldest) / ((scale.newest - scale.oldest) or 1.0)
+        recent = (last_used - scale.oldest) / ((scale.newest - scale.oldest) or 1.0)
         large = adapter.bytes / (scale.largest or 1)
         return self.frequency * uses + self.recency * recent + self.size * large
 
@@ -264,10 +271,10 @@ class ChameleonCache(Replacement):
         held = [(slot, slot.adapter) for slot in view.slots if slot.adapter is not None]
         return _Scale(
             view.now,
-            max(self.counts.count(name, view.now) for _, name in held),
-            min(slot.last_used for slot, _ in held),
-            max(slot.last_used for slot, _ in held),
-            max(view.adapters[name].bytes for _, name in held),
+            max((self.counts.count(name, view.now) for _, name in held), default=0.0),
+            min((slot.last_used for slot, _ in held), default=0.0),
+            max((slot.last_used for slot, _ in held), default=0.0),
+            max((view.adapters[name].bytes for _, name in held), default=0),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from math import inf
 
@@ -75,6 +75,8 @@ class Composed(SchedulerPolicy):
             self._placed[event.adapter] = event.now
         elif event.kind == "adapter_evicted" and event.adapter is not None:
             self._placed.pop(event.adapter, None)
+        elif event.kind == "adapter_retired" and event.was in self._placed and event.adapter is not None:
+            self._placed[event.adapter] = self._placed.pop(event.was)
         for part in (self.order, self.replace, self.prefetch, self.preempt):
             part.on_event(event)
 
@@ -98,6 +100,9 @@ class Composed(SchedulerPolicy):
             prefetch=list(dict.fromkeys(read)),
             preempt=self.preempt.choose(view),
         )
+
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
 
     @staticmethod
     def _fill(view: SchedulerView, closed: set[str | None]) -> list[RequestView]:
@@ -155,7 +160,7 @@ class Composed(SchedulerPolicy):
                 continue
             if adapter.location is Location.CPU and (slot := pool.take_unwanted()) is not None:
                 place.append(Place(name, slot.index))
-            elif adapter.location is Location.DISK and view.cpu_room > 0:
+            elif adapter.location is Location.DISK and view.cpu_room > 0 and _lacking(view, name) <= 0:
                 # It can be read without anybody making way, and is if there will be a slot for it.
                 if len(read) < view.load_room and pool.has_idle(oldest if may_take else None):
                     read.append(name)
@@ -163,10 +168,7 @@ class Composed(SchedulerPolicy):
                 # On disk, and the cache is full: the core finds what may leave it, if anything may.
                 if adapter.location is Location.DISK and len(read) < view.load_room:
                     read += [name] if pool.has_idle(oldest if may_take else None) else []
-                slot = pool.take_idle(oldest) if may_take else None
-                if slot is None and may_close:
-                    slot = pool.take_busy(oldest)
-                if slot is not None:
+                for slot in _make_way(view, pool, name, take=may_take, close=may_close):
                     closed.add(slot.adapter)
                     if slot.running == 0 and adapter.location is Location.CPU:
                         place.append(Place(name, slot.index))
@@ -253,6 +255,30 @@ class _SlotPool:
         if self._tokens_left is None:
             self._tokens_left = tokens_left_by_adapter(self._view)
         return self._tokens_left
+
+
+def _make_way(
+    view: SchedulerView, pool: _SlotPool, name: str, *, take: bool, close: bool
+) -> Iterator[SlotView]:
+    """A slot for the adapter, idle or to be closed; more than one if what must leave the CPU cache before
+    it can be read takes that."""
+    oldest, lacking = view.adapters[name].oldest_arrival, _lacking(view, name)
+    while True:
+        slot = pool.take_idle(oldest) if take else None
+        if slot is None and close:
+            slot = pool.take_busy(oldest)
+        if slot is None or slot.adapter is None:
+            return
+        yield slot
+        lacking -= view.adapters[slot.adapter].bytes
+        if lacking <= 0:
+            return
+
+
+def _lacking(view: SchedulerView, name: str) -> int:
+    """Bytes that must leave the CPU cache before the adapter can be read, as far as its size is known."""
+    adapter, room = view.adapters[name], view.cpu_bytes_room
+    return 0 if room is None or adapter.location is not Location.DISK else adapter.bytes - room
 
 
 def tokens_left_by_adapter(view: SchedulerView) -> dict[str | None, int]:

@@ -11,26 +11,65 @@ MEBIBYTE = 2**20
 
 
 class _Stay(NamedTuple):
-    """An adapter's time in a slot."""
+    """An adapter's time in a slot, or in the CPU cache."""
 
     uses: int
     base: float
     """L at its last use."""
 
 
+class GreedyDual:
+    """The values of what is in one place: H = L + max(1, uses since it came) * worth, L as of its last use.
+
+    L rises to the H of what leaves, if that was scored since its last use: one that was turned out for
+    another reason (a slot closed for somebody who has waited too long) says nothing about worth.
+    """
+
+    def __init__(self) -> None:
+        self.inflation = 0.0
+        self._stays: dict[str, _Stay] = {}
+        self._scored: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._stays)
+
+    def came(self, name: str) -> None:
+        self._stays[name] = _Stay(0, self.inflation)
+
+    def used(self, name: str) -> None:
+        uses = self._stays[name].uses if name in self._stays else 0
+        self._stays[name] = _Stay(uses + 1, self.inflation)
+        self._scored.pop(name, None)
+
+    def left(self, name: str) -> None:
+        self._stays.pop(name, None)
+        self.inflation = max(self.inflation, self._scored.pop(name, 0.0))
+
+    def renamed(self, was: str, name: str) -> None:
+        if was in self._stays:
+            self._stays[name] = self._stays.pop(was)
+        if was in self._scored:
+            self._scored[name] = self._scored.pop(was)
+
+    def value(self, name: str, worth: float) -> float:
+        uses, base = self._stays.get(name, _Stay(0, self.inflation))
+        value = base + max(1, uses) * worth
+        self._scored[name] = value
+        return value
+
+
 class GDSF(Replacement):
     """Frequency times load cost over size, plus an inflation that makes what is no longer used go.
 
     H = L + frequency * cost / size, with L as of the adapter's last use. The lowest H goes, and L rises
-    to it, so that those used since then are ahead of those that were not.
+    to it, so that those used since then are ahead of those that were not. Slots and CPU cache each have
+    their own L and their own frequencies.
 
-    - frequency: requests admitted since the adapter came into its slot, at least 1.
+    - frequency: requests admitted since the adapter came there, at least 1.
     - cost: measured seconds of its last copy into a slot; plus those of its last read from disk while
-      the CPU cache is full, since there it would be among the first to be dropped.
+      the CPU cache is full, since there it would be among the first to be dropped. In the CPU cache: the
+      seconds of its last read.
     - size: MiB in the CPU cache, else its rank.
-
-    L rises only when the evicted adapter was scored since its last use: one that was turned out for
-    another reason (a slot closed for somebody who has waited too long) says nothing about worth.
 
     Args:
         cost: "seconds", as above, or "one": every load costs the same, which aims at few loads rather
@@ -43,40 +82,37 @@ class GDSF(Replacement):
         if cost not in ("seconds", "one"):
             raise ValueError(f'cost={cost!r}: must be "seconds" or "one"')
         self.cost = cost
-        self.inflation = 0.0
-        self._stays: dict[str, _Stay] = {}
-        self._scored: dict[str, float] = {}
+        self.slots = GreedyDual()
+        self.cpu = GreedyDual()
 
     def on_event(self, event: PolicyEvent) -> None:
         name = event.adapter
         if name is None:
             return
-        if event.kind == "request_admitted":
-            uses = self._stays[name].uses if name in self._stays else 0
-            self._stays[name] = _Stay(uses + 1, self.inflation)
-            self._scored.pop(name, None)
-        elif event.kind == "adapter_placed":
-            self._stays[name] = _Stay(0, self.inflation)
-        elif event.kind == "adapter_evicted":
-            self._stays.pop(name, None)
-            self.inflation = max(self.inflation, self._scored.pop(name, 0.0))
+        match event.kind:
+            case "request_admitted":
+                self.slots.used(name)
+                self.cpu.used(name)
+            case "adapter_loaded":
+                self.cpu.came(name)
+            case "adapter_placed":
+                self.slots.came(name)
+            case "adapter_evicted":
+                self.slots.left(name)
+            case "adapter_dropped":
+                self.cpu.left(name)
+            case "adapter_retired" if event.was is not None:
+                self.slots.renamed(event.was, name)
+                self.cpu.renamed(event.was, name)
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
-        if len(self._stays) > 2 * len(view.slots):  # some were renamed or unloaded while in a slot
-            self._forget_absent(view)
-        uses, base = self._stays.get(adapter.name, _Stay(0, self.inflation))
-        size = adapter.bytes / MEBIBYTE or adapter.rank or 1
-        value = base + max(1, uses) * self._cost(view, adapter) / size
-        self._scored[adapter.name] = value
-        return value
-
-    def _cost(self, view: SchedulerView, adapter: AdapterView) -> float:
-        if self.cost == "one":
-            return 1.0
         read_again = view.cpu_room <= 0
-        return (adapter.slot_seconds or 0.0) + ((adapter.disk_seconds or 0.0) if read_again else 0.0)
+        seconds = (adapter.slot_seconds or 0.0) + ((adapter.disk_seconds or 0.0) if read_again else 0.0)
+        return self.slots.value(adapter.name, self._worth(adapter, seconds))
 
-    def _forget_absent(self, view: SchedulerView) -> None:
-        held = {slot.adapter for slot in view.slots}
-        self._stays = {name: stay for name, stay in self._stays.items() if name in held}
-        self._scored = {name: value for name, value in self._scored.items() if name in held}
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return self.cpu.value(adapter.name, self._worth(adapter, adapter.disk_seconds or 0.0))
+
+    def _worth(self, adapter: AdapterView, seconds: float) -> float:
+        size = adapter.bytes / MEBIBYTE or adapter.rank or 1
+        return (1.0 if self.cost == "one" else seconds) / size

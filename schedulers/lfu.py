@@ -82,3 +82,6 @@ class LFU(Replacement):
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
         return self.counts.weight(adapter.name)
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return self.counts.weight(adapter.name)

@@ -46,6 +46,9 @@ class Belady(Replacement):
         return arrivals[index] if index < len(arrivals) else inf
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return self.cpu_score(view, adapter)
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
         return -view.now if adapter.waiting else -self.next_use(adapter.name, view.now)
 
 

@@ -1,7 +1,7 @@
 """The four dimensions of a composed policy, each a small class that can be varied alone.
 
 - :class:`Ordering`: who goes first.
-- :class:`Replacement`: which idle adapter gives up its slot.
+- :class:`Replacement`: which idle adapter gives up its slot, and which one leaves the CPU cache.
 - :class:`Prefetch`: which adapters to bring from disk to the CPU.
 - :class:`Preemption`: who is taken off the batch.
 
@@ -75,11 +75,15 @@ class Ordering(Part):
 
 
 class Replacement(Part):
-    """Which idle adapter gives up its slot."""
+    """Which idle adapter gives up its slot, and which one leaves the CPU cache."""
 
     @abstractmethod
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
         """What keeping ``adapter`` in ``slot`` is worth: the lowest goes first."""
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        """What keeping it in the CPU cache is worth, likewise; by default, the time of its last use."""
+        return adapter.last_used
 
 
 class Prefetch(Part):

@@ -175,7 +175,12 @@ class SchedulerView(Protocol):
 
     @property
     def cpu_room(self) -> int:
-        """Free places in the CPU adapter cache (the core can make more by evicting)."""
+        """Adapters that the CPU cache can take in without another leaving (the core can make more room
+        by evicting). Where its bytes are bounded, each is counted as large as the largest in it."""
+
+    @property
+    def cpu_bytes_room(self) -> int | None:
+        """Free bytes in the CPU cache; None where they are not bounded."""
 
     @property
     def load_room(self) -> int:
@@ -221,7 +226,9 @@ class PolicyEvent(NamedTuple):
 
     ``kind`` is one of: "request_added", "request_admitted", "request_preempted", "request_finished"
     (however it ended), "adapter_loaded" (it is on the CPU), "adapter_placed" (it is in a slot),
-    "adapter_evicted" (it has left its slot).
+    "adapter_evicted" (it has left its slot), "adapter_dropped" (it has left the CPU cache),
+    "adapter_retired" (it was unloaded or replaced: it is called "name@version" from now on, and ``name``,
+    if there is such an adapter, is another).
     """
 
     kind: str
@@ -230,6 +237,8 @@ class PolicyEvent(NamedTuple):
     """For the request events."""
     adapter: str | None = None
     """The adapter concerned; None for a request to the base model."""
+    was: str | None = None
+    """For "adapter_retired": what it was called before."""
 
 
 class SchedulerPolicy(ABC):
@@ -246,3 +255,13 @@ class SchedulerPolicy(ABC):
 
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""
+
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        """Who leaves the CPU cache first, when room is needed there.
+
+        Optional; asked only then, so it must be as fast as ``schedule``. ``candidates`` may all go, the
+        least recently used first: none is pinned, running, being read or copied, or waited for by
+        somebody who has waited longer than the one who needs the room. Those that are not named in the
+        answer go last, in that order.
+        """
+        return ()

@@ -43,6 +43,8 @@ class CoreSim:
         self.events: list[events.Event] = []
         self.ended: dict[str, str] = {}
         self.count = 0
+        self.sizes: dict[str, int] = {}
+        """Bytes by name; 1000 if it is not here."""
 
     def register(self, name: str) -> AdapterEntry:
         entry = self.core.residency.declare(name, f"/adapters/{name}")
@@ -101,7 +103,12 @@ class CoreSim:
         else:
             self.on_cpu.add(entry.uid)
             self.core.adapter_loaded(
-                entry, self.now, rank=8, nbytes=1000, digest=f"{entry.label}-{entry.version}", seconds=0.1
+                entry,
+                self.now,
+                rank=8,
+                nbytes=self.sizes.get(entry.label, 1000),
+                digest=f"{entry.label}-{entry.version}",
+                seconds=0.1,
             )
         self.take_events()
 

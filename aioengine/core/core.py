@@ -15,15 +15,24 @@ from typing import NamedTuple
 from aioengine import events
 from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
+from aioengine.core.cpu_cache import least_recently_used
 from aioengine.core.guard import PolicyGuard
+from aioengine.core.placing import Placing
 from aioengine.core.queues import RequestQueues
 from aioengine.core.residency import Move, Residency
 from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
 from aioengine.core.view import CoreRequestView, CoreView
-from aioengine.errors import AdapterInvalid, AioEngineError, DeadlineExceeded, EngineOverloaded
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterTooLarge,
+    AioEngineError,
+    DeadlineExceeded,
+    EngineOverloaded,
+    RequestInvalid,
+)
 from aioengine.request import FinishReason, SamplingParams
 from aioengine.schedulers.fcfs import FCFS
-from aioengine.schedulers.policy import Location, Place, PolicyEvent, SchedulerPolicy
+from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerPolicy
 from aioengine.step import Sampled, StepBatch, StepResult
 
 
@@ -44,6 +53,7 @@ class CoreLimits(NamedTuple):
     seed: int = 0
     policy_time_budget: float = 0.02
     policy_max_overruns: int = 20
+    cpu_max_bytes: int | None = None
 
 
 class Step(NamedTuple):
@@ -79,8 +89,11 @@ class Core:
             cpu_capacity=limits.cpu_capacity,
             max_loads=limits.max_loads,
             emit=self._emit,
-            evicted=lambda entry, now: self._tell("adapter_evicted", now, adapter=entry.name),
+            tell=self._tell,
+            cpu_max_bytes=limits.cpu_max_bytes,
+            cpu_order=self._cpu_order,
         )
+        self.placing = Placing(self.residency)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
@@ -120,6 +133,15 @@ class Core:
     @property
     def preemptions(self) -> int:
         return self.batcher.preemptions
+
+    @property
+    def policy_name(self) -> str:
+        return self._guard.name
+
+    @property
+    def policy_seconds(self) -> float:
+        """What the policy took of the last ``schedule``; 0 without a ``timer``."""
+        return self._guard.seconds
 
     # Events in: requests
 
@@ -218,9 +240,24 @@ class Core:
 
     def adapter_loaded(
         self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
-    ) -> None:
-        self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
-        self._tell("adapter_loaded", now, adapter=entry.name)
+    ) -> AdapterTooLarge | None:
+        """Returns why it cannot be kept, if it cannot; those who wait for it fail with that.
+
+        Otherwise it is in the cache; or else back on disk, if what others need leaves no room for its
+        bytes just now: then it is read again when there is.
+        """
+        self.now = max(self.now, now)
+        error = self.cpu.refusal(entry, nbytes)
+        if error is not None:
+            self.residency.load_too_large(entry, now, error)
+            self._fail_waiting(entry, now, error)
+        else:
+            self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
+        return error
+
+    def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
+        """Its read was given up, and nobody is told: the engine stops."""
+        self.residency.load_cancelled(entry)
 
     def adapter_load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
@@ -241,6 +278,19 @@ class Core:
         for request in list(entry.waiting):
             self.end(request, "error", now, error)
 
+    def _fail_shut_out(self, now: float) -> None:
+        """When pinned adapters hold every slot, the requests for all others can never run: they fail."""
+        if not self.slots.all_pinned:
+            return
+        for entry in list(self.queues.heads.values()):
+            if entry is not None and entry.slot is None:
+                names = ", ".join(s.entry.label for s in self.slots.slots if s.entry is not None)
+                text = (
+                    f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because every slot holds a "
+                )
+                text += f"pinned adapter ({names}); unpin one, or raise max_loras"
+                self._fail_waiting(entry, now, EngineOverloaded(text))
+
     # Scheduling
 
     def schedule(self, now: float) -> Step:
@@ -249,21 +299,24 @@ class Core:
         self.now = now
         self._expire(now)
         self.residency.sweep(now)
+        self._fail_shut_out(now)
+        self.placing.place_pinned(now)
         decision = self._guard.decide(self._view)
         for request_id in decision.preempt:
             self._apply_preempt(request_id)
         asked = (self.requests.get(request_id) for request_id in decision.admit)
         admitting = {r.adapter.uid for r in asked if r is not None and r.adapter is not None}
-        for place in decision.place:
-            refusal = self._apply_place(place, admitting)
-            if refusal is not None:
-                self._refuse(refusal, str(place))
-        self._place_pinned(admitting)
-        for name in decision.prefetch:
-            self._apply_prefetch(name, admitting)
-        self.residency.start_wanted(now, admitting)
+        for reason, item in self.placing.apply(decision, now, admitting):
+            self._refuse(reason, item)
         batch = self._form_batch(decision.admit)
         return Step(batch, self.residency.take_moves())
+
+    def step_lost(self) -> None:
+        """The batch in flight will not come back: what its ended requests hold is released."""
+        self._in_flight = []
+        for request in self._zombies:
+            self.batcher.release(request)
+        self._zombies = []
 
     def next_deadline(self) -> float | None:
         """When ``schedule`` must be called even if nothing else happens."""
@@ -285,54 +338,11 @@ class Core:
         else:
             self.batcher.preempt(request, self.now)
 
-    def _apply_place(self, place: Place, admitting: set[int]) -> str | None:
-        entry = self.by_policy_name.get(place.adapter)
-        if entry is None:
-            return "place_unknown_adapter"
-        if entry.slot is not None:
-            return "place_already_placed"
-        if entry.location is not Location.CPU:
-            if entry.location is Location.DISK:
-                self.residency.start_load(entry, self.now, admitting)
-            return None
-        if place.slot is None:
-            slot = self.residency.choose_slot(admitting)
-            if slot is None:
-                return "place_no_slot"
-        else:
-            if not 0 <= place.slot < len(self.slots.slots):
-                return "place_slot_unknown"
-            slot = self.slots.slots[place.slot]
-            if slot.entry is not None:
-                if slot.loading:
-                    return "place_slot_loading"
-                if slot.entry.running:
-                    return "place_slot_busy"
-                if slot.entry.pinned:
-                    return "place_slot_pinned"
-                if slot.entry.uid in admitting:
-                    return "place_slot_admitted"
-        self.residency.start_copy(entry, slot, self.now)
-        return None
-
-    def _place_pinned(self, admitting: set[int]) -> None:
-        """A pinned adapter goes to a slot as soon as one can be had, asked for or not."""
-        for entry in self.cpu.entries.values():
-            if entry.pinned and entry.slot is None and entry.location is Location.CPU:
-                slot = self.residency.choose_slot(admitting)
-                if slot is not None:
-                    self.residency.start_copy(entry, slot, self.now)
-
-    def _apply_prefetch(self, name: str, admitting: set[int]) -> None:
-        entry = self.by_policy_name.get(name)
-        if entry is None:
-            self._refuse("prefetch_unknown_adapter", name)
-        elif entry.location is Location.DISK:
-            self.residency.start_load(entry, self.now, admitting)
-
     # The batch
 
     def _form_batch(self, admit: Sequence[str]) -> StepBatch | None:
+        if self.placing.any_closed:
+            admit = [request_id for request_id in admit if not self._is_closed(request_id)]
         work = self.batcher.form(admit, self.requests, self.now)
         if not work:
             return None
@@ -343,6 +353,10 @@ class Core:
                 request.adapter.last_used = self.now
                 self.slots.slots[request.adapter.slot].last_used = self.now
         return StepBatch(self.step, work, self.slots.ranks())
+
+    def _is_closed(self, request_id: str) -> bool:
+        request = self.requests.get(request_id)
+        return request is not None and self.placing.is_closed(request.adapter)
 
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float, deliver: Deliver | None = None
@@ -363,7 +377,7 @@ class Core:
             if sampled is None:
                 continue
             if sampled.error is not None:
-                self.end(request, "error", now, _sampling_error(request, sampled.error))
+                self.end(request, "error", now, _sampling_error(request, sampled))
                 continue
             request.tokens.append(sampled.token)
             if request.first_token is None:
@@ -402,14 +416,30 @@ class Core:
     def _refuse(self, reason: str, item: str) -> None:
         self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
 
+    def _cpu_order(self, entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
+        """The policy's order of leaving the CPU cache; those that it does not name, by their last use.
+        Versions that were never published, of which it does not know, go before all."""
+        in_order = least_recently_used(entries)
+        unknown = [entry for entry in in_order if not self.residency.is_known(entry)]
+        rest = {entry.name: entry for entry in in_order if self.residency.is_known(entry)}
+        named = self._guard.cpu_victims(self._view, list(rest)) if len(rest) > 1 else []
+        first = [rest.pop(name) for name in dict.fromkeys(named) if name in rest]
+        return [*unknown, *first, *rest.values()]
+
     def _tell(
-        self, kind: str, now: float, *, request: Request | None = None, adapter: str | None = None
+        self,
+        kind: str,
+        now: float,
+        *,
+        request: Request | None = None,
+        adapter: str | None = None,
+        was: str | None = None,
     ) -> None:
         view = None
         if request is not None:
             view = self.request_views[request.id]
             adapter = None if request.adapter is None else request.adapter.name
-        self._guard.tell(PolicyEvent(kind, now, view, adapter))
+        self._guard.tell(PolicyEvent(kind, now, view, adapter, was))
 
     def check(self) -> None:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
@@ -429,8 +459,10 @@ class Core:
             assert request.status is Status.WAITING and not request.blocks
 
 
-def _sampling_error(request: Request, reason: str) -> AioEngineError:
-    text = f"request {request.id!r} produced unusable logits ({reason})"
+def _sampling_error(request: Request, sampled: Sampled) -> AioEngineError:
+    if sampled.fault == "request":
+        return RequestInvalid(f"request {request.id!r}: {sampled.error}")
+    text = f"request {request.id!r} produced unusable logits ({sampled.error})"
     entry = request.adapter
     if entry is None:
         return AioEngineError(f"{text}; the base model's weights or the dtype are at fault")

@@ -5,52 +5,150 @@ Adapters in slots stay in the cache too, so that a slot can be given up without 
 What somebody waits for is not evicted under him, with one exception that keeps the cache fair: whoever
 has waited longer may take the place of an adapter that is needed only by later requests. Without the
 exception, a few busy adapters could keep a cold one out for ever.
+
+An adapter's size is known once it has been read. Its next read reserves that much beforehand; the first
+one reserves a place, and room for its bytes is made when it has arrived.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from aioengine.core.state import AdapterEntry
+from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers.policy import Location
+
+Order = Callable[[Sequence[AdapterEntry]], Sequence[AdapterEntry]]
+"""Who of those that may go alike goes first."""
+
+
+def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
+    return sorted(entries, key=lambda entry: entry.last_used)
 
 
 class CpuCache:
-    def __init__(self, capacity: int) -> None:
+    """At most ``capacity`` adapters with at most ``max_bytes`` (None: no bound) together."""
+
+    def __init__(
+        self, capacity: int, max_bytes: int | None = None, order: Order = least_recently_used
+    ) -> None:
         self.capacity = capacity
+        self.max_bytes = max_bytes
         self.entries: dict[int, AdapterEntry] = {}
         """Resident, or being read, by uid."""
+        self.used_bytes = 0
+        self._counted: dict[int, int] = {}
+        """What each counts for in ``used_bytes``."""
+        self._largest: int | None = None
+        """Of those; None when it has to be looked for."""
+        self._order = order
 
     @property
     def room(self) -> int:
-        return self.capacity - len(self.entries)
+        """Adapters that can be added without anybody leaving, each as large as the largest there is."""
+        places = self.capacity - len(self.entries)
+        if self.max_bytes is None:
+            return places
+        if self._largest is None:
+            self._largest = max(self._counted.values(), default=0)
+        return min(places, self.bytes_room // self._largest) if self._largest > 0 else places
+
+    @property
+    def bytes_room(self) -> int:
+        """Only where ``max_bytes`` is not None."""
+        assert self.max_bytes is not None
+        return self.max_bytes - self.used_bytes
+
+    def fits(self, entry: AdapterEntry) -> bool:
+        """Whether it can be added now."""
+        return not self._lacking(entry, self._reserved(entry))
 
     def add(self, entry: AdapterEntry) -> None:
-        assert self.room > 0 and entry.uid not in self.entries
+        assert self.fits(entry) and entry.uid not in self.entries
         self.entries[entry.uid] = entry
+        self._count(entry, self._reserved(entry))
+
+    def resize(self, entry: AdapterEntry) -> bool:
+        """Count it for what it takes, as has turned out; returns whether ``max_bytes`` is kept."""
+        self._count(entry, entry.nbytes)
+        return self.max_bytes is None or self.used_bytes <= self.max_bytes
 
     def remove(self, entry: AdapterEntry) -> None:
-        del self.entries[entry.uid]
+        self._count(entry, 0)
+        del self.entries[entry.uid], self._counted[entry.uid]
+        self._largest = None
 
-    def victim(self, newcomer: AdapterEntry, now: float, keep: set[int]) -> AdapterEntry | None:
-        """The least recently used adapter that may go for ``newcomer``; None if all must stay.
+    def pinned_bytes(self, besides: AdapterEntry) -> int:
+        """What stays for as long as somebody wants it to."""
+        return sum(e.nbytes for e in self.entries.values() if e.pinned and e is not besides)
 
-        Adapters outside the slots go first, then those in idle slots; within each, those nobody waits
-        for before those that only later requests wait for. Those in slots whose uid is in ``keep``,
-        because this step admits to them, stay.
+    def can_ever_hold(self, entry: AdapterEntry, nbytes: int) -> bool:
+        return self.max_bytes is None or nbytes + self.pinned_bytes(entry) <= self.max_bytes
+
+    def refusal(self, entry: AdapterEntry, nbytes: int) -> AdapterTooLarge | None:
+        """Why it can never be kept, if it cannot."""
+        if self.can_ever_hold(entry, nbytes):
+            return None
+        pinned = self.pinned_bytes(entry)
+        beside = f" beside the {pinned:,} bytes of pinned adapters" if pinned else ""
+        todo = "raise LoRAConfig.max_cpu_lora_bytes" + (" or unpin one" if pinned else "")
+        return AdapterTooLarge(
+            f"it takes {nbytes:,} bytes of CPU memory, and max_cpu_lora_bytes={self.max_bytes:,} has no room "
+            f"for that{beside}; {todo}",
+            name=entry.label,
+            path=entry.path,
+        )
+
+    def victims(self, newcomer: AdapterEntry, now: float, keep: set[int]) -> list[AdapterEntry] | None:
+        """Those who go so that ``newcomer`` fits, the first first; None if too many must stay.
+
+        It may be in the cache already, and then only its bytes can be in the way.
+
+        Adapters that are unloaded go first. Then those outside the slots, then those in idle slots;
+        within each, those nobody waits for before those that only later requests wait for; and among
+        equals the order decides. Those in slots whose uid is in ``keep``, because this step admits to
+        them, stay.
         """
+        here = newcomer.uid in self.entries
+        size = 0 if here else self._reserved(newcomer)
         since = newcomer.needed_since
         limit = now if since is None else since
-        best: AdapterEntry | None = None
-        best_key: tuple[bool, bool, float] | None = None
+        tiers: dict[tuple[bool, bool, bool], list[AdapterEntry]] = {}
         for entry in self.entries.values():
             needed = entry.needed_since
-            if entry.location is Location.SLOT and entry.uid in keep:
+            if entry is newcomer or (entry.location is Location.SLOT and entry.uid in keep):
                 continue
             if not self._movable(entry) or (needed is not None and needed <= limit):
                 continue
-            key = (entry.location is Location.SLOT, needed is not None, entry.last_used)
-            if best_key is None or key < best_key:
-                best, best_key = entry, key
-        return best
+            alive = needed is not None or not entry.retired
+            tier = alive, entry.location is Location.SLOT, needed is not None
+            tiers.setdefault(tier, []).append(entry)
+        all_ = [entry.uid for tier in tiers.values() for entry in tier]
+        if self._lacking(newcomer, size - sum(self._counted[uid] for uid in all_), places=len(all_)):
+            return None
+        victims: list[AdapterEntry] = []
+        in_order = (entry for tier in sorted(tiers) for entry in self._order(tiers[tier]))
+        while self._lacking(newcomer, size, places=len(victims)):
+            victim = next(in_order)
+            size -= self._counted[victim.uid]
+            victims.append(victim)
+        return victims
+
+    def _reserved(self, entry: AdapterEntry) -> int:
+        """What can never fit is read all the same, and fails when its size is known."""
+        return entry.nbytes if self.can_ever_hold(entry, entry.nbytes) else 0
+
+    def _lacking(self, newcomer: AdapterEntry, nbytes: int, places: int = 0) -> bool:
+        """Whether it does not fit with ``nbytes`` more and ``places`` fewer than there are now."""
+        here = newcomer.uid in self.entries
+        if not here and len(self.entries) - places >= self.capacity:
+            return True
+        return self.max_bytes is not None and self.used_bytes + nbytes > self.max_bytes
+
+    def _count(self, entry: AdapterEntry, nbytes: int) -> None:
+        self.used_bytes += nbytes - self._counted.get(entry.uid, 0)
+        self._counted[entry.uid] = nbytes
+        self._largest = None
 
     @staticmethod
     def _movable(entry: AdapterEntry) -> bool:
@@ -62,4 +160,9 @@ class CpuCache:
 
     def check(self) -> None:
         assert len(self.entries) <= self.capacity
+        assert self.entries.keys() == self._counted.keys()
         assert all(e.location is not Location.DISK for e in self.entries.values())
+        assert self.used_bytes == sum(self._counted.values())
+        assert self.max_bytes is None or self.used_bytes <= self.max_bytes
+        for entry in self.entries.values():
+            assert entry.location is Location.LOADING or self._counted[entry.uid] == entry.nbytes

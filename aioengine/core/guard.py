@@ -6,7 +6,7 @@ core to say when it applies it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from aioengine import events
@@ -37,7 +37,9 @@ class PolicyGuard:
         max_overruns: int,
     ) -> None:
         self.policy = policy
-        self._name = type(policy).__name__
+        self.name = type(policy).__name__
+        self.seconds = 0.0
+        """What the last decision took, with what was asked in the course of it."""
         self._safe = safe
         self._emit = emit
         self._timer = timer
@@ -47,6 +49,7 @@ class PolicyGuard:
         self._in_time = 0
 
     def decide(self, view: SchedulerView) -> Decision:
+        self.seconds = 0.0
         start = self._timer() if self._timer is not None else 0.0
         try:
             decision = _well_formed(self.policy.schedule(view))
@@ -54,11 +57,25 @@ class PolicyGuard:
             # A stray CancelledError is the policy's own, for nothing is awaited here.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            self._failed(view.now, f"{self._name}: {type(error).__name__}: {error}")
+            self._failed(view.now, f"{self.name}: {type(error).__name__}: {error}")
             decision = self._safe.schedule(view)
         if self._timer is not None:
             self._measure(view.now, self._timer() - start)
         return decision
+
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
+        """The policy's order, as far as it makes sense."""
+        start = self._timer() if self._timer is not None else 0.0
+        names: list[str] = []
+        try:
+            names = _strings("cpu_victims", self.policy.cpu_victims(view, candidates))
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            self._failed(view.now, f"{self.name}.cpu_victims: {type(error).__name__}: {error}")
+        if self._timer is not None:
+            self._measure(view.now, self._timer() - start)
+        return names
 
     def tell(self, event: PolicyEvent) -> None:
         try:
@@ -66,13 +83,14 @@ class PolicyGuard:
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            text = f"{self._name}.on_event: {type(error).__name__}: {error}"
+            text = f"{self.name}.on_event: {type(error).__name__}: {error}"
             self._failed(event.now, text)
 
     def _failed(self, now: float, error: str) -> None:
         self._emit(events.PolicyFailed(time=now, error=error))
 
     def _measure(self, now: float, seconds: float) -> None:
+        self.seconds += seconds
         if seconds <= self._budget:
             self._in_time += 1
             if self._in_time >= FORGIVEN_AFTER:
@@ -83,7 +101,7 @@ class PolicyGuard:
         self._emit(events.PolicyOverran(time=now, seconds=seconds, budget=self._budget))
         if self._overruns >= self._max_overruns and self.policy is not self._safe:
             self.policy = self._safe
-            reason = f"{self._name} took more than {self._budget * 1e3:g} ms {self._overruns} times"
+            reason = f"{self.name} took more than {self._budget * 1e3:g} ms {self._overruns} times"
             self._emit(events.PolicyReplaced(time=now, reason=reason))
 
 

@@ -7,10 +7,10 @@ through ``loaded``, ``load_failed``, ``placed`` and ``place_failed``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from aioengine import events
-from aioengine.core.cpu_cache import CpuCache
+from aioengine.core.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.slots import Slot, SlotTable
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location
@@ -38,6 +38,12 @@ class DropMove(NamedTuple):
 Move = LoadMove | CopyMove | DropMove
 
 
+class Tell(Protocol):
+    """Tells the policy of something that happened to the adapter that it knows by ``adapter``."""
+
+    def __call__(self, kind: str, now: float, *, adapter: str, was: str | None = None) -> None: ...
+
+
 class Residency:
     def __init__(
         self,
@@ -46,10 +52,12 @@ class Residency:
         cpu_capacity: int,
         max_loads: int,
         emit: Callable[[events.Event], None],
-        evicted: Callable[[AdapterEntry, float], None],
+        tell: Tell,
+        cpu_max_bytes: int | None = None,
+        cpu_order: Order = least_recently_used,
     ) -> None:
         self.slots = SlotTable(num_slots)
-        self.cpu = CpuCache(cpu_capacity)
+        self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
         self.current: dict[str, AdapterEntry] = {}
         """Published entries by name: what new requests get."""
         self.by_policy_name: dict[str, AdapterEntry] = {}
@@ -63,7 +71,7 @@ class Residency:
         self._loads = 0
         self._moves: list[Move] = []
         self._emit = emit
-        self._evicted = evicted
+        self._tell = tell
 
     # Registration
 
@@ -83,6 +91,8 @@ class Residency:
             self.retire(old, now)
         self.current[entry.name] = entry
         self.by_policy_name[entry.name] = entry
+        if entry.location is Location.CPU:
+            self._tell("adapter_loaded", now, adapter=entry.name)
         self._emit(
             events.AdapterRegistered(
                 time=now,
@@ -102,8 +112,9 @@ class Residency:
         if self.current.get(entry.name) is entry:
             del self.current[entry.name]
             del self.by_policy_name[entry.name]
-            entry.name = f"{entry.name}@{entry.version}"
+            entry.name = f"{entry.label}@{entry.version}"
             self.by_policy_name[entry.name] = entry
+            self._tell("adapter_retired", now, adapter=entry.name, was=entry.label)
 
     def sweep(self, now: float) -> None:
         """Free every retired adapter that nothing uses any more."""
@@ -117,7 +128,7 @@ class Residency:
                 self._evict_cpu(entry, now)
             del self._retired[entry.uid]
             del self.entries[entry.uid]
-            if self.by_policy_name.get(entry.name) is entry:  # not so if it was never published
+            if self.is_known(entry):
                 del self.by_policy_name[entry.name]
             self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
 
@@ -138,9 +149,11 @@ class Residency:
         entry.wanted_since = None
         self._wanted.pop(entry.uid, None)
 
-    def start_wanted(self, now: float, keep: set[int]) -> None:
+    def start_wanted(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
+        """Begin the reads that were asked for at least ``waited`` seconds ago, as far as there is room."""
         for entry in list(self._wanted.values()):
-            self.start_load(entry, now, keep)
+            if entry.wanted_since is not None and now - entry.wanted_since >= waited:
+                self.start_load(entry, now, keep)
 
     def start_load(self, entry: AdapterEntry, now: float, keep: set[int]) -> str | None:
         """Begin a read, making room if needed but not by taking an adapter (by uid) in ``keep`` out of
@@ -149,13 +162,8 @@ class Residency:
             return "already_loaded"
         if self._loads >= self._max_loads:
             return "loads_at_limit"
-        if self.cpu.room <= 0:
-            victim = self.cpu.victim(entry, now, keep)
-            if victim is None:
-                return "cpu_cache_full"
-            if victim.slot is not None:
-                self.evict_slot(self.slots.slots[victim.slot], now)
-            self._evict_cpu(victim, now)
+        if not self.cpu.fits(entry) and not self._make_room(entry, now, keep):
+            return "cpu_cache_full"
         self.cpu.add(entry)
         entry.location = Location.LOADING
         self._loads += 1
@@ -163,12 +171,21 @@ class Residency:
         self._emit(events.AdapterLoading(time=now, adapter=entry.label, version=entry.version))
         return None
 
+    def _make_room(self, entry: AdapterEntry, now: float, keep: set[int]) -> bool:
+        victims = self.cpu.victims(entry, now, keep)
+        for victim in victims or ():
+            if victim.slot is not None:
+                self.evict_slot(self.slots.slots[victim.slot], now)
+            self._evict_cpu(victim, now)
+        return victims is not None
+
     def loaded(
         self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
     ) -> None:
+        """It has arrived; others leave if ``max_bytes`` would be exceeded. If not enough can leave now,
+        it does so itself, and is read again when there is room for what is now known to be its size."""
         assert entry.location is Location.LOADING
         self._loads -= 1
-        self.forget_want(entry)
         entry.location = Location.CPU
         entry.rank, entry.nbytes, entry.digest = rank, nbytes, digest
         entry.disk_seconds = seconds
@@ -183,16 +200,31 @@ class Residency:
                 seconds=seconds,
             )
         )
+        if self.cpu.resize(entry) or self._make_room(entry, now, set()):
+            self.forget_want(entry)
+            if self.is_known(entry):
+                self._tell("adapter_loaded", now, adapter=entry.name)
+        else:
+            self._evict_cpu(entry, now)
 
     def load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:
+        self.load_cancelled(entry)
+        self.forget_want(entry)
+        self._failed(entry, now, error, reason)
+
+    def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:
+        """It was read, and cannot be kept."""
+        self.load_failed(entry, now, error, "too_large")
+        self._moves.append(DropMove(entry))
+
+    def load_cancelled(self, entry: AdapterEntry) -> None:
+        """The read under way has ended without a result."""
         assert entry.location is Location.LOADING
         self._loads -= 1
-        self.forget_want(entry)
         entry.location = Location.DISK
         self.cpu.remove(entry)
-        self._failed(entry, now, error, reason)
 
     # CPU -> slot
 
@@ -243,6 +275,7 @@ class Residency:
     def place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         assert entry.slot is not None
         self.slots.cancel(self.slots.slots[entry.slot])
+        entry.copy_failed = now
         self._failed(entry, now, error, "internal")
 
     def evict_slot(self, slot: Slot, now: float) -> None:
@@ -255,9 +288,10 @@ class Residency:
                 version=entry.version,
                 level="slot",
                 slot=slot.index,
+                nbytes=entry.nbytes,
             )
         )
-        self._evicted(entry, now)
+        self._tell("adapter_evicted", now, adapter=entry.name)
 
     # Common
 
@@ -278,6 +312,10 @@ class Residency:
             assert (entry.location is Location.DISK) == (entry.uid not in self.cpu.entries)
             assert entry.running == 0 or entry.location is Location.SLOT
 
+    def is_known(self, entry: AdapterEntry) -> bool:
+        """Whether the policy knows of it: not so if it was never published."""
+        return self.by_policy_name.get(entry.name) is entry
+
     def _copying(self, entry: AdapterEntry) -> bool:
         return entry.slot is not None and self.slots.slots[entry.slot].loading
 
@@ -286,6 +324,8 @@ class Residency:
         self.cpu.remove(entry)
         entry.location = Location.DISK
         self._moves.append(DropMove(entry))
+        if self.is_known(entry):
+            self._tell("adapter_dropped", now, adapter=entry.name)
         self._emit(
             events.AdapterEvicted(
                 time=now,
@@ -293,6 +333,7 @@ class Residency:
                 version=entry.version,
                 level="cpu",
                 slot=None,
+                nbytes=entry.nbytes,
             )
         )
 

@@ -68,6 +68,24 @@ class SlotTable:
         slot.entry = None
         return entry
 
+    @property
+    def all_pinned(self) -> bool:
+        """Every slot holds, or is being written with, a pinned adapter."""
+        held = [s.entry for s in self.slots if s.entry is not None and s.entry.pinned]
+        return 0 < len(self.slots) == len(held)
+
+    def superseded(self) -> set[int]:
+        """Uids of old versions in slots that accepted requests still wait for."""
+        held = [s.entry for s in self.slots if s.entry is not None]
+        return {entry.uid for entry in held if entry.retired and entry.waiting}
+
+    def least_busy(self, besides: set[int]) -> int | None:
+        """The uid of the adapter with the fewest running requests whose slot a pinned one could have."""
+        keep = besides | self.superseded()
+        held = [s.entry for s in self.slots if s.entry is not None and not s.loading]
+        could = [entry for entry in held if not entry.pinned and entry.uid not in keep]
+        return min(could, key=lambda entry: entry.running).uid if could else None
+
     def ranks(self) -> list[int]:
         """The rank in each usable slot, 0 elsewhere."""
         return [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]

@@ -20,6 +20,7 @@ class AdapterEntry:
     """One version of an adapter. A name's newer version is another entry."""
 
     __slots__ = (
+        "copy_failed",
         "digest",
         "disk_seconds",
         "label",
@@ -62,6 +63,8 @@ class AdapterEntry:
         self.last_used = 0.0
         self.wanted_since: float | None = None
         """Set while a load was asked for by name, and not by a waiting request."""
+        self.copy_failed: float | None = None
+        """When a copy of it into a slot failed last."""
         self.disk_seconds: float | None = None
         self.slot_seconds: float | None = None
 

@@ -210,5 +210,10 @@ class CoreView:
         return self._core.cpu.room
 
     @property
+    def cpu_bytes_room(self) -> int | None:
+        cpu = self._core.cpu
+        return None if cpu.max_bytes is None else cpu.bytes_room
+
+    @property
     def load_room(self) -> int:
         return self._core.residency.load_room

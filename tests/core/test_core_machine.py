@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from core_sim import LIMITS, CoreSim
@@ -17,6 +17,8 @@ from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, Sch
 from aioengine.schedulers.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
+SIZES = (400, 1000, 2400, 2600)
+MAX_BYTES = 2500
 
 
 class Hostile(SchedulerPolicy):
@@ -42,6 +44,10 @@ class Hostile(SchedulerPolicy):
             preempt=rng.choices(ids, k=rng.choice([0, 0, 0, 1, 2])),
         )
 
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        self.meddle(view)
+        return self.rng.choice([[], ["ghost"], candidates, [*candidates][::-1], 3, None])  # type: ignore
+
     def meddle(self, view: SchedulerView) -> None:
         """Try to change what it was given."""
         attempts: list[Callable[[], object]] = [
@@ -57,12 +63,17 @@ class Hostile(SchedulerPolicy):
 
 
 class CoreMachine(RuleBasedStateMachine):
-    @initialize(seed=st.integers(0, 2**32), hostile=st.booleans(), blocks=st.integers(16, 40))
-    def start(self, seed: int, hostile: bool, blocks: int) -> None:
+    @initialize(
+        seed=st.integers(0, 2**32),
+        hostile=st.booleans(),
+        blocks=st.integers(16, 40),
+        max_bytes=st.sampled_from([None, MAX_BYTES]),
+    )
+    def start(self, seed: int, hostile: bool, blocks: int, max_bytes: int | None) -> None:
         self.hostile = hostile
         self.unpublished: list[AdapterEntry] = []
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
-        self.sim = CoreSim(LIMITS._replace(num_blocks=blocks), policy)
+        self.sim = CoreSim(LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes), policy)
         for name in NAMES[:2]:
             self.sim.register(name)
 
@@ -98,6 +109,10 @@ class CoreMachine(RuleBasedStateMachine):
                 slots = self.sim.core.slots.slots
                 self.in_flight = [slot.entry for slot in slots]
         sim.now += seconds
+
+    @rule(name=st.sampled_from(NAMES), nbytes=st.sampled_from(SIZES))
+    def resize(self, name: str, nbytes: int) -> None:
+        self.sim.sizes[name] = nbytes
 
     @precondition(lambda self: self.sim.loads)
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))

@@ -10,7 +10,7 @@ from core_sim import CoreSim
 
 from aioengine.core.state import Request
 from aioengine.events import TokenInterval
-from aioengine.timing import DecisionTimer, LoopLagMeter, TokenIntervals
+from aioengine.timing import LoopLagMeter, TokenIntervals
 
 
 def requests(*adapters: str | None) -> list[Request]:
@@ -75,15 +75,6 @@ def test_the_same_requests_again_and_again() -> None:
     for now in (1.5, 2.5, 4.5):
         gap = {1.5: 0.5, 2.5: 1.0, 4.5: 2.0}[now]
         assert step(intervals, now, *who) == {TokenInterval("a", gap, 0): 2, TokenInterval(None, gap, 0): 1}
-
-
-def test_the_decision_timer_has_what_lay_between_two_readings() -> None:
-    timer = DecisionTimer()
-    first = timer()
-    second = timer()
-    assert timer.seconds == second - first
-    third = timer()
-    assert timer.seconds == third - second
 
 
 async def test_loop_lag_is_what_a_blocked_loop_was_late_by() -> None:

@@ -167,7 +167,7 @@ def test_gdsf_inflation_is_not_raised_by_an_eviction_that_it_did_not_choose() ->
     sim.use("aaaa")
     sim.turn_out("a")
     assert sim.evicted() == "a"
-    assert gdsf.inflation == 0.0
+    assert gdsf.slots.inflation == 0.0
 
 
 def test_gdsf_inflation_is_not_raised_by_a_score_from_before_the_last_use() -> None:
@@ -176,12 +176,12 @@ def test_gdsf_inflation_is_not_raised_by_a_score_from_before_the_last_use() -> N
         sim.have(name)
     sim.use("abbb" + "c")  # a and b are scored, and a goes
     assert sim.evicted() == "a"
-    inflation = gdsf.inflation
+    inflation = gdsf.slots.inflation
     assert inflation > 0
     sim.use("b")
     sim.turn_out("b")
     assert sim.evicted() == "ab"
-    assert gdsf.inflation == inflation
+    assert gdsf.slots.inflation == inflation
 
 
 def test_gdsf_forgets_adapters_that_were_unloaded_while_in_a_slot() -> None:
@@ -195,8 +195,8 @@ def test_gdsf_forgets_adapters_that_were_unloaded_while_in_a_slot() -> None:
         sim.run()
         sim.core.residency.retire(sim.entry(f"n{index}"), sim.now)
         sim.use("xyz")
-    kept = [value for value in vars(gdsf).values() if isinstance(value, dict)]
-    assert max(map(len, kept)) <= 2 * 2 + 1
+    assert len(gdsf.slots) <= 2
+    assert len(gdsf.cpu) <= 8
 
 
 def test_options_out_of_range_are_refused() -> None:
@@ -212,3 +212,32 @@ def test_base_model_requests_are_not_counted() -> None:
     lfu = LFU()
     lfu.on_event(PolicyEvent("request_admitted", 0.0, None, None))
     assert len(lfu.counts) == 0
+
+
+@pytest.mark.parametrize(("replace", "victim"), [(LRU, "a"), (LFU, "b"), (GDSF, "c")])
+def test_each_replacement_has_its_own_victim_in_the_cpu_cache(
+    replace: Callable[[], Replacement], victim: str
+) -> None:
+    sim = SizedSim(replace(), slots=1, cpu=4)
+    for name in "abdx":
+        sim.have(name)
+    sim.have("c", SIZES["large"])
+    sim.use(
+        "aaa" + "b" + "cc" + "d"
+    )  # a: longest ago; b: least often; c: largest for its use; d: in the slot
+    sim.core.residency.want(sim.entry("x"), sim.now)
+    sim.settle()
+    dropped = [e.adapter for e in sim.of(events.AdapterEvicted) if e.level == "cpu"]  # type: ignore[attr-defined]
+    assert dropped == [victim]
+
+
+def test_gdsf_keeps_its_count_of_an_adapter_that_is_renamed() -> None:
+    gdsf = GDSF(cost="one")
+    sim = SizedSim(gdsf, slots=2)
+    sim.have("a")
+    sim.use("aaa")
+    before = len(gdsf.slots), len(gdsf.cpu)
+    sim.core.residency.retire(sim.entry("a"), sim.now)
+    assert (len(gdsf.slots), len(gdsf.cpu)) == before
+    sim.settle()
+    assert (len(gdsf.slots), len(gdsf.cpu)) == (0, 0)

@@ -1,0 +1,103 @@
+"""Which adapters go to slots and into the CPU cache: what the policy asks for, checked; what is pinned."""
+
+from __future__ import annotations
+
+from aioengine.core.residency import Residency
+from aioengine.core.slots import Slot
+from aioengine.core.state import AdapterEntry
+from aioengine.schedulers.policy import Decision, Location, Place
+
+WANT_PATIENCE_SECONDS = 1.0
+"""Reads that were asked for by name start after those of the policy's decision; but before, once they have
+waited so long, or a policy that always has something to read would keep them out."""
+PIN_RETRY_SECONDS = 1.0
+"""How soon a pinned adapter whose copy into a slot failed is copied again, at the earliest."""
+
+Refusal = tuple[str, str]
+"""(reason, item) of an item of a decision that would break an invariant."""
+
+
+class Placing:
+    """Turns decisions into the moves of a ``Residency``."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._slots = residency.slots
+        self._closed: set[int] = set()
+
+    def is_closed(self, entry: AdapterEntry | None) -> bool:
+        """Whether its slot admits nothing, because a pinned adapter waits for it."""
+        return entry is not None and entry.uid in self._closed
+
+    @property
+    def any_closed(self) -> bool:
+        return bool(self._closed)
+
+    def place_pinned(self, now: float) -> None:
+        """A pinned adapter goes to a slot as soon as one can be had, asked for or not. If none is idle, one
+        is closed: it admits nothing until it is, or steady traffic would keep the adapter out for ever."""
+        self._closed.clear()
+        for entry in self._residency.cpu.entries.values():
+            failed = entry.copy_failed
+            if failed is not None and now - failed < PIN_RETRY_SECONDS:
+                continue  # or a copy that always fails would be tried again without pause
+            if entry.pinned and entry.slot is None and entry.location is Location.CPU:
+                slot = self._residency.choose_slot(self._slots.superseded())
+                if slot is not None:
+                    self._residency.start_copy(entry, slot, now)
+                elif (busy := self._slots.least_busy(self._closed)) is not None:
+                    self._closed.add(busy)
+
+    def apply(self, decision: Decision, now: float, admitting: set[int]) -> list[Refusal]:
+        """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
+        adapters that the same decision admits requests to. Returns what was refused."""
+        self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
+        refused: list[Refusal] = []
+        for place in decision.place:
+            reason = self._place(place, now, admitting)
+            if reason is not None:
+                refused.append((reason, str(place)))
+        for name in decision.prefetch:
+            entry = self._residency.by_policy_name.get(name)
+            if entry is None:
+                refused.append(("prefetch_unknown_adapter", name))
+            elif entry.location is Location.DISK:
+                self._residency.start_load(entry, now, admitting)
+        self._residency.start_wanted(now, admitting)
+        return refused
+
+    def _place(self, place: Place, now: float, admitting: set[int]) -> str | None:
+        entry = self._residency.by_policy_name.get(place.adapter)
+        if entry is None:
+            return "place_unknown_adapter"
+        if entry.slot is not None:
+            return "place_already_placed"
+        if entry.location is not Location.CPU:
+            if entry.location is Location.DISK:
+                self._residency.start_load(entry, now, admitting)
+            return None
+        if place.slot is None:
+            slot = self._residency.choose_slot(admitting)
+            if slot is None:
+                return "place_no_slot"
+        else:
+            if not 0 <= place.slot < len(self._slots.slots):
+                return "place_slot_unknown"
+            slot = self._slots.slots[place.slot]
+            reason = _not_takable(slot, admitting)
+            if reason is not None:
+                return reason
+        self._residency.start_copy(entry, slot, now)
+        return None
+
+
+def _not_takable(slot: Slot, admitting: set[int]) -> str | None:
+    if slot.entry is None:
+        return None
+    if slot.loading:
+        return "place_slot_loading"
+    if slot.entry.running:
+        return "place_slot_busy"
+    if slot.entry.pinned:
+        return "place_slot_pinned"
+    return "place_slot_admitted" if slot.entry.uid in admitting else None

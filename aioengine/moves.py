@@ -1,0 +1,152 @@
+"""Adapter moves: started when the core says so, carried out beside the steps, and reported back to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aioengine import events
+from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move
+from aioengine.core.state import AdapterEntry
+from aioengine.errors import (
+    AdapterError,
+    AdapterInvalid,
+    AdapterLoadError,
+    AdapterTooLarge,
+    AioEngineError,
+    EngineStopped,
+)
+from aioengine.schedulers.policy import Location
+
+if TYPE_CHECKING:
+    from aioengine.adapters.loader import LoadedAdapter
+
+logger = logging.getLogger("aioengine")
+
+Retrying = Callable[[int, float, AdapterLoadError], None]
+
+
+class Loader(Protocol):
+    async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter: ...
+    async def place(self, uid: int, slot: int) -> float: ...
+    def drop(self, uid: int) -> None: ...
+
+
+class AdapterMoves:
+    """``changed`` is called after every report to the core.
+
+    ``loaded`` holds, by adapter uid, what to call when its load has ended (with the error, or None).
+    """
+
+    def __init__(self, core: Core, loader: Loader, changed: Callable[[], None]) -> None:
+        self.loaded: dict[int, Callable[[AioEngineError | None], None]] = {}
+        self._core = core
+        self._loader = loader
+        self._changed = changed
+        self._loads: set[asyncio.Task[None]] = set()
+        self._copies: set[asyncio.Task[None]] = set()
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._loads or self._copies)
+
+    def start(self, move: Move) -> None:
+        match move:
+            case DropMove(entry):
+                self._loader.drop(entry.uid)
+            case LoadMove(entry):
+                self._spawn(self._load(entry), f"aioengine-load-{entry.label}", self._loads)
+            case CopyMove(entry, slot):
+                self._spawn(self._copy(entry, slot), f"aioengine-copy-{entry.label}", self._copies)
+
+    async def stop(self) -> None:
+        """Give up the loads, one of which may hang, and wait for the copies, which cannot be
+        interrupted. Who waits for a load gets EngineStopped."""
+        for task in self._loads:
+            task.cancel()
+        while self.under_way:
+            await asyncio.wait(self._loads | self._copies)
+        for entry in self._core.residency.entries.values():
+            if entry.location is Location.LOADING:
+                self._core.adapter_load_cancelled(entry)
+        self.fail_waiting(EngineStopped("the engine was stopped while the adapter was loading"))
+
+    def fail_waiting(self, error: AioEngineError) -> None:
+        """Nothing more will be loaded."""
+        while self.loaded:
+            self.loaded.pop(next(iter(self.loaded)))(error)
+
+    @staticmethod
+    def _spawn(work: Coroutine[Any, Any, None], name: str, tasks: set[asyncio.Task[None]]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _load(self, entry: AdapterEntry) -> None:
+        loop = asyncio.get_running_loop()
+        failure: AioEngineError | None = None
+
+        def retrying(attempt: int, seconds: float, error: AdapterLoadError) -> None:
+            self._core.outbox.append(
+                events.AdapterRetrying(
+                    time=loop.time(),
+                    adapter=entry.label,
+                    version=entry.version,
+                    attempt=attempt,
+                    seconds=seconds,
+                    error=error,
+                )
+            )
+            self._changed()
+
+        try:
+            done = await self._loader.load(entry.uid, entry.label, entry.path, retrying)
+        except AdapterError as error:
+            failure = error
+            self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
+        except Exception as error:
+            logger.exception("loading adapter %r failed unexpectedly", entry.label)
+            failure = AdapterLoadError(
+                f"unexpected {type(error).__name__}: {error}", name=entry.label, path=entry.path
+            )
+            failure.__cause__ = error
+            self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
+        else:
+            failure = self._core.adapter_loaded(
+                entry,
+                loop.time(),
+                rank=done.rank,
+                nbytes=done.nbytes,
+                digest=done.digest,
+                seconds=done.seconds,
+            )
+        if failure is not None or entry.location is not Location.DISK:  # else it is read again later
+            callback = self.loaded.pop(entry.uid, None)
+            if callback is not None:
+                callback(failure)
+        self._changed()
+
+    async def _copy(self, entry: AdapterEntry, slot: int) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            seconds = await self._loader.place(entry.uid, slot)
+        except Exception as error:
+            logger.exception("copying adapter %r into slot %d failed", entry.label, slot)
+            failure = AdapterLoadError(
+                f"could not be copied into slot {slot}: {type(error).__name__}: {error}",
+                name=entry.label,
+                path=entry.path,
+            )
+            failure.__cause__ = error
+            self._core.adapter_place_failed(entry, loop.time(), failure)
+        else:
+            self._core.adapter_placed(entry, loop.time(), seconds)
+        self._changed()
+
+
+def _load_failure(error: AdapterError) -> events.LoadFailure:
+    if isinstance(error, AdapterTooLarge):
+        return "too_large"
+    return "invalid" if isinstance(error, AdapterInvalid) else "io"

@@ -1,0 +1,238 @@
+"""Reads off the loop: tried again, given up, left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from virtual_time import VirtualTimeLoop
+
+from aioengine.adapters.loader import MAX_HANGING, AdapterLoader
+from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.retry import Backoff
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
+
+Read = Callable[[], Any]
+
+
+def flaky(*, transient: bool = True) -> AdapterLoadError:
+    return AdapterLoadError("cannot read x: EIO", name="x", path="/x", transient=transient)
+
+
+class Attempts:
+    """Fails with each of ``errors`` in turn, then succeeds."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.times: list[float] = []
+
+    async def __call__(self) -> str:
+        self.times.append(asyncio.get_running_loop().time())
+        if self.errors:
+            raise self.errors.pop(0)
+        return "read"
+
+
+def run_backoff(attempts: Attempts, retries: int, seed: int = 0) -> tuple[Any, list[tuple[int, float]]]:
+    told: list[tuple[int, float]] = []
+
+    async def main() -> Any:
+        backoff = Backoff(retries, 0.1, seed=seed)
+        try:
+            return await backoff.run(attempts, lambda attempt, seconds, _: told.append((attempt, seconds)))
+        except AioEngineError as error:
+            return error
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main()), told
+
+
+def test_a_passing_error_is_tried_again_after_growing_waits() -> None:
+    attempts = Attempts(flaky(), flaky(), flaky())
+    result, told = run_backoff(attempts, retries=3)
+    assert result == "read"
+    waits = [seconds for _, seconds in told]
+    assert [attempt for attempt, _ in told] == [1, 2, 3]
+    assert attempts.times == pytest.approx([0.0, waits[0], sum(waits[:2]), sum(waits)], abs=1e-6)
+    for wait, longest in zip(waits, (0.1, 0.2, 0.4), strict=True):
+        assert longest / 2 <= wait <= longest
+    assert run_backoff(Attempts(flaky(), flaky(), flaky()), retries=3)[1] == told, "the same for a seed"
+    assert run_backoff(Attempts(flaky(), flaky(), flaky()), retries=3, seed=1)[1] != told
+
+
+@pytest.mark.parametrize("error", [flaky(transient=False), AdapterInvalid("bad", name="x")])
+def test_an_error_for_good_is_not_tried_again(error: Exception) -> None:
+    attempts = Attempts(error)
+    assert run_backoff(attempts, retries=3) == (error, [])
+    assert len(attempts.times) == 1
+
+
+def test_after_the_last_attempt_the_error_says_how_many_there_were() -> None:
+    attempts = Attempts(flaky(), flaky(), flaky())
+    error, _ = run_backoff(attempts, retries=2)
+    assert isinstance(error, AdapterLoadError)
+    assert len(attempts.times) == 3
+    assert "EIO (3 attempts" in str(error)
+    once, _ = run_backoff(Attempts(flaky()), retries=0)
+    assert "attempts" not in str(once)
+
+
+class FakeStore:
+    """``reads[name]`` is what a read of it does, in its thread."""
+
+    def __init__(self, **reads: Read) -> None:
+        self.reads = reads
+        self.kept: dict[int, Any] = {}
+
+    def read(self, name: str, path: str) -> Any:
+        self.reads.get(name, lambda: None)()
+        return SimpleNamespace(rank=4, nbytes=10, digest=name)
+
+    def put(self, uid: int, packed: Any) -> None:
+        self.kept[uid] = packed
+
+
+def loader_of(store: FakeStore, **options: Any) -> AdapterLoader:
+    return AdapterLoader(store, None, **options)  # type: ignore[arg-type]
+
+
+async def load(loader: AdapterLoader, uid: int, name: str) -> Any:
+    return await loader.load(uid, name, f"/adapters/{name}", lambda *_: None)
+
+
+class Hanging:
+    """A read that does not return until it is released."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.release = threading.Event()
+
+    def __call__(self) -> None:
+        self.entered.release()
+        assert self.release.wait(30)
+
+
+@pytest.fixture
+def hanging() -> Any:
+    read = Hanging()
+    yield read
+    read.release.set()
+
+
+async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) -> None:
+    threads = set(threading.enumerate())
+    store = FakeStore(dead=hanging)
+    loader = loader_of(store, timeout=0.05, retries=2)
+    with pytest.raises(AdapterLoadError, match=r"'dead' \(/adapters/dead\).*load_timeout=0.05 seconds"):
+        await load(loader, 0, "dead")
+    assert (await load(loader, 1, "good")).digest == "good"
+    assert store.kept.keys() == {1}
+    left = set(threading.enumerate()) - threads
+    assert len(left) == 1 and all(thread.daemon for thread in left)
+    store.reads.clear()
+    assert (await load(loader, 0, "dead")).digest == "dead", "the next attempt, beside the one that hangs"
+    kept = store.kept[0]
+    hanging.release.set()
+    await loader.close()
+    assert set(threading.enumerate()) == threads
+    assert store.kept[0] is kept, "what the late read had to say was dropped"
+
+
+async def test_when_many_reads_hang_no_more_are_started(hanging: Hanging) -> None:
+    loader = loader_of(FakeStore(dead=hanging), timeout=0.02)
+    await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
+    threads = threading.active_count()
+    with pytest.raises(AdapterLoadError, match=rf"{MAX_HANGING} earlier reads hang.*/adapters/dead"):
+        await load(loader, 99, "good")
+    assert threading.active_count() == threads
+    hanging.release.set()
+    await loader.close()
+    assert (await load(loader, 99, "good")).digest == "good"
+
+
+async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
+    def fail() -> None:
+        raise flaky()
+
+    told = asyncio.Event()
+    loader = loader_of(FakeStore(x=fail), retries=1, backoff=1000.0)
+    threads = set(threading.enumerate())
+    task = asyncio.create_task(loader.load(0, "x", "/x", lambda *_: told.set()))
+    await told.wait()
+    assert set(threading.enumerate()) == threads
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_waiting_for_the_threads_is_short_and_not_for_what_hung_before(hanging: Hanging) -> None:
+    threads = ReadThreads("load")
+    task = asyncio.create_task(threads.run("/x", hanging))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert (threads.abandoned, threads.oldest_abandoned) == (1, "/x")
+    now = asyncio.get_running_loop().time
+    start = now()
+    await threads.wait(0.3)
+    assert 0.25 < now() - start < 5
+    start = now()
+    await threads.wait(0.3)
+    assert now() - start < 0.2
+    hanging.release.set()
+    await threads.wait(30)
+    assert threads.abandoned == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried "
+            "to allocate 123 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+    ],
+)
+async def test_a_lack_of_memory_is_the_adapters_error(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(AdapterLoadError, match=r"'x' \(/adapters/x\).*not enough memory.*max_cpu_lora"):
+        await load(loader_of(FakeStore(x=fail)), 0, "x")
+
+
+@pytest.mark.parametrize("error", [StopIteration(), asyncio.CancelledError(), SystemExit(1)])
+async def test_a_read_that_raises_what_would_disturb_the_loop(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match=type(error).__name__):
+        await load(loader_of(FakeStore(x=fail)), 0, "x")
+
+
+def test_a_read_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    code = """
+        import asyncio, threading
+        from aioengine.adapters.read_threads import ReadThreads
+
+        async def main():
+            entered = threading.Event()
+            def read():
+                entered.set()
+                threading.Event().wait()
+            task = asyncio.create_task(ReadThreads("load").run("/x", read))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(entered.wait)
+            task.cancel()
+
+        asyncio.run(main())
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=30)

@@ -1,0 +1,336 @@
+"""The CPU cache's two bounds, who leaves it, and what happens to what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core.placing import PIN_RETRY_SECONDS
+from aioengine.core.state import AdapterEntry
+from aioengine.errors import AdapterTooLarge
+from aioengine.schedulers import Decision, Location, Place, PolicyEvent, SchedulerPolicy, SchedulerView
+from aioengine.schedulers.fcfs import FCFS
+
+BOUNDED = LIMITS._replace(cpu_capacity=8, cpu_max_bytes=3000)
+
+
+def have(sim: CoreSim, **sizes: int) -> None:
+    sim.sizes |= sizes
+    for name in sizes:
+        sim.register(name)
+
+
+def bring(sim: CoreSim, names: str) -> None:
+    """To the CPU cache, one after the other."""
+    for name in names:
+        sim.core.residency.want(sim.core.residency.current[name], sim.now)
+        sim.schedule()
+        sim.finish_load()
+        sim.now += 1.0
+        sim.core.check()
+
+
+def on_cpu(sim: CoreSim) -> str:
+    return "".join(sorted(e.name for e in sim.core.cpu.entries.values()))
+
+
+def entry_of(sim: CoreSim, name: str) -> AdapterEntry:
+    return sim.core.residency.current[name]
+
+
+def test_what_arrives_makes_room_for_its_bytes() -> None:
+    sim = CoreSim(BOUNDED)
+    have(sim, a=1000, b=1000, c=900, d=2000)
+    bring(sim, "abc")
+    assert on_cpu(sim) == "abc"
+    bring(sim, "d")
+    assert on_cpu(sim) == "cd", "a and b were used longest ago"
+    assert sim.core.cpu.used_bytes == 2900
+
+
+def test_the_second_read_reserves_what_the_first_has_shown() -> None:
+    sim = CoreSim(BOUNDED)
+    have(sim, a=2000, b=1800)
+    bring(sim, "ab")
+    assert on_cpu(sim) == "b"
+    sim.core.residency.want(entry_of(sim, "a"), sim.now)
+    sim.schedule()
+    assert on_cpu(sim) == "a", "b has left before a is read"
+    assert sim.core.cpu.used_bytes == 2000
+    sim.core.check()
+
+
+def test_what_does_not_fit_beside_what_runs_is_read_again_when_there_is_room() -> None:
+    sim = CoreSim(BOUNDED)
+    have(sim, a=2000, b=1800)
+    running = sim.add("a", max_tokens=20)
+    for _ in range(3):
+        sim.settle()
+    waiting = sim.add("b")
+    sim.settle()
+    while sim.loads:
+        sim.finish_load()
+    assert entry_of(sim, "b").location is Location.DISK
+    assert entry_of(sim, "b").nbytes == 1800, "known now"
+    for _ in range(5):
+        sim.settle()
+    assert not sim.loads, "it is not read again for nothing"
+    sim.run()
+    assert sim.ended == {running.id: "length", waiting.id: "length"}
+    reads = [e.adapter for e in sim.of(events.AdapterLoading)]  # type: ignore[attr-defined]
+    assert reads == ["a", "b", "b"]
+
+
+def test_one_who_asked_for_a_load_by_name_is_not_forgotten_when_it_does_not_fit_at_once() -> None:
+    sim = CoreSim(BOUNDED)
+    have(sim, a=2000, b=1800)
+    sim.add("a", max_tokens=8)
+    for _ in range(3):
+        sim.settle()
+    sim.core.residency.want(entry_of(sim, "b"), sim.now)
+    for _ in range(20):
+        sim.settle()
+    assert entry_of(sim, "b").location is Location.CPU
+    assert entry_of(sim, "b").wanted_since is None
+
+
+def test_what_can_never_fit_fails_those_who_wait_for_it_and_leaves_no_memory_behind() -> None:
+    sim = CoreSim(BOUNDED)
+    have(sim, a=1000, huge=3001)
+    requests = [sim.add("huge"), sim.add("huge")]
+    other = sim.add("a")
+    sim.run()
+    assert sim.ended == {requests[0].id: "error", requests[1].id: "error", other.id: "length"}
+    (failed,) = sim.of(events.AdapterFailed)
+    assert failed.reason == "too_large"  # type: ignore[attr-defined]
+    error = failed.error  # type: ignore[attr-defined]
+    assert isinstance(error, AdapterTooLarge)
+    assert all(word in str(error) for word in ("'huge'", "3,001", "max_cpu_lora_bytes=3,000"))
+    sim.settle()
+    assert sim.on_cpu == {entry_of(sim, "a").uid}
+    again = sim.add("huge")
+    sim.sizes["huge"] = 3000  # it was repaired
+    sim.run()
+    assert sim.ended[again.id] == "length"
+
+
+def test_what_does_not_fit_beside_the_pinned_says_so() -> None:
+    sim = CoreSim(BOUNDED)
+    have(sim, p=2000, b=1800)
+    bring(sim, "p")
+    entry_of(sim, "p").pinned = True
+    sim.add("b")
+    sim.run()
+    (failed,) = sim.of(events.AdapterFailed)
+    assert "beside the 2,000 bytes of pinned adapters" in str(failed.error)  # type: ignore[attr-defined]
+    assert "unpin" in str(failed.error)  # type: ignore[attr-defined]
+
+
+def test_a_large_adapter_has_its_turn_although_small_busy_ones_never_pause() -> None:
+    """It needs the bytes of two slots, and each has requests all the time."""
+    sim = CoreSim(BOUNDED._replace(num_blocks=60), FCFS(max_wait=0.2))
+    have(sim, a=1500, b=1500, large=2900)
+    for name, tokens in (("a", 6), ("b", 9)):
+        sim.add(name, max_tokens=tokens)
+    for _ in range(4):
+        sim.settle()
+    large = sim.add("large")
+    entry_of(sim, "large").nbytes = 2900  # it has been read before
+    for _ in range(300):
+        for name, tokens in (("a", 6), ("b", 9)):
+            entry = entry_of(sim, name)
+            if entry.running + len(entry.waiting) < 3 and sim.core.step % 3 == 0:
+                sim.add(name, max_tokens=tokens)
+        sim.settle()
+        if large.id in sim.ended:
+            break
+    assert sim.ended.get(large.id) == "length"
+
+
+class Chooses(FCFS):
+    """Answers with ``answer`` when asked who leaves the CPU cache."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer = answer
+        self.asked: list[list[str]] = []
+        self.told: list[tuple[str, str | None, str | None]] = []
+
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        self.asked.append(list(candidates))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer  # type: ignore[return-value]
+
+    def on_event(self, event: PolicyEvent) -> None:
+        super().on_event(event)
+        if event.kind.startswith("adapter"):
+            self.told.append((event.kind.removeprefix("adapter_"), event.adapter, event.was))
+
+
+@pytest.mark.parametrize(
+    ("answer", "gone"),
+    [
+        (["c", "b"], "c"),
+        ([], "a"),
+        (["ghost", "b"], "b"),
+        (["b", "b"], "b"),
+        (3, "a"),
+        ([3], "a"),
+        (RuntimeError("bug"), "a"),
+    ],
+)
+def test_the_policy_chooses_who_leaves_the_cpu_cache(answer: object, gone: str) -> None:
+    policy = Chooses(answer)
+    sim = CoreSim(LIMITS._replace(cpu_capacity=3), policy)
+    have(sim, a=1, b=1, c=1, d=1)
+    bring(sim, "abcd")
+    assert policy.asked == [["a", "b", "c"]]
+    assert on_cpu(sim) == "".join(sorted(set("abcd") - {gone}))
+    assert len(sim.of(events.PolicyFailed)) == (not isinstance(answer, list) or answer == [3])
+
+
+def test_what_must_stay_is_no_candidate() -> None:
+    policy = Chooses(["pinned", "running", "awaited", "idle"])
+    sim = CoreSim(LIMITS._replace(num_slots=2, cpu_capacity=6), policy)
+    have(sim, pinned=1, running=1, awaited=1, idle=1, other=1, loading=1, new=1)
+    for name in ("pinned", "awaited", "idle", "other"):
+        sim.core.residency.want(entry_of(sim, name), sim.now)
+        sim.schedule()
+        sim.finish_load()
+    entry_of(sim, "pinned").pinned = True
+    sim.add("running", max_tokens=40)
+    for _ in range(4):
+        sim.settle()
+    assert {e.name: e.location for e in sim.core.cpu.entries.values()}["running"] is Location.SLOT
+    sim.add("awaited")
+    sim.core.residency.want(entry_of(sim, "loading"), sim.now)
+    sim.core.schedule(sim.now)
+    sim.core.residency.want(entry_of(sim, "new"), sim.now + 1.0)
+    sim.core.residency.start_load(entry_of(sim, "new"), sim.now + 1.0, set())
+    assert policy.asked == [["idle", "other"]]
+    assert "idle" not in on_cpu(sim)
+
+
+def test_policies_hear_of_retirement_and_of_leaving_the_cache() -> None:
+    policy = Chooses([])
+    sim = CoreSim(LIMITS, policy)
+    sim.register("a")
+    sim.add("a", max_tokens=6)
+    for _ in range(3):
+        sim.settle()
+    sim.register("a")
+    sim.run()
+    sim.settle()
+    assert policy.told == [
+        ("loaded", "a", None),
+        ("placed", "a", None),
+        ("retired", "a@1", "a"),
+        ("evicted", "a@1", None),
+        ("dropped", "a@1", None),
+    ]
+
+
+def test_a_version_that_was_read_before_it_was_published_is_told_of_after_the_old_one_was_renamed() -> None:
+    policy = Chooses([])
+    sim = CoreSim(LIMITS, policy)
+    sim.register("a")
+    bring(sim, "a")
+    new = sim.core.residency.declare("a", "/elsewhere")
+    sim.core.residency.want(new, sim.now)
+    sim.schedule()
+    sim.finish_load()
+    sim.core.residency.publish(new, sim.now)
+    assert policy.told == [("loaded", "a", None), ("retired", "a@1", "a"), ("loaded", "a", None)]
+
+
+def test_versions_that_were_given_up_leave_first_and_the_policy_is_not_asked_about_them() -> None:
+    policy = Chooses([])
+    sim = CoreSim(BOUNDED, policy)
+    have(sim, a=900, b=2900)
+    bring(sim, "a")
+    unpublished = [sim.core.residency.declare("a", "/elsewhere") for _ in range(2)]
+    for entry in unpublished:
+        sim.core.residency.want(entry, sim.now)
+        sim.schedule()
+        sim.finish_load()
+    sim.core.residency.want(entry_of(sim, "b"), sim.now)
+    sim.schedule()
+    for entry in unpublished:
+        sim.core.residency.retire(entry, sim.now)
+    sim.finish_load()
+    sim.core.check()
+    assert on_cpu(sim) == "b"
+    evicted = [e.version for e in sim.of(events.AdapterEvicted)]  # type: ignore[attr-defined]
+    assert evicted == [2, 3, 1]
+    assert policy.asked == []
+
+
+class Wishes(SchedulerPolicy):
+    def schedule(self, view: SchedulerView) -> Decision:
+        names = [name for name in "dbca" if view.adapters[name].location is Location.DISK]
+        return Decision(place=[Place(name) for name in names[:1]], prefetch=names[1:])
+
+
+def test_reads_are_started_in_the_order_of_the_policys_wish_and_so_many_at_once() -> None:
+    sim = CoreSim(LIMITS._replace(max_loads=2, cpu_capacity=8), Wishes())
+    for name in "abcd":
+        sim.register(name)
+    started: list[str] = []
+    for _ in range(4):
+        sim.schedule()
+        started += [e.name for e in sim.loads if e.name not in started]
+        assert len(sim.loads) <= 2
+        if sim.loads:
+            sim.finish_load()
+    assert started == list("dbca")
+
+
+def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_something_to_read() -> None:
+    class Greedy(SchedulerPolicy):
+        def schedule(self, view: SchedulerView) -> Decision:
+            return Decision(prefetch=[n for n in "abc" if view.adapters[n].location is Location.DISK])
+
+    sim = CoreSim(LIMITS._replace(max_loads=1, cpu_capacity=2), Greedy())
+    for name in "abcx":
+        sim.register(name)
+    sim.core.residency.want(entry_of(sim, "x"), sim.now)
+    for _ in range(20):
+        sim.settle(step_seconds=0.1)
+    assert entry_of(sim, "x").wanted_since is None
+    reads = [e.adapter for e in sim.of(events.AdapterLoading)]  # type: ignore[attr-defined]
+    assert 5 < reads.index("x") < 15
+
+
+def test_a_pinned_adapter_whose_copy_fails_is_not_copied_again_without_pause() -> None:
+    sim = CoreSim()
+    sim.register("p")
+    bring(sim, "p")
+    entry_of(sim, "p").pinned = True
+    for _ in range(5):
+        sim.schedule()
+        if sim.copies:
+            sim.finish_copy(fail=True)
+    assert len(sim.of(events.AdapterPlacing)) == 1
+    sim.now += PIN_RETRY_SECONDS
+    sim.schedule()
+    sim.finish_copy()
+    assert entry_of(sim, "p").location is Location.SLOT
+
+
+def test_a_failed_load_fails_its_requests_once_and_the_next_request_tries_again() -> None:
+    sim = CoreSim()
+    sim.register("bad")
+    first = sim.add("bad")
+    sim.schedule()
+    sim.finish_load(fail=True)
+    for _ in range(5):
+        assert sim.schedule() is None
+    assert not sim.loads
+    assert sim.ended == {first.id: "error"}
+    second = sim.add("bad")
+    sim.run()
+    assert sim.ended[second.id] == "length"

@@ -1,0 +1,528 @@
+"""Every way that a load can go wrong, while others run: it harms only those who need that adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_fixtures import MakeEngine, Tiny, greedy
+from failure_harness import Reads, error_of, under_load, until
+from safetensors.torch import load_file, save_file
+
+from aioengine import AsyncEngine
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterLoadError,
+    AdapterNotFound,
+    AdapterTooLarge,
+    AioEngineError,
+    ConfigError,
+    EngineDead,
+    EngineStopped,
+)
+from aioengine.events import AdapterFailed, AdapterLoading, AdapterRetrying, Event
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+@pytest.fixture
+def folder(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the adapter "rank-3"."""
+    return shutil.copytree(tiny.adapters["rank-3"], tmp_path / "bad")
+
+
+def weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return spoil
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return spoil
+
+
+def first_key(tensors: dict[str, torch.Tensor], part: str = "v_proj.lora_B") -> str:
+    return next(key for key in sorted(tensors) if part in key)
+
+
+def set_first(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        key = first_key(tensors)
+        tensors[key] = value(tensors[key]).contiguous()
+
+    return weights(edit)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def bad_header(folder: Path) -> None:
+    path = folder / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[8:40] = b"\xff" * 32
+    path.write_bytes(bytes(data))
+
+
+def huge_header(folder: Path) -> None:
+    """It says that it is 1 TiB long, and a sparse file backs it up."""
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write(struct.pack("<Q", 1 << 40))
+        file.truncate((1 << 40) + 64)
+
+
+class Bomb:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.mark,)
+
+
+def pickle_bomb(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with open(folder / "adapter_model.bin", "wb") as file:
+        pickle.dump({"x": Bomb(str(folder / "exploded"))}, file, protocol=2)
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+def inf(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[-1, -1] = float("inf")
+    return tensor
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], str]] = {
+    "no config": (lambda f: (f / CONFIG).unlink(), AdapterLoadError, CONFIG),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), AdapterLoadError, WEIGHTS),
+    "the folder has vanished": (shutil.rmtree, AdapterLoadError, "folder"),
+    "truncated": (truncate, AdapterInvalid, "truncated"),
+    "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), AdapterInvalid, WEIGHTS),
+    "bad header": (bad_header, AdapterInvalid, "header"),
+    "huge header": (huge_header, AdapterInvalid, "header"),
+    "wrong dtype": (set_first(lambda t: t.to(torch.int32)), AdapterInvalid, "I32"),
+    "NaN": (set_first(nan), AdapterInvalid, "NaN"),
+    "infinity": (set_first(inf), AdapterInvalid, "infinity"),
+    "wrong shape": (set_first(lambda t: torch.zeros(33, t.shape[1])), AdapterInvalid, "33"),
+    "no tensors": (weights(lambda t: t.clear()), AdapterInvalid, WEIGHTS),
+    "unknown key": (weights(lambda t: t.update(x=torch.zeros(1))), AdapterInvalid, "'x'"),
+    "half is missing": (weights(lambda t: t.pop(first_key(t))), AdapterInvalid, "lora_B"),
+    "rank over max": (config(r=32), AdapterTooLarge, "max_lora_rank"),
+    "config is no JSON": (lambda f: (f / CONFIG).write_text("{"), AdapterInvalid, CONFIG),
+    "other PEFT type": (config(peft_type="IA3"), AdapterInvalid, "IA3"),
+    "pickle bomb": (pickle_bomb, AdapterInvalid, "adapter_model.bin"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+async def test_files(case: str, tiny: Tiny, make_engine: MakeEngine, folder: Path) -> None:
+    """Its requests fail, each once; it stays registered, and works when it has been repaired."""
+    spoil, kind, word = FILES[case]
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        failures: list[AdapterFailed] = []
+        engine.add_listener(lambda e: failures.append(e) if isinstance(e, AdapterFailed) else None)
+        engine.register_adapter("bad", folder)
+        spoil(folder)
+        requests = [engine.complete([3 + i], greedy(4), adapter="bad") for i in range(3)]
+        for error in await asyncio.gather(*requests, return_exceptions=True):
+            assert type(error) is kind, error
+            for part in ("'bad'", str(folder), word):
+                assert part in str(error)
+        assert len(failures) == 1, "one read, and no further one until it is asked for again"
+        assert type(await error_of(engine.load_adapter("bad"))) is kind
+        assert not (folder / "exploded").exists()
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tiny.adapters["rank-3"], folder)
+        out = await engine.complete([4, 5], greedy(8), adapter="bad")
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+
+
+async def expect_error(
+    engine: AsyncEngine, name: str, kind: type[AioEngineError], *words: str
+) -> AioEngineError:
+    error = await error_of(engine.complete([4, 5], greedy(4), adapter=name))
+    assert type(error) is kind, error
+    for word in words:
+        assert word in str(error)
+    return error
+
+
+def open_raises(monkeypatch: pytest.MonkeyPatch, folder: Path, code: int, times: int) -> list[str]:
+    """Opening the first ``times`` files of the folder fails; returns the list of those opened."""
+    opened: list[str] = []
+    original = io.FileIO
+
+    def file_io(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).startswith(str(folder)):
+            opened.append(str(path))
+            if len(opened) <= times:
+                raise OSError(code, os.strerror(code), path)
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "FileIO", file_io)
+    return opened
+
+
+async def test_permission_denied(
+    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_raises(monkeypatch, folder, errno.EACCES, 1000)
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        engine.register_adapter("bad", folder)
+        await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), os.strerror(errno.EACCES))
+        assert len(opened) == 1, "a retry would be of no use"
+
+
+async def test_a_disk_that_errs_once(
+    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_raises(monkeypatch, folder, errno.EIO, 1)
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        seen: list[Event] = []
+        engine.add_listener(seen.append)
+        engine.register_adapter("flaky", folder)
+        out = await engine.complete([4, 5], greedy(8), adapter="flaky")
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+        (retry,) = (e for e in seen if isinstance(e, AdapterRetrying))
+        assert (retry.adapter, retry.attempt) == ("flaky", 1)
+        assert 0.05 <= retry.seconds <= 0.1
+        assert os.strerror(errno.EIO) in str(retry.error)
+        assert engine.stats().load_failures == 0
+
+
+async def test_a_disk_that_always_errs(
+    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_raises(monkeypatch, folder, errno.EIO, 1000)
+    fields = {"max_loras": 3, "max_cpu_loras": 4, "load_retries": 1}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        engine.register_adapter("bad", folder)
+        await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "2 attempts")
+        assert len(opened) == 2
+
+
+async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
+    """Its requests fail after the timeout, the only place for a read is free again, and what comes of the
+    read in the end, after a later one has succeeded, is dropped."""
+    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": 0.3}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        engine.register_adapter("slow", folder)
+        engine.register_adapter("third", tiny.adapters["rank-4"])
+        with reads.hang("slow") as gate:
+            failing = asyncio.create_task(error_of(engine.complete([4], greedy(4), adapter="slow")))
+            await gate.reached()
+            third = await engine.complete([4, 5], greedy(8), adapter="third")
+            assert third.token_ids == tiny.expected([4, 5], 8, "rank-4")
+            error = await failing
+            assert isinstance(error, AdapterLoadError)
+            for word in ("'slow'", str(folder), "load_timeout=0.3 seconds"):
+                assert word in str(error)
+            reads.before.pop("slow")
+            out = await engine.complete([4, 5], greedy(8), adapter="slow")
+            assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+
+
+async def test_stopping_does_not_wait_for_a_disk_that_hangs(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads
+) -> None:
+    async with make_engine(tiny, load_timeout=None) as engine:
+        engine.register_adapter("slow", tiny.adapters["rank-3"])
+        with reads.hang("slow") as gate:
+            waiting = [
+                asyncio.create_task(error_of(engine.complete([4], greedy(4), adapter="slow"))),
+                asyncio.create_task(error_of(engine.load_adapter("slow"))),
+                asyncio.create_task(error_of(engine.load_adapter("new", tiny.adapters["rank-3"]))),
+            ]
+            await gate.reached()
+            async with asyncio.timeout(10):
+                await engine.stop()
+                assert {type(error) for error in await asyncio.gather(*waiting)} == {EngineStopped}
+            engine.check_invariants()
+
+
+async def test_no_memory_for_it(
+    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Reads(monkeypatch)
+
+    def fail() -> None:
+        raise MemoryError
+
+    reads.before["bad"] = fail
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        engine.register_adapter("bad", folder)
+        await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "memory")
+
+
+async def test_an_error_that_nobody_thought_of(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("a bug")
+
+    reads.before["bad"] = fail
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        engine.register_adapter("bad", folder)
+        error = await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "a bug")
+        assert isinstance(error.__cause__, ZeroDivisionError)
+
+
+async def test_a_copy_that_fails_leaves_the_slot_free(
+    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aioengine.executors.thread import ThreadExecutor
+
+    original = ThreadExecutor.write_slot
+    broken = True
+
+    async def write_slot(executor: ThreadExecutor, slot: int, adapter: Any) -> float:
+        if broken and adapter.rank == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return await original(executor, slot, adapter)
+
+    monkeypatch.setattr(ThreadExecutor, "write_slot", write_slot)
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        engine.register_adapter("bad", folder)
+        await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "slot", "out of memory")
+        assert "bad" not in [slot.adapter for slot in engine.stats().slots]
+        broken = False
+        out = await engine.complete([4, 5], greedy(8), adapter="bad")
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+
+
+async def test_unloaded_while_it_is_read(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    """Who has been accepted is served; then it is gone, and the name is free."""
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        engine.register_adapter("x", folder)
+        with reads.hang("x") as gate:
+            accepted = asyncio.create_task(engine.complete([4, 5], greedy(8), adapter="x"))
+            await gate.reached()
+            unloading = asyncio.create_task(engine.unload_adapter("x"))
+            await asyncio.sleep(0)
+            assert isinstance(await error_of(engine.complete([4], adapter="x")), AdapterNotFound)
+            gate.open()
+            assert (await accepted).token_ids == tiny.expected([4, 5], 8, "rank-3")
+            await unloading
+        assert "x" not in [a.name for a in engine.adapters()]
+        engine.register_adapter("x", tiny.adapters["rank-4"])
+        out = await engine.complete([4, 5], greedy(8), adapter="x")
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-4")
+
+
+async def test_replaced_while_it_is_read(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=6) as engine, under_load(engine, tiny):
+        engine.register_adapter("x", folder)
+        with reads.hang("x") as gate:
+            old = asyncio.create_task(engine.complete([4, 5], greedy(8), adapter="x"))
+            await gate.reached()
+            replacing = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-4"], replace=True))
+            await until(lambda: reads.count["x"] == 2)
+            gate.open()
+            assert (await replacing).version == 2
+            new = await engine.complete([4, 5], greedy(8), adapter="x")
+            assert (await old).token_ids == tiny.expected([4, 5], 8, "rank-3")
+            assert new.token_ids == tiny.expected([4, 5], 8, "rank-4")
+
+
+async def test_replaced_twice_at_the_same_time(tiny: Tiny, make_engine: MakeEngine, folder: Path) -> None:
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=6) as engine, under_load(engine, tiny):
+        await engine.load_adapter("x", folder)
+        infos = await asyncio.gather(
+            engine.load_adapter("x", tiny.adapters["rank-4"], replace=True),
+            engine.load_adapter("x", tiny.adapters["regex"], replace=True),
+        )
+        assert [info.version for info in infos] == [2, 3]
+        out = await engine.complete([4, 5], greedy(8), adapter="x")
+        assert out.token_ids == tiny.expected([4, 5], 8, "regex")
+        assert [a.version for a in engine.adapters() if a.name == "x"] == [3]
+
+
+async def test_a_replacement_that_hangs_leaves_the_old_version_in_place(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    fields = {"max_loras": 3, "max_cpu_loras": 6, "load_timeout": 0.3}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        await engine.load_adapter("x", folder)
+        with reads.hang("x") as gate:
+            replacing = asyncio.create_task(
+                error_of(engine.load_adapter("x", tiny.adapters["rank-4"], replace=True))
+            )
+            await gate.reached()
+            out = await engine.complete([4, 5], greedy(8), adapter="x")
+            assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+            assert isinstance(await replacing, AdapterLoadError)
+        assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
+
+
+async def test_the_file_is_replaced_while_it_is_read(
+    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read again, and is never half one and half the other."""
+    original = io.FileIO
+    swapped: list[str] = []
+
+    def file_io(path: Any, *args: Any, **kwargs: Any) -> Any:
+        file = original(path, *args, **kwargs)
+        if str(path) == str(folder / WEIGHTS) and not swapped:
+            swapped.append(str(path))
+            for name in (CONFIG, WEIGHTS):
+                shutil.copy(tiny.adapters["rank-4"] / name, folder / f"{name}.new")
+                os.replace(folder / f"{name}.new", folder / name)
+        return file
+
+    monkeypatch.setattr(io, "FileIO", file_io)
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        engine.register_adapter("x", folder)
+        out = await engine.complete([4, 5], greedy(8), adapter="x")
+        assert swapped
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-4")
+
+
+async def test_the_cache_is_full_of_pinned_adapters(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """All but one place are pinned: all others share the one, and have their turn."""
+    async with make_engine(tiny, max_loras=4, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        await engine.pin_adapter("good")
+        await engine.pin_adapter("other")
+        await engine.load_adapter("third", tiny.adapters["rank-3"], pin=True)
+        sources = ("rank-4", "regex", "all-linear")
+        for source in sources:
+            engine.register_adapter(source, tiny.adapters[source])
+        outs = await asyncio.gather(*(engine.complete([4, 5], greedy(8), adapter=s) for s in sources))
+        for source, out in zip(sources, outs, strict=True):
+            assert out.token_ids == tiny.expected([4, 5], 8, source)
+        slots = {slot.adapter for slot in engine.stats().slots if slot.pinned}
+        assert slots == {"good", "other", "third"}
+
+
+async def test_cpu_memory_is_bounded_in_bytes(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """What does not fit beside the adapters in use waits, and is served; what never fits is refused."""
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=6) as engine:
+        sizes = {
+            name: (await engine.load_adapter(name, tiny.adapters[name])).bytes
+            for name in ("rslora", "patterns", "all-modules")
+        }
+        largest = engine.plan.cpu_adapter_bytes
+    bound = max(largest, sizes["all-modules"] + sizes["patterns"])
+    assert bound < sum(sizes.values())
+    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_cpu_lora_bytes": bound}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        assert engine.plan.cpu_cache_bytes == bound
+        engine.register_adapter("big", tiny.adapters["all-modules"])
+        engine.register_adapter("small", tiny.adapters["rank-3"])
+        outs = await asyncio.gather(
+            engine.complete([4, 5], greedy(8), adapter="big"),
+            engine.complete([4, 5], greedy(8), adapter="small"),
+        )
+        assert outs[0].token_ids == tiny.expected([4, 5], 8, "all-modules")
+        assert outs[1].token_ids == tiny.expected([4, 5], 8, "rank-3")
+        assert engine._loader.store.nbytes <= bound
+        await engine.pin_adapter("good")
+        await engine.pin_adapter("other")
+        await expect_error(engine, "big", AdapterTooLarge, "'big'", "max_cpu_lora_bytes", "pinned")
+        await engine.unpin_adapter("good")
+        out = await engine.complete([4, 5], greedy(8), adapter="big")
+        assert out.token_ids == tiny.expected([4, 5], 8, "all-modules")
+
+
+async def test_a_bound_in_which_the_largest_adapter_could_never_be_served(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(tiny, max_cpu_lora_bytes="1KiB")
+    with pytest.raises(ConfigError, match=r"max_cpu_lora_bytes=1024: must be at least \d+.*max_lora_rank=16"):
+        await engine.start()
+
+
+async def test_who_waits_for_an_adapter_when_the_engine_dies_is_told(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aioengine.model.runner import ModelRunner
+
+    async with make_engine(tiny, max_concurrent_loads=1) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        running = asyncio.create_task(error_of(engine.complete([4], greedy(100), adapter="x")))
+        await until(lambda: engine.stats().running == 1)
+        unloading = asyncio.create_task(engine.unload_adapter("x"))
+        with reads.hang("slow") as gate:
+            loads = [
+                asyncio.create_task(error_of(engine.load_adapter(name, tiny.adapters["rank-4"])))
+                for name in ("slow", "next")
+            ]
+            await gate.reached()
+
+            def broken(*_: Any) -> None:
+                raise MemoryError("out of device memory")
+
+            monkeypatch.setattr(ModelRunner, "execute", broken)
+            async with asyncio.timeout(10):
+                errors = await asyncio.gather(running, *loads)
+                await unloading
+        assert {type(error) for error in errors} == {EngineDead}
+        engine.check_invariants()
+
+
+async def test_many_requests_for_a_cold_adapter_wait_for_one_read(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
+        seen: list[Event] = []
+        engine.add_listener(seen.append)
+        engine.register_adapter("x", folder)
+        with reads.hang("x") as gate:
+            requests = [
+                asyncio.create_task(engine.complete([4, 5], greedy(2), adapter="x")) for _ in range(30)
+            ]
+            loads = [asyncio.create_task(engine.load_adapter("x")) for _ in range(5)]
+            await gate.reached()
+            gate.open()
+            await asyncio.gather(*requests, *loads)
+        assert reads.count["x"] == 1
+        assert sum(isinstance(e, AdapterLoading) and e.adapter == "x" for e in seen) == 1
+
+
+async def test_everything_at_once_leaves_nothing(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, tmp_path: Path
+) -> None:
+    fields = {"max_loras": 3, "max_cpu_loras": 5, "load_timeout": 0.3, "load_retries": 1}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        for i, (case, (spoil, _, _)) in enumerate(FILES.items()):
+            bad = shutil.copytree(tiny.adapters["rank-3"], tmp_path / f"bad-{i}")
+            spoil(bad)
+            engine.register_adapter(f"bad-{i}", bad)
+        engine.register_adapter("slow", tiny.adapters["rank-4"])
+        names = [f"bad-{i}" for i in range(len(FILES))] + ["slow"]
+        with reads.hang("slow"):
+            tasks = [engine.complete([4, i], greedy(4), adapter=name) for name in names for i in range(2)]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, AioEngineError) for result in results)
+        await asyncio.gather(*(engine.unload_adapter(name) for name in names))

@@ -1,0 +1,141 @@
+"""The step loop by itself, in virtual time: no model, no files, no threads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from core_sim import LIMITS
+from virtual_time import VirtualTimeLoop
+
+from aioengine.core import Core
+from aioengine.errors import AdapterLoadError
+from aioengine.events import AdapterRetrying, Event, RequestEnded
+from aioengine.idle_watch import IDLE_WARNING_SECONDS
+from aioengine.request import SamplingParams
+from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
+from aioengine.schedulers.fcfs import FCFS
+from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.stepper import Stepper
+
+
+class Executor:
+    """Every step takes 10 ms."""
+
+    async def execute(self, batch: StepBatch) -> StepResult:
+        await asyncio.sleep(0.01)
+        return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
+
+
+class Stream:
+    def push(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def end(self, *_: Any) -> None: ...
+
+
+def run(policy: SchedulerPolicy, main: Callable[[Stepper], Awaitable[None]], loader: Any = None) -> None:
+    async def whole() -> None:
+        stepper = Stepper(Core(LIMITS, policy), Executor(), loader)  # type: ignore[arg-type]
+        stepper.start()
+        await main(stepper)
+        await stepper.stop()
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(whole())
+
+
+def add(stepper: Stepper, request_id: str, adapter: str | None = None) -> None:
+    core = stepper.core
+    entry = None if adapter is None else core.residency.current[adapter]
+    now = asyncio.get_running_loop().time()
+    core.add_request(request_id, [3, 4], SamplingParams(max_tokens=3), now, adapter=entry)
+    stepper.streams[request_id] = Stream()  # type: ignore[assignment]
+    stepper.wake()
+
+
+class Lazy(FCFS):
+    """Decides nothing until it is woken up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.awake = False
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        return super().schedule(view) if self.awake else Decision()
+
+
+def test_a_policy_that_leaves_everybody_waiting_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Lazy()
+
+    async def main(stepper: Stepper) -> None:
+        stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
+        add(stepper, "r1")
+        add(stepper, "r2", "a")
+        await asyncio.sleep(IDLE_WARNING_SECONDS - 1)
+        assert not caplog.messages
+        await asyncio.sleep(100)
+        (message,) = caplog.messages
+        assert "policy Lazy has started nothing for 5 s" in message
+        assert "2 requests wait (1 that could run, 1 whose adapters are in no slot)" in message
+        assert len(stepper.core.requests) == 2, "nothing is done about it"
+
+    with caplog.at_level(logging.WARNING, logger="aioengine"):
+        run(policy, main)
+
+
+def test_a_wait_that_ends_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Lazy()
+
+    async def main(stepper: Stepper) -> None:
+        for i in range(5):
+            policy.awake = False
+            add(stepper, f"r{i}")
+            await asyncio.sleep(IDLE_WARNING_SECONDS - 1)
+            policy.awake = True
+            await asyncio.sleep(1)
+        assert not stepper.core.requests
+
+    with caplog.at_level(logging.WARNING, logger="aioengine"):
+        run(policy, main)
+    assert not caplog.messages
+
+
+def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
+    from aioengine.adapters.loader import LoadedAdapter
+    from aioengine.adapters.retry import Backoff
+
+    class Loader:
+        reads = 0
+
+        async def load(self, uid: int, name: str, path: str, retrying: Any) -> LoadedAdapter:
+            return await Backoff(3, 100.0).run(self.read, retrying)
+
+        async def read(self) -> LoadedAdapter:
+            self.reads += 1
+            if self.reads < 3:
+                raise AdapterLoadError("EIO", name="a", path="/a", transient=True)
+            return LoadedAdapter(4, 100, "digest", 1.0)
+
+        async def place(self, uid: int, slot: int) -> float:
+            return 0.1
+
+        def drop(self, uid: int) -> None: ...
+
+    seen: list[Event] = []
+
+    async def main(stepper: Stepper) -> None:
+        stepper.listeners.append(seen.append)
+        stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
+        add(stepper, "r", "a")
+        await asyncio.sleep(100 + 200 + 1)
+
+    run(FCFS(), main, Loader())
+    retries = [event for event in seen if isinstance(event, AdapterRetrying)]
+    assert [(event.adapter, event.attempt) for event in retries] == [("a", 1), ("a", 2)]
+    assert retries[1].time == pytest.approx(retries[0].time + retries[0].seconds, abs=0.01)
+    (end,) = (event for event in seen if isinstance(event, RequestEnded))
+    assert end.reason == "length"
