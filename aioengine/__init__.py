@@ -1,20 +1,70 @@
-"""aioengine: serve many LoRA adapters over one base model, from an asyncio application."""
+"""aioengine: serve many LoRA adapters over one base model, from an asyncio application.
 
-from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.engine import AsyncEngine
-from aioengine.info import AdapterInfo, EngineStats, SlotInfo
-from aioengine.request import RequestOutput, SamplingParams, TokenLogprob
+A name is imported when it is first used (PEP 562), so that ``import aioengine`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aioengine.adapters.filesystem_resolver import FilesystemResolver
+    from aioengine.adapters.fsspec_resolver import FsspecResolver
+    from aioengine.adapters.hub_resolver import HubResolver
+    from aioengine.adapters.resolver import AdapterResolver, ChainResolver
+    from aioengine.config import EngineConfig, LoRAConfig
+    from aioengine.engine import AsyncEngine
+    from aioengine.info import AdapterInfo, EngineStats, SlotInfo
+    from aioengine.request import RequestOutput, SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterInfo",
+    "AdapterResolver",
     "AsyncEngine",
+    "ChainResolver",
     "EngineConfig",
     "EngineStats",
+    "FilesystemResolver",
+    "FsspecResolver",
+    "HubResolver",
     "LoRAConfig",
     "RequestOutput",
     "SamplingParams",
     "SlotInfo",
     "TokenLogprob",
 ]
+
+_HOMES = {
+    "AdapterInfo": ".info",
+    "AdapterResolver": ".adapters.resolver",
+    "AsyncEngine": ".engine",
+    "ChainResolver": ".adapters.resolver",
+    "EngineConfig": ".config",
+    "EngineStats": ".info",
+    "FilesystemResolver": ".adapters.filesystem_resolver",
+    "FsspecResolver": ".adapters.fsspec_resolver",
+    "HubResolver": ".adapters.hub_resolver",
+    "LoRAConfig": ".config",
+    "RequestOutput": ".request",
+    "SamplingParams": ".request",
+    "SlotInfo": ".info",
+    "TokenLogprob": ".request",
+}
+"""Name -> the module that defines it, as the imports above have it."""
+
+
+def __getattr__(name: str) -> object:
+    if name in ("errors", "events"):
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

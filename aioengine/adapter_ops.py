@@ -5,13 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import nullcontext
+from itertools import islice
 
 from aioengine import events
+from aioengine.adapters.hub_resolver import parse_hub_path
+from aioengine.adapters.resolver import AdapterResolver
 from aioengine.core.state import AdapterEntry, location_name
-from aioengine.errors import AdapterInvalid, AdapterNotFound, AioEngineError, ConfigError
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AioEngineError,
+    ConfigError,
+    EngineOverloaded,
+)
 from aioengine.info import AdapterInfo
+from aioengine.locks import NameLocks
+from aioengine.model.hub import PREFIX, has_hub
+from aioengine.pins import Pins
+from aioengine.resolution import Resolution
 from aioengine.schedulers.policy import Location
 from aioengine.stepper import Stepper
 
@@ -21,68 +33,154 @@ NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
 class AdapterOps:
     """All methods run on the event loop; those that wait can be cancelled at any point."""
 
-    def __init__(self, stepper: Stepper, max_loras: int) -> None:
+    def __init__(self, stepper: Stepper, max_loras: int, resolver: AdapterResolver | None = None) -> None:
         self._stepper = stepper
         self._core = stepper.core
         self._residency = stepper.core.residency
-        self._max_loras = max_loras
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._resolution = Resolution(resolver)
+        self._fetched: dict[str, str | None] = {}
+        """Names whose folder had, or has, to be found: the "hf:" path, or None for the resolver's."""
+        self._pins = Pins(stepper, max_loras)
+        self._locks = NameLocks()
+
+    # Finding
+
+    def is_registered(self, name: str) -> bool:
+        return name in self._residency.current
 
     def find(self, name: str) -> AdapterEntry:
         """The current version. Raises AdapterNotFound."""
         entry = self._residency.current.get(name)
         if entry is None:
-            known = ", ".join(sorted(self._residency.current)[:20]) or "none"
-            raise AdapterNotFound(
-                f"not registered; load it with load_adapter or register_adapter (known: {known})",
-                name=name,
-            )
+            raise self._not_found(name)
         return entry
 
+    def check_known(self, name: str) -> None:
+        """Raises AdapterNotFound for what is not registered and cannot be asked for."""
+        if name in self._residency.current or name in self._fetched:
+            return
+        good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
+        if not good or not self._resolution.can_resolve(name):
+            raise self._not_found(name)
+
+    async def acquire(self, name: str) -> AdapterEntry:
+        """The current version; if there is none, what the resolver finds is registered.
+
+        Raises what :meth:`Resolution.locate` raises.
+        """
+        entry = self._residency.current.get(name)
+        if entry is not None:
+            return entry
+        self.check_known(name)
+        source = self._fetched.get(name)
+        where = await self._resolution.locate(name, source)
+        entry = self._residency.current.get(name)
+        if entry is not None:  # another one who waited was first
+            return entry
+        if source is not None and self._fetched.get(name) != source:  # unloaded meanwhile
+            raise self._not_found(name)
+        self._fetched[name] = source
+        return self._publish(name, where)
+
+    def _not_found(self, name: str) -> AdapterNotFound:
+        current = self._residency.current
+        known = ", ".join(islice(current, 20)) or "none"
+        more = f" and {len(current) - 20} more" if len(current) > 20 else ""
+        return AdapterNotFound(
+            f"not registered; load it with load_adapter or register_adapter (known: {known}{more})", name=name
+        )
+
+    # Registering
+
     def register(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
-        where = self._checked(name, path)
-        current = self._residency.current.get(name)
-        if current is not None:
-            self._same_path(current, where)
-            return adapter_info(current)
+        where = _checked(name, path)
+        known = self._registered_path(name)
+        if known is not None:
+            _same_path(name, known, where)
+        elif where.startswith(PREFIX):
+            self._fetched[name] = where
+        else:
+            self._publish(name, where)
+        return self.info(name)
+
+    def _publish(self, name: str, where: str) -> AdapterEntry:
         entry = self._residency.declare(name, where)
-        self._residency.publish(entry, self._now())
+        self._residency.publish(entry, _now())
         self._stepper.wake()
-        return adapter_info(entry)
+        return entry
+
+    def _registered_path(self, name: str) -> str | None:
+        """As it was given; None if the name is free."""
+        entry = self._residency.current.get(name)
+        return self._fetched.get(name) or (None if entry is None else entry.path)
+
+    # Loading
 
     async def load(
-        self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None,
+        *,
+        pin: bool,
+        replace: bool,
+        force_pin: bool = False,
     ) -> AdapterInfo:
-        async with self._lock(name):
-            current = self._residency.current.get(name)
-            where = self.find(name).path if path is None else self._checked(name, path)
-            if current is not None and not replace:
-                self._same_path(current, where)
-                entry = current
-            else:
-                entry = self._residency.declare(name, where)
+        with self._pins.claim(name, force=force_pin) if pin else nullcontext():
+            async with self._locks.hold(name):
+                pinned = name in self._residency.current and self.find(name).pinned
+                await self._load_version(name, path, pin=pin, replace=replace)
             if pin:
-                self._check_pin(entry, replaces=current)
-            if entry.location is not Location.CPU and entry.location is not Location.SLOT:
-                await self._load(entry, pin=pin)
-            elif pin:
-                entry.pinned = True
-            self._stepper.wake()
-            return adapter_info(entry)
+                await self._pins.in_slot(name, keep=pinned)
+        return self.info(name)
+
+    async def _load_version(
+        self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
+    ) -> None:
+        source = None if path is None else _checked(name, path)
+        known = self._registered_path(name)
+        if source is not None and known is not None and not replace:
+            _same_path(name, known, source)
+            source = None  # it is the registered one
+        if source is None and not (replace and self.is_registered(name)):
+            entry = await self.acquire(name)
+        else:
+            entry = await self._new_version(name, source)
+        if entry.location is Location.DISK or entry.location is Location.LOADING:
+            await self._load(entry, pin=pin)
+            if source is not None:
+                self._fetched.pop(name, None)
+                if source.startswith(PREFIX):
+                    self._fetched[name] = source
+        elif pin:
+            entry.pinned = True
+        self._fail_loads_shut_out()
+        self._stepper.wake()
+
+    async def _new_version(self, name: str, source: str | None) -> AdapterEntry:
+        """Not published; ``source`` None: from where the registered one is, looked up again if need be."""
+        if source is None and name not in self._fetched:
+            where = self.find(name).path
+        elif source is not None and not source.startswith(PREFIX):
+            where = source
+        else:
+            where = await self._resolution.locate(name, source or self._fetched[name])
+        return self._residency.declare(name, where)
 
     async def _load(self, entry: AdapterEntry, *, pin: bool) -> None:
-        """Read it; publish it if it is a new version that turns out to be good."""
+        """Read it; publish it if it is a new version that turns out to be good. It takes over the pin."""
         new = self._residency.current.get(entry.label) is not entry
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def loaded(error: AioEngineError | None) -> None:
+            old = self._residency.current.get(entry.label)
             if new and (error is not None or done.cancelled()):
-                self._residency.retire(entry, self._now())
+                self._residency.retire(entry, _now())
             elif new:
-                self._residency.publish(entry, self._now())
+                entry.pinned = old is not None and old.pinned
+                self._residency.publish(entry, _now())
             if error is None and not done.cancelled():
                 entry.pinned = entry.pinned or pin
-            if done.cancelled():
+            if done.done():
                 return
             if error is None:
                 done.set_result(None)
@@ -91,7 +189,8 @@ class AdapterOps:
 
         assert entry.uid not in self._stepper.loaded, "the lock by name lets one load at a time wait"
         self._stepper.loaded[entry.uid] = loaded
-        self._residency.want(entry, self._now())
+        self._residency.want(entry, _now())
+        self._fail_loads_shut_out()
         self._stepper.wake()
         try:
             await done
@@ -101,12 +200,32 @@ class AdapterOps:
                 self._residency.forget_want(entry)
             elif entry.location is Location.DISK:  # not begun: nothing will call back
                 self._stepper.loaded.pop(entry.uid, None)
-                self._residency.retire(entry, self._now())
+                self._residency.retire(entry, _now())
                 self._stepper.wake()
             raise
 
+    def _fail_loads_shut_out(self) -> None:
+        """When pinned adapters fill the CPU cache, nothing else will ever be read into it."""
+        pinned = [entry.label for entry in self._core.cpu.entries.values() if entry.pinned]
+        if len(pinned) < self._core.cpu.capacity:
+            return
+        for uid in list(self._stepper.loaded):
+            entry = self._residency.entries[uid]
+            if entry.location is Location.DISK:
+                self._residency.forget_want(entry)
+                self._stepper.loaded.pop(uid)(
+                    EngineOverloaded(
+                        f"adapter {entry.label!r} ({entry.path}) cannot be loaded, because pinned adapters "
+                        f"fill the CPU cache ({', '.join(pinned)}); unpin one, or raise max_cpu_loras"
+                    )
+                )
+
+    # Unloading
+
     async def unload(self, name: str, *, force: bool) -> None:
-        async with self._lock(name):
+        async with self._locks.hold(name):
+            if not self.is_registered(name) and self._fetched.pop(name, None) is not None:
+                return  # never needed so far: there is nothing to free
             entry = self.find(name)
             gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -120,7 +239,9 @@ class AdapterOps:
 
             self._stepper.listeners.append(listen)
             try:
-                self._residency.retire(entry, self._now())
+                self._fetched.pop(name, None)
+                self._residency.retire(entry, _now())
+                self._pins.changed()
                 if force:
                     self._abort_all(entry)
                 self._stepper.wake()
@@ -131,90 +252,39 @@ class AdapterOps:
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
             if request.adapter is entry:
-                self._core.end(request, "abort", self._now())
+                self._core.end(request, "abort", _now())
 
-    async def pin(self, name: str) -> AdapterInfo:
-        entry = self.find(name)
-        self._check_pin(entry, replaces=entry)
-        if entry.location in (Location.DISK, Location.LOADING):
-            return await self.load(name, None, pin=True, replace=False)
-        entry.pinned = True
-        self._stepper.wake()
-        return adapter_info(entry)
+    # Pinning
+
+    async def pin(self, name: str, *, force: bool) -> AdapterInfo:
+        return await self.load(name, None, pin=True, replace=False, force_pin=force)
 
     async def unpin(self, name: str) -> AdapterInfo:
-        entry = self.find(name)
-        entry.pinned = False
+        self.find(name).pinned = False
+        self._pins.changed()
         self._stepper.wake()
-        return adapter_info(entry)
+        return self.info(name)
+
+    # Common
 
     def list(self) -> list[AdapterInfo]:
-        return [adapter_info(entry) for entry in self._residency.current.values()]
-
-    def _check_pin(self, entry: AdapterEntry, replaces: AdapterEntry | None) -> None:
-        others = [
-            e.label
-            for e in self._residency.current.values()
-            if e.pinned and e is not entry and e is not replaces
+        registered = [adapter_info(entry) for entry in self._residency.current.values()]
+        return registered + [
+            _not_fetched(name, path)
+            for name, path in self._fetched.items()
+            if path is not None and not self.is_registered(name)
         ]
-        if len(others) + 1 >= self._max_loras:
-            raise ConfigError(
-                f"adapter {entry.label!r} cannot be pinned: {len(others)} of max_loras="
-                f"{self._max_loras} slots are pinned already ({', '.join(others) or 'none'}) and one "
-                "must stay free for the others; unpin one or raise max_loras"
-            )
 
-    @staticmethod
-    def _checked(name: str, path: str | os.PathLike[str]) -> str:
-        try:
-            where = os.fspath(path)
-        except TypeError:
-            where = None
-        if not isinstance(where, str) or not where or "\0" in where:
-            raise AdapterInvalid(
-                f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name)
-            )
-        if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
-            raise AdapterInvalid(
-                "a name is 1 to 255 letters, digits and _ . : / + - and starts with a letter, digit or _",
-                name=str(name),
-                path=where,
-            )
-        return os.path.abspath(os.path.expanduser(where))
+    def info(self, name: str) -> AdapterInfo:
+        """Raises AdapterNotFound."""
+        path = self._fetched.get(name)
+        if path is not None and not self.is_registered(name):
+            return _not_fetched(name, path)
+        return adapter_info(self.find(name))
 
-    @staticmethod
-    def _same_path(current: AdapterEntry, path: str) -> None:
-        if current.path != path:
-            raise AdapterInvalid(
-                f"already registered from {current.path}; pass replace=True to load_adapter to put a "
-                "new version in its place, or unload_adapter first",
-                name=current.label,
-                path=path,
-            )
-
-    def _lock(self, name: str) -> AbstractAsyncContextManager[None]:
-        """One life-cycle operation that waits at a time for each name."""
-        return _counted_lock(self._locks, name)
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
-
-
-@asynccontextmanager
-async def _counted_lock(locks: dict[str, tuple[asyncio.Lock, int]], name: str) -> AsyncIterator[None]:
-    """A lock by name that exists only while somebody holds it or waits for it."""
-    lock, users = locks.get(name, (asyncio.Lock(), 0))
-    locks[name] = (lock, users + 1)
-    try:
-        async with lock:
-            yield
-    finally:
-        lock, users = locks[name]
-        if users == 1:
-            del locks[name]
-        else:
-            locks[name] = (lock, users - 1)
+    def close(self, error: AioEngineError) -> None:
+        """The engine stops: nothing more is looked up, and whoever waits for that gets ``error``."""
+        self._resolution.close(error)
 
 
 def adapter_info(entry: AdapterEntry) -> AdapterInfo:
@@ -224,9 +294,63 @@ def adapter_info(entry: AdapterEntry) -> AdapterInfo:
         path=entry.path,
         rank=entry.rank,
         bytes=entry.nbytes,
+        digest=entry.digest,
         location=location_name(entry),
         slot=entry.slot if entry.location is Location.SLOT else None,
         pinned=entry.pinned,
         running=entry.running,
         waiting=len(entry.waiting),
     )
+
+
+def _not_fetched(name: str, path: str) -> AdapterInfo:
+    """Declared, and nothing of it is here yet."""
+    return AdapterInfo(
+        name=name,
+        version=0,
+        path=path,
+        rank=0,
+        bytes=0,
+        location="disk",
+        slot=None,
+        pinned=False,
+        running=0,
+        waiting=0,
+    )
+
+
+def _checked(name: str, path: str | os.PathLike[str]) -> str:
+    """The absolute path; one that begins with "hf:" as it is. Raises AdapterInvalid; ConfigError if the
+    Hub is asked for without ``huggingface_hub``."""
+    try:
+        where = os.fspath(path)
+    except TypeError:
+        where = None
+    if not isinstance(where, str) or not where or "\0" in where:
+        raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
+    if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
+        raise AdapterInvalid(
+            "a name is 1 to 255 letters, digits and _ . : / + - and starts with a letter, digit or _",
+            name=str(name),
+            path=where,
+        )
+    if not where.startswith(PREFIX):
+        return os.path.abspath(os.path.expanduser(where))
+    parse_hub_path(name, where)
+    if not has_hub():
+        raise ConfigError(f"adapter {name!r} ({where}): needs pip install 'aioengine[hub]'")
+    return where
+
+
+def _same_path(name: str, registered: str, path: str) -> None:
+    if registered != path:
+        raise AdapterInvalid(
+            f"already registered from {registered}; pass replace=True to load_adapter to put a new version "
+            "in its place, or unload_adapter first",
+            name=name,
+            path=path,
+        )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

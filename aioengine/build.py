@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioengine.config import EngineConfig
+from aioengine.adapters.filesystem_resolver import FilesystemResolver
+from aioengine.adapters.loader import AdapterLoader
+from aioengine.adapters.resolver import AdapterResolver
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.core import CoreLimits
+from aioengine.errors import PolicyError
+from aioengine.executors.base import Executor
+from aioengine.executors.thread import ThreadExecutor
+from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
 from aioengine.model.files import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
+from aioengine.schedulers import SchedulerPolicy, load_policy
 
 if TYPE_CHECKING:
     from aioengine.adapters.store import AdapterStore
@@ -25,7 +33,7 @@ class Parts(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def build_parts(config: EngineConfig) -> Parts:
+def build_parts(config: EngineConfig, progress: LoadProgress | None = None) -> Parts:
     """Load the model and allocate everything that the plan names.
 
     Raises ConfigError if the model cannot be had, is not supported, or does not fit.
@@ -35,7 +43,7 @@ def build_parts(config: EngineConfig) -> Parts:
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.runner import ModelRunner
 
-    path = resolve_model(config.model)
+    path = resolve_model(config.model, progress)
     spec = read_spec(path)
     device = resolve_device(config.device)
     plan = plan_memory(spec, config, device=device)
@@ -53,15 +61,51 @@ def build_parts(config: EngineConfig) -> Parts:
         max_lora_rank=max_rank,
         lora_dtype=lora_dtype,
         target_modules=modules,
+        progress=progress,
     )
     store = AdapterStore(
         spec,
         max_rank=max_rank,
         target_modules=modules,
         dtype=lora_dtype,
+        weights=runner.decoder.base_weight,
         pin_memory=device == "cuda",
     )
     return Parts(spec, plan, runner, store, load_tokenizer(path))
+
+
+class Built(NamedTuple):
+    parts: Parts
+    executor: Executor
+    loader: AdapterLoader
+    resolver: AdapterResolver | None
+
+
+def build(
+    config: EngineConfig, resolver: AdapterResolver | None, progress: LoadProgress | None = None
+) -> Built:
+    """Everything that takes time when an engine starts. Raises ConfigError, as :func:`build_parts`, and
+    if ``adapter_root`` is no folder."""
+    lora = LoRAConfig() if config.lora is None else config.lora
+    below_root = None if lora.adapter_root is None else FilesystemResolver(lora.adapter_root)
+    parts = build_parts(config, progress)
+    executor = ThreadExecutor(parts.runner)
+    loader = AdapterLoader(
+        parts.store, executor, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed
+    )
+    return Built(parts, executor, loader, None if config.lora is None else resolver or below_root)
+
+
+def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> SchedulerPolicy:
+    """The instance, or else the one that ``config.policy`` names. Raises PolicyError."""
+    if policy is None:
+        try:
+            return load_policy(config.policy)
+        except ValueError as error:
+            raise PolicyError(str(error)) from error
+    if not isinstance(policy, SchedulerPolicy):
+        raise PolicyError(f"policy must be a SchedulerPolicy, not {type(policy).__name__}")
+    return policy
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
@@ -93,6 +137,7 @@ def core_limits(config: EngineConfig, parts: Parts) -> CoreLimits:
         max_waiting=config.max_waiting,
         eos_token_ids=parts.spec.eos_token_ids,
         seed=config.seed,
+        cpu_max_bytes=parts.plan.cpu_max_bytes,
         policy_time_budget=config.policy_time_budget,
         policy_max_overruns=config.policy_max_overruns,
     )

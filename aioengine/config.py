@@ -7,6 +7,7 @@ what is allowed, and what to do.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import LORA_MODULES
+from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,19 +36,38 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Every slot is sized for this rank; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512."""
     max_cpu_loras: int | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
+    max_cpu_lora_bytes: int | str | None = None
+    """A second bound on the CPU cache: bytes, or text such as "2GiB"; None: only ``max_cpu_loras``."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: DType = "auto"
     """dtype of the slot pool; "auto" is the model's dtype."""
     target_modules: Sequence[str] | None = None
-    """Linears that the pool covers; None covers all seven. Adapters may target fewer."""
+    """What the pool covers; None covers the seven linears of a layer. ``embed_tokens`` and ``lm_head``
+    must be named, because they make a slot much larger. Adapters may target fewer."""
     max_concurrent_loads: int = 2
-    """Adapter reads and slot copies under way at once."""
+    """Adapters that are read from disk at once."""
+    load_retries: int = 2
+    """How often a read that failed for a passing reason is tried again, after about 0.1, 0.2, ... s."""
+    load_timeout: float | None = 60.0
+    """Seconds that a load may take, retries and all, before it fails; None: for ever."""
+    adapter_root: str | None = None
+    """A folder whose subfolders are found by name: an adapter that is not registered is looked for here
+    when a request names it."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
         _integer(self, "max_loras", low=1)
         _integer(self, "max_concurrent_loads", low=1, high=64)
+        _integer(self, "load_retries", low=0, high=20)
+        root = self.adapter_root
+        if root is not None and (not isinstance(root, str) or not root or "\0" in root):
+            raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
+        if self.load_timeout is not None:
+            _positive(self, "load_timeout", "seconds, or None")
+        if self.max_cpu_lora_bytes is not None:
+            value = parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
+            set_(self, "max_cpu_lora_bytes", value)
         _choice(self, "max_lora_rank", ALLOWED_RANKS)
         _choice(self, "lora_dtype", get_args(DType))
         _boolean(self, "fully_sharded_loras")
@@ -64,15 +84,15 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             if isinstance(modules, str) or not modules:
                 raise ConfigError(
                     f"target_modules={modules!r}: must be a non-empty list out of "
-                    f"{', '.join(LORA_MODULES)}, or None for all"
+                    f"{', '.join(TARGETABLE_MODULES)}, or None for all linears"
                 )
             for module in modules:
-                if module not in LORA_MODULES:
+                if module not in TARGETABLE_MODULES:
                     raise ConfigError(
-                        f"target_modules contains {module!r}: allowed are {', '.join(LORA_MODULES)}"
-                        f"{_nearest(module, LORA_MODULES)}"
+                        f"target_modules contains {module!r}: allowed are {', '.join(TARGETABLE_MODULES)}"
+                        f"{_nearest(module, TARGETABLE_MODULES)}"
                     )
-            set_(self, "target_modules", tuple(m for m in LORA_MODULES if m in modules))
+            set_(self, "target_modules", tuple(m for m in TARGETABLE_MODULES if m in modules))
 
     @property
     def cpu_capacity(self) -> int:
@@ -81,7 +101,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The targeted linears with the default filled in, in :data:`LORA_MODULES` order."""
+        """The targeted modules with the default filled in, in :data:`TARGETABLE_MODULES` order."""
         return LORA_MODULES if self.target_modules is None else tuple(self.target_modules)
 
 
@@ -185,7 +205,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         try:
             return msgspec.convert(dict(values), cls)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {error}") from error
+            raise ConfigError(f"{source}: {_explain(error)}") from error
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -226,14 +246,28 @@ def format_bytes(value: float) -> str:
     return f"{value:.1f} TiB"
 
 
-def _nearest(value: object, allowed: tuple[str, ...] | list[str]) -> str:
-    close = difflib.get_close_matches(str(value), allowed, n=1)
+def _explain(error: msgspec.ValidationError) -> str:
+    """ "lora.max_loras: Expected `int`, got `str`"; errors of our own already name the field."""
+    if isinstance(error.__cause__, ConfigError):
+        return str(error.__cause__)
+    text, at, place = str(error).rpartition(" - at `$.")
+    return f"{place.rstrip('`')}: {text}" if at else str(error)
+
+
+def _nearest(value: object, allowed: Sequence[Any]) -> str:
+    if isinstance(value, int):
+        around = [max((a for a in allowed if a < value), default=None)]
+        around.append(min((a for a in allowed if a > value), default=None))
+        return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
+    close = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
     fields = list(cls.__struct_fields__)
     for key in values:
+        if cls is EngineConfig and key in LoRAConfig.__struct_fields__ and key not in fields:
+            raise ConfigError(f"{source}: {key!r} belongs into the table lora: put it below a line [lora]")
         if key not in fields:
             raise ConfigError(
                 f"{source}: unknown field {key!r}{_nearest(key, fields)}; "
@@ -250,6 +284,12 @@ def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None =
         raise ConfigError(f"{field}={value}: must be {bound}")
 
 
+def _positive(config: msgspec.Struct, field: str, unit: str) -> None:
+    value = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{field}={value!r}: must be more than 0 {unit}")
+
+
 def _boolean(config: msgspec.Struct, field: str) -> None:
     if not isinstance(getattr(config, field), bool):
         raise ConfigError(f"{field}={getattr(config, field)!r}: must be True or False")
@@ -259,5 +299,5 @@ def _choice(config: msgspec.Struct, field: str, allowed: tuple[Any, ...]) -> Non
     value = getattr(config, field)
     if isinstance(value, bool) or value not in allowed:
         names = ", ".join(map(str, allowed))
-        hint = _nearest(value, [str(a) for a in allowed])
+        hint = "" if isinstance(value, bool) else _nearest(value, allowed)
         raise ConfigError(f"{field}={value!r}: allowed are {names}; choose one of them{hint}")

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from aioengine.adapter_ops import AdapterOps
 from aioengine.adapters.loader import AdapterLoader
-from aioengine.build import Parts, build_parts, core_limits
+from aioengine.adapters.resolver import AdapterResolver
+from aioengine.build import Parts, build, choose_policy, core_limits
 from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.counters import Counters
-from aioengine.errors import (
-    AioEngineError,
-    ConfigError,
-    EngineStopped,
-    PolicyError,
-    RequestInvalid,
-)
+from aioengine.errors import ConfigError, EngineStopped
+from aioengine.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.events import Event
 from aioengine.executors.base import Executor
-from aioengine.executors.thread import ThreadExecutor
-from aioengine.info import AdapterInfo, EngineStats
+from aioengine.info import AdapterInfo, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOutput, SamplingParams
-from aioengine.schedulers import SchedulerPolicy, load_policy
+from aioengine.schedulers import SchedulerPolicy
 from aioengine.stepper import Stepper
-from aioengine.stream import OutputStream
-from aioengine.timing import DecisionTimer
+from aioengine.submit import Submitter
 
 if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
+    from aioengine.model.spec import ModelSpec
+    from aioengine.model.tokenizer import Tokenizer
 
-LONG_TEXT = 4096
-"""Prompts of more characters than this are tokenized in a thread, so that they do not hold up the loop."""
+EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
+
+E = TypeVar("E", bound=Event)
 
 
 class AsyncEngine:
@@ -55,25 +52,28 @@ class AsyncEngine:
     Args:
         config: See :class:`~aioengine.config.EngineConfig`.
         policy: A policy instance, in place of the one that ``config.policy`` names.
+        resolver: Asked for adapters that are not registered when a request or ``load_adapter`` names them.
+            None: those below ``config.lora.adapter_root``, if that is given.
 
     Raises:
+        ConfigError: An argument is of another type.
         PolicyError: There is no such policy.
     """
 
-    def __init__(self, config: EngineConfig, policy: SchedulerPolicy | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        policy: SchedulerPolicy | None = None,
+        resolver: AdapterResolver | None = None,
+    ) -> None:
         if not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
-        if policy is None:
-            try:
-                policy = load_policy(config.policy)
-            except ValueError as error:
-                raise PolicyError(str(error)) from error
-        elif not isinstance(policy, SchedulerPolicy):
-            raise PolicyError(f"policy must be a SchedulerPolicy, not {type(policy).__name__}")
+        if resolver is not None and not isinstance(resolver, AdapterResolver):
+            raise ConfigError(f"resolver must be an AdapterResolver, not {type(resolver).__name__}")
         self.config = config
-        self._policy = policy
-        self._state = "new"
-        self._request_count = 0
+        self._policy = choose_policy(config, policy)
+        self._resolver = resolver
+        self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
 
@@ -83,16 +83,11 @@ class AsyncEngine:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.stop()
 
-    async def start(self) -> None:
-        """Load the model and begin; ``async with`` does it for you.
+    async def start(self, *, progress: LoadProgress | None = None) -> None:
+        """Load the model and begin; ``async with`` does it for you. ``progress`` is told how far it is.
 
         Raises ConfigError if the model cannot be had, is not supported, or does not fit.
         """
@@ -101,16 +96,17 @@ class AsyncEngine:
         self._state = "starting"
         work = ThreadPoolExecutor(1, thread_name_prefix="aioengine-work")
         try:
-            parts, executor, loader = await asyncio.get_running_loop().run_in_executor(
-                work, _build, self.config
+            built = await asyncio.get_running_loop().run_in_executor(
+                work, build, self.config, self._resolver, progress
             )
         except BaseException:
             self._state = "stopped"
             work.shutdown(wait=False)  # a thread that still loads ends by itself
             raise
-        if self._state != "starting":  # stopped while the model was loaded
+        parts, executor, loader, resolver = built
+        if self.state != "starting":  # stopped while the model was loaded
             await executor.close()
-            loader.close()
+            await loader.close()
             work.shutdown(wait=True)
             raise EngineStopped("the engine was stopped while it was starting")
         from aioengine.metrics import EngineMetrics  # prometheus_client is slow to import
@@ -120,10 +116,13 @@ class AsyncEngine:
         self._loader: AdapterLoader = loader
         self._parts: Parts = parts
         self._plan = parts.plan
-        timer = DecisionTimer()
-        self._core = Core(core_limits(self.config, parts), self._policy, timer=timer)
-        self._stepper = Stepper(self._core, executor, loader, timer)
-        self._adapters = AdapterOps(self._stepper, parts.plan.num_slots)
+        self._core = Core(core_limits(self.config, parts), self._policy, timer=time.perf_counter)
+        self._stepper = Stepper(self._core, executor, loader)
+        self._adapters = AdapterOps(self._stepper, parts.plan.num_slots, resolver)
+        self._submitter = Submitter(
+            self._stepper, self._adapters, parts, work=work, check_running=self._check_running
+        )
+        self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
@@ -131,7 +130,7 @@ class AsyncEngine:
             engine=self.config.name,
             compat=self.config.metrics_compat,
         )
-        self._stepper.listeners += [self._counters, self._metrics.handle]
+        self._stepper.listeners += [self._counters, self._metrics.handle, self._event_streams]
         self._stepper.start()
         self._state = "running"
 
@@ -152,11 +151,13 @@ class AsyncEngine:
             raise
 
     async def _shutdown(self) -> None:
+        self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._stepper.stop()
+        self._event_streams.end()
         await self._executor.close()
-        self._loader.close()
+        await self._loader.close()
         self._work.shutdown(wait=True)
-        del self._executor, self._loader, self._parts, self._work
+        del self._executor, self._loader, self._parts, self._work, self._submitter
         self._state = "stopped"
 
     async def drain(self) -> None:
@@ -164,22 +165,12 @@ class AsyncEngine:
         engine accepts requests again."""
         self._check_running()
         self._state = "draining"
-        ended = asyncio.Event()
-
-        def listen(_event: Event) -> None:
-            if not self._core.requests:
-                ended.set()
-
-        remove = self.add_listener(listen)
         try:
-            if self._core.requests:
-                await ended.wait()
+            await self._stepper.all_ended()
         except asyncio.CancelledError:
             if self._state == "draining":
                 self._state = "running"
             raise
-        finally:
-            remove()
 
     # Requests
 
@@ -204,18 +195,19 @@ class AsyncEngine:
             adapter: An adapter's name; None is the base model.
             request_id: Must be unique among those that have not ended; made up if None.
             priority: For policies that look at it; higher is more urgent.
-            deadline: Seconds from now by which it must have ended.
+            deadline: Seconds from now by which it must have ended, the search for its adapter included.
             tenant: For policies that are fair between tenants.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
-            AdapterNotFound: No adapter of this name.
+            AdapterNotFound: No adapter of this name is registered, and the resolver has none.
             AdapterInvalid, AdapterTooLarge, AdapterLoadError: It could not be loaded.
-            EngineOverloaded: ``max_waiting`` requests wait already.
+            EngineOverloaded: ``max_waiting`` requests wait already, or pinned adapters hold every slot.
             DeadlineExceeded: The deadline passed.
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
-        stream = await self._submit(
+        self._check_running()
+        stream = await self._submitter.submit(
             prompt,
             SamplingParams() if params is None else params,
             adapter=adapter,
@@ -231,7 +223,8 @@ class AsyncEngine:
                 if output.finished:
                     return
         finally:
-            self._abandon(stream)
+            if self._core.requests.get(stream.request.id) is stream.request:  # the reader is gone before
+                self._stepper.abort(stream.request)
 
     async def complete(
         self, prompt: Prompt, params: SamplingParams | None = None, **kwargs: Any
@@ -252,105 +245,16 @@ class AsyncEngine:
         """
         self._check_started()
         request = self._core.requests.get(request_id)
-        if request is None:
-            return False
-        self._core.end(request, "abort", _now())
-        self._stepper.wake()
-        return True
-
-    async def _submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        adapter: str | None,
-        request_id: str | None,
-        priority: int,
-        deadline: float | None,
-        tenant: str | None,
-    ) -> OutputStream:
-        self._check_running()
-        if not isinstance(params, SamplingParams):
-            raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
-        _check_types(adapter, request_id, priority, deadline, tenant)
-        made_up = False
-        while request_id is None or (made_up and request_id in self._core.requests):
-            made_up = True
-            request_id = f"request-{self._request_count}"
-            self._request_count += 1
-        arrival = _now()
-        if adapter is not None:
-            self._adapters.find(adapter)  # before the work of tokenizing
-        tokens = await self._tokenize(prompt)
-        self._check_running()  # it may have changed while a long text was tokenized
-        if request_id in self._core.requests:
-            raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
-        self._check_prompt(tokens)
-        if params.stop and self._parts.tokenizer is None:
-            raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and {self.config.model} has none")
-        request = self._core.add_request(
-            request_id,
-            tokens,
-            params,
-            _now(),
-            adapter=None if adapter is None else self._adapters.find(adapter),
-            priority=priority,
-            deadline=None if deadline is None else arrival + deadline,
-            tenant=tenant,
-        )
-        text = None
-        if self._parts.tokenizer is not None:
-            text = self._parts.tokenizer.text_stream(params.skip_special_tokens, tuple(params.stop))
-        stream = OutputStream(request, text)
-        self._stepper.streams[request_id] = stream
-        self._stepper.wake()
-        return stream
-
-    def _abandon(self, stream: OutputStream) -> None:
-        """The reader is gone: abort the request if it has not ended."""
-        if self._core.requests.get(stream.request.id) is stream.request:
-            self._core.end(stream.request, "abort", _now())
-            self._stepper.wake()
-
-    async def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-            return list(prompt)  # type: ignore[arg-type] # mypy does not narrow by all()
-        tokenizer = self._parts.tokenizer
-        if not isinstance(prompt, (str, list)):
-            raise RequestInvalid(
-                f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
-            )
-        if tokenizer is None:
-            raise RequestInvalid(
-                f"{self.config.model} has no tokenizer.json: give the prompt as a list of token ids"
-            )
-        encode: Callable[[Any], list[int]] = (
-            tokenizer.encode if isinstance(prompt, str) else tokenizer.encode_chat
-        )
-        if len(prompt) <= LONG_TEXT and isinstance(prompt, str):
-            return encode(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._work, encode, prompt)
-
-    def _check_prompt(self, tokens: list[int]) -> None:
-        limit = self._plan.max_model_len
-        if not tokens:
-            raise RequestInvalid("the prompt is empty: it must have at least one token")
-        if len(tokens) >= limit:
-            raise RequestInvalid(
-                f"the prompt has {len(tokens)} tokens and max_model_len={limit} leaves no room for "
-                "output: shorten it, or raise max_model_len"
-            )
-        vocab = self._parts.spec.vocab_size
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= vocab:
-            bad = low if low < 0 else high
-            raise RequestInvalid(f"prompt token {bad} is outside the vocabulary 0..{vocab - 1}")
+        if request is not None:
+            self._stepper.abort(request)
+        return request is not None
 
     # Adapters
 
     def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         """Declare an adapter that is read when a request first needs it. No I/O.
 
+        ``path`` is a PEFT folder, or "hf:owner/name[@revision]" on the Hugging Face Hub (extra ``hub``).
         Raises AdapterInvalid for a bad name, or if the name stands for another path already.
         """
         self._check_lora()
@@ -362,33 +266,46 @@ class AsyncEngine:
         path: str | os.PathLike[str] | None = None,
         *,
         pin: bool = False,
+        force_pin: bool = False,
         replace: bool = False,
     ) -> AdapterInfo:
         """Read and validate an adapter and bring it to the CPU cache.
 
-        With ``replace`` it takes the place of the one of this name: requests accepted before finish on
-        the old version, those after run on the new; if it turns out to be bad the old one stays.
-        With ``pin`` it goes to a slot and stays there. ``path`` may be left out for a registered name.
+        With ``replace`` it takes the place of the one of this name, as its next version, even if nothing
+        in it has changed, and takes over its pin: requests accepted before finish on the old version,
+        those after run on the new; if it turns out to be bad the old one stays. With ``pin`` it goes to a
+        slot and stays there: see :meth:`pin_adapter`. ``path`` is as in :meth:`register_adapter`, and may
+        be left out for a name that is registered or that the resolver has; a resolver's adapter that is
+        replaced is resolved again.
 
         Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
-        an unknown name; ConfigError if ``pin`` would leave no slot for the others.
+        an unknown name; ConfigError if ``pin`` would leave no slot for the others; EngineOverloaded if
+        pinned adapters fill the CPU cache.
         """
         self._check_lora()
-        return await self._adapters.load(name, path, pin=pin, replace=replace)
+        return await self._adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Take no new requests for it, wait for those accepted (with ``force``: abort them), and free
-        its slot and CPU memory. Raises AdapterNotFound."""
+        its slot and CPU memory. A resolver may bring the name back when it is asked for again.
+
+        If it is cancelled, the adapter is unloaded all the same. Raises AdapterNotFound."""
         self._check_lora()
         await self._adapters.unload(name, force=force)
 
-    async def pin_adapter(self, name: str) -> AdapterInfo:
-        """Keep it in a slot whatever happens. At most ``max_loras - 1`` adapters can be pinned.
+    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
+        """Bring it to a slot and keep it there whatever happens. Returns when it is in its slot: if none
+        is idle, one is closed to new requests and taken when those that run in it have ended.
+
+        At most ``max_loras - 1`` adapters can be pinned, so that one slot is left for the others. With
+        ``force`` all slots can; once pinned adapters hold every slot, requests for other adapters fail
+        with EngineOverloaded, those that wait then as well, until one is unpinned. If the call is
+        cancelled or fails, the adapter is not pinned.
 
         Raises AdapterNotFound, ConfigError, or what loading it raises.
         """
         self._check_lora()
-        return await self._adapters.pin(name)
+        return await self._adapters.pin(name, force=force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         """Let it be evicted again. Raises AdapterNotFound."""
@@ -403,7 +320,7 @@ class AsyncEngine:
     # Watching
 
     def stats(self) -> EngineStats:
-        """The engine as it stands now."""
+        """The engine as it stands now; after its stop, as it stood at the end."""
         self._check_started()
         return self._counters.snapshot(self._core)
 
@@ -417,11 +334,43 @@ class AsyncEngine:
         listeners.append(listener)
         return lambda: listeners.remove(listener)
 
+    def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
+        """The events from now on, as an async iterator; all, or those of the given types.
+
+        >>> async with engine.events(AdapterEvent) as events:
+        ...     async for event in events:
+        ...         print(event)
+
+        A reader who falls behind by more than ``buffer`` events loses the oldest, and reads an
+        :class:`~aioengine.events.EventsLost` in their place. It ends when the engine has stopped.
+        """
+        self._check_started()
+        return self._event_streams.open(types, buffer)
+
     @property
     def metrics(self) -> EngineMetrics:
         """Prometheus metrics, in a registry of this engine's own (``engine.metrics.registry``)."""
         self._check_started()
         return self._metrics
+
+    @property
+    def state(self) -> EngineState:
+        """Where it is in its life; only a "running" engine accepts requests."""
+        if self._state == "running" and self._stepper.dead is not None:
+            return "dead"
+        return self._state
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's own; None if it comes without."""
+        self._check_running()
+        return self._parts.tokenizer
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model's shape, its vocabulary and its end-of-sequence tokens."""
+        self._check_running()
+        return self._parts.spec
 
     @property
     def plan(self) -> MemoryPlan:
@@ -435,7 +384,7 @@ class AsyncEngine:
         self._core.check()
 
     def _check_started(self) -> None:
-        if self._state in ("new", "starting"):
+        if self._state in ("new", "starting") or not hasattr(self, "_core"):
             raise EngineStopped("the engine is not started: use 'async with AsyncEngine(...)'")
 
     def _check_running(self) -> None:
@@ -449,32 +398,3 @@ class AsyncEngine:
         self._check_running()
         if self.config.lora is None:
             raise ConfigError("lora=None: this engine was configured without adapters")
-
-
-def _build(config: EngineConfig) -> tuple[Parts, Executor, AdapterLoader]:
-    parts = build_parts(config)
-    executor = ThreadExecutor(parts.runner)
-    threads = 1 if config.lora is None else config.lora.max_concurrent_loads
-    return parts, executor, AdapterLoader(parts.store, executor, max_concurrent=threads)
-
-
-def _check_types(
-    adapter: object, request_id: object, priority: object, deadline: object, tenant: object
-) -> None:
-    """Refuse here what would make trouble, for everybody, further in."""
-    for field, value in (("adapter", adapter), ("request_id", request_id), ("tenant", tenant)):
-        if value is not None and (not isinstance(value, str) or not value):
-            raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise RequestInvalid(f"priority={priority!r}: must be an integer")
-    if deadline is not None:
-        number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
-        if not number or not deadline > 0:  # type: ignore[operator] # a number by then
-            raise RequestInvalid(f"deadline={deadline!r}: must be more than 0 seconds from now")
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
-
-
-__all__ = ["AioEngineError", "AsyncEngine"]

@@ -39,7 +39,11 @@ class AdapterTooLarge(AdapterInvalid):
 
 
 class AdapterLoadError(AdapterError):
-    """The adapter's files could not be read."""
+    """The adapter's files could not be read; ``transient`` says that a retry may succeed."""
+
+    def __init__(self, reason: str, *, name: str, path: str | None = None, transient: bool = False) -> None:
+        super().__init__(reason, name=name, path=path)
+        self.transient = transient
 
 
 class RequestInvalid(AioEngineError, ValueError):

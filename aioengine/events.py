@@ -1,7 +1,7 @@
 """What happened: typed events, for metrics, live views and applications.
 
-``engine.add_listener(callback)`` delivers them in order, on the event loop. Times are seconds on the
-loop's clock. ``adapter`` is None for the base model.
+``engine.add_listener(callback)`` delivers them in order, on the event loop; ``engine.events()`` is an async
+iterator over them. Times are seconds on the loop's clock. ``adapter`` is None for the base model.
 """
 
 from __future__ import annotations
@@ -91,6 +91,16 @@ class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
     seconds: float
 
 
+class AdapterRetrying(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """Its read failed for a passing reason and is tried again."""
+
+    attempt: int
+    """How many reads have failed so far."""
+    seconds: float
+    """Until the next one."""
+    error: Exception
+
+
 class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """Its copy from the CPU cache into a slot begins."""
 
@@ -109,6 +119,8 @@ class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
     level: Literal["slot", "cpu"]
     slot: int | None
+    nbytes: int = 0
+    """What it takes on the CPU."""
 
 
 class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -171,6 +183,12 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     """The policy's part of ``schedule_seconds``."""
     intervals: tuple[TokenInterval, ...] = ()
     """Between its tokens and the ones before; requests that had their first are not in it."""
+
+
+class EventsLost(Event, frozen=True, kw_only=True, gc=False):
+    """In an event stream: its reader fell behind, and ``count`` events before the next are gone."""
+
+    count: int
 
 
 class LoopLag(Event, frozen=True, kw_only=True, gc=False):

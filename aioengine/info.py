@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
+
+LoadProgress = Callable[[str, int, int], None]
+"""``progress(stage, done, total)``, in bytes: how far the loading of a model has got. It is called often, in
+the thread that loads."""
 
 AdapterLocation = Literal["disk", "loading", "cpu", "slot"]
 SlotStateName = Literal["FREE", "LOADING", "READY", "DRAINING"]
@@ -20,6 +25,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """0 until it has been read once."""
     bytes: int
     """Size in the CPU cache; 0 until it has been read once."""
+    digest: str = ""
+    """SHA-256 of its files, hexadecimal: equal for equal content. "" until it has been read once."""
     location: AdapterLocation
     """The fastest place that holds it."""
     slot: int | None

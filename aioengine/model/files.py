@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
+from aioengine.model.hub import HubId, download, explain, has_hub, parse_hub_id
 from aioengine.model.spec import ModelSpec
 
 EMBEDDED_MODEL = "smollm2-135m"
 """The name that stands for the embedded model in ``EngineConfig.model``."""
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     """The folder or GGUF file that ``model`` names.
 
-    A path wins over a name. "smollm2-135m" is the embedded default; "org/name" is looked up on the
-    Hugging Face Hub when ``huggingface_hub`` is installed (offline, its cache is enough).
+    A path wins over a name. "smollm2-135m" is the embedded default; "org/name", "org/name@revision" or
+    "hf:org/name" is looked up on the Hugging Face Hub when ``huggingface_hub`` is installed (offline, its
+    cache is enough).
 
     Raises ConfigError if there is nothing of this name.
     """
     path = Path(model).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(
+            f"model={model!r}: a file, but not a .gguf file; give a Hugging Face model folder, a .gguf file, "
+            f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
+        )
     if path.exists():
         return path
     if model == EMBEDDED_MODEL:
         from aioengine.model.embedded import embedded_model_dir  # needs gguf
 
-        return embedded_model_dir()
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return _from_hub(model)
+        return embedded_model_dir(progress)
+    hub_id = parse_hub_id(model)
+    if hub_id is not None:
+        return _from_hub(model, hub_id)
     close = difflib.get_close_matches(model, [EMBEDDED_MODEL], n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ConfigError(
@@ -37,21 +47,23 @@ def resolve_model(model: str) -> Path:
     )
 
 
-def _from_hub(model: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download  # optional
-    except ImportError:
+def _from_hub(model: str, hub_id: HubId) -> Path:
+    if not has_hub():
         raise ConfigError(
             f"model={model!r}: no such folder; to fetch it from the Hugging Face Hub, "
             "pip install 'aioengine[hub]'"
-        ) from None
+        )
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return download(hub_id, ["*.safetensors", "*.json", "*.jinja"])
     except Exception as error:  # the hub raises many unrelated types
-        raise ConfigError(
-            f"model={model!r}: no such folder, and not to be had from the Hub: {error}"
-        ) from error
+        raise ConfigError(f"model={model!r}: no such folder, and {explain(error)}") from error
+
+
+def cache_root() -> Path:
+    """The folder for what can be made or fetched again: ``$XDG_CACHE_HOME/aioengine``."""
+    # The XDG base directory specification: a relative value is to be ignored.
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (configured if configured.is_absolute() else Path.home() / ".cache") / "aioengine"
 
 
 def read_spec(path: Path) -> ModelSpec:

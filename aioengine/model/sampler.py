@@ -1,4 +1,5 @@
-"""Next tokens from logits: penalties, temperature, top-k, top-p, min-p, and a stateless random draw.
+"""Next tokens from logits: bias, penalties, constraint, temperature, top-k, top-p, min-p, and a stateless
+random draw.
 
 Randomness is a function of (seed, output index) only: SplitMix64's finalizer (Steele, Lea and Flood,
 "Fast splittable pseudorandom number generators", OOPSLA 2014) gives one uniform per row, which is
@@ -35,9 +36,9 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         rows: the N sequences; uses ``params``, ``seed``, ``history`` and ``prompt_len``.
 
     Returns:
-        N results in the same order. A row whose largest logit is NaN or infinite has ``error`` set
-        and token -1; the other rows are not affected. Log-probabilities are those of the unmodified
-        logits, in float32.
+        N results in the same order. A row whose largest logit is NaN or infinite, or whose constraint
+        fails, has ``error`` set and token -1; the other rows are not affected. Log-probabilities are
+        those of the unmodified logits, in float32.
     """
     if not rows:
         return []
@@ -46,19 +47,21 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
     tokens: list[int] = best.tolist()
     finite: list[bool] = torch.isfinite(top).tolist()
 
-    live = [i for i in range(len(rows)) if finite[i]]
-    changed = [i for i in live if rows[i].params.has_penalties or not rows[i].params.greedy]
-    if changed:
-        for i, token in zip(changed, _choose(logits, rows, changed), strict=True):
-            tokens[i] = token
-    scored = [i for i in live if rows[i].params.logprobs is not None]
-    logprobs = _logprobs(logits, rows, scored, tokens) if scored else {}
-    return [
-        Sampled(tokens[i], logprobs.get(i))
-        if finite[i]
-        else Sampled(-1, error=f"the model's output is not finite: largest logit {top[i].item()}")
+    results: dict[int, Sampled] = {
+        i: Sampled(-1, error=f"the model's output is not finite: largest logit {top[i].item()}")
         for i in range(len(rows))
+        if not finite[i]
+    }
+    changed = [
+        i for i, row in enumerate(rows) if finite[i] and (row.params.changes_logits or not row.params.greedy)
     ]
+    if changed:
+        chosen, failed = _choose(logits, rows, changed)
+        _assign(tokens, changed, chosen)
+        results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in failed.items()}
+    scored = [i for i, row in enumerate(rows) if i not in results and row.params.logprobs is not None]
+    logprobs = _logprobs(logits, rows, scored, tokens) if scored else {}
+    return [results.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -73,12 +76,16 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) -> list[int]:
-    """Tokens of the rows that are not a plain argmax."""
+def _choose(
+    logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]
+) -> tuple[list[int], dict[int, str]]:
+    """Tokens of the rows that are not a plain argmax, and which of them failed, by index in ``changed``."""
     work = [rows[i] for i in changed]
     # The one copy of the logits; what follows works in place, for fresh pages cost more than math.
     scores = (logits if len(work) == len(rows) else logits[changed]).to(torch.float32, copy=True)
+    _apply_bias(scores, work)
     _apply_penalties(scores, work)
+    failed = _apply_constraints(scores, work)
     tokens = [0] * len(work)
     greedy = [i for i, row in enumerate(work) if row.params.greedy]
     random = [i for i, row in enumerate(work) if not row.params.greedy]
@@ -86,7 +93,7 @@ def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) ->
         best = (scores[greedy] if random else scores).argmax(dim=-1)
         _assign(tokens, greedy, best.tolist())
     if not random:
-        return tokens
+        return tokens, failed
 
     params = [work[i].params for i in random]
     draws = [uniform(work[i].seed, len(work[i].history) - work[i].prompt_len) for i in random]
@@ -95,7 +102,7 @@ def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) ->
     # The maximum comes off first, so that a tiny temperature cannot overflow it.
     x.sub_(x.amax(dim=-1, keepdim=True)).div_(temperature.to(x)[:, None])
     _assign(tokens, random, _draw_by_rank(x, params, draws))
-    return tokens
+    return tokens, failed
 
 
 def _assign(target: list[int], places: Sequence[int], values: Sequence[int]) -> None:
@@ -105,6 +112,57 @@ def _assign(target: list[int], places: Sequence[int], values: Sequence[int]) -> 
 
 def _is_filtered(params: SamplingParams, vocab: int) -> bool:
     return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _apply_bias(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
+    """Add each row's ``logit_bias`` to ``scores`` [N, vocab] in place."""
+    vocab = scores.shape[1]
+    cells: list[int] = []
+    values: list[float] = []
+    for i, row in enumerate(rows):
+        for token, value in row.params.logit_bias.items():
+            if token < vocab:
+                cells.append(i * vocab + token)
+                values.append(value)
+    if cells:
+        device = scores.device
+        flat = scores.view(-1)
+        flat[torch.tensor(cells, device=device)] += torch.tensor(values, device=device)
+
+
+def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> dict[int, str]:
+    """Ban from ``scores`` [N, vocab], in place, what the rows' constraints do not allow.
+
+    Returns why, by row, for those that have no token left to choose; their scores become 0.
+    """
+    vocab, device = scores.shape[1], scores.device
+    width = -(-vocab // 8)
+    failed: dict[int, str] = {}
+    places: list[int] = []
+    masks = bytearray()
+    for i, row in enumerate(rows):
+        constraint = row.params.constraint
+        if constraint is None:
+            continue
+        try:
+            mask = constraint.allowed(row.history[row.prompt_len :])
+        except Exception as error:
+            failed[i] = f"its constraint failed: {type(error).__name__}: {error}"
+        else:
+            places.append(i)
+            masks += mask[:width].ljust(width, b"\0")
+    if places:
+        packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(places), width, 1).to(device)
+        bits = packed >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+        banned = bits.flatten(1)[:, :vocab] == 0
+        scores[places] = scores[places].masked_fill_(banned, -math.inf)
+        best: list[float] = scores[places].amax(dim=-1).tolist()
+        for i, value in zip(places, best, strict=True):
+            if not math.isfinite(value):
+                failed[i] = "its constraint allows no token here"
+    for i in failed:
+        scores[i] = 0.0
+    return failed
 
 
 def _apply_penalties(scores: Tensor, rows: Sequence[SequenceWork]) -> None:

@@ -12,7 +12,15 @@ import msgspec
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Every linear that an adapter may target, in the order used everywhere."""
+"""Every linear of a layer that an adapter may target, in the order used everywhere."""
+
+EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+"""What an adapter may target outside of the layers, if ``LoRAConfig.target_modules`` names it."""
+
+TARGETABLE_MODULES = LORA_MODULES + EMBEDDING_MODULES
+
+NO_LAYER = -1
+"""The layer under which tables by (layer, module) hold :data:`EMBEDDING_MODULES`."""
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -80,7 +88,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_kv_heads * self.head_dim
 
     def linear(self, module: str) -> LinearShape:
-        """The shape of a LoRA-targetable linear, by its name in :data:`LORA_MODULES`."""
+        """The shape of what LoRA can target, by its name in :data:`TARGETABLE_MODULES`.
+
+        An embedding is a linear over one-hot tokens.
+        """
         h, i = self.hidden_size, self.intermediate_size
         return {
             "q_proj": LinearShape(h, self.q_size),
@@ -90,6 +101,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             "gate_proj": LinearShape(h, i),
             "up_proj": LinearShape(h, i),
             "down_proj": LinearShape(i, h),
+            "embed_tokens": LinearShape(self.vocab_size, h),
+            "lm_head": LinearShape(h, self.vocab_size),
         }[module]
 
     def window(self, layer: int) -> int | None:

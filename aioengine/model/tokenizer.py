@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.model.detokenizer import Detokenizer, TextStream
+from aioengine.model.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -37,6 +38,7 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens or {})
         self._chat_template = chat_template
         self._compiled: jinja2.Template | None = None
+        self._token_bytes: TokenBytes | None = None
 
     @classmethod
     def from_tokenizer(
@@ -99,24 +101,45 @@ class Tokenizer:
         """A fresh one for one request's output."""
         return TextStream(self.detokenizer(skip_special_tokens), stop)
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """The rendered chat's tokens; the template writes the special tokens, none are added."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The prompt for the assistant's next turn.
+
+        ``variables`` are the template's: ``tools`` (JSON schemas of functions), ``enable_thinking`` and
+        whatever else it looks at; ``add_generation_prompt=False`` leaves the next turn's opening out.
 
         Raises :class:`~aioengine.errors.RequestInvalid` if there is no usable template, a message is
         malformed, or the template refuses the messages.
         """
         _check_messages(messages)
         template = self._template()
+        variables = {"add_generation_prompt": True, **self._special_tokens, **variables}
         try:
-            return template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return template.render({**variables, "messages": messages})
         except Exception as error:  # untrusted template code: a TypeError is as possible as its own
             raise RequestInvalid(
                 f"the chat template refused the messages: {type(error).__name__}: {error}"
             ) from error
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its source."""
+        return self._chat_template
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that a token stands for; they need not be whole characters. Empty for ids
+        outside the vocabulary."""
+        if self._token_bytes is None:
+            self._token_bytes = TokenBytes(self._tokenizer)
+        return self._token_bytes(token_id)
+
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` that makes this tokenizer."""
+        text: str = self._tokenizer.to_str()
+        return text
 
     def _template(self) -> jinja2.Template:
         if self._chat_template is None:

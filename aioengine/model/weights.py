@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
 from aioengine.model.decoder import Decoder
 from aioengine.model.spec import ModelSpec
 
@@ -34,13 +35,14 @@ def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]
         yield from _iter_safetensors(path / SINGLE, None)
 
 
-def load_weights(decoder: Decoder, path: Path) -> None:
-    """Fills all of the decoder's parameters, converting to its dtype.
+def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = None) -> None:
+    """Fills all of the decoder's parameters, converting to its dtype; ``progress`` is told how far it is.
 
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
     """
     missing = decoder.parameters()
+    done, total = 0, sum(parameter.nbytes for parameter in missing.values())
     seen: set[str] = set()
     for name, tensor in iter_checkpoint(path, decoder.spec):
         if _is_ignored(name, decoder.spec):
@@ -62,6 +64,9 @@ def load_weights(decoder: Decoder, path: Path) -> None:
             raise ConfigError(f"{path}: {name}: expected floating point, found {tensor.dtype}")
         parameter.copy_(tensor)
         seen.add(name)
+        done += parameter.nbytes
+        if progress is not None:
+            progress("Loading weights", done, total)
     if missing:
         first = ", ".join(list(missing)[:3])
         raise ConfigError(

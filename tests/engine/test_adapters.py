@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def info(engine: AsyncEngine, name: str) -> object:
 async def test_register_does_nothing_until_it_is_needed(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         before = engine.register_adapter("r", tiny.adapters["rank-3"])
-        assert (before.location, before.version, before.rank) == ("disk", 1, 0)
+        assert (before.location, before.version, before.rank, before.digest) == ("disk", 1, 0, "")
         out = await engine.complete([4, 5], greedy(), adapter="r")
         assert out.token_ids == tiny.expected([4, 5], 24, "rank-3")
         (after,) = engine.adapters()
@@ -200,6 +201,74 @@ async def test_a_load_that_was_given_up_can_be_asked_for_again(tiny: Tiny, make_
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         assert (await engine.load_adapter("x")).location == "cpu"
+
+
+async def test_unload_frees_slot_and_memory_before_it_returns(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """Idle or under load, with and without force: when the call returns, nothing is held any more."""
+    async with make_engine(tiny, max_model_len=512) as engine:
+        store = engine._loader.store
+        for force in (False, True):
+            for load in (0, 3):
+                others = [asyncio.create_task(engine.complete([4, 5 + i], greedy(300))) for i in range(load)]
+                await engine.load_adapter("x", tiny.adapters["rank-3"])
+                await engine.complete([4, 5], greedy(2), adapter="x")
+                own = asyncio.create_task(engine.complete([4, 5], greedy(60), adapter="x"))
+                while engine.adapters()[0].running == 0:
+                    await asyncio.sleep(0)
+                await engine.unload_adapter("x", force=force)
+                stats = engine.stats()
+                assert {slot.state for slot in stats.slots} == {"FREE"}
+                assert (stats.cpu_adapters, store.nbytes, len(store)) == (0, 0, 0)
+                assert (await own).finish_reason == ("abort" if force else "length")
+                await asyncio.gather(*others)
+
+
+async def test_a_replacement_is_read_once_and_shares_no_blocks(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """The same prompt before and after: the prefix cache has it, but never for the other version."""
+    prompt = prompt_of(5, 30)
+    async with make_engine(tiny) as engine:
+        reads = engine.events(AdapterLoading)
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        for cached in (0, 28):
+            out = await engine.complete(prompt, greedy(), adapter="x")
+            assert out.token_ids == tiny.expected(prompt, 24, "rank-3")
+            assert out.cached_tokens == cached
+        await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
+        for cached in (0, 28):
+            out = await engine.complete(prompt, greedy(), adapter="x")
+            assert out.token_ids == tiny.expected(prompt, 24, "qv-only")
+            assert out.cached_tokens == cached
+    assert [event.version async for event in reads if isinstance(event, AdapterLoading)] == [1, 2]
+
+
+async def test_new_content_at_the_same_path(tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    shutil.copytree(tiny.adapters["rank-3"], path)
+    async with make_engine(tiny) as engine:
+        first = await engine.load_adapter("x", path)
+        await engine.complete([4, 5], greedy(), adapter="x")
+        shutil.rmtree(path)
+        shutil.copytree(tiny.adapters["qv-only"], path)
+        second = await engine.load_adapter("x", replace=True)
+        assert (second.version, second.path) == (2, str(path))
+        assert second.digest != first.digest
+        out = await engine.complete([4, 5], greedy(), adapter="x")
+        assert out.token_ids == tiny.expected([4, 5], 24, "qv-only")
+
+
+async def test_the_same_content_is_a_new_version_that_keeps_its_blocks(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    prompt = prompt_of(6, 30)
+    async with make_engine(tiny) as engine:
+        first = await engine.load_adapter("x", tiny.adapters["rank-3"])
+        before = await engine.complete(prompt, greedy(), adapter="x")
+        second = await engine.load_adapter("x", tiny.adapters["rank-3"], replace=True)
+        assert (second.version, second.digest) == (2, first.digest)
+        assert len(bytes.fromhex(first.digest)) == 32
+        after = await engine.complete(prompt, greedy(), adapter="x")
+        assert after.token_ids == before.token_ids
+        assert after.cached_tokens == 28
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x", "", "a\0b"])

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+from tiny_models import ALL_MODULES, build_adapter, build_model
 
 from aioengine import events
+from aioengine.errors import AdapterInvalid
+from aioengine.model.spec import EMBEDDING_MODULES
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PATHS: dict[str, dict[str, Any]] = {
@@ -17,6 +20,16 @@ PATHS: dict[str, dict[str, Any]] = {
     "chunked-prefill": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
     "preempted": {"max_model_len": 64, "max_num_seqs": 6},
 }
+DORA_BIAS_AND_EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 8},
+    "dora": {"r": 16, "use_dora": True},
+    "rslora-dora": {"r": 9, "lora_alpha": 6, "use_rslora": True, "use_dora": True},
+    "bias": {"r": 4, "lora_alpha": 8, "lora_bias": True},
+    "head": {"r": 5, "target_modules": ["lm_head", "o_proj"]},
+    "embedding": {"r": 7, "target_modules": ["embed_tokens", "v_proj"]},
+    "everything": {"r": 6, "target_modules": [*ALL_MODULES, *EMBEDDING_MODULES], "use_dora": True},
+}
+"""PEFT configurations; peft warns of some, and they are served exactly."""
 KV_TOKEN_BYTES = {"llama": 768, "mistral": 768, "qwen2": 768, "qwen3": 1536}
 
 
@@ -48,6 +61,58 @@ async def test_base_and_all_adapters_mixed(
         assert output.finish_reason == "length"
     assert stats.slot_loads >= len(ADAPTERS) > len(stats.slots), "fewer slots than adapters"
     assert (stats.preemptions > 0) == (path == "preempted")
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny qwen2, which has biases, with tied embeddings, and adapters beyond LoRA on linears."""
+    root = tmp_path_factory.mktemp("special")
+    model = build_model(root / "model", "qwen2", tie_word_embeddings=True)
+    adapters = {
+        name: build_adapter(model, root / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(DORA_BIAS_AND_EMBEDDINGS.items())
+    }
+    return Tiny(model, adapters)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("path", PATHS)
+async def test_dora_biases_and_embeddings_mixed_with_plain_adapters(
+    path: str, special: Tiny, make_engine: MakeEngine
+) -> None:
+    names = [None, *DORA_BIAS_AND_EMBEDDINGS, None, "plain"]
+    lengths = [29, 5, 17, 33, 9, 21, 13, 26, 2, 30]
+    prompts = [prompt_of(i, n) for i, n in enumerate(lengths)]
+    fields: dict[str, Any] = {"target_modules": [*ALL_MODULES, *EMBEDDING_MODULES], **PATHS[path]}
+    if path == "preempted":
+        fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES["qwen2"]
+    async with make_engine(special, max_cpu_loras=8, **fields) as engine:
+        for name, folder in special.adapters.items():
+            engine.register_adapter(name, folder)
+        for _ in range(2):  # the second time through reused slots and, if it is on, the prefix cache
+            outputs = await asyncio.gather(
+                *(
+                    engine.complete(prompt, greedy(16), adapter=name)
+                    for name, prompt in zip(names, prompts, strict=True)
+                )
+            )
+            for name, prompt, output in zip(names, prompts, outputs, strict=True):
+                assert output.token_ids == special.expected(prompt, 16, name), f"adapter {name}"
+        stats = engine.stats()
+        engine.check_invariants()
+    assert stats.slot_loads > len(special.adapters) > len(stats.slots), "slots were reused"
+    assert (stats.preemptions > 0) == (path == "preempted")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+async def test_embeddings_are_opt_in(special: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(special) as engine:
+        for name, module in (("head", "lm_head"), ("embedding", "embed_tokens")):
+            with pytest.raises(AdapterInvalid, match=rf"{module}.*LoRAConfig\.target_modules"):
+                await engine.load_adapter(name, special.adapters[name])
+        await engine.load_adapter("dora", special.adapters["dora"])
+        output = await engine.complete(prompt_of(0, 9), greedy(16), adapter="dora")
+    assert output.token_ids == special.expected(prompt_of(0, 9), 16, "dora")
 
 
 async def test_adapters_change_the_output(tiny: Tiny) -> None:

@@ -1,0 +1,175 @@
+"""From what a caller asks for to an accepted request: checks, tokens, the adapter, the stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from aioengine.adapter_ops import AdapterOps
+from aioengine.build import Parts
+from aioengine.core.state import AdapterEntry
+from aioengine.errors import DeadlineExceeded, EngineOverloaded, RequestInvalid
+from aioengine.request import Prompt, SamplingParams
+from aioengine.stepper import Stepper
+from aioengine.stream import OutputStream
+
+LONG_TEXT = 4096
+"""Prompts of more characters than this are tokenized in a thread, so that they do not hold up the loop."""
+
+
+class Submitter:
+    """``check_running`` raises if the engine accepts nothing (any more); ``work`` is where long texts are
+    tokenized."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        adapters: AdapterOps,
+        parts: Parts,
+        *,
+        work: Executor,
+        check_running: Callable[[], None],
+    ) -> None:
+        self._stepper = stepper
+        self._core = stepper.core
+        self._adapters = adapters
+        self._parts = parts
+        self._work = work
+        self._check_running = check_running
+        self._made_up = 0
+        self._resolving = 0
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        adapter: str | None,
+        request_id: str | None,
+        priority: int,
+        deadline: float | None,
+        tenant: str | None,
+    ) -> OutputStream:
+        """Have the core accept a request; see ``AsyncEngine.generate`` for arguments and errors."""
+        if not isinstance(params, SamplingParams):
+            raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
+        _check_types(adapter, request_id, priority, deadline, tenant)
+        request_id = self._make_up_id() if request_id is None else request_id
+        arrival = asyncio.get_running_loop().time()
+        due = None if deadline is None else arrival + deadline
+        if adapter is not None:
+            self._adapters.check_known(adapter)  # before the work of tokenizing
+        tokens = await self._tokenize(prompt)
+        self._check_prompt(tokens)
+        self._check_params(params)
+        entry = None if adapter is None else await self._find_adapter(adapter, request_id, due)
+        self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
+        if request_id in self._core.requests:
+            raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
+        request = self._core.add_request(
+            request_id,
+            tokens,
+            params,
+            asyncio.get_running_loop().time(),
+            adapter=entry,
+            priority=priority,
+            deadline=due,
+            tenant=tenant,
+        )
+        text = None
+        if self._parts.tokenizer is not None:
+            text = self._parts.tokenizer.text_stream(params.skip_special_tokens, tuple(params.stop))
+        stream = OutputStream(request, text)
+        self._stepper.streams[request_id] = stream
+        self._stepper.wake()
+        return stream
+
+    def _make_up_id(self) -> str:
+        while True:
+            request_id = f"request-{self._made_up}"
+            self._made_up += 1
+            if request_id not in self._core.requests:
+                return request_id
+
+    async def _find_adapter(self, name: str, request_id: str, due: float | None) -> AdapterEntry:
+        """The registered version, or else what the resolver finds before the request is due. Requests
+        that wait for a resolver count as waiting."""
+        if self._adapters.is_registered(name):
+            return self._adapters.find(name)
+        bound = self._core.limits.max_waiting
+        if bound is not None and self._resolving + len(self._core.queues) >= bound:
+            raise EngineOverloaded(
+                f"request {request_id!r}: max_waiting={bound} requests wait, {self._resolving} of them for "
+                "an adapter to be found; retry later, or raise max_waiting"
+            )
+        self._resolving += 1
+        try:
+            async with asyncio.timeout_at(due) as limit:
+                return await self._adapters.acquire(name)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"request {request_id!r}: its deadline passed while adapter {name!r} was looked for"
+            ) from None
+        finally:
+            self._resolving -= 1
+
+    async def _tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+            return list(prompt)  # type: ignore[arg-type] # mypy does not narrow by all()
+        if not isinstance(prompt, (str, list)):
+            raise RequestInvalid(
+                f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
+            )
+        tokenizer = self._parts.tokenizer
+        if tokenizer is None:
+            raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
+        encode: Callable[[Any], list[int]] = (
+            tokenizer.encode if isinstance(prompt, str) else tokenizer.encode_chat
+        )
+        if len(prompt) <= LONG_TEXT and isinstance(prompt, str):
+            return encode(prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._work, encode, prompt)
+
+    def _check_prompt(self, tokens: list[int]) -> None:
+        limit = self._parts.plan.max_model_len
+        if not tokens:
+            raise RequestInvalid("the prompt is empty: it must have at least one token")
+        if len(tokens) >= limit:
+            raise RequestInvalid(
+                f"the prompt has {len(tokens)} tokens and max_model_len={limit} leaves no room for "
+                "output: shorten it, or raise max_model_len"
+            )
+        vocab = self._parts.spec.vocab_size
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= vocab:
+            bad = low if low < 0 else high
+            raise RequestInvalid(f"prompt token {bad} is outside the vocabulary 0..{vocab - 1}")
+
+    def _check_params(self, params: SamplingParams) -> None:
+        """What only the model can tell."""
+        vocab = self._parts.spec.vocab_size
+        for field, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token in tokens:
+                if token >= vocab:
+                    raise RequestInvalid(f"{field}: token {token} is outside the vocabulary 0..{vocab - 1}")
+        if params.stop and self._parts.tokenizer is None:
+            raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
+
+
+def _check_types(
+    adapter: object, request_id: object, priority: object, deadline: object, tenant: object
+) -> None:
+    """Refuse here what would make trouble, for everybody, further in."""
+    for field, value in (("adapter", adapter), ("request_id", request_id), ("tenant", tenant)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestInvalid(f"priority={priority!r}: must be an integer")
+    if deadline is not None:
+        number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+        if not number or not deadline > 0:  # type: ignore[operator] # a number by then
+            raise RequestInvalid(f"deadline={deadline!r}: must be more than 0 seconds from now")

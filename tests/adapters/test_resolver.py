@@ -1,0 +1,394 @@
+"""Resolvers: which folder a name stands for, what is refused, and what is fetched when."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from aioengine import AdapterResolver, ChainResolver, FilesystemResolver, FsspecResolver, HubResolver
+from aioengine.adapters import resolver as resolver_module
+from aioengine.adapters.resolver import BlockingResolver
+from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.model.hub import HubId, parse_hub_id
+
+
+def adapter_folder(path: Path, weights: bytes = b"w") -> Path:
+    """A folder that looks like an adapter's from outside."""
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}")
+    (path / "adapter_model.safetensors").write_bytes(weights)
+    return path
+
+
+BAD_NAMES = ["..", "a/../b", "../a", "/etc", "a//b", "a/.", "./a", "a/", "", "a\0b", "a\\..\\b"]
+
+
+# A folder
+
+
+async def test_subfolders_are_found_by_name(tmp_path: Path) -> None:
+    resolver = FilesystemResolver(tmp_path)
+    with pytest.raises(AdapterNotFound, match="'sql'"):
+        await resolver.resolve("sql")
+    sql, nested = adapter_folder(tmp_path / "sql"), adapter_folder(tmp_path / "team" / "json")
+    assert await resolver.resolve("sql") == sql, "it was not there before, and that is not remembered"
+    assert await resolver.resolve("team/json") == nested
+    with pytest.raises(AdapterNotFound):
+        await resolver.resolve("team")  # a folder, but no adapter
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+async def test_names_that_lead_elsewhere_are_not_found(tmp_path: Path, name: str) -> None:
+    adapter_folder(tmp_path / "a")
+    adapter_folder(tmp_path / "root" / "b")
+    with pytest.raises(AdapterNotFound):
+        await FilesystemResolver(tmp_path / "root").resolve(name)
+
+
+async def test_links_may_not_leave_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    inside, outside = adapter_folder(root / "inside"), adapter_folder(tmp_path / "outside")
+    (root / "link").symlink_to(inside)
+    (root / "escape").symlink_to(outside)
+    (root / "up").symlink_to(tmp_path)
+    (root / "loop").symlink_to(root / "loop")
+    partly = adapter_folder(root / "partly")
+    (partly / "adapter_model.safetensors").unlink()
+    (partly / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    resolver = FilesystemResolver(root)
+    assert await resolver.resolve("link") == inside
+    for name in ("escape", "up/outside", "loop", "partly"):
+        with pytest.raises(AdapterNotFound) as caught:
+            await resolver.resolve(name)
+        assert str(tmp_path) not in str(caught.value), "says nothing of what is where"
+
+
+async def test_a_root_may_itself_be_a_link(tmp_path: Path) -> None:
+    first, second = adapter_folder(tmp_path / "v1" / "a"), adapter_folder(tmp_path / "v2" / "a")
+    (tmp_path / "now").symlink_to(tmp_path / "v1")
+    resolver = FilesystemResolver(tmp_path / "now")
+    assert await resolver.resolve("a") == first
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to(tmp_path / "v2")
+    assert await resolver.resolve("a") == second
+
+
+def test_a_root_must_be_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter_root=.*nowhere"):
+        FilesystemResolver(tmp_path / "nowhere")
+
+
+# Threads
+
+
+class Hanging(BlockingResolver):
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def find(self, name: str) -> Path:
+        self.go.wait(30)
+        return Path(name)
+
+
+async def test_lookups_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver_module, "MAX_ABANDONED", 2)
+    resolver = Hanging()
+    for name in ("first", "b"):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(resolver.resolve(name), 0.01)
+    with pytest.raises(AdapterLoadError, match="first"):
+        await resolver.resolve("c")
+    resolver.go.set()
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                assert await resolver.resolve("c") == Path("c")
+                break
+            except AdapterLoadError:
+                await asyncio.sleep(0.001)
+
+
+# A chain
+
+
+class Table(AdapterResolver):
+    def __init__(self, **known: str | Exception) -> None:
+        self.known = known
+        self.asked: list[str] = []
+
+    async def resolve(self, name: str) -> str:
+        self.asked.append(name)
+        found = self.known.get(name)
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
+            raise AdapterNotFound("not in the table", name=name)
+        return found
+
+
+async def test_the_first_that_has_it_wins() -> None:
+    first, second = Table(a="/1/a"), Table(a="/2/a", b="/2/b")
+    chain = ChainResolver([first, second])
+    assert await chain.resolve("a") == "/1/a"
+    assert second.asked == []
+    assert await chain.resolve("b") == "/2/b"
+    with pytest.raises(AdapterNotFound, match="2 resolvers"):
+        await chain.resolve("c")
+
+
+async def test_a_resolver_that_cannot_tell_ends_the_search() -> None:
+    broken, second = Table(a=AdapterLoadError("no network", name="a")), Table(a="/2/a")
+    with pytest.raises(AdapterLoadError, match="no network"):
+        await ChainResolver([broken, second]).resolve("a")
+    assert second.asked == []
+
+
+def test_a_chain_of_something_else_is_refused() -> None:
+    with pytest.raises(ConfigError, match="AdapterResolver"):
+        ChainResolver([object()])  # type: ignore[list-item]
+
+
+# The Hub
+
+COMMIT = "1" * 40
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path) -> Path:
+    """A cache as huggingface_hub leaves it: an adapter, and a repository that is none."""
+    cache = tmp_path / "hub"
+    for repo, files in (
+        ("org--sql", ["adapter_config.json", "adapter_model.safetensors"]),
+        ("org--text", []),
+    ):
+        folder = cache / f"models--{repo}"
+        snapshot = folder / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        for file in files:
+            (snapshot / file).write_text("{}")
+        for ref in ("main", "v2"):
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / ref).write_text(COMMIT)
+    return cache
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub cannot be reached: its address is a port of this machine that nobody listens on."""
+    import huggingface_hub.constants
+    import huggingface_hub.hf_api
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("name", ["org/sql", "hf:org/sql"])
+async def test_the_hubs_cache_works_offline(hub_cache: Path, no_hub: None, name: str) -> None:
+    folder = await HubResolver(cache_dir=str(hub_cache)).resolve(name)
+    assert folder == hub_cache / "models--org--sql" / "snapshots" / COMMIT
+
+
+async def test_a_revision_of_the_cache(hub_cache: Path) -> None:
+    def resolver(revision: str | None = None) -> HubResolver:
+        return HubResolver(cache_dir=str(hub_cache), local_files_only=True, revision=revision)
+
+    assert (await resolver().resolve_path("x", "hf:org/sql@v2")).name == COMMIT
+    assert (await resolver("v2").resolve("org/sql")).name == COMMIT
+    with pytest.raises(AdapterNotFound, match="offline"):
+        await resolver().resolve_path("x", "hf:org/sql@v3")
+
+
+async def test_what_neither_hub_nor_cache_has(hub_cache: Path, no_hub: None) -> None:
+    with pytest.raises(AdapterLoadError, match=r"hf:org/other.*cannot be reached") as caught:
+        await HubResolver(cache_dir=str(hub_cache)).resolve("org/other")
+    assert caught.value.transient
+    with pytest.raises(AdapterNotFound, match="offline"):
+        await HubResolver(cache_dir=str(hub_cache), local_files_only=True).resolve("org/other")
+
+
+async def test_a_repository_that_is_no_adapter(hub_cache: Path) -> None:
+    with pytest.raises(AdapterNotFound, match=r"adapter_config\.json"):
+        await HubResolver(cache_dir=str(hub_cache), local_files_only=True).resolve("org/text")
+
+
+@pytest.mark.parametrize("name", ["sql", "a/b/c", "org/../sql", "hf:x", "org/"])
+async def test_names_that_are_no_repository(hub_cache: Path, name: str) -> None:
+    with pytest.raises(AdapterNotFound, match="owner/name"):
+        await HubResolver(cache_dir=str(hub_cache), local_files_only=True).resolve(name)
+
+
+async def test_only_the_owners_that_are_served(hub_cache: Path) -> None:
+    def resolver(owner: str) -> HubResolver:
+        return HubResolver([owner], cache_dir=str(hub_cache), local_files_only=True)
+
+    assert (await resolver("org").resolve("org/sql")).name == COMMIT
+    with pytest.raises(AdapterNotFound, match="owner"):
+        await resolver("others").resolve("org/sql")
+
+
+def test_hub_ids() -> None:
+    assert parse_hub_id("org/name") == HubId("org/name", None)
+    assert parse_hub_id("hf:org/na.me@refs/pr/1") == HubId("org/na.me", "refs/pr/1")
+    for text in ("name", "./a/b", "a/b/c", "~/a", "/a/b", "../a", "hf:", "org/name@"):
+        assert parse_hub_id(text) is None, text
+
+
+# fsspec
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    """An empty object store in memory."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield files
+    files.store.clear()
+
+
+def put(store: Any, name: str, weights: bytes) -> None:
+    store.pipe(f"/bucket/{name}/adapter_config.json", b"{}")
+    store.pipe(f"/bucket/{name}/adapter_model.safetensors", weights)
+
+
+async def test_what_is_fetched(store: Any, tmp_path: Path) -> None:
+    put(store, "team/sql", b"weights")
+    store.pipe("/bucket/team/sql/optimizer.pt", b"large")
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path)
+    folder = await resolver.resolve("team/sql")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"weights",
+    }
+    assert folder.is_relative_to(tmp_path)
+
+
+async def test_what_has_not_changed_is_not_fetched_again(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "a", b"1")
+    first = await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "open", None)
+        assert await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a") == first
+    put(store, "a", b"2")
+    second = await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
+    assert second != first
+    assert (first / "adapter_model.safetensors").read_bytes() == b"1", "it may still be served"
+    assert (second / "adapter_model.safetensors").read_bytes() == b"2"
+
+
+async def test_an_etag_says_whether_it_changed(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "a", b"1")
+    info = type(store).info
+    monkeypatch.setattr(type(store), "info", lambda self, path: info(self, path) | {"ETag": '"same"'})
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path)
+    first = await resolver.resolve("a")
+    put(store, "a", b"1")  # a new object, of the same content as its ETag says
+    assert await resolver.resolve("a") == first
+
+
+async def test_what_is_missing(store: Any, tmp_path: Path) -> None:
+    store.pipe("/bucket/half/adapter_config.json", b"{}")
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path)
+    with pytest.raises(AdapterNotFound, match=r"memory://bucket/none.*adapter_config\.json"):
+        await resolver.resolve("none")
+    with pytest.raises(AdapterInvalid, match=r"adapter_model\.safetensors"):
+        await resolver.resolve("half")
+    for name in BAD_NAMES:
+        with pytest.raises(AdapterNotFound):
+            await resolver.resolve(name)
+
+
+async def test_old_weights_are_fetched_if_there_are_no_others(store: Any, tmp_path: Path) -> None:
+    store.pipe("/bucket/a/adapter_config.json", b"{}")
+    store.pipe("/bucket/a/adapter_model.bin", b"x")
+    folder = await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
+    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.bin"}
+
+
+async def test_sizes_are_bounded(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, "a", b"12345")
+    with pytest.raises(AdapterInvalid, match="max_bytes"):
+        await FsspecResolver("memory://bucket", cache_dir=tmp_path, max_bytes=4).resolve("a")
+    info = type(store).info
+    monkeypatch.setattr(type(store), "info", lambda self, path: info(self, path) | {"size": None})
+    with pytest.raises(AdapterInvalid, match="more than 4 B"):
+        await FsspecResolver("memory://bucket", cache_dir=tmp_path, max_bytes=4).resolve("a")
+    assert left_over(tmp_path) == []
+
+
+async def test_a_change_while_it_is_fetched_is_noticed(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "a", b"old")
+    open_ = type(store).open
+
+    def change(self: Any, path: str, *args: Any) -> Any:
+        file = open_(self, path, *args)
+        monkeypatch.setattr(type(store), "open", open_)
+        put(store, "a", b"new")
+        return file
+
+    monkeypatch.setattr(type(store), "open", change)
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path)
+    with pytest.raises(AdapterLoadError, match="changed") as caught:
+        await resolver.resolve("a")
+    assert caught.value.transient
+    assert left_over(tmp_path) == []
+    assert (await resolver.resolve("a") / "adapter_model.safetensors").read_bytes() == b"new"
+
+
+async def test_a_broken_fetch_leaves_nothing(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "a", b"1")
+
+    def fail(*args: Any) -> None:
+        raise ConnectionResetError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "open", fail)
+        with pytest.raises(AdapterLoadError, match=r"memory://bucket/a.*ConnectionResetError") as caught:
+            await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
+    assert caught.value.transient
+    assert left_over(tmp_path) == []
+
+
+def left_over(cache: Path) -> list[Path]:
+    return [p for p in cache.rglob("*") if not p.is_dir() or p.name.startswith(".part-")]
+
+
+def test_several_at_once_share_a_cache(tmp_path: Path) -> None:
+    """Each fetches into a folder of its own, as other processes do; all end with the same complete one."""
+    adapter_folder(tmp_path / "store" / "a", b"w" * 3_000_000)
+    resolvers = [FsspecResolver(f"file://{tmp_path}/store", cache_dir=tmp_path / "cache") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda resolver: resolver.find("a"), resolvers))
+    (folder,) = found
+    assert (folder / "adapter_model.safetensors").stat().st_size == 3_000_000
+    assert not list((tmp_path / "cache").rglob(".part-*"))
+
+
+def test_what_fsspec_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        FsspecResolver("nonsense://bucket")
+
+
+async def test_credentials_are_in_no_message(tmp_path: Path) -> None:
+    resolver = FsspecResolver("memory://user:secret@bucket", cache_dir=tmp_path)
+    with pytest.raises(AdapterError) as caught:
+        await resolver.resolve("a")
+    assert "secret" not in str(caught.value)
+    assert "memory://bucket/a" in str(caught.value)

@@ -1,0 +1,121 @@
+"""Guided decoding in an application's own hands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy
+
+from aioengine import SamplingParams
+from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.guided import Guide
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 22, 333]}, "b": {"type": "boolean"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def sampled(**fields: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=350, temperature=1.0, **fields)
+
+
+async def test_each_request_has_its_own_format(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    """... in one batch with requests that have none, with an adapter and without."""
+    async with make_engine(tiny_text, max_model_len=400) as engine:
+        engine.register_adapter("a", tiny_text.adapters["a"])
+        guide = Guide(engine)
+        free = await engine.complete("free", greedy(20))
+        schema = [sampled(seed=i, constraint=await guide.json_schema(SCHEMA)) for i in range(3)]
+        regex = sampled(seed=1, constraint=await guide.regex("x{3,5}y"))
+        *objects, pattern, again = await asyncio.gather(
+            *[engine.complete("Hi", params, adapter="a") for params in schema],
+            engine.complete("Hi", regex),
+            engine.complete("free", greedy(20)),
+        )
+        for output in objects:
+            assert output.finish_reason == "stop"
+            assert set(json.loads(output.text)) == {"a", "b"}
+        assert pattern.text in ("xxxy", "xxxxy", "xxxxxy")
+        assert again.text == free.text
+
+
+async def test_a_preempted_request_goes_on_in_its_format(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text, kv_cache_memory="64KiB", max_model_len=64) as engine:
+        guide = Guide(engine)
+        one = SamplingParams(max_tokens=50, temperature=1.0, seed=0)
+        outputs = await asyncio.gather(
+            *[
+                engine.complete(
+                    f"prompt {i}",
+                    SamplingParams(
+                        max_tokens=50, temperature=1.0, seed=i, constraint=await guide.regex("[a-f]{40}z")
+                    ),
+                )
+                for i in range(6)
+            ]
+        )
+        assert one.constraint is None
+        assert engine.stats().preemptions > 0
+        for output in outputs:
+            assert len(output.text) == 41 and output.text.endswith("z")
+            assert set(output.text[:40]) <= set("abcdef")
+
+
+async def test_a_constraint_is_a_function_of_the_output(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    """One object asked about different outputs in turn answers as if it had been asked about each alone."""
+    async with make_engine(tiny_text) as engine:
+        assert engine.tokenizer is not None
+        guide = Guide(engine)
+        encode = engine.tokenizer.encode
+        shared = await guide.regex("ab|cd")
+        for text in ("", "a", "", "c", "ab", "a"):
+            alone = await guide.regex("ab|cd")
+            assert shared.allowed(encode(text)) == alone.allowed(encode(text))
+        with pytest.raises(ValueError, match="grammar"):
+            shared.allowed(encode("x"))
+        assert (await guide.regex("ab|cd")).allowed([]) == alone.allowed([])
+
+
+async def test_a_constraint_that_fails_ends_its_request_alone(
+    tiny_text: Tiny, make_engine: MakeEngine
+) -> None:
+    class Nothing:
+        def allowed(self, output: Sequence[int]) -> bytes:
+            return b""
+
+    async with make_engine(tiny_text) as engine:
+        other = asyncio.create_task(engine.complete("Hello", greedy(20)))
+        with pytest.raises(RequestInvalid, match="allows no token"):
+            await engine.complete("Hi", sampled(constraint=Nothing()))
+        assert (await other).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda guide: guide.json_schema({"type": "nonsense"}), "nonsense"),
+        (lambda guide: guide.json_schema("{"), "malformed"),
+        (lambda guide: guide.regex("("), "regex|unclosed|parse"),
+        (lambda guide: guide.lark("start: undefined"), "undefined"),
+        (lambda guide: guide.choice([]), "choice"),
+    ],
+)
+async def test_bad_grammars_are_refused(
+    make: Any, what: str, tiny_text: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny_text) as engine:
+        with pytest.raises(RequestInvalid, match=f"(?i){what}"):
+            await make(Guide(engine))
+
+
+async def test_without_a_tokenizer_there_is_no_guide(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        with pytest.raises(ConfigError, match="tokenizer"):
+            Guide(engine)

@@ -1,0 +1,323 @@
+"""Adapters that nobody registered: the engine asks its resolver, once, and nobody else waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+
+from aioengine import (
+    AdapterResolver,
+    AsyncEngine,
+    EngineConfig,
+    FilesystemResolver,
+    LoRAConfig,
+    resolution,
+)
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterLoadError,
+    AdapterNotFound,
+    ConfigError,
+    DeadlineExceeded,
+    EngineOverloaded,
+    EngineStopped,
+)
+from aioengine.events import AdapterLoading, AdapterRegistered
+
+
+class Gated(AdapterResolver):
+    """Answers from a table, when its gate is open; a name in ``held`` waits for it."""
+
+    def __init__(self, table: dict[str, Any], held: set[str] | None = None) -> None:
+        self.table = table
+        self.held = set() if held is None else held
+        self.gate = asyncio.Event()
+        self.asked: list[str] = []
+        self.cancelled: list[str] = []
+        self.reached = asyncio.Event()
+
+    async def resolve(self, name: str) -> Any:
+        self.asked.append(name)
+        self.reached.set()
+        if name in self.held:
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(name)
+                raise
+        found = self.table.get(name)
+        if found is None:
+            raise AdapterNotFound("not in the table", name=name)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+MakeResolving = Callable[..., AsyncEngine]
+
+
+@pytest.fixture
+def resolving(tiny: Tiny, make_engine: MakeEngine) -> MakeResolving:
+    """``resolving(resolver, **engine fields)``: an engine over the tiny model."""
+
+    def make(resolver: AdapterResolver, **fields: Any) -> AsyncEngine:
+        return AsyncEngine(make_engine(tiny, **fields).config, resolver=resolver)
+
+    return make
+
+
+async def test_a_request_for_an_unknown_name_asks_once(tiny: Tiny, resolving: MakeResolving) -> None:
+    resolver = Gated({"r": tiny.adapters["rank-3"]}, held={"r"})
+    async with resolving(resolver) as engine, engine.events(AdapterRegistered, AdapterLoading) as events:
+        many = [asyncio.create_task(engine.complete([4, 5 + i], greedy(4), adapter="r")) for i in range(5)]
+        load = asyncio.create_task(engine.load_adapter("r"))
+        await resolver.reached.wait()
+        resolver.gate.set()
+        for i, out in enumerate(await asyncio.gather(*many)):
+            assert out.token_ids == tiny.expected([4, 5 + i], 4, "rank-3")
+        assert (await load).path == str(tiny.adapters["rank-3"])
+        await engine.complete([4, 5], greedy(2), adapter="r")
+        assert resolver.asked == ["r"]
+        assert [type(await anext(events)) for _ in range(2)] == [AdapterRegistered, AdapterLoading]
+
+
+async def test_nobody_waits_for_a_slow_resolver(tiny: Tiny, resolving: MakeResolving) -> None:
+    resolver = Gated({"slow": tiny.adapters["rank-3"], "fast": tiny.adapters["qv-only"]}, held={"slow"})
+    async with resolving(resolver) as engine:
+        slow = asyncio.create_task(engine.complete([4, 5], greedy(4), adapter="slow"))
+        await resolver.reached.wait()
+        fast = await engine.complete([4, 5], greedy(4), adapter="fast")
+        assert fast.token_ids == tiny.expected([4, 5], 4, "qv-only")
+        await engine.complete([4, 5], greedy(4))
+        assert not slow.done()
+        resolver.gate.set()
+        assert (await slow).token_ids == tiny.expected([4, 5], 4, "rank-3")
+
+
+async def test_a_failure_is_shared_by_those_who_wait_and_not_remembered(
+    tiny: Tiny, resolving: MakeResolving
+) -> None:
+    resolver = Gated({}, held={"r"})
+    async with resolving(resolver) as engine:
+        many = [asyncio.create_task(engine.complete([4], greedy(2), adapter="r")) for _ in range(3)]
+        await resolver.reached.wait()
+        resolver.gate.set()
+        for result in await asyncio.gather(*many, return_exceptions=True):
+            assert isinstance(result, AdapterNotFound)
+        assert resolver.asked == ["r"]
+        resolver.table["r"] = tiny.adapters["rank-3"]
+        assert (await engine.load_adapter("r")).location == "cpu"
+
+
+async def test_the_lookup_goes_with_the_last_who_waits(tiny: Tiny, resolving: MakeResolving) -> None:
+    resolver = Gated({"r": tiny.adapters["rank-3"]}, held={"r"})
+    async with resolving(resolver) as engine:
+        first, second = (
+            asyncio.create_task(engine.complete([4, 5], greedy(2), adapter="r")) for _ in range(2)
+        )
+        await resolver.reached.wait()
+        first.cancel()
+        await asyncio.wait([first])
+        assert resolver.cancelled == []
+        second.cancel()
+        await asyncio.wait([second])
+        await asyncio.sleep(0)
+        assert resolver.cancelled == ["r"]
+        assert engine.adapters() == []
+        resolver.gate.set()
+        out = await engine.complete([4, 5], greedy(2), adapter="r")
+        assert out.token_ids == tiny.expected([4, 5], 2, "rank-3")
+        assert resolver.asked == ["r", "r"]
+
+
+async def test_a_deadline_covers_the_search(resolving: MakeResolving) -> None:
+    resolver = Gated({}, held={"r"})
+    async with resolving(resolver) as engine:
+        with pytest.raises(DeadlineExceeded, match="'r'"):
+            await engine.complete([4], adapter="r", deadline=0.01)
+        await asyncio.sleep(0)
+        assert resolver.cancelled == ["r"]
+
+
+@pytest.mark.parametrize("name", ["a/../b", "a//b", "a/./b", "..", "/a", "-a", "a b", "a" * 256])
+async def test_the_resolver_sees_only_good_names(resolving: MakeResolving, name: str) -> None:
+    resolver = Gated({name: "/etc"})
+    async with resolving(resolver) as engine:
+        with pytest.raises(AdapterNotFound):
+            await engine.complete([4], adapter=name)
+        with pytest.raises(AdapterNotFound):
+            await engine.load_adapter(name)
+        assert resolver.asked == []
+
+
+@pytest.mark.parametrize("answer", [5, b"/x", "", "a\0b", ValueError("broken"), KeyError("x")])
+async def test_what_a_resolver_must_not_do_fails_the_request_only(
+    tiny: Tiny, resolving: MakeResolving, answer: Any
+) -> None:
+    resolver = Gated({"r": answer, "good": tiny.adapters["rank-3"]})
+    async with resolving(resolver) as engine:
+        with pytest.raises(AdapterLoadError, match="'r'"):
+            await engine.complete([4], adapter="r")
+        assert (await engine.load_adapter("good")).location == "cpu"
+
+
+async def test_a_folder_that_is_no_adapter_fails_as_any_other(
+    resolving: MakeResolving, tmp_path: Path
+) -> None:
+    async with resolving(Gated({"r": tmp_path})) as engine:
+        with pytest.raises(AdapterLoadError, match=str(tmp_path)):
+            await engine.complete([4], adapter="r")
+        assert [a.name for a in engine.adapters()] == ["r"], (
+            "it is registered, and tried again when asked for"
+        )
+
+
+async def test_waiting_for_a_resolver_counts_as_waiting(resolving: MakeResolving) -> None:
+    resolver = Gated({}, held={"a", "b"})
+    async with resolving(resolver, max_waiting=1) as engine:
+        first = asyncio.create_task(engine.complete([4], adapter="a"))
+        await resolver.reached.wait()
+        with pytest.raises(EngineOverloaded, match="max_waiting=1"):
+            await engine.complete([4], adapter="b")
+        resolver.gate.set()
+        with pytest.raises(AdapterNotFound):
+            await first
+
+
+async def test_lookups_at_once_are_bounded(
+    tiny: Tiny, resolving: MakeResolving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution, "MAX_LOOKUPS", 2)
+    names = ["a", "b", "c", "d"]
+    resolver = Gated(dict.fromkeys(names, tiny.adapters["rank-3"]), held=set(names))
+    async with resolving(resolver) as engine:
+        requests = [asyncio.create_task(engine.complete([4, 5], greedy(2), adapter=name)) for name in names]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert resolver.asked == ["a", "b"]
+        resolver.gate.set()
+        await asyncio.gather(*requests)
+        assert resolver.asked == names
+
+
+async def test_a_stop_ends_the_search(resolving: MakeResolving) -> None:
+    resolver = Gated({}, held={"r"})
+    async with resolving(resolver) as engine:
+        request = asyncio.create_task(engine.complete([4], adapter="r"))
+        load = asyncio.create_task(engine.load_adapter("r"))
+        await resolver.reached.wait()
+    for task in (request, load):
+        with pytest.raises(EngineStopped):
+            await task
+    assert resolver.cancelled == ["r"]
+
+
+async def test_replacing_asks_again(tiny: Tiny, resolving: MakeResolving) -> None:
+    resolver = Gated({"r": tiny.adapters["rank-3"]})
+    prompt = prompt_of(1, 6)
+    async with resolving(resolver) as engine:
+        await engine.complete(prompt, greedy(4), adapter="r")
+        resolver.table["r"] = tiny.adapters["qv-only"]
+        assert (await engine.load_adapter("r")).version == 1, "nothing asked for anything new"
+        replaced = await engine.load_adapter("r", replace=True)
+        assert (replaced.version, replaced.path) == (2, str(tiny.adapters["qv-only"]))
+        out = await engine.complete(prompt, greedy(4), adapter="r")
+        assert out.token_ids == tiny.expected(prompt, 4, "qv-only")
+        assert resolver.asked == ["r", "r"]
+
+
+async def test_what_was_unloaded_can_come_back(tiny: Tiny, resolving: MakeResolving) -> None:
+    resolver = Gated({"r": tiny.adapters["rank-3"]})
+    async with resolving(resolver) as engine:
+        await engine.load_adapter("r")
+        await engine.unload_adapter("r")
+        assert engine.adapters() == []
+        assert (await engine.pin_adapter("r")).location == "slot"
+
+
+async def test_adapter_root_is_a_filesystem_resolver(tiny: Tiny, make_engine: MakeEngine) -> None:
+    root = tiny.adapters["rank-3"].parent
+    async with make_engine(tiny, adapter_root=str(root)) as engine:
+        out = await engine.complete([4, 5], greedy(4), adapter="rank-3")
+        assert out.token_ids == tiny.expected([4, 5], 4, "rank-3")
+        with pytest.raises(AdapterNotFound):
+            await engine.complete([4, 5], adapter="nothing")
+
+
+async def test_a_root_that_is_no_folder_is_refused_at_the_start(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    engine = make_engine(tiny, adapter_root=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="adapter_root"):
+        await engine.start()
+    for value in (5, ""):
+        with pytest.raises(ConfigError, match="adapter_root"):
+            LoRAConfig(adapter_root=value)  # type: ignore[arg-type]
+
+
+async def test_without_lora_the_resolver_is_not_asked(tiny: Tiny) -> None:
+    config = EngineConfig(model=str(tiny.model), dtype="float32", kv_cache_memory="1MiB", lora=None)
+    resolver = Gated({"r": tiny.adapters["rank-3"]})
+    async with AsyncEngine(config, resolver=resolver) as engine:
+        with pytest.raises(AdapterNotFound):
+            await engine.complete([4], adapter="r")
+    assert resolver.asked == []
+
+
+def test_a_resolver_of_another_type_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="AdapterResolver"):
+        AsyncEngine(EngineConfig(model=str(tiny.model)), resolver=FilesystemResolver)  # type: ignore[arg-type]
+
+
+# Paths on the Hub
+
+
+@pytest.fixture
+def hub(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Offline, with a cache that has the adapter org/sql."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--sql"
+    snapshot = repo / "snapshots" / ("2" * 40)
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("2" * 40)
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(tiny.adapters["rank-3"])
+    return snapshot
+
+
+async def test_a_path_on_the_hub(tiny: Tiny, make_engine: MakeEngine, hub: Path) -> None:
+    async with make_engine(tiny) as engine:
+        declared = engine.register_adapter("sql", "hf:org/sql")
+        assert (declared.path, declared.location, declared.version) == ("hf:org/sql", "disk", 0)
+        assert engine.adapters() == [declared] == [engine.register_adapter("sql", "hf:org/sql")]
+        with pytest.raises(AdapterInvalid, match="replace=True"):
+            engine.register_adapter("sql", hub)
+        out = await engine.complete([4, 5], greedy(4), adapter="sql")
+        assert out.token_ids == tiny.expected([4, 5], 4, "rank-3")
+        assert (await engine.load_adapter("sql", "hf:org/sql")).path == str(hub)
+        assert (await engine.load_adapter("sql", "hf:org/sql", replace=True)).version == 2
+        assert (await engine.load_adapter("other", "hf:org/sql@main")).location == "cpu"
+        await engine.unload_adapter("sql")
+        with pytest.raises(AdapterNotFound):
+            await engine.complete([4], adapter="sql")
+
+
+async def test_what_is_declared_and_never_needed(tiny: Tiny, make_engine: MakeEngine, hub: Path) -> None:
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("none", "hf:org/none")
+        with pytest.raises(AdapterNotFound, match="hf:org/none"):
+            await engine.complete([4], adapter="none")
+        await engine.unload_adapter("none")
+        assert engine.adapters() == []
+        with pytest.raises(AdapterNotFound):
+            await engine.unload_adapter("none")
+        with pytest.raises(AdapterInvalid, match="hf:owner/name"):
+            engine.register_adapter("bad", "hf:sql")
