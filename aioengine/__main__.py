@@ -1,7 +1,19 @@
-"""``python -m aioengine`` is the command ``aioengine``."""
+"""The program ``aioengine``, also as ``python -m aioengine``."""
 
-import sys
+from __future__ import annotations
 
-from aioengine.cli.main import main
+from typing import NoReturn
 
-sys.exit(main())
+from aioengine.cli.process import process
+
+
+def run() -> NoReturn:
+    """Run the command line of this process, and end it."""
+    process.install()  # before the slow imports, so that Ctrl-C is always answered
+    from aioengine.cli.main import main
+
+    process.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,113 +1,91 @@
-"""A batch of requests as JSON lines: parsed in full first, then run together, answered in order."""
+"""A batch of requests: run together, answered in order as JSON lines."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO
 
 import msgspec
 
-from aioengine.cli.generate import register
+from aioengine.cli.flags import in_flags
+from aioengine.cli.progress import batch_progress, started
+from aioengine.cli.request_lines import Request
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
-from aioengine.errors import AioEngineError, RequestInvalid
-from aioengine.request import Prompt, SamplingParams
-
-_OWN_FIELDS = ("id", "prompt", "messages", "adapter")
-
-
-class Request(NamedTuple):
-    """One line of the input."""
-
-    id: Any
-    """The line's "id", or its number from 0."""
-    prompt: Prompt
-    adapter: str | None
-    params: SamplingParams
-
-
-def parse_lines(lines: Iterable[bytes], defaults: Mapping[str, Any], adapter: str | None) -> list[Request]:
-    """Parse every line, so that a mistake is told before a model is loaded.
-
-    ``defaults`` are sampling fields, and ``adapter`` the adapter, of the lines that have none.
-    Raises RequestInvalid with the line's number.
-    """
-    found: list[Request] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                found.append(_parse(line, len(found), defaults, adapter))
-            except (msgspec.MsgspecError, RequestInvalid, TypeError) as error:
-                raise RequestInvalid(f"standard input, line {number}: {error}") from error
-    if not found:
-        raise RequestInvalid("no PROMPT is given and standard input has no JSON lines; give one")
-    return found
-
-
-def _parse(line: bytes, index: int, defaults: Mapping[str, Any], adapter: str | None) -> Request:
-    fields = msgspec.json.decode(line, type=dict[str, Any])
-    sampling = {**defaults, **{k: v for k, v in fields.items() if k not in _OWN_FIELDS}}
-    for name in sampling:
-        if name not in SamplingParams.__struct_fields__:
-            known = ", ".join((*_OWN_FIELDS, *SamplingParams.__struct_fields__))
-            raise RequestInvalid(f"unknown field {name!r}; there are {known}")
-    if ("prompt" in fields) == ("messages" in fields):
-        raise RequestInvalid('give either "prompt" or "messages"')
-    if "prompt" in fields:
-        prompt: Prompt = msgspec.convert(fields["prompt"], str | list[int])
-    else:
-        prompt = msgspec.convert(fields["messages"], list[dict[str, Any]])
-    return Request(
-        id=fields.get("id", index),
-        prompt=prompt,
-        adapter=msgspec.convert(fields.get("adapter", adapter), str | None),
-        params=SamplingParams(**sampling),
-    )
+from aioengine.errors import AioEngineError
+from aioengine.request import RequestOutput, SamplingParams
 
 
 async def run_batch(
-    config: EngineConfig, adapters: dict[str, str], requests: Sequence[Request], out: TextIO
+    config: EngineConfig, adapters: dict[str, str], requests: Sequence[Request], out: BinaryIO
 ) -> int:
     """Run the requests and write one line for each, in their order; returns 0, or 1 if some failed.
 
     At most four times ``max_num_seqs`` requests are in the engine at a time: enough for a policy to
-    choose from, and few enough for a batch of any length.
+    choose from, and few enough for a batch of any length; and no more than ``max_waiting`` allows.
     """
     failed = False
     encoder = msgspec.json.Encoder()
-    window = 4 * config.max_num_seqs
+    window = min(4 * config.max_num_seqs, config.max_waiting or sys.maxsize)
     upcoming = iter(requests)
     tasks: deque[asyncio.Task[dict[str, Any]]] = deque()
-    async with AsyncEngine(config) as engine:
-        register(engine, adapters)
+    async with started(config, adapters) as engine:
         try:
-            while True:
-                for request in islice(upcoming, window - len(tasks)):
-                    tasks.append(asyncio.create_task(_answer(engine, request)))
-                if not tasks:
-                    return 1 if failed else 0
-                answer = await tasks.popleft()
-                failed = failed or "error" in answer
-                out.write(encoder.encode(answer).decode() + "\n")
-                out.flush()
+            with batch_progress(len(requests)) as advance:
+                while True:
+                    for request in islice(upcoming, window - len(tasks)):
+                        tasks.append(asyncio.create_task(_answer(engine, request, advance)))
+                    if not tasks:
+                        return 1 if failed else 0
+                    answer = await tasks.popleft()
+                    failed = failed or "error" in answer
+                    out.write(encoder.encode(answer) + b"\n")
+                    out.flush()
         finally:
             for task in tasks:
                 task.cancel()
 
 
-async def _answer(engine: AsyncEngine, request: Request) -> dict[str, Any]:
+async def _answer(engine: AsyncEngine, request: Request, ended: Callable[[], None]) -> dict[str, Any]:
     answer: dict[str, Any] = {"id": request.id, "adapter": request.adapter}
     try:
-        out = await engine.complete(request.prompt, request.params, adapter=request.adapter)
+        outputs = await _choices(engine, request)
     except AioEngineError as error:
-        return {**answer, "error": {"type": type(error).__name__, "message": str(error)}}
-    answer |= {
-        "text": out.text,
-        "token_ids": out.token_ids,
-        "finish_reason": out.finish_reason,
-        "prompt_tokens": len(out.prompt_token_ids),
-    }
-    return answer if out.logprobs is None else {**answer, "logprobs": out.logprobs}
+        return {**answer, "error": {"type": type(error).__name__, "message": in_flags(str(error))}}
+    finally:
+        ended()
+    choices = [_choice(out) for out in outputs]
+    answer |= choices[0] if request.n == 1 else {"choices": choices}
+    return {**answer, "prompt_tokens": len(outputs[0].prompt_token_ids)}
+
+
+async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]:
+    """``n`` outputs; the first that fails ends the others."""
+
+    async def one(index: int) -> RequestOutput:
+        params = _for_choice(request.params, index)
+        return await engine.complete(request.prompt, params, adapter=request.adapter, **request.scheduling)
+
+    tasks = [asyncio.ensure_future(one(index)) for index in range(request.n)]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _for_choice(params: SamplingParams, index: int) -> SamplingParams:
+    """With a seed of its own, if the request has one; the first choice is what n=1 would give."""
+    if params.seed is None or index == 0:
+        return params
+    # The odd multiplier (2**64 / golden ratio) keeps apart the choices of requests with seeds 1, 2, 3, ...
+    return msgspec.structs.replace(params, seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**64)
+
+
+def _choice(out: RequestOutput) -> dict[str, Any]:
+    found = {"text": out.text, "token_ids": out.token_ids, "finish_reason": out.finish_reason}
+    return found if out.logprobs is None else {**found, "logprobs": out.logprobs}

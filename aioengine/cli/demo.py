@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aioengine.cli.common import CommonFlags
 from aioengine.cli.demo_board import Board, Row
 from aioengine.cli.demo_jobs import ADAPTERS, Job, default_folder, make_jobs
 from aioengine.cli.flags import DEFAULT_MODEL
@@ -33,6 +34,7 @@ def demo(
     max_tokens: int = 48,
     seed: int = 0,
     model: str = DEFAULT_MODEL,
+    common: CommonFlags | None = None,
 ) -> int:
     """Watch a small model serve four adapters through two slots.
 
@@ -43,15 +45,15 @@ def demo(
     Parameters
     ----------
     adapters
-        Folder of the example adapters [default: examples/adapters of the source checkout].
+        Folder of the example adapters [examples/adapters of the source checkout].
     requests
-        How many requests.
+        How many requests [12].
     max_tokens
-        Most tokens to generate for each.
+        Most tokens to generate for each [48].
     seed
-        Which exercises the adapters get.
+        Which exercises the adapters get [0].
     model
-        The base model; the adapters must fit it.
+        The base model, which the adapters must fit [smollm2-135m].
     """
     if requests < 1:
         raise ConfigError(f"--requests {requests}: must be >= 1")
@@ -68,12 +70,11 @@ def demo(
 
 
 async def _demo(config: EngineConfig, folder: Path, jobs: list[Job], params: SamplingParams) -> int:
-    from rich.console import Console
-
     from aioengine.cli.demo_view import print_summary, result_line
-    from aioengine.engine import AsyncEngine
+    from aioengine.cli.progress import started
+    from aioengine.cli.tables import output_console
 
-    console = Console()
+    console = output_console()
     start = time.perf_counter()
 
     def say(line: str) -> None:
@@ -97,10 +98,9 @@ async def _demo(config: EngineConfig, folder: Path, jobs: list[Job], params: Sam
             row.passed = None if job.check is None else job.check(row.text)
         say(result_line(row))
 
-    console.print(f"Loading {config.model} (the first time it is converted, once) ...")
-    async with AsyncEngine(config) as engine:
-        for name in ADAPTERS:
-            engine.register_adapter(name, folder / name)
+    if not console.is_terminal:
+        print(f"Loading {config.model} ...", flush=True)
+    async with started(config, {name: str(folder / name) for name in ADAPTERS}) as engine:
         engine.add_listener(board.handle)
         start = time.perf_counter()
         async with _shown(console, board, engine), asyncio.TaskGroup() as group:

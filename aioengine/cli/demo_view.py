@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from statistics import median
 
+from rich.box import Box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from aioengine.cli.demo_board import Board, Row
+from aioengine.cli.tables import box_for
 from aioengine.info import EngineStats
 
 _COLOURS = {
@@ -77,10 +79,11 @@ def result_line(row: Row) -> str:
 
 def print_summary(console: Console, board: Board, stats: EngineStats, seconds: float) -> None:
     """The tables at the end: by adapter, and what the slots did."""
-    console.print(_by_adapter(board, seconds))
+    console.print(_by_adapter(board, seconds, box_for(console)))
     arrivals = stats.slot_hits + stats.slot_misses
     rate = f"{stats.slot_hits / arrivals:.0%} of {arrivals}" if arrivals else "-"
-    table = Table(title=f"{len(stats.slots)} slots, {stats.cpu_capacity} places in the CPU cache")
+    title = f"{len(stats.slots)} slots, {stats.cpu_capacity} places in the CPU cache"
+    table = Table(title=title, box=box_for(console))
     table.caption = "hit rate: requests that found their adapter in a slot when they arrived"
     for heading in (
         "slot loads",
@@ -102,11 +105,12 @@ def print_summary(console: Console, board: Board, stats: EngineStats, seconds: f
     console.print(table)
 
 
-def _by_adapter(board: Board, seconds: float) -> Table:
+def _by_adapter(board: Board, seconds: float, box: Box | None) -> Table:
     total = sum(row.tokens for row in board.rows.values())
     table = Table(
         title=f"{len(board.rows)} requests, {total} tokens in {seconds:.1f} s",
         caption="tokens/s: of one request while it runs",
+        box=box,
     )
     table.add_column("adapter")
     for heading in ("requests", "finished", "TTFT median", "tokens", "tokens/s", "right answers"):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from aioengine.config import EngineConfig
+from aioengine.cli.help import FOLDED
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 
 _ENGINE = Group("Engine", sort_key=10)
 _LORA = Group("Adapters", sort_key=11)
+_MORE_ENGINE = Group(f"{FOLDED} engine flags", sort_key=30)
+_MORE_LORA = Group(f"{FOLDED} adapter flags", sort_key=31)
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
-Modules = Annotated[list[str] | None, Parameter(group=_LORA, consume_multiple=True, negative="")]
+_IN_LORA, _IN_MORE, _IN_MORE_LORA = (Parameter(group=g) for g in (_LORA, _MORE_ENGINE, _MORE_LORA))
+_MODULES = Parameter(group=_LORA, metavar="NAME=PATH", consume_multiple=True, negative="")
+_TARGETS = Parameter(group=_MORE_LORA, consume_multiple=True, negative="")
 
 
 @Parameter(name="*", group=_ENGINE)
@@ -26,47 +32,69 @@ Modules = Annotated[list[str] | None, Parameter(group=_LORA, consume_multiple=Tr
 class EngineFlags:
     """What is not given here comes from ``--config``, and what is not there has a default."""
 
-    config: Path | None = None
-    """TOML file with the fields of EngineConfig and a table [lora]; flags override it."""
     model: str | None = None
-    """Model folder, GGUF file, or smollm2-135m (the default)."""
-    dtype: DType | None = None
-    """Compute dtype."""
+    """Model folder, GGUF file, Hub id, or smollm2-135m (the default)."""
+    config: Path | None = None
+    """TOML file with the fields of EngineConfig; flags override it."""
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Where the model runs."""
-    max_model_len: int | None = None
-    """Longest prompt plus output, in tokens."""
     max_num_seqs: int | None = None
-    """Requests that run at once."""
-    max_num_batched_tokens: int | None = None
-    """Tokens computed in one step."""
-    block_size: int | None = None
-    """Tokens in a KV block."""
+    """Requests that run at once (64)."""
     kv_cache_memory: str | None = None
-    """Bytes, or text such as 2GiB."""
-    enable_prefix_caching: bool | None = None
-    """Share the KV blocks of equal prefixes."""
-    seed: int | None = None
-    """Requests without a seed draw theirs from this."""
-    max_waiting: int | None = None
-    """Bound on waiting requests."""
+    """Bytes, or text such as 2GiB; by default, what fits."""
     policy: str | None = None
-    """Scheduler policy: a name, or package.module:Class."""
-    metrics_compat: Literal["none", "vllm"] | None = None
-    """vllm: export the metrics that request routers read as well."""
+    """Scheduler policy (fcfs); aioengine policies lists them."""
+    seed: int | None = None
+    """Requests without a seed draw theirs from this (0)."""
 
-    max_loras: Annotated[int | None, Parameter(group=_LORA)] = None
-    """Adapter slots on the device."""
-    max_lora_rank: Annotated[int | None, Parameter(group=_LORA)] = None
-    """Rank that every slot is sized for."""
-    max_cpu_loras: Annotated[int | None, Parameter(group=_LORA)] = None
-    """Adapters in the CPU cache."""
-    fully_sharded_loras: Annotated[bool | None, Parameter(group=_LORA)] = None
-    """With tensor parallelism, shard all of the LoRA work."""
-    lora_dtype: Annotated[DType | None, Parameter(group=_LORA)] = None
+    lora_modules: Annotated[list[str] | None, _MODULES] = None
+    """Adapters to register, any number; PATH may be hf:owner/name."""
+    max_loras: Annotated[int | None, _IN_LORA] = None
+    """Adapter slots on the device (4)."""
+    max_lora_rank: Annotated[int | None, _IN_LORA] = None
+    """Rank that every slot is sized for (16)."""
+    max_cpu_loras: Annotated[int | None, _IN_LORA] = None
+    """Adapters in the CPU cache (as many as slots)."""
+
+    dtype: Annotated[DType | None, _IN_MORE] = None
+    """Compute dtype."""
+    max_model_len: Annotated[int | None, _IN_MORE] = None
+    """Longest prompt plus output, in tokens."""
+    max_num_batched_tokens: Annotated[int | None, _IN_MORE] = None
+    """Tokens computed in one step (2048)."""
+    block_size: Annotated[int | None, _IN_MORE] = None
+    """Tokens in a KV block (16)."""
+    enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None
+    """Share the KV blocks of equal prefixes."""
+    max_waiting: Annotated[int | None, _IN_MORE] = None
+    """Bound on waiting requests."""
+    policy_time_budget: Annotated[float | None, _IN_MORE] = None
+    """Seconds that one decision of the policy may take."""
+    policy_max_overruns: Annotated[int | None, _IN_MORE] = None
+    """After so many decisions over the budget, fcfs decides."""
+    metrics_compat: Annotated[Literal["none", "vllm"] | None, _IN_MORE] = None
+    """vllm: export the metrics that request routers read as well."""
+    max_adapter_labels: Annotated[int | None, _IN_MORE] = None
+    """Adapters that get a metric label of their own."""
+    name: Annotated[str | None, Parameter(group=_MORE_ENGINE, name="--engine-name")] = None
+    """The label "engine" of its metrics."""
+
+    adapter_root: Annotated[str | None, _IN_MORE_LORA] = None
+    """Folder whose subfolders are adapters by name."""
+    lora_dtype: Annotated[DType | None, _IN_MORE_LORA] = None
     """dtype of the slots."""
-    lora_modules: Modules = None
-    """Adapters to register: name=path, more than one if need be."""
+    target_modules: Annotated[list[str] | None, _TARGETS] = None
+    """What adapters may target; by default the seven linears of a layer."""
+    max_cpu_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
+    """A second bound on the CPU cache: bytes, or text such as 2GiB."""
+    max_concurrent_loads: Annotated[int | None, _IN_MORE_LORA] = None
+    """Adapters that are read from disk at once."""
+    load_retries: Annotated[int | None, _IN_MORE_LORA] = None
+    """How often a read that failed for a passing reason is tried again."""
+    load_timeout: Annotated[float | None, _IN_MORE_LORA] = None
+    """Seconds that a load may take."""
+    fully_sharded_loras: Annotated[bool | None, _IN_MORE_LORA] = None
+    """With tensor parallelism, shard all of the LoRA work."""
 
     def engine_config(self) -> EngineConfig:
         """The file's fields with the given flags over them.
@@ -97,26 +125,22 @@ class EngineFlags:
         return found
 
 
-_LORA_FIELDS = ("max_loras", "max_lora_rank", "max_cpu_loras", "fully_sharded_loras", "lora_dtype")
-_ENGINE_FIELDS = (
-    "model",
-    "dtype",
-    "device",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "kv_cache_memory",
-    "enable_prefix_caching",
-    "seed",
-    "max_waiting",
-    "policy",
-    "metrics_compat",
-)
+_FLAGS = {field.name for field in fields(EngineFlags)}
+_LORA_FIELDS = tuple(name for name in LoRAConfig.__struct_fields__ if name in _FLAGS)
+_ENGINE_FIELDS = tuple(name for name in EngineConfig.__struct_fields__ if name in _FLAGS)
 
 
-def _given(flags: EngineFlags, fields: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name in fields if (value := getattr(flags, name)) is not None}
+def in_flags(text: str) -> str:
+    """An error's text with "--max-loras" for "LoRAConfig.max_loras"."""
+    return re.sub(
+        r"\b(?:EngineConfig|LoRAConfig)\.(\w+)",
+        lambda found: f"--{found[1].replace('_', '-')}" if found[1] in _FLAGS else found[0],
+        text,
+    )
+
+
+def _given(flags: EngineFlags, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(flags, name)) is not None}
 
 
 def _read(path: Path | None) -> tuple[dict[str, Any], str]:

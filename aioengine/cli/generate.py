@@ -3,106 +3,107 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.loop import run
+from aioengine.cli.request_lines import Defaults, Request, parse_lines
+from aioengine.cli.sampling_flags import RequestFlags, SamplingFlags
 from aioengine.errors import AdapterNotFound, RequestInvalid
-from aioengine.request import Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from aioengine.config import EngineConfig
-    from aioengine.engine import AsyncEngine
 
-_SAMPLING = Group("Sampling", sort_key=5)
-
-
-@Parameter(name="*", group=_SAMPLING)
-@dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """Sampling values that are not given have the defaults of SamplingParams."""
-
-    max_tokens: int | None = None
-    """Most tokens to generate (256)."""
-    temperature: float | None = None
-    """0, the default, is greedy."""
-    top_k: int | None = None
-    """Keep the k most likely tokens."""
-    top_p: float | None = None
-    """Keep the most likely tokens that together have this probability."""
-    min_p: float | None = None
-    """Drop tokens less likely than this share of the most likely one."""
-    repetition_penalty: float | None = None
-    """Above 1: make tokens that have occurred less likely."""
-    presence_penalty: float | None = None
-    """Taken off the logit of each token in the output."""
-    frequency_penalty: float | None = None
-    """Taken off once for each occurrence."""
-    stop: Annotated[list[str] | None, Parameter(negative="")] = None
-    """String that ends the output; can be given more than once."""
-    ignore_eos: bool | None = None
-    """Go on after the end-of-sequence token."""
-
-    def given(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+_REQUEST = Group("Request", sort_key=1)
 
 
 def generate(
-    prompt: str | None = None,
+    prompt: Annotated[str | None, Parameter(group=_REQUEST)] = None,
     /,
     *,
-    adapter: str | None = None,
-    chat: Annotated[bool, Parameter(negative="")] = False,
-    system: str | None = None,
+    adapter: Annotated[str | None, Parameter(group=_REQUEST)] = None,
+    chat: Annotated[bool, Parameter(group=_REQUEST, negative="")] = False,
+    system: Annotated[str | None, Parameter(group=_REQUEST)] = None,
+    json: Annotated[bool, Parameter(group=_REQUEST, negative="")] = False,
+    n: Annotated[int, Parameter(group=_REQUEST)] = 1,
     sampling: SamplingFlags | None = None,
+    request: RequestFlags | None = None,
     engine: EngineFlags | None = None,
+    common: CommonFlags | None = None,
 ) -> int:
     """Complete a prompt, or JSON lines from standard input.
 
-    Without PROMPT, each line of standard input is a request: {"prompt": ...} or
-    {"messages": [...]}, and, if wanted, "id", "adapter" and the fields of SamplingParams, which
-    win over the flags. The requests run together; answers come as JSON lines in the order of the
-    requests, each with "text" or "error".
+    Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}, with
+    fields that win over the flags; answers come in their order. --help-all describes all fields.
 
     Parameters
     ----------
     prompt
         Text to complete.
     adapter
-        Name of a --lora-modules entry, or an adapter's folder.
+        A name (see --lora-modules, --adapter-root), a folder, or hf:owner/name.
     chat
-        Send PROMPT as a message, through the model's chat template.
+        Send a prompt that is text as a message, through the model's chat template.
     system
-        System message; implies --chat.
+        System message of requests that have none; implies --chat.
+    json
+        Print the answer to PROMPT as a JSON line too.
+    n
+        Answers to each request; with PROMPT, needs --json.
     """
     flags = engine or EngineFlags()
+    sampling_flags = sampling or SamplingFlags()
+    if prompt is not None and not json and (n != 1 or sampling_flags.logprobs is not None):
+        raise RequestInvalid("--n and --logprobs with PROMPT: there is no room for them in text; add --json")
     config = flags.engine_config()
     adapters = flags.adapters()
     if adapter is not None and adapter not in adapters:
-        adapter = _add_folder(adapter, adapters)
-    defaults = (sampling or SamplingFlags()).given()
-    if prompt is not None:
-        message: Prompt = _messages(prompt, system) if chat or system is not None else prompt
-        params = SamplingParams(**defaults)
-        return run(_one(config, adapters, message, params, adapter))
-    from aioengine.cli.batch import parse_lines, run_batch
+        adapter = _find_adapter(adapter, adapters, config)
+    defaults = Defaults(
+        adapter=adapter,
+        n=n,
+        chat=chat,
+        system=system,
+        sampling=sampling_flags.given(),
+        scheduling=(request or RequestFlags()).given(),
+    )
+    if prompt is None:
+        requests = _read_standard_input(defaults)
+    else:
+        requests = [defaults.request({"prompt": prompt}, 0)]
+        if not json:
+            return run(_print_text(config, adapters, requests[0]))
+    from aioengine.cli.batch import run_batch
 
-    requests = parse_lines(sys.stdin.buffer, defaults, adapter)
-    return run(run_batch(config, adapters, requests, sys.stdout))
+    return run(run_batch(config, adapters, requests, sys.stdout.buffer))
 
 
-def _messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": prompt}]
+def _read_standard_input(defaults: Defaults) -> list[Request]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise RequestInvalid(
+            "no PROMPT is given, and no JSON lines on standard input; give either: "
+            'aioengine generate "Once upon", or aioengine generate < requests.jsonl'
+        )
+    try:
+        return parse_lines(sys.stdin.buffer, defaults)
+    except OSError as error:
+        raise RequestInvalid(f"cannot read standard input: {error.strerror}") from error
 
 
-def _add_folder(adapter: str, adapters: dict[str, str]) -> str:
+def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) -> str:
+    """The name to ask the engine for; a folder or a Hub id is added to ``adapters``."""
+    if adapter.startswith("hf:"):
+        name = adapter.removeprefix("hf:").split("@")[0]
+        adapters[name] = adapter
+        return name
     path = Path(adapter)
     if not path.is_dir():
+        if config.lora is not None and config.lora.adapter_root is not None:
+            return adapter
         known = ", ".join(adapters) or "none given"
         raise AdapterNotFound(
             f"no --lora-modules entry of this name ({known}) and no folder of this path",
@@ -115,23 +116,14 @@ def _add_folder(adapter: str, adapters: dict[str, str]) -> str:
     return name
 
 
-async def _one(
-    config: EngineConfig,
-    adapters: dict[str, str],
-    prompt: Prompt,
-    params: SamplingParams,
-    adapter: str | None,
-) -> int:
-    from aioengine.engine import AsyncEngine
+async def _print_text(config: EngineConfig, adapters: dict[str, str], request: Request) -> int:
+    from aioengine.cli.progress import started
 
-    async with AsyncEngine(config) as engine:
-        register(engine, adapters)
-        async for out in engine.generate(prompt, params, adapter=adapter):
+    async with started(config, adapters) as engine:
+        outputs = engine.generate(
+            request.prompt, request.params, adapter=request.adapter, **request.scheduling
+        )
+        async for out in outputs:
             print(out.text_delta, end="", flush=True)
     print()
     return 0
-
-
-def register(engine: AsyncEngine, adapters: dict[str, str]) -> None:
-    for name, path in adapters.items():
-        engine.register_adapter(name, path)

@@ -7,13 +7,31 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from aioengine.cli.process import process
+
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main`` to its end on a uvloop loop (asyncio's own where uvloop is not to be had)."""
+    """Run ``main`` to its end on a uvloop loop (asyncio's own where uvloop is not to be had).
+
+    Ctrl-C cancels it. Raises KeyboardInterrupt if that, or output that nobody reads, has ended it.
+    """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(main)
+        try:
+            return runner.run(_cancellable(main))
+        except asyncio.CancelledError:
+            if process.ending is None:
+                raise
+            raise KeyboardInterrupt from None
+
+
+async def _cancellable(main: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    assert task is not None
+    with process.cancelling(lambda: loop.call_soon_threadsafe(task.cancel)):
+        return await main
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,78 +1,140 @@
-"""The entry point: parses, runs a command, and turns its outcome into an exit code.
+"""The command line: parses, runs a command, and turns its outcome into an exit code.
 
 Exit codes:
     0    everything asked for was done
-    1    the command ran, but some of it failed (requests, or a policy that cannot be loaded)
+    1    the command ran, but some of it failed (requests, or output that cannot be written)
     2    nothing was run: wrong usage, wrong configuration, or it does not fit the machine
     130  interrupted
+    141  whoever read the output has gone (128 + SIGPIPE, as with other tools)
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
-from aioengine.errors import AioEngineError
-
-EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-_EPILOGUE = (
-    "Exit codes: 0 done; 1 some of it failed; 2 wrong usage or configuration, nothing was run; "
-    "130 interrupted. With --debug an error comes with its traceback."
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import in_flags
+from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
+from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
+from aioengine.cli.request_lines import LINE_FORMAT
+from aioengine.errors import (
+    AioEngineError,
+    DeadlineExceeded,
+    EngineDead,
+    EngineOverloaded,
+    EngineStopped,
 )
 
+EXIT_OK, EXIT_REFUSED = 0, 2
 
-_COMMANDS = {
-    "demo": "Watch a small model serve four adapters through two slots.",
-    "generate": "Complete a prompt, or JSON lines from standard input.",
-    "plan": "Print the memory that an engine would take.",
-    "policies": "List the scheduler policies.",
+_WHILE_RUNNING = (DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped)
+"""What ends a command that had begun; any other error of ours says why it did not begin."""
+
+_EXAMPLES = """\
+  aioengine demo
+  aioengine generate "Once upon a time" --adapter path/to/adapter
+  aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
+  aioengine plan --model path/to/model --max-loras 8 --max-lora-rank 16"""
+
+COMMANDS = {
+    "demo": """\
+  aioengine demo
+  aioengine demo --requests 24 --max-tokens 64
+  aioengine demo | cat                            plain lines instead of the live view""",
+    "generate": """\
+  aioengine generate "How many users are there?" --chat --adapter path/to/sql
+  aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
+  echo '{"prompt": "Hello", "n": 2, "temperature": 1}' | aioengine generate""",
+    "plan": """\
+  aioengine plan --model path/to/model
+  aioengine plan --config engine.toml --max-loras 16 --max-lora-rank 64""",
+    "policies": """\
+  aioengine policies
+  aioengine generate "Hello" --policy edf+gdsf+lookahead""",
+    "serve": """\
+  aioengine serve --lora-modules sql=path/to/sql
+  aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
+  aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
+"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``."""
 
 
-def build_app() -> App:
-    """The command tree. A command's module is imported when it is used, not before."""
+def build_app(*, full_help: bool = False) -> App:
+    """The command tree. A command's module is imported when it, or its help, is used.
+
+    Args:
+        full_help: Help shows the folded groups of flags too.
+    """
     app = App(
         name="aioengine",
         help="Serve many LoRA adapters over one base model.",
-        help_epilogue=_EPILOGUE,
+        help_flags=[*HELP_FLAGS, HELP_ALL],
+        help_format="plaintext",
+        help_formatter=CompactFormatter(full=full_help),
+        help_epilogue=f"Examples:\n{_EXAMPLES}\n\nFlags of a command: aioengine COMMAND --help\n{EXIT_CODES}",
+        group_parameters=Group("Flags", sort_key=1),
         version_flags=["--version"],
         exit_on_error=False,
         print_error=False,
-        result_action="return_value",
     )
-    for name, text in _COMMANDS.items():
-        app.command(f"aioengine.cli.{name}:{name}", name=name, help=text)
+    for name, examples in COMMANDS.items():
+        more = f"All flags: aioengine {name} {HELP_ALL}    Exit codes: aioengine --help"
+        epilogue = f"Examples:\n{examples}\n\n{more}"
+        if full_help and name == "generate":
+            epilogue = f"JSON lines:\n{LINE_FORMAT}\n\n{epilogue}"
+        app.command(f"aioengine.cli.{name}:{name}", name=name, help_epilogue=epilogue)
+    app.register_install_completion_command(
+        help="Set up completion for your shell.", group=Group("Setup", sort_key=100)
+    )
     return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: ``sys.argv``) and return the exit code."""
-    # As python -m does, so that --policy my_module:MyPolicy finds a module in the current folder.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    _find_modules_here()
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in tokens
-    tokens = [token for token in tokens if token != "--debug"]
+    common = CommonFlags()
     try:
-        result = build_app()(tokens)
-    except (AioEngineError, CycloptsError) as error:
-        if debug:
-            raise
-        print(f"aioengine: {_one_line(error)}", file=sys.stderr)
-        return EXIT_REFUSED
+        app = build_app(full_help=HELP_ALL in tokens)
+        if not tokens or tokens[0] in (*HELP_FLAGS, HELP_ALL):
+            for name in COMMANDS:
+                app[name]  # imports it, for the line that says what it does
+        command, bound, _ = app.parse_args(tokens)
+        common = bound.arguments.get("common") or common
+        common.configure_logging()
+        result = command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
-        print("aioengine: interrupted", file=sys.stderr)
+        if process.ending is None:  # else the process says it when it exits
+            print("aioengine: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has gone; keep the interpreter from flushing into the void.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+    except UnknownCommandError as error:
+        hint = " Flags come after the command." if tokens[0].startswith("-") else ""
+        print(f"aioengine: {_one_line(error)}{hint}", file=sys.stderr)
+        return EXIT_REFUSED
+    except Exception as error:
+        if common.debug:
+            traceback.print_exc()
+        print(f"aioengine: {_one_line(error)}", file=sys.stderr)
+        refused = isinstance(error, (AioEngineError, CycloptsError)) and not isinstance(error, _WHILE_RUNNING)
+        return EXIT_REFUSED if refused else EXIT_FAILED
     return result if isinstance(result, int) else EXIT_OK
 
 
+def _find_modules_here() -> None:
+    """As ``python -m`` does, so that ``--policy my_module:MyPolicy`` finds a file in the current folder."""
+    with suppress(OSError):  # a folder that has been removed
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if isinstance(error, (AioEngineError, CycloptsError)):
+        return in_flags(text)
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags
+from aioengine.errors import PolicyError
 
 if TYPE_CHECKING:
     from aioengine.memory_plan import MemoryPlan
 
 
-def plan(*, engine: EngineFlags | None = None) -> int:
+def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None) -> int:
     """Print the memory that an engine with these settings takes; reads no weights.
 
     Exits with 2, naming the knob to turn, if it does not fit.
     """
+    from aioengine.cli.progress import load_progress
     from aioengine.memory_plan import plan_from_config
+    from aioengine.schedulers import load_policy
 
     config = (engine or EngineFlags()).engine_config()
-    _print(plan_from_config(config), config.model)
+    try:
+        load_policy(config.policy)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
+    with load_progress() as progress:
+        found = plan_from_config(config, progress=progress)
+    _print(found, config.model)
     return 0
 
 
 def _print(found: MemoryPlan, model: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from aioengine.cli.tables import box_for, output_console
     from aioengine.config import format_bytes
 
-    table = Table(title=f"Memory plan: {model} on {found.device}", title_justify="left")
+    console = output_console()
+    title = f"Memory plan: {model} on {found.device}"
+    table = Table(title=title, title_justify="left", box=box_for(console))
     table.add_column("what")
     table.add_column("how")
     table.add_column("bytes", justify="right")
@@ -41,8 +53,9 @@ def _print(found: MemoryPlan, model: str) -> None:
         if last:
             table.add_section()
         table.add_row(label, detail, f"{size:,}", format_bytes(size), style=style)
+    table.caption_justify = "left"
     table.caption = (
         f"one slot: {found.slot_bytes:,} bytes   longest request: {found.max_model_len:,} tokens   "
         f"KV cache: {found.num_blocks * found.block_size:,} tokens"
     )
-    Console().print(table)
+    console.print(table)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from aioengine.cli.common import CommonFlags
 
-def policies() -> int:
-    """List the scheduler policies and the parts that they can be put together from.
+
+def policies(*, common: CommonFlags | None = None) -> int:
+    """List the scheduler policies, and the parts to put one together from.
 
     A policy is named alone (fcfs), with options (fcfs:max_wait=2), out of parts (edf+gdsf+lookahead),
     or by path (package.module:Class).
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from aioengine.cli.tables import output_console
     from aioengine.schedulers import available_parts, available_policies
     from aioengine.schedulers.registry import KINDS
 
-    console = Console()
+    console = output_console()
     whole = [info for info in available_policies().values() if info.kind == "policy"]
     titles = {
         "order": "who goes first",
@@ -33,7 +35,9 @@ def policies() -> int:
         table.add_column(overflow="fold")
         for info in infos:
             details = [info.summary]
-            if info.options:
+            if "future:" in info.options:
+                details.append("lab only: it must know all arrivals beforehand, as where a trace is replayed")
+            elif info.options:
                 details.append(f"options: {info.options}")
             if info.starvation_bound:
                 details.append(f"longest wait: {info.starvation_bound}")

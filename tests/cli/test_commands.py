@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_programs import run_program
 from tiny_chat import build_chat_model
 from tiny_models import build_adapter
 
@@ -42,7 +43,8 @@ def feed(monkeypatch: pytest.MonkeyPatch, *lines: object) -> None:
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; from aioengine.cli.main import main\n"
-        "for command in ([], ['demo'], ['generate'], ['plan'], ['policies']):\n"
+        "from aioengine.cli.main import COMMANDS\n"
+        "for command in ([], *([name] for name in COMMANDS)):\n"
         "    assert main([*command, '--help']) == 0\n"
         "main(['policies'])\n"
         "assert 'torch' not in sys.modules"
@@ -74,7 +76,14 @@ def test_the_module_is_the_command() -> None:
         (["plan", "--model", "/nowhere"], "/nowhere"),
         (["plan", "--max-loras", "2", "--max-lora-rank", "17"], "max_lora_rank"),
         (["plan", "--nonsense"], "--nonsense"),
-        (["plan", "--dtype", "int3"], "int3"),
+        (["plan", "--max-lora", "3"], "--max-loras"),
+        (["plan", "--dtype", "float3"], "float32"),
+        (["plan", "--policy", "fcsf"], "fcfs"),
+        (["plan", "--model", __file__], "not a .gguf file"),
+        (["genrate"], "generate"),
+        (["--debug", "plan"], "after the command"),
+        (["generate", "hi", "--n", "2"], "--json"),
+        (["generate", "hi", "--n", "0", "--json"], "n=0"),
         (["generate", "hi", "--temperature", "-1"], "temperature"),
         (["generate", "hi", "--adapter", "nobody"], "nobody"),
         (["generate", "hi", "--lora-modules", "nopath"], "name=path"),
@@ -93,9 +102,51 @@ def test_what_is_refused_says_so_in_one_line(
     assert error.startswith("aioengine: ") and error.count("\n") == 1
 
 
-def test_debug_lets_the_error_through() -> None:
-    with pytest.raises(Exception, match="/nowhere"):
-        main(["plan", "--model", "/nowhere", "--debug"])
+def test_debug_adds_the_traceback_and_changes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "/nowhere"]) == 2
+    line = capsys.readouterr().err
+    assert main(["plan", "--model", "/nowhere", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.endswith(line)
+
+
+def test_debug_is_a_flag_only_where_a_flag_can_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model=--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "model='--debug'" in error and "Traceback" not in error
+
+
+def test_an_error_that_is_not_ours_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("aioengine.memory_plan.plan_from_config", broken)
+    assert main(["plan"]) == 1
+    assert capsys.readouterr().err == "aioengine: unexpected MemoryError: no room (--debug shows where)\n"
+
+
+def test_a_model_that_only_the_hub_has(tmp_path: Path) -> None:
+    offline = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run_program("plan", "--model", "nobody/nothing", env=offline)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "aioengine: model='nobody/nothing': no such folder, and it is not in the Hub's local cache, and "
+        "HF_HUB_OFFLINE forbids to fetch it: unset that\n"
+    )
+
+
+def test_log_level(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own, since it configures logging."""
+    script = (
+        "import logging, sys; from aioengine.cli.main import main\n"
+        "main(['policies', '--log-level', 'info']); logging.getLogger('aioengine').info('hello')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "INFO    aioengine: hello" in done.stderr
 
 
 def test_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +159,8 @@ def test_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{q_proj:,}" in next(line for line in out.splitlines() if "q_proj" in line)
     assert f"{down_proj:,}" in next(line for line in out.splitlines() if "down_proj" in line)
     for word in ("base weights", "KV blocks", "CPU adapter cache", "total"):
-        assert word in out
+        (line,) = (line for line in out.splitlines() if line.lstrip().startswith(word))
+        assert "│" not in line  # it is no terminal
 
 
 def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +170,11 @@ def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str])
 
 def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policies"]) == 0
-    assert "fcfs" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  fcfs") for line in lines)
+    for name in ("oracle", "belady"):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"  {name} "))
+        assert "lab only" in "".join(lines[at : at + 4])
 
 
 def test_generate(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +187,52 @@ def test_generate(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str
     named = ["--lora-modules", f"x={adapters / 'json'}", f"s={adapters / 'sql'}"]
     assert main(["generate", "Hello", *common, *named, "--adapter", "s"]) == 0
     assert capsys.readouterr().out == by_folder != base
+    assert main(["generate", "Hello", *common, "--adapter-root", str(adapters), "--adapter", "sql"]) == 0
+    assert capsys.readouterr().out == by_folder
     assert main(["generate", "Hello", *common, "--system", "Be brief"]) == 0
     assert capsys.readouterr().out != base  # through the chat template
+
+
+def test_generate_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(model), *SMALL, "--max-tokens", "3", "--ignore-eos"]
+    assert main(["generate", "Hello", *flags, "--json", "--logprobs", "1"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["id"] == 0 and len(answer["token_ids"]) == len(answer["logprobs"]) == 3
+
+
+def test_several_answers_to_a_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their seeds are made from the request's: the same each time, unlike each other, and the first is
+    what n=1 gives."""
+    seeded = {"prompt": "Hello", "seed": 7, "temperature": 1.0, "max_tokens": 8, "ignore_eos": True}
+    feed(monkeypatch, {**seeded, "n": 3}, {**seeded, "n": 3}, seeded)
+    assert main(["generate", "--model", str(model), *SMALL, "--n", "1"]) == 0
+    first, second, single = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["choices"] == second["choices"]
+    assert len({tuple(choice["token_ids"]) for choice in first["choices"]}) == 3
+    assert first["choices"][0]["token_ids"] == single["token_ids"]
+    assert first["prompt_tokens"] == single["prompt_tokens"] == 5
+
+
+def test_a_deadline_that_passes_is_an_error_of_its_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = {"prompt": "Hello", "max_tokens": 400, "ignore_eos": True, "deadline": 1e-6, "n": 2}
+    feed(monkeypatch, late, {"prompt": "Hello", "priority": 3, "tenant": "t"})
+    assert main(["generate", "--model", str(model), *SMALL, "--max-tokens", "2"]) == 1
+    failed, fine = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert failed["error"]["type"] == "DeadlineExceeded" and "error" not in fine
+
+
+def test_errors_name_flags(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = build_adapter(model, tmp_path / "big", r=32)
+    feed(monkeypatch, {"prompt": "Hello"})
+    assert main(["generate", "--model", str(model), *SMALL, "--adapter", str(adapter)]) == 1
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert "raise --max-lora-rank" in message
 
 
 def test_generate_json_lines(
@@ -167,7 +267,7 @@ def test_generate_json_lines_longer_than_the_window(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed(monkeypatch, *({"prompt": f"Number {n}", "max_tokens": 1 + n % 3} for n in range(20)))
-    flags = ["--model", str(model), *SMALL, "--max-num-seqs", "2", "--ignore-eos"]
+    flags = ["--model", str(model), *SMALL, "--max-num-seqs", "2", "--max-waiting", "3", "--ignore-eos"]
     assert main(["generate", *flags]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["id"] for answer in answers] == list(range(20))
@@ -202,24 +302,6 @@ def test_no_prompt_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     feed(monkeypatch)
     assert main(["generate"]) == 2
     assert "PROMPT" in capsys.readouterr().err
-
-
-def test_a_reader_that_goes_away_is_no_crash(model: Path) -> None:
-    lines = "\n".join(json.dumps({"prompt": "Hello", "max_tokens": 2}) for _ in range(20))
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "aioengine", "generate", "--model", str(model), *SMALL],
-        input=lines,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    os.close(write)
-    assert done.returncode == 1
-    assert done.stderr == ""
 
 
 def test_demo_swaps_and_finishes(model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from aioengine.cli.flags import DEFAULT_MODEL, EngineFlags
+from aioengine.cli.flags import DEFAULT_MODEL, EngineFlags, in_flags
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 
 
@@ -56,6 +58,17 @@ def test_every_flag_reaches_the_configuration() -> None:
         max_cpu_loras=3,
         fully_sharded_loras=True,
         lora_dtype="float32",
+        adapter_root="adapters",
+        max_cpu_lora_bytes="1MiB",
+        target_modules=["v_proj", "q_proj"],
+        max_concurrent_loads=3,
+        load_retries=1,
+        load_timeout=9.0,
+        policy_time_budget=0.5,
+        policy_max_overruns=7,
+        max_adapter_labels=5,
+        metrics_compat="vllm",
+        name="other",
     ).engine_config()
     assert (config.dtype, config.device, config.max_model_len) == ("float32", "cpu", 128)
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.block_size) == (4, 64, 8)
@@ -65,6 +78,22 @@ def test_every_flag_reaches_the_configuration() -> None:
     assert lora is not None
     assert (lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras) == (2, 4, 3)
     assert (lora.fully_sharded_loras, lora.lora_dtype) == (True, "float32")
+    assert lora.adapter_root == "adapters"
+    assert (lora.max_cpu_lora_bytes, lora.modules) == (2**20, ("q_proj", "v_proj"))
+    assert (lora.max_concurrent_loads, lora.load_retries, lora.load_timeout) == (3, 1, 9.0)
+    assert (config.policy_time_budget, config.policy_max_overruns) == (0.5, 7)
+    assert (config.max_adapter_labels, config.metrics_compat, config.name) == (5, "vllm", "other")
+
+
+def test_every_field_has_a_flag() -> None:
+    flags = {field.name for field in dataclasses.fields(EngineFlags)}
+    fields = {*EngineConfig.__struct_fields__, *LoRAConfig.__struct_fields__}
+    assert fields - flags == {"lora", "tensor_parallel_size", "executor"}
+
+
+def test_flags_in_the_text_of_errors() -> None:
+    text = "raise LoRAConfig.max_lora_rank, or EngineConfig.max_waiting; see EngineConfig.executor"
+    assert in_flags(text) == "raise --max-lora-rank, or --max-waiting; see EngineConfig.executor"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +103,10 @@ def test_every_flag_reaches_the_configuration() -> None:
         ("modle = 'x'", "modle"),
         ("lora = 3", "lora"),
         ("[lora]\nmax_lora = 3", "max_lora"),
+        ("max_cpu_loras = 3", "below a line [lora]"),
+        ("[lora]\nmax_cpu_loras = 'x'", "lora.max_cpu_loras: Expected"),
+        ("[lora]\nmax_lora_rank = 17", "did you mean 16 or 32?"),
+        ("[lora]\nmax_lora_rank = 1000", "did you mean 512?"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: str, part: str) -> None:
@@ -82,7 +115,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         EngineFlags(config=path, max_loras=2).engine_config()
     assert part in str(caught.value)
-    assert "bad.toml" in str(caught.value)
+    assert "bad.toml" in str(caught.value) and "$" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""How help looks: a screen of what is used most, the rest with ``--help-all``."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cyclopts.help import HelpEntry, HelpPanel
+    from rich.console import Console, ConsoleOptions
+
+FOLDED = "More"
+"""Groups of flags whose name begins so are shown by ``--help-all`` only."""
+
+HELP_FLAGS = ("--help", "-h")
+HELP_ALL = "--help-all"
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 some of it failed; 2 wrong usage or configuration, nothing was run;
+130 interrupted; 141 the reader of the output has gone."""
+
+
+class CompactFormatter:
+    """Two columns without boxes. A formatter of help pages for cyclopts.
+
+    Args:
+        full: Show folded groups as well.
+    """
+
+    def __init__(self, *, full: bool) -> None:
+        self._full = full
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        title = str(panel.title)
+        entries = [entry for entry in panel.entries if not _is_help(entry)]
+        if not entries or (title.startswith(FOLDED) and not self._full):
+            return
+        _print(console, f"{title}:", style="bold")
+        labels = [_label(entry) for entry in entries]
+        indent = max(20, *map(len, labels)) + 4
+        for label, entry in zip(labels, entries, strict=True):
+            text = textwrap.fill(
+                _plain(entry.description),
+                width=max(console.width, indent + 30),
+                initial_indent=f"  {label}".ljust(indent),
+                subsequent_indent=" " * indent,
+                break_on_hyphens=False,
+            )
+            _print(console, text or f"  {label}")
+
+    def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
+        if usage:
+            text = _plain(usage).strip()
+            _print(console, text if text.startswith("Usage:") else f"Usage: {text}", style="bold")
+
+    def render_description(self, console: Console, options: ConsoleOptions, description: Any) -> None:
+        paragraphs = _plain(description).strip().split("\n\n")
+        text = "\n\n".join(textwrap.fill(" ".join(p.split()), min(console.width, 100)) for p in paragraphs)
+        _print(console, f"\n{text}\n")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _is_help(entry: HelpEntry) -> bool:
+    return HELP_FLAGS[0] in entry.positive_names
+
+
+def _label(entry: HelpEntry) -> str:
+    """ "--device auto|cpu|cuda", "--max-tokens INT", "--[no-]enable-prefix-caching", "PROMPT"."""
+    names = [*entry.positive_shorts, *entry.positive_names]
+    if entry.positional_label is not None:
+        return entry.positional_label
+    if entry.negative_names:
+        names = [name.replace("--", "--[no-]", 1) for name in names]
+    value = "|".join(entry.choices) if entry.choices else entry.metavar
+    return ", ".join(names) + (f" {value}" if value else "")
+
+
+def _plain(text: Any) -> str:
+    """What cyclopts hands over is text, or something that rich can render."""
+    if isinstance(text, str):
+        return text
+    from rich.console import Console
+
+    drawn = io.StringIO()
+    Console(width=10_000, file=drawn, color_system=None).print(text, highlight=False)
+    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())

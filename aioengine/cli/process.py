@@ -1,0 +1,153 @@
+"""The program's own signals and standard streams: how a command ends before it is done.
+
+Ctrl-C and output that nobody reads are the process's business, not the engine's, so this is installed by
+the program ``aioengine`` alone, before anything slow is imported. Nothing here raises into the command:
+an asynchronous command is cancelled and unwinds, any other has nothing to unwind.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, TextIO
+
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
+
+GRACE_SECONDS = 3.0
+"""A cancelled command that takes longer than this to unwind is not waited for."""
+
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Ending(NamedTuple):
+    """Why a command ends early."""
+
+    code: int
+    line: str | None
+    """For standard error; None: nothing, as with other tools whose reader has gone."""
+
+
+INTERRUPTED = Ending(EXIT_INTERRUPTED, "interrupted")
+
+
+class Process:
+    """This process: at most one command runs in it."""
+
+    def __init__(self) -> None:
+        self.ending: Ending | None = None
+        self._cancel: Callable[[], object] | None = None
+
+    def install(self) -> None:
+        """Take over Ctrl-C and the standard streams."""
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background job
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        _open_missing_streams()
+        sys.stdout = _guarded(sys.stdout, 1, self._on_output_error)
+        sys.stderr = _guarded(sys.stderr, 2, lambda error: None)
+
+    @contextmanager
+    def cancelling(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """Inside, an early end calls ``cancel``, which must be safe in a signal handler."""
+        self._cancel = cancel
+        try:
+            yield
+        finally:
+            self._cancel = None
+
+    def exit(self, code: int) -> NoReturn:
+        """End the process as the command has ended, or as it was ended."""
+        with suppress(ValueError):  # closed by the command itself
+            sys.stdout.flush()
+        if self.ending is None:
+            sys.exit(code)
+        self._exit_now(self.ending)  # a thread may still load a model: nobody waits for that
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self._end(INTERRUPTED, at_once=True)
+
+    def _on_output_error(self, error: OSError) -> None:
+        if error.errno == errno.EPIPE:
+            self._end(Ending(EXIT_BROKEN_PIPE, None), at_once=False)
+        else:
+            text = f"cannot write to standard output: {error.strerror}"
+            self._end(Ending(EXIT_FAILED, text), at_once=False)
+
+    def _end(self, ending: Ending, *, at_once: bool) -> None:
+        """Cancel the command. Where there is nothing to cancel, or it is the second time, exit if
+        ``at_once``, else let it come to its end."""
+        if at_once and (self._cancel is None or self.ending == ending):
+            self._exit_now(ending)
+        first = self.ending is None
+        if first:
+            self.ending = ending
+        if first and self._cancel is not None:
+            timer = threading.Timer(GRACE_SECONDS, self._exit_now, [ending])
+            timer.daemon = True
+            timer.start()
+            self._cancel()
+
+    def _exit_now(self, ending: Ending) -> NoReturn:
+        """Without the interpreter's clean-up, which would wait for threads or pull torch from under
+        them."""
+        if ending.line is not None:
+            interactive = os.isatty(2)
+            if interactive:  # a live view may have hidden the cursor, and "^C" stands in the line
+                os.write(2, _SHOW_CURSOR + b"\n")
+            with suppress(OSError):
+                os.write(2, f"aioengine: {ending.line}\n".encode())
+        os._exit(ending.code)
+
+
+class _GuardedFile(io.FileIO):
+    """A stream whose first failed write is reported, and which swallows everything from then on."""
+
+    def __init__(self, fd: int, report: Callable[[OSError], None]) -> None:
+        super().__init__(fd, "wb", closefd=False)
+        self._report = report
+        self._failed = False
+
+    def write(self, data, /):  # type: ignore[no-untyped-def] # typeshed's buffer type is not public
+        if not self._failed:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self._failed = True
+                self._report(error)
+        return memoryview(data).nbytes
+
+
+def _guarded(stream: TextIO | Any, fd: int, report: Callable[[OSError], None]) -> io.TextIOWrapper:
+    """``stream`` (None if there is none) over a guarded file, with the same encoding and buffering."""
+    raw = _GuardedFile(fd, report)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(stream, "encoding", "utf-8"),
+        errors="backslashreplace" if fd == 2 else "replace",
+        line_buffering=fd == 2 or raw.isatty(),
+        write_through=getattr(stream, "write_through", False),
+    )
+
+
+def _open_missing_streams() -> None:
+    """Give the numbers 0, 1 and 2 to something, so that no file or socket of ours gets them.
+
+    A missing input or output is opened the wrong way round: using it then fails, as it should.
+    """
+    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, flags)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+
+
+process = Process()

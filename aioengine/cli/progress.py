@@ -1,0 +1,75 @@
+"""Progress bars: on standard error, and only where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from aioengine.config import EngineConfig
+from aioengine.engine import AsyncEngine
+from aioengine.info import LoadProgress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@asynccontextmanager
+async def started(config: EngineConfig, adapters: Mapping[str, str]) -> AsyncIterator[AsyncEngine]:
+    """A running engine with ``adapters`` (name -> path) registered; its loading is shown."""
+    engine = AsyncEngine(config)
+    try:
+        with load_progress() as progress:
+            await engine.start(progress=progress)
+        for name, path in adapters.items():
+            engine.register_adapter(name, path)
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@contextmanager
+def load_progress() -> Iterator[LoadProgress | None]:
+    """A bar for each stage of loading a model; None where there is no terminal."""
+    console = _terminal()
+    if console is None:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=console, transient=True) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def batch_progress(total: int) -> Iterator[Callable[[], None]]:
+    """Counts requests as they end, by a function to call for each.
+
+    Nothing is shown where the answers go to the terminal themselves.
+    """
+    console = None if sys.stdout.isatty() else _terminal()
+    if console is None:
+        yield lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("requests", total=total)
+        yield lambda: bars.advance(task)
+
+
+def _terminal() -> Console | None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal and not console.is_dumb_terminal else None

@@ -1,0 +1,150 @@
+"""Requests as JSON lines: each line checked in full before anything runs."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aioengine.errors import RequestInvalid
+from aioengine.request import Prompt, SamplingParams
+
+MAX_CHOICES = 128
+
+_SCHEDULING = {"priority": int, "deadline": float, "tenant": str}
+_OWN = ("id", "prompt", "messages", "adapter", "n", *_SCHEDULING)
+_SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name != "constraint")
+
+LINE_FORMAT = f"""\
+Each line of standard input is a request, a JSON object; its answer is one
+line of standard output, in the same order. All lines are checked before the
+model is loaded. A line has
+  "prompt"    text, or a list of token ids; or else
+  "messages"  [{{"role": "user", "content": "..."}}, ...] for the chat template
+and, if wanted, these (the flags are for lines that do not have them):
+  "id"        text or a whole number, unlike all others; else the line's
+              number, from 0
+  "adapter"   a name, or null for the base model
+  "n"         so many answers, in a list "choices"
+  "priority", "deadline" (seconds), "tenant", and the sampling fields
+{textwrap.fill(", ".join(_SAMPLING), 76, initial_indent="  ", subsequent_indent="  ")}.
+An answer has "id", "adapter", "text", "token_ids", "finish_reason",
+"prompt_tokens" and, if asked for, "logprobs"; or "id", "adapter" and
+"error", an object with "type" and "message"."""
+
+
+class Request(NamedTuple):
+    """One request of a batch."""
+
+    id: str | int
+    prompt: Prompt
+    adapter: str | None
+    params: SamplingParams
+    n: int
+    scheduling: dict[str, Any]
+    """Of priority, deadline and tenant those that were given: arguments of ``AsyncEngine.generate``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What the flags say of requests that do not say it themselves."""
+
+    adapter: str | None = None
+    n: int = 1
+    chat: bool = False
+    """Send text prompts as messages."""
+    system: str | None = None
+    """A system message for requests without one; text prompts become messages."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    scheduling: Mapping[str, Any] = field(default_factory=dict)
+
+    def request(self, fields: Mapping[str, Any], index: int) -> Request:
+        """The request that ``fields`` describe, the ``index``-th. Raises RequestInvalid,
+        msgspec.ValidationError or TypeError if they are wrong."""
+        for name in fields:
+            if name not in _OWN and name not in _SAMPLING:
+                raise RequestInvalid(_unknown_field(name))
+        sampling = {**self.sampling, **{k: v for k, v in fields.items() if k in _SAMPLING}}
+        scheduling = dict(self.scheduling)
+        for name, kind in _SCHEDULING.items():
+            if fields.get(name) is not None:
+                scheduling[name] = _convert(fields, name, kind)
+        n = _convert(fields, "n", int) if fields.get("n") is not None else self.n
+        if not 1 <= n <= MAX_CHOICES:
+            raise RequestInvalid(f"n={n}: must be in 1..{MAX_CHOICES}")
+        return Request(
+            id=_id(fields.get("id", index)),
+            prompt=self._prompt(fields),
+            adapter=_convert(fields, "adapter", str | None) if "adapter" in fields else self.adapter,
+            params=SamplingParams(**sampling),
+            n=n,
+            scheduling=scheduling,
+        )
+
+    def _prompt(self, fields: Mapping[str, Any]) -> Prompt:
+        if ("prompt" in fields) == ("messages" in fields):
+            raise RequestInvalid('give either "prompt" or "messages"')
+        if "messages" in fields:
+            messages: list[dict[str, Any]] = _convert(fields, "messages", list[dict[str, Any]])
+            has_system = any(message.get("role") == "system" for message in messages)
+            return messages if has_system else [*self._system_message(), *messages]
+        prompt: str | list[int] = _convert(fields, "prompt", str | list[int])
+        if not self.chat and self.system is None:
+            return prompt
+        if not isinstance(prompt, str):
+            raise RequestInvalid("--chat and --system need a prompt that is text, and this one is token ids")
+        return [*self._system_message(), {"role": "user", "content": prompt}]
+
+    def _system_message(self) -> list[dict[str, Any]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+
+def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:
+    """Parse every line. Raises RequestInvalid, with the line's number, for the first that is wrong."""
+    found: list[Request] = []
+    line_of: dict[str | int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)  # as some editors and PowerShell write it
+        if not line.strip():
+            continue
+        try:
+            fields = msgspec.json.decode(line, type=dict[str, Any])
+            request = defaults.request(fields, len(found))
+        except (msgspec.MsgspecError, RequestInvalid, TypeError, UnicodeDecodeError) as error:
+            raise RequestInvalid(f"standard input, line {number}: {error}") from error
+        first = line_of.setdefault(request.id, number)
+        if first != number:
+            raise RequestInvalid(
+                f"standard input, line {number}: id {request.id!r} is that of line {first} too; ids must "
+                'differ, and a line without "id" has its number, from 0'
+            )
+        found.append(request)
+    if not found:
+        raise RequestInvalid("no PROMPT is given and standard input has no JSON lines; give one")
+    return found
+
+
+def _id(value: object) -> str | int:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise RequestInvalid(f"id={value!r}: must be text or a whole number")
+    return value
+
+
+def _convert(fields: Mapping[str, Any], name: str, kind: Any) -> Any:
+    try:
+        return msgspec.convert(fields[name], kind)
+    except msgspec.ValidationError as error:
+        raise RequestInvalid(f"{name}: {error}") from error
+
+
+def _unknown_field(name: str) -> str:
+    known = (*_OWN, *_SAMPLING)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown field {name!r}{hint}; there are {', '.join(known)}"

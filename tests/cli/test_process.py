@@ -1,0 +1,170 @@
+"""How the program ends when it is interrupted, or its output goes nowhere. It runs in a process each time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from cli_programs import run_program, run_script, run_shell
+from tiny_chat import build_chat_model
+from tiny_models import build_adapter
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
+
+INTERRUPTED = "aioengine: interrupted\n"
+SMALL = ["--kv-cache-memory", "8MiB", "--device", "cpu", "--max-tokens", "4", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_chat_model(tmp_path_factory.mktemp("model"))
+
+
+WHILE_IMPORTING = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == watched:
+            os.kill(os.getpid(), signal.SIGINT)
+
+watched = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupt())
+from aioengine.__main__ import run
+run()
+"""
+
+
+@pytest.mark.parametrize("module", ["aioengine.cli.main", "cyclopts", "uvloop", "aioengine.engine", "torch"])
+def test_interrupted_at_any_moment(module: str, model: Path) -> None:
+    """As early as the first import of the command line, as late as the model's loading (torch)."""
+    done = run_script(WHILE_IMPORTING, module, "generate", "Hello", "--model", str(model), *SMALL)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
+
+
+def test_interrupted_while_a_thread_loads_that_would_not_end() -> None:
+    script = """
+import os, signal, threading
+import aioengine.engine
+
+def build(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+
+aioengine.engine.build = build
+from aioengine.__main__ import run
+run()
+"""
+    done = run_script(script, "generate", "Hello")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
+
+
+STUBBORN = """
+import asyncio, os, signal, sys
+from aioengine.cli import process as module
+from aioengine.cli.process import process
+from aioengine.cli.loop import run
+
+module.GRACE_SECONDS = float(sys.argv[1])
+process.install()
+
+async def stubborn():
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("cleaning up", flush=True)
+        if len(sys.argv) > 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                pass
+
+run(stubborn())
+"""
+
+
+def test_a_second_interrupt_forces_the_end() -> None:
+    done = run_script(STUBBORN, "100", "again")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaning up\n", INTERRUPTED)
+
+
+def test_cleaning_up_has_its_time_and_no_more() -> None:
+    done = run_script(STUBBORN, "0.1")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaning up\n", INTERRUPTED)
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As for a shell's background job."""
+    script = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from aioengine.cli.process import process
+process.install()
+os.kill(os.getpid(), signal.SIGINT)
+process.exit(0)
+"""
+    assert run_script(script).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["policies", "generate"])
+def test_a_reader_that_has_gone(command: str, model: Path) -> None:
+    """Nobody reads: quietly 141, as for any tool in a pipe. A batch stops, though nothing else ends it."""
+    read, write = os.pipe()
+    os.close(read)
+    arguments: list[str] = []
+    lines = '{"prompt": "Hello", "max_tokens": 400, "ignore_eos": true}\n' * 300
+    if command == "generate":
+        arguments = ["--model", str(model), *SMALL, "--max-num-seqs", "1"]
+    try:
+        done = run_program(command, *arguments, input=lines, stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [(">&-", "Bad file descriptor"), ("> /dev/full", "No space left on device")]
+)
+@pytest.mark.parametrize("command", ["policies", "generate"])
+def test_output_that_cannot_be_written(redirection: str, reason: str, command: str, model: Path) -> None:
+    if redirection.endswith("/dev/full") and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    arguments = ["Hello", "--model", str(model), *SMALL] if command == "generate" else []
+    done = run_shell(redirection, command, *arguments)
+    assert done.returncode == 1
+    assert done.stderr == f"aioengine: cannot write to standard output: {reason}\n"
+
+
+def test_the_reader_of_the_demo_goes_after_a_line(model: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("sql", "json", "sentiment", "pirate")):
+        build_adapter(model, tmp_path / "adapters" / name, seed=seed, r=2)
+    tasks = Path(__file__).resolve().parents[2] / "examples" / "tasks.py"
+    (tmp_path / "tasks.py").write_text(tasks.read_text())
+    arguments = ["--model", str(model), "--adapters", str(tmp_path / "adapters"), "--max-tokens", "400"]
+    done = run_shell("| head -1", "demo", *arguments)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert done.stdout == f"Loading {model} ...\n"
+
+
+def test_no_standard_error() -> None:
+    done = run_shell("2>&-", "plan", "--model", "/nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_no_standard_input() -> None:
+    done = run_shell("<&-", "generate")
+    assert done.returncode == 2
+    assert "no JSON lines" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_installed_program_is_the_module() -> None:
+    """What ``pip install`` makes of the entry point must be the function that takes over signals."""
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="console_scripts", name="aioengine")
+    assert entry.value == "aioengine.__main__:run"

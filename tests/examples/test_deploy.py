@@ -1,0 +1,151 @@
+"""The deployment examples are valid, agree with each other, and with the program that they start."""
+
+from __future__ import annotations
+
+import configparser
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import httpx
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
+from tiny_models import build_model
+
+from aioengine import AsyncEngine
+from aioengine.cli.main import build_app
+from aioengine.cli.serve import KEY_VARIABLE
+from aioengine.config import EngineConfig
+from aioengine.server.app import create_app
+from aioengine.server.settings import ServerSettings
+
+DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
+UNIT = DEPLOY / "aioengine.service"
+MANIFESTS = {
+    document["kind"]: document
+    for path in (DEPLOY / "kubernetes").glob("*.yaml")
+    for document in yaml.safe_load_all(path.read_text())
+}
+POD: dict[str, Any] = MANIFESTS["Deployment"]["spec"]["template"]
+CONTAINER: dict[str, Any] = POD["spec"]["containers"][0]
+
+
+def server_flags(arguments: list[str]) -> Any:
+    """What the command line makes of the arguments; it fails for a flag that there is not."""
+    _, bound, _ = build_app().parse_args(arguments)
+    return bound.arguments["server"]
+
+
+@pytest.mark.parametrize("kind", ["ConfigMap", "Deployment", "Service"])
+def test_manifests_fit_the_schema_of_kubernetes(kind: str) -> None:
+    kubernetes_validate.validate(MANIFESTS[kind], kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_schema_refuses_what_is_wrong() -> None:
+    wrong = {**MANIFESTS["Service"], "spec": {**MANIFESTS["Service"]["spec"], "selectr": {}}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_service_monitor_fits_the_operator() -> None:
+    given = MANIFESTS["ServiceMonitor"]
+    parsed = prometheus_operator.ServiceMonitor.model_validate(given)
+    # Unknown fields are dropped, so what is given must come back whole.
+    kept = parsed.model_dump(by_alias=True, exclude_unset=True, mode="json")
+    assert kept["spec"] == given["spec"] and kept["kind"] == given["kind"]
+
+
+def test_they_find_each_other() -> None:
+    labels = POD["metadata"]["labels"]
+    service, monitor = MANIFESTS["Service"], MANIFESTS["ServiceMonitor"]
+    assert MANIFESTS["Deployment"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    (port,) = service["spec"]["ports"]
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["port"] == port["name"]
+    assert port["targetPort"] in [port["name"] for port in CONTAINER["ports"]]
+    mounted = {mount["name"] for mount in CONTAINER["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in POD["spec"]["volumes"]}
+    assert KEY_VARIABLE in [variable["name"] for variable in CONTAINER["env"]]
+
+
+def test_the_pod_has_time_to_drain() -> None:
+    flags = server_flags(CONTAINER["args"])
+    assert [flags.port] == [port["containerPort"] for port in CONTAINER["ports"]]
+    assert flags.host == "0.0.0.0"  # what a probe can reach
+    sleep = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert POD["spec"]["terminationGracePeriodSeconds"] >= sleep + flags.grace_seconds + 10
+
+
+async def test_probes_and_prometheus_ask_what_the_server_answers(tmp_path: Path) -> None:
+    paths = {name: CONTAINER[name]["httpGet"]["path"] for name in ("livenessProbe", "readinessProbe")}
+    assert paths == {"livenessProbe": "/health", "readinessProbe": "/ready"}
+    asked = {*paths.values(), CONTAINER["startupProbe"]["httpGet"]["path"]}
+    asked |= {endpoint["path"] for endpoint in MANIFESTS["ServiceMonitor"]["spec"]["endpoints"]}
+    config = EngineConfig(model=str(build_model(tmp_path, "llama")), kv_cache_memory="1MiB", device="cpu")
+    async with AsyncEngine(config) as engine:
+        transport = httpx.ASGITransport(create_app(engine, ServerSettings()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
+            for path in asked:
+                assert (await client.get(path)).status_code == 200, path
+
+
+def test_the_configurations_are_good() -> None:
+    mounts = [mount["mountPath"] for mount in CONTAINER["volumeMounts"]]
+    pod = tomllib.loads(MANIFESTS["ConfigMap"]["data"]["engine.toml"])
+    for values in (pod, tomllib.loads((DEPLOY / "engine.toml").read_text())):
+        config = EngineConfig.from_dict(values)
+        assert config.lora is not None and config.lora.adapter_root is not None
+    assert any(pod["model"].startswith(mount) for mount in mounts)
+    assert pod["lora"]["adapter_root"] in mounts
+
+
+def unit() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    parser.optionxform = str  # type: ignore[assignment, method-assign] # keys as they are written
+    parser.read_string(UNIT.read_text().replace("\\\n", " "))
+    return parser["Service"]
+
+
+def test_the_unit_starts_the_program_and_lets_it_drain() -> None:
+    service = unit()
+    program, *arguments = shlex.split(service["ExecStart"])
+    assert program.endswith("/bin/aioengine")
+    flags = server_flags(arguments)
+    assert int(service["TimeoutStopSec"]) >= flags.grace_seconds + 10
+    assert str(flags.api_key_file).endswith("/" + service["LoadCredential"].partition(":")[0])
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    """``verify`` wants a program that exists."""
+    path = tmp_path / "aioengine.service"
+    path.write_text(UNIT.read_text().replace("/opt/aioengine/bin/aioengine", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
+def test_the_unit_is_hardened() -> None:
+    """The exposure level of systemd-analyze: 0 is nothing, 10 everything; an unhardened unit has 9.6."""
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(UNIT)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
