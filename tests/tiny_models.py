@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
 
 CONFIGS: dict[str, type[transformers.PreTrainedConfig]] = {
@@ -86,7 +84,8 @@ def build_adapter(
     """Saves a random PEFT LoRA for the model in ``out_dir`` and returns it.
 
     ``lora_config`` goes to :class:`peft.LoraConfig`; by default r=4, lora_alpha=8, all seven linears.
-    Every A and B is non-zero (standard deviation ``scale``), enough to change greedy outputs.
+    Every A and B is non-zero (standard deviation ``scale``), enough to change greedy outputs; DoRA's
+    magnitudes differ from the base weight's by a fifth.
     """
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": ALL_MODULES, "task_type": "CAUSAL_LM"}
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -94,7 +93,9 @@ def build_adapter(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:  # DoRA: peft begins with the norms of the base weight's rows
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
                 parameter.data = parameter.data.to(dtype)
     model.save_pretrained(str(out_dir))
@@ -129,14 +130,3 @@ def reference_generate(
     for _ in range(max_new_tokens):
         tokens.append(int(reference_logits(model_dir, tokens, adapter_dir)[-1].argmax()))
     return tokens[len(prompt_ids) :]
-
-
-def read_peft(adapter_dir: Path, scaling: float) -> SimpleNamespace:
-    """A minimal stand-in for a packed adapter: A, and B times ``scaling``, by layer and module."""
-    tensors: dict[tuple[int, str], list[Tensor]] = {}
-    for key, tensor in sorted(load_file(adapter_dir / "adapter_model.safetensors").items()):
-        parts = key.split(".")
-        place = (int(parts[parts.index("layers") + 1]), parts[-3])
-        tensors.setdefault(place, []).append(tensor if "lora_A" in key else tensor * scaling)
-    packed = {place: (a, b) for place, (a, b) in tensors.items()}
-    return SimpleNamespace(rank=max(a.shape[0] for a, _ in packed.values()), tensors=packed)
