@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -16,14 +16,32 @@ Prompt = str | list[int] | list[dict[str, Any]]
 FinishReason = Literal["stop", "length", "abort"]
 
 
+@runtime_checkable
+class TokenConstraint(Protocol):
+    """Says which tokens may come next: guided decoding, for one (:mod:`aioengine.guided`).
+
+    It is asked where the sampler runs, in another thread than the event loop's, once for each token.
+    """
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        """The tokens that may follow ``output`` (all tokens generated so far), one bit for each.
+
+        Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; what lies
+        beyond the end is not allowed. The answer must depend on ``output`` alone. To let the output
+        end, allow an end-of-sequence token. If nothing is allowed, or it raises, the request fails.
+        """
+        ...
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens, and when to stop.
 
-    ``temperature=0`` (the default) is greedy. The filters apply in this order: penalties, temperature,
-    top-k, top-p, min-p. With ``seed`` the random draws depend on the seed and the position alone,
-    whatever else is in the batch; without it a seed is drawn for each request. (The logits' last bits
-    depend on the shape of the batch, as in every engine whose matrix products do: a draw that falls on
-    the very edge between two tokens may go either way, rarely in float32, more often in bfloat16.)
+    ``temperature=0`` (the default) is greedy. The filters apply in this order: logit bias, penalties,
+    constraint, temperature, top-k, top-p, min-p. With ``seed`` the random draws depend on the seed and
+    the position alone, whatever else is in the batch; without it a seed is drawn for each request. (The
+    logits' last bits depend on the shape of the batch, as in every engine whose matrix products do: a
+    draw that falls on the very edge between two tokens may go either way, rarely in float32, more often
+    in bfloat16.)
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
@@ -42,6 +60,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Subtracted from the logit of each token that the output contains."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once per occurrence in the output."""
+    logit_bias: Mapping[int, float] = {}
+    """Added to the logits of these tokens, -100..100 each."""
     seed: int | None = None
     stop: Sequence[str] | str = ()
     """Strings that end the generation; the output is cut before the first one found."""
@@ -50,6 +70,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     """Report the log-probability of each output token and of this many most likely ones (0..20)."""
     skip_special_tokens: bool = True
+    constraint: TokenConstraint | None = None
+    """What the output must conform to; sampling chooses among the tokens that it allows."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
@@ -72,6 +94,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise RequestInvalid(f"stop={text!r}: each stop string must be a non-empty str")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
+        if self.logit_bias:
+            set_(self, "logit_bias", _checked_bias(self.logit_bias))
+        if self.constraint is not None and not isinstance(self.constraint, TokenConstraint):
+            raise RequestInvalid(f"constraint={self.constraint!r}: must have a method allowed(output)")
 
     @property
     def greedy(self) -> bool:
@@ -80,6 +106,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the token is chosen from other logits than the model's own."""
+        return self.has_penalties or bool(self.logit_bias) or self.constraint is not None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -126,6 +157,19 @@ def _tuple(field: str, value: object) -> tuple[Any, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise RequestInvalid(f"{field}={value!r}: must be a list")
     return tuple(value)
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    """With its keys as integers: in JSON they are text."""
+    if not isinstance(bias, Mapping):
+        raise RequestInvalid(f"logit_bias={bias!r}: must map token ids to numbers in [-100, 100]")
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        _check_int("logit_bias", token, low=0)
+        _check_float(f"logit_bias[{token}]", value, low=-100.0, high=100.0)
+        checked[token] = value
+    return checked
 
 
 def _check_int(field: str, value: object, *, low: int, high: int | None = None) -> None:

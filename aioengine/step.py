@@ -1,12 +1,13 @@
 """A model step as plain data: what the core hands to an executor, and what comes back.
 
-Nothing here refers to live objects, so that a step can cross a process boundary unchanged.
+Nothing here refers to live objects, so that a step can cross a process boundary unchanged; only a request's
+``params.constraint`` is its caller's object.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from aioengine.request import SamplingParams, TokenLogprob
 
@@ -41,11 +42,13 @@ class StepBatch(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The token sampled for one sequence; ``error`` is set instead if its logits were not finite."""
+    """The token sampled for one sequence, or, in ``error``, why there is none."""
 
     token: int
     logprob: TokenLogprob | None = None
     error: str | None = None
+    fault: Literal["model", "request"] = "model"
+    """What ``error`` comes from: logits that are not finite, or the request's own constraint."""
 
 
 class StepResult(NamedTuple):

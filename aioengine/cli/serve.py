@@ -1,0 +1,191 @@
+"""``aioengine serve``: an engine behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+from cyclopts import Group, Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import EngineFlags
+from aioengine.cli.help import FOLDED
+from aioengine.cli.loop import run
+from aioengine.cli.serve_log import configure_logging
+from aioengine.errors import ConfigError
+from aioengine.server.settings import ServerSettings, parse_keys
+
+if TYPE_CHECKING:
+    from aioengine.config import EngineConfig
+    from aioengine.server.run import ListenSettings
+
+KEY_VARIABLE = "AIOENGINE_API_KEYS"
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+DEFAULT_MAX_WAITING = 1024
+"""Of a server; an engine by itself has no bound."""
+
+_SERVER = Group("Server", sort_key=5)
+_MORE = Group(f"{FOLDED} server flags", sort_key=25)
+_IN_MORE = Parameter(group=_MORE)
+_LIST = Parameter(group=_SERVER, negative="")
+
+logger = logging.getLogger("aioengine.server")
+
+
+@Parameter(name="*", group=_SERVER)
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one."""
+    port: int = 8000
+    """0 takes a free one."""
+    served_model_name: Annotated[list[str] | None, _LIST] = None
+    """The base model's name in requests; can be given more than once."""
+    api_key: Annotated[list[str] | None, Parameter(group=_SERVER, negative="", metavar="[TENANT:]KEY")] = None
+    """Ask for a key; any number. Others on this machine can see it: prefer --api-key-file."""
+    api_key_file: Path | None = None
+    """File with a key in each line, as --api-key takes them; AIOENGINE_API_KEYS holds them too."""
+    allowed_host: Annotated[list[str] | None, _LIST] = None
+    """Host name that requests may be addressed to. Without keys, on a loopback address: localhost."""
+    grace_seconds: float = 30.0
+    """How long accepted requests may take to finish after SIGTERM."""
+    log_format: Literal["text", "json"] = "text"
+    """A line for each request, on standard error."""
+
+    max_connections: Annotated[int, _IN_MORE] = 4096
+    """Open connections; more are answered with 503."""
+    max_body_bytes: Annotated[int, _IN_MORE] = 8 * 2**20
+    """Largest request."""
+    max_choices: Annotated[int, _IN_MORE] = 128
+    """Most prompts x n in one request."""
+    default_max_tokens: Annotated[int | None, _IN_MORE] = None
+    """For chats that name none; by default what the context has room for."""
+    request_timeout: Annotated[float, _IN_MORE] = 600.0
+    """Seconds that a request may take in all; 0 is no bound."""
+    header_timeout: Annotated[float, _IN_MORE] = 10.0
+    """Seconds that a request's headers may take to come."""
+    read_timeout: Annotated[float, _IN_MORE] = 30.0
+    """Seconds between two parts of a request's body."""
+    send_timeout: Annotated[float, _IN_MORE] = 60.0
+    """Seconds after which a client that takes nothing is let go."""
+    keep_alive: Annotated[float, _IN_MORE] = 75.0
+    """Seconds that a connection may be idle."""
+
+    def settings(self) -> ServerSettings:
+        """Raises ConfigError."""
+        keys = self._keys()
+        return ServerSettings(
+            served_model_names=self.served_model_name or (),
+            api_keys=keys,
+            allowed_hosts=self._allowed_hosts(bool(keys)),
+            max_body_bytes=self.max_body_bytes,
+            max_choices=self.max_choices,
+            default_max_tokens=self.default_max_tokens,
+            request_timeout=self.request_timeout or None,
+            read_timeout=self.read_timeout,
+            send_timeout=self.send_timeout,
+        )
+
+    def listen_settings(self) -> ListenSettings:
+        from aioengine.server.run import ListenSettings
+
+        return ListenSettings(
+            host=self.host,
+            port=self.port,
+            max_connections=self.max_connections,
+            header_timeout=self.header_timeout,
+            keep_alive=self.keep_alive,
+        )
+
+    def _allowed_hosts(self, has_keys: bool) -> Sequence[str]:
+        given = self.allowed_host or []
+        if "*" in given or (not given and (has_keys or not _is_loopback(self.host))):
+            return ()
+        return given or (*_LOCAL_NAMES, self.host)
+
+    def _keys(self) -> Mapping[str, str]:
+        keys = parse_keys(self.api_key or [], source="--api-key")
+        keys |= parse_keys(os.environ.get(KEY_VARIABLE, "").split(), source=KEY_VARIABLE)
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"--api-key-file {self.api_key_file}: cannot be read: {error}") from error
+            entries = [line for line in lines if line.strip() and not line.startswith("#")]
+            if not entries:  # or else a file that was emptied by mistake would let everybody in
+                raise ConfigError(
+                    f"--api-key-file {self.api_key_file}: has no key; remove the flag or add one"
+                )
+            keys |= parse_keys(entries, source=f"--api-key-file {self.api_key_file}")
+        return keys
+
+
+def serve(
+    *,
+    server: ServerFlags | None = None,
+    engine: EngineFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Serve a model and its adapters over HTTP, in the way of OpenAI's API.
+
+    "model" in a request is the base model's name or an adapter's. SIGTERM lets accepted requests finish;
+    a second one does not. With --adapter-root, adapters can be loaded over HTTP out of that folder.
+    """
+    flags = server or ServerFlags()
+    if not flags.grace_seconds >= 0:
+        raise ConfigError(f"--grace-seconds {flags.grace_seconds}: must be 0 or more")
+    engine_flags = engine or EngineFlags()
+    settings = flags.settings()
+    config = engine_flags.engine_config()
+    if config.max_waiting is None:
+        config = msgspec.structs.replace(config, max_waiting=DEFAULT_MAX_WAITING)
+    adapters = engine_flags.adapters()
+    level = common.log_level if common is not None and common.log_level is not None else "info"
+    configure_logging(flags.log_format, level)
+    try:
+        import aioengine.server.run
+    except ImportError as error:
+        raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
+    del aioengine
+    return run(_serve(config, adapters, settings, flags))
+
+
+async def _serve(
+    config: EngineConfig, adapters: dict[str, str], settings: ServerSettings, flags: ServerFlags
+) -> int:
+    from aioengine.cli.progress import started
+    from aioengine.server.app import create_app
+    from aioengine.server.run import Signals, bind, listening, serve_until_told
+
+    listen = flags.listen_settings()
+    signals = Signals()
+    with bind(listen) as bound:  # before the model is loaded: a port in use is found out at once
+        async with started(config, adapters) as engine:
+            app = create_app(engine, settings)
+            async with listening(app, listen, bound) as url:
+                _tell(url, flags, settings)
+                with signals.handled():
+                    finished = await serve_until_told(app, signals, flags.grace_seconds)
+    logger.info("stopped")
+    return 0 if finished else 1
+
+
+def _tell(url: str, flags: ServerFlags, settings: ServerSettings) -> None:
+    logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
+    if not settings.api_keys and not _is_loopback(flags.host):
+        logger.warning("anybody who reaches %s may use this server: there are no API keys", flags.host)
+    sys.stderr.flush()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,63 @@
+"""One line for each request: what was asked, by whom, and what it took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import msgspec
+
+logger = logging.getLogger("aioengine.server.access")
+
+
+class RequestRecord(msgspec.Struct, kw_only=True):
+    """Filled in while a request is handled. Holds neither prompts, answers nor keys."""
+
+    request_id: str
+    method: str
+    path: str
+    status: int = 0
+    """499: the client went away before the answer was complete."""
+    tenant: str | None = None
+    adapter: str | None = None
+    stream: bool = False
+    completion_id: str | None = None
+    """The answer's id, which is the engine's request id too."""
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    ttft: float | None = None
+    """Seconds from arrival to the first token."""
+    finish_reason: str | None = None
+    error: str | None = None
+    seconds: float = 0.0
+    started: float = msgspec.field(default_factory=time.perf_counter)
+
+    def fields(self) -> dict[str, Any]:
+        """What is known, for a structured log."""
+        found = msgspec.structs.asdict(self)
+        del found["started"]
+        return {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in found.items()
+            if value is not None and (name != "stream" or value)
+        }
+
+
+def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
+    """Log it at level INFO; ``quiet`` (probes and scrapes): DEBUG. The record's fields are in the log
+    record's ``fields``."""
+    level = logging.DEBUG if quiet else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    record.seconds = time.perf_counter() - record.started
+    fields = record.fields()
+    line = [record.method, _plain(record.path), str(record.status)]
+    line += [f"{k}={_plain(v)}" for k, v in fields.items() if k not in ("method", "path", "status")]
+    logger.log(level, "%s", " ".join(line), extra={"fields": fields})
+
+
+def _plain(value: object) -> str:
+    """On one line, whatever a client has put into it."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)

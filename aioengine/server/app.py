@@ -1,0 +1,207 @@
+"""The ASGI application: what every request goes through before and after its route."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from litestar import Litestar
+
+from aioengine import __version__
+from aioengine.engine import AsyncEngine
+from aioengine.metrics.asgi import metrics_app
+from aioengine.server.access_log import RequestRecord, log_request
+from aioengine.server.adapters import adapter_routes
+from aioengine.server.auth import Authenticator, check_host
+from aioengine.server.body import BoundedBody
+from aioengine.server.chat import chat_routes
+from aioengine.server.completions import completion_routes
+from aioengine.server.context import Context
+from aioengine.server.errors import ApiError, to_api_error
+from aioengine.server.framework import RECORD, JsonRequest, exception_handler
+from aioengine.server.generation import Receive
+from aioengine.server.health import health_routes
+from aioengine.server.models import model_routes
+from aioengine.server.openapi import openapi_config
+from aioengine.server.settings import ServerSettings
+from aioengine.server.streaming import Message, Send, send_error
+from aioengine.server.tokens import token_routes
+
+Scope = MutableMapping[str, Any]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+_PROBES = frozenset({"/health", "/ready"})
+_PAGE = frozenset({"", "/", "/metrics", "/events"})
+DRAIN_RETRY_AFTER = 5
+"""Seconds; by then another replica, or this one started again, may be there."""
+
+
+class ServerApp:
+    """The application that :func:`create_app` makes."""
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self.context = context = Context(engine, settings)
+        self._settings = settings
+        self._auth = Authenticator(settings.api_keys)
+        self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._metrics = metrics_app(engine)
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._routes = Litestar(
+            route_handlers=[
+                *completion_routes(context),
+                *chat_routes(context),
+                *model_routes(context),
+                *adapter_routes(context),
+                *token_routes(context),
+                *health_routes(context),
+            ],
+            request_class=JsonRequest,
+            exception_handlers={Exception: exception_handler(settings.retry_after)},
+            openapi_config=openapi_config(__version__, with_keys=not self._auth.is_open),
+            request_max_body_size=None,  # BoundedBody's business
+            logging_config=None,
+        )
+
+    @property
+    def active(self) -> int:
+        """Accepted requests that have not been answered in full (probes and pages do not count)."""
+        return self._active
+
+    async def drain(self) -> None:
+        """Refuse new requests with 503 from now on, and wait until the accepted ones are answered."""
+        self.context.draining = True
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """End the live page's streams, which a server that shuts down would wait for."""
+        self._metrics.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = _below_mount(scope)
+        record = RequestRecord(request_id=_request_id(scope), method=scope["method"], path=path[:200])
+        started = False
+
+        async def tagged_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = message["status"]
+                tag = (b"x-request-id", record.request_id.encode())
+                message = {**message, "headers": [*message["headers"], tag]}
+            await send(message)
+
+        try:
+            await self._answer(path, scope, receive, tagged_send, record)
+        except asyncio.CancelledError:
+            record.status, record.error = 499, "cancelled"
+            raise
+        except Exception as error:
+            if started:
+                raise
+            api_error = to_api_error(error, self._settings.retry_after)
+            record.error = api_error.detail.code or api_error.detail.type
+            await send_error(tagged_send, api_error)
+        finally:
+            log_request(record, quiet=path in _PROBES or _is_page(path))
+
+    async def _answer(
+        self, path: str, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
+        if path not in _PROBES:
+            check_host(scope["headers"], self._allowed_hosts)
+            record.tenant = self._auth.tenant(scope["headers"])
+        if _is_page(path):
+            await self._metrics(scope, receive, send)
+            return
+        # The mount point goes: routes are matched below it.
+        inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}
+        if scope["method"] != "POST":
+            await self._routes(inner, receive, send)  # type: ignore[arg-type]
+            return
+        if self.context.draining:
+            raise ApiError(
+                503,
+                "the server is shutting down and accepts nothing new",
+                type="server_error",
+                code="unavailable",
+                retry_after=DRAIN_RETRY_AFTER,
+                close=True,
+            )
+        body = BoundedBody(
+            receive,
+            scope["headers"],
+            limit=self._settings.max_body_bytes,
+            timeout=self._settings.read_timeout,
+        )
+        with self._counted():
+            await self._routes(inner, body, send)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _counted(self) -> Any:
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if self._active == 0:
+                self._idle.set()
+
+
+def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> ServerApp:
+    """An ASGI application that serves ``engine`` in the way of OpenAI's API.
+
+    Mount it under any prefix, or run it by itself. The engine stays the caller's, who starts and stops it;
+    both must be on the same event loop. Logging is not configured: each request is one record of the
+    logger ``aioengine.server.access``, with its details in ``record.fields``.
+
+    Raises ConfigError if the engine's ``adapter_root`` is not a folder.
+    """
+    return ServerApp(engine, ServerSettings() if settings is None else settings)
+
+
+def _is_page(path: str) -> bool:
+    """Whether the metrics' application answers it."""
+    return path in _PAGE or path.startswith("/assets/")
+
+
+def _below_mount(scope: Scope) -> str:
+    """The path below the mount point; some frameworks leave that in the path, some do not."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        path = path[len(root) :]
+    return path
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's, if it is of a harmless form."""
+    for name, value in scope["headers"]:
+        if name.lower() == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(text):
+                return text
+    return uuid.uuid4().hex
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return

@@ -1,0 +1,135 @@
+"""What every route needs: the engine, the settings, and the way from names and texts to both."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioengine.engine import AsyncEngine
+from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.guided import Guide
+from aioengine.request import SamplingParams
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.api import GenerationFields
+from aioengine.server.constraints import MakeConstraint
+from aioengine.server.errors import ApiError, model_not_found
+from aioengine.server.generation import Generation, GenerationOptions
+from aioengine.server.logprobs import TokenBytes
+from aioengine.server.sampling import for_choice
+from aioengine.server.settings import ServerSettings
+from aioengine.submit import LONG_TEXT
+
+if TYPE_CHECKING:
+    from aioengine.model.tokenizer import Tokenizer
+
+
+class Context:
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.model_names = tuple(settings.served_model_names) or (engine.config.model,)
+        self.created = int(time.time())
+        self.draining = False
+        """New requests are refused; set by whoever runs the server."""
+        self._guide: Guide | None = None
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a request's ``model`` stands for; None for the base model."""
+        if model in self.model_names:
+            return None
+        if not model:
+            raise model_not_found(model)
+        return model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ApiError if the model has none."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, f"{self.model_names[0]} has no tokenizer: it takes and gives token ids only")
+        return tokenizer
+
+    def token_bytes(self) -> TokenBytes:
+        """For the length of a request, whatever the engine's state becomes meanwhile."""
+        tokenizer = self.engine.tokenizer
+        return (lambda _token: b"") if tokenizer is None else tokenizer.token_bytes
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each."""
+        tokenizer = self.tokenizer
+
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        return encode() if sum(map(len, texts)) <= LONG_TEXT else await asyncio.to_thread(encode)
+
+    async def encode_chat(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+        # In a thread: how long a template takes is up to the template.
+        return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **variables)
+
+    def check_prompts(self, prompts: Sequence[list[int]], n: int, *, field: str) -> None:
+        """Raises ApiError for what the engine could not take, with the code that clients know."""
+        limit = self.engine.plan.max_model_len
+        if len(prompts) * n > self.settings.max_choices:
+            raise ApiError(
+                400,
+                f"n: {len(prompts)} prompts with {n} choices each are more than the "
+                f"{self.settings.max_choices} that one request may have",
+                param="n",
+                code="invalid_value",
+            )
+        longest = max(map(len, prompts))
+        if longest >= limit:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {limit} tokens, and the prompt has {longest}: "
+                "please shorten it",
+                param=field,
+                code="context_length_exceeded",
+            )
+
+    async def generation(
+        self,
+        fields: GenerationFields,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        constraint: MakeConstraint | None,
+        record: RequestRecord,
+        *,
+        prefix: str,
+    ) -> Generation:
+        """The generation of ``n`` choices for each prompt. ``prefix`` begins its id."""
+        n = fields.n or 1
+        of_choices: list[SamplingParams] = []
+        for _prompt in prompts:
+            for choice in range(n):
+                own = for_choice(params, choice)
+                if constraint is not None:
+                    try:
+                        made = await constraint(self.guide)
+                    except ConfigError as error:
+                        raise RequestInvalid(str(error)) from error
+                    own = msgspec.structs.replace(own, constraint=made)
+                of_choices.append(own)
+        record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
+        record.stream = bool(fields.stream)
+        record.adapter = self.adapter_of(fields.model)
+        options = GenerationOptions(
+            adapter=record.adapter,
+            priority=fields.priority or 0,
+            deadline=self.settings.request_timeout,
+            tenant=record.tenant,
+        )
+        return Generation(self.engine, record.completion_id, prompts, of_choices, options, record)
+
+    @property
+    def guide(self) -> Guide:
+        """Raises ConfigError if guided decoding cannot be had."""
+        if self._guide is None:
+            self._guide = Guide(self.engine)
+        return self._guide

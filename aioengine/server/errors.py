@@ -1,0 +1,171 @@
+"""Errors as OpenAI's API writes them: a status, and ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import msgspec
+
+from aioengine.errors import (
+    AdapterError,
+    AdapterLoadError,
+    AdapterNotFound,
+    AioEngineError,
+    ConfigError,
+    DeadlineExceeded,
+    EngineDead,
+    EngineOverloaded,
+    EngineStopped,
+    RequestInvalid,
+)
+
+logger = logging.getLogger("aioengine.server")
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    """The request's field that is to blame."""
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """A request that is refused.
+
+    Args:
+        retry_after: Seconds after which it may be sent again.
+        retry: False tells OpenAI's client not to send it again by itself, as it does on 5xx.
+        close: The connection is closed, too.
+        challenge: How to prove who one is.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        retry: bool = True,
+        close: bool = False,
+        challenge: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
+        self.retry_after = retry_after
+        self.retry = retry
+        self.close = close
+        self.challenge = challenge
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode(ErrorBody(self.detail))
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        if not self.retry:
+            headers.append((b"x-should-retry", b"false"))
+        if self.close:
+            headers.append((b"connection", b"close"))
+        if self.challenge is not None:
+            headers.append((b"www-authenticate", self.challenge.encode()))
+        return headers
+
+
+class ClientDisconnected(Exception):
+    """The client went away before its answer was complete."""
+
+
+def model_not_found(name: str) -> ApiError:
+    return ApiError(404, f"The model {name!r} does not exist", param="model", code="model_not_found")
+
+
+def unsupported(field: str, why: str) -> ApiError:
+    return ApiError(400, f"{field}: {why}", param=field, code="unsupported_parameter")
+
+
+_PATH = re.compile(r"^(?P<what>.*?) - at `\$(?P<path>[^`]*)`$", re.DOTALL)
+_FIELD = re.compile(r"(?:missing required|contains unknown) field `([^`]*)`")
+
+
+def validation_error(error: msgspec.ValidationError) -> ApiError:
+    """msgspec's error with the field's path as ``param``."""
+    text = str(error)
+    found = _PATH.match(text)
+    what, path = (found["what"], found["path"]) if found else (text, "")
+    field = _FIELD.search(what)
+    if field:
+        path = f"{path}.{field[1]}"
+    param = path.removeprefix(".") or None
+    where = "the body" if param is None else param
+    code = "unknown_parameter" if "unknown field" in what else "invalid_value"
+    return ApiError(422, f"{where}: {what}", param=param, code=code)
+
+
+_NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
+
+
+def to_api_error(error: BaseException, retry_after: int) -> ApiError:
+    """What a client is told about an error; what is not the client's doing is logged."""
+    match error:
+        case ApiError():
+            return error
+        case ClientDisconnected():
+            return ApiError(499, "the client closed the connection", type="client_error")
+        case msgspec.ValidationError():
+            return validation_error(error)
+        case msgspec.DecodeError():
+            return ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json")
+        case AdapterNotFound():
+            return model_not_found(error.name)
+        case AdapterLoadError():
+            return ApiError(
+                503,
+                _reason(error),
+                type="server_error",
+                code="adapter_load_error",
+                retry_after=retry_after if error.transient else None,
+                retry=error.transient,
+            )
+        case AdapterError():
+            return ApiError(400, _reason(error), param="model", code="adapter_invalid")
+        case RequestInvalid():
+            named = _NAMED_FIELD.match(str(error))
+            return ApiError(400, str(error), param=named[1] if named else None, code="invalid_value")
+        case ConfigError():
+            return ApiError(400, str(error))
+        case EngineOverloaded():
+            return ApiError(
+                429,
+                "the engine is overloaded: too many requests are waiting; try again later",
+                type="rate_limit_error",
+                code="engine_overloaded",
+                retry_after=retry_after,
+            )
+        case DeadlineExceeded():
+            return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded", retry=False)
+        case EngineDead() | EngineStopped():
+            text = "the engine has failed" if isinstance(error, EngineDead) else str(error)
+            return ApiError(503, text, type="server_error", code="unavailable", retry_after=retry_after)
+        case AioEngineError():
+            return ApiError(500, str(error), type="server_error", code="engine_error")
+        case _:
+            logger.error("a request failed unexpectedly", exc_info=error)
+            return ApiError(500, "internal error; the server's log says more", type="server_error")
+
+
+def _reason(error: AdapterError) -> str:
+    """Without the adapter's path, which is the server's business."""
+    return f"adapter {error.name!r}: {error.reason}"

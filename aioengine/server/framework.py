@@ -1,0 +1,92 @@
+"""Where the routes meet Litestar: strict decoding, plain ASGI responses, errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import functools
+import http
+from typing import Any
+
+import msgspec
+from litestar import Request
+from litestar.exceptions import HTTPException, MethodNotAllowedException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.response import Response
+
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.errors import ApiError, ErrorBody, to_api_error
+from aioengine.server.streaming import GenerationResponse, send_error
+
+RECORD = "aioengine_record"
+"""Under this key ``scope["state"]`` holds the request's RequestRecord."""
+
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+RESPONSES: dict[int, ResponseSpec] = {
+    status: ResponseSpec(ErrorBody, description=http.HTTPStatus(status).phrase, generate_examples=False)
+    for status in _STATUSES
+}
+
+
+@functools.cache
+def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(type_)
+
+
+class JsonRequest(Request[Any, Any, Any]):
+    """Decodes the body straight into the type of the handler's ``data``, and strictly: "1" is no number."""
+
+    async def json(self) -> Any:
+        if self._json is None or not isinstance(self._json, msgspec.Struct):
+            content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            # Browsers send anything else to other sites without asking them first.
+            if content_type != "application/json":
+                raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
+            field = self.route_handler.parsed_data_field
+            assert field is not None
+            self._json = _decoder(field.annotation).decode(await self.body())
+        return self._json
+
+
+class Handled(Response[Any]):
+    """A response that is sent by an ASGI application of its own."""
+
+    def __init__(self, app: GenerationResponse) -> None:
+        super().__init__(content=None)
+        self._app = app
+
+    def to_asgi_response(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._app
+
+
+def record_of(request: Request[Any, Any, Any]) -> RequestRecord:
+    record: RequestRecord = request.scope["state"][RECORD]
+    return record
+
+
+class ErrorResponse(Response[Any]):
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(content=None)
+        self._error = error
+
+    def to_asgi_response(self, *_args: Any, **_kwargs: Any) -> Any:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send_error(send, self._error)
+
+        return app
+
+
+def exception_handler(retry_after: int) -> Any:
+    def handle(request: Request[Any, Any, Any], error: Exception) -> ErrorResponse:
+        if isinstance(error, MethodNotAllowedException):
+            found = ApiError(
+                405, f"{request.method} is not for {request.url.path}", code="method_not_allowed"
+            )
+        elif isinstance(error, HTTPException) and error.status_code == 404:
+            found = ApiError(404, f"there is no {request.url.path}", code="not_found")
+        elif isinstance(error, HTTPException) and error.status_code < 500:
+            found = ApiError(error.status_code, error.detail)
+        else:
+            found = to_api_error(error, retry_after)
+        record_of(request).error = found.detail.code or found.detail.type
+        return ErrorResponse(found)
+
+    return handle

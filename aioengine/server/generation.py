@@ -1,0 +1,155 @@
+"""The engine requests behind one API request, and what is known of them when they have ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from aioengine.engine import AsyncEngine
+from aioengine.request import RequestOutput, SamplingParams
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.api import PromptTokensDetails, Usage
+from aioengine.server.errors import ClientDisconnected
+
+T = TypeVar("T")
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class GenerationOptions(msgspec.Struct, kw_only=True):
+    """What all choices of a request have in common."""
+
+    adapter: str | None
+    priority: int
+    deadline: float | None
+    tenant: str | None
+
+
+class Generation:
+    """``len(prompts)`` x n choices. Every choice is a request of its own to the engine, which shares the
+    prompt's blocks among them.
+
+    Args:
+        prompts: Token ids, one list for each prompt.
+        params: One for each choice, ``n`` for the first prompt, then ``n`` for the second, ...
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        options: GenerationOptions,
+        record: RequestRecord,
+    ) -> None:
+        assert prompts and len(params) % len(prompts) == 0
+        self.request_id = request_id
+        self._engine = engine
+        self._prompts = prompts
+        self._params = params
+        self._options = options
+        self._record = record
+        self._last: list[RequestOutput | None] = [None] * len(params)
+        record.prompt_tokens = sum(map(len, prompts))
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one choice; closing it aborts the engine's request. Raises what the engine does."""
+        options = self._options
+        stream = self._engine.generate(
+            self._prompts[index * len(self._prompts) // len(self._params)],
+            self._params[index],
+            adapter=options.adapter,
+            request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
+            priority=options.priority,
+            deadline=options.deadline,
+            tenant=options.tenant,
+        )
+        try:
+            async for output in stream:
+                self._last[index] = output
+                yield output
+        finally:
+            await stream.aclose()
+            self._note()
+
+    async def last_outputs(self) -> list[RequestOutput]:
+        """The last output of every choice; if one fails the others are aborted."""
+
+        async def last(index: int) -> RequestOutput:
+            async for output in self.outputs(index):
+                found = output
+            return found
+
+        return await together([last(index) for index in range(len(self))])
+
+    @property
+    def usage(self) -> Usage:
+        """A prompt counts once, however many choices it has."""
+        outputs = [output for output in self._last if output is not None]
+        prompt = sum(map(len, self._prompts))
+        completion = sum(len(output.token_ids) for output in outputs)
+        per_prompt = len(self._params) // len(self._prompts)
+        firsts = self._last[::per_prompt]
+        cached = sum(output.cached_tokens for output in firsts if output is not None)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached),
+        )
+
+    def _note(self) -> None:
+        outputs = [output for output in self._last if output is not None]
+        record = self._record
+        record.output_tokens = sum(len(output.token_ids) for output in outputs)
+        record.ttft = min((o.ttft for o in outputs if o.ttft is not None), default=None)
+        record.finish_reason = ",".join(sorted({o.finish_reason for o in outputs if o.finish_reason})) or None
+
+
+async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results; when one fails, or this is cancelled, the others are cancelled and waited for."""
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(tasks)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """``work``'s result, unless the client disconnects first: then ``work`` is cancelled and waited for.
+
+    Raises ClientDisconnected, and what ``work`` raises. ``receive`` is ASGI's, the body read.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnected
+    finally:
+        await end_tasks([task, gone])
+
+
+async def end_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel those that still run, wait for all, and take note of their errors."""
+    for task in tasks:
+        task.cancel()
+    if any(not task.done() for task in tasks):
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.exception()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

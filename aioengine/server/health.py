@@ -1,0 +1,30 @@
+"""``/health`` for liveness, ``/ready`` for readiness."""
+
+from __future__ import annotations
+
+import msgspec
+from litestar import get
+from litestar.handlers import HTTPRouteHandler
+from litestar.response import Response
+
+from aioengine.server.context import Context
+
+
+class Health(msgspec.Struct):
+    status: str
+    """The engine's state, or "draining"."""
+
+
+def health_routes(context: Context) -> list[HTTPRouteHandler]:
+    @get("/health", summary="200 while the engine works, 503 when it is dead", sync_to_thread=False)
+    def health() -> Response[Health]:
+        state = context.engine.state
+        alive = state not in ("dead", "stopping", "stopped")
+        return Response(Health(state), status_code=200 if alive else 503)
+
+    @get("/ready", summary="200 while requests are accepted, 503 otherwise", sync_to_thread=False)
+    def ready() -> Response[Health]:
+        state = "draining" if context.draining else context.engine.state
+        return Response(Health(state), status_code=200 if state == "running" else 503)
+
+    return [health, ready]

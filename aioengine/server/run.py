@@ -1,0 +1,142 @@
+"""Running a server until it is told to end, and ending it without losing what was accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import msgspec
+import uvicorn
+
+from aioengine.errors import ConfigError
+from aioengine.server.app import ServerApp
+from aioengine.server.protocol import bounded_protocol
+
+logger = logging.getLogger("aioengine.server")
+
+_BACKLOG = 2048
+FLUSH_SECONDS = 5
+
+
+class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a server listens, and what it allows to a connection; times are in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    max_connections: int = 4096
+    header_timeout: float = 10.0
+    keep_alive: float = 75.0
+    """How long a connection may be idle between two requests."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the caller's
+
+
+def bind(settings: ListenSettings) -> socket.socket:
+    """Take the port; connections are refused until something listens on it. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((settings.host, settings.port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {settings.host} port {settings.port}: {error}; choose another host or port"
+        ) from error
+    return bound
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    app: ServerApp, settings: ListenSettings, bound: socket.socket | None = None
+) -> AsyncIterator[str]:
+    """Serve ``app`` on this loop while the context lasts; yields the URL, without a final slash.
+
+    Leaves signals and logging alone. At the end connections are closed; what is still being answered is
+    cut off. ``bound`` is what :func:`bind` gave; it is closed at the end. Raises ConfigError if the port
+    cannot be had.
+    """
+    with bind(settings) if bound is None else bound as bound:
+        config = uvicorn.Config(
+            app,
+            http=bounded_protocol(settings.max_connections, settings.header_timeout),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
+            backlog=_BACKLOG,
+        )
+        server = _Server(config)
+        task = asyncio.get_running_loop().create_task(server.serve(sockets=[bound]), name="aioengine-http")
+        name = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = bound.getsockname()[1]
+        try:
+            await server.listens.wait()
+            yield f"http://{name}:{port}"
+        finally:
+            app.close()
+            # Answers that are complete may still be on their way to clients that read slowly.
+            config.timeout_graceful_shutdown = 1 if app.active else FLUSH_SECONDS
+            server.should_exit = True
+            await task
+
+
+class Signals:
+    """SIGTERM and SIGINT as events: the first asks to drain, the second to give up."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.abort = asyncio.Event()
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            loop.add_signal_handler(number, self._received, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _received(self, number: int) -> None:
+        first = not self.drain.is_set()
+        logger.info("%s: %s", signal.Signals(number).name, "draining" if first else "giving up")
+        (self.drain if first else self.abort).set()
+
+
+async def serve_until_told(app: ServerApp, signals: Signals, grace_seconds: float) -> bool:
+    """Wait for a signal, then drain. False if accepted requests were still being answered when the grace
+    was over, or a second signal came."""
+    await signals.drain.wait()
+    draining = asyncio.ensure_future(app.drain())
+    aborted = asyncio.ensure_future(signals.abort.wait())
+    try:
+        await asyncio.wait({draining, aborted}, timeout=grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            logger.warning("%d requests are cut off", app.active)
+        return draining.done()
+    finally:
+        for task in (draining, aborted):
+            task.cancel()
+        await asyncio.wait({draining, aborted})

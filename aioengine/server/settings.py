@@ -1,0 +1,74 @@
+"""What a server allows, and whom."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from aioengine.errors import ConfigError
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits and keys of one server; every value that is not acceptable raises ConfigError."""
+
+    served_model_names: Sequence[str] = ()
+    """Names of the base model in requests; the first is the one in answers. Empty: the engine's
+    ``config.model``."""
+    api_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """Key -> tenant. Empty: anybody is let in. See :func:`parse_keys`."""
+    allowed_hosts: Sequence[str] = ()
+    """Host names that requests may be addressed to; empty: any. A web page can have its own name resolved
+    to this machine and then read from a server that only this machine reaches (DNS rebinding); it cannot
+    have another name in the request."""
+    max_body_bytes: int = 8 * 2**20
+    max_choices: int = 128
+    """Bound on prompts x n in one request."""
+    default_max_tokens: int | None = None
+    """For chat requests that name none; None: whatever the context has room for."""
+    request_timeout: float | None = 600.0
+    """Seconds from arrival by which a generation must have ended; None: no bound."""
+    read_timeout: float = 30.0
+    """Seconds that a client may take between two parts of its request's body."""
+    send_timeout: float = 60.0
+    """Seconds after which a client that takes none of its answer is let go."""
+    retry_after: int = 1
+    """The ``Retry-After`` of answers 429 and 503, in seconds."""
+
+    def __post_init__(self) -> None:
+        for field in ("max_body_bytes", "max_choices", "retry_after"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field}={value!r}: must be an integer >= 1")
+        for field in ("read_timeout", "send_timeout"):
+            self._check_seconds(field)
+        if self.request_timeout is not None:
+            self._check_seconds("request_timeout")
+        if self.default_max_tokens is not None and self.default_max_tokens < 1:
+            raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
+        for name in self.served_model_names:
+            if not name:
+                raise ConfigError("served_model_names contains an empty name; remove it")
+
+    def _check_seconds(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ConfigError(f"{field}={value!r}: must be more than 0 seconds")
+
+
+def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:
+    """Key -> tenant from ``KEY`` or ``TENANT:KEY``.
+
+    A key without a tenant gets one that is made from the key's digest, so that metrics and logs can tell
+    tenants apart without holding keys. Errors name ``source`` and never the key.
+    """
+    keys: dict[str, str] = {}
+    for entry in entries:
+        tenant, colon, key = entry.strip().rpartition(":")
+        if not key or (colon and not tenant) or any(c.isspace() or not c.isprintable() for c in key):
+            raise ConfigError(f"{source}: an API key must be KEY or TENANT:KEY, without spaces in KEY")
+        if keys.get(key, tenant) != tenant:
+            raise ConfigError(f"{source}: one API key is given to two tenants")
+        keys[key] = tenant or f"key-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return keys

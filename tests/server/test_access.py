@@ -1,0 +1,231 @@
+"""API keys, tenants, request ids, the log, and bounds on what a client may send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from typing import Any
+
+import openai
+import pytest
+from server_fixtures import MODEL, Serve, until
+
+from aioengine.cli.serve import ServerFlags
+from aioengine.errors import ConfigError
+from aioengine.events import RequestAdded
+from aioengine.server import ServerSettings, parse_keys
+
+KEYS = {"sk-one": "alice", "sk-two": "bob"}
+OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
+
+
+async def test_a_key_lets_in_and_names_the_tenant(serve: Serve) -> None:
+    async with serve(settings={"api_keys": KEYS}, key="sk-two") as served:
+        tenants: list[str | None] = []
+        served.engine.add_listener(
+            lambda event: tenants.append(event.tenant) if isinstance(event, RequestAdded) else None
+        )
+        await served.client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+        basic = base64.b64encode(b"anybody:sk-one").decode()
+        answer = await served.http.post(
+            "/v1/completions", json=OK, headers={"authorization": f"Basic {basic}"}
+        )
+        assert answer.status_code == 200
+        assert tenants == ["bob", "alice"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer sk-on", "Bearer sk-one2", "sk-one", "Basic x", "Basic !!"],
+)
+async def test_everything_else_is_kept_out(header: str | None, serve: Serve) -> None:
+    async with serve(settings={"api_keys": KEYS}) as served:
+        headers = {} if header is None else {"authorization": header}
+        del served.http.headers["authorization"]
+        for method, path in (
+            ("POST", "/v1/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("GET", "/"),
+            ("GET", "/docs"),
+            ("POST", "/v1/load_lora_adapter"),
+        ):
+            answer = await served.http.request(method, path, headers=headers)
+            assert (answer.status_code, path) == (401, path)
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+        for path in ("/health", "/ready"):
+            assert (await served.http.get(path, headers=headers)).status_code == 200
+
+
+async def test_the_client_knows_that_it_is_kept_out(serve: Serve) -> None:
+    async with serve(settings={"api_keys": KEYS}, key="sk-wrong") as served:
+        with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+            await served.client.completions.create(model=MODEL, prompt="x")
+
+
+async def test_a_page_of_another_host_gets_nothing(serve: Serve) -> None:
+    """DNS rebinding: the browser reaches this machine, and says whom it believes to talk to."""
+    async with serve(settings={"allowed_hosts": ["localhost", "127.0.0.1", "[::1]"]}) as served:
+        for host, status in (
+            ("evil.example", 403),
+            ("evil.example:80", 403),
+            ("localhost.evil.example", 403),
+            ("", 403),
+            ("LOCALHOST:80", 200),
+            ("127.0.0.1", 200),
+            ("[::1]:80", 200),
+        ):
+            headers = {"host": host}
+            answer = await served.http.post("/v1/completions", json=OK, headers=headers)
+            assert (answer.status_code, host) == (status, host)
+            assert (await served.http.get("/metrics", headers=headers)).status_code == status
+        assert (await served.http.get("/health", headers={"host": "10.0.0.1"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        ({}, {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "127.0.0.2"}, {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}),
+        ({"api_key": ["sk"]}, set()),
+        ({"host": "0.0.0.0"}, set()),
+        ({"allowed_host": ["*"]}, set()),
+        ({"allowed_host": ["a.example"], "host": "0.0.0.0"}, {"a.example"}),
+    ],
+)
+def test_hosts_that_the_command_allows(flags: dict[str, Any], allowed: set[str]) -> None:
+    assert set(ServerFlags(**flags).settings().allowed_hosts) == allowed
+
+
+def test_keys_and_tenants() -> None:
+    assert parse_keys(["alice:sk-1", " team:a:sk-2 "], source="x") == {"sk-1": "alice", "sk-2": "team:a"}
+    [tenant] = parse_keys(["sk-3"], source="x").values()
+    assert tenant.startswith("key-") and "sk-3" not in tenant
+    for bad in ("", "alice:", ":sk-1", "a:sk 1"):
+        with pytest.raises(ConfigError, match="--api-key"):
+            parse_keys([bad], source="--api-key")
+    with pytest.raises(ConfigError) as caught:
+        parse_keys(["a:sk-secret", "b:sk-secret"], source="x")
+    assert "sk-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_body_bytes": 0},
+        {"max_choices": True},
+        {"read_timeout": 0},
+        {"request_timeout": -1.0},
+        {"default_max_tokens": 0},
+        {"served_model_names": [""]},
+    ],
+)
+def test_bad_settings_are_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        ServerSettings(**fields)
+
+
+async def test_request_ids_are_kept_if_harmless(serve: Serve) -> None:
+    async with serve() as served:
+        for sent, kept in (("abc-1.2_3", True), ("a" * 129, False), ("a b", False), ("a;b", False)):
+            answer = await served.http.post("/v1/completions", json=OK, headers={"x-request-id": sent})
+            assert (answer.headers["x-request-id"] == sent) is kept
+        made_up = [(await served.http.get("/nothing")).headers["x-request-id"] for _ in range(2)]
+        assert made_up[0] != made_up[1]
+
+
+async def test_each_request_is_one_record(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "aioengine.server.access")
+    async with serve(settings={"api_keys": KEYS}, key="sk-one") as served:
+        answer = await served.http.post(
+            "/v1/completions", json={**OK, "model": "a", "n": 2}, headers={"x-request-id": "mine"}
+        )
+        await served.http.post("/v1/completions", json={**OK, "model": "no\nbody"})
+        await served.http.get("/health")
+        await until(lambda: len(caplog.records) == 3)
+    done, refused, probe = caplog.records
+    fields: dict[str, Any] = done.fields  # type: ignore[attr-defined]
+    assert fields["completion_id"] == answer.json()["id"]
+    assert {**fields, "ttft": 0, "seconds": 0, "completion_id": ""} == {
+        "request_id": "mine",
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "tenant": "alice",
+        "adapter": "a",
+        "completion_id": "",
+        "prompt_tokens": 5,
+        "output_tokens": 4,
+        "ttft": 0,
+        "finish_reason": "length",
+        "seconds": 0,
+    }
+    assert 0 < fields["ttft"] <= fields["seconds"]
+    assert "\n" not in refused.getMessage()
+    assert refused.fields["error"] == "model_not_found"  # type: ignore[attr-defined]
+    assert (done.levelno, probe.levelno) == (logging.INFO, logging.DEBUG)
+    for record in caplog.records:
+        assert "sk-one" not in record.getMessage() and "Hello" not in record.getMessage()
+
+
+async def test_a_large_body_is_refused_however_it_comes(serve: Serve) -> None:
+    async with serve(settings={"max_body_bytes": 1000}) as served:
+        body = json.dumps({**OK, "user": "x" * 2000}).encode()
+        headers = {"content-type": "application/json"}
+
+        async def parts() -> Any:
+            for start in range(0, len(body), 100):
+                yield body[start : start + 100]
+
+        for content in (body, parts()):
+            answer = await served.http.post("/v1/completions", content=content, headers=headers)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "request_too_large"
+        assert (await served.http.post("/v1/completions", json=OK)).status_code == 200
+
+
+async def _raw(url: str, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(data)
+    return reader, writer
+
+
+async def test_a_body_that_does_not_come_times_out(serve: Serve) -> None:
+    async with serve(settings={"read_timeout": 0.05}) as served:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        reader, writer = await _raw(served.url, head + b"content-length: 100\r\n\r\n{")
+        answer = await asyncio.wait_for(reader.read(), 20)
+        assert answer.startswith(b"HTTP/1.1 408")
+        writer.close()
+
+
+async def test_headers_that_do_not_come_close_the_connection(serve: Serve) -> None:
+    async with serve(listen={"header_timeout": 0.05}) as served:
+        for data in (b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "):
+            reader, writer = await _raw(served.url, data)
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            writer.close()
+
+
+async def test_large_headers_are_refused(serve: Serve) -> None:
+    async with serve() as served:
+        data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-large: " + b"a" * 100_000 + b"\r\n\r\n"
+        reader, writer = await _raw(served.url, data)
+        assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 431")
+        writer.close()
+
+
+async def test_connections_are_bounded(serve: Serve) -> None:
+    async with serve(listen={"max_connections": 2}) as served:
+        held = [await _raw(served.url, b"") for _ in range(2)]
+        reader, writer = await _raw(served.url, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 503")
+        for _, other in [*held, (reader, writer)]:
+            other.close()
+            await other.wait_closed()
+        await until(lambda: True)
+        assert (await served.http.get("/health")).status_code == 200

@@ -1,0 +1,243 @@
+"""/v1/completions with the official client."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy
+from server_fixtures import MODEL, Serve, served_by
+
+PROMPT = "Hello"
+
+
+async def test_equals_the_engine(serve: Serve) -> None:
+    async with serve() as served:
+        expected = await served.engine.complete(PROMPT, greedy(12))
+        answer = await served.client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.object == "text_completion"
+        assert answer.model == MODEL
+        [choice] = answer.choices
+        assert choice.text == expected.text
+        assert choice.finish_reason == "length"
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 12)
+        assert answer.usage.total_tokens == 17
+
+
+async def test_an_adapter_is_a_model(serve: Serve) -> None:
+    async with serve() as served:
+        for adapter in (None, "a"):
+            expected = await served.engine.complete(PROMPT, greedy(12), adapter=adapter)
+            answer = await served.client.completions.create(
+                model=adapter or MODEL,
+                prompt=PROMPT,
+                max_tokens=12,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+            )
+            assert answer.choices[0].text == expected.text
+            assert answer.model == (adapter or MODEL)
+
+
+async def test_streaming_adds_up(serve: Serve) -> None:
+    async with serve() as served:
+        expected = await served.engine.complete(PROMPT, greedy(12))
+        stream = await served.client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        chunks = [chunk async for chunk in stream]
+        assert len({chunk.id for chunk in chunks}) == 1
+        *parts, last = chunks
+        assert "".join(part.choices[0].text for part in parts) == expected.text
+        assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1].choices[0].finish_reason == "length"
+        assert last.choices == []
+        assert last.usage is not None
+        assert last.usage.completion_tokens == 12
+
+
+async def test_prompts_and_choices_come_in_order(serve: Serve) -> None:
+    async with serve() as served:
+
+        async def ask(prompt: object, n: int, seed: int = 7) -> list[str]:
+            answer = await served.client.completions.create(
+                model=MODEL,
+                prompt=prompt,  # type: ignore[arg-type]
+                n=n,
+                max_tokens=8,
+                seed=seed,
+                extra_body={"ignore_eos": True},
+            )
+            assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+            return [choice.text for choice in answer.choices]
+
+        one, other = await ask("one", 3), await ask("other", 3)
+        assert len({*one, *other}) == 6
+        assert await ask(["one", "other"], 3) == [*one, *other]
+        assert (await ask("one", 1)) == one[:1]
+        assert await ask([list(b"one"), list(b"other")], 1) != one  # ids are the vocabulary's, not bytes
+        assert await ask("one", 3, seed=8) != one
+
+
+async def test_a_streamed_choice_does_not_wait_for_the_others(serve: Serve) -> None:
+    async with serve() as served:
+        stream = await served.client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            n=3,
+            seed=1,
+            max_tokens=8,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        order: list[int] = []
+        texts = ["", "", ""]
+        async for chunk in stream:
+            for choice in chunk.choices:
+                order.append(choice.index)
+                texts[choice.index] += choice.text
+        assert order != sorted(order)
+        whole = await served.client.completions.create(
+            model=MODEL, prompt=PROMPT, n=3, seed=1, max_tokens=8, extra_body={"ignore_eos": True}
+        )
+        assert texts == [choice.text for choice in whole.choices]
+
+
+async def test_logprobs(serve: Serve) -> None:
+    async with serve() as served:
+        answer = await served.client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=6,
+            temperature=0,
+            logprobs=3,
+            extra_body={"ignore_eos": True},
+        )
+        found = answer.choices[0].logprobs
+        assert found is not None
+        assert (
+            found.tokens is not None and found.top_logprobs is not None and found.token_logprobs is not None
+        )
+        assert len(found.tokens) == len(found.token_logprobs) == 6
+        for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+            assert top[token] == logprob == max(top.values())
+        assert found.text_offset == [sum(map(len, found.tokens[:i])) for i in range(6)]
+
+
+async def test_stop_strings_end_the_text(serve: Serve) -> None:
+    async with serve() as served:
+        text = (await served.engine.complete(PROMPT, greedy(12))).text
+        stop = text[5:7]
+        answer = await served.client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            stop=[stop],
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.choices[0].text == text[: text.index(stop)]
+        assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_logit_bias_forces_and_bans(serve: Serve) -> None:
+    async with serve() as served:
+        answer = await served.client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=4,
+            logit_bias={"68": 100},
+            logprobs=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.choices[0].text == served.engine.tokenizer.decode([68] * 4)  # type: ignore[union-attr]
+
+
+async def test_many_streams_at_once(serve: Serve) -> None:
+    async with serve() as served:
+
+        async def one(i: int) -> str:
+            stream = await served.client.completions.create(
+                model=("a", MODEL)[i % 2],
+                prompt=f"prompt {i % 5}",
+                max_tokens=10,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        texts = await asyncio.gather(*[one(i) for i in range(40)])
+        for i in range(10):
+            assert len({texts[j] for j in range(i, 40, 10)}) == 1
+
+
+def test_the_sync_client_works(serve: Serve) -> None:
+    async def main() -> None:
+        async with serve() as served:
+
+            def ask() -> str:
+                client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+                with client:
+                    stream = client.completions.create(
+                        model=MODEL, prompt=PROMPT, max_tokens=5, temperature=0, stream=True
+                    )
+                    return "".join(chunk.choices[0].text for chunk in stream)
+
+            expected = await served.engine.complete(PROMPT, greedy(5))
+            assert await asyncio.to_thread(ask) == expected.text
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+    ],
+)
+async def test_what_would_change_the_answer_is_refused(
+    fields: dict[str, object], param: str, serve: Serve
+) -> None:
+    async with serve() as served:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await served.client.completions.create(
+                model=MODEL, prompt=PROMPT, max_tokens=2, extra_body=fields
+            )
+        assert caught.value.param == param
+        assert caught.value.code == "unsupported_parameter"
+
+
+async def test_harmless_fields_are_ignored(serve: Serve) -> None:
+    async with serve() as served:
+        harmless = {"user": "u", "metadata": {"a": "b"}, "store": False, "echo": False, "suffix": None}
+        answer = await served.client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=2, extra_body={**harmless, "best_of": 1}
+        )
+        assert answer.choices[0].finish_reason
+
+
+async def test_a_model_without_a_tokenizer_takes_token_ids(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine, served_by(engine) as served:
+        for stream in (False, True):
+            body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 4, "logprobs": 1, "stream": stream}
+            answer = await served.http.post("/v1/completions", json=body)
+            assert answer.status_code == 200
+        answer = await served.http.post("/v1/completions", json={"model": MODEL, "prompt": "text"})
+        assert answer.status_code == 400
+        messages = [{"role": "user", "content": "Hi"}]
+        chat = await served.http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages})
+        assert chat.status_code == 400
+        assert "tokenizer" in chat.json()["error"]["message"]

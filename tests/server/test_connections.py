@@ -1,0 +1,208 @@
+"""Clients that go away, read slowly or do nothing; draining; mounting."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy
+from server_fixtures import MODEL, Serve, until
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from aioengine import AsyncEngine
+from aioengine.events import RequestEnded, StepFinished
+from aioengine.server import ServerSettings, create_app
+
+LONG = {"model": MODEL, "prompt": "Hello", "max_tokens": 400, "ignore_eos": True}
+
+
+def steps_until_freed(engine: AsyncEngine) -> list[str]:
+    """Filled with the engine's steps and ends of requests as they happen."""
+    seen: list[str] = []
+
+    def listen(event: object) -> None:
+        if isinstance(event, RequestEnded):
+            seen.append(event.reason)
+        elif isinstance(event, StepFinished):
+            seen.append("step")
+
+    engine.add_listener(listen)
+    return seen
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_goes_away_frees_its_blocks(stream: bool, n: int, serve: Serve) -> None:
+    async with serve(max_model_len=500) as served:
+        seen = steps_until_freed(served.engine)
+        async with httpx.AsyncClient(base_url=served.url, trust_env=False) as leaving:
+            request = leaving.build_request(
+                "POST", "/v1/completions", json={**LONG, "stream": stream, "n": n}
+            )
+            sending = asyncio.create_task(leaving.send(request, stream=True))
+            if stream:
+                response = await sending
+                await anext(response.aiter_bytes())
+            else:
+                await until(lambda: served.engine.stats().output_tokens > 0)
+                sending.cancel()
+        await until(lambda: served.app.active == 0)
+        stats = served.engine.stats()
+        assert seen.count("abort") == n
+        await until(lambda: served.engine.stats().kv_blocks_free == stats.kv_blocks)
+        # What was in the batch when the requests ended is freed with that step; none follows.
+        assert seen[seen.index("abort") :].count("step") <= 1
+        served.engine.check_invariants()
+
+
+async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(serve: Serve) -> None:
+    async with serve(max_model_len=500) as served:
+        expected = (await served.engine.complete("Hello", greedy(400))).text
+        body = json.dumps({**LONG, "stream": True, "temperature": 0}).encode()
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        await until(lambda: served.engine.stats().running == 1)
+        # It reads nothing; others are served, and its own request finishes in the engine.
+        other = await served.client.completions.create(model=MODEL, prompt="Other", max_tokens=5)
+        assert other.choices[0].finish_reason
+        await until(lambda: served.engine.stats().running == 0)
+        text = ""
+        while True:
+            line = await asyncio.wait_for(reader.readline(), 20)
+            if line.strip() == b"data: [DONE]":
+                break
+            if line.startswith(b"data: "):
+                text += json.loads(line[6:])["choices"][0]["text"]
+        assert text == expected
+        writer.close()
+
+
+async def test_output_that_is_not_taken_is_gathered_in_one_chunk(
+    tiny_text: Tiny, make_engine: MakeEngine
+) -> None:
+    """Through bare ASGI, where the reader's pace is exact: blocked after the first chunk, it gets all the
+    rest as one more."""
+    async with make_engine(tiny_text) as engine:
+        app = create_app(engine, ServerSettings(served_model_names=[MODEL]))
+        body = json.dumps({**LONG, "max_tokens": 60, "stream": True}).encode()
+        go_on = asyncio.Event()
+        chunks: list[bytes] = []
+        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            for message in requests:
+                return message
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                chunks.append(message["body"])
+                if len(chunks) == 1:
+                    await go_on.wait()
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": [(b"content-type", b"application/json")],
+            "query_string": b"",
+            "root_path": "",
+        }
+        serving = asyncio.create_task(app(scope, receive, send))
+        await until(lambda: engine.stats().requests_finished == 1)
+        go_on.set()
+        await serving
+        assert len(chunks) == 3
+        assert chunks[-1] == b"data: [DONE]\n\n"
+
+
+async def test_a_client_that_takes_nothing_is_let_go(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text, max_model_len=500) as engine:
+        app = create_app(engine, ServerSettings(served_model_names=[MODEL], send_timeout=0.05))
+        body = json.dumps({**LONG, "stream": True}).encode()
+        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            for message in requests:
+                return message
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": [(b"content-type", b"application/json")],
+            "query_string": b"",
+        }
+        await asyncio.wait_for(app(scope, receive, send), 20)
+        assert app.active == 0
+        assert engine.stats().requests_aborted + engine.stats().requests_finished == 1
+
+
+async def test_a_thousand_idle_connections_are_nothing_to_the_others(serve: Serve) -> None:
+    async with serve() as served:
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        request = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+        tasks = len(asyncio.all_tasks())
+        idle = []
+        for _ in range(1000):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(request)
+            await reader.readuntil(b"}")
+            idle.append(writer)
+        assert len(asyncio.all_tasks()) - tasks < 10
+        answer = await served.client.completions.create(model=MODEL, prompt="x", max_tokens=3)
+        assert answer.choices[0].finish_reason
+        for writer in idle:
+            writer.close()
+
+
+async def test_draining_finishes_what_was_accepted(serve: Serve) -> None:
+    async with serve(max_model_len=500) as served:
+        stream = await served.client.completions.create(
+            model=MODEL, prompt="Hello", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        first = await anext(aiter(stream))
+        draining = asyncio.create_task(served.app.drain())
+        await until(lambda: served.app.context.draining)
+        refused = await served.http.post("/v1/completions", json=LONG)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "unavailable"
+        assert (await served.http.get("/ready")).status_code == 503
+        assert (await served.http.get("/health")).status_code == 200
+        assert not draining.done()
+        rest = [chunk async for chunk in stream]
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert first.choices[0].finish_reason is None
+        await asyncio.wait_for(draining, 20)
+
+
+async def test_mounted_in_another_application(tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_text) as engine:
+        app = Starlette(
+            routes=[Mount("/llm", create_app(engine, ServerSettings(served_model_names=[MODEL])))]
+        )
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"model": MODEL, "prompt": "Hello", "max_tokens": 3}
+            answer = await client.post("/llm/v1/completions", json=body)
+            assert answer.json()["usage"]["completion_tokens"] == 3
+            streamed = await client.post("/llm/v1/completions", json={**body, "stream": True})
+            assert streamed.text.endswith("data: [DONE]\n\n")
+            assert (await client.get("/llm/v1/models/tiny")).json()["id"] == MODEL
+            assert (await client.get("/llm/metrics")).status_code == 200
+            assert (await client.get("/llm/")).status_code == 200
+            assert (await client.get("/llm/docs/openapi.json")).json()["servers"] == [{"url": ".."}]
+            assert (await client.get("/v1/models")).status_code == 404
+        assert engine.state == "running"

@@ -1,0 +1,170 @@
+"""Statuses and bodies of what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+from engine_fixtures import greedy
+from server_fixtures import MODEL, Serve, until
+
+OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        (b"{", 400, None, "invalid_json"),
+        (b'"text"', 422, None, "invalid_value"),
+        ({"prompt": "x"}, 422, "model", "invalid_value"),
+        ({"model": MODEL}, 422, "prompt", "invalid_value"),
+        ({**OK, "max_tokens": "2"}, 422, "max_tokens", "invalid_value"),
+        ({**OK, "max_tokens": 0}, 422, "max_tokens", "invalid_value"),
+        ({**OK, "temperature": 3}, 422, "temperature", "invalid_value"),
+        ({**OK, "max_token": 2}, 422, "max_token", "unknown_parameter"),
+        ({**OK, "stream_options": {"x": 1}}, 422, "stream_options.x", "unknown_parameter"),
+        ({**OK, "logit_bias": {"5": 101}}, 422, "logit_bias[...]", "invalid_value"),
+        ({**OK, "logit_bias": {"x": 1}}, 400, "logit_bias", "invalid_value"),
+        ({**OK, "logit_bias": {"256": 1}}, 400, "logit_bias", "invalid_value"),
+        ({**OK, "stop_token_ids": [256]}, 400, "stop_token_ids", "invalid_value"),
+        ({**OK, "stop": [""]}, 400, "stop", "invalid_value"),
+        ({**OK, "stop": ["x"] * 17}, 400, "stop", "invalid_value"),
+        ({**OK, "stop": "x" * 257}, 400, "stop", "invalid_value"),
+        ({**OK, "logit_bias": {str(i): 1 for i in range(1025)}}, 400, "logit_bias", "invalid_value"),
+        ({**OK, "stop_token_ids": [1] * 1025}, 400, "stop_token_ids", "invalid_value"),
+        ({**OK, "prompt": ["x"] * 129}, 400, "prompt", None),
+        ({**OK, "n": 100, "prompt": ["a", "b"]}, 400, "n", "invalid_value"),
+        ({**OK, "prompt": []}, 400, "prompt", "invalid_value"),
+        ({**OK, "prompt": [1, "a"]}, 400, "prompt", "invalid_value"),
+        ({**OK, "prompt": [256]}, 400, None, "invalid_value"),
+        ({**OK, "prompt": ""}, 400, None, "invalid_value"),
+        ({**OK, "prompt": "x" * 128}, 400, "prompt", "context_length_exceeded"),
+        ({**OK, "model": "nobody"}, 404, "model", "model_not_found"),
+        ({**OK, "model": ""}, 404, "model", "model_not_found"),
+        ({**OK, "model": "../etc"}, 404, "model", "model_not_found"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusals(
+    body: Any, status: int, param: str | None, code: str | None, stream: bool, serve: Serve
+) -> None:
+    async with serve() as served:
+        if isinstance(body, bytes):
+            answer = await served.http.post(
+                "/v1/completions", content=body, headers={"content-type": "application/json"}
+            )
+        else:
+            answer = await served.http.post("/v1/completions", json={**body, "stream": stream})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
+        assert error["type"] == "invalid_request_error"
+        assert error["message"]
+        # and nothing of it is left
+        assert served.engine.stats().running == served.engine.stats().waiting == 0
+
+
+async def test_the_client_knows_the_errors(serve: Serve) -> None:
+    async with serve() as served:
+        with pytest.raises(openai.NotFoundError) as caught:
+            await served.client.completions.create(model="nobody", prompt="x")
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.UnprocessableEntityError) as wrong:
+            await served.client.completions.create(model=MODEL, prompt="x", max_tokens="many")  # type: ignore[call-overload]
+        assert wrong.value.param == "max_tokens"
+        assert "Expected `int" in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/models/nobody", 404),
+    ],
+)
+async def test_paths_and_methods(method: str, path: str, status: int, serve: Serve) -> None:
+    async with serve() as served:
+        answer = await served.http.request(method, path)
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+async def test_a_body_must_be_json(serve: Serve) -> None:
+    async with serve() as served:
+        form = await served.http.post("/v1/completions", data={"model": MODEL})
+        assert form.status_code == 415
+        plain = await served.http.post(
+            "/v1/completions", content=b"{}", headers={"content-type": "text/plain"}
+        )
+        assert plain.status_code == 415
+        nothing = await served.http.post("/v1/completions", headers={"content-type": "application/json"})
+        assert nothing.status_code == 400
+
+
+async def test_overload_says_when_to_come_back(serve: Serve) -> None:
+    async with serve(max_num_seqs=1, max_waiting=1, settings={"retry_after": 7}) as served:
+        running = served.engine.generate("busy", greedy(100))
+        await anext(running)
+        waiting = asyncio.create_task(served.engine.complete("busy too", greedy(100)))
+        await until(lambda: served.engine.stats().waiting == 1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await served.client.completions.create(model=MODEL, prompt="x", stream=True)
+        assert caught.value.response.headers["retry-after"] == "7"
+        assert caught.value.code == "engine_overloaded"
+        waiting.cancel()
+        await running.aclose()
+
+
+async def test_the_deadline_is_a_timeout(serve: Serve) -> None:
+    async with serve(settings={"request_timeout": 0.001}) as served:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await served.client.completions.create(model=MODEL, prompt="x" * 100, max_tokens=20)
+        assert caught.value.status_code == 504
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+async def test_an_error_in_the_middle_ends_the_stream_with_it(serve: Serve) -> None:
+    async with serve(max_model_len=500) as served:
+        stream = await served.client.completions.create(
+            model=MODEL, prompt="x", max_tokens=490, stream=True, extra_body={"ignore_eos": True}
+        )
+        first = await anext(aiter(stream))
+        assert first.choices[0].finish_reason is None
+        await served.engine.stop()
+        with pytest.raises(openai.APIError, match="stopped"):
+            async for _chunk in stream:
+                pass
+
+
+async def test_a_stopped_engine_is_unavailable(serve: Serve) -> None:
+    async with serve() as served:
+        await served.engine.stop()
+        answer = await served.http.post("/v1/completions", json=OK)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert (await served.http.get("/health")).status_code == 503
+        assert (await served.http.get("/ready")).status_code == 503
+
+
+async def test_an_adapter_that_is_gone_is_not_asked_for_again(serve: Serve, tmp_path: Any) -> None:
+    async with serve() as served:
+        served.engine.register_adapter("gone", tmp_path / "gone")
+        answer = await served.http.post("/v1/completions", json={**OK, "model": "gone"})
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
+        assert answer.json()["error"]["code"] == "adapter_load_error"
+
+
+async def test_a_broken_adapter_harms_its_own_requests(serve: Serve, tmp_path: Any) -> None:
+    async with serve() as served:
+        (tmp_path / "adapter_config.json").write_text("{")
+        served.engine.register_adapter("broken", tmp_path)
+        answer = await served.http.post("/v1/completions", json={**OK, "model": "broken"})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["code"] == "adapter_invalid"
+        assert "'broken'" in error["message"]
+        assert str(tmp_path) not in error["message"]
+        assert (await served.http.post("/v1/completions", json=OK)).status_code == 200

@@ -1,0 +1,139 @@
+"""/v1/models, adapters over HTTP, tokens, probes, pages."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from engine_fixtures import Tiny, greedy
+from server_fixtures import MODEL, Serve
+
+
+async def test_the_base_model_and_the_adapters_are_models(serve: Serve, tiny_text: Tiny) -> None:
+    async with serve(settings={"served_model_names": ["org/tiny", "tiny"]}) as served:
+        models = {model.id: model async for model in await served.client.models.list()}
+        assert list(models) == ["org/tiny", "tiny", "a"]
+        base, adapter = models["org/tiny"].model_dump(), models["a"].model_dump()
+        assert (base["parent"], base["root"]) == (None, str(tiny_text.model))
+        assert (adapter["parent"], adapter["root"]) == ("org/tiny", str(tiny_text.adapters["a"]))
+        assert base["max_model_len"] == 128
+        assert (await served.client.models.retrieve("a")).model_dump() == adapter
+        assert (await served.client.models.retrieve("org/tiny")).model_dump() == base
+        with pytest.raises(openai.NotFoundError):
+            await served.client.models.retrieve("b")
+        for name in ("org/tiny", "tiny"):
+            assert (
+                await served.client.completions.create(model=name, prompt="x", max_tokens=1)
+            ).model == name
+
+
+@pytest.fixture
+def root(tiny_text: Tiny, tmp_path: Path) -> Path:
+    """An adapter root with "team/a", and beside it, outside, "secret"."""
+    shutil.copytree(tiny_text.adapters["a"], tmp_path / "root" / "team" / "a")
+    shutil.copytree(tiny_text.adapters["a"], tmp_path / "secret")
+    return tmp_path / "root"
+
+
+async def test_adapters_are_loaded_and_unloaded_as_vllm_does(serve: Serve, root: Path) -> None:
+    async with serve(adapter_root=str(root)) as served:
+
+        async def post(path: str, **body: Any) -> tuple[int, str]:
+            answer = await served.http.post(path, json=body)
+            return answer.status_code, answer.text
+
+        expected = await served.engine.complete("Hello", greedy(8), adapter="a")
+        loaded = await post("/v1/load_lora_adapter", lora_name="new", lora_path="team/a")
+        assert loaded == (200, "Success: LoRA adapter 'new' added successfully.")
+        answer = await served.client.completions.create(
+            model="new", prompt="Hello", max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.choices[0].text == expected.text
+
+        status, text = await post("/v1/load_lora_adapter", lora_name="new", lora_path="team/a")
+        assert (status, "has already been loaded" in text) == (400, True)
+        again = {"lora_name": "new", "lora_path": str(root / "team" / "a"), "load_inplace": True}
+        assert (await post("/v1/load_lora_adapter", **again))[0] == 200
+        assert [info.version for info in served.engine.adapters() if info.name == "new"] == [2]
+
+        unloaded = await post("/v1/unload_lora_adapter", lora_name="new")
+        assert unloaded == (200, "Success: LoRA adapter 'new' removed successfully.")
+        status, text = await post("/v1/unload_lora_adapter", lora_name="new")
+        assert (status, "cannot be found" in text) == (404, True)
+        assert (await post("/v1/load_lora_adapter", lora_name="new"))[0] == 400
+        assert (await post("/v1/load_lora_adapter", lora_name=MODEL, lora_path="team/a"))[0] == 400
+        assert (await post("/v1/load_lora_adapter", lora_name="bad name", lora_path="team/a"))[0] == 400
+
+
+async def test_nothing_outside_of_the_root_is_loaded(serve: Serve, root: Path) -> None:
+    (root / "link").symlink_to(root.parent / "secret")
+    (root / "inner").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (root / "inner" / name).symlink_to(root.parent / "secret" / name)
+    async with serve(adapter_root=str(root)) as served:
+        outside = [
+            "../secret",
+            str(root.parent / "secret"),
+            "team/../../secret",
+            "link",
+            "inner",
+            "/",
+            ".",
+            "~",
+        ]
+        outside += ["team/a\0", "hf:org/repo", "\\..\\secret", "nothing"]
+        for path in outside:
+            answer = await served.http.post(
+                "/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path}
+            )
+            assert (answer.status_code, path) == (404, path)
+            assert str(root) not in answer.text or path.startswith("/")
+        assert [info.name for info in served.engine.adapters()] == ["a"]
+
+
+async def test_without_a_root_there_is_no_loading(serve: Serve, tiny_text: Tiny) -> None:
+    async with serve() as served:
+        body = {"lora_name": "x", "lora_path": str(tiny_text.adapters["a"])}
+        assert (await served.http.post("/v1/load_lora_adapter", json=body)).status_code == 403
+        assert (await served.http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})).status_code == 403
+        assert [info.name for info in served.engine.adapters()] == ["a"]
+
+
+async def test_tokenize_and_back(serve: Serve) -> None:
+    async with serve() as served:
+
+        async def post(path: str, **body: Any) -> Any:
+            return (await served.http.post(path, json=body)).json()
+
+        text = "héllo, 世界"
+        found = await post("/tokenize", model=MODEL, prompt=text, return_token_strs=True)
+        assert found["count"] == len(found["tokens"]) == len(text.encode())
+        assert found["max_model_len"] == 128
+        assert found["token_strs"][:3] == ["h", "\ufffd", "\ufffd"]
+        assert (await post("/detokenize", model="a", tokens=found["tokens"]))["prompt"] == text
+        chat = await post("/tokenize", messages=[{"role": "user", "content": "Hi"}])
+        assert (await post("/detokenize", tokens=chat["tokens"]))["prompt"] == "<user>Hi"
+        assert (await post("/detokenize", tokens=[10**9]))["prompt"] == ""
+        both = await post("/tokenize", prompt="x", messages=[{"role": "user", "content": "Hi"}])
+        assert both["error"]["param"] == "prompt"
+
+
+async def test_probes_and_pages(serve: Serve) -> None:
+    async with serve() as served:
+        assert (await served.http.get("/health")).json() == {"status": "running"}
+        assert (await served.http.get("/ready")).status_code == 200
+        metrics = await served.http.get("/metrics")
+        assert "aioengine_" in metrics.text
+        page = await served.http.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        docs = await served.http.get("/docs")
+        assert docs.status_code == 200
+        assert "/v1/chat/completions" in docs.text
+        assert "http://" not in docs.text and "https://" not in docs.text
+        schema = (await served.http.get("/docs/openapi.json")).json()
+        post = schema["paths"]["/v1/chat/completions"]["post"]
+        assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+        assert schema["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False

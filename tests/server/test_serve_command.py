@@ -1,0 +1,143 @@
+"""``aioengine serve`` as a process: its signals, its log, its exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from engine_fixtures import Tiny
+
+from aioengine.cli.main import main
+
+SMALL = ["--max-model-len", "500", "--kv-cache-memory", "4MiB", "--max-loras", "2", "--dtype", "float32"]
+
+
+class Serving:
+    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+        self.process = process
+        self.url = url
+        self.lines: list[dict[str, Any]] = []
+
+    async def end(self) -> int:
+        """Its exit code, once it has ended; its log is in ``lines``."""
+        assert self.process.stderr is not None
+        rest = await asyncio.wait_for(self.process.stderr.read(), 60)
+        self.lines = [json.loads(line) for line in rest.decode().splitlines()]
+        return await asyncio.wait_for(self.process.wait(), 60)
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path, *flags: str, **environment: str) -> AsyncIterator[Serving]:
+    arguments = ["serve", "--model", str(model), "--port", "0", "--log-format", "json", *SMALL, *flags]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "aioengine",
+        *arguments,
+        env={**os.environ, **environment},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(120):
+            while True:
+                line = (await process.stderr.readline()).decode()
+                assert line, "it ended before it served"
+                found = re.search(r"serving at (http://\S+)", line)
+                if found:
+                    break
+        yield Serving(process, found[1])
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# for the team\nteam:sk-secret\n")
+    flags = ["--api-key-file", str(keys), "--served-model-name", "tiny", "--lora-modules"]
+    flags += [f"a={tiny_text.adapters['a']}"]
+    async with serving(tiny_text.model, *flags, AIOENGINE_API_KEYS="sk-other") as server:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="sk-secret", max_retries=0)
+        stream = await client.completions.create(
+            model="a", prompt="Hello", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        await anext(aiter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        headers = {"authorization": "Bearer sk-other"}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, trust_env=False) as http:
+            async with asyncio.timeout(60):
+                while (await http.get("/ready")).status_code != 503:
+                    await asyncio.sleep(0.001)
+            refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+            assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+        chunks = [chunk async for chunk in stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        await client.close()
+        assert await server.end() == 0
+    done = next(line for line in server.lines if line.get("finish_reason"))
+    assert done["tenant"] == "team" and done["adapter"] == "a" and done["output_tokens"] == 400
+    assert {"time", "level", "logger", "request_id", "ttft", "seconds", "status"} <= set(done)
+    assert "sk-" not in json.dumps(server.lines)
+
+
+async def test_a_second_signal_gives_up(tiny_text: Tiny) -> None:
+    async with serving(tiny_text.model, "--served-model-name", "tiny") as server:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        streams = [
+            await client.completions.create(
+                model="tiny", prompt=f"{i}", max_tokens=490, stream=True, extra_body={"ignore_eos": True}
+            )
+            for i in range(8)
+        ]
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)
+        assert await server.end() == 1
+        for stream in streams:
+            await stream.close()
+        await client.close()
+
+
+async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
+    async with serving(tiny_text.model, "--served-model-name", "tiny", "--grace-seconds", "0.01") as server:
+        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = await client.completions.create(
+            model="tiny", prompt="x", n=8, max_tokens=490, stream=True, extra_body={"ignore_eos": True}
+        )
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.end() == 1
+        await stream.close()
+        await client.close()
+
+
+def test_what_is_refused_is_refused_before_the_model_is_loaded(
+    tiny_text: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aioengine.cli.serve.configure_logging", lambda form, level: None)
+    (tmp_path / "empty").write_text("\n# nothing\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags, what in (
+            (["--port", port], port),
+            (["--port", "99999"], "99999"),
+            (["--api-key-file", "/nowhere"], "/nowhere"),
+            (["--api-key-file", str(tmp_path / "empty")], "has no key"),
+            (["--api-key", "a b"], "--api-key"),
+            (["--max-body-bytes", "0"], "max_body_bytes"),
+            (["--grace-seconds", "-1"], "grace"),
+        ):
+            assert main(["serve", "--model", str(tiny_text.model), *SMALL, *flags]) == 2
+            assert what in capsys.readouterr().err
