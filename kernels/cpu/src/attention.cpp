@@ -37,15 +37,23 @@ struct Attention {
   float scale;
 };
 
-// Scores of R query rows against the 64 keys of four panels.
+// Where the keys and values of up to 64 positions of a sequence lie, for one key head.
+struct Panels {
+  const uint32_t *keys[CHUNK], *values[CHUNK];
+};
+
+// Scores of R query rows against the keys. Blocks lie anywhere in memory, which hardware cannot foresee: the values
+// are fetched meanwhile.
 template <class T, int R>
-void scores(const uint32_t* q, const uint32_t* const (&panel)[CHUNK], long lanes, float* out) {
+void scores(const uint32_t* q, const Panels& at, long lanes, bool fetch, float* out) {
   vf acc[R][CHUNK];
   for (int r = 0; r < R; r++)
     for (int p = 0; p < CHUNK; p++) acc[r][p] = vf{};
   for (long k = 0; k < lanes; k++) {
     vu b[CHUNK];
-    for (int p = 0; p < CHUNK; p++) b[p] = load(panel[p] + k * LANES);
+    for (int p = 0; p < CHUNK; p++) b[p] = load(at.keys[p] + k * LANES);
+    if (fetch)
+      for (int p = 0; p < CHUNK; p++) __builtin_prefetch(at.values[p] + k * LANES);
     for (int r = 0; r < R; r++) {
       const vu a = splat(q[r * lanes + k]);
       for (int p = 0; p < CHUNK; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
@@ -55,9 +63,10 @@ void scores(const uint32_t* q, const uint32_t* const (&panel)[CHUNK], long lanes
     for (int p = 0; p < CHUNK; p++) storef(out + r * KEYS + p * LANES, acc[r][p]);
 }
 
-// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk.
+// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk. Meanwhile the keys of
+// the chunk that comes next are fetched.
 template <class T, int R>
-void accumulate(const uint32_t* weights, const uint32_t* const (&panel)[CHUNK], long count, long head_dim,
+void accumulate(const uint32_t* weights, const Panels& at, long count, long head_dim, const Panels* next,
                 const float* decay, float* out) {
   constexpr int W = 4;  // vectors of the output at a time
   for (long d = 0; d < head_dim; d += W * LANES) {
@@ -71,7 +80,9 @@ void accumulate(const uint32_t* weights, const uint32_t* const (&panel)[CHUNK], 
       const long lanes = (keys + T::PER_LANE - 1) / T::PER_LANE;
       for (long k = 0; k < lanes; k++) {
         vu v[W];
-        for (int w = 0; w < W; w++) v[w] = load(panel[p] + k * head_dim + d + (w < width ? w : 0) * LANES);
+        for (int w = 0; w < W; w++) v[w] = load(at.values[p] + k * head_dim + d + (w < width ? w : 0) * LANES);
+        if (next != nullptr)
+          for (int w = 0; w < width; w++) __builtin_prefetch(next->keys[p] + k * head_dim + d + w * LANES);
         for (int r = 0; r < R; r++) {
           const vu a = splat(weights[r * (KEYS / T::PER_LANE) + p * (LANES / T::PER_LANE) + k]);
           for (int w = 0; w < W; w++) acc[r][w] = T::dot(acc[r][w], a, v[w]);
@@ -94,16 +105,42 @@ struct Scratch {
   float scores[MAX_ROWS * KEYS];
 };
 
+// Positions `at`.. of a task's sequence.
 template <class T>
-void attend(const Attention& a, const Task& task, long head_begin, long head_end, Scratch& scratch) {
+Panels locate(const Attention& a, const Task& task, long at, long count) {
+  const int32_t* table = a.tables + task.sequence * a.table_width;
+  const long lanes = a.head_dim / T::PER_LANE, per_head = a.block_size * lanes;
+  Panels found;
+  for (int p = 0; p < CHUNK; p++) {
+    // Panels past the last key repeat the first: what they give is masked.
+    const long position = at + (p * LANES < count ? p * LANES : 0);
+    const long block = table[position / a.block_size], offset = position % a.block_size;
+    const long base = (block * a.kv_heads + task.kv_head) * per_head + offset * lanes;
+    found.keys[p] = (const uint32_t*)a.keys + base;
+    found.values[p] = (const uint32_t*)a.values + base;
+  }
+  return found;
+}
+
+// The first position that a task looks at.
+inline long first_key(const Attention& a, const Task& task) {
+  const long position = a.spans[task.sequence * 3 + 2] + task.token;
+  const long begin = a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
+  return begin - begin % KEYS;
+}
+
+inline long keys_from(const Attention& a, const Task& task, long at) {
+  const long end = a.spans[task.sequence * 3 + 2] + task.token + task.tokens;
+  return end - at < KEYS ? end - at : KEYS;
+}
+
+// `next` is what this thread does afterwards, or null.
+template <class T>
+void attend(const Attention& a, const Task& task, const Task* next, long head_begin, long head_end, Scratch& scratch) {
   using elem = typename T::elem;
   const long lanes = a.head_dim / T::PER_LANE, group = head_end - head_begin, rows = task.tokens * group;
   const int32_t* span = a.spans + task.sequence * 3;
-  const int32_t* table = a.tables + task.sequence * a.table_width;
   const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
-  const long per_head = a.block_size * lanes;  // lanes of one head of one block
-  const uint32_t* keys = (const uint32_t*)a.keys;
-  const uint32_t* values = (const uint32_t*)a.values;
 
   uint32_t* q = scratch.q.data();
   for (long r = 0; r < rows; r++) {
@@ -116,21 +153,19 @@ void attend(const Attention& a, const Task& task, long head_begin, long head_end
   vf total[MAX_ROWS];
   for (long r = 0; r < rows; r++) highest[r] = NONE, total[r] = vf{};
 
-  long begin = a.window > 0 && first_position + 1 > a.window ? first_position + 1 - a.window : 0;
-  begin -= begin % KEYS;
+  const long begin = first_key(a, task);
+  Panels now_at = locate<T>(a, task, begin, keys_from(a, task, begin));
   for (long at = begin; at <= last_position; at += KEYS) {
-    const long count = last_position + 1 - at < KEYS ? last_position + 1 - at : KEYS;
-    const uint32_t *k_panel[CHUNK], *v_panel[CHUNK];
-    for (int p = 0; p < CHUNK; p++) {
-      // Panels past the last key repeat the first: what they give is masked.
-      const long position = at + (p * LANES < count ? p * LANES : 0);
-      const long block = table[position / a.block_size], offset = position % a.block_size;
-      const long base = (block * a.kv_heads + task.kv_head) * per_head;
-      k_panel[p] = keys + base + offset * lanes;
-      v_panel[p] = values + base + offset * lanes;
-    }
+    const long count = keys_from(a, task, at);
+    const Panels here = now_at;
+    const bool more = at + KEYS <= last_position;
+    if (more)
+      now_at = locate<T>(a, task, at + KEYS, keys_from(a, task, at + KEYS));
+    else if (next != nullptr)
+      now_at = locate<T>(a, *next, first_key(a, *next), keys_from(a, *next, first_key(a, *next)));
+    const Panels* fetch = more || next != nullptr ? &now_at : nullptr;
     for (long r = 0; r < rows; r += 4) {
-#define CALL(R) scores<T, R>(q + r * lanes, k_panel, lanes, scratch.scores + r * KEYS)
+#define CALL(R) scores<T, R>(q + r * lanes, here, lanes, r == 0, scratch.scores + r * KEYS)
       switch (rows - r) {
         case 1: CALL(1); break;
         case 2: CALL(2); break;
@@ -166,8 +201,8 @@ void attend(const Attention& a, const Task& task, long head_begin, long head_end
     }
     for (long r = 0; r < rows; r += 4) {
 #define CALL(R)                                                                                             \
-  accumulate<T, R>(scratch.weights.data() + r * (KEYS / T::PER_LANE), v_panel, count, a.head_dim, decay + r, \
-                   out + r * a.head_dim)
+  accumulate<T, R>(scratch.weights.data() + r * (KEYS / T::PER_LANE), here, count, a.head_dim,               \
+                   r == 0 ? fetch : nullptr, decay + r, out + r * a.head_dim)
       switch (rows - r) {
         case 1: CALL(1); break;
         case 2: CALL(2); break;
@@ -204,12 +239,18 @@ void attention(const Attention& a, int threads) {
     scratch.q.resize(MAX_ROWS * a.head_dim / T::PER_LANE);
     scratch.weights.resize(MAX_ROWS * KEYS / T::PER_LANE);
     scratch.out.resize(MAX_ROWS * a.head_dim);
-#pragma omp for schedule(dynamic, 4)
-    for (long i = 0; i < long(tasks.size()); i++)
-      for (long h = 0; h < group; h += heads_at_once) {
-        const long head = tasks[i].kv_head * group + h, end = h + heads_at_once < group ? h + heads_at_once : group;
-        attend<T>(a, tasks[i], head, tasks[i].kv_head * group + end, scratch);
-      }
+    // Tasks that a thread takes together: many, because what comes next is known only among them.
+    const long at_once = 1 + long(tasks.size()) / (8 * omp_get_num_threads());
+#pragma omp for schedule(dynamic, 1)
+    for (long first = 0; first < long(tasks.size()); first += at_once) {
+      const long end = first + at_once < long(tasks.size()) ? first + at_once : long(tasks.size());
+      for (long i = first; i < end; i++)
+        for (long h = 0; h < group; h += heads_at_once) {
+          const long head = tasks[i].kv_head * group + h, left = group - h;
+          const Task* next = i + 1 < end ? &tasks[i + 1] : nullptr;
+          attend<T>(a, tasks[i], next, head, head + (left < heads_at_once ? left : heads_at_once), scratch);
+        }
+    }
   }
 }
 

@@ -45,7 +45,13 @@ inline vu load_tail(const typename T::elem* p, long count) {
   return v;
 }
 
-// Products of up to 4 tokens with up to 4 rows of A: sums[t * 4 + r].
+// An adapter is read once a step, from memory: what comes next is asked for early.
+template <class T>
+inline void fetch(const typename T::elem* p, long elements) {
+  for (long i = 0; i < elements; i += 64 / long(sizeof *p)) __builtin_prefetch(p + i);
+}
+
+// Products of up to 4 tokens with up to 4 rows of A: sums[t * 4 + r]. Fetches the 4 rows behind them.
 template <class T, int TOKENS>
 inline vf products(const typename T::elem* x, long x_stride, const typename T::elem* const (&a)[4], long k) {
   constexpr long STEP = LANES * T::PER_LANE;
@@ -54,7 +60,10 @@ inline vf products(const typename T::elem* x, long x_stride, const typename T::e
   long i = 0;
   for (; i + STEP <= k; i += STEP) {
     vu row[4];
-    for (int r = 0; r < 4; r++) row[r] = load((const uint32_t*)(a[r] + i));
+    for (int r = 0; r < 4; r++) {
+      row[r] = load((const uint32_t*)(a[r] + i));
+      __builtin_prefetch(a[r] + 4 * k + i);
+    }
     for (int t = 0; t < TOKENS; t++) {
       const vu token = load((const uint32_t*)(x + t * x_stride + i));
       for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, row[r]);
@@ -200,6 +209,8 @@ inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, lon
     for (int p = 0; p < P; p++) store_some<T>(y + r * y_stride + p * LANES, acc[r][p], columns - p * LANES);
 }
 
+constexpr long AHEAD = 4 * LANES;  // rows of B between those in use and those that are fetched
+
 struct Slice {
   const void* b;       // [out, max_rank] of the first slot
   const void* affine;  // [2, out] of the first slot
@@ -248,6 +259,7 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
         const Slice& slice = e.slice[tasks[i].slice];
         const long column = tasks[i].column;
         const long columns = slice.out - column;
+        fetch<T>((const elem*)slice.b + g->slot * slice.b_stride + (column + AHEAD) * e.max_rank, 2 * LANES * e.max_rank);
         for (int p = 0; p < 2 && p * LANES < columns; p++) {
           const long rows = columns - p * LANES < LANES ? columns - p * LANES : LANES;
           const elem* from = (const elem*)slice.b + g->slot * slice.b_stride + (column + p * LANES) * e.max_rank;
