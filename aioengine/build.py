@@ -70,6 +70,7 @@ def build_parts(config: EngineConfig, progress: LoadProgress | None = None) -> P
         dtype=lora_dtype,
         weights=runner.decoder.base_weight,
         pin_memory=device == "cuda",
+        allow_nonfinite=lora is not None and lora.allow_nonfinite,
     )
     return Parts(spec, plan, runner, store, load_tokenizer(path))
 

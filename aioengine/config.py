@@ -51,6 +51,9 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How often a read that failed for a passing reason is tried again, after about 0.1, 0.2, ... s."""
     load_timeout: float | None = 60.0
     """Seconds that a load may take, retries and all, before it fails; None: for ever."""
+    allow_nonfinite: bool = False
+    """Accept adapters whose weights contain NaN or infinity. Requests for them fail when that reaches
+    their logits."""
     adapter_root: str | None = None
     """A folder whose subfolders are found by name: an adapter that is not registered is looked for here
     when a request names it."""
@@ -71,6 +74,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _choice(self, "max_lora_rank", ALLOWED_RANKS)
         _choice(self, "lora_dtype", get_args(DType))
         _boolean(self, "fully_sharded_loras")
+        _boolean(self, "allow_nonfinite")
         if self.max_cpu_loras is None:
             set_(self, "max_cpu_loras", self.max_loras)
         _integer(self, "max_cpu_loras", low=1)

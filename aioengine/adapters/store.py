@@ -27,12 +27,14 @@ class AdapterStore:
         dtype: torch.dtype,
         weights: BaseWeights,
         pin_memory: bool = False,
+        allow_nonfinite: bool = False,
     ) -> None:
         self._spec = spec
         self._layout = SlotLayout(spec, max_rank, target_modules)
         self._dtype = dtype
         self._weights = weights
         self._pin_memory = pin_memory
+        self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
 
     def read(self, name: str, path: str) -> AdapterImage:
@@ -51,6 +53,7 @@ class AdapterStore:
             max_rank=self._layout.max_rank,
             target_modules=self._layout.modules,
             dtype=self._dtype,
+            allow_nonfinite=self._allow_nonfinite,
             base_weight=self._embedding,
         )
         affine = output_affine(packed, self._weights, self._dtype)

@@ -93,6 +93,8 @@ class EngineFlags:
     """How often a read that failed for a passing reason is tried again."""
     load_timeout: Annotated[float | None, _IN_MORE_LORA] = None
     """Seconds that a load may take."""
+    allow_nonfinite: Annotated[bool | None, _IN_MORE_LORA] = None
+    """Accept weights that contain NaN or infinity."""
     fully_sharded_loras: Annotated[bool | None, _IN_MORE_LORA] = None
     """With tensor parallelism, shard all of the LoRA work."""
 

@@ -64,6 +64,7 @@ def test_every_flag_reaches_the_configuration() -> None:
         max_concurrent_loads=3,
         load_retries=1,
         load_timeout=9.0,
+        allow_nonfinite=True,
         policy_time_budget=0.5,
         policy_max_overruns=7,
         max_adapter_labels=5,
@@ -81,6 +82,7 @@ def test_every_flag_reaches_the_configuration() -> None:
     assert lora.adapter_root == "adapters"
     assert (lora.max_cpu_lora_bytes, lora.modules) == (2**20, ("q_proj", "v_proj"))
     assert (lora.max_concurrent_loads, lora.load_retries, lora.load_timeout) == (3, 1, 9.0)
+    assert lora.allow_nonfinite
     assert (config.policy_time_budget, config.policy_max_overruns) == (0.5, 7)
     assert (config.max_adapter_labels, config.metrics_compat, config.name) == (5, "vllm", "other")
 
