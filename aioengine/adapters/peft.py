@@ -24,7 +24,6 @@ from aioengine.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_co
 from aioengine.adapters.weights_file import (
     BIN_FILE,
     SAFETENSORS_FILE,
-    Buffer,
     Entry,
     SafetensorsHeader,
     Weights,
@@ -32,6 +31,7 @@ from aioengine.adapters.weights_file import (
     unpickle,
 )
 from aioengine.errors import AdapterInvalid
+from aioengine.model.buffer import Buffer
 from aioengine.model.spec import ModelSpec
 
 _MAX_CONFIG_BYTES = 4 << 20
