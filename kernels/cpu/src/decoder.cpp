@@ -3,6 +3,7 @@
 // Called from Python, a step of 30 layers would be some 400 calls, each of which holds the GIL for a few
 // microseconds; in one call it is free throughout.
 #include <cstring>
+#include <vector>
 
 #include "ops.h"
 
@@ -69,6 +70,9 @@ struct Step {
 
 namespace {
 
+constexpr long FETCH_ROWS = 64;         // with more, the adapters are a small part of what is read
+constexpr long FETCH_BYTES = 2 << 20;
+
 struct Run {
   const Model& m;
   const Step& s;
@@ -76,9 +80,31 @@ struct Run {
 
   size_t element() const { return m.bf16 ? 2 : 4; }
 
+  // Where the matrices of the batch's adapters lie, A before B as they are needed, as much as caches hold.
+  std::vector<aio::Fetch> matrices(const LoraPool& pool, const LoraBatch& batch, long k) const {
+    std::vector<aio::Fetch> found;
+    long left = FETCH_BYTES;
+    const auto add = [&](const void* first, long stride, int slot, long elements) {
+      const long bytes = elements * long(element());
+      if (bytes > left) return;
+      left -= bytes;
+      found.push_back({(const char*)first + slot * stride * long(element()), bytes});
+    };
+    for (long g = 0; g < batch.count; g++)
+      add(pool.a, m.slot_stride, batch.segments[g * 4], pool.slices * m.max_rank * k);
+    for (long j = 0; j < pool.slices; j++)
+      for (long g = 0; g < batch.count; g++)
+        add(pool.slice[j].b, pool.slice[j].b_stride, batch.segments[g * 4], pool.slice[j].out * m.max_rank);
+    return found;
+  }
+
   void linear(const Matrix& w, const LoraPool& pool, const LoraBatch& batch, const void* x, void* y, long rows) const {
-    aio_linear(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, threads);
-    if (pool.slices == 0 || batch.count == 0) return;
+    const bool adapted = pool.slices > 0 && batch.count > 0;
+    std::vector<aio::Fetch> next;
+    if (adapted && rows <= FETCH_ROWS) next = matrices(pool, batch, w.k);
+    aio_linear_fetching(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, next.data(), long(next.size()),
+                        threads);
+    if (!adapted) return;
     std::memset(s.h, 0, rows * pool.slices * m.max_rank * element());
     aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, m.max_rank, batch.segments,
                     batch.count, threads);

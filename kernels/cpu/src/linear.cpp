@@ -16,13 +16,50 @@ namespace {
 constexpr int ROWS = 8, PANELS = 3;
 constexpr long ROW_BLOCK = 64;  // rows of x that stay in the L2 cache while the panels pass by
 
+// Goes through a thread's share of the cache lines of some ranges, to fetch one now and then.
+class Fetcher {
+ public:
+  Fetcher(const Fetch* ranges, long count, long index, long threads) : range_(ranges), end_(ranges + count) {
+    long total = 0;
+    for (const Fetch* r = ranges; r < end_; r++) total += lines(*r);
+    const Range mine = share(total, index, threads);
+    left_ = mine.end - mine.begin;
+    line_ = mine.begin;
+    while (left_ > 0 && line_ >= lines(*range_)) line_ -= lines(*range_++);
+  }
+
+  // Up to `count` lines that adjoin: where they begin, and how many.
+  const char* take(long count, long& taken) {
+    taken = 0;
+    if (left_ == 0) return nullptr;
+    if (line_ == lines(*range_)) range_++, line_ = 0;
+    const char* at = (const char*)range_->begin + line_ * 64;
+    taken = lines(*range_) - line_;
+    if (taken > left_) taken = left_;
+    if (taken > count) taken = count;
+    line_ += taken;
+    left_ -= taken;
+    return at;
+  }
+
+ private:
+  static long lines(const Fetch& r) { return (r.bytes + 63) / 64; }
+
+  const Fetch *range_, *end_;
+  long line_, left_;
+};
+
 template <class T, int R, int P>
-inline void tile(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long lanes, vf (&acc)[R][P]) {
+inline void tile(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long lanes, Fetcher& fetcher,
+                 vf (&acc)[R][P]) {
+  long fetches;
+  const char* fetch = fetcher.take(lanes, fetches);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) acc[r][p] = vf{};
   for (long k = 0; k < lanes; k++) {
     vu b[P];
     for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
+    if (k < fetches) __builtin_prefetch(fetch + k * 64, 0, 2);
     for (int r = 0; r < R; r++) {
       const vu a = splat(x[r * x_stride + k]);
       for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
@@ -38,15 +75,18 @@ struct Linear {
   void* y;
   long y_stride;
   long rows, n, k;
+  const Fetch* fetch;
+  long fetch_count;
 };
 
 template <class T, int R, int P>
-void tile_out(const Linear& l, long row, long panel_index) {
+void tile_out(const Linear& l, Fetcher& fetcher, long row, long panel_index) {
   using elem = typename T::elem;
   const long lanes = l.k / T::PER_LANE, panel = lanes * LANES;
   const uint32_t* x = (const uint32_t*)((const elem*)l.x + row * l.x_stride);
   vf acc[R][P];
-  tile<T, R, P>(x, l.x_stride / T::PER_LANE, l.weight + panel_index * panel, panel, lanes, acc);
+  tile<T, R, P>(x, l.x_stride / T::PER_LANE, l.weight + panel_index * panel, panel, lanes, fetcher,
+                acc);
   for (int p = 0; p < P; p++) {
     const long column = (panel_index + p) * LANES;
     const long count = l.n - column < LANES ? l.n - column : LANES;
@@ -70,10 +110,10 @@ void tile_out(const Linear& l, long row, long panel_index) {
 }
 
 template <class T, int P>
-void rows_out(const Linear& l, long begin, long end, long panel_index) {
+void rows_out(const Linear& l, Fetcher& fetcher, long begin, long end, long panel_index) {
   long row = begin;
-  for (; row + ROWS <= end; row += ROWS) tile_out<T, ROWS, P>(l, row, panel_index);
-#define CALL(R) tile_out<T, R, P>(l, row, panel_index)
+  for (; row + ROWS <= end; row += ROWS) tile_out<T, ROWS, P>(l, fetcher, row, panel_index);
+#define CALL(R) tile_out<T, R, P>(l, fetcher, row, panel_index)
   if (row < end) AIO_SWITCH_ROWS(end - row, CALL)
 #undef CALL
 }
@@ -85,14 +125,15 @@ void linear(const Linear& l, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     // Blocks of rows outside, panels inside; a thread's share is contiguous in that order.
+    Fetcher fetcher(l.fetch, l.fetch_count, omp_get_thread_num(), omp_get_num_threads());
     const Range mine = share(blocks * groups, omp_get_thread_num(), omp_get_num_threads());
     for (long i = mine.begin; i < mine.end; i++) {
       const long begin = i / groups * ROW_BLOCK, first = i % groups * PANELS;
       const long end = begin + ROW_BLOCK < l.rows ? begin + ROW_BLOCK : l.rows;
       switch (panels - first) {
-        case 1: rows_out<T, 1>(l, begin, end, first); break;
-        case 2: rows_out<T, 2>(l, begin, end, first); break;
-        default: rows_out<T, 3>(l, begin, end, first); break;
+        case 1: rows_out<T, 1>(l, fetcher, begin, end, first); break;
+        case 2: rows_out<T, 2>(l, fetcher, begin, end, first); break;
+        default: rows_out<T, 3>(l, fetcher, begin, end, first); break;
       }
     }
   }
@@ -154,6 +195,14 @@ AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, vo
 // y [rows, n] = x [rows, k] W^T + bias (may be null). Strides in elements, whole numbers of lanes.
 AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                            long y_stride, long rows, long n, long k, int threads) {
-  const aio::Linear l{x, x_stride, (const uint32_t*)packed, bias, y, y_stride, rows, n, k};
+  aio_linear_fetching(bf16, x, x_stride, packed, bias, y, y_stride, rows, n, k, nullptr, 0, threads);
+}
+
+// The same. Meanwhile memory that is needed next is fetched into the cache: with few rows the arithmetic leaves the
+// memory idle.
+AIO_EXPORT void aio_linear_fetching(int bf16, const void* x, long x_stride, const void* packed, const void* bias,
+                                    void* y, long y_stride, long rows, long n, long k, const aio::Fetch* fetch,
+                                    long fetch_count, int threads) {
+  const aio::Linear l{x, x_stride, (const uint32_t*)packed, bias, y, y_stride, rows, n, k, fetch, fetch_count};
   bf16 ? aio::linear<aio::Bf16>(l, threads) : aio::linear<aio::F32>(l, threads);
 }

@@ -4,12 +4,22 @@
 
 #include "common.h"
 
+namespace aio {
+struct Fetch {
+  const void* begin;
+  long bytes;
+};
+}  // namespace aio
+
 AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k);
 AIO_EXPORT void aio_unpack(int bf16, const void* packed, void* weight, long begin, long end, long k);
 AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, void* out, long count, long k,
                            int threads);
 AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                            long y_stride, long rows, long n, long k, int threads);
+AIO_EXPORT void aio_linear_fetching(int bf16, const void* x, long x_stride, const void* packed, const void* bias,
+                                    void* y, long y_stride, long rows, long n, long k, const aio::Fetch* fetch,
+                                    long fetch_count, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
