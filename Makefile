@@ -2,7 +2,7 @@
 #
 #   make demo         watch four adapters being served through two slots
 #   make test         the test suite
-#   make fuzz         the core under random events and hostile policies, RUNS=5000 times
+#   make fuzz         the core under random events and hostile policies, RUNS=5000 times; every GPU kernel compiled
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
 #   make bench        tokens per second with and without adapters, and what a scheduling decision costs
@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(VENV)/.dev
-	AIOENGINE_FUZZ_RUNS=$(or $(RUNS),5000) $(BIN)/python -m pytest tests/core/test_core_machine.py $(ARGS)
+	AIOENGINE_FUZZ_RUNS=$(or $(RUNS),5000) $(BIN)/python -m pytest tests/core/test_core_machine.py tests/kernels/test_triton_aot.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

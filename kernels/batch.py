@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _SHORT = 16
 """Segments up to this many tokens are padded to one length: padding is cheaper than more calls."""
@@ -97,6 +99,14 @@ class LoRABatch:
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.affine: tuple[Segment, ...] = tuple(s for s in segments if slot_affine and slot_affine[s.slot])
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
+        self._derived: dict[Any, Any] = {}
+
+    def derive(self, build: Callable[[LoRABatch], T]) -> T:
+        """``build(self)``, called once and kept: what a backend makes of the batch for all layers."""
+        if build not in self._derived:
+            self._derived[build] = build(self)
+        derived: T = self._derived[build]
+        return derived
 
     @cached_property
     def slot_of_token(self) -> Tensor:

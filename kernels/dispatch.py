@@ -72,9 +72,27 @@ def available_backends(device_type: str) -> list[str]:
 
 def _backends(device_type: str) -> dict[str, LoRABackend]:
     found: dict[str, LoRABackend] = {"torch": grouped, "reference": reference}  # these run everywhere
+    if device_type == "cuda" and (triton := _triton_backend()) is not None:
+        found = {"triton": triton, **found}
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and (triton := _triton_backend()) is not None:
+        found = {**found, "triton": triton}  # never the default: thousands of times slower, for tests
     if device_type == "cpu" and (cpu := _cpu_backend()) is not None:
         found = {"cpu": cpu, **found}
     return found
+
+
+@functools.cache
+def _triton_backend() -> LoRABackend | None:
+    try:
+        from aioengine.kernels.triton import lora, table
+    except ImportError as error:
+        logger.warning(
+            "the GPU kernels are not available: %s. Plain torch is used in their place; install triton", error
+        )
+        return None
+    table.measured(os.environ.get(table.ENV))  # a file that cannot be used is refused now, not by a step
+    return lora
 
 
 @functools.cache
@@ -98,7 +116,8 @@ def _cpu_backend() -> LoRABackend | None:
 def get_backend(device_type: str, name: str | None = None) -> LoRABackend:
     """The backend called ``name``; else by the variable AIOENGINE_KERNELS; else the device's best.
 
-    Raises ValueError, listing what is available, if there is no such backend for the device.
+    Raises ValueError, listing what is available, if there is no such backend for the device, or naming the
+    file if AIOENGINE_TRITON_TABLE is no table of block sizes.
     """
     backends = _backends(device_type)
     available = list(backends)

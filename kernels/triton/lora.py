@@ -1,0 +1,194 @@
+"""The LoRA operations as Triton kernels, as a backend of their own; see :class:`LoRABackend`.
+
+The grids run over tiles of the segments that there are, cut on the host (:mod:`.plan`): no program is
+started for a slot without tokens, and nothing waits for the device. Grouping tokens by adapter follows
+Punica (Chen et al., 2023, https://arxiv.org/abs/2310.18547) and S-LoRA (Sheng et al., 2023,
+https://arxiv.org/abs/2311.03285).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.batch import LoRABatch
+from aioengine.kernels.triton.elementwise import affine_kernel, embed_kernel
+from aioengine.kernels.triton.expand import expand_kernel
+from aioengine.kernels.triton.plan import TilePlan
+from aioengine.kernels.triton.shrink import shrink_kernel
+from aioengine.kernels.triton.slices import MAX_SLICES
+from aioengine.kernels.triton.table import (
+    AFFINE_COLUMNS,
+    EMBED_RANKS,
+    SHORT,
+    ExpandConfig,
+    ShrinkConfig,
+    expand_config,
+    shrink_config,
+)
+
+name = "triton"
+
+_PROGRAMS = 128
+"""Inputs are split if a shrink had fewer programs: about as many as a large GPU has multiprocessors."""
+
+
+def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
+    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`LoRABackend`."""
+    max_rank = a.shape[1] // n_slices
+    config = shrink_config(_bits(x), max_rank, a.shape[2], batch.derive(TilePlan).longest)
+    return shrink(x, a, batch, n_slices, config)
+
+
+def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
+    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`LoRABackend`."""
+    width = sum(b_j.shape[1] for b_j in b)
+    config = expand_config(_bits(h), h.shape[2], width, batch.derive(TilePlan).longest)
+    expand(h, b, y, offsets, batch, config)
+
+
+def shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int, config: ShrinkConfig) -> Tensor:
+    """:func:`lora_shrink` with a configuration of the caller's choice."""
+    max_rank, n_in = a.shape[1] // n_slices, a.shape[2]
+    if not batch.segments:
+        return x.new_zeros(len(x), n_slices, max_rank)
+    h = x.new_empty(len(x), n_slices, max_rank)
+    h[: batch.segments[0].start] = 0  # the kernel writes all of what follows
+    plan = batch.derive(TilePlan)
+    tiles = plan.tiles(config.block_m)
+    columns = n_slices * -(-max_rank // config.block_r)
+    split = config.split_k if columns * len(tiles) < _PROGRAMS else 1
+    outputs = columns * len(tiles) if split > 1 else 0
+    x, a = _adjoining(x), _adjoining(a)
+    with _on(x.device):
+        shrink_kernel[columns * split, len(tiles)](
+            *(x, a, h, tiles),
+            x.new_empty(outputs * split * config.block_m * config.block_r, dtype=torch.float32),
+            plan.arrivals(outputs),
+            *(x.stride(0), a.stride(0), n_in, n_slices, max_rank),
+            BLOCK_M=config.block_m,
+            BLOCK_R=config.block_r,
+            BLOCK_K=config.block_k,
+            SPLIT_K=split,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return h
+
+
+def expand(
+    h: Tensor,
+    b: Sequence[Tensor],
+    y: Tensor,
+    offsets: Sequence[int],
+    batch: LoRABatch,
+    config: ExpandConfig,
+) -> None:
+    """:func:`lora_expand` with a configuration of the caller's choice."""
+    if not batch.segments:
+        return
+    assert y.stride(1) == 1, "columns of y must adjoin"
+    tiles = batch.derive(TilePlan).tiles(config.block_m)
+    h = _adjoining(h)
+    for first, slices in _launches([_adjoining(b_j) for b_j in b], [b_j.shape[1] for b_j in b], offsets):
+        with _on(y.device):
+            expand_kernel[slices.blocks(config.block_n), len(tiles)](
+                *(h[:, first:], y, tiles, *slices.tensors),
+                *(*slices.slot_strides, *slices.widths, *slices.offsets),
+                *(h.stride(0), y.stride(0), h.shape[2]),
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                BLOCK_R=config.block_r,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+
+
+def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
+    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`LoRABackend`."""
+    if not batch.affine:
+        return
+    assert y.stride(1) == 1, "columns of y must adjoin"
+    tiles = batch.derive(TilePlan).affine_tiles(SHORT)
+    widths = [affine_j.shape[2] for affine_j in affine]
+    for _, slices in _launches([_adjoining(affine_j) for affine_j in affine], widths, offsets):
+        with _on(y.device):
+            affine_kernel[slices.blocks(AFFINE_COLUMNS), len(tiles)](
+                *(y, tiles, *slices.tensors),
+                *(*slices.slot_strides, *slices.widths, *slices.offsets, y.stride(0)),
+                BLOCK_M=SHORT,
+                BLOCK_N=AFFINE_COLUMNS,
+            )
+
+
+def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`LoRABackend`."""
+    max_rank = a.shape[1]
+    if not batch.segments:
+        return a.new_zeros(len(token_ids), 1, max_rank)
+    h = a.new_empty(len(token_ids), 1, max_rank)
+    h[: batch.segments[0].start] = 0
+    tiles = batch.derive(TilePlan).tiles(SHORT)
+    a = _adjoining(a)
+    with _on(h.device):
+        embed_kernel[-(-max_rank // EMBED_RANKS), len(tiles)](
+            *(token_ids.contiguous(), a, h, tiles, a.stride(0), a.shape[2], max_rank),
+            BLOCK_M=SHORT,
+            BLOCK_R=EMBED_RANKS,
+        )
+    return h
+
+
+class _Slices(NamedTuple):
+    """What a launch is told of its slices: always MAX_SLICES, those too many of width 0."""
+
+    tensors: list[Tensor]
+    slot_strides: list[int]
+    widths: list[int]
+    offsets: list[int]
+
+    def blocks(self, block_n: int) -> int:
+        return sum(-(-width // block_n) for width in self.widths)
+
+
+def _launches(
+    tensors: Sequence[Tensor], widths: Sequence[int], offsets: Sequence[int]
+) -> Iterator[tuple[int, _Slices]]:
+    """The slices as arguments of as few launches as possible, each with the number of its first slice."""
+    for first in range(0, len(tensors), MAX_SLICES):
+        chosen = list(tensors[first : first + MAX_SLICES])
+        missing = MAX_SLICES - len(chosen)
+        chosen += chosen[:1] * missing
+        yield (
+            first,
+            _Slices(
+                chosen,
+                [tensor.stride(0) for tensor in chosen],
+                [*widths[first : first + MAX_SLICES], *[0] * missing],
+                [*offsets[first : first + MAX_SLICES], *[0] * missing],
+            ),
+        )
+
+
+def _adjoining(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, whose elements adjoin in every slot (3-D) or row (2-D); pools always do."""
+    inner = 1
+    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
+        if size != 1 and stride != inner:
+            return tensor.contiguous()
+        inner *= size
+    return tensor
+
+
+def _bits(tensor: Tensor) -> int:
+    return 8 * tensor.element_size()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,28 @@
+"""Which slice of a fused linear, and which of its columns, a program of a kernel works on."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAX_SLICES = 3
+"""Slices that one launch takes (q, k and v); more are given to several launches."""
+
+
+@triton.jit
+def pick(j, value0, value1, value2):
+    """The value of slice ``j``."""
+    return tl.where(j == 0, value0, tl.where(j == 1, value1, value2))
+
+
+@triton.jit
+def locate(block, width0, width1, width2, BLOCK_N: tl.constexpr):
+    """Slice and first column of block number ``block`` of the slices' columns, cut BLOCK_N wide.
+
+    The slices may be of any width, so the grid has exactly as many blocks as there is work. Slices that
+    are not there have width 0.
+    """
+    blocks0 = tl.cdiv(width0, BLOCK_N)
+    blocks1 = tl.cdiv(width1, BLOCK_N)
+    j = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
+    return j, (block - pick(j, 0, blocks0, blocks0 + blocks1)) * BLOCK_N

@@ -1,0 +1,134 @@
+"""The Triton backend without a GPU: its operations in the interpreter, and what is plain Python about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aioengine.kernels import LoRABatch, available_backends, get_backend
+from aioengine.kernels.triton import table
+from aioengine.kernels.triton.plan import TilePlan, cut, padded
+from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expand_config, shrink_config
+
+OPS = Path(__file__).with_name("test_triton_ops.py")
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """What Python prints, in a process with these variables."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        cwd=OPS.parents[2],
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_operations_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    printed = run("-m", "pytest", "-p", "no:cacheprovider", str(OPS), TRITON_INTERPRET="1")
+    assert "skipped" not in printed
+
+
+def test_the_backend_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("AIOENGINE_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert available_backends("cuda") == ["triton", "torch", "reference"]
+    assert get_backend("cuda").name == "triton"
+    assert get_backend("cuda", "torch").name == "torch"
+    assert "triton" not in available_backends("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert get_backend("cpu").name != "triton", "the interpreter must be asked for by name"
+    assert get_backend("cpu", "triton").name == "triton"
+
+
+def test_plain_torch_serves_a_gpu_without_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from aioengine.kernels import get_backend\n"
+        "print(get_backend('cuda').name)"
+    )
+    assert run("-c", script, AIOENGINE_KERNELS="") == "torch\n"
+
+
+def test_grids_come_in_few_sizes() -> None:
+    sizes = {padded(count) for count in range(1, 1025)}
+    assert len(sizes) == 8 + 4 * 7
+    assert all(count <= padded(count) <= 1.25 * count for count in range(1, 1025))
+
+
+def test_tiles_of_a_batch() -> None:
+    batch = LoRABatch([-1, 0, 2], [3, 1, 150], [8, 0, 4], slot_affine=[True, False, False])
+    plan = batch.derive(TilePlan)
+    assert plan is batch.derive(TilePlan)
+    assert plan.longest == 150
+    assert cut(batch.segments, 64) == [(0, 3, 1, 8), (2, 4, 64, 4), (2, 68, 64, 4), (2, 132, 22, 4)]
+    assert plan.tiles(64).tolist() == [list(tile) for tile in cut(batch.segments, 64)]
+    assert len(plan.tiles(16)) == 12 and plan.tiles(16)[11].tolist() == [0, 0, 0, 0]
+    assert plan.affine_tiles(16).tolist() == [[0, 3, 1, 8]]
+    assert LoRABatch([-1], [3], []).derive(TilePlan).longest == 0
+
+
+@pytest.fixture
+def table_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "table.json"
+    monkeypatch.setenv(table.ENV, str(path))
+    return path
+
+
+def test_a_measured_table_replaces_the_defaults_where_it_has_an_entry(table_file: Path) -> None:
+    shrink, expand = ShrinkConfig(32, 16, 512, 4, 8, 5), ExpandConfig(16, 256, 32, 2, 3)
+    configs = {
+        str(Key.of("shrink", 16, 16, 4096, 1)): shrink._asdict(),
+        str(Key.of("expand", 16, 16, 6144, 40)): expand._asdict(),
+    }
+    table_file.write_text(json.dumps({"configs": configs}))
+    assert shrink_config(16, 16, 4096, 16) == shrink
+    assert shrink_config(16, 9, 4000, 1) == shrink, "ranks and widths share the next power of two"
+    assert shrink_config(16, 16, 4096, 17) != shrink
+    assert shrink_config(32, 16, 4096, 1) != shrink
+    assert expand_config(16, 16, 8192, 17) == expand
+    assert expand_config(16, 16, 8193, 17) != expand
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "FileNotFoundError"),
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"configs": {"expand-x": {"block_m": 16}}}', "missing"),
+        (
+            '{"configs": {"expand-x": {"block_m": 24, "block_n": 16, "block_r": 16, "num_warps": 4, '
+            '"num_stages": 2}}}',
+            r"expand-x: block_m=24 must be a power of two in 16\.\.512",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_used(table_file: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        table_file.write_text(text)
+    expected = rf"table\.json.*AIOENGINE_TRITON_TABLE.*{message}.*--tune"
+    with pytest.raises(ValueError, match=expected):
+        shrink_config(16, 16, 64, 1)
+
+
+def test_a_table_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = (
+        "from aioengine.kernels import get_backend\n"
+        "try: get_backend('cuda')\n"
+        "except ValueError as error: print(error)"
+    )
+    printed = run("-c", script, AIOENGINE_TRITON_TABLE=str(tmp_path / "none.json"), AIOENGINE_KERNELS="")
+    assert "none.json" in printed

@@ -1,0 +1,65 @@
+"""The Triton kernels compiled for GPUs that are not here: they fit, spill nothing, and load wide.
+
+A sample; with AIOENGINE_FUZZ_RUNS set, as ``make fuzz`` does, all that the default table can choose.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
+
+aot = pytest.importorskip("aioengine.kernels.triton.aot")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+
+def sample() -> list[aot.Variant]:
+    """Decoding and prefill at the usual rank, the largest blocks, and each dtype once."""
+    chosen = list(aot.of_elementwise("bf16"))
+    for dtype, bits, rank, longest in (("bf16", 16, 16, 1), ("bf16", 16, 512, 2048), ("fp16", 16, 64, 1)):
+        parts = list(aot.of_shrink(dtype, default_shrink(Key.of("shrink", bits, rank, 4096, longest))))
+        chosen += [parts[0], parts[-1]]
+        chosen.append(aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest))))
+    chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
+    return chosen
+
+
+VARIANTS = aot.variants() if os.environ.get("AIOENGINE_FUZZ_RUNS") else sample()
+
+
+def test_the_sample_is_of_what_is_used() -> None:
+    assert set(sample()) <= set(aot.variants())
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variant(variant: aot.Variant, capability: int) -> None:
+    usage = aot.compile_variant(variant, capability)
+    assert usage.spilled_bytes == 0
+    assert usage.registers <= aot.REGISTERS
+    assert usage.shared_bytes <= aot.SHARED_BYTES[capability]
+    if dict(variant.constants)["BLOCK_M"] == SHORT and variant.dtype != "fp32":
+        # Decoding waits for memory: room for two blocks on a multiprocessor, so that one is always asking.
+        assert 2 * usage.shared_bytes <= aot.SHARED_BYTES[capability]
+        assert 2 * usage.registers * 32 * variant.num_warps <= aot.FILE_REGISTERS
+
+    if variant.kernel in ("shrink", "expand"):
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
+        assert "0x10" in copies, "A and B come 16 bytes at a time, without waiting"
+        if variant.kernel == "shrink":
+            assert set(copies) == {"0x10"}, "and so does x; h may be too small for that"
+        assert not re.search(r"ld\.global\S*[bu]16 ", usage.ptx)
+        tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
+        assert tensor_cores == (variant.dtype != "fp32")
+    if dict(variant.constants).get("SPLIT_K", 1) > 1:
+        # All threads' stores come before the count that announces them, and their loads after it.
+        assert re.search(
+            r"st\.global.*bar\.sync.*atom\.global\.gpu\.acq_rel\.add.*bar\.sync.*ld\.global\.cg",
+            usage.ptx,
+            re.DOTALL,
+        )

@@ -1,0 +1,89 @@
+"""Batches over pools of adapters whose unused slots are poisoned, for the tests of the LoRA operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels import LoRABackend, LoRABatch
+
+
+class Case(NamedTuple):
+    """A pool in which unused slots are NaN, and a batch over it."""
+
+    sequences: list[tuple[int, int]]
+    """(slot, tokens), sorted."""
+    ranks: list[int]
+    x: Tensor
+    a: Tensor
+    b: list[Tensor]
+    affine: list[Tensor]
+    y: Tensor
+    offsets: list[int]
+    slot_affine: list[bool]
+    """The slots that scale and shift; what ``affine`` holds for the others is NaN."""
+
+    @property
+    def batch(self) -> LoRABatch:
+        return LoRABatch(
+            [s for s, _ in self.sequences],
+            [n for _, n in self.sequences],
+            self.ranks,
+            slot_affine=self.slot_affine,
+        )
+
+    @property
+    def slot_of_token(self) -> list[int]:
+        return [slot for slot, count in self.sequences for _ in range(count)]
+
+
+def make_case(
+    sequences: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    max_rank: int,
+    *,
+    n_in: int = 24,
+    widths: Sequence[int] = (32, 16, 16),
+    targeted: Sequence[int] = (0, 1, 2),
+    slot_affine: Sequence[bool] = (),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """``widths`` are the slices of the fused output, of which the adapters target ``targeted``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tokens = sum(count for _, count in sequences)
+    used = {slot for slot, count in sequences if count}
+    a = randn(len(ranks), len(targeted) * max_rank, n_in)
+    b = [randn(len(ranks), widths[j], max_rank) for j in targeted]
+    for slot, rank in enumerate(ranks):
+        beyond = slice(rank if slot in used else 0, None)
+        value = 0.0 if slot in used else float("nan")
+        a[slot].view(len(targeted), max_rank, n_in)[:, beyond] = value
+        for b_j in b:
+            b_j[slot, :, beyond] = value
+    affine = [randn(len(ranks), 2, widths[j]) for j in targeted]
+    for slot in range(len(ranks)):
+        if not (slot_affine and slot_affine[slot]):
+            for affine_j in affine:
+                affine_j[slot] = float("nan")
+    starts = [sum(widths[:j]) for j in targeted]
+    y = randn(tokens, sum(widths))
+    x = randn(tokens, n_in)
+    return Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
+
+
+def apply(backend: LoRABackend, case: Case) -> tuple[Tensor, Tensor]:
+    """h, and y after all operations."""
+    y = case.y.clone()
+    batch = case.batch
+    h = backend.lora_shrink(case.x, case.a, batch, len(case.b))
+    backend.lora_expand(h, case.b, y, case.offsets, batch)
+    backend.lora_affine(y, case.affine, case.offsets, batch)
+    return h, y
