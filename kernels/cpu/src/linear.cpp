@@ -49,6 +49,21 @@ class Fetcher {
   long line_, left_;
 };
 
+// acc += x W over lanes begin..end-1, fetching a cache line for each if there is something to fetch.
+template <class T, int R, int P, bool FETCH>
+inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
+                     const char* fetch, vf (&acc)[R][P]) {
+  for (long k = begin; k < end; k++) {
+    vu b[P];
+    for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
+    if (FETCH) __builtin_prefetch(fetch + k * 64, 0, 2);
+    for (int r = 0; r < R; r++) {
+      const vu a = splat(x[r * x_stride + k]);
+      for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+    }
+  }
+}
+
 template <class T, int R, int P>
 inline void tile(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long lanes, Fetcher& fetcher,
                  vf (&acc)[R][P]) {
@@ -56,15 +71,8 @@ inline void tile(const uint32_t* x, long x_stride, const uint32_t* w, long panel
   const char* fetch = fetcher.take(lanes, fetches);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) acc[r][p] = vf{};
-  for (long k = 0; k < lanes; k++) {
-    vu b[P];
-    for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
-    if (k < fetches) __builtin_prefetch(fetch + k * 64, 0, 2);
-    for (int r = 0; r < R; r++) {
-      const vu a = splat(x[r * x_stride + k]);
-      for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
-    }
-  }
+  if (fetches > 0) multiply<T, R, P, true>(x, x_stride, w, panel, 0, fetches, fetch, acc);
+  multiply<T, R, P, false>(x, x_stride, w, panel, fetches, lanes, nullptr, acc);
 }
 
 struct Linear {
