@@ -86,6 +86,9 @@ async def cliff(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
     for zipf in (0.0, 1.0):
         for count in args.counts:
             found = await measure(config, first(adapters, count), rate, args.seconds, zipf)
+            print(
+                f"{count} adapters, {'zipf' if zipf else 'uniform'}: TTFT {median(found.ttft):.3f} s, median"
+            )
             table.add_row(str(count), "zipf" if zipf else "uniform", *figures(found))
     return table
 
