@@ -99,7 +99,7 @@ def _triton_backend() -> LoRABackend | None:
 def _cpu_backend() -> LoRABackend | None:
     from aioengine.kernels.cpu import lora
     from aioengine.kernels.cpu.build import Unavailable
-    from aioengine.kernels.cpu.library import load
+    from aioengine.kernels.cpu.shared_library import load
 
     try:
         load()

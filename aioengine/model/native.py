@@ -14,9 +14,9 @@ from torch import Tensor
 
 from aioengine.kernels import LoRABatch
 from aioengine.kernels.cpu import structs
-from aioengine.kernels.cpu.library import load, threads
 from aioengine.kernels.cpu.lora import segment_table
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
+from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.model.decoder import Decoder, Linear, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import FusedLoRA, LoRASlots

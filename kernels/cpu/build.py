@@ -41,7 +41,7 @@ class Unavailable(Exception):
     """The library cannot be had; the message says why and what would help."""
 
 
-def library(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Path:
+def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Path:
     """The compiled library. Compiles it (blocking, a few seconds) if the cache has it not.
 
     ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler

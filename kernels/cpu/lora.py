@@ -12,8 +12,8 @@ from torch import Tensor
 
 from aioengine.kernels import grouped
 from aioengine.kernels.batch import LoRABatch, Segment
-from aioengine.kernels.cpu.library import load, threads
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16
+from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.grouped import lora_embed
 
 name = "cpu"
@@ -69,16 +69,21 @@ def segment_table(segments: Iterable[Segment]) -> Tensor:
 
 
 def _slices(b: Sequence[Tensor | None], affine: Sequence[Tensor | None], offsets: Sequence[int]) -> Tensor:
+    """``LoraSlice`` of ``structs.py``, one row each."""
     rows = []
     for matrix, gain, offset in zip(b, affine, offsets, strict=True):
         out = matrix.shape[1] if matrix is not None else 0 if gain is None else gain.shape[2]
-        rows.append([*_at(matrix), *_at(gain), out, offset])
-    return torch.tensor([[r[0], r[2], r[4], r[5], r[1], r[3]] for r in rows], dtype=torch.int64)
+        rows.append([_address(matrix), _address(gain), out, offset, _stride(matrix), _stride(gain)])
+    return torch.tensor(rows, dtype=torch.int64)
 
 
-def _at(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and slot stride."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    """From one slot to the next."""
+    return 0 if tensor is None else tensor.stride(0)
 
 
 def _ours(*tensors: Tensor) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aioengine.kernels.cpu.library import load, threads
+from aioengine.kernels.cpu.shared_library import load, threads
 
 PANEL = 16
 DTYPES = (torch.bfloat16, torch.float32)

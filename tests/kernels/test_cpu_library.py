@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels.cpu import build, library
+from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.model.attention import AttentionPlan, Span
 from aioengine.model.layers import rms_norm, silu_and_mul
@@ -27,7 +27,7 @@ THREADS = 2
 
 @pytest.fixture(params=sorted({next(iter(build.levels())), "generic"}))
 def lib(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    return library.load(request.param)
+    return shared_library.load(request.param)
 
 
 def bf16(tensor: Tensor) -> int:
@@ -196,7 +196,7 @@ def test_no_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(build.Unavailable, match=r"no C\+\+ compiler is found .*install g\+\+"):
-        build.library()
+        build.compiled()
 
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,18 +206,18 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(build.Unavailable, match=r"status 1: .*no such luck"):
-        build.library()
+        build.compiled()
     assert list((tmp_path / "cache" / "aioengine" / "kernels").iterdir()) == []
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = build.library("generic", extra_flags=["-O0"])
+    path = build.compiled("generic", extra_flags=["-O0"])
     made = path.stat()
-    assert build.library("generic", extra_flags=["-O0"]) == path and path.stat() == made
-    assert build.library("generic", extra_flags=["-O1"]) != path
+    assert build.compiled("generic", extra_flags=["-O0"]) == path and path.stat() == made
+    assert build.compiled("generic", extra_flags=["-O1"]) != path
 
 
 def test_one_openmp_runtime() -> None:
-    library.load()
-    assert len(library.openmp_runtimes()) <= 1
+    shared_library.load()
+    assert len(shared_library.openmp_runtimes()) <= 1

@@ -9,7 +9,7 @@ from ctypes import c_float, c_int, c_long, c_void_p
 
 import torch  # before the library: its OpenMP runtime must be the one that both use
 
-from aioengine.kernels.cpu.build import Unavailable, library
+from aioengine.kernels.cpu.build import Unavailable, compiled
 
 _SIGNATURES = {
     "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long),
@@ -46,12 +46,12 @@ _SIGNATURES = {
 def load(level: str | None = None) -> ctypes.CDLL:
     """The library, compiled first if need be. ctypes releases the GIL while its functions run.
 
-    ``level``: see :func:`aioengine.kernels.cpu.build.library`.
+    ``level``: see :func:`aioengine.kernels.cpu.build.compiled`.
 
     Raises Unavailable if it cannot be compiled or loaded, or would bring a second OpenMP runtime: two of
     them in one process fight for the cores, and everything becomes several times slower.
     """
-    path = library(level)
+    path = compiled(level)
     before = openmp_runtimes()
     try:
         loaded = ctypes.CDLL(str(path))
