@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +19,7 @@ from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
 from aioengine.model.files import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
+from aioengine.moves import Loader
 from aioengine.schedulers import SchedulerPolicy, load_policy
 
 if TYPE_CHECKING:
@@ -25,7 +28,22 @@ if TYPE_CHECKING:
     from aioengine.model.tokenizer import Tokenizer
 
 
+class Built(NamedTuple):
+    """What an engine is put together from."""
+
+    spec: ModelSpec
+    plan: MemoryPlan
+    tokenizer: Tokenizer | None
+    executor: Executor
+    loader: Loader
+    resolver: AdapterResolver | None
+    timer: Callable[[], float] = time.perf_counter
+    """What decisions, and the event loop's lag, are measured with."""
+
+
 class Parts(NamedTuple):
+    """A model in this process, and the memory for its adapters."""
+
     spec: ModelSpec
     plan: MemoryPlan
     runner: ModelRunner
@@ -75,13 +93,6 @@ def build_parts(config: EngineConfig, progress: LoadProgress | None = None) -> P
     return Parts(spec, plan, runner, store, load_tokenizer(path))
 
 
-class Built(NamedTuple):
-    parts: Parts
-    executor: Executor
-    loader: AdapterLoader
-    resolver: AdapterResolver | None
-
-
 def build(
     config: EngineConfig, resolver: AdapterResolver | None, progress: LoadProgress | None = None
 ) -> Built:
@@ -94,7 +105,8 @@ def build(
     loader = AdapterLoader(
         parts.store, executor, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed
     )
-    return Built(parts, executor, loader, None if config.lora is None else resolver or below_root)
+    chosen = None if config.lora is None else resolver or below_root
+    return Built(parts.spec, parts.plan, parts.tokenizer, executor, loader, chosen)
 
 
 def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> SchedulerPolicy:
@@ -123,7 +135,7 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     return Tokenizer.from_tokenizer(found, chat_template=gguf_tokenizer.chat_template(path))
 
 
-def core_limits(config: EngineConfig, parts: Parts) -> CoreLimits:
+def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
     lora = config.lora
     return CoreLimits(
         num_slots=parts.plan.num_slots,

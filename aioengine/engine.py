@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from aioengine.adapter_ops import AdapterOps
-from aioengine.adapters.loader import AdapterLoader
 from aioengine.adapters.resolver import AdapterResolver
-from aioengine.build import Parts, build, choose_policy, core_limits
+from aioengine.build import Built, build, choose_policy, core_limits
 from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.counters import Counters
 from aioengine.errors import ConfigError, EngineStopped
 from aioengine.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.events import Event
-from aioengine.executors.base import Executor
 from aioengine.info import AdapterInfo, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOutput, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.stepper import Stepper
+from aioengine.stream import OutputStream
 from aioengine.submit import Submitter
 
 if TYPE_CHECKING:
@@ -96,31 +94,26 @@ class AsyncEngine:
         self._state = "starting"
         work = ThreadPoolExecutor(1, thread_name_prefix="aioengine-work")
         try:
-            built = await asyncio.get_running_loop().run_in_executor(
-                work, build, self.config, self._resolver, progress
-            )
+            built = await self._build(work, progress)
         except BaseException:
             self._state = "stopped"
             work.shutdown(wait=False)  # a thread that still loads ends by itself
             raise
-        parts, executor, loader, resolver = built
         if self.state != "starting":  # stopped while the model was loaded
-            await executor.close()
-            await loader.close()
+            await built.executor.close()
+            await built.loader.close()
             work.shutdown(wait=True)
             raise EngineStopped("the engine was stopped while it was starting")
         from aioengine.metrics import EngineMetrics  # prometheus_client is slow to import
 
         self._work = work
-        self._executor: Executor = executor
-        self._loader: AdapterLoader = loader
-        self._parts: Parts = parts
-        self._plan = parts.plan
-        self._core = Core(core_limits(self.config, parts), self._policy, timer=time.perf_counter)
-        self._stepper = Stepper(self._core, executor, loader)
-        self._adapters = AdapterOps(self._stepper, parts.plan.num_slots, resolver)
+        self._built: Built = built
+        self._plan = built.plan
+        self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer)
+        self._stepper = Stepper(self._core, built.executor, built.loader, timer=built.timer)
+        self._adapters = AdapterOps(self._stepper, built.plan.num_slots, built.resolver)
         self._submitter = Submitter(
-            self._stepper, self._adapters, parts, work=work, check_running=self._check_running
+            self._stepper, self._adapters, built, work=work, check_running=self._check_running
         )
         self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
@@ -133,6 +126,11 @@ class AsyncEngine:
         self._stepper.listeners += [self._counters, self._metrics.handle, self._event_streams]
         self._stepper.start()
         self._state = "running"
+
+    async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
+        """What the engine is put together from; the policy lab has another way."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(work, build, self.config, self._resolver, progress)
 
     async def stop(self) -> None:
         """End what runs (with EngineStopped) and free everything; ``async with`` does it for you."""
@@ -154,10 +152,10 @@ class AsyncEngine:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._stepper.stop()
         self._event_streams.end()
-        await self._executor.close()
-        await self._loader.close()
+        await self._built.executor.close()
+        await self._built.loader.close()
         self._work.shutdown(wait=True)
-        del self._executor, self._loader, self._parts, self._work, self._submitter
+        del self._built, self._work, self._submitter
         self._state = "stopped"
 
     async def drain(self) -> None:
@@ -209,7 +207,7 @@ class AsyncEngine:
         self._check_running()
         stream = await self._submitter.submit(
             prompt,
-            SamplingParams() if params is None else params,
+            params,
             adapter=adapter,
             request_id=request_id,
             priority=priority,
@@ -223,20 +221,40 @@ class AsyncEngine:
                 if output.finished:
                     return
         finally:
-            if self._core.requests.get(stream.request.id) is stream.request:  # the reader is gone before
-                self._stepper.abort(stream.request)
+            self._abandon(stream)
 
     async def complete(
-        self, prompt: Prompt, params: SamplingParams | None = None, **kwargs: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
     ) -> RequestOutput:
-        """The last output of :meth:`generate`, with the same arguments and errors."""
-        outputs = self.generate(prompt, params, **kwargs)
+        """All of what :meth:`generate` would yield, in one output; with the same arguments and errors.
+        It is cheaper: the caller is woken once, at the end."""
+        self._check_running()
+        stream = await self._submitter.submit(
+            prompt,
+            params,
+            adapter=adapter,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+            tenant=tenant,
+        )
         try:
-            async for output in outputs:
-                last = output
+            return await stream.last()
         finally:
-            await outputs.aclose()
-        return last
+            self._abandon(stream)
+
+    def _abandon(self, stream: OutputStream) -> None:
+        """Its reader is gone: if the request has not ended, it does now."""
+        if self._core.requests.get(stream.request.id) is stream.request:
+            self._stepper.abort(stream.request)
 
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``.
@@ -364,13 +382,13 @@ class AsyncEngine:
     def tokenizer(self) -> Tokenizer | None:
         """The model's own; None if it comes without."""
         self._check_running()
-        return self._parts.tokenizer
+        return self._built.tokenizer
 
     @property
     def model_spec(self) -> ModelSpec:
         """The model's shape, its vocabulary and its end-of-sequence tokens."""
         self._check_running()
-        return self._parts.spec
+        return self._built.spec
 
     @property
     def plan(self) -> MemoryPlan:

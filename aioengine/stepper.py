@@ -39,18 +39,26 @@ class Stepper:
     something else to happen to an adapter: when the engine ends, they get the error.
     """
 
-    def __init__(self, core: Core, executor: Executor, loader: Loader) -> None:
+    def __init__(
+        self,
+        core: Core,
+        executor: Executor,
+        loader: Loader,
+        *,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.core = core
         self.streams: dict[str, OutputStream] = {}
         self.listeners: list[Listener] = []
         self.dead: EngineDead | None = None
         self._executor = executor
+        self._timer = timer
         self._moves = AdapterMoves(core, loader, changed=self._moved)
         self.loaded = self._moves.loaded
         self.waits: set[asyncio.Future[None]] = set()
         self._idle = IdleWatch(core)
         self._intervals = TokenIntervals()
-        self._lag = LoopLagMeter(self._report_lag)
+        self._lag = LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
         self._stopping = False
         self._logged: set[str] = set()
@@ -112,9 +120,9 @@ class Stepper:
     async def _step(self) -> None:
         loop = asyncio.get_running_loop()
         self._wake.clear()
-        start = time.perf_counter()
+        start = self._timer()
         batch, moves = self.core.schedule(loop.time())
-        schedule_seconds = time.perf_counter() - start
+        schedule_seconds = self._timer() - start
         policy_seconds = self.core.policy_seconds
         for move in moves:
             self._moves.start(move)

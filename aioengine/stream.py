@@ -31,6 +31,7 @@ class OutputStream:
         self._error: Exception | None = None
         self._last_token: float | None = None
         self._ready = asyncio.Event()
+        self._ended = asyncio.Event()
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
         """Take in one token; True if the text now contains a stop string. ``is_stop``: the token ends
@@ -62,6 +63,12 @@ class OutputStream:
                 if self._text_stream.stopped is not None:  # seen only now that nothing follows
                     self._stop, self._finish = self._text_stream.stopped, "stop"
         self._ready.set()
+        self._ended.set()
+
+    async def last(self) -> RequestOutput:
+        """Wait for the end, without being woken for each token. Raises as :meth:`next` does."""
+        await self._ended.wait()
+        return await self.next()
 
     async def next(self) -> RequestOutput:
         """Wait for something new. Raises the error that the request ended with, if it did."""

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from aioengine.adapter_ops import AdapterOps
-from aioengine.build import Parts
+from aioengine.build import Built
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, RequestInvalid
 from aioengine.request import Prompt, SamplingParams
@@ -27,7 +27,7 @@ class Submitter:
         self,
         stepper: Stepper,
         adapters: AdapterOps,
-        parts: Parts,
+        parts: Built,
         *,
         work: Executor,
         check_running: Callable[[], None],
@@ -44,7 +44,7 @@ class Submitter:
     async def submit(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None,
         *,
         adapter: str | None,
         request_id: str | None,
@@ -53,6 +53,7 @@ class Submitter:
         tenant: str | None,
     ) -> OutputStream:
         """Have the core accept a request; see ``AsyncEngine.generate`` for arguments and errors."""
+        params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
         _check_types(adapter, request_id, priority, deadline, tenant)

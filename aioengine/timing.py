@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -77,14 +76,15 @@ class LoopLagMeter:
     A timer and no task: there is nothing to cancel and wait for when the engine stops.
     """
 
-    def __init__(self, report: Callable[[float], None]) -> None:
+    def __init__(self, report: Callable[[float], None], timer: Callable[[], float]) -> None:
         self._report = report
+        self._timer = timer
         self._handle: asyncio.TimerHandle | None = None
         self._due = 0.0
 
     def start(self) -> None:
-        # Not the loop's own clock: uvloop's stands still while a callback runs.
-        self._due = time.perf_counter() + LAG_INTERVAL_SECONDS
+        # A timer, for the loop's own clock may not do: uvloop's stands still while a callback runs.
+        self._due = self._timer() + LAG_INTERVAL_SECONDS
         self._handle = asyncio.get_running_loop().call_later(LAG_INTERVAL_SECONDS, self._tick)
 
     def stop(self) -> None:
@@ -93,6 +93,6 @@ class LoopLagMeter:
             self._handle = None
 
     def _tick(self) -> None:
-        lag = max(time.perf_counter() - self._due, 0.0)
+        lag = max(self._timer() - self._due, 0.0)
         self.start()
         self._report(lag)

@@ -122,7 +122,7 @@ async def drain(scene: Scene) -> None:
 CASES: dict[str, Case] = {
     "generate, cold": Case(registered, generate, 3),
     "generate, warm": Case(loaded, generate, 3),
-    "complete": Case(nothing, complete, 2),
+    "complete": Case(nothing, complete, 1),
     "load": Case(nothing, load, 1),
     "load, registered": Case(registered, load, 1),
     "load, pinned": Case(nothing, load_pinned, 1),

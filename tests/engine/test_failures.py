@@ -446,7 +446,7 @@ async def test_cpu_memory_is_bounded_in_bytes(tiny: Tiny, make_engine: MakeEngin
         )
         assert outs[0].token_ids == tiny.expected([4, 5], 8, "all-modules")
         assert outs[1].token_ids == tiny.expected([4, 5], 8, "rank-3")
-        assert engine._loader.store.nbytes <= bound
+        assert engine._built.loader.store.nbytes <= bound
         await engine.pin_adapter("good")
         await engine.pin_adapter("other")
         await expect_error(engine, "big", AdapterTooLarge, "'big'", "max_cpu_lora_bytes", "pinned")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 
 from core_sim import CoreSim
@@ -85,7 +86,7 @@ async def test_loop_lag_is_what_a_blocked_loop_was_late_by() -> None:
         found.append(seconds)
         measured.set()
 
-    meter = LoopLagMeter(report)
+    meter = LoopLagMeter(report, time.perf_counter)
     tasks = asyncio.all_tasks()
     meter.start()
     threading.Event().wait(0.4)  # on purpose: it blocks the loop past the time that is due, 0.25 s
