@@ -1,0 +1,51 @@
+"""What a run is offered: requests in order of arrival, and the adapters that they ask for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+
+class AdapterShape(NamedTuple):
+    """An adapter as far as scheduling is concerned."""
+
+    name: str
+    rank: int
+    nbytes: int | None = None
+    """On disk and on the CPU; None: what the model's shape gives for the rank."""
+
+
+class Arrival(NamedTuple):
+    """A request to come."""
+
+    time: float
+    """Seconds from the start of the workload."""
+    adapter: str | None
+    prompt_tokens: int
+    output_tokens: int
+    """How many it will generate, the end-of-sequence token included, whatever is allowed."""
+    max_tokens: int | None = None
+    """What it allows itself, and what policies see; None: just ``output_tokens``, so that they know."""
+    expected_tokens: int | None = None
+    """A prediction that policies see beside it; None: no prediction."""
+    tenant: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    """Seconds from arrival."""
+
+
+class Workload(ABC):
+    """Deterministic: every iteration gives the same arrivals, one at a time, sorted by time."""
+
+    @property
+    @abstractmethod
+    def adapters(self) -> Sequence[AdapterShape]:
+        """All that may be asked for, asked for or not."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Arrival]: ...
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """All parameters, as plain data; enough to build it again."""
