@@ -40,7 +40,7 @@ def make_image(layout: SlotLayout, rank: int, modules: tuple[str, ...]) -> Adapt
         for module in modules
         for n_in, n_out in [layout.spec.linear(module)]
     }
-    adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
+    adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
     return build_image(layout, adapter, {}, torch.bfloat16)
 
 

@@ -1,6 +1,7 @@
 """From the tensors of a file to those of a slot: scaled, in the slots' dtype, in one piece of memory.
 
-Where the file has the slots' dtype already, the memory that it was read into is kept and B is scaled in it.
+That is memory in the order of a slot, if asked for. Otherwise, where the file has the slots' dtype already,
+the memory that it was read into is kept and B is scaled in it.
 
 Everything works on pieces so small that torch stays in the calling thread: an OpenMP team per loader thread
 would fight for the cores with the model's step; on a busy machine, loads take several times as long.
@@ -20,18 +21,30 @@ from aioengine.adapters.folder import AdapterFolder
 from aioengine.adapters.layout import Layout, Part, Place
 from aioengine.adapters.weights_file import Weights
 from aioengine.model.buffer import Buffer
+from aioengine.model.slot_image import ImageShape, image_memory
+from aioengine.model.slot_layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
 
 _SERIAL_ELEMENTS = 32768 - 64  # torch goes parallel from 32768 elements
 
 
+class SlotOrder(NamedTuple):
+    """Pack in the order of this slot."""
+
+    layout: SlotLayout
+    pin_memory: bool = False
+
+
 class Packed(NamedTuple):
     """What :class:`aioengine.adapters.peft.PackedAdapter` says of the same fields."""
 
-    tensors: dict[Place, tuple[Tensor, Tensor]]
+    tensors: Mapping[Place, tuple[Tensor, Tensor]]
     magnitudes: dict[Place, Tensor]
     biases: dict[Place, Tensor]
     nbytes: int
+    rank: int
+    in_order: Tensor | None
+    shape: ImageShape | None = None
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
@@ -60,6 +73,7 @@ class Packer:
         *,
         dtype: torch.dtype,
         allow_nonfinite: bool,
+        order: SlotOrder | None,
     ) -> None:
         self._folder = folder
         self._file = file
@@ -73,14 +87,20 @@ class Packer:
         self._sources = [weights.tensors[self._keys[part]] for part in self._kept]
         targets = layout.targets
         self._factors = [1.0 if part.kind == "A" else targets[part.place].scaling for part in self._kept]
-        buffer = weights.buffer if self._fits_in_place() else None
-        self._in_place = buffer is not None
+        self._same_dtype = all(source.dtype == dtype for source in self._sources)
+        buffer = weights.buffer if order is None and self._fits_in_place() else None
+        self.in_place = buffer is not None
+        """Whether packing changes the file's tensors."""
+        in_order: Tensor | None = None
         if buffer is not None:
             self._results, held = self._sources, buffer.nbytes
+        elif order is not None:
+            self._results, in_order = self._allocate_in_order(order)
+            held = in_order.nbytes
         else:
             self._results, held = self._allocate([tensor.shape for tensor in self._sources])
-        self._groups = _by_factor(self._sources, self._factors) if self._in_place else {}
-        self._packed = self._assemble(held)
+        self._groups = _by_factor(self._results, self._factors) if self._same_dtype else {}
+        self._packed = self._assemble(held, in_order)
 
     def check(self, base_weight: Callable[[str], Tensor] | None) -> None:
         """What concerns the values as they are in the file. Raises AdapterInvalid."""
@@ -97,12 +117,12 @@ class Packer:
             self._check_tied()
 
     def pack(self, helper: Executor) -> Packed:
-        """Scale and convert. Changes the file's tensors. Raises AdapterInvalid on overflow of the dtype.
-
-        What can be done before is: this waits until the file's tensors may change.
-        """
-        if self._in_place:
+        """Scale and convert; ``helper`` does a part of it. Raises AdapterInvalid on overflow of the dtype."""
+        if self.in_place:
             _scale(self._groups, helper)
+        elif self._same_dtype:
+            torch._foreach_copy_(_all_pieces(self._results), _all_pieces(self._sources))
+            _scale(self._groups, None)
         else:
             for source, factor, result in zip(self._sources, self._factors, self._results, strict=True):
                 _convert(source, factor, result)
@@ -157,8 +177,7 @@ class Packer:
 
     def _fits_in_place(self) -> bool:
         """Whether the file's memory holds what is kept in the slots' dtype, and little more."""
-        no_base = all(part.kind != "base" for part in self._keys)
-        return no_base and all(source.dtype == self._dtype for source in self._sources)
+        return self._same_dtype and all(part.kind != "base" for part in self._keys)
 
     def _allocate(self, shapes: Sequence[torch.Size]) -> tuple[list[Tensor], int]:
         sizes = [shape.numel() for shape in shapes]
@@ -166,7 +185,30 @@ class Packer:
         parts = torch.split(buffer.tensor.view(self._dtype), sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], buffer.nbytes
 
-    def _assemble(self, held: int) -> Packed:
+    def _allocate_in_order(self, order: SlotOrder) -> tuple[list[Tensor], Tensor]:
+        """Biases are no part of a slot as they are, and get memory of their own."""
+        results = {
+            index: torch.empty(self._sources[index].shape, dtype=self._dtype)
+            for index, part in enumerate(self._kept)
+            if part.kind == "bias"
+        }
+        places = order.layout.places
+
+        def slot_offset(index: int) -> int:
+            part = self._kept[index]
+            place = places[part.place]
+            return place.a if part.kind == "A" else place.b
+
+        matrices = sorted((i for i in range(len(self._kept)) if i not in results), key=slot_offset)
+        sizes = [self._sources[index].numel() for index in matrices]
+        affine = {part.place for part in self._keys if part.kind in ("bias", "magnitude")}
+        room = sum(2 * places[place].shape.out_features for place in affine)
+        data = image_memory(sum(sizes) + room, self._dtype, pin_memory=order.pin_memory)
+        for index, share in zip(matrices, data.split_with_sizes([*sizes, room]), strict=False):
+            results[index] = share.view(self._sources[index].shape)
+        return [results[index] for index in range(len(self._kept))], data
+
+    def _assemble(self, held: int, in_order: Tensor | None) -> Packed:
         by_kind: dict[str, dict[Place, Tensor]] = {"A": {}, "B": {}, "bias": {}}
         for part, result in zip(self._kept, self._results, strict=True):
             by_kind[part.kind][part.place] = result
@@ -176,6 +218,8 @@ class Packer:
             magnitudes=magnitudes,
             biases=by_kind["bias"],
             nbytes=held + sum(magnitude.nbytes for magnitude in magnitudes.values()),
+            rank=max(target.rank for target in self._layout.targets.values()),
+            in_order=in_order,
         )
 
     def _magnitudes(self) -> dict[Place, Tensor]:
@@ -194,6 +238,13 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     return torch.split(flat, _SERIAL_ELEMENTS) if flat.numel() else ()
 
 
+def _all_pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    pieces: list[Tensor] = []
+    for tensor in tensors:
+        pieces.extend((tensor,) if tensor.numel() <= _SERIAL_ELEMENTS else _pieces(tensor))
+    return pieces
+
+
 def _by_factor(tensors: Sequence[Tensor], factors: Sequence[float]) -> dict[float, list[Tensor]]:
     groups: dict[float, list[Tensor]] = {}
     for tensor, factor in zip(tensors, factors, strict=True):
@@ -203,7 +254,7 @@ def _by_factor(tensors: Sequence[Tensor], factors: Sequence[float]) -> dict[floa
     return groups
 
 
-def _scale(groups: Mapping[float, list[Tensor]], helper: Executor) -> None:
+def _scale(groups: Mapping[float, list[Tensor]], helper: Executor | None) -> None:
     """``tensor *= factor`` each, computed in float32 and rounded once; ``helper`` does half of it."""
 
     def multiply(group: list[Tensor], factor: Tensor) -> None:
@@ -213,6 +264,9 @@ def _scale(groups: Mapping[float, list[Tensor]], helper: Executor) -> None:
     for factor, group in groups.items():
         # As a tensor, because a number would be rounded to the group's dtype first.
         scalar = torch.tensor(factor, dtype=torch.float32)
+        if helper is None:
+            multiply(group, scalar)
+            continue
         if len(group) > 1:
             others.append(helper.submit(multiply, group[1::2], scalar))
         multiply(group[::2], scalar)

@@ -12,19 +12,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aioengine.adapters.alike import Contents, KnownContents, Shortcut
 from aioengine.adapters.folder import AdapterFolder, OpenFile
 from aioengine.adapters.layout import Layout, Part, max_data_bytes
-from aioengine.adapters.packing import Packed, Packer
+from aioengine.adapters.packing import Packed, Packer, SlotOrder
 from aioengine.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_config
 from aioengine.adapters.weights_file import (
     BIN_FILE,
     SAFETENSORS_FILE,
-    Entry,
     SafetensorsHeader,
     Weights,
     tensors_of,
@@ -32,6 +31,7 @@ from aioengine.adapters.weights_file import (
 )
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
+from aioengine.model.slot_image import ImageShape
 from aioengine.model.spec import ModelSpec
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -49,7 +49,7 @@ class PackedAdapter:
     """SHA-256 (hex) over the configuration and the weights file: the identity of the content."""
     nbytes: int
     """The memory that it holds."""
-    tensors: dict[tuple[int, str], tuple[Tensor, Tensor]]
+    tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
     """(layer, module) -> (A [r, in], B [out, r]); B holds the scaling, so that delta = B @ A.
 
     Layer -1 has ``embed_tokens`` (in: vocabulary, out: hidden) and ``lm_head`` (in: hidden, out: vocabulary).
@@ -58,6 +58,11 @@ class PackedAdapter:
     """DoRA (arXiv:2402.09353): (layer, module) -> the norm that each output's weights get [out], float32."""
     biases: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """``lora_bias``: (layer, module) -> bias [out] of B, times the scaling."""
+    in_order: Tensor | None = None
+    """The memory of ``tensors``, if they were asked for in the order of a slot; see
+    :func:`aioengine.model.slot_image.build_image`."""
+    shape: ImageShape | None = None
+    """The shape of that image, where it is known."""
 
 
 def read_adapter(
@@ -70,6 +75,8 @@ def read_adapter(
     dtype: torch.dtype,
     allow_nonfinite: bool = False,
     base_weight: Callable[[str], Tensor] | None = None,
+    order: SlotOrder | None = None,
+    known: KnownContents | None = None,
 ) -> PackedAdapter:
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
@@ -80,6 +87,9 @@ def read_adapter(
         allow_nonfinite: accept NaN and infinity in the weights.
         base_weight: the base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves it along with an adapter on it; with this it is compared and left out, else refused.
+        order: Lay the tensors out as in a slot, so that no copy is needed to make its image.
+        known: Spares looking at a header that was looked at before, for the same ``spec``, ``max_rank``,
+            ``target_modules``, ``dtype`` and ``order``.
 
     Raises:
         AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
@@ -88,7 +98,9 @@ def read_adapter(
     """
     folder = AdapterFolder(name, str(path))
     folder.check()
-    reader = _Reader(folder, spec, max_rank, target_modules, dtype, allow_nonfinite, base_weight)
+    reader = _Reader(
+        folder, spec, max_rank, target_modules, dtype, allow_nonfinite, base_weight, order, known
+    )
     try:
         packed, digest = reader.read()
     except AdapterInvalid:
@@ -98,12 +110,14 @@ def read_adapter(
     return PackedAdapter(
         name=name,
         path=folder.path,
-        rank=max(a.shape[0] for a, _ in packed.tensors.values()),
+        rank=packed.rank,
         digest=digest,
         nbytes=packed.nbytes,
         tensors=packed.tensors,
         magnitudes=packed.magnitudes,
         biases=packed.biases,
+        in_order=packed.in_order,
+        shape=packed.shape,
     )
 
 
@@ -124,6 +138,8 @@ class _Reader:
     dtype: torch.dtype
     allow_nonfinite: bool
     base_weight: Callable[[str], Tensor] | None
+    order: SlotOrder | None
+    known: KnownContents | None
 
     def read(self) -> tuple[Packed, str]:
         config_bytes = _read_config(self.folder)
@@ -143,17 +159,32 @@ class _Reader:
         # Normally the data is hashed while the header is looked at. That comes first if the
         # file is empty or too large for LoRA weights that fit: nearly always it is refused then, and needs no
         # memory.
-        contents: _Contents | None = None
+        contents: Contents | None = None
         if not 0 < header.data_bytes <= max_data_bytes(self.spec, self.max_rank, self.target_modules):
             contents = self._contents(file, config, header)
         buffer = Buffer(header.data_bytes)
         with ThreadPoolExecutor(1, thread_name_prefix="aioengine-load-helper") as helper:
             hashing = _read_and_hash(file, buffer.view, digest, helper)
             contents = contents or self._contents(file, config, header)
+            packed = self._shortcut(contents, buffer)
+            if packed is not None:
+                hashing.result()
+                return packed
             weights = tensors_of(buffer, contents.entries)
             packer = self._packer(file, contents.layout, contents.parts, weights)
+            if packer.in_place:
+                hashing.result()
+            packed = packer.pack(helper)
             hashing.result()
-            return packer.pack(helper)
+            return packed
+
+    def _shortcut(self, contents: Contents, buffer: Buffer) -> Packed | None:
+        if contents.shortcut is None or self.order is None:
+            return None
+        pin_memory = self.order.pin_memory
+        return contents.shortcut.pack(
+            buffer.tensor, allow_nonfinite=self.allow_nonfinite, pin_memory=pin_memory
+        )
 
     def _pickled(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         layout = self._layout(config)
@@ -170,9 +201,19 @@ class _Reader:
             self.folder, config, self.spec, max_rank=self.max_rank, target_modules=self.target_modules
         )
 
-    def _contents(self, file: OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> _Contents:
-        layout, entries = self._layout(config), header.entries(self.folder)
-        return _Contents(layout, entries, layout.parts(file.name, {e.key: e.shape for e in entries}))
+    def _contents(self, file: OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
+        key = (config, header.raw)
+        contents = None if self.known is None else self.known.get(key)
+        if contents is None:
+            layout, entries = self._layout(config), header.entries(self.folder)
+            parts = layout.parts(file.name, {e.key: e.shape for e in entries})
+            order, shortcut = self.order, None
+            if order is not None:
+                shortcut = Shortcut.of(order, self.dtype, entries, parts, layout)
+            contents = Contents(layout, entries, parts, shortcut)
+            if self.known is not None:
+                self.known.put(key, contents)
+        return contents
 
     def _packer(self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights) -> Packer:
         packer = Packer(
@@ -183,17 +224,10 @@ class _Reader:
             weights,
             dtype=self.dtype,
             allow_nonfinite=self.allow_nonfinite,
+            order=self.order,
         )
         packer.check(self.base_weight)
         return packer
-
-
-class _Contents(NamedTuple):
-    """What a safetensors file holds, by its header."""
-
-    layout: Layout
-    entries: list[Entry]
-    parts: dict[str, Part]
 
 
 def _read_and_hash(file: OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -31,6 +31,15 @@ class Adapter(Protocol):
 
     @property
     def tensors(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
+
+    @property
+    def in_order(self) -> Tensor | None:
+        """Flat memory that begins with the tensors in the order of a slot, without gaps, and has room for
+        gains and shifts behind them: taken as it is. None: they are copied together."""
+
+    @property
+    def shape(self) -> ImageShape | None:
+        """The image's shape, if it is known already and ``in_order`` is the whole image."""
 
 
 class Block(NamedTuple):
@@ -84,11 +93,50 @@ class AdapterImage:
         return self.data.nbytes
 
 
-class _Part(NamedTuple):
+class Stretch(NamedTuple):
+    """A matrix in a slot: ``rows`` rows of ``width`` elements, ``pitch`` apart."""
+
     slot: int
+    """Offset in the slot, in elements."""
     pitch: int
-    values: Tensor
-    """[rows, width]"""
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageShape:
+    """All of an image but its data; adapters of the same modules and ranks have the same."""
+
+    layout: SlotLayout
+    dtype: torch.dtype
+    elements: int
+    blocks: tuple[Block, ...]
+    pieces: tuple[Piece, ...]
+    extent: Mapping[int, int]
+
+    def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
+        """``data`` [elements] is kept, not copied."""
+        wide = {piece.dtype: data.view(piece.dtype) for piece in self.pieces}
+        return AdapterImage(
+            rank=rank,
+            digest=digest,
+            layout=self.layout,
+            data=data,
+            blocks=self.blocks,
+            pieces=self.pieces,
+            sources=[wide[p.dtype].as_strided((p.rows, p.width), (p.width, 1), p.image) for p in self.pieces],
+            extent=self.extent,
+            has_affine=has_affine,
+        )
+
+
+def image_shape(layout: SlotLayout, stretches: Sequence[Stretch], dtype: torch.dtype) -> ImageShape:
+    """``stretches`` in the order of the slot."""
+    elements = sum(stretch.rows * stretch.width for stretch in stretches)
+    blocks = tuple(_blocks(stretches))
+    pieces = tuple(_pieces(blocks, dtype, elements, layout.elements))
+    extent = {stretch.slot: stretch.rows * stretch.width for stretch in stretches}
+    return ImageShape(layout, dtype, elements, blocks, pieces, extent)
 
 
 def build_image(
@@ -99,45 +147,45 @@ def build_image(
     *,
     pin_memory: bool = False,
 ) -> AdapterImage:
-    """Copies an adapter into an image of ``dtype``, in the calling thread alone.
+    """Puts an adapter into an image of ``dtype``, in the calling thread alone.
 
     ``affine`` gives gain and shift [2, out] of the modules that have them. Raises :class:`ConfigError`
     if the adapter does not fit the layout.
     """
+    if adapter.shape is not None and adapter.in_order is not None and not affine:
+        return adapter.shape.image(adapter.in_order, rank=adapter.rank, digest=adapter.digest)
     _check(layout, adapter, affine)
-    parts: list[_Part] = []
+    parts: list[tuple[Stretch, Tensor]] = []
     for key, (a, b) in adapter.tensors.items():
         place = layout.places[key]
-        parts.append(_Part(place.a, place.shape.in_features, a))
-        parts.append(_Part(place.b, layout.max_rank, b))
+        parts.append((Stretch(place.a, place.shape.in_features, *a.shape), a))
+        parts.append((Stretch(place.b, place.b_rank, *b.shape), b))
     for key, values in affine.items():
-        parts.append(_Part(layout.places[key].affine, values.shape[1], values))
-    parts.sort(key=lambda part: part.slot)
+        place = layout.places[key]
+        parts.append((Stretch(place.affine, place.num_outputs, *values.shape), values))
+    parts.sort(key=lambda part: part[0].slot)
 
-    elements = sum(part.values.numel() for part in parts)
-    if pin_memory:
-        data = torch.empty(elements, dtype=dtype, pin_memory=True)
+    sizes = [values.numel() for _, values in parts]
+    if adapter.in_order is None:
+        data = image_memory(sum(sizes), dtype, pin_memory=pin_memory)
+        there = 0
     else:
-        data = Buffer(elements * dtype.itemsize).tensor.view(dtype)
-    shares = data.split_with_sizes([part.values.numel() for part in parts])
-    torch._foreach_copy_(
-        [piece for share in shares for piece in serial_pieces(share)],
-        [piece for part in parts for piece in serial_pieces(part.values.reshape(-1))],
-    )
-    blocks = tuple(_blocks(parts))
-    pieces = tuple(_pieces(blocks, data, layout.elements))
-    wide = {piece.dtype: data.view(piece.dtype) for piece in pieces}
-    return AdapterImage(
-        rank=adapter.rank,
-        digest=adapter.digest,
-        layout=layout,
-        data=data,
-        blocks=blocks,
-        pieces=pieces,
-        sources=[wide[p.dtype].as_strided((p.rows, p.width), (p.width, 1), p.image) for p in pieces],
-        extent={part.slot: part.values.numel() for part in parts},
-        has_affine=bool(affine),
-    )
+        data = adapter.in_order[: sum(sizes)]
+        there = 2 * len(adapter.tensors)  # A and B of each, which come before all gains and shifts
+    shares = data.split_with_sizes(sizes)
+    pairs = zip(parts[there:], shares[there:], strict=True)
+    if copies := [copy for (_, values), share in pairs for copy in _copies(values, share)]:
+        torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
+    shape = image_shape(layout, [stretch for stretch, _ in parts], dtype)
+    return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))
+
+
+def image_memory(elements: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
+    """Uninitialised memory for an image: [elements]. Page-locked, so that a GPU copies it by itself, if
+    asked."""
+    if pin_memory:
+        return torch.empty(elements, dtype=dtype, pin_memory=True)
+    return Buffer(elements * dtype.itemsize).tensor.view(dtype)
 
 
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
@@ -148,12 +196,24 @@ def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
     return tuple(flat[start : start + SERIAL_ELEMENTS] for start in range(0, size, SERIAL_ELEMENTS))
 
 
-def _blocks(parts: list[_Part]) -> Iterator[Block]:
-    """The parts' blocks in order, those merged that adjoin in the slot as they do in the image."""
+def _copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(target, source) of copies that torch does in the calling thread; ``values`` may have gaps."""
+    if values.is_contiguous():
+        yield from zip(serial_pieces(to), serial_pieces(values.view(-1)), strict=True)
+        return
+    rows, width = values.shape
+    to, step = to.view(rows, width), max(1, SERIAL_ELEMENTS // width)
+    for row in range(0, rows, step):
+        for column in range(0, width, SERIAL_ELEMENTS):
+            piece = slice(row, row + step), slice(column, column + SERIAL_ELEMENTS)
+            yield to[piece], values[piece]
+
+
+def _blocks(stretches: Sequence[Stretch]) -> Iterator[Block]:
+    """Their blocks in order, those merged that adjoin in the slot as they do in the image."""
     image = 0
-    begin = end = -1  # in the slot: of the run of parts without gaps that ends at ``image``
-    for slot, pitch, values in parts:
-        rows, width = values.shape
+    begin = end = -1  # in the slot: of the run of stretches without gaps that ends at ``image``
+    for slot, pitch, rows, width in stretches:
         if slot != end or width != pitch:
             if begin < end:
                 yield Block(begin, image - (end - begin), 1, end - begin, end - begin)
@@ -168,15 +228,17 @@ def _blocks(parts: list[_Part]) -> Iterator[Block]:
         yield Block(begin, image - (end - begin), 1, end - begin, end - begin)
 
 
-def _pieces(blocks: tuple[Block, ...], data: Tensor, slot_elements: int) -> Iterator[Piece]:
-    size = data.element_size()
+def _pieces(
+    blocks: tuple[Block, ...], own: torch.dtype, elements: int, slot_elements: int
+) -> Iterator[Piece]:
+    size = own.itemsize
     for block in blocks:
         # Every row, in the slot and in the image, and both wholes must consist of wide elements.
         offsets = (block.slot, block.image, block.width, block.pitch)
-        granule = math.gcd(*offsets, slot_elements, data.numel()) * size
+        granule = math.gcd(*offsets, slot_elements, elements) * size
         unit = next((unit for unit in _WIDE if unit > size and granule % unit == 0), size)
         slot, image, width, pitch = (offset * size // unit for offset in offsets)
-        dtype = _WIDE[unit] if unit > size else data.dtype
+        dtype = _WIDE[unit] if unit > size else own
         if block.rows == 1:
             for start in range(0, width, SERIAL_ELEMENTS):
                 count = min(SERIAL_ELEMENTS, width - start)
@@ -198,15 +260,15 @@ def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[tuple[int, str]
                 f"of {layout.spec.num_layers} layers; add the module to target_modules"
             )
     for (layer, module), (a, b) in adapter.tensors.items():
-        rank, (n_in, n_out) = a.shape[0], layout.places[layer, module].shape
-        expected = ((rank, n_in), (n_out, rank))
-        if (tuple(a.shape), tuple(b.shape)) != expected or rank > adapter.rank:
+        rank = b.shape[1]
+        expected = layout.held(module, rank)
+        if (a.shape, b.shape) != expected or rank > adapter.rank:
             raise ConfigError(
                 f"adapter tensors of layer {layer}, {module}: expected A and B of shapes {expected} with "
                 f"rank <= {adapter.rank}, found {tuple(a.shape)} and {tuple(b.shape)}"
             )
     for (layer, module), values in affine.items():
-        expected_affine = (2, layout.places[layer, module].shape.out_features)
+        expected_affine = (2, layout.num_held_outputs(module))
         if tuple(values.shape) != expected_affine:
             raise ConfigError(
                 f"gain and shift of layer {layer}, {module}: expected shape {expected_affine}, "

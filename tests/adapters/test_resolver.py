@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,63 @@ async def test_a_broken_fetch_leaves_nothing(
 
 def left_over(cache: Path) -> list[Path]:
     return [p for p in cache.rglob("*") if not p.is_dir() or p.name.startswith(".part-")]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Callable[[Path, int], None]:
+    """``old(folder, n)``: the copy was used n days ago."""
+
+    def age(folder: Path, days: int) -> None:
+        then = time.time() - days * 86400
+        os.utime(folder, (then, then))
+
+    return age
+
+
+async def test_local_copies_are_bounded(store: Any, tmp_path: Path, old: Callable[[Path, int], None]) -> None:
+    """Those that were asked for least recently go; what is fetched now, or was a moment ago, stays."""
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path, max_cache_bytes=3100)
+    for name in "abcd":
+        put(store, name, name.encode() * 1000)
+    found = {name: await resolver.resolve(name) for name in "abc"}
+    for days, name in enumerate("cba", start=1):
+        old(found[name], days)
+    assert await resolver.resolve("a") == found["a"], "it is used now"
+    foreign = tmp_path / "notes" / "deep"
+    foreign.mkdir(parents=True)
+    old(foreign, 9)
+    unfinished = found["a"].parent / ".part-of-a-process-that-was-killed"
+    unfinished.mkdir()
+    old(unfinished, 9)
+    found["d"] = await resolver.resolve("d")
+    there = {name for name, folder in found.items() if folder.is_dir()}
+    assert there == {"a", "c", "d"}
+    assert foreign.is_dir() and not unfinished.exists()
+    assert (await resolver.resolve("b")).is_dir(), "it is fetched again"
+    assert not found["c"].is_dir()
+
+
+async def test_copies_in_use_are_kept_whatever_the_bound(store: Any, tmp_path: Path) -> None:
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path, max_cache_bytes=1)
+    for name in "ab":
+        put(store, name, b"x")
+    folders = [await resolver.resolve(name) for name in "ab"]
+    assert all((folder / "adapter_model.safetensors").is_file() for folder in folders)
+    for bad in (0, "many", -1):
+        with pytest.raises(ConfigError, match="max_cache_bytes"):
+            FsspecResolver("memory://bucket", cache_dir=tmp_path, max_cache_bytes=bad)
+
+
+async def test_without_a_bound_nothing_is_deleted(
+    store: Any, tmp_path: Path, old: Callable[[Path, int], None]
+) -> None:
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path, max_cache_bytes=None)
+    put(store, "a", b"x")
+    put(store, "b", b"x")
+    first = await resolver.resolve("a")
+    old(first, 1000)
+    await resolver.resolve("b")
+    assert first.is_dir()
 
 
 def test_several_at_once_share_a_cache(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Tensor parallelism: which share of a model a process holds, and the sums and gathers between the shares.
+
+No torch is imported with this module: planning needs :class:`Shard` alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+class Shard(NamedTuple):
+    """One of ``size`` equal shares of a model."""
+
+    rank: int = 0
+    size: int = 1
+    fully_sharded: bool = False
+    """Split all of an adapter's matrices, instead of one of each pair."""
+
+
+SOLO = Shard()
+"""All of it."""
+
+
+class Traffic:
+    """What a rank has sent since this was created or reset."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.all_reduces = 0
+        """Calls."""
+        self.all_gathers = 0
+        """Calls."""
+        self.nbytes = 0
+        """Bytes that this rank sends if both are done in a ring, which is the least that they take:
+        ``2 (size - 1) / size`` of an all-reduce's tensor (Patarasuk & Yuan, 2009,
+        https://doi.org/10.1016/j.jpdc.2008.09.002), and ``size - 1`` times a gather's own part."""
+
+
+class Group(ABC):
+    """The processes that hold one model together. All of them make the same calls in the same order.
+
+    One thread makes all calls: a collective in another thread could overtake one of a step, and pair with
+    another process's.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.traffic = Traffic()
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, which must be contiguous and is overwritten with it."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' ``x``, of one shape, concatenated along ``dim`` in the order of the ranks."""
+
+
+class SoloGroup(Group):
+    """One process that holds everything: nothing to sum or to gather."""
+
+    def __init__(self) -> None:
+        super().__init__(SOLO)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+
+class DistributedGroup(Group):
+    """Over ``torch.distributed``. gloo on a CPU and NCCL on CUDA differ by the process group alone."""
+
+    def __init__(self, process_group: ProcessGroup, shard: Shard) -> None:
+        super().__init__(shard)
+        self._process_group = process_group
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        from torch import distributed
+
+        distributed.all_reduce(x, group=self._process_group)
+        self.traffic.all_reduces += 1
+        self.traffic.nbytes += 2 * (self.shard.size - 1) * x.nbytes // self.shard.size
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        from torch import distributed
+
+        size, dim = self.shard.size, dim % x.dim()
+        gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
+        # Since torch 2.13 it goes by a new name, and the old one warns.
+        name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
+        getattr(distributed, name)(gathered, x.contiguous(), group=self._process_group)
+        self.traffic.all_gathers += 1
+        self.traffic.nbytes += (size - 1) * x.nbytes
+        # [size, ...] -> the axis of ranks directly before ``dim``, and one with it.
+        by_rank = gathered.view(size, *x.shape).movedim(0, dim)
+        return by_rank.reshape(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :])
