@@ -30,7 +30,7 @@ class ChameleonOrder(Arrival):
     """Lanes by request size, each with its own share of the running places, small ones first.
 
     size = (0.4 input / largest input + 0.6 output / largest output) x adapter bytes / largest adapter,
-    where output is ``max_tokens``; the base model, and an adapter that has never been read, count as the
+    where output is ``expected_tokens``; the base model, and an adapter that has never been read, count as the
     smallest one. The sizes of the last ``window`` requests are clustered (k-means in one dimension)
     every ``refresh`` requests, and the lanes' borders are halfway between the means. Places are divided
     in proportion to the work in each lane (requests x mean size), at least one each. First every lane,
@@ -39,10 +39,10 @@ class ChameleonOrder(Arrival):
     seconds goes before all that.
 
     From the paper differ: shares are of ``max_num_seqs`` and not of memory, whose use the core guards;
-    they follow the load instead of a latency target; the output is not predicted; the number of lanes
-    is the least that explains nine tenths of the variance (the paper takes the lowest variance, which
-    is always that of the most lanes); an adapter that is in no slot holds up nobody, so there is
-    nothing to bypass and nobody is thrown out.
+    they follow the load instead of a latency target; the output is predicted by the caller, if at all;
+    the number of lanes is the least that explains nine tenths of the variance (the paper takes the
+    lowest variance, which is always that of the most lanes); an adapter that is in no slot holds up
+    nobody, so there is nothing to bypass and nobody is thrown out.
 
     Args:
         queues: Most lanes.
@@ -91,7 +91,7 @@ class ChameleonOrder(Arrival):
         if request is None:
             return
         if event.kind == "request_added":
-            self._recent.append((request.prompt_tokens, request.max_tokens, request.adapter))
+            self._recent.append((request.prompt_tokens, request.expected_tokens, request.adapter))
             self._until_refresh -= 1
         elif event.kind == "request_finished":
             self._lane_of.pop(request.request_id, None)
@@ -106,7 +106,7 @@ class ChameleonOrder(Arrival):
         """Its lane; 0 is that of the smallest."""
         lane = self._lane_of.get(request.request_id)
         if lane is None:
-            size = self.size(view, request.prompt_tokens, request.max_tokens, request.adapter)
+            size = self.size(view, request.prompt_tokens, request.expected_tokens, request.adapter)
             lane = self._lane_of[request.request_id] = bisect_right(self.borders, size)
         return lane
 

@@ -66,6 +66,10 @@ class RequestView(Protocol):
     @property
     def max_tokens(self) -> int: ...
     @property
+    def expected_tokens(self) -> int:
+        """How long its caller expects the output to be; ``max_tokens`` where nothing was said."""
+
+    @property
     def output_tokens(self) -> int:
         """Tokens generated so far."""
 

@@ -1,9 +1,10 @@
 """Finding policies and parts by name, and building them with options.
 
 A policy is named by text: "fcfs", "vtc:input_weight=1,output_weight=2", "edf+gdsf+lookahead",
-"package.module:Class"; or by a table such as ``{"order": "edf", "replace": {"name": "gdsf"},
-"max_wait": 2}``. Installed packages add to the built-in names through the entry point group
-``aioengine.schedulers`` (whole policies, and parts, which are told apart by their base class).
+"package.module:Class", "my_policy.py:MyPolicy" (a file, relative to the working directory); or by a table
+such as ``{"order": "edf", "replace": {"name": "gdsf"}, "max_wait": 2}``. Installed packages add to the
+built-in names through the entry point group ``aioengine.schedulers`` (whole policies, and parts, which are
+told apart by their base class).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -21,6 +22,7 @@ import msgspec
 from aioengine.schedulers.compose import Composed
 from aioengine.schedulers.parts import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.policy import SchedulerPolicy
+from aioengine.schedulers.policy_file import import_file
 
 ENTRY_POINT_GROUP = "aioengine.schedulers"
 KINDS: dict[str, type[Part]] = {
@@ -103,27 +105,33 @@ def available_parts(kind: str) -> dict[str, PolicyInfo]:
     }
 
 
-def load_policy(spec: str | Mapping[str, Any]) -> SchedulerPolicy:
-    """Build the policy that ``spec`` names; see the module's docstring for the forms.
+Supply = Mapping[str, Callable[[], Any]]
+"""By the name of a constructor's parameter: what makes its value, for values that text cannot give."""
+
+
+def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) -> SchedulerPolicy:
+    """Build the policy that ``spec`` names; see the module's docstring for the forms. ``supply`` makes
+    values for constructor parameters that ``spec`` leaves out: ``future``, say, where a trace is replayed.
 
     Raises ValueError if there is none of this name, it cannot be imported, or an option is unknown or
     out of range.
     """
+    supply = supply or {}
     if isinstance(spec, str):
         tokens = [_parse_token(spec, token) for token in spec.split("+")]
         if len(tokens) == 1:
-            return _single(spec, *tokens[0])
-        return _from_tokens(spec, tokens)
+            return _single(spec, *tokens[0], supply)
+        return _from_tokens(spec, tokens, supply)
     values = dict(spec)
     name = values.pop("name", None)
     if name is not None:
-        return _single(str(name), str(name), values)
+        return _single(str(name), str(name), values, supply)
     for key in values:
         if key not in (*KINDS, "max_wait"):
             close = difflib.get_close_matches(key, [*KINDS, "max_wait", "name"], n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"policy: unknown key {key!r}{hint}; keys are name, or order, replace, ...")
-    return compose(**values)
+    return compose(**values, supply=supply)
 
 
 def compose(
@@ -133,18 +141,20 @@ def compose(
     prefetch: str | Mapping[str, Any] | Prefetch | None = None,
     preempt: str | Mapping[str, Any] | Preemption | None = None,
     max_wait: float = 1.0,
+    supply: Supply | None = None,
 ) -> Composed:
     """A policy out of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or
     as an instance. Left out: order fcfs, replace lru, prefetch lookahead (or what the order prefers),
     preempt none. Raises ValueError as :func:`load_policy` does.
     """
-    ordering = _part("order", order or DEFAULT_PARTS["order"])
+    supply = supply or {}
+    ordering = _part("order", order or DEFAULT_PARTS["order"], supply)
     preferred = getattr(ordering, "default_prefetch", DEFAULT_PARTS["prefetch"])
     parts = (
         ordering,
-        _part("replace", replace or DEFAULT_PARTS["replace"]),
-        _part("prefetch", prefetch or preferred),
-        _part("preempt", preempt or DEFAULT_PARTS["preempt"]),
+        _part("replace", replace or DEFAULT_PARTS["replace"], supply),
+        _part("prefetch", prefetch or preferred, supply),
+        _part("preempt", preempt or DEFAULT_PARTS["preempt"], supply),
     )
     return Composed(*parts, max_wait=max_wait)  # type: ignore[arg-type] # _part checks the kinds
 
@@ -168,18 +178,18 @@ def _parse_token(text: str, token: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _single(text: str, name: str, options: dict[str, Any]) -> SchedulerPolicy:
+def _single(text: str, name: str, options: dict[str, Any], supply: Supply) -> SchedulerPolicy:
     target = _installed("policy").get(name) or (name if ":" in name else None)
     if target is not None:
         found = _import(text, target)
         if issubclass(found, SchedulerPolicy):
-            policy = _build(text, found, options)
+            policy = _build(text, found, options, supply)
             assert isinstance(policy, SchedulerPolicy)
             return policy
-    return _from_tokens(text, [(name, options)])
+    return _from_tokens(text, [(name, options)], supply)
 
 
-def _from_tokens(text: str, tokens: list[tuple[str, dict[str, Any]]]) -> SchedulerPolicy:
+def _from_tokens(text: str, tokens: list[tuple[str, dict[str, Any]]], supply: Supply) -> SchedulerPolicy:
     parts: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for name, options in tokens:
@@ -192,7 +202,7 @@ def _from_tokens(text: str, tokens: list[tuple[str, dict[str, Any]]]) -> Schedul
             extra["max_wait"] = float(extra["max_wait"])
         except ValueError:
             raise ValueError(f"policy {text!r}: max_wait={extra['max_wait']!r} is no number") from None
-    return compose(**parts, **extra)
+    return compose(**parts, **extra, supply=supply)
 
 
 def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
@@ -218,7 +228,8 @@ def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
 def _unknown(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"there is no {name!r}{hint}; known are {', '.join(known)}, or give 'package.module:Class'"
+    names = ", ".join(known)
+    return f"there is no {name!r}{hint}; known are {names}, or give 'package.module:Class' or 'file.py:Class'"
 
 
 def _all_names() -> set[str]:
@@ -246,7 +257,10 @@ def _installed(kind: str) -> dict[str, str]:
 def _import(text: str, target: str) -> type[SchedulerPolicy | Part]:
     module, _, attribute = target.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        if module.endswith(".py"):
+            found = import_file(module, attribute)
+        else:
+            found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"policy {text!r}: cannot import {target}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, (SchedulerPolicy, Part))):
@@ -254,7 +268,7 @@ def _import(text: str, target: str) -> type[SchedulerPolicy | Part]:
     return found
 
 
-def _part(kind: str, given: str | Mapping[str, Any] | Part) -> Part:
+def _part(kind: str, given: str | Mapping[str, Any] | Part, supply: Supply) -> Part:
     base = KINDS[kind]
     if isinstance(given, base):
         return given
@@ -272,12 +286,12 @@ def _part(kind: str, given: str | Mapping[str, Any] | Part) -> Part:
     found = _import(name, target)
     if not issubclass(found, base):
         raise ValueError(f"{kind}={name!r}: {target} is not a subclass of {base.__name__}")
-    part = _build(name, found, options)
+    part = _build(name, found, options, supply)
     assert isinstance(part, base)
     return part
 
 
-def _build(text: str, cls: type[Any], options: Mapping[str, Any]) -> Any:
+def _build(text: str, cls: type[Any], options: Mapping[str, Any], supply: Supply) -> Any:
     """An instance, its options checked and converted by the types of its constructor."""
     fields = _fields(cls)
     for key in options:
@@ -292,6 +306,7 @@ def _build(text: str, cls: type[Any], options: Mapping[str, Any]) -> Any:
             values[key] = msgspec.convert(value, fields[key][0], strict=False)
         except msgspec.ValidationError as error:
             raise ValueError(f"policy {text!r}: option {key}={value!r}: {error}") from error
+    values |= {key: make() for key, make in supply.items() if key in fields and key not in values}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

@@ -7,16 +7,17 @@ from aioengine.schedulers.policy import RequestView
 
 
 class SJF(FixedKeyOrdering):
-    """Shortest job first: the least prompt plus output tokens, with max_tokens as the output's estimate.
+    """Shortest job first: the least prompt plus expected output tokens.
 
-    key = input_weight x prompt_tokens + output_weight x max_tokens
+    key = input_weight x prompt_tokens + output_weight x expected_tokens
 
-    How long an output will be is not known beforehand, so what the request allows itself counts. The
-    mean waiting time is the least if that is exact; a long request may wait while shorter ones come.
+    How long an output will be is what its caller says that it expects, or else what the request allows
+    itself (``max_tokens``). The mean waiting time is the least if that is exact; a long request may wait
+    while shorter ones come.
 
     Args:
         input_weight: What a prompt token counts, >= 0.
-        output_weight: What a token of ``max_tokens`` counts, >= 0.
+        output_weight: What an expected output token counts, >= 0.
     """
 
     source = "Smith, 'Various optimizers for single-stage production', Naval Res. Logist. Q. 3, 1956"
@@ -30,4 +31,4 @@ class SJF(FixedKeyOrdering):
         self.input_weight, self.output_weight = input_weight, output_weight
 
     def fixed_key(self, request: RequestView) -> float:
-        return self.input_weight * request.prompt_tokens + self.output_weight * request.max_tokens
+        return self.input_weight * request.prompt_tokens + self.output_weight * request.expected_tokens

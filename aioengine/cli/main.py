@@ -51,6 +51,9 @@ COMMANDS = {
   aioengine generate "How many users are there?" --chat --adapter path/to/sql
   aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
   echo '{"prompt": "Hello", "n": 2, "temperature": 1}' | aioengine generate""",
+    "lab": """\
+  aioengine lab run --trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results
+  aioengine lab compare --policy fcfs,vllm+lru,vtc --trace azure_code.csv --adapters 200 --slots 4,8""",
     "plan": """\
   aioengine plan --model path/to/model
   aioengine plan --config engine.toml --max-loras 16 --max-lora-rank 64""",
@@ -62,7 +65,32 @@ COMMANDS = {
   aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
   aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
-"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``."""
+"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "lab" is
+a group of its own."""
+
+LAB_COMMANDS = {
+    "run": """\
+  aioengine lab run --trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results
+  aioengine lab run --arrivals gamma:rate=4,cv=4 --limit 2000 --policy my_policy.py:MyPolicy
+  aioengine lab run --experiment results/experiment.json --out again""",
+    "compare": """\
+  aioengine lab compare --policy fcfs,vllm+lru,vtc,chameleon,oracle --trace azure_code.csv \\
+      --limit 5000 --adapters 200 --slots 4,8,16 --seeds 5 --out results
+  aioengine lab compare --experiment results/comparison.json --out again""",
+    "report": """\
+  aioengine lab report results
+  aioengine lab report results --rank-by latency_seconds.mean""",
+    "calibrate": """\
+  aioengine lab calibrate --out this-machine.json
+  aioengine lab run --preset this-machine.json ...""",
+    "record": """\
+  aioengine lab record requests.jsonl --model path/to/model --lora-modules sql=path/to/sql
+  aioengine lab run --trace requests.jsonl ...""",
+    "validate": """\
+  aioengine lab validate --preset this-machine.json
+  aioengine lab validate --preset this-machine.json --loads 0.5 --repeats 5""",
+}
+"""The commands of the lab: ``name`` is the function ``name`` in ``aioengine.cli.lab_name``."""
 
 
 def build_app(*, full_help: bool = False) -> App:
@@ -84,8 +112,10 @@ def build_app(*, full_help: bool = False) -> App:
         print_error=False,
     )
     for name, examples in COMMANDS.items():
-        more = f"All flags: aioengine {name} {HELP_ALL}    Exit codes: aioengine --help"
-        epilogue = f"Examples:\n{examples}\n\n{more}"
+        if name == "lab":
+            app.command(_build_lab(examples))
+            continue
+        epilogue = _epilogue(name, examples)
         if full_help and name == "generate":
             epilogue = f"JSON lines:\n{LINE_FORMAT}\n\n{epilogue}"
         app.command(f"aioengine.cli.{name}:{name}", name=name, help_epilogue=epilogue)
@@ -95,6 +125,24 @@ def build_app(*, full_help: bool = False) -> App:
     return app
 
 
+def _build_lab(examples: str) -> App:
+    lab = App(
+        name="lab",
+        help="Try scheduling policies on traces, in simulated time, with the engine that serves.",
+        help_epilogue=f"Examples:\n{examples}\n\nFlags of a command: aioengine lab COMMAND --help",
+    )
+    for name, lines in LAB_COMMANDS.items():
+        lab.command(
+            f"aioengine.cli.lab_{name}:{name}", name=name, help_epilogue=_epilogue(f"lab {name}", lines)
+        )
+    return lab
+
+
+def _epilogue(name: str, examples: str) -> str:
+    more = f"All flags: aioengine {name} {HELP_ALL}    Exit codes: aioengine --help"
+    return f"Examples:\n{examples}\n\n{more}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: ``sys.argv``) and return the exit code."""
     _find_modules_here()
@@ -102,9 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = CommonFlags()
     try:
         app = build_app(full_help=HELP_ALL in tokens)
+        # What is listed is imported, for the line that says what it does.
         if not tokens or tokens[0] in (*HELP_FLAGS, HELP_ALL):
             for name in COMMANDS:
-                app[name]  # imports it, for the line that says what it does
+                app[name]
+        elif tokens[0] == "lab" and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
+            for name in LAB_COMMANDS:
+                app["lab"][name]
         command, bound, _ = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()

@@ -127,7 +127,7 @@ def test_lanes_follow_the_sizes_that_are_seen() -> None:
     def see(sizes: list[int]) -> None:
         for size in sizes:
             request: Any = SimpleNamespace(
-                request_id="x", prompt_tokens=size, max_tokens=size, adapter=None, arrival=0.0
+                request_id="x", prompt_tokens=size, expected_tokens=size, adapter=None, arrival=0.0
             )
             order.on_event(PolicyEvent("request_added", 0.0, request))
         order.admit(view, [None], 8)
@@ -149,7 +149,7 @@ def test_size_is_the_papers_product() -> None:
     view: Any = SimpleNamespace(now=0.0, adapters=sizes, running=[], free_seqs=8, waiting_for=lambda name: [])
     for tokens_in, tokens_out, name in ((100, 10, "big"), (50, 40, "little"), (10, 10, None)):
         request: Any = SimpleNamespace(
-            request_id="x", prompt_tokens=tokens_in, max_tokens=tokens_out, adapter=name, arrival=0.0
+            request_id="x", prompt_tokens=tokens_in, expected_tokens=tokens_out, adapter=name, arrival=0.0
         )
         order.on_event(PolicyEvent("request_added", 0.0, request))
     order.admit(view, [None], 8)

@@ -161,3 +161,99 @@ def test_a_broken_package_harms_only_those_who_name_it(tmp_path: Path) -> None:
 
 def test_a_whole_policy_is_a_scheduler_policy() -> None:
     assert isinstance(load_policy("fcfs"), SchedulerPolicy)
+
+
+FILE = """
+from aioengine.schedulers.parts import Ordering
+from aioengine.schedulers.sjf import SJF
+from aioengine.schedulers.fcfs import FCFS
+
+
+class Mine(FCFS):
+    pass
+
+
+class MyOrder(SJF):
+    pass
+
+
+class NoPolicy:
+    pass
+"""
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a file of policies."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_policy.py").write_text(FILE)
+    return tmp_path
+
+
+def test_policies_and_parts_in_a_file(in_folder: Path) -> None:
+    mine = load_policy("my_policy.py:Mine:max_wait=3")
+    assert isinstance(mine, FCFS)
+    assert (type(mine).__name__, mine.max_wait) == ("Mine", 3.0)  # type: ignore[attr-defined]
+    for spec in (
+        "my_policy.py:MyOrder:input_weight=2+gdsf",
+        f"{in_folder}/my_policy.py:MyOrder:input_weight=2+gdsf",
+        {"order": {"name": "./my_policy.py:MyOrder", "input_weight": 2}, "replace": "gdsf"},
+    ):
+        policy = composed(spec)
+        assert (type(policy.order).__name__, policy.order.input_weight) == ("MyOrder", 2)  # type: ignore[attr-defined]
+        assert isinstance(policy.replace, GDSF)
+    AsyncEngine(EngineConfig(model="m", policy="my_policy.py:Mine"))
+
+
+def test_a_file_is_read_again_when_it_has_changed(in_folder: Path) -> None:
+    first, second = (type(load_policy("my_policy.py:Mine")) for _ in range(2))
+    assert first is second
+    (in_folder / "my_policy.py").write_text(
+        FILE.replace("class Mine(FCFS):", "class Mine(FCFS):\n    new = True")
+    )
+    assert load_policy("my_policy.py:Mine").new  # type: ignore[attr-defined]
+
+
+def test_files_of_one_name_are_not_mixed_up(in_folder: Path) -> None:
+    (in_folder / "other").mkdir()
+    (in_folder / "other" / "my_policy.py").write_text(FILE.replace("class Mine(FCFS):", "class Other(FCFS):"))
+    assert type(load_policy("other/my_policy.py:Other")).__name__ == "Other"
+    assert type(load_policy("my_policy.py:Mine")).__name__ == "Mine"
+    assert "my_policy" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("my_polcy.py:Mine", r"there is no file .*my_polcy\.py"),
+        (
+            "my_policy.py:Mien",
+            r"defines no 'Mien' \(did you mean 'Mine'\?\); its classes: Mine, MyOrder, NoP",
+        ),
+        ("my_policy.py:NoPolicy", "not a subclass of SchedulerPolicy, nor a part"),
+        ("broken.py:Mine", r"broken\.py failed: SyntaxError"),
+        ("fails.py:Mine", r"fails\.py failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_files_that_do_not_do(spec: str, message: str, in_folder: Path) -> None:
+    (in_folder / "broken.py").write_text("class Mine(:\n")
+    (in_folder / "fails.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=message):
+        load_policy(spec)
+
+
+def test_values_that_text_cannot_give_are_supplied_to_who_takes_them() -> None:
+    made: list[str] = []
+
+    def future() -> list[tuple[float, str]]:
+        made.append("future")
+        return [(1.0, "a")]
+
+    supply = {"future": future, "start": lambda: 10.0}
+    assert load_policy("fcfs", supply=supply)
+    assert not made
+    for spec in ("oracle", "edf+belady", {"name": "oracle"}, {"replace": "belady"}):
+        policy = load_policy(spec, supply=supply)
+        assert isinstance(policy, Composed)
+        assert policy.replace.next_use("a", 0.0) == 11.0  # type: ignore[attr-defined]
+    assert composed({"replace": {"name": "belady", "future": []}}).replace.next_use("a", 0.0) == float("inf")  # type: ignore[attr-defined]

@@ -36,6 +36,14 @@ def test_the_shortest_goes_first_and_equals_by_arrival() -> None:
     assert order_of(sim) == [requests[i].id for i in (4, 2, 1, 3, 0)]
 
 
+def test_what_is_expected_goes_before_what_is_allowed() -> None:
+    sim = serial_sim(SJF())
+    long = sim.add(max_tokens=4)
+    short = sim.add(max_tokens=9, expected_tokens=2)
+    sim.run()
+    assert order_of(sim) == [short.id, long.id]
+
+
 def test_weights_decide_what_is_short() -> None:
     long_prompt, long_output = (12, 2), (2, 10)
     for order, first in ((SJF(input_weight=0.1), 0), (SJF(output_weight=0.1), 1)):

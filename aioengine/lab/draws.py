@@ -1,0 +1,73 @@
+"""Random draws that come out the same everywhere: each aspect of a workload has a stream of its own.
+
+Of :class:`random.Random` only ``random()`` is used: it is the one method whose sequence Python promises to
+keep between versions.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import accumulate
+from math import cos, exp, log, pi, sqrt
+from random import Random
+
+
+def stream(seed: int, aspect: str) -> Random:
+    """The stream of ``aspect``: what is drawn from it does not depend on what others draw from theirs."""
+    return Random(stable_number(f"{seed}/{aspect}"))
+
+
+def stable_number(text: str) -> int:
+    """A number out of 2**128 for a text, the same in every process."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")
+
+
+def exponential(rng: Random) -> float:
+    """Of mean 1."""
+    return -log(1.0 - rng.random())
+
+
+def normal(rng: Random) -> float:
+    """Of mean 0 and deviation 1 (Box and Muller, 1958, one of the two); always two draws."""
+    radius = sqrt(-2.0 * log(1.0 - rng.random()))
+    return radius * cos(2.0 * pi * rng.random())
+
+
+def gamma(rng: Random, shape: float) -> float:
+    """Of scale 1, so that its mean is ``shape`` (Marsaglia and Tsang, 2000)."""
+    if shape < 1.0:
+        # Theirs is for shapes from 1 on; this takes it below.
+        return gamma(rng, shape + 1.0) * exp(log(1.0 - rng.random()) / shape)
+    d = shape - 1.0 / 3.0
+    c = 1.0 / sqrt(9.0 * d)
+    while True:
+        x = normal(rng)
+        v = (1.0 + c * x) ** 3
+        if v > 0.0 and log(1.0 - rng.random()) < 0.5 * x * x + d - d * v + d * log(v):
+            return d * v
+
+
+def shuffle(rng: Random, items: list[int]) -> None:
+    """In place (Fisher and Yates)."""
+    for last in range(len(items) - 1, 0, -1):
+        other = int(rng.random() * (last + 1))
+        items[last], items[other] = items[other], items[last]
+
+
+def log_normal(rng: Random, median: float, sigma: float) -> float:
+    """``sigma`` is the deviation of its logarithm."""
+    return median * exp(sigma * normal(rng))
+
+
+class Weighted:
+    """Draws an index, each as often as its weight says. Weights are >= 0, and not all are 0."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._bounds = list(accumulate(weights))
+
+    def draw(self, rng: Random) -> int:
+        """One draw; logarithmic time."""
+        found = bisect_right(self._bounds, rng.random() * self._bounds[-1])
+        return min(found, len(self._bounds) - 1)

@@ -1,0 +1,27 @@
+"""The packages of the extra ``lab``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from aioengine.errors import ConfigError
+
+
+@contextmanager
+def needs_extra() -> Iterator[None]:
+    """Around imports of what the extra installs: ConfigError says how to get it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"the lab needs more packages: pip install 'aioengine[lab]' ({error})") from error
+
+
+def check_extra() -> None:
+    """Raises ConfigError if one of the packages is missing, before anything long begins."""
+    with needs_extra():
+        import matplotlib
+        import polars
+        import scipy
+
+        del matplotlib, polars, scipy

@@ -1,0 +1,40 @@
+"""PEFT folders with random weights, for runs on a live engine that are about time and not about answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from aioengine.model.spec import LORA_MODULES, ModelSpec
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def write_random_adapter(folder: Path, spec: ModelSpec, rank: int, *, seed: int) -> Path:
+    """A small random A and B for all seven linears of every layer, in the checkpoint's dtype."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, spec.dtype)
+    tensors = {}
+    for layer in range(spec.num_layers):
+        for module in LORA_MODULES:
+            shape = spec.linear(module)
+            block = "self_attn" if module in ATTENTION else "mlp"
+            key = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
+                noise = torch.randn(*size, generator=generator) * 0.02
+                tensors[f"{key}.lora_{name}.weight"] = noise.to(dtype)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(LORA_MODULES),
+        "bias": "none",
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,254 @@
+"""How far a simulation is from the live engine: the same workload on both."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aioengine.config import Device, DType, EngineConfig
+from aioengine.engine import AsyncEngine
+from aioengine.errors import ConfigError
+from aioengine.lab.clock import run_in_virtual_time
+from aioengine.lab.costs import CostModel
+from aioengine.lab.experiment import Experiment
+from aioengine.lab.neighbours import Neighbours
+from aioengine.lab.presets import load_costs
+from aioengine.lab.random_adapters import write_random_adapter
+from aioengine.lab.records import Move, RequestRecord, Sample, SlotSpan
+from aioengine.lab.replay import replay
+from aioengine.lab.run import simulate
+from aioengine.lab.spec import WorkloadSpec
+from aioengine.lab.workload import Workload
+from aioengine.request import SamplingParams
+
+Progress = Callable[[int, int, str], None]
+"""Told of: runs done, of how many, and which comes next."""
+
+ALL_AT_ONCE = "poisson:rate=100000"
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What is compared. A mean over no requests is 0."""
+
+    output_tokens_per_second: float
+    """From the start to the end of the last request."""
+    median_ttft: float
+    """Seconds."""
+    mean_inter_token: float
+    """Seconds: the mean over requests of the time between the first token and the last, a token."""
+
+
+METRICS = Measured.__struct_fields__
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One load. ``error`` is (simulated - live) / live of each metric."""
+
+    load: str
+    """"40%" of what the simulated engine can do, or "as given"."""
+    requests_per_second: float | None
+    live: Measured
+    """Medians of the runs."""
+    runs: tuple[Measured, ...]
+    neighbours: tuple[float, ...]
+    """Of each run: what other processes took of the machine, 0 to 1."""
+    simulated: Measured
+    error: dict[str, float]
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    preset: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest error, without its sign."""
+        return max(abs(error) for one in self.comparisons for error in one.error.values())
+
+    def rows(self) -> list[tuple[str, str, float, float, float]]:
+        """(load, metric, live, simulated, error), for a table."""
+        return [
+            (one.load, metric, getattr(one.live, metric), getattr(one.simulated, metric), one.error[metric])
+            for one in self.comparisons
+            for metric in METRICS
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = msgspec.to_builtins(self)
+        assert isinstance(values, dict)
+        return values
+
+
+def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
+    """What :func:`validate` is meant for: a small model, and three times as many adapters as slots."""
+    workload = WorkloadSpec(
+        arrivals=ALL_AT_ONCE,
+        limit=120,
+        adapters=12,
+        popularity="zipf:1.0",
+        prompt_tokens="uniform:16..256",
+        output_tokens="uniform:16..96",
+    )
+    return Experiment(
+        workload=workload,
+        preset=preset,
+        slots=4,
+        cpu_loras=8,
+        max_lora_rank=16,
+        max_num_seqs=32,
+        max_model_len=512,
+        kv_cache_memory="512MiB",
+        seed=seed,
+    )
+
+
+def validate(
+    experiment: Experiment,
+    model: str,
+    *,
+    loads: Sequence[float] = (0.4, 0.8),
+    repeats: int = 3,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    progress: Progress | None = None,
+) -> Validation:
+    """Run the experiment's workload on the live engine and in simulation, and compare.
+
+    Both run through the same :func:`~aioengine.lab.replay.replay`; the live engine gets adapters with
+    random weights. Nothing else should run on the machine.
+
+    Args:
+        experiment: Its preset should be the cost model of ``model`` on this machine.
+        model: As in :class:`~aioengine.config.EngineConfig`.
+        loads: Shares of what the simulated engine can do, which is measured by offering it everything at
+            once; the requests then come as a Poisson process. Empty: the workload as it is given.
+        repeats: Live runs of each load, each on a fresh engine, of which the median counts.
+
+    Raises ConfigError if the preset, the model or the workload cannot be used.
+    """
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    costs = load_costs(experiment.preset)
+    offered: list[tuple[str, float | None]] = [("as given", None)]
+    if loads:
+        capacity = _capacity(experiment, costs)
+        offered = [(f"{share:.0%}", share * capacity) for share in loads]
+    config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
+    found = []
+    for i, (load, rate) in enumerate(offered):
+        chosen = experiment if rate is None else _with_arrivals(experiment, f"poisson:rate={rate:.6g}")
+        workload = chosen.workload.open(chosen.seed)
+        simulated = _simulated(chosen, costs, workload)
+        runs: list[Measured] = []
+        neighbours: list[float] = []
+        for repeat in range(repeats):
+            if progress is not None:
+                progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
+            others = Neighbours()
+            runs.append(_live(config, workload, chosen.seed))
+            neighbours.append(others.share())
+        found.append(_compare(load, rate, runs, neighbours, simulated))
+    if progress is not None:
+        progress(len(offered) * repeats, len(offered) * repeats, "done")
+    return Validation(preset=experiment.preset, comparisons=tuple(found))
+
+
+def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
+    workload = msgspec.structs.replace(experiment.workload, arrivals=arrivals)
+    return msgspec.structs.replace(experiment, workload=workload)
+
+
+def _capacity(experiment: Experiment, costs: CostModel) -> float:
+    """Requests a second, if it is always busy."""
+    workload = _with_arrivals(experiment, ALL_AT_ONCE).workload.open(experiment.seed)
+    kept = _Kept()
+    run_in_virtual_time(simulate(experiment, costs, workload, kept))
+    if not kept.requests:
+        raise ConfigError("the workload has no requests: nothing can be compared")
+    return len(kept.requests) / max(record.ended for record in kept.requests)
+
+
+def _simulated(experiment: Experiment, costs: CostModel, workload: Workload) -> Measured:
+    kept = _Kept()
+    run_in_virtual_time(simulate(experiment, costs, workload, kept))
+    return kept.measured()
+
+
+def _live(config: EngineConfig, workload: Workload, seed: int) -> Measured:
+    with tempfile.TemporaryDirectory(prefix="aioengine-validate-") as folder:
+        return asyncio.run(_live_run(config, workload, seed, Path(folder)))
+
+
+async def _live_run(config: EngineConfig, workload: Workload, seed: int, folder: Path) -> Measured:
+    kept = _Kept()
+    async with AsyncEngine(config) as engine:
+        paths = await asyncio.to_thread(_write_adapters, engine, workload, folder)
+        await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
+        await replay(engine, workload, kept, paths=paths, seed=seed)
+    return kept.measured()
+
+
+def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
+    return {
+        shape.name: write_random_adapter(folder / str(i), engine.model_spec, shape.rank, seed=i)
+        for i, shape in enumerate(workload.adapters)
+    }
+
+
+def _compare(
+    load: str,
+    rate: float | None,
+    runs: Sequence[Measured],
+    neighbours: Sequence[float],
+    simulated: Measured,
+) -> Comparison:
+    live = Measured(**{metric: statistics.median(getattr(run, metric) for run in runs) for metric in METRICS})
+    error = {
+        metric: (getattr(simulated, metric) - truth) / truth if (truth := getattr(live, metric)) else 0.0
+        for metric in METRICS
+    }
+    return Comparison(
+        load=load,
+        requests_per_second=rate,
+        live=live,
+        runs=tuple(runs),
+        neighbours=tuple(neighbours),
+        simulated=simulated,
+        error=error,
+    )
+
+
+class _Kept:
+    """A sink that keeps the requests that have finished."""
+
+    def __init__(self) -> None:
+        self.requests: list[RequestRecord] = []
+
+    def request(self, record: RequestRecord) -> None:
+        if record.error is None and record.first_token is not None:
+            self.requests.append(record)
+
+    def span(self, record: SlotSpan) -> None: ...
+    def move(self, record: Move) -> None: ...
+    def sample(self, record: Sample) -> None: ...
+
+    def measured(self) -> Measured:
+        ttfts, gaps = [], []
+        for record in self.requests:
+            assert record.first_token is not None
+            ttfts.append(record.first_token - record.arrival)
+            if record.output_tokens > 1:
+                gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
+        seconds = max((record.ended for record in self.requests), default=0.0)
+        tokens = sum(record.output_tokens for record in self.requests)
+        return Measured(
+            output_tokens_per_second=tokens / seconds if seconds else 0.0,
+            median_ttft=statistics.median(ttfts) if ttfts else 0.0,
+            mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
+        )

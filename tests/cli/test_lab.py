@@ -1,0 +1,208 @@
+"""The lab's commands as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cli_programs import run_script
+
+from aioengine.cli.lab_compare import split_policies
+from aioengine.cli.lab_flags import SystemFlags, WorkloadFlags
+from aioengine.cli.main import LAB_COMMANDS, main
+from aioengine.lab import Experiment, WorkloadSpec
+
+SMALL = ["--arrivals", "poisson:rate=20", "--limit", "20", "--adapters", "5", "--output-tokens", "8"]
+SYSTEM = ["--cpu-loras", "4"]
+
+
+@pytest.mark.parametrize("command", LAB_COMMANDS)
+def test_help_fits_a_screen(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["lab", command, "--help"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert text.startswith(f"Usage: aioengine lab {command}")
+    assert f"Examples:\n  aioengine lab {command}" in text
+    assert main(["lab", "--help"]) == 0
+    assert f"  {command} " in capsys.readouterr().out
+
+
+def test_every_field_has_a_flag() -> None:
+    workload = {*WorkloadFlags.__dataclass_fields__, "scale"}
+    assert workload == set(WorkloadSpec.__struct_fields__)
+    system = {*SystemFlags.__dataclass_fields__, "policy", "slots", "seed", "workload"}
+    assert system == set(Experiment.__struct_fields__)
+
+
+def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--policy", "vtc", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if "requests finished" in line)
+    assert line.split()[-1] == "20" and f"report: {out / 'report.html'}" in said
+    assert json.loads((out / "summary.json").read_text())["requests_finished"] == 20
+    assert main(["lab", "run", "--experiment", str(out / "experiment.json"), "--out", str(again)]) == 0
+    files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    assert len(files) == 14
+    for file in files:
+        assert (out / file).read_bytes() == (again / file).read_bytes(), file
+    (out / "report.html").unlink()
+    assert main(["lab", "report", str(out)]) == 0
+    assert (out / "report.html").read_bytes() == (again / "report.html").read_bytes()
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--no-report", "--out", out]) == 0
+    file = ["--experiment", f"{out}/experiment.json"]
+    assert main(["lab", "run", *file, "--slots", "3", "--scale", "2", "--no-report", "--out", out]) == 0
+    found = Experiment.read(f"{out}/experiment.json")
+    assert (found.slots, found.workload.scale, found.workload.limit) == (3, 2.0, 20)
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    policies = ["--policy", "vllm+lru,vtc:input_weight=1,output_weight=2", "--policy", "nobody"]
+    grid = [*policies, "--slots", "2,3", "--seeds", "1", "--jobs", "2"]
+    assert main(["lab", "compare", *grid, *SMALL, *SYSTEM, "--out", str(out)]) == 1  # "nobody"
+    heard = capsys.readouterr()
+    assert heard.err.count("nobody") >= 2 and "failed: PolicyError" in heard.err
+    assert "3 slots: by time to first token, p99" in heard.out
+    file = ["--experiment", str(out / "comparison.json"), "--policy", "vllm+lru"]
+    assert main(["lab", "compare", *file, "--jobs", "1", "--out", str(again)]) == 0
+    found = json.loads((again / "comparison.json").read_text())["comparison"]
+    assert (found["policies"], found["slots"], found["seeds"]) == (["vllm+lru"], [2, 3], [0])
+    assert main(["lab", "report", str(again), "--rank-by", "latency_seconds.mean"]) == 0
+    assert "2 slots: by whole answer, mean" in (again / "report.html").read_text()
+
+
+def test_policies_with_commas() -> None:
+    texts = ["fcfs, vllm+lru,vtc:input_weight=1,output_weight=2", "edf+gdsf:a=1"]
+    assert split_policies(texts) == [
+        "fcfs",
+        "vllm+lru",
+        "vtc:input_weight=1,output_weight=2",
+        "edf+gdsf:a=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run"], "poisson:rate=2"),
+        (["rnu"], "run"),
+        (["run", "--trace", "/nowhere"], "/nowhere"),
+        (["run", *SMALL, "--slots", "0"], "--slots=0"),
+        (["run", *SMALL, "--slots", "9", "--cpu-loras", "8"], "cpu_loras=8"),
+        (["run", *SMALL, "--policy", "fcsf"], "fcfs"),
+        (["run", *SMALL, "--preset", "llama3-8b-h10"], "llama3-8b-h100"),
+        (["run", *SMALL, "--popularty", "uniform"], "--popularity"),
+        (["run", "--experiment", "/nowhere"], "/nowhere"),
+        (["compare", *SMALL, "--slots", "4,x"], "--slots 4,x"),
+        (["compare", *SMALL, "--policy", "fcfs,"], "--policy"),
+        (["compare", *SMALL, "--policy", "fcfs,fcfs"], "twice"),
+        (["compare", *SMALL, "--seeds", "0"], "--seeds 0"),
+        (["compare", *SMALL, "--jobs", "0"], "--jobs 0"),
+        (["compare", *SMALL, "--rank-by", "ttft_seconds.p98"], "ttft_seconds.p9"),
+        (["report", "/nowhere"], "experiment.json"),
+        (["validate", "--loads", ""], "--loads"),
+    ],
+)
+def test_what_is_refused_says_so_in_one_line(
+    arguments: list[str],
+    part: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["lab", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.startswith("aioengine: ") and error.count("\n") == 1
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    for command in ("run", "compare"):
+        assert main(["lab", command, *SMALL, *SYSTEM, "--slots", "2", "--out", str(tmp_path)]) == 2
+        assert "take another folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_without_the_extra() -> None:
+    script = (
+        "import sys; sys.modules['polars'] = None\n"
+        "from aioengine.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    done = run_script(script, "lab", "run", *SMALL)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install 'aioengine[lab]'" in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from aioengine.cli.main import main, LAB_COMMANDS\n"
+        "for name in LAB_COMMANDS: assert main(['lab', name, '--help']) == 0\n"
+        "assert not {'torch', 'polars', 'matplotlib', 'numpy', 'scipy'} & set(sys.modules)"
+    )
+    done = run_script(script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_ends_a_comparison_and_its_workers(tmp_path: Path) -> None:
+    """In a session of its own, so that the signal reaches all its processes, as at a terminal."""
+    many = [argument if argument != "20" else "1000000" for argument in SMALL]
+    command = [sys.executable, "-m", "aioengine", "lab", "compare", *many, *SYSTEM]
+    command += ["--jobs", "2", "--slots", "2", "--out", str(tmp_path / "out")]
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        runs = tmp_path / "out" / "runs"
+        until = time.monotonic() + 60
+        while len(list(runs.glob("*/requests.csv"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)  # its workers are other processes: there is nothing to wait on
+        workers = psutil.Process(program.pid).children(recursive=True)
+        os.killpg(program.pid, signal.SIGINT)
+        _, error = program.communicate(timeout=30)
+    finally:
+        program.kill()
+    assert program.returncode == 130
+    assert error == "aioengine: interrupted\n"
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    # Where nobody collects orphans, what has ended stays a zombie.
+    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
+
+
+def test_the_example(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "examples" / "lab_notebook.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "200 finished" in done.stdout and (tmp_path / "vllm" / "report.html").exists()
+
+
+def test_record_is_serve_with_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("aioengine.cli.lab_record.serve", lambda **flags: asked.append(flags) or 0)
+    assert main(["lab", "record", "requests.jsonl", "--max-loras", "7", "--port", "0"]) == 0
+    (flags,) = asked
+    assert flags["recording"].record == Path("requests.jsonl")
+    assert (flags["engine"].max_loras, flags["server"].port) == (7, 0)

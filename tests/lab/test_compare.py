@@ -1,0 +1,194 @@
+"""Comparisons: the statistics by hand, and small grids in processes of their own."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+from pathlib import Path
+
+import msgspec
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine.errors import ConfigError
+from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
+from aioengine.lab.compare_report import load_compare, ranked, write_compare_report
+from aioengine.lab.comparison import read_comparison
+from aioengine.lab.measures import MEASURES, find_measure
+from aioengine.lab.pool import Report
+from aioengine.lab.statistics import estimate, paired, regret
+from aioengine.lab.summary import flatten
+
+WORKLOAD = WorkloadSpec(
+    arrivals="gamma:rate=20,cv=2", limit=30, adapters=6, popularity="zipf:1.0", output_tokens="uniform:4..16"
+)
+BASE = Experiment(workload=WORKLOAD, slots=2, cpu_loras=4)
+
+
+def grid(**fields: object) -> Comparison:
+    values = {"policies": ["fcfs"], "slots": [2], "scales": [1.0], "seeds": [0]}
+    return Comparison(experiment=BASE, **{**values, **fields})  # type: ignore[arg-type]
+
+
+# Statistics
+
+
+def test_the_interval_is_students() -> None:
+    values = [3.1, 2.9, 3.4, 3.0, 2.6]
+    found = estimate(values)
+    half = 2.776445 * statistics.stdev(values) / math.sqrt(5)  # t of 4 degrees of freedom, 97.5%
+    assert found.mean == pytest.approx(3.0)
+    assert (found.low, found.high) == (pytest.approx(3.0 - half), pytest.approx(3.0 + half))
+    assert estimate([2.0]) == (2.0, None, None, 1)
+    with pytest.raises(ValueError, match="no values"):
+        estimate([])
+
+
+@given(st.lists(st.floats(1.0, 100.0), min_size=2, max_size=8), st.floats(0.5, 5.0))
+def test_what_all_seeds_share_cancels_out(values: list[float], more: float) -> None:
+    found = paired([value + more for value in values], values)
+    assert found is not None and found.low is not None
+    assert found.mean == pytest.approx(more) and found.low == pytest.approx(more, abs=1e-6)
+
+
+def test_regret_is_a_share_of_the_best() -> None:
+    found = regret([1.2, None, 2.4], [1.0, 1.0, 2.0])
+    assert found is not None and found.mean == pytest.approx(0.2) and found.runs == 2
+    assert regret([1.0], [0.0]) is None and paired([None], [1.0]) is None
+
+
+def test_estimates_are_of_each_setting() -> None:
+    rows = [
+        ("fcfs", 1.0, [10.0, 20.0]),
+        ("oracle", 1.0, [5.0, 10.0]),
+        ("fcfs", 2.0, [30.0, 30.0]),
+        ("oracle", 2.0, [30.0, 30.0]),
+    ]
+    results = pl.DataFrame(
+        [
+            {"policy": p, "slots": 4, "scale": s, "seed": seed, "folder": "", "error": None, "x": x}
+            for p, s, values in rows
+            for seed, x in enumerate(values)
+        ]
+    )
+    found = {(row["policy"], row["scale"]): row for row in estimates(results).iter_rows(named=True)}
+    assert found["fcfs", 1.0]["mean"] == 15.0 and found["fcfs", 1.0]["regret"] == pytest.approx(1.0)
+    assert found["oracle", 1.0]["difference"] == -7.5 and found["oracle", 1.0]["regret"] == 0.0
+    assert found["oracle", 2.0]["difference"] == 0.0
+
+
+def test_figures_that_reports_show_are_in_summaries(tmp_path: Path) -> None:
+    flat = flatten(run(BASE, tmp_path).summary)
+    assert {measure.name for measure in MEASURES} <= set(flat)
+    with pytest.raises(ConfigError, match=r"did you mean 'ttft_seconds\.p99'"):
+        find_measure("ttft_second.p99")
+
+
+# Grids
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared")
+    comparison = grid(policies=["vllm+lru", "oracle"], scales=[1.0, 2.0], seeds=[3, 4])
+    reports: list[Report] = []
+    found = compare(comparison, out, jobs=2, report=reports.append)
+    assert found.failures == [] and found.results.height == 8
+    assert sum(report.kind == "done" for report in reports) == 8
+    return out
+
+
+def test_a_run_of_a_grid_is_the_run_alone(folder: Path, tmp_path: Path) -> None:
+    name = load_results(folder)["folder"][-1]
+    again = run(Experiment.read(folder / "runs" / name / "experiment.json"), tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        assert file.read_bytes() == (folder / "runs" / name / file.name).read_bytes()
+    row = load_results(folder).row(-1, named=True)
+    assert row["ttft_seconds.p99"] == again.summary["ttft_seconds"]["p99"]
+    assert (row["policy"], row["scale"], row["seed"]) == ("oracle", 2.0, 4)
+
+
+def test_a_comparison_is_repeated_from_its_file(folder: Path, tmp_path: Path) -> None:
+    again = read_comparison(folder / "comparison.json")
+    assert again == grid(policies=["vllm+lru", "oracle"], scales=[1.0, 2.0], seeds=[3, 4])
+    compare(again, tmp_path)
+    for name in ("results.csv", "results.parquet", "estimates.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_report_ranks(folder: Path) -> None:
+    found = load_compare(folder, "output_tokens_per_second")
+    best = found.of("output_tokens_per_second", slots=2, scale=2.0).sort("mean", descending=True)
+    assert ranked(found, 2, 2.0) == best["policy"].to_list()
+    first = write_compare_report(folder).read_bytes()
+    assert write_compare_report(folder).read_bytes() == first
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        "ranking.png",
+        "load.png",
+        "ttft.png",
+        "regret.png",
+    }
+    assert b"aioengine lab compare --experiment comparison.json" in first
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os\nfrom aioengine.schedulers.fcfs import FCFS\n"
+        "class Deadly(FCFS):\n    def schedule(self, view):\n        os.kill(os.getpid(), 9)\n"
+    )
+    out = tmp_path / "out"
+    found = compare(grid(policies=["nobody", f"{tmp_path}/deadly.py:Deadly", "fcfs"]), out)
+    assert [failure.error.split(":")[0] for failure in found.failures] == [
+        "PolicyError",
+        "its process was killed by signal 9 (out of memory?)",
+    ]
+    assert found.results["requests_finished"].to_list() == [None, None, 30.0]
+    assert b"2 of 3 runs failed" in write_compare_report(out).read_bytes()
+
+
+def test_to_stop_ends_the_workers(tmp_path: Path) -> None:
+    workers: set[int] = set()
+
+    def stopping() -> bool:
+        import multiprocessing
+
+        workers.update(child.pid or 0 for child in multiprocessing.active_children())
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(grid(seeds=[0, 1, 2]), tmp_path, jobs=2, stopping=stopping)
+    assert len(workers) == 2
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seeds": []}, "seeds=.*at least one"),
+        ({"policies": ["fcfs", "fcfs"]}, "fcfs is given twice"),
+        ({"slots": [2, 8]}, "cpu_loras"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(grid(**fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="is no comparison"):
+        read_comparison(path)
+    data = {"comparison": msgspec.to_builtins(grid()) | {"sots": [1]}}
+    path.write_bytes(msgspec.json.encode(data))
+    with pytest.raises(ConfigError, match="sots"):
+        read_comparison(path)

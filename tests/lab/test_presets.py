@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.errors import ConfigError
+from aioengine.lab.costs import CostModel, StepShape
+from aioengine.lab.presets import available_presets, load_costs
+from aioengine.lab.roofline import A10G, H100_SXM, DeviceFigures, estimates
+
+DEVICES = {"llama3-8b-h100": H100_SXM, "llama3-8b-a10g": A10G}
+
+
+def decode(rows: int, context: int, adapters: int = 0, rank: int = 16) -> StepShape:
+    tokens = rows if adapters else 0
+    return StepShape(rows, rows * context, 0, 0, rows, adapters, adapters * rank, tokens, tokens * rank)
+
+
+def prefill(tokens: int, adapters: int = 0, rank: int = 16) -> StepShape:
+    lora = tokens if adapters else 0
+    return StepShape(0, 0, tokens, tokens**2 // 2, 1, adapters, adapters * rank, lora, lora * rank)
+
+
+def test_there_are_those_that_are_documented() -> None:
+    assert {"llama3-8b-a10g", "llama3-8b-h100", "smollm2-135m-cpu"} <= set(available_presets())
+
+
+@pytest.mark.parametrize("name", available_presets())
+def test_presets_are_sound(name: str) -> None:
+    costs = load_costs(name)
+    assert costs.name == name
+    assert costs.source
+    assert costs.estimate == ("cpu" not in name)
+    assert costs.estimate == bool(costs.fit is None)
+    assert (
+        costs.plan(EngineConfig(model=name, lora=LoRAConfig(max_loras=4, max_lora_rank=16))).num_blocks > 64
+    )
+
+
+@pytest.mark.parametrize("name", available_presets())
+def test_presets_are_plausible(name: str) -> None:
+    """In every one: batching pays, context and adapters cost, and a disk is slower than memory."""
+    costs = load_costs(name)
+    step = costs.step_seconds
+    assert step(decode(8, 100)) < 8 * step(decode(1, 100)), "a batch is cheaper than one after the other"
+    assert step(decode(1, 100)) <= step(decode(8, 100)) < step(decode(32, 100))
+    assert step(decode(8, 100)) < step(decode(8, 2000)), "keys and values are read"
+    assert step(decode(8, 100)) < step(decode(8, 100, adapters=8)) < 2 * step(decode(8, 100))
+    assert step(decode(8, 100, 1)) <= step(decode(8, 100, 8)) <= step(decode(8, 100, 8, rank=64))
+    assert step(prefill(512)) < step(prefill(1024)) < 512 * step(decode(2, 1)), "prompts are computed at once"
+    nbytes = costs.adapter_nbytes(16)
+    assert costs.slot.seconds(nbytes) < costs.disk.seconds(nbytes) < 1
+
+
+@pytest.mark.parametrize(("name", "device"), DEVICES.items())
+def test_estimates_keep_to_the_roofline(name: str, device: DeviceFigures) -> None:
+    costs = load_costs(name)
+    spec = costs.spec
+    read = 2 * (spec.num_parameters() - spec.vocab_size * spec.hidden_size) / device.bandwidth
+    assert read < costs.step_seconds(decode(1, 100)) < 1.5 * read, "memory-bound, and not by magic"
+    flops = 2 * (spec.num_parameters() - 2 * spec.vocab_size * spec.hidden_size) * 2048
+    assert flops / device.flops < costs.step_seconds(prefill(2048)) < 3 * flops / device.flops
+
+
+def test_an_8b_model_has_the_sizes_that_are_published() -> None:
+    costs = load_costs("llama3-8b-h100")
+    assert costs.spec.num_parameters() == 8_030_261_248
+    assert costs.adapter_nbytes(16) == 83_886_080  # 41.9e6 parameters in bfloat16
+    assert costs.spec.kv_bytes_per_token(2) == 131_072
+
+
+@pytest.mark.parametrize("costs", estimates(), ids=lambda costs: costs.name)
+def test_estimated_presets_are_what_the_figures_give(costs: CostModel) -> None:
+    assert load_costs(costs.name) == costs
+    assert costs.sources
+
+
+def test_a_file_is_a_preset_too(tmp_path: Path) -> None:
+    costs = load_costs("llama3-8b-a10g")
+    costs.write(tmp_path / "mine.json")
+    assert load_costs(str(tmp_path / "mine.json")) == load_costs(tmp_path / "mine.json") == costs
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'llama3-8b-h100'"):
+        load_costs("llama3-8b-h1000")
+    with pytest.raises(ConfigError, match=r"cannot read cost model nowhere\.json"):
+        load_costs("nowhere.json")

@@ -1,0 +1,69 @@
+"""The page of a run: whole in one file, escaped, and the same for the same files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from lab_files import write_files
+
+from aioengine.errors import ConfigError
+from aioengine.lab.figures import PLOTS
+from aioengine.lab.report import write_report
+from aioengine.lab.summary import summarize
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = write_files(tmp_path / "run")
+    (folder / "summary.json").write_text(json.dumps(summarize(folder)))
+    return folder
+
+
+class Links(HTMLParser):
+    """What a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
+
+
+def test_the_page_is_whole_and_escaped(folder: Path) -> None:
+    drawn: list[None] = []
+    page = write_report(folder, lambda: drawn.append(None))
+    text = page.read_text()
+    links = Links()
+    links.feed(text)
+    assert len(drawn) == len(PLOTS)
+    assert "script" not in links.tags and "b" in links.tags  # the tiles' own, and not the policy's
+    assert "&lt;script&gt;" in text and "&lt;b&gt;fcfs" in text and "<b>fcfs" not in text
+    assert len(links.sources) == 2 * len(PLOTS)
+    assert all(source.startswith("data:image/png;base64,") for source in links.sources)
+    for plot, source in zip(PLOTS, links.sources[1::2], strict=True):  # the second of each is the light one
+        png = (folder / "figures" / f"{plot.name}.png").read_bytes()
+        assert base64.b64decode(source.partition(",")[2]) == png
+    assert "aioengine lab run --experiment experiment.json" in text
+    assert str(folder) not in text and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
+
+
+def test_the_page_depends_on_the_files_alone(folder: Path) -> None:
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+def test_what_is_not_there_is_named(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*summary\.json"):
+        write_report(folder)
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        write_report(folder)

@@ -1,0 +1,235 @@
+"""The simulated device: what it takes for steps, reads and copies, alone and at once."""
+
+from __future__ import annotations
+
+import asyncio
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lab_sim import DISK, MB, SLOT, STEP, config, costs
+
+from aioengine import SamplingParams
+from aioengine.errors import AdapterLoadError, AdapterTooLarge, RequestInvalid
+from aioengine.events import Event, PolicyOverran, StepFinished
+from aioengine.lab.clock import run_in_virtual_time
+from aioengine.lab.costs import Stage, StepCosts
+from aioengine.lab.engine import SimulatedEngine
+from aioengine.lab.transfers import Processor, SharedStage
+from aioengine.lab.workload import AdapterShape
+
+# Transfers
+
+
+def ends_of(stage: Stage, transfers: list[tuple[float, float]]) -> list[float]:
+    """When each transfer (start, bytes) ends."""
+
+    async def one(shared: SharedStage, start: float, nbytes: float) -> float:
+        await asyncio.sleep(start)
+        await shared.transfer(nbytes)
+        return asyncio.get_running_loop().time()
+
+    async def main() -> list[float]:
+        shared = SharedStage(stage)
+        return await asyncio.gather(*(one(shared, *transfer) for transfer in transfers))
+
+    return run_in_virtual_time(main())
+
+
+def test_a_transfer_alone() -> None:
+    assert ends_of(Stage(0.5, 100.0), [(1.0, 200.0)]) == [pytest.approx(3.5)]
+    assert ends_of(Stage(0.5, 100.0), [(1.0, 0.0)]) == [pytest.approx(1.5)]
+
+
+def test_two_share_the_bandwidth_while_both_are_under_way() -> None:
+    # The first has 100 of its 200 bytes when the second comes; each then gets 50 a second.
+    assert ends_of(Stage(0.0, 100.0), [(0.0, 200.0), (1.0, 50.0)]) == [
+        pytest.approx(2.5),
+        pytest.approx(2.0),
+    ]
+
+
+def by_hand(bandwidth: int, transfers: list[tuple[float, float]]) -> list[float]:
+    """Processor sharing from event to event, every transfer's bytes counted for themselves, in fractions."""
+    starts = [Fraction(start) for start, _ in transfers]
+    left = {index: Fraction(nbytes) for index, (_, nbytes) in enumerate(transfers)}
+    ends = [Fraction()] * len(transfers)
+    now = Fraction()
+    while left:
+        here = [index for index in left if starts[index] <= now]
+        times = [starts[index] for index in left if starts[index] > now]
+        if here:
+            times.append(now + min(left[index] for index in here) * len(here) / bandwidth)
+        until = min(times)
+        for index in here:
+            left[index] -= (until - now) * bandwidth / len(here)
+            if not left[index]:
+                ends[index] = until
+                del left[index]
+        now = until
+    return [float(end) for end in ends]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40).map(lambda n: n / 4), st.integers(1, 1000).map(float)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_sharing_is_exact(transfers: list[tuple[float, float]]) -> None:
+    assert ends_of(Stage(0.0, 128.0), transfers) == pytest.approx(by_hand(128, transfers))
+
+
+def test_a_cancelled_transfer_leaves_its_share_to_the_others() -> None:
+    async def main() -> float:
+        shared = SharedStage(Stage(0.0, 100.0))
+        other = asyncio.create_task(shared.transfer(1000.0))
+        first = asyncio.create_task(shared.transfer(200.0))
+        await asyncio.sleep(1)
+        other.cancel()
+        await first
+        return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(main()) == pytest.approx(1 + 150 / 100)
+
+
+# Steps beside moves
+
+
+def test_work_is_slow_just_while_it_is_disturbed() -> None:
+    async def disturb(processor: Processor) -> None:
+        await asyncio.sleep(0.2)
+        with processor.disturbed(), processor.disturbed():  # twice is no worse than once
+            await asyncio.sleep(0.4)
+
+    async def main() -> tuple[float, float]:
+        processor = Processor(slowdown=2.0)
+        beside = asyncio.create_task(disturb(processor))
+        first = await processor.work(1.0)
+        await beside
+        return first, await processor.work(1.0)
+
+    assert run_in_virtual_time(main()) == (pytest.approx(1.2), pytest.approx(1.0))
+
+
+# The engine over it
+
+ADAPTERS = [AdapterShape("a", 8, 50 * MB), AdapterShape("b", 8, 50 * MB), AdapterShape("big", 64)]
+
+
+def on_engine(main: Any, *, model: Any = None, **fields: Any) -> Any:
+    async def whole() -> Any:
+        async with SimulatedEngine(config(**fields), model or costs()) as engine:
+            engine.add_adapters(ADAPTERS)
+            return await main(engine)
+
+    return run_in_virtual_time(whole())
+
+
+def test_what_a_cold_request_takes() -> None:
+    async def main(engine: SimulatedEngine) -> tuple[float, float]:
+        engine.set_length("r", 5)
+        out = await engine.complete([0] * 10, adapter="a", request_id="r")
+        assert out.finish_reason == "stop"
+        assert len(out.token_ids) == 5
+        assert out.first_token is not None
+        assert out.last_token is not None
+        return out.first_token, out.last_token
+
+    first, last = on_engine(main)
+    moves = DISK.seconds(50 * MB) + SLOT.seconds(50 * MB)
+    assert first == pytest.approx(moves + STEP)
+    assert last == pytest.approx(moves + 5 * STEP)
+
+
+def test_an_output_ends_with_max_tokens_before_its_length() -> None:
+    async def main(engine: SimulatedEngine) -> tuple[str | None, int]:
+        engine.set_length("r", 50)
+        out = await engine.complete([0], SamplingParams(max_tokens=20), request_id="r")
+        return out.finish_reason, len(out.token_ids)
+
+    assert on_engine(main) == ("length", 20)
+
+
+def test_what_is_expected_must_be_tokens() -> None:
+    async def main(engine: SimulatedEngine) -> None:
+        for bad in (0, -3, 2.0, True, "7"):
+            with pytest.raises(RequestInvalid, match="expected_tokens="):
+                await engine.complete([0], expected_tokens=bad)
+        out = await engine.complete([0], SamplingParams(max_tokens=3), expected_tokens=2)
+        assert len(out.token_ids) == 3  # it binds nobody
+
+    on_engine(main)
+
+
+def test_steps_wait_for_the_overhead_and_do_not_report_it() -> None:
+    async def main(engine: SimulatedEngine) -> list[tuple[float, float]]:
+        steps: list[tuple[float, float]] = []
+
+        def listen(event: Event) -> None:
+            assert not isinstance(event, PolicyOverran)
+            if isinstance(event, StepFinished):
+                assert event.schedule_seconds == 0
+                steps.append((event.time, event.seconds))
+
+        engine.add_listener(listen)
+        await engine.complete([0], SamplingParams(max_tokens=3))
+        return steps
+
+    found = on_engine(main, model=costs(step_overhead=0.002))
+    assert found == [(pytest.approx(0.012 * n), pytest.approx(STEP)) for n in (1, 2, 3)]
+
+
+def test_loads_slow_the_steps_down() -> None:
+    async def main(engine: SimulatedEngine) -> float:
+        async with asyncio.TaskGroup() as group:
+            base = group.create_task(engine.complete([0], SamplingParams(max_tokens=10)))
+            group.create_task(engine.load_adapter("a"))
+        return base.result().last_token or 0.0
+
+    assert on_engine(main, model=costs(load_slowdown=1.5)) == pytest.approx(10 * STEP * 1.5)
+
+
+def test_a_step_costs_what_is_in_it() -> None:
+    async def main(engine: SimulatedEngine) -> tuple[float, float]:
+        out = await engine.complete([0] * 100, SamplingParams(max_tokens=2))
+        assert out.first_token is not None
+        assert out.last_token is not None
+        return out.first_token, out.last_token
+
+    steps = StepCosts(step=0.001, prefill_token=0.0001, decode_kv=0.00001)
+    first, last = on_engine(main, model=costs(steps=steps))
+    assert first == pytest.approx(0.001 + 100 * 0.0001)
+    assert last - first == pytest.approx(0.001 + 101 * 0.00001)
+
+
+def test_errors_of_adapters_are_the_real_ones() -> None:
+    async def main(engine: SimulatedEngine) -> None:
+        with pytest.raises(AdapterTooLarge, match="rank 64 is above max_lora_rank=16"):
+            await engine.complete([0], adapter="big")
+        engine.register_adapter("stranger", "/nowhere")
+        with pytest.raises(AdapterLoadError, match="no adapter of this name"):
+            await engine.complete([0], adapter="stranger")
+        await engine.complete([0], adapter="a")
+        engine.check_invariants()
+
+    on_engine(main)
+
+
+def test_stopped_in_the_middle_of_everything() -> None:
+    """With a step, a read and a copy under way."""
+
+    async def main(engine: SimulatedEngine) -> None:
+        tasks = [
+            asyncio.create_task(engine.complete([0], SamplingParams(max_tokens=500), adapter=name))
+            for name in (None, "a", "b")
+        ]
+        await asyncio.sleep(0.9)
+        await engine.stop()
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(error).__name__ for error in errors] == ["EngineStopped"] * 3
+
+    on_engine(main)
