@@ -7,8 +7,10 @@ The client is aiperf (https://github.com/ai-dynamo/aiperf), in an environment of
 
 64 requests at once, 128 prompt tokens and 64 greedy output tokens each, streamed; request i uses adapter
 i % 8 of 8 random rank-16 adapters. Each round starts a server, then a process that embeds the engine. Prefix
-caching is off. The client runs on the same machine and takes processor time from the model: CPU seconds are
-those between the first request and the last answer. Prints; asserts nothing.
+caching is off. The client runs on the same machine; so that it does not take processor time from the model,
+the engine has a half of the cores, served and embedded, and the client has the others (--engine-cores; with
+0 they share all). CPU seconds are those between the first request and the last answer. Prints; asserts
+nothing.
 """
 
 from __future__ import annotations
@@ -99,6 +101,20 @@ def make_load(args: argparse.Namespace, folder: Path) -> Load:
     )
 
 
+@contextlib.contextmanager
+def on(cores: set[int]) -> Iterator[None]:
+    """What is started meanwhile runs on these cores alone. Only on Linux; elsewhere on all."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 # Embedded
 
 
@@ -142,7 +158,7 @@ async def _embedded(load: Load) -> Result:
 
 
 @contextlib.contextmanager
-def server(load: Load, folder: Path) -> Iterator[tuple[str, int]]:
+def server(load: Load, folder: Path, cores: set[int]) -> Iterator[tuple[str, int]]:
     """A server with the load's adapters in its slots: its URL and its process's id."""
     command = [sys.executable, "-m", "aioengine", "serve", "--port", "0", "--model", load.model]
     command += ["--max-model-len", str(load.prompt_tokens + load.output_tokens)]
@@ -151,7 +167,7 @@ def server(load: Load, folder: Path) -> Iterator[tuple[str, int]]:
     command += ["--kv-cache-memory", load.kv_cache_memory]
     command += ["--lora-modules", *(f"{name}={path}" for name, path in load.adapters.items())]
     log = folder / "server.log"
-    with log.open("wb") as file:
+    with log.open("wb") as file, on(cores):
         process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         url = _url(process, log)
@@ -209,7 +225,7 @@ class CpuSampler:
                 self._samples.append((time.time(), used, first))
 
 
-def served(load: Load, client: str, folder: Path) -> Result:
+def served(load: Load, client: str, folder: Path, engine_cores: set[int], client_cores: set[int]) -> Result:
     """The load through a server, from a client process."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
@@ -217,7 +233,7 @@ def served(load: Load, client: str, folder: Path) -> Result:
             json.dumps({"text": text, "output_length": load.output_tokens}) + "\n" for text in load.prompts
         )
     )
-    with server(load, folder) as (url, server_pid):
+    with server(load, folder, engine_cores) as (url, server_pid), on(client_cores):
         command = [client, "profile", "--url", url, "--endpoint-type", "completions", "--streaming"]
         command += ["--model-names", ",".join(load.adapters), "--model-selection-strategy", "round-robin"]
         command += ["--tokenizer", str(resolve_model(load.model)), "--use-server-token-count"]
@@ -249,17 +265,18 @@ def served(load: Load, client: str, folder: Path) -> Result:
 # Report
 
 
-def print_summary(results: Sequence[tuple[Result, Result]]) -> None:
+def print_summary(results: Sequence[tuple[Result, Result]], *, shared: bool) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     median = statistics.median
     rate = median(through.rate for through, _ in results)
     embedded_rate = median(inside.rate for _, inside in results)
     share = median(through.client_cpu / (through.seconds * cores) for through, _ in results)
     print(f"median: served {rate:.1f} tok/s, embedded {embedded_rate:.1f}: {rate / embedded_rate:.1%}")
-    print(
-        f"The client took {share:.1%} of {cores} cores. Had the server had them too, it would be at "
-        f"{rate / embedded_rate / (1 - share):.1%} (an estimate)."
-    )
+    if shared:
+        print(
+            f"The client took {share:.1%} of {cores} cores. Had the server had them too, it would be at "
+            f"{rate / embedded_rate / (1 - share):.1%} (an estimate)."
+        )
     # The model's threads spin while they wait for each other, so the whole process's CPU time tells little.
     for what, results_of in (("server", [r for r, _ in results]), ("embedded", [r for _, r in results])):
         loop = median(result.loop_cpu / (result.rate * result.seconds) for result in results_of)
@@ -282,6 +299,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--engine-cores", type=int, help="the client has the others; 0: they share all")
     args = parser.parse_args()
     client = shutil.which(args.client)
     if client is None:
@@ -289,15 +307,21 @@ def main() -> None:
             f"{args.client}: no such program; install it in an environment of its own with "
             "`python -m venv aiperf && aiperf/bin/pip install aiperf` and give --client aiperf/bin/aiperf"
         )
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    share = len(cores) // 2 if args.engine_cores is None else args.engine_cores
+    engine_cores, client_cores = set(cores[:share] or cores), set(cores[share:] or cores)
     results = []
     with tempfile.TemporaryDirectory() as name:
         load = make_load(args, Path(name) / "adapters")
         for number in range(1, args.rounds + 1):
             folder = Path(name) / f"round-{number}"
             folder.mkdir()
-            through = served(load, client, folder)
+            through = served(load, client, folder, engine_cores, client_cores)
             # A new process, as the server's is: no allocator that is warm, no threads of other engines.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            with (
+                on(engine_cores),
+                ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+            ):
                 inside = pool.submit(embedded, load).result()
             results.append((through, inside))
             print(
@@ -306,7 +330,7 @@ def main() -> None:
                 f"({inside.engine_cpu:.1f} CPU s)",
                 flush=True,
             )
-    print_summary(results)
+    print_summary(results, shared=engine_cores == client_cores)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ torch's operators release the GIL while they compute, so the event loop goes on 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ class ThreadExecutor(Executor):
         return await loop.run_in_executor(self._step_thread, self.runner.execute, batch)
 
     async def write_slot(self, slot: int, adapter: AdapterImage) -> float:
+        """Copy an adapter from the CPU into a slot that nothing reads; returns the seconds it took."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._copy_thread, self._write_slot, slot, adapter)
 
@@ -42,3 +44,5 @@ class ThreadExecutor(Executor):
     async def close(self) -> None:
         self._step_thread.shutdown(wait=True)
         self._copy_thread.shutdown(wait=True)
+        with contextlib.suppress(AttributeError):  # closed twice
+            del self.runner

@@ -6,19 +6,25 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import LoRABatch, get_backend
 from aioengine.model.attention import AttentionPlan, Span
 from aioengine.model.decoder import Decoder, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import LoRASlots
-from aioengine.model.spec import LORA_MODULES, ModelSpec
+from aioengine.model.parallel import Group, SoloGroup
+from aioengine.model.spec import LORA_MODULES, ModelSpec, Quantization
 from aioengine.model.weights import load_weights
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+
+if TYPE_CHECKING:
+    from aioengine.model.native import NativeForward
 
 logger = logging.getLogger("aioengine")
 
@@ -31,8 +37,10 @@ class ModelRunner:
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then
     ``lora_slots`` is None. ``sample`` and ``kernels`` (a backend's name) replace the defaults;
-    ``progress`` is told how far the weights are read.
-    Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``.
+    ``quantization`` is how the linears' weights are kept; ``progress`` is told how far the weights are read. With a ``group`` of several ranks, this is one rank's
+    share of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
+    Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, or if that cannot be
+    divided.
     """
 
     def __init__(
@@ -50,7 +58,9 @@ class ModelRunner:
         target_modules: Iterable[str] = LORA_MODULES,
         sample: Sampler | None = None,
         kernels: str | None = None,
+        quantization: Quantization = "none",
         progress: LoadProgress | None = None,
+        group: Group | None = None,
     ) -> None:
         if sample is None:
             from aioengine.model.sampler import sample as default_sample
@@ -59,28 +69,50 @@ class ModelRunner:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
-        self.decoder = Decoder(spec, dtype, self.device, get_backend(self.device.type, kernels))
+        self.group = group or SoloGroup()
+        self.decoder = Decoder(spec, dtype, self.device, get_backend(self.device.type, kernels), self.group)
         load_weights(self.decoder, weights, progress)
-        self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device)
+        self.kv_cache = KVCache(self.decoder.spec, num_blocks, block_size, dtype, self.device)
         self.lora_slots = (
-            LoRASlots(spec, max_loras, max_lora_rank, target_modules, lora_dtype or dtype, self.device)
+            LoRASlots(
+                spec,
+                max_loras,
+                max_lora_rank,
+                target_modules,
+                lora_dtype or dtype,
+                self.device,
+                self.group.shard,
+            )
             if max_loras > 0
             else None
         )
-        self._forward = self._choose_forward(block_size)
+        self.native: NativeForward | None = None
+        """The compiled step, where there is one."""
+        self._forward = self._choose_forward(block_size, quantization)
         self._sample = sample
         self._windows = {spec.window(layer) for layer in range(spec.num_layers)}
 
-    def _choose_forward(self, block_size: int) -> Callable[[StepInputs], Tensor]:
+    def _choose_forward(self, block_size: int, quantization: Quantization) -> Callable[[StepInputs], Tensor]:
         """The compiled step where there is one, else the decoder's own."""
-        if self.decoder.kernels.name == "cpu":
+        reason: str | None = f"backend {self.decoder.kernels.name!r}"
+        if self.group.shard.size > 1:
+            reason = f"tensor_parallel_size={self.group.shard.size}"
+        if self.decoder.kernels.name == "cpu" and self.group.shard.size == 1:
             from aioengine.model.native import NativeForward, not_covered
 
             reason = not_covered(self.spec, self.dtype, block_size, self.lora_slots)
             if reason is None:
-                return NativeForward(self.decoder, self.kv_cache, self.lora_slots).forward
+                self.native = NativeForward(self.decoder, self.kv_cache, self.lora_slots, quantization)
+                return self.native.forward
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
-        return lambda inputs: self.decoder.forward(inputs, self.kv_cache, self.lora_slots)
+        if quantization != "none":
+            raise ConfigError(
+                f"quantization={quantization!r}: int8 weights are multiplied by the compiled CPU step, which needs "
+                f"a C++ compiler (docs/kernels.md) and does not cover {reason}; set quantization='none'"
+            )
+        decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, self.lora_slots
+        # Not through self: memory in a reference cycle would not be free when the runner is gone.
+        return lambda inputs: decoder.forward(inputs, kv_cache, lora_slots)
 
     @property
     def weight_bytes(self) -> int:
@@ -88,7 +120,7 @@ class ModelRunner:
         return self.decoder.nbytes
 
     def execute(self, batch: StepBatch) -> StepResult:
-        """Runs one step and samples a token for the sequences that ask for one."""
+        """Runs one step and samples a token for the sequences that ask for one, on rank 0."""
         began = time.perf_counter()
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         if batch.sequences:
@@ -97,7 +129,7 @@ class ModelRunner:
             with torch.inference_mode():
                 inputs, asking = self._prepare(batch)
                 logits = self._forward(inputs)
-                if asking:
+                if asking and self.group.shard.rank == 0:
                     rows = [batch.sequences[i] for i in asking]
                     for i, token in zip(asking, self._sample(logits, rows), strict=True):
                         sampled[i] = token

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -214,6 +216,52 @@ async def test_stopped_while_starting(tiny: Tiny, make_engine: MakeEngine) -> No
     with pytest.raises(EngineStopped, match="while it was starting"):
         await starting
     assert set(threading.enumerate()) == threads
+
+
+async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """Even before Python looks for reference cycles, which it may do much later."""
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter("a", tiny.adapters["rank-4"])
+        await engine.complete([5, 6, 7], greedy(2), adapter="a")
+        built = engine._built
+        runner, store = built.executor.runner, built.loader.store
+        held = [weakref.ref(runner.decoder), weakref.ref(next(iter(store._images.values())).data)]
+        assert all(ref() is not None for ref in held)
+        del built, runner, store
+        gc.collect()
+        gc.disable()
+    try:
+        assert [ref() for ref in held] == [None, None]
+        assert engine.stats().waiting == 0  # the engine itself is still there to be asked
+    finally:
+        gc.enable()
+
+
+async def test_stopping_while_a_long_text_is_tokenized_leaves_the_loop_free(
+    tiny_text: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def encode(*_args: Any) -> list[int]:
+        begun.set()
+        assert go_on.wait(20)
+        return [1]
+
+    async with make_engine(tiny_text) as engine:
+        assert engine.tokenizer is not None
+        monkeypatch.setattr(type(engine.tokenizer), "encode", encode)
+        given_up = asyncio.create_task(engine.complete("x" * 10_000))
+        waiting = asyncio.create_task(engine.complete("x" * 10_000))
+        await until(begun.is_set)
+        given_up.cancel()
+        stopping = asyncio.create_task(engine.stop())
+        for _ in range(100):
+            await asyncio.sleep(0)  # it would not come back from here
+        assert not stopping.done()
+        go_on.set()
+        await asyncio.wait_for(stopping, 20)
+        with pytest.raises(EngineStopped):
+            await waiting
 
 
 async def test_a_cancelled_drain_is_undone(tiny: Tiny, make_engine: MakeEngine) -> None:
