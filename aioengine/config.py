@@ -17,11 +17,12 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES
+from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, Quantization
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
-ExecutorName = Literal["thread"]
+ExecutorName = Literal["thread", "process"]
+Restart = Literal["never", "on-failure"]
 MetricsCompat = Literal["none", "vllm"]
 
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -117,6 +118,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     (extra ``hub``)."""
     dtype: DType = "auto"
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
+    quantization: Quantization = "none"
+    """"int8" keeps the linears' weights as int8, with a scale for each output, and where the CPU has
+    instructions for it multiplies them by int8 activations. CPU only."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
@@ -130,7 +134,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Bytes, or text such as "2GiB"; None sizes it from what is free."""
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    """Processes that share the model, each with a part of every layer; more than 1 needs
+    ``executor="process"``."""
     executor: ExecutorName = "thread"
+    """Where the model runs: "thread" in this process, "process" in ``tensor_parallel_size`` others, where it
+    shares no interpreter lock with the application."""
+    restart: Restart = "never"
+    """When a process of the model's is lost: "never" lets the engine die, "on-failure" starts them again;
+    running requests fail, the waiting ones are served. Needs ``executor="process"``."""
     seed: int = 0
     """Requests without a seed of their own draw one from this."""
     max_waiting: int | None = None
@@ -158,7 +169,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         _choice(self, "dtype", get_args(DType))
         _choice(self, "device", get_args(Device))
+        _choice(self, "quantization", get_args(Quantization))
+        if self.quantization != "none" and self.device == "cuda":
+            raise ConfigError(
+                f"quantization={self.quantization!r}: only the CPU kernels have it; set device='cpu', or "
+                "quantization='none'"
+            )
         _choice(self, "executor", get_args(ExecutorName))
+        _choice(self, "restart", get_args(Restart))
         _choice(self, "metrics_compat", get_args(MetricsCompat))
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"name={self.name!r}: must be text that is not empty")
@@ -177,10 +195,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.max_waiting is not None:
             _integer(self, "max_waiting", low=1)
         _boolean(self, "enable_prefix_caching")
-        if self.tensor_parallel_size > 1:
+        if self.executor == "thread" and self.tensor_parallel_size > 1:
             raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: executor={self.executor!r} runs the "
-                "model in one piece; set tensor_parallel_size=1"
+                f"tensor_parallel_size={self.tensor_parallel_size}: executor='thread' runs the model in one "
+                "piece; set executor='process', or tensor_parallel_size=1"
+            )
+        if self.executor == "thread" and self.restart != "never":
+            raise ConfigError(
+                f"restart={self.restart!r}: executor='thread' runs the model in this process, where nothing "
+                "can be started again; set executor='process', or restart='never'"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

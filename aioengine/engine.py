@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from aioengine.adapter_ops import AdapterOps
 from aioengine.adapters.resolver import AdapterResolver
-from aioengine.build import Built, build, choose_policy, core_limits
+from aioengine.build import Built, build, build_with_workers, choose_policy, core_limits
 from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.counters import Counters
@@ -129,6 +129,8 @@ class AsyncEngine:
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         """What the engine is put together from; the policy lab has another way."""
+        if self.config.executor == "process":
+            return await build_with_workers(self.config, self._resolver, progress, work)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(work, build, self.config, self._resolver, progress)
 
@@ -154,6 +156,7 @@ class AsyncEngine:
         self._event_streams.end()
         await self._built.executor.close()
         await self._built.loader.close()
+        await self._submitter.settled()  # or else the next line would hold up the loop
         self._work.shutdown(wait=True)
         del self._built, self._work, self._submitter
         self._state = "stopped"
@@ -182,6 +185,7 @@ class AsyncEngine:
         priority: int = 0,
         deadline: float | None = None,
         tenant: str | None = None,
+        expected_tokens: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request; yields whenever there is something new, and at the end.
 
@@ -195,6 +199,8 @@ class AsyncEngine:
             priority: For policies that look at it; higher is more urgent.
             deadline: Seconds from now by which it must have ended, the search for its adapter included.
             tenant: For policies that are fair between tenants.
+            expected_tokens: How long the output is expected to be, for policies that go by it; None:
+                ``max_tokens``.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
@@ -213,6 +219,7 @@ class AsyncEngine:
             priority=priority,
             deadline=deadline,
             tenant=tenant,
+            expected_tokens=expected_tokens,
         )
         try:
             while True:
@@ -233,6 +240,7 @@ class AsyncEngine:
         priority: int = 0,
         deadline: float | None = None,
         tenant: str | None = None,
+        expected_tokens: int | None = None,
     ) -> RequestOutput:
         """All of what :meth:`generate` would yield, in one output; with the same arguments and errors.
         It is cheaper: the caller is woken once, at the end."""
@@ -245,6 +253,7 @@ class AsyncEngine:
             priority=priority,
             deadline=deadline,
             tenant=tenant,
+            expected_tokens=expected_tokens,
         )
         try:
             return await stream.last()

@@ -64,6 +64,8 @@ class RequestEnded(Event, frozen=True, kw_only=True, gc=False):
     seconds: float
     """From arrival to the end."""
     tenant: str | None
+    worst_gap: float | None = None
+    """The longest time between two of its tokens; None if it had less than two."""
 
 
 class AdapterEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -189,6 +191,15 @@ class EventsLost(Event, frozen=True, kw_only=True, gc=False):
     """In an event stream: its reader fell behind, and ``count`` events before the next are gone."""
 
     count: int
+
+
+class EngineRestarted(Event, frozen=True, kw_only=True, gc=False):
+    """The model's processes were lost and run again; the requests that were running have failed."""
+
+    seconds: float
+    """From the loss until steps could be run again."""
+    error: Exception
+    """How they were lost."""
 
 
 class LoopLag(Event, frozen=True, kw_only=True, gc=False):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
 
 _CACHED_GRAMMARS = 64
+MAX_GRAMMAR = 2**18
+"""Characters of a grammar. The time to compile one grows with the square of its size: at three million
+characters it is most of a minute, in which a thread is busy."""
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 """Of unbounded white space a model that knows no better can produce any amount."""
 
@@ -84,6 +87,10 @@ class Guide:
             text = grammar()
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestInvalid(f"the grammar is malformed: {error}") from error
+        if len(text) > MAX_GRAMMAR:
+            raise RequestInvalid(
+                f"the grammar has {len(text)} characters, and at most {MAX_GRAMMAR} are compiled"
+            )
         with self._lock:
             if self._compiled_tokenizer is None:
                 self._compiled_tokenizer = self._library.LLTokenizer(

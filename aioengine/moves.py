@@ -16,6 +16,7 @@ from aioengine.errors import (
     AdapterLoadError,
     AdapterTooLarge,
     AioEngineError,
+    EngineDead,
     EngineStopped,
 )
 from aioengine.schedulers.policy import Location
@@ -49,6 +50,8 @@ class AdapterMoves:
         self._loader = loader
         self._changed = changed
         self._loads: set[asyncio.Task[None]] = set()
+        self._reads: dict[int, asyncio.Task[None]] = {}
+        """The load under way, by adapter uid."""
         self._copies: set[asyncio.Task[None]] = set()
 
     @property
@@ -60,9 +63,19 @@ class AdapterMoves:
             case DropMove(entry):
                 self._loader.drop(entry.uid)
             case LoadMove(entry):
-                self._spawn(self._load(entry), f"aioengine-load-{entry.label}", self._loads)
+                name = f"aioengine-load-{entry.label}"
+                self._reads[entry.uid] = self._spawn(self._load(entry), name, self._loads)
             case CopyMove(entry, slot):
                 self._spawn(self._copy(entry, slot), f"aioengine-copy-{entry.label}", self._copies)
+
+    def give_up(self, entry: AdapterEntry) -> None:
+        """Nobody needs what is being read any more: it is not waited for, however long it takes."""
+        if entry.location is Location.LOADING:
+            task = self._reads.pop(entry.uid, None)
+            if task is not None:
+                task.cancel()
+            self._core.adapter_load_cancelled(entry)
+            self._changed()
 
     async def stop(self) -> None:
         """Give up the loads, one of which may hang, and wait for the copies, which cannot be
@@ -76,16 +89,30 @@ class AdapterMoves:
                 self._core.adapter_load_cancelled(entry)
         self.fail_waiting(EngineStopped("the engine was stopped while the adapter was loading"))
 
+    def device_lost(self, error: AioEngineError) -> None:
+        """Forget what is under way; call after ``core.device_lost``. Who waits for an adapter that is not
+        read again gets ``error``."""
+        for task in self._loads | self._copies:
+            task.cancel()
+        self._reads.clear()
+        entries = self._core.residency.entries
+        for uid in list(self.loaded):
+            if uid not in entries or entries[uid].wanted_since is None:
+                self.loaded.pop(uid)(error)
+
     def fail_waiting(self, error: AioEngineError) -> None:
         """Nothing more will be loaded."""
         while self.loaded:
             self.loaded.pop(next(iter(self.loaded)))(error)
 
     @staticmethod
-    def _spawn(work: Coroutine[Any, Any, None], name: str, tasks: set[asyncio.Task[None]]) -> None:
+    def _spawn(
+        work: Coroutine[Any, Any, None], name: str, tasks: set[asyncio.Task[None]]
+    ) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return task
 
     async def _load(self, entry: AdapterEntry) -> None:
         loop = asyncio.get_running_loop()
@@ -106,6 +133,8 @@ class AdapterMoves:
 
         try:
             done = await self._loader.load(entry.uid, entry.label, entry.path, retrying)
+        except EngineDead:
+            return  # the executor was lost, and that is dealt with as a whole
         except AdapterError as error:
             failure = error
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
@@ -125,6 +154,7 @@ class AdapterMoves:
                 digest=done.digest,
                 seconds=done.seconds,
             )
+        self._reads.pop(entry.uid, None)
         if failure is not None or entry.location is not Location.DISK:  # else it is read again later
             callback = self.loaded.pop(entry.uid, None)
             if callback is not None:
@@ -135,6 +165,8 @@ class AdapterMoves:
         loop = asyncio.get_running_loop()
         try:
             seconds = await self._loader.place(entry.uid, slot)
+        except EngineDead:
+            return
         except Exception as error:
             logger.exception("copying adapter %r into slot %d failed", entry.label, slot)
             failure = AdapterLoadError(

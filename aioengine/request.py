@@ -77,9 +77,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         set_ = msgspec.structs.force_setattr
         set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
         set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
-        _check_int("max_tokens", self.max_tokens, low=1)
+        _check_int("max_tokens", self.max_tokens, low=1, high=2**63 - 1)
         _check_float("temperature", self.temperature, low=0.0, high=100.0)
-        _check_int("top_k", self.top_k, low=0)
+        _check_int("top_k", self.top_k, low=0, high=2**63 - 1)
         _check_float("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
         _check_float("min_p", self.min_p, low=0.0, high=1.0)
         _check_float("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)

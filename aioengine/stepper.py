@@ -35,8 +35,9 @@ class Stepper:
     """Drives a core with an executor and an adapter loader.
 
     ``listeners`` are called for every event, in order. ``loaded`` holds, by adapter uid, what to call
-    when its load has ended (with the error, or None). ``waits`` are the futures of those who wait for
-    something else to happen to an adapter: when the engine ends, they get the error.
+    when its load has ended (with the error, or None); ``give_up_load`` ends one that nobody needs any
+    more. ``waits`` are the futures of those who wait for something else to happen to an adapter: when
+    the engine ends, they get the error.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Stepper:
         self._timer = timer
         self._moves = AdapterMoves(core, loader, changed=self._moved)
         self.loaded = self._moves.loaded
+        self.give_up_load = self._moves.give_up
         self.waits: set[asyncio.Future[None]] = set()
         self._idle = IdleWatch(core)
         self._intervals = TokenIntervals()
@@ -63,6 +65,9 @@ class Stepper:
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+        self._lost: EngineDead | None = None
+        """That the executor is lost, and not brought back yet."""
+        executor.watch(self._executor_lost)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
@@ -120,6 +125,9 @@ class Stepper:
     async def _step(self) -> None:
         loop = asyncio.get_running_loop()
         self._wake.clear()
+        if self._lost is not None:
+            await self._recover(self._lost)
+            return
         start = self._timer()
         batch, moves = self.core.schedule(loop.time())
         schedule_seconds = self._timer() - start
@@ -131,7 +139,11 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
-        result = await self._executor.execute(batch)
+        try:
+            result = await self._executor.execute(batch)
+        except EngineDead as error:
+            await self._recover(error)
+            return
         now = loop.time()
 
         def deliver(request: Request, sampled: Sampled, is_stop: bool) -> bool:
@@ -158,15 +170,57 @@ class Stepper:
         timeout = None if due is None else max(due - loop.time(), 0.0)
         if self.core.queues and not self._moves.under_way:
             timeout = POLICY_RETRY_SECONDS if timeout is None else min(timeout, POLICY_RETRY_SECONDS)
+        await self._woken(timeout)
+
+    async def _woken(self, within: float | None) -> None:
+        """Waits for ``wake``, but not for more seconds than that."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(within):
                 await self._wake.wait()
         except TimeoutError:
             pass
 
+    def _executor_lost(self, error: EngineDead) -> None:
+        self._lost = error
+        self._wake.set()
+
+    async def _recover(self, error: EngineDead) -> None:
+        """Fail what was running, and start the executor again; others wait meanwhile, and may be added, be
+        aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
+        if not self._executor.can_restart:
+            raise error
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._lost = None
+        self.core.device_lost(began, error)
+        self._moves.device_lost(error)
+        self.publish()
+        restart = loop.create_task(self._executor.restart(), name="aioengine-restart")
+        restart.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not restart.done() and not self._stopping:
+                self._wake.clear()
+                self.core.expire(loop.time())
+                self.publish()
+                due = self.core.next_deadline()
+                await self._woken(None if due is None else max(due - loop.time(), 0.0))
+        finally:
+            if not restart.done():
+                restart.cancel()
+            await asyncio.wait([restart])
+        if restart.cancelled():
+            return
+        restart.result()
+        now = loop.time()
+        self.core.outbox.append(events.EngineRestarted(time=now, seconds=now - began, error=error))
+        self.publish()
+
     def _die(self, cause: Exception) -> None:
-        self.dead = EngineDead(f"the engine failed: {type(cause).__name__}: {cause}")
-        self.dead.__cause__ = cause
+        if isinstance(cause, EngineDead):
+            self.dead = cause
+        else:
+            self.dead = EngineDead(f"the engine failed: {type(cause).__name__}: {cause}")
+            self.dead.__cause__ = cause
         self._end_all(self.dead)
         self.core.step_lost()
         self._moves.fail_waiting(self.dead)
@@ -211,6 +265,7 @@ class Stepper:
             stream = self.streams.pop(event.request_id, None)
             if stream is not None:
                 stream.end(event.reason, event.error)
+            self._executor.forget(event.request_id)
         elif isinstance(event, events.PolicyRefused):
             self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
         elif isinstance(event, events.PolicyFailed):

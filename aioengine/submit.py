@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import Any
 
 from aioengine.adapter_ops import AdapterOps
@@ -38,6 +38,7 @@ class Submitter:
         self._parts = parts
         self._work = work
         self._check_running = check_running
+        self._jobs: set[Future[list[int]]] = set()
         self._made_up = 0
         self._resolving = 0
 
@@ -51,12 +52,13 @@ class Submitter:
         priority: int,
         deadline: float | None,
         tenant: str | None,
+        expected_tokens: int | None = None,
     ) -> OutputStream:
         """Have the core accept a request; see ``AsyncEngine.generate`` for arguments and errors."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
-        _check_types(adapter, request_id, priority, deadline, tenant)
+        _check_types(adapter, request_id, priority, deadline, tenant, expected_tokens)
         request_id = self._make_up_id() if request_id is None else request_id
         arrival = asyncio.get_running_loop().time()
         due = None if deadline is None else arrival + deadline
@@ -78,6 +80,7 @@ class Submitter:
             priority=priority,
             deadline=due,
             tenant=tenant,
+            expected_tokens=expected_tokens,
         )
         text = None
         if self._parts.tokenizer is not None:
@@ -119,8 +122,8 @@ class Submitter:
             self._resolving -= 1
 
     async def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-            return list(prompt)  # type: ignore[arg-type] # mypy does not narrow by all()
+        if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
+            return list(prompt)  # type: ignore[arg-type] # all of them are int
         if not isinstance(prompt, (str, list)):
             raise RequestInvalid(
                 f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
@@ -133,7 +136,14 @@ class Submitter:
         )
         if len(prompt) <= LONG_TEXT and isinstance(prompt, str):
             return encode(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._work, encode, prompt)
+        job = self._work.submit(encode, prompt)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return await asyncio.wrap_future(job)
+
+    async def settled(self) -> None:
+        """Wait for the texts that are being tokenized, also if nobody waits for them any more."""
+        await asyncio.gather(*map(asyncio.wrap_future, list(self._jobs)), return_exceptions=True)
 
     def _check_prompt(self, tokens: list[int]) -> None:
         limit = self._parts.plan.max_model_len
@@ -162,7 +172,12 @@ class Submitter:
 
 
 def _check_types(
-    adapter: object, request_id: object, priority: object, deadline: object, tenant: object
+    adapter: object,
+    request_id: object,
+    priority: object,
+    deadline: object,
+    tenant: object,
+    expected_tokens: object,
 ) -> None:
     """Refuse here what would make trouble, for everybody, further in."""
     for field, value in (("adapter", adapter), ("request_id", request_id), ("tenant", tenant)):
@@ -170,6 +185,8 @@ def _check_types(
             raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise RequestInvalid(f"priority={priority!r}: must be an integer")
+    if expected_tokens is not None and (type(expected_tokens) is not int or expected_tokens < 1):
+        raise RequestInvalid(f"expected_tokens={expected_tokens!r}: must be an integer >= 1, or None")
     if deadline is not None:
         number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
         if not number or not deadline > 0:  # type: ignore[operator] # a number by then

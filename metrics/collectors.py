@@ -88,6 +88,7 @@ class EngineMetrics(Collector):
             events.PolicyOverran: lambda e: self._overruns.inc(),
             events.PolicyReplaced: lambda e: self._replacements.inc(),
             events.StepFinished: self._step_finished,
+            events.EngineRestarted: lambda e: self._restarts.inc(),
             events.LoopLag: lambda e: self._lag.at().observe(e.seconds),
         }
         self.registry = CollectorRegistry()
@@ -167,6 +168,7 @@ class EngineMetrics(Collector):
         self._policy_errors = Counters(d.POLICY_ERRORS)
         self._overruns = Counters(d.POLICY_OVERRUNS)
         self._replacements = Counters(d.POLICY_REPLACEMENTS)
+        self._restarts = Counters(d.EXECUTOR_RESTARTS)
         self._lag = Histograms(d.EVENT_LOOP_LAG)
 
     @property

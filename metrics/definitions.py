@@ -235,6 +235,11 @@ KV_CACHE_USAGE = Definition(
     "gauge",
     "KV blocks that running requests hold, as a share of all (0 to 1).",
 )
+EXECUTOR_RESTARTS = Definition(
+    "aioengine_executor_restarts",
+    "counter",
+    "Times that the model's processes were lost and started again.",
+)
 EVENT_LOOP_LAG = Definition(
     "aioengine_event_loop_lag_seconds",
     "histogram",

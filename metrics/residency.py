@@ -128,7 +128,7 @@ class ResidencyTracker:
             version.absent_since = event.time
             version.check_blocked(event.time)
             return None
-        version.on_cpu = False
+        version.on_cpu = version.copying = False  # a copy that was under way is lost with the device
         version.blocked_since = None
         early, version.early = version.early, False
         return "wasted" if early else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove
 from aioengine.core.state import AdapterEntry, Request
-from aioengine.errors import AdapterLoadError
+from aioengine.errors import AdapterLoadError, EngineDead
 from aioengine.request import SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.fcfs import FCFS
@@ -119,6 +119,15 @@ class CoreSim:
             self.core.adapter_place_failed(entry, self.now, error)
         else:
             self.core.adapter_placed(entry, self.now, 0.01)
+        self.take_events()
+
+    def lose_device(self) -> None:
+        """What ran, was loaded, or was under way is gone."""
+        self.batch = None
+        self.loads.clear()
+        self.copies.clear()
+        self.on_cpu.clear()
+        self.core.device_lost(self.now, EngineDead("the device is gone"))
         self.take_events()
 
     def take_events(self) -> None:

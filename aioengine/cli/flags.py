@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ from cyclopts import Group, Parameter
 from aioengine.cli.help import FOLDED
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.model.hub import PREFIX
+from aioengine.model.spec import Quantization
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -56,8 +59,16 @@ class EngineFlags:
     max_cpu_loras: Annotated[int | None, _IN_LORA] = None
     """Adapters in the CPU cache (as many as slots)."""
 
+    executor: Annotated[Literal["thread", "process"] | None, _IN_MORE] = None
+    """Where the model runs: in this process, or in others."""
+    tensor_parallel_size: Annotated[int | None, _IN_MORE] = None
+    """Processes that share the model (1); needs --executor process."""
+    restart: Annotated[Literal["never", "on-failure"] | None, _IN_MORE] = None
+    """on-failure: start the model's processes again when one is lost."""
     dtype: Annotated[DType | None, _IN_MORE] = None
     """Compute dtype."""
+    quantization: Annotated[Quantization | None, _IN_MORE] = None
+    """"int8": the linears' weights as int8. CPU only."""
     max_model_len: Annotated[int | None, _IN_MORE] = None
     """Longest prompt plus output, in tokens."""
     max_num_batched_tokens: Annotated[int | None, _IN_MORE] = None
@@ -125,6 +136,14 @@ class EngineFlags:
                 raise ConfigError(f"--lora-modules: the name {name!r} is given twice")
             found[name] = path
         return found
+
+
+def check_folders(adapters: Mapping[str, str]) -> None:
+    """Raises ConfigError for the first path of ``--lora-modules`` that leads nowhere, before anything slow
+    begins. (An engine would find out when it is needed.)"""
+    for name, path in adapters.items():
+        if not path.startswith(PREFIX) and not Path(path).expanduser().is_dir():
+            raise ConfigError(f"--lora-modules {name}={path}: there is no such folder")
 
 
 _FLAGS = {field.name for field in fields(EngineFlags)}

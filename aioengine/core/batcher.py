@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Protocol
 
 from aioengine import events
@@ -11,6 +13,8 @@ from aioengine.core.queues import RequestQueues
 from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork
+
+_slot_of = attrgetter("slot")
 
 
 class Tell(Protocol):
@@ -49,21 +53,26 @@ class Batcher:
         work: list[SequenceWork] = []
         budget = self.max_num_batched_tokens
         preemptions = self.preemptions
-        decode_first = sorted(self.running.values(), key=lambda r: r.remaining > 1)
-        for request in decode_first:
+        block_size = self.blocks.block_size
+        decodes: list[Request] = []
+        prefills: list[Request] = []
+        for request in self.running.values():
+            (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
+        for request in chain(decodes, prefills):
             if request.status is not Status.RUNNING:
                 continue  # preempted by one before it
             tokens = min(request.remaining, budget)
             if tokens == 0:
                 break
-            if self._grow(request, request.computed + tokens, now):
+            until = request.computed + tokens
+            if until <= len(request.blocks) * block_size or self._grow(request, until, now):
                 work.append(_work(request, tokens))
                 budget -= tokens
         if self.preemptions > preemptions:  # short of blocks; one in ``work`` may have lost its own
             work = [w for w in work if requests[w.request_id].status is Status.RUNNING]
         else:
             self._admit(admit, requests, budget, work, now)
-        work.sort(key=lambda w: w.slot)
+        work.sort(key=_slot_of)
         return work
 
     def _admit(
@@ -103,7 +112,8 @@ class Batcher:
         At least one token is always left to compute, because its logits are needed.
         """
         blocks = self.blocks
-        request.hashes = blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
+        if blocks.prefix_caching:
+            request.hashes = blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
         shared = blocks.match(request.hashes, len(request.tokens) - 1)
         new = blocks.blocks_for(len(request.tokens)) - len(shared)
         if not blocks.can_allocate(new, shared):
@@ -161,11 +171,13 @@ class Batcher:
         """Count ``tokens`` as computed, and make its newly completed blocks findable."""
         request.computed += tokens
         full = request.computed // self.blocks.block_size
+        if full <= request.committed or not self.blocks.prefix_caching:
+            return
         if full > len(request.hashes):
             request.hashes = self.blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
         for index in range(request.committed, full):
             self.blocks.commit(request.blocks[index], request.hashes[index])
-        request.committed = max(request.committed, full)
+        request.committed = full
 
     def release(self, request: Request) -> None:
         """Give back its blocks and its claim on the slot."""
@@ -180,14 +192,14 @@ def _work(request: Request, tokens: int) -> SequenceWork:
     start = request.computed
     entry = request.adapter
     return SequenceWork(
-        request_id=request.id,
-        slot=-1 if entry is None or entry.slot is None else entry.slot,
-        tokens=request.tokens[start : start + tokens],
-        start=start,
-        block_table=request.blocks,
-        sample=start + tokens == len(request.tokens),
-        params=request.params,
-        seed=request.seed,
-        history=request.tokens,
-        prompt_len=request.prompt_len,
+        request.id,
+        -1 if entry is None or entry.slot is None else entry.slot,
+        request.tokens[start : start + tokens],
+        start,
+        request.blocks,
+        start + tokens == len(request.tokens),  # sample
+        request.params,
+        request.seed,
+        request.tokens,  # history
+        request.prompt_len,
     )

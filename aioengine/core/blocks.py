@@ -22,7 +22,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_caching = prefix_caching
+        self.prefix_caching = prefix_caching
         self._refs = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -50,7 +50,7 @@ class BlockManager:
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
         """Cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens."""
-        if not self._prefix_caching:
+        if not self.prefix_caching:
             return []
         found: list[int] = []
         for digest in hashes[: max_tokens // self.block_size]:
@@ -85,7 +85,7 @@ class BlockManager:
 
     def commit(self, block: int, digest: bytes) -> None:
         """Make a block that is full and computed findable (if no equal one is already)."""
-        if self._prefix_caching and digest not in self._block_of and self._hash_of[block] is None:
+        if self.prefix_caching and digest not in self._block_of and self._hash_of[block] is None:
             self._hash_of[block] = digest
             self._block_of[digest] = block
 
@@ -99,6 +99,12 @@ class BlockManager:
                 self._free[block] = None
                 if self._hash_of[block] is None:  # nothing to find in it: reuse it first
                     self._free.move_to_end(block, last=False)
+
+    def forget(self) -> None:
+        """What the blocks held is gone; nobody may hold one."""
+        assert len(self._free) == self.num_blocks
+        self._hash_of = [None] * self.num_blocks
+        self._block_of.clear()
 
     def referenced(self, blocks: Sequence[int]) -> bool:
         """Whether somebody holds each of them."""

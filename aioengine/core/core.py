@@ -156,6 +156,7 @@ class Core:
         priority: int = 0,
         deadline: float | None = None,
         tenant: str | None = None,
+        expected_tokens: int | None = None,
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
 
@@ -180,6 +181,7 @@ class Core:
             priority=priority,
             deadline=deadline,
             tenant=tenant,
+            expected_tokens=expected_tokens,
         )
         self._next_seq += 1
         self.requests[request_id] = request
@@ -233,6 +235,7 @@ class Core:
                 output_tokens=request.output_tokens,
                 seconds=now - request.arrival,
                 tenant=request.tenant,
+                worst_gap=request.worst_gap,
             )
         )
 
@@ -256,7 +259,7 @@ class Core:
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
-        """Its read was given up, and nobody is told: the engine stops."""
+        """Its read was given up, and nobody is told: the engine stops, or it is unloaded."""
         self.residency.load_cancelled(entry)
 
     def adapter_load_failed(
@@ -297,7 +300,7 @@ class Core:
         """Decide the next step. Nothing may be in flight."""
         assert not self._in_flight
         self.now = now
-        self._expire(now)
+        self.expire(now)
         self.residency.sweep(now)
         self._fail_shut_out(now)
         self.placing.place_pinned(now)
@@ -318,13 +321,24 @@ class Core:
             self.batcher.release(request)
         self._zombies = []
 
+    def device_lost(self, now: float, error: Exception) -> None:
+        """All that was computed and loaded is gone. Running requests fail with ``error``, the others wait
+        on; adapters are on disk again. No batch and no move that is under way may be reported later."""
+        self.now = max(self.now, now)
+        self.step_lost()
+        for request in list(self.running.values()):
+            self.end(request, "error", now, error)
+        self.blocks.forget()
+        self.residency.device_lost(now)
+
     def next_deadline(self) -> float | None:
         """When ``schedule`` must be called even if nothing else happens."""
         while self._deadlines and self._deadlines[0][2].status is Status.ENDED:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def _expire(self, now: float) -> None:
+    def expire(self, now: float) -> None:
+        """End the requests whose deadline has passed; ``schedule`` does it too."""
         while (due := self.next_deadline()) is not None and due <= now:
             request = heappop(self._deadlines)[2]
             late = f"request {request.id!r}: its deadline passed {now - due:.3f} s ago with "
@@ -347,11 +361,12 @@ class Core:
         if not work:
             return None
         self.step += 1
-        self._in_flight = [self.requests[w.request_id] for w in work]
-        for request in self._in_flight:
-            if request.adapter is not None and request.adapter.slot is not None:
-                request.adapter.last_used = self.now
-                self.slots.slots[request.adapter.slot].last_used = self.now
+        requests = self.requests
+        self._in_flight = [requests[w.request_id] for w in work]
+        used = {w.slot for w in work}
+        for slot in self.slots.slots:
+            if slot.index in used and slot.entry is not None:
+                slot.last_used = slot.entry.last_used = self.now
         return StepBatch(self.step, work, self.slots.ranks())
 
     def _is_closed(self, request_id: str) -> bool:
@@ -380,7 +395,11 @@ class Core:
                 self.end(request, "error", now, _sampling_error(request, sampled))
                 continue
             request.tokens.append(sampled.token)
-            if request.first_token is None:
+            last, request.last_token = request.last_token, now
+            if last is not None:
+                if request.worst_gap is None or now - last > request.worst_gap:
+                    request.worst_gap = now - last
+            else:
                 request.first_token = now
                 self._emit(
                     events.FirstToken(
@@ -402,9 +421,10 @@ class Core:
             return "stop"
         if not params.ignore_eos and token in self.limits.eos_token_ids:
             return "stop"
-        if request.output_tokens >= params.max_tokens:
+        length = len(request.tokens)
+        if length - request.prompt_len >= params.max_tokens:
             return "length"
-        if len(request.tokens) >= self.limits.max_model_len:
+        if length >= self.limits.max_model_len:
             return "length"
         return None
 

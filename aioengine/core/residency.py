@@ -226,6 +226,22 @@ class Residency:
         entry.location = Location.DISK
         self.cpu.remove(entry)
 
+    def device_lost(self, now: float) -> None:
+        """Everything that was read is gone from CPU and slots, and of the moves under way nothing more will
+        be heard. What was asked for by name, and what is pinned, is read again."""
+        for entry in list(self.cpu.entries.values()):
+            if entry.location is Location.LOADING:
+                self.load_cancelled(entry)
+            else:
+                if self._copying(entry) and entry.slot is not None:
+                    self.slots.cancel(self.slots.slots[entry.slot])
+                elif entry.slot is not None:
+                    self.evict_slot(self.slots.slots[entry.slot], now)
+                self._evict_cpu(entry, now)
+            if entry.pinned and entry.wanted_since is None:
+                self.want(entry, now)
+        self._moves.clear()
+
     # CPU -> slot
 
     def choose_slot(self, keep: set[int]) -> Slot | None:

@@ -92,9 +92,11 @@ class Request:
         "committed",
         "computed",
         "deadline",
+        "expected_tokens",
         "first_token",
         "hashes",
         "id",
+        "last_token",
         "params",
         "priority",
         "prompt_len",
@@ -103,6 +105,7 @@ class Request:
         "status",
         "tenant",
         "tokens",
+        "worst_gap",
     )
 
     def __init__(
@@ -118,6 +121,7 @@ class Request:
         priority: int,
         deadline: float | None,
         tenant: str | None,
+        expected_tokens: int | None = None,
     ) -> None:
         self.id = request_id
         self.adapter = adapter
@@ -129,6 +133,8 @@ class Request:
         self.priority = priority
         self.deadline = deadline
         self.tenant = tenant
+        self.expected_tokens = params.max_tokens if expected_tokens is None else expected_tokens
+        """How long its output is expected to be."""
         self.prompt_len = len(prompt)
         self.tokens = list(prompt)
         """Prompt followed by output."""
@@ -144,6 +150,9 @@ class Request:
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.admitted: float | None = None
         self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.worst_gap: float | None = None
+        """The longest time between two of its tokens; None before the second."""
 
     @property
     def output_tokens(self) -> int:

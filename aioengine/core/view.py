@@ -30,6 +30,7 @@ class CoreRequestView:
     tenant = property(lambda self: self._r.tenant)
     prompt_tokens = property(lambda self: self._r.prompt_len)
     max_tokens = property(lambda self: self._r.params.max_tokens)
+    expected_tokens = property(lambda self: self._r.expected_tokens)
     output_tokens = property(lambda self: self._r.output_tokens)
     computed_tokens = property(lambda self: self._r.computed)
 

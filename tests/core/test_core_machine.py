@@ -124,6 +124,17 @@ class CoreMachine(RuleBasedStateMachine):
     def finish_copy(self, which: int, fail: bool) -> None:
         self.sim.finish_copy(which % len(self.sim.copies), fail=fail)
 
+    @rule(again=st.booleans())
+    def lose_device(self, again: bool) -> None:
+        core = self.sim.core
+        waiting = [request.id for request in core.queues.all]
+        for _ in range(1 + again):
+            self.sim.lose_device()
+        assert [request.id for request in core.queues.all] == waiting
+        assert not core.running and not core.cpu.entries
+        assert core.blocks.num_free == core.blocks.num_blocks
+        assert not core.residency.take_moves()
+
     @precondition(lambda self: self.sim.batch is None)
     @rule(steps=st.integers(1, 6), seconds=st.sampled_from([0.01, 0.3]))
     def settle(self, steps: int, seconds: float) -> None:

@@ -338,6 +338,64 @@ async def test_unloaded_while_it_is_read(
         assert out.token_ids == tiny.expected([4, 5], 8, "rank-4")
 
 
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+async def test_unloading_does_not_wait_for_a_disk_that_hangs(
+    registered: bool, force: bool, tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    """The loads under way and those behind them fail, the only place for a read is free, and what comes of
+    the read in the end is dropped."""
+    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": None}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        if registered:
+            engine.register_adapter("x", folder)
+        with reads.hang("x") as gate:
+            loads = [asyncio.create_task(error_of(engine.load_adapter("x", folder))) for _ in range(2)]
+            await gate.reached()
+            async with asyncio.timeout(10):
+                await asyncio.gather(engine.unload_adapter("x", force=force), *loads)
+            for load in loads:
+                assert isinstance(load.result(), AdapterLoadError)
+                assert "'x'" in str(load.result()) and "unloaded" in str(load.result())
+            engine.register_adapter("third", tiny.adapters["rank-4"])
+            third = await engine.complete([4, 5], greedy(8), adapter="third")
+            assert third.token_ids == tiny.expected([4, 5], 8, "rank-4")
+            assert isinstance(await error_of(engine.unload_adapter("x")), AdapterNotFound)
+        assert reads.count["x"] == 1
+
+
+async def test_unloading_gives_a_read_up_with_its_last_request(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    fields = {"max_loras": 3, "max_cpu_loras": 4, "load_timeout": None}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        engine.register_adapter("x", folder)
+        with reads.hang("x") as gate:
+            waiting = asyncio.create_task(engine.complete([4], greedy(4), adapter="x", request_id="r"))
+            await gate.reached()
+            unloading = asyncio.create_task(engine.unload_adapter("x"))
+            await asyncio.sleep(0)
+            assert not unloading.done()
+            await engine.abort("r")
+            assert (await waiting).finish_reason == "abort"
+            await asyncio.wait_for(unloading, 10)
+
+
+async def test_a_replacement_that_hangs_is_given_up_with_its_caller(
+    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
+) -> None:
+    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": None}
+    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
+        await engine.load_adapter("x", folder)
+        with reads.hang("x") as gate:
+            replacing = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-4"], replace=True))
+            await gate.reached()
+            replacing.cancel()
+            await asyncio.wait([replacing])
+            await asyncio.wait_for(engine.load_adapter("third", tiny.adapters["rank-4"]), 10)
+        assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
+
+
 async def test_replaced_while_it_is_read(
     tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
 ) -> None:

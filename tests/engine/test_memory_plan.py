@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from engine_fixtures import MakeEngine, Tiny
@@ -111,6 +112,22 @@ def test_kv_blocks_sized_from_what_is_free(tiny: Tiny) -> None:
     assert small.num_blocks < large.num_blocks
     assert small.total_bytes <= 10**7
     assert large.num_blocks * large.block_size >= 64 * 512, "enough for max_num_seqs at full length"
+
+
+def test_a_small_model_on_a_cpu_takes_little(tiny_of: Callable[[str], Tiny]) -> None:
+    """Room for every running request at a usual length, and always for one at full length."""
+    spec = msgspec.structs.replace(read_spec(tiny_of("llama").model), max_position=8192)
+
+    def tokens(device: str, **fields: Any) -> int:
+        config = EngineConfig(model="m", dtype="float32", lora=None, **fields)
+        found = plan_memory(spec, config, device=device, available_bytes=2**40)
+        return found.num_blocks * found.block_size
+
+    assert tokens("cpu", max_num_seqs=64) == 64 * 512
+    assert tokens("cpu", max_num_seqs=64, block_size=24) == 64 * 528
+    assert tokens("cpu", max_num_seqs=2) == 8192
+    assert tokens("cpu", max_num_seqs=64, max_model_len=100) == 64 * 112
+    assert tokens("cuda", max_num_seqs=64) == 64 * 8192
 
 
 def test_unknown_models_are_refused_by_name(tmp_path: Any) -> None:

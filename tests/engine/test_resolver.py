@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,12 @@ async def test_what_a_resolver_must_not_do_fails_the_request_only(
 async def test_a_folder_that_is_no_adapter_fails_as_any_other(
     resolving: MakeResolving, tmp_path: Path
 ) -> None:
-    async with resolving(Gated({"r": tmp_path})) as engine:
-        with pytest.raises(AdapterLoadError, match=str(tmp_path)):
-            await engine.complete([4], adapter="r")
-        assert [a.name for a in engine.adapters()] == ["r"], (
-            "it is registered, and tried again when asked for"
-        )
+    resolver = Gated({"r": tmp_path})
+    async with resolving(resolver) as engine:
+        for asked in (["r"], ["r", "r"]):
+            with pytest.raises(AdapterLoadError, match=str(tmp_path)):
+                await engine.complete([4], adapter="r")
+            assert resolver.asked == asked, "the next request has it looked for again"
 
 
 async def test_waiting_for_a_resolver_counts_as_waiting(resolving: MakeResolving) -> None:
@@ -238,6 +239,30 @@ async def test_what_was_unloaded_can_come_back(tiny: Tiny, resolving: MakeResolv
         await engine.unload_adapter("r")
         assert engine.adapters() == []
         assert (await engine.pin_adapter("r")).location == "slot"
+
+
+async def test_what_a_resolver_found_and_is_gone_is_looked_for_again(
+    tiny: Tiny, resolving: MakeResolving, tmp_path: Path
+) -> None:
+    """Its copy was deleted, say. A request fails, and the next finds the new one."""
+    first = shutil.copytree(tiny.adapters["rank-3"], tmp_path / "first")
+    resolver = Gated({"r": first})
+    async with resolving(resolver, max_loras=1, max_cpu_loras=1) as engine:
+        await engine.complete([4, 5], greedy(2), adapter="r")
+        engine.register_adapter("mine", shutil.copytree(first, tmp_path / "mine"))
+        await engine.complete([4, 5], greedy(2), adapter="mine")  # takes the only place
+        shutil.rmtree(first)
+        resolver.table["r"] = tiny.adapters["rank-4"]
+        with pytest.raises(AdapterLoadError, match="first"):
+            await engine.complete([4, 5], greedy(2), adapter="r")
+        out = await engine.complete([4, 5], greedy(8), adapter="r")
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-4")
+        assert resolver.asked == ["r", "r"]
+
+        shutil.rmtree(tmp_path / "mine")  # what the application has registered stays registered
+        with pytest.raises(AdapterLoadError):
+            await engine.complete([4, 5], greedy(2), adapter="mine")
+        assert "mine" in [info.name for info in engine.adapters()]
 
 
 async def test_adapter_root_is_a_filesystem_resolver(tiny: Tiny, make_engine: MakeEngine) -> None:

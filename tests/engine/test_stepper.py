@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from core_sim import LIMITS
-from virtual_time import VirtualTimeLoop
 
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
 from aioengine.events import AdapterRetrying, Event, RequestEnded
+from aioengine.executors.base import Executor
 from aioengine.idle_watch import IDLE_WARNING_SECONDS
+from aioengine.lab.clock import VirtualTimeLoop
 from aioengine.request import SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.fcfs import FCFS
@@ -22,12 +23,14 @@ from aioengine.step import Sampled, StepBatch, StepResult
 from aioengine.stepper import Stepper
 
 
-class Executor:
+class SteadyExecutor(Executor):
     """Every step takes 10 ms."""
 
     async def execute(self, batch: StepBatch) -> StepResult:
         await asyncio.sleep(0.01)
         return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
+
+    async def close(self) -> None: ...
 
 
 class Stream:
@@ -39,7 +42,7 @@ class Stream:
 
 def run(policy: SchedulerPolicy, main: Callable[[Stepper], Awaitable[None]], loader: Any = None) -> None:
     async def whole() -> None:
-        stepper = Stepper(Core(LIMITS, policy), Executor(), loader)  # type: ignore[arg-type]
+        stepper = Stepper(Core(LIMITS, policy), SteadyExecutor(), loader)  # type: ignore[arg-type]
         stepper.start()
         await main(stepper)
         await stepper.stop()

@@ -1,0 +1,147 @@
+"""The executors side by side: throughput, and how late the application's event loop is.
+
+    python benchmarks/executors.py
+    python benchmarks/executors.py --repeats 5 --output-tokens 128
+
+The workload is that of benchmarks/workload.py: 32 requests at once, 128 random prompt tokens each, 64
+greedy output tokens. A coroutine on the application's loop asks to be woken every 5 ms and notes how late it
+is; then the same again while the application computes in pure Python in a thread, and holds the interpreter
+lock for it. The variants take turns; medians over the repeats are printed, of the lateness its median and
+99th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from workload import run_once
+
+from aioengine import AsyncEngine, EngineConfig
+from aioengine.model.files import read_spec, resolve_model
+
+PERIOD = 0.005
+
+
+class Run(NamedTuple):
+    tokens_per_second: float
+    ttft: float
+    late_median: float
+    """Seconds."""
+    late_p99: float
+
+
+@contextmanager
+def burning() -> Iterator[None]:
+    """A thread that computes in pure Python."""
+    stop = threading.Event()
+
+    def burn() -> None:
+        while not stop.is_set():
+            sum(i * i for i in range(10_000))
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@asynccontextmanager
+async def ticking() -> AsyncIterator[list[float]]:
+    """How late each tick was, in seconds."""
+    late: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            due = time.perf_counter() + PERIOD
+            await asyncio.sleep(PERIOD)
+            late.append(time.perf_counter() - due)
+
+    task = asyncio.create_task(tick())
+    try:
+        yield late
+    finally:
+        task.cancel()
+
+
+async def measure(engine: AsyncEngine, prompts: list[list[int]], output_tokens: int, *, burn: bool) -> Run:
+    async with ticking() as late:
+        if burn:
+            with burning():
+                rate, ttft = await run_once(engine, prompts, output_tokens, [None])
+        else:
+            rate, ttft = await run_once(engine, prompts, output_tokens, [None])
+    late.sort()
+    return Run(rate, ttft, statistics.median(late), late[int(0.99 * (len(late) - 1))])
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    vocabulary = read_spec(resolve_model(args.model)).vocab_size
+    rng = random.Random(0)
+    prompts = [rng.choices(range(3, vocabulary - 1), k=args.prompt_tokens) for _ in range(args.requests)]
+    results: dict[tuple[str, bool], list[Run]] = {}
+    async with AsyncExitStack() as stack:
+        engines: dict[str, AsyncEngine] = {}
+        for name in ("thread", "process"):
+            config = EngineConfig(
+                model=args.model,
+                dtype=args.dtype,
+                executor=name,
+                max_model_len=args.prompt_tokens + args.output_tokens,
+                max_num_seqs=args.requests,
+                max_num_batched_tokens=max(2048, args.requests),
+                kv_cache_memory="1GiB",
+                enable_prefix_caching=False,  # every run computes every prompt
+                lora=None,
+            )
+            engines[name] = await stack.enter_async_context(AsyncEngine(config))
+            await run_once(engines[name], prompts, 2, [None])  # warm-up
+        for _ in range(args.repeats):
+            for burn in (False, True):
+                for name, engine in engines.items():
+                    run = await measure(engine, prompts, args.output_tokens, burn=burn)
+                    results.setdefault((name, burn), []).append(run)
+    show(results, f"{args.requests} x {args.prompt_tokens} + {args.output_tokens} tokens, {args.model}")
+
+
+def show(results: dict[tuple[str, bool], list[Run]], title: str) -> None:
+    table = Table(title=f"{title}, {torch.get_num_threads()} threads")
+    for column in ("executor", "application", "output tok/s", "TTFT", "tick late, median", "tick late, p99"):
+        table.add_column(column, justify="left" if column in ("executor", "application") else "right")
+    for (name, burn), runs in sorted(results.items(), key=lambda item: item[0][1]):
+        middle = Run(*(statistics.median(values) for values in zip(*runs, strict=True)))
+        table.add_row(
+            name,
+            "burns the GIL" if burn else "idle",
+            f"{middle.tokens_per_second:.1f}",
+            f"{middle.ttft:.2f} s",
+            f"{middle.late_median * 1e3:.2f} ms",
+            f"{middle.late_p99 * 1e3:.2f} ms",
+        )
+    Console(width=None if Console().is_terminal else 110).print(table)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

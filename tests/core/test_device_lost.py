@@ -1,0 +1,75 @@
+"""The device is lost: what ran fails, what waits is served when there is one again."""
+
+from __future__ import annotations
+
+from core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.schedulers import Location
+
+
+def test_running_requests_fail_and_waiting_ones_are_served() -> None:
+    sim = CoreSim(LIMITS._replace(max_num_seqs=2))
+    sim.register("a")
+    running = [sim.add("a", max_tokens=20), sim.add(None, max_tokens=20)]
+    for _ in range(4):
+        sim.settle()
+    waiting = sim.add("a")
+    sim.schedule()  # lost with a step in flight
+    sim.lose_device()
+    assert [sim.ended.get(r.id) for r in running] == ["error", "error"]
+    sim.core.check()
+    sim.run()
+    assert sim.ended[waiting.id] == "length"
+    kinds = [type(e).__name__ for e in sim.events if isinstance(e, events.AdapterEvent)]
+    once = ["AdapterLoading", "AdapterLoaded", "AdapterPlacing", "AdapterPlaced"]
+    assert kinds == ["AdapterRegistered", *once, "AdapterEvicted", "AdapterEvicted", *once]
+
+
+def test_no_prefix_is_found_afterwards() -> None:
+    sim = CoreSim()
+    prompt = list(range(2, 18))
+    for _ in range(2):
+        sim.add(prompt=prompt)
+        sim.run()
+    sim.lose_device()
+    sim.add(prompt=prompt)
+    sim.run()
+    admitted = [e.cached_tokens for e in sim.events if isinstance(e, events.RequestAdmitted)]
+    assert admitted == [0, 12, 0]
+
+
+def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
+    sim = CoreSim()
+    residency = sim.core.residency
+    pinned, wanted, other = (sim.register(name) for name in ("pinned", "wanted", "other"))
+    for entry in (pinned, other):
+        residency.want(entry, sim.now)
+    pinned.pinned = True
+    sim.settle()
+    sim.settle()
+    residency.want(wanted, sim.now)
+    sim.schedule()
+    assert [e.location for e in (pinned, wanted, other)] == [
+        Location.CPU,  # its copy is under way
+        Location.LOADING,
+        Location.CPU,
+    ]
+    sim.lose_device()
+    assert {e.location for e in (pinned, wanted, other)} == {Location.DISK}
+    for _ in range(4):
+        sim.settle()
+    assert [e.location for e in (pinned, wanted, other)] == [Location.SLOT, Location.CPU, Location.DISK]
+
+
+def test_an_unloaded_adapter_whose_last_request_ran_is_gone() -> None:
+    sim = CoreSim()
+    entry = sim.register("a")
+    sim.add("a", max_tokens=20)
+    for _ in range(4):
+        sim.settle()
+    sim.core.residency.retire(entry, sim.now)
+    sim.lose_device()
+    sim.settle()
+    assert not sim.core.residency.entries
+    assert isinstance(sim.events[-1], events.AdapterUnloaded)

@@ -1,0 +1,115 @@
+"""Messages between an engine and its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine import errors
+from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.executors.wire import (
+    Broken,
+    Failed,
+    Read,
+    Start,
+    Stepped,
+    WireError,
+    WorkerError,
+    frame,
+    read_report,
+    read_request,
+    reports,
+    requests,
+)
+from aioengine.request import TokenLogprob
+from aioengine.step import Sampled
+
+
+def returned(error: BaseException) -> Exception:
+    """What becomes of an error that a worker reports."""
+    report = reports.decode(frame(Failed(1, WireError.of(error)))[4:])
+    assert isinstance(report, Failed)
+    return report.error.error()
+
+
+@given(
+    kind=st.sampled_from([errors.AdapterInvalid, errors.AdapterTooLarge, errors.AdapterLoadError]),
+    reason=st.text(),
+    name=st.text(),
+    path=st.none() | st.text(),
+    transient=st.booleans(),
+)
+def test_adapter_errors_come_back_as_they_were(
+    kind: type[errors.AdapterError], reason: str, name: str, path: str | None, transient: bool
+) -> None:
+    more = {"transient": transient} if kind is errors.AdapterLoadError else {}
+    error = kind(reason, name=name, path=path, **more)
+    again = returned(error)
+    assert type(again) is kind
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+def test_other_errors_keep_their_type_in_the_text_and_their_trace() -> None:
+    try:
+        raise ZeroDivisionError("by zero")
+    except ZeroDivisionError as error:
+        again = returned(error)
+    assert isinstance(again, WorkerError)
+    assert str(again) == "ZeroDivisionError: by zero"
+    assert "raise ZeroDivisionError" in again.__notes__[0]
+    assert str(returned(KeyboardInterrupt())) == "KeyboardInterrupt"
+
+    class ConfigError(Exception):
+        """Not the package's."""
+
+    assert isinstance(returned(ConfigError("x")), WorkerError)
+    config = returned(errors.ConfigError("does not fit"))
+    assert type(config) is errors.ConfigError and str(config) == "does not fit"
+
+
+def test_a_configuration_arrives_whole() -> None:
+    config = EngineConfig(
+        model="/m", kv_cache_memory="1GiB", lora=LoRAConfig(target_modules=["q_proj"], max_loras=7)
+    )
+    start = Start(0, config, "parts", 1, 2, 3, "/somewhere")
+    assert requests.decode(frame(start)[4:]) == start
+    bare = Start(0, EngineConfig(model="/m", lora=None), "parts", 0, 1, 0, "")
+    assert requests.decode(frame(bare)[4:]) == bare
+
+
+async def test_samples_arrive_whole_however_they_are_cut() -> None:
+    logprob = TokenLogprob(3, -0.25, ((3, -0.25), (4, -1.0)))
+    report = Stepped(9, [Sampled(3, logprob), None, Sampled(-1, error="no", fault="request")], 0.5)
+    reader = asyncio.StreamReader()
+    data = frame(report) + frame(Broken(WireError("A", "b")))
+    for start in range(0, len(data), 7):
+        reader.feed_data(data[start : start + 7])
+    reader.feed_eof()
+    assert await read_report(reader) == report
+    assert isinstance(await read_report(reader), Broken)
+    with pytest.raises(asyncio.IncompleteReadError):
+        await read_report(reader)
+
+
+def test_a_worker_reads_requests_until_the_other_end_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    sent = [Read(n, "x" * 100_000, "/p") for n in range(3)]
+
+    def write() -> None:
+        with ours:
+            for message in sent:
+                ours.sendall(frame(message))
+            ours.sendall(frame(sent[0])[:50])  # and dies in the middle of one
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with theirs:
+        got = [read_request(theirs) for _ in range(4)]
+    writer.join()
+    assert got == [*sent, None]
