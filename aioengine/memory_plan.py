@@ -11,19 +11,28 @@ from aioengine.config import EngineConfig, LoRAConfig, format_bytes
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.parallel import Shard
+from aioengine.model.partition import Partition
 from aioengine.model.slot_layout import SlotLayout
-from aioengine.model.spec import DTYPE_BYTES, ModelSpec
+from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, Quantization
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
+AUTO_TOKENS_ON_CPU = 512
+"""For each of ``max_num_seqs``: what requests usually have, prompt and output together. On a CPU, memory
+that is not needed is left to others."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes in bytes. On a CPU everything comes out of one memory, so all of it counts."""
+    """Sizes in bytes, for each rank of ``tensor_parallel_size``.
+
+    On a CPU everything comes out of one memory, so all of it counts, and the ranks share what there is.
+    """
 
     device: str
     dtype: str
     lora_dtype: str
+    quantization: Quantization = "none"
     max_model_len: int
     weights_bytes: int
     num_slots: int
@@ -39,8 +48,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     cpu_adapter_bytes: int
     """One adapter in the CPU cache, at the largest rank and in every module; most are smaller."""
     cpu_max_bytes: int | None = None
-    """The cache's bound in bytes, if it has one beside ``cpu_capacity``."""
+    """The cache's bound in bytes, if it has one beside ``cpu_capacity``: a rank's part of it."""
     available_bytes: int
+    num_ranks: int = 1
 
     @property
     def slot_bytes(self) -> int:
@@ -68,7 +78,13 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def rows(self) -> list[tuple[str, str, int]]:
         """(what, how it comes about, bytes), for a table; the last row is the total."""
-        rows = [("base weights", self.dtype, self.weights_bytes)]
+        rows = [
+            (
+                "base weights",
+                self.dtype if self.quantization == "none" else self.quantization,
+                self.weights_bytes,
+            )
+        ]
         parts = dict(self.slot_bytes_by_module)
         if self.num_slots:
             parts["DoRA and biases"] = self.slot_affine_bytes
@@ -86,33 +102,42 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.device != "cpu":
             detail += " (host memory, not in the total)"
         rows.append(("CPU adapter cache", detail, self.cpu_cache_bytes))
-        rows.append(("total", f"of {format_bytes(self.available_bytes)} available", self.total_bytes))
+        detail = f"of {format_bytes(self.available_bytes)} available{_each(self)}"
+        rows.append(("total", detail, self.total_bytes))
         return rows
 
 
 def plan_memory(
     spec: ModelSpec, config: EngineConfig, *, device: str, available_bytes: int | None = None
 ) -> MemoryPlan:
-    """Plan for a model on a device ("cpu" or "cuda").
+    """Plan for a model on a device ("cpu" or "cuda"), of which every rank has one if it is no CPU.
 
     Raises ConfigError if it does not fit into ``available_bytes`` (default: what the device has free),
-    saying by how much and which knob to turn.
+    saying by how much and which knob to turn, or if the model does not divide by ``tensor_parallel_size``.
     """
     if available_bytes is None:
         available_bytes = available_memory(device)
+    size = config.tensor_parallel_size
+    if device == "cpu":
+        available_bytes //= size
+    full = config.lora is not None and config.lora.fully_sharded_loras
+    shard = Shard(0, size, full)
+    local = Partition(spec, shard).local
     dtype = resolve_dtype(config.dtype, spec, device)
     lora = config.lora
     lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
     max_model_len = resolve_max_model_len(config, spec)
-    slot = None if lora is None else SlotLayout(spec, lora.max_lora_rank, lora.modules)
+    slot = None if lora is None else SlotLayout(spec, lora.max_lora_rank, lora.modules, shard)
     by_module, affine_bytes = _slot_bytes(slot, DTYPE_BYTES[lora_dtype])
-    block_bytes = config.block_size * spec.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    adapter_bytes = sum(by_module.values()) + affine_bytes
+    block_bytes = config.block_size * local.kv_bytes_per_token(DTYPE_BYTES[dtype])
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
         lora_dtype=lora_dtype,
+        quantization=config.quantization,
         max_model_len=max_model_len,
-        weights_bytes=spec.num_parameters() * DTYPE_BYTES[dtype],
+        weights_bytes=_weights_bytes(local, DTYPE_BYTES[dtype], config.quantization),
         num_slots=0 if lora is None else lora.max_loras,
         slot_bytes_by_module=by_module,
         slot_affine_bytes=affine_bytes,
@@ -120,9 +145,10 @@ def plan_memory(
         block_size=config.block_size,
         block_bytes=block_bytes,
         cpu_capacity=0 if lora is None else lora.cpu_capacity,
-        cpu_adapter_bytes=sum(by_module.values()) + affine_bytes,
-        cpu_max_bytes=None if lora is None else _cpu_max_bytes(lora, sum(by_module.values()) + affine_bytes),
+        cpu_adapter_bytes=adapter_bytes,
+        cpu_max_bytes=None if lora is None else _cpu_max_bytes(lora, adapter_bytes, size),
         available_bytes=available_bytes,
+        num_ranks=size,
     )
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
@@ -171,23 +197,26 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
         return config.kv_cache_memory // plan.block_bytes
     if smallest > left:
         raise _does_not_fit(plan, smallest, left, "lower max_model_len")
-    wanted = config.max_num_seqs * needed * plan.block_bytes
+    each = needed if plan.device != "cpu" else min(needed, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
+    wanted = config.max_num_seqs * each * plan.block_bytes
     share = MAX_AUTO_KV_ON_CPU if plan.device == "cpu" else left
     bound = min(int(left * (0.5 if plan.device == "cpu" else 0.9)), share)
     return max(min(wanted, bound), smallest) // plan.block_bytes
 
 
-def _cpu_max_bytes(lora: LoRAConfig, largest: int) -> int | None:
-    """The CPU cache's bound; raises if the largest adapter that the slots allow could never be served."""
+def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:
+    """A rank's part of the CPU cache's bound, which counts all ranks' shares of the adapters. Raises if the
+    largest adapter that the slots allow could never be served."""
     bound = lora.max_cpu_lora_bytes
     if not isinstance(bound, int):
         return None
-    if bound < largest:
+    if bound < size * largest:
         raise ConfigError(
-            f"max_cpu_lora_bytes={bound}: must be at least {largest}, so that an adapter of max_lora_rank="
-            f"{lora.max_lora_rank} in every module can be served; raise it, or lower max_lora_rank"
+            f"max_cpu_lora_bytes={bound}: must be at least {size * largest}, so that an adapter of "
+            f"max_lora_rank={lora.max_lora_rank} in every module can be served; raise it, or lower "
+            "max_lora_rank"
         )
-    return bound
+    return bound // size
 
 
 def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> ConfigError:
@@ -202,12 +231,27 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     knobs.sort(key=lambda knob: -knob[0])  # what takes most, first
     total = plan.total_bytes + kv_bytes
     return ConfigError(
-        f"the plan needs {format_bytes(total)} on {plan.device} but {format_bytes(plan.available_bytes)} "
-        f"are available, {format_bytes(kv_bytes - left)} too little: base weights "
-        f"{format_bytes(plan.weights_bytes)}, slot pool {format_bytes(plan.slot_pool_bytes)}, KV blocks "
-        f"{format_bytes(kv_bytes)}, CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}; "
+        f"the plan needs {format_bytes(total)} on {plan.device}{_each(plan)} but "
+        f"{format_bytes(plan.available_bytes)} are available, {format_bytes(kv_bytes - left)} too little: "
+        f"base weights {format_bytes(plan.weights_bytes)}, slot pool {format_bytes(plan.slot_pool_bytes)}, "
+        f"KV blocks {format_bytes(kv_bytes)}, CPU adapter cache {format_bytes(plan.cpu_cache_bytes)}; "
         + ", or ".join(text for _, text in knobs)
     )
+
+
+def _each(plan: MemoryPlan) -> str:
+    return f" for each of {plan.num_ranks} ranks" if plan.num_ranks > 1 else ""
+
+
+def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization) -> int:
+    """With int8, the linears' weights take a byte each, and 8 more for each output. (Until they have been
+    loaded and quantized they are there in the dtype.)"""
+    total = spec.num_parameters() * dtype_bytes
+    if quantization == "none":
+        return total
+    linears = [(spec.num_layers, *spec.linear(module)) for module in LORA_MODULES]
+    linears.append((1, *spec.linear("lm_head")))
+    return total + sum(n * n_out * (n_in * (1 - dtype_bytes) + 8) for n, n_in, n_out in linears)
 
 
 def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int]:

@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels import LoRABackend, LoRABatch
-from aioengine.kernels.cpu.packed import PackedWeight
+from aioengine.kernels.cpu.quantized import Packed
+from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.attention import AttentionPlan, paged_attention
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.layers import rms_norm, silu_and_mul
-from aioengine.model.lora_slots import FusedLoRA, LoRASlots
+from aioengine.model.lora_slots import LoRASlots
+from aioengine.model.parallel import Group, SoloGroup
+from aioengine.model.partition import SPLIT_INPUTS, Partition
 from aioengine.model.rope import Rope, rotate_
 from aioengine.model.slot_layout import FUSED_MODULES
 from aioengine.model.spec import ModelSpec
@@ -22,26 +25,38 @@ from aioengine.model.spec import ModelSpec
 
 @dataclass(slots=True)
 class Linear:
-    weight: Tensor | PackedWeight
+    weight: Tensor | Packed
     """[out, in]"""
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
-        if isinstance(self.weight, PackedWeight):
-            return self.weight.linear(x, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return self._apply(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias."""
+        return self._apply(x, None)
+
+    def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.weight, Tensor):
+            return F.linear(x, self.weight, bias)
+        return self.weight.linear(x, bias)
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows ``begin..end-1`` of the weight: a view, or a copy if it is packed."""
-        if isinstance(self.weight, PackedWeight):
-            return self.weight.rows(begin, end)
-        return self.weight[begin:end]
-
-    def pack(self) -> None:
-        """Rearranges the weight for the CPU library; what was a view of it no longer is."""
         if isinstance(self.weight, Tensor):
-            self.weight = PackedWeight.pack(self.weight)
+            return self.weight[begin:end]
+        return self.weight.rows(begin, end)
+
+    def pack(self, pack: Callable[[Tensor], Packed]) -> int:
+        """Rearranges the weight for the CPU library; what was a view of it no longer is.
+
+        Returns how many bytes it takes more than before; below zero if it takes fewer.
+        """
+        assert isinstance(self.weight, Tensor)
+        before = self.weight.nbytes
+        self.weight = pack(self.weight)
+        return self.weight.nbytes - before
 
 
 @dataclass(slots=True)
@@ -72,11 +87,24 @@ class StepInputs:
 
 
 class Decoder:
-    """Weights and forward pass. The weights are uninitialised until they are loaded."""
+    """Weights and forward pass. The weights are uninitialised until they are loaded.
+
+    With a ``group`` of several ranks, this is one rank's share. Raises :class:`ConfigError` if the model
+    ``spec`` does not divide.
+    """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, kernels: LoRABackend
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: LoRABackend,
+        group: Group | None = None,
     ) -> None:
+        group = group or SoloGroup()
+        self.partition = Partition(spec, group.shard)
+        spec = self.partition.local
+
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -86,11 +114,16 @@ class Decoder:
             return Linear(empty(n_out, shapes[0].in_features), empty(n_out) if has_bias else None)
 
         self.spec = spec
+        """Of the rank's share."""
+        self.whole_parameter: Callable[[str], Tensor] | None = None
+        """``whole_parameter(name)`` reads a parameter from the checkpoint; set when that has been loaded."""
+        self._group = group
+        self._adapted = AdaptedLinears(kernels, group)
         self.dtype = dtype
         self.device = device
         self.kernels = kernels
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self.embed_tokens: Tensor | PackedWeight = empty(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens: Tensor | Packed = empty(spec.vocab_size, spec.hidden_size)
         self.layers = [
             Layer(
                 input_norm=empty(spec.hidden_size),
@@ -139,12 +172,19 @@ class Decoder:
                     row += rows
         return out
 
-    def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed."""
+    def base_weight(self, layer: int, module: str, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed.
+
+        Of several ranks, each has the rows of the outputs that it computes (``all_rows`` asks for the
+        others as well), and they are whole. What the rank does not hold is read from the checkpoint.
+        """
+        rows = self.partition.outputs(module)
+        if self.partition.shard.size > 1 and (all_rows or module in SPLIT_INPUTS):
+            return self._stored_weight(layer, module, slice(None) if all_rows else rows)
         if module in ("embed_tokens", "lm_head"):
             weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
             whole = weight if isinstance(weight, Tensor) else weight.rows(0, weight.n)
-            return whole.T if module == "embed_tokens" else whole, None
+            return whole.T if module == "embed_tokens" else whole[: rows.stop - rows.start], None
         for fused, linear in self._linears(self.layers[layer]).items():
             row = 0
             for member in FUSED_MODULES[fused]:
@@ -154,78 +194,73 @@ class Decoder:
                 row = end
         raise KeyError(module)
 
+    def _stored_weight(self, layer: int, module: str, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """:meth:`base_weight` from the checkpoint, in the compute dtype as if it were held."""
+        assert self.whole_parameter is not None, "the weights have not been loaded"
+        if module in ("embed_tokens", "lm_head"):
+            tied = module == "embed_tokens" or self.spec.tie_embeddings
+            name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+            weight = self.whole_parameter(name).to(self.dtype)
+            return (weight.T if module == "embed_tokens" else weight)[rows], None
+        fused = next(name for name, members in FUSED_MODULES.items() if module in members)
+        block = "self_attn" if fused in ("qkv", "o") else "mlp"
+        name = f"model.layers.{layer}.{block}.{module}"
+        has_bias = self._linears(self.layers[layer])[fused].bias is not None
+        bias = self.whole_parameter(f"{name}.bias").to(self.dtype)[rows] if has_bias else None
+        return self.whole_parameter(f"{name}.weight").to(self.dtype)[rows], bias
+
     @staticmethod
     def _linears(layer: Layer) -> dict[str, Linear]:
         return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
 
-    def pack(self) -> None:
-        """Rearrange all weights for the CPU library, one after the other."""
+    def pack(self, pack: Callable[[Tensor], Packed]) -> None:
+        """Rearrange the weights of all linears for the CPU library, one after the other."""
         for layer in self.layers:
             for linear in self._linears(layer).values():
-                linear.pack()
+                self.nbytes += linear.pack(pack)
         tied = self.head.weight is self.embed_tokens
         if tied:
             self.embed_tokens = self.norm  # or it would be kept beside its packed copy
-        self.head.pack()
+        self.nbytes += self.head.pack(pack)
         if tied:
             self.embed_tokens = self.head.weight
 
     def embed(self, inputs: StepInputs, slots: LoRASlots | None) -> Tensor:
         """The hidden state [T, hidden] that the first layer gets."""
-        if isinstance(self.embed_tokens, PackedWeight):
-            hidden = self.embed_tokens.gather(inputs.token_ids)
-        else:
-            hidden = F.embedding(inputs.token_ids, self.embed_tokens)
         pool = slots.outer.get("embed_tokens") if slots else None
-        if pool is not None and inputs.lora.segments:
-            h = self.kernels.lora_embed(inputs.token_ids, pool.a, inputs.lora)
-            self._expand(h.to(hidden.dtype), pool, hidden, inputs.lora)
-        return hidden
+        first = self.partition.inputs("embed_tokens").start
+        return self._adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
 
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
-        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
+        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
         spec, plan = self.spec, inputs.attention
         cos, sin = self.rope.cos_sin(plan.positions)
         heads, qk_heads = spec.num_heads, spec.num_heads + spec.num_kv_heads
         hidden = self.embed(inputs, slots)
+        begin, end = self._adapted.split_outputs, self._adapted.split_inputs
         for i, layer in enumerate(self.layers):
-            apply = self._linear_with_lora(inputs.lora, slots.layers[i] if slots else {})
+            pools, lora = slots.layers[i] if slots else {}, inputs.lora
 
             x = rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
-            qkv = apply("qkv", layer.qkv, x).view(len(x), -1, spec.head_dim)
+            qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(len(x), -1, spec.head_dim)
             q, k, v = qkv[:, :heads], qkv[:, heads:qk_heads], qkv[:, qk_heads:]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q.copy_(rms_norm(q, layer.q_norm, spec.rms_norm_eps))
                 k.copy_(rms_norm(k, layer.k_norm, spec.rms_norm_eps))
             rotate_(qkv[:, :qk_heads], cos, sin)
             attended = paged_attention(q, k, v, cache, i, plan, spec.window(i))
-            hidden += apply("o", layer.o, attended)
+            hidden += end(layer.o, attended, pools.get("o"), lora)
 
             x = rms_norm(hidden, layer.post_attention_norm, spec.rms_norm_eps)
-            x = silu_and_mul(apply("gate_up", layer.gate_up, x))
-            hidden += apply("down", layer.down, x)
+            x = silu_and_mul(begin(layer.gate_up, x, pools.get("gate_up"), lora))
+            hidden += end(layer.down, x, pools.get("down"), lora)
 
-        hidden = hidden.index_select(0, inputs.sample_rows)
-        apply = self._linear_with_lora(inputs.sample_lora, slots.outer if slots else {})
-        return apply("lm_head", self.head, rms_norm(hidden, self.norm, spec.rms_norm_eps))
-
-    def _linear_with_lora(
-        self, batch: LoRABatch, pools: dict[str, FusedLoRA]
-    ) -> Callable[[str, Linear, Tensor], Tensor]:
-        """``apply(name, linear, x)``: the linear, plus each token's adapter if it targets the linear."""
-
-        def apply(fused: str, linear: Linear, x: Tensor) -> Tensor:
-            y = linear(x)
-            pool = pools.get(fused)
-            if pool is not None and batch.segments:
-                h = self.kernels.lora_shrink(x, pool.a, batch, len(pool.modules))
-                self._expand(h, pool, y, batch)
-            return y
-
-        return apply
-
-    def _expand(self, h: Tensor, pool: FusedLoRA, y: Tensor, batch: LoRABatch) -> None:
-        """Completes y, the base linear's output, in place."""
-        self.kernels.lora_expand(h, pool.b, y, pool.offsets, batch)
-        if batch.affine:
-            self.kernels.lora_affine(y, pool.affine, pool.offsets, batch)
+        x = rms_norm(hidden.index_select(0, inputs.sample_rows), self.norm, spec.rms_norm_eps)
+        head = slots.outer.get("lm_head") if slots else None
+        logits = self._adapted.split_outputs(self.head, x, head, inputs.sample_lora)
+        if self.partition.shard.size == 1:
+            return logits
+        vocabulary = self.partition.whole.vocab_size
+        if not len(logits):
+            return logits.new_empty(0, vocabulary)
+        return self._group.all_gather(logits, dim=-1)[:, :vocabulary]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aioengine.errors import ConfigError
+from aioengine.model.parallel import SOLO, Shard
 from aioengine.model.slot_copy import SerialCopier, SlotCopier, StreamCopier
 from aioengine.model.slot_image import AdapterImage
 from aioengine.model.slot_layout import FusedPlace, SlotLayout
@@ -16,7 +17,10 @@ from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
 class FusedLoRA(NamedTuple):
-    """The pool of one fused linear with n targeted slices, as views: S slots, maximum rank R."""
+    """The pool of one fused linear with n targeted slices, as views: S slots, maximum rank R.
+
+    Under tensor parallelism these are shares; see :mod:`aioengine.model.slot_layout`.
+    """
 
     modules: tuple[str, ...]
     a: Tensor
@@ -27,6 +31,8 @@ class FusedLoRA(NamedTuple):
     """n tensors [S, 2, out]: each output's gain and shift, zero where there is no DoRA and no bias."""
     offsets: tuple[int, ...]
     """First output column of each slice in the fused linear."""
+    b_offsets: tuple[int, ...]
+    """First output column that each B adds to: the same, unless B is a share of a slice's outputs."""
 
 
 class LoRASlots:
@@ -44,8 +50,9 @@ class LoRASlots:
         target_modules: Iterable[str],
         dtype: torch.dtype,
         device: torch.device,
+        shard: Shard = SOLO,
     ) -> None:
-        self.layout = SlotLayout(spec, max_rank, target_modules)
+        self.layout = SlotLayout(spec, max_rank, target_modules, shard)
         self.max_loras = max_loras
         self._rows = torch.zeros(max_loras, self.layout.elements, dtype=dtype, device=device)
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
@@ -63,14 +70,14 @@ class LoRASlots:
         def view(offset: int, rows: int, width: int) -> Tensor:
             return self._rows[:, offset : offset + rows * width].view(self.max_loras, rows, width)
 
-        rank = self.layout.max_rank
         places = [self.layout.places[fused.layer, module] for module in fused.modules]
         return FusedLoRA(
             fused.modules,
-            view(places[0].a, len(places) * rank, places[0].shape.in_features),
-            tuple(view(place.b, place.shape.out_features, rank) for place in places),
-            tuple(view(place.affine, 2, place.shape.out_features) for place in places),
+            view(places[0].a, len(places) * places[0].a_rank, places[0].shape.in_features),
+            tuple(view(place.b, place.shape.out_features, place.b_rank) for place in places),
+            tuple(view(place.affine, 2, place.num_outputs) for place in places),
             fused.columns,
+            fused.b_columns,
         )
 
     @property

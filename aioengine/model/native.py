@@ -1,13 +1,14 @@
 """A decoder's step as one call into the compiled CPU library, for models and settings that it covers.
 
-The weights are packed in place: they take as much memory as before. The KV cache keeps its memory and gets
+The weights are packed, or quantized, in the place of what was loaded. The KV cache keeps its memory and gets
 a layout of the library's own inside each block. What the library does not cover runs as it would without it.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from aioengine.kernels import LoRABatch
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.lora import segment_table
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.quantized import Packed, QuantizedWeight
+from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.decoder import Decoder, Linear, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import FusedLoRA, LoRASlots
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import ModelSpec, Quantization
 
 _SPAN = 16
 """Block sizes and head dimensions must be multiples of this: the lanes of a vector."""
@@ -45,11 +47,15 @@ def not_covered(spec: ModelSpec, dtype: torch.dtype, block_size: int, slots: LoR
 class NativeForward:
     """Packs a decoder's weights, and runs its steps. ``forward`` is :meth:`Decoder.forward`'s equal."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None, quantization: Quantization = "none"
+    ) -> None:
         assert not_covered(decoder.spec, decoder.dtype, cache.block_size, slots) is None
-        decoder.pack()
+        decoder.pack(_packing(quantization))
         self._decoder, self._slots = decoder, slots
         self._library = load()
+        self.seconds: Tensor | None = None
+        """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
         self._max_rank = 0 if slots is None else slots.layout.max_rank
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
         self._model = self._model_struct(cache.block_size)
@@ -136,6 +142,7 @@ class NativeForward:
                 narrow=narrow,
                 h=h,
             ),
+            seconds=pointer(self.seconds),
         )
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         return logits
@@ -159,10 +166,20 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
+def _packing(quantization: Quantization) -> Callable[[Tensor], Packed]:
+    if quantization == "none":
+        return PackedWeight.pack
+    return functools.partial(QuantizedWeight.pack, int8_activations=has_int8_products())
+
+
 def _matrix(linear: Linear) -> structs.Matrix:
     weight = linear.weight
-    assert isinstance(weight, PackedWeight)
-    return structs.Matrix(weight.data.data_ptr(), pointer(linear.bias), weight.n, weight.k)
+    assert not isinstance(weight, Tensor)
+    matrix = structs.Matrix(weight.data.data_ptr(), pointer(linear.bias), weight.n, weight.k)
+    if isinstance(weight, QuantizedWeight):
+        matrix.scale, matrix.start = weight.scale.data_ptr(), weight.start_pointer
+        matrix.rotation = weight.rotation
+    return matrix
 
 
 def _pool(pools: Mapping[str, FusedLoRA], name: str) -> structs.LoraPool:

@@ -35,12 +35,13 @@ Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 class ModelRunner:
     """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
 
-    ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then
-    ``lora_slots`` is None. ``sample`` and ``kernels`` (a backend's name) replace the defaults;
-    ``quantization`` is how the linears' weights are kept; ``progress`` is told how far the weights are read. With a ``group`` of several ranks, this is one rank's
-    share of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
-    Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, or if that cannot be
-    divided.
+    ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
+    None. ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the
+    linears' weights are kept; ``progress`` is told how far the weights are read. With a ``group`` of several
+    ranks, this is one rank's share of the model, and all ranks must be built and execute the same steps; only
+    rank 0 samples.
+    Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
+    divided, or if they cannot be quantized here.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class ModelRunner:
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
         if quantization != "none":
             raise ConfigError(
-                f"quantization={quantization!r}: int8 weights are multiplied by the compiled CPU step, which needs "
-                f"a C++ compiler (docs/kernels.md) and does not cover {reason}; set quantization='none'"
+                f"quantization={quantization!r}: only the compiled CPU step has it, which needs a C++ "
+                f"compiler (docs/kernels.md) and does not cover {reason}; set quantization='none'"
             )
         decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, self.lora_slots
         # Not through self: memory in a reference cycle would not be free when the runner is gone.

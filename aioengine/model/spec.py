@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+Quantization = Literal["none", "int8"]
+
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

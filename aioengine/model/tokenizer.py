@@ -101,11 +101,11 @@ class Tokenizer:
         """A fresh one for one request's output."""
         return TextStream(self.detokenizer(skip_special_tokens), stop)
 
-    def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> list[int]:
         """The rendered chat's tokens; the template writes the special tokens, none are added."""
         return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
 
-    def render_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         """The prompt for the assistant's next turn.
 
         ``variables`` are the template's: ``tools`` (JSON schemas of functions), ``enable_thinking`` and

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,16 +20,26 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, to be read before the iteration goes on."""
+
+    shape: tuple[int, ...]
+    read: Callable[[Sequence[slice]], Tensor]
+    """Reads a part: a slice for each dimension."""
+
+
+def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored]]:
     """Every tensor of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
 
+    Of safetensors files, only what is asked for is read; a GGUF tensor is always expanded as a whole.
     Raises :class:`ConfigError`, naming the file, if one is missing, malformed or disagrees with the
     index.
     """
     if path.suffix == ".gguf":
         from aioengine.model.gguf import iter_tensors
 
-        yield from iter_tensors(path, spec)
+        for name, tensor in iter_tensors(path, spec):
+            yield name, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
     elif (path / INDEX).is_file():
         for shard, keys in _read_index(path / INDEX).items():
             yield from _iter_safetensors(path / shard, keys)
@@ -38,13 +50,16 @@ def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]
 def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = None) -> None:
     """Fills all of the decoder's parameters, converting to its dtype; ``progress`` is told how far it is.
 
+    A decoder that is a rank's share gets the parts that it holds.
+
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
     """
     missing = decoder.parameters()
     done, total = 0, sum(parameter.nbytes for parameter in missing.values())
     seen: set[str] = set()
-    for name, tensor in iter_checkpoint(path, decoder.spec):
+    partition = decoder.partition
+    for name, stored in iter_checkpoint(path, partition.whole):
         if _is_ignored(name, decoder.spec):
             continue
         if name in seen:
@@ -55,14 +70,17 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
                 f"{path}: unexpected parameter {name}; the {decoder.spec.family} model that the "
                 "configuration describes has no place for it"
             )
-        if tensor.shape != parameter.shape:
+        shape, part = partition.parameter(name, parameter.shape)
+        if stored.shape != shape:
             raise ConfigError(
-                f"{path}: {name}: expected shape {tuple(parameter.shape)} from the configuration, "
-                f"found {tuple(tensor.shape)}"
+                f"{path}: {name}: expected shape {shape} from the configuration, found {stored.shape}"
             )
+        tensor = stored.read(part)
         if not tensor.is_floating_point():
             raise ConfigError(f"{path}: {name}: expected floating point, found {tensor.dtype}")
-        parameter.copy_(tensor)
+        if tensor.shape != parameter.shape:  # the end of a vocabulary that is padded
+            parameter.zero_()
+        parameter[tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
         seen.add(name)
         done += parameter.nbytes
         if progress is not None:
@@ -73,6 +91,32 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
             f"{path}: {len(missing)} of {len(missing) + len(seen)} parameters are missing: {first}"
             f"{', ...' if len(missing) > 3 else ''}"
         )
+    decoder.whole_parameter = functools.partial(read_parameter, path, partition.whole)
+
+
+def read_parameter(path: Path, spec: ModelSpec, name: str) -> Tensor:
+    """One parameter, by its Hugging Face name, as it is stored (expanded, if it is quantised).
+
+    Raises :class:`ConfigError`, also if there is none of the name.
+    """
+    if path.suffix == ".gguf":
+        from aioengine.model.gguf import iter_tensors
+
+        found = iter_tensors(path, spec, only=name)
+    else:
+        shard = path / SINGLE
+        if (path / INDEX).is_file():
+            shards = _read_index(path / INDEX)
+            shard = next((path / file for file, keys in shards.items() if name in keys), shard)
+        stored = _iter_safetensors(shard, None)
+        found = ((n, s.read([slice(None)] * len(s.shape))) for n, s in stored if n == name)
+    for _, tensor in found:
+        return tensor
+    raise ConfigError(f"{path}: parameter {name} is missing")
+
+
+def _part(tensor: Tensor, part: Sequence[slice]) -> Tensor:
+    return tensor[tuple(part)]
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
@@ -97,7 +141,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Tensor]]:
+def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Stored]]:
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"
@@ -108,6 +152,20 @@ def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[s
             if expected is not None and (absent := sorted(expected - keys)):
                 raise ConfigError(f"{path}: {absent[0]} is missing, which {INDEX} says it contains")
             for key in file.keys():  # noqa: SIM118  (not a dict)
-                yield key, file.get_tensor(key)
+                shape = tuple(file.get_slice(key).get_shape())
+                yield key, Stored(shape, functools.partial(_read, path, file, key, shape))
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not a readable safetensors file: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _read(path: Path, file: Any, key: str, shape: tuple[int, ...], part: Sequence[slice]) -> Tensor:
+    whole = all(len(range(n)[piece]) == n for n, piece in zip(shape, part, strict=True))
+    try:
+        tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[tuple(part)]
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    return tensor
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: not a readable safetensors file: {error}")

@@ -1,0 +1,121 @@
+"""Linears with each token's adapter, over the shares that the ranks of a group hold.
+
+What is split over its inputs gives a summand of the outputs: base and adapter's are added before the one
+all-reduce that the base model needs anyway. By default that takes no more: ``B (sum of A_i x_i)`` is the sum
+of ``B (A_i x_i)``. Fully sharded, A's outputs are exchanged, which are as long as the adapters' ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from aioengine.kernels import LoRABackend, LoRABatch
+from aioengine.kernels.cpu.quantized import Packed
+from aioengine.model.lora_slots import FusedLoRA
+from aioengine.model.parallel import Group
+
+if TYPE_CHECKING:
+    from aioengine.model.decoder import Linear
+
+
+class AdaptedLinears:
+    """How a rank applies linears and adapters, with the other ranks where they are needed."""
+
+    def __init__(self, kernels: LoRABackend, group: Group) -> None:
+        self._kernels = kernels
+        self._group = group
+        self._parallel = group.shard.size > 1
+        self._exchanges = self._parallel and group.shard.fully_sharded
+
+    def split_outputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
+        """The rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
+        y = linear(x)
+        if pool is not None and batch.segments:
+            n = len(pool.modules)
+            if self._exchanges:
+                held = batch.derive(self._held)
+                h = self._gather(self._kernels.lora_shrink(x, pool.a, held, n), held, pool)
+            else:
+                h = self._kernels.lora_shrink(x, pool.a, batch, n)
+            self._kernels.lora_expand(h, pool.b, y, pool.b_offsets, batch)
+            self._affine(y, pool, batch)
+        return y
+
+    def split_inputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
+        """All outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T, out]."""
+        y = linear.product(x) if self._parallel else linear(x)
+        if pool is not None and batch.segments:
+            h = self._kernels.lora_shrink(x, pool.a, batch, len(pool.modules))
+            self._add_summand(h, pool, y, batch)
+        if self._parallel:
+            self._group.all_reduce(y)
+            if linear.bias is not None:
+                y += linear.bias
+        if pool is not None:
+            self._affine(y, pool, batch)
+        return y
+
+    def embed(
+        self,
+        token_ids: Tensor,
+        weight: Tensor | Packed,
+        first: int,
+        pool: FusedLoRA | None,
+        batch: LoRABatch,
+    ) -> Tensor:
+        """The embeddings [T, hidden] of ``token_ids`` [T]; ``weight`` begins with the token ``first``."""
+        absent: Tensor | None = None
+        if self._parallel:
+            rows = len(weight) if isinstance(weight, Tensor) else weight.n
+            token_ids = token_ids - first
+            absent = (token_ids < 0) | (token_ids >= rows)
+            token_ids = token_ids.masked_fill(absent, 0)
+        if not isinstance(weight, Tensor):
+            hidden = weight.gather(token_ids)
+        else:
+            hidden = F.embedding(token_ids, weight)
+        if absent is not None:
+            hidden.masked_fill_(absent[:, None], 0)
+        if pool is not None and batch.segments:
+            h = self._kernels.lora_embed(token_ids, pool.a, batch).to(hidden.dtype)
+            if absent is not None:
+                h.masked_fill_(absent[:, None, None], 0)
+            self._add_summand(h, pool, hidden, batch)
+        if self._parallel:
+            self._group.all_reduce(hidden)
+        if pool is not None:
+            self._affine(hidden, pool, batch)
+        return hidden
+
+    def _add_summand(self, h: Tensor, pool: FusedLoRA, y: Tensor, batch: LoRABatch) -> None:
+        """Adds B h to y, which is yet to be summed over the ranks."""
+        if self._exchanges:
+            first, rank = batch.segments[0].start, max(segment.rank for segment in batch.segments)
+            h[first:, :, :rank] = self._group.all_reduce(h[first:, :, :rank].contiguous())
+        self._kernels.lora_expand(h, pool.b, y, pool.b_offsets, batch)
+
+    def _affine(self, y: Tensor, pool: FusedLoRA, batch: LoRABatch) -> None:
+        if batch.affine:
+            self._kernels.lora_affine(y, pool.affine, pool.offsets, batch)
+
+    def _held(self, batch: LoRABatch) -> LoRABatch:
+        """The batch with the ranks that are held here of matrices whose rows are dealt out."""
+        segments, size = batch.segments, self._group.shard.size
+        ranks = [0] * (segments[-1].slot + 1)
+        for segment in segments:
+            ranks[segment.slot] = -(-segment.rank // size)
+        slots = [-1, *(segment.slot for segment in segments)]
+        counts = [segments[0].start, *(segment.stop - segment.start for segment in segments)]
+        return LoRABatch(slots, counts, ranks, batch.device)
+
+    def _gather(self, h: Tensor, held: LoRABatch, pool: FusedLoRA) -> Tensor:
+        """All of A's outputs [T, n, R] from the rank's share of them [T, n, R / size]."""
+        first, rank = held.segments[0].start, max(segment.rank for segment in held.segments)
+        # Row i of A is row i // size on rank i % size, so that the last axis becomes the rows' order.
+        dealt = self._group.all_gather(h[first:, :, :rank, None].contiguous(), dim=-1).flatten(2)
+        whole = h.new_zeros(len(h), h.shape[1], pool.b[0].shape[2])
+        whole[first:, :, : dealt.shape[2]] = dealt
+        return whole

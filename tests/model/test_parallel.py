@@ -1,0 +1,303 @@
+"""A model on several ranks against the same model on one: tokens, logits, what is held and what is sent."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from parallel_ranks import Phase, Ranks, Script, fail_on_rank_1, gather, hold, play, refusal, traffic
+from safetensors.torch import load_file, save_file
+from tiny_gguf import tiny_model, write_gguf
+from tiny_models import ALL_MODULES, build_adapter, build_model
+
+from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.errors import ConfigError
+from aioengine.memory_plan import plan_from_config
+from aioengine.model.files import read_spec
+from aioengine.model.parallel import Shard, SoloGroup
+from aioengine.model.partition import Partition
+from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of biases and tied heads
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"vocab_size": 257}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "one-kv-head": ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "by-three": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}),
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "rank-4": {"r": 4},
+    "rank-16": {"r": 16, "lora_alpha": 16},
+    "rank-5": {"r": 5, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
+    "rank-1": {"r": 1, "target_modules": ["k_proj", "o_proj"]},
+    "dora": {"r": 7, "use_dora": True, "target_modules": [*ALL_MODULES, "embed_tokens", "lm_head"]},
+    "bias": {"r": 8, "lora_bias": True, "target_modules": ["q_proj", "o_proj", "down_proj", "lm_head"]},
+    "outer": {"r": 6, "target_modules": ["embed_tokens", "lm_head", "gate_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@functools.cache
+def model_of(root: Path, name: str) -> Path:
+    family, overrides = MODELS[name]
+    return build_model(root / name, family, **overrides)
+
+
+@functools.cache
+def adapter_of(root: Path, model: str, name: str) -> Path:
+    folder = root / f"{model}-{name}"
+    return build_adapter(model_of(root, model), folder, seed=list(ADAPTERS).index(name), **ADAPTERS[name])
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 256), k=length)
+
+
+@functools.cache
+def script_of(root: Path, model: str, kernels: str) -> Script:
+    """All adapters, base rows beside them; slots are rewritten by other ranks and kinds while others run."""
+    adapters = functools.partial(adapter_of, root, model)
+    first = {0: adapters("rank-4"), 1: adapters("rank-16"), 3: adapters("dora")}
+    return Script(
+        model_of(root, model),
+        [
+            Phase(first, [(prompt(1, 20), -1), (prompt(2, 7), 0), (prompt(3, 25), 1), (prompt(4, 9), 3)]),
+            Phase({0: adapters("rank-5"), 2: adapters("bias")}, [(prompt(5, 4), 0), (prompt(6, 12), 2)]),
+            Phase({3: adapters("rank-1"), 1: adapters("outer")}, [(prompt(7, 3), 3), (prompt(8, 16), 1)]),
+            Phase({1: adapters("rank-4")}, [(prompt(3, 25), 1), (prompt(9, 2), -1)]),
+        ],
+        max_loras=4,
+        kernels=kernels,
+    )
+
+
+@functools.cache
+def alone(root: Path, model: str, kernels: str) -> Any:
+    return play(SoloGroup(), script_of(root, model, kernels))
+
+
+def check(ranks: Ranks, root: Path, model: str, fully_sharded: bool, kernels: str = "torch") -> None:
+    expected = alone(root, model, "torch")
+    script = script_of(root, model, kernels)
+    found, *others = ranks.run(play, script, fully_sharded=fully_sharded)
+    assert found.outputs == expected.outputs
+    assert len({tuple(output) for output in expected.outputs}) == len(expected.outputs), "or nothing differs"
+    assert len(found.logits) == len(expected.logits)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
+    assert all(other.logits == [] and other.outputs == found.outputs for other in others)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("model", ["llama", "mistral", "qwen2", "qwen3", "one-kv-head"])
+def test_two_ranks_give_the_tokens_and_logits_of_one(
+    two: Ranks, root: Path, model: str, fully_sharded: bool
+) -> None:
+    check(two, root, model, fully_sharded)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_three_ranks_give_the_tokens_and_logits_of_one(three: Ranks, root: Path, fully_sharded: bool) -> None:
+    """Neither the vocabulary nor most of the ranks divide."""
+    check(three, root, "by-three", fully_sharded)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_so_they_do_with_other_kernels(two: Ranks, root: Path, kernels: str, fully_sharded: bool) -> None:
+    from aioengine.kernels import available_backends
+
+    if kernels not in available_backends("cpu"):
+        pytest.skip("the CPU library cannot be built here")
+    check(two, root, "qwen2", fully_sharded, kernels)
+
+
+def test_a_rank_holds_its_share_and_knows_the_whole_adapters_digest(two: Ranks, root: Path) -> None:
+    """Half of one matrix of each pair, or half of both; the base model and the KV cache halved."""
+    model, adapter = model_of(root, "qwen3"), adapter_of(root, "qwen3", "rank-16")
+    script = Script(model, [], max_loras=3, max_rank=16, target_modules=LORA_MODULES)
+    whole = hold(SoloGroup(), script, adapter)
+    for fully_sharded in (False, True):
+        shares = two.run(hold, script, adapter, fully_sharded=fully_sharded)
+        for rank, share in enumerate(shares):
+            assert (share.rank, share.digest) == (whole.rank, whole.digest)
+            assert share.kv_bytes * 2 == whole.kv_bytes
+            assert share.weight_bytes < 0.51 * whole.weight_bytes
+            layout = SlotLayout(read_spec(model), 16, LORA_MODULES, Shard(rank, 2, fully_sharded))
+            assert share.slot_bytes == 3 * layout.elements * 4
+            assert share.image_bytes == layout.matrix_elements * 4, "an adapter of the largest rank"
+            if fully_sharded:
+                assert share.image_bytes * 2 == whole.image_bytes
+            else:
+                assert whole.image_bytes < share.image_bytes * 2 < 1.5 * whole.image_bytes
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_all_ranks_refuse_what_is_wrong_in_the_share_of_one(
+    two: Ranks, root: Path, tmp_path: Path, fully_sharded: bool
+) -> None:
+    build_adapter(model_of(root, "qwen3"), tmp_path / "bad", r=4)
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("down_proj.lora_A.weight"))
+    tensors[key][-1, -1] = torch.nan  # of rank 1's inputs
+    save_file(tensors, file)
+    script = Script(model_of(root, "qwen3"), [], max_loras=1)
+    refusals = two.run(refusal, script, tmp_path / "bad", fully_sharded=fully_sharded)
+    assert refusals[0] == refusals[1] == refusal(SoloGroup(), script, tmp_path / "bad")
+    assert "AdapterInvalid" in refusals[0]
+    assert key in refusals[0]
+
+
+def test_saved_base_embeddings_are_compared_by_every_rank(two: Ranks, root: Path, tmp_path: Path) -> None:
+    """PEFT saves those of a head that an adapter is on, though a rank holds but a part of them."""
+    folder = build_adapter(model_of(root, "qwen3"), tmp_path / "head", target_modules=["lm_head"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    base = load_file(model_of(root, "qwen3") / "model.safetensors")["lm_head.weight"]
+    script = Script(model_of(root, "qwen3"), [], max_loras=1)
+    save_file({**tensors, "base_model.model.lm_head.base_layer.weight": base}, file)
+    assert two.run(refusal, script, folder) == ["", ""]
+    base[-1, -1] += 1
+    save_file({**tensors, "base_model.model.lm_head.base_layer.weight": base}, file)
+    refusals = two.run(refusal, script, folder)
+    assert refusals[0] == refusals[1]
+    assert "differ from the base model's" in refusals[0]
+
+
+def test_bytes_sent_are_those_of_the_formulas(two: Ranks, root: Path) -> None:
+    """docs/parallel.md gives them: the base model's, and what fully sharded adapters add to them."""
+    spec = read_spec(model_of(root, "qwen3"))
+    adapters = functools.partial(adapter_of, root, "qwen3")
+    prompts = [(prompt(1, 10), -1), (prompt(2, 6), 0), (prompt(3, 5), 1)]
+    for loads, rank in (({}, 0), ({0: adapters("rank-4"), 1: adapters("rank-16")}, 16)):
+        phase = Phase(loads, prompts if loads else [(tokens, -1) for tokens, _ in prompts])
+        script = Script(
+            model_of(root, "qwen3"), [phase], max_loras=2, max_rank=64, target_modules=LORA_MODULES
+        )
+        tokens, adapted, rows = 21, 11, 3
+        # An all-reduce of n elements sends n on each of two ranks, a gather its own part.
+        reduced = tokens * spec.hidden_size * (1 + 2 * spec.num_layers)
+        logits = rows * spec.vocab_size // 2
+        for fully_sharded in (False, True):
+            extra = adapted * spec.num_layers * (5 * rank // 2 + 2 * rank) if fully_sharded else 0
+            calls = spec.num_layers * 2 if fully_sharded and rank else 0
+            sent = 4 * (reduced + logits + extra)
+            expected = (1 + 2 * spec.num_layers + calls, 1 + calls, sent, tokens)
+            assert two.run(traffic, script, fully_sharded=fully_sharded) == [expected, expected]
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("model", ["qwen3", "mistral", "one-kv-head"])
+def test_the_plan_is_what_each_rank_allocates(
+    two: Ranks, root: Path, model: str, fully_sharded: bool
+) -> None:
+    lora = LoRAConfig(
+        max_loras=3, max_lora_rank=16, target_modules=TARGETABLE_MODULES, fully_sharded_loras=fully_sharded
+    )
+    config = EngineConfig(
+        model=str(model_of(root, model)), executor="process", tensor_parallel_size=2, lora=lora,
+        dtype="float32", device="cpu", max_model_len=64, kv_cache_memory="1MiB",
+    )  # fmt: skip
+    plan = plan_from_config(config, available_bytes=10**9)
+    assert plan.available_bytes == 10**9 // 2
+    assert any("each of 2 ranks" in detail for _, detail, _ in plan.rows())
+    script = Script(model_of(root, model), [], max_loras=3, max_rank=16)
+    adapter = adapter_of(root, model, "rank-16")
+    for share in two.run(hold, script, adapter, fully_sharded=fully_sharded):
+        assert share.weight_bytes == plan.weights_bytes
+        assert share.slot_bytes == plan.slot_pool_bytes
+        assert share.kv_bytes == plan.block_bytes * 128
+        assert share.image_bytes <= plan.cpu_adapter_bytes
+
+
+def test_a_gguf_model_is_split_the_same_way(two: Ranks, tmp_path: Path) -> None:
+    """Its q and k rows are reordered by whole heads, before they are cut; DoRA reads whole tensors of it."""
+    torch_model = tiny_model("llama")
+    torch_model.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model.gguf", torch_model, "llama", "Q8_0")
+    adapter = build_adapter(tmp_path / "model", tmp_path / "dora", use_dora=True)
+    tokens = random.Random(1).choices(range(3, 96), k=12)
+    script = Script(tmp_path / "model.gguf", [Phase({0: adapter}, [(tokens, -1), (tokens, 0)])], max_loras=1)
+    assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
+
+
+def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_do(root: Path) -> None:
+    spec = read_spec(model_of(root, "llama"))
+    eight = msgspec.structs.replace(spec, num_heads=16, num_kv_heads=8, intermediate_size=2048)
+    cases: list[tuple[ModelSpec, Shard, str]] = [
+        (spec, Shard(0, 3), r"tensor_parallel_size=3: 4 attention heads.*sizes that work.*: 1, 2, 4$"),
+        (msgspec.structs.replace(eight, num_kv_heads=6), Shard(0, 4), r"6 KV heads .*: 1, 2$"),
+        (msgspec.structs.replace(eight, intermediate_size=100), Shard(0, 8), r"100 as the intermediate.*4$"),
+        (msgspec.structs.replace(eight, hidden_size=36), Shard(0, 8, True), r"size, and 36.*: 1, 2, 4$"),
+        (msgspec.structs.replace(eight, vocab_size=9), Shard(0, 8), r"vocabulary of 9 leaves.*: 1, 2$"),
+    ]  # fmt: skip
+    for model, shard, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            Partition(model, shard)
+    Partition(eight, Shard(15, 16))  # two ranks for each KV head
+
+
+@pytest.mark.parametrize("model", ["qwen3", "one-kv-head", "by-three", "mistral"])
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_shares_cover_every_matrix_once(root: Path, model: str, fully_sharded: bool) -> None:
+    """What all ranks hold, put together, is the model, and each adapter's A and B: heads that are repeated
+    and the matrices that are not split, more than once."""
+    spec = read_spec(model_of(root, model))
+    size = 3 if model == "by-three" else 2
+    layouts = [SlotLayout(spec, 16, TARGETABLE_MODULES, Shard(r, size, fully_sharded)) for r in range(size)]
+    for module in TARGETABLE_MODULES:
+        n_in, n_out = spec.linear(module)
+        weight, a, b = np.zeros((n_out, n_in), int), np.zeros((5, n_in), int), np.zeros((n_out, 5), int)
+        for layout in layouts:
+            share, partition = layout.share(module), layout.partition
+            weight[partition.outputs(module), partition.inputs(module)] += 1
+            a[share.a] += 1
+            b[share.b] += 1
+            assert layout.held(module, 5) == (np.zeros((5, n_in))[share.a].shape, b[share.b].shape)
+        repeated = size if model == "one-kv-head" and module in ("k_proj", "v_proj") else 1
+        splits_inputs = module in ("o_proj", "down_proj", "embed_tokens")
+        assert (weight == repeated).all()
+        assert (a == (1 if splits_inputs or fully_sharded else size)).all()
+        assert (b == (repeated if fully_sharded or not splits_inputs else size)).all()
+
+
+def test_gathers_are_in_the_order_of_the_ranks(two: Ranks) -> None:
+    rows, columns = two.run(gather, 0)[0], two.run(gather, -1)[1]
+    assert rows == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [1.0] * 3]
+    assert columns == [[0.0] * 3 + [1.0] * 3] * 2
+
+
+def test_a_rank_that_fails_ends_the_job_on_all(two: Ranks) -> None:
+    """The harness's own: nothing of these tests can hang. The last one, since the processes are killed."""
+    with pytest.raises(AssertionError, match=r"(?s)rank 1: .*on purpose"):
+        two.run(fail_on_rank_1)
