@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from itertools import islice
 
 from aioengine import events
@@ -14,6 +16,7 @@ from aioengine.adapters.resolver import AdapterResolver
 from aioengine.core.state import AdapterEntry, location_name
 from aioengine.errors import (
     AdapterInvalid,
+    AdapterLoadError,
     AdapterNotFound,
     AioEngineError,
     ConfigError,
@@ -28,6 +31,7 @@ from aioengine.schedulers.policy import Location
 from aioengine.stepper import Stepper
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
+NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _"
 
 
 class AdapterOps:
@@ -42,6 +46,11 @@ class AdapterOps:
         """Names whose folder had, or has, to be found: the "hf:" path, or None for the resolver's."""
         self._pins = Pins(stepper, max_loras)
         self._locks = NameLocks()
+        self._loading: dict[str, asyncio.Timeout] = {}
+        """What ends the load under way, by name."""
+        self._unloads: Counter[str] = Counter()
+        """Names that are waited for in order to unload them."""
+        stepper.listeners.append(self._forget_lost)
 
     # Finding
 
@@ -81,6 +90,17 @@ class AdapterOps:
             raise self._not_found(name)
         self._fetched[name] = source
         return self._publish(name, where)
+
+    def _forget_lost(self, event: events.Event) -> None:
+        """What was found somewhere and cannot be read any more is looked for anew by the next request."""
+        if not isinstance(event, events.AdapterFailed) or event.reason != "io":
+            return
+        entry = self._residency.current.get(event.adapter)
+        if entry is None or entry.version != event.version or entry.pinned:
+            return
+        if event.adapter in self._fetched:
+            self._residency.retire(entry, event.time)
+            self._stepper.wake()
 
     def _not_found(self, name: str) -> AdapterNotFound:
         current = self._residency.current
@@ -128,10 +148,25 @@ class AdapterOps:
         with self._pins.claim(name, force=force_pin) if pin else nullcontext():
             async with self._locks.hold(name):
                 pinned = name in self._residency.current and self.find(name).pinned
-                await self._load_version(name, path, pin=pin, replace=replace)
+                async with self._until_unloaded(name):
+                    await self._load_version(name, path, pin=pin, replace=replace)
             if pin:
                 await self._pins.in_slot(name, keep=pinned)
         return self.info(name)
+
+    @asynccontextmanager
+    async def _until_unloaded(self, name: str) -> AsyncIterator[None]:
+        """An unload does not wait for loads, which may hang; they fail with AdapterLoadError."""
+        try:
+            async with asyncio.timeout(0 if name in self._unloads else None) as limit:
+                self._loading[name] = limit
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise AdapterLoadError("it was unloaded while it was being loaded", name=name) from None
+        finally:
+            del self._loading[name]
 
     async def _load_version(
         self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
@@ -198,9 +233,9 @@ class AdapterOps:
             if not new:  # whoever else needs it will have it; nobody asks for it by name any more
                 self._stepper.loaded.pop(entry.uid, None)
                 self._residency.forget_want(entry)
-            elif entry.location is Location.DISK:  # not begun: nothing will call back
-                self._stepper.loaded.pop(entry.uid, None)
+            elif self._stepper.loaded.pop(entry.uid, None) is not None:
                 self._residency.retire(entry, _now())
+                self._stepper.give_up_load(entry)
                 self._stepper.wake()
             raise
 
@@ -223,13 +258,19 @@ class AdapterOps:
     # Unloading
 
     async def unload(self, name: str, *, force: bool) -> None:
-        async with self._locks.hold(name):
-            if not self.is_registered(name) and self._fetched.pop(name, None) is not None:
-                return  # never needed so far: there is nothing to free
+        loading = self._loading.get(name)
+        if loading is not None and not loading.expired():
+            loading.reschedule(_now())
+        async with self._loads_ended(name):
+            was_fetched = self._fetched.pop(name, None) is not None
+            if not self.is_registered(name) and (was_fetched or loading is not None):
+                return  # never needed so far, or its load was ended: there is nothing to free
             entry = self.find(name)
             gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
             def listen(event: events.Event) -> None:
+                if isinstance(event, events.RequestEnded) and not entry.waiting:
+                    self._stepper.give_up_load(entry)  # its last reader is gone
                 if (
                     isinstance(event, events.AdapterUnloaded)
                     and (event.adapter, event.version) == (entry.label, entry.version)
@@ -239,15 +280,28 @@ class AdapterOps:
 
             self._stepper.listeners.append(listen)
             try:
-                self._fetched.pop(name, None)
                 self._residency.retire(entry, _now())
                 self._pins.changed()
                 if force:
                     self._abort_all(entry)
+                if not entry.waiting:
+                    self._stepper.give_up_load(entry)
                 self._stepper.wake()
                 await gone
             finally:
                 self._stepper.listeners.remove(listen)
+
+    @asynccontextmanager
+    async def _loads_ended(self, name: str) -> AsyncIterator[None]:
+        """The name's lock; loads that wait for it, too, fail."""
+        self._unloads[name] += 1
+        try:
+            async with self._locks.hold(name):
+                yield
+        finally:
+            self._unloads[name] -= 1
+            if not self._unloads[name]:
+                del self._unloads[name]
 
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
@@ -329,11 +383,7 @@ def _checked(name: str, path: str | os.PathLike[str]) -> str:
     if not isinstance(where, str) or not where or "\0" in where:
         raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
     if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
-        raise AdapterInvalid(
-            "a name is 1 to 255 letters, digits and _ . : / + - and starts with a letter, digit or _",
-            name=str(name),
-            path=where,
-        )
+        raise AdapterInvalid(f"a name is {NAME_RULE_TEXT}", name=str(name), path=where)
     if not where.startswith(PREFIX):
         return os.path.abspath(os.path.expanduser(where))
     parse_hub_path(name, where)

@@ -6,10 +6,10 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from aioengine.adapters.local_copies import LocalCopies
 from aioengine.adapters.peft_config import CONFIG_FILE
 from aioengine.adapters.resolver import WEIGHTS_FILES, BlockingResolver, is_plain_name
 from aioengine.config import format_bytes, parse_bytes
@@ -38,13 +38,16 @@ class FsspecResolver(BlockingResolver):
     (where there are none, after what else tells that an object has changed). So each resolve asks for their
     state only, changed objects are fetched anew into another folder, and an adapter that is being served
     keeps its own. A folder is complete or not there: it is filled under another name and then renamed, and
-    several processes can share one cache. Nothing is ever deleted from it.
+    several processes can share one cache. When it has grown beyond ``max_cache_bytes``, what was resolved
+    least recently is deleted, but nothing that was within the last ten minutes. An adapter whose copy is
+    gone when it must be read again fails its requests, and is fetched anew for the next.
 
     Args:
         url: Where the adapters are.
         cache_dir: ``$XDG_CACHE_HOME/aioengine/adapters`` if None.
         storage_options: For the filesystem: credentials, endpoint, ...
         max_bytes: The largest weights file that is fetched; bytes, or text such as "2GiB".
+        max_cache_bytes: What all copies in ``cache_dir`` may take; None for any amount.
 
     Raises ConfigError if fsspec, or what it needs for this kind of URL, is not installed.
     """
@@ -56,6 +59,7 @@ class FsspecResolver(BlockingResolver):
         cache_dir: str | os.PathLike[str] | None = None,
         storage_options: dict[str, Any] | None = None,
         max_bytes: int | str = "4GiB",
+        max_cache_bytes: int | str | None = "64GiB",
     ) -> None:
         super().__init__()
         try:
@@ -67,8 +71,10 @@ class FsspecResolver(BlockingResolver):
         except (ImportError, ValueError) as error:
             raise ConfigError(f"url={_public(url)!r}: {error}") from error
         self._url = _public(url).rstrip("/")
-        self._cache_dir = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
         self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
+        bound = None if max_cache_bytes is None else parse_bytes(max_cache_bytes, field="max_cache_bytes")
+        root = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
+        self._copies = LocalCopies(root, bound)
 
     def find(self, name: str) -> Path:
         if not is_plain_name(name):
@@ -77,8 +83,9 @@ class FsspecResolver(BlockingResolver):
         try:
             remote = self._look(name)
             folder = self._folder(where, remote)
-            if not folder.is_dir():
+            if not self._copies.use(folder):
                 self._fetch(name, where, remote, folder)
+                self._copies.prune(keep=folder)
         except AdapterError:
             raise
         except Exception as error:  # each filesystem raises its own types
@@ -122,12 +129,11 @@ class FsspecResolver(BlockingResolver):
 
     def _folder(self, where: str, remote: list[_Remote]) -> Path:
         content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
-        return self._cache_dir / _key(where) / _key(content)
+        return self._copies.path(_key(where), _key(content))
 
     def _fetch(self, name: str, where: str, remote: list[_Remote], folder: Path) -> None:
         """Fill ``folder``, if no other process is quicker."""
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        staging = self._copies.staging(folder)
         try:
             for found in remote:
                 limit = MAX_CONFIG_BYTES if found.file == CONFIG_FILE else self._max_bytes

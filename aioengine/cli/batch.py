@@ -13,6 +13,7 @@ import msgspec
 
 from aioengine.cli.flags import in_flags
 from aioengine.cli.progress import batch_progress, started
+from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.request_lines import Request
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
@@ -21,7 +22,11 @@ from aioengine.request import RequestOutput, SamplingParams
 
 
 async def run_batch(
-    config: EngineConfig, adapters: dict[str, str], requests: Sequence[Request], out: BinaryIO
+    config: EngineConfig,
+    adapters: dict[str, str],
+    requests: Sequence[Request],
+    out: BinaryIO,
+    recording: RecordFlags,
 ) -> int:
     """Run the requests and write one line for each, in their order; returns 0, or 1 if some failed.
 
@@ -33,7 +38,9 @@ async def run_batch(
     window = min(4 * config.max_num_seqs, config.max_waiting or sys.maxsize)
     upcoming = iter(requests)
     tasks: deque[asyncio.Task[dict[str, Any]]] = deque()
-    async with started(config, adapters) as engine:
+    async with recording.writer() as writer, started(config, adapters) as engine:
+        if writer is not None:
+            writer.attach(engine)
         try:
             with batch_progress(len(requests)) as advance:
                 while True:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags
+from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.loop import run
+from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.request_lines import Defaults, Request, parse_lines
 from aioengine.cli.sampling_flags import RequestFlags, SamplingFlags
 from aioengine.errors import AdapterNotFound, RequestInvalid
@@ -33,6 +34,7 @@ def generate(
     sampling: SamplingFlags | None = None,
     request: RequestFlags | None = None,
     engine: EngineFlags | None = None,
+    recording: RecordFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Complete a prompt, or JSON lines from standard input.
@@ -61,6 +63,7 @@ def generate(
         raise RequestInvalid("--n and --logprobs with PROMPT: there is no room for them in text; add --json")
     config = flags.engine_config()
     adapters = flags.adapters()
+    check_folders(adapters)
     if adapter is not None and adapter not in adapters:
         adapter = _find_adapter(adapter, adapters, config)
     defaults = Defaults(
@@ -76,10 +79,10 @@ def generate(
     else:
         requests = [defaults.request({"prompt": prompt}, 0)]
         if not json:
-            return run(_print_text(config, adapters, requests[0]))
+            return run(_print_text(config, adapters, requests[0], recording or RecordFlags()))
     from aioengine.cli.batch import run_batch
 
-    return run(run_batch(config, adapters, requests, sys.stdout.buffer))
+    return run(run_batch(config, adapters, requests, sys.stdout.buffer, recording or RecordFlags()))
 
 
 def _read_standard_input(defaults: Defaults) -> list[Request]:
@@ -116,10 +119,14 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
     return name
 
 
-async def _print_text(config: EngineConfig, adapters: dict[str, str], request: Request) -> int:
+async def _print_text(
+    config: EngineConfig, adapters: dict[str, str], request: Request, recording: RecordFlags
+) -> int:
     from aioengine.cli.progress import started
 
-    async with started(config, adapters) as engine:
+    async with recording.writer() as writer, started(config, adapters) as engine:
+        if writer is not None:
+            writer.attach(engine)
         outputs = engine.generate(
             request.prompt, request.params, adapter=request.adapter, **request.scheduling
         )

@@ -118,6 +118,8 @@ def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:
             request = defaults.request(fields, len(found))
         except (msgspec.MsgspecError, RequestInvalid, TypeError, UnicodeDecodeError) as error:
             raise RequestInvalid(f"standard input, line {number}: {error}") from error
+        except RecursionError:
+            raise RequestInvalid(f"standard input, line {number}: is nested too deeply") from None
         first = line_of.setdefault(request.id, number)
         if first != number:
             raise RequestInvalid(

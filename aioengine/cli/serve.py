@@ -15,9 +15,10 @@ import msgspec
 from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags
+from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.help import FOLDED
 from aioengine.cli.loop import run
+from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serve_log import configure_logging
 from aioengine.errors import ConfigError
 from aioengine.server.settings import ServerSettings, parse_keys
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from aioengine.server.run import ListenSettings
 
 KEY_VARIABLE = "AIOENGINE_API_KEYS"
+ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 DEFAULT_MAX_WAITING = 1024
 """Of a server; an engine by itself has no bound."""
@@ -35,6 +37,8 @@ _SERVER = Group("Server", sort_key=5)
 _MORE = Group(f"{FOLDED} server flags", sort_key=25)
 _IN_MORE = Parameter(group=_MORE)
 _LIST = Parameter(group=_SERVER, negative="")
+_KEY = Parameter(group=_SERVER, negative="", metavar="[TENANT:]KEY")
+_MORE_KEY = Parameter(group=_MORE, negative="", metavar="[TENANT:]KEY")
 
 logger = logging.getLogger("aioengine.server")
 
@@ -48,7 +52,7 @@ class ServerFlags:
     """0 takes a free one."""
     served_model_name: Annotated[list[str] | None, _LIST] = None
     """The base model's name in requests; can be given more than once."""
-    api_key: Annotated[list[str] | None, Parameter(group=_SERVER, negative="", metavar="[TENANT:]KEY")] = None
+    api_key: Annotated[list[str] | None, _KEY] = None
     """Ask for a key; any number. Others on this machine can see it: prefer --api-key-file."""
     api_key_file: Path | None = None
     """File with a key in each line, as --api-key takes them; AIOENGINE_API_KEYS holds them too."""
@@ -59,6 +63,10 @@ class ServerFlags:
     log_format: Literal["text", "json"] = "text"
     """A line for each request, on standard error."""
 
+    admin_key: Annotated[list[str] | None, _MORE_KEY] = None
+    """Only such a key may load and unload adapters, and do all else too; any number."""
+    admin_key_file: Annotated[Path | None, _IN_MORE] = None
+    """File with an admin key in each line; AIOENGINE_ADMIN_KEYS holds them too."""
     max_connections: Annotated[int, _IN_MORE] = 4096
     """Open connections; more are answered with 503."""
     max_body_bytes: Annotated[int, _IN_MORE] = 8 * 2**20
@@ -80,10 +88,12 @@ class ServerFlags:
 
     def settings(self) -> ServerSettings:
         """Raises ConfigError."""
-        keys = self._keys()
+        keys = _keys("api-key", self.api_key, KEY_VARIABLE, self.api_key_file)
+        admin_keys = _keys("admin-key", self.admin_key, ADMIN_KEY_VARIABLE, self.admin_key_file)
         return ServerSettings(
             served_model_names=self.served_model_name or (),
             api_keys=keys,
+            admin_keys=admin_keys,
             allowed_hosts=self._allowed_hosts(bool(keys)),
             max_body_bytes=self.max_body_bytes,
             max_choices=self.max_choices,
@@ -110,27 +120,29 @@ class ServerFlags:
             return ()
         return given or (*_LOCAL_NAMES, self.host)
 
-    def _keys(self) -> Mapping[str, str]:
-        keys = parse_keys(self.api_key or [], source="--api-key")
-        keys |= parse_keys(os.environ.get(KEY_VARIABLE, "").split(), source=KEY_VARIABLE)
-        if self.api_key_file is not None:
-            try:
-                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"--api-key-file {self.api_key_file}: cannot be read: {error}") from error
-            entries = [line for line in lines if line.strip() and not line.startswith("#")]
-            if not entries:  # or else a file that was emptied by mistake would let everybody in
-                raise ConfigError(
-                    f"--api-key-file {self.api_key_file}: has no key; remove the flag or add one"
-                )
-            keys |= parse_keys(entries, source=f"--api-key-file {self.api_key_file}")
-        return keys
+
+def _keys(flag: str, given: Sequence[str] | None, variable: str, file: Path | None) -> Mapping[str, str]:
+    """Key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
+    keys = parse_keys(given or [], source=f"--{flag}")
+    keys |= parse_keys(os.environ.get(variable, "").split(), source=variable)
+    if file is not None:
+        source = f"--{flag}-file {file}"
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: cannot be read: {error}") from error
+        entries = [line for line in lines if line.strip() and not line.startswith("#")]
+        if not entries:  # or else a file that was emptied by mistake would let everybody in
+            raise ConfigError(f"{source}: has no key; remove the flag or add one")
+        keys |= parse_keys(entries, source=source)
+    return keys
 
 
 def serve(
     *,
     server: ServerFlags | None = None,
     engine: EngineFlags | None = None,
+    recording: RecordFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Serve a model and its adapters over HTTP, in the way of OpenAI's API.
@@ -147,6 +159,10 @@ def serve(
     if config.max_waiting is None:
         config = msgspec.structs.replace(config, max_waiting=DEFAULT_MAX_WAITING)
     adapters = engine_flags.adapters()
+    check_folders(adapters)
+    for name in settings.served_model_names or (config.model,):
+        if name in adapters:
+            raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; take another")
     level = common.log_level if common is not None and common.log_level is not None else "info"
     configure_logging(flags.log_format, level)
     try:
@@ -154,11 +170,15 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
     del aioengine
-    return run(_serve(config, adapters, settings, flags))
+    return run(_serve(config, adapters, settings, flags, recording or RecordFlags()))
 
 
 async def _serve(
-    config: EngineConfig, adapters: dict[str, str], settings: ServerSettings, flags: ServerFlags
+    config: EngineConfig,
+    adapters: dict[str, str],
+    settings: ServerSettings,
+    flags: ServerFlags,
+    recording: RecordFlags,
 ) -> int:
     from aioengine.cli.progress import started
     from aioengine.server.app import create_app
@@ -167,12 +187,16 @@ async def _serve(
     listen = flags.listen_settings()
     signals = Signals()
     with bind(listen) as bound:  # before the model is loaded: a port in use is found out at once
-        async with started(config, adapters) as engine:
+        async with recording.writer() as writer, started(config, adapters) as engine:
+            if writer is not None:
+                writer.attach(engine)
             app = create_app(engine, settings)
             async with listening(app, listen, bound) as url:
                 _tell(url, flags, settings)
                 with signals.handled():
                     finished = await serve_until_told(app, signals, flags.grace_seconds)
+                if not finished:  # so that what is cut off says so, as its last event
+                    await engine.stop()
     logger.info("stopped")
     return 0 if finished else 1
 

@@ -1,5 +1,5 @@
 """Loading and unloading adapters over HTTP, in vLLM's format. Off unless the engine has an ``adapter_root``,
-and then confined to it."""
+and then confined to it; and for admins only, if there are admin keys."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 
 from aioengine import FilesystemResolver
+from aioengine.adapter_ops import NAME_RULE, NAME_RULE_TEXT
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import RESPONSES
+from aioengine.server.framework import RESPONSES, admins_only
 
 
 class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +44,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         status_code=200,
         media_type=MediaType.TEXT,
         responses=RESPONSES,
+        guards=[admins_only],
         summary="Load an adapter",
     )
     async def load(data: JSONBody[LoadRequest]) -> str:
@@ -50,6 +52,8 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         name, path = data.lora_name, data.lora_path
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.")
+        if NAME_RULE.fullmatch(name) is None:
+            raise ApiError(400, f"lora_name: {name[:300]!r} is not {NAME_RULE_TEXT}", param="lora_name")
         if name in context.model_names:
             raise ApiError(400, f"{name!r} is the base model's name", param="lora_name")
         known = any(info.name == name for info in context.engine.adapters())
@@ -77,6 +81,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         status_code=200,
         media_type=MediaType.TEXT,
         responses=RESPONSES,
+        guards=[admins_only],
         summary="Unload an adapter, when the requests that use it have ended",
     )
     async def unload(data: JSONBody[UnloadRequest]) -> str:
@@ -109,4 +114,4 @@ def _allowed(resolver: FilesystemResolver | None) -> FilesystemResolver:
 
 def _relative(path: str, root: Path) -> str:
     """Below ``root``; what is not comes out with ".." parts, which the resolver refuses."""
-    return os.path.relpath(path, root) if os.path.isabs(path) else path.rstrip("/")
+    return os.path.relpath(path, root) if os.path.isabs(path) else path.removeprefix("./").rstrip("/")

@@ -16,13 +16,13 @@ from aioengine.engine import AsyncEngine
 from aioengine.metrics.asgi import metrics_app
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.adapters import adapter_routes
-from aioengine.server.auth import Authenticator, check_host
+from aioengine.server.auth import Authenticator, Identity, check_host
 from aioengine.server.body import BoundedBody
 from aioengine.server.chat import chat_routes
 from aioengine.server.completions import completion_routes
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import RECORD, JsonRequest, exception_handler
+from aioengine.server.framework import IDENTITY, RECORD, JsonRequest, exception_handler
 from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
 from aioengine.server.models import model_routes
@@ -46,7 +46,7 @@ class ServerApp:
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self.context = context = Context(engine, settings)
         self._settings = settings
-        self._auth = Authenticator(settings.api_keys)
+        self._auth = Authenticator(settings.api_keys, settings.admin_keys)
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._metrics = metrics_app(engine)
         self._active = 0
@@ -122,14 +122,19 @@ class ServerApp:
     async def _answer(
         self, path: str, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
+        identity = Identity()
         if path not in _PROBES:
             check_host(scope["headers"], self._allowed_hosts)
-            record.tenant = self._auth.tenant(scope["headers"])
+            identity = self._auth.identify(scope["headers"])
+            record.tenant = identity.tenant
         if _is_page(path):
             await self._metrics(scope, receive, send)
             return
         # The mount point goes: routes are matched below it.
-        inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}
+        inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record, IDENTITY: identity}}
+        if scope["method"] == "HEAD":
+            await self._routes({**inner, "method": "GET"}, receive, _without_body(send))  # type: ignore[arg-type]
+            return
         if scope["method"] != "POST":
             await self._routes(inner, receive, send)  # type: ignore[arg-type]
             return
@@ -173,6 +178,15 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> S
     Raises ConfigError if the engine's ``adapter_root`` is not a folder.
     """
     return ServerApp(engine, ServerSettings() if settings is None else settings)
+
+
+def _without_body(send: Send) -> Send:
+    async def headers_only(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return headers_only
 
 
 def _is_page(path: str) -> bool:

@@ -7,8 +7,18 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from aioengine.server.errors import ApiError
+
+
+class Identity(NamedTuple):
+    """Who is asking."""
+
+    tenant: str | None = None
+    """None if no key was asked for, or none that is known was given."""
+    is_admin: bool = False
+    """May load and unload adapters."""
 
 
 class Authenticator:
@@ -16,32 +26,55 @@ class Authenticator:
 
     Keys come as ``Authorization: Bearer KEY``; or as the password of Basic, which is what a browser can
     send for the live page.
+
+    Args:
+        tenants: Key -> tenant. Empty: anybody is let in.
+        admins: Key -> tenant of those that alone may load and unload adapters, and whatever else the
+            others may. Empty: all who are let in are admins.
     """
 
-    def __init__(self, tenants: Mapping[str, str]) -> None:
-        self._tenants = [(_digest(key.encode()), tenant) for key, tenant in tenants.items()]
+    def __init__(self, tenants: Mapping[str, str], admins: Mapping[str, str] | None = None) -> None:
+        admins = admins or {}
+        self._known = [
+            *((_digest(key.encode()), Identity(tenant, not admins)) for key, tenant in tenants.items()),
+            *((_digest(key.encode()), Identity(tenant, True)) for key, tenant in admins.items()),
+        ]
+        self._anybody = None if tenants else Identity(None, not admins)
 
     @property
     def is_open(self) -> bool:
-        """There are no keys: anybody is let in."""
-        return not self._tenants
+        """Anybody is let in, if not to everything."""
+        return self._anybody is not None
 
-    def tenant(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """The tenant of the key in a request's headers; None if no key is asked for. Raises ApiError."""
-        if self.is_open:
-            return None
+    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Identity:
+        """Whose key is in a request's headers. Raises ApiError if it is none, and one is asked for."""
         presented = next((value for name, value in headers if name.lower() == b"authorization"), None)
         key = None if presented is None else _key(presented)
-        if key is None:
+        found = self._anybody
+        if key is not None:
+            digest = _digest(key)
+            for known, identity in self._known:
+                if hmac.compare_digest(known, digest):
+                    found = identity  # that of an admin, who comes last, if it is both
+        if found is None and key is None:
             raise _refusal("You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
-        digest = _digest(key)
-        found: str | None = None
-        for known, tenant in self._tenants:
-            if hmac.compare_digest(known, digest):
-                found = tenant
         if found is None:
             raise _refusal("Incorrect API key provided.")
         return found
+
+
+def check_admin(identity: Identity) -> None:
+    """Raises ApiError unless it is an admin's."""
+    if identity.is_admin:
+        return
+    if identity.tenant is None:
+        raise _refusal("An admin key is needed. Send it as 'Authorization: Bearer KEY'.")
+    raise ApiError(
+        403,
+        "this API key may not load or unload adapters: that takes one of the server's admin keys",
+        type="permission_error",
+        code="admin_key_required",
+    )
 
 
 def _digest(key: bytes) -> bytes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aioengine.adapter_ops import NAME_RULE
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.guided import Guide
@@ -42,8 +43,8 @@ class Context:
         """The adapter that a request's ``model`` stands for; None for the base model."""
         if model in self.model_names:
             return None
-        if not model:
-            raise model_not_found(model)
+        if NAME_RULE.fullmatch(model) is None:  # it would be in the log, however long
+            raise model_not_found(model[:300])
         return model
 
     @property

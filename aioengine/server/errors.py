@@ -128,6 +128,10 @@ def to_api_error(error: BaseException, retry_after: int) -> ApiError:
             return validation_error(error)
         case msgspec.DecodeError():
             return ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json")
+        case UnicodeDecodeError():
+            return ApiError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json")
+        case RecursionError():  # of what was sent: nothing of ours is recursive
+            return ApiError(400, "something in the body is nested too deeply", code="invalid_value")
         case AdapterNotFound():
             return model_not_found(error.name)
         case AdapterLoadError():

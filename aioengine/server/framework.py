@@ -8,16 +8,20 @@ from typing import Any
 
 import msgspec
 from litestar import Request
-from litestar.exceptions import HTTPException, MethodNotAllowedException
+from litestar.connection import ASGIConnection
+from litestar.exceptions import HTTPException, MethodNotAllowedException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Response
 
 from aioengine.server.access_log import RequestRecord
+from aioengine.server.auth import check_admin
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
 from aioengine.server.streaming import GenerationResponse, send_error
 
 RECORD = "aioengine_record"
 """Under this key ``scope["state"]`` holds the request's RequestRecord."""
+IDENTITY = "aioengine_identity"
+"""And under this one its Identity."""
 
 _STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 RESPONSES: dict[int, ResponseSpec] = {
@@ -62,6 +66,11 @@ def record_of(request: Request[Any, Any, Any]) -> RequestRecord:
     return record
 
 
+def admins_only(connection: ASGIConnection[Any, Any, Any, Any], _handler: Any) -> None:
+    """A guard for routes. Raises ApiError before the body is read."""
+    check_admin(connection.scope["state"][IDENTITY])
+
+
 class ErrorResponse(Response[Any]):
     def __init__(self, error: ApiError) -> None:
         super().__init__(content=None)
@@ -82,6 +91,8 @@ def exception_handler(retry_after: int) -> Any:
             )
         elif isinstance(error, HTTPException) and error.status_code == 404:
             found = ApiError(404, f"there is no {request.url.path}", code="not_found")
+        elif isinstance(error, ValidationException):  # nothing but the body is validated
+            found = ApiError(400, "the body is empty; it must be JSON", code="invalid_json")
         elif isinstance(error, HTTPException) and error.status_code < 500:
             found = ApiError(error.status_code, error.detail)
         else:

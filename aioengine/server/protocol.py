@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_BYTES = 64 * 1024
@@ -29,6 +30,10 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[asynci
             super().__init__(*args, **kwargs)
             self._header_bytes = self._left_bytes = 0
             self._header_timer: asyncio.TimerHandle | None = None
+            self._upgrade_left: int | None = None
+            """Bytes of the body that are to come, once the client has asked for another protocol."""
+            self._earlier: list[Any] = []
+            """Requests that are being answered, or are to be, before ``self.cycle``, the last one."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -39,11 +44,37 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[asynci
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_watch()
+            for cycle in self._earlier:  # uvicorn tells the last one only
+                if not cycle.response_complete:
+                    cycle.disconnected = True
+                    cycle.message_event.set()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():
-                super().data_received(data)
+            if self.transport.is_closing():
+                return
+            if self._upgrade_left is not None:
+                self._body_after_upgrade(data)
+                return
+            self._unset_keepalive_if_required()
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # Java's client, for one, offers HTTP/2 so with each request. The offer is declined by
+                # answering it as any other request, but the parser leaves the body to us.
+                self._body_after_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+
+        def _body_after_upgrade(self, data: bytes) -> None:
+            """The rest of the last request that this connection takes."""
+            assert self._upgrade_left is not None
+            if self._upgrade_left > 0:
+                body = data[: self._upgrade_left]
+                self._upgrade_left -= len(body)
+                self.on_body(body)
+                if self._upgrade_left == 0:
+                    super().on_message_complete()
 
         def on_message_begin(self) -> None:
             self._header_bytes = self._left_bytes = 0
@@ -60,8 +91,18 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[asynci
 
         def on_headers_complete(self) -> None:
             self._stop_watch()
-            if not self.transport.is_closing():
-                super().on_headers_complete()
+            if self.transport.is_closing():
+                return
+            before = self.cycle
+            super().on_headers_complete()
+            if before is None or before.response_complete:
+                self._earlier.clear()
+            elif before is not self.cycle:
+                self._earlier.append(before)
+            if self.parser.should_upgrade():
+                self.cycle.keep_alive = False
+                lengths = [value for name, value in self.headers if name == b"content-length"]
+                self._upgrade_left = int(lengths[0]) if lengths else 0
 
         def on_body(self, body: bytes) -> None:
             if self.transport.is_closing():
@@ -74,6 +115,8 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[asynci
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self._upgrade_left:
+                return  # the parser means the headers
             if not self.transport.is_closing():
                 super().on_message_complete()
 

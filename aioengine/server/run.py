@@ -33,6 +33,12 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
 
+    def __post_init__(self) -> None:
+        for field in ("max_connections", "header_timeout", "keep_alive"):
+            value = getattr(self, field)
+            if not value > 0:
+                raise ConfigError(f"{field}={value!r}: must be more than 0")
+
 
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
@@ -57,10 +63,14 @@ def bind(settings: ListenSettings) -> socket.socket:
         bound.bind((settings.host, settings.port))
     except (OSError, OverflowError) as error:
         bound.close()
-        raise ConfigError(
-            f"cannot listen on {settings.host} port {settings.port}: {error}; choose another host or port"
-        ) from error
+        raise _cannot_listen(settings, error) from error
     return bound
+
+
+def _cannot_listen(settings: ListenSettings, error: BaseException | None) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {settings.host} port {settings.port}: {error}; choose another host or port"
+    )
 
 
 @contextlib.asynccontextmanager
@@ -89,15 +99,21 @@ async def listening(
         task = asyncio.get_running_loop().create_task(server.serve(sockets=[bound]), name="aioengine-http")
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = bound.getsockname()[1]
+        listens = asyncio.ensure_future(server.listens.wait())
         try:
-            await server.listens.wait()
+            await asyncio.wait({task, listens}, return_when=asyncio.FIRST_COMPLETED)
+            error = task.exception() if task.done() else None
+            if error is not None:  # another process listened first, after both had bound the port
+                raise _cannot_listen(settings, error) from error
             yield f"http://{name}:{port}"
         finally:
+            listens.cancel()
             app.close()
             # Answers that are complete may still be on their way to clients that read slowly.
             config.timeout_graceful_shutdown = 1 if app.active else FLUSH_SECONDS
             server.should_exit = True
-            await task
+            with contextlib.suppress(OSError):
+                await task
 
 
 class Signals:

@@ -18,6 +18,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``config.model``."""
     api_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Key -> tenant. Empty: anybody is let in. See :func:`parse_keys`."""
+    admin_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """Key -> tenant. Only these may load and unload adapters; they may do all that ``api_keys`` may.
+    Empty: whoever is let in may."""
     allowed_hosts: Sequence[str] = ()
     """Host names that requests may be addressed to; empty: any. A web page can have its own name resolved
     to this machine and then read from a server that only this machine reaches (DNS rebinding); it cannot

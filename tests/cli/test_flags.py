@@ -70,7 +70,11 @@ def test_every_flag_reaches_the_configuration() -> None:
         max_adapter_labels=5,
         metrics_compat="vllm",
         name="other",
+        executor="process",
+        tensor_parallel_size=2,
+        restart="on-failure",
     ).engine_config()
+    assert (config.executor, config.tensor_parallel_size, config.restart) == ("process", 2, "on-failure")
     assert (config.dtype, config.device, config.max_model_len) == ("float32", "cpu", 128)
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.block_size) == (4, 64, 8)
     assert (config.kv_cache_memory, config.enable_prefix_caching) == (2**20, False)
@@ -90,12 +94,12 @@ def test_every_flag_reaches_the_configuration() -> None:
 def test_every_field_has_a_flag() -> None:
     flags = {field.name for field in dataclasses.fields(EngineFlags)}
     fields = {*EngineConfig.__struct_fields__, *LoRAConfig.__struct_fields__}
-    assert fields - flags == {"lora", "tensor_parallel_size", "executor"}
+    assert fields - flags == {"lora"}
 
 
 def test_flags_in_the_text_of_errors() -> None:
-    text = "raise LoRAConfig.max_lora_rank, or EngineConfig.max_waiting; see EngineConfig.executor"
-    assert in_flags(text) == "raise --max-lora-rank, or --max-waiting; see EngineConfig.executor"
+    text = "raise LoRAConfig.max_lora_rank, or EngineConfig.max_waiting; see EngineConfig.lora"
+    assert in_flags(text) == "raise --max-lora-rank, or --max-waiting; see EngineConfig.lora"
 
 
 @pytest.mark.parametrize(

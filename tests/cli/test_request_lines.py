@@ -106,6 +106,7 @@ def test_chat_and_system_apply_to_lines() -> None:
         ([{"messages": "a"}], "messages: Expected `array`"),
         ([b'{"prompt": "\xff"}'], "line 1"),
         (["\ufeff\ufeff{}"], "line 1"),
+        ([b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"], "line 1: is nested too deeply"),
     ],
 )
 def test_what_is_refused(lines: list[Any], message: str) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import base64
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from engine_fixtures import Tiny
 from server_fixtures import MODEL, Serve, until
 
 from aioengine.cli.serve import ServerFlags
@@ -64,6 +66,65 @@ async def test_the_client_knows_that_it_is_kept_out(serve: Serve) -> None:
     async with serve(settings={"api_keys": KEYS}, key="sk-wrong") as served:
         with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
             await served.client.completions.create(model=MODEL, prompt="x")
+
+
+ADMINS = {"sk-admin": "ops"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "status", "code"),
+    [
+        (KEYS, "sk-admin", 200, None),
+        (KEYS, "sk-one", 403, "admin_key_required"),
+        (KEYS, "sk-none", 401, "invalid_api_key"),
+        ({}, "sk-admin", 200, None),
+        ({}, "anything", 401, "invalid_api_key"),
+        ({"sk-admin": "ops"}, "sk-admin", 200, None),
+    ],
+)
+async def test_with_admin_keys_only_they_load_and_unload(
+    keys: dict[str, str],
+    key: str,
+    status: int,
+    code: str | None,
+    serve: Serve,
+    tiny_text: Tiny,
+) -> None:
+    settings = {"api_keys": keys, "admin_keys": ADMINS}
+    async with serve(settings=settings, key=key, adapter_root=str(tiny_text.adapters["a"].parent)) as served:
+        for path in ("/v1/load_lora_adapter", "/v1/load_lora_adapter/"):
+            answer = await served.http.post(path, json={"lora_name": f"n{len(path)}", "lora_path": "a"})
+            assert (answer.status_code, path) == (status, path)
+            assert code is None or answer.json()["error"]["code"] == code
+        unloaded = await served.http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+        assert unloaded.status_code == status
+        assert ("a" in [info.name for info in served.engine.adapters()]) is (status != 200)
+        answer = await served.http.post("/v1/completions", json=OK)
+        assert answer.status_code == (401 if keys and status == 401 else 200)
+
+
+async def test_an_admin_has_a_tenant(serve: Serve) -> None:
+    async with serve(settings={"admin_keys": ADMINS}, key="sk-admin") as served:
+        tenants: list[str | None] = []
+        served.engine.add_listener(
+            lambda event: tenants.append(event.tenant) if isinstance(event, RequestAdded) else None
+        )
+        for headers in ({}, {"authorization": "Bearer dummy"}):
+            await served.http.post("/v1/completions", json=OK, headers=headers)
+        assert tenants == ["ops", None]
+
+
+def test_admin_keys_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "admins"
+    file.write_text("\ufeff# ops\nops:sk-file\n", encoding="utf-8")
+    monkeypatch.setenv("AIOENGINE_ADMIN_KEYS", "sk-env")
+    settings = ServerFlags(admin_key=["root:sk-flag"], admin_key_file=file).settings()
+    assert settings.admin_keys.keys() == {"sk-flag", "sk-env", "sk-file"}
+    assert (settings.admin_keys["sk-flag"], settings.api_keys) == ("root", {})
+    assert "localhost" in settings.allowed_hosts, "without API keys the page is open"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="--admin-key-file"):
+        ServerFlags(admin_key_file=file).settings()
 
 
 async def test_a_page_of_another_host_gets_nothing(serve: Serve) -> None:

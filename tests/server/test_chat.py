@@ -147,3 +147,15 @@ async def test_what_would_change_the_answer_is_refused(
                 model=MODEL, messages=MESSAGES, max_tokens=2, extra_body=fields
             )
         assert caught.value.param == param
+
+
+async def test_any_name_may_be_a_templates_variable(serve: Serve) -> None:
+    async with serve() as served:
+        for name in ("self", "func", "model", "tokenizer"):
+            body = {"messages": MESSAGES, "chat_template_kwargs": {name: 1}}
+            for path, more in (
+                ("/v1/chat/completions", {"model": MODEL, "max_tokens": 1}),
+                ("/tokenize", {}),
+            ):
+                answer = await served.http.post(path, json={**body, **more})
+                assert (answer.status_code, name) == (200, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -14,8 +15,10 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from aioengine import AsyncEngine
+from aioengine.errors import ConfigError
 from aioengine.events import RequestEnded, StepFinished
 from aioengine.server import ServerSettings, create_app
+from aioengine.server.run import ListenSettings, bind, listening
 
 LONG = {"model": MODEL, "prompt": "Hello", "max_tokens": 400, "ignore_eos": True}
 
@@ -57,6 +60,23 @@ async def test_a_client_that_goes_away_frees_its_blocks(stream: bool, n: int, se
         # What was in the batch when the requests ended is freed with that step; none follows.
         assert seen[seen.index("abort") :].count("step") <= 1
         served.engine.check_invariants()
+
+
+async def test_a_client_that_goes_away_with_requests_in_line(serve: Serve) -> None:
+    """It has sent the next ones before the first was answered."""
+    async with serve(max_model_len=500) as served:
+        seen = steps_until_freed(served.engine)
+        body = json.dumps({**LONG, "stream": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        post = head + b"content-length: %d\r\n\r\n" % len(body) + body
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(post + post + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"data: ")
+        writer.transport.abort()
+        await until(lambda: "abort" in seen)
+        await until(lambda: served.app.active == 0)
+        assert seen.count("abort") == 1 and served.engine.stats().running == 0
 
 
 async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(serve: Serve) -> None:
@@ -206,3 +226,36 @@ async def test_mounted_in_another_application(tiny_text: Tiny, make_engine: Make
             assert (await client.get("/llm/docs/openapi.json")).json()["servers"] == [{"url": ".."}]
             assert (await client.get("/v1/models")).status_code == 404
         assert engine.state == "running"
+
+
+async def test_a_port_that_another_takes_after_it_was_bound(serve: Serve) -> None:
+    """Both may bind it; only one can listen on it."""
+    async with serve() as served:
+        settings = ListenSettings(port=0)
+        with bind(settings) as bound:
+            rival = socket.socket()
+            rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            rival.bind(bound.getsockname())
+            rival.listen()
+            with rival, pytest.raises(ConfigError, match="cannot listen"):
+                async with asyncio.timeout(20), listening(served.app, settings, bound):
+                    pass
+
+
+@pytest.mark.parametrize("cut", [None, 60, -3])
+async def test_an_offer_of_another_protocol_is_declined(cut: int | None, serve: Serve) -> None:
+    """As Java's client makes it with every request; the body comes all the same."""
+    async with serve() as served:
+        body = json.dumps({**LONG, "max_tokens": 2}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+        data = head + b"content-length: %d\r\n\r\n" % len(body) + body
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for part in (data[:cut], data[cut:] if cut is not None else b""):
+            writer.write(part)
+            await writer.drain()
+            await served.http.get("/health")  # so that they come apart
+        answer = await asyncio.wait_for(reader.read(), 20)
+        assert answer.startswith(b"HTTP/1.1 200") and b'"completion_tokens":2' in answer
+        writer.close()

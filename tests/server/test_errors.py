@@ -18,6 +18,10 @@ OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
     [
         (b"{", 400, None, "invalid_json"),
         (b'"text"', 422, None, "invalid_value"),
+        (b'{"model": "\xff"}', 400, None, "invalid_json"),
+        (b'{"user": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, None, "invalid_value"),
+        ({**OK, "max_tokens": 10**400}, 422, "max_tokens", "invalid_value"),
+        ({**OK, "top_k": 10**400, "top_p": 0.9}, 422, "top_k", "invalid_value"),
         ({"prompt": "x"}, 422, "model", "invalid_value"),
         ({"model": MODEL}, 422, "prompt", "invalid_value"),
         ({**OK, "max_tokens": "2"}, 422, "max_tokens", "invalid_value"),
@@ -43,6 +47,7 @@ OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
         ({**OK, "prompt": "x" * 128}, 400, "prompt", "context_length_exceeded"),
         ({**OK, "model": "nobody"}, 404, "model", "model_not_found"),
         ({**OK, "model": ""}, 404, "model", "model_not_found"),
+        (b"", 400, None, "invalid_json"),
         ({**OK, "model": "../etc"}, 404, "model", "model_not_found"),
     ],
 )
@@ -90,6 +95,21 @@ async def test_paths_and_methods(method: str, path: str, status: int, serve: Ser
         answer = await served.http.request(method, path)
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
+
+
+async def test_a_probe_may_ask_for_the_headers_alone(serve: Serve) -> None:
+    async with serve() as served:
+        for path, status in (("/health", 200), ("/v1/models", 200), ("/nothing", 404), ("/tokenize", 405)):
+            answer = await served.http.head(path)
+            assert (answer.status_code, answer.content, path) == (status, b"", path)
+
+
+async def test_a_long_name_is_not_sent_back(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "aioengine.server.access")
+    async with serve() as served:
+        answer = await served.http.post("/v1/completions", json={**OK, "model": "m" * 100_000})
+        assert (answer.status_code, len(answer.content) < 1000) == (404, True)
+    assert all(len(record.getMessage()) < 1000 for record in caplog.records)
 
 
 async def test_a_body_must_be_json(serve: Serve) -> None:

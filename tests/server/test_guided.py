@@ -107,6 +107,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
         ({"structured_outputs": {"regex": "("}}, None),
         ({"structured_outputs": {"choice": []}}, "choice"),
         ({"structured_outputs": {"grammar": "start: ?"}}, None),
+        ({"structured_outputs": {"regex": "a" * 300_000}}, None),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, None),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},

@@ -59,6 +59,8 @@ async def test_adapters_are_loaded_and_unloaded_as_vllm_does(serve: Serve, root:
         assert (await post("/v1/load_lora_adapter", **again))[0] == 200
         assert [info.version for info in served.engine.adapters() if info.name == "new"] == [2]
 
+        assert (await post("/v1/load_lora_adapter", lora_name="same", lora_path="./team/a/"))[0] == 200
+
         unloaded = await post("/v1/unload_lora_adapter", lora_name="new")
         assert unloaded == (200, "Success: LoRA adapter 'new' removed successfully.")
         status, text = await post("/v1/unload_lora_adapter", lora_name="new")
@@ -66,6 +68,8 @@ async def test_adapters_are_loaded_and_unloaded_as_vllm_does(serve: Serve, root:
         assert (await post("/v1/load_lora_adapter", lora_name="new"))[0] == 400
         assert (await post("/v1/load_lora_adapter", lora_name=MODEL, lora_path="team/a"))[0] == 400
         assert (await post("/v1/load_lora_adapter", lora_name="bad name", lora_path="team/a"))[0] == 400
+        bad = await post("/v1/load_lora_adapter", lora_name="bad name", lora_path="team/a")
+        assert '"param":"lora_name"' in bad[1]
 
 
 async def test_nothing_outside_of_the_root_is_loaded(serve: Serve, root: Path) -> None:

@@ -118,9 +118,13 @@ async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
             model="tiny", prompt="x", n=8, max_tokens=490, stream=True, extra_body={"ignore_eos": True}
         )
         server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopped"):
+            async for _ in stream:
+                pass
         assert await server.end() == 1
-        await stream.close()
         await client.close()
+    assert not any("exception" in line for line in server.lines)
+    assert [line["error"] for line in server.lines if line["message"] == "request"] == ["unavailable"]
 
 
 def test_what_is_refused_is_refused_before_the_model_is_loaded(
@@ -138,6 +142,12 @@ def test_what_is_refused_is_refused_before_the_model_is_loaded(
             (["--api-key", "a b"], "--api-key"),
             (["--max-body-bytes", "0"], "max_body_bytes"),
             (["--grace-seconds", "-1"], "grace"),
+            (["--max-connections", "0"], "max_connections"),
+            (["--header-timeout", "nan"], "header_timeout"),
+            (["--keep-alive", "-1"], "keep_alive"),
+            (["--admin-key", "ops:"], "--admin-key"),
+            (["--lora-modules", "a=/nowhere"], "a=/nowhere"),
+            (["--served-model-name", "a", "--lora-modules", f"a={tiny_text.adapters['a']}"], "'a'"),
         ):
             assert main(["serve", "--model", str(tiny_text.model), *SMALL, *flags]) == 2
             assert what in capsys.readouterr().err

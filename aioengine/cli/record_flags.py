@@ -1,0 +1,35 @@
+"""The flag that records requests as a trace."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.help import FOLDED
+
+if TYPE_CHECKING:
+    from aioengine.lab.record import TraceWriter
+
+
+@Parameter(name="*", group=Group(f"{FOLDED}: recording", sort_key=80))
+@dataclass(frozen=True, kw_only=True)
+class RecordFlags:
+    """A command takes it in a parameter called ``recording``."""
+
+    record: Path | None = None
+    """Append a line for each request to this file, a trace for the lab; nothing that was said is in it."""
+
+    def writer(self) -> AbstractAsyncContextManager[TraceWriter | None]:
+        """To be attached to the engine, and entered before it: then it also gets what its stop ends.
+
+        Raises ConfigError if the file cannot be written.
+        """
+        if self.record is None:
+            return nullcontext()
+        from aioengine.lab.record import TraceWriter
+
+        return TraceWriter(self.record)
