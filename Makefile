@@ -2,10 +2,12 @@
 #
 #   make demo         watch four adapters being served through two slots
 #   make test         the test suite
-#   make fuzz         the core under random events and hostile policies, RUNS=5000 times; every GPU kernel compiled
+#   make fuzz         the core under random events and hostile policies, RUNS=5000 times; every GPU kernel compiled;
+#                     the CPU kernels' tests under the address and undefined-behaviour sanitizers
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
-#   make bench        tokens per second with and without adapters, and what a scheduling decision costs
+#   make bench        tokens per second with and without adapters, where the time of a step goes and how it grows,
+#                     and what a scheduling decision costs
 #   make clean        remove .venv and everything that was built
 #
 # PYTHON=python3.12 picks the interpreter, which must be 3.11 or newer. ARGS are passed on to the command.
@@ -17,6 +19,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# What runs through the compiled CPU library.
+SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
+  tests/kernels/test_step.py
+
 .PHONY: demo test fuzz lint typecheck bench clean
 
 demo: $(VENV)/.demo
@@ -27,6 +33,8 @@ test: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	AIOENGINE_FUZZ_RUNS=$(or $(RUNS),5000) $(BIN)/python -m pytest tests/core/test_core_machine.py tests/kernels/test_triton_aot.py $(ARGS)
+	AIOENGINE_CPU_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  $(BIN)/python -m pytest $(SANITIZED) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,6 +49,8 @@ typecheck: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/workload.py $(ARGS)
+	$(BIN)/python benchmarks/workload.py --quantization int8 $(ARGS)
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/scheduling.py
 
 clean:

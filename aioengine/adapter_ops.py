@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from itertools import islice
 
 from aioengine import events
-from aioengine.adapters.hub_resolver import parse_hub_path
+from aioengine.adapter_names import NAME_RULE, check_same_path, checked_path
 from aioengine.adapters.resolver import AdapterResolver
 from aioengine.core.state import AdapterEntry, location_name
 from aioengine.errors import (
-    AdapterInvalid,
     AdapterLoadError,
     AdapterNotFound,
     AioEngineError,
-    ConfigError,
     EngineOverloaded,
 )
 from aioengine.info import AdapterInfo
 from aioengine.locks import NameLocks
-from aioengine.model.hub import PREFIX, has_hub
+from aioengine.model.hub import PREFIX
 from aioengine.pins import Pins
 from aioengine.resolution import Resolution
 from aioengine.schedulers.policy import Location
 from aioengine.stepper import Stepper
-
-NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
-NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _"
 
 
 class AdapterOps:
@@ -113,10 +107,10 @@ class AdapterOps:
     # Registering
 
     def register(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
-        where = _checked(name, path)
+        where = checked_path(name, path)
         known = self._registered_path(name)
         if known is not None:
-            _same_path(name, known, where)
+            check_same_path(name, known, where)
         elif where.startswith(PREFIX):
             self._fetched[name] = where
         else:
@@ -171,10 +165,10 @@ class AdapterOps:
     async def _load_version(
         self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
     ) -> None:
-        source = None if path is None else _checked(name, path)
+        source = None if path is None else checked_path(name, path)
         known = self._registered_path(name)
         if source is not None and known is not None and not replace:
-            _same_path(name, known, source)
+            check_same_path(name, known, source)
             source = None  # it is the registered one
         if source is None and not (replace and self.is_registered(name)):
             entry = await self.acquire(name)
@@ -371,35 +365,6 @@ def _not_fetched(name: str, path: str) -> AdapterInfo:
         running=0,
         waiting=0,
     )
-
-
-def _checked(name: str, path: str | os.PathLike[str]) -> str:
-    """The absolute path; one that begins with "hf:" as it is. Raises AdapterInvalid; ConfigError if the
-    Hub is asked for without ``huggingface_hub``."""
-    try:
-        where = os.fspath(path)
-    except TypeError:
-        where = None
-    if not isinstance(where, str) or not where or "\0" in where:
-        raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
-    if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
-        raise AdapterInvalid(f"a name is {NAME_RULE_TEXT}", name=str(name), path=where)
-    if not where.startswith(PREFIX):
-        return os.path.abspath(os.path.expanduser(where))
-    parse_hub_path(name, where)
-    if not has_hub():
-        raise ConfigError(f"adapter {name!r} ({where}): needs pip install 'aioengine[hub]'")
-    return where
-
-
-def _same_path(name: str, registered: str, path: str) -> None:
-    if registered != path:
-        raise AdapterInvalid(
-            f"already registered from {registered}; pass replace=True to load_adapter to put a new version "
-            "in its place, or unload_adapter first",
-            name=name,
-            path=path,
-        )
 
 
 def _now() -> float:

@@ -5,6 +5,7 @@ with adapters, request i uses adapter i % 8 of 8 random rank-16 adapters on all 
 
     python benchmarks/workload.py
     python benchmarks/workload.py --requests 8 --adapters 4 --rank 32 --repeats 5
+    python benchmarks/workload.py --quantization int8
 
 The two variants take turns, so that a drift of the machine's speed falls on both; medians are printed.
 """
@@ -81,6 +82,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -98,6 +100,7 @@ async def main() -> None:
     config = EngineConfig(
         model=args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_model_len=args.prompt_tokens + args.output_tokens,
         max_num_seqs=args.requests,
         max_num_batched_tokens=max(2048, args.requests),
@@ -121,7 +124,8 @@ async def main() -> None:
 
     table = Table(
         title=f"{args.requests} requests x {args.prompt_tokens} + {args.output_tokens} tokens, "
-        f"{args.model} {args.dtype}, {torch.get_num_threads()} threads, {_cpu_name()}"
+        f"{args.model} {args.dtype}, quantization {args.quantization}, "
+        f"{torch.get_num_threads()} threads, {cpu_name()}"
     )
     for column in ("variant", "output tok/s (median)", "min .. max", "median TTFT", "of base"):
         table.add_column(column, justify="left" if column == "variant" else "right")
@@ -140,7 +144,8 @@ async def main() -> None:
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

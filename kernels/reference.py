@@ -1,4 +1,4 @@
-"""The oracle: every operation as a plain loop over segments, accumulated in float32.
+"""The oracle: every operation in the plainest way, accumulated in float32.
 
 LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685. Splitting it into shrink and expand over tokens
 grouped by adapter follows Punica: Chen et al., 2023, https://arxiv.org/abs/2310.18547.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from aioengine.kernels.batch import LoRABatch
@@ -50,3 +51,39 @@ def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
     for slot, start, stop, rank in batch.segments:
         h[start:stop, 0, :rank] = a[slot, :rank, token_ids[start:stop]].T
     return h
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """``x`` [..., k] in float32, every ``block`` (a power of two) neighbours times a Hadamard matrix; 0: as
+    it is.
+
+    The matrix is orthogonal and symmetric, hence its own inverse, and a product of two rotated vectors is
+    that of the vectors.
+    """
+    x = x.float()
+    if block == 0:
+        return x
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return ((x.unflatten(-1, (-1, block)) @ matrix) / block**0.5).flatten(-2)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest int8 of each row of ``x`` [n, k], and the scales [n, 1]: ``x`` is about their product."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / scale.where(scale > 0, 1)).round().to(torch.int8), scale
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, block: int, int8_activations: bool
+) -> Tensor:
+    """``x W^T + bias`` with W in int8, and x too if ``int8_activations``: [T, k], [n, k], [n] -> [T, n]."""
+    q, scale = quantize(rotate(weight, block))
+    rows = rotate(x, block)
+    if int8_activations:
+        q_rows, row_scale = quantize(rows)
+        y = (q_rows.double() @ q.double().T).float() * row_scale * scale.T
+    else:
+        y = rows @ (q.float() * scale).T
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -194,7 +194,7 @@ class _Model:
         share = request.threads or torch.get_num_threads() // request.size
         torch.set_num_threads(max(1, share))
         self._config = request.config
-        self._parts: Parts = importlib.import_module(request.parts)  # type: ignore[assignment]
+        self._parts: Parts = importlib.import_module(request.parts)
         lora = request.config.lora
         self._shard = Shard(request.rank, request.size, lora is not None and lora.fully_sharded_loras)
         self._plan = self._parts.plan_parts(request.config, self._shard)
@@ -203,7 +203,7 @@ class _Model:
 
     def build(self, request: Build, progress: LoadProgress) -> Done:
         began = time.perf_counter()
-        plan = msgspec.structs.replace(self._plan, num_blocks=request.num_blocks)  # type: ignore[type-var]
+        plan = msgspec.structs.replace(self._plan, num_blocks=request.num_blocks)
         watch = progress if self._shard.rank == 0 else None
         built = self._parts.build_parts(self._config, watch, self._group, plan, tokenizer=False)
         self.runner, self.store = built.runner, built.store
@@ -224,7 +224,7 @@ def _join(shard: Shard, device: str, rendezvous: str) -> Group:
 
     if device == "cuda":
         torch.cuda.set_device(shard.rank)
-    store = distributed.FileStore(rendezvous, shard.size)
+    store = distributed.FileStore(rendezvous, shard.size)  # type: ignore[attr-defined] # its stubs hide it
     distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=shard.rank, world_size=shard.size
     )

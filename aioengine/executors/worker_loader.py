@@ -57,9 +57,12 @@ class WorkerLoader(BaseLoader[_Found]):
             workers.tell(Discard(call.number))
             if call.open and workers.dead is None:
                 self._given_up[call] = path
-                call.all_answered = lambda: self._given_up.pop(call, None)
+                call.all_answered = lambda: self._ended(call)
             raise
         return _Found(call.number, first.rank, sum(a.nbytes for a in answers), first.digest)
+
+    def _ended(self, call: Call) -> None:
+        self._given_up.pop(call, None)
 
     def _keep(self, uid: int, found: _Found) -> None:
         self._executor.workers.tell(Keep(found.number, uid))

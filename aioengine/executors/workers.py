@@ -80,7 +80,7 @@ class Call:
     async def of(self, kind: type[A]) -> list[A]:
         """The answers by rank, each of which is a ``kind``. Raises the first failure, or EngineDead."""
         answers = await self.answers
-        found = [answer for answer in answers if isinstance(answer, kind)]
+        found: list[A] = [answer for answer in answers if isinstance(answer, kind)]
         assert len(found) == len(answers), f"expected {kind.__name__}, not {answers}"
         return found
 

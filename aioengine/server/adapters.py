@@ -12,7 +12,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 
 from aioengine import FilesystemResolver
-from aioengine.adapter_ops import NAME_RULE, NAME_RULE_TEXT
+from aioengine.adapter_names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioengine.adapter_ops import NAME_RULE
+from aioengine.adapter_names import NAME_RULE
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.guided import Guide

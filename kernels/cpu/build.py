@@ -25,12 +25,26 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
 )
+SANITIZE = "AIOENGINE_CPU_SANITIZE"
+"""Environment variable: 1 compiles with sanitizers, for tests. Their libraries must be preloaded."""
+_SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-O1",
+    "-g",
+)
 # By what the CPU must have: (name, CPU features, compiler flags), best first.
 _LEVELS = (
     (
         "avx512_bf16",
-        ("avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        ("-march=x86-64-v4", "-mavx512bf16"),
+        ("avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+    ),
+    (
+        "avx512_vnni",
+        ("avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        ("-march=x86-64-v4", "-mavx512vnni"),
     ),
     ("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("-march=x86-64-v4",)),
     ("avx2", ("avx2", "fma", "f16c", "bmi2"), ("-march=x86-64-v3",)),
@@ -44,13 +58,14 @@ class Unavailable(Exception):
 def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Path:
     """The compiled library. Compiles it (blocking, a few seconds) if the cache has it not.
 
-    ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler
-    (sanitizers, say). Raises Unavailable.
+    ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler.
+    Raises Unavailable.
     """
     compiler = _compiler()
     supported = levels()
     level = level or next(iter(supported))
-    command = [compiler, *_FLAGS, *supported[level], *extra_flags]
+    sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
+    command = [compiler, *_FLAGS, *supported[level], *sanitizers, *extra_flags]
     sources = sorted(SOURCES.glob("*.cpp"))
     path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
     if not path.exists():

@@ -32,7 +32,7 @@ class PackedWeight:
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
         data = torch.empty(n * k, dtype=weight.dtype)
-        load().aio_pack(is_bf16(weight), weight.data_ptr(), data.data_ptr(), n, k)
+        load().aio_pack(is_bf16(weight), weight.data_ptr(), data.data_ptr(), n, k, threads())
         return cls(data, n, k)
 
     @property

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import re
 from ctypes import c_float, c_int, c_long, c_void_p
 
 import torch  # before the library: its OpenMP runtime must be the one that both use
 
-from aioengine.kernels.cpu.build import Unavailable, compiled
+from aioengine.kernels.cpu.build import Unavailable, compiled, levels
+
+logger = logging.getLogger("aioengine")
 
 _SIGNATURES = {
-    "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long),
+    "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_unpack": (c_int, c_void_p, c_void_p, c_long, c_long, c_long),
     "aio_gather": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_linear": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
         *(c_long, c_long, c_long, c_int),
+    ),
+    "aio_quantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
+    "aio_dequantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
+    "aio_linear_int8": (
+        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long),
+        *(c_long, c_long, c_long, c_void_p, c_int),
     ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
@@ -39,6 +48,8 @@ _SIGNATURES = {
     "aio_lora_affine": (*(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),),
     "aio_head_norm": (c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int),
     "aio_step": (c_void_p, c_void_p),
+    "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
+    "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),
 }
 
 
@@ -53,6 +64,12 @@ def load(level: str | None = None) -> ctypes.CDLL:
     """
     path = compiled(level)
     before = openmp_runtimes()
+    if len(before) > 1:
+        logger.warning(
+            "two OpenMP runtimes are in this process (%s): they fight for the cores, and every step becomes "
+            "several times slower; find out what brings the second one, and load torch before it",
+            ", ".join(sorted(before)),
+        )
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -67,6 +84,11 @@ def load(level: str | None = None) -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     return loaded
+
+
+def has_int8_products() -> bool:
+    """Whether this CPU multiplies int8 faster than bfloat16 (AVX-512 VNNI)."""
+    return next(iter(levels())) in ("avx512_bf16", "avx512_vnni")
 
 
 def openmp_runtimes() -> set[str]:

@@ -6,11 +6,21 @@ from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
 MAX_SLICES = 3
 
+PHASES = (
+    *("norm", "qkv", "rope", "attention", "o", "gate_up", "activation", "down", "head"),
+    *("shrink", "expand", "affine"),
+)
+"""What a profile tells apart, in the order of the library."""
+
 
 class Matrix(Structure):
-    """A packed linear: weight [n, k], and bias [n] or null."""
+    """A packed linear: weight [n, k], and bias [n] or null; int8 weights have a scale [n] as well, and int8
+    activations what the sums begin with [n]."""
 
-    _fields_ = [("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+    _fields_ = [
+        *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)),
+        *(("scale", c_void_p), ("start", c_void_p), ("rotation", c_int64)),
+    ]
 
 
 class LoraSlice(Structure):
@@ -71,5 +81,5 @@ class Step(Structure):
         ("sample_rows", c_void_p),
         ("lora", LoraBatch),
         ("sample_lora", LoraBatch),
-        *((name, c_void_p) for name in ("logits", "x", "wide", "narrow", "h")),
+        *((name, c_void_p) for name in ("logits", "x", "wide", "narrow", "h", "seconds")),
     ]

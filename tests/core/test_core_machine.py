@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from core_sim import LIMITS, CoreSim
+from hostile_policies import Hostile
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aioengine.core.state import AdapterEntry, Status
-from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, SlotState
+from aioengine.schedulers import Location, SlotState
 from aioengine.schedulers.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
 SIZES = (400, 1000, 2400, 2600)
 MAX_BYTES = 2500
-
-
-class Hostile(SchedulerPolicy):
-    """Anything goes: known and unknown names, any order, duplicates, nonsense types."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-
-    def schedule(self, view: SchedulerView) -> Decision:
-        rng = self.rng
-        kind = rng.random()
-        if kind < 0.05:
-            raise RuntimeError("hostile")
-        if kind < 0.1:
-            return rng.choice([None, 3, "x", Decision(admit=3)])  # type: ignore
-        ids = [r.request_id for r in view.waiting] + [r.request_id for r in view.running] + ["ghost"]
-        names = [*view.adapters, "ghost"]
-        self.meddle(view)
-        return Decision(
-            admit=rng.choices(ids, k=rng.randint(0, 8)),
-            place=[Place(rng.choice(names), rng.choice([None, 0, 1, 5])) for _ in range(rng.randint(0, 4))],
-            prefetch=rng.choices(names, k=rng.randint(0, 3)),
-            preempt=rng.choices(ids, k=rng.choice([0, 0, 0, 1, 2])),
-        )
-
-    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
-        self.meddle(view)
-        return self.rng.choice([[], ["ghost"], candidates, [*candidates][::-1], 3, None])  # type: ignore
-
-    def meddle(self, view: SchedulerView) -> None:
-        """Try to change what it was given."""
-        attempts: list[Callable[[], object]] = [
-            lambda: setattr(view, "now", 0.0),
-            lambda: setattr(view.slots[0], "running", 0),
-            lambda: setattr(view, "slots", ()),
-            lambda: view.running.clear(),  # type: ignore[attr-defined]
-            lambda: view.adapters.clear(),  # type: ignore[attr-defined]
-            lambda: setattr(next(iter(view.waiting)), "arrival", -1.0),
-        ]
-        with suppress(AttributeError, TypeError, StopIteration):
-            self.rng.choice(attempts)()
 
 
 class CoreMachine(RuleBasedStateMachine):

@@ -63,7 +63,7 @@ def test_linear_whose_last_panel_is_not_full(
 ) -> None:
     x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
     packed = torch.empty(math.ceil(n / 16) * 16 * k, dtype=dtype)
-    lib.aio_pack(bf16(w), w.data_ptr(), packed.data_ptr(), n, k)
+    lib.aio_pack(bf16(w), w.data_ptr(), packed.data_ptr(), n, k, THREADS)
     y = torch.full((rows + 1, n), math.nan, dtype=dtype)
     lib.aio_linear(*(bf16(x), x.data_ptr(), k, packed.data_ptr(), None, y.data_ptr(), n, rows, n, k, THREADS))
     close(y[:rows], x.float() @ w.float().T, scale=math.sqrt(k))

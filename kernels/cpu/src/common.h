@@ -1,10 +1,10 @@
 // Types and vector helpers that all kernels share.
 //
-// Everything is written over 32-bit lanes: a lane is one float32, or a pair of neighbouring bfloat16. A
-// kernel is a template on the element type, Bf16 or F32, whose dot() multiplies two lanes and adds to a
-// float32 accumulator, so that one source serves both. Vectors are GCC and Clang vector extensions of 16
-// lanes; the compiler splits them where the machine's registers are shorter. Only the bfloat16 dot
-// product has an instruction of its own.
+// Everything is written over 32-bit lanes: a lane is one float32, a pair of neighbouring bfloat16, or four
+// int8. A kernel is a template on the element type, Bf16 or F32 (or Int8), whose dot() multiplies two lanes
+// and adds to an accumulator of 32 bits, so that one source serves all. Vectors are GCC and Clang vector
+// extensions of 16 lanes; the compiler splits them where the machine's registers are shorter. Only the
+// bfloat16 and int8 dot products have instructions of their own.
 #pragma once
 
 #include <cstdint>
@@ -77,6 +77,7 @@ static inline uint16_t to_bf16(float f) {
 
 struct Bf16 {
   using elem = uint16_t;
+  using acc = vf;
   static constexpr int PER_LANE = 2;
 
   static inline float widen(elem e) { return bits_to_float(uint32_t(e) << 16); }
@@ -118,6 +119,7 @@ struct Bf16 {
 
 struct F32 {
   using elem = float;
+  using acc = vf;
   static constexpr int PER_LANE = 1;
 
   static inline float widen(elem e) { return e; }
@@ -125,6 +127,22 @@ struct F32 {
   static inline vf dot(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
   static inline vf load16(const elem* p) { return loadf(p); }
   static inline void store16(elem* p, vf v) { storef(p, v); }
+};
+
+// Four unsigned bytes (of the first operand) times four signed ones; whole numbers are added, so nothing is rounded.
+struct Int8 {
+  using elem = int8_t;
+  using acc = vi;
+  static constexpr int PER_LANE = 4;
+
+  static inline vi dot(vi acc, vu a, vu b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+    for (int shift = 0; shift < 32; shift += 8) acc += (vi)((a >> shift) & 0xff) * ((vi)(b << (24 - shift)) >> 24);
+    return acc;
+#endif
+  }
 };
 
 // e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error below 2e-7); 0 below -87.

@@ -2,6 +2,8 @@
 //
 // Called from Python, a step of 30 layers would be some 400 calls, each of which holds the GIL for a few
 // microseconds; in one call it is free throughout.
+#include <omp.h>
+
 #include <cstring>
 #include <vector>
 
@@ -13,19 +15,17 @@ struct Matrix {
   const void* packed;
   const void* bias;  // may be null
   int64_t n, k;
-};
-
-struct LoraSlice {
-  const void* b;       // [out, max_rank] of the first slot
-  const void* affine;  // [2, out] of the first slot
-  int64_t out, offset, b_stride, affine_stride;
+  // Of int8 weights (see quantized.cpp); else null and zero.
+  const float* scale;
+  const int32_t* start;
+  int64_t rotation;
 };
 
 // A fused linear's pool; slices = 0: none of it is targeted.
 struct LoraPool {
   const void* a;  // [slices * max_rank, k] of the first slot
   int64_t slices;
-  LoraSlice slice[3];
+  aio::Slice slice[3];
 };
 
 struct Layer {
@@ -64,7 +64,11 @@ struct Step {
   LoraBatch lora, sample_lora;
   void* logits;  // [samples, head.n]
   void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 max_rank
+  double* seconds;  // [PHASES] to which the time of each is added; may be null
 };
+
+// structs.py names them.
+enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, EXPAND, AFFINE, PHASES };
 
 }  // extern "C"
 
@@ -72,6 +76,7 @@ namespace {
 
 constexpr long FETCH_ROWS = 64;         // with more, the adapters are a small part of what is read
 constexpr long FETCH_BYTES = 2 << 20;
+constexpr long FUSED_ROWS = 16;         // tokens of a segment, on average, from which on it is worth tiles of its own
 
 struct Run {
   const Model& m;
@@ -80,65 +85,93 @@ struct Run {
 
   size_t element() const { return m.bf16 ? 2 : 4; }
 
-  // Where the matrices of the batch's adapters lie, A before B as they are needed, as much as caches hold.
+  // Where the matrices A of the batch's adapters lie, as much as caches hold.
   std::vector<aio::Fetch> matrices(const LoraPool& pool, const LoraBatch& batch, long k) const {
     std::vector<aio::Fetch> found;
-    long left = FETCH_BYTES;
-    const auto add = [&](const void* first, long stride, int slot, long elements) {
-      const long bytes = elements * long(element());
-      if (bytes > left) return;
-      left -= bytes;
-      found.push_back({(const char*)first + slot * stride * long(element()), bytes});
-    };
+    const long bytes = pool.slices * m.max_rank * k * long(element());
+    if (bytes == 0 || bytes * batch.count > FETCH_BYTES) return found;
     for (long g = 0; g < batch.count; g++)
-      add(pool.a, m.slot_stride, batch.segments[g * 4], pool.slices * m.max_rank * k);
-    for (long j = 0; j < pool.slices; j++)
-      for (long g = 0; g < batch.count; g++)
-        add(pool.slice[j].b, pool.slice[j].b_stride, batch.segments[g * 4], pool.slice[j].out * m.max_rank);
+      found.push_back({(const char*)pool.a + batch.segments[g * 4] * m.slot_stride * long(element()), bytes});
     return found;
   }
 
-  void linear(const Matrix& w, const LoraPool& pool, const LoraBatch& batch, const void* x, void* y, long rows) const {
-    const bool adapted = pool.slices > 0 && batch.count > 0;
-    std::vector<aio::Fetch> next;
-    if (adapted && rows <= FETCH_ROWS) next = matrices(pool, batch, w.k);
-    aio_linear_fetching(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, next.data(), long(next.size()),
-                        threads);
-    if (!adapted) return;
-    std::memset(s.h, 0, rows * pool.slices * m.max_rank * element());
-    aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, m.max_rank, batch.segments,
-                    batch.count, threads);
-    aio_lora_expand(m.bf16, s.h, pool.slice, pool.slices, m.max_rank, y, w.n, batch.segments,
-                    batch.count, threads);
-    if (batch.affine_count > 0)
-      aio_lora_affine(m.bf16, y, w.n, pool.slice, pool.slices, batch.affine, batch.affine_count, threads);
+  template <class Work>
+  void timed(Phase phase, const Work& work) const {
+    if (s.seconds == nullptr) return work();
+    const double began = omp_get_wtime();
+    work();
+    s.seconds[phase] += omp_get_wtime() - began;
   }
 
-  // `delta` is what the layer before left to be added to the hidden state; returns this layer's.
-  void layer(const Layer& l, const void* delta) const {
+  void base(const Matrix& w, const void* x, void* y, long rows, const aio::Beside& beside) const {
+    if (w.scale == nullptr)
+      aio_linear_beside(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
+    else
+      aio_linear_int8(m.bf16, x, w.k, w.packed, w.scale, w.start, w.rotation, w.bias, y, w.n, rows, w.n, w.k, &beside,
+                      threads);
+  }
+
+  // `next` and `next_k` are of the linear that follows: with few rows the arithmetic leaves the memory idle.
+  void linear(Phase phase, const Matrix& w, const LoraPool& pool, const LoraBatch& batch, const void* x, void* y,
+              long rows, const LoraPool& next, long next_k) const {
+    std::vector<aio::Fetch> fetch;
+    if (rows <= FETCH_ROWS) fetch = matrices(next, batch, next_k);
+    const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, pool.slice, pool.slices,
+                                 m.max_rank, rows >= FUSED_ROWS * batch.count};
+    const bool adapted = pool.slices > 0 && batch.count > 0, whole_lanes = m.max_rank % 2 == 0 || !m.bf16;
+    if (adapted)
+      timed(SHRINK, [&] {
+        std::memset(s.h, 0, rows * pool.slices * m.max_rank * element());
+        aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, m.max_rank, batch.segments,
+                        batch.count, threads);
+      });
+    timed(phase, [&] {
+      base(w, x, y, rows, {fetch.data(), long(fetch.size()), adapted && whole_lanes ? &adapters : nullptr});
+    });
+    if (adapted && !whole_lanes)
+      timed(EXPAND, [&] {
+        aio_lora_expand(m.bf16, s.h, pool.slice, pool.slices, m.max_rank, y, w.n, batch.segments, batch.count, threads);
+      });
+    if (adapted && batch.affine_count > 0)
+      timed(AFFINE, [&] {
+        aio_lora_affine(m.bf16, y, w.n, pool.slice, pool.slices, batch.affine, batch.affine_count, threads);
+      });
+  }
+
+  void norm(const void* delta, const void* weight, long rows) const {
+    timed(NORM, [&] { aio_add_rms_norm(m.bf16, s.hidden, delta, weight, s.x, rows, m.hidden, m.eps, threads); });
+  }
+
+  // `delta` is what the layer before left to be added to the hidden state; this layer's is in x. `next` is what the
+  // adapters do next.
+  void layer(const Layer& l, const void* delta, const LoraPool& next) const {
     const long q_width = m.heads * m.head_dim, qkv_width = l.qkv.n;
-    aio_add_rms_norm(m.bf16, s.hidden, delta, l.input_norm, s.x, s.tokens, m.hidden, m.eps, threads);
-    linear(l.qkv, l.lora_qkv, s.lora, s.x, s.wide, s.tokens);
-    if (l.q_norm != nullptr) {
-      char* keys = (char*)s.wide + q_width * element();
-      aio_head_norm(m.bf16, s.wide, l.q_norm, s.tokens, qkv_width, m.heads, m.head_dim, m.eps, threads);
-      aio_head_norm(m.bf16, keys, l.k_norm, s.tokens, qkv_width, m.kv_heads, m.head_dim, m.eps, threads);
-    }
-    aio_rope_store(m.bf16, s.wide, s.cos, s.sin, s.cells, s.last, l.keys, l.values, s.tokens, m.heads, m.kv_heads,
-                   m.head_dim, m.block_size, threads);
-    aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences, s.narrow,
-                  m.heads, m.kv_heads, m.head_dim, m.block_size, l.window, m.attention_scale, threads);
-    linear(l.o, l.lora_o, s.lora, s.narrow, s.x, s.tokens);
-    aio_add_rms_norm(m.bf16, s.hidden, s.x, l.post_norm, s.x, s.tokens, m.hidden, m.eps, threads);
-    linear(l.gate_up, l.lora_gate_up, s.lora, s.x, s.wide, s.tokens);
-    aio_silu_and_mul(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads);
-    linear(l.down, l.lora_down, s.lora, s.narrow, s.x, s.tokens);
+    norm(delta, l.input_norm, s.tokens);
+    linear(QKV, l.qkv, l.lora_qkv, s.lora, s.x, s.wide, s.tokens, l.lora_o, l.o.k);
+    timed(ROPE, [&] {
+      if (l.q_norm != nullptr) {
+        char* keys = (char*)s.wide + q_width * element();
+        aio_head_norm(m.bf16, s.wide, l.q_norm, s.tokens, qkv_width, m.heads, m.head_dim, m.eps, threads);
+        aio_head_norm(m.bf16, keys, l.k_norm, s.tokens, qkv_width, m.kv_heads, m.head_dim, m.eps, threads);
+      }
+      aio_rope_store(m.bf16, s.wide, s.cos, s.sin, s.cells, s.last, l.keys, l.values, s.tokens, m.heads, m.kv_heads,
+                     m.head_dim, m.block_size, threads);
+    });
+    timed(ATTENTION, [&] {
+      aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
+                    s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, l.window, m.attention_scale, threads);
+    });
+    linear(O, l.o, l.lora_o, s.lora, s.narrow, s.x, s.tokens, l.lora_gate_up, l.gate_up.k);
+    norm(s.x, l.post_norm, s.tokens);
+    linear(GATE_UP, l.gate_up, l.lora_gate_up, s.lora, s.x, s.wide, s.tokens, l.lora_down, l.down.k);
+    timed(ACTIVATION, [&] { aio_silu_and_mul(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads); });
+    linear(DOWN, l.down, l.lora_down, s.lora, s.narrow, s.x, s.tokens, next, m.hidden);
   }
 
   void operator()() const {
     const void* delta = nullptr;
     for (long i = 0; i < m.layers; i++) {
-      layer(m.layer[i], delta);
+      layer(m.layer[i], delta, i + 1 < m.layers ? m.layer[i + 1].lora_qkv : m.lora_head);
       delta = s.x;
     }
     if (s.samples == 0) return;
@@ -148,8 +181,8 @@ struct Run {
       std::memmove((char*)s.hidden + i * row, (char*)s.hidden + s.sample_rows[i] * row, row);
       std::memmove((char*)s.x + i * row, (char*)s.x + s.sample_rows[i] * row, row);
     }
-    aio_add_rms_norm(m.bf16, s.hidden, s.x, m.norm, s.x, s.samples, m.hidden, m.eps, threads);
-    linear(m.head, m.lora_head, s.sample_lora, s.x, s.logits, s.samples);
+    norm(s.x, m.norm, s.samples);
+    linear(HEAD, m.head, m.lora_head, s.sample_lora, s.x, s.logits, s.samples, LoraPool{}, 0);
   }
 };
 

@@ -7,14 +7,10 @@
 
 #include <vector>
 
-#include "ops.h"
+#include "transpose.h"
 
 namespace aio {
 namespace {
-
-struct Segment {
-  int32_t slot, begin, end, rank;
-};
 
 // Lane i of the result is the sum of v[i]'s lanes: a transposition in which halves are added on the way.
 inline vf sums(const vf (&v)[16]) {
@@ -51,9 +47,10 @@ inline void fetch(const typename T::elem* p, long elements) {
   for (long i = 0; i < elements; i += 64 / long(sizeof *p)) __builtin_prefetch(p + i);
 }
 
-// Products of up to 4 tokens with up to 4 rows of A: sums[t * 4 + r]. Fetches the 4 rows behind them.
+// Products of up to 4 tokens with up to 4 rows of A: sums[t * 4 + r]. Meanwhile the 4 rows at `later` are fetched.
 template <class T, int TOKENS>
-inline vf products(const typename T::elem* x, long x_stride, const typename T::elem* const (&a)[4], long k) {
+inline vf products(const typename T::elem* x, long x_stride, const typename T::elem* const (&a)[4], long k,
+                   const typename T::elem* later) {
   constexpr long STEP = LANES * T::PER_LANE;
   vf acc[16];
   for (int i = 0; i < 16; i++) acc[i] = vf{};
@@ -62,7 +59,7 @@ inline vf products(const typename T::elem* x, long x_stride, const typename T::e
     vu row[4];
     for (int r = 0; r < 4; r++) {
       row[r] = load((const uint32_t*)(a[r] + i));
-      __builtin_prefetch(a[r] + 4 * k + i);
+      __builtin_prefetch(later + r * k + i, 0, 2);
     }
     for (int t = 0; t < TOKENS; t++) {
       const vu token = load((const uint32_t*)(x + t * x_stride + i));
@@ -92,7 +89,8 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
     const Segment* segment;
     long begin, slice, row;
   };
-  constexpr long TOKENS = 32;  // of a task, so that a long prompt is shared out too
+  constexpr long TOKENS = 32;     // of a task, so that a long prompt is shared out too
+  constexpr long TASKS_AHEAD = 3;  // between the rows in use and those that are fetched
   std::vector<Task> tasks;
   for (const Segment* g = segments; g < segments + count; g++)
     for (long t = g->begin; t < g->end; t += TOKENS)
@@ -103,7 +101,11 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
     const Task& task = tasks[i];
     const Segment& g = *task.segment;
     const long rows = g.rank - task.row < 4 ? g.rank - task.row : 4;
-    const elem* first = (const elem*)s.a + g.slot * s.slot_stride + (task.slice * s.max_rank + task.row) * s.k;
+    const auto rows_of = [&](const Task& of) {
+      return (const elem*)s.a + of.segment->slot * s.slot_stride + (of.slice * s.max_rank + of.row) * s.k;
+    };
+    const elem* first = rows_of(task);
+    const elem* later = rows_of(tasks[i + TASKS_AHEAD < long(tasks.size()) ? i + TASKS_AHEAD : i]);
     const elem* a[4];
     for (int r = 0; r < 4; r++) a[r] = first + (r < rows ? r : 0) * s.k;
     const long end = task.begin + TOKENS < g.end ? task.begin + TOKENS : g.end;
@@ -112,10 +114,10 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
       const long tokens = end - t < 4 ? end - t : 4;
       vf found;
       switch (tokens) {
-        case 1: found = products<T, 1>(x, s.x_stride, a, s.k); break;
-        case 2: found = products<T, 2>(x, s.x_stride, a, s.k); break;
-        case 3: found = products<T, 3>(x, s.x_stride, a, s.k); break;
-        default: found = products<T, 4>(x, s.x_stride, a, s.k); break;
+        case 1: found = products<T, 1>(x, s.x_stride, a, s.k, later); break;
+        case 2: found = products<T, 2>(x, s.x_stride, a, s.k, later); break;
+        case 3: found = products<T, 3>(x, s.x_stride, a, s.k, later); break;
+        default: found = products<T, 4>(x, s.x_stride, a, s.k, later); break;
       }
       for (long u = 0; u < tokens; u++)
         for (long r = 0; r < rows; r++)
@@ -123,54 +125,6 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
               T::narrow(found[u * 4 + r]);
     }
   }
-}
-
-#if defined(__GNUC__) && (__GNUC__ >= 12 || defined(__clang__))
-#define AIO_SHUFFLE 1
-// Lanes 0..7 of 16 rows (`stride` lanes apart) as 8 vectors of 16 rows: two 8 x 8 transpositions side by side.
-inline void transpose8(const uint32_t* b, long stride, uint32_t* out) {
-  typedef uint32_t half __attribute__((vector_size(32)));
-  vu v[8], t[8], u[8];
-  for (int i = 0; i < 8; i++) {
-    half low, high;
-    std::memcpy(&low, b + i * stride, sizeof low);
-    std::memcpy(&high, b + (i + 8) * stride, sizeof high);
-    v[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  }
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
-  for (int i = 0; i < 8; i += i % 4 == 1 ? 3 : 1) {
-    u[i] = __builtin_shufflevector(t[i], t[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    u[i + 2] = __builtin_shufflevector(t[i], t[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  for (int i = 0; i < 4; i++) {
-    store(out + i * LANES,
-          __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27));
-    store(out + (i + 4) * LANES,
-          __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
-  }
-}
-#endif
-
-// `rows` <= 16 rows of B, `stride` elements apart and `rank` long, as lanes [rank lanes][16 rows].
-template <class T>
-void transpose(const typename T::elem* b, long stride, long rank, long rows, uint32_t* out) {
-  const long lanes = (rank + T::PER_LANE - 1) / T::PER_LANE;
-  long i = 0;
-#if defined(AIO_SHUFFLE)
-  if (rows == LANES && stride % T::PER_LANE == 0)
-    for (; (i + 8) * T::PER_LANE <= rank; i += 8)
-      transpose8((const uint32_t*)b + i, stride / T::PER_LANE, out + i * LANES);
-#endif
-  for (; i < lanes; i++)
-    for (long r = 0; r < LANES; r++) {
-      const long left = rank - i * T::PER_LANE;
-      uint32_t lane = 0;
-      if (r < rows) std::memcpy(&lane, b + r * stride + i * T::PER_LANE, left < T::PER_LANE ? sizeof *b : 4);
-      out[i * LANES + r] = lane;
-    }
 }
 
 template <class T>
@@ -210,13 +164,6 @@ inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, lon
 }
 
 constexpr long AHEAD = 4 * LANES;  // rows of B between those in use and those that are fetched
-
-struct Slice {
-  const void* b;       // [out, max_rank] of the first slot
-  const void* affine;  // [2, out] of the first slot
-  int64_t out, offset;
-  int64_t b_stride, affine_stride;  // from one slot to the next
-};
 
 struct Expand {
   const void* h;  // [tokens, slices, max_rank]

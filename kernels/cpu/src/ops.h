@@ -9,17 +9,52 @@ struct Fetch {
   const void* begin;
   long bytes;
 };
+
+// Tokens begin..end-1 use the adapter in `slot`.
+struct Segment {
+  int32_t slot, begin, end, rank;
+};
+
+struct Slice {
+  const void* b;       // [out, max_rank] of the first slot
+  const void* affine;  // [2, out] of the first slot
+  int64_t out, offset;
+  int64_t b_stride, affine_stride;  // from one slot to the next
+};
+
+// What adapters add to a linear: B h, for h [tokens, slices, max_rank].
+struct Adapters {
+  const Segment* segments;
+  long count;
+  const void* h;
+  const Slice* slice;
+  long slices, max_rank;
+  bool long_segments;  // long enough for tiles of their own
+};
+
+// What a linear does beside its own product. Columns of slices must begin and end where panels do.
+struct Beside {
+  const Fetch* fetch;  // memory that is needed afterwards
+  long fetch_count;
+  const Adapters* adapters;  // may be null
+};
 }  // namespace aio
 
-AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k);
+AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
 AIO_EXPORT void aio_unpack(int bf16, const void* packed, void* weight, long begin, long end, long k);
 AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, void* out, long count, long k,
                            int threads);
 AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                            long y_stride, long rows, long n, long k, int threads);
-AIO_EXPORT void aio_linear_fetching(int bf16, const void* x, long x_stride, const void* packed, const void* bias,
-                                    void* y, long y_stride, long rows, long n, long k, const aio::Fetch* fetch,
-                                    long fetch_count, int threads);
+AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
+                                  long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
+AIO_EXPORT void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k,
+                             long rotation, int threads);
+AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
+                               long count, long k, long rotation, int threads);
+AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
+                                const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
+                                long rows, long n, long k, const aio::Beside* beside, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
@@ -38,3 +73,5 @@ AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const void* slice, long
                                 long y_stride, const int32_t* segments, long count, int threads);
 AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const void* slice, long slices,
                                 const int32_t* segments, long count, int threads);
+AIO_EXPORT void aio_probe_dot(int kind, long count, int threads, float* out);
+AIO_EXPORT void aio_probe_read(const void* from, long bytes, int threads, float* out);

@@ -1,0 +1,130 @@
+"""What the machine can do at most, and a decode step's phases beside it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from steps import Steps
+
+from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.structs import PHASES
+from aioengine.model.spec import LORA_MODULES, ModelSpec
+
+LANES = 16
+READ_BYTES = 512 * 2**20
+ROWS, CONTEXT, ADAPTERS, RANK = 32, 160, 8, 16
+
+
+class Floors(NamedTuple):
+    read_bytes: float
+    """Bytes per second out of memory."""
+    products: dict[str, float]
+    """Multiplications and additions per second, by element type."""
+
+    def table(self) -> Table:
+        table = Table(title=f"the machine's limits, {threads()} threads")
+        for column in ("what", "per second"):
+            table.add_column(column, justify="right")
+        table.add_row("read from memory", f"{self.read_bytes / 1e9:.1f} GB")
+        for name, rate in self.products.items():
+            table.add_row(f"{name} products", f"{rate / 1e9:.0f} billion")
+        return table
+
+
+def measure_floors() -> Floors:
+    """Medians of short runs."""
+    library = load()
+    out = torch.zeros(1)
+    memory = torch.ones(READ_BYTES // 4)
+    read = _median(lambda: library.aio_probe_read(memory.data_ptr(), READ_BYTES, threads(), out.data_ptr()))
+    count = 16_000_000
+    products = {}
+    for kind, (name, per_lane) in enumerate((("float32", 1), ("bfloat16", 2), ("int8", 4))):
+        seconds = _median(lambda: library.aio_probe_dot(kind, count, threads(), out.data_ptr()))  # noqa: B023
+        products[name] = count * LANES * per_lane * threads() / seconds
+    return Floors(READ_BYTES / read, products)
+
+
+def _median(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def profile_table(model: str, quantization: str, floors: Floors, repeats: int) -> Table:
+    """A decode step by phase, without and with adapters, and for each the larger of its two floors."""
+    steps = Steps(model, kv_tokens=ROWS * 256, slots=ADAPTERS, rank=RANK, quantization=quantization)
+    native = steps.runner.native
+    assert native is not None, "the compiled step does not cover this model"
+    cases = {"base": steps.decode(ROWS, CONTEXT), "adapters": steps.decode(ROWS, CONTEXT, ADAPTERS)}
+    found: dict[str, list[list[float]]] = {name: [] for name in cases}
+    walls: dict[str, list[float]] = {name: [] for name in cases}
+    for run in range(repeats + 1):
+        for name, case in cases.items():
+            native.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
+            start = time.perf_counter()
+            case()
+            if run:
+                walls[name].append(time.perf_counter() - start)
+                found[name].append(native.seconds.tolist())
+    medians = {
+        name: [statistics.median(of) for of in zip(*runs, strict=True)] for name, runs in found.items()
+    }
+    wall = {name: statistics.median(runs) for name, runs in walls.items()}
+
+    element = "int8" if quantization == "int8" else "bfloat16"
+    weights = floor_seconds(steps.spec, floors, element, 1 if quantization.startswith("int8") else 2)
+    table = Table(
+        title=f"a decode step by phase, {ROWS} sequences after {CONTEXT} tokens, {quantization}; "
+        f"{ADAPTERS} adapters of rank {RANK}"
+    )
+    for column in ("phase", "base, ms", "adapters, ms", "floor, ms", "of it"):
+        table.add_column(column, justify="left" if column in ("phase", "of it") else "right")
+    for i, phase in enumerate(PHASES):
+        base, adapted = medians["base"][i], medians["adapters"][i]
+        floor = weights.get(phase)
+        shown = ("", "") if floor is None else (f"{floor[0] * 1e3:.1f}", floor[1])
+        table.add_row(phase, f"{base * 1e3:.2f}", f"{adapted * 1e3:.2f}", *shown)
+    rest = [wall[name] - sum(medians[name]) for name in ("base", "adapters")]
+    table.add_row("outside of the library", *(f"{seconds * 1e3:.2f}" for seconds in rest))
+    floor_sum = sum(seconds for seconds, _ in weights.values())
+    table.add_row("step", *(f"{wall[n] * 1e3:.2f}" for n in ("base", "adapters")), f"{floor_sum * 1e3:.1f}")
+    return table
+
+
+def floor_seconds(
+    spec: ModelSpec, floors: Floors, element: str, weight_bytes: int
+) -> dict[str, tuple[float, str]]:
+    """By phase, the least time that it takes, and what of: reading its data once, or its products."""
+
+    def least(read: float, products: float, of: str) -> tuple[float, str]:
+        reading, computing = read / floors.read_bytes, products / floors.products[of]
+        return (reading, "memory") if reading > computing else (computing, "arithmetic")
+
+    def linear(n_in: int, n_out: int, times: int) -> tuple[float, str]:
+        size = n_in * n_out * times
+        return least(size * weight_bytes, size * ROWS, element)
+
+    layers, hidden, inner = spec.num_layers, spec.hidden_size, spec.intermediate_size
+    lora = [spec.linear(module) for module in LORA_MODULES]
+    a, b = (layers * RANK * sum(shape[side] for shape in lora) for side in (0, 1))
+    cells = ROWS * CONTEXT * layers * spec.kv_size
+    group = spec.num_heads // spec.num_kv_heads
+    return {
+        "qkv": linear(hidden, spec.q_size + 2 * spec.kv_size, layers),
+        "attention": least(2 * cells * 2, 2 * cells * group, "bfloat16"),
+        "o": linear(spec.q_size, hidden, layers),
+        "gate_up": linear(hidden, 2 * inner, layers),
+        "down": linear(inner, hidden, layers),
+        "head": linear(hidden, spec.vocab_size, 1),
+        "shrink": least(a * ADAPTERS * 2, a * ROWS, "bfloat16"),
+        "expand": least(b * ADAPTERS * 2, b * ROWS, "bfloat16"),
+    }

@@ -1,0 +1,152 @@
+"""Where the time of a step goes, and how it grows: tables of medians, on the CPU.
+
+    python benchmarks/kernels.py                      # everything, some minutes
+    python benchmarks/kernels.py profile adapters     # these tables only
+    python benchmarks/kernels.py batch --quantization none int8
+
+``profile``   a decode step by phase, beside what the machine's memory and arithmetic allow
+``adapters``  a decode step with 1 to 32 distinct adapters in the batch
+``ranks``     ... with 8 adapters of rank 8 to 256
+``context``   ... after 128 to 4,096 tokens
+``batch``     ... of 1 to 64 sequences
+``prefill``   prompts of 2,048 tokens
+``engine``    the whole engine: how much of the time is not the model step's
+``start``     from nothing to the first token, and the first request against later ones
+
+The cases of a table take turns, so that a drift of the machine's speed falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable
+
+import torch
+from floors import measure_floors, profile_table
+from rich.console import Console
+from rich.table import Table
+from steps import Steps, median_seconds
+from whole import engine_table, start_table
+from workload import cpu_name
+
+CONTEXT = 160
+
+
+def growth_table(
+    title: str,
+    what: str,
+    cases: dict[str, Callable[[], object]],
+    tokens: dict[str, int],
+    args: argparse.Namespace,
+) -> Table:
+    """Tokens per second of each case, and its time against that of the first."""
+    table = Table(title=title)
+    for column in (what, "ms (median)", "tok/s", "time, of the first"):
+        table.add_column(column, justify="right")
+    medians = median_seconds(cases, args.repeats)
+    first = next(iter(medians.values()))
+    for name, seconds in medians.items():
+        table.add_row(name, f"{seconds * 1e3:.1f}", f"{tokens[name] / seconds:.0f}", f"{seconds / first:.2f}")
+    return table
+
+
+def adapters_table(args: argparse.Namespace, quantization: str) -> Table:
+    steps = Steps(args.model, kv_tokens=32 * 256, slots=32, quantization=quantization)
+    cases = {"base": steps.decode(32, CONTEXT)}
+    cases |= {str(n): steps.decode(32, CONTEXT, n) for n in (1, 2, 4, 8, 16, 32)}
+    title = f"decode, 32 sequences, rank 16, {_weights(quantization)}: by distinct adapters"
+    return growth_table(title, "adapters", cases, dict.fromkeys(cases, 32), args)
+
+
+def ranks_table(args: argparse.Namespace, quantization: str) -> Table:
+    cases: dict[str, Callable[[], object]] = {}
+    for rank in (8, 16, 32, 64, 128, 256):
+        steps = Steps(args.model, kv_tokens=32 * 256, slots=8, rank=rank, quantization=quantization)
+        if not cases:
+            cases["base"] = steps.decode(32, CONTEXT)
+        cases[str(rank)] = steps.decode(32, CONTEXT, 8)
+    title = f"decode, 32 sequences, 8 adapters, {_weights(quantization)}: by rank"
+    return growth_table(title, "rank", cases, dict.fromkeys(cases, 32), args)
+
+
+def context_table(args: argparse.Namespace, quantization: str) -> Table:
+    steps = Steps(args.model, kv_tokens=32 * 4112, slots=8, quantization=quantization)
+    lengths = (128, 256, 512, 1024, 2048, 4096)
+    cases: dict[str, Callable[[], object]] = {}
+    for n in lengths:
+        cases[f"{n:,}"] = steps.decode(32, n)
+        cases[f"{n:,}, 8 adapters"] = steps.decode(32, n, 8)
+    title = f"decode, 32 sequences, {_weights(quantization)}: by context"
+    return growth_table(title, "tokens before", cases, dict.fromkeys(cases, 32), args)
+
+
+def batch_table(args: argparse.Namespace, quantization: str) -> Table:
+    steps = Steps(args.model, kv_tokens=64 * 256, slots=8, quantization=quantization)
+    cases: dict[str, Callable[[], object]] = {}
+    tokens = {}
+    for n in (1, 8, 32, 64):
+        cases[str(n)], cases[f"{n}, adapters"] = steps.decode(n, CONTEXT), steps.decode(n, CONTEXT, min(n, 8))
+        tokens |= {str(n): n, f"{n}, adapters": n}
+    title = f"decode, up to 8 adapters of rank 16, {_weights(quantization)}: by batch"
+    return growth_table(title, "sequences", cases, tokens, args)
+
+
+def prefill_table(args: argparse.Namespace, quantization: str) -> Table:
+    steps = Steps(args.model, kv_tokens=4 * 2048, slots=8, quantization=quantization)
+    cases = {
+        "1 x 2,048": steps.prefill(1, 2048),
+        "1 x 2,048, adapter": steps.prefill(1, 2048, 1),
+        "16 x 128": steps.prefill(16, 128),
+        "16 x 128, 8 adapters": steps.prefill(16, 128, 8),
+    }
+    title = f"prefill of 2,048 tokens, rank 16, {_weights(quantization)}"
+    return growth_table(title, "prompts", cases, dict.fromkeys(cases, 2048), args)
+
+
+def _weights(quantization: str) -> str:
+    return "bfloat16" if quantization == "none" else quantization
+
+
+TABLES: dict[str, Callable[[argparse.Namespace, str], Table]] = {
+    "adapters": adapters_table,
+    "ranks": ranks_table,
+    "context": context_table,
+    "batch": batch_table,
+    "prefill": prefill_table,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", choices=[[], "profile", *TABLES, "engine", "start"], default=[])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--quantization", nargs="+", default=["none", "int8"], metavar="Q")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    wanted = args.tables or ["profile", *TABLES, "engine", "start"]
+
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    began = time.perf_counter()
+    for name in wanted:
+        if name == "profile":
+            floors = measure_floors()
+            console.print(floors.table())
+        for quantization in args.quantization:
+            if name == "profile":
+                console.print(profile_table(args.model, quantization, floors, args.repeats))
+            elif name == "engine":
+                console.print(asyncio.run(engine_table(args.model, quantization)))
+            elif name == "start":
+                console.print(asyncio.run(start_table(args.model, quantization)))
+            else:
+                console.print(TABLES[name](args, quantization))
+    console.print(f"{time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The whole engine: what it costs around the model's steps, and how long it takes to start."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from workload import write_random_adapter
+
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.events import Event, StepFinished
+from aioengine.model import native, runner
+from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.weights import SINGLE
+
+PROMPT, OUTPUT, ADAPTERS, RANK = 128, 64, 8, 16
+RUNS = 3
+
+
+class Stopwatch:
+    """Adds up the time that a function of the package takes, from now on."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.seconds = 0.0
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+
+async def engine_table(model: str, quantization: str) -> Table:
+    """How much of the time of whole runs the model's forward pass takes, and what the rest is."""
+    forward = Stopwatch(native.NativeForward, "forward")
+    spec = read_spec(resolve_model(model))
+    rng = random.Random(0)
+    table = Table(
+        title=f"the engine around the model, {PROMPT} + {OUTPUT} tokens, {quantization}: shares of the time"
+    )
+    for column in (
+        "running",
+        "adapters",
+        "tok/s",
+        "model",
+        "batches and sampling",
+        "core and policy",
+        "streams, loop",
+    ):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [write_random_adapter(Path(folder) / str(i), spec, RANK, seed=i) for i in range(ADAPTERS)]
+        for running in (32, 64):
+            prompts = [
+                [rng.randrange(100, spec.vocab_size - 100) for _ in range(PROMPT)] for _ in range(running)
+            ]
+            async with AsyncEngine(_config(model, quantization, running)) as engine:
+                for i, path in enumerate(paths):
+                    await engine.load_adapter(str(i), path)
+                for count in (0, ADAPTERS):
+                    shares = [await _run(engine, prompts, count, forward) for _ in range(RUNS + 1)][1:]
+                    rate, *parts = (statistics.median(of) for of in zip(*shares, strict=True))
+                    table.add_row(str(running), str(count), f"{rate:.0f}", *(f"{part:.1%}" for part in parts))
+    return table
+
+
+async def _run(
+    engine: AsyncEngine, prompts: list[list[int]], adapters: int, forward: Stopwatch
+) -> tuple[float, float, float, float, float]:
+    """Tokens per second, and the shares of the forward pass, the rest of the executor, the core, the rest."""
+    executor = core = 0.0
+
+    def listen(event: Event) -> None:
+        nonlocal executor, core
+        if isinstance(event, StepFinished):
+            executor += event.seconds
+            core += event.schedule_seconds
+
+    remove = engine.add_listener(listen)
+    before, start = forward.seconds, time.perf_counter()
+    await asyncio.gather(
+        *(_read(engine, p, i % adapters if adapters else None) for i, p in enumerate(prompts))
+    )
+    wall = time.perf_counter() - start
+    remove()
+    model = forward.seconds - before
+    parts = (model, executor - model, core, wall - executor - core)
+    return len(prompts) * OUTPUT / wall, *(part / wall for part in parts)  # type: ignore[return-value]
+
+
+async def _read(engine: AsyncEngine, prompt: list[int], adapter: int | None, tokens: int = OUTPUT) -> float:
+    """Streams a request to its end; returns when its first token came, by perf_counter()."""
+    first = 0.0
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    async for _ in engine.generate(prompt, params, adapter=None if adapter is None else str(adapter)):
+        first = first or time.perf_counter()
+    return first
+
+
+def _config(model: str, quantization: str, running: int) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        quantization=quantization,  # type: ignore[arg-type]
+        max_model_len=PROMPT + OUTPUT,
+        max_num_seqs=running,
+        kv_cache_memory="1GiB",
+        enable_prefix_caching=False,  # every run computes every prompt
+        lora=LoRAConfig(max_loras=ADAPTERS, max_lora_rank=RANK),
+    )
+
+
+async def start_table(model: str, quantization: str) -> Table:
+    """From nothing to the first token, in processes of their own."""
+    command = [sys.executable, __file__, model, quantization]
+    runs: list[dict[str, float]] = []
+    for _ in range(RUNS):
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    table = Table(title=f"start, {quantization} (medians of {RUNS} processes)")
+    table.add_column("what")
+    table.add_column("ms", justify="right")
+    for what in runs[0]:
+        table.add_row(what, f"{statistics.median(run[what] for run in runs) * 1e3:.1f}")
+    return table
+
+
+async def _start(model: str, quantization: str) -> dict[str, float]:
+    """Seconds, by what they are of. Imports are not among them."""
+    path = resolve_model(model)
+    found: dict[str, float] = {}
+    file = path if path.is_file() else path / SINGLE
+    for _ in range(2):  # the second time out of the system's cache, as the engine reads it
+        start = time.perf_counter()
+        file.read_bytes()
+        found["reading the weights' file"] = time.perf_counter() - start
+    load, pack = Stopwatch(runner, "load_weights"), Stopwatch(native.NativeForward, "__init__")
+    rng = random.Random(0)
+    prompts = [[rng.randrange(100, 40_000) for _ in range(PROMPT)] for _ in range(6)]
+    start = time.perf_counter()
+    async with AsyncEngine(_config(model, quantization, 8)) as engine:
+        entered = time.perf_counter()
+        latencies = []
+        for prompt in prompts:
+            began = time.perf_counter()
+            latencies.append(await _read(engine, prompt, None, tokens=4) - began)
+    found["reading the weights into the model"] = load.seconds
+    found["rearranging or quantizing them"] = pack.seconds
+    found["AsyncEngine entered"] = entered - start
+    found["first token of the first request, since then"] = latencies[0]
+    found["first token of the second to sixth request (median)"] = statistics.median(latencies[1:])
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Starts an engine once; prints the seconds as JSON.")
+    parser.add_argument("model")
+    parser.add_argument("quantization")
+    arguments = parser.parse_args()
+    print(json.dumps(asyncio.run(_start(arguments.model, arguments.quantization))))

@@ -1,0 +1,99 @@
+"""Weights as int8, with a scale for each output, for the packed linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu.shared_library import load, threads
+
+BLOCK = 64
+"""Inputs that are rotated together where activations are int8 too; fewer if their number is no multiple."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight [n, k] as int8 panels of 16 rows; see ``src/quantized.cpp``.
+
+    With ``int8_activations`` those become int8 as well, each token with a scale of its own.
+    """
+
+    data: Tensor
+    """[n * k] int8"""
+    scale: Tensor
+    """[n] float32"""
+    start: Tensor
+    """[n] int32; used with ``int8_activations``."""
+    int8_activations: bool
+    n: int
+    k: int
+    rotation: int
+    """Size of the blocks that are multiplied by a Hadamard matrix; 0: none are."""
+    dtype: torch.dtype
+    """Of activations and biases."""
+
+    @staticmethod
+    def fits(n: int, k: int, dtype: torch.dtype) -> bool:
+        """Whether a weight can be packed without padding."""
+        return dtype in DTYPES and n % PANEL == 0 and k % PANEL == 0
+
+    @classmethod
+    def pack(cls, weight: Tensor, *, int8_activations: bool) -> QuantizedWeight:
+        """The nearest int8 to ``weight`` [n, k], contiguous."""
+        n, k = weight.shape
+        assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
+        packed = cls(
+            torch.empty(n * k, dtype=torch.int8),
+            torch.empty(n),
+            torch.zeros(n, dtype=torch.int32),
+            *(int8_activations, n, k, rotation(k) if int8_activations else 0, weight.dtype),
+        )
+        load().aio_quantize(
+            *(is_bf16(weight), weight.data_ptr(), packed.data.data_ptr(), packed.scale.data_ptr()),
+            *(packed.start_pointer, n, k, packed.rotation, threads()),
+        )
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes + self.start.nbytes
+
+    @property
+    def start_pointer(self) -> int | None:
+        """None leaves the activations as they are."""
+        return self.start.data_ptr() if self.int8_activations else None
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows ``begin..end-1`` of the weight that is in effect: [end - begin, k]."""
+        return self.gather(torch.arange(begin, end))
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """The rows ``indices`` [T] (int64): [T, k]."""
+        out = torch.empty(len(indices), self.k, dtype=self.dtype)
+        load().aio_dequantize(
+            *(is_bf16(out), self.data.data_ptr(), self.scale.data_ptr(), indices.data_ptr(), out.data_ptr()),
+            *(len(indices), self.k, self.rotation, threads()),
+        )
+        return out
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k], contiguous: [T, n]."""
+        y = torch.empty(len(x), self.n, dtype=x.dtype)
+        load().aio_linear_int8(
+            *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), self.scale.data_ptr()),
+            *(self.start_pointer, self.rotation, pointer(bias), y.data_ptr(), self.n),
+            *(len(x), self.n, self.k, None, threads()),
+        )
+        return y
+
+
+Packed = PackedWeight | QuantizedWeight
+"""A weight as the library holds it."""
+
+
+def rotation(k: int) -> int:
+    """The size of the blocks that ``k`` inputs, a multiple of 16, are rotated in."""
+    return min(BLOCK, k & -k)

@@ -1,0 +1,227 @@
+// Linears whose weights are int8 with a scale for each output, packed in the panels of tiles.h, four to a lane.
+//
+// There are two ways to multiply. With the activations as they are, a thread's panels are widened as it comes to them
+// and multiplied as any others: that saves memory, and time where memory is what is waited for. Or the activations
+// become int8 too, each token with a scale of its own, and the products are of whole numbers, which is twice as fast
+// as bfloat16 (LLM.int8(), Dettmers et al., 2022, arXiv:2208.07339). Then a few large values would cost all others
+// their precision, so weights and activations are first multiplied by a Hadamard matrix in blocks, which spreads what
+// is large and cancels in the product (QuaRot, Ashkboos et al., 2024, arXiv:2404.00456).
+#include <cmath>
+#include <vector>
+
+#include "hadamard.h"
+#include "tiles.h"
+
+namespace aio {
+namespace {
+
+constexpr float LARGEST = 127.0f;
+constexpr int ZERO = 128;  // activations are stored as unsigned bytes, with this added
+
+// Elements as floats, in rotated blocks if VECTORS > 0. Returns the largest magnitude; NaN if anything is not finite.
+template <class T, int VECTORS>
+float rotated(const typename T::elem* x, long k, float* out) {
+  constexpr int N = VECTORS > 0 ? VECTORS : 1;
+  vf top = {}, poison = {};
+  for (long i = 0; i < k; i += N * LANES) {
+    vf v[N];
+    for (int j = 0; j < N; j++) v[j] = T::load16(x + i + j * LANES);
+    if (VECTORS > 0) hadamard<N>(v);
+    for (int j = 0; j < N; j++) {
+      const vf magnitude = v[j] < 0.0f ? -v[j] : v[j];
+      top = magnitude > top ? magnitude : top;
+      poison += v[j] * 0.0f;
+      storef(out + i + j * LANES, v[j]);
+    }
+  }
+  return max(top) + sum(poison);
+}
+
+template <class T>
+float rotated(const typename T::elem* x, long k, long rotation, float* out) {
+  switch (rotation / LANES) {
+    case 0: return rotated<T, 0>(x, k, out);
+    case 1: return rotated<T, 1>(x, k, out);
+    case 2: return rotated<T, 2>(x, k, out);
+    case 4: return rotated<T, 4>(x, k, out);
+    default: return rotated<T, 8>(x, k, out);
+  }
+}
+
+// What to multiply by to bring the largest magnitude to 127.
+inline float inverse(float largest) { return largest > 0.0f ? LARGEST / largest : 0.0f; }
+
+// The nearest whole numbers, for magnitudes below 2^22.
+inline vi nearest(vf v) {
+  const vf magic = splatf(12582912.0f);  // 1.5 * 2^23
+  return (vi)(v + magic) - (vi)magic;
+}
+
+template <class T>
+void quantize(const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long rotation,
+              int threads) {
+  const long lanes = k / Int8::PER_LANE;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> floats(k);
+#pragma omp for schedule(static)
+    for (long row = 0; row < n; row++) {
+      const float largest = rotated<T>((const typename T::elem*)weight + row * k, k, rotation, floats.data());
+      const float up = inverse(largest);
+      uint32_t* out = (uint32_t*)packed + row / LANES * lanes * LANES + row % LANES;
+      int32_t total = 0;
+      for (long i = 0; i < lanes; i++) {
+        uint32_t lane = 0;
+        for (int j = 0; j < 4; j++) {
+          const float scaled = floats[i * 4 + j] * up;
+          const int32_t q = scaled == scaled ? int32_t(std::nearbyint(scaled)) : 0;
+          total += q;
+          lane |= uint32_t(uint8_t(q)) << (8 * j);
+        }
+        out[i * LANES] = lane;
+      }
+      scale[row] = largest / LARGEST;
+      if (start != nullptr) start[row] = -ZERO * total;
+    }
+  }
+}
+
+template <class T, int VECTORS>
+void rotate_back(const float* in, long k, float scale, typename T::elem* out) {
+  constexpr int N = VECTORS > 0 ? VECTORS : 1;
+  const float factor = VECTORS > 0 ? scale / (N * LANES) : scale;
+  for (long i = 0; i < k; i += N * LANES) {
+    vf v[N];
+    for (int j = 0; j < N; j++) v[j] = loadf(in + i + j * LANES);
+    if (VECTORS > 0) hadamard<N>(v);
+    for (int j = 0; j < N; j++) T::store16(out + i + j * LANES, v[j] * factor);
+  }
+}
+
+template <class T>
+void dequantize(const void* packed, const float* scale, const int64_t* rows, void* out_, long count, long k,
+                long rotation, int threads) {
+  using elem = typename T::elem;
+  const long lanes = k / Int8::PER_LANE;
+#pragma omp parallel num_threads(count < 16 ? 1 : threads)
+  {
+    std::vector<float> floats(k);
+#pragma omp for schedule(static)
+    for (long r = 0; r < count; r++) {
+      const long row = rows[r];
+      const uint32_t* in = (const uint32_t*)packed + row / LANES * lanes * LANES + row % LANES;
+      for (long i = 0; i < lanes; i++)
+        for (int j = 0; j < 4; j++) floats[i * 4 + j] = float(int8_t(in[i * LANES] >> (8 * j)));
+      elem* out = (elem*)out_ + r * k;
+      switch (rotation / LANES) {
+        case 0: rotate_back<T, 0>(floats.data(), k, scale[row], out); break;
+        case 1: rotate_back<T, 1>(floats.data(), k, scale[row], out); break;
+        case 2: rotate_back<T, 2>(floats.data(), k, scale[row], out); break;
+        case 4: rotate_back<T, 4>(floats.data(), k, scale[row], out); break;
+        default: rotate_back<T, 8>(floats.data(), k, scale[row], out); break;
+      }
+    }
+  }
+}
+
+// Int8 lanes as lanes of the activations' type; every int8 is exact in both.
+template <class T>
+void widen(const uint32_t* in, long lanes, uint32_t* out) {
+  constexpr int TIMES = Int8::PER_LANE / T::PER_LANE;
+  for (long i = 0; i < lanes; i++) {
+    const vu v = load(in + i * LANES);
+    vf f[4];
+    for (int j = 0; j < 4; j++) f[j] = to_float((vi)(v << (24 - 8 * j)) >> 24);
+    for (int j = 0; j < TIMES; j++) {
+      const vu lane = T::PER_LANE == 1 ? (vu)f[j] : ((vu)f[2 * j] >> 16) | ((vu)f[2 * j + 1] & 0xffff0000u);
+      store(out + (i * TIMES + j) * LANES, lane);
+    }
+  }
+}
+
+struct Work {
+  Linear l;
+  const uint32_t* packed;
+  long rotation;
+  Beside beside;
+  int threads;
+};
+
+template <class T>
+void with_activations_as_they_are(const Work& w) {
+  const long lanes = w.l.k / Int8::PER_LANE;
+#pragma omp parallel num_threads(w.threads)
+  {
+    std::vector<uint32_t> wide(PANELS * w.l.k / T::PER_LANE * LANES);
+    Blocks<T, T> block(w.l, w.beside);
+    visit_blocks(w.l.rows, w.l.n, [&](long begin, long end, long first, long panels) {
+      widen<T>(w.packed + first * lanes * LANES, panels * lanes, wide.data());
+      block(wide.data(), begin, end, first * LANES, panels);
+    });
+  }
+}
+
+template <class T>
+void with_int8_activations(const Work& w) {
+  const Linear& given = w.l;
+  const long lanes = given.k / Int8::PER_LANE;
+  // Kept from call to call: a step has some hundred of them.
+  static thread_local std::vector<uint8_t> rows;
+  static thread_local std::vector<float> scales;
+  if (long(rows.size()) < given.rows * given.k) rows.resize(given.rows * given.k);
+  if (long(scales.size()) < given.rows) scales.resize(given.rows);
+  uint8_t* const bytes = rows.data();
+  float* const row_scale = scales.data();
+  Linear l = given;
+  l.x = bytes, l.x_stride = given.k, l.row_scale = row_scale;
+#pragma omp parallel num_threads(w.threads)
+  {
+    std::vector<float> floats(given.k);
+#pragma omp for schedule(static)
+    for (long r = 0; r < given.rows; r++) {
+      const auto* x = (const typename T::elem*)given.x + r * given.x_stride;
+      const float largest = rotated<T>(x, given.k, w.rotation, floats.data()), up = inverse(largest);
+      typedef uint8_t vb __attribute__((vector_size(16)));
+      for (long i = 0; i < given.k; i += LANES) {
+        const vb b = __builtin_convertvector(nearest(loadf(floats.data() + i) * up) + ZERO, vb);
+        std::memcpy(bytes + r * given.k + i, &b, sizeof b);
+      }
+      row_scale[r] = largest / LARGEST / (w.rotation > 0 ? w.rotation : 1);
+    }
+    Blocks<Int8, T> block(l, w.beside);
+    visit_blocks(l.rows, l.n, [&](long begin, long end, long first, long panels) {
+      block(w.packed + first * lanes * LANES, begin, end, first * LANES, panels);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace aio
+
+// weight [n, k] -> packed (n * k bytes), scale [n], and, for int8 activations, start [n] (else null). n must be a
+// multiple of 16, k of 16 and of `rotation`: the size of the rotated blocks, 0 (none), 16, 32, 64 or 128.
+AIO_EXPORT void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k,
+                             long rotation, int threads) {
+  bf16 ? aio::quantize<aio::Bf16>(weight, packed, scale, start, n, k, rotation, threads)
+       : aio::quantize<aio::F32>(weight, packed, scale, start, n, k, rotation, threads);
+}
+
+// out [count, k]: the given rows of the weight that is in effect.
+AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
+                               long count, long k, long rotation, int threads) {
+  bf16 ? aio::dequantize<aio::Bf16>(packed, scale, rows, out, count, k, rotation, threads)
+       : aio::dequantize<aio::F32>(packed, scale, rows, out, count, k, rotation, threads);
+}
+
+// y [rows, n] = x [rows, k] W^T + bias (may be null). With `start` the activations become int8, without they stay.
+// `beside`: see aio_linear_beside; may be null.
+AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
+                                const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
+                                long rows, long n, long k, const aio::Beside* beside, int threads) {
+  const aio::Work w{{x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
+                    (const uint32_t*)packed, rotation, beside == nullptr ? aio::Beside{} : *beside, threads};
+  if (start == nullptr)
+    bf16 ? aio::with_activations_as_they_are<aio::Bf16>(w) : aio::with_activations_as_they_are<aio::F32>(w);
+  else
+    bf16 ? aio::with_int8_activations<aio::Bf16>(w) : aio::with_int8_activations<aio::F32>(w);
+}

@@ -1,0 +1,134 @@
+"""Linears with int8 weights: against the plain definition, at every instruction set that runs here."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aioengine.kernels import reference
+from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu.quantized import QuantizedWeight, rotation
+
+pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+LEVELS = sorted({next(iter(build.levels())), "generic"})
+THREADS = 2
+
+
+def inputs(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, w, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, k), (n, k), (n,)))
+    x[:, k // 3] *= 50  # as activations have it: a feature that is much larger than the others
+    return x, w, b
+
+
+def linear(
+    lib: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None, *, block: int, int8: bool
+) -> Tensor:
+    """Packs, multiplies into memory full of NaN, and checks that nothing else was written."""
+    (rows, k), n, bf16 = x.shape, len(weight), int(x.dtype == torch.bfloat16)
+    packed, scale = torch.empty(n * k, dtype=torch.int8), torch.empty(n)
+    start = torch.empty(n, dtype=torch.int32) if int8 else None
+    start_at = None if start is None else start.data_ptr()
+    lib.aio_quantize(
+        *(bf16, weight.data_ptr(), packed.data_ptr(), scale.data_ptr(), start_at, n, k, block, THREADS)
+    )
+    y = torch.full((rows + 1, n), math.nan, dtype=x.dtype)
+    lib.aio_linear_int8(
+        *(bf16, x.data_ptr(), k, packed.data_ptr(), scale.data_ptr(), start_at, block),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, rows, n, k, None, THREADS),
+    )
+    assert y[rows].isnan().all(), "nothing may be written beyond the last row"
+    return y[:rows]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    panels=st.integers(1, 7),
+    width=st.integers(1, 40),
+    block=st.sampled_from([0, 16, 32, 64, 128]),
+    bias=st.booleans(),
+    int8=st.booleans(),
+)
+def test_it_is_the_reference(
+    level: str, dtype: torch.dtype, rows: int, panels: int, width: int, block: int, bias: bool, int8: bool
+) -> None:
+    block = block if int8 else 0  # rotated weights want rotated activations
+    k = width * max(16, block)
+    x, w, b = inputs(rows, panels * 16, k, dtype, seed=rows * 1000 + k)
+    given_bias = b if bias else None
+    found = linear(shared_library.load(level), x, w, given_bias, block=block, int8=int8)
+    expected = reference.int8_linear(x.float(), w.float(), given_bias, block=block, int8_activations=int8)
+    assert found.dtype == dtype
+    # A value halfway between two whole numbers may be rounded either way.
+    one_off = (x.float().norm(dim=1, keepdim=True) * w.float().norm(dim=1)).max() / 127
+    tolerance = float(one_off) * (0.02 if dtype == torch.float32 else 0.1)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=tolerance)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_it_is_close_to_the_linear_itself(int8: bool) -> None:
+    x, w, b = inputs(40, 96, 576, torch.bfloat16)
+    true = x.double() @ w.double().T + b.double()
+    found = QuantizedWeight.pack(w, int8_activations=int8).linear(x, b).double()
+    assert (found - true).norm() < 0.02 * true.norm()
+    if int8:  # which it would not be without the rotation, for the large feature
+        plain = linear(shared_library.load(), x, w, b, block=0, int8=True).double()
+        assert (found - true).norm() < 0.5 * (plain - true).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("k", [48, 64, 96, 576])
+def test_rows_are_the_weight_in_effect(dtype: torch.dtype, int8: bool, k: int) -> None:
+    """A product with them is that of the quantized weight: what DoRA's norms are taken of."""
+    x, w, _ = inputs(5, 64, k, dtype)
+    packed = QuantizedWeight.pack(w, int8_activations=int8)
+    rows = packed.rows(0, 64)
+    assert rows.dtype == dtype
+    largest = w.float().abs().amax(1, keepdim=True)
+    assert ((rows.float() - w.float()).abs() <= largest / 40).all()
+    assert torch.equal(packed.rows(17, 23), rows[17:23])
+    assert torch.equal(packed.gather(torch.tensor([63, 0, 5])), rows[[63, 0, 5]])
+    expected = x.double() @ rows.double().T
+    found = packed.linear(x).double()
+    assert (found - expected).norm() < (0.02 if int8 or dtype == torch.bfloat16 else 1e-5) * expected.norm()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so_and_alone(int8: bool, bad: float) -> None:
+    x, w, _ = inputs(9, 32, 64, torch.bfloat16)
+    packed = QuantizedWeight.pack(w, int8_activations=int8)
+    clean = packed.linear(x)
+    x[4, 7] = bad
+    found = packed.linear(x)
+    others = [row for row in range(9) if row != 4]
+    assert not found[4].isfinite().any()
+    assert torch.equal(found[others], clean[others])
+
+
+def test_rows_of_zeros_and_weights_of_zeros() -> None:
+    x, w = torch.zeros(3, 64), torch.zeros(16, 64)
+    w[1, 5], x[2, 5] = 3.0, 2.0
+    for int8 in (False, True):
+        expected = torch.zeros(3, 16)
+        expected[2, 1] = 6.0
+        found = QuantizedWeight.pack(w, int8_activations=int8).linear(x)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_its_bytes() -> None:
+    w = torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert QuantizedWeight.pack(w, int8_activations=False).nbytes == 32 * 64 + 32 * 8
+    assert QuantizedWeight.pack(w, int8_activations=True).nbytes == 32 * 64 + 32 * 8
+    assert [rotation(k) for k in (16, 48, 96, 576, 1536)] == [16, 16, 32, 64, 64]

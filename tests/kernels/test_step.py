@@ -1,0 +1,113 @@
+"""Steps of a whole model through the compiled library, against the same model through plain torch."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build_model
+from torch import Tensor
+
+from aioengine.errors import ConfigError
+from aioengine.kernels.cpu import build
+from aioengine.model.files import read_spec
+from aioengine.model.runner import ModelRunner
+from aioengine.model.spec import Quantization
+from aioengine.request import SamplingParams
+from aioengine.step import Sampled, SequenceWork, StepBatch
+
+pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+BLOCKS = 64
+FEW, LONG = [(-1, 1), (0, 1), (1, 3), (1, 2), (2, 1), (3, 9)], [(-1, 20), (0, 70), (2, 1), (3, 65)]
+"""Sequences by slot and tokens: segments that are added after the linear, and in its registers."""
+
+
+@functools.cache
+def model() -> Path:
+    return build_model(Path(tempfile.mkdtemp()), "llama")
+
+
+class Run:
+    """A runner whose slots are random, and the logits of its last step."""
+
+    def __init__(
+        self, dtype: torch.dtype, kernels: str, ranks: Sequence[int], quantization: Quantization = "none"
+    ) -> None:
+        self.logits = torch.empty(0)
+        spec, self.ranks = read_spec(model()), ranks
+        self.runner = ModelRunner(
+            *(spec, model()), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=16,
+            max_loras=len(ranks), max_lora_rank=max(ranks), kernels=kernels, quantization=quantization,
+            sample=self._sample,
+        )  # fmt: skip
+        assert (self.runner.native is not None) == (kernels == "cpu")
+        assert self.runner.lora_slots is not None
+        generator = torch.Generator().manual_seed(1)
+        for pools in self.runner.lora_slots.layers:
+            for pool in pools.values():
+                for slot, rank in enumerate(ranks):
+                    a = pool.a[slot].view(len(pool.modules), max(ranks), -1)
+                    a[:, :rank] = 0.1 * torch.randn(a[:, :rank].shape, generator=generator)
+                    for b in pool.b:
+                        b[slot, :, :rank] = 0.1 * torch.randn(b[slot, :, :rank].shape, generator=generator)
+
+    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        self.logits = logits.float()
+        return [Sampled(0) for _ in rows]
+
+    def __call__(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
+        work, used = [], 0
+        for i, (slot, tokens) in enumerate(sequences):
+            ids = [(7 * i + 3 * j) % 200 + 5 for j in range(tokens)]
+            table = list(range(used, used + tokens // 16 + 1))
+            used += len(table)
+            params = SamplingParams()
+            work.append(SequenceWork(str(i), slot, ids, 0, table, True, params, 0, ids, tokens))
+        self.runner.execute(StepBatch(0, work, list(self.ranks)))
+        return self.logits
+
+
+@pytest.mark.parametrize("sequences", [FEW, LONG])
+@pytest.mark.parametrize("ranks", [(16, 16, 16, 16), (64, 5, 16, 33), (8, 3, 2, 8), (1, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_that_of_torch(
+    dtype: torch.dtype, ranks: tuple[int, ...], sequences: list[tuple[int, int]]
+) -> None:
+    expected = Run(torch.float32, "torch", ranks)(sequences)
+    base = Run(torch.float32, "torch", ranks)([(-1, tokens) for _, tokens in sequences])
+    found = Run(dtype, "cpu", ranks)(sequences)
+    bound = 1e-4 if dtype == torch.float32 else 0.05
+    assert (found - expected).norm() < bound * expected.norm()
+    assert (base - expected).norm() > 0.1 * expected.norm(), "the adapters change what is compared"
+
+
+@pytest.mark.parametrize("sequences", [FEW, LONG])
+def test_int8_is_close_and_smaller(sequences: list[tuple[int, int]]) -> None:
+    ranks = (16, 16, 4, 16)
+    exact, int8 = Run(torch.float32, "torch", ranks), Run(torch.float32, "cpu", ranks, "int8")
+    expected, found = exact(sequences), int8(sequences)
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    assert int8.runner.weight_bytes < 0.5 * exact.runner.weight_bytes
+    weight, _ = int8.runner.decoder.base_weight(1, "up_proj")
+    true, _ = exact.runner.decoder.base_weight(1, "up_proj")
+    assert 0 < (weight - true).norm() < 0.02 * true.norm()
+
+
+def test_int8_without_the_library_says_what_is_needed() -> None:
+    with pytest.raises(ConfigError, match=r"quantization='int8'.*C\+\+.*backend 'torch'"):
+        Run(torch.float32, "torch", (4,), "int8")
+
+
+def test_a_profile_names_every_phase() -> None:
+    from aioengine.kernels.cpu.structs import PHASES
+
+    run = Run(torch.float32, "cpu", (1,))
+    assert run.runner.native is not None
+    run.runner.native.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
+    run([(0, 3)])
+    found = dict(zip(PHASES, run.runner.native.seconds.tolist(), strict=True))
+    assert all(found[phase] > 0 for phase in PHASES if phase not in ("expand", "affine"))

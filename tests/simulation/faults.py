@@ -1,0 +1,359 @@
+"""A simulated device and disk that fail by seed, and notice what must never be asked of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from aioengine.adapters.loader import BaseLoader, LoadedAdapter, Retrying
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
+from aioengine.lab.costs import CostModel
+from aioengine.lab.simulated import SimulatedExecutor
+from aioengine.lab.transfers import SharedStage
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+
+MAX_RANK = 16
+VOCABULARY = 997
+"""Tokens that are sampled; the end token is not among them."""
+
+
+class Rates(NamedTuple):
+    """How often things go wrong: the part of all reads, copies, rows or steps."""
+
+    slow_read: float = 0.0
+    hanging_read: float = 0.0
+    passing_read: float = 0.0
+    """Errors that a retry may cure."""
+    failed_read: float = 0.0
+    bad_adapter: float = 0.0
+    """Of the adapters, those that can never be loaded."""
+    slow_copy: float = 0.0
+    failed_copy: float = 0.0
+    failed_row: float = 0.0
+    slow_step: float = 0.0
+    lethal_step: float = 0.0
+    """It raises, and with it the engine dies."""
+
+
+class Device:
+    """What the device and the CPU cache really hold, as against what the core believes.
+
+    ``problem`` is told of whatever must never happen.
+    """
+
+    def __init__(self, slots: int, block_size: int, problem: Callable[[str], None]) -> None:
+        self.problem = problem
+        self.block_size = block_size
+        self.slots: list[int | None] = [None] * slots
+        """The uid of the adapter in each slot; None if there is none, or half of one."""
+        self.writing: set[int] = set()
+        self.reading: set[int] = set()
+        """The slots that the step in flight reads."""
+        self.cpu: dict[int, str] = {}
+        """What was read, by uid: its contents' digest."""
+        self.blocks: dict[int, tuple[str, tuple[int, ...]]] = {}
+        """What KV blocks were computed from: the adapter's digest, and all tokens up to their end."""
+        self.lost = False
+        self.losses = 0
+
+    def lose(self) -> None:
+        self.lost = True
+        self.losses += 1
+        self.slots = [None] * len(self.slots)
+        self.writing.clear()
+        self.cpu.clear()
+        self.blocks.clear()
+
+    def digest(self, row: SequenceWork) -> str:
+        uid = self.slots[row.slot] if row.slot >= 0 else None
+        return "" if uid is None else self.cpu.get(uid, "")
+
+
+class Row(NamedTuple):
+    """A row of a step as it was when the step began; the core's own lists may change meanwhile."""
+
+    work: SequenceWork
+    uid: int | None
+    digest: str
+    known: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+class FaultyExecutor(SimulatedExecutor):
+    """Samples tokens that depend on the request and the position alone, after checking that the step may
+    run: its slots hold the versions that its requests were accepted for, and are not being written; the
+    KV that it reads was computed from the same tokens with the same adapter."""
+
+    def __init__(
+        self,
+        costs: CostModel,
+        *,
+        end_token: int,
+        device: Device,
+        rates: Rates,
+        rng: random.Random,
+        restarts: bool,
+        version_of: Callable[[str], int | None],
+    ) -> None:
+        super().__init__(costs, token=0, end_token=end_token)
+        self.device = device
+        self.can_restart = restarts
+        self.failed_rows: dict[str, str] = {}
+        """By request: what its error comes from."""
+        self.killed = False
+        """The engine may be dead now."""
+        self._end_token = end_token
+        self._rates = rates
+        self._rng = rng
+        self._version_of = version_of
+        self._tell_lost: Callable[[EngineDead], None] = lambda _: None
+
+    def watch(self, lost: Callable[[EngineDead], None]) -> None:
+        self._tell_lost = lost
+
+    def lose(self) -> None:
+        """The device is gone, with all that it holds."""
+        if not self.device.lost:
+            self.killed = self.killed or not self.can_restart
+            self.device.lose()
+            self._tell_lost(self._lost())
+
+    async def restart(self) -> None:
+        await asyncio.sleep(self._rng.uniform(0.0, 2.0))
+        if self._rng.random() < 0.1:
+            self.killed = True
+            raise EngineDead("planned: it does not start again")
+        self.device.lost = False
+
+    async def execute(self, batch: StepBatch) -> StepResult:
+        device, rng = self.device, self._rng
+        if device.lost:
+            raise self._lost()
+        rows = [self._begin(work) for work in batch.sequences]
+        self._check_whole(batch)
+        device.reading = {row.work.slot for row in rows if row.work.slot >= 0}
+        try:
+            if rng.random() < self._rates.slow_step:
+                await asyncio.sleep(rng.uniform(0.1, 3.0))
+            result = await super().execute(batch)
+        finally:
+            device.reading = set()
+        if device.lost:
+            raise self._lost()
+        if rng.random() < self._rates.lethal_step:
+            self.killed = True
+            raise RuntimeError("planned: the step failed")
+        return StepResult([self._end(*pair) for pair in zip(rows, result.sampled, strict=True)], 0.0)
+
+    def _lost(self) -> EngineDead:
+        return EngineDead("planned: the device was lost")
+
+    def _begin(self, work: SequenceWork) -> Row:
+        device = self.device
+        expected = self._version_of(work.request_id)
+        if work.slot >= 0 and work.slot in device.writing:
+            device.problem(f"a step reads slot {work.slot} while it is written")
+        found = device.slots[work.slot] if work.slot >= 0 else None
+        if found != expected:
+            device.problem(
+                f"{work.request_id} runs on slot {work.slot} with version {found}, not on {expected}"
+            )
+        row = Row(work, found, device.digest(work), tuple(work.history), tuple(work.block_table))
+        self._check_blocks(row)
+        return row
+
+    def _check_blocks(self, row: Row) -> None:
+        """That all KV before the row's own tokens is there, and is its own."""
+        size, start = self.device.block_size, row.work.start
+        if len(row.blocks) * size < start + len(row.work.tokens):
+            self.device.problem(f"{row.work.request_id} has too few blocks")
+        if tuple(row.work.tokens) != row.known[start : start + len(row.work.tokens)]:
+            self.device.problem(f"{row.work.request_id} computes other tokens than it has")
+        for index in range(-(-start // size)):
+            until = min((index + 1) * size, start)
+            digest, tokens = self.device.blocks.get(row.blocks[index], ("nothing", ()))
+            if digest != row.digest or tokens[:until] != row.known[:until]:
+                self.device.problem(
+                    f"{row.work.request_id} reads KV that is not its own from block {row.blocks[index]}: "
+                    f"of {digest or 'the base model'}, not of {row.digest or 'the base model'}, or of other tokens"
+                )
+                return
+
+    def _check_whole(self, batch: StepBatch) -> None:
+        size, problem = self.device.block_size, self.device.problem
+        slots = [work.slot for work in batch.sequences]
+        if slots != sorted(slots) or len({slot for slot in slots if slot >= 0}) > len(self.device.slots):
+            problem(f"a batch with the slots {slots}")
+        written = [
+            block
+            for work in batch.sequences
+            for block in work.block_table[work.start // size : -(-(work.start + len(work.tokens)) // size)]
+        ]
+        if len(written) != len(set(written)):
+            problem("two rows of a step write one KV block")
+
+    def _end(self, row: Row, sampled: Sampled | None) -> Sampled | None:
+        work, device = row.work, self.device
+        if work.slot >= 0 and device.slots[work.slot] != row.uid:
+            device.problem(f"slot {work.slot} was changed while a step read it")
+        size, until = device.block_size, work.start + len(work.tokens)
+        for index in range(work.start // size, -(-until // size)):
+            device.blocks[row.blocks[index]] = row.digest, row.known[: min((index + 1) * size, until)]
+        if sampled is None:
+            return None
+        if self._rng.random() < self._rates.failed_row:
+            fault = self._rng.choice(["model", "request"])
+            self.failed_rows[work.request_id] = fault
+            return Sampled(-1, error="planned", fault=fault)  # type: ignore[arg-type] # one of the two
+        if sampled.token == self._end_token:
+            return sampled
+        return Sampled(token_at(work.request_id, until - work.prompt_len))
+
+
+def token_at(request_id: str, index: int) -> int:
+    """The request's ``index``-th output token, from 0, wherever and however often it is computed."""
+    return (int(request_id[1:]) * 131 + index * 7) % VOCABULARY
+
+
+class Found(NamedTuple):
+    rank: int
+    nbytes: int
+    digest: str
+
+
+class FaultyLoader(BaseLoader[Found]):
+    """Retries, time limits and giving up are the real loader's; only the reads and the copies are made up,
+    in tasks of their own that go on when nobody waits for them any more, as a thread does."""
+
+    def __init__(
+        self,
+        costs: CostModel,
+        executor: FaultyExecutor,
+        *,
+        rates: Rates,
+        rng: random.Random,
+        retries: int,
+        timeout: float | None,
+        seed: int,
+    ) -> None:
+        super().__init__(retries=retries, timeout=timeout, seed=seed)
+        self._costs = costs
+        self._executor = executor
+        self._device = executor.device
+        self._rates = rates
+        self._rng = rng
+        self._seed = seed
+        self._disk = SharedStage(costs.disk)
+        self._left: dict[asyncio.Task[Found], str] = {}
+        """Reads that were given up."""
+
+    async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        done = await super().load(uid, name, path, retrying)
+        return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
+
+    async def _read(self, name: str, path: str) -> Found:
+        losses = self._losses()
+        reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
+        try:
+            await asyncio.wait([reading])
+        except asyncio.CancelledError:
+            self._left[reading] = path
+            reading.add_done_callback(self._forget)
+            raise
+        found = reading.result()
+        if self._losses() != losses:
+            raise EngineDead("planned: the device was lost")
+        return found
+
+    def _losses(self) -> int:
+        if self._device.lost:
+            raise EngineDead("planned: the device was lost")
+        return self._device.losses
+
+    def _forget(self, reading: asyncio.Task[Found]) -> None:
+        del self._left[reading]
+        if not reading.cancelled():
+            reading.exception()
+
+    async def _thread(self, name: str, path: str) -> Found:
+        """What a thread would do that reads the adapter."""
+        rng, rates = self._rng, self._rates
+        own = random.Random(f"{self._seed} {path}")  # what the adapter itself is like
+        rank = own.choice([2, 8, MAX_RANK])
+        draw = rng.random()
+        if (draw := draw - rates.hanging_read) < 0:
+            await asyncio.sleep(rng.uniform(3.0, 40.0))
+        elif (draw := draw - rates.slow_read) < 0:
+            await asyncio.sleep(rng.uniform(0.5, 3.0))
+        await self._disk.transfer(self._costs.adapter_nbytes(rank))
+        if own.random() < rates.bad_adapter:
+            if own.random() < 0.3:
+                raise AdapterTooLarge("planned: its rank", name=name, path=path)
+            raise AdapterInvalid("planned: malformed", name=name, path=path)
+        if 0 <= draw < rates.passing_read:
+            raise AdapterLoadError("planned: EIO", name=name, path=path, transient=True)
+        if 0 <= draw - rates.passing_read < rates.failed_read:
+            raise rng.choice(
+                [
+                    AdapterLoadError("planned: EACCES", name=name, path=path),
+                    RuntimeError("planned: unexpected"),
+                    MemoryError(),
+                ]
+            )
+        return Found(rank, self._costs.adapter_nbytes(rank), path)
+
+    def _keep(self, uid: int, found: Found) -> None:
+        if uid in self._device.cpu:
+            self._device.problem(f"version {uid} was read twice")
+        self._device.cpu[uid] = found.digest
+
+    def _hanging(self) -> tuple[int, str]:
+        return len(self._left), next(iter(self._left.values()), "")
+
+    async def place(self, uid: int, slot: int) -> float:
+        device, rng = self._device, self._rng
+        losses = self._losses()
+        if uid not in device.cpu:
+            device.problem(f"version {uid} is copied to a slot and is not on the CPU")
+        if slot in device.writing:
+            device.problem(f"slot {slot} is written twice at once")
+        self._check_unread(slot)
+        device.writing.add(slot)
+        device.slots[slot] = None
+        start = asyncio.get_running_loop().time()
+        try:
+            if rng.random() < self._rates.slow_copy:
+                await asyncio.sleep(rng.uniform(0.1, 3.0))
+            await self._executor.copy(self._costs.adapter_nbytes(MAX_RANK))
+            if self._losses() != losses:
+                raise EngineDead("planned: the device was lost")
+            if rng.random() < self._rates.failed_copy:
+                raise OSError("planned: the copy failed")
+        finally:
+            if device.losses == losses:
+                device.writing.discard(slot)
+        if uid not in device.cpu:
+            device.problem(f"version {uid} left the CPU while it was copied to a slot")
+        self._check_unread(slot)
+        device.slots[slot] = uid
+        return asyncio.get_running_loop().time() - start
+
+    def _check_unread(self, slot: int) -> None:
+        if slot in self._device.reading:
+            self._device.problem(f"slot {slot} is written while a step reads it")
+
+    def drop(self, uid: int) -> None:
+        if uid not in self._device.cpu and not self._device.losses:
+            self._device.problem(f"version {uid} is dropped, and is not there")
+        self._device.cpu.pop(uid, None)
+
+    async def close(self) -> None:
+        left = list(self._left)
+        for reading in left:
+            reading.cancel()
+        if left:
+            await asyncio.wait(left)
