@@ -151,14 +151,17 @@ class AdapterOps:
     @asynccontextmanager
     async def _until_unloaded(self, name: str) -> AsyncIterator[None]:
         """An unload does not wait for loads, which may hang; they fail with AdapterLoadError."""
+        unloaded = AdapterLoadError("it was unloaded while it was being loaded", name=name)
+        if name in self._unloads:
+            raise unloaded
         try:
-            async with asyncio.timeout(0 if name in self._unloads else None) as limit:
+            async with asyncio.timeout(None) as limit:
                 self._loading[name] = limit
                 yield
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise AdapterLoadError("it was unloaded while it was being loaded", name=name) from None
+            raise unloaded from None
         finally:
             del self._loading[name]
 
@@ -199,6 +202,12 @@ class AdapterOps:
         """Read it; publish it if it is a new version that turns out to be good. It takes over the pin."""
         new = self._residency.current.get(entry.label) is not entry
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            self._stepper.check_goes_on()  # it may have ended while the name's lock was waited for
+        except AioEngineError:
+            if new:
+                self._residency.retire(entry, _now())
+            raise
 
         def loaded(error: AioEngineError | None) -> None:
             old = self._residency.current.get(entry.label)
@@ -260,6 +269,7 @@ class AdapterOps:
             if not self.is_registered(name) and (was_fetched or loading is not None):
                 return  # never needed so far, or its load was ended: there is nothing to free
             entry = self.find(name)
+            self._stepper.check_goes_on()
             gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
             def listen(event: events.Event) -> None:

@@ -62,6 +62,8 @@ class Pins:
         self._stepper.waits.add(wait.done)
         try:
             wait()
+            if not wait.done.done():
+                self._stepper.check_goes_on()
             await wait.done
         except BaseException:
             entry = self._current.get(name)

@@ -83,6 +83,13 @@ class Stepper:
         self.core.end(request, "abort", asyncio.get_running_loop().time())
         self.wake()
 
+    def check_goes_on(self) -> None:
+        """Raises EngineStopped or EngineDead if nothing that is asked for now will happen any more."""
+        if self.dead is not None:
+            raise self.dead
+        if self._stopping:
+            raise EngineStopped("the engine was stopped before it happened")
+
     async def all_ended(self) -> None:
         """Wait until every accepted request has ended."""
         ended = asyncio.Event()

@@ -66,7 +66,8 @@ def rotate(x: Tensor, block: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return ((x.unflatten(-1, (-1, block)) @ matrix) / block**0.5).flatten(-2)
+    blocks = x.reshape(*x.shape[:-1], -1, block) @ matrix
+    return blocks.div(block**0.5).flatten(-2)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

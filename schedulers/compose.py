@@ -86,7 +86,7 @@ class Composed(SchedulerPolicy):
         room = view.free_seqs
         admit = self.order.admit(view, _open_queues(view, place, closed), room) if room > 0 else ()
         if view.load_room > len(read):
-            read += self.prefetch.choose(view, self._by_urgency(view))
+            read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
         room -= len(admit)
         if room > 0 and pool is not None and closed:
             admit = [*admit, *_fill(view, closed, pool.tokens_left)[:room]]
@@ -100,8 +100,9 @@ class Composed(SchedulerPolicy):
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
 
-    def _by_urgency(self, view: SchedulerView) -> Iterator[str]:
-        """Cold adapters: the aged ones by age, then all others in the ordering's order. Lazy."""
+    def _by_urgency(self, view: SchedulerView) -> Iterator[tuple[str, AdapterView, float | None]]:
+        """(name, adapter, arrival of its oldest request) of the cold adapters: the aged ones by age, then
+        all others in the ordering's order. Lazy."""
         aged: set[str] = set()
         adapters, now = view.adapters, view.now
         for name in view.waiting_adapters:
@@ -110,11 +111,15 @@ class Composed(SchedulerPolicy):
             adapter = adapters[name]
             if adapter.slot is not None:
                 continue
-            if _waited(adapter, now) < self.max_wait:
+            oldest = adapter.oldest_arrival
+            if _waited(oldest, now) < self.max_wait:
                 break  # and those after it have waited less
             aged.add(name)
-            yield name
-        yield from (name for name in self.order.cold(view) if name not in aged)
+            yield name, adapter, oldest
+        for name in self.order.cold(view):
+            if name not in aged:
+                adapter = adapters[name]
+                yield name, adapter, adapter.oldest_arrival
 
     def _settling(self, view: SchedulerView) -> set[str | None]:
         """Adapters whose busy slots are not closed yet, because they came only a short time ago."""
@@ -133,10 +138,9 @@ class Composed(SchedulerPolicy):
         closed: set[str | None] = set()
         pool: SlotPool | None = None  # made only if there is a cold adapter
         now, load_room = view.now, view.load_room
-        for name in islice(self._by_urgency(view), SCAN_LIMIT):
+        for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
             pool = pool or SlotPool(view, self.replace, self._settling(view))
-            adapter = view.adapters[name]
-            waited, oldest = _waited(adapter, now), adapter.oldest_arrival
+            waited = _waited(oldest, now)
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
             if not pool.has_any(oldest, may_take=may_take, may_close=may_close):
                 if waited >= self.max_wait or not may_take:
@@ -153,7 +157,7 @@ class Composed(SchedulerPolicy):
                 # On disk, and the cache is full: the core finds what may leave it, if anything may.
                 if location is Location.DISK and len(read) < load_room:
                     read += [name] if pool.has_idle(oldest if may_take else None) else []
-                for holder, slot in pool.make_way(adapter, take=may_take, close=may_close):
+                for holder, slot in pool.make_way(adapter, oldest, take=may_take, close=may_close):
                     closed.add(holder)
                     if slot.running == 0 and location is Location.CPU:
                         place.append(Place(name, slot.index))
@@ -184,6 +188,5 @@ def _fill(
     return sorted(fitting, key=lambda request: request.arrival)
 
 
-def _waited(adapter: AdapterView, now: float) -> float:
-    oldest = adapter.oldest_arrival
+def _waited(oldest: float | None, now: float) -> float:
     return 0.0 if oldest is None else now - oldest

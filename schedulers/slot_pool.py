@@ -1,4 +1,4 @@
-"""The slots of one decision that may still be given away: what :class:`Composed` takes slots from."""
+"""The slots of one decision, for :mod:`aioengine.schedulers.compose`: read once, sorted at most once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class _Wanted(NamedTuple):
     """A slot that is busy, or waited for, or both."""
 
     slot: SlotView
+    name: str
     adapter: AdapterView
-    running: int
     oldest: float
     """When the first of those who wait for its adapter arrived; inf if nobody does."""
 
@@ -25,9 +25,9 @@ class _Wanted(NamedTuple):
 class SlotPool:
     """The slots of one decision that may still be given away.
 
-    Every slot is read once, and sorted at most once: an overload asks for a slot for each of many cold
-    adapters. What only requests after a time wait for is found by the latest of all, so that looking for
-    a slot where there is none costs nothing.
+    An overload asks for a slot for each of many cold adapters, so whether there is one is answered
+    without going through the slots again: there is, if the latest arrival that one is waited for by
+    comes after.
 
     Args:
         settling: Adapters whose slots are not to be closed yet.
@@ -51,7 +51,7 @@ class SlotPool:
                 if oldest is None and running == 0:
                     unwanted.append((slot, adapter))
                     continue
-                wanted = _Wanted(slot, adapter, running, inf if oldest is None else oldest)
+                wanted = _Wanted(slot, name, adapter, inf if oldest is None else oldest)
                 if running == 0:
                     idle.append(wanted)
                 if name not in settling:
@@ -80,10 +80,12 @@ class SlotPool:
         self._spare -= slot is not None
         return slot
 
-    def make_way(self, adapter: AdapterView, *, take: bool, close: bool) -> Iterator[tuple[str, SlotView]]:
+    def make_way(
+        self, adapter: AdapterView, oldest: float | None, *, take: bool, close: bool
+    ) -> Iterator[tuple[str, SlotView]]:
         """(who has it, slot): one for the adapter, idle or to be closed; more than one if what must leave
-        the CPU cache before it can be read takes that."""
-        oldest, missing = adapter.oldest_arrival, lacking(self._view, adapter)
+        the CPU cache before it can be read takes that. ``oldest``: when its first request arrived."""
+        missing = lacking(self._view, adapter)
         while True:
             # Idle, if only later requests wait for it; else the one that will be idle soonest.
             found = self._idle.first(oldest) if take else None
@@ -93,7 +95,7 @@ class SlotPool:
                 return
             self._idle.remove(found)
             self._closable.remove(found)
-            yield found.adapter.name, found.slot
+            yield found.name, found.slot
             missing -= found.adapter.bytes
             if missing <= 0:
                 return
@@ -104,7 +106,8 @@ class SlotPool:
         left: dict[str | None, int] = {}
         for request in self._view.running:
             name, tokens = request.adapter, request.max_tokens - request.output_tokens
-            left[name] = max(left.get(name, 0), tokens)
+            if tokens > left.get(name, -1):
+                left[name] = tokens
         return left
 
     def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
@@ -118,7 +121,7 @@ class SlotPool:
 
     def _sort_by_end(self, slots: list[_Wanted]) -> None:
         left = self.tokens_left
-        slots.sort(key=lambda wanted: (left.get(wanted.adapter.name, 0), wanted.slot.last_used))
+        slots.sort(key=lambda wanted: (left.get(wanted.name, 0), wanted.slot.last_used))
 
 
 class _Candidates:
@@ -131,10 +134,12 @@ class _Candidates:
 
     def has(self, before: float | None) -> bool:
         """Whether only requests after ``before`` wait for one of them."""
-        if before is None:
+        if before is None or not self._slots:
             return False
+        if self._slots[0].oldest > before:
+            return True
         if self._latest is None:
-            self._latest = max((wanted.oldest for wanted in self._slots), default=-inf)
+            self._latest = max(wanted.oldest for wanted in self._slots)
         return self._latest > before
 
     def first(self, before: float | None) -> _Wanted | None:
@@ -144,7 +149,10 @@ class _Candidates:
         if self._sort is not None:
             self._sort(self._slots)
             self._sort = None
-        return next(wanted for wanted in self._slots if wanted.oldest > before)
+        for wanted in self._slots:
+            if wanted.oldest > before:
+                return wanted
+        return None
 
     def remove(self, wanted: _Wanted) -> None:
         for index, other in enumerate(self._slots):

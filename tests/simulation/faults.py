@@ -131,7 +131,7 @@ class FaultyExecutor(SimulatedExecutor):
         device, rng = self.device, self._rng
         if device.lost:
             raise self._lost()
-        rows = [self._begin(work) for work in batch.sequences]
+        rows = [self._begin_row(work) for work in batch.sequences]
         self._check_whole(batch)
         device.reading = {row.work.slot for row in rows if row.work.slot >= 0}
         try:
@@ -145,12 +145,12 @@ class FaultyExecutor(SimulatedExecutor):
         if rng.random() < self._rates.lethal_step:
             self.killed = True
             raise RuntimeError("planned: the step failed")
-        return StepResult([self._end(*pair) for pair in zip(rows, result.sampled, strict=True)], 0.0)
+        return StepResult([self._finish_row(*pair) for pair in zip(rows, result.sampled, strict=True)], 0.0)
 
     def _lost(self) -> EngineDead:
         return EngineDead("planned: the device was lost")
 
-    def _begin(self, work: SequenceWork) -> Row:
+    def _begin_row(self, work: SequenceWork) -> Row:
         device = self.device
         expected = self._version_of(work.request_id)
         if work.slot >= 0 and work.slot in device.writing:
@@ -194,7 +194,7 @@ class FaultyExecutor(SimulatedExecutor):
         if len(written) != len(set(written)):
             problem("two rows of a step write one KV block")
 
-    def _end(self, row: Row, sampled: Sampled | None) -> Sampled | None:
+    def _finish_row(self, row: Row, sampled: Sampled | None) -> Sampled | None:
         work, device = row.work, self.device
         if work.slot >= 0 and device.slots[work.slot] != row.uid:
             device.problem(f"slot {work.slot} was changed while a step read it")

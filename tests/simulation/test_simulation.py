@@ -1,0 +1,165 @@
+"""The engine under faults that are drawn by seed; and that bugs which were put in are found that way."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from simulation.faults import FaultyLoader
+from simulation.scenario import Found, run
+
+from aioengine import events
+from aioengine.core import Core, DropMove
+from aioengine.core.batcher import Batcher
+from aioengine.core.slots import Slot
+from aioengine.core.state import Request
+from aioengine.moves import AdapterMoves
+from aioengine.stepper import Stepper
+from aioengine.stream import OutputStream
+
+RUNS = int(os.environ.get("AIOENGINE_FUZZ_RUNS", "200"))  # make fuzz runs more
+SEED = os.environ.get("AIOENGINE_FUZZ_SEED")
+ONE_SEED = pytest.mark.skipif(SEED is not None, reason="AIOENGINE_FUZZ_SEED asks for that scenario alone")
+
+
+def test_faults_by_seed() -> None:
+    happened: Counter[type[events.Event]] = Counter()
+    for seed in range(RUNS) if SEED is None else [int(SEED)]:
+        happened.update(map(type, run(seed)))
+    if SEED is None and RUNS >= 200:  # none of it may quietly stop happening
+        rare = {
+            kind.__name__: happened[kind]
+            for kind in (
+                events.AdapterFailed,
+                events.AdapterRetrying,
+                events.AdapterUnloaded,
+                events.EngineRestarted,
+                events.PolicyFailed,
+                events.PolicyOverran,
+                events.PolicyReplaced,
+                events.RequestPreempted,
+            )
+        }
+        assert min(rare.values()) >= 3, rare
+
+
+@ONE_SEED
+@pytest.mark.parametrize("seed", [4, 5, 8, 11])
+def test_a_seed_gives_the_same_events_every_time(seed: int) -> None:
+    first, second = ("\n".join(map(str, run(seed))) for _ in range(2))
+    assert first == second
+    assert first.count("\n") > 10
+
+
+# Bugs that are put in
+
+
+def release_too_early(patch: pytest.MonkeyPatch) -> None:
+    """What a request holds is given up at its end, though a step in flight uses it."""
+    end = Core.end
+
+    def early(core: Core, *args: Any) -> None:
+        in_flight, core._in_flight = core._in_flight, []
+        try:
+            end(core, *args)
+        finally:
+            core._in_flight = in_flight
+
+    patch.setattr(Core, "end", early)
+
+
+def forget_blocks(patch: pytest.MonkeyPatch) -> None:
+    """A request's blocks are not given back when it ends with an adapter."""
+    release = Batcher.release
+
+    def leak(batcher: Batcher, request: Request) -> None:
+        if request.adapter is not None:
+            request.blocks = []
+        release(batcher, request)
+
+    patch.setattr(Batcher, "release", leak)
+
+
+def write_two_slots(patch: pytest.MonkeyPatch) -> None:
+    """The loader writes an adapter to its slot, and over the next one."""
+    place = FaultyLoader.place
+
+    async def twice(loader: FaultyLoader, uid: int, slot: int) -> float:
+        seconds = await place(loader, uid, slot)
+        slots = loader._device.slots
+        slots[(slot + 1) % len(slots)] = uid
+        return seconds
+
+    patch.setattr(FaultyLoader, "place", twice)
+
+
+def share_prefixes_between_adapters(patch: pytest.MonkeyPatch) -> None:
+    """The prefix cache takes one adapter's KV for another's."""
+    patch.setattr(Request, "cache_salt", property(lambda request: b""))
+
+
+def evict_busy_slots(patch: pytest.MonkeyPatch) -> None:
+    """A slot is taken from running requests."""
+    patch.setattr(Slot, "idle", property(lambda slot: slot.entry is not None and not slot.loading))
+
+
+def trust_failed_copies(patch: pytest.MonkeyPatch) -> None:
+    """A slot is used whose copy has failed."""
+    patch.setattr(
+        Core, "adapter_place_failed", lambda core, entry, now, error: core.adapter_placed(entry, now, 0.0)
+    )
+
+
+def lose_drops(patch: pytest.MonkeyPatch) -> None:
+    """The CPU memory of what leaves the cache is not freed."""
+    start = AdapterMoves.start
+    patch.setattr(
+        AdapterMoves, "start", lambda moves, move: None if isinstance(move, DropMove) else start(moves, move)
+    )
+
+
+def keep_errors_from_callers(patch: pytest.MonkeyPatch) -> None:
+    """A request that fails leaves its caller waiting."""
+    end = OutputStream.end
+    patch.setattr(
+        OutputStream, "end", lambda stream, why, error: None if error else end(stream, why, error)
+    )
+
+
+def ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Core, "expire", lambda core, now: None)
+
+
+def let_late_loads_wait(patch: pytest.MonkeyPatch) -> None:
+    """What is asked for after the engine has ended is waited for."""
+    patch.setattr(Stepper, "check_goes_on", lambda stepper: None)
+
+
+BUGS = [
+    release_too_early,
+    forget_blocks,
+    write_two_slots,
+    share_prefixes_between_adapters,
+    evict_busy_slots,
+    trust_failed_copies,
+    lose_drops,
+    keep_errors_from_callers,
+    ignore_deadlines,
+    let_late_loads_wait,
+]
+
+
+@ONE_SEED
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_are_found(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(monkeypatch)
+    for seed in range(200):
+        try:
+            run(seed)
+        except Found as found:
+            assert f"AIOENGINE_FUZZ_SEED={seed} python -m pytest tests/simulation" in str(found)
+            return
+    pytest.fail("200 seeds, and nothing found")
