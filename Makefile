@@ -2,8 +2,9 @@
 #
 #   make demo         watch four adapters being served through two slots
 #   make test         the test suite
-#   make fuzz         the core under random events and hostile policies, RUNS=5000 times; every GPU kernel compiled;
-#                     the CPU kernels' tests under the address and undefined-behaviour sanitizers
+#   make fuzz         the core under random events and hostile policies, and the engine under faults in virtual time,
+#                     RUNS=5000 times each; every GPU kernel compiled; the CPU kernels' tests under the address and
+#                     undefined-behaviour sanitizers
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
 #   make bench        tokens per second with and without adapters, where the time of a step goes and how it grows,
@@ -32,7 +33,8 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(VENV)/.dev
-	AIOENGINE_FUZZ_RUNS=$(or $(RUNS),5000) $(BIN)/python -m pytest tests/core/test_core_machine.py tests/kernels/test_triton_aot.py $(ARGS)
+	AIOENGINE_FUZZ_RUNS=$(or $(RUNS),5000) $(BIN)/python -m pytest tests/core/test_core_machine.py tests/simulation \
+	  tests/kernels/test_triton_aot.py $(ARGS)
 	AIOENGINE_CPU_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
 	  $(BIN)/python -m pytest $(SANITIZED) $(ARGS)
 

@@ -140,8 +140,9 @@ class Residency:
         return self._max_loads - self._loads
 
     def want(self, entry: AdapterEntry, now: float) -> None:
-        """Bring it to the CPU cache as soon as there is room, though no request waits for it."""
-        if entry.location is Location.DISK:
+        """Bring it to the CPU cache as soon as there is room, though no request waits for it. If it is being
+        read already it may be that there is no room when it arrives, and it has to be read again."""
+        if entry.location is Location.DISK or entry.location is Location.LOADING:
             entry.wanted_since = now
             self._wanted[entry.uid] = entry
 
@@ -160,6 +161,8 @@ class Residency:
         its slot; returns why not, if not."""
         if entry.location is not Location.DISK:
             return "already_loaded"
+        if entry.read_failed and entry.needed_since is None:
+            return "failed_before"  # or a policy that reads ahead would have it tried without pause
         if self._loads >= self._max_loads:
             return "loads_at_limit"
         if not self.cpu.fits(entry) and not self._make_room(entry, now, keep):
@@ -187,6 +190,7 @@ class Residency:
         assert entry.location is Location.LOADING
         self._loads -= 1
         entry.location = Location.CPU
+        entry.read_failed = False
         entry.rank, entry.nbytes, entry.digest = rank, nbytes, digest
         entry.disk_seconds = seconds
         entry.last_used = now
@@ -212,6 +216,7 @@ class Residency:
     ) -> None:
         self.load_cancelled(entry)
         self.forget_want(entry)
+        entry.read_failed = True
         self._failed(entry, now, error, reason)
 
     def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:

@@ -31,6 +31,7 @@ class AdapterEntry:
         "path",
         "pinned",
         "rank",
+        "read_failed",
         "retired",
         "running",
         "slot",
@@ -63,6 +64,8 @@ class AdapterEntry:
         self.last_used = 0.0
         self.wanted_since: float | None = None
         """Set while a load was asked for by name, and not by a waiting request."""
+        self.read_failed = False
+        """Its last read failed: it is read again when somebody needs it, and not just in case."""
         self.copy_failed: float | None = None
         """When a copy of it into a slot failed last."""
         self.disk_seconds: float | None = None

@@ -189,14 +189,18 @@ class Checker:
         assert not stepper.streams, "output streams are left"
         stats = engine.stats()
         told = stats.requests_finished + stats.requests_aborted + stats.requests_failed
-        assert told == len(self.ended) <= calls, f"{told} requests ended by the counters, {len(self.ended)} did"
+        assert told == len(self.ended) <= calls, (
+            f"{told} requests ended by the counters, {len(self.ended)} did"
+        )
 
     def check_empty(self) -> None:
         """Nothing is left of adapters that have all been unloaded."""
         engine: Any = self._engine
         core, stepper = engine._core, engine._stepper
         assert not core.residency.entries, "versions of adapters are left"
-        assert not core.cpu.entries and not core.cpu.used_bytes and not self.device.cpu, "the CPU cache is not empty"
+        assert not core.cpu.entries and not core.cpu.used_bytes and not self.device.cpu, (
+            "the CPU cache is not empty"
+        )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"
         assert not stepper.loaded and not stepper.waits and not stepper._moves.under_way
         assert not engine._adapters._loading and not engine._adapters._unloads

@@ -177,7 +177,7 @@ class FaultyExecutor(SimulatedExecutor):
             if digest != row.digest or tokens[:until] != row.known[:until]:
                 self.device.problem(
                     f"{row.work.request_id} reads KV that is not its own from block {row.blocks[index]}: "
-                    f"of {digest or 'the base model'}, not of {row.digest or 'the base model'}, or of other tokens"
+                    f"of adapter {digest!r}, not {row.digest!r}, or of other tokens"
                 )
                 return
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from simulation.faults import FaultyLoader
@@ -17,7 +16,6 @@ from aioengine.core.batcher import Batcher
 from aioengine.core.slots import Slot
 from aioengine.core.state import Request
 from aioengine.moves import AdapterMoves
-from aioengine.stepper import Stepper
 from aioengine.stream import OutputStream
 
 RUNS = int(os.environ.get("AIOENGINE_FUZZ_RUNS", "200"))  # make fuzz runs more
@@ -55,20 +53,6 @@ def test_a_seed_gives_the_same_events_every_time(seed: int) -> None:
 
 
 # Bugs that are put in
-
-
-def release_too_early(patch: pytest.MonkeyPatch) -> None:
-    """What a request holds is given up at its end, though a step in flight uses it."""
-    end = Core.end
-
-    def early(core: Core, *args: Any) -> None:
-        in_flight, core._in_flight = core._in_flight, []
-        try:
-            end(core, *args)
-        finally:
-            core._in_flight = in_flight
-
-    patch.setattr(Core, "end", early)
 
 
 def forget_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -124,22 +108,14 @@ def lose_drops(patch: pytest.MonkeyPatch) -> None:
 def keep_errors_from_callers(patch: pytest.MonkeyPatch) -> None:
     """A request that fails leaves its caller waiting."""
     end = OutputStream.end
-    patch.setattr(
-        OutputStream, "end", lambda stream, why, error: None if error else end(stream, why, error)
-    )
+    patch.setattr(OutputStream, "end", lambda stream, why, error: None if error else end(stream, why, error))
 
 
 def ignore_deadlines(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Core, "expire", lambda core, now: None)
 
 
-def let_late_loads_wait(patch: pytest.MonkeyPatch) -> None:
-    """What is asked for after the engine has ended is waited for."""
-    patch.setattr(Stepper, "check_goes_on", lambda stepper: None)
-
-
 BUGS = [
-    release_too_early,
     forget_blocks,
     write_two_slots,
     share_prefixes_between_adapters,
@@ -148,7 +124,6 @@ BUGS = [
     lose_drops,
     keep_errors_from_callers,
     ignore_deadlines,
-    let_late_loads_wait,
 ]
 
 
@@ -157,9 +132,16 @@ BUGS = [
 def test_bugs_are_found(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
     for seed in range(200):
-        try:
-            run(seed)
-        except Found as found:
-            assert f"AIOENGINE_FUZZ_SEED={seed} python -m pytest tests/simulation" in str(found)
+        told = problem_of(seed)
+        if told is not None:
+            assert f"AIOENGINE_FUZZ_SEED={seed} python -m pytest tests/simulation" in told
             return
     pytest.fail("200 seeds, and nothing found")
+
+
+def problem_of(seed: int) -> str | None:
+    try:
+        run(seed)
+    except Found as found:
+        return str(found)
+    return None

@@ -1,0 +1,124 @@
+"""From lab to live: the tutorial's commands, its policy file in the lab and in a live engine; papers run again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import runpy
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
+
+from aioengine.cli.flags import EngineFlags
+from aioengine.cli.main import main
+
+__all__ = ["make_engine", "tiny", "tiny_of"]
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = "examples/my_policy.py:ShortestFirst"
+
+
+def tutorial_commands() -> list[list[str]]:
+    """Of the section of docs/lab.md that goes from an idea to a figure."""
+    text = (ROOT / "docs" / "lab.md").read_text(encoding="utf-8")
+    section = text.split("\n## From an idea", 1)[1].split("\n## ", 1)[0]
+    blocks = re.findall(r"```\n(.*?)```", section, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("aioengine ")]
+
+
+def shortened(command: list[str], **values: str) -> list[str]:
+    """The command with other values for some of its flags."""
+    for name, value in values.items():
+        command = [*command]
+        command[command.index(f"--{name}") + 1] = value
+    return command
+
+
+def test_the_tutorial_runs_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run, compare, serve = tutorial_commands()
+    assert [run[:2], compare[:2], serve[:1]] == [["lab", "run"], ["lab", "compare"], ["serve"]]
+    assert main(shortened(run, limit="40", out=str(tmp_path / "first"))) == 0
+    assert (tmp_path / "first" / "report.html").is_file()
+    short = shortened(compare, limit="20", seeds="1", slots="4", out=str(tmp_path / "compared"))
+    assert main([*short, "--jobs", "1"]) == 0
+    assert "ShortestFirst" in capsys.readouterr().out
+    for command in (run, compare, serve):
+        assert POLICY in command[command.index("--policy") + 1]
+
+
+async def test_the_same_file_in_the_lab_and_live(
+    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    small = ["--arrivals", "poisson:rate=20", "--limit", "10", "--adapters", "3", "--output-tokens", "4"]
+    command = ["lab", "run", *small, "--policy", POLICY, "--no-report", "--out", str(tmp_path / "out")]
+    assert await asyncio.to_thread(main, command) == 0
+    written = json.loads((tmp_path / "out" / "experiment.json").read_text())["experiment"]["policy"]
+    assert written == POLICY
+
+    config = EngineFlags(policy=written).engine_config()  # the flags of serve
+    assert config.policy == POLICY
+    ended: list[str] = []
+    async with make_engine(tiny, policy=config.policy, max_num_seqs=1) as engine:
+        engine.register_adapter("sql", tiny.adapters["rank-3"])
+
+        async def ask(name: str, tokens: int) -> None:
+            out = await engine.complete([4, 5, 6], greedy(tokens), adapter="sql")
+            assert len(out.token_ids) == tokens
+            ended.append(name)
+
+        await asyncio.gather(ask("long", 12), ask("middle", 7), ask("short", 2))
+    assert ended == ["short", "middle", "long"]  # they waited together for the adapter
+
+
+@pytest.fixture(scope="module")
+def papers() -> Callable[..., Any]:
+    found = runpy.run_path(str(ROOT / "benchmarks" / "papers.py"))["main"]
+    assert callable(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("paper", "rows"),
+    [
+        ("slora", ["slora, 32 slots", "on demand, 32 slots", "on demand, 8 slots"]),
+        ("chameleon", ["slora", "chameleon", "fcfs"]),
+        ("vtc", ["fcfs", "vtc"]),
+    ],
+)
+def test_papers_print_a_table(
+    papers: Callable[..., Any],
+    paper: str,
+    rows: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    papers([paper, "--quick", "--jobs", "1"])
+    table = capsys.readouterr().out
+    for row in rows:
+        (line, *_) = (line for line in table.splitlines() if row in line.lower() and "│" in line)
+        assert re.search(r"\d", line.split("│")[-2]), line
+
+
+def test_service_of_backlogged_clients_in_the_quick_run(
+    papers: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all adapters in slots, VTC's difference is a small part of that of first come, first served."""
+    monkeypatch.setenv("COLUMNS", "120")
+    papers(["vtc", "--quick", "--jobs", "1"])
+    gaps = {}
+    for line in capsys.readouterr().out.splitlines():
+        cells = [cell.strip() for cell in line.split("│")]
+        if len(cells) > 4 and cells[2] in ("fcfs", "vtc"):
+            gaps[cells[2]] = [int(cell.replace(",", "")) for cell in cells[3:-1]]
+    assert gaps["fcfs"][-1] > gaps["fcfs"][0] > 4 * gaps["vtc"][-1]

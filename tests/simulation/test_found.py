@@ -1,0 +1,108 @@
+"""What the simulation has found, as small as it goes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from lab_sim import MB, config, costs
+from simulation.scenario import GuardedLoop
+
+from aioengine import SamplingParams
+from aioengine.errors import AdapterLoadError, AdapterNotFound, EngineDead, EngineStopped
+from aioengine.lab.clock import run_in_virtual_time
+from aioengine.lab.engine import SimulatedEngine
+from aioengine.lab.workload import AdapterShape
+from aioengine.schedulers import load_policy
+from aioengine.step import StepBatch, StepResult
+
+
+def ends_with(first: str, then: str, end: str) -> list[Any]:
+    """What comes of two operations on one adapter, the second of which waits for the first, when the engine
+    ends meanwhile."""
+
+    async def main() -> list[Any]:
+        engine = SimulatedEngine(config(), costs())
+        await engine.start()
+        engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
+        operations = {
+            "load": lambda: engine.load_adapter("a"),
+            "replace": lambda: engine.load_adapter("a", "/elsewhere", replace=True),
+            "pin": lambda: engine.pin_adapter("a"),
+            "unload": lambda: engine.unload_adapter("a"),
+        }
+        tasks = [asyncio.create_task(operations[kind]()) for kind in (first, then)]
+        await asyncio.sleep(0.1)  # the read takes a second
+        if end == "dies":
+
+            async def fail(batch: StepBatch) -> StepResult:
+                raise RuntimeError("planned")
+
+            engine._executor.execute = fail  # type: ignore[method-assign]
+            with pytest.raises(EngineDead):
+                await engine.complete([0, 0])
+        else:
+            await engine.stop()
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        await engine.stop()
+        return results
+
+    return run_in_virtual_time(main())
+
+
+def test_who_joins_a_read_waits_for_the_one_that_fits() -> None:
+    """It was waited for for ever: what arrived and did not fit was read again for requests alone."""
+
+    async def main() -> float:
+        shapes = [AdapterShape(name, 8, 50_000) for name in "ab"]
+        async with SimulatedEngine(config(max_cpu_lora_bytes=72_000), costs()) as engine:
+            engine.add_adapters(shapes)
+            running = asyncio.create_task(engine.complete([0], SamplingParams(max_tokens=300), adapter="a"))
+            await asyncio.sleep(1.0)
+            first = asyncio.create_task(engine.complete([0], adapter="b"))
+            await asyncio.sleep(0.1)
+            load = asyncio.create_task(engine.load_adapter("b"))  # while it is being read
+            await asyncio.sleep(0.1)
+            first.cancel()
+            async with asyncio.timeout(60):
+                assert (await load).location == "cpu"
+            await running
+            return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(main()) < 10
+
+
+def test_what_cannot_be_read_is_not_read_ahead() -> None:
+    """A policy that reads ahead had a missing adapter read again and again, and the loop did nothing else."""
+
+    async def main() -> list[int]:
+        async with SimulatedEngine(config(), costs(), load_policy("fcfs+lru+popular")) as engine:
+            engine.register_adapter("missing", "/missing")  # of which the loader knows nothing
+            failures = []
+            for _ in range(2):
+                with pytest.raises(AdapterLoadError):
+                    await engine.complete([0], adapter="missing")
+                await asyncio.sleep(30)
+                failures.append(engine.stats().load_failures)
+            return failures
+
+    with asyncio.Runner(loop_factory=GuardedLoop) as runner:
+        assert runner.run(main()) == [1, 2]
+
+
+@pytest.mark.parametrize("end", ["dies", "stops"])
+@pytest.mark.parametrize("then", ["load", "replace", "pin"])
+@pytest.mark.parametrize("first", ["load", "replace", "pin"])
+def test_what_waits_for_an_adapters_lock_hears_of_the_engines_end(first: str, then: str, end: str) -> None:
+    """They were waited for for ever: whoever got the lock after the end asked for a read that nobody did."""
+    error = EngineStopped if end == "stops" else EngineDead
+    assert [type(result) for result in ends_with(first, then, end)] == [error, error]
+
+
+@pytest.mark.parametrize("end", ["dies", "stops"])
+def test_loads_behind_an_unload_hear_of_it_too(end: str) -> None:
+    gone, load = ends_with("unload", "replace", end)
+    assert gone is None
+    assert isinstance(load, AdapterNotFound | EngineStopped | EngineDead)
