@@ -87,6 +87,9 @@ class AdapterMoves:
         for entry in self._core.residency.entries.values():
             if entry.location is Location.LOADING:
                 self._core.adapter_load_cancelled(entry)
+        for slot in self._core.slots.slots:
+            if slot.loading:  # the copy was lost with the executor
+                self._core.slots.cancel(slot)
         self.fail_waiting(EngineStopped("the engine was stopped while the adapter was loading"))
 
     def device_lost(self, error: AioEngineError) -> None:

@@ -194,13 +194,13 @@ class Stepper:
     async def _recover(self, error: EngineDead) -> None:
         """Fail what was running, and start the executor again; others wait meanwhile, and may be added, be
         aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
-        if not self._executor.can_restart:
-            raise error
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._lost = None
         self.core.device_lost(began, error)
         self._moves.device_lost(error)
+        if not self._executor.can_restart:
+            raise error
         self.publish()
         restart = loop.create_task(self._executor.restart(), name="aioengine-restart")
         restart.add_done_callback(lambda _: self._wake.set())

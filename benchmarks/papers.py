@@ -33,7 +33,7 @@ def slora(run_all: Run, quick: bool) -> Table:
     above what the engine can do, so that the throughput is what it can.
     """
     counts = [5, 100] if quick else [5, 20, 100, 200, 1000, 2000]
-    requests = 60 if quick else 600
+    requests = 40 if quick else 600
 
     def experiment(adapters: int, policy: str, slots: int, cpu_loras: int) -> Experiment:
         workload = WorkloadSpec(
@@ -83,7 +83,7 @@ def chameleon(run_all: Run, quick: bool) -> Table:
     """
     rates = [12] if quick else [8, 10, 12, 14]
     seeds = [0] if quick else [0, 1, 2]
-    requests = 100 if quick else 800
+    requests = 50 if quick else 800
     policies = {
         "slora": "slora:age=600,max_wait=600",
         "chameleon": "chameleon:age=600,max_wait=600",

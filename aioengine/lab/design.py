@@ -22,7 +22,7 @@ Progress = Callable[[int, int, str], None]
 """Told of: parts done, of how many, and what comes next."""
 
 TRIES = 3
-CALM = 0.05
+CALM = 0.1
 """A part is timed again, up to so many times in all, while other processes take more of the machine."""
 CALM_STEPS = 3
 """Between one load and the next, to compare with those beside loads."""

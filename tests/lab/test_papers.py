@@ -1,4 +1,4 @@
-"""From lab to live: the tutorial's commands, its policy file in the lab and in a live engine; papers run again."""
+"""From lab to live: the tutorial as it is written, and its policy in both; papers run again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
 
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
+from aioengine.schedulers import load_policy
 
 __all__ = ["make_engine", "tiny", "tiny_of"]
 
@@ -68,7 +69,7 @@ async def test_the_same_file_in_the_lab_and_live(
     config = EngineFlags(policy=written).engine_config()  # the flags of serve
     assert config.policy == POLICY
     ended: list[str] = []
-    async with make_engine(tiny, policy=config.policy, max_num_seqs=1) as engine:
+    async with make_engine(tiny, load_policy(config.policy), max_num_seqs=1) as engine:
         engine.register_adapter("sql", tiny.adapters["rank-3"])
 
         async def ask(name: str, tokens: int) -> None:
@@ -92,7 +93,6 @@ def papers() -> Callable[..., Any]:
     [
         ("slora", ["slora, 32 slots", "on demand, 32 slots", "on demand, 8 slots"]),
         ("chameleon", ["slora", "chameleon", "fcfs"]),
-        ("vtc", ["fcfs", "vtc"]),
     ],
 )
 def test_papers_print_a_table(

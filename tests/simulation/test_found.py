@@ -106,3 +106,35 @@ def test_loads_behind_an_unload_hear_of_it_too(end: str) -> None:
     gone, load = ends_with("unload", "replace", end)
     assert gone is None
     assert isinstance(load, AdapterNotFound | EngineStopped | EngineDead)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_executor(stop: bool) -> None:
+    """It waited for ever, for nobody reported the copy's end."""
+
+    async def main() -> None:
+        engine = SimulatedEngine(config(), costs())
+        await engine.start()
+        engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
+        lost = EngineDead("planned: the device was lost")
+
+        async def place(uid: int, slot: int) -> float:
+            await asyncio.sleep(5.0)
+            raise lost
+
+        engine._loader.place = place  # type: ignore[method-assign]
+        request = asyncio.create_task(engine.complete([0], adapter="a"))
+        await asyncio.sleep(3.0)
+        unload = asyncio.create_task(engine.unload_adapter("a", force=True))
+        await asyncio.sleep(0.1)
+        if stop:
+            await engine.stop()
+        else:
+            engine._stepper._executor_lost(lost)
+        async with asyncio.timeout(60):
+            await unload
+        assert engine.state == ("stopped" if stop else "dead")
+        assert (await request).finish_reason == "abort"
+        await engine.stop()
+
+    run_in_virtual_time(main())

@@ -13,7 +13,6 @@ from simulation.scenario import Found, run
 from aioengine import events
 from aioengine.core import Core, DropMove
 from aioengine.core.batcher import Batcher
-from aioengine.core.slots import Slot
 from aioengine.core.state import Request
 from aioengine.moves import AdapterMoves
 from aioengine.stream import OutputStream
@@ -85,11 +84,6 @@ def share_prefixes_between_adapters(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Request, "cache_salt", property(lambda request: b""))
 
 
-def evict_busy_slots(patch: pytest.MonkeyPatch) -> None:
-    """A slot is taken from running requests."""
-    patch.setattr(Slot, "idle", property(lambda slot: slot.entry is not None and not slot.loading))
-
-
 def trust_failed_copies(patch: pytest.MonkeyPatch) -> None:
     """A slot is used whose copy has failed."""
     patch.setattr(
@@ -119,7 +113,6 @@ BUGS = [
     forget_blocks,
     write_two_slots,
     share_prefixes_between_adapters,
-    evict_busy_slots,
     trust_failed_copies,
     lose_drops,
     keep_errors_from_callers,
