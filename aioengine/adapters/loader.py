@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 MAX_HANGING = 16
 """While so many reads hang that were given up, no further one is started: each keeps a thread."""
+GRACE_SECONDS = 0.5
+POLL_SECONDS = 0.005
+"""Such waiting is rare, and not worth being told by threads and processes."""
 STOP_SECONDS = 1.0
 """How long ``close`` waits for reads that were not given up; they take milliseconds."""
 
@@ -57,13 +60,22 @@ class BaseLoader(ABC, Generic[R]):
             seconds, then twice as long, and so on. No thread is held meanwhile.
         timeout: Seconds that a load may take, retries and all; None for ever. A read that does not
             return is left behind: it counts no more, and what it may still deliver is dropped.
+        grace: Seconds that the next read waits while so many were given up that no further one may start.
+            Those that were only cancelled have returned by then.
     """
 
     def __init__(
-        self, *, retries: int = 0, backoff: float = 0.1, timeout: float | None = None, seed: int = 0
+        self,
+        *,
+        retries: int = 0,
+        backoff: float = 0.1,
+        timeout: float | None = None,
+        seed: int = 0,
+        grace: float = GRACE_SECONDS,
     ) -> None:
         self._backoff = Backoff(retries, backoff, seed=seed)
         self._timeout = timeout
+        self._grace = grace
 
     async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter:
         """Disk -> CPU cache. ``retrying`` is told before each further attempt.
@@ -89,7 +101,7 @@ class BaseLoader(ABC, Generic[R]):
         return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds)
 
     async def _attempt(self, name: str, path: str) -> R:
-        hanging, oldest = self._hanging()
+        hanging, oldest = await self._those_that_stay()
         if hanging >= MAX_HANGING:
             raise AdapterLoadError(
                 f"not read, because {hanging} earlier reads hang and each keeps a thread "
@@ -99,6 +111,16 @@ class BaseLoader(ABC, Generic[R]):
                 path=path,
             )
         return await self._read(name, path)
+
+    async def _those_that_stay(self) -> tuple[int, str]:
+        """The reads that hang, as soon as there is room for another, or when ``grace`` has passed."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._grace
+        hanging = self._hanging()
+        while hanging[0] >= MAX_HANGING and loop.time() < end:
+            await asyncio.sleep(POLL_SECONDS)
+            hanging = self._hanging()
+        return hanging
 
     @abstractmethod
     async def _read(self, name: str, path: str) -> R:
@@ -126,8 +148,9 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         backoff: float = 0.1,
         timeout: float | None = None,
         seed: int = 0,
+        grace: float = GRACE_SECONDS,
     ) -> None:
-        super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed)
+        super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed, grace=grace)
         self.store = store
         self._writer = writer
         self._threads = ReadThreads("aioengine-load")

@@ -148,7 +148,7 @@ async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) 
 
 
 async def test_when_many_reads_hang_no_more_are_started(hanging: Hanging) -> None:
-    loader = loader_of(FakeStore(dead=hanging), timeout=0.02)
+    loader = loader_of(FakeStore(dead=hanging), timeout=0.02, grace=0.0)
     await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
     threads = threading.active_count()
     with pytest.raises(AdapterLoadError, match=rf"{MAX_HANGING} earlier reads hang.*/adapters/dead"):
@@ -157,6 +157,22 @@ async def test_when_many_reads_hang_no_more_are_started(hanging: Hanging) -> Non
     hanging.release.set()
     await loader.close()
     assert (await load(loader, 99, "good")).digest == "good"
+
+
+async def test_reads_that_were_only_cancelled_make_room(hanging: Hanging) -> None:
+    loader = loader_of(FakeStore(dead=hanging), grace=60.0)
+    tasks = [asyncio.create_task(load(loader, i, "dead")) for i in range(MAX_HANGING)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    waiting = asyncio.create_task(load(loader, 99, "good"))
+    await asyncio.wait([waiting], timeout=0.01)
+    assert not waiting.done(), "there is no room while none of them has returned"
+    hanging.release.set()
+    assert (await waiting).digest == "good"
+    await loader.close()
 
 
 async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
