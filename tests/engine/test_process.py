@@ -135,7 +135,7 @@ async def test_a_worker_that_is_killed_fails_all_at_once_and_leaves_nothing(
         assert engine.state == "dead"
         with pytest.raises(EngineDead):
             await engine.complete([5])
-        assert not worker_pids()
+        await until(lambda: not worker_pids())
     await nothing_left.check()
 
 
@@ -177,7 +177,7 @@ async def test_a_step_that_raises_is_the_engines_end(
         error = await error_of(engine.complete(BAD))
         assert isinstance(error, EngineDead)
         assert str(error) == "the engine failed: ArithmeticError: this token cannot be computed"
-        assert not worker_pids()
+        await until(lambda: not worker_pids())  # killed, and gone a moment later
     await nothing_left.check()
 
 
@@ -198,7 +198,7 @@ async def test_stopped_or_cancelled_while_it_starts(
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert not worker_pids()
+    await until(lambda: not worker_pids())
     engine = make_engine(tiny, executor="process")
     starting = asyncio.create_task(engine.start())
     await until(lambda: bool(worker_pids()))
