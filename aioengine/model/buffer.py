@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 _HUGE_PAGE = 2 << 20
+_LINE = 64
 
 
 class Buffer:
@@ -42,4 +43,21 @@ def _anonymous(nbytes: int, **options: int) -> mmap.mmap:
     try:
         return mmap.mmap(-1, nbytes, **options)
     except OSError as error:
-        raise MemoryError(f"{nbytes} bytes for an adapter's weights: {error.strerror}") from error
+        raise MemoryError(f"{nbytes} bytes: {error.strerror}") from error
+
+
+class Arena:
+    """Tensors that follow each other in one :class:`Buffer`, which lives as long as any of them.
+
+    What every step reads is best in huge pages, or the processor looks up where tens of thousands of small
+    ones are.
+    """
+
+    def __init__(self, nbytes: int, count: int = 1) -> None:
+        """Room for ``count`` tensors of ``nbytes`` in all."""
+        self._rest = Buffer(nbytes + count * _LINE).tensor
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The next ``nbytes`` (> 0) as uint8, beginning at a cache line; zero as long as nobody wrote."""
+        taken, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // _LINE) * _LINE :]
+        return taken

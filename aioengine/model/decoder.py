@@ -213,6 +213,11 @@ class Decoder:
     def _linears(layer: Layer) -> dict[str, Linear]:
         return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
 
+    def linear_weights(self) -> list[Tensor]:
+        """Those that :meth:`pack` rearranges; the head's may be the embedding's too."""
+        linears = [linear for layer in self.layers for linear in self._linears(layer).values()]
+        return [linear.weight for linear in (*linears, self.head) if isinstance(linear.weight, Tensor)]
+
     def pack(self, pack: Callable[[Tensor], Packed]) -> None:
         """Rearrange the weights of all linears for the CPU library, one after the other."""
         for layer in self.layers:

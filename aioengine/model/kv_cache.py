@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from aioengine.model.buffer import Arena
 from aioengine.model.spec import ModelSpec
 
 
@@ -27,10 +30,13 @@ class KVCache:
         self.block_size = block_size
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
 
-        def allocate() -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-
-        self.k, self.v = allocate(), allocate()
+        if device.type == "cpu":
+            size, count = math.prod(shape) * dtype.itemsize, 2 * spec.num_layers
+            arena = Arena(count * size, count)
+            tensors = [arena.take(size).view(dtype).view(shape) for _ in range(count)]
+        else:
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * spec.num_layers)]
+        self.k, self.v = tensors[::2], tensors[1::2]
 
     @property
     def nbytes(self) -> int:

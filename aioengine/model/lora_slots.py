@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aioengine.errors import ConfigError
+from aioengine.model.buffer import Buffer
 from aioengine.model.parallel import SOLO, Shard
 from aioengine.model.slot_copy import SerialCopier, SlotCopier, StreamCopier
 from aioengine.model.slot_image import AdapterImage
@@ -54,7 +55,11 @@ class LoRASlots:
     ) -> None:
         self.layout = SlotLayout(spec, max_rank, target_modules, shard)
         self.max_loras = max_loras
-        self._rows = torch.zeros(max_loras, self.layout.elements, dtype=dtype, device=device)
+        if device.type == "cpu":
+            memory = Buffer(max_loras * self.layout.elements * dtype.itemsize).tensor
+            self._rows = memory.view(dtype).view(max_loras, self.layout.elements)
+        else:
+            self._rows = torch.zeros(max_loras, self.layout.elements, dtype=dtype, device=device)
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._extents: list[Mapping[int, int] | None] = [{}] * max_loras
         """What of each slot may be other than zero; None: anything."""

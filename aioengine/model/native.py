@@ -7,7 +7,6 @@ a layout of the library's own inside each block. What the library does not cover
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from aioengine.kernels.cpu.lora import segment_table
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import Packed, QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
+from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, Linear, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import FusedLoRA, LoRASlots
@@ -51,7 +51,7 @@ class NativeForward:
         self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None, quantization: Quantization = "none"
     ) -> None:
         assert not_covered(decoder.spec, decoder.dtype, cache.block_size, slots) is None
-        decoder.pack(_packing(quantization))
+        decoder.pack(_packing(decoder, quantization))
         self._decoder, self._slots = decoder, slots
         self._library = load()
         self.seconds: Tensor | None = None
@@ -166,10 +166,19 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def _packing(quantization: Quantization) -> Callable[[Tensor], Packed]:
-    if quantization == "none":
-        return PackedWeight.pack
-    return functools.partial(QuantizedWeight.pack, int8_activations=has_int8_products())
+def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Tensor], Packed]:
+    """Packs the decoder's linears one after the other, into memory that is touched as they come."""
+    sizes = [weight.numel() for weight in decoder.linear_weights()]
+    size = decoder.dtype.itemsize if quantization == "none" else 1
+    arena = Arena(sum(sizes) * size, len(sizes))
+
+    def pack(weight: Tensor) -> Packed:
+        memory = arena.take(weight.numel() * size)
+        if quantization == "none":
+            return PackedWeight.pack(weight, memory)
+        return QuantizedWeight.pack(weight, memory, int8_activations=has_int8_products())
+
+    return pack
 
 
 def _matrix(linear: Linear) -> structs.Matrix:

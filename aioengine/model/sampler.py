@@ -26,6 +26,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MAX_LOGPROBS = 20  # SamplingParams' bound; always this many, so that ties cannot depend on the batch
 _FIRST_CANDIDATES = 64
 _BLOCK = 64
+_ARGMAX_BLOCK = 1024
 
 
 def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
@@ -42,7 +43,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
     """
     if not rows:
         return []
-    best = logits.argmax(dim=-1)  # a NaN counts as the largest
+    best = _argmax(logits)
     top = logits.gather(1, best[:, None])[:, 0]
     tokens: list[int] = best.tolist()
     finite: list[bool] = torch.isfinite(top).tolist()
@@ -67,6 +68,22 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
 def uniform(seed: int, index: int) -> float:
     """The uniform number in [0, 1) of a request's ``index``-th output token; 53 random bits."""
     return (_mix(_mix(seed & _MASK) + (index + 1) * _GAMMA) >> 11) * 2.0**-53
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The first index of each row's largest value; a NaN counts as the largest.
+
+    On a CPU torch finds the largest value of a row several times faster than where it is: so the block that
+    it is in comes first.
+    """
+    vocab = logits.shape[1]
+    block = min(vocab & -vocab, _ARGMAX_BLOCK)
+    if logits.device.type != "cpu" or block < _BLOCK:
+        return logits.argmax(dim=-1)
+    blocks = logits.unflatten(1, (-1, block))
+    which = blocks.amax(dim=-1).argmax(dim=-1)
+    within = blocks[torch.arange(len(logits)), which].argmax(dim=-1)
+    return which * block + within
 
 
 def _mix(z: int) -> int:

@@ -41,12 +41,12 @@ class QuantizedWeight:
         return dtype in DTYPES and n % PANEL == 0 and k % PANEL == 0
 
     @classmethod
-    def pack(cls, weight: Tensor, *, int8_activations: bool) -> QuantizedWeight:
-        """The nearest int8 to ``weight`` [n, k], contiguous."""
+    def pack(cls, weight: Tensor, memory: Tensor | None = None, *, int8_activations: bool) -> QuantizedWeight:
+        """The nearest int8 to ``weight`` [n, k], contiguous; in ``memory`` [n * k] (uint8), if given."""
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
         packed = cls(
-            torch.empty(n * k, dtype=torch.int8),
+            torch.empty(n * k, dtype=torch.int8) if memory is None else memory.view(torch.int8),
             torch.empty(n),
             torch.zeros(n, dtype=torch.int32),
             *(int8_activations, n, k, rotation(k) if int8_activations else 0, weight.dtype),

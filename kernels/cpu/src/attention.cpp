@@ -17,8 +17,8 @@
 namespace aio {
 namespace {
 
-constexpr int CHUNK = 4;              // panels of 16 keys between two updates of the softmax
-constexpr int KEYS = CHUNK * LANES;   // keys in a chunk
+constexpr int PANELS = 4;             // panels of 16 keys between two updates of the softmax
+constexpr int KEYS = PANELS * LANES;   // keys in a chunk
 constexpr int MAX_ROWS = 32;          // query rows (token, head) of a task
 constexpr float NONE = -INFINITY;
 constexpr vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -38,35 +38,35 @@ struct Attention {
 };
 
 // Where the keys and values of up to 64 positions of a sequence lie, for one key head.
-struct Panels {
-  const uint32_t *keys[CHUNK], *values[CHUNK];
+struct Chunk {
+  const uint32_t *keys[PANELS], *values[PANELS];
 };
 
-// Scores of R query rows against the keys. Blocks lie anywhere in memory, which hardware cannot foresee: the values
-// are fetched meanwhile.
+// Scores of R query rows against the keys. Blocks lie anywhere in memory, which hardware cannot foresee: so the keys of
+// the chunk that comes next are fetched meanwhile, into the L2 cache, because both chunks together are too large for L1.
 template <class T, int R>
-void scores(const uint32_t* q, const Panels& at, long lanes, bool fetch, float* out) {
-  vf acc[R][CHUNK];
+void scores(const uint32_t* q, const Chunk& at, long lanes, const Chunk* next, float* out) {
+  vf acc[R][PANELS];
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < CHUNK; p++) acc[r][p] = vf{};
+    for (int p = 0; p < PANELS; p++) acc[r][p] = vf{};
   for (long k = 0; k < lanes; k++) {
-    vu b[CHUNK];
-    for (int p = 0; p < CHUNK; p++) b[p] = load(at.keys[p] + k * LANES);
-    if (fetch)
-      for (int p = 0; p < CHUNK; p++) __builtin_prefetch(at.values[p] + k * LANES);
+    vu b[PANELS];
+    for (int p = 0; p < PANELS; p++) b[p] = load(at.keys[p] + k * LANES);
+    if (next != nullptr)
+      for (int p = 0; p < PANELS; p++) __builtin_prefetch(next->keys[p] + k * LANES, 0, 2);
     for (int r = 0; r < R; r++) {
       const vu a = splat(q[r * lanes + k]);
-      for (int p = 0; p < CHUNK; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+      for (int p = 0; p < PANELS; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
     }
   }
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < CHUNK; p++) storef(out + r * KEYS + p * LANES, acc[r][p]);
+    for (int p = 0; p < PANELS; p++) storef(out + r * KEYS + p * LANES, acc[r][p]);
 }
 
-// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk. Meanwhile the keys of
+// out[R][head_dim] = out * decay + weights x values, over the first `count` keys of the chunk. Meanwhile the values of
 // the chunk that comes next are fetched.
 template <class T, int R>
-void accumulate(const uint32_t* weights, const Panels& at, long count, long head_dim, const Panels* next,
+void accumulate(const uint32_t* weights, const Chunk& at, long count, long head_dim, const Chunk* next,
                 const float* decay, float* out) {
   constexpr int W = 4;  // vectors of the output at a time
   for (long d = 0; d < head_dim; d += W * LANES) {
@@ -75,14 +75,14 @@ void accumulate(const uint32_t* weights, const Panels& at, long count, long head
     for (int r = 0; r < R; r++)
       for (int w = 0; w < W; w++)
         acc[r][w] = w < width ? loadf(out + r * head_dim + d + w * LANES) * decay[r] : vf{};
-    for (int p = 0; p < CHUNK && p * LANES < count; p++) {
+    for (int p = 0; p < PANELS && p * LANES < count; p++) {
       const long keys = count - p * LANES < LANES ? count - p * LANES : LANES;
       const long lanes = (keys + T::PER_LANE - 1) / T::PER_LANE;
       for (long k = 0; k < lanes; k++) {
         vu v[W];
         for (int w = 0; w < W; w++) v[w] = load(at.values[p] + k * head_dim + d + (w < width ? w : 0) * LANES);
         if (next != nullptr)
-          for (int w = 0; w < width; w++) __builtin_prefetch(next->keys[p] + k * head_dim + d + w * LANES);
+          for (int w = 0; w < width; w++) __builtin_prefetch(next->values[p] + k * head_dim + d + w * LANES, 0, 2);
         for (int r = 0; r < R; r++) {
           const vu a = splat(weights[r * (KEYS / T::PER_LANE) + p * (LANES / T::PER_LANE) + k]);
           for (int w = 0; w < W; w++) acc[r][w] = T::dot(acc[r][w], a, v[w]);
@@ -107,11 +107,11 @@ struct Scratch {
 
 // Positions `at`.. of a task's sequence.
 template <class T>
-Panels locate(const Attention& a, const Task& task, long at, long count) {
+Chunk locate(const Attention& a, const Task& task, long at, long count) {
   const int32_t* table = a.tables + task.sequence * a.table_width;
   const long lanes = a.head_dim / T::PER_LANE, per_head = a.block_size * lanes;
-  Panels found;
-  for (int p = 0; p < CHUNK; p++) {
+  Chunk found;
+  for (int p = 0; p < PANELS; p++) {
     // Panels past the last key repeat the first: what they give is masked.
     const long position = at + (p * LANES < count ? p * LANES : 0);
     const long block = table[position / a.block_size], offset = position % a.block_size;
@@ -154,18 +154,18 @@ void attend(const Attention& a, const Task& task, const Task* next, long head_be
   for (long r = 0; r < rows; r++) highest[r] = NONE, total[r] = vf{};
 
   const long begin = first_key(a, task);
-  Panels now_at = locate<T>(a, task, begin, keys_from(a, task, begin));
+  Chunk now_at = locate<T>(a, task, begin, keys_from(a, task, begin));
   for (long at = begin; at <= last_position; at += KEYS) {
     const long count = keys_from(a, task, at);
-    const Panels here = now_at;
+    const Chunk here = now_at;
     const bool more = at + KEYS <= last_position;
     if (more)
       now_at = locate<T>(a, task, at + KEYS, keys_from(a, task, at + KEYS));
     else if (next != nullptr)
       now_at = locate<T>(a, *next, first_key(a, *next), keys_from(a, *next, first_key(a, *next)));
-    const Panels* fetch = more || next != nullptr ? &now_at : nullptr;
+    const Chunk* fetch = more || next != nullptr ? &now_at : nullptr;
     for (long r = 0; r < rows; r += 4) {
-#define CALL(R) scores<T, R>(q + r * lanes, here, lanes, r == 0, scratch.scores + r * KEYS)
+#define CALL(R) scores<T, R>(q + r * lanes, here, lanes, r == 0 ? fetch : nullptr, scratch.scores + r * KEYS)
       switch (rows - r) {
         case 1: CALL(1); break;
         case 2: CALL(2); break;
@@ -178,9 +178,9 @@ void attend(const Attention& a, const Task& task, const Task* next, long head_be
       float* s = scratch.scores + r * KEYS;
       const long position = first_position + r / group;
       const long from = a.window > 0 ? position - a.window + 1 : 0;
-      vf score[CHUNK], top = splatf(NONE);
+      vf score[PANELS], top = splatf(NONE);
       const bool masked = at + KEYS - 1 > position || at < from;
-      for (int p = 0; p < CHUNK; p++) {
+      for (int p = 0; p < PANELS; p++) {
         score[p] = loadf(s + p * LANES) * a.scale;
         if (masked) {
           const vi key = COUNT + int32_t(at + p * LANES);
@@ -192,7 +192,7 @@ void attend(const Attention& a, const Task& task, const Task* next, long head_be
       highest[r] = now;
       decay[r] = before == NONE ? 0.0f : std::exp(before - now);
       total[r] *= decay[r];
-      for (int p = 0; p < CHUNK; p++) {
+      for (int p = 0; p < PANELS; p++) {
         // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
         const vf weight = now == NONE ? vf{} : exp_negative(score[p] - now);
         total[r] += weight;

@@ -78,6 +78,12 @@ constexpr long FETCH_ROWS = 64;         // with more, the adapters are a small p
 constexpr long FETCH_BYTES = 2 << 20;
 constexpr long FUSED_ROWS = 16;         // tokens of a segment, on average, from which on it is worth tiles of its own
 
+// A linear with the pool of its adapters.
+struct Adapted {
+  const Matrix* matrix;
+  const LoraPool* pool;
+};
+
 struct Run {
   const Model& m;
   const Step& s;
@@ -103,6 +109,12 @@ struct Run {
     s.seconds[phase] += omp_get_wtime() - began;
   }
 
+  // None where the activations are as they are and the weights int8: those are widened before they are used.
+  aio::Panels panels(const Matrix& w) const {
+    if (w.scale != nullptr && w.start == nullptr) return {};
+    return {w.packed, w.n, w.k * aio::LANES * long(w.scale != nullptr ? 1 : element())};
+  }
+
   void base(const Matrix& w, const void* x, void* y, long rows, const aio::Beside& beside) const {
     if (w.scale == nullptr)
       aio_linear_beside(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
@@ -111,11 +123,13 @@ struct Run {
                       threads);
   }
 
-  // `next` and `next_k` are of the linear that follows: with few rows the arithmetic leaves the memory idle.
-  void linear(Phase phase, const Matrix& w, const LoraPool& pool, const LoraBatch& batch, const void* x, void* y,
-              long rows, const LoraPool& next, long next_k) const {
+  // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
+  void linear(Phase phase, const Adapted& a, const LoraBatch& batch, const void* x, void* y, long rows,
+              const Adapted& next) const {
+    const Matrix& w = *a.matrix;
+    const LoraPool& pool = *a.pool;
     std::vector<aio::Fetch> fetch;
-    if (rows <= FETCH_ROWS) fetch = matrices(next, batch, next_k);
+    if (rows <= FETCH_ROWS) fetch = matrices(*next.pool, batch, next.matrix->k);
     const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, pool.slice, pool.slices,
                                  m.max_rank, rows >= FUSED_ROWS * batch.count};
     const bool adapted = pool.slices > 0 && batch.count > 0, whole_lanes = m.max_rank % 2 == 0 || !m.bf16;
@@ -126,7 +140,8 @@ struct Run {
                         batch.count, threads);
       });
     timed(phase, [&] {
-      base(w, x, y, rows, {fetch.data(), long(fetch.size()), adapted && whole_lanes ? &adapters : nullptr});
+      base(w, x, y, rows,
+           {fetch.data(), long(fetch.size()), adapted && whole_lanes ? &adapters : nullptr, panels(*next.matrix)});
     });
     if (adapted && !whole_lanes)
       timed(EXPAND, [&] {
@@ -144,10 +159,11 @@ struct Run {
 
   // `delta` is what the layer before left to be added to the hidden state; this layer's is in x. `next` is what the
   // adapters do next.
-  void layer(const Layer& l, const void* delta, const LoraPool& next) const {
+  void layer(const Layer& l, const void* delta, const Adapted& next) const {
     const long q_width = m.heads * m.head_dim, qkv_width = l.qkv.n;
     norm(delta, l.input_norm, s.tokens);
-    linear(QKV, l.qkv, l.lora_qkv, s.lora, s.x, s.wide, s.tokens, l.lora_o, l.o.k);
+    const Adapted o{&l.o, &l.lora_o}, gate_up{&l.gate_up, &l.lora_gate_up}, down{&l.down, &l.lora_down};
+    linear(QKV, {&l.qkv, &l.lora_qkv}, s.lora, s.x, s.wide, s.tokens, o);
     timed(ROPE, [&] {
       if (l.q_norm != nullptr) {
         char* keys = (char*)s.wide + q_width * element();
@@ -161,17 +177,19 @@ struct Run {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
                     s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, l.window, m.attention_scale, threads);
     });
-    linear(O, l.o, l.lora_o, s.lora, s.narrow, s.x, s.tokens, l.lora_gate_up, l.gate_up.k);
+    linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);
     norm(s.x, l.post_norm, s.tokens);
-    linear(GATE_UP, l.gate_up, l.lora_gate_up, s.lora, s.x, s.wide, s.tokens, l.lora_down, l.down.k);
+    linear(GATE_UP, gate_up, s.lora, s.x, s.wide, s.tokens, down);
     timed(ACTIVATION, [&] { aio_silu_and_mul(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads); });
-    linear(DOWN, l.down, l.lora_down, s.lora, s.narrow, s.x, s.tokens, next, m.hidden);
+    linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, next);
   }
 
   void operator()() const {
+    const Adapted head{&m.head, &m.lora_head};
     const void* delta = nullptr;
     for (long i = 0; i < m.layers; i++) {
-      layer(m.layer[i], delta, i + 1 < m.layers ? m.layer[i + 1].lora_qkv : m.lora_head);
+      const Layer* next = i + 1 < m.layers ? &m.layer[i + 1] : nullptr;
+      layer(m.layer[i], delta, next != nullptr ? Adapted{&next->qkv, &next->lora_qkv} : head);
       delta = s.x;
     }
     if (s.samples == 0) return;
@@ -182,7 +200,9 @@ struct Run {
       std::memmove((char*)s.x + i * row, (char*)s.x + s.sample_rows[i] * row, row);
     }
     norm(s.x, m.norm, s.samples);
-    linear(HEAD, m.head, m.lora_head, s.sample_lora, s.x, s.logits, s.samples, LoraPool{}, 0);
+    const Matrix no_matrix{};
+    const LoraPool no_pool{};
+    linear(HEAD, head, s.sample_lora, s.x, s.logits, s.samples, {&no_matrix, &no_pool});
   }
 };
 

@@ -9,10 +9,9 @@ void linear(const Linear& l, const void* packed, const Beside& beside, int threa
   const long panel = l.k / T::PER_LANE * LANES;
 #pragma omp parallel num_threads(threads)
   {
-    Blocks<T, T> block(l, beside);
-    visit_blocks(l.rows, l.n, [&](long begin, long end, long first, long panels) {
-      block((const uint32_t*)packed + first * panel, begin, end, first * LANES, panels);
-    });
+    const Share mine(l.rows, l.n);
+    Blocks<T, T> compute(l, beside, mine.count());
+    for (long i = 0; i < mine.count(); i++) compute((const uint32_t*)packed + mine[i].first * panel, mine[i]);
   }
 }
 

@@ -32,11 +32,18 @@ struct Adapters {
   bool long_segments;  // long enough for tiles of their own
 };
 
+// A packed weight: panels of 16 outputs, each of so many bytes.
+struct Panels {
+  const void* begin;  // null: none
+  long outputs, panel_bytes;
+};
+
 // What a linear does beside its own product. Columns of slices must begin and end where panels do.
 struct Beside {
   const Fetch* fetch;  // memory that is needed afterwards
   long fetch_count;
   const Adapters* adapters;  // may be null
+  Panels next;               // the weight of the linear that follows, for as many rows
 };
 }  // namespace aio
 

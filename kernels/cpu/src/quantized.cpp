@@ -153,11 +153,14 @@ void with_activations_as_they_are(const Work& w) {
 #pragma omp parallel num_threads(w.threads)
   {
     std::vector<uint32_t> wide(PANELS * w.l.k / T::PER_LANE * LANES);
-    Blocks<T, T> block(w.l, w.beside);
-    visit_blocks(w.l.rows, w.l.n, [&](long begin, long end, long first, long panels) {
-      widen<T>(w.packed + first * lanes * LANES, panels * lanes, wide.data());
-      block(wide.data(), begin, end, first * LANES, panels);
-    });
+    const Share mine(w.l.rows, w.l.n);
+    Blocks<T, T> compute(w.l, w.beside, mine.count());
+    for (long i = 0; i < mine.count(); i++) {
+      Block block = mine[i];
+      block.next = 0;  // the weights are not where the next block's follow
+      widen<T>(w.packed + block.first * lanes * LANES, block.panels * lanes, wide.data());
+      compute(wide.data(), block);
+    }
   }
 }
 
@@ -188,10 +191,9 @@ void with_int8_activations(const Work& w) {
       }
       row_scale[r] = largest / LARGEST / (w.rotation > 0 ? w.rotation : 1);
     }
-    Blocks<Int8, T> block(l, w.beside);
-    visit_blocks(l.rows, l.n, [&](long begin, long end, long first, long panels) {
-      block(w.packed + first * lanes * LANES, begin, end, first * LANES, panels);
-    });
+    const Share mine(l.rows, l.n);
+    Blocks<Int8, T> compute(l, w.beside, mine.count());
+    for (long i = 0; i < mine.count(); i++) compute(w.packed + mine[i].first * lanes * LANES, mine[i]);
   }
 }
 

@@ -10,64 +10,84 @@
 
 #include <vector>
 
-#include "transpose.h"
+#include "expand.h"
 
 namespace aio {
 
 constexpr int ROWS = 8, PANELS = 3;
-constexpr long ROW_BLOCK = 64;  // rows of x that stay in the L2 cache while the panels pass by
+constexpr long ROW_BLOCK = 128;  // rows of x that stay in the L2 cache while the panels pass by
 
-// Gives out the cache lines of some ranges of memory, a few at a time: first those that are wanted now, then a thread's
-// share of those that are wanted afterwards, in the last of its `steps`, or what comes in between would drive them out.
+// Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
+// For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
+// after the linear. The last is left for the last half of the blocks, or what comes in between would drive it out.
 class Fetcher {
  public:
-  Fetcher(const Beside& beside, long index, long threads, long steps)
-      : later_(beside.fetch), now_(nullptr), now_end_(nullptr) {
+  // `blocks` are the thread's.
+  Fetcher(const Beside& beside, long index, long threads, long blocks) : later_(beside.fetch), blocks_(blocks) {
     long total = 0;
     for (long i = 0; i < beside.fetch_count; i++) total += lines(beside.fetch[i]);
     const Range mine = share(total, index, threads);
     left_ = mine.end - mine.begin;
     line_ = mine.begin;
     while (left_ > 0 && line_ >= lines(*later_)) line_ -= lines(*later_++);
-    steps_ = steps - 2 * left_;
+    late_ = (blocks + 1) / 2;
   }
 
-  // These first; they must stay where they are.
-  void want(const std::vector<Fetch>& ranges) {
-    now_ = ranges.data(), now_end_ = now_ + ranges.size();
-    now_line_ = 0;
+  // A block of so many steps begins. Call want() afterwards.
+  void begin() {
+    ranges_.clear();
+    next_ = 0, at_ = 0, total_ = 0;
   }
 
-  // Up to `count` lines that adjoin: where they begin, and how many.
-  inline __attribute__((always_inline)) const char* take(long count, long& taken) {
-    if (now_ != now_end_) {
-      const char* at = (const char*)now_->begin + now_line_ * 64;
-      taken = lines(*now_) - now_line_;
-      if (taken <= count) {
-        now_++, now_line_ = 0;
-      } else {
-        taken = count, now_line_ += count;
+  void want(const void* from, long bytes) {
+    if (bytes <= 0) return;
+    ranges_.push_back({from, bytes});
+    total_ += lines(ranges_.back());
+  }
+
+  // All is wanted; the block has so many steps.
+  void ready(long steps) {
+    if (blocks_ <= late_ && left_ > 0) {
+      for (long quota = (left_ + blocks_ - 1) / blocks_; quota > 0 && left_ > 0;) {
+        if (line_ == lines(*later_)) later_++, line_ = 0;
+        long count = lines(*later_) - line_;
+        if (count > left_) count = left_;
+        if (count > quota) count = quota;
+        want((const char*)later_->begin + line_ * 64, count * 64);
+        line_ += count, left_ -= count, quota -= count;
       }
-      return at;
     }
+    blocks_--;
+    twice_ = total_ > steps;
+  }
+
+  // Whether two lines are to be fetched for each step.
+  bool twice() const { return twice_; }
+
+  // Up to `count` lines that adjoin: where they begin, and how many; none if all are given out.
+  inline __attribute__((always_inline)) const char* take(long count, long& taken) {
     taken = 0;
-    steps_ -= count;
-    if (left_ == 0 || steps_ > 0) return nullptr;
-    if (line_ == lines(*later_)) later_++, line_ = 0;
-    const char* at = (const char*)later_->begin + line_ * 64;
-    taken = lines(*later_) - line_;
-    if (taken > left_) taken = left_;
-    if (taken > count) taken = count;
-    line_ += taken;
-    left_ -= taken;
-    return at;
+    if (next_ == ranges_.size()) return nullptr;
+    const Fetch& range = ranges_[next_];
+    const char* from = (const char*)range.begin + at_ * 64;
+    taken = lines(range) - at_;
+    if (taken <= count) {
+      next_++, at_ = 0;
+    } else {
+      taken = count, at_ += count;
+    }
+    return from;
   }
 
  private:
   static long lines(const Fetch& r) { return (r.bytes + 63) / 64; }
 
-  const Fetch *later_, *now_, *now_end_;
-  long line_, left_, steps_, now_line_ = 0;
+  const Fetch* later_;
+  long line_, left_, blocks_, late_;
+  std::vector<Fetch> ranges_;
+  size_t next_ = 0;
+  long at_ = 0, total_ = 0;
+  bool twice_ = false;
 };
 
 // What there is to compute: y = x W^T, times a scale of each row and column if there are such, plus a bias if there
@@ -79,7 +99,7 @@ struct Linear {
   void* y;
   long y_stride;
   long rows, n, k;
-  const float *row_scale, *column_scale;  // may be null; column_scale and start have room for whole panels
+  const float *row_scale, *column_scale;  // may be null, row_scale alone too; column_scale has room for whole panels
   const int32_t* start;                   // what the sums of each column begin with; null: zero
 };
 
@@ -91,14 +111,14 @@ struct Delta {
   long slice[PANELS];
 };
 
-// acc += x W over lanes begin..end-1, fetching a cache line for each if there is something to fetch.
-template <class T, int R, int P, bool FETCH>
+// acc += x W over lanes begin..end-1, fetching FETCH cache lines for each.
+template <class T, int R, int P, int FETCH>
 inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
                      const char* fetch, typename T::acc (&acc)[R][P]) {
   for (long k = begin; k < end; k++) {
     vu b[P];
     for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
-    if (FETCH) __builtin_prefetch(fetch + (k - begin) * 64, 0, 2);
+    for (int f = 0; f < FETCH; f++) __builtin_prefetch(fetch + ((k - begin) * FETCH + f) * 64, 0, 2);
     for (int r = 0; r < R; r++) {
       const vu a = splat(x[r * x_stride + k]);
       for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
@@ -122,45 +142,55 @@ void tile(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* del
     for (int r = 0; r < R; r++) acc[r][p] = start;
   }
   long k = 0;
+  const int rate = fetcher.twice() ? 2 : 1;
   while (k < lanes) {
-    long fetches;
-    const char* fetch = fetcher.take(lanes - k, fetches);
-    if (fetches == 0) break;
-    multiply<T, R, P, true>(x, stride, w, panel, k, k + fetches, fetch, acc);
-    k += fetches;
+    long count;
+    const char* fetch = fetcher.take((lanes - k) * rate, count);
+    if (count == 0) break;
+    const long until = k + (count + rate - 1) / rate;  // an odd line out asks for a neighbour as well
+    if (rate == 1)
+      multiply<T, R, P, 1>(x, stride, w, panel, k, until, fetch, acc);
+    else
+      multiply<T, R, P, 2>(x, stride, w, panel, k, until, fetch, acc);
+    k = until;
   }
-  multiply<T, R, P, false>(x, stride, w, panel, k, lanes, nullptr, acc);
+  multiply<T, R, P, 0>(x, stride, w, panel, k, lanes, nullptr, acc);
+  // All of this is unrolled, or the sums would have to leave the registers.
+#pragma GCC unroll 3
   for (int p = 0; p < P; p++) {
     const long first = column + p * LANES, count = l.n - first < LANES ? l.n - first : LANES;
-    const vf scale = l.column_scale != nullptr ? loadf(l.column_scale + first) : splatf(1.0f);
-    vf bias = {};
+    vf y[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) y[r] = to_float(acc[r][p]);
+    if (l.column_scale != nullptr) {
+      const vf scale = loadf(l.column_scale + first);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] *= scale * (l.row_scale != nullptr ? l.row_scale[row + r] : 1.0f);
+    }
     if (l.bias != nullptr) {
       elem b[LANES] = {};
       std::memcpy(b, (const elem*)l.bias + first, count * sizeof(elem));
-      bias = Out::load16(b);
-    }
-    vf y[R];
-    for (int r = 0; r < R; r++) {
-      y[r] = to_float(acc[r][p]) * scale;
-      if (l.row_scale != nullptr) y[r] *= l.row_scale[row + r];
-      y[r] += bias;
+      const vf bias = Out::load16(b);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] += bias;
     }
     if (delta != nullptr && delta->slice[p] >= 0) {
       const uint32_t* h = delta->h + row * delta->h_stride + delta->slice[p];
       for (long k = 0; k < delta->lanes; k++) {
         const vu b = load(delta->b + p * delta->panel + k * LANES);
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) y[r] = Out::dot(y[r], splat(h[r * delta->h_stride + k]), b);
       }
     }
-    for (int r = 0; r < R; r++) {
-      const vf v = y[r];
-      elem* out = (elem*)l.y + (row + r) * l.y_stride + first;
-      if (count == LANES) {
-        Out::store16(out, v);
-      } else {
+    elem* out = (elem*)l.y + row * l.y_stride + first;
+    if (count == LANES) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) Out::store16(out + r * l.y_stride, y[r]);
+    } else {
+      for (int r = 0; r < R; r++) {
         elem last[LANES];
-        Out::store16(last, v);
-        std::memcpy(out, last, count * sizeof(elem));
+        Out::store16(last, y[r]);
+        std::memcpy(out + r * l.y_stride, last, count * sizeof(elem));
       }
     }
   }
@@ -176,63 +206,66 @@ void row_tiles(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta
 #undef CALL
 }
 
-// y += B h for R rows of one panel, B as a slot holds it: 16 rows, `stride` lanes apart. `lanes` is what an adapter's rank
-// comes to; if it is a multiple of 8, B is turned in registers.
-template <class T, int R>
-inline void add_panel(const uint32_t* h, long h_stride, const typename T::elem* b, long stride, long lanes, long rank,
-                      typename T::elem* y, long y_stride, uint32_t* turned) {
-  constexpr int CHAINS = R <= 4 ? 2 : 1;  // sums side by side, so that products do not wait for one another
-  vf acc[R][CHAINS];
-  for (int r = 0; r < R; r++) {
-    acc[r][0] = T::load16(y + r * y_stride);
-    if (CHAINS == 2) acc[r][CHAINS - 1] = vf{};
-  }
-#if defined(AIO_SHUFFLE)
-  if (lanes % 8 == 0 && rank == lanes * T::PER_LANE) {
-    for (long k = 0; k < lanes; k += 8) {
-      vu w[8];
-      transpose8((const uint32_t*)b + k, stride, w);
-      for (int j = 0; j < 8; j++)
-        for (int r = 0; r < R; r++)
-          acc[r][j % CHAINS] = T::dot(acc[r][j % CHAINS], splat(h[r * h_stride + k + j]), w[j]);
-    }
-  } else
-#endif
-  {
-    transpose<T>(b, stride * T::PER_LANE, rank, LANES, turned);
-    for (long k = 0; k < lanes; k++)
-      for (int r = 0; r < R; r++)
-        acc[r][0] = T::dot(acc[r][0], splat(h[r * h_stride + k]), load(turned + k * LANES));
-  }
-  for (int r = 0; r < R; r++) T::store16(y + r * y_stride, CHAINS == 2 ? acc[r][0] + acc[r][CHAINS - 1] : acc[r][0]);
-}
+// Rows begin..end-1 by up to 3 adjoining panels from `first` on; the thread's next block has the `next` panels after
+// these (0: others).
+struct Block {
+  long begin, end, first, panels, next;
+};
 
-// Computes blocks of rows and up to 3 adjoining panels, with what the adapters add, for one thread.
+// A thread's blocks: blocks of rows outside, panels inside, and its share is contiguous in that order.
+class Share {
+ public:
+  Share(long rows, long n)
+      : rows_(rows), panels_((n + LANES - 1) / LANES), groups_((panels_ + PANELS - 1) / PANELS),
+        mine_(share((rows + ROW_BLOCK - 1) / ROW_BLOCK * groups_, omp_get_thread_num(), omp_get_num_threads())) {}
+
+  long count() const { return mine_.end - mine_.begin; }
+
+  Block operator[](long i) const {
+    const long at = mine_.begin + i, begin = at / groups_ * ROW_BLOCK, first = at % groups_ * PANELS;
+    const long end = begin + ROW_BLOCK < rows_ ? begin + ROW_BLOCK : rows_;
+    return {begin, end, first, panels(first), i + 1 < count() ? panels(first + PANELS) : 0};
+  }
+
+ private:
+  // From `first` on, at most a block's; none behind the last.
+  long panels(long first) const {
+    const long left = panels_ - first;
+    return left < 0 ? 0 : left < PANELS ? left : PANELS;
+  }
+
+  long rows_, panels_, groups_;
+  Range mine_;
+};
+
+// Computes blocks, with what the adapters add, for one thread.
 template <class T, class Out>
 class Blocks {
  public:
-  Blocks(const Linear& l, const Beside& beside)
-      : l_(l), adapters_(beside.adapters),
-        fetcher_(beside, omp_get_thread_num(), omp_get_num_threads(), steps() / omp_get_num_threads()) {
+  // `blocks` is how many there will be.
+  Blocks(const Linear& l, const Beside& beside, long blocks)
+      : l_(l), adapters_(beside.adapters), next_(beside.next), left_(blocks),
+        fetcher_(beside, omp_get_thread_num(), omp_get_num_threads(), blocks) {
     if (adapters_ != nullptr) b_.resize(PANELS * adapters_->max_rank / Out::PER_LANE * LANES);
   }
 
-  void operator()(const uint32_t* w, long begin, long end, long column, long panels) {
-    if (adapters_ == nullptr)
-      rows(w, nullptr, begin, end, column, panels);
-    else if (adapters_->long_segments)
-      adapted_in_registers(w, begin, end, column, panels);
-    else
-      adapted_afterwards(w, begin, end, column, panels);
+  // `w` are the block's weights, which those of the next one's `block.next` panels follow.
+  void operator()(const uint32_t* w, const Block& block) {
+    const auto [begin, end, first, panels, next] = block;
+    const bool afterwards = adapters_ != nullptr && !adapters_->long_segments;
+    const long lanes = l_.k / T::PER_LANE, column = first * LANES;
+    fetcher_.begin();
+    if (afterwards) want_adapters(begin, end, column, panels);
+    fetcher_.want(w + panels * lanes * LANES, next * lanes * long(sizeof(vu)));
+    if (--left_ == 0) want_next_linear();
+    fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
+    if (adapters_ != nullptr && !afterwards) return adapted_in_registers(w, begin, end, column, panels);
+    rows(w, nullptr, begin, end, column, panels);
+    if (afterwards) add_adapters(begin, end, column, panels);
   }
 
  private:
   using elem = typename Out::elem;
-
-  long steps() const {
-    const long groups = (l_.n + PANELS * LANES - 1) / (PANELS * LANES);
-    return (l_.rows + ROWS - 1) / ROWS * groups * (l_.k / T::PER_LANE);
-  }
 
   void rows(const uint32_t* w, const Delta* delta, long begin, long end, long column, long panels) {
     switch (panels) {
@@ -255,36 +288,43 @@ class Blocks {
     if (row < end) rows(w, nullptr, row, end, column, panels);
   }
 
-  // Short segments would make tiles too small. Their matrices come out of memory while the block is computed.
-  void adapted_afterwards(const uint32_t* w, long begin, long end, long column, long panels) {
+  // What this thread needs first of the linear that follows.
+  void want_next_linear() {
+    if (next_.begin == nullptr) return;
+    const Share share(l_.rows, next_.outputs);
+    if (share.count() > 0)
+      fetcher_.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
+  }
+
+  // Short segments would make tiles too small: they are added when the block is computed, and their matrices come out
+  // of memory meanwhile.
+  void want_adapters(long begin, long end, long column, long panels) {
     const Adapters& a = *adapters_;
-    const Segment* const from = first(begin);
-    wanted_.clear();
-    for (const Segment* g = from; g < last() && g->begin < end; g++)
+    for (const Segment* g = first(begin); g < last() && g->begin < end; g++)
       for (long j = 0; j < a.slices; j++) {
         const long low = column > a.slice[j].offset ? column - a.slice[j].offset : 0;
         const long top = column + panels * LANES - a.slice[j].offset;
         const long high = top < a.slice[j].out ? top : a.slice[j].out;
         if (low < high)
-          wanted_.push_back({matrix(a.slice[j], g->slot, low), (high - low) * a.max_rank * long(sizeof(elem))});
+          fetcher_.want(matrix(a.slice[j], g->slot, low), (high - low) * a.max_rank * long(sizeof(elem)));
       }
-    fetcher_.want(wanted_);
-    rows(w, nullptr, begin, end, column, panels);
+  }
+
+  void add_adapters(long begin, long end, long column, long panels) {
+    const Adapters& a = *adapters_;
+    const Segment* const from = first(begin);
     const long width = a.max_rank / Out::PER_LANE, h_stride = a.slices * width;
-    for (long p = 0; p < panels; p++) {
+    for (long p = 0, count; p < panels; p += count) {
       const long j = slice_at(column + p * LANES);
+      count = 1;
+      while (p + count < panels && slice_at(column + (p + count) * LANES) == j) count++;
       if (j < 0) continue;
       const long within = column + p * LANES - a.slice[j].offset;
       for (const Segment* g = from; g < last() && g->begin < end; g++) {
-        const elem* b = matrix(a.slice[j], g->slot, within);
-        const long until = g->end < end ? g->end : end, lanes = (g->rank + Out::PER_LANE - 1) / Out::PER_LANE;
-        for (long row = g->begin > begin ? g->begin : begin; row < until; row += ROWS) {
-          const uint32_t* h = (const uint32_t*)a.h + row * h_stride + j * width;
-          elem* y = (elem*)l_.y + row * l_.y_stride + column + p * LANES;
-#define CALL(R) add_panel<Out, R>(h, h_stride, b, width, lanes, g->rank, y, l_.y_stride, b_.data())
-          AIO_SWITCH_ROWS(until - row, CALL)
-#undef CALL
-        }
+        const long low = g->begin > begin ? g->begin : begin, high = g->end < end ? g->end : end;
+        const B<Out> b{matrix(a.slice[j], g->slot, within), width, (g->rank + Out::PER_LANE - 1) / Out::PER_LANE, g->rank};
+        expand_panels<Out>((const uint32_t*)a.h + low * h_stride + j * width, h_stride, b, high - low, count,
+                           (elem*)l_.y + low * l_.y_stride + column + p * LANES, l_.y_stride, b_.data());
       }
     }
   }
@@ -327,23 +367,10 @@ class Blocks {
 
   const Linear& l_;
   const Adapters* adapters_;
+  Panels next_;
+  long left_;  // blocks
   Fetcher fetcher_;
-  std::vector<Fetch> wanted_;
   std::vector<uint32_t> b_;
 };
-
-// Calls visit(begin, end, panel, panels) for every block that is this thread's: blocks of rows outside, panels inside,
-// and a thread's share is contiguous in that order.
-template <class Visit>
-void visit_blocks(long rows, long n, const Visit& visit) {
-  const long panels = (n + LANES - 1) / LANES, groups = (panels + PANELS - 1) / PANELS;
-  const long blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  const Range mine = share(blocks * groups, omp_get_thread_num(), omp_get_num_threads());
-  for (long i = mine.begin; i < mine.end; i++) {
-    const long begin = i / groups * ROW_BLOCK, first = i % groups * PANELS;
-    const long end = begin + ROW_BLOCK < rows ? begin + ROW_BLOCK : rows;
-    visit(begin, end, first, panels - first < PANELS ? panels - first : PANELS);
-  }
-}
 
 }  // namespace aio

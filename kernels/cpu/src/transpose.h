@@ -8,23 +8,28 @@ namespace aio {
 #if defined(__GNUC__) && (__GNUC__ >= 12 || defined(__clang__))
 #define AIO_SHUFFLE 1
 // Lanes 0..7 of 16 rows (`stride` lanes apart) as 8 vectors of 16 rows: two 8 x 8 transpositions side by side.
-inline void transpose8(const uint32_t* b, long stride, vu (&out)[8]) {
+inline __attribute__((always_inline)) void transpose8(const uint32_t* b, long stride, vu (&out)[8]) {
   typedef uint32_t half __attribute__((vector_size(32)));
   vu v[8], t[8], u[8];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     half low, high;
     std::memcpy(&low, b + i * stride, sizeof low);
     std::memcpy(&high, b + (i + 8) * stride, sizeof high);
     v[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i += 2) {
     t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
     t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   }
-  for (int i = 0; i < 8; i += i % 4 == 1 ? 3 : 1) {
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; n++) {
+    const int i = n / 2 * 4 + n % 2;
     u[i] = __builtin_shufflevector(t[i], t[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
     u[i + 2] = __builtin_shufflevector(t[i], t[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     out[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
     out[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
