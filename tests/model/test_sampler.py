@@ -251,3 +251,13 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, [3, 70]] = 0.0
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=50)):
         assert set(tokens(logits, [row(params, seed=s) for s in range(200)])) == {3, 70}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_greedy_takes_the_first_of_equal_tokens_wherever_they_are(dtype: torch.dtype) -> None:
+    vocab = 3 * 1024
+    places = [[5], [1023, 1024], [2047, 2050, 3071], [0, vocab - 1], [1500, 1400]]
+    logits = torch.zeros(len(places), vocab, dtype=dtype)
+    for scores, best in zip(logits, places, strict=True):
+        scores[best] = 2.0
+    assert tokens(logits, [row(SamplingParams()) for _ in places]) == [min(best) for best in places]
