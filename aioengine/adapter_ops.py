@@ -140,12 +140,10 @@ class AdapterOps:
         force_pin: bool = False,
     ) -> AdapterInfo:
         with self._pins.claim(name, force=force_pin) if pin else nullcontext():
-            async with self._locks.hold(name):
-                pinned = name in self._residency.current and self.find(name).pinned
-                async with self._until_unloaded(name):
-                    await self._load_version(name, path, pin=pin, replace=replace)
+            async with self._locks.hold(name), self._until_unloaded(name):
+                await self._load_version(name, path, pin=pin, replace=replace)
             if pin:
-                await self._pins.in_slot(name, keep=pinned)
+                await self._pins.in_slot(name)
         return self.info(name)
 
     @asynccontextmanager
@@ -235,7 +233,8 @@ class AdapterOps:
         except asyncio.CancelledError:
             if not new:  # whoever else needs it will have it; nobody asks for it by name any more
                 self._stepper.loaded.pop(entry.uid, None)
-                self._residency.forget_want(entry)
+                if not entry.pinned:  # what is pinned is read again after a loss of the device
+                    self._residency.forget_want(entry)
             elif self._stepper.loaded.pop(entry.uid, None) is not None:
                 self._residency.retire(entry, _now())
                 self._stepper.give_up_load(entry)
@@ -285,7 +284,7 @@ class AdapterOps:
             self._stepper.listeners.append(listen)
             try:
                 self._residency.retire(entry, _now())
-                self._pins.changed()
+                self._pins.changed(name)
                 if force:
                     self._abort_all(entry)
                 if not entry.waiting:
@@ -319,7 +318,7 @@ class AdapterOps:
 
     async def unpin(self, name: str) -> AdapterInfo:
         self.find(name).pinned = False
-        self._pins.changed()
+        self._pins.changed(name)
         self._stepper.wake()
         return self.info(name)
 

@@ -6,9 +6,9 @@ The core places a pinned adapter in a slot as soon as one is idle, and never tak
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from aioengine import events
 from aioengine.errors import AdapterNotFound, ConfigError
@@ -16,12 +16,21 @@ from aioengine.schedulers.policy import Location
 from aioengine.stepper import Stepper
 
 
+@dataclass
+class _Claim:
+    """Of all those at once who have a name pinned."""
+
+    settled: bool
+    """It was pinned before them, or one of them has succeeded: then it stays pinned if the others fail."""
+    count: int = 0
+
+
 class Pins:
     def __init__(self, stepper: Stepper, max_loras: int) -> None:
         self._stepper = stepper
         self._current = stepper.core.residency.current
         self._max_loras = max_loras
-        self._claims: Counter[str] = Counter()
+        self._claims: dict[str, _Claim] = {}
         self._waits: list[_Wait] = []
 
     @contextmanager
@@ -41,17 +50,20 @@ class Pins:
                 f"adapter {name!r} cannot be pinned: {len(others)} of max_loras={self._max_loras} slots are "
                 f"pinned already ({', '.join(sorted(others)) or 'none'}); {todo}"
             )
-        self._claims[name] += 1
+        entry = self._current.get(name)
+        claim = self._claims.setdefault(name, _Claim(settled=entry is not None and entry.pinned))
+        claim.count += 1
         try:
             yield
         finally:
-            self._claims[name] -= 1
-            if not self._claims[name]:
+            claim.count -= 1
+            if not claim.count:
                 del self._claims[name]
 
-    async def in_slot(self, name: str, *, keep: bool) -> None:
-        """Wait until ``name``, whose current version is pinned, is in a slot or is pinned no more. If that
-        fails or is cancelled it is unpinned, unless ``keep``.
+    async def in_slot(self, name: str) -> None:
+        """Wait until ``name``, which is claimed and whose current version is pinned, is in a slot or is
+        pinned no more. If that fails or is cancelled it is unpinned, unless it was pinned before or others
+        have it pinned too.
 
         Raises AdapterNotFound if it is unloaded meanwhile, AdapterLoadError if the copy fails, and
         EngineStopped or EngineDead.
@@ -66,18 +78,23 @@ class Pins:
                 self._stepper.check_goes_on()
             await wait.done
         except BaseException:
-            entry = self._current.get(name)
-            if entry is not None and not keep:
+            entry, claim = self._current.get(name), self._claims[name]
+            if entry is not None and not claim.settled and claim.count == 1:
                 entry.pinned = False
                 self._stepper.wake()
             raise
+        else:
+            entry = self._current.get(name)
+            self._claims[name].settled = entry is not None and entry.pinned
         finally:
             self._waits.remove(wait)
             self._stepper.listeners.remove(wait)
             self._stepper.waits.discard(wait.done)
 
-    def changed(self) -> None:
+    def changed(self, name: str) -> None:
         """Call when an adapter was unpinned or retired, of which no event tells."""
+        if name in self._claims:
+            self._claims[name].settled = False
         for wait in self._waits:
             wait()
 

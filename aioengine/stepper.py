@@ -172,8 +172,8 @@ class Stepper:
         self.publish()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until something happens, or a deadline is due."""
-        due = self.core.next_deadline()
+        """Until something happens, or something is due."""
+        due = self.core.next_due()
         timeout = None if due is None else max(due - loop.time(), 0.0)
         if self.core.queues and not self._moves.under_way:
             timeout = POLICY_RETRY_SECONDS if timeout is None else min(timeout, POLICY_RETRY_SECONDS)

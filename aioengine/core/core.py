@@ -301,8 +301,8 @@ class Core:
         assert not self._in_flight
         self.now = now
         self.expire(now)
-        self.residency.sweep(now)
         self._fail_shut_out(now)
+        self.residency.sweep(now)  # after those that end requests: an adapter's last one may be among them
         self.placing.place_pinned(now)
         decision = self._guard.decide(self._view)
         for request_id in decision.preempt:
@@ -331,8 +331,13 @@ class Core:
         self.blocks.forget()
         self.residency.device_lost(now)
 
-    def next_deadline(self) -> float | None:
+    def next_due(self) -> float | None:
         """When ``schedule`` must be called even if nothing else happens."""
+        due = [at for at in (self.next_deadline(), self.placing.next_retry(self.now)) if at is not None]
+        return min(due, default=None)
+
+    def next_deadline(self) -> float | None:
+        """The first at which a request ends, if it has not by then."""
         while self._deadlines and self._deadlines[0][2].status is Status.ENDED:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None

@@ -38,15 +38,17 @@ class Placing:
         is closed: it admits nothing until it is, or steady traffic would keep the adapter out for ever."""
         self._closed.clear()
         for entry in self._residency.cpu.entries.values():
-            failed = entry.copy_failed
-            if failed is not None and now - failed < PIN_RETRY_SECONDS:
-                continue  # or a copy that always fails would be tried again without pause
-            if entry.pinned and entry.slot is None and entry.location is Location.CPU:
+            if _waits_for_slot(entry) and now >= _retry_at(entry):
                 slot = self._residency.choose_slot(self._slots.superseded())
                 if slot is not None:
                     self._residency.start_copy(entry, slot, now)
                 elif (busy := self._slots.least_busy(self._closed)) is not None:
                     self._closed.add(busy)
+
+    def next_retry(self, now: float) -> float | None:
+        """When a pinned adapter is due again whose copy has failed; None if there is none."""
+        due = [_retry_at(entry) for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
+        return min((at for at in due if at > now), default=None)
 
     def apply(self, decision: Decision, now: float, admitting: set[int]) -> list[Refusal]:
         """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
@@ -89,6 +91,15 @@ class Placing:
                 return reason
         self._residency.start_copy(entry, slot, now)
         return None
+
+
+def _waits_for_slot(entry: AdapterEntry) -> bool:
+    return entry.pinned and entry.slot is None and entry.location is Location.CPU
+
+
+def _retry_at(entry: AdapterEntry) -> float:
+    """When a pinned adapter may be copied, or a copy that always fails would be tried again without pause."""
+    return 0.0 if entry.copy_failed is None else entry.copy_failed + PIN_RETRY_SECONDS
 
 
 def _not_takable(slot: Slot, admitting: set[int]) -> str | None:

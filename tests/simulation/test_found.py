@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from lab_sim import MB, config, costs
+from lab_sim import DISK, MB, SLOT, config, costs
 from simulation.scenario import GuardedLoop
 
 from aioengine import SamplingParams
-from aioengine.errors import AdapterLoadError, AdapterNotFound, EngineDead, EngineStopped
+from aioengine.core.placing import PIN_RETRY_SECONDS
+from aioengine.errors import AdapterLoadError, AdapterNotFound, EngineDead, EngineOverloaded, EngineStopped
 from aioengine.lab.clock import run_in_virtual_time
 from aioengine.lab.engine import SimulatedEngine
 from aioengine.lab.workload import AdapterShape
@@ -136,5 +137,115 @@ def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_executor(stop
         assert engine.state == ("stopped" if stop else "dead")
         assert (await request).finish_reason == "abort"
         await engine.stop()
+
+    run_in_virtual_time(main())
+
+
+def test_a_pin_is_tried_again_though_nothing_else_happens() -> None:
+    """It was waited for for ever: a failed copy is tried again a second later, and nobody woke up."""
+
+    async def main() -> float:
+        async with SimulatedEngine(config(), costs()) as engine:
+            engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
+            place = engine._loader.place
+
+            async def fail(uid: int, slot: int) -> float:
+                engine._loader.place = place  # type: ignore[method-assign]
+                raise OSError("planned")
+
+            engine._loader.place = fail  # type: ignore[method-assign]
+            with pytest.raises(AdapterLoadError):
+                await engine.complete([0], adapter="a")
+            async with asyncio.timeout(60):
+                assert (await engine.pin_adapter("a")).location == "slot"
+            return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(main()) == pytest.approx(
+        DISK.seconds(50 * MB) + PIN_RETRY_SECONDS + SLOT.seconds(50 * MB)
+    )
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_pin_that_is_given_up_leaves_the_pin_of_others(before: bool) -> None:
+    """Who waited for the same pin waited for ever."""
+
+    async def main() -> tuple[bool, str, bool]:
+        async with SimulatedEngine(config(), costs()) as engine:
+            engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
+            if before:
+                await engine.pin_adapter("a")
+            pins = [asyncio.create_task(engine.pin_adapter("a")) for _ in range(3)]
+            await asyncio.sleep(0.0 if before else 1.1)  # it is being copied
+            pins[0].cancel()
+            async with asyncio.timeout(60):
+                info = await pins[1]
+            pins[2].cancel()
+            await asyncio.wait(pins)
+            return info.pinned, info.location, engine.adapters()[0].pinned
+
+    assert run_in_virtual_time(main()) == (True, "slot", True)
+
+
+def test_pins_that_fail_together_leave_none() -> None:
+    async def main() -> list[Any]:
+        async with SimulatedEngine(config(), costs()) as engine:
+            engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
+
+            async def fail(uid: int, slot: int) -> float:
+                await asyncio.sleep(1.0)
+                raise OSError("planned")
+
+            engine._loader.place = fail  # type: ignore[method-assign]
+            pins = [asyncio.create_task(engine.pin_adapter("a")) for _ in range(2)]
+            async with asyncio.timeout(60):
+                errors = await asyncio.gather(*pins, return_exceptions=True)
+            return [*map(type, errors), engine.adapters()[0].pinned]
+
+    assert run_in_virtual_time(main()) == [AdapterLoadError, AdapterLoadError, False]
+
+
+def test_a_load_that_is_given_up_leaves_a_pinned_adapter_to_be_read_again() -> None:
+    """After a loss of the device the pin was waited for for ever."""
+
+    async def main() -> str:
+        async with SimulatedEngine(config(), costs()) as engine:
+            engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
+            pin = asyncio.create_task(engine.pin_adapter("a"))
+            await asyncio.sleep(1.1)  # it is being copied
+
+            async def restart() -> None:
+                await asyncio.sleep(5.0)
+
+            engine._executor.can_restart = True
+            engine._executor.restart = restart  # type: ignore[method-assign]
+            engine._stepper._executor_lost(EngineDead("planned: the device was lost"))
+            await asyncio.sleep(1.0)
+            load = asyncio.create_task(engine.load_adapter("a"))
+            await asyncio.sleep(1.0)
+            load.cancel()
+            async with asyncio.timeout(60):
+                return (await pin).location
+
+    assert run_in_virtual_time(main()) == "slot"
+
+
+def test_an_unload_ends_with_the_last_request_that_is_shut_out() -> None:
+    """It was waited for for ever: the request was failed after what is free had been swept away."""
+
+    async def main() -> None:
+        async with SimulatedEngine(config(max_loras=1, max_cpu_loras=1), costs()) as engine:
+            engine.add_adapters([AdapterShape(name, 8, 50 * MB) for name in "abc"])
+            running = asyncio.create_task(engine.complete([0], SamplingParams(max_tokens=300), adapter="a"))
+            await asyncio.sleep(2.0)
+            pin = asyncio.create_task(engine.pin_adapter("b", force=True))
+            shut_out = asyncio.create_task(engine.complete([0], adapter="c"))
+            await asyncio.sleep(0.1)
+            unload = asyncio.create_task(engine.unload_adapter("c"))
+            async with asyncio.timeout(60):
+                await pin
+                with pytest.raises(EngineOverloaded):
+                    await shut_out
+                await unload
+            await running
 
     run_in_virtual_time(main())
