@@ -10,6 +10,7 @@ sharding take turns, step by step, in the same processes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -26,7 +27,6 @@ from safetensors.torch import save_file
 from torch import distributed, multiprocessing
 
 from aioengine.adapters.peft import PackedAdapter
-from aioengine.adapters.shares import held_matrices
 from aioengine.model.files import read_spec
 from aioengine.model.parallel import DistributedGroup, Group, Shard, SoloGroup
 from aioengine.model.runner import ModelRunner
@@ -185,7 +185,7 @@ def runner_of(group: Group, folder: Path, lora_rank: int) -> ModelRunner:
     assert slots is not None
     adapter = random_adapter(runner.spec, lora_rank)
     for slot in range(ADAPTERS):
-        slots.write(slot, build_image(slots.layout, held_matrices(slots.layout, adapter), {}, torch.bfloat16))
+        slots.write(slot, build_image(slots.layout, share_of(adapter, slots.layout), {}, torch.bfloat16))
     return runner
 
 
@@ -200,6 +200,14 @@ def random_adapter(spec: ModelSpec, rank: int) -> PackedAdapter:
         for n_in, n_out in [spec.linear(module)]
     }
     return PackedAdapter("random", "", rank, "", 0, tensors)
+
+
+def share_of(adapter: PackedAdapter, layout: SlotLayout) -> PackedAdapter:
+    tensors = {}
+    for key, (a, b) in adapter.tensors.items():
+        share = layout.share(key[1])
+        tensors[key] = a[share.a], b[share.b]
+    return dataclasses.replace(adapter, tensors=tensors)
 
 
 def timed(runners: Sequence[ModelRunner], load: Load, lora_rank: int) -> list[Point]:

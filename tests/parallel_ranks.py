@@ -171,7 +171,6 @@ class Held(NamedTuple):
     """What one rank holds."""
 
     rank: int
-    digest: str
     image_bytes: int
     slot_bytes: int
     weight_bytes: int
@@ -184,7 +183,7 @@ def hold(group: Group, script: Script, folder: Path) -> Held:
     runner, slots = stage.runner, stage.runner.lora_slots
     assert slots is not None
     kv_bytes = runner.kv_cache.nbytes
-    return Held(image.rank, image.digest, image.nbytes, slots.nbytes, runner.decoder.nbytes, kv_bytes)
+    return Held(image.rank, image.nbytes, slots.nbytes, runner.decoder.nbytes, kv_bytes)
 
 
 def refusal(group: Group, script: Script, folder: Path) -> str:
@@ -255,7 +254,12 @@ class Stage:
         self._next_block = 0
 
     def load(self, slot: int, folder: Path) -> AdapterImage:
-        image = self.store.read(folder.name, str(folder))
+        draft = self.store.begin(folder.name, str(folder))
+        if squares := draft.squares:  # with processes for ranks, the engine carries them
+            mine = torch.frombuffer(bytearray(squares), dtype=torch.float32)
+            for theirs in self._group.all_gather(mine[None], dim=0):
+                draft.add(0, bytes(theirs.view(torch.uint8).tolist()))
+        image = self.store.finish(draft)
         assert self.runner.lora_slots is not None
         self.runner.lora_slots.write(slot, image)
         self._ranks[slot] = image.rank

@@ -1,12 +1,14 @@
 """What test workers build their models with: the real parts, that go wrong when asked to.
 
-An adapter "hang" takes a minute to read, and so does one "hang-1", on rank 1 alone; "fail-1" fails there.
-A step over the tokens ``BAD`` raises. ``AIOENGINE_TEST_START`` is a file: while it exists, the model is not
-built.
+An adapter "hang" takes a minute to read, and so does one "hang-1", on rank 1 alone; "fail-1", "memory-1" and
+"place-1" fail there, the last when it is put into a slot; "hang-end-1" and "fail-end-1" do so when the ranks
+have told each other what they must. A step over the tokens ``BAD`` raises. ``AIOENGINE_TEST_START`` is a
+file: while it exists, the model is not built.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -29,12 +31,25 @@ class Store:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def read(self, name: str, path: str) -> Any:
+    def begin(self, name: str, path: str) -> Any:
         if name == "hang" or name == f"hang-{self._rank}":
             time.sleep(60)
         if name == f"fail-{self._rank}":
             raise AdapterLoadError("a rank's disk is broken", name=name, path=path)
-        return self._store.read(name, path)
+        if name == f"memory-{self._rank}":
+            raise MemoryError
+        return self._store.begin(name, path)
+
+    def finish(self, draft: Any) -> Any:
+        name = draft.packed.name
+        if name == f"hang-end-{self._rank}":
+            time.sleep(60)
+        if name == f"fail-end-{self._rank}":
+            raise AdapterLoadError("a rank's norms are broken", name=name, path=draft.packed.path)
+        image = self._store.finish(draft)
+        if name == f"place-{self._rank}":
+            image = dataclasses.replace(image, layout=None)
+        return image
 
 
 class Runner:

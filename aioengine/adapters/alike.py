@@ -17,6 +17,7 @@ from torch import Tensor
 from aioengine.adapters.layout import Layout, Part, Place
 from aioengine.adapters.packing import Packed, SlotOrder, largest_magnitude
 from aioengine.adapters.peft_config import PeftLoraConfig
+from aioengine.adapters.shares import Cut, cut_of, select
 from aioengine.adapters.weights_file import Entry
 from aioengine.model.slot_image import SERIAL_ELEMENTS, ImageShape, Stretch, image_memory, image_shape
 from aioengine.model.slot_layout import SlotLayout
@@ -24,13 +25,37 @@ from aioengine.model.spec import NO_LAYER
 
 
 class Contents(NamedTuple):
-    """What a safetensors file holds, by its header."""
+    """What a safetensors file holds, by its header, and what is read of it."""
 
     layout: Layout
     entries: Sequence[Entry]
+    """What is read, as it lies in memory."""
+    pieces: Sequence[tuple[int, int]]
+    """Where it comes from, in that order: offsets and lengths in the file's data, in bytes."""
+    cuts: Mapping[str, Cut]
+    """Which parts of the tensors that is; empty: all of them."""
     parts: Mapping[str, Part]
     shortcut: Shortcut | None
     """None: the file is not a usual one, or no order is wanted."""
+
+    @classmethod
+    def of(
+        cls, order: SlotOrder | None, dtype: torch.dtype, entries: Sequence[Entry],
+        parts: Mapping[str, Part], layout: Layout,
+    ) -> Contents:  # fmt: skip
+        """``entries`` are the file's."""
+        pieces: Sequence[tuple[int, int]] = [(0, sum(entry.nbytes for entry in entries))]
+        cuts: dict[str, Cut] = {}
+        if order is not None and order.layout.shard.size > 1:
+            cuts = cuts_of(order.layout, parts, layout)
+            entries, pieces = select(entries, cuts)
+        shortcut = None if order is None else Shortcut.of(order, dtype, entries, parts, layout)
+        return cls(layout, entries, pieces, cuts, parts, shortcut)
+
+
+def cuts_of(slot: SlotLayout, parts: Mapping[str, Part], layout: Layout) -> dict[str, Cut]:
+    """What the rank of ``slot`` needs of the tensors of an adapter, by key."""
+    return {key: cut_of(slot, part, dora=layout.dora, tied=layout.tied) for key, part in parts.items()}
 
 
 class KnownContents:
@@ -111,15 +136,11 @@ class Shortcut:
             and parts[entry.key].place[0] != NO_LAYER
             for entry in entries
         )
-        return (
-            cls(order.layout, dtype, entries, parts, layout)
-            if usual and order.layout.shard.size == 1
-            else None
-        )
+        return cls(order.layout, dtype, entries, parts, layout) if usual else None
 
     def pack(self, data: Tensor, *, allow_nonfinite: bool, pin_memory: bool) -> Packed | None:
-        """``data`` [bytes of the file] in the order of a slot, B scaled. None if there is something about the
-        values that must be looked at more closely."""
+        """``data`` [bytes that were read] in the order of a slot, B scaled. None if there is something about
+        the values that must be looked at more closely."""
         dtype = self._shape.dtype
         flat = data.view(dtype)
         if not allow_nonfinite:

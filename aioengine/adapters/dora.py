@@ -7,15 +7,16 @@ length m: ``y = bias + m / |W + BA| * (W + BA) x``, where |.| is the norm of eac
 The bias that ``lora_bias`` trains is one more shift. The gain is kept less 1, because trained scales are
 close to 1, where a bfloat16 would round it away.
 
-The norm is over whole rows: under tensor parallelism it has to come from the full W, B and A, and where
-a linear is split over its inputs, gain and shift apply once, after the parts have been added.
+The norm is over whole rows. Under tensor parallelism a rank has those of the outputs that it computes; but
+where a linear is split over its inputs, it has a part of each row: their squares are added up over the
+ranks, and gain and shift apply once, after the outputs' parts have been added.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from aioengine.errors import AdapterInvalid
 from aioengine.model.slot_image import SERIAL_ELEMENTS
 
 BaseWeights = Callable[[int, str], tuple[Tensor, Tensor | None]]
-"""``weights(layer, module)``: the base model's weight [out, in] and bias [out]."""
+"""``weights(layer, module)``: the base model's weight [out, in] and bias [out]; what a rank has of them."""
 
 _CUDA_ELEMENTS = 1 << 24
 
@@ -42,30 +43,53 @@ class OutputAdapter(Protocol):
     def tensors(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
 
     @property
+    def computed(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
+
+    @property
     def magnitudes(self) -> Mapping[tuple[int, str], Tensor]: ...
 
     @property
     def biases(self) -> Mapping[tuple[int, str], Tensor]: ...
 
 
+class Rows(NamedTuple):
+    """The rows of an adapted weight, on the CPU."""
+
+    squares: Tensor
+    """[out] the sum of each one's squares, in float32."""
+    bias: Tensor | None
+    """[out] the base model's."""
+
+
+def rows_of(adapter: OutputAdapter, weights: BaseWeights, key: tuple[int, str]) -> Rows:
+    """For a (layer, module); of as much of the rows as ``weights`` has."""
+    weight, bias = weights(*key)
+    total = squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
+    return Rows(total.cpu(), None if bias is None else bias.cpu())
+
+
 def output_affine(
-    adapter: OutputAdapter, weights: BaseWeights, dtype: torch.dtype
+    adapter: OutputAdapter,
+    weights: BaseWeights,
+    dtype: torch.dtype,
+    known: Mapping[tuple[int, str], Rows] | None = None,
 ) -> dict[tuple[int, str], Tensor]:
     """Gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
+    ``known`` gives the rows of which ``weights`` has but a part.
     Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
     """
+    known = known or {}
     result = {}
     for key in sorted({*adapter.magnitudes, *adapter.biases}):
         magnitude, bias = adapter.magnitudes.get(key), adapter.biases.get(key)
-        n_out = adapter.tensors[key][1].shape[0]
-        gain, shift = torch.zeros(n_out), torch.zeros(n_out)
+        gain, shift = torch.zeros(2, *next(x.shape for x in (magnitude, bias) if x is not None))
         if magnitude is not None:
-            weight, base_bias = weights(*key)
-            a, b = adapter.tensors[key]
-            gain = magnitude.float() * inverse_norms(weight, a, b).cpu() - 1
-            if base_bias is not None:
-                shift -= gain * base_bias.float().cpu()
+            rows = known.get(key) or rows_of(adapter, weights, key)
+            # Not sqrt: MKL does that with a team of threads.
+            gain = magnitude.float() * rows.squares.rsqrt() - 1
+            if rows.bias is not None:
+                shift -= gain * rows.bias.float()
         if bias is not None:
             shift += bias.float()
         result[key] = torch.stack([gain, shift]).to(dtype)
@@ -81,19 +105,19 @@ def output_affine(
     return result
 
 
-def inverse_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """1 / the Euclidean norm of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
+def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The sum of squares of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
 
     ``weight`` [out, in], ``a`` [r, in], ``b`` [out, r]. With w and b a row of each, the square is
     ``w.w + 2 b.(A w) + b.(A A^T) b``, so that nothing of the weight's size is built: the weight is gone
     through in tiles.
     """
     a, b = a.to(weight.device, torch.float32), b.to(weight.device, torch.float32)
-    squares = (_products(b, _products(a, a)) * b).sum(1)
+    total = (_products(b, _products(a, a)) * b).sum(1)
     for rows, columns in _tiles(weight):
         tile = weight[rows, columns].float()
-        squares[rows] += 2 * (_products(tile, a[:, columns]) * b[rows]).sum(1) + tile.square().sum(1)
-    return squares.clamp_(min=0).rsqrt_()  # not sqrt: MKL does that with a team of threads
+        total[rows] += 2 * (_products(tile, a[:, columns]) * b[rows]).sum(1) + tile.square().sum(1)
+    return total.clamp_(min=0)
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

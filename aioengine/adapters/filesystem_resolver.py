@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from aioengine.adapters.peft_config import CONFIG_FILE
+from aioengine.adapters.folder import CONFIG_FILE
 from aioengine.adapters.resolver import ADAPTER_FILES, BlockingResolver, is_plain_name
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 

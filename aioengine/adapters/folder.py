@@ -17,6 +17,10 @@ from typing import NamedTuple, NoReturn
 
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 
+CONFIG_FILE = "adapter_config.json"
+SAFETENSORS_FILE = "adapter_model.safetensors"
+BIN_FILE = "adapter_model.bin"
+
 # The medium or whoever serves it may recover; others may give back what the machine ran short of.
 _TRANSIENT_NAMES = (
     *("EIO", "EREMOTEIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EDEADLK", "EPIPE", "ENOTCONN"),
@@ -47,6 +51,13 @@ class OpenFile:
         self.size = size
         self._folder = folder
         self._raw = raw
+
+    def seek(self, offset: int) -> None:
+        """What is read next begins at this byte of the file."""
+        try:
+            self._raw.seek(offset)
+        except OSError as error:
+            raise self._folder.unreadable(self.name, error) from error
 
     def read(self, size: int) -> bytearray:
         """Exactly the next ``size`` bytes. Raises AdapterLoadError, also if the file ends before."""
@@ -87,8 +98,16 @@ class AdapterFolder:
         if not stat.S_ISDIR(mode):
             self.failed("is a file; expected the PEFT folder that contains it")
 
-    def has(self, file: str) -> bool:
-        return os.path.lexists(self._join(file))
+    @property
+    def version(self) -> str:
+        """What tells the content of the files that were opened from another, without reading it."""
+        return repr(sorted((file, *version) for file, version in self._versions.items()))
+
+    def weights_file(self) -> str:
+        """The name of the file with the weights, be it there or not."""
+        if os.path.lexists(self._join(BIN_FILE)) and not os.path.lexists(self._join(SAFETENSORS_FILE)):
+            return BIN_FILE
+        return SAFETENSORS_FILE
 
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from aioengine.adapters.folder import CONFIG_FILE
 from aioengine.adapters.local_copies import LocalCopies
-from aioengine.adapters.peft_config import CONFIG_FILE
 from aioengine.adapters.resolver import WEIGHTS_FILES, BlockingResolver, is_plain_name
 from aioengine.config import format_bytes, parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from aioengine.adapters.peft_config import CONFIG_FILE
+from aioengine.adapters.folder import CONFIG_FILE
 from aioengine.adapters.resolver import ADAPTER_FILES, BlockingResolver
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.hub import HubId, download, has_hub, parse_hub_id

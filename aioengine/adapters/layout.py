@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-from aioengine.adapters.folder import AdapterFolder
-from aioengine.adapters.peft_config import CONFIG_FILE, PeftLoraConfig
+from aioengine.adapters.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft_config import PeftLoraConfig
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, LinearShape, ModelSpec
 
@@ -136,6 +136,7 @@ class Layout:
             config.ensure_weight_tying and spec.tie_embeddings and config.targets("model.embed_tokens")
         )
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
+        self.dora = config.use_dora
         self.targets: dict[Place, Target] = {}
         """In the order of the tensors of a packed adapter."""
         self._add(NO_LAYER, {module: spec.linear(module) for module in EMBEDDING_MODULES})

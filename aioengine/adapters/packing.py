@@ -19,9 +19,10 @@ from torch import Tensor
 
 from aioengine.adapters.folder import AdapterFolder
 from aioengine.adapters.layout import Layout, Part, Place
+from aioengine.adapters.shares import Cut
 from aioengine.adapters.weights_file import Weights
 from aioengine.model.buffer import Buffer
-from aioengine.model.slot_image import ImageShape, image_memory
+from aioengine.model.slot_image import ImageShape, image_memory, serial_copies
 from aioengine.model.slot_layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
 
@@ -45,6 +46,7 @@ class Packed(NamedTuple):
     rank: int
     in_order: Tensor | None
     shape: ImageShape | None = None
+    computed: Mapping[Place, tuple[Tensor, Tensor]] = {}
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
@@ -61,7 +63,8 @@ def largest_magnitude(tensors: Sequence[Tensor]) -> float:
 
 
 class Packer:
-    """Checks and packs the tensors of one file."""
+    """Checks and packs the tensors of one file, or the parts of them that a rank has read; ``cuts`` says
+    which those are."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Packer:
         dtype: torch.dtype,
         allow_nonfinite: bool,
         order: SlotOrder | None,
+        cuts: Mapping[str, Cut],
     ) -> None:
         self._folder = folder
         self._file = file
@@ -81,10 +85,11 @@ class Packer:
         self._weights = weights
         self._dtype = dtype
         self._allow_nonfinite = allow_nonfinite
+        self._cuts = cuts
         self._keys = {part: key for key, part in parts.items()}
         self._largest = math.nan
         self._kept = [part for part in self._keys if part.kind in ("A", "B", "bias")]
-        self._sources = [weights.tensors[self._keys[part]] for part in self._kept]
+        self._sources = [self._held(self._keys[part]) for part in self._kept]
         targets = layout.targets
         self._factors = [1.0 if part.kind == "A" else targets[part.place].scaling for part in self._kept]
         self._same_dtype = all(source.dtype == dtype for source in self._sources)
@@ -116,7 +121,7 @@ class Packer:
         if self._layout.tied:
             self._check_tied()
 
-    def pack(self, helper: Executor) -> Packed:
+    def pack(self, helper: Executor | None) -> Packed:
         """Scale and convert; ``helper`` does a part of it. Raises AdapterInvalid on overflow of the dtype."""
         if self.in_place:
             _scale(self._groups, helper)
@@ -127,7 +132,7 @@ class Packer:
             for source, factor, result in zip(self._sources, self._factors, self._results, strict=True):
                 _convert(source, factor, result)
         self._check_overflow()
-        return self._packed
+        return self._packed._replace(computed=self._computed())
 
     # -- what is checked ---------------------------------------------------------------------
 
@@ -202,7 +207,7 @@ class Packer:
         matrices = sorted((i for i in range(len(self._kept)) if i not in results), key=slot_offset)
         sizes = [self._sources[index].numel() for index in matrices]
         affine = {part.place for part in self._keys if part.kind in ("bias", "magnitude")}
-        room = sum(2 * places[place].shape.out_features for place in affine)
+        room = sum(2 * places[place].num_outputs for place in affine)
         data = image_memory(sum(sizes) + room, self._dtype, pin_memory=order.pin_memory)
         for index, share in zip(matrices, data.split_with_sizes([*sizes, room]), strict=False):
             results[index] = share.view(self._sources[index].shape)
@@ -222,6 +227,30 @@ class Packer:
             in_order=in_order,
         )
 
+    def _held(self, key: str) -> Tensor:
+        """What the slot holds of what was read."""
+        tensor, cut = self._weights.tensors[key], self._cuts.get(key)
+        return tensor if cut is None else contiguous(tensor[cut.held])
+
+    def _computed(self) -> dict[Place, tuple[Tensor, Tensor]]:
+        """A and B of DoRA as they were read, where not all of that is held; converted as those are."""
+        if not self._cuts:
+            return {}
+        found: dict[Place, tuple[Tensor, Tensor]] = {}
+        held = dict(zip(self._kept, self._results, strict=True))
+        for place in self._packed.magnitudes:
+            both = []
+            for part in (Part(place, "A"), Part(place, "B")):
+                source = self._weights.tensors[self._keys[part]]
+                result = held[part]
+                if source.shape != result.shape:
+                    result = torch.empty(source.shape, dtype=self._dtype)
+                    factor = 1.0 if part.kind == "A" else self._layout.targets[place].scaling
+                    _convert(source, factor, result)
+                both.append(result)
+            found[place] = both[0], both[1]
+        return found
+
     def _magnitudes(self) -> dict[Place, Tensor]:
         """In float32 and in memory of their own: they stay on the CPU, and are small."""
         magnitudes = {}
@@ -230,6 +259,16 @@ class Packer:
                 magnitudes[part.place] = torch.empty(self._weights.tensors[key].shape, dtype=torch.float32)
                 _convert(self._weights.tensors[key], 1.0, magnitudes[part.place])
         return magnitudes
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """Itself if it is, else a copy."""
+    if tensor.is_contiguous():
+        return tensor
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype)
+    pairs = list(serial_copies(tensor, copied.view(-1)))
+    torch._foreach_copy_([to for to, _ in pairs], [values for _, values in pairs])
+    return copied
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -16,19 +16,13 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from aioengine.adapters.alike import Contents, KnownContents, Shortcut
-from aioengine.adapters.folder import AdapterFolder, OpenFile
+from aioengine.adapters.alike import Contents, KnownContents, cuts_of
+from aioengine.adapters.folder import CONFIG_FILE, SAFETENSORS_FILE, AdapterFolder, OpenFile
 from aioengine.adapters.layout import Layout, Part, max_data_bytes
-from aioengine.adapters.packing import Packed, Packer, SlotOrder
-from aioengine.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_config
-from aioengine.adapters.weights_file import (
-    BIN_FILE,
-    SAFETENSORS_FILE,
-    SafetensorsHeader,
-    Weights,
-    tensors_of,
-    unpickle,
-)
+from aioengine.adapters.packing import Packed, Packer, SlotOrder, contiguous
+from aioengine.adapters.peft_config import PeftLoraConfig, parse_config
+from aioengine.adapters.shares import Cut
+from aioengine.adapters.weights_file import SafetensorsHeader, Weights, tensors_of, unpickle
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.slot_image import ImageShape
@@ -39,14 +33,15 @@ _MAX_CONFIG_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedAdapter:
-    """A LoRA adapter in CPU memory, ready to be copied into a slot."""
+    """A LoRA adapter in CPU memory, ready to be copied into a slot; or a rank's share of one."""
 
     name: str
     path: str
     rank: int
     """The largest effective rank of its modules."""
     digest: str
-    """SHA-256 (hex) over the configuration and the weights file: the identity of the content."""
+    """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" of a share,
+    of which not all has been read; see :func:`aioengine.adapters.digest.content_digest`."""
     nbytes: int
     """The memory that it holds."""
     tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
@@ -63,6 +58,10 @@ class PackedAdapter:
     :func:`aioengine.model.slot_image.build_image`."""
     shape: ImageShape | None = None
     """The shape of that image, where it is known."""
+    computed: Mapping[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of a share with DoRA: A and B as its norms need them, where that is more than ``tensors`` has."""
+    version: str = ""
+    """What tells the content of the files from another without reading it; see :class:`AdapterFolder`."""
 
 
 def read_adapter(
@@ -87,7 +86,8 @@ def read_adapter(
         allow_nonfinite: accept NaN and infinity in the weights.
         base_weight: the base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves it along with an adapter on it; with this it is compared and left out, else refused.
-        order: Lay the tensors out as in a slot, so that no copy is needed to make its image.
+        order: Lay the tensors out as in a slot, so that no copy is needed to make its image. If the slot
+            holds a rank's share, that is what is read, checked and returned.
         known: Spares looking at a header that was looked at before, for the same ``spec``, ``max_rank``,
             ``target_modules``, ``dtype`` and ``order``.
 
@@ -118,6 +118,8 @@ def read_adapter(
         biases=packed.biases,
         in_order=packed.in_order,
         shape=packed.shape,
+        computed=packed.computed,
+        version=folder.version,
     )
 
 
@@ -145,13 +147,18 @@ class _Reader:
         config_bytes = _read_config(self.folder)
         config = parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
         digest = hashlib.sha256(config_bytes)
-        if not self.folder.has(SAFETENSORS_FILE) and self.folder.has(BIN_FILE):
-            with self.folder.open(BIN_FILE) as file:
-                packed = self._pickled(file, config, digest)
-        else:
-            with self.folder.open(SAFETENSORS_FILE) as file:
+        name = self.folder.weights_file()
+        with self.folder.open(name) as file:
+            if name == SAFETENSORS_FILE:
                 packed = self._safetensors(file, config, digest)
-        return packed, digest.hexdigest()
+            else:
+                packed = self._pickled(file, config, digest)
+        return packed, "" if self._shared else digest.hexdigest()
+
+    @property
+    def _shared(self) -> bool:
+        """Whether a rank's share is wanted."""
+        return self.order is not None and self.order.layout.shard.size > 1
 
     def _safetensors(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         header = SafetensorsHeader.read(self.folder, file)
@@ -162,6 +169,8 @@ class _Reader:
         contents: Contents | None = None
         if not 0 < header.data_bytes <= max_data_bytes(self.spec, self.max_rank, self.target_modules):
             contents = self._contents(file, config, header)
+        if self._shared:
+            return self._share(file, header, contents or self._contents(file, config, header))
         buffer = Buffer(header.data_bytes)
         with ThreadPoolExecutor(1, thread_name_prefix="aioengine-load-helper") as helper:
             hashing = _read_and_hash(file, buffer.view, digest, helper)
@@ -171,12 +180,26 @@ class _Reader:
                 hashing.result()
                 return packed
             weights = tensors_of(buffer, contents.entries)
-            packer = self._packer(file, contents.layout, contents.parts, weights)
+            packer = self._packer(file, contents.layout, contents.parts, weights, {})
             if packer.in_place:
                 hashing.result()
             packed = packer.pack(helper)
             hashing.result()
             return packed
+
+    def _share(self, file: OpenFile, header: SafetensorsHeader, contents: Contents) -> Packed:
+        """The tensors' parts are read into memory one behind the other, as if there were no others."""
+        buffer = Buffer(sum(length for _, length in contents.pieces))
+        end = 0
+        for offset, length in contents.pieces:
+            file.seek(len(header.raw) + offset)
+            file.read_into(buffer.view[end : end + length])
+            end += length
+        packed = self._shortcut(contents, buffer)
+        if packed is None:
+            weights = tensors_of(buffer, contents.entries)
+            packed = self._packer(file, contents.layout, contents.parts, weights, contents.cuts).pack(None)
+        return packed
 
     def _shortcut(self, contents: Contents, buffer: Buffer) -> Packed | None:
         if contents.shortcut is None or self.order is None:
@@ -192,7 +215,12 @@ class _Reader:
         digest.update(data)
         weights = unpickle(self.folder, data)
         parts = layout.parts(file.name, {key: tensor.shape for key, tensor in weights.tensors.items()})
-        packer = self._packer(file, layout, parts, weights)
+        cuts: Mapping[str, Cut] = {}
+        if self._shared and self.order is not None:  # a file that cannot be read in parts
+            cuts = cuts_of(self.order.layout, parts, layout)
+            tensors = {key: contiguous(cuts[key].of(tensor)) for key, tensor in weights.tensors.items()}
+            weights = Weights(tensors, None, list(tensors.values()))
+        packer = self._packer(file, layout, parts, weights, cuts)
         with ThreadPoolExecutor(1) as helper:
             return packer.pack(helper)
 
@@ -207,15 +235,15 @@ class _Reader:
         if contents is None:
             layout, entries = self._layout(config), header.entries(self.folder)
             parts = layout.parts(file.name, {e.key: e.shape for e in entries})
-            order, shortcut = self.order, None
-            if order is not None:
-                shortcut = Shortcut.of(order, self.dtype, entries, parts, layout)
-            contents = Contents(layout, entries, parts, shortcut)
+            contents = Contents.of(self.order, self.dtype, entries, parts, layout)
             if self.known is not None:
                 self.known.put(key, contents)
         return contents
 
-    def _packer(self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights) -> Packer:
+    def _packer(
+        self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights,
+        cuts: Mapping[str, Cut],
+    ) -> Packer:  # fmt: skip
         packer = Packer(
             self.folder,
             file.name,
@@ -225,6 +253,7 @@ class _Reader:
             dtype=self.dtype,
             allow_nonfinite=self.allow_nonfinite,
             order=self.order,
+            cuts=cuts,
         )
         packer.check(self.base_weight)
         return packer

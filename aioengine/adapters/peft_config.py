@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from aioengine.adapters.folder import CONFIG_FILE
 from aioengine.errors import AdapterInvalid
 
-CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 
 # Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,

@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aioengine.adapters.peft_config import CONFIG_FILE
+from aioengine.adapters.folder import BIN_FILE, CONFIG_FILE, SAFETENSORS_FILE
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS_FILES = (SAFETENSORS_FILE, BIN_FILE)
 """The first that is there is the one that is read."""
 ADAPTER_FILES = (CONFIG_FILE, *WEIGHTS_FILES)
 MAX_ABANDONED = 32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioengine.model.parallel import SOLO, Shard
 from aioengine.model.slot_layout import SlotLayout
@@ -12,22 +12,16 @@ from aioengine.model.spec import NO_LAYER, ModelSpec
 if TYPE_CHECKING:
     import torch
 
-    from aioengine.adapters.peft import PackedAdapter
+    from aioengine.adapters.dora import BaseWeights
+    from aioengine.adapters.draft import Draft
     from aioengine.model.slot_image import AdapterImage
-
-
-class BaseWeights(Protocol):
-    """:meth:`aioengine.model.decoder.Decoder.base_weight`."""
-
-    def __call__(
-        self, layer: int, module: str, *, all_rows: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 class AdapterStore:
     """``weights`` gives the base model's linears, which DoRA needs; ``dtype`` is that of the slots.
 
-    With a ``shard`` of several, it keeps that share of every adapter, as the slots of its rank hold it.
+    With a ``shard`` of several, it reads and keeps that share of every adapter, as the slots of its rank hold
+    it, and ``weights`` gives what the rank has.
     """
 
     def __init__(
@@ -43,55 +37,56 @@ class AdapterStore:
         shard: Shard = SOLO,
     ) -> None:
         from aioengine.adapters.alike import KnownContents  # imports torch
+        from aioengine.adapters.packing import SlotOrder
 
         self._known = KnownContents()
         self._spec = spec
-        self._layout = SlotLayout(spec, max_rank, target_modules, shard)
+        self._order = SlotOrder(SlotLayout(spec, max_rank, target_modules, shard), pin_memory)
         self._dtype = dtype
         self._weights = weights
-        self._pin_memory = pin_memory
         self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
 
     def read(self, name: str, path: str) -> AdapterImage:
-        """Read and validate an adapter. Blocking: called in a loader thread, and keeps nothing.
+        """Read and validate an adapter, by one process that holds everything. Blocking: called in a loader
+        thread, and keeps nothing.
 
         Raises the adapter errors of :func:`aioengine.adapters.peft.read_adapter`.
         """
-        from aioengine.adapters.dora import output_affine  # these import torch
-        from aioengine.adapters.packing import SlotOrder
-        from aioengine.adapters.peft import read_adapter
-        from aioengine.model.slot_image import build_image
+        return self.finish(self.begin(name, path))
 
+    def begin(self, name: str, path: str) -> Draft:
+        """:meth:`read`, as far as a rank gets alone: the others may have to add to it. Raises alike."""
+        from aioengine.adapters.draft import Draft  # these import torch
+        from aioengine.adapters.peft import read_adapter
+
+        layout = self._order.layout
         packed = read_adapter(
             name,
             path,
             self._spec,
-            max_rank=self._layout.max_rank,
-            target_modules=self._layout.modules,
+            max_rank=layout.max_rank,
+            target_modules=layout.modules,
             dtype=self._dtype,
             allow_nonfinite=self._allow_nonfinite,
             base_weight=self._embedding,
-            order=SlotOrder(self._layout, self._pin_memory) if self._layout.shard.size == 1 else None,
+            order=self._order,
             known=self._known,
         )
-        if self._layout.shard.size > 1:
-            return self._share(packed)
-        affine = output_affine(packed, self._weights, self._dtype)
-        return build_image(self._layout, packed, affine, self._dtype, pin_memory=self._pin_memory)
+        return Draft(packed, layout, self._weights)
 
-    def _share(self, packed: PackedAdapter) -> AdapterImage:
+    def finish(self, draft: Draft) -> AdapterImage:
+        """What it comes to, with all that the ranks have added. Blocking. Raises AdapterInvalid."""
         from aioengine.adapters.dora import output_affine
-        from aioengine.adapters.shares import computed_outputs, held_matrices
         from aioengine.model.slot_image import build_image
 
-        affine = output_affine(computed_outputs(self._layout, packed), self._weights, self._dtype)
-        held = held_matrices(self._layout, packed)
-        return build_image(self._layout, held, affine, self._dtype, pin_memory=self._pin_memory)
+        affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
+        layout, pin_memory = self._order
+        return build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
 
     def _embedding(self, module: str) -> torch.Tensor:
-        """[vocabulary, hidden]"""
-        weight, _ = self._weights(NO_LAYER, module, all_rows=True)
+        """[vocabulary, hidden], or the tokens that the rank has."""
+        weight, _ = self._weights(NO_LAYER, module)
         return weight.T if module == "embed_tokens" else weight
 
     def put(self, uid: int, image: AdapterImage) -> None:
@@ -118,7 +113,5 @@ class AdapterStore:
         return len(self._images)
 
 
-def _no_weights(
-    layer: int, module: str, *, all_rows: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _no_weights(layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     raise RuntimeError(f"the base model's {module} of layer {layer} is gone: the engine has stopped")

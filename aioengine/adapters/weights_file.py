@@ -16,12 +16,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.adapters.folder import AdapterFolder, OpenFile
+from aioengine.adapters.folder import BIN_FILE, SAFETENSORS_FILE, AdapterFolder, OpenFile
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
-
-SAFETENSORS_FILE = "adapter_model.safetensors"
-BIN_FILE = "adapter_model.bin"
 
 _MAX_HEADER_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

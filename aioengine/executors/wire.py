@@ -105,6 +105,22 @@ class Read(_Message, frozen=True):
     path: str
 
 
+class Add(_Message, frozen=True):
+    """To what was read as ``number``: what a rank's ``squares`` are from byte ``begin`` on. All ranks get all
+    of it in the same order."""
+
+    number: int
+    begin: int
+    squares: bytes
+
+
+class Finish(_Message, frozen=True):
+    """All has been added to what was read as ``read``; answered with Done or Failed."""
+
+    number: int
+    read: int
+
+
 class Keep(_Message, frozen=True):
     """Put what was read as ``number`` into the CPU cache."""
 
@@ -161,8 +177,16 @@ class Stepped(_Message, frozen=True):
 class ReadDone(_Message, frozen=True):
     number: int
     rank: int
+    """The adapter's."""
     nbytes: int
+    """Of the share that is kept."""
     digest: str
+    """Of the content; "" if not all of it was read, because there are several ranks."""
+    version: str
+    """What tells the files' content from another, without reading it."""
+    squares: bytes
+    """What is to be added on every rank before it can be finished; all ranks say as much. Empty: nothing, it
+    is finished."""
 
 
 class Done(_Message, frozen=True):
@@ -219,7 +243,7 @@ class WorkerError(Exception):
     """An exception of another kind than the package's own was raised in a worker."""
 
 
-Request = Start | Build | Step | Read | Keep | Discard | Drop | Place
+Request = Start | Build | Step | Read | Add | Finish | Keep | Discard | Drop | Place
 Answer = Planned | Stepped | ReadDone | Done | Failed
 Report = Answer | Progress | Broken
 

@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import msgspec
 
-from aioengine.adapters.loader import out_of_memory
 from aioengine.config import EngineConfig
 from aioengine.executors.batches import StepDecoder
 from aioengine.executors.wire import (
+    Add,
     Broken,
     Build,
     Discard,
     Done,
     Drop,
     Failed,
+    Finish,
     Keep,
     Place,
     Planned,
     Progress,
     Read,
-    ReadDone,
     Report,
     Request,
     Start,
@@ -48,6 +48,7 @@ from aioengine.executors.wire import (
     plan_bytes,
     read_request,
 )
+from aioengine.executors.worker_reads import WorkerReads
 from aioengine.info import LoadProgress
 from aioengine.model.parallel import DistributedGroup, Group, Shard, SoloGroup
 
@@ -98,7 +99,7 @@ class Worker:
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
         self._model = _Model()
-        self._reads = _Reads()
+        self._reads = WorkerReads(self._send)
 
     def run(self) -> NoReturn:
         """Do what is asked until the engine is gone."""
@@ -112,13 +113,15 @@ class Worker:
             case Step():
                 self._steps.submit(self._or_break, lambda: self._model.step(request))
             case Read():
-                self._reads.begin(request.number)
-                name = f"aioengine-load-{request.number}"
-                threading.Thread(target=self._read, args=(request,), name=name, daemon=True).start()
+                self._reads.read(request, self._model.store)
+            case Add():
+                self._reads.add(request)
+            case Finish():
+                self._reads.finish(request, self._model.store)
             case Keep():
-                self._model.store.put(request.uid, self._reads.take(request.number))
+                self._reads.keep(request, self._model.store)
             case Discard():
-                self._reads.discard(request.number)
+                self._reads.discard(request)
             case Drop():
                 self._model.store.drop(request.uid)
             case Place():
@@ -135,18 +138,6 @@ class Worker:
         except BaseException as error:
             report = Broken(WireError.of(error))
         self._send(report)
-
-    def _read(self, request: Read) -> None:
-        try:
-            image = self._model.store.read(request.name, request.path)
-        except BaseException as error:
-            self._reads.end(request.number, None)
-            if isinstance(error, (MemoryError, RuntimeError)):
-                error = out_of_memory(error, request.name, request.path) or error
-            self._send(Failed(request.number, WireError.of(error)))
-        else:
-            self._reads.end(request.number, image)
-            self._send(ReadDone(request.number, image.rank, image.nbytes, image.digest))
 
     def _place(self, request: Place, image: AdapterImage) -> None:
         start = time.perf_counter()
@@ -234,37 +225,6 @@ def _join(shard: Shard, device: str, rendezvous: str) -> Group:
     group.all_reduce(torch.ones(1, device=device))  # NCCL connects with the first of them
     group.traffic.reset()
     return group
-
-
-class _Reads:
-    """Adapters that are being read, or have been and are neither kept nor discarded yet."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[int] = set()
-        self._unwanted: set[int] = set()
-        self._images: dict[int, AdapterImage] = {}
-
-    def begin(self, number: int) -> None:
-        self._running.add(number)
-
-    def end(self, number: int, image: AdapterImage | None) -> None:
-        with self._lock:
-            self._running.discard(number)
-            if number in self._unwanted:
-                self._unwanted.discard(number)
-            elif image is not None:
-                self._images[number] = image
-
-    def take(self, number: int) -> AdapterImage:
-        return self._images.pop(number)
-
-    def discard(self, number: int) -> None:
-        with self._lock:
-            if number in self._running:
-                self._unwanted.add(number)
-            else:
-                self._images.pop(number, None)
 
 
 def _exit() -> NoReturn:

@@ -17,7 +17,7 @@ from aioengine.model.kv_cache import KVCache
 from aioengine.model.layers import rms_norm, silu_and_mul
 from aioengine.model.lora_slots import LoRASlots
 from aioengine.model.parallel import Group, SoloGroup
-from aioengine.model.partition import SPLIT_INPUTS, Partition
+from aioengine.model.partition import Partition
 from aioengine.model.rope import Rope, rotate_
 from aioengine.model.slot_layout import FUSED_MODULES
 from aioengine.model.spec import ModelSpec
@@ -115,8 +115,6 @@ class Decoder:
 
         self.spec = spec
         """Of the rank's share."""
-        self.whole_parameter: Callable[[str], Tensor] | None = None
-        """``whole_parameter(name)`` reads a parameter from the checkpoint; set when that has been loaded."""
         self._group = group
         self._adapted = AdaptedLinears(kernels, group)
         self.dtype = dtype
@@ -172,19 +170,17 @@ class Decoder:
                     row += rows
         return out
 
-    def base_weight(self, layer: int, module: str, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
+    def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed.
 
-        Of several ranks, each has the rows of the outputs that it computes (``all_rows`` asks for the
-        others as well), and they are whole. What the rank does not hold is read from the checkpoint.
+        Of several ranks, each has its part: ``partition.outputs`` and ``inputs`` say which.
         """
-        rows = self.partition.outputs(module)
-        if self.partition.shard.size > 1 and (all_rows or module in SPLIT_INPUTS):
-            return self._stored_weight(layer, module, slice(None) if all_rows else rows)
         if module in ("embed_tokens", "lm_head"):
             weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
             whole = weight if isinstance(weight, Tensor) else weight.rows(0, weight.n)
-            return whole.T if module == "embed_tokens" else whole[: rows.stop - rows.start], None
+            if module == "lm_head":
+                return whole[: _length(self.partition.outputs(module))], None
+            return whole[: _length(self.partition.inputs(module))].T, None
         for fused, linear in self._linears(self.layers[layer]).items():
             row = 0
             for member in FUSED_MODULES[fused]:
@@ -193,21 +189,6 @@ class Decoder:
                     return linear.rows(row, end), None if linear.bias is None else linear.bias[row:end]
                 row = end
         raise KeyError(module)
-
-    def _stored_weight(self, layer: int, module: str, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """:meth:`base_weight` from the checkpoint, in the compute dtype as if it were held."""
-        assert self.whole_parameter is not None, "the weights have not been loaded"
-        if module in ("embed_tokens", "lm_head"):
-            tied = module == "embed_tokens" or self.spec.tie_embeddings
-            name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-            weight = self.whole_parameter(name).to(self.dtype)
-            return (weight.T if module == "embed_tokens" else weight)[rows], None
-        fused = next(name for name, members in FUSED_MODULES.items() if module in members)
-        block = "self_attn" if fused in ("qkv", "o") else "mlp"
-        name = f"model.layers.{layer}.{block}.{module}"
-        has_bias = self._linears(self.layers[layer])[fused].bias is not None
-        bias = self.whole_parameter(f"{name}.bias").to(self.dtype)[rows] if has_bias else None
-        return self.whole_parameter(f"{name}.weight").to(self.dtype)[rows], bias
 
     @staticmethod
     def _linears(layer: Layer) -> dict[str, Linear]:
@@ -269,3 +250,7 @@ class Decoder:
         if not len(logits):
             return logits.new_empty(0, vocabulary)
         return self._group.all_gather(logits, dim=-1)[:, :vocabulary]
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)

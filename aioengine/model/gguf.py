@@ -146,9 +146,9 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
 
 
 def iter_tensors(
-    source: str | PathLike[str] | GGUFFile, spec: ModelSpec, *, only: str | None = None
+    source: str | PathLike[str] | GGUFFile, spec: ModelSpec
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter as (Hugging Face name, tensor), one at a time; or ``only`` the one of this name.
+    """Every parameter as (Hugging Face name, tensor), one at a time.
 
     Float tensors keep their dtype; quantised ones come as float32. The q and k rows of the
     ``llama`` architecture are put back into the Hugging Face order. Raises ConfigError for a tensor
@@ -157,7 +157,7 @@ def iter_tensors(
     file = open_gguf(source)
     permuted = file.require("general.architecture") == "llama"
     for name, stored in file.tensors.items():
-        if name == _ROPE_FACTORS or only not in (None, _hf_name(file, name)):
+        if name == _ROPE_FACTORS:
             continue
         tensor = _to_torch(file, stored)
         if permuted and name.endswith((".attn_q.weight", ".attn_q.bias")):

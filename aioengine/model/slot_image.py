@@ -174,7 +174,7 @@ def build_image(
         there = 2 * len(adapter.tensors)  # A and B of each, which come before all gains and shifts
     shares = data.split_with_sizes(sizes)
     pairs = zip(parts[there:], shares[there:], strict=True)
-    if copies := [copy for (_, values), share in pairs for copy in _copies(values, share)]:
+    if copies := [copy for (_, values), share in pairs for copy in serial_copies(values, share)]:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
     shape = image_shape(layout, [stretch for stretch, _ in parts], dtype)
     return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))
@@ -196,8 +196,9 @@ def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
     return tuple(flat[start : start + SERIAL_ELEMENTS] for start in range(0, size, SERIAL_ELEMENTS))
 
 
-def _copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(target, source) of copies that torch does in the calling thread; ``values`` may have gaps."""
+def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(target, source) of copies that torch does in the calling thread. ``to`` is flat; ``values``
+    [rows, width] may have gaps."""
     if values.is_contiguous():
         yield from zip(serial_pieces(to), serial_pieces(values.view(-1)), strict=True)
         return

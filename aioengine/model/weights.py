@@ -91,28 +91,6 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
             f"{path}: {len(missing)} of {len(missing) + len(seen)} parameters are missing: {first}"
             f"{', ...' if len(missing) > 3 else ''}"
         )
-    decoder.whole_parameter = functools.partial(read_parameter, path, partition.whole)
-
-
-def read_parameter(path: Path, spec: ModelSpec, name: str) -> Tensor:
-    """One parameter, by its Hugging Face name, as it is stored (expanded, if it is quantised).
-
-    Raises :class:`ConfigError`, also if there is none of the name.
-    """
-    if path.suffix == ".gguf":
-        from aioengine.model.gguf import iter_tensors
-
-        found = iter_tensors(path, spec, only=name)
-    else:
-        shard = path / SINGLE
-        if (path / INDEX).is_file():
-            shards = _read_index(path / INDEX)
-            shard = next((path / file for file, keys in shards.items() if name in keys), shard)
-        stored = _iter_safetensors(shard, None)
-        found = ((n, s.read([slice(None)] * len(s.shape))) for n, s in stored if n == name)
-    for _, tensor in found:
-        return tensor
-    raise ConfigError(f"{path}: parameter {name} is missing")
 
 
 def _part(tensor: Tensor, part: Sequence[slice]) -> Tensor:

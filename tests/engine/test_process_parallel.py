@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from failure_harness import error_of, until
 from process_harness import NothingLeft, worker_pids
+from safetensors.torch import load_file, save_file
+from tiny_models import ALL_MODULES, build_adapter
 
 from aioengine.errors import AdapterLoadError, EngineDead
 
@@ -36,11 +41,61 @@ async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
         for (i, adapter), out in zip(work, await asyncio.gather(*runs), strict=True):
             assert out.token_ids == tiny.expected(prompt_of(i, 7), 12, adapter)
         assert engine.stats().slot_evictions > 0
-        for name in ("fail-1", "fail-0"):
-            error = await error_of(engine.load_adapter(name, tiny.adapters["rank-3"]))
-            assert isinstance(error, AdapterLoadError) and "a rank's disk is broken" in str(error)
         info = await engine.load_adapter("again", tiny.adapters["rank-3"], pin=True)
         assert info.location == "slot" and info.bytes > 0
+        engine.check_invariants()
+    await nothing_left.check()
+
+
+@pytest.fixture(scope="session")
+def dora(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """An adapter of which the ranks have to tell each other something, beside the others."""
+    folder = tmp_path_factory.mktemp("dora")
+    build_adapter(tiny.model, folder, r=5, use_dora=True, target_modules=[*ALL_MODULES, "lm_head"])
+    return tiny._replace(adapters={**tiny.adapters, "dora": folder})
+
+
+@pytest.mark.usefixtures("faulty")
+@pytest.mark.parametrize("fully", [False, True], ids=["half sharded", "fully sharded"])
+async def test_an_adapter_is_on_all_ranks_or_on_none(
+    dora: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, tmp_path: Path, fully: bool
+) -> None:
+    """Content and errors are those of one rank that reads everything, whatever fails where and when."""
+    modules = [*ALL_MODULES, "lm_head"]
+    bad = shutil.copytree(dora.adapters["dora"], tmp_path / "bad")
+    tensors = load_file(bad / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("layers.2.mlp.down_proj.lora_A.weight"))
+    tensors[key][-1, -1] = torch.nan  # of rank 1's inputs
+    save_file(tensors, bad / "adapter_model.safetensors")
+    async with make_engine(dora, target_modules=modules) as alone:
+        expected = await alone.load_adapter("dora", dora.adapters["dora"])
+        refusal = await error_of(alone.load_adapter("bad", bad))
+    async with make_engine(
+        dora, executor="process", tensor_parallel_size=2, fully_sharded_loras=fully,
+        target_modules=modules, load_timeout=1.5,
+    ) as engine:  # fmt: skip
+        info = await engine.load_adapter("dora", dora.adapters["dora"], pin=True)
+        assert (info.digest, info.rank) == (expected.digest, expected.rank)
+        out = await engine.complete(prompt_of(1, 7), greedy(12), adapter="dora")
+        assert out.token_ids == dora.expected(prompt_of(1, 7), 12, "dora")
+        error = await error_of(engine.load_adapter("bad", bad))
+        assert (type(error), str(error)) == (type(refusal), str(refusal))
+        for name, reason in (
+            ("fail-1", "a rank's disk is broken"),
+            ("fail-0", "a rank's disk is broken"),
+            ("memory-1", "not enough memory to hold it"),
+            ("fail-end-1", "a rank's norms are broken"),
+            ("hang-1", "load_timeout=1.5"),
+            ("hang-end-1", "load_timeout=1.5"),
+        ):
+            error = await error_of(engine.load_adapter(name, dora.adapters["dora"]))
+            assert isinstance(error, AdapterLoadError) and reason in str(error), name
+        engine.register_adapter("place-1", dora.adapters["dora"])
+        error = await error_of(engine.complete([5], greedy(3), adapter="place-1"))
+        assert isinstance(error, AdapterLoadError) and "was prepared for slots of another model" in str(error)
+        assert [slot.state for slot in engine.stats().slots] == ["READY", "FREE"]
+        out = await engine.complete(prompt_of(2, 7), greedy(12), adapter="dora")
+        assert out.token_ids == dora.expected(prompt_of(2, 7), 12, "dora")
         engine.check_invariants()
     await nothing_left.check()
 

@@ -1,0 +1,236 @@
+"""What each rank reads of an adapter's file: its share, and nothing else; and all of them everything."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from peft_files import CONFIG, SPEC, WEIGHTS, edit_config, edit_weights, make, read
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aioengine.adapters.alike import KnownContents
+from aioengine.adapters.digest import content_digest
+from aioengine.adapters.packing import SlotOrder
+from aioengine.adapters.peft import PackedAdapter
+from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
+from aioengine.model.parallel import Shard
+from aioengine.model.partition import SPLIT_INPUTS
+from aioengine.model.slot_image import build_image
+from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES
+
+NO_BASE = {"save_embedding_layers": False}
+CASES: dict[str, dict[str, Any]] = {
+    "all": {"target_modules": list(LORA_MODULES)},
+    "ranks": {"target_modules": list(LORA_MODULES), "rank_pattern": {"q_proj": 9, "up_proj": 1}},
+    "another dtype": {"target_modules": ["k_proj", "down_proj"], "dtype": torch.bfloat16},
+    "dora": {"target_modules": list(LORA_MODULES), "use_dora": True, "r": 5},
+    "bias": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True},
+    "outer": {"target_modules": ["embed_tokens", "lm_head", "o_proj"], "save": NO_BASE},
+}
+MODES = [(2, False), (2, True), (4, False), (4, True)]
+
+
+@functools.cache
+def order_of(rank: int, size: int, fully_sharded: bool) -> SlotOrder:
+    return SlotOrder(SlotLayout(SPEC, 16, TARGETABLE_MODULES, Shard(rank, size, fully_sharded)))
+
+
+def read_share(folder: Path, order: SlotOrder, **options: Any) -> PackedAdapter:
+    return read(folder, target_modules=TARGETABLE_MODULES, order=order, **options)
+
+
+def to_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(("size", "fully_sharded"), MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_share_is_the_part_of_the_whole_that_the_slot_holds(
+    case: str, size: int, fully_sharded: bool, tmp_path: Path
+) -> None:
+    make(tmp_path, **CASES[case])
+    whole = read(tmp_path, target_modules=TARGETABLE_MODULES)
+    for rank in range(size):
+        order, known = order_of(rank, size, fully_sharded), KnownContents()
+        shares = [read_share(tmp_path, order, known=known) for _ in range(2)]  # and with a known header
+        for packed in shares:
+            check_share(packed, whole, order.layout)
+        images = [build_image(order.layout, packed, {}, torch.float32) for packed in shares]
+        assert torch.equal(images[0].data, images[1].data)
+    to_pickle(tmp_path)
+    check_share(read_share(tmp_path, order), whole, order.layout)
+
+
+def check_share(packed: PackedAdapter, whole: PackedAdapter, layout: SlotLayout) -> None:
+    assert packed.rank == whole.rank
+    assert packed.digest == "", "of what was not read"
+    assert packed.in_order is not None
+    assert packed.tensors.keys() == whole.tensors.keys()
+    for key, (a, b) in whole.tensors.items():
+        share = layout.share(key[1])
+        equal(packed.tensors[key], (a[share.a], b[share.b]))
+    for ours, theirs in ((packed.magnitudes, whole.magnitudes), (packed.biases, whole.biases)):
+        assert ours.keys() == theirs.keys()
+        for key, values in theirs.items():
+            equal(ours[key], values[layout.share(key[1]).outputs])
+    for key in whole.magnitudes:  # its norms are of what the rank computes, or of all of it for its inputs
+        a, b = whole.tensors[key]
+        outputs, inputs = layout.partition.outputs(key[1]), layout.partition.inputs(key[1])
+        equal(packed.computed[key], (a[:, inputs], b[outputs]))
+
+
+def equal(ours: object, theirs: object) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what a thread has read in /proc")
+@pytest.mark.parametrize(("size", "fully_sharded"), MODES)
+@pytest.mark.parametrize("case", ["all", "ranks", "outer"])
+def test_a_rank_reads_its_share_and_nothing_else(
+    case: str, size: int, fully_sharded: bool, tmp_path: Path
+) -> None:
+    make(tmp_path, **CASES[case])
+    data, header = (tmp_path / WEIGHTS).read_bytes(), 8
+    header += int.from_bytes(data[:8], "little")
+    read_share(tmp_path, order_of(0, 1, False))  # whatever is imported or opened the first time
+    counted = bytes_read()
+    own = bytes_read() - counted  # what counting reads itself
+    every = 0
+    for rank in range(size):
+        order = order_of(rank, size, fully_sharded)
+        counted = bytes_read()
+        packed = read_share(tmp_path, order)
+        found = bytes_read() - counted - own
+        share = sum(a.nbytes + b.nbytes for a, b in packed.tensors.values())
+        expected = share + header + (tmp_path / CONFIG).stat().st_size
+        assert abs(found - expected) < 20, "the counters have more digits"
+        ranks = {key: b.shape[1] for key, (_, b) in packed.tensors.items()}
+        assert share <= 4 * sum(share_elements(order.layout, m, ranks[layer, m]) for layer, m in ranks)
+        every += share
+    total = len(data) - header
+    if fully_sharded and size == 2:
+        assert every == total, "everything once"
+    assert every < size * total
+
+
+def share_elements(layout: SlotLayout, module: str, rank: int) -> int:
+    """By the formulas of docs/parallel.md, of a rank whose heads are not another's too."""
+    (n_in, n_out), (_, size, full) = layout.spec.linear(module), layout.shard
+    if module in ("k_proj", "v_proj") and size > layout.spec.num_kv_heads:
+        n_out = n_out * size // layout.spec.num_kv_heads
+    if module in SPLIT_INPUTS:
+        return rank * n_in // size + n_out * rank // (size if full else 1)
+    return (-(-rank // size) if full else rank) * n_in + n_out // size * rank
+
+
+def bytes_read() -> int:
+    with open("/proc/thread-self/io", "rb") as file:
+        return int(file.readline().split()[1])
+
+
+@pytest.mark.parametrize(("size", "fully_sharded"), MODES)
+@pytest.mark.parametrize("case", ["all", "dora", "bias", "outer"])
+def test_a_bad_value_is_found_wherever_it_is_as_by_one_rank(
+    case: str, size: int, fully_sharded: bool, tmp_path: Path
+) -> None:
+    make(tmp_path, **CASES[case])
+    tensors = load_file(tmp_path / WEIGHTS)
+    generator = torch.Generator().manual_seed(0)
+    for key in [key for key in tensors if "layers.1" in key or "layers" not in key]:
+        where = int(torch.randint(tensors[key].numel(), (1,), generator=generator))
+
+        def spoil(tensors: dict[str, Tensor], key: str = key, where: int = where) -> None:
+            tensors[key].view(-1)[where] = torch.nan
+
+        good = (tmp_path / WEIGHTS).read_bytes()
+        edit_weights(tmp_path, spoil)
+        with pytest.raises(AdapterInvalid) as alone:
+            read(tmp_path, target_modules=TARGETABLE_MODULES)
+        found = set()
+        for rank in range(size):
+            try:
+                read_share(tmp_path, order_of(rank, size, fully_sharded))
+            except AdapterError as error:
+                found.add(str(error))
+        assert found == {str(alone.value)}
+        (tmp_path / WEIGHTS).write_bytes(good)
+
+
+def test_tied_adapters_are_compared_though_their_shares_are_not_alike(tmp_path: Path) -> None:
+    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "save": NO_BASE}
+    make(tmp_path, tie=True, **options)
+    spec = msgspec.structs.replace(SPEC, tie_embeddings=True)
+    orders = [SlotOrder(SlotLayout(spec, 16, TARGETABLE_MODULES, Shard(rank, 2, True))) for rank in (0, 1)]
+    whole = read(tmp_path, spec, target_modules=TARGETABLE_MODULES)
+    assert (-1, "lm_head") in whole.tensors
+    for order in orders:
+        check_share(read(tmp_path, spec, target_modules=TARGETABLE_MODULES, order=order), whole, order.layout)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if "lm_head" in key and key.endswith("A.weight"))
+        tensors[key][0, 0] += 1  # of row 0 of A, which rank 0 holds, for input 0, whose B rank 0 holds
+
+    edit_weights(tmp_path, change)
+    for order in orders:
+        with pytest.raises(AdapterInvalid, match="weights differ"):
+            read(tmp_path, spec, target_modules=TARGETABLE_MODULES, order=order)
+
+
+def test_unaligned_tensors_in_parts(tmp_path: Path) -> None:
+    """The format does not align tensors, and parts of aligned ones need not be."""
+    a, b = torch.randn(3, 32), torch.randn(32, 3).bfloat16()
+    make(tmp_path, target_modules=["o_proj"], layers_to_transform=[0], r=3, lora_alpha=3)
+    prefix = "base_model.model.model.layers.0.self_attn.o_proj"
+    header = {
+        f"{prefix}.lora_B.weight": {"dtype": "BF16", "shape": [32, 3], "data_offsets": [0, 192]},
+        f"{prefix}.lora_A.weight": {"dtype": "F32", "shape": [3, 32], "data_offsets": [192, 576]},
+    }
+    text = json.dumps(header).encode()
+    data = b"".join(bytes(t.flatten().view(torch.uint8).tolist()) for t in (b, a))
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
+    for size, fully_sharded in MODES:
+        for rank in range(size):
+            order = order_of(rank, size, fully_sharded)
+            share = order.layout.share("o_proj")
+            packed = read_share(tmp_path, order)
+            equal(packed.tensors[0, "o_proj"], (a[share.a], b[share.b].float()))
+
+
+def test_the_digest_is_that_of_a_rank_that_reads_everything(tmp_path: Path) -> None:
+    make(tmp_path, target_modules=["q_proj"], r=16)
+    whole = read(tmp_path)
+    for order in (order_of(0, 2, False), order_of(1, 2, True)):
+        assert read_share(tmp_path, order).version == whole.version
+    assert content_digest("sql", str(tmp_path), Event()) == (whole.digest, whole.version)
+    os.utime(tmp_path / WEIGHTS, ns=(1, 1))
+    assert read_share(tmp_path, order_of(1, 2, True)).version != whole.version
+    to_pickle(tmp_path)
+    assert content_digest("sql", str(tmp_path), Event()).digest == read(tmp_path).digest
+    edit_config(tmp_path, inference_mode=False)
+    assert content_digest("sql", str(tmp_path), Event()).digest != whole.digest
+
+
+def test_a_digest_of_what_cannot_be_read_fails_and_one_that_is_unwanted_ends(tmp_path: Path) -> None:
+    with pytest.raises(AdapterLoadError, match=r"'sql' .*nowhere.* No such file"):
+        content_digest("sql", str(tmp_path / "nowhere"), Event())
+    make(tmp_path, target_modules=["q_proj"])
+    with open(tmp_path / WEIGHTS, "r+b") as file:
+        file.truncate(1 << 40)  # sparse: to read it would take minutes
+    unwanted = Event()
+    unwanted.set()
+    content_digest("sql", str(tmp_path), unwanted)
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(AdapterLoadError, match=r"cannot read adapter_config\.json"):
+        content_digest("sql", str(tmp_path), Event())
