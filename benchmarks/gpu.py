@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels import LoRABackend, LoRABatch, get_backend
+from aioengine.kernels import Backend, LoRABatch, get_backend
 from aioengine.kernels.triton import lora
 from aioengine.kernels.triton.table import (
     SHORT,
@@ -191,7 +191,7 @@ def compare(args: argparse.Namespace, device: str, timer: Timer) -> Table:
     return table
 
 
-def add_lora(backend: LoRABackend, p: Problem, y: Tensor) -> None:
+def add_lora(backend: Backend, p: Problem, y: Tensor) -> None:
     h = backend.lora_shrink(p.x, p.a, p.batch, len(p.b))
     backend.lora_expand(h, p.b, y, p.offsets, p.batch)
 

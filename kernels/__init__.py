@@ -1,9 +1,20 @@
-"""LoRA operations over tokens grouped by adapter: one signature, several backends.
+"""The operations of a model step: one signature, several backends.
 
-``from aioengine.kernels import LoRABatch, get_backend``
+``from aioengine.kernels import AttentionPlan, LoRABatch, get_backend``
 """
 
+from aioengine.kernels.attention_plan import AttentionPlan, Span
+from aioengine.kernels.backend import Backend, HeadNorms
 from aioengine.kernels.batch import LoRABatch, Segment
-from aioengine.kernels.dispatch import LoRABackend, available_backends, get_backend
+from aioengine.kernels.dispatch import available_backends, get_backend
 
-__all__ = ["LoRABackend", "LoRABatch", "Segment", "available_backends", "get_backend"]
+__all__ = [
+    "AttentionPlan",
+    "Backend",
+    "HeadNorms",
+    "LoRABatch",
+    "Segment",
+    "Span",
+    "available_backends",
+    "get_backend",
+]

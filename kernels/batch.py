@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from aioengine.kernels.derived import Derivable
+from aioengine.kernels.transfer import send
 
 _SHORT = 16
 """Segments up to this many tokens are padded to one length: padding is cheaper than more calls."""
@@ -63,7 +64,7 @@ class AffineRows(NamedTuple):
     """[M] the slot of each."""
 
 
-class LoRABatch:
+class LoRABatch(Derivable):
     """Segments of a step's tokens by adapter slot.
 
     ``slots`` and ``counts`` give each sequence's slot (-1: no adapter) and number of tokens, sequences
@@ -81,6 +82,7 @@ class LoRABatch:
         *,
         slot_affine: Sequence[bool] = (),
     ) -> None:
+        super().__init__()
         self.device = torch.device(device)
         self.num_tokens = sum(counts)
         segments: list[Segment] = []
@@ -99,21 +101,13 @@ class LoRABatch:
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.affine: tuple[Segment, ...] = tuple(s for s in segments if slot_affine and slot_affine[s.slot])
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
-        self._derived: dict[Any, Any] = {}
-
-    def derive(self, build: Callable[[LoRABatch], T]) -> T:
-        """``build(self)``, called once and kept: what a backend makes of the batch for all layers."""
-        if build not in self._derived:
-            self._derived[build] = build(self)
-        derived: T = self._derived[build]
-        return derived
 
     @cached_property
     def slot_of_token(self) -> Tensor:
         """[num_tokens - first] the slot of each token from the first one with an adapter."""
         counts = torch.tensor([s.stop - s.start for s in self.segments])
         slots = torch.tensor([s.slot for s in self.segments])
-        return slots.repeat_interleave(counts).to(self.device)
+        return _sent(slots.repeat_interleave(counts), self.device)
 
     @cached_property
     def affine_rows(self) -> AffineRows:
@@ -124,9 +118,7 @@ class LoRABatch:
             return AffineRows(long, None, None)
         tokens = [token for s in short for token in range(s.start, s.stop)]
         slots = [s.slot for s in short for _ in range(s.start, s.stop)]
-        return AffineRows(
-            long, torch.tensor(tokens, device=self.device), torch.tensor(slots, device=self.device)
-        )
+        return AffineRows(long, *send([torch.tensor(tokens), torch.tensor(slots)], self.device))
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -152,7 +144,7 @@ class LoRABatch:
                 order[segment.start - first : segment.stop - first] = rows
             row += group.size * group.length
         same = order == list(range(row))
-        tensor = None if same else torch.tensor(order, device=self.device)
+        tensor = None if same else _sent(torch.tensor(order), self.device)
         return Grouping(tuple(groups), first, row, tensor)
 
 
@@ -167,7 +159,7 @@ def _group(segments: list[Segment], device: torch.device) -> tuple[Group, list[i
         selector, size = slice(low, high), high - low
         first_rows = [(s.slot - low) * length for s in segments]
     else:
-        selector, size = torch.tensor([s.slot for s in segments], device=device), len(segments)
+        selector, size = _sent(torch.tensor([s.slot for s in segments]), device), len(segments)
         first_rows = list(range(0, size * length, length))
     if dense and min(lengths) == length and segments[-1].stop - start == size * length:
         return Group(rank, selector, size, length, start, None), first_rows
@@ -175,4 +167,8 @@ def _group(segments: list[Segment], device: torch.device) -> tuple[Group, list[i
     for segment, count, row in zip(segments, lengths, first_rows, strict=True):
         padded[row : row + count] = range(segment.start, segment.stop)
         padded[row + count : row + length] = [segment.start] * (length - count)
-    return Group(rank, selector, size, length, start, torch.tensor(padded, device=device)), first_rows
+    return Group(rank, selector, size, length, start, _sent(torch.tensor(padded), device)), first_rows
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return send([tensor], device)[0]

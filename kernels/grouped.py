@@ -1,4 +1,4 @@
-"""The default backend: batched matrix products over groups of segments, in plain torch, on any device.
+"""LoRA in plain torch, on any device: batched matrix products over groups of segments.
 
 A loop over segments from Python costs more than its arithmetic, and one product over all slots with a
 mask does work for every slot that is not asked for. Here the segments of similar rank become one
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from aioengine.kernels.batch import Group, Grouping, LoRABatch
 
-name = "torch"
-
 
 def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
-    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`aioengine.kernels.dispatch.LoRABackend`."""
+    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`aioengine.kernels.backend.Backend`."""
     max_rank = a.shape[1] // n_slices
     h = x.new_zeros(x.shape[0], n_slices, max_rank)
     if not batch.segments:
@@ -36,7 +34,7 @@ def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor
 
 
 def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
     if not batch.segments:
         return
     grouping = batch.grouping
@@ -52,7 +50,7 @@ def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int
 
 
 def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
     if not batch.affine:
         return
     long, tokens, slots = batch.affine_rows
@@ -74,7 +72,7 @@ def _scaled(y: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 
 
 def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
-    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`LoRABackend`."""
+    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
     h = a.new_zeros(len(token_ids), 1, a.shape[1])
     if batch.segments:
         first = batch.segments[0].start

@@ -11,13 +11,89 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aioengine.kernels.attention_plan import AttentionPlan
+from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.batch import LoRABatch
+from aioengine.kernels.cpu.quantized import Packed
 
 name = "reference"
+capturable = False
+
+
+def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias``; see :class:`aioengine.kernels.backend.Backend`."""
+    assert isinstance(weight, Tensor)
+    y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """``hidden += delta``, then its norm; see :class:`Backend`."""
+    if delta is not None:
+        hidden.copy_(hidden.float() + delta.float())
+    return _rms_norm(hidden, weight, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension."""
+    normed = x.float() / (x.float().square().mean(-1, keepdim=True) + eps).sqrt()
+    return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``; see :class:`Backend`."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    silu = (gate * gate.sigmoid()).to(gate_up.dtype)
+    return (silu.float() * up).to(gate_up.dtype)
+
+
+def rope_store(
+    qkv: Tensor,
+    norms: HeadNorms | None,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+) -> None:
+    """Norms, rotates and stores, head by head; see :class:`Backend`."""
+    kv_heads = keys.shape[2]
+    heads = qkv.shape[1] - 2 * kv_heads
+    for head in range(heads + kv_heads):
+        x = qkv[:, head]
+        if norms is not None:
+            x.copy_(_rms_norm(x, norms.q if head < heads else norms.k, norms.eps))
+        x1, x2 = x.float().chunk(2, dim=-1)
+        c, s = cos[:, 0], sin[:, 0]
+        x.copy_(torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1))
+    blocks, offsets = plan.cells // plan.block_size, plan.cells % plan.block_size
+    keys[blocks, offsets] = qkv[:, heads : heads + kv_heads]
+    values[blocks, offsets] = qkv[:, heads + kv_heads :]
+
+
+def paged_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
+    """Attends token by token; see :class:`Backend`."""
+    kv_heads, d = keys.shape[2], keys.shape[3]
+    heads = qkv.shape[1] - 2 * kv_heads
+    out = qkv.new_empty(len(qkv), heads, d)
+    for (row, length, start), table in zip(plan.spans, plan.tables, strict=True):
+        for i in range(length):
+            position = start + i
+            first = 0 if window is None else max(0, position + 1 - window)
+            seen = torch.arange(first, position + 1, device=qkv.device)
+            blocks, offsets = table[seen // plan.block_size], seen % plan.block_size
+            k, v = keys[blocks, offsets].float(), values[blocks, offsets].float()
+            for head in range(heads):
+                kv_head = head * kv_heads // heads
+                scores = k[:, kv_head] @ qkv[row + i, head].float() / d**0.5
+                out[row + i, head] = scores.softmax(0) @ v[:, kv_head]
+    return out.flatten(1)
 
 
 def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
-    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`aioengine.kernels.dispatch.LoRABackend`."""
+    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
     max_rank = a.shape[1] // n_slices
     h = x.new_zeros(x.shape[0], n_slices, max_rank)
     for slot, start, stop, rank in batch.segments:
@@ -28,7 +104,7 @@ def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor
 
 
 def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
     for slot, start, stop, rank in batch.segments:
         for j, (b_j, offset) in enumerate(zip(b, offsets, strict=True)):
             delta = h[start:stop, j, :rank].float() @ b_j[slot, :, :rank].float().T
@@ -37,7 +113,7 @@ def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int
 
 
 def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
     for slot, start, stop, _ in batch.affine:
         for affine_j, offset in zip(affine, offsets, strict=True):
             gain, shift = affine_j[slot].float()
@@ -46,7 +122,7 @@ def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], bat
 
 
 def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
-    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`LoRABackend`."""
+    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
     h = a.new_zeros(len(token_ids), 1, a.shape[1])
     for slot, start, stop, rank in batch.segments:
         h[start:stop, 0, :rank] = a[slot, :rank, token_ids[start:stop]].T

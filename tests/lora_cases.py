@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels import LoRABackend, LoRABatch
+from aioengine.kernels import Backend, LoRABatch
 
 
 class Case(NamedTuple):
@@ -79,7 +79,7 @@ def make_case(
     return Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
 
 
-def apply(backend: LoRABackend, case: Case) -> tuple[Tensor, Tensor]:
+def apply(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
     """h, and y after all operations."""
     y = case.y.clone()
     batch = case.batch

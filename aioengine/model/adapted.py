@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels import LoRABackend, LoRABatch
+from aioengine.kernels import Backend, LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
 from aioengine.model.lora_slots import FusedLoRA
 from aioengine.model.parallel import Group
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class AdaptedLinears:
     """How a rank applies linears and adapters, with the other ranks where they are needed."""
 
-    def __init__(self, kernels: LoRABackend, group: Group) -> None:
+    def __init__(self, kernels: Backend, group: Group) -> None:
         self._kernels = kernels
         self._group = group
         self._parallel = group.shard.size > 1
@@ -32,7 +32,7 @@ class AdaptedLinears:
 
     def split_outputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
         """The rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
-        y = linear(x)
+        y = self._kernels.linear(x, linear.weight, linear.bias)
         if pool is not None and batch.segments:
             n = len(pool.modules)
             if self._exchanges:
@@ -46,7 +46,7 @@ class AdaptedLinears:
 
     def split_inputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
         """All outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T, out]."""
-        y = linear.product(x) if self._parallel else linear(x)
+        y = self._kernels.linear(x, linear.weight, None if self._parallel else linear.bias)
         if pool is not None and batch.segments:
             h = self._kernels.lora_shrink(x, pool.a, batch, len(pool.modules))
             self._add_summand(h, pool, y, batch)

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from aioengine.kernels import LoRABackend, LoRABatch
+from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
 from aioengine.model.adapted import AdaptedLinears
-from aioengine.model.attention import AttentionPlan, paged_attention
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.layers import rms_norm, silu_and_mul
 from aioengine.model.lora_slots import LoRASlots
 from aioengine.model.parallel import Group, SoloGroup
 from aioengine.model.partition import Partition
-from aioengine.model.rope import Rope, rotate_
+from aioengine.model.rope import Rope
 from aioengine.model.slot_layout import FUSED_MODULES
 from aioengine.model.spec import ModelSpec
 
@@ -28,19 +25,6 @@ class Linear:
     weight: Tensor | Packed
     """[out, in]"""
     bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]"""
-        return self._apply(x, self.bias)
-
-    def product(self, x: Tensor) -> Tensor:
-        """The same without the bias."""
-        return self._apply(x, None)
-
-    def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(self.weight, Tensor):
-            return F.linear(x, self.weight, bias)
-        return self.weight.linear(x, bias)
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows ``begin..end-1`` of the weight: a view, or a copy if it is packed."""
@@ -98,7 +82,7 @@ class Decoder:
         spec: ModelSpec,
         dtype: torch.dtype,
         device: torch.device,
-        kernels: LoRABackend,
+        kernels: Backend,
         group: Group | None = None,
     ) -> None:
         group = group or SoloGroup()
@@ -217,31 +201,35 @@ class Decoder:
         first = self.partition.inputs("embed_tokens").start
         return self._adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
 
+    def _head_norms(self, layer: Layer) -> HeadNorms | None:
+        if layer.q_norm is None or layer.k_norm is None:
+            return None
+        return HeadNorms(layer.q_norm, layer.k_norm, self.spec.rms_norm_eps)
+
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
-        spec, plan = self.spec, inputs.attention
+        spec, plan, kernels = self.spec, inputs.attention, self.kernels
         cos, sin = self.rope.cos_sin(plan.positions)
-        heads, qk_heads = spec.num_heads, spec.num_heads + spec.num_kv_heads
         hidden = self.embed(inputs, slots)
+        delta: Tensor | None = None  # what is yet to be added to hidden, together with the next norm
         begin, end = self._adapted.split_outputs, self._adapted.split_inputs
         for i, layer in enumerate(self.layers):
             pools, lora = slots.layers[i] if slots else {}, inputs.lora
+            keys, values = cache.k[i], cache.v[i]
 
-            x = rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
+            x = kernels.add_rms_norm(hidden, delta, layer.input_norm, spec.rms_norm_eps)
             qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(len(x), -1, spec.head_dim)
-            q, k, v = qkv[:, :heads], qkv[:, heads:qk_heads], qkv[:, qk_heads:]
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q.copy_(rms_norm(q, layer.q_norm, spec.rms_norm_eps))
-                k.copy_(rms_norm(k, layer.k_norm, spec.rms_norm_eps))
-            rotate_(qkv[:, :qk_heads], cos, sin)
-            attended = paged_attention(q, k, v, cache, i, plan, spec.window(i))
-            hidden += end(layer.o, attended, pools.get("o"), lora)
+            kernels.rope_store(qkv, self._head_norms(layer), cos, sin, keys, values, plan)
+            attended = kernels.paged_attention(qkv, keys, values, plan, spec.window(i))
+            delta = end(layer.o, attended, pools.get("o"), lora)
 
-            x = rms_norm(hidden, layer.post_attention_norm, spec.rms_norm_eps)
-            x = silu_and_mul(begin(layer.gate_up, x, pools.get("gate_up"), lora))
-            hidden += end(layer.down, x, pools.get("down"), lora)
+            x = kernels.add_rms_norm(hidden, delta, layer.post_attention_norm, spec.rms_norm_eps)
+            x = kernels.silu_and_mul(begin(layer.gate_up, x, pools.get("gate_up"), lora))
+            delta = end(layer.down, x, pools.get("down"), lora)
 
-        x = rms_norm(hidden.index_select(0, inputs.sample_rows), self.norm, spec.rms_norm_eps)
+        hidden = hidden.index_select(0, inputs.sample_rows)
+        delta = None if delta is None else delta.index_select(0, inputs.sample_rows)
+        x = kernels.add_rms_norm(hidden, delta, self.norm, spec.rms_norm_eps)
         head = slots.outer.get("lm_head") if slots else None
         logits = self._adapted.split_outputs(self.head, x, head, inputs.sample_lora)
         if self.partition.shard.size == 1:

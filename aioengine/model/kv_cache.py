@@ -14,8 +14,8 @@ from aioengine.model.spec import ModelSpec
 class KVCache:
     """Per layer, keys and values as ``[num_blocks, block_size, kv_heads, head_dim]``.
 
-    Position p of a sequence lives in block ``block_table[p // block_size]`` at ``p % block_size``;
-    its *cell* is ``block * block_size + offset``.
+    Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
+    up to the kernels: see :class:`aioengine.kernels.Backend`.
     """
 
     def __init__(
@@ -41,7 +41,3 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v))
-
-    def cells(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer as views [num_blocks * block_size, kv_heads, head_dim]."""
-        return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)

@@ -134,7 +134,7 @@ class NativeForward:
                 cells=plan.cells,
                 last=plan.last,
                 tables=plan.tables,
-                spans=plan.spans,
+                spans=plan.span_table,
                 sample_rows=inputs.sample_rows,
                 logits=logits,
                 x=x,

@@ -30,16 +30,6 @@ class Rope:
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotates ``x`` [T, heads, head_dim] in place, in float32 arithmetic."""
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    new1 = x1 * cos - x2 * sin
-    new2 = x2 * cos + x1 * sin
-    x1.copy_(new1)
-    x2.copy_(new2)
-
-
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
     """The rotation per position of each pair of dimensions, in radians: [head_dim / 2], float32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

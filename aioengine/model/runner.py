@@ -13,8 +13,8 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.kernels import LoRABatch, get_backend
-from aioengine.model.attention import AttentionPlan, Span
+from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
+from aioengine.kernels.transfer import send
 from aioengine.model.decoder import Decoder, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import LoRASlots
@@ -91,7 +91,6 @@ class ModelRunner:
         """The compiled step, where there is one."""
         self._forward = self._choose_forward(block_size, quantization)
         self._sample = sample
-        self._windows = {spec.window(layer) for layer in range(spec.num_layers)}
 
     def _choose_forward(self, block_size: int, quantization: Quantization) -> Callable[[StepInputs], Tensor]:
         """The compiled step where there is one, else the decoder's own."""
@@ -156,17 +155,13 @@ class ModelRunner:
             slots = [batch.sequences[i].slot for i in sequences]
             return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
 
+        rows = torch.tensor(sample_rows, dtype=torch.long)
+        ids, rows = send([torch.tensor(token_ids), rows], self.device)
+        tables = [work.block_table for work in batch.sequences]
         inputs = StepInputs(
-            token_ids=torch.tensor(token_ids, device=self.device),
-            sample_rows=torch.tensor(sample_rows, dtype=torch.long, device=self.device),
-            attention=AttentionPlan(
-                spans,
-                [work.block_table for work in batch.sequences],
-                self._windows,
-                self.kv_cache.block_size,
-                self.dtype,
-                self.device,
-            ),
+            token_ids=ids,
+            sample_rows=rows,
+            attention=AttentionPlan(spans, tables, self.kv_cache.block_size, self.device),
             lora=lora_batch(range(len(spans)), [span.length for span in spans]),
             sample_lora=lora_batch(asking, [1] * len(asking)),
         )

@@ -45,7 +45,7 @@ class Place(NamedTuple):
     b: int
     """[out, b_rank]"""
     affine: int
-    """[2, num_outputs]: gain and shift; see :meth:`aioengine.kernels.dispatch.LoRABackend.lora_affine`."""
+    """[2, num_outputs]: gain and shift; see :meth:`aioengine.kernels.Backend.lora_affine`."""
 
     @property
     def elements(self) -> int:

@@ -1,6 +1,6 @@
-"""The LoRA operations of the CPU library, as a backend of their own; see :class:`LoRABackend`.
+"""The LoRA operations of the CPU library; see :class:`Backend`.
 
-What is rare (float16, LoRA on embeddings) is left to the plain-torch backend.
+What is rare (float16, LoRA on embeddings) is left to plain torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from aioengine.kernels.cpu.packed import DTYPES, is_bf16
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.grouped import lora_embed
 
-name = "cpu"
-
-__all__ = ["lora_affine", "lora_embed", "lora_expand", "lora_shrink", "name"]
+__all__ = ["lora_affine", "lora_embed", "lora_expand", "lora_shrink"]
 
 
 def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
-    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`LoRABackend`."""
+    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
     if not _ours(x, a):
         return grouped.lora_shrink(x, a, batch, n_slices)
     max_rank = a.shape[1] // n_slices
@@ -37,7 +35,7 @@ def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor
 
 
 def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
     if not _ours(h, y, *b):
         return grouped.lora_expand(h, b, y, offsets, batch)
     if not batch.segments:
@@ -51,7 +49,7 @@ def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int
 
 
 def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
     if not _ours(y, *affine):
         return grouped.lora_affine(y, affine, offsets, batch)
     if not batch.affine:

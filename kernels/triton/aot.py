@@ -17,8 +17,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aioengine.kernels.triton.attention import default_config, rows_of_prompts
+from aioengine.kernels.triton.attention_kernel import attention_kernel
 from aioengine.kernels.triton.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.expand import expand_kernel
+from aioengine.kernels.triton.launch import power_of_two
+from aioengine.kernels.triton.layer import SILU_COLUMNS, norm_warps, rope_heads
+from aioengine.kernels.triton.layer_kernels import (
+    add_rms_norm_kernel,
+    rope_store_kernel,
+    silu_and_mul_kernel,
+)
+from aioengine.kernels.triton.query_tiles import FEW_ROWS
 from aioengine.kernels.triton.shrink import shrink_kernel
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,
@@ -45,6 +55,11 @@ FILE_REGISTERS = 64 * 1024
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+HIDDEN = 16384
+"""The largest hidden size."""
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUPS = (1, 3, 4, 7, 8)
+"""Query heads of a key head."""
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
@@ -85,6 +100,11 @@ def variants() -> list[Variant]:
                     found.update(dict.fromkeys(of_shrink(dtype, shrink)))
                     expand = default_expand(Key.of("expand", bits, rank, width, longest))
                     found[of_expand(dtype, expand)] = None
+        found.update(dict.fromkeys(of_norm(dtype, width) for width in WIDTHS if width <= HIDDEN))
+        for head_dim in HEAD_DIMS:
+            found.update(dict.fromkeys(of_rope(dtype, head_dim)))
+            for group in GROUPS:
+                found.update(dict.fromkeys(of_attention(dtype, bits, head_dim, group)))
         found.update(dict.fromkeys(of_elementwise(dtype)))
     return list(found)
 
@@ -102,9 +122,31 @@ def of_expand(dtype: str, config: ExpandConfig) -> Variant:
     return Variant("expand", dtype, tuple(blocks.items()), config.num_warps, config.num_stages)
 
 
-def of_elementwise(dtype: str) -> tuple[Variant, Variant]:
-    """Affine, and embedding."""
+def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[Variant]:
+    """Decoding with the keys whole and split, and prompts."""
+    for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), (rows_of_prompts(bits), 1)]):
+        block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits)
+        constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
+        constants |= {"BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim)}
+        yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
+
+
+def of_norm(dtype: str, size: int) -> Variant:
+    """With a sum before it."""
+    return Variant("add_rms_norm", dtype, (("ADD", 1), ("BLOCK", size)), norm_warps(size), 3)
+
+
+def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
+    """Without norms of the heads, and with them."""
+    for norm in (0, 1):
+        blocks = {"NORM": norm, "BLOCK_H": rope_heads(head_dim), "BLOCK_D": power_of_two(head_dim // 2)}
+        yield Variant("rope_store", dtype, tuple(blocks.items()), 4, 3)
+
+
+def of_elementwise(dtype: str) -> tuple[Variant, ...]:
+    """Activation, affine, and embedding."""
     return (
+        Variant("silu_and_mul", dtype, (("BLOCK", SILU_COLUMNS),), 4, 3),
         Variant("affine", dtype, (("BLOCK_M", SHORT), ("BLOCK_N", AFFINE_COLUMNS)), 4, 3),
         Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS)), 4, 3),
     )
@@ -120,7 +162,9 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     constants = dict(variant.constants)
     signature = {name: _type(name, variant.dtype, constants) for name in kernel.arg_names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants and name not in _ANY_NUMBER
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
@@ -138,8 +182,18 @@ _KERNELS: Mapping[str, Any] = {
     "expand": expand_kernel,
     "affine": affine_kernel,
     "embed": embed_kernel,
+    "attention": attention_kernel,
+    "add_rms_norm": add_rms_norm_kernel,
+    "silu_and_mul": silu_and_mul_kernel,
+    "rope_store": rope_store_kernel,
 }
-_POINTERS = {"tiles_ptr": "*i32", "arrivals_ptr": "*i32", "partials_ptr": "*fp32", "ids_ptr": "*i64"}
+_POINTERS = {
+    **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
+    **dict.fromkeys(("ids_ptr", "cells_ptr"), "*i64"),
+    **dict.fromkeys(("partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+}
+_FLOATS = ("eps", "scale")
+_ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride")
 
 
 def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:
@@ -147,7 +201,7 @@ def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:
         return "constexpr"
     if argument.endswith("_ptr"):
         return _POINTERS.get(argument, f"*{dtype}")
-    return "i32"
+    return "fp32" if argument in _FLOATS else "i32"
 
 
 def _assemble(ptx: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The LoRA operations as Triton kernels, as a backend of their own; see :class:`LoRABackend`.
+"""The LoRA operations as Triton kernels; see :class:`Backend`.
 
 The grids run over tiles of the segments that there are, cut on the host (:mod:`.plan`): no program is
 started for a slot without tokens, and nothing waits for the device. Grouping tokens by adapter follows
@@ -8,9 +8,7 @@ https://arxiv.org/abs/2311.03285).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from aioengine.kernels.batch import LoRABatch
 from aioengine.kernels.triton.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.expand import expand_kernel
+from aioengine.kernels.triton.launch import on
 from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.shrink import shrink_kernel
 from aioengine.kernels.triton.slices import MAX_SLICES
@@ -32,21 +31,19 @@ from aioengine.kernels.triton.table import (
     shrink_config,
 )
 
-name = "triton"
-
 _PROGRAMS = 128
 """Inputs are split if a shrink had fewer programs: about as many as a large GPU has multiprocessors."""
 
 
 def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
-    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`LoRABackend`."""
+    """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
     max_rank = a.shape[1] // n_slices
     config = shrink_config(_bits(x), max_rank, a.shape[2], batch.derive(TilePlan).longest)
     return shrink(x, a, batch, n_slices, config)
 
 
 def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
     width = sum(b_j.shape[1] for b_j in b)
     config = expand_config(_bits(h), h.shape[2], width, batch.derive(TilePlan).longest)
     expand(h, b, y, offsets, batch, config)
@@ -65,7 +62,7 @@ def shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int, config: Shrink
     split = config.split_k if columns * len(tiles) < _PROGRAMS else 1
     outputs = columns * len(tiles) if split > 1 else 0
     x, a = _adjoining(x), _adjoining(a)
-    with _on(x.device):
+    with on(x.device):
         shrink_kernel[columns * split, len(tiles)](
             *(x, a, h, tiles),
             x.new_empty(outputs * split * config.block_m * config.block_r, dtype=torch.float32),
@@ -96,7 +93,7 @@ def expand(
     tiles = batch.derive(TilePlan).tiles(config.block_m)
     h = _adjoining(h)
     for first, slices in _launches([_adjoining(b_j) for b_j in b], [b_j.shape[1] for b_j in b], offsets):
-        with _on(y.device):
+        with on(y.device):
             expand_kernel[slices.blocks(config.block_n), len(tiles)](
                 *(h[:, first:], y, tiles, *slices.tensors),
                 *(*slices.slot_strides, *slices.widths, *slices.offsets),
@@ -110,14 +107,14 @@ def expand(
 
 
 def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`LoRABackend`."""
+    """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
     if not batch.affine:
         return
     assert y.stride(1) == 1, "columns of y must adjoin"
     tiles = batch.derive(TilePlan).affine_tiles(SHORT)
     widths = [affine_j.shape[2] for affine_j in affine]
     for _, slices in _launches([_adjoining(affine_j) for affine_j in affine], widths, offsets):
-        with _on(y.device):
+        with on(y.device):
             affine_kernel[slices.blocks(AFFINE_COLUMNS), len(tiles)](
                 *(y, tiles, *slices.tensors),
                 *(*slices.slot_strides, *slices.widths, *slices.offsets, y.stride(0)),
@@ -127,7 +124,7 @@ def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], bat
 
 
 def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
-    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`LoRABackend`."""
+    """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
     max_rank = a.shape[1]
     if not batch.segments:
         return a.new_zeros(len(token_ids), 1, max_rank)
@@ -135,7 +132,7 @@ def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
     h[: batch.segments[0].start] = 0
     tiles = batch.derive(TilePlan).tiles(SHORT)
     a = _adjoining(a)
-    with _on(h.device):
+    with on(h.device):
         embed_kernel[-(-max_rank // EMBED_RANKS), len(tiles)](
             *(token_ids.contiguous(), a, h, tiles, a.stride(0), a.shape[2], max_rank),
             BLOCK_M=SHORT,
@@ -187,8 +184,3 @@ def _adjoining(tensor: Tensor) -> Tensor:
 
 def _bits(tensor: Tensor) -> int:
     return 8 * tensor.element_size()
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

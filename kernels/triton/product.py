@@ -1,4 +1,4 @@
-"""The product that both LoRA kernels are made of."""
+"""The products that the kernels are made of."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def add_product(acc, rows, weights):
-    """``acc + rows @ weights^T``, accumulated in float32; ``weights`` are rounded to the dtype of ``rows``.
+    """``acc + rows @ weights^T``; ``weights`` are rounded to the dtype of ``rows``. See :func:`add_dot`."""
+    return add_dot(acc, rows, tl.trans(weights.to(rows.dtype)))
 
-    On tensor cores for 16-bit dtypes; float32 is not rounded to TF32.
-    """
-    weights = weights.to(rows.dtype)
+
+@triton.jit
+def add_dot(acc, a, b):
+    """``acc + a @ b``, accumulated in float32, on tensor cores for 16-bit dtypes; float32 is not rounded to
+    TF32."""
     if _INTERPRETED:  # whose dot takes the bits of a bfloat16 for an integer
-        rows = rows.to(tl.float32)
-        weights = weights.to(tl.float32)
-    return tl.dot(rows, tl.trans(weights), acc, input_precision="ieee")
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

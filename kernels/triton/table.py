@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from aioengine.kernels.triton.launch import power_of_two
+
 ENV = "AIOENGINE_TRITON_TABLE"
 
 SHORT = 16
@@ -67,11 +69,6 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op}-{self.bits}bit-rank{self.rank}-width{self.width}-{self.phase}"
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is not below ``number``."""
-    return 1 << (number - 1).bit_length()
 
 
 def shrink_config(bits: int, rank: int, width: int, longest: int) -> ShrinkConfig:

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from aioengine.kernels import AttentionPlan, Span, get_backend, reference
 from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.packed import PackedWeight
-from aioengine.model.attention import AttentionPlan, Span
-from aioengine.model.layers import rms_norm, silu_and_mul
-from aioengine.model.rope import rotate_
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -56,6 +54,13 @@ def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, b
     close(found, expected, scale=math.sqrt(k))
 
 
+def test_linear_of_the_backend_takes_weights_in_either_form() -> None:
+    x, weight, bias = torch.randn(5, 64)[:, ::2], torch.randn(48, 32), torch.randn(48)
+    expected = F.linear(x, weight, bias)
+    for form in (weight, PackedWeight.pack(weight)):
+        close(get_backend("cpu", "cpu").linear(x, form, bias), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 16, 4), (9, 50, 24), (130, 33, 40)])
 def test_linear_whose_last_panel_is_not_full(
@@ -83,11 +88,11 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
         )
         expected = hidden if added is None else hidden + added
         assert torch.equal(total, expected)
-        close(out, rms_norm(expected, weight, 1e-5))
+        close(out, reference.add_rms_norm(expected, None, weight, 1e-5))
     gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
     gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
     lib.aio_silu_and_mul(bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, THREADS)
-    close(out, silu_and_mul(gate_up))
+    close(out, reference.silu_and_mul(gate_up))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +100,7 @@ def test_norm_of_heads_leaves_the_others_alone(lib: ctypes.CDLL, dtype: torch.dt
     row = torch.randn(5, 6, 32).to(dtype)
     weight, before = torch.randn(32).to(dtype), row.clone()
     lib.aio_head_norm(bf16(row), row.data_ptr(), weight.data_ptr(), 5, 6 * 32, 4, 32, 1e-6, THREADS)
-    close(row[:, :4], rms_norm(before[:, :4], weight, 1e-6))
+    close(row[:, :4].flatten(0, 1), reference.add_rms_norm(before[:, :4].flatten(0, 1), None, weight, 1e-6))
     assert torch.equal(row[:, 4:], before[:, 4:])
 
 
@@ -130,7 +135,7 @@ def attend(
         taken += length
     qkv = torch.cat(rows).contiguous()
     tables = [cache.tables[i] for i in present]
-    plan = AttentionPlan(plan_spans, tables, [window], cache.block, q.dtype, torch.device("cpu"))
+    plan = AttentionPlan(plan_spans, tables, cache.block)
     cos, sin = torch.ones(taken, d // 2), torch.zeros(taken, d // 2)
     lib.aio_rope_store(
         *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
@@ -140,7 +145,7 @@ def attend(
     out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
     lib.aio_attention(
         *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(plan.tables.data_ptr(), plan.tables.shape[1], plan.spans.data_ptr(), len(present)),
+        *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(present)),
         *(out.data_ptr(), heads, kv, d, cache.block, window or 0, d**-0.5, THREADS),
     )
     return out
@@ -182,11 +187,18 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
     angles = torch.randn(tokens, 1, d // 2)
     cos, sin = angles.cos(), angles.sin()
     expected = qkv.clone()
-    rotate_(expected[:, : heads + kv], cos, sin)
-    keys, values = torch.zeros(16 * kv * d, dtype=dtype), torch.zeros(16 * kv * d, dtype=dtype)
-    cells, last = torch.arange(tokens), torch.zeros(tokens, dtype=torch.uint8)
+    keys, values = torch.zeros(2, 1, 16, kv, d, dtype=dtype)
+    plan = AttentionPlan([Span(0, tokens, 0)], [[0]], 16)
+    reference.rope_store(expected, None, cos, sin, keys.clone(), values.clone(), plan)
     lib.aio_rope_store(
-        *(bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), cells.data_ptr(), last.data_ptr()),
+        *(
+            bf16(qkv),
+            qkv.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            plan.cells.data_ptr(),
+            plan.last.data_ptr(),
+        ),
         *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, THREADS),
     )
     close(qkv, expected)

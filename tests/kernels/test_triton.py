@@ -15,7 +15,7 @@ from aioengine.kernels.triton import table
 from aioengine.kernels.triton.plan import TilePlan, cut, padded
 from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expand_config, shrink_config
 
-OPS = Path(__file__).with_name("test_triton_ops.py")
+OPS = [Path(__file__).with_name(name) for name in ("test_triton_ops.py", "test_layer_ops.py")]
 
 
 def run(*arguments: str, **environment: str) -> str:
@@ -26,7 +26,7 @@ def run(*arguments: str, **environment: str) -> str:
         text=True,
         check=False,
         env={**os.environ, **environment},
-        cwd=OPS.parents[2],
+        cwd=OPS[0].parents[2],
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,7 +35,7 @@ def run(*arguments: str, **environment: str) -> str:
 
 def test_operations_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    printed = run("-m", "pytest", "-p", "no:cacheprovider", str(OPS), TRITON_INTERPRET="1")
+    printed = run("-m", "pytest", "-p", "no:cacheprovider", *map(str, OPS), TRITON_INTERPRET="1")
     assert "skipped" not in printed
 
 

@@ -25,6 +25,8 @@ def sample() -> list[aot.Variant]:
         parts = list(aot.of_shrink(dtype, default_shrink(Key.of("shrink", bits, rank, 4096, longest))))
         chosen += [parts[0], parts[-1]]
         chosen.append(aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest))))
+    chosen += [*aot.of_attention("bf16", 16, 128, 4), *aot.of_attention("bf16", 16, 64, 3)]
+    chosen += [*aot.of_attention("fp32", 32, 128, 4), *aot.of_rope("bf16", 128), aot.of_norm("bf16", 4096)]
     chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
     return chosen
 
@@ -43,7 +45,7 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
     assert usage.spilled_bytes == 0
     assert usage.registers <= aot.REGISTERS
     assert usage.shared_bytes <= aot.SHARED_BYTES[capability]
-    if dict(variant.constants)["BLOCK_M"] == SHORT and variant.dtype != "fp32":
+    if dict(variant.constants).get("BLOCK_M") == SHORT and variant.dtype != "fp32":
         # Decoding waits for memory: room for two blocks on a multiprocessor, so that one is always asking.
         assert 2 * usage.shared_bytes <= aot.SHARED_BYTES[capability]
         assert 2 * usage.registers * 32 * variant.num_warps <= aot.FILE_REGISTERS
@@ -56,7 +58,14 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         assert not re.search(r"ld\.global\S*[bu]16 ", usage.ptx)
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
-    if dict(variant.constants).get("SPLIT_K", 1) > 1:
+    if variant.kernel == "attention":
+        assert re.search(r"cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], 0x10", usage.ptx), (
+            "keys and values, too"
+        )
+        tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
+        assert tensor_cores == (variant.dtype != "fp32")
+    blocks = dict(variant.constants)
+    if max(blocks.get("SPLIT_K", 1), blocks.get("SPLITS", 1)) > 1:
         # All threads' stores come before the count that announces them, and their loads after it.
         assert re.search(
             r"st\.global.*bar\.sync.*atom\.global\.gpu\.acq_rel\.add.*bar\.sync.*ld\.global\.cg",

@@ -1,0 +1,126 @@
+"""The operations of a model step, which every backend has with one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from aioengine.kernels.attention_plan import AttentionPlan
+from aioengine.kernels.batch import LoRABatch
+from aioengine.kernels.cpu.quantized import Packed
+
+
+class HeadNorms(NamedTuple):
+    """Norms of each query and each key head, which some models have before the rotation."""
+
+    q: Tensor
+    """[d] weight"""
+    k: Tensor
+    """[d] weight"""
+    eps: float
+
+
+class Backend(Protocol):
+    """What a layer is computed with.
+
+    Shapes: T tokens of N sequences, H query heads and K key heads of size d (H a multiple of K), blocks of
+    ``block_size`` tokens, S adapter slots, R the pool's maximum rank, n slices of a fused linear (3 for q, k
+    and v). Tensors are of the model's dtype and on the backend's device unless it says otherwise; sums are
+    float32. What is cached of keys and values, ``keys`` and ``values``, has the shape [blocks, block_size,
+    K, d]; how a block is laid out inside is the backend's business, so only what a backend stored itself can
+    be read by it.
+
+    Metadata (:class:`AttentionPlan`, :class:`LoRABatch`) is built once for all layers of a step.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether equal shapes give equal launches, whatever the metadata's tensors hold: then a step can
+        be recorded as a CUDA graph, and tokens whose cell is below 0 are padding that nothing is stored of.
+        """
+
+    def linear(self, x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias``: ``x`` [T, in], ``weight`` [out, in], ``bias`` [out]; returns [T, out].
+
+        Packed weights are for the backend ``cpu`` only.
+        """
+
+    def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """``hidden += delta`` in place, if there is one, and then its root-mean-square norm times ``weight``.
+
+        ``hidden``, ``delta`` [T, size], contiguous, ``weight`` [size]; returns [T, size]. Rounded to the
+        dtype after the sum, after the norm, and after the weight, as the models were trained.
+        Zhang & Sennrich, 2019, arXiv:1910.07467.
+        """
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` for ``gate_up`` [T, 2 * size], contiguous; returns [T, size], rounded after
+        silu, too. SwiGLU: Shazeer, 2020, arXiv:2002.05202.
+        """
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: AttentionPlan,
+    ) -> None:
+        """Norms and rotates queries and keys, and stores keys and values into the cells of the plan.
+
+        ``qkv`` [T, H + 2 K, d], contiguous; ``cos``, ``sin`` [T, 1, d / 2] float32, dimension i paired with
+        i + d / 2 (RoFormer: Su et al., 2021, arXiv:2104.09864). Queries are changed in place; whether keys
+        are, too, is left open.
+        """
+
+    def paged_attention(
+        self, qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+    ) -> Tensor:
+        """Each token attends to its sequence up to itself, or to the last ``window`` positions of that.
+
+        ``qkv`` as :meth:`rope_store` left it, which must come first. Returns [T, H * d]. Scores are scaled
+        by ``d ** -0.5``; query head h reads key head ``h // (H / K)``. Cells of other sequences, and beyond
+        a sequence's end, may hold anything.
+        """
+
+    def lora_shrink(self, x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
+        """``h[t, j] = A[slot(t), j] x[t]``.
+
+        ``x`` [T, in], ``a`` [S, n * R, in]; returns h [T, n, R] in x's dtype, zero wherever no adapter
+        reaches (tokens without one, and columns from the adapter's rank on).
+
+        Of all LoRA operations: only the tokens of ``batch.segments`` are touched. What slots without a
+        segment hold never matters. In those with one, A's rows and B's columns from the adapter's rank up to
+        R must be zero.
+        """
+
+    def lora_expand(
+        self, h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch
+    ) -> None:
+        """``y[t, offsets[j] : offsets[j] + out_j] += B[j][slot(t)] h[t, j]``, in place.
+
+        ``h`` [T, n, R], ``b``: n tensors [S, out_j, R], ``y`` [T, >= max(offsets[j] + out_j)].
+        """
+
+    def lora_affine(
+        self, y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch
+    ) -> None:
+        """``y[t, offsets[j] : offsets[j] + out_j] += gain * y[t, ...] + shift``, in place.
+
+        ``affine``: n tensors [S, 2, out_j], gain and shift of each slot. Only the tokens of
+        ``batch.affine`` are touched. DoRA and trained biases come to this.
+        """
+
+    def lora_embed(self, token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+        """``h[t, 0] = A[slot(t)][:, token_ids[t]]``: :meth:`lora_shrink` of one-hot tokens.
+
+        ``token_ids`` [T], ``a`` [S, R, vocabulary]; returns h [T, 1, R] in a's dtype, zero wherever no
+        adapter reaches.
+        """

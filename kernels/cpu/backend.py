@@ -1,0 +1,38 @@
+"""The backend ``cpu``: the compiled library, an operation at a time.
+
+What it does not cover (float16, LoRA on embeddings, head dimensions and block sizes that are no multiples
+of 16) is left to plain torch. Whole steps are one call where a model allows for it: ``decoder.cpp``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from aioengine.kernels import plain
+from aioengine.kernels.cpu.layer import add_rms_norm, paged_attention, rope_store, silu_and_mul
+from aioengine.kernels.cpu.lora import lora_affine, lora_embed, lora_expand, lora_shrink
+from aioengine.kernels.cpu.quantized import Packed
+
+name = "cpu"
+capturable = False
+
+__all__ = [
+    "add_rms_norm",
+    "capturable",
+    "linear",
+    "lora_affine",
+    "lora_embed",
+    "lora_expand",
+    "lora_shrink",
+    "name",
+    "paged_attention",
+    "rope_store",
+    "silu_and_mul",
+]
+
+
+def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias``, with weights that may be packed or int8; see :class:`Backend`."""
+    if isinstance(weight, Tensor):
+        return plain.linear(x, weight, bias)
+    return weight.linear(x.contiguous(), bias)

@@ -1,0 +1,89 @@
+"""The operations of a layer between its linears, by the CPU library; see :class:`Backend`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels import plain
+from aioengine.kernels.attention_plan import AttentionPlan
+from aioengine.kernels.backend import HeadNorms
+from aioengine.kernels.cpu.packed import DTYPES, is_bf16, pointer
+from aioengine.kernels.cpu.shared_library import load, threads
+
+_LANES = 16
+"""Block sizes and head dimensions must be multiples of a vector's."""
+
+
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """``hidden += delta``, then its norm; see :class:`Backend`."""
+    if hidden.dtype not in DTYPES:
+        return plain.add_rms_norm(hidden, delta, weight, eps)
+    assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
+    out = torch.empty_like(hidden)
+    load().aio_add_rms_norm(
+        *(is_bf16(hidden), hidden.data_ptr(), pointer(delta), weight.data_ptr(), out.data_ptr()),
+        *(*hidden.shape, eps, threads()),
+    )
+    return out
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``; see :class:`Backend`."""
+    if gate_up.dtype not in DTYPES:
+        return plain.silu_and_mul(gate_up)
+    assert gate_up.is_contiguous()
+    rows, size = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, size)
+    load().aio_silu_and_mul(is_bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, threads())
+    return out
+
+
+def rope_store(
+    qkv: Tensor,
+    norms: HeadNorms | None,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+) -> None:
+    """Norms, rotates and stores, with 16 keys as one vector; see :class:`Backend` and ``attention.cpp``."""
+    if not _ours(keys):
+        return plain.rope_store(qkv, norms, cos, sin, keys, values, plan)
+    assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    _, block_size, kv_heads, d = keys.shape
+    tokens, heads = len(qkv), qkv.shape[1] - 2 * kv_heads
+    if norms is not None:
+        for first, count, weight in ((0, heads, norms.q), (heads, kv_heads, norms.k)):
+            load().aio_head_norm(
+                *(is_bf16(qkv), qkv[:, first:].data_ptr(), weight.data_ptr()),
+                *(tokens, qkv.stride(0), count, d, norms.eps, threads()),
+            )
+    load().aio_rope_store(
+        *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
+        *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
+        *(tokens, heads, kv_heads, d, block_size, threads()),
+    )
+
+
+def paged_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
+    """Attends to what is stored, all sequences in one call; see :class:`Backend`."""
+    if not _ours(keys):
+        return plain.paged_attention(qkv, keys, values, plan, window)
+    _, block_size, kv_heads, d = keys.shape
+    heads = qkv.shape[1] - 2 * kv_heads
+    out = qkv.new_empty(len(qkv), heads * d)
+    load().aio_attention(
+        *(is_bf16(qkv), qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr()),
+        *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
+        *(out.data_ptr(), heads, kv_heads, d, block_size, window or 0, d**-0.5, threads()),
+    )
+    return out
+
+
+def _ours(keys: Tensor) -> bool:
+    """Whether a cache of this type and shape is in the library's layout."""
+    return keys.dtype in DTYPES and keys.shape[1] % _LANES == 0 and keys.shape[3] % _LANES == 0

@@ -1,0 +1,26 @@
+"""What backends make of a step's metadata, made once and kept for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+
+class Derivable:
+    """Metadata of one step that remembers what was derived from it."""
+
+    def __init__(self) -> None:
+        self._derived: dict[Any, Any] = {}
+
+    def derive(self, build: Callable[[Self], T]) -> T:
+        """``build(self)``, called once and kept."""
+        if build not in self._derived:
+            self._derived[build] = build(self)
+        derived: T = self._derived[build]
+        return derived
+
+    def provide(self, build: Callable[[Any], T], value: T) -> None:
+        """What :meth:`derive` is to return for ``build``, made otherwise."""
+        self._derived[build] = value

@@ -1,0 +1,101 @@
+"""Paged attention as a Triton kernel; see :class:`Backend`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.attention_plan import AttentionPlan
+from aioengine.kernels.triton.attention_kernel import attention_kernel
+from aioengine.kernels.triton.launch import on, power_of_two
+from aioengine.kernels.triton.query_tiles import FEW_ROWS, MANY_ROWS, QueryTiles, Tiles
+
+_PROGRAMS = 256
+"""Keys are split if there were fewer programs: about two for each multiprocessor of a large GPU."""
+_MAX_SPLITS = 16
+_KEYS_OF_A_SPLIT = 128
+"""At least, of the longest tile."""
+
+
+class AttentionConfig(NamedTuple):
+    """How the work of a launch is cut."""
+
+    block_n: int
+    """Keys at a time."""
+    splits: int
+    """Parts that the keys are cut into, a power of two."""
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> AttentionConfig:
+    """Splits for decoding only, where otherwise most of a GPU would be idle."""
+    splits = 1
+    if tiles.block_m == FEW_ROWS:
+        programs = len(tiles.table) * kv_heads
+        wanted = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-tiles.longest // _KEYS_OF_A_SPLIT))
+        splits = power_of_two(wanted)
+    return default_config(head_dim, bits, splits)
+
+
+def default_config(head_dim: int, bits: int, splits: int) -> AttentionConfig:
+    """As many keys at a time as registers allow for: float32 products have no tensor cores, and take many."""
+    block_d = power_of_two(head_dim)
+    block_n = max(16, min(64, (8192 if bits == 16 else 2048) // block_d))
+    return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, 2)
+
+
+def rows_of_prompts(bits: int) -> int:
+    """Of tiles of long chunks."""
+    return MANY_ROWS if bits == 16 else FEW_ROWS
+
+
+def paged_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
+    """Attends to what is stored; see :class:`Backend`."""
+    kv_heads, d = keys.shape[2], keys.shape[3]
+    out = qkv.new_empty(len(qkv), (qkv.shape[1] - 2 * kv_heads) * d)
+    work = plan.derive(QueryTiles)
+    bits = 8 * qkv.element_size()
+    for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits)):
+        config = attention_config(tiles, kv_heads, d, bits)
+        attend(qkv, keys, values, plan, window, tiles, config, out)
+    return out
+
+
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    tiles: Tiles,
+    config: AttentionConfig,
+    out: Tensor,
+) -> None:
+    """:func:`paged_attention` of some tiles, with a configuration of the caller's choice."""
+    _, block_size, kv_heads, d = keys.shape
+    block_n, splits, num_warps, num_stages = config
+    block_d = max(16, power_of_two(d))
+    parts = len(tiles.table) * kv_heads * splits if splits > 1 else 0
+    scratch = out.new_empty(parts * tiles.block_m * (block_d + 2), dtype=torch.float32)
+    partials, stats = scratch[: parts * tiles.block_m * block_d], scratch[parts * tiles.block_m * block_d :]
+    with on(qkv.device):
+        attention_kernel[len(tiles.table), kv_heads, splits](
+            *(qkv, keys, values, plan.tables, tiles.table, out, partials, stats),
+            plan.derive(QueryTiles).arrivals(len(tiles.table) * kv_heads),
+            *(qkv.stride(0), plan.tables.stride(0), window or 0, d**-0.5 * math.log2(math.e)),
+            GROUP=qkv.shape[1] // kv_heads - 2,
+            D=d,
+            BLOCK_SIZE=block_size,
+            SPLITS=splits,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )

@@ -1,0 +1,26 @@
+"""The backend ``triton``: what a layer consists of beside its linears as Triton kernels, for GPUs.
+
+The linears themselves are cuBLAS's, by way of torch.
+"""
+
+from aioengine.kernels.plain import linear
+from aioengine.kernels.triton.attention import paged_attention
+from aioengine.kernels.triton.layer import add_rms_norm, rope_store, silu_and_mul
+from aioengine.kernels.triton.lora import lora_affine, lora_embed, lora_expand, lora_shrink
+
+name = "triton"
+capturable = True
+
+__all__ = [
+    "add_rms_norm",
+    "capturable",
+    "linear",
+    "lora_affine",
+    "lora_embed",
+    "lora_expand",
+    "lora_shrink",
+    "name",
+    "paged_attention",
+    "rope_store",
+    "silu_and_mul",
+]

@@ -1,0 +1,73 @@
+"""A step's query tokens cut into tiles: what the attention kernel's grid runs over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.attention_plan import AttentionPlan, Span
+from aioengine.kernels.transfer import send
+from aioengine.kernels.triton.launch import power_of_two
+
+FEW_ROWS, MANY_ROWS = 16, 64
+"""Rows (tokens times query heads of a key head) of tiles for decoding and for prompts, at least."""
+
+
+class Tiles(NamedTuple):
+    """What one launch runs over."""
+
+    table: Tensor
+    """[N, 4] int32: sequence, first row, tokens, position of the first; tiles of zero tokens are padding."""
+    block_m: int
+    """Rows of a tile, a power of two."""
+    longest: int
+    """Keys that a tile may look at, at most."""
+
+
+def cut(spans: Iterable[tuple[int, Span]], rows: int, group: int) -> list[tuple[int, int, int, int]]:
+    """Spans, with the index of their sequence, as tiles of at most ``rows`` rows: ``group`` for a token."""
+    size = rows // group
+    return [
+        (i, row + at, min(size, length - at), start + at)
+        for i, (row, length, start) in spans
+        for at in range(0, length, size)
+    ]
+
+
+class QueryTiles:
+    """The tiles of one step on its device, for all layers; see :func:`cut`.
+
+    What fits into a tile of few rows gets one; longer chunks are cut into tiles of many.
+    """
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self._spans, self._device = plan.spans, plan.device  # not the plan, which holds this
+        self._arrivals = torch.empty(0, dtype=torch.int32, device=plan.device)
+        self._made: dict[tuple[int, int], list[Tiles]] = {}
+
+    def of(self, group: int, rows: int) -> list[Tiles]:
+        """The launches for models with ``group`` query heads for each key head; long chunks in tiles of
+        ``rows``."""
+        key = group, rows
+        if key not in self._made:
+            few, many = (max(at_least, power_of_two(group)) for at_least in (FEW_ROWS, rows))
+            limit = few // group
+            short = [(i, span) for i, span in enumerate(self._spans) if span.length <= limit]
+            long = [(i, span) for i, span in enumerate(self._spans) if span.length > limit]
+            cuts = [(cut(short, few, group), few), (cut(long, many, group), many)]
+            cuts = [(tiles, block_m) for tiles, block_m in cuts if tiles]
+            tables = send([torch.tensor(tiles, dtype=torch.int32) for tiles, _ in cuts], self._device)
+            self._made[key] = [
+                Tiles(table, block_m, max(tokens + position for _, _, tokens, position in tiles))
+                for table, (tiles, block_m) in zip(tables, cuts, strict=True)
+            ]
+        return self._made[key]
+
+    def arrivals(self, count: int) -> Tensor:
+        """[>= count] int32 zeros. Whoever counts in them leaves zeros behind, for the next layer."""
+        if len(self._arrivals) < count:
+            self._arrivals = torch.zeros(count, dtype=torch.int32, device=self._device)
+        return self._arrivals

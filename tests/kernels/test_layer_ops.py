@@ -1,0 +1,134 @@
+"""What a layer does beside its linears and adapters: every backend against the oracle.
+
+``test_triton.py`` runs this file in Triton's interpreter, too, and on a machine with a GPU it runs there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import Layer, LayerCase, close, run
+from torch.nn import functional as F
+
+from aioengine.kernels import AttentionPlan, Span, available_backends, get_backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else [n for n in available_backends("cpu") if n != "reference"]
+EXAMPLES = 10 if INTERPRETED else 60
+REFERENCE = get_backend("cpu", "reference")
+DTYPES = [torch.float32, torch.bfloat16]
+DEVICES = [("cpu", name) for name in BACKENDS]
+if torch.cuda.is_available() and not INTERPRETED:
+    DEVICES += [("cuda", name) for name in available_backends("cuda") if name != "reference"]
+every_backend = pytest.mark.parametrize(("device", "name"), DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """What is allocated without being initialised is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@st.composite
+def cases(draw: st.DrawFn, longest: int) -> LayerCase:
+    lengths = st.integers(1, 3) | st.integers(1, longest)
+    starts = st.just(0) | st.integers(0, longest)
+    heads, kv_heads = draw(st.sampled_from([(4, 4), (6, 2), (9, 3), (8, 1)]))
+    return LayerCase(
+        spans=draw(st.lists(st.tuples(starts, lengths), min_size=1, max_size=5)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([16, 32, 80])),
+        block_size=draw(st.sampled_from([4, 16, 32])),
+        window=draw(st.none() | st.integers(1, 50)),
+        norms=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@every_backend
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(case=cases(longest=20 if INTERPRETED else 90))
+def test_attention_equals_the_reference(device: str, name: str, case: LayerCase) -> None:
+    """Whatever lies in the cells of others, and beyond a sequence's end: it is all NaN."""
+    close(run(get_backend(device, name), case, device), run(REFERENCE, case))
+
+
+@every_backend
+@pytest.mark.parametrize("window", [None, 100])
+def test_long_contexts_beside_short_ones(device: str, name: str, window: int | None) -> None:
+    spans = (
+        [(150, 1), (0, 1), (300, 40), (0, 70)] if INTERPRETED else [(2100, 1), (0, 1), (600, 40), (0, 900)]
+    )
+    case = LayerCase(spans=spans, heads=2, kv_heads=1, window=window)
+    close(run(get_backend(device, name), case, device), run(REFERENCE, case))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 17), (5, 576)])
+def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    backend = get_backend(device, name)
+    hidden, delta = torch.randn(2, rows, size).to(dtype)
+    weight = torch.randn(size).to(dtype)
+    for added in (None, delta):
+        true, total = hidden.clone(), hidden.clone().to(device)
+        expected = REFERENCE.add_rms_norm(true, added, weight, 1e-5)
+        there = None if added is None else added.to(device)
+        found = backend.add_rms_norm(total, there, weight.to(device), 1e-5)
+        close([total.cpu(), found.cpu()], [true, expected])
+        assert INTERPRETED or torch.equal(total.cpu(), true)  # the interpreter cuts bfloat16 off
+    gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
+    gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
+    close([backend.silu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.silu_and_mul(gate_up)])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(device: str, name: str, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 32), (48, 32), (48,)))
+    for b in (None, bias):
+        found = get_backend(device, name).linear(
+            x.to(device), weight.to(device), None if b is None else b.to(device)
+        )
+        close([found.cpu()], [REFERENCE.linear(x, weight, b)])
+
+
+@every_backend
+def test_norms_of_no_rows(device: str, name: str) -> None:
+    """A step in which nobody asks for a token."""
+    backend, weight = get_backend(device, name), torch.ones(16, device=device)
+    empty = torch.empty(0, 16, device=device)
+    assert backend.add_rms_norm(empty, empty.clone(), weight, 1e-5).shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_is_the_definition(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(3, 32).to(dtype), torch.randn(32).to(dtype)
+    expected = F.rms_norm(hidden.float(), (32,), weight.float(), 1e-5).to(dtype)
+    close([REFERENCE.add_rms_norm(hidden.clone(), None, weight, 1e-5)], [expected])
+    gate, up = torch.randn(2, 3, 32).to(dtype)
+    close(
+        [REFERENCE.silu_and_mul(torch.cat([gate, up], 1))], [F.silu(gate.float()).mul(up.float()).to(dtype)]
+    )
+
+
+def test_reference_attention_is_the_definition() -> None:
+    """On one sequence without rotation, with torch's own attention."""
+    layer = Layer(LayerCase([(0, 9)], heads=4, kv_heads=2, block_size=4))
+    plan = AttentionPlan([Span(0, 9, 0)], layer.tables, 4)
+    qkv = torch.randn(9, 8, 16)
+    q, k, v = (t.transpose(0, 1) for t in qkv.clone().split([4, 2, 2], dim=1))
+    REFERENCE.rope_store(qkv, None, torch.ones(9, 1, 8), torch.zeros(9, 1, 8), layer.keys, layer.values, plan)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found = REFERENCE.paged_attention(qkv, layer.keys, layer.values, plan, None)
+    close([found], [expected.transpose(0, 1).flatten(1)])

@@ -1,0 +1,86 @@
+"""Steps of one layer over caches full of NaN, for the tests of attention and of what is beside it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels import AttentionPlan, Backend, HeadNorms, Span
+
+
+class LayerCase(NamedTuple):
+    """Sequences that begin a step with some positions in the cache, and compute some more."""
+
+    spans: Sequence[tuple[int, int]]
+    """(positions in the cache, tokens of the step)."""
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 16
+    block_size: int = 16
+    window: int | None = None
+    norms: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+class Layer:
+    """A layer's cache and the sequences in it, computed by one backend; equal for all backends."""
+
+    def __init__(self, case: LayerCase, device: str = "cpu") -> None:
+        self.case, self.device = case, device
+        self.generator = torch.Generator().manual_seed(case.seed)
+        counts = [math.ceil((start + length + 2) / case.block_size) for start, length in case.spans]
+        blocks = list(range(sum(counts) + 3))
+        random.Random(case.seed).shuffle(blocks)
+        self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
+        shape = (sum(counts) + 3, case.block_size, case.kv_heads, case.head_dim)
+        self.keys = torch.full(shape, math.nan, dtype=case.dtype, device=device)
+        self.values = self.keys.clone()
+        self.norms = None
+        if case.norms:
+            q, k = (1 + 0.2 * self._randn(case.head_dim) for _ in range(2))
+            self.norms = HeadNorms(q.to(device), k.to(device), 1e-5)
+
+    def step(self, backend: Backend, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Queries [T, heads, d] and what attention makes of them [T, heads * d], for these sequences."""
+        case = self.case
+        present = [i for i, (_, length) in enumerate(spans) if length]
+        rows = 0
+        found = []
+        for i in present:
+            start, length = spans[i]
+            found.append(Span(rows, length, start))
+            rows += length
+        tables = [self.tables[i] for i in present]
+        plan = AttentionPlan(found, tables, case.block_size, self.device)
+        qkv = self._randn(rows, case.heads + 2 * case.kv_heads, case.head_dim).to(self.device)
+        frequencies = 100.0 ** -torch.linspace(0, 1, case.head_dim // 2, device=self.device)
+        angles = plan.positions[:, None, None] * frequencies
+        backend.rope_store(qkv, self.norms, angles.cos(), angles.sin(), self.keys, self.values, plan)
+        out = backend.paged_attention(qkv, self.keys, self.values, plan, case.window)
+        return qkv[:, : case.heads].cpu(), out.cpu()
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.case.dtype)
+
+
+def run(backend: Backend, case: LayerCase, device: str = "cpu") -> list[Tensor]:
+    """Queries and outputs of the step, and of one that decodes a token of every sequence after it."""
+    layer = Layer(case, device)
+    history = [(0, start) for start, _ in case.spans]
+    if any(start for start, _ in case.spans):
+        layer.step(backend, history)
+    results = layer.step(backend, case.spans)
+    return [*results, *layer.step(backend, [(start + length, 1) for start, length in case.spans])]
+
+
+def close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for value, true in zip(found, expected, strict=True):
+        assert value.dtype == true.dtype
+        tolerance = 1e-4 if true.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(value.float(), true.float(), rtol=tolerance, atol=tolerance)
