@@ -90,6 +90,7 @@ def build_parts(
     import torch  # only an engine that starts needs it
 
     from aioengine.adapters.store import AdapterStore
+    from aioengine.model.decode_steps import DecodeLimits
     from aioengine.model.runner import ModelRunner
 
     path = resolve_model(config.model, progress)
@@ -99,6 +100,7 @@ def build_parts(
         plan = plan_memory(spec, config, device=resolve_device(config.device))
     one_of_many = plan.device == "cuda" and group.shard.size > 1
     device = f"cuda:{group.shard.rank}" if one_of_many else plan.device
+    graphs = plan.device == "cuda" and config.cuda_graphs
     lora = config.lora
     lora_dtype = getattr(torch, plan.lora_dtype)
     max_rank, modules = (1, ()) if lora is None else (lora.max_lora_rank, lora.modules)
@@ -116,6 +118,7 @@ def build_parts(
         quantization=config.quantization,
         progress=progress,
         group=group,
+        fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
     )
     store = AdapterStore(
         spec,

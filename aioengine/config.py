@@ -133,6 +133,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory: int | str | None = None
     """Bytes, or text such as "2GiB"; None sizes it from what is free."""
     enable_prefix_caching: bool = True
+    cuda_graphs: bool = True
+    """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
+    wait for the host. Takes a while at the start, and some memory."""
     tensor_parallel_size: int = 1
     """Processes that share the model, each with a part of every layer; more than 1 needs
     ``executor="process"``."""
@@ -195,6 +198,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.max_waiting is not None:
             _integer(self, "max_waiting", low=1)
         _boolean(self, "enable_prefix_caching")
+        _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: executor='thread' runs the model in one "

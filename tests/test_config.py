@@ -88,6 +88,7 @@ def test_embeddings_are_targeted_only_if_named() -> None:
         ({"max_waiting": 0}, "max_waiting=0"),
         ({"seed": -1}, "seed=-1"),
         ({"enable_prefix_caching": "yes"}, "enable_prefix_caching='yes'"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1"),
         ({"lora": {"max_loras": 1}}, "lora="),
         ({"policy": ""}, "policy=''"),
     ],

@@ -77,6 +77,8 @@ class EngineFlags:
     """Tokens in a KV block (16)."""
     enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None
     """Share the KV blocks of equal prefixes."""
+    cuda_graphs: Annotated[bool | None, _IN_MORE] = None
+    """Record decode steps at the start and play them back; on CUDA only."""
     max_waiting: Annotated[int | None, _IN_MORE] = None
     """Bound on waiting requests."""
     policy_time_budget: Annotated[float | None, _IN_MORE] = None

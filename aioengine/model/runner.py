@@ -24,6 +24,7 @@ from aioengine.model.weights import load_weights
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
+    from aioengine.model.decode_steps import DecodeLimits, DecodeSteps, Record
     from aioengine.model.native import NativeForward
 
 logger = logging.getLogger("aioengine")
@@ -37,9 +38,10 @@ class ModelRunner:
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the
-    linears' weights are kept; ``progress`` is told how far the weights are read. With a ``group`` of several
-    ranks, this is one rank's share of the model, and all ranks must be built and execute the same steps; only
-    rank 0 samples.
+    linears' weights are kept; ``progress`` is told how far the weights are read. With ``fixed_decode``,
+    decode steps within these limits are recorded and played back if the kernels allow for it, by ``record``
+    (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share of the model, and all
+    ranks must be built and execute the same steps; only rank 0 samples.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
     divided, or if they cannot be quantized here.
     """
@@ -62,6 +64,8 @@ class ModelRunner:
         quantization: Quantization = "none",
         progress: LoadProgress | None = None,
         group: Group | None = None,
+        fixed_decode: DecodeLimits | None = None,
+        record: Record | None = None,
     ) -> None:
         if sample is None:
             from aioengine.model.sampler import sample as default_sample
@@ -91,6 +95,10 @@ class ModelRunner:
         """The compiled step, where there is one."""
         self._forward = self._choose_forward(block_size, quantization)
         self._sample = sample
+        self.decode_steps: DecodeSteps | None = None
+        """Decode steps that are played back, if there are any."""
+        if fixed_decode is not None and self.decoder.kernels.capturable and self.group.shard.size == 1:
+            self.decode_steps = self._record(fixed_decode, record)
 
     def _choose_forward(self, block_size: int, quantization: Quantization) -> Callable[[StepInputs], Tensor]:
         """The compiled step where there is one, else the decoder's own."""
@@ -114,6 +122,20 @@ class ModelRunner:
         # Not through self: memory in a reference cycle would not be free when the runner is gone.
         return lambda inputs: decoder.forward(inputs, kv_cache, lora_slots)
 
+    def _record(self, limits: DecodeLimits, record: Record | None) -> DecodeSteps:
+        from aioengine.model.decode_steps import CudaGraphs, DecodeSteps
+
+        return DecodeSteps(
+            self._forward,
+            limits,
+            self.lora_slots,
+            block_size=self.kv_cache.block_size,
+            vocab_size=self.spec.vocab_size,
+            dtype=self.dtype,
+            device=self.device,
+            record=record or CudaGraphs(self.device),
+        )
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the base model's parameters."""
@@ -127,13 +149,21 @@ class ModelRunner:
             if self.lora_slots is not None:
                 self.lora_slots.before_step()
             with torch.inference_mode():
-                inputs, asking = self._prepare(batch)
-                logits = self._forward(inputs)
+                logits, asking = self._logits(batch)
                 if asking and self.group.shard.rank == 0:
                     rows = [batch.sequences[i] for i in asking]
                     for i, token in zip(asking, self._sample(logits, rows), strict=True):
                         sampled[i] = token
         return StepResult(sampled, time.perf_counter() - began)
+
+    def _logits(self, batch: StepBatch) -> tuple[Tensor, list[int]]:
+        """The logits of the sequences that ask for a token, and their indices."""
+        if self.decode_steps is not None:
+            logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
+            if logits is not None:
+                return logits, list(range(len(batch.sequences)))
+        inputs, asking = self._prepare(batch)
+        return self._forward(inputs), asking
 
     def _prepare(self, batch: StepBatch) -> tuple[StepInputs, list[int]]:
         """The step's tensors, and the indices of the sequences that ask for a token."""

@@ -14,7 +14,7 @@ def attention_kernel(
     keys_ptr,  # [cells, kv_heads, D], contiguous
     values_ptr,
     tables_ptr,  # [sequences, table_stride] blocks
-    tiles_ptr,  # [tiles, 4] sequence, first row, tokens, position of the first
+    tiles_ptr,  # [tiles, 4] sequence, first row, tokens (0: padding, the row becomes 0), first position
     out_ptr,  # [T, heads, D], contiguous
     partials_ptr,  # [tiles, kv_heads, SPLITS, BLOCK_M, BLOCK_D] float32; nothing if SPLITS is 1
     stats_ptr,  # [tiles, kv_heads, SPLITS, 2, BLOCK_M] float32: the largest score, the sum of weights
@@ -45,12 +45,17 @@ def attention_kernel(
     row = tl.load(tiles_ptr + 4 * tile + 1)
     tokens = tl.load(tiles_ptr + 4 * tile + 2)
     position = tl.load(tiles_ptr + 4 * tile + 3)
-    if tokens == 0:  # padding
-        return
-
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
+    heads = kv_heads * GROUP
+    if tokens == 0:  # padding
+        if split == 0:
+            padding_at = (row.to(tl.int64) * heads + kv_head * GROUP + m[:, None]) * D + d[None, :]
+            zeros = tl.zeros((BLOCK_M, BLOCK_D), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + padding_at, zeros, mask=(m < GROUP)[:, None] & (d < D)[None, :])
+        return
+
     token = m // GROUP
     valid = (token < tokens)[:, None] & (d < D)[None, :]
     q_at = (
@@ -118,7 +123,6 @@ def attention_kernel(
         tl.store(arrivals_ptr + output, 0)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    heads = kv_heads * GROUP
     out_at = ((row + token).to(tl.int64)[:, None] * heads + (kv_head * GROUP + m % GROUP)[:, None]) * D + d[
         None, :
     ]

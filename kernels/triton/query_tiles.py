@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
     """What one launch runs over."""
 
     table: Tensor
-    """[N, 4] int32: sequence, first row, tokens, position of the first; tiles of zero tokens are padding."""
+    """[N, 4] int32: sequence, first row, tokens, position of the first. Without tokens it is padding."""
     block_m: int
     """Rows of a tile, a power of two."""
     longest: int

@@ -50,6 +50,7 @@ def test_every_flag_reaches_the_configuration() -> None:
         block_size=8,
         kv_cache_memory="1MiB",
         enable_prefix_caching=False,
+        cuda_graphs=False,
         seed=3,
         max_waiting=5,
         policy="fcfs:max_wait=2",
@@ -78,6 +79,7 @@ def test_every_flag_reaches_the_configuration() -> None:
     assert (config.dtype, config.device, config.max_model_len) == ("float32", "cpu", 128)
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.block_size) == (4, 64, 8)
     assert (config.kv_cache_memory, config.enable_prefix_caching) == (2**20, False)
+    assert config.cuda_graphs is False
     assert (config.seed, config.max_waiting, config.policy) == (3, 5, "fcfs:max_wait=2")
     lora = config.lora
     assert lora is not None

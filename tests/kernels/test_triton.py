@@ -15,7 +15,10 @@ from aioengine.kernels.triton import table
 from aioengine.kernels.triton.plan import TilePlan, cut, padded
 from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expand_config, shrink_config
 
-OPS = [Path(__file__).with_name(name) for name in ("test_triton_ops.py", "test_layer_ops.py")]
+OPS = [
+    Path(__file__).with_name(name)
+    for name in ("test_triton_ops.py", "test_layer_ops.py", "test_played_steps.py")
+]
 
 
 def run(*arguments: str, **environment: str) -> str:

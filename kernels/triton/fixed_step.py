@@ -1,0 +1,172 @@
+"""The metadata of decode steps at fixed addresses, so that a recorded CUDA graph can read it.
+
+One buffer holds everything that differs from step to step. It is written on the host and copied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.attention_plan import AttentionPlan
+from aioengine.kernels.batch import LoRABatch
+from aioengine.kernels.derived import Derivable
+from aioengine.kernels.transfer import HostBuffer
+from aioengine.kernels.triton.launch import power_of_two
+from aioengine.kernels.triton.plan import TilePlan, cut
+from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles
+from aioengine.kernels.triton.table import SHORT
+
+
+class _Fields(NamedTuple):
+    token_ids: Tensor
+    """[size] int64"""
+    positions: Tensor
+    """[size] int64"""
+    cells: Tensor
+    """[size] int64; -1: nothing is stored"""
+    tables: Tensor
+    """[size, width] int32"""
+    query_tiles: Tensor
+    """[size, 4] int32: sequence, row, 1 or 0 tokens, position"""
+    tiles: Tensor
+    """[most_tiles, 4] int32: slot, first token, tokens, rank"""
+    affine_tiles: Tensor
+    """The same, of the slots that scale or shift."""
+
+
+class FixedStep:
+    """Steps of up to ``size`` sequences with one token each; the rows beyond them are padding.
+
+    No operation does anything for a padding row but what concerns that row alone: it is token 0, stores
+    nothing, looks at no key, and has no adapter. ``table_width`` blocks are a sequence's most; the pool has
+    ``slots`` slots of ``max_rank``.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        table_width: int,
+        block_size: int,
+        slots: int,
+        max_rank: int,
+        device: torch.device | str,
+    ) -> None:
+        device = torch.device(device)
+        rows, tiles = (size, 4), (most_tiles(size, slots), 4)
+        long, int32 = torch.int64, torch.int32
+        fields = [((size,), long)] * 3 + [((size, table_width), int32), (rows, int32)] + [(tiles, int32)] * 2
+        self.size = size
+        self._buffer = HostBuffer(fields, device)
+        self._host = _Fields(*self._buffer.host)
+        self._known: list[Sequence[int]] = [()] * size
+        """What the host's block tables hold."""
+        there = _Fields(*self._buffer.device)
+        self.token_ids = there.token_ids
+        self.rows = torch.arange(size, device=device)
+        """[size] every row: all of them are asked for a token."""
+        self.attention: AttentionPlan = _FixedAttention(there, block_size)
+        fixed = _FixedTiles(there, device)
+        self.base = LoRABatch([], [], [], device)
+        """For steps without adapters."""
+        self.lora = _lora_batch(size, max_rank, device, fixed, affine=False)
+        """For steps with adapters."""
+        self.affine = _lora_batch(size, max_rank, device, fixed, affine=True)
+        """For steps with adapters that scale or shift."""
+        self._host.tables.zero_()
+        self.fill([], [], [], LoRABatch([], [], []))
+
+    @property
+    def table_width(self) -> int:
+        return self._host.tables.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of device memory."""
+        return self._buffer.nbytes + self.rows.nbytes
+
+    def fill(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        lora: LoRABatch,
+    ) -> None:
+        """Makes this the step of these sequences, ``size`` at most, in the order of ``lora``'s slots."""
+        self._buffer.wait()
+        host, count, block_size = self._host, len(token_ids), self.attention.block_size
+        places = zip(tables, positions, strict=True)
+        cells = [table[at // block_size] * block_size + at % block_size for table, at in places]
+        _write(host.token_ids, token_ids)
+        _write(host.positions, positions)
+        _write(host.cells, cells, padding=-1)
+        padding = [(i, i, 0, 0) for i in range(count, self.size)]
+        _write(host.query_tiles, [*((i, i, 1, at) for i, at in enumerate(positions)), *padding])
+        _write(host.tiles, cut(lora.segments, SHORT))
+        _write(host.affine_tiles, cut(lora.affine, SHORT))
+        for i, table in enumerate(tables):
+            if self._known[i] != table:
+                host.tables[i, : len(table)] = torch.tensor(table, dtype=torch.int32)
+                self._known[i] = list(table)
+        self._buffer.send()
+
+
+def most_tiles(size: int, slots: int) -> int:
+    """The most tiles of ``SHORT`` tokens that ``size`` tokens over ``slots`` adapters can give."""
+    segments = min(size, slots)
+    return segments + (size - segments) // SHORT
+
+
+def _write(target: Tensor, values: Sequence[int] | Sequence[tuple[int, ...]], padding: int = 0) -> None:
+    if values:
+        target[: len(values)] = torch.tensor(values, dtype=target.dtype)
+    target[len(values) :] = padding
+
+
+def _lora_batch(
+    size: int, max_rank: int, device: torch.device, tiles: TilePlan, *, affine: bool
+) -> LoRABatch:
+    """One in which anything may be, whose tiles say what there is."""
+    batch = LoRABatch([0], [size], [max_rank], device, slot_affine=[affine])
+    batch.provide(TilePlan, tiles)
+    return batch
+
+
+class _FixedAttention(AttentionPlan):
+    """Spans are not known to the host: only a backend that reads none of them can use this."""
+
+    def __init__(self, fields: _Fields, block_size: int) -> None:
+        Derivable.__init__(self)
+        self.spans = ()
+        self.block_size, self.device = block_size, fields.tables.device
+        self.positions, self.cells, self.tables = fields.positions, fields.cells, fields.tables
+        tiles: QueryTiles = _FixedQueryTiles(self, fields.query_tiles)
+        self.provide(QueryTiles, tiles)
+
+
+class _FixedQueryTiles(QueryTiles):
+    def __init__(self, plan: AttentionPlan, table: Tensor) -> None:
+        super().__init__(plan)
+        self._table, self._longest = table, plan.tables.shape[1] * plan.block_size
+
+    def of(self, group: int, rows: int) -> list[Tiles]:
+        return [Tiles(self._table, max(FEW_ROWS, power_of_two(group)), self._longest)]
+
+
+class _FixedTiles(TilePlan):
+    def __init__(self, fields: _Fields, device: torch.device) -> None:
+        super().__init__(LoRABatch([], [], [], device))
+        self._fields = fields
+        self.longest = SHORT
+
+    def tiles(self, length: int) -> Tensor:
+        assert length >= SHORT
+        return self._fields.tiles
+
+    def affine_tiles(self, length: int) -> Tensor:
+        assert length >= SHORT
+        return self._fields.affine_tiles

@@ -1,0 +1,161 @@
+"""Decode steps that are recorded and played back, against the same model without: on a GPU with CUDA graphs,
+without one in Triton's interpreter (``test_triton.py`` runs this file there), where recorded is what is
+computed anew on the same memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build_model
+from torch import Tensor
+
+from aioengine.model.decode_steps import CudaGraphs, DecodeLimits, Step
+from aioengine.model.files import read_spec
+from aioengine.model.runner import ModelRunner
+from aioengine.request import SamplingParams
+from aioengine.step import Sampled, SequenceWork, StepBatch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
+)
+RANKS = (4, 8, 3)
+AFFINE = 2
+"""The slot that scales and shifts."""
+MOST, BLOCKS = 5, 40
+
+
+@functools.cache
+def model() -> Path:
+    return build_model(Path(tempfile.mkdtemp()), "qwen3", num_hidden_layers=2)
+
+
+class Run:
+    """A runner with random adapters, and what its steps gave."""
+
+    def __init__(self, *, played: bool, slots: bool = True) -> None:
+        self.logits = torch.empty(0)
+        self.played: list[int] = []
+        spec = read_spec(model())
+        self.runner = ModelRunner(
+            *(spec, model()), dtype=torch.float32, device=DEVICE, num_blocks=BLOCKS, block_size=4,
+            max_loras=len(RANKS) if slots else 0, max_lora_rank=8, kernels="triton", sample=self._sample,
+            fixed_decode=DecodeLimits(MOST, 64) if played else None,
+            record=self._record,
+        )  # fmt: skip
+        if self.runner.lora_slots is not None:
+            self._fill_slots()
+        for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
+            cache.fill_(float("nan"))
+        self.played.clear()
+
+    def _fill_slots(self) -> None:
+        slots = self.runner.lora_slots
+        assert slots is not None
+        generator = torch.Generator().manual_seed(1)
+
+        def randn(target: Tensor) -> Tensor:
+            return 0.1 * torch.randn(target.shape, generator=generator)
+
+        for pools in slots.layers:
+            for pool in pools.values():
+                for slot, rank in enumerate(RANKS):
+                    a = pool.a[slot].view(len(pool.modules), 8, -1)[:, :rank]
+                    a.copy_(randn(a))
+                    for b in pool.b:
+                        b[slot, :, :rank] = randn(b[slot, :, :rank])
+                for affine in pool.affine:
+                    affine[AFFINE] = randn(affine[AFFINE])
+        slots._has_affine[AFFINE] = True
+
+    def _record(self, step: Step) -> Step:
+        """As on a GPU, and counts how often it is played."""
+        recorded = CudaGraphs(torch.device(DEVICE))(step) if DEVICE == "cuda" else step
+
+        def again() -> None:
+            self.played.append(1)
+            recorded()
+
+        return again
+
+    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        assert len(logits) == len(rows)
+        self.logits = logits.float().cpu()
+        return [Sampled(int(token)) for token in self.logits.argmax(-1)]
+
+    def step(self, sequences: Sequence[tuple[int, int, int]], sample: bool = True) -> Tensor:
+        """One step over (slot, position, tokens); sequence i has blocks of its own, scattered."""
+        work = []
+        for i, (slot, start, count) in enumerate(sequences):
+            ids = [(11 * i + 7 * position) % 200 + 5 for position in range(start, start + count)]
+            table = [(7 * (8 * i + j)) % BLOCKS for j in range(-(-(start + count) // 4))]
+            work.append(SequenceWork(str(i), slot, ids, start, table, sample, SamplingParams(), 0, ids, 0))
+        self.runner.execute(StepBatch(0, work, RANKS))
+        return self.logits
+
+    def caches(self) -> list[Tensor]:
+        return [cache.cpu() for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v)]
+
+
+@pytest.fixture(scope="module")
+def runs() -> tuple[Run, Run]:
+    return Run(played=True), Run(played=False)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert not expected.isnan().any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [(-1, -1, -1), (-1, 0, 0, 1, 1), (1,), (0, 1, 2)],
+    ids=["base", "full", "one", "affine"],
+)
+def test_played_steps_are_those_of_the_eager_model(runs: tuple[Run, Run], slots: tuple[int, ...]) -> None:
+    played, eager = runs
+    lengths = (6, 1, 3, 2, 1)
+    prompts = [(slot, 0, length) for slot, length in zip(slots, lengths, strict=False)]
+    close(played.step(prompts), eager.step(prompts))
+    assert not played.played, "prompts are not played"
+    decode = [(slot, length, 1) for slot, length in zip(slots, lengths, strict=False)]
+    close(played.step(decode), eager.step(decode))
+    assert len(played.played) == 1
+    played.played.clear()
+    for found, expected in zip(played.caches(), eager.caches(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_what_a_step_left_behind_does_not_reach_a_smaller_one(runs: tuple[Run, Run]) -> None:
+    """A padded size after a full one: the rows that are padding now had sequences before."""
+    played, eager = runs
+    full = [(slot, 20, 1) for slot in (-1, 0, 1, 1, 2)]
+    for run in runs:
+        for cache in (*run.runner.kv_cache.k, *run.runner.kv_cache.v):
+            cache.fill_(0.5)
+        run.step(full)
+    for fewer in ([(-1, 21, 1), (0, 21, 1), (1, 21, 1)], [(-1, 22, 1)]):
+        close(played.step(fewer), eager.step(fewer))
+    for found, expected in zip(played.caches(), eager.caches(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_decode_step_is_not_played() -> None:
+    run = Run(played=True, slots=False)
+    run.step([(-1, 0, 3), (-1, 0, 2)])
+    run.step([(-1, 3, 1), (-1, 2, 2)])
+    run.step([(-1, 4, 1), (-1, 4, 1)], sample=False)
+    run.step([(-1, 1, 1)] * (MOST + 1))
+    assert not run.played
+    run.step([(-1, 5, 1), (-1, 5, 1)])
+    assert len(run.played) == 1
