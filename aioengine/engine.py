@@ -24,6 +24,7 @@ from aioengine.schedulers import SchedulerPolicy
 from aioengine.stepper import Stepper
 from aioengine.stream import OutputStream
 from aioengine.submit import Submitter
+from aioengine.warm_up import warm_up
 
 if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
@@ -130,9 +131,17 @@ class AsyncEngine:
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         """What the engine is put together from; the policy lab has another way."""
         if self.config.executor == "process":
-            return await build_with_workers(self.config, self._resolver, progress, work)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(work, build, self.config, self._resolver, progress)
+            built = await build_with_workers(self.config, self._resolver, progress, work)
+        else:
+            loop = asyncio.get_running_loop()
+            built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
+        try:
+            await warm_up(built.executor, built.plan)
+        except BaseException:
+            await built.executor.close()
+            await built.loader.close()
+            raise
+        return built
 
     async def stop(self) -> None:
         """End what runs (with EngineStopped) and free everything; ``async with`` does it for you."""

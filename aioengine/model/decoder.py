@@ -11,6 +11,7 @@ from torch import Tensor
 from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
 from aioengine.model.adapted import AdaptedLinears
+from aioengine.model.buffer import Arena
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import LoRASlots
 from aioengine.model.parallel import Group, SoloGroup
@@ -70,6 +71,16 @@ class StepInputs:
     """The same for ``sample_rows``."""
 
 
+def _weights(spec: ModelSpec, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+    """Memory for the matrices of a model on a CPU: ``weight(out, in)``, all of them in one piece."""
+    layer = [spec.linear(module) for modules in FUSED_MODULES.values() for module in modules]
+    per_layer = sum(shape.in_features * shape.out_features for shape in layer)
+    outer = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
+    count = len(FUSED_MODULES) * spec.num_layers + 2
+    arena = Arena((per_layer * spec.num_layers + outer) * dtype.itemsize, count)
+    return lambda n, k: arena.take(n * k * dtype.itemsize).view(dtype).view(n, k)
+
+
 class Decoder:
     """Weights and forward pass. The weights are uninitialised until they are loaded.
 
@@ -92,10 +103,12 @@ class Decoder:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
+        weight = _weights(spec, dtype) if device.type == "cpu" else empty
+
         def linear(fused: str, has_bias: bool) -> Linear:
             shapes = [spec.linear(module) for module in FUSED_MODULES[fused]]
             n_out = sum(shape.out_features for shape in shapes)
-            return Linear(empty(n_out, shapes[0].in_features), empty(n_out) if has_bias else None)
+            return Linear(weight(n_out, shapes[0].in_features), empty(n_out) if has_bias else None)
 
         self.spec = spec
         """Of the rank's share."""
@@ -105,7 +118,7 @@ class Decoder:
         self.device = device
         self.kernels = kernels
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self.embed_tokens: Tensor | Packed = empty(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens: Tensor | Packed = weight(spec.vocab_size, spec.hidden_size)
         self.layers = [
             Layer(
                 input_norm=empty(spec.hidden_size),
@@ -121,7 +134,7 @@ class Decoder:
         ]
         self.norm = empty(spec.hidden_size)
         tied = spec.tie_embeddings
-        self.head = Linear(self.embed_tokens if tied else empty(spec.vocab_size, spec.hidden_size), None)
+        self.head = Linear(self.embed_tokens if tied else weight(spec.vocab_size, spec.hidden_size), None)
         self.nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
         """Bytes of the weights."""
 

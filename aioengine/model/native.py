@@ -167,18 +167,17 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
 
 
 def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Tensor], Packed]:
-    """Packs the decoder's linears one after the other, into memory that is touched as they come."""
+    """Packs the decoder's linears: in place, or as int8 one after the other into memory of their own."""
+    if quantization == "none":
+        return PackedWeight.pack_in_place
     sizes = [weight.numel() for weight in decoder.linear_weights()]
-    size = decoder.dtype.itemsize if quantization == "none" else 1
-    arena = Arena(sum(sizes) * size, len(sizes))
+    arena = Arena(sum(sizes), len(sizes))
 
-    def pack(weight: Tensor) -> Packed:
-        memory = arena.take(weight.numel() * size)
-        if quantization == "none":
-            return PackedWeight.pack(weight, memory)
+    def quantize(weight: Tensor) -> Packed:
+        memory = arena.take(weight.numel())
         return QuantizedWeight.pack(weight, memory, int8_activations=has_int8_products())
 
-    return pack
+    return quantize
 
 
 def _matrix(linear: Linear) -> structs.Matrix:

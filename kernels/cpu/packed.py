@@ -27,12 +27,19 @@ class PackedWeight:
         return dtype in DTYPES and n % PANEL == 0 and k % (4 // dtype.itemsize) == 0
 
     @classmethod
-    def pack(cls, weight: Tensor, memory: Tensor | None = None) -> PackedWeight:
-        """A packed copy of ``weight`` [n, k], contiguous; in ``memory`` (uint8) of that size, if given."""
+    def pack(cls, weight: Tensor) -> PackedWeight:
+        """A packed copy of ``weight`` [n, k], contiguous."""
+        return cls._pack(weight, torch.empty(weight.numel(), dtype=weight.dtype))
+
+    @classmethod
+    def pack_in_place(cls, weight: Tensor) -> PackedWeight:
+        """``weight`` [n, k], contiguous, in the memory that it has, which no longer holds it as it was."""
+        return cls._pack(weight, weight.view(-1))
+
+    @classmethod
+    def _pack(cls, weight: Tensor, data: Tensor) -> PackedWeight:
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
-        data = torch.empty(n * k, dtype=weight.dtype) if memory is None else memory.view(weight.dtype)
-        assert data.shape == (n * k,)
         load().aio_pack(is_bf16(weight), weight.data_ptr(), data.data_ptr(), n, k, threads())
         return cls(data, n, k)
 

@@ -1,4 +1,6 @@
 // The packed linear: y = x W^T (+ bias), for weights rearranged once; tiles.h describes how.
+#include <vector>
+
 #include "tiles.h"
 
 namespace aio {
@@ -19,13 +21,14 @@ template <class T>
 void pack(const void* weight, void* packed, long n, long k, int threads) {
   using elem = typename T::elem;
   const long lanes = k / T::PER_LANE, panels = (n + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long panel = 0; panel < panels; panel++) {
-    uint32_t* out = (uint32_t*)packed + panel * lanes * LANES;
-    for (int c = 0; c < LANES; c++) {
-      const long row = panel * LANES + c;
-      const uint32_t* in = (const uint32_t*)((const elem*)weight + row * k);
-      for (long i = 0; i < lanes; i++) out[i * LANES + c] = row < n ? in[i] : 0;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> turned(lanes * LANES);
+#pragma omp for schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+      const long row = panel * LANES, rows = n - row < LANES ? n - row : LANES;
+      transpose<T>((const elem*)weight + row * k, k, k, rows, turned.data());
+      std::memcpy((uint32_t*)packed + panel * lanes * LANES, turned.data(), lanes * LANES * sizeof(uint32_t));
     }
   }
 }
@@ -51,7 +54,7 @@ void gather(const void* packed, const int64_t* rows, void* out, long count, long
 }  // namespace
 }  // namespace aio
 
-// weight [n, k] -> packed; k must be a whole number of lanes. `bf16` chooses the element type here and below.
+// weight [n, k] -> packed, which may be the same memory if n is a multiple of 16; k must be a whole number of lanes. `bf16` chooses the element type here and below.
 AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads) {
   bf16 ? aio::pack<aio::Bf16>(weight, packed, n, k, threads) : aio::pack<aio::F32>(weight, packed, n, k, threads);
 }
