@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 logger = logging.getLogger("aioengine")
@@ -71,7 +72,7 @@ def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Pa
     path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
     if not path.exists():
         logger.info("compiling the CPU kernels (%s) with %s, once", level, compiler)
-        _compile([*command, *map(str, sources)], path)
+        _compile(command, sources, path)
     return path
 
 
@@ -120,23 +121,34 @@ def _cache_folder() -> Path:
     return Path(base) / "aioengine" / "kernels"
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            # The largest first, or it would be waited for alone.
+            pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                commands = ([*command, "-c", str(source), "-o", str(to)] for source, to in pairs)
+                for _ in pool.map(_run_compiler, commands):
+                    pass
             built = Path(folder) / "kernels.so"
-            done = subprocess.run(
-                [*command, "-o", str(built)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=COMPILE_SECONDS,
-                check=False,
-                env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
-            )
-            if done.returncode != 0:
-                first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-                raise Unavailable(f"{command[0]} failed with status {done.returncode}: {first}")
+            _run_compiler([*command, *map(str, objects), "-o", str(built)])
             os.replace(built, path)  # whole or not at all, whoever else compiles
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the kernels cannot be compiled into {path.parent}: {error}") from error
+
+
+def _run_compiler(command: Sequence[str]) -> None:
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=COMPILE_SECONDS,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
+    )
+    if done.returncode != 0:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise Unavailable(f"{command[0]} failed with status {done.returncode}: {first}")

@@ -166,12 +166,7 @@ void attend(const Attention& a, const Task& task, const Task* next, long head_be
     const Chunk* fetch = more || next != nullptr ? &now_at : nullptr;
     for (long r = 0; r < rows; r += 4) {
 #define CALL(R) scores<T, R>(q + r * lanes, here, lanes, r == 0 ? fetch : nullptr, scratch.scores + r * KEYS)
-      switch (rows - r) {
-        case 1: CALL(1); break;
-        case 2: CALL(2); break;
-        case 3: CALL(3); break;
-        default: CALL(4); break;
-      }
+      AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
     }
     for (long r = 0; r < rows; r++) {
@@ -203,12 +198,7 @@ void attend(const Attention& a, const Task& task, const Task* next, long head_be
 #define CALL(R)                                                                                             \
   accumulate<T, R>(scratch.weights.data() + r * (KEYS / T::PER_LANE), here, count, a.head_dim,               \
                    r == 0 ? fetch : nullptr, decay + r, out + r * a.head_dim)
-      switch (rows - r) {
-        case 1: CALL(1); break;
-        case 2: CALL(2); break;
-        case 3: CALL(3); break;
-        default: CALL(4); break;
-      }
+      AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
     }
   }

@@ -179,6 +179,15 @@ static inline vf exp_negative(vf x) {
     default: CALL(8); break;     \
   }
 
+// The same with 4 at most.
+#define AIO_SWITCH_FEW(n, CALL) \
+  switch (n) {                  \
+    case 1: CALL(1); break;     \
+    case 2: CALL(2); break;     \
+    case 3: CALL(3); break;     \
+    default: CALL(4); break;    \
+  }
+
 struct Range {
   long begin, end;
 };

@@ -4,6 +4,10 @@
 #include "tiles.h"
 
 namespace aio {
+
+template class Blocks<Bf16, Bf16>;
+template class Blocks<F32, F32>;
+
 namespace {
 
 template <class T>

@@ -199,10 +199,12 @@ void tile(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* del
 template <class T, class Out, int P>
 void row_tiles(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* delta, long begin, long end,
                long column) {
-  long row = begin;
-  for (; row + ROWS <= end; row += ROWS) tile<T, Out, ROWS, P>(l, w, fetcher, delta, row, column);
 #define CALL(R) tile<T, Out, R, P>(l, w, fetcher, delta, row, column)
-  if (row < end) AIO_SWITCH_ROWS(end - row, CALL)
+  if constexpr (P == PANELS) {
+    for (long row = begin; row < end; row += ROWS) AIO_SWITCH_ROWS(end - row, CALL)
+  } else {  // fewer panels than usual are rare: not worth as many kinds of tiles
+    for (long row = begin; row < end; row += 4) AIO_SWITCH_FEW(end - row, CALL)
+  }
 #undef CALL
 }
 
@@ -372,5 +374,9 @@ class Blocks {
   Fetcher fetcher_;
   std::vector<uint32_t> b_;
 };
+
+// Compiled once, in linear.cpp.
+extern template class Blocks<Bf16, Bf16>;
+extern template class Blocks<F32, F32>;
 
 }  // namespace aio
