@@ -4,9 +4,9 @@
     python benchmarks/beside_vllm.py --peer peer/bin/python
 
 vLLM gets what its documentation advises on a CPU: tcmalloc and Intel's OpenMP are preloaded where they are
-found (Debian: libtcmalloc-minimal4; libiomp5 comes with vLLM); --as-installed leaves that away. All else is its
-default. SmolLM2-135M in bfloat16, greedy, end of sequence ignored; with adapters, request i has adapter i % 8 of
-8 random rank-16 adapters on all seven linears. Prints medians and ratios.
+found (Debian: libtcmalloc-minimal4; libiomp5 comes with vLLM); --as-installed leaves that away. All else is
+its default. SmolLM2-135M in bfloat16, greedy, end of sequence ignored; with adapters, request i has adapter
+i % 8 of 8 random rank-16 adapters on all seven linears. Prints medians and ratios.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python vllm_worker.py MODEL_DIR ADAPTERS_DIR CASES LORA REPEATS
 
-CASES is a JSON list of [name, requests, prompt tokens, output tokens, adapters], LORA how many adapters it has
-room for (0: LoRA off). Prints a JSON object, the seconds of every repeat by case, as its last line.
+CASES is a JSON list of [name, requests, prompt tokens, output tokens, adapters], LORA how many adapters it
+has room for (0: LoRA off). Prints a JSON object, the seconds of every repeat by case, as its last line.
 """
 
 from __future__ import annotations
