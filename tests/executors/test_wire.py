@@ -7,7 +7,7 @@ import socket
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioengine import errors
@@ -37,6 +37,7 @@ def returned(error: BaseException) -> Exception:
     return report.error.error()
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from([errors.AdapterInvalid, errors.AdapterTooLarge, errors.AdapterLoadError]),
     reason=st.text(),
