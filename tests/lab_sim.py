@@ -7,10 +7,11 @@ from typing import Any
 
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.lab.clock import run_in_virtual_time
-from aioengine.lab.costs import CostModel, ModelShape, Stage, StepCosts
+from aioengine.lab.costs import CostModel, ModelShape, Stage
 from aioengine.lab.engine import SimulatedEngine
 from aioengine.lab.records import Move, RequestRecord, Sample, SlotSpan
 from aioengine.lab.replay import Replayed, replay
+from aioengine.lab.step_costs import StepCosts
 from aioengine.lab.workload import AdapterShape, Arrival, Workload
 from aioengine.schedulers import SchedulerPolicy
 

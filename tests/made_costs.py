@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aioengine.lab.costs import CostModel, ModelShape, Stage, StepCosts
+from aioengine.lab.costs import CostModel, ModelShape, Stage
+from aioengine.lab.step_costs import StepCosts
 
 MODEL = ModelShape(
     vocab_size=1000,

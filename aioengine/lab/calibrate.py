@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import platform
-import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,14 +13,22 @@ import msgspec
 
 from aioengine.config import Device, DType, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs import CostModel, FitQuality, ModelShape, Stage, significant
-from aioengine.lab.design import Design, DesignRun, Progress
+from aioengine.lab.costs import CostModel, FitQuality, ModelShape, Stage
+from aioengine.lab.design import Design, Part
+from aioengine.lab.direct import DirectSteps
 from aioengine.lab.extra import needs_extra
-from aioengine.lab.fit import fit_stage, fit_steps
+from aioengine.lab.fit import Timed, fit_stage, fit_steps
 from aioengine.lab.probe import ProbedEngine, ProbedMove
-from aioengine.lab.timings import Intervals, fit_overhead, load_slowdown, move_points, step_points
+from aioengine.lab.random_adapters import write_random_adapter
+from aioengine.lab.rounds import Rounds
+from aioengine.lab.serving import Serving
+from aioengine.lab.step_costs import significant
+from aioengine.lab.timings import fit_overhead, move_points, slowdown
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
+
+Progress = Callable[[int, int, str], None]
+"""Told of: timings done, of how many, and what comes next."""
 
 
 def calibrate(
@@ -54,66 +61,125 @@ def calibrate(
         import scipy.optimize  # noqa: F401
     design = Design() if design is None else design
     name = name or (Path(model).name if out is None else out.stem)
-    costs = asyncio.run(_calibrate(model, name, dtype, device, design, progress))
+    config = EngineConfig(model=model, dtype=dtype, device=device)
+    with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
+        costs = asyncio.run(_Calibration(config, design, Path(folder), progress).run(name))
     if out is not None:
         costs.write(out)
     return costs
 
 
-async def _calibrate(
-    model: str, name: str, dtype: DType, device: Device, design: Design, progress: Progress | None
-) -> CostModel:
-    config = EngineConfig(
-        model=model,
-        dtype=dtype,
-        device=device,
-        max_num_seqs=design.max_rows + 1,
-        max_num_batched_tokens=max(design.max_num_batched_tokens, design.max_rows + 1),
-        enable_prefix_caching=False,  # every prompt is computed
-        lora=LoRAConfig(
-            max_loras=design.slots,
-            max_lora_rank=design.max_rank,
-            max_cpu_loras=2 * design.slots,
-            max_concurrent_loads=1,
-        ),
-    )
-    with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
-        async with ProbedEngine(config) as engine:
-            run = DesignRun(engine, design, Path(folder))
-            await run.all(progress)
-            return _fit(run, name, engine.model_spec, engine.plan)
+class _Calibration:
+    """Carries a design out: one engine after the other, those with the largest slots first."""
 
+    def __init__(self, config: EngineConfig, design: Design, folder: Path, progress: Progress | None) -> None:
+        self._config = config
+        self._design = design
+        self._folder = folder
+        self._progress = progress
+        self._done = self._total = 0
+        self._points: list[Timed] = []
+        self._disturbed = 0
 
-def _fit(run: DesignRun, name: str, spec: ModelSpec, plan: MemoryPlan) -> CostModel:
-    steps, moves = run.probe.steps, run.probe.moves
-    moving = Intervals(moves)
-    calm = [step for step in steps if not moving.overlap(step)]
-    overhead = fit_overhead(calm)
-    found = fit_steps(step_points(calm, overhead))
-    alone = moves[run.loads_from.move :]
-    costs = CostModel(
-        name=name,
-        source=f"measured: {machine()}; {versions()}",
-        estimate=False,
-        sources={
-            "steps": f"{len(calm)} that no load disturbed, medians of {found.quality.steps} kinds",
-            "other processes": f"took {statistics.fmean(run.neighbours):.0%} of the machine meanwhile",
-        },
-        model=ModelShape.of(spec, plan.dtype),
-        steps=found.costs.rounded(),
-        step_overhead=significant(overhead),
-        disk=_stage(alone, "disk"),
-        slot=_stage(alone, "slot"),
-        device="cuda" if plan.device == "cuda" else "cpu",
-        device_memory=plan.available_bytes,
-        fit=FitQuality(
-            steps=found.quality.steps,
-            median_error=significant(found.quality.median_error),
-            p90_error=significant(found.quality.p90_error),
-        ),
-    )
-    slowdown = load_slowdown(costs, steps[run.loads_from.step :], moving)
-    return msgspec.structs.replace(costs, load_slowdown=significant(slowdown))
+    async def run(self, name: str) -> CostModel:
+        sizes = sorted(set(self._design.slot_ranks), reverse=True)
+        serving: Serving | None = None
+        for slot_rank in sizes:
+            async with ProbedEngine(self._engine_config(slot_rank)) as engine:
+                if serving is None:
+                    longest = engine.plan.max_model_len
+                    parts = {size: self._parts(size, longest) for size in sizes}
+                    await asyncio.to_thread(self._write_adapters, engine.model_spec)
+                    loads = self._loads()
+                    turns = len(self._design.live_rows) + len(loads)
+                    self._total = turns + self._design.repeats * sum(map(len, parts.values()))
+                    serving = Serving(engine, self._design)
+                    await serving.run(loads, self._tell)
+                    self._done = turns
+                    spec, plan = engine.model_spec, engine.plan
+                await self._time(engine, slot_rank, parts[slot_rank])
+        assert serving is not None, "a design has slots of some size"
+        self._tell(self._total - self._done, "done")
+        return self._fit(serving, name, spec, plan)
+
+    def _engine_config(self, slot_rank: int) -> EngineConfig:
+        design = self._design
+        adapters = len(design.ranks_in(slot_rank)) * max(design.adapters)
+        return msgspec.structs.replace(
+            self._config,
+            max_num_seqs=design.max_rows,
+            max_num_batched_tokens=max(design.max_num_batched_tokens, design.max_rows),
+            enable_prefix_caching=False,  # every prompt is computed
+            lora=LoRAConfig(
+                max_loras=adapters + 1,
+                max_lora_rank=slot_rank,
+                max_cpu_loras=adapters + 1,
+                max_concurrent_loads=1,
+            ),
+        )
+
+    def _parts(self, slot_rank: int, longest: int) -> list[Part]:
+        return self._design.parts(slot_rank, whole=slot_rank == max(self._design.slot_ranks), longest=longest)
+
+    def _write_adapters(self, spec: ModelSpec) -> None:
+        for rank in self._design.ranks:
+            for i in range(max(*self._design.adapters, self._design.loads)):
+                write_random_adapter(self._path(rank, i), spec, rank, seed=i)
+
+    def _path(self, rank: int, i: int) -> Path:
+        return self._folder / f"{rank}-{i}"
+
+    def _loads(self) -> list[Path]:
+        """The adapters that are loaded beside steps."""
+        return [self._path(rank, i) for i in range(self._design.loads) for rank in self._design.ranks]
+
+    async def _time(self, engine: ProbedEngine, slot_rank: int, parts: list[Part]) -> None:
+        design = self._design
+        steps = DirectSteps(engine, seed=design.seed)
+        await steps.fill(design.tokens, design.max_num_batched_tokens)
+        for rank in design.ranks_in(slot_rank):
+            for i, name in enumerate(design.names(rank)):
+                await steps.place(name, self._path(rank, i))
+        rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
+        self._points += await rounds.run(steps, self._tell)
+        self._disturbed += rounds.disturbed
+        self._done += design.repeats * len(parts)
+
+    def _tell(self, turn: int, what: str) -> None:
+        if self._progress is not None:
+            self._progress(self._done + turn, self._total, what)
+
+    def _fit(self, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan) -> CostModel:
+        found = fit_steps(self._points)
+        overhead, each = fit_overhead(serving.alone)
+        steps = msgspec.structs.replace(found.costs, sequence=found.costs.sequence + each)
+        costs = CostModel(
+            name=name,
+            source=f"measured: {machine()}; {versions()}",
+            estimate=False,
+            sources={
+                "steps": f"{len(self._points)} kinds; other programs disturbed {self._disturbed} timings",
+                "between steps": f"{len(serving.alone)} steps in serving",
+            },
+            model=ModelShape.of(spec, plan.dtype),
+            steps=steps.rounded(),
+            step_overhead=significant(overhead),
+            disk=_stage(serving.moves, "disk"),
+            slot=_stage(serving.moves, "slot"),
+            device="cuda" if plan.device == "cuda" else "cpu",
+            device_memory=plan.available_bytes,
+            fit=FitQuality(
+                steps=found.quality.steps,
+                median_error=significant(found.quality.median_error),
+                p90_error=significant(found.quality.p90_error),
+            ),
+        )
+        slow = {stage: slowdown(costs, serving.beside, serving.moves, stage) for stage in ("disk", "slot")}
+        return msgspec.structs.replace(
+            costs,
+            disk=msgspec.structs.replace(costs.disk, slowdown=significant(slow["disk"])),
+            slot=msgspec.structs.replace(costs.slot, slowdown=significant(slow["slot"])),
+        )
 
 
 def _stage(moves: Sequence[ProbedMove], stage: str) -> Stage:

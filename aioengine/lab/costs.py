@@ -6,77 +6,23 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 from __future__ import annotations
 
 import difflib
-import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
+from aioengine.lab.step_costs import StepCosts, StepShape, StepTimes, check
 from aioengine.memory_plan import MemoryPlan, plan_memory
 from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, RopeSpec
-from aioengine.step import StepBatch
 
-FORMAT = 1
+FORMAT = 2
 """The version of the JSON."""
-
-
-class StepShape(NamedTuple):
-    """What a step's time depends on."""
-
-    decode_rows: int
-    """Sequences that compute one token, after their prompt."""
-    decode_kv: int
-    """Positions that these rows read keys and values of, summed."""
-    prefill_tokens: int
-    prefill_pairs: int
-    """Query-key pairs of the prefill chunks: the sum of tokens * (start + tokens / 2), rounded."""
-    sequences: int
-    adapters: int
-    """Distinct ones in the batch."""
-    rank_sum: int
-    """Of the distinct adapters."""
-    lora_tokens: int
-    """Tokens that have an adapter."""
-    lora_token_ranks: int
-    """The sum over these tokens of their adapter's rank."""
-
-
-def step_shape(batch: StepBatch) -> StepShape:
-    """The shape of a step; the calibration and the simulation both use this."""
-    decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
-    lora_tokens = lora_token_ranks = adapters = rank_sum = 0
-    ranks = batch.slot_ranks
-    last = -1  # sequences are sorted by slot
-    for work in batch.sequences:
-        count, start, slot = len(work.tokens), work.start, work.slot
-        if count == 1 and start >= work.prompt_len:
-            decode_rows += 1
-            decode_kv += start + 1
-        else:
-            prefill_tokens += count
-            twice_pairs += count * (2 * start + count)
-        if slot >= 0:
-            rank = ranks[slot]
-            lora_tokens += count
-            lora_token_ranks += count * rank
-            if slot != last:
-                adapters += 1
-                rank_sum += rank
-                last = slot
-    return StepShape(
-        decode_rows,
-        decode_kv,
-        prefill_tokens,
-        twice_pairs // 2,
-        len(batch.sequences),
-        adapters,
-        rank_sum,
-        lora_tokens,
-        lora_token_ranks,
-    )
+_PAIR = re.compile(r"\[\s+([^\s,\[\]{}]+),\s+([^\s,\[\]{}]+)\s+\]")
+"""A list of two numbers, which JSON for people has on one line."""
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,51 +32,17 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that a move takes whatever its size."""
     bandwidth: float
     """Bytes a second."""
+    slowdown: float = 1.0
+    """How many times as long steps take meanwhile."""
 
     def __post_init__(self) -> None:
-        _check("latency", self.latency, low=0.0)
-        _check("bandwidth", self.bandwidth, low=0.0, above=True)
+        check("latency", self.latency, low=0.0)
+        check("bandwidth", self.bandwidth, low=0.0, above=True)
+        check("slowdown", self.slowdown, low=1.0)
 
     def seconds(self, nbytes: float) -> float:
         """Of a move that has the stage to itself."""
         return self.latency + nbytes / self.bandwidth
-
-
-class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds per unit of a :class:`StepShape`; none is negative."""
-
-    step: float = 0.0
-    """Every step."""
-    weights: float = 0.0
-    """Reading the base weights: what the linears take at least."""
-    token: float = 0.0
-    """Computing the linears, each token; counts where it comes to more than ``weights``."""
-    decode_row: float = 0.0
-    prefill_token: float = 0.0
-    sequence: float = 0.0
-    """Each sequence in the batch: the output layer, sampling, bookkeeping."""
-    decode_kv: float = 0.0
-    """Each position whose keys and values a decode row reads."""
-    prefill_pair: float = 0.0
-    """Each query-key pair of a prefill chunk."""
-    lora_step: float = 0.0
-    """A step with any adapter."""
-    adapter: float = 0.0
-    """Each distinct adapter."""
-    adapter_rank: float = 0.0
-    """Each rank of the distinct adapters: reading their weights."""
-    lora_token: float = 0.0
-    """Each token that has an adapter."""
-    lora_token_rank: float = 0.0
-    """Each of these tokens, times its adapter's rank: computing."""
-
-    def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            _check(f"steps.{field}", getattr(self, field), low=0.0)
-
-    def rounded(self) -> Self:
-        """Every coefficient as :func:`significant` has it."""
-        return type(self)(**{field: significant(getattr(self, field)) for field in self.__struct_fields__})
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,8 +109,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Seconds from the end of a step to the beginning of the next."""
     disk: Stage
     slot: Stage
-    load_slowdown: float = 1.0
-    """How many times as long steps take while an adapter is read or copied."""
     device: Literal["cpu", "cuda"]
     device_memory: int
     """Bytes for weights, slots and KV blocks (on a CPU for the adapter cache too)."""
@@ -206,34 +116,14 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
-            raise ConfigError(
-                f"format={self.format}: this aioengine reads cost models of format {FORMAT}; "
-                "upgrade aioengine, or calibrate again"
-            )
-        _check("step_overhead", self.step_overhead, low=0.0)
-        _check("load_slowdown", self.load_slowdown, low=1.0)
+            raise ConfigError(_other_format(self.format))
+        check("step_overhead", self.step_overhead, low=0.0)
         if self.device_memory < 1:
             raise ConfigError(f"device_memory={self.device_memory}: must be at least 1 byte")
 
     def step_seconds(self, shape: StepShape) -> float:
-        """The executor's time for a step, without :attr:`step_overhead`."""
-        rows, kv, prefill, pairs, sequences, adapters, ranks, lora, lora_ranks = shape
-        c = self.steps
-        linears = c.token * (rows + prefill)
-        weights = c.weights
-        return (
-            (c.step + c.lora_step if adapters else c.step)
-            + (linears if linears > weights else weights)
-            + c.decode_row * rows
-            + c.decode_kv * kv
-            + c.prefill_token * prefill
-            + c.prefill_pair * pairs
-            + c.sequence * sequences
-            + c.adapter * adapters
-            + c.adapter_rank * ranks
-            + c.lora_token * lora
-            + c.lora_token_rank * lora_ranks
-        )
+        """The executor's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""
+        return StepTimes(self.steps)(shape)
 
     def adapter_nbytes(self, rank: int, modules: Sequence[str] = LORA_MODULES) -> int:
         """An adapter on the CPU, A and B of every layer's ``modules`` in the model's dtype."""
@@ -250,7 +140,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return plan_memory(self.spec, config, device=self.device, available_bytes=self.device_memory)
 
     def to_json(self) -> bytes:
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        text = msgspec.json.format(msgspec.json.encode(self).decode(), indent=2)
+        return _PAIR.sub(r"[\1, \2]", text).encode() + b"\n"
 
     def write(self, path: Path) -> None:
         path.write_bytes(self.to_json())
@@ -280,19 +171,18 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return cls.from_json(data, source=str(path))
 
 
-def significant(value: float) -> float:
-    """To four digits: more would pretend to an accuracy that no timing has."""
-    return float(f"{value:.4g}")
-
-
 def _refuse_other_formats(values: dict[str, Any], source: str) -> None:
     """Before anything else is checked: a later format has fields that are not known here."""
     found = values.get("format", FORMAT)
     if found != FORMAT:
-        raise ConfigError(
-            f"{source}: format {found!r}, but this aioengine reads cost models of format {FORMAT}; "
-            "upgrade aioengine, or calibrate again"
-        )
+        raise ConfigError(f"{source}: {_other_format(found)}")
+
+
+def _other_format(found: object) -> str:
+    todo = "calibrate again"
+    if not isinstance(found, int) or found > FORMAT:
+        todo = f"upgrade aioengine, or {todo}"
+    return f"format {found!r}, but this aioengine reads cost models of format {FORMAT}; {todo}"
 
 
 def _refuse_unknown(cls: type[msgspec.Struct], values: dict[str, Any], source: str) -> None:
@@ -302,8 +192,3 @@ def _refuse_unknown(cls: type[msgspec.Struct], values: dict[str, Any], source: s
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"{source}: unknown field {key!r}{hint}; fields: {', '.join(fields)}")
-
-
-def _check(field: str, value: float, *, low: float, above: bool = False) -> None:
-    if not (math.isfinite(value) and (value > low if above else value >= low)):
-        raise ConfigError(f"{field}={value}: must be finite and {'more than' if above else 'at least'} {low}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioengine.lab.costs import FitQuality, Stage, StepCosts, StepShape
+from aioengine.lab.costs import FitQuality, Stage
 from aioengine.lab.extra import needs_extra
+from aioengine.lab.step_costs import NONE, Curve, StepCosts, StepShape, in_tiles
 
 if TYPE_CHECKING:
     import numpy
@@ -14,8 +16,13 @@ if TYPE_CHECKING:
 
     Array = NDArray[numpy.float64]
 
-KNEES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
-"""Tokens from which on the linears may cost more than reading their weights."""
+KNOTS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Tokens at which the linears' curve may bend."""
+TILES = (1, 8, 16, 32, 64, 128, 256)
+WORTH = 0.95
+"""A tile of more than one token must bring the errors down to so much."""
+OUTLIER = 5.0
+"""Errors that are larger than so many times the median do not say which tile is better."""
 ROUNDS = 8
 """Of reweighting: enough for the weights to settle."""
 
@@ -32,28 +39,13 @@ class StepFit(NamedTuple):
     quality: FitQuality
 
 
-_TERMS: dict[str, Callable[[StepShape], float]] = {
-    "step": lambda s: 1,
-    "decode_row": lambda s: s.decode_rows,
-    "prefill_token": lambda s: s.prefill_tokens,
-    "sequence": lambda s: s.sequences,
-    "decode_kv": lambda s: s.decode_kv,
-    "prefill_pair": lambda s: s.prefill_pairs,
-    "lora_step": lambda s: s.adapters > 0,
-    "adapter": lambda s: s.adapters,
-    "adapter_rank": lambda s: s.rank_sum,
-    "lora_token": lambda s: s.lora_tokens,
-    "lora_token_rank": lambda s: s.lora_token_ranks,
-}
-"""What each coefficient is multiplied with; that of ``token`` has a floor, and is put beside them."""
-
-
 def fit_steps(points: Sequence[Timed]) -> StepFit:
     """The coefficients with the smallest relative errors.
 
     Solved by non-negative least squares (Lawson and Hanson, 1974), reweighted so that outliers count
-    linearly (Huber, 1964). The number of tokens up to which the linears take as long as reading their
-    weights is not linear: every one of :data:`KNEES` is tried.
+    linearly (Huber, 1964). A curve is a sum of terms too: the linears' is one that rises by so much between
+    two of :data:`KNOTS`, those by rank have a value for each rank that was timed. The tile is not linear:
+    every one of :data:`TILES` is tried.
 
     Raises ValueError for no points, or for one that took no time.
     """
@@ -63,26 +55,82 @@ def fit_steps(points: Sequence[Timed]) -> StepFit:
         raise ValueError("a fit needs steps, each of which took more than 0 seconds")
     taken = np.array([point.seconds for point in points])
     shapes = [point.shape for point in points]
-    columns = [[term(shape) for shape in shapes] for term in _TERMS.values()]
-    tokens = np.array([shape.decode_rows + shape.prefill_tokens for shape in shapes], dtype=float)
-    best: tuple[float, int, Any, Any] | None = None
-    for knee in KNEES:
-        matrix = np.array([*columns, np.maximum(tokens, knee)], dtype=float).T
-        found = _solve(matrix, taken)
-        errors = np.abs(matrix @ found - taken) / taken
-        if best is None or errors.mean() < best[0]:
-            best = (float(errors.mean()), knee, found, errors)
+    best: tuple[float, _Terms, Any, Any] | None = None
+    most = 1.0
+    for tile in TILES:
+        terms = _Terms(shapes, tile)
+        found = _solve(terms.matrix, taken)
+        errors = np.abs(terms.matrix @ found - taken) / taken
+        if best is None:
+            most = max(OUTLIER * float(np.median(errors)), 0.02)
+        loss = float(np.minimum(errors, most).mean())
+        if best is None or loss < best[0] - 1e-6:  # and not by a rounding
+            best = loss * (WORTH if best is None else 1.0), terms, found, errors
     assert best is not None
-    _, knee, found, errors = best
-    *linear, token = (float(value) for value in found)
-    values = dict(zip(_TERMS, linear, strict=True))
-    costs = StepCosts(token=token, weights=token * knee, **values)
+    _, terms, found, errors = best
     quality = FitQuality(
         steps=len(points),
         median_error=float(np.median(errors)),
         p90_error=float(np.quantile(errors, 0.9)),
     )
-    return StepFit(costs, quality)
+    return StepFit(terms.costs([float(value) for value in found]), quality)
+
+
+class _Terms:
+    """What each coefficient is multiplied with, for every step."""
+
+    def __init__(self, shapes: Sequence[StepShape], tile: int) -> None:
+        import numpy as np
+
+        self._tile = tile
+        tokens = [in_tiles(shape.decode_rows + shape.prefill_tokens, tile) for shape in shapes]
+        self._knots = _knots(tokens)
+        self._ranks = sorted({rank for shape in shapes for rank, _ in shape.adapters})
+        self._columns: dict[str | tuple[str, int], list[float]] = {
+            "least": [1.0] * len(shapes),
+            "sequence": [shape.sequences for shape in shapes],
+            "decode_kv": [shape.decode_kv for shape in shapes],
+            "prefill_pair": [shape.prefill_pairs for shape in shapes],
+            "lora_step": [bool(shape.adapters) for shape in shapes],
+        }
+        for low, high in pairwise((*self._knots, float("inf"))):
+            self._columns["linears", int(low)] = [min(max(n - low, 0), high - low) for n in tokens]
+        for rank in self._ranks:
+            of_rank = [[n for r, n in shape.adapters if r == rank] for shape in shapes]
+            self._columns["adapter", rank] = [len(counts) for counts in of_rank]
+            self._columns["lora_token", rank] = [sum(counts) for counts in of_rank]
+        if len({shape.slot_rank for shape in shapes if shape.adapters}) > 1:  # else it is in "adapter"
+            self._columns["adapter_slot_rank", 0] = [s.slot_rank * len(s.adapters) for s in shapes]
+        self.matrix: Array = np.array([*self._columns.values()], dtype=float).T
+
+    def costs(self, found: Sequence[float]) -> StepCosts:
+        values = dict(zip(self._columns, found, strict=True))
+        linears = [(float(self._knots[0]), values["least"])]
+        for low, high in pairwise((*self._knots, 2 * self._knots[-1])):
+            linears.append((float(high), linears[-1][1] + values["linears", low] * (high - low)))
+        return StepCosts(
+            linears=tuple(linears),
+            tile=self._tile,
+            sequence=values["sequence"],
+            decode_kv=values["decode_kv"],
+            prefill_pair=values["prefill_pair"],
+            lora_step=values["lora_step"],
+            adapter=self._by_rank("adapter", values),
+            adapter_slot_rank=values.get(("adapter_slot_rank", 0), 0.0),
+            lora_token=self._by_rank("lora_token", values),
+        )
+
+    def _by_rank(self, field: str, values: dict[Any, float]) -> Curve:
+        return tuple((float(rank), values[field, rank]) for rank in self._ranks) or NONE
+
+
+def _knots(tokens: Sequence[int]) -> list[int]:
+    """Those of :data:`KNOTS` that have something between them, and something beyond."""
+    knots = [KNOTS[0]]
+    for knot in KNOTS[1:]:
+        if any(knots[-1] < n <= knot for n in tokens) and max(tokens) > knot:
+            knots.append(knot)
+    return knots
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from aioengine.engine import AsyncEngine
 from aioengine.errors import EngineDead
 from aioengine.executors.base import Executor
 from aioengine.info import LoadProgress
-from aioengine.lab.costs import StepShape, step_shape
+from aioengine.lab.step_costs import StepShape, step_shape
 from aioengine.step import StepBatch, StepResult
 
 
@@ -40,9 +40,11 @@ class ProbedMove(NamedTuple):
 
 
 class Probe:
-    """``steps`` are those that another followed at once, ``moves`` those that succeeded."""
+    """``steps`` are those that another followed at once, ``moves`` those that succeeded; slots are sized for
+    ``slot_rank``."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot_rank: int) -> None:
+        self.slot_rank = slot_rank
         self.steps: list[ProbedStep] = []
         self.moves: list[ProbedMove] = []
         self._grown = asyncio.Event()
@@ -59,7 +61,7 @@ class Probe:
             self._grown.set()
 
     def ended(self, batch: StepBatch, start: float, seconds: float) -> None:
-        self._last = (step_shape(batch), start, seconds)
+        self._last = (step_shape(batch, self.slot_rank), start, seconds)
 
     def pause(self) -> None:
         """Nothing is asked of the engine for a while: the next step does not follow the last one."""
@@ -97,7 +99,8 @@ class ProbedEngine(AsyncEngine):
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         built = await super()._build(work, progress)
-        self.probe = Probe()
+        self.probe = Probe(0 if self.config.lora is None else self.config.lora.max_lora_rank)
+        self.executor = built.executor
         return built._replace(executor=_ProbedExecutor(built.executor, self.probe))
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from aioengine.lab.costs import CostModel, ModelShape, Stage, StepCosts
+from aioengine.lab.costs import CostModel, ModelShape, Stage
+from aioengine.lab.shapes import MAX_RANK
+from aioengine.lab.step_costs import Curve, StepCosts, significant
 from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec
 
 
@@ -64,15 +66,19 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
     linear_flops = device.flops * device.linear_achieved
     steps = StepCosts(
         step=device.step,
-        weights=(layers + head) * nbytes / (device.bandwidth * device.weights_achieved),
-        token=2 * layers / linear_flops,
+        linears=_roofline(
+            least=(layers + head) * nbytes / (device.bandwidth * device.weights_achieved),
+            token=2 * layers / linear_flops,
+        ),
         sequence=device.sequence + 2 * head / linear_flops,
         decode_kv=spec.kv_bytes_per_token(nbytes) / (device.bandwidth * device.kv_achieved),
         prefill_pair=4 * spec.q_size * spec.num_layers / (device.flops * device.attention_achieved),
         lora_step=8 * spec.num_layers * device.lora_launch,
-        adapter_rank=rank_elements * nbytes / read_lora,
-        lora_token=_lora_activations(spec) * nbytes / read_lora,
-        lora_token_rank=2 * rank_elements / (device.flops * device.lora_flops_achieved),
+        adapter=_by_rank(0.0, rank_elements * nbytes / read_lora),
+        lora_token=_by_rank(
+            _lora_activations(spec) * nbytes / read_lora,
+            2 * rank_elements / (device.flops * device.lora_flops_achieved),
+        ),
     )
     return CostModel(
         name=name,
@@ -83,11 +89,24 @@ def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigur
         steps=steps.rounded(),
         step_overhead=device.step_overhead,
         disk=Stage(device.disk_latency, device.disk),
-        slot=Stage(device.slot_latency, device.host_to_device),
-        load_slowdown=round(1 + device.host_to_device / device.bandwidth, 4),
+        slot=Stage(
+            device.slot_latency,
+            device.host_to_device,
+            slowdown=round(1 + device.host_to_device / device.bandwidth, 4),
+        ),
         device="cuda",
         device_memory=device.memory,
     )
+
+
+def _roofline(*, least: float, token: float) -> Curve:
+    """Bound by memory up to so many tokens, by arithmetic beyond."""
+    knee = significant(least / token)
+    return ((knee, least), (10 * knee, 10 * least))
+
+
+def _by_rank(base: float, each: float) -> Curve:
+    return ((0.0, base), (float(MAX_RANK), base + MAX_RANK * each))
 
 
 def _lora_activations(spec: ModelSpec) -> int:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
 from aioengine.executors.base import Executor
-from aioengine.lab.costs import CostModel, step_shape
+from aioengine.lab.costs import CostModel
+from aioengine.lab.step_costs import StepTimes, step_shape
 from aioengine.lab.transfers import Processor, SharedStage
 from aioengine.lab.workload import AdapterShape
 from aioengine.step import Sampled, StepBatch, StepResult
@@ -19,22 +20,25 @@ if TYPE_CHECKING:
 
 class SimulatedExecutor(Executor):
     """Gives every sequence ``token``, and ``end_token`` where its output has the length that is known of
-    it (``lengths``, by request id; those that are not in it go on until ``max_tokens``)."""
+    it (``lengths``, by request id; those that are not in it go on until ``max_tokens``). ``slot_rank`` is
+    what the slots are sized for."""
 
-    def __init__(self, costs: CostModel, *, token: int, end_token: int) -> None:
+    def __init__(self, costs: CostModel, *, token: int, end_token: int, slot_rank: int) -> None:
         self.lengths: dict[str, int] = {}
         self._costs = costs
+        self._step_seconds = StepTimes(costs.steps)
+        self._slot_rank = slot_rank
         self._token = Sampled(token)
         self._end = Sampled(end_token)
-        self._processor = Processor(costs.load_slowdown)
+        self._processor = Processor()
         self._slot = SharedStage(costs.slot)
         self.disturbed = self._processor.disturbed
-        """A context manager: steps take ``load_slowdown`` times as long while anybody is inside."""
+        """A context manager: steps take so many times as long while anybody is inside."""
 
     async def execute(self, batch: StepBatch) -> StepResult:
-        costs = self._costs
-        overhead = costs.step_overhead
-        took = await self._processor.work(costs.step_seconds(step_shape(batch)) + overhead)
+        overhead = self._costs.step_overhead
+        seconds = self._step_seconds(step_shape(batch, self._slot_rank))
+        took = await self._processor.work(seconds + overhead)
         token, end, lengths = self._token, self._end, self.lengths
         sampled: list[Sampled | None] = []
         for work in batch.sequences:
@@ -47,7 +51,7 @@ class SimulatedExecutor(Executor):
 
     async def copy(self, nbytes: int) -> float:
         """The copy of so many bytes into a slot; returns the seconds it took."""
-        with self.disturbed():
+        with self.disturbed(self._costs.slot.slowdown):
             return await self._slot.transfer(nbytes)
 
     async def close(self) -> None:
@@ -82,7 +86,7 @@ class SimulatedLoader:
         if shape is None:
             raise AdapterLoadError("the workload has no adapter of this name", name=name, path=path)
         nbytes = self._costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
-        with self._executor.disturbed():
+        with self._executor.disturbed(self._costs.disk.slowdown):
             seconds = await self._disk.transfer(nbytes)
         if shape.rank > self._max_rank:
             raise AdapterTooLarge(

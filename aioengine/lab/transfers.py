@@ -76,11 +76,11 @@ class SharedStage:
 
 
 class Processor:
-    """Does one piece of work at a time, ``slowdown`` times as slowly while it is disturbed."""
+    """Does one piece of work at a time, and that more slowly while it is disturbed."""
 
-    def __init__(self, slowdown: float) -> None:
-        self._slowdown = slowdown
-        self._disturbing = 0
+    def __init__(self) -> None:
+        self._paces: list[float] = [1.0]
+        """Seconds for a second's work, of all that disturb; the largest counts."""
         self._left = 0.0
         self._as_of = 0.0
         self._done: asyncio.Future[None] | None = None
@@ -102,33 +102,31 @@ class Processor:
         return loop.time() - start
 
     @contextmanager
-    def disturbed(self) -> Iterator[None]:
-        """Work is slow while anybody is inside."""
-        self._change(1)
+    def disturbed(self, slowdown: float) -> Iterator[None]:
+        """Work takes ``slowdown`` times as long, at least, while anybody is inside."""
+        before = max(self._paces)
+        self._paces.append(slowdown)
+        self._paced(before)
         try:
             yield
         finally:
-            self._change(-1)
+            before = max(self._paces)
+            self._paces.remove(slowdown)
+            self._paced(before)
 
-    def _change(self, by: int) -> None:
-        pace = self._pace
-        self._disturbing += by
-        if self._done is None or pace == self._pace:
+    def _paced(self, before: float) -> None:
+        """The pace may have changed from ``before``."""
+        if self._done is None or before == max(self._paces):
             return
         loop = asyncio.get_running_loop()
-        self._left = max(self._left - (loop.time() - self._as_of) / pace, 0.0)
+        self._left = max(self._left - (loop.time() - self._as_of) / before, 0.0)
         self._as_of = loop.time()
         self._plan(loop)
-
-    @property
-    def _pace(self) -> float:
-        """Seconds for a second's work."""
-        return self._slowdown if self._disturbing else 1.0
 
     def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_later(self._left * self._pace, self._finish)
+        self._timer = loop.call_later(self._left * max(self._paces), self._finish)
 
     def _finish(self) -> None:
         if self._done is not None and not self._done.done():

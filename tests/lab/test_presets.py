@@ -6,21 +6,21 @@ import pytest
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs import CostModel, StepShape
+from aioengine.lab.costs import CostModel
 from aioengine.lab.presets import available_presets, load_costs
 from aioengine.lab.roofline import A10G, H100_SXM, DeviceFigures, estimates
+from aioengine.lab.step_costs import StepShape
 
 DEVICES = {"llama3-8b-h100": H100_SXM, "llama3-8b-a10g": A10G}
 
 
 def decode(rows: int, context: int, adapters: int = 0, rank: int = 16) -> StepShape:
-    tokens = rows if adapters else 0
-    return StepShape(rows, rows * context, 0, 0, rows, adapters, adapters * rank, tokens, tokens * rank)
+    shares = tuple((rank, rows // adapters) for _ in range(adapters))
+    return StepShape(rows, rows * context, 0, 0, rows, shares, slot_rank=64)
 
 
-def prefill(tokens: int, adapters: int = 0, rank: int = 16) -> StepShape:
-    lora = tokens if adapters else 0
-    return StepShape(0, 0, tokens, tokens**2 // 2, 1, adapters, adapters * rank, lora, lora * rank)
+def prefill(tokens: int) -> StepShape:
+    return StepShape(0, 0, tokens, tokens**2 // 2, 1)
 
 
 def test_there_are_those_that_are_documented() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from fractions import Fraction
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +16,9 @@ from aioengine import SamplingParams
 from aioengine.errors import AdapterLoadError, AdapterTooLarge, RequestInvalid
 from aioengine.events import Event, PolicyOverran, StepFinished
 from aioengine.lab.clock import run_in_virtual_time
-from aioengine.lab.costs import Stage, StepCosts
+from aioengine.lab.costs import Stage
 from aioengine.lab.engine import SimulatedEngine
+from aioengine.lab.step_costs import StepCosts
 from aioengine.lab.transfers import Processor, SharedStage
 from aioengine.lab.workload import AdapterShape
 
@@ -102,11 +104,13 @@ def test_a_cancelled_transfer_leaves_its_share_to_the_others() -> None:
 def test_work_is_slow_just_while_it_is_disturbed() -> None:
     async def disturb(processor: Processor) -> None:
         await asyncio.sleep(0.2)
-        with processor.disturbed(), processor.disturbed():  # twice is no worse than once
-            await asyncio.sleep(0.4)
+        with processor.disturbed(2.0), processor.disturbed(1.25):  # the larger counts
+            await asyncio.sleep(0.2)
+            with processor.disturbed(2.0):  # twice is no worse than once
+                await asyncio.sleep(0.2)
 
     async def main() -> tuple[float, float]:
-        processor = Processor(slowdown=2.0)
+        processor = Processor()
         beside = asyncio.create_task(disturb(processor))
         first = await processor.work(1.0)
         await beside
@@ -183,14 +187,23 @@ def test_steps_wait_for_the_overhead_and_do_not_report_it() -> None:
     assert found == [(pytest.approx(0.012 * n), pytest.approx(STEP)) for n in (1, 2, 3)]
 
 
-def test_loads_slow_the_steps_down() -> None:
-    async def main(engine: SimulatedEngine) -> float:
+def test_loads_and_copies_slow_the_steps_down() -> None:
+    async def main(engine: SimulatedEngine) -> list[float]:
+        steps: list[float] = []
+        engine.add_listener(lambda event: isinstance(event, StepFinished) and steps.append(event.seconds))
         async with asyncio.TaskGroup() as group:
-            base = group.create_task(engine.complete([0], SamplingParams(max_tokens=10)))
-            group.create_task(engine.load_adapter("a"))
-        return base.result().last_token or 0.0
+            group.create_task(engine.complete([0], SamplingParams(max_tokens=150)))
+            group.create_task(engine.pin_adapter("a"))
+        return steps
 
-    assert on_engine(main, model=costs(load_slowdown=1.5)) == pytest.approx(10 * STEP * 1.5)
+    slow = costs(
+        disk=msgspec.structs.replace(DISK, slowdown=1.5), slot=msgspec.structs.replace(SLOT, slowdown=3.0)
+    )
+    steps = on_engine(main, model=slow)
+    # The read takes 1 s, that is 66 2/3 steps of 15 ms; then the copy 0.3 s, about 10 of 30 ms.
+    assert steps[:66] == pytest.approx([1.5 * STEP] * 66)
+    assert steps[67:76] == pytest.approx([3.0 * STEP] * 9)
+    assert steps[80:] == pytest.approx([STEP] * 70)
 
 
 def test_a_step_costs_what_is_in_it() -> None:
@@ -200,10 +213,21 @@ def test_a_step_costs_what_is_in_it() -> None:
         assert out.last_token is not None
         return out.first_token, out.last_token
 
-    steps = StepCosts(step=0.001, prefill_token=0.0001, decode_kv=0.00001)
+    steps = StepCosts(linears=((1, 0.001), (2, 0.002)), decode_kv=0.00001, adapter_slot_rank=1.0)
     first, last = on_engine(main, model=costs(steps=steps))
-    assert first == pytest.approx(0.001 + 100 * 0.0001)
+    assert first == pytest.approx(0.1)
     assert last - first == pytest.approx(0.001 + 101 * 0.00001)
+
+
+def test_slots_cost_by_what_they_are_sized_for() -> None:
+    async def main(engine: SimulatedEngine) -> float:
+        out = await engine.complete([0], SamplingParams(max_tokens=2), adapter="a")
+        assert out.first_token is not None
+        assert out.last_token is not None
+        return out.last_token - out.first_token
+
+    steps = StepCosts(step=0.001, adapter=((8.0, 0.002),), adapter_slot_rank=0.0001)
+    assert on_engine(main, model=costs(steps=steps), max_lora_rank=32) == pytest.approx(0.003 + 0.0032)
 
 
 def test_errors_of_adapters_are_the_real_ones() -> None:

@@ -1,0 +1,177 @@
+"""What a step takes: what its time depends on, and the seconds for it.
+
+No torch here. What the coefficients mean and where they come from is in docs/lab-costs.md.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.step import StepBatch
+
+Curve = tuple[tuple[float, float], ...]
+"""Points (x, seconds), by x: level before the first, straight between two, straight on after the last."""
+NONE: Curve = ((0.0, 0.0),)
+
+
+class StepShape(NamedTuple):
+    """What a step's time depends on."""
+
+    decode_rows: int
+    """Sequences that compute one token, after their prompt."""
+    decode_kv: int
+    """Positions that these rows read keys and values of, summed."""
+    prefill_tokens: int
+    prefill_pairs: int
+    """Query-key pairs of the prefill chunks: the sum of tokens * (start + tokens / 2), rounded."""
+    sequences: int
+    adapters: tuple[tuple[int, int], ...] = ()
+    """Rank and tokens of each distinct adapter in the batch."""
+    slot_rank: int = 0
+    """What the slots are sized for: ``max_lora_rank``."""
+
+
+def step_shape(batch: StepBatch, slot_rank: int) -> StepShape:
+    """The shape of a step; the calibration and the simulation both use this."""
+    decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
+    adapters: list[tuple[int, int]] = []
+    ranks = batch.slot_ranks
+    last, tokens = -1, 0  # sequences are sorted by slot
+    for work in batch.sequences:
+        count, start, slot = len(work.tokens), work.start, work.slot
+        if count == 1 and start >= work.prompt_len:
+            decode_rows += 1
+            decode_kv += start + 1
+        else:
+            prefill_tokens += count
+            twice_pairs += count * (2 * start + count)
+        if slot != last:
+            if last >= 0:
+                adapters.append((ranks[last], tokens))
+            last, tokens = slot, 0
+        tokens += count
+    if last >= 0:
+        adapters.append((ranks[last], tokens))
+    return StepShape(
+        decode_rows,
+        decode_kv,
+        prefill_tokens,
+        twice_pairs // 2,
+        len(batch.sequences),
+        tuple(adapters),
+        slot_rank,
+    )
+
+
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds for what is in a :class:`StepShape`; none is negative."""
+
+    step: float = 0.0
+    """Every step."""
+    linears: Curve = NONE
+    """The base model's linears, by tokens. It never falls."""
+    tile: int = 1
+    """Tokens that are computed as one: beyond the first tile, whole ones are paid for."""
+    sequence: float = 0.0
+    """Each sequence in the batch: the output layer, sampling, bookkeeping."""
+    decode_kv: float = 0.0
+    """Each position whose keys and values a decode row reads."""
+    prefill_pair: float = 0.0
+    """Each query-key pair of a prefill chunk."""
+    lora_step: float = 0.0
+    """A step with any adapter."""
+    adapter: Curve = NONE
+    """Each distinct adapter, by its rank."""
+    adapter_slot_rank: float = 0.0
+    """Each distinct adapter, times the rank that its slot is sized for."""
+    lora_token: Curve = NONE
+    """Each token that has an adapter, by its adapter's rank."""
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if isinstance(value, tuple):
+                _check_curve(f"steps.{field}", value)
+            else:
+                check(f"steps.{field}", value, low=1 if field == "tile" else 0.0)
+        if any(after < before for (_, before), (_, after) in pairwise(self.linears)):
+            raise ConfigError("steps.linears: falls; more tokens cannot take less time")
+
+    def rounded(self) -> Self:
+        """Every number of seconds as :func:`significant` has it."""
+        rounded: dict[str, Any] = {}
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if isinstance(value, tuple):
+                rounded[field] = tuple((x, significant(y)) for x, y in value)
+            elif field != "tile":
+                rounded[field] = significant(value)
+        return msgspec.structs.replace(self, **rounded)
+
+
+class StepTimes:
+    """The seconds of a :class:`StepShape`, for being asked often: what a curve gives is worked out once."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self._linears: dict[int, float] = {}
+        self._ranks: dict[int, tuple[float, float]] = {}
+        """Of each adapter, and of each of its tokens."""
+
+    def __call__(self, shape: StepShape) -> float:
+        rows, kv, prefill, pairs, sequences, adapters, slot_rank = shape
+        c, tokens = self._costs, rows + prefill
+        linears = self._linears.get(tokens)
+        if linears is None:
+            linears = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
+        seconds = c.step + linears + c.sequence * sequences + c.decode_kv * kv + c.prefill_pair * pairs
+        if adapters:
+            seconds += c.lora_step + c.adapter_slot_rank * slot_rank * len(adapters)
+            for rank, count in adapters:
+                each = self._ranks.get(rank)
+                if each is None:
+                    each = self._ranks[rank] = curve_at(c.adapter, rank), curve_at(c.lora_token, rank)
+                seconds += each[0] + each[1] * count
+        return seconds
+
+
+def in_tiles(tokens: int, tile: int) -> int:
+    """How many tokens are paid for."""
+    return tokens if tokens <= tile else -(-tokens // tile) * tile
+
+
+def curve_at(curve: Curve, x: float) -> float:
+    """What it gives for ``x``; never less than its last point after that."""
+    if x <= curve[0][0] or len(curve) == 1:
+        return curve[0][1]
+    after = min(bisect_right(curve, x, key=lambda point: point[0]), len(curve) - 1)
+    (x0, y0), (x1, y1) = curve[after - 1], curve[after]
+    slope = (y1 - y0) / (x1 - x0)
+    return y0 + slope * (x - x0) if x <= x1 else y1 + max(slope, 0.0) * (x - x1)
+
+
+def significant(value: float) -> float:
+    """To four digits: more would pretend to an accuracy that no timing has."""
+    return float(f"{value:.4g}")
+
+
+def check(field: str, value: float, *, low: float, above: bool = False) -> None:
+    """Raises ConfigError that names the field."""
+    if not (math.isfinite(value) and (value > low if above else value >= low)):
+        raise ConfigError(f"{field}={value}: must be finite and {'more than' if above else 'at least'} {low}")
+
+
+def _check_curve(field: str, curve: Curve) -> None:
+    if not curve:
+        raise ConfigError(f"{field}=[]: must have a point")
+    for x, y in curve:
+        check(f"{field}: {x}", x, low=0.0)
+        check(f"{field}: at {x:g}, seconds", y, low=0.0)
+    if any(after <= before for (before, _), (after, _) in pairwise(curve)):
+        raise ConfigError(f"{field}: its points must be in order, each beyond the one before")

@@ -1,0 +1,116 @@
+"""What a calibration times, and that it is timed while nothing else runs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from aioengine.lab.design import Design, Part
+from aioengine.lab.direct import Row, Timing
+from aioengine.lab.fit import Timed
+from aioengine.lab.neighbours import Waits
+from aioengine.lab.rounds import Rounds
+from aioengine.lab.step_costs import StepShape
+
+SMALL = StepShape(4, 400, 0, 0, 4)
+
+# Rounds
+
+
+class Disturbed:
+    """Steps of one second each, beside which others run in the rounds that ``waits`` says."""
+
+    def __init__(self, *waits: float) -> None:
+        self.waits = iter(waits)
+        self.timed: list[tuple[Row, ...]] = []
+
+    async def time(self, rows: tuple[Row, ...]) -> Timing:
+        self.timed.append(rows)
+        waited = next(self.waits)
+        return Timing(SMALL, 1.0 + waited, waited)
+
+
+def rounds(
+    steps: Disturbed, *, repeats: int, parts: int = 1, seconds: float = 60.0
+) -> tuple[Rounds, list[Timed]]:
+    timing = Rounds(
+        [Part(str(i), (Row(i + 1, 0),)) for i in range(parts)], repeats=repeats, seconds=seconds, seed=0
+    )
+    return timing, asyncio.run(timing.run(steps, lambda turn, what: None))  # type: ignore[arg-type]
+
+
+def test_what_others_disturb_is_timed_again() -> None:
+    steps = Disturbed(0.01, 0.5, 0.0, 0.9, 0.02)
+    timing, points = rounds(steps, repeats=3)
+    assert len(steps.timed) == 5 and timing.disturbed == 2
+    assert points == [Timed(SMALL, 1.01)]
+
+
+def test_if_others_always_disturb_the_calmest_counts() -> None:
+    steps = Disturbed(0.5, 0.3, 0.4, 0.9, 0.8, 0.7)
+    assert rounds(steps, repeats=2)[1] == [Timed(SMALL, 1.3)]
+    assert not [*steps.waits]
+
+
+def test_every_round_is_in_another_order_and_time_is_bounded() -> None:
+    steps = Disturbed(*[0.0] * 40)
+    rounds(steps, repeats=4, parts=10)
+    orders = {tuple(steps.timed[i : i + 10]) for i in range(0, 40, 10)}
+    assert len(orders) == 4 and len({frozenset(order) for order in orders}) == 1
+    once = Disturbed(*[0.0] * 40)
+    rounds(once, repeats=4, parts=10, seconds=1e-9)
+    assert len(once.timed) == 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="only Linux counts this")
+def test_waits_count_threads_that_have_no_processor() -> None:
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})  # threads that are made now have but one
+        waits, stop = Waits(), threading.Event()
+        busy = [threading.Thread(target=_hash_until, args=(stop,)) for _ in range(2)]
+        for thread in busy:
+            thread.start()
+        time.sleep(0.3)
+        waited = waits.seconds()
+        stop.set()
+        for thread in busy:
+            thread.join()
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert waited > 0.05
+
+
+def _hash_until(stop: threading.Event) -> None:
+    """Without the GIL."""
+    data = bytes(2**20)
+    while not stop.is_set():
+        hashlib.sha256(data)
+
+
+# What is timed
+
+
+@pytest.mark.parametrize("slot_rank", Design().slot_ranks)
+def test_the_design_keeps_to_its_limits(slot_rank: int) -> None:
+    design = Design()
+    parts = design.parts(slot_rank, whole=True, longest=1024)
+    ranks = {name: rank for rank in design.ranks for name in design.names(rank)}
+    for part in parts:
+        assert sum(row.tokens for row in part.rows) <= design.max_num_batched_tokens
+        assert sum(row.start + row.tokens for row in part.rows) <= design.tokens
+        assert max(row.start + row.tokens for row in part.rows) <= 1024
+        assert len(part.rows) <= design.max_rows
+        used = {row.adapter for row in part.rows if row.adapter}
+        assert all(ranks[name] <= slot_rank for name in used)
+        assert len({ranks[name] for name in used}) <= 1
+    assert design.parts(slot_rank, whole=True, longest=1024) == parts, "and is the same every time"
+    assert len(design.parts(slot_rank, whole=False, longest=1024)) < len(parts)
+    mixed = [part for part in parts if len({row.tokens > 1 for row in part.rows}) == 2]
+    assert len(mixed) > 40 and any(row.adapter for part in mixed for row in part.rows)

@@ -1,0 +1,176 @@
+"""What a step is seen as, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import timeit
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine.errors import ConfigError
+from aioengine.lab.step_costs import Curve, StepCosts, StepShape, StepTimes, curve_at, in_tiles, step_shape
+from aioengine.request import SamplingParams
+from aioengine.step import SequenceWork, StepBatch
+
+coefficient = st.floats(0, 1, allow_nan=False)
+shares = st.lists(st.tuples(st.integers(1, 128), st.integers(1, 500)), max_size=5).map(tuple)
+counts = st.integers(0, 10_000)
+shapes = st.builds(StepShape, *[counts] * 5, shares, st.just(16))
+gaps = st.lists(st.tuples(st.integers(1, 500), coefficient), min_size=1, max_size=5)
+
+
+def rising(steps: list[tuple[int, float]]) -> Curve:
+    xs, ys = (accumulate(column) for column in zip(*steps, strict=True))
+    return tuple((float(x), y) for x, y in zip(xs, ys, strict=True))
+
+
+def any_way(steps: list[tuple[int, float]]) -> Curve:
+    """Curves by rank may fall."""
+    xs = accumulate(x for x, _ in steps)
+    return tuple((float(x), y) for x, (_, y) in zip(xs, steps, strict=True))
+
+
+numbers = ("step", "sequence", "decode_kv", "prefill_pair", "lora_step", "adapter_slot_rank")
+step_costs = st.builds(
+    StepCosts,
+    linears=gaps.map(rising),
+    tile=st.integers(1, 300),
+    adapter=gaps.map(any_way),
+    lora_token=gaps.map(any_way),
+    **dict.fromkeys(numbers, coefficient),
+)
+
+SHAPE = StepShape(
+    decode_rows=2,
+    decode_kv=300,
+    prefill_tokens=5,
+    prefill_pairs=70,
+    sequences=11,
+    adapters=((8, 1), (16, 3), (16, 2)),
+    slot_rank=64,
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "seconds"),
+    [
+        ("step", 0.5, 0.5),
+        ("linears", ((0.0, 0.0), (1.0, 0.5)), 0.5 * 7),
+        ("sequence", 0.5, 0.5 * 11),
+        ("decode_kv", 0.5, 0.5 * 300),
+        ("prefill_pair", 0.5, 0.5 * 70),
+        ("lora_step", 0.5, 0.5),
+        ("adapter", ((8.0, 0.5), (16.0, 3.0)), 0.5 + 2 * 3.0),
+        ("adapter_slot_rank", 0.5, 0.5 * 3 * 64),
+        ("lora_token", ((8.0, 0.5), (16.0, 3.0)), 0.5 + 5 * 3.0),
+    ],
+)
+def test_each_coefficient_counts_what_it_says(field: str, value: object, seconds: float) -> None:
+    step_seconds = StepTimes(StepCosts(**{field: value}))  # type: ignore[arg-type]
+    assert step_seconds(SHAPE) == step_seconds(SHAPE) == pytest.approx(seconds)
+
+
+def test_a_step_without_adapters_costs_nothing_for_them() -> None:
+    costs = StepCosts(lora_step=1.0, adapter=((8.0, 1.0),), adapter_slot_rank=1.0, lora_token=((8.0, 1.0),))
+    assert StepTimes(costs)(SHAPE._replace(adapters=())) == 0
+
+
+def test_a_curve_is_level_then_straight() -> None:
+    curve = ((2.0, 1.0), (4.0, 3.0), (8.0, 5.0))
+    assert [curve_at(curve, x) for x in (0, 2, 3, 4, 6, 8, 12)] == [1, 1, 2, 3, 4, 5, 7]
+    assert [curve_at(((2.0, 1.0),), x) for x in (0, 2, 9)] == [1, 1, 1]
+    assert [curve_at(((2.0, 3.0), (4.0, 1.0)), x) for x in (3, 4, 9)] == [2, 1, 1], "it never gets to less"
+
+
+def test_beyond_the_first_tile_whole_ones_are_paid_for() -> None:
+    assert [in_tiles(n, 64) for n in (0, 1, 63, 64, 65, 128, 129)] == [0, 1, 63, 64, 128, 128, 192]
+    assert [in_tiles(n, 1) for n in (0, 1, 2, 65)] == [0, 1, 2, 65]
+    step_seconds = StepTimes(StepCosts(linears=((0.0, 0.0), (1.0, 1.0)), tile=4))
+    assert [step_seconds(StepShape(0, 0, n, 0, 1)) for n in (3, 4, 5, 8)] == [3, 4, 8, 8]
+
+
+@given(step_costs, shapes, st.sampled_from(StepShape._fields[:5]))
+def test_more_work_never_takes_less_time(steps: StepCosts, shape: StepShape, field: str) -> None:
+    step_seconds = StepTimes(steps)
+    more = step_seconds(shape._replace(**{field: getattr(shape, field) + 1}))
+    assert 0 <= step_seconds(shape) <= more or more == pytest.approx(step_seconds(shape))
+
+
+@given(step_costs, shapes)
+def test_adapters_never_take_less_than_nothing(steps: StepCosts, shape: StepShape) -> None:
+    step_seconds = StepTimes(steps)
+    assert step_seconds(shape._replace(adapters=())) <= step_seconds(shape)
+
+
+def test_a_step_is_priced_in_microseconds() -> None:
+    step_seconds = StepTimes(StepCosts(linears=((1.0, 1.0), (100.0, 2.0))))
+    best = min(timeit.repeat(lambda: step_seconds(SHAPE), number=2000, repeat=5)) / 2000
+    assert best < 10e-6, "it is asked once a step of hundreds of thousands"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("step", math.nan, r"steps\.step=nan: must be finite"),
+        ("sequence", math.inf, r"steps\.sequence=inf: must be finite"),
+        ("decode_kv", -1.0, r"steps\.decode_kv=-1\.0: must be finite and at least 0"),
+        ("tile", 0, r"steps\.tile=0: must be finite and at least 1"),
+        ("linears", (), r"steps\.linears=\[\]: must have a point"),
+        ("linears", ((1.0, 2.0), (2.0, 1.0)), r"steps\.linears: falls"),
+        ("adapter", ((8.0, 1.0), (8.0, 2.0)), r"steps\.adapter: its points must be in order"),
+        ("adapter", ((8.0, -1.0),), r"steps\.adapter: at 8, seconds=-1\.0: must be finite"),
+        ("lora_token", ((-1.0, 1.0),), r"steps\.lora_token: -1\.0=-1\.0"),
+    ],
+)
+def test_coefficients_are_checked(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StepCosts(**{field: value})  # type: ignore[arg-type]
+
+
+# The shape of a step
+
+
+def work(tokens: int, start: int, slot: int = -1, prompt_len: int = 10) -> SequenceWork:
+    return SequenceWork("r", slot, [0] * tokens, start, [], True, SamplingParams(), 0, [], prompt_len)
+
+
+def test_shape_of_a_mixed_step() -> None:
+    batch = StepBatch(
+        step=7,
+        sequences=[
+            work(1, 10),  # its first token after the prompt: reads 11 positions
+            work(6, 4),  # the rest of a prompt
+            work(1, 99, slot=0),
+            work(1, 9, slot=2),  # the last token of a prompt is no decode
+            work(10, 0, slot=2),
+        ],
+        slot_ranks=[8, 64, 16],
+    )
+    assert step_shape(batch, 64) == StepShape(
+        decode_rows=2,
+        decode_kv=11 + 100,
+        prefill_tokens=6 + 1 + 10,
+        prefill_pairs=6 * 4 + 18 + 9 + 50,  # and a half, which is dropped
+        sequences=5,
+        adapters=((8, 1), (16, 11)),
+        slot_rank=64,
+    )
+
+
+def test_shape_of_an_empty_step() -> None:
+    assert step_shape(StepBatch(0, [], []), 16) == StepShape(0, 0, 0, 0, 0, (), 16)
+
+
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=8))
+def test_chunks_have_the_pairs_of_the_whole_prompt(chunks: list[int]) -> None:
+    total, start, pairs = sum(chunks), 0, 0
+    for chunk in chunks:
+        pairs += step_shape(StepBatch(0, [work(chunk, start, prompt_len=total)], []), 16).prefill_pairs
+        start += chunk
+    assert pairs == pytest.approx(total * total / 2, abs=len(chunks))
