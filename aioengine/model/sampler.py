@@ -8,6 +8,10 @@ put through the inverse CDF. So a request draws the same tokens in any batch and
 Top-k, top-p and min-p each keep the n most likely tokens for some n, so together they keep the
 smallest n. Tokens are ranked by descending probability, equals by ascending id, and drawn in rank order:
 so a draw lands near the top, where few edges between tokens lie that a rounding could move it across.
+
+On a GPU the host waits for nothing but tokens that were chosen: once for all rows, and once more for those
+that are not a plain argmax, unless a draw has to look at more tokens than usual, meets equal logits, or is
+constrained.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aioengine.kernels.transfer import send
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
 
@@ -45,8 +50,8 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         return []
     best = _argmax(logits)
     top = logits.gather(1, best[:, None])[:, 0]
-    tokens: list[int] = best.tolist()
-    finite: list[bool] = torch.isfinite(top).tolist()
+    tokens: list[int] = best.masked_fill_(~torch.isfinite(top), -1).tolist()
+    finite = [token >= 0 for token in tokens]
 
     results: dict[int, Sampled] = {
         i: Sampled(-1, error=f"the model's output is not finite: largest logit {top[i].item()}")
@@ -80,7 +85,7 @@ def _argmax(logits: Tensor) -> Tensor:
     block = min(vocab & -vocab, _ARGMAX_BLOCK)
     if logits.device.type != "cpu" or block < _BLOCK:
         return logits.argmax(dim=-1)
-    blocks = logits.unflatten(1, (-1, block))
+    blocks = logits.reshape(len(logits), -1, block)
     which = blocks.amax(dim=-1).argmax(dim=-1)
     within = blocks[torch.arange(len(logits)), which].argmax(dim=-1)
     return which * block + within
@@ -99,7 +104,7 @@ def _choose(
     """Tokens of the rows that are not a plain argmax, and which of them failed, by index in ``changed``."""
     work = [rows[i] for i in changed]
     # The one copy of the logits; what follows works in place, for fresh pages cost more than math.
-    scores = (logits if len(work) == len(rows) else logits[changed]).to(torch.float32, copy=True)
+    scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)
     _apply_penalties(scores, work)
     failed = _apply_constraints(scores, work)
@@ -107,19 +112,30 @@ def _choose(
     greedy = [i for i, row in enumerate(work) if row.params.greedy]
     random = [i for i, row in enumerate(work) if not row.params.greedy]
     if greedy:
-        best = (scores[greedy] if random else scores).argmax(dim=-1)
+        best = _rows(scores, greedy).argmax(dim=-1)
         _assign(tokens, greedy, best.tolist())
     if not random:
         return tokens, failed
 
     params = [work[i].params for i in random]
     draws = [uniform(work[i].seed, len(work[i].history) - work[i].prompt_len) for i in random]
-    x = scores[random] if greedy else scores
-    temperature = torch.tensor([max(p.temperature, torch.finfo(x.dtype).tiny) for p in params])
+    x = _rows(scores, random)
+    temperature = torch.tensor([max(p.temperature, torch.finfo(x.dtype).tiny) for p in params], dtype=x.dtype)
     # The maximum comes off first, so that a tiny temperature cannot overflow it.
-    x.sub_(x.amax(dim=-1, keepdim=True)).div_(temperature.to(x)[:, None])
+    x.sub_(x.amax(dim=-1, keepdim=True)).div_(_sent(temperature, x)[:, None])
     _assign(tokens, random, _draw_by_rank(x, params, draws))
     return tokens, failed
+
+
+def _sent(values: Tensor, like: Tensor) -> Tensor:
+    return send([values], like.device)[0]
+
+
+def _rows(x: Tensor, places: Sequence[int]) -> Tensor:
+    """The rows ``places`` (ascending) of ``x``, or ``x`` itself if that is all of them."""
+    if len(places) == len(x):
+        return x
+    return x.index_select(0, _sent(torch.tensor(places), x))
 
 
 def _assign(target: list[int], places: Sequence[int], values: Sequence[int]) -> None:
@@ -142,9 +158,8 @@ def _apply_bias(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
                 cells.append(i * vocab + token)
                 values.append(value)
     if cells:
-        device = scores.device
-        flat = scores.view(-1)
-        flat[torch.tensor(cells, device=device)] += torch.tensor(values, device=device)
+        where, added = send([torch.tensor(cells), torch.tensor(values)], scores.device)
+        scores.view(-1)[where] += added
 
 
 def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> dict[int, str]:
@@ -169,11 +184,13 @@ def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> dict[int
             places.append(i)
             masks += mask[:width].ljust(width, b"\0")
     if places:
-        packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(places), width, 1).to(device)
+        packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(places), width, 1)
+        packed, where = send([packed, torch.tensor(places)], device)
         bits = packed >> torch.arange(8, dtype=torch.uint8, device=device) & 1
         banned = bits.flatten(1)[:, :vocab] == 0
-        scores[places] = scores[places].masked_fill_(banned, -math.inf)
-        best: list[float] = scores[places].amax(dim=-1).tolist()
+        allowed = scores.index_select(0, where).masked_fill_(banned, -math.inf)
+        scores.index_copy_(0, where, allowed)
+        best: list[float] = allowed.amax(dim=-1).tolist()
         for i, value in zip(places, best, strict=True):
             if not math.isfinite(value):
                 failed[i] = "its constraint allows no token here"
@@ -187,7 +204,7 @@ def _apply_penalties(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
     active = [(i, row) for i, row in enumerate(rows) if row.params.has_penalties]
     if not active:
         return
-    vocab, device = scores.shape[1], scores.device
+    vocab = scores.shape[1]
     flat = scores.view(-1)
 
     def per_row(field: str) -> Tensor:
@@ -198,17 +215,18 @@ def _apply_penalties(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
             torch.tensor(row.history[row.prompt_len if output_only else 0 :], dtype=torch.int64) + i * vocab
             for i, row in active
         ]
-        return torch.cat(parts).to(device)
+        return torch.cat(parts)
 
+    # What was seen is known to the host, so a device need not be asked how much it is.
     seen = torch.unique(cells(output_only=False))
-    penalty = per_row("repetition_penalty").to(device)[seen // vocab]
-    value = flat[seen]
-    flat[seen] = torch.where(value > 0, value / penalty, value * penalty)
-
+    penalty = per_row("repetition_penalty")[seen // vocab]
     output, counts = torch.unique(cells(output_only=True), return_counts=True)
     row = output // vocab
-    frequency = per_row("frequency_penalty").to(device)[row] * counts
-    flat[output] -= frequency + per_row("presence_penalty").to(device)[row]
+    less = per_row("frequency_penalty")[row] * counts + per_row("presence_penalty")[row]
+    seen, penalty, output, less = send([seen, penalty, output, less], scores.device)
+    value = flat[seen]
+    flat[seen] = torch.where(value > 0, value / penalty, value * penalty)
+    flat[output] -= less
     limit = torch.finfo(scores.dtype).max
     scores.clamp_(max=limit)  # a tiny repetition penalty overflows; -inf (a banned token) stays
 
@@ -243,25 +261,23 @@ def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[f
     tokens = [0] * len(params)
     pending, width = list(range(len(params))), min(_FIRST_CANDIDATES, vocab)
     while pending:
-        sub = x if len(pending) == len(params) else x[pending]
+        sub = _rows(x, pending)
         values, ids = _largest(sub, width)
         ends = values.double().exp_().cumsum(dim=-1)
         keep, known = _kept(sub, values, ends, [params[i] for i in pending])
-        target = torch.tensor([draws[i] for i in pending], dtype=torch.float64).to(x.device)
+        target = _sent(torch.tensor([draws[i] for i in pending], dtype=torch.float64), x)
         row = torch.arange(len(pending), device=x.device)
         mass = ends[row, keep - 1]
         plain = [not _is_filtered(params[i], vocab) for i in pending]
         if width < vocab and any(plain):  # no filter: the mass is known, and most draws are near the top
-            unfiltered = torch.tensor(plain).to(x.device)
+            unfiltered = _sent(torch.tensor(plain), x)
             mass = torch.where(unfiltered, sub.exp().sum(dim=-1).double(), mass)
             known |= unfiltered & (target * mass < ends[:, -1])
         target *= mass
         rank = torch.minimum((ends <= target[:, None]).sum(dim=-1), keep - 1)
-        chosen = _token_of_rank(sub, values, ids, rank)
-        for i, token, sure in zip(pending, chosen, known.tolist(), strict=True):
-            if sure:
-                tokens[i] = token
-        pending = [i for i, sure in zip(pending, known.tolist(), strict=True) if not sure]
+        chosen = _tokens_of_ranks(sub, values, ids, rank, known)
+        _assign(tokens, pending, [0 if token is None else token for token in chosen])
+        pending = [i for i, token in zip(pending, chosen, strict=True) if token is None]
         width = min(width * 8, vocab)
     return tokens
 
@@ -273,17 +289,14 @@ def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingPara
     their exponentials.
     """
     width, vocab = values.shape[1], x.shape[1]
-
-    def per_row(numbers: list[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64).to(x.device)
-
-    limit = per_row([float(p.top_k or vocab) for p in params]).clamp_(max=vocab)
+    limits = [min(p.top_k or vocab, vocab) for p in params]
+    top_ps = [p.top_p if p.top_p < 1.0 else math.inf for p in params]
+    floors = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    limit, top_p, floor = _sent(torch.tensor([limits, top_ps, floors], dtype=torch.float64), x)
     # top-p's mass is a share of what top-k left.
     total = ends.gather(1, limit.clamp(max=width).long()[:, None] - 1)[:, 0]
-    if width < vocab and bool((limit == vocab).any()):
+    if width < vocab and max(limits) == vocab:
         total = torch.where(limit == vocab, x.exp().sum(dim=-1).double(), total)
-    top_p = per_row([p.top_p if p.top_p < 1.0 else math.inf for p in params])
-    floor = per_row([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
 
     # A token is in the nucleus if the more likely ones do not reach top_p yet; the first always is.
     nucleus = 1 + (ends[:, :-1] < (top_p * total)[:, None]).sum(dim=-1)
@@ -293,28 +306,30 @@ def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingPara
     return keep, known
 
 
-def _token_of_rank(x: Tensor, values: Tensor, ids: Tensor, rank: Tensor) -> list[int]:
-    """The id of each row's token of that rank; among equal logits, ids ascend with the rank.
+def _tokens_of_ranks(x: Tensor, values: Tensor, ids: Tensor, rank: Tensor, known: Tensor) -> list[int | None]:
+    """The id of each row's token of that rank, None where that is not ``known``; among equal logits, ids
+    ascend with the rank.
 
     topk leaves the order of equals open, and which of them it returns, so they are looked up.
     """
     value = values.gather(1, rank[:, None])
     equal = (values == value).sum(dim=-1)
     tied = (equal > 1) | ((value[:, 0] == values[:, -1]) & (values.shape[1] < x.shape[1]))
-    above: list[int] = (values > value).sum(dim=-1).tolist()
-    tokens: list[int] = ids.gather(1, rank[:, None])[:, 0].tolist()
-    ranks: list[int] = rank.tolist()
-    for i, is_tied in enumerate(tied.tolist()):
-        if is_tied:
-            tokens[i] = int((x[i] == value[i]).nonzero()[ranks[i] - above[i], 0])
+    among = rank - (values > value).sum(dim=-1)
+    found = torch.stack([ids.gather(1, rank[:, None])[:, 0], among, tied, known]).tolist()
+    tokens: list[int | None] = []
+    for i, (token, place, is_tied, is_known) in enumerate(zip(*found, strict=True)):
+        if is_tied and is_known:
+            token = int((x[i] == value[i]).nonzero()[place, 0])
+        tokens.append(token if is_known else None)
     return tokens
 
 
 def _logprobs(
     logits: Tensor, rows: Sequence[SequenceWork], scored: list[int], tokens: Sequence[int]
 ) -> dict[int, TokenLogprob]:
-    table = logits[scored].float().log_softmax(dim=-1)
-    chosen = torch.tensor([tokens[i] for i in scored]).to(table.device)
+    table = _rows(logits, scored).float().log_softmax(dim=-1)
+    chosen = _sent(torch.tensor([tokens[i] for i in scored]), table)
     own = table.gather(1, chosen[:, None])[:, 0].tolist()
     values, ids = _largest(table, min(_MAX_LOGPROBS, table.shape[1]))
     results = {}

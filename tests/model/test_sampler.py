@@ -261,3 +261,31 @@ def test_greedy_takes_the_first_of_equal_tokens_wherever_they_are(dtype: torch.d
     for scores, best in zip(logits, places, strict=True):
         scores[best] = 2.0
     assert tokens(logits, [row(SamplingParams()) for _ in places]) == [min(best) for best in places]
+
+
+def test_the_host_asks_for_tokens_once_for_each_way_of_choosing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, each question would wait for the device."""
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        true = getattr(torch.Tensor, name)
+
+        def ask(self: torch.Tensor, *args: object) -> object:
+            asked.append(name)
+            return true(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, ask)
+
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu"):
+        counted(name)
+    logits = torch.randn(6, 20000, generator=torch.Generator().manual_seed(0)) * 4
+    greedy, random = row(SamplingParams()), row(SamplingParams(temperature=0.5, top_p=0.9), seed=3)
+    penalised = row(SamplingParams(repetition_penalty=1.5, logit_bias={5: 1.0}), history=[1, 2, 3])
+    sample(logits, [greedy] * 6)
+    assert asked == ["tolist"]
+    asked.clear()
+    sample(logits, [greedy, random, greedy, random, random, greedy])
+    assert asked == ["tolist"] * 2
+    asked.clear()
+    sample(logits, [penalised, greedy, penalised, greedy, greedy, greedy])
+    assert asked == ["tolist"] * 2
