@@ -1,4 +1,4 @@
-"""The Triton LoRA kernels on a GPU: checked, timed, compared with plain torch; and tuned.
+"""The Triton kernels on a GPU: checked, timed, compared with plain torch; and tuned. Whole decode steps, too.
 
     python benchmarks/gpu.py                        check every operation, then time it
     python benchmarks/gpu.py --ranks 16 64 --adapters 1 8 32 --tokens 32 2048
@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import triton
 import triton.testing
+from gpu_steps import check_layer, check_steps, layer_table, step_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -154,10 +155,9 @@ def check(device: str, ranks: Sequence[int]) -> list[str]:
     return wrong
 
 
-def compare(args: argparse.Namespace, device: str, timer: Timer) -> Table:
+def compare(args: argparse.Namespace, device: str, timer: Timer, bandwidth: float) -> Table:
     """What LoRA costs on top of the base linear."""
     dtype: torch.dtype = getattr(torch, args.dtype)
-    bandwidth = copy_bandwidth(device, timer)
     copies = f"copies at {bandwidth / 1e9:,.0f} GB/s"
     table = Table(title=f"{device_name(device)}, {args.dtype}, {copies}; times in us")
     for column in (
@@ -297,6 +297,7 @@ def main() -> int:
     parser.add_argument("--adapters", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--layers", type=int, default=8, help="of the model whose decode steps are timed")
     parser.add_argument("--tune", type=Path, metavar="FILE")
     parser.add_argument("--compile", nargs="+", type=int, metavar="CAPABILITY", help="80 is 8.0, 90 is 9.0")
     args = parser.parse_args()
@@ -308,10 +309,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was checked or measured; --compile works without one", file=sys.stderr)
         return 2
-    if wrong := check("cuda", args.ranks):
+    wrong = check("cuda", args.ranks) + check_layer("cuda", "triton", TOLERANCE) + check_steps("cuda")
+    if wrong:
         print("wrong results:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
-    print(f"every operation agrees with the reference on {device_name('cuda')}")
+    print(f"every operation, and every recorded step, agrees with the reference on {device_name('cuda')}")
     if args.tune:
         table = {
             "device": device_name("cuda"),
@@ -322,7 +324,10 @@ def main() -> int:
         args.tune.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {args.tune}; serve with AIOENGINE_TRITON_TABLE={args.tune}")
         return 0
-    output.print(compare(args, "cuda", gpu_seconds))
+    bandwidth, dtype = copy_bandwidth("cuda", gpu_seconds), getattr(torch, args.dtype)
+    output.print(compare(args, "cuda", gpu_seconds, bandwidth))
+    output.print(layer_table(dtype, "cuda", gpu_seconds, bandwidth))
+    output.print(step_table(dtype, "cuda", layers=args.layers, rank=16))
     return 0
 
 

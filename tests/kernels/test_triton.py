@@ -64,6 +64,17 @@ def test_plain_torch_serves_a_gpu_without_triton() -> None:
     assert run("-c", script, AIOENGINE_KERNELS="") == "torch\n"
 
 
+def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
+    pytest.importorskip("triton")
+    script = OPS[0].parents[2] / "benchmarks" / "gpu.py"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, env=environment, timeout=120
+    )
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+
+
 def test_grids_come_in_few_sizes() -> None:
     sizes = {padded(count) for count in range(1, 1025)}
     assert len(sizes) == 8 + 4 * 7

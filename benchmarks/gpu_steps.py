@@ -1,0 +1,237 @@
+"""What a layer does beside its linears and adapters, and whole decode steps, on a GPU; for ``gpu.py``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from aioengine.kernels import AttentionPlan, Backend, Span, get_backend
+from aioengine.model.decode_steps import CudaGraphs, DecodeLimits, DecodeSteps, Record
+from aioengine.model.decoder import Decoder
+from aioengine.model.kv_cache import KVCache
+from aioengine.model.lora_slots import LoRASlots
+from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
+from aioengine.request import SamplingParams
+from aioengine.step import SequenceWork
+
+LLAMA_8B = ModelSpec(
+    family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
+    head_dim=128, intermediate_size=14336, rms_norm_eps=1e-5, max_position=131072, rope=RopeSpec(),
+    tie_embeddings=False,
+)  # fmt: skip
+BLOCK = 16
+Timer = Callable[[Callable[[], object]], float]
+
+
+class Attended(NamedTuple):
+    """A step's queries, keys and values over a cache."""
+
+    qkv: Tensor
+    cos: Tensor
+    sin: Tensor
+    keys: Tensor
+    values: Tensor
+    plan: AttentionPlan
+
+    @property
+    def nbytes(self) -> int:
+        """What attention must read and write at least: queries, what is cached, outputs."""
+        cached = sum(span.start + span.length for span in self.plan.spans) * self.keys[0, 0].numel()
+        queries = self.qkv[:, : -2 * self.keys.shape[2]].numel()
+        return 2 * self.qkv.element_size() * (queries + cached)
+
+
+def attended(spans: list[tuple[int, int]], spec: ModelSpec, dtype: torch.dtype, device: str) -> Attended:
+    """Sequences as (positions in the cache, tokens)."""
+    rows, found, tables, used = 0, [], [], 0
+    for start, length in spans:
+        found.append(Span(rows, length, start))
+        rows += length
+        blocks = -(-(start + length) // BLOCK)
+        tables.append(list(range(used, used + blocks)))
+        used += blocks
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    keys, values = (randn(used, BLOCK, kv_heads, d) for _ in range(2))
+    angles = torch.rand(rows, 1, d // 2, generator=generator, device=device)
+    plan = AttentionPlan(found, tables, BLOCK, device)
+    return Attended(randn(rows, heads + 2 * kv_heads, d), angles.cos(), angles.sin(), keys, values, plan)
+
+
+def check_layer(device: str, name: str, tolerances: dict[torch.dtype, float]) -> list[str]:
+    """Runs every operation beside the oracle; what differs."""
+    backend, oracle, wrong = get_backend(device, name), get_backend(device, "reference"), []
+    small = msgspec.structs.replace(LLAMA_8B, num_heads=8, num_kv_heads=2)
+    for dtype, tolerance in tolerances.items():
+        for window in (None, 50):
+            results = []
+            for each in (oracle, backend):
+                a = attended([(0, 1), (17, 1), (300, 1), (0, 70), (40, 30)], small, dtype, device)
+                each.rope_store(a.qkv, None, a.cos, a.sin, a.keys, a.values, a.plan)
+                out = each.paged_attention(a.qkv, a.keys, a.values, a.plan, window)
+                hidden = a.qkv[:, :8].flatten(1).clone()
+                normed = each.add_rms_norm(hidden, out.clone(), out[0].clone(), 1e-5)
+                results.append({"rope": a.qkv[:, :8], "keys": a.keys, "values": a.values, "attention": out})
+                results[-1] |= {"sum": hidden, "norm": normed, "silu": each.silu_and_mul(hidden)}
+            for op, expected in results[0].items():
+                difference = (results[1][op].float() - expected.float()).abs().max()
+                error = float(difference / expected.float().abs().max())
+                if not error <= tolerance:  # NaN, too
+                    wrong.append(f"{op}, {dtype}, window {window}: off by {error:.2g} of the largest value")
+    return wrong
+
+
+def layer_table(dtype: torch.dtype, device: str, timer: Timer, bandwidth: float) -> Table:
+    """Times of the operations, and of plain torch's."""
+    ours, plain = get_backend(device, "triton"), get_backend(device, "torch")
+    table = Table(title="a layer of Llama 3 8B beside its linears; times in us")
+    for column in ("operation", "case", "time", "of copy", "plain torch"):
+        table.add_column(column, justify="left" if column in ("operation", "case") else "right")
+
+    def add(op: str, case: str, nbytes: int, run: Callable[[Backend], object]) -> None:
+        seconds, other = timer(partial(run, ours)), timer(partial(run, plain))
+        share = f"{nbytes / seconds / bandwidth:.0%}"
+        table.add_row(op, case, f"{seconds * 1e6:.1f}", share, f"{other * 1e6:.1f}")
+
+    for rows in (1, 32, 2048):
+        hidden, delta = torch.randn(2, rows, LLAMA_8B.hidden_size, device=device).to(dtype)
+        weight = torch.ones_like(hidden[0])
+        nbytes = 4 * hidden.nbytes
+        add("sum and norm", f"{rows} tokens", nbytes, lambda k: k.add_rms_norm(hidden, delta, weight, 1e-5))  # noqa: B023
+        wide = torch.randn(rows, 2 * LLAMA_8B.intermediate_size, device=device).to(dtype)
+        add("activation", f"{rows} tokens", 3 * wide.nbytes // 2, lambda k: k.silu_and_mul(wide))  # noqa: B023
+    spans = {
+        "decode, 1 after 1,000": [(1000, 1)],
+        "decode, 1 after 16,000": [(16000, 1)],
+        "decode, 32 after 1,000": [(1000, 1)] * 32,
+        "prompt of 2,048": [(0, 2048)],
+        "512 after 4,096, beside 31 decoding": [(4096, 512), *[(1000, 1)] * 31],
+    }
+    for case, of in spans.items():
+        a = attended(of, LLAMA_8B, dtype, device)
+        nbytes = 2 * a.qkv.nbytes + a.cos.nbytes * 2
+        add("rope and store", case, nbytes, lambda k: k.rope_store(a.qkv, None, *a[1:]))  # noqa: B023
+        add("attention", case, a.nbytes, lambda k: k.paged_attention(a.qkv, *a[3:], None))  # noqa: B023
+    return table
+
+
+class Steps:
+    """Decode steps of the first layers of Llama 3 8B with random weights, eager and played back."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: str,
+        *,
+        layers: int,
+        most: int,
+        context: int,
+        adapters: int,
+        rank: int,
+        record: Record | None = None,
+        spec: ModelSpec = LLAMA_8B,
+    ) -> None:
+        spec = msgspec.structs.replace(spec, num_layers=layers)
+        where = torch.device(device)
+        self._context, self._rank = context, rank
+        self._blocks = -(-(context + 1) // BLOCK)
+        self.decoder = Decoder(spec, dtype, where, get_backend(device, "triton"))
+        for name, parameter in self.decoder.parameters().items():
+            std = 1 / math.sqrt(parameter.shape[-1])
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=std)
+        self.cache = KVCache(spec, most * self._blocks, BLOCK, dtype, where)
+        for memory in (*self.cache.k, *self.cache.v):
+            memory.normal_()
+        self.slots = LoRASlots(spec, adapters, rank, LORA_MODULES, dtype, where)
+        decoder, cache, slots = self.decoder, self.cache, self.slots
+        make = partial(
+            DecodeSteps,
+            lambda inputs: decoder.forward(inputs, cache, slots),
+            DecodeLimits(most, context + 1),
+            slots,
+            block_size=BLOCK,
+            vocab_size=spec.vocab_size,
+            dtype=dtype,
+            device=where,
+        )
+        self.eager = make(record=lambda step: step)
+        self.played = make(record=record or CudaGraphs(where))
+
+    def run(self, steps: DecodeSteps, batch: int, adapters: int) -> Tensor:
+        """The logits of ``batch`` sequences that use ``adapters`` adapters evenly (0: none)."""
+        work = []
+        for i in range(batch):
+            slot = i * adapters // batch if adapters else -1
+            table = range(i * self._blocks, (i + 1) * self._blocks)
+            work.append(SequenceWork("", slot, [i], self._context, table, True, SamplingParams(), 0, [], 0))
+        logits = steps.run(work, [self._rank] * self.slots.max_loras)
+        assert logits is not None
+        return logits
+
+
+def step_table(dtype: torch.dtype, device: str, *, layers: int, rank: int) -> Table:
+    """Wall time of decode steps, with and without graphs and adapters."""
+    table = Table(
+        title=f"decode steps, {layers} layers and the head of Llama 3 8B, context 1,000, rank {rank}; ms"
+    )
+    for column in ("sequences", "adapters", "launched", "played back", "adapters cost"):
+        table.add_column(column, justify="right")
+    steps = Steps(dtype, device, layers=layers, most=64, context=1000, adapters=32, rank=rank)
+    with torch.inference_mode():
+        for batch in (1, 8, 32, 64):
+            base = 0.0
+            for adapters in (0, 1, 8, 32):
+                if adapters > batch:
+                    continue
+                eager = wall_seconds(partial(steps.run, steps.eager, batch, adapters), device)
+                played = wall_seconds(partial(steps.run, steps.played, batch, adapters), device)
+                base = base or played
+                cost = f"{played / base - 1:+.0%}" if adapters else ""
+                table.add_row(*(str(batch), str(adapters), f"{eager * 1e3:.2f}", f"{played * 1e3:.2f}", cost))
+    return table
+
+
+def check_steps(device: str, record: Record | None = None, spec: ModelSpec = LLAMA_8B) -> list[str]:
+    """Played steps give the logits of launched ones."""
+    wrong = []
+    steps = Steps(
+        torch.float32, device, layers=2, most=5, context=40, adapters=3, rank=8, record=record, spec=spec
+    )
+    for pools in steps.slots.layers:
+        for pool in pools.values():
+            for tensor in (pool.a, *pool.b):
+                tensor.normal_(std=0.05)
+    with torch.inference_mode():
+        for batch, adapters in ((1, 0), (3, 0), (3, 2), (5, 3)):
+            expected = steps.run(steps.eager, batch, adapters).clone()
+            error = float((steps.run(steps.played, batch, adapters) - expected).norm() / expected.norm())
+            if not error < 1e-5:
+                wrong.append(
+                    f"a played step of {batch} sequences with {adapters} adapters: off by {error:.2g}"
+                )
+    return wrong
+
+
+def wall_seconds(function: Callable[[], object], device: str) -> float:
+    """From the call to the last result on the device, as whoever waits for tokens sees it."""
+    taken = []
+    for _ in range(25):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[5:])
