@@ -23,7 +23,7 @@ logger = logging.getLogger("aioengine")
 SOURCES = Path(__file__).parent / "src"
 COMPILE_SECONDS = 300
 """It takes some 15 of one core's; more where others work too."""
-_FLAGS = (
+FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
 )
@@ -67,7 +67,7 @@ def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Pa
     supported = levels()
     level = level or next(iter(supported))
     sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
-    command = [compiler, *_FLAGS, *supported[level], *sanitizers, *extra_flags]
+    command = [compiler, *FLAGS, *supported[level], *sanitizers, *extra_flags]
     sources = sorted(SOURCES.glob("*.cpp"))
     path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
     if not path.exists():

@@ -1,0 +1,151 @@
+// A few of the CPU library's functions against plain loops, as a program that an emulator of another CPU can run.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+extern "C" {
+void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
+void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y, long y_stride,
+                long rows, long n, long k, int threads);
+void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows, long size,
+                      float eps, int threads);
+void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
+void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells, const uint8_t* last,
+                    void* keys, void* values, long tokens, long heads, long kv_heads, long head_dim, long block_size,
+                    int threads);
+void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values, const int32_t* tables,
+                   long table_width, const int32_t* spans, long sequences, void* out, long heads, long kv_heads,
+                   long head_dim, long block_size, long window, float scale, int threads);
+void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride, long n_in,
+                     long slices, long max_rank, const int32_t* segments, long count, int threads);
+}
+
+static uint32_t state = 1;
+static float uniform() {
+  state = state * 1664525u + 1013904223u;
+  return float(state >> 8) / float(1 << 23) - 1.0f;
+}
+
+static float widen(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static uint16_t narrow(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+// Values in either type, seen as floats.
+struct Values {
+  bool bf16;
+  std::vector<uint16_t> half;
+  std::vector<float> full;
+  Values(bool bf16, long n) : bf16(bf16), half(bf16 ? n : 0), full(bf16 ? 0 : n) {
+    for (long i = 0; i < n; i++) set(i, uniform());
+  }
+  void set(long i, float v) { bf16 ? void(half[i] = narrow(v)) : void(full[i] = v); }
+  float operator[](long i) const { return bf16 ? widen(half[i]) : full[i]; }
+  void* data() { return bf16 ? (void*)half.data() : (void*)full.data(); }
+};
+
+static int wrong = 0;
+static void expect(const char* what, bool bf16, float found, float expected, float scale) {
+  const float bound = scale * (bf16 ? 2e-2f : 1e-4f);
+  if (!(std::fabs(found - expected) <= bound) && wrong++ < 10)
+    std::printf("%s, %s: %g, not %g\n", what, bf16 ? "bfloat16" : "float32", found, expected);
+}
+
+static void linear(bool bf16) {
+  const long rows = 9, n = 48, k = 64;
+  Values x(bf16, rows * k), w(bf16, n * k), packed(bf16, n * k), bias(bf16, n), y(bf16, rows * n);
+  aio_pack(bf16, w.data(), packed.data(), n, k, 2);
+  aio_linear(bf16, x.data(), k, packed.data(), bias.data(), y.data(), n, rows, n, k, 2);
+  for (long r = 0; r < rows; r++)
+    for (long i = 0; i < n; i++) {
+      float sum = bias[i];
+      for (long j = 0; j < k; j++) sum += x[r * k + j] * w[i * k + j];
+      expect("linear", bf16, y[r * n + i], sum, 4);
+    }
+}
+
+static void norm_and_activation(bool bf16) {
+  const long rows = 3, size = 33;
+  Values hidden(bf16, rows * size), delta(bf16, rows * size), weight(bf16, size), out(bf16, rows * size);
+  Values sum(bf16, rows * size), gate_up(bf16, rows * 2 * size);
+  for (long i = 0; i < rows * size; i++) sum.set(i, hidden[i] + delta[i]);
+  aio_add_rms_norm(bf16, hidden.data(), delta.data(), weight.data(), out.data(), rows, size, 1e-5f, 2);
+  for (long r = 0; r < rows; r++) {
+    float squares = 0;
+    for (long i = 0; i < size; i++) squares += sum[r * size + i] * sum[r * size + i];
+    for (long i = 0; i < size; i++)
+      expect("norm", bf16, out[r * size + i], sum[r * size + i] / std::sqrt(squares / size + 1e-5f) * weight[i], 1);
+  }
+  aio_silu_and_mul(bf16, gate_up.data(), out.data(), rows, size, 2);
+  for (long r = 0; r < rows; r++)
+    for (long i = 0; i < size; i++) {
+      const float gate = gate_up[r * 2 * size + i];
+      expect("activation", bf16, out[r * size + i], gate / (1 + std::exp(-gate)) * gate_up[(r * 2 + 1) * size + i], 1);
+    }
+}
+
+// One sequence of 21 tokens, not rotated, in two blocks that lie in the wrong order.
+static void attention(bool bf16) {
+  const long tokens = 21, heads = 4, kv_heads = 2, d = 32, block = 16, width = (heads + 2 * kv_heads) * d;
+  Values qkv(bf16, tokens * width), keys(bf16, 2 * block * kv_heads * d), values(bf16, 2 * block * kv_heads * d);
+  for (long i = 0; i < 2 * block * kv_heads * d; i++) keys.set(i, NAN), values.set(i, NAN);
+  Values out(bf16, tokens * heads * d);
+  std::vector<float> cos(tokens * d / 2, 1.0f), sin(tokens * d / 2, 0.0f);
+  std::vector<int64_t> cells(tokens);
+  std::vector<uint8_t> last(tokens, 0);
+  last[tokens - 1] = 1;
+  const int32_t tables[] = {1, 0}, span[] = {0, int32_t(tokens), 0};
+  for (long t = 0; t < tokens; t++) cells[t] = tables[t / block] * block + t % block;
+  aio_rope_store(bf16, qkv.data(), cos.data(), sin.data(), cells.data(), last.data(), keys.data(), values.data(), tokens,
+                 heads, kv_heads, d, block, 2);
+  aio_attention(bf16, qkv.data(), width, keys.data(), values.data(), tables, 2, span, 1, out.data(), heads, kv_heads, d,
+                block, 0, 1.0f, 2);
+  for (long t = 0; t < tokens; t++)
+    for (long h = 0; h < heads; h++) {
+      const long kv = h / (heads / kv_heads);
+      std::vector<float> weights(t + 1);
+      float total = 0;
+      for (long s = 0; s <= t; s++) {
+        float score = 0;
+        for (long i = 0; i < d; i++) score += qkv[t * width + h * d + i] * qkv[s * width + (heads + kv) * d + i];
+        total += weights[s] = std::exp(score);
+      }
+      for (long i = 0; i < d; i++) {
+        float sum = 0;
+        for (long s = 0; s <= t; s++) sum += weights[s] / total * qkv[s * width + (heads + kv_heads + kv) * d + i];
+        expect("attention", bf16, out[(t * heads + h) * d + i], sum, 2);
+      }
+    }
+}
+
+// Tokens 1 to 3 use slot 1, with rank 3 of 4.
+static void shrink(bool bf16) {
+  const long tokens = 4, n_in = 32, max_rank = 4, stride = max_rank * n_in;
+  Values x(bf16, tokens * n_in), a(bf16, 2 * stride), h(bf16, tokens * max_rank);
+  for (long i = 0; i < n_in; i++) a.set(stride + 3 * n_in + i, 0.0f);
+  for (long i = 0; i < tokens * max_rank; i++) h.set(i, 0.0f);
+  const int32_t segment[] = {1, 1, 4, 3};
+  aio_lora_shrink(bf16, x.data(), n_in, a.data(), h.data(), stride, n_in, 1, max_rank, segment, 1, 2);
+  for (long t = 0; t < tokens; t++)
+    for (long r = 0; r < max_rank; r++) {
+      float sum = 0;
+      for (long j = 0; j < n_in && t > 0; j++) sum += x[t * n_in + j] * a[stride + r * n_in + j];
+      expect("shrink", bf16, h[t * max_rank + r], sum, 4);
+    }
+}
+
+int main() {
+  for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), attention(bf16), shrink(bf16);
+  std::printf(wrong == 0 ? "all as expected\n" : "%d are wrong\n", wrong);
+  return wrong == 0 ? 0 : 1;
+}
