@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any, TypeVar
 
@@ -142,7 +142,7 @@ class Workers:
         """
         folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
         try:
-            await self._spawn()
+            await _to_its_end(self._spawn())
             meeting = "" if folder is None else os.path.join(folder, "ranks")
             plans = await self._start(meeting).of(Planned)
             if folder is not None:
@@ -162,6 +162,9 @@ class Workers:
 
     async def close(self) -> None:
         """End all of them, and wait until they have. Safe to call twice."""
+        await _to_its_end(self._close())
+
+    async def _close(self) -> None:
         self._closing = True
         for worker in self._workers:
             worker.writer.close()  # each ends with its connection
@@ -181,15 +184,9 @@ class Workers:
         if sys.platform == "win32" or not sys.executable:
             raise ConfigError("executor='process': needs a POSIX system and sys.executable; use 'thread'")
         environment = _environment()
-        spawning = [asyncio.ensure_future(_spawn_one(rank, environment)) for rank in range(self.size)]
-        try:
-            await asyncio.wait(spawning)
-        finally:
-            for spawned in spawning:
-                if not spawned.done():
-                    spawned.cancel()
-            found = await asyncio.gather(*spawning, return_exceptions=True)
-            self._workers = [worker for worker in found if isinstance(worker, _Worker)]
+        spawning = (_spawn_one(rank, environment) for rank in range(self.size))
+        found = await asyncio.gather(*spawning, return_exceptions=True)
+        self._workers = [worker for worker in found if isinstance(worker, _Worker)]
         for result in found:
             if isinstance(result, BaseException):
                 raise EngineDead(f"a worker process could not be started: {result}") from result
@@ -313,6 +310,22 @@ async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
         await process.wait()
         raise
     return _Worker(rank, process, reader, writer)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """What would leave processes behind if it were cut off, however often that is tried; after that the
+    cancellation is raised."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # nobody else will ask
+        raise cancelled
+    task.result()
 
 
 def _environment() -> dict[str, str]:

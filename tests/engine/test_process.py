@@ -181,6 +181,10 @@ async def test_a_step_that_raises_is_the_engines_end(
     await nothing_left.check()
 
 
+def listeners() -> list[object]:
+    return [task for task in asyncio.all_tasks() if task.get_name().startswith("aioengine-worker")]
+
+
 @pytest.mark.usefixtures("faulty")
 async def test_stopped_or_cancelled_while_it_starts(
     tiny: Tiny,
@@ -194,11 +198,14 @@ async def test_stopped_or_cancelled_while_it_starts(
     monkeypatch.setenv("AIOENGINE_TEST_START", str(held))
     engine = make_engine(tiny, executor="process")
     starting = asyncio.create_task(engine.start())
-    await until(lambda: bool(worker_pids()))
-    starting.cancel()
+    await until(lambda: bool(listeners()))
+    for _ in range(5):  # by somebody who has no patience
+        starting.cancel()
+        await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await starting
-    await until(lambda: not worker_pids())
+    assert not listeners()
+    assert not worker_pids()
     engine = make_engine(tiny, executor="process")
     starting = asyncio.create_task(engine.start())
     await until(lambda: bool(worker_pids()))
@@ -242,10 +249,10 @@ def test_on_uvloop(tiny: Tiny, make_engine: MakeEngine) -> None:
     import uvloop
 
     async def main() -> None:
-        async with make_engine(tiny, executor="process") as engine:
+        async with make_engine(tiny, executor="process", tensor_parallel_size=2) as engine:
             out = await engine.complete([5, 6], greedy(5))
             assert out.token_ids == tiny.expected([5, 6], 5)
-            os.kill(worker_pids()[0], signal.SIGKILL)
+            os.kill(worker_pids()[1], signal.SIGKILL)
             assert isinstance(await error_of(engine.complete([5, 6], greedy(100))), EngineDead)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

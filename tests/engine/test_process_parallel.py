@@ -112,6 +112,8 @@ async def test_a_rank_that_is_killed_or_fails_takes_the_other_along(
         os.kill(pid, signal.SIGKILL)
         error = await error_of(running)
         assert isinstance(error, EngineDead) and f"(process {pid}) was killed by SIGKILL" in str(error)
+        await until(lambda: pid not in worker_pids() and len(worker_pids()) == 2)
+        os.kill(worker_pids()[0], signal.SIGKILL)  # one that is just starting
         out = await engine.complete([5, 6], greedy(8))
         assert out.token_ids == tiny.expected([5, 6], 8)
         assert pid not in worker_pids() and len(worker_pids()) == 2
