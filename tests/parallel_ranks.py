@@ -38,10 +38,12 @@ Job = Callable[..., Any]
 
 
 class Ranks:
-    """``size`` processes over gloo on this machine. They are started by the first job."""
+    """``size`` processes on this machine, over gloo or, with a GPU each, NCCL. They are started by the first
+    job."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
+        self._backend = backend
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -84,20 +86,23 @@ class Ranks:
         store = f"{self._folder.name}/store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            arguments = (self._backend, rank, self.size, store, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(backend: str, rank: int, size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     file_store = distributed.FileStore(store, size)
     limit = timedelta(seconds=SECONDS)
-    distributed.init_process_group("gloo", store=file_store, rank=rank, world_size=size, timeout=limit)
+    distributed.init_process_group(backend, store=file_store, rank=rank, world_size=size, timeout=limit)
     assert distributed.group.WORLD is not None
     while True:
         try:
@@ -128,6 +133,8 @@ class Script(NamedTuple):
     kernels: str | None = "torch"
     target_modules: Sequence[str] = TARGETABLE_MODULES
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    """"cuda": each rank has a GPU of its own."""
     chunk: int = 9
     """Prompts are computed in pieces of so many tokens."""
 
@@ -231,7 +238,7 @@ class Stage:
             read_spec(script.model),
             script.model,
             dtype=script.dtype,
-            device="cpu",
+            device=f"cuda:{group.shard.rank}" if script.device == "cuda" else script.device,
             num_blocks=128,
             block_size=self.BLOCK_SIZE,
             max_loras=script.max_loras,
@@ -256,9 +263,9 @@ class Stage:
     def load(self, slot: int, folder: Path) -> AdapterImage:
         draft = self.store.begin(folder.name, str(folder))
         if squares := draft.squares:  # with processes for ranks, the engine carries them
-            mine = torch.frombuffer(bytearray(squares), dtype=torch.float32)
+            mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.device)
             for theirs in self._group.all_gather(mine[None], dim=0):
-                draft.add(0, bytes(theirs.view(torch.uint8).tolist()))
+                draft.add(0, bytes(theirs.cpu().view(torch.uint8).tolist()))
         image = self.store.finish(draft)
         assert self.runner.lora_slots is not None
         self.runner.lora_slots.write(slot, image)
@@ -272,7 +279,8 @@ class Stage:
     def step(self, sequences: Sequence[_Sequence], chunk: int) -> None:
         ordered = sorted(sequences, key=lambda s: s.slot)
         result = self.runner.execute(self.batch(ordered, chunk))
-        sampled = torch.tensor([-1 if s is None else s.token for s in result.sampled])
+        tokens = [-1 if s is None else s.token for s in result.sampled]
+        sampled = torch.tensor(tokens, device=self.runner.device)
         if self._group.shard.rank > 0:
             assert all(s is None for s in result.sampled), "rank 0 samples"
             sampled.zero_()
@@ -301,5 +309,5 @@ class Stage:
         )
 
     def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        self.logits.append(logits.clone())
+        self.logits.append(logits.to("cpu", copy=True))
         return [Sampled(int(token)) for token in logits.argmax(-1)]

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from parallel_ranks import Phase, Ranks, Script, fail_on_rank_1, gather, hold, play, refusal, traffic
 from safetensors.torch import load_file, save_file
 from tiny_gguf import tiny_model, write_gguf
@@ -138,6 +139,22 @@ def test_so_they_do_with_other_kernels(two: Ranks, root: Path, kernels: str, ful
     if kernels not in available_backends("cpu"):
         pytest.skip("the CPU library cannot be built here")
     check(two, root, "qwen2", fully_sharded, kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a CUDA device for each rank")
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_so_they_do_on_gpus_over_nccl(root: Path, fully_sharded: bool) -> None:
+    expected = alone(root, "llama", "torch")
+    ranks = Ranks(2, "nccl")
+    try:
+        script = script_of(root, "llama", "torch")._replace(device="cuda", kernels=None)
+        found, _ = ranks.run(play, script, fully_sharded=fully_sharded)
+    finally:
+        ranks.close()
+    assert found.outputs == expected.outputs
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
 def test_a_rank_holds_its_share(two: Ranks, root: Path) -> None:
