@@ -27,6 +27,8 @@ def _backends(device_type: str) -> dict[str, Backend]:
     found: dict[str, Backend] = {"torch": plain, "reference": reference}  # these run everywhere
     if device_type == "cuda" and (triton := _triton_backend()) is not None:
         found = {"triton": triton, **found}
+        if (library := _flashinfer_backend()) is not None:
+            found["flashinfer"] = library  # never the default: it has not been measured
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted and (triton := _triton_backend()) is not None:
         found = {**found, "triton": triton}  # never the default: thousands of times slower, for tests
@@ -46,6 +48,15 @@ def _triton_backend() -> Backend | None:
         return None
     table.measured(os.environ.get(table.ENV))  # a file that cannot be used is refused now, not by a step
     return backend
+
+
+@functools.cache
+def _flashinfer_backend() -> Backend | None:
+    try:
+        from aioengine.kernels import flashinfer
+    except ImportError:  # an extra, which most do without
+        return None
+    return flashinfer
 
 
 @functools.cache
