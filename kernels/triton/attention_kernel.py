@@ -45,19 +45,13 @@ def attention_kernel(
     row = tl.load(tiles_ptr + 4 * tile + 1)
     tokens = tl.load(tiles_ptr + 4 * tile + 2)
     position = tl.load(tiles_ptr + 4 * tile + 3)
+
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    heads = kv_heads * GROUP
-    if tokens == 0:  # padding
-        if split == 0:
-            padding_at = (row.to(tl.int64) * heads + kv_head * GROUP + m[:, None]) * D + d[None, :]
-            zeros = tl.zeros((BLOCK_M, BLOCK_D), out_ptr.dtype.element_ty)
-            tl.store(out_ptr + padding_at, zeros, mask=(m < GROUP)[:, None] & (d < D)[None, :])
-        return
-
     token = m // GROUP
-    valid = (token < tokens)[:, None] & (d < D)[None, :]
+    # Padding has no tokens and sees no keys: its row becomes zeros.
+    valid = (token < tl.maximum(tokens, 1))[:, None] & (d < D)[None, :]
     q_at = (
         (row + token).to(tl.int64)[:, None] * q_stride
         + (kv_head * GROUP + m % GROUP)[:, None] * D
@@ -123,6 +117,7 @@ def attention_kernel(
         tl.store(arrivals_ptr + output, 0)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    heads = kv_heads * GROUP
     out_at = ((row + token).to(tl.int64)[:, None] * heads + (kv_head * GROUP + m % GROUP)[:, None]) * D + d[
         None, :
     ]

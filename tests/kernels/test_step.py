@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
+from aioengine.model import native
 from aioengine.model.files import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
@@ -35,7 +36,13 @@ class Run:
     """A runner whose slots are random, and the logits of its last step."""
 
     def __init__(
-        self, dtype: torch.dtype, kernels: str, ranks: Sequence[int], quantization: Quantization = "none"
+        self,
+        dtype: torch.dtype,
+        kernels: str,
+        ranks: Sequence[int],
+        quantization: Quantization = "none",
+        *,
+        whole: bool = True,
     ) -> None:
         self.logits = torch.empty(0)
         spec, self.ranks = read_spec(model()), ranks
@@ -44,7 +51,7 @@ class Run:
             max_loras=len(ranks), max_lora_rank=max(ranks), kernels=kernels, quantization=quantization,
             sample=self._sample,
         )  # fmt: skip
-        assert (self.runner.native is not None) == (kernels == "cpu")
+        assert (self.runner.native is not None) == (kernels == "cpu" and whole)
         assert self.runner.lora_slots is not None
         generator = torch.Generator().manual_seed(1)
         for pools in self.runner.lora_slots.layers:
@@ -83,6 +90,20 @@ def test_a_step_is_that_of_torch(
     bound = 1e-4 if dtype == torch.float32 else 0.05
     assert (found - expected).norm() < bound * expected.norm()
     assert (base - expected).norm() > 0.1 * expected.norm(), "the adapters change what is compared"
+
+
+@pytest.mark.parametrize("sequences", [FEW, LONG])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_is_one_operation_by_operation(
+    dtype: torch.dtype, sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it runs where the library does not cover a whole step."""
+    monkeypatch.setattr(native, "not_covered", lambda *_: "this test")
+    ranks = (64, 5, 16, 33)
+    expected = Run(torch.float32, "torch", ranks)(sequences)
+    found = Run(dtype, "cpu", ranks, whole=False)(sequences)
+    bound = 1e-4 if dtype == torch.float32 else 0.05
+    assert (found - expected).norm() < bound * expected.norm()
 
 
 @pytest.mark.parametrize("sequences", [FEW, LONG])

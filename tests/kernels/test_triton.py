@@ -36,9 +36,10 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_operations_in_the_interpreter() -> None:
+@pytest.mark.parametrize("tests", OPS, ids=lambda path: path.stem)
+def test_operations_in_the_interpreter(tests: Path) -> None:
     pytest.importorskip("triton")
-    printed = run("-m", "pytest", "-p", "no:cacheprovider", *map(str, OPS), TRITON_INTERPRET="1")
+    printed = run("-m", "pytest", "-p", "no:cacheprovider", str(tests), TRITON_INTERPRET="1")
     assert "skipped" not in printed
 
 
