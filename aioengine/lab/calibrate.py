@@ -14,7 +14,7 @@ import msgspec
 from aioengine.config import Device, DType, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs import CostModel, FitQuality, ModelShape, Stage
-from aioengine.lab.design import Design, Part
+from aioengine.lab.design import Design
 from aioengine.lab.direct import DirectSteps
 from aioengine.lab.extra import needs_extra
 from aioengine.lab.fit import Timed, fit_stage, fit_steps
@@ -63,63 +63,59 @@ def calibrate(
     name = name or (Path(model).name if out is None else out.stem)
     config = EngineConfig(model=model, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
-        costs = asyncio.run(_Calibration(config, design, Path(folder), progress).run(name))
+        costs = asyncio.run(_Calibration(design, Path(folder), progress).run(config, name))
     if out is not None:
         costs.write(out)
     return costs
 
 
 class _Calibration:
-    """Carries a design out: one engine after the other, those with the largest slots first."""
+    """Carries a design out."""
 
-    def __init__(self, config: EngineConfig, design: Design, folder: Path, progress: Progress | None) -> None:
-        self._config = config
+    def __init__(self, design: Design, folder: Path, progress: Progress | None) -> None:
         self._design = design
         self._folder = folder
         self._progress = progress
         self._done = self._total = 0
-        self._points: list[Timed] = []
-        self._disturbed = 0
 
-    async def run(self, name: str) -> CostModel:
-        sizes = sorted(set(self._design.slot_ranks), reverse=True)
-        serving: Serving | None = None
-        for slot_rank in sizes:
-            async with ProbedEngine(self._engine_config(slot_rank)) as engine:
-                if serving is None:
-                    longest = engine.plan.max_model_len
-                    parts = {size: self._parts(size, longest) for size in sizes}
-                    await asyncio.to_thread(self._write_adapters, engine.model_spec)
-                    loads = self._loads()
-                    turns = len(self._design.live_rows) + len(loads)
-                    self._total = turns + self._design.repeats * sum(map(len, parts.values()))
-                    serving = Serving(engine, self._design)
-                    await serving.run(loads, self._tell)
-                    self._done = turns
-                    spec, plan = engine.model_spec, engine.plan
-                await self._time(engine, slot_rank, parts[slot_rank])
-        assert serving is not None, "a design has slots of some size"
-        self._tell(self._total - self._done, "done")
-        return self._fit(serving, name, spec, plan)
-
-    def _engine_config(self, slot_rank: int) -> EngineConfig:
+    async def run(self, config: EngineConfig, name: str) -> CostModel:
         design = self._design
-        adapters = len(design.ranks_in(slot_rank)) * max(design.adapters)
+        async with ProbedEngine(self._for_timing(config)) as engine:
+            parts = design.parts(engine.plan.max_model_len)
+            await asyncio.to_thread(self._write_adapters, engine.model_spec)
+            # In this order none leaves something in a slot that has to be cleared for the next.
+            loads = [self._path(rank, i) for rank in sorted(design.ranks) for i in range(design.loads)]
+            turns = len(design.live_rows) + len(loads)
+            self._total = turns + design.repeats * len(parts)
+            serving = Serving(engine, design)
+            await serving.run(loads, self._tell)
+            self._done = turns
+            steps = DirectSteps(engine, seed=design.seed)
+            await steps.fill(design.tokens, design.max_num_batched_tokens)
+            for rank in design.ranks:
+                for i, adapter in enumerate(design.names(rank)):
+                    await steps.place(adapter, self._path(rank, i))
+            rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
+            points = await rounds.run(steps, self._tell)
+            self._done = self._total
+            self._tell(0, "done")
+            return _fit(points, rounds.disturbed, serving, name, engine.model_spec, engine.plan)
+
+    def _for_timing(self, config: EngineConfig) -> EngineConfig:
+        design = self._design
+        adapters = len(design.ranks) * max(design.adapters) + 1  # one is moved while the others are in slots
         return msgspec.structs.replace(
-            self._config,
+            config,
             max_num_seqs=design.max_rows,
             max_num_batched_tokens=max(design.max_num_batched_tokens, design.max_rows),
             enable_prefix_caching=False,  # every prompt is computed
             lora=LoRAConfig(
-                max_loras=adapters + 1,
-                max_lora_rank=slot_rank,
-                max_cpu_loras=adapters + 1,
+                max_loras=adapters,
+                max_lora_rank=design.slot_rank,
+                max_cpu_loras=adapters,
                 max_concurrent_loads=1,
             ),
         )
-
-    def _parts(self, slot_rank: int, longest: int) -> list[Part]:
-        return self._design.parts(slot_rank, whole=slot_rank == max(self._design.slot_ranks), longest=longest)
 
     def _write_adapters(self, spec: ModelSpec) -> None:
         for rank in self._design.ranks:
@@ -129,57 +125,47 @@ class _Calibration:
     def _path(self, rank: int, i: int) -> Path:
         return self._folder / f"{rank}-{i}"
 
-    def _loads(self) -> list[Path]:
-        """The adapters that are loaded beside steps."""
-        return [self._path(rank, i) for i in range(self._design.loads) for rank in self._design.ranks]
-
-    async def _time(self, engine: ProbedEngine, slot_rank: int, parts: list[Part]) -> None:
-        design = self._design
-        steps = DirectSteps(engine, seed=design.seed)
-        await steps.fill(design.tokens, design.max_num_batched_tokens)
-        for rank in design.ranks_in(slot_rank):
-            for i, name in enumerate(design.names(rank)):
-                await steps.place(name, self._path(rank, i))
-        rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
-        self._points += await rounds.run(steps, self._tell)
-        self._disturbed += rounds.disturbed
-        self._done += design.repeats * len(parts)
-
     def _tell(self, turn: int, what: str) -> None:
         if self._progress is not None:
             self._progress(self._done + turn, self._total, what)
 
-    def _fit(self, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan) -> CostModel:
-        found = fit_steps(self._points)
-        overhead, each = fit_overhead(serving.alone)
-        steps = msgspec.structs.replace(found.costs, sequence=found.costs.sequence + each)
-        costs = CostModel(
-            name=name,
-            source=f"measured: {machine()}; {versions()}",
-            estimate=False,
-            sources={
-                "steps": f"{len(self._points)} kinds; other programs disturbed {self._disturbed} timings",
-                "between steps": f"{len(serving.alone)} steps in serving",
-            },
-            model=ModelShape.of(spec, plan.dtype),
-            steps=steps.rounded(),
-            step_overhead=significant(overhead),
-            disk=_stage(serving.moves, "disk"),
-            slot=_stage(serving.moves, "slot"),
-            device="cuda" if plan.device == "cuda" else "cpu",
-            device_memory=plan.available_bytes,
-            fit=FitQuality(
-                steps=found.quality.steps,
-                median_error=significant(found.quality.median_error),
-                p90_error=significant(found.quality.p90_error),
-            ),
-        )
-        slow = {stage: slowdown(costs, serving.beside, serving.moves, stage) for stage in ("disk", "slot")}
-        return msgspec.structs.replace(
-            costs,
-            disk=msgspec.structs.replace(costs.disk, slowdown=significant(slow["disk"])),
-            slot=msgspec.structs.replace(costs.slot, slowdown=significant(slow["slot"])),
-        )
+
+def _fit(
+    points: Sequence[Timed], disturbed: int, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan
+) -> CostModel:
+    found = fit_steps(points)
+    overhead, each = fit_overhead(serving.alone)
+    steps = msgspec.structs.replace(found.costs, sequence=found.costs.sequence + each)
+    costs = CostModel(
+        name=name,
+        source=f"measured: {machine()}; {versions()}",
+        estimate=False,
+        sources={
+            "steps": f"{len(points)} kinds; other programs disturbed {disturbed} timings, which do not count",
+            "between steps": f"{len(serving.alone)} steps in serving",
+        },
+        model=ModelShape.of(spec, plan.dtype),
+        steps=steps.rounded(),
+        step_overhead=significant(overhead),
+        disk=_stage(serving.moves, "disk"),
+        slot=_stage(serving.moves, "slot"),
+        device="cuda" if plan.device == "cuda" else "cpu",
+        device_memory=plan.available_bytes,
+        fit=FitQuality(
+            steps=found.quality.steps,
+            median_error=significant(found.quality.median_error),
+            p90_error=significant(found.quality.p90_error),
+        ),
+    )
+    slow = {
+        stage: significant(slowdown(costs, serving.beside, serving.moves, stage))
+        for stage in ("disk", "slot")
+    }
+    return msgspec.structs.replace(
+        costs,
+        disk=msgspec.structs.replace(costs.disk, slowdown=slow["disk"]),
+        slot=msgspec.structs.replace(costs.slot, slowdown=slow["slot"]),
+    )
 
 
 def _stage(moves: Sequence[ProbedMove], stage: str) -> Stage:

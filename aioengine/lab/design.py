@@ -54,22 +54,22 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chunks: tuple[int, ...] = (64, 512)
     """...or after one of the longer ``contexts``."""
     ranks: tuple[int, ...] = (8, 16, 64)
-    """Of adapters..."""
-    slot_ranks: tuple[int, ...] = (64, 16)
-    """...in slots that are sized for it. Each of these is an engine of its own."""
+    """Of adapters. Slots are sized for the largest."""
     adapters: tuple[int, ...] = (1, 2, 4, 8)
     """Distinct ones, of one rank, in a batch of..."""
     adapter_rows: tuple[int, ...] = (1, 4, 8, 32)
     """...rows that decode..."""
     adapter_prompts: tuple[int, ...] = (32, 128, 512)
     """...or one of them in a prompt."""
-    mixtures: int = 64
+    mixtures: int = 96
     """Batches as there are in serving, with prompts beside decodes, that are drawn at random."""
     mixed_rows: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
+    mixed_prompts: tuple[int, int] = (8, 512)
+    """The shortest and the longest."""
     repeats: int = 5
     """How often each step is timed."""
     seconds: float = 100.0
-    """After which, on each engine, what was timed once is enough."""
+    """After which what was timed once is enough."""
     live_rows: tuple[int, ...] = (1, 4, 16, 64)
     """That decode as they do in serving, for the time between steps..."""
     live_steps: int = 20
@@ -85,31 +85,26 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             least = 0 if field in ("seed", "mixed_rows") else 1
             if min(value if isinstance(value, tuple) else (value,), default=least - 1) < least:
                 raise ConfigError(f"design.{field}={value!r}: must not be empty, and nothing below {least}")
-        if not set(self.slot_ranks) <= set(ALLOWED_RANKS):
-            raise ConfigError(f"design.slot_ranks={self.slot_ranks!r}: each must be one of {ALLOWED_RANKS}")
-        if max(self.ranks) > max(self.slot_ranks):
-            raise ConfigError(
-                f"design.ranks={self.ranks!r}: more than the largest of slot_ranks={self.slot_ranks!r}"
-            )
+        if max(self.ranks) > max(ALLOWED_RANKS):
+            raise ConfigError(f"design.ranks={self.ranks!r}: slots hold at most rank {max(ALLOWED_RANKS)}")
 
     @property
     def max_rows(self) -> int:
         return max(*self.rows, *self.adapter_rows, *self.live_rows, max(self.mixed_rows) + 3)
 
-    def ranks_in(self, slot_rank: int) -> list[int]:
-        """Those that fit."""
-        return [rank for rank in self.ranks if rank <= slot_rank]
+    @property
+    def slot_rank(self) -> int:
+        """The smallest size of slots that has room for all."""
+        return min(rank for rank in ALLOWED_RANKS if rank >= max(self.ranks))
 
     def names(self, rank: int) -> list[str]:
         """Of the adapters of a rank."""
         return [f"rank-{rank}-{i}" for i in range(max(self.adapters))]
 
-    def parts(self, slot_rank: int, *, whole: bool, longest: int) -> list[Part]:
-        """What is timed on the engine whose slots are of this size; ``whole``: steps without adapters too.
-        What is longer than ``longest``, the model's positions, is left out or cut."""
-        found = [*self._with_adapters(slot_rank), *self._mixtures(slot_rank)]
-        if whole:
-            found += [*self._decodes(), *self._prompts()]
+    def parts(self, longest: int) -> list[Part]:
+        """All steps that are timed, but those that have more than ``longest`` positions, which the model does
+        not have, or more than the design's own bounds."""
+        found = (*self._decodes(), *self._prompts(), *self._with_adapters(), *self._mixtures())
         return [part for part in found if self._fits(part, longest)]
 
     def _fits(self, part: Part, longest: int) -> bool:
@@ -131,8 +126,8 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for tokens in self.chunks:
                 yield Part(f"{tokens} of a prompt after {start}", (Row(tokens, start),))
 
-    def _with_adapters(self, slot_rank: int) -> Iterator[Part]:
-        for rank in self.ranks_in(slot_rank):
+    def _with_adapters(self) -> Iterator[Part]:
+        for rank in self.ranks:
             names = self.names(rank)
             for rows in self.adapter_rows:
                 for count in self.adapters:
@@ -143,16 +138,13 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for tokens in self.adapter_prompts:
                 yield Part(f"a prompt of {tokens}, an adapter of rank {rank}", (Row(tokens, 0, names[0]),))
 
-    def _mixtures(self, slot_rank: int) -> Iterator[Part]:
+    def _mixtures(self) -> Iterator[Part]:
         """Decodes and one to three prompts, lengths even on a logarithmic scale, with adapters of one rank
         three times out of four."""
-        rng = random.Random(f"{self.seed} {slot_rank}")
-        low, high = (
-            min(self.prompts),
-            max(tokens for tokens in self.prompts if tokens <= 512 or tokens == min(self.prompts)),
-        )
+        rng = random.Random(self.seed)
+        low, high = self.mixed_prompts
         for _ in range(self.mixtures):
-            rank = rng.choice(self.ranks_in(slot_rank))
+            rank = rng.choice(self.ranks)
             names: list[str | None] = [None]
             if rng.random() < 0.75:
                 names = [*self.names(rank)[: rng.choice(self.adapters)]]

@@ -46,7 +46,6 @@ class DirectSteps:
         self._tokens = [self._random.randrange(engine.model_spec.vocab_size) for _ in range(4096)]
         self._slots: dict[str, int] = {}
         assert engine.config.lora is not None
-        self._slot_rank = engine.config.lora.max_lora_rank
         self._ranks = [0] * engine.config.lora.max_loras
         self._steps = 0
 
@@ -85,7 +84,7 @@ class DirectSteps:
         waited = waits.seconds()
         for work in batch.sequences:
             self._engine.executor.forget(work.request_id)
-        return Timing(step_shape(batch, self._slot_rank), result.seconds, waited)
+        return Timing(step_shape(batch), result.seconds, waited)
 
     def _batch(self, rows: Sequence[Row], block: int) -> StepBatch:
         self._steps += 1

@@ -37,7 +37,7 @@ class SimulatedEngine(AsyncEngine):
         self._end_token = spec.vocab_size - 1
         self._spec = msgspec.structs.replace(spec, eos_token_ids=(self._end_token,))
         max_rank = 0 if config.lora is None else config.lora.max_lora_rank
-        self._executor = SimulatedExecutor(costs, token=TOKEN, end_token=self._end_token, slot_rank=max_rank)
+        self._executor = SimulatedExecutor(costs, token=TOKEN, end_token=self._end_token)
         self._loader = SimulatedLoader(costs, self._executor, max_rank=max_rank)
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:

@@ -99,8 +99,6 @@ class _Terms:
             of_rank = [[n for r, n in shape.adapters if r == rank] for shape in shapes]
             self._columns["adapter", rank] = [len(counts) for counts in of_rank]
             self._columns["lora_token", rank] = [sum(counts) for counts in of_rank]
-        if len({shape.slot_rank for shape in shapes if shape.adapters}) > 1:  # else it is in "adapter"
-            self._columns["adapter_slot_rank", 0] = [s.slot_rank * len(s.adapters) for s in shapes]
         self.matrix: Array = np.array([*self._columns.values()], dtype=float).T
 
     def costs(self, found: Sequence[float]) -> StepCosts:
@@ -116,7 +114,6 @@ class _Terms:
             prefill_pair=values["prefill_pair"],
             lora_step=values["lora_step"],
             adapter=self._by_rank("adapter", values),
-            adapter_slot_rank=values.get(("adapter_slot_rank", 0), 0.0),
             lora_token=self._by_rank("lora_token", values),
         )
 

@@ -40,11 +40,9 @@ class ProbedMove(NamedTuple):
 
 
 class Probe:
-    """``steps`` are those that another followed at once, ``moves`` those that succeeded; slots are sized for
-    ``slot_rank``."""
+    """``steps`` are those that another followed at once, ``moves`` those that succeeded."""
 
-    def __init__(self, slot_rank: int) -> None:
-        self.slot_rank = slot_rank
+    def __init__(self) -> None:
         self.steps: list[ProbedStep] = []
         self.moves: list[ProbedMove] = []
         self._grown = asyncio.Event()
@@ -61,7 +59,7 @@ class Probe:
             self._grown.set()
 
     def ended(self, batch: StepBatch, start: float, seconds: float) -> None:
-        self._last = (step_shape(batch, self.slot_rank), start, seconds)
+        self._last = (step_shape(batch), start, seconds)
 
     def pause(self) -> None:
         """Nothing is asked of the engine for a while: the next step does not follow the last one."""
@@ -99,7 +97,7 @@ class ProbedEngine(AsyncEngine):
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         built = await super()._build(work, progress)
-        self.probe = Probe(0 if self.config.lora is None else self.config.lora.max_lora_rank)
+        self.probe = Probe()
         self.executor = built.executor
         return built._replace(executor=_ProbedExecutor(built.executor, self.probe))
 

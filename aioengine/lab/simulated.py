@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 
 class SimulatedExecutor(Executor):
     """Gives every sequence ``token``, and ``end_token`` where its output has the length that is known of
-    it (``lengths``, by request id; those that are not in it go on until ``max_tokens``). ``slot_rank`` is
-    what the slots are sized for."""
+    it (``lengths``, by request id; those that are not in it go on until ``max_tokens``)."""
 
-    def __init__(self, costs: CostModel, *, token: int, end_token: int, slot_rank: int) -> None:
+    def __init__(self, costs: CostModel, *, token: int, end_token: int) -> None:
         self.lengths: dict[str, int] = {}
         self._costs = costs
         self._step_seconds = StepTimes(costs.steps)
-        self._slot_rank = slot_rank
         self._token = Sampled(token)
         self._end = Sampled(end_token)
         self._processor = Processor()
@@ -37,7 +35,7 @@ class SimulatedExecutor(Executor):
 
     async def execute(self, batch: StepBatch) -> StepResult:
         overhead = self._costs.step_overhead
-        seconds = self._step_seconds(step_shape(batch, self._slot_rank))
+        seconds = self._step_seconds(step_shape(batch))
         took = await self._processor.work(seconds + overhead)
         token, end, lengths = self._token, self._end, self.lengths
         sampled: list[Sampled | None] = []

@@ -33,11 +33,9 @@ class StepShape(NamedTuple):
     sequences: int
     adapters: tuple[tuple[int, int], ...] = ()
     """Rank and tokens of each distinct adapter in the batch."""
-    slot_rank: int = 0
-    """What the slots are sized for: ``max_lora_rank``."""
 
 
-def step_shape(batch: StepBatch, slot_rank: int) -> StepShape:
+def step_shape(batch: StepBatch) -> StepShape:
     """The shape of a step; the calibration and the simulation both use this."""
     decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
     adapters: list[tuple[int, int]] = []
@@ -65,7 +63,6 @@ def step_shape(batch: StepBatch, slot_rank: int) -> StepShape:
         twice_pairs // 2,
         len(batch.sequences),
         tuple(adapters),
-        slot_rank,
     )
 
 
@@ -88,8 +85,6 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A step with any adapter."""
     adapter: Curve = NONE
     """Each distinct adapter, by its rank."""
-    adapter_slot_rank: float = 0.0
-    """Each distinct adapter, times the rank that its slot is sized for."""
     lora_token: Curve = NONE
     """Each token that has an adapter, by its adapter's rank."""
 
@@ -125,14 +120,14 @@ class StepTimes:
         """Of each adapter, and of each of its tokens."""
 
     def __call__(self, shape: StepShape) -> float:
-        rows, kv, prefill, pairs, sequences, adapters, slot_rank = shape
+        rows, kv, prefill, pairs, sequences, adapters = shape
         c, tokens = self._costs, rows + prefill
         linears = self._linears.get(tokens)
         if linears is None:
             linears = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
         seconds = c.step + linears + c.sequence * sequences + c.decode_kv * kv + c.prefill_pair * pairs
         if adapters:
-            seconds += c.lora_step + c.adapter_slot_rank * slot_rank * len(adapters)
+            seconds += c.lora_step
             for rank, count in adapters:
                 each = self._ranks.get(rank)
                 if each is None:

@@ -80,7 +80,7 @@ def test_without_moves_nothing_is_slowed_down() -> None:
 
 
 def test_probe_keeps_steps_that_another_follows() -> None:
-    probe, batch = Probe(16), StepBatch(0, [], [])
+    probe, batch = Probe(), StepBatch(0, [], [])
     probe.begins(1.0)
     probe.ended(batch, 1.0, 0.4)
     probe.begins(1.5)
@@ -91,7 +91,7 @@ def test_probe_keeps_steps_that_another_follows() -> None:
 
 
 def test_probe_keeps_moves_that_succeed() -> None:
-    probe = Probe(16)
+    probe = Probe()
     a, b = {"adapter": "a", "version": 1}, {"adapter": "b", "version": 1}
     probe.handle(events.AdapterLoading(time=1.0, **a))
     probe.handle(events.AdapterLoading(time=2.0, **b))
@@ -129,9 +129,9 @@ TINY = Design(
     adapter_rows=(4,),
     adapter_prompts=(16,),
     ranks=(4, 8),
-    slot_ranks=(8, 4),
-    mixtures=4,
+    mixtures=8,
     mixed_rows=(0, 2),
+    mixed_prompts=(4, 16),
     repeats=2,
     live_rows=(1, 4),
     live_steps=4,
@@ -166,9 +166,8 @@ def test_calibration_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     assert 0 < costs.step_overhead < 0.1
     assert costs.disk.slowdown >= 1 and costs.slot.slowdown >= 1
     assert [rank for rank, _ in costs.steps.adapter] == [4, 8]
-    seconds = costs.step_seconds(SMALL)
-    assert 1e-5 < seconds < 1
-    assert seconds < costs.step_seconds(StepShape(0, 0, 400, 80_000, 1))
+    assert 1e-5 < costs.step_seconds(SMALL) < 1
+    assert 1e-5 < costs.step_seconds(StepShape(0, 0, 400, 80_000, 1)) < 10
     assert 0 < costs.slot.seconds(10_000) < 1 and 0 < costs.disk.seconds(10_000) < 1
 
 
@@ -183,8 +182,7 @@ def test_calibration_refuses_what_it_cannot_write(model: Path, tmp_path: Path) -
         ({"rows": ()}, "design.rows"),
         ({"contexts": (0,)}, "design.contexts"),
         ({"repeats": 0}, "design.repeats"),
-        ({"ranks": (128,)}, "more than the largest of slot_ranks"),
-        ({"slot_ranks": (64, 12)}, "each must be one of"),
+        ({"ranks": (1024,)}, "at most rank 512"),
         ({"mixed_rows": (-1,)}, "nothing below 0"),
     ],
 )

@@ -16,16 +16,16 @@ from aioengine.lab.step_costs import StepCosts, StepShape, StepTimes, curve_at
 def shapes() -> list[StepShape]:
     """Decodes, prefills and mixtures, with and without adapters."""
     found = []
-    for rows, context, adapters, rank, slot in itertools.product(
-        (1, 2, 4, 8, 16, 32, 64), (50, 400, 1500), (0, 1, 4), (8, 64), (64, 128)
+    for rows, context, adapters, rank in itertools.product(
+        (1, 2, 4, 8, 16, 32, 64), (50, 400, 1500), (0, 1, 4), (8, 64)
     ):
         used = min(adapters, rows)
         of = ((rank, rows // used),) * used if used else ()
-        found.append(StepShape(rows, rows * context, 0, 0, rows, of, slot))
+        found.append(StepShape(rows, rows * context, 0, 0, rows, of))
     prompts = (10, 33, 65, 100, 129, 170, 300, 700, 1100, 2000)
     for tokens, start, rows, adapters in itertools.product(prompts, (0, 900), (0, 8), (0, 1)):
         pairs = tokens * (2 * start + tokens) // 2
-        found.append(StepShape(rows, rows * 60, tokens, pairs, rows + 1, ((8, tokens),) * adapters, 64))
+        found.append(StepShape(rows, rows * 60, tokens, pairs, rows + 1, ((8, tokens),) * adapters))
     return found
 
 
@@ -34,8 +34,8 @@ SHAPES = shapes()
 
 def steps_of(draw: list[float], tile: int) -> StepCosts:
     """Costs of the magnitudes that models have, each up to its own factor of ``draw``."""
-    magnitudes = (5e-3, 1e-3, 5e-4, 2e-4, 5e-7, 2e-7, 2e-3, 5e-4, 2e-3, 2e-5, 5e-5, 2e-6)
-    least, early, late, sequence, kv, pair, lora, small, large, slot, token8, token64 = (
+    magnitudes = (5e-3, 1e-3, 5e-4, 2e-4, 5e-7, 2e-7, 2e-3, 5e-4, 2e-3, 5e-5, 2e-6)
+    least, early, late, sequence, kv, pair, lora, small, large, token8, token64 = (
         size * by for size, by in zip(magnitudes, draw, strict=True)
     )
     return StepCosts(
@@ -46,7 +46,6 @@ def steps_of(draw: list[float], tile: int) -> StepCosts:
         prefill_pair=pair,
         lora_step=lora,
         adapter=((8.0, small), (64.0, large)),
-        adapter_slot_rank=slot,
         lora_token=((8.0, token8), (64.0, token64)),
     )
 
@@ -56,7 +55,7 @@ def timed(steps: StepCosts) -> list[Timed]:
     return [Timed(shape, step_seconds(shape)) for shape in SHAPES]
 
 
-factors = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=12, max_size=12)
+factors = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=11, max_size=11)
 
 
 @settings(max_examples=8, deadline=None)
@@ -74,10 +73,10 @@ def test_fit_recovers_what_made_the_timings(draw: list[float], tile: int) -> Non
 
 def test_fit_names_the_coefficients() -> None:
     """Where the timings tell terms apart, the terms themselves come out, and not just their sum."""
-    made = steps_of([1.0] * 12, 64)
+    made = steps_of([1.0] * 11, 64)
     found = fit_steps(timed(made)).costs
     assert found.tile == 64
-    for field in ("sequence", "decode_kv", "prefill_pair", "lora_step", "adapter_slot_rank"):
+    for field in ("sequence", "decode_kv", "prefill_pair", "lora_step"):
         assert getattr(found, field) == pytest.approx(getattr(made, field), rel=0.05), field
     for tokens in (1, 64, 512, 2048):
         expected = curve_at(made.linears, tokens)
@@ -88,7 +87,7 @@ def test_fit_names_the_coefficients() -> None:
 
 
 def test_a_rank_may_cost_less_than_a_smaller_one() -> None:
-    made = steps_of([1.0] * 7 + [1.0, 0.1, 0.0, 1.0, 1.0], 1)
+    made = steps_of([1.0] * 7 + [1.0, 0.1, 1.0, 1.0], 1)
     (_, small), (_, large) = fit_steps(timed(made)).costs.adapter
     assert small == pytest.approx(5e-4, rel=0.05)
     assert large == pytest.approx(2e-4, rel=0.05)
@@ -106,7 +105,7 @@ def test_what_is_between_two_timings_is_not_made_up() -> None:
 
 def test_fit_shrugs_off_outliers() -> None:
     """One step in ten took three times as long, because something else ran."""
-    made = steps_of([1.0] * 12, 8)
+    made = steps_of([1.0] * 11, 8)
     rng = random.Random(0)
     points = [
         Timed(shape, seconds * rng.uniform(0.97, 1.03) * (3 if rng.random() < 0.1 else 1))

@@ -16,7 +16,7 @@ DEVICES = {"llama3-8b-h100": H100_SXM, "llama3-8b-a10g": A10G}
 
 def decode(rows: int, context: int, adapters: int = 0, rank: int = 16) -> StepShape:
     shares = tuple((rank, rows // adapters) for _ in range(adapters))
-    return StepShape(rows, rows * context, 0, 0, rows, shares, slot_rank=64)
+    return StepShape(rows, rows * context, 0, 0, rows, shares)
 
 
 def prefill(tokens: int) -> StepShape:

@@ -213,21 +213,21 @@ def test_a_step_costs_what_is_in_it() -> None:
         assert out.last_token is not None
         return out.first_token, out.last_token
 
-    steps = StepCosts(linears=((1, 0.001), (2, 0.002)), decode_kv=0.00001, adapter_slot_rank=1.0)
+    steps = StepCosts(linears=((1, 0.001), (2, 0.002)), decode_kv=0.00001)
     first, last = on_engine(main, model=costs(steps=steps))
     assert first == pytest.approx(0.1)
     assert last - first == pytest.approx(0.001 + 101 * 0.00001)
 
 
-def test_slots_cost_by_what_they_are_sized_for() -> None:
+def test_adapters_cost_by_their_ranks() -> None:
     async def main(engine: SimulatedEngine) -> float:
         out = await engine.complete([0], SamplingParams(max_tokens=2), adapter="a")
         assert out.first_token is not None
         assert out.last_token is not None
         return out.last_token - out.first_token
 
-    steps = StepCosts(step=0.001, adapter=((8.0, 0.002),), adapter_slot_rank=0.0001)
-    assert on_engine(main, model=costs(steps=steps), max_lora_rank=32) == pytest.approx(0.003 + 0.0032)
+    steps = StepCosts(step=0.001, adapter=((8.0, 0.002), (16.0, 9.0)))
+    assert on_engine(main, model=costs(steps=steps)) == pytest.approx(0.003)
 
 
 def test_errors_of_adapters_are_the_real_ones() -> None:

@@ -18,7 +18,7 @@ from aioengine.step import SequenceWork, StepBatch
 coefficient = st.floats(0, 1, allow_nan=False)
 shares = st.lists(st.tuples(st.integers(1, 128), st.integers(1, 500)), max_size=5).map(tuple)
 counts = st.integers(0, 10_000)
-shapes = st.builds(StepShape, *[counts] * 5, shares, st.just(16))
+shapes = st.builds(StepShape, *[counts] * 5, shares)
 gaps = st.lists(st.tuples(st.integers(1, 500), coefficient), min_size=1, max_size=5)
 
 
@@ -33,7 +33,7 @@ def any_way(steps: list[tuple[int, float]]) -> Curve:
     return tuple((float(x), y) for x, (_, y) in zip(xs, steps, strict=True))
 
 
-numbers = ("step", "sequence", "decode_kv", "prefill_pair", "lora_step", "adapter_slot_rank")
+numbers = ("step", "sequence", "decode_kv", "prefill_pair", "lora_step")
 step_costs = st.builds(
     StepCosts,
     linears=gaps.map(rising),
@@ -50,7 +50,6 @@ SHAPE = StepShape(
     prefill_pairs=70,
     sequences=11,
     adapters=((8, 1), (16, 3), (16, 2)),
-    slot_rank=64,
 )
 
 
@@ -64,7 +63,6 @@ SHAPE = StepShape(
         ("prefill_pair", 0.5, 0.5 * 70),
         ("lora_step", 0.5, 0.5),
         ("adapter", ((8.0, 0.5), (16.0, 3.0)), 0.5 + 2 * 3.0),
-        ("adapter_slot_rank", 0.5, 0.5 * 3 * 64),
         ("lora_token", ((8.0, 0.5), (16.0, 3.0)), 0.5 + 5 * 3.0),
     ],
 )
@@ -74,7 +72,7 @@ def test_each_coefficient_counts_what_it_says(field: str, value: object, seconds
 
 
 def test_a_step_without_adapters_costs_nothing_for_them() -> None:
-    costs = StepCosts(lora_step=1.0, adapter=((8.0, 1.0),), adapter_slot_rank=1.0, lora_token=((8.0, 1.0),))
+    costs = StepCosts(lora_step=1.0, adapter=((8.0, 1.0),), lora_token=((8.0, 1.0),))
     assert StepTimes(costs)(SHAPE._replace(adapters=())) == 0
 
 
@@ -152,25 +150,24 @@ def test_shape_of_a_mixed_step() -> None:
         ],
         slot_ranks=[8, 64, 16],
     )
-    assert step_shape(batch, 64) == StepShape(
+    assert step_shape(batch) == StepShape(
         decode_rows=2,
         decode_kv=11 + 100,
         prefill_tokens=6 + 1 + 10,
         prefill_pairs=6 * 4 + 18 + 9 + 50,  # and a half, which is dropped
         sequences=5,
         adapters=((8, 1), (16, 11)),
-        slot_rank=64,
     )
 
 
 def test_shape_of_an_empty_step() -> None:
-    assert step_shape(StepBatch(0, [], []), 16) == StepShape(0, 0, 0, 0, 0, (), 16)
+    assert step_shape(StepBatch(0, [], [])) == StepShape(0, 0, 0, 0, 0)
 
 
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=8))
 def test_chunks_have_the_pairs_of_the_whole_prompt(chunks: list[int]) -> None:
     total, start, pairs = sum(chunks), 0, 0
     for chunk in chunks:
-        pairs += step_shape(StepBatch(0, [work(chunk, start, prompt_len=total)], []), 16).prefill_pairs
+        pairs += step_shape(StepBatch(0, [work(chunk, start, prompt_len=total)], [])).prefill_pairs
         start += chunk
     assert pairs == pytest.approx(total * total / 2, abs=len(chunks))

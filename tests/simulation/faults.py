@@ -97,7 +97,7 @@ class FaultyExecutor(SimulatedExecutor):
         restarts: bool,
         version_of: Callable[[str], int | None],
     ) -> None:
-        super().__init__(costs, token=0, end_token=end_token, slot_rank=MAX_RANK)
+        super().__init__(costs, token=0, end_token=end_token)
         self.device = device
         self.can_restart = restarts
         self.failed_rows: dict[str, str] = {}
