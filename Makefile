@@ -50,7 +50,8 @@ typecheck: $(VENV)/.dev
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p aioengine
 
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/workload.py $(ARGS)
+	$(BIN)/python benchmarks/workload.py --adapters 8 32 $(ARGS)
+	$(BIN)/python benchmarks/workload.py --rank 64 $(ARGS)
 	$(BIN)/python benchmarks/workload.py --quantization int8 $(ARGS)
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/scheduling.py

@@ -4,10 +4,11 @@
 with adapters, request i uses adapter i % 8 of 8 random rank-16 adapters on all seven linears, 8 slots.
 
     python benchmarks/workload.py
+    python benchmarks/workload.py --adapters 8 32
     python benchmarks/workload.py --requests 8 --adapters 4 --rank 32 --repeats 5
     python benchmarks/workload.py --quantization int8
 
-The two variants take turns, so that a drift of the machine's speed falls on both; medians are printed.
+The variants take turns, so that a drift of the machine's speed falls on both; medians are printed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ async def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[8], help="how many, a variant for each")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -106,10 +107,11 @@ async def main() -> None:
         max_num_batched_tokens=max(2048, args.requests),
         kv_cache_memory="1GiB",
         enable_prefix_caching=False,  # every run computes every prompt
-        lora=LoRAConfig(max_loras=args.adapters, max_lora_rank=args.rank),
+        lora=LoRAConfig(max_loras=max(args.adapters), max_lora_rank=args.rank),
     )
-    names: list[str | None] = [f"random-{i}" for i in range(args.adapters)]
-    variants = {"base": [None], f"{args.adapters} adapters, rank {args.rank}": names}
+    names: list[str | None] = [f"random-{i}" for i in range(max(args.adapters))]
+    variants: dict[str, list[str | None]] = {"base": [None]}
+    variants |= {f"{count} adapters, rank {args.rank}": names[:count] for count in args.adapters}
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         async with AsyncEngine(config) as engine:
