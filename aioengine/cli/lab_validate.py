@@ -85,6 +85,7 @@ def _print(found: Validation) -> None:
     from rich.table import Table
 
     from aioengine.cli.tables import box_for, output_console
+    from aioengine.lab.validate import DISTURBED
 
     console = output_console()
     table = Table(title=f"{found.preset}: live and simulated", title_justify="left", box=box_for(console))
@@ -95,3 +96,12 @@ def _print(found: Validation) -> None:
     for load, metric, live, simulated, error in found.rows():
         table.add_row(load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}")
     console.print(table)
+    steps = ", ".join(f"{one.step_error:+.1%} at {one.load}" for one in found.comparisons)
+    print(f"of the error, the steps' own: {steps}")
+    waited = max(share for one in found.comparisons for share in one.waited)
+    if waited > DISTURBED:
+        print(
+            f"aioengine: in a live run, steps waited for processors for {waited:.0%} of their time: other "
+            "programs run; end them, and validate again",
+            file=sys.stderr,
+        )

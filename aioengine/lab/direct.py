@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from aioengine.lab.neighbours import Waits
 from aioengine.lab.probe import ProbedEngine
 from aioengine.lab.step_costs import StepShape, step_shape
+from aioengine.lab.waits import Waits
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 

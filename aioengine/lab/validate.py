@@ -7,7 +7,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,13 +17,15 @@ from aioengine.errors import ConfigError
 from aioengine.lab.clock import run_in_virtual_time
 from aioengine.lab.costs import CostModel
 from aioengine.lab.experiment import Experiment
-from aioengine.lab.neighbours import Neighbours
 from aioengine.lab.presets import load_costs
+from aioengine.lab.probe import ProbedEngine
 from aioengine.lab.random_adapters import write_random_adapter
 from aioengine.lab.records import Move, RequestRecord, Sample, SlotSpan
 from aioengine.lab.replay import replay
 from aioengine.lab.run import simulate
 from aioengine.lab.spec import WorkloadSpec
+from aioengine.lab.step_costs import StepTimes
+from aioengine.lab.waits import Waits
 from aioengine.lab.workload import Workload
 from aioengine.request import SamplingParams
 
@@ -31,6 +33,8 @@ Progress = Callable[[int, int, str], None]
 """Told of: runs done, of how many, and which comes next."""
 
 ALL_AT_ONCE = "poisson:rate=100000"
+DISTURBED = 0.05
+"""A live run in which threads waited for more of it is done again, once."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,10 +60,14 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     live: Measured
     """Medians of the runs."""
     runs: tuple[Measured, ...]
-    neighbours: tuple[float, ...]
-    """Of each run: what other processes took of the machine, 0 to 1."""
+    waited: tuple[float, ...]
+    """Of each run: how long threads waited for a processor, as a share of the time in steps. What they do
+    not take from one another, others took."""
     simulated: Measured
     error: dict[str, float]
+    step_error: float
+    """The same of the time that the live runs' steps took, had they taken what the cost model says: what is
+    left of ``error`` comes from elsewhere."""
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,15 +153,14 @@ def validate(
         chosen = experiment if rate is None else _with_arrivals(experiment, f"poisson:rate={rate:.6g}")
         workload = chosen.workload.open(chosen.seed)
         simulated = _simulated(chosen, costs, workload)
-        runs: list[Measured] = []
-        neighbours: list[float] = []
+        runs: list[_Live] = []
         for repeat in range(repeats):
             if progress is not None:
                 progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
-            others = Neighbours()
-            runs.append(_live(config, workload, chosen.seed))
-            neighbours.append(others.share())
-        found.append(_compare(load, rate, runs, neighbours, simulated))
+            runs.append(_live(config, costs, workload, chosen.seed))
+            if runs[-1].waited > DISTURBED:  # once more; the calmer one counts
+                runs[-1] = min(runs[-1], _live(config, costs, workload, chosen.seed), key=lambda r: r.waited)
+        found.append(_compare(load, rate, runs, simulated))
     if progress is not None:
         progress(len(offered) * repeats, len(offered) * repeats, "done")
     return Validation(preset=experiment.preset, comparisons=tuple(found))
@@ -180,18 +187,34 @@ def _simulated(experiment: Experiment, costs: CostModel, workload: Workload) -> 
     return kept.measured()
 
 
-def _live(config: EngineConfig, workload: Workload, seed: int) -> Measured:
+class _Live(NamedTuple):
+    measured: Measured
+    waited: float
+    step_error: float
+
+
+def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
     with tempfile.TemporaryDirectory(prefix="aioengine-validate-") as folder:
-        return asyncio.run(_live_run(config, workload, seed, Path(folder)))
+        return asyncio.run(_live_run(config, costs, workload, seed, Path(folder)))
 
 
-async def _live_run(config: EngineConfig, workload: Workload, seed: int, folder: Path) -> Measured:
+async def _live_run(
+    config: EngineConfig, costs: CostModel, workload: Workload, seed: int, folder: Path
+) -> _Live:
     kept = _Kept()
-    async with AsyncEngine(config) as engine:
+    async with ProbedEngine(config) as engine:
         paths = await asyncio.to_thread(_write_adapters, engine, workload, folder)
         await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
+        engine.probe.steps.clear()
+        waits = Waits()
         await replay(engine, workload, kept, paths=paths, seed=seed)
-    return kept.measured()
+        waited = waits.seconds()
+        steps = engine.probe.steps
+    took = sum(step.seconds for step in steps)
+    expected = sum(map(StepTimes(costs.steps), (step.shape for step in steps)))
+    if not took:
+        return _Live(kept.measured(), 0.0, 0.0)
+    return _Live(kept.measured(), waited / took, expected / took - 1)
 
 
 def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
@@ -204,11 +227,13 @@ def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Ma
 def _compare(
     load: str,
     rate: float | None,
-    runs: Sequence[Measured],
-    neighbours: Sequence[float],
+    runs: Sequence[_Live],
     simulated: Measured,
 ) -> Comparison:
-    live = Measured(**{metric: statistics.median(getattr(run, metric) for run in runs) for metric in METRICS})
+    found = [run.measured for run in runs]
+    live = Measured(
+        **{metric: statistics.median(getattr(run, metric) for run in found) for metric in METRICS}
+    )
     error = {
         metric: (getattr(simulated, metric) - truth) / truth if (truth := getattr(live, metric)) else 0.0
         for metric in METRICS
@@ -217,10 +242,11 @@ def _compare(
         load=load,
         requests_per_second=rate,
         live=live,
-        runs=tuple(runs),
-        neighbours=tuple(neighbours),
+        runs=tuple(found),
+        waited=tuple(run.waited for run in runs),
         simulated=simulated,
         error=error,
+        step_error=statistics.median(run.step_error for run in runs),
     )
 
 

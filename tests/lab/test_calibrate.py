@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -18,7 +16,6 @@ from aioengine.errors import ConfigError
 from aioengine.lab.calibrate import calibrate
 from aioengine.lab.costs import CostModel
 from aioengine.lab.design import Design
-from aioengine.lab.neighbours import Neighbours
 from aioengine.lab.probe import Probe, ProbedMove, ProbedStep
 from aioengine.lab.step_costs import StepCosts, StepShape
 from aioengine.lab.timings import Intervals, fit_overhead, move_points, slowdown
@@ -100,21 +97,6 @@ def test_probe_keeps_moves_that_succeed() -> None:
     probe.handle(events.AdapterPlacing(time=4.0, slot=0, **a))
     probe.handle(events.AdapterPlaced(time=4.5, slot=0, rank=8, nbytes=100, seconds=0.4, **a))
     assert probe.moves == [ProbedMove("disk", 1.0, 3.0, 100), ProbedMove("slot", 4.0, 4.5, 100)]
-
-
-def test_neighbours_are_what_is_busy_but_not_with_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Times(NamedTuple):
-        user: float
-        idle: float
-        iowait: float
-        guest: float
-
-    system = iter([Times(100, 50, 5, 20), Times(108, 60, 7, 22)])
-    own = iter([SimpleNamespace(user=1.0, system=1.0), SimpleNamespace(user=3.0, system=2.0)])
-    monkeypatch.setattr("psutil.cpu_times", lambda: next(system))
-    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(cpu_times=lambda: next(own)))
-    # 20 seconds of all processors: 8 busy, 3 of them with this process.
-    assert Neighbours().share() == pytest.approx(5 / 20)
 
 
 # From end to end
@@ -199,11 +181,12 @@ def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     experiment = msgspec.structs.replace(experiment, workload=workload, kv_cache_memory="8MiB")
     as_given = validate(experiment, str(model), loads=(), repeats=2)
     (one,) = as_given.comparisons
-    assert one.load == "as given" and len(one.runs) == len(one.neighbours) == 2
+    assert one.load == "as given" and len(one.runs) == len(one.waited) == 2
     for metric in METRICS:
         live, simulated = getattr(one.live, metric), getattr(one.simulated, metric)
         assert live > 0 and simulated > 0
         assert one.error[metric] == pytest.approx(simulated / live - 1)
+    assert one.step_error > -1 and min(one.waited) >= 0
     assert as_given.worst == max(abs(error) for error in one.error.values())
     assert [row[:2] for row in as_given.rows()] == [("as given", metric) for metric in METRICS]
     loaded = validate(experiment, str(model), loads=(0.5,), repeats=1)

@@ -14,9 +14,9 @@ import pytest
 from aioengine.lab.design import Design, Part
 from aioengine.lab.direct import Row, Timing
 from aioengine.lab.fit import Timed
-from aioengine.lab.neighbours import Waits
 from aioengine.lab.rounds import Rounds
 from aioengine.lab.step_costs import StepShape
+from aioengine.lab.waits import Waits
 
 SMALL = StepShape(4, 400, 0, 0, 4)
 
