@@ -106,19 +106,15 @@ def peer(
     python: Path, model: Path, adapters: Path, cases: Sequence[Case], room: int, repeats: int, preload: str
 ) -> Seconds:
     worker = Path(__file__).with_name("vllm_worker.py")
-    command = [
-        str(python),
-        str(worker),
-        str(model),
-        str(adapters),
-        json.dumps(cases),
-        str(room),
-        str(repeats),
-    ]
+    # -P: or this folder's modules would shadow others of vLLM's packages.
+    command = [str(python.absolute()), "-P", str(worker), str(model), str(adapters)]
+    command += [json.dumps(cases), str(room), str(repeats)]
+    environment = {**os.environ, "LD_PRELOAD": preload}
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "LD_PRELOAD": preload}
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=adapters
     )
-    found: Seconds = json.loads(done.stdout.splitlines()[-1])
+    last = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    found: Seconds = json.loads(last)
     return found
 
 
@@ -166,7 +162,7 @@ def main() -> None:
             if name != "vLLM":
                 cells.append(f"{rate / rates['vLLM']:.2f}x")
         table.add_row(case.name, *cells)
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 140)
     console.print(table)
     base = BASE[0].tokens / statistics.median(rows["vLLM"][BASE[0].name])
     for name, seconds in rows.items():
