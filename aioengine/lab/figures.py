@@ -212,10 +212,11 @@ def draw_fairness(run: Run, theme: Theme) -> Figure:
     client: Any = clients.removesuffix("s")
     table = by_client(run.frames.requests, client)
     index = fairness[clients]["jain_latency"]
+    difference = fairness["max_service_difference_tokens"]
+    apart = f"came to differ by at most {difference:,} tokens" if difference else "got nothing meanwhile"
     title = (
         f"{table.height:,} {clients if table.height != 1 else client}: Jain's index of their mean latencies "
-        f"is {'–' if index is None else f'{index:.2f}'} (1 is even); two that waited at once came to differ "
-        f"by at most {fairness['max_service_difference_tokens']:,} tokens"
+        f"is {'–' if index is None else f'{index:.2f}'} (1 is even); two that waited at once {apart}"
     )
     seen = table.drop_nulls("latency_seconds")
     named = seen.height <= MOST // 2
@@ -226,6 +227,9 @@ def draw_fairness(run: Run, theme: Theme) -> Figure:
         _bars(spread, seen, theme)
     else:
         _cloud(spread, seen, client, theme)
+    if not difference:
+        say(gap, "No two that waited at once, for a second or more, were served meanwhile.")
+        return figure
     series = service_gap(run.frames.requests, run.frames.samples).series
     step = -(-len(series) // MAX_POINTS) or 1
     largest = [max(value for _, value in series[at : at + step]) for at in range(0, len(series), step)]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WIDTH = 7.2
 """Inches; the same for all, so that text is as large in one figure as in the next."""
 DPI = 160
+TITLE_SIZE = 11.5
+"""Points."""
 MAX_POINTS = 600
 """Of a line: more than that cannot be told apart at this width."""
 
@@ -119,15 +121,32 @@ def new_figure(title: str, *, height: float, rows: int = 1, **kwargs: Any) -> tu
         height: Inches.
         kwargs: For ``Figure.subplots``.
     """
-    import textwrap
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    text = "\n".join(textwrap.wrap(title, 78))
-    figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, fontweight="bold")
+    margin = 0.012
+    text = "\n".join(_wrapped(title, TITLE_SIZE, points=WIDTH * 72 * (1 - 4 * margin)))
+    figure.suptitle(text, x=margin, ha="left", fontsize=TITLE_SIZE, fontweight="bold")
     axes = figure.subplots(rows, 1, squeeze=False, **kwargs)
     return figure, [row[0] for row in axes]
+
+
+def _wrapped(text: str, size: float, *, points: float) -> list[str]:
+    """Lines of bold text that are hardly wider than that (pixels make it a little so), as far as single words
+    are not."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight="bold")
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        width, _, _ = text_to_path.get_text_width_height_descent(longer, font, ismath=False)
+        if lines and width <= points:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 class Drawn(NamedTuple):

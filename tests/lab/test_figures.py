@@ -7,10 +7,21 @@ from pathlib import Path
 
 import pytest
 from lab_files import write_files
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aioengine.lab.figures import PLOTS, draw_run, load_run
 from aioengine.lab.records import SlotSpan
-from aioengine.lab.style import DARK, DPI, WIDTH, seconds_text, share_text, shorten
+from aioengine.lab.style import (
+    DARK,
+    DPI,
+    LIGHT,
+    WIDTH,
+    drawing,
+    new_figure,
+    seconds_text,
+    share_text,
+    shorten,
+)
 
 
 def test_all_figures_twice_the_same(tmp_path: Path) -> None:
@@ -36,6 +47,18 @@ def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
     spans = [SlotSpan(i % 2, f"adapter-{i % 30}", i * 1.0, i + 0.1, i + 1.0, 1) for i in range(600)]
     figures = {figure.name: figure for figure in draw_run(load_run(write_files(tmp_path, spans=spans)))}
     assert "600 stays in all" in figures["timeline"].title
+
+
+@pytest.mark.parametrize("word", ["ill", "mow", "WWW"])
+def test_titles_are_broken_before_they_leave_the_figure(word: str) -> None:
+    with drawing(LIGHT):
+        figure, _ = new_figure(" ".join([word] * 60), height=3)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (title,) = figure.texts
+        box = title.get_window_extent(canvas.get_renderer())
+    assert box.width <= WIDTH * DPI and box.x0 >= 0 and box.x1 <= WIDTH * DPI
+    assert box.width > 0.85 * WIDTH * DPI, "nor long before"
 
 
 @pytest.mark.parametrize(
