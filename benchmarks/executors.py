@@ -1,7 +1,7 @@
 """The executors side by side: throughput, and how late the application's event loop is.
 
-    python benchmarks/executors.py
-    python benchmarks/executors.py --repeats 5 --output-tokens 128
+    python benchmarks/executors.py                 # some three minutes on two idle cores
+    python benchmarks/executors.py --repeats 1     # one
 
 The workload is that of benchmarks/workload.py: 32 requests at once, 128 random prompt tokens each, 64
 greedy output tokens. A coroutine on the application's loop asks to be woken every 5 ms and notes how late it
@@ -31,6 +31,7 @@ from aioengine import AsyncEngine, EngineConfig
 from aioengine.model.files import read_spec, resolve_model
 
 PERIOD = 0.005
+APPLICATION = {False: "idle", True: "burns the GIL"}
 
 
 class Run(NamedTuple):
@@ -123,6 +124,7 @@ async def main() -> None:
                 for name, engine in engines.items():
                     run = await measure(engine, prompts, args.output_tokens, burn=burn)
                     results.setdefault((name, burn), []).append(run)
+                    print(f"{name}, {APPLICATION[burn]}: {run.tokens_per_second:.1f} tok/s", flush=True)
     show(results, f"{args.requests} x {args.prompt_tokens} + {args.output_tokens} tokens, {args.model}")
 
 
@@ -130,17 +132,24 @@ def show(results: dict[tuple[str, bool], list[Run]], title: str) -> None:
     table = Table(title=f"{title}, {torch.get_num_threads()} threads")
     for column in ("executor", "application", "output tok/s", "TTFT", "tick late, median", "tick late, p99"):
         table.add_column(column, justify="left" if column in ("executor", "application") else "right")
-    for (name, burn), runs in sorted(results.items(), key=lambda item: item[0][1]):
-        middle = Run(*(statistics.median(values) for values in zip(*runs, strict=True)))
+    middles = {
+        variant: Run(*(statistics.median(values) for values in zip(*runs, strict=True)))
+        for variant, runs in results.items()
+    }
+    for (name, burn), middle in sorted(middles.items(), key=lambda item: item[0][1]):
         table.add_row(
             name,
-            "burns the GIL" if burn else "idle",
+            APPLICATION[burn],
             f"{middle.tokens_per_second:.1f}",
             f"{middle.ttft:.2f} s",
             f"{middle.late_median * 1e3:.2f} ms",
             f"{middle.late_p99 * 1e3:.2f} ms",
         )
     Console(width=None if Console().is_terminal else 110).print(table)
+    for burn, application in APPLICATION.items():
+        thread, process = middles["thread", burn], middles["process", burn]
+        rate, late = process.tokens_per_second / thread.tokens_per_second, process.late_p99 / thread.late_p99
+        print(f"Application {application}: process / thread is {rate:.2f} in tok/s, {late:.2f} in late p99.")
 
 
 if __name__ == "__main__":

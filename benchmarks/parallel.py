@@ -1,15 +1,17 @@
 """Time and bytes of a step on one and two ranks, half and fully sharded; and by counting, on more.
 
-    python benchmarks/parallel.py            # about two minutes on two cores
-    python benchmarks/parallel.py --count    # only the counting
+    python benchmarks/parallel.py                    # about a minute on two idle cores
+    python benchmarks/parallel.py --kernels torch    # plain torch, instead of the compiled step
+    python benchmarks/parallel.py --count            # only the counting
 
-A random model of eight layers in bfloat16, all runs through torch's operations: as many threads in all,
-whatever the number of ranks. Medians; the ranks are processes on this machine, over gloo. The two ways of
-sharding take turns, step by step, in the same processes.
+A random model of eight layers in bfloat16; as many threads in all, whatever the number of ranks. Medians.
+The ranks are processes on this machine, over gloo. The two ways of sharding take turns, step by step, in the
+same processes.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -27,6 +29,7 @@ from safetensors.torch import save_file
 from torch import distributed, multiprocessing
 
 from aioengine.adapters.peft import PackedAdapter
+from aioengine.kernels import get_backend
 from aioengine.model.files import read_spec
 from aioengine.model.parallel import DistributedGroup, Group, Shard, SoloGroup
 from aioengine.model.runner import ModelRunner
@@ -78,18 +81,23 @@ class Point(NamedTuple):
 
 
 def main() -> None:
-    if "--count" not in sys.argv:
-        times()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kernels", default=None, help="the backend; by default the best for a CPU")
+    parser.add_argument("--count", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    if not args.count:
+        times(get_backend("cpu", args.kernels).name)
     count()
 
 
 # -- measured ----------------------------------------------------------------------------------
 
 
-def times() -> None:
+def times(kernels: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        (alone,), (half, full) = measured(folder, 1), measured(folder, 2)
+        (alone,), (half, full) = measured(folder, 1, kernels), measured(folder, 2, kernels)
+    print(f"kernels: {kernels}, {THREADS} threads in all")
     print(f"{'a step':18}{'rank':>6}{'1 rank':>10}{'2, half':>10}{'2, fully':>10}{'fully/half':>12}", end="")
     print(f"{'KB sent, half':>16}{'fully':>8}{'calls':>8}{'fully':>7}")
     for one, a, b in zip(alone, half, full, strict=True):
@@ -99,6 +107,14 @@ def times() -> None:
         print(f"{a.calls:8}{b.calls:7}")
     faster = [f"{b.load} at rank {b.rank}" for a, b in zip(half, full, strict=True) if b.seconds < a.seconds]
     print(f"\nFully sharded was faster here in: {', '.join(faster) or 'no case'}.")
+    ratios = {(b.load, b.rank): b.seconds / a.seconds for a, b in zip(half, full, strict=True)}
+    for axis, values in ((1, RANKS), (0, [load.name for load in LOADS])):
+        means = (
+            statistics.geometric_mean(r for case, r in ratios.items() if case[axis] == value)
+            for value in values
+        )
+        shown = ", ".join(f"{mean:.2f} ({value})" for mean, value in zip(means, values, strict=True))
+        print(f"Fully sharded / half, geometric means by {('step', 'rank')[axis]}: {shown}.")
     print("gloo on one machine copies through sockets: this says little of GPUs with NVLink.\n")
 
 
@@ -124,11 +140,11 @@ def write_model(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def measured(folder: str, size: int) -> list[list[Point]]:
+def measured(folder: str, size: int, kernels: str) -> list[list[Point]]:
     """What the first of ``size`` processes finds: half, and if there are several, fully sharded."""
     with tempfile.TemporaryDirectory() as meeting:
         results = multiprocessing.get_context("spawn").SimpleQueue()
-        multiprocessing.spawn(run_rank, (size, folder, f"{meeting}/store", results), nprocs=size)
+        multiprocessing.spawn(run_rank, (size, folder, kernels, f"{meeting}/store", results), nprocs=size)
         points: list[list[Point]] = results.get()
     return points
 
@@ -137,6 +153,7 @@ def run_rank(
     rank: int,
     size: int,
     folder: str,
+    kernels: str,
     store: str,
     results: multiprocessing.SimpleQueue[list[list[Point]]],
 ) -> None:
@@ -157,7 +174,7 @@ def run_rank(
         groups = [DistributedGroup(world, Shard(rank, size, full)) for full in (False, True)]
     points: list[list[Point]] = [[] for _ in groups]
     for lora_rank in RANKS:
-        runners = [runner_of(group, Path(folder), lora_rank) for group in groups]
+        runners = [runner_of(group, Path(folder), kernels, lora_rank) for group in groups]
         for load in LOADS:
             for of_mode, point in zip(points, timed(runners, load, lora_rank), strict=True):
                 of_mode.append(point)
@@ -168,7 +185,7 @@ def run_rank(
         distributed.destroy_process_group()
 
 
-def runner_of(group: Group, folder: Path, lora_rank: int) -> ModelRunner:
+def runner_of(group: Group, folder: Path, kernels: str, lora_rank: int) -> ModelRunner:
     runner = ModelRunner(
         read_spec(folder),
         folder,
@@ -178,7 +195,7 @@ def runner_of(group: Group, folder: Path, lora_rank: int) -> ModelRunner:
         block_size=BLOCK,
         max_loras=ADAPTERS,
         max_lora_rank=lora_rank,
-        kernels="torch",
+        kernels=kernels,
         group=group,
     )
     slots = runner.lora_slots

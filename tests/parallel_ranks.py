@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,6 +183,29 @@ class Held(NamedTuple):
     slot_bytes: int
     weight_bytes: int
     kv_bytes: int
+
+
+def is_compiled(group: Group, script: Script) -> bool:
+    """Whether steps are calls into the compiled library."""
+    return Stage(group, script).runner.native is not None
+
+
+def fail_in_exchange(group: Group, script: Script) -> str:
+    """What a step raises whose third all-reduce fails, on all ranks."""
+    stage = Stage(group, script)
+    all_reduce, calls = group.all_reduce, count()
+
+    def failing(x: Tensor) -> Tensor:
+        if next(calls) == 2:
+            raise ConnectionError("a rank is gone")
+        return all_reduce(x)
+
+    group.all_reduce = failing  # type: ignore[method-assign]
+    try:
+        stage.runner.execute(stage.batch([_Sequence([5, 6, 7], -1, 3)], 10))
+    except ConnectionError as error:
+        return f"{error} after {next(calls)} calls"
+    return "nothing"
 
 
 def hold(group: Group, script: Script, folder: Path) -> Held:

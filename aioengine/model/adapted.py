@@ -28,18 +28,17 @@ class AdaptedLinears:
         self._kernels = kernels
         self._group = group
         self._parallel = group.shard.size > 1
-        self._exchanges = self._parallel and group.shard.fully_sharded
+        self.exchanges = self._parallel and group.shard.fully_sharded
+        """Whether the ranks exchange A's outputs."""
 
     def split_outputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
         """The rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
         y = self._kernels.linear(x, linear.weight, linear.bias)
         if pool is not None and batch.segments:
             n = len(pool.modules)
-            if self._exchanges:
-                held = batch.derive(self._held)
-                h = self._gather(self._kernels.lora_shrink(x, pool.a, held, n), held, pool)
-            else:
-                h = self._kernels.lora_shrink(x, pool.a, batch, n)
+            h = self._kernels.lora_shrink(x, pool.a, self.held(batch), n)
+            if self.exchanges:
+                h = self.gather(h, pool, batch)
             self._kernels.lora_expand(h, pool.b, y, pool.b_offsets, batch)
             self._affine(y, pool, batch)
         return y
@@ -50,13 +49,7 @@ class AdaptedLinears:
         if pool is not None and batch.segments:
             h = self._kernels.lora_shrink(x, pool.a, batch, len(pool.modules))
             self._add_summand(h, pool, y, batch)
-        if self._parallel:
-            self._group.all_reduce(y)
-            if linear.bias is not None:
-                y += linear.bias
-        if pool is not None:
-            self._affine(y, pool, batch)
-        return y
+        return self.total(y, linear.bias if self._parallel else None, pool, batch)
 
     def embed(
         self,
@@ -84,25 +77,38 @@ class AdaptedLinears:
             if absent is not None:
                 h.masked_fill_(absent[:, None, None], 0)
             self._add_summand(h, pool, hidden, batch)
-        if self._parallel:
-            self._group.all_reduce(hidden)
-        if pool is not None:
-            self._affine(hidden, pool, batch)
-        return hidden
+        return self.total(hidden, None, pool, batch)
 
     def _add_summand(self, h: Tensor, pool: FusedLoRA, y: Tensor, batch: LoRABatch) -> None:
         """Adds B h to y, which is yet to be summed over the ranks."""
-        if self._exchanges:
-            first, rank = batch.segments[0].start, max(segment.rank for segment in batch.segments)
-            h[first:, :, :rank] = self._group.all_reduce(h[first:, :, :rank].contiguous())
+        if self.exchanges:
+            self.sum(h, batch)
         self._kernels.lora_expand(h, pool.b, y, pool.b_offsets, batch)
+
+    def total(self, y: Tensor, bias: Tensor | None, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
+        """Adds up the ranks' ``y`` [T, out], in place, and does what is done to whole outputs."""
+        if self._parallel:
+            self._group.all_reduce(y)
+        if bias is not None:
+            y += bias
+        if pool is not None:
+            self._affine(y, pool, batch)
+        return y
+
+    def sum(self, h: Tensor, batch: LoRABatch) -> None:
+        """Adds up A's outputs [T, n, R], in place, as long as the largest rank in the batch."""
+        first, rank = batch.segments[0].start, max(segment.rank for segment in batch.segments)
+        h[first:, :, :rank] = self._group.all_reduce(h[first:, :, :rank].contiguous())
 
     def _affine(self, y: Tensor, pool: FusedLoRA, batch: LoRABatch) -> None:
         if batch.affine:
             self._kernels.lora_affine(y, pool.affine, pool.offsets, batch)
 
+    def held(self, batch: LoRABatch) -> LoRABatch:
+        """The batch with the rows of A that are held here as ranks, of linears split over their outputs."""
+        return batch.derive(self._held) if self.exchanges and batch.segments else batch
+
     def _held(self, batch: LoRABatch) -> LoRABatch:
-        """The batch with the ranks that are held here of matrices whose rows are dealt out."""
         segments, size = batch.segments, self._group.shard.size
         ranks = [0] * (segments[-1].slot + 1)
         for segment in segments:
@@ -111,8 +117,9 @@ class AdaptedLinears:
         counts = [segments[0].start, *(segment.stop - segment.start for segment in segments)]
         return LoRABatch(slots, counts, ranks, batch.device)
 
-    def _gather(self, h: Tensor, held: LoRABatch, pool: FusedLoRA) -> Tensor:
+    def gather(self, h: Tensor, pool: FusedLoRA, batch: LoRABatch) -> Tensor:
         """All of A's outputs [T, n, R] from the rank's share of them [T, n, R / size]."""
+        held = self.held(batch)
         first, rank = held.segments[0].start, max(segment.rank for segment in held.segments)
         # Row i of A is row i // size on rank i % size, so that the last axis becomes the rows' order.
         dealt = self._group.all_gather(h[first:, :, :rank, None].contiguous(), dim=-1).flatten(2)

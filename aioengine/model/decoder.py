@@ -113,7 +113,7 @@ class Decoder:
         self.spec = spec
         """Of the rank's share."""
         self._group = group
-        self._adapted = AdaptedLinears(kernels, group)
+        self.adapted = AdaptedLinears(kernels, group)
         self.dtype = dtype
         self.device = device
         self.kernels = kernels
@@ -212,7 +212,7 @@ class Decoder:
         """The hidden state [T, hidden] that the first layer gets."""
         pool = slots.outer.get("embed_tokens") if slots else None
         first = self.partition.inputs("embed_tokens").start
-        return self._adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
+        return self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
 
     def _head_norms(self, layer: Layer) -> HeadNorms | None:
         if layer.q_norm is None or layer.k_norm is None:
@@ -225,7 +225,7 @@ class Decoder:
         cos, sin = self.rope.cos_sin(plan.positions)
         hidden = self.embed(inputs, slots)
         delta: Tensor | None = None  # what is yet to be added to hidden, together with the next norm
-        begin, end = self._adapted.split_outputs, self._adapted.split_inputs
+        begin, end = self.adapted.split_outputs, self.adapted.split_inputs
         for i, layer in enumerate(self.layers):
             pools, lora = slots.layers[i] if slots else {}, inputs.lora
             keys, values = cache.k[i], cache.v[i]
@@ -244,7 +244,11 @@ class Decoder:
         delta = None if delta is None else delta.index_select(0, inputs.sample_rows)
         x = kernels.add_rms_norm(hidden, delta, self.norm, spec.rms_norm_eps)
         head = slots.outer.get("lm_head") if slots else None
-        logits = self._adapted.split_outputs(self.head, x, head, inputs.sample_lora)
+        logits = self.adapted.split_outputs(self.head, x, head, inputs.sample_lora)
+        return self.whole_logits(logits)
+
+    def whole_logits(self, logits: Tensor) -> Tensor:
+        """[N, vocab] on every rank, of the parts that they have."""
         if self.partition.shard.size == 1:
             return logits
         vocabulary = self.partition.whole.vocab_size

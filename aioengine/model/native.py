@@ -22,6 +22,7 @@ from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, Linear, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import FusedLoRA, LoRASlots
+from aioengine.model.native_exchange import StepExchange, between
 from aioengine.model.spec import ModelSpec, Quantization
 
 _SPAN = 16
@@ -29,7 +30,8 @@ _SPAN = 16
 
 
 def not_covered(spec: ModelSpec, dtype: torch.dtype, block_size: int, slots: LoRASlots | None) -> str | None:
-    """Why the library cannot run this model with these settings; None if it can."""
+    """Why the library cannot run this model, or this rank's share of one, with these settings; None if it
+    can."""
     if dtype not in DTYPES:
         return f"dtype {dtype}"
     if slots is not None and slots.dtype != dtype:
@@ -41,6 +43,10 @@ def not_covered(spec: ModelSpec, dtype: torch.dtype, block_size: int, slots: LoR
     widths = (spec.vocab_size, spec.hidden_size, spec.intermediate_size)
     if any(width % PANEL for width in widths):
         return f"vocabulary, hidden or intermediate size of {widths}, not all multiples of {PANEL}"
+    if slots is not None and slots.layout.shard.fully_sharded:
+        share = spec.hidden_size // slots.layout.shard.size
+        if share % PANEL:
+            return f"a rank's share of the hidden size, {share}, no multiple of {PANEL}"
     return None
 
 
@@ -56,12 +62,18 @@ class NativeForward:
         self._library = load()
         self.seconds: Tensor | None = None
         """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
-        self._max_rank = 0 if slots is None else slots.layout.max_rank
+        self._parallel = decoder.partition.shard.size > 1
+        self._pools: list[FusedLoRA] = []
+        """By their ids in the library."""
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
         self._model = self._model_struct(cache.block_size)
         spec = decoder.spec
         self._wide = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._narrow = max(spec.intermediate_size, spec.num_heads * spec.head_dim)
+        self._ranks = max(
+            (max(pool.a.shape[1], len(pool.b) * pool.b[0].shape[2]) for pool in self._pools), default=0
+        )
+        """The elements that A's outputs, or the ranks' parts of them, have for a token."""
 
     def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
         found = []
@@ -77,8 +89,8 @@ class NativeForward:
                     keys=cache.k[i].data_ptr(),
                     values=cache.v[i].data_ptr(),
                     window=self._decoder.spec.window(i) or 0,
-                    **{name: _matrix(linear) for name, linear in linears.items()},
-                    **{f"lora_{name}": _pool(pools, name) for name in linears},
+                    **{name: self._matrix(linear, name) for name, linear in linears.items()},
+                    **{f"lora_{name}": self._pool(pools, name) for name in linears},
                 )
             )
         return found
@@ -95,12 +107,11 @@ class NativeForward:
             intermediate=spec.intermediate_size,
             block_size=block_size,
             slot_stride=0 if self._slots is None else self._slots.layout.elements,
-            max_rank=self._max_rank,
             eps=spec.rms_norm_eps,
             attention_scale=spec.head_dim**-0.5,
             norm=decoder.norm.data_ptr(),
-            head=_matrix(decoder.head),
-            lora_head=_pool(self._slots.outer if self._slots else {}, "lm_head"),
+            head=self._matrix(decoder.head, "lm_head"),
+            lora_head=self._pool(self._slots.outer if self._slots else {}, "lm_head"),
             layer=self._layers,
         )
 
@@ -116,9 +127,11 @@ class NativeForward:
 
         logits = torch.empty(samples, spec.vocab_size, dtype=decoder.dtype)
         x, wide, narrow = scratch(spec.hidden_size), scratch(self._wide), scratch(self._narrow)
-        h = scratch(structs.MAX_SLICES * self._max_rank)
+        h = scratch(self._ranks)
         # Tables stay referenced by these names while the library reads them.
-        batches = [_Segments(inputs.lora), _Segments(inputs.sample_lora)]
+        batches = [_Segments(b, decoder.adapted.held(b)) for b in (inputs.lora, inputs.sample_lora)]
+        head = self._slots.outer.get("lm_head") if self._slots else None
+        exchange = StepExchange(decoder.adapted, self._pools, head, inputs, x, h.view(-1))
         step = structs.Step(
             tokens=tokens,
             sequences=len(plan.spans),
@@ -143,18 +156,60 @@ class NativeForward:
                 h=h,
             ),
             seconds=pointer(self.seconds),
+            exchange=structs.ExchangeFunction(exchange if self._parallel else 0),
         )
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
-        return logits
+        if exchange.error is not None:
+            raise exchange.error
+        return decoder.whole_logits(logits)
+
+    def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
+        weight, bias = linear.weight, linear.bias
+        assert not isinstance(weight, Tensor)
+        if name in ("o", "down") and self._decoder.partition.shard.rank > 0:
+            bias = None  # the ranks' outputs are added up, and one of them has it
+        matrix = structs.Matrix(weight.data.data_ptr(), pointer(bias), weight.n, weight.k)
+        if isinstance(weight, QuantizedWeight):
+            matrix.scale, matrix.start = weight.scale.data_ptr(), weight.start_pointer
+            matrix.rotation = weight.rotation
+        return matrix
+
+    def _pool(self, pools: Mapping[str, FusedLoRA], name: str) -> structs.LoraPool:
+        pool = pools.get(name)
+        if pool is None:
+            return structs.LoraPool(slices=0, id=-1)
+        self._pools.append(pool)
+        slices: Sequence[structs.LoraSlice] = [
+            structs.LoraSlice(
+                b=b.data_ptr(),
+                affine=affine.data_ptr(),
+                out=b.shape[1],
+                offset=offset,
+                b_stride=b.stride(0),
+                affine_stride=affine.stride(0),
+            )
+            for b, affine, offset in zip(pool.b, pool.affine, pool.b_offsets, strict=True)
+        ]
+        return structs.LoraPool(
+            a=pool.a.data_ptr(),
+            slices=len(slices),
+            held=pool.a.shape[1] // len(slices),
+            rank=pool.b[0].shape[2],
+            exchange=between(name, self._decoder.adapted),
+            id=len(self._pools) - 1,
+            slice=(structs.LoraSlice * structs.MAX_SLICES)(*slices),
+        )
 
 
 class _Segments:
     """A LoRABatch as the library reads it."""
 
-    def __init__(self, batch: LoRABatch) -> None:
+    def __init__(self, batch: LoRABatch, held: LoRABatch) -> None:
         self._all, self._affine = segment_table(batch.segments), segment_table(batch.affine)
+        self._held = self._all if held is batch else segment_table(held.segments)
         self.struct = structs.LoraBatch(
             segments=self._all.data_ptr(),
+            held=self._held.data_ptr(),
             count=len(batch.segments),
             affine=self._affine.data_ptr(),
             affine_count=len(batch.affine),
@@ -178,32 +233,3 @@ def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Tensor],
         return QuantizedWeight.pack(weight, memory, int8_activations=has_int8_products())
 
     return quantize
-
-
-def _matrix(linear: Linear) -> structs.Matrix:
-    weight = linear.weight
-    assert not isinstance(weight, Tensor)
-    matrix = structs.Matrix(weight.data.data_ptr(), pointer(linear.bias), weight.n, weight.k)
-    if isinstance(weight, QuantizedWeight):
-        matrix.scale, matrix.start = weight.scale.data_ptr(), weight.start_pointer
-        matrix.rotation = weight.rotation
-    return matrix
-
-
-def _pool(pools: Mapping[str, FusedLoRA], name: str) -> structs.LoraPool:
-    pool = pools.get(name)
-    if pool is None:
-        return structs.LoraPool(slices=0)
-    slices: Sequence[structs.LoraSlice] = [
-        structs.LoraSlice(
-            b=b.data_ptr(),
-            affine=affine.data_ptr(),
-            out=b.shape[1],
-            offset=offset,
-            b_stride=b.stride(0),
-            affine_stride=affine.stride(0),
-        )
-        for b, affine, offset in zip(pool.b, pool.affine, pool.offsets, strict=True)
-    ]
-    table = (structs.LoraSlice * structs.MAX_SLICES)(*slices)
-    return structs.LoraPool(a=pool.a.data_ptr(), slices=len(slices), slice=table)

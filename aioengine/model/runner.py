@@ -103,12 +103,12 @@ class ModelRunner:
     def _choose_forward(self, block_size: int, quantization: Quantization) -> Callable[[StepInputs], Tensor]:
         """The compiled step where there is one, else the decoder's own."""
         reason: str | None = f"backend {self.decoder.kernels.name!r}"
-        if self.group.shard.size > 1:
-            reason = f"tensor_parallel_size={self.group.shard.size}"
-        if self.decoder.kernels.name == "cpu" and self.group.shard.size == 1:
+        if self.decoder.kernels.name == "cpu":
             from aioengine.model.native import NativeForward, not_covered
 
-            reason = not_covered(self.spec, self.dtype, block_size, self.lora_slots)
+            reason = not_covered(self.decoder.spec, self.dtype, block_size, self.lora_slots)
+            if quantization != "none" and self.group.shard.size > 1:
+                reason = f"tensor_parallel_size={self.group.shard.size}"
             if reason is None:
                 self.native = NativeForward(self.decoder, self.kv_cache, self.lora_slots, quantization)
                 return self.native.forward

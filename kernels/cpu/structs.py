@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from enum import IntEnum
 
 MAX_SLICES = 3
 
 PHASES = (
     *("norm", "qkv", "rope", "attention", "o", "gate_up", "activation", "down", "head"),
-    *("shrink", "expand", "affine"),
+    *("shrink", "expand", "affine", "exchange"),
 )
 """What a profile tells apart, in the order of the library."""
+
+
+class Exchange(IntEnum):
+    """What the ranks that hold a model together exchange in the middle of a step."""
+
+    NOTHING = 0
+    GATHER = 1
+    """Of ``h``, which each has a part of: the rows of A are dealt out."""
+    SUM = 2
+    """Of ``h``: the inputs are shared out."""
+    TOTAL = 3
+    """The outputs of a linear whose inputs are shared out, which are then scaled and shifted."""
+
+
+ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64)
+"""``exchange(what, id of a pool)``; other than 0 ends the step."""
 
 
 class Matrix(Structure):
@@ -36,7 +53,11 @@ class LoraSlice(Structure):
 class LoraPool(Structure):
     """A fused linear's pool; no slices: nothing of it is targeted."""
 
-    _fields_ = [("a", c_void_p), ("slices", c_int64), ("slice", LoraSlice * MAX_SLICES)]
+    _fields_ = [
+        ("a", c_void_p),
+        *((name, c_int64) for name in ("slices", "held", "rank", "exchange", "id")),
+        ("slice", LoraSlice * MAX_SLICES),
+    ]
 
 
 class Layer(Structure):
@@ -53,7 +74,7 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("intermediate", "block_size", "slot_stride", "max_rank")),
+        *((name, c_int64) for name in ("intermediate", "block_size", "slot_stride")),
         ("eps", c_double),
         ("attention_scale", c_double),
         ("norm", c_void_p),
@@ -64,10 +85,11 @@ class Model(Structure):
 
 
 class LoraBatch(Structure):
-    """Segments [count][slot, begin, end, rank] of int32."""
+    """Segments [count][slot, begin, end, rank] of int32; ``held``: the rows of A that are here as ranks."""
 
     _fields_ = [
         ("segments", c_void_p),
+        ("held", c_void_p),
         ("count", c_int64),
         ("affine", c_void_p),
         ("affine_count", c_int64),
@@ -82,4 +104,5 @@ class Step(Structure):
         ("lora", LoraBatch),
         ("sample_lora", LoraBatch),
         *((name, c_void_p) for name in ("logits", "x", "wide", "narrow", "h", "seconds")),
+        ("exchange", ExchangeFunction),
     ]

@@ -12,7 +12,19 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from parallel_ranks import Phase, Ranks, Script, fail_on_rank_1, gather, hold, play, refusal, traffic
+from parallel_ranks import (
+    Phase,
+    Ranks,
+    Script,
+    fail_in_exchange,
+    fail_on_rank_1,
+    gather,
+    hold,
+    is_compiled,
+    play,
+    refusal,
+    traffic,
+)
 from safetensors.torch import load_file, save_file
 from tiny_gguf import tiny_model, write_gguf
 from tiny_models import ALL_MODULES, build_adapter, build_model
@@ -59,6 +71,14 @@ def three() -> Iterator[Ranks]:
     ranks = Ranks(3)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def cpu_library() -> None:
+    from aioengine.kernels import available_backends
+
+    if "cpu" not in available_backends("cpu"):
+        pytest.skip("the CPU library cannot be built here")
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +152,31 @@ def test_three_ranks_give_the_tokens_and_logits_of_one(three: Ranks, root: Path,
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
-def test_so_they_do_with_other_kernels(two: Ranks, root: Path, kernels: str, fully_sharded: bool) -> None:
-    from aioengine.kernels import available_backends
+def test_so_they_do_with_the_reference_kernels(two: Ranks, root: Path, fully_sharded: bool) -> None:
+    check(two, root, "qwen2", fully_sharded, "reference")
 
-    if kernels not in available_backends("cpu"):
-        pytest.skip("the CPU library cannot be built here")
-    check(two, root, "qwen2", fully_sharded, kernels)
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("model", ["qwen2", "qwen3", "one-kv-head"])
+@pytest.mark.usefixtures("cpu_library")
+def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
+    """The library comes back for what the ranks exchange in the middle of a step."""
+    assert two.run(is_compiled, script_of(root, model, "cpu"), fully_sharded=fully_sharded) == [True, True]
+    check(two, root, model, fully_sharded, "cpu")
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.usefixtures("cpu_library")
+def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:
+    """A third of the vocabulary is not in whole vectors: the library's operations, one by one."""
+    assert not any(three.run(is_compiled, script_of(root, "by-three", "cpu"), fully_sharded=fully_sharded))
+    check(three, root, "by-three", fully_sharded, "cpu")
+
+
+@pytest.mark.usefixtures("cpu_library")
+def test_a_compiled_step_ends_where_an_exchange_fails(two: Ranks, root: Path) -> None:
+    script = script_of(root, "llama", "cpu")
+    assert two.run(fail_in_exchange, script) == ["a rank is gone after 3 calls"] * 2
 
 
 @pytest.mark.gpu

@@ -23,8 +23,11 @@ struct Matrix {
 
 // A fused linear's pool; slices = 0: none of it is targeted.
 struct LoraPool {
-  const void* a;  // [slices * max_rank, k] of the first slot
+  const void* a;  // [slices * held, k] of the first slot
   int64_t slices;
+  int64_t held, rank;  // the rows of A and columns of B of a slice; not the same if A's rows are dealt out
+  int64_t exchange;    // what becomes of A x before B
+  int64_t id;
   aio::Slice slice[3];
 };
 
@@ -37,7 +40,7 @@ struct Layer {
 };
 
 struct Model {
-  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, slot_stride, max_rank;
+  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, slot_stride;
   double eps, attention_scale;
   const void* norm;
   Matrix head;
@@ -45,9 +48,10 @@ struct Model {
   const Layer* layer;
 };
 
-// Tokens by adapter slot: segments [count][slot, begin, end, rank]; those in `affine` are scaled and shifted.
+// Tokens by adapter slot: segments [count][slot, begin, end, rank]; those in `affine` are scaled and shifted. `held` has
+// the rows of A that this process has, as ranks.
 struct LoraBatch {
-  const int32_t* segments;
+  const int32_t *segments, *held;
   int64_t count;
   const int32_t* affine;
   int64_t affine_count;
@@ -63,12 +67,18 @@ struct Step {
   const int64_t* sample_rows;
   LoraBatch lora, sample_lora;
   void* logits;  // [samples, head.n]
-  void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 max_rank
+  void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 ranks
   double* seconds;  // [PHASES] to which the time of each is added; may be null
+  // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id,
+  // or returns other than 0 to have the step end. Null: there are no others.
+  int (*exchange)(int64_t what, int64_t id);
 };
 
-// structs.py names them.
-enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, EXPAND, AFFINE, PHASES };
+// structs.py names these.
+enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, EXPAND, AFFINE, EXCHANGE, PHASES };
+// GATHER makes h [rows, slices, rank] of every process's [rows, slices, held], SUM adds them up. TOTAL adds up x, the
+// outputs of a linear that is split over its inputs, and scales and shifts the sum.
+enum Exchange { NOTHING, GATHER, SUM, TOTAL };
 
 }  // extern "C"
 
@@ -77,6 +87,8 @@ namespace {
 constexpr long FETCH_ROWS = 64;         // with more, the adapters are a small part of what is read
 constexpr long FETCH_BYTES = 2 << 20;
 constexpr long FUSED_ROWS = 16;         // tokens of a segment, on average, from which on it is worth tiles of its own
+
+struct Stopped {};
 
 // A linear with the pool of its adapters.
 struct Adapted {
@@ -94,7 +106,7 @@ struct Run {
   // Where the matrices A of the batch's adapters lie, as much as caches hold.
   std::vector<aio::Fetch> matrices(const LoraPool& pool, const LoraBatch& batch, long k) const {
     std::vector<aio::Fetch> found;
-    const long bytes = pool.slices * m.max_rank * k * long(element());
+    const long bytes = pool.slices * pool.held * k * long(element());
     if (bytes == 0 || bytes * batch.count > FETCH_BYTES) return found;
     for (long g = 0; g < batch.count; g++)
       found.push_back({(const char*)pool.a + batch.segments[g * 4] * m.slot_stride * long(element()), bytes});
@@ -107,6 +119,12 @@ struct Run {
     const double began = omp_get_wtime();
     work();
     s.seconds[phase] += omp_get_wtime() - began;
+  }
+
+  void exchange(int64_t what, const LoraPool& pool) const {
+    timed(EXCHANGE, [&] {
+      if (s.exchange(what, pool.id) != 0) throw Stopped{};
+    });
   }
 
   // None where the activations are as they are and the weights int8: those are widened before they are used.
@@ -131,23 +149,28 @@ struct Run {
     std::vector<aio::Fetch> fetch;
     if (rows <= FETCH_ROWS) fetch = matrices(*next.pool, batch, next.matrix->k);
     const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, pool.slice, pool.slices,
-                                 m.max_rank, rows >= FUSED_ROWS * batch.count};
-    const bool adapted = pool.slices > 0 && batch.count > 0, whole_lanes = m.max_rank % 2 == 0 || !m.bf16;
+                                 pool.rank, rows >= FUSED_ROWS * batch.count};
+    const bool adapted = pool.slices > 0 && batch.count > 0, whole_lanes = pool.rank % 2 == 0 || !m.bf16;
+    const bool total = s.exchange != nullptr && (phase == O || phase == DOWN);
     if (adapted)
       timed(SHRINK, [&] {
-        std::memset(s.h, 0, rows * pool.slices * m.max_rank * element());
-        aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, m.max_rank, batch.segments,
-                        batch.count, threads);
+        std::memset(s.h, 0, rows * pool.slices * pool.held * element());
+        const int32_t* segments = pool.exchange == GATHER ? batch.held : batch.segments;
+        aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, pool.held, segments, batch.count,
+                        threads);
       });
+    if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool);
     timed(phase, [&] {
       base(w, x, y, rows,
            {fetch.data(), long(fetch.size()), adapted && whole_lanes ? &adapters : nullptr, panels(*next.matrix)});
     });
     if (adapted && !whole_lanes)
       timed(EXPAND, [&] {
-        aio_lora_expand(m.bf16, s.h, pool.slice, pool.slices, m.max_rank, y, w.n, batch.segments, batch.count, threads);
+        aio_lora_expand(m.bf16, s.h, pool.slice, pool.slices, pool.rank, y, w.n, batch.segments, batch.count, threads);
       });
-    if (adapted && batch.affine_count > 0)
+    if (total)
+      exchange(TOTAL, pool);
+    else if (adapted && batch.affine_count > 0)
       timed(AFFINE, [&] {
         aio_lora_affine(m.bf16, y, w.n, pool.slice, pool.slices, batch.affine, batch.affine_count, threads);
       });
@@ -208,4 +231,9 @@ struct Run {
 
 }  // namespace
 
-AIO_EXPORT void aio_step(const Model* model, const Step* step) { Run{*model, *step, int(step->threads)}(); }
+AIO_EXPORT void aio_step(const Model* model, const Step* step) {
+  try {
+    Run{*model, *step, int(step->threads)}();
+  } catch (const Stopped&) {
+  }
+}
