@@ -329,11 +329,16 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """A worker finds the modules that this process does, and gloo talks over the loopback interface."""
+    """A worker finds the modules that this process does, gloo talks over the loopback interface, and OpenMP's
+    threads soon sleep where they wait for each other."""
     environment = dict(os.environ)
     folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    if "OMP_WAIT_POLICY" not in environment:
+        # If the application computes, one of a team's threads may have to wait for a core. The others would
+        # spin for a millisecond at each of a step's hundreds of barriers, on the very core that it waits for.
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
     # It looks into the rendezvous file, which is gone by then.
     environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     return environment

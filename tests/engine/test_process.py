@@ -229,6 +229,26 @@ async def test_a_start_that_fails_says_what_it_would_in_this_process(
     await nothing_left.check()
 
 
+async def test_how_threads_wait_is_the_workers_business_or_the_users(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mine, expected in (
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in mine.items():
+            monkeypatch.setenv(name, value)
+        starting = asyncio.create_task(make_engine(tiny, executor="process").start())
+        await until(lambda: bool(listeners()))
+        assert psutil.Process(worker_pids()[0]).environ().get("GOMP_SPINCOUNT") == expected
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+
 async def test_two_engines_at_once_and_signals_for_the_terminal(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:
