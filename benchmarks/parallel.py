@@ -142,6 +142,7 @@ def write_model(folder: Path) -> None:
 
 def measured(folder: str, size: int, kernels: str) -> list[list[Point]]:
     """What the first of ``size`` processes finds: half, and if there are several, fully sharded."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the engine's workers have it
     with tempfile.TemporaryDirectory() as meeting:
         results = multiprocessing.get_context("spawn").SimpleQueue()
         multiprocessing.spawn(run_rank, (size, folder, kernels, f"{meeting}/store", results), nprocs=size)
