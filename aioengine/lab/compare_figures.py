@@ -18,7 +18,7 @@ from aioengine.lab.style import (
     new_figure,
     percent_axis,
     plain_log_axis,
-    shorten,
+    policy_label,
     thousands_axis,
 )
 
@@ -94,7 +94,7 @@ def draw_ranking(compare: Compare, theme: Theme) -> Figure:
                 fontsize=9,
                 color=theme.muted,
             )
-        axes.set_yticks(range(table.height), [shorten(name, 26) for name in table["policy"]])
+        axes.set_yticks(range(table.height), [policy_label(name) for name in table["policy"]])
         axes.set(ylim=(max(table.height, 1) - 0.4, -0.6), xlim=(0, None))
         axes.margins(x=0.12)
         axes.grid(axis="x")
@@ -115,7 +115,7 @@ def draw_load(compare: Compare, theme: Theme) -> Figure:
         for policy, style in _styles(compare.policies, theme):
             across, up = (compare.of(name, slots=count, policy=policy).sort("scale") for name in (x, y))
             both = across.join(up, on="scale", suffix="_up")
-            _points(axes, both["mean"], both, "_up", label=shorten(policy, 26), **style)
+            _points(axes, both["mean"], both, "_up", label=policy_label(policy), **style)
         axes.set_yscale("log")
         plain_log_axis(axes.yaxis)
         axes.set_ylabel("p99 first token, s")
@@ -135,7 +135,7 @@ def draw_slots(compare: Compare, theme: Theme) -> Figure:
     for axes, scale in zip(panels, scales, strict=True):
         for policy, style in _styles(compare.policies, theme):
             table = compare.of(measure.name, scale=scale, policy=policy).sort("slots")
-            _points(axes, table["slots"], table, "", label=shorten(policy, 26), **style)
+            _points(axes, table["slots"], table, "", label=policy_label(policy), **style)
         axes.set(ylabel=_axis_label(measure), ylim=(0, None))
         axes.set_xscale("log", base=2)
         counts = sorted(compare.results["slots"].unique())
@@ -164,7 +164,7 @@ def draw_cdf(compare: Compare, theme: Theme) -> Figure:
             done = pl.concat(frames).filter(pl.col("reason").is_in(["stop", "length"]))
             values = done["first_token"] - done["arrival"]
             del style["marker"]
-            cdf(axes, values, shorten(policy, 26), style.pop("color"), **style)
+            cdf(axes, values, policy_label(policy), style.pop("color"), **style)
     axes.set_xscale("log")
     plain_log_axis(axes.xaxis)
     axes.set(xlabel="seconds (logarithmic)", ylabel="share of requests", ylim=(0, 1.01))
@@ -194,7 +194,7 @@ def draw_regret(compare: Compare, theme: Theme) -> Figure:
                 axes.barh([rows[policy]], [mean], 0.72, color=colors[policy])
                 if low is not None:
                     axes.plot([low, high], [rows[policy]] * 2, color=theme.text, linewidth=1)
-        axes.set_yticks(range(len(policies)), [shorten(policy, 26) for policy in policies])
+        axes.set_yticks(range(len(policies)), [policy_label(policy) for policy in policies])
         axes.set_ylim(len(policies) - 0.4, -0.6)
         axes.axvline(0, color=theme.muted, linewidth=0.8)
         axes.grid(axis="x")

@@ -230,6 +230,11 @@ def share_text(share: float | None) -> str:
     return f"{percent:.1f}%" if 0 < percent < 9.95 or 99.05 <= percent < 99.95 else f"{percent:.0f}%"
 
 
+def policy_label(policy: str) -> str:
+    """A policy's name that fits; of one in a file, without the folders."""
+    return shorten(policy.rpartition("/")[2], 26)
+
+
 def shorten(name: str, width: int = 18) -> str:
     """A name that fits; its end is what tells "adapter-012" from others, so the middle goes."""
     name = "".join(char if char.isprintable() else "?" for char in name)

@@ -18,6 +18,7 @@ from aioengine.lab.style import (
     WIDTH,
     drawing,
     new_figure,
+    policy_label,
     seconds_text,
     share_text,
     shorten,
@@ -81,6 +82,8 @@ def test_seconds(seconds: float | None, text: str) -> None:
 
 
 def test_shares_and_names() -> None:
+    assert policy_label("vllm+lru") == "vllm+lru"
+    assert policy_label("some/where/my_policy.py:Shortest") == "my_policy.py:Shortest"
     assert [share_text(share) for share in (None, 0.0, 0.004, 0.42, 0.996, 1.0)] == [
         "–",
         "0%",
