@@ -31,7 +31,7 @@ class ValidateFlags:
     loads: Annotated[str, Parameter(metavar="A,B,...")] = "0.4,0.8"
     """Shares of what the engine can do; "" takes an experiment's arrivals as they are."""
     repeats: int = 3
-    """Live runs of each load, of which the median counts."""
+    """Runs of each load, each with a workload of its own; figures are over all of them."""
     max_error: float = 0.1
     """Exit with 1 if a figure is further off than this."""
     experiment: Path | None = None

@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """"40%" of what the simulated engine can do, or "as given"."""
     requests_per_second: float | None
     live: Measured
-    """Medians of the runs."""
+    """Over the requests of all runs."""
     runs: tuple[Measured, ...]
+    """Each live run."""
     waited: tuple[float, ...]
-    """Of each run: how long threads waited for a processor, as a share of the time in steps. What they do
-    not take from one another, others took."""
+    """Of each live run: how long threads waited for a processor, as a share of the time in steps. What they
+    do not take from one another, others took."""
     simulated: Measured
     error: dict[str, float]
     step_error: float
@@ -94,7 +96,11 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
-    """What :func:`validate` is meant for: a small model, and three times as many adapters as slots."""
+    """What :func:`validate` is meant for: a small model, and half as many adapters again as slots.
+
+    With far fewer slots, half of the requests would find their adapter in one, and half would wait for
+    seconds: the median would lie between the two, and hang on every millisecond.
+    """
     workload = WorkloadSpec(
         arrivals=ALL_AT_ONCE,
         limit=120,
@@ -106,8 +112,8 @@ def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) ->
     return Experiment(
         workload=workload,
         preset=preset,
-        slots=4,
-        cpu_loras=8,
+        slots=8,
+        cpu_loras=10,
         max_lora_rank=16,
         max_num_seqs=32,
         max_model_len=512,
@@ -136,31 +142,35 @@ def validate(
         model: As in :class:`~aioengine.config.EngineConfig`.
         loads: Shares of what the simulated engine can do, which is measured by offering it everything at
             once; the requests then come as a Poisson process. Empty: the workload as it is given.
-        repeats: Live runs of each load, each on a fresh engine, of which the median counts.
+        repeats: Runs of each load, live on a fresh engine and simulated, each with a workload of its own (of
+            the experiment's seed, the next, ...). What is compared is over the requests of all of them.
 
     Raises ConfigError if the preset, the model or the workload cannot be used.
     """
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
     costs = load_costs(experiment.preset)
+    seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
     offered: list[tuple[str, float | None]] = [("as given", None)]
     if loads:
-        capacity = _capacity(experiment, costs)
+        capacity = statistics.fmean(_capacity(one, costs) for one in seeds)
         offered = [(f"{share:.0%}", share * capacity) for share in loads]
     config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
     found = []
     for i, (load, rate) in enumerate(offered):
-        chosen = experiment if rate is None else _with_arrivals(experiment, f"poisson:rate={rate:.6g}")
-        workload = chosen.workload.open(chosen.seed)
-        simulated = _simulated(chosen, costs, workload)
-        runs: list[_Live] = []
-        for repeat in range(repeats):
+        live: list[_Live] = []
+        simulated: list[_Kept] = []
+        for repeat, one in enumerate(seeds):
             if progress is not None:
                 progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
-            runs.append(_live(config, costs, workload, chosen.seed))
-            if runs[-1].waited > DISTURBED:  # once more; the calmer one counts
-                runs[-1] = min(runs[-1], _live(config, costs, workload, chosen.seed), key=lambda r: r.waited)
-        found.append(_compare(load, rate, runs, simulated))
+            chosen = one if rate is None else _with_arrivals(one, f"poisson:rate={rate:.6g}")
+            workload = chosen.workload.open(chosen.seed)
+            simulated.append(_simulated(chosen, costs, workload))
+            run = _live(config, costs, workload, chosen.seed)
+            if run.waited > DISTURBED:  # once more; the calmer one counts
+                run = min(run, _live(config, costs, workload, chosen.seed), key=lambda run: run.waited)
+            live.append(run)
+        found.append(_compare(load, rate, live, simulated))
     if progress is not None:
         progress(len(offered) * repeats, len(offered) * repeats, "done")
     return Validation(preset=experiment.preset, comparisons=tuple(found))
@@ -181,16 +191,19 @@ def _capacity(experiment: Experiment, costs: CostModel) -> float:
     return len(kept.requests) / max(record.ended for record in kept.requests)
 
 
-def _simulated(experiment: Experiment, costs: CostModel, workload: Workload) -> Measured:
+def _simulated(experiment: Experiment, costs: CostModel, workload: Workload) -> _Kept:
     kept = _Kept()
     run_in_virtual_time(simulate(experiment, costs, workload, kept))
-    return kept.measured()
+    return kept
 
 
 class _Live(NamedTuple):
-    measured: Measured
+    kept: _Kept
     waited: float
-    step_error: float
+    step_seconds: float
+    """What all steps took, ..."""
+    expected: float
+    """...and what the cost model says of them."""
 
 
 def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
@@ -212,9 +225,7 @@ async def _live_run(
         steps = engine.probe.steps
     took = sum(step.seconds for step in steps)
     expected = sum(map(StepTimes(costs.steps), (step.shape for step in steps)))
-    if not took:
-        return _Live(kept.measured(), 0.0, 0.0)
-    return _Live(kept.measured(), waited / took, expected / took - 1)
+    return _Live(kept, waited / took if took else 0.0, took, expected)
 
 
 def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
@@ -225,29 +236,23 @@ def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Ma
 
 
 def _compare(
-    load: str,
-    rate: float | None,
-    runs: Sequence[_Live],
-    simulated: Measured,
+    load: str, rate: float | None, runs: Sequence[_Live], simulations: Sequence[_Kept]
 ) -> Comparison:
-    found = [run.measured for run in runs]
-    live = Measured(
-        **{metric: statistics.median(getattr(run, metric) for run in found) for metric in METRICS}
-    )
-    error = {
-        metric: (getattr(simulated, metric) - truth) / truth if (truth := getattr(live, metric)) else 0.0
-        for metric in METRICS
-    }
+    live, simulated = _measured([run.kept for run in runs]), _measured(simulations)
     return Comparison(
         load=load,
         requests_per_second=rate,
         live=live,
-        runs=tuple(found),
+        runs=tuple(_measured([run.kept]) for run in runs),
         waited=tuple(run.waited for run in runs),
         simulated=simulated,
-        error=error,
-        step_error=statistics.median(run.step_error for run in runs),
+        error={metric: _error(getattr(simulated, metric), getattr(live, metric)) for metric in METRICS},
+        step_error=_error(sum(run.expected for run in runs), sum(run.step_seconds for run in runs)),
     )
+
+
+def _error(found: float, truth: float) -> float:
+    return (found - truth) / truth if truth else 0.0
 
 
 class _Kept:
@@ -264,17 +269,23 @@ class _Kept:
     def move(self, record: Move) -> None: ...
     def sample(self, record: Sample) -> None: ...
 
-    def measured(self) -> Measured:
-        ttfts, gaps = [], []
-        for record in self.requests:
-            assert record.first_token is not None
-            ttfts.append(record.first_token - record.arrival)
-            if record.output_tokens > 1:
-                gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
-        seconds = max((record.ended for record in self.requests), default=0.0)
-        tokens = sum(record.output_tokens for record in self.requests)
-        return Measured(
-            output_tokens_per_second=tokens / seconds if seconds else 0.0,
-            median_ttft=statistics.median(ttfts) if ttfts else 0.0,
-            mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
-        )
+    @property
+    def seconds(self) -> float:
+        return max((record.ended for record in self.requests), default=0.0)
+
+
+def _measured(runs: Sequence[_Kept]) -> Measured:
+    """Over the requests of all of them."""
+    ttfts, gaps, tokens = [], [], 0
+    for record in chain.from_iterable(run.requests for run in runs):
+        assert record.first_token is not None
+        tokens += record.output_tokens
+        ttfts.append(record.first_token - record.arrival)
+        if record.output_tokens > 1:
+            gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
+    seconds = sum(run.seconds for run in runs)
+    return Measured(
+        output_tokens_per_second=tokens / seconds if seconds else 0.0,
+        median_ttft=statistics.median(ttfts) if ttfts else 0.0,
+        mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
+    )

@@ -186,6 +186,9 @@ def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
         live, simulated = getattr(one.live, metric), getattr(one.simulated, metric)
         assert live > 0 and simulated > 0
         assert one.error[metric] == pytest.approx(simulated / live - 1)
+        each = [getattr(run, metric) for run in one.runs]
+        assert min(each) <= live <= max(each), "it is over all runs..."
+    assert len({run.output_tokens_per_second for run in one.runs}) == 2, "...which are different ones"
     assert one.step_error > -1 and min(one.waited) >= 0
     assert as_given.worst == max(abs(error) for error in one.error.values())
     assert [row[:2] for row in as_given.rows()] == [("as given", metric) for metric in METRICS]
