@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -27,6 +28,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         if flat.get(measure.name) is not None:
             table.add_row(measure.label, measure.text(flat[measure.name]))
     console.print(table)
+    errors = summary["requests_by_error"]
+    if errors:
+        each = ", ".join(f"{count:,} {error}" for error, count in errors.items())
+        print(f"aioengine: not all requests were served: {each}", file=sys.stderr)
 
 
 def print_rankings(compare: Compare) -> None:

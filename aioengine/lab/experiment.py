@@ -13,6 +13,7 @@ import msgspec
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.spec import WorkloadSpec
+from aioengine.lab.workload import Workload
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +62,17 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 "in the CPU cache; raise cpu_loras or lower slots"
             )
         self.engine_config()
+
+    def open_workload(self) -> Workload:
+        """Raises ConfigError for a trace that cannot be used, or an adapter that no slot can hold."""
+        workload = self.workload.open(self.seed)
+        largest = max(workload.adapters, key=lambda shape: shape.rank, default=None)
+        if largest is not None and largest.rank > self.max_lora_rank:
+            raise ConfigError(
+                f"max_lora_rank={self.max_lora_rank}: adapter {largest.name!r} has rank {largest.rank} "
+                f"(ranks={self.workload.ranks!r}), and all its requests would fail; raise max_lora_rank"
+            )
+        return workload
 
     def engine_config(self) -> EngineConfig:
         """Of the engine that is simulated."""

@@ -55,7 +55,7 @@ def run(experiment: Experiment, out: str | Path, progress: Progress | None = Non
 
     out = Path(out)
     costs = load_costs(experiment.preset)
-    workload = experiment.workload.open(experiment.seed)
+    workload = experiment.open_workload()
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))

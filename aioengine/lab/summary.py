@@ -45,6 +45,7 @@ def summarize_frames(frames: Frames, slots: int | None = None) -> dict[str, Any]
     done = requests.filter(pl.col("reason").is_in(["stop", "length"]))
     by_reason = requests.group_by("reason").len().sort("reason")
     reasons = dict(by_reason.iter_rows())
+    by_error = requests.drop_nulls("error").group_by("error").len().sort("error")
     seconds = _duration(requests)
     output_tokens = int(requests["output_tokens"].sum())
     first_token = done["first_token"] - done["arrival"]
@@ -59,6 +60,7 @@ def summarize_frames(frames: Frames, slots: int | None = None) -> dict[str, Any]
         "requests_aborted": reasons.get("abort", 0),
         "requests_refused": reasons.get("refused", 0),
         "requests_by_reason": reasons,
+        "requests_by_error": dict(by_error.iter_rows()),
         "duration_seconds": seconds,
         "requests_per_second": _ratio(done.height, seconds),
         "prompt_tokens": int(admitted["prompt_tokens"].sum()),

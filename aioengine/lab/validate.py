@@ -164,7 +164,7 @@ def validate(
             if progress is not None:
                 progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
             chosen = one if rate is None else _with_arrivals(one, f"poisson:rate={rate:.6g}")
-            workload = chosen.workload.open(chosen.seed)
+            workload = chosen.open_workload()
             simulated.append(_simulated(chosen, costs, workload))
             run = _live(config, costs, workload, chosen.seed)
             if run.waited > DISTURBED:  # once more; the calmer one counts
@@ -183,7 +183,7 @@ def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
 
 def _capacity(experiment: Experiment, costs: CostModel) -> float:
     """Requests a second, if it is always busy."""
-    workload = _with_arrivals(experiment, ALL_AT_ONCE).workload.open(experiment.seed)
+    workload = _with_arrivals(experiment, ALL_AT_ONCE).open_workload()
     kept = _Kept()
     run_in_virtual_time(simulate(experiment, costs, workload, kept))
     if not kept.requests:

@@ -63,6 +63,22 @@ def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (out / "report.html").read_bytes() == (again / "report.html").read_bytes()
 
 
+def test_a_run_says_why_requests_were_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        *SMALL,
+        *SYSTEM,
+        "--slots",
+        "2",
+        "--deadline",
+        "1e-6",
+        "--no-report",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["lab", "run", *flags]) == 0
+    assert "aioengine: not all requests were served: 20 DeadlineExceeded" in capsys.readouterr().err
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--no-report", "--out", out]) == 0

@@ -134,6 +134,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
         ({"policy": "gone.py:Mine"}, PolicyError, "there is no file"),
         ({"preset": "llama3-8b-h10"}, ConfigError, "did you mean 'llama3-8b-h100'"),
         ({"slots": 5000, "cpu_loras": 5000}, ConfigError, "lower"),
+        ({"max_lora_rank": 8}, ConfigError, "has rank 64 .*raise max_lora_rank"),
     ],
 )
 def test_errors_before_the_run(

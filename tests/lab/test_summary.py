@@ -26,6 +26,7 @@ def test_requests_and_times(folder: Path) -> None:
     found = summarize(folder)
     assert found["requests_offered"] == 6
     assert found["requests_by_reason"] == {"error": 1, "length": 4, "refused": 1}
+    assert found["requests_by_error"] == {"DeadlineExceeded": 1, "EngineOverloaded": 1}
     counts = [found[f"requests_{name}"] for name in ("finished", "failed", "aborted", "refused")]
     assert counts == [4, 1, 0, 1]
     assert found["duration_seconds"] == 10.0
