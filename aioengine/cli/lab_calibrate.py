@@ -44,10 +44,11 @@ def calibrate(
     from aioengine.lab.extra import check_extra
 
     check_extra()
-    from aioengine.lab.calibrate import calibrate
+    from aioengine.cli.loop import run
+    from aioengine.lab.calibrate import calibrate_async
 
     with progress("calibrating") as show:
-        costs = calibrate(model, out, name=name, dtype=dtype, device=device, progress=show)
+        costs = run(calibrate_async(model, out, name=name, dtype=dtype, device=device, progress=show))
     _print(costs)
     print(f"cost model: {out}")
     return 0

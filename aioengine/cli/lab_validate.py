@@ -54,7 +54,8 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
     from aioengine.lab.extra import check_extra
 
     check_extra()
-    from aioengine.lab.validate import validate, validation_experiment
+    from aioengine.cli.loop import run
+    from aioengine.lab.validate import validate_async, validation_experiment
 
     loads = (numbers("--loads", [flags.loads], float) or []) if flags.loads else []
     if flags.experiment is None:
@@ -65,14 +66,16 @@ def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None =
         own = {"seed": flags.seed, "preset": flags.preset}
         experiment = make_experiment(flags.experiment, WorkloadFlags(), SystemFlags(), own)
     with progress("validating") as show:
-        found = validate(
-            experiment,
-            flags.model,
-            loads=loads,
-            repeats=flags.repeats,
-            dtype=flags.dtype,
-            device=flags.device,
-            progress=show,
+        found = run(
+            validate_async(
+                experiment,
+                flags.model,
+                loads=loads,
+                repeats=flags.repeats,
+                dtype=flags.dtype,
+                device=flags.device,
+                progress=show,
+            )
         )
     _print(found)
     if found.worst > flags.max_error:

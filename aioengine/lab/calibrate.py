@@ -6,6 +6,7 @@ import asyncio
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from aioengine.lab.random_adapters import write_random_adapter
 from aioengine.lab.rounds import Rounds
 from aioengine.lab.serving import Serving
 from aioengine.lab.step_costs import significant
+from aioengine.lab.threads import in_thread
 from aioengine.lab.timings import fit_overhead, move_points, slowdown
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
@@ -55,6 +57,22 @@ def calibrate(
 
     Raises ConfigError if the model cannot be had or does not fit, or ``out`` cannot be written.
     """
+    return asyncio.run(
+        calibrate_async(model, out, name=name, dtype=dtype, device=device, design=design, progress=progress)
+    )
+
+
+async def calibrate_async(
+    model: str,
+    out: Path | None = None,
+    *,
+    name: str | None = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    design: Design | None = None,
+    progress: Progress | None = None,
+) -> CostModel:
+    """:func:`calibrate` where a loop is running; it can be cancelled."""
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent}")
     with needs_extra():  # rather now than after minutes
@@ -63,7 +81,7 @@ def calibrate(
     name = name or (Path(model).name if out is None else out.stem)
     config = EngineConfig(model=model, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
-        costs = asyncio.run(_Calibration(design, Path(folder), progress).run(config, name))
+        costs = await _Calibration(design, Path(folder), progress).run(config, name)
     if out is not None:
         costs.write(out)
     return costs
@@ -82,7 +100,7 @@ class _Calibration:
         design = self._design
         async with ProbedEngine(self._for_timing(config)) as engine:
             parts = design.parts(engine.plan.max_model_len)
-            await asyncio.to_thread(self._write_adapters, engine.model_spec)
+            await self._write_adapters(engine.model_spec)
             # In this order none leaves something in a slot that has to be cleared for the next.
             loads = [self._path(rank, i) for rank in sorted(design.ranks) for i in range(design.loads)]
             turns = len(design.live_rows) + len(loads)
@@ -117,10 +135,10 @@ class _Calibration:
             ),
         )
 
-    def _write_adapters(self, spec: ModelSpec) -> None:
+    async def _write_adapters(self, spec: ModelSpec) -> None:
         for rank in self._design.ranks:
             for i in range(max(*self._design.adapters, self._design.loads)):
-                write_random_adapter(self._path(rank, i), spec, rank, seed=i)
+                await in_thread(partial(write_random_adapter, self._path(rank, i), spec, rank, seed=i))
 
     def _path(self, rank: int, i: int) -> Path:
         return self._folder / f"{rank}-{i}"

@@ -17,6 +17,7 @@ from aioengine.errors import ConfigError
 from aioengine.lab.experiment import Experiment
 from aioengine.lab.extra import needs_extra
 from aioengine.lab.pool import Report, Task, run_all
+from aioengine.lab.presets import load_costs
 from aioengine.lab.statistics import estimate, paired, regret
 from aioengine.lab.summary import flatten
 
@@ -99,7 +100,8 @@ def compare(
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
     run below ``runs``. A run that fails leaves its error in the results, and the others go on.
 
-    Raises ConfigError before anything runs if a setting is impossible, KeyboardInterrupt if ``stopping()``.
+    Raises ConfigError before anything runs if a setting is impossible or the preset, the trace or the folder
+    cannot be used, KeyboardInterrupt if ``stopping()``.
     """
     out = Path(out)
     tasks = comparison.tasks(out)
@@ -111,8 +113,13 @@ def compare(
         if report is not None:
             report(found)
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_comparison(comparison, out / "comparison.json")
+    load_costs(comparison.experiment.preset)  # what no run can do without is known before any begins
+    comparison.experiment.open_workload()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_comparison(comparison, out / "comparison.json")
+    except OSError as error:
+        raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
     run_all(tasks, jobs, heard, stopping)
     results = _results(tasks, ended)
     results.write_csv(out / "results.csv")

@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from aioengine.config import Device, DType, EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
 from aioengine.lab.clock import run_in_virtual_time
-from aioengine.lab.costs import CostModel
+from aioengine.lab.costs import CostModel, ModelShape
 from aioengine.lab.experiment import Experiment
 from aioengine.lab.presets import load_costs
 from aioengine.lab.probe import ProbedEngine
@@ -26,6 +27,7 @@ from aioengine.lab.replay import replay
 from aioengine.lab.run import simulate
 from aioengine.lab.spec import WorkloadSpec
 from aioengine.lab.step_costs import StepTimes
+from aioengine.lab.threads import in_thread
 from aioengine.lab.waits import Waits
 from aioengine.lab.workload import Workload
 from aioengine.request import SamplingParams
@@ -147,13 +149,33 @@ def validate(
 
     Raises ConfigError if the preset, the model or the workload cannot be used.
     """
+    return asyncio.run(
+        validate_async(
+            experiment, model, loads=loads, repeats=repeats, dtype=dtype, device=device, progress=progress
+        )
+    )
+
+
+async def validate_async(
+    experiment: Experiment,
+    model: str,
+    *,
+    loads: Sequence[float] = (0.4, 0.8),
+    repeats: int = 3,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    progress: Progress | None = None,
+) -> Validation:
+    """:func:`validate` where a loop is running; it can be cancelled."""
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: must be at least 1")
+    if not all(load > 0 for load in loads):
+        raise ConfigError(f"loads={', '.join(f'{load:g}' for load in loads)}: each must be more than 0")
     costs = load_costs(experiment.preset)
     seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
     offered: list[tuple[str, float | None]] = [("as given", None)]
     if loads:
-        capacity = statistics.fmean(_capacity(one, costs) for one in seeds)
+        capacity = statistics.fmean([await in_thread(partial(_capacity, one, costs)) for one in seeds])
         offered = [(f"{share:.0%}", share * capacity) for share in loads]
     config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
     found = []
@@ -165,10 +187,11 @@ def validate(
                 progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
             chosen = one if rate is None else _with_arrivals(one, f"poisson:rate={rate:.6g}")
             workload = chosen.open_workload()
-            simulated.append(_simulated(chosen, costs, workload))
-            run = _live(config, costs, workload, chosen.seed)
+            simulated.append(await in_thread(partial(_simulated, chosen, costs, workload)))
+            run = await _live(config, costs, workload, chosen.seed)
             if run.waited > DISTURBED:  # once more; the calmer one counts
-                run = min(run, _live(config, costs, workload, chosen.seed), key=lambda run: run.waited)
+                again = await _live(config, costs, workload, chosen.seed)
+                run = min(run, again, key=lambda run: run.waited)
             live.append(run)
         found.append(_compare(load, rate, live, simulated))
     if progress is not None:
@@ -206,9 +229,9 @@ class _Live(NamedTuple):
     """...and what the cost model says of them."""
 
 
-def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
+async def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
     with tempfile.TemporaryDirectory(prefix="aioengine-validate-") as folder:
-        return asyncio.run(_live_run(config, costs, workload, seed, Path(folder)))
+        return await _live_run(config, costs, workload, seed, Path(folder))
 
 
 async def _live_run(
@@ -216,7 +239,13 @@ async def _live_run(
 ) -> _Live:
     kept = _Kept()
     async with ProbedEngine(config) as engine:
-        paths = await asyncio.to_thread(_write_adapters, engine, workload, folder)
+        found = ModelShape.of(engine.model_spec, engine.plan.dtype)
+        if found != costs.model:
+            raise ConfigError(
+                f"cost model {costs.name!r} is of a model with {_sizes(costs.model)}, and {config.model!r} "
+                f"has {_sizes(found)}; give the model that it was calibrated with"
+            )
+        paths = await _write_adapters(engine, workload, folder)
         await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
         engine.probe.steps.clear()
         waits = Waits()
@@ -228,11 +257,16 @@ async def _live_run(
     return _Live(kept, waited / took if took else 0.0, took, expected)
 
 
-def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
-    return {
-        shape.name: write_random_adapter(folder / str(i), engine.model_spec, shape.rank, seed=i)
-        for i, shape in enumerate(workload.adapters)
-    }
+def _sizes(model: ModelShape) -> str:
+    return f"{model.num_layers} layers of {model.hidden_size} in {model.dtype}"
+
+
+async def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
+    paths = {}
+    for i, shape in enumerate(workload.adapters):
+        write = partial(write_random_adapter, folder / str(i), engine.model_spec, shape.rank, seed=i)
+        paths[shape.name] = await in_thread(write)
+    return paths
 
 
 def _compare(

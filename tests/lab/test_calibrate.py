@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -13,11 +17,13 @@ from tiny_models import build_model
 
 from aioengine import events
 from aioengine.errors import ConfigError
-from aioengine.lab.calibrate import calibrate
+from aioengine.lab.calibrate import calibrate, calibrate_async
 from aioengine.lab.costs import CostModel
 from aioengine.lab.design import Design
+from aioengine.lab.experiment import Experiment
 from aioengine.lab.probe import Probe, ProbedMove, ProbedStep
 from aioengine.lab.step_costs import StepCosts, StepShape
+from aioengine.lab.threads import in_thread
 from aioengine.lab.timings import Intervals, fit_overhead, move_points, slowdown
 from aioengine.lab.validate import METRICS, validate, validation_experiment
 from aioengine.step import StepBatch
@@ -158,6 +164,35 @@ def test_calibration_refuses_what_it_cannot_write(model: Path, tmp_path: Path) -
         calibrate(str(model), tmp_path / "no" / "costs.json", design=TINY)
 
 
+async def test_a_calibration_that_is_cancelled_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    told = asyncio.Event()
+    running = asyncio.create_task(calibrate_async(str(model), design=TINY, progress=lambda *_: told.set()))
+    await told.wait()
+    assert [name[:20] for name in os.listdir(tmp_path)] == ["aioengine-calibrate-"]
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not os.listdir(tmp_path)
+
+
+async def test_work_in_a_thread_is_waited_for() -> None:
+    ended = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.05)
+        ended.set()
+
+    running = asyncio.create_task(in_thread(work))
+    await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert ended.is_set()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -173,12 +208,27 @@ def test_designs_are_checked(fields: dict[str, object], message: str) -> None:
         Design(**fields)  # type: ignore[arg-type]
 
 
-def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
-    experiment = validation_experiment(str(calibrated))
+def experiment_of(costs: Path) -> Experiment:
+    """A short one."""
+    experiment = validation_experiment(str(costs))
     workload = msgspec.structs.replace(
         experiment.workload, arrivals="poisson:rate=200", limit=12, output_tokens=8, prompt_tokens=6
     )
-    experiment = msgspec.structs.replace(experiment, workload=workload, kv_cache_memory="8MiB")
+    return msgspec.structs.replace(experiment, workload=workload, kv_cache_memory="8MiB")
+
+
+def test_validation_is_refused_what_cannot_be_compared(model: Path, calibrated: Path) -> None:
+    costs_of(name="other", device_memory=2**36).write(calibrated.with_name("other.json"))
+    with pytest.raises(
+        ConfigError, match=r"'other' is of a model with 3 layers of 64 in bfloat16, .* float32"
+    ):
+        validate(experiment_of(calibrated.with_name("other.json")), str(model), loads=(), repeats=1)
+    with pytest.raises(ConfigError, match=r"loads=0\.5, 0: each must be more than 0"):
+        validate(experiment_of(calibrated), str(model), loads=(0.5, 0.0))
+
+
+def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
+    experiment = experiment_of(calibrated)
     as_given = validate(experiment, str(model), loads=(), repeats=2)
     (one,) = as_given.comparisons
     assert one.load == "as given" and len(one.runs) == len(one.waited) == 2

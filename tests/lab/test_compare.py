@@ -30,8 +30,8 @@ BASE = Experiment(workload=WORKLOAD, slots=2, cpu_loras=4)
 
 
 def grid(**fields: object) -> Comparison:
-    values = {"policies": ["fcfs"], "slots": [2], "scales": [1.0], "seeds": [0]}
-    return Comparison(experiment=BASE, **{**values, **fields})  # type: ignore[arg-type]
+    values = {"experiment": BASE, "policies": ["fcfs"], "slots": [2], "scales": [1.0], "seeds": [0]}
+    return Comparison(**{**values, **fields})  # type: ignore[arg-type]
 
 
 # Statistics
@@ -181,6 +181,19 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         compare(grid(**fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_run_can_do_without_is_missed_before_anything_runs(tmp_path: Path) -> None:
+    one = grid().experiment
+    gone = msgspec.structs.replace(one.workload, trace=str(tmp_path / "gone.csv"))
+    for missing in ({"workload": gone}, {"preset": "gone.json"}):
+        experiment = msgspec.structs.replace(one, **missing)
+        with pytest.raises(ConfigError, match="gone"):
+            compare(grid(experiment=experiment), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write the comparison into .*file"):
+        compare(grid(), tmp_path / "file")
 
 
 def test_a_file_that_is_no_comparison(tmp_path: Path) -> None:
