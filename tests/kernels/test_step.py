@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_int8_is_close_and_smaller(sequences: list[tuple[int, int]]) -> None:
     weight, _ = int8.runner.decoder.base_weight(1, "up_proj")
     true, _ = exact.runner.decoder.base_weight(1, "up_proj")
     assert 0 < (weight - true).norm() < 0.02 * true.norm()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("sequences", [FEW, LONG])
+def test_threads_change_nothing(sequences: list[tuple[int, int]], quantization: Quantization) -> None:
+    """Not a bit, and more of them than processors only take longer."""
+    run = Run(torch.bfloat16, "cpu", (64, 5, 16, 33), quantization)
+    threads = torch.get_num_threads()
+    alone = run(sequences)
+    try:
+        for several in (2, 3, 2 * (os.cpu_count() or 1) + 1):
+            torch.set_num_threads(several)
+            for _ in range(20):
+                assert torch.equal(run(sequences), alone)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_int8_without_the_library_says_what_is_needed() -> None:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "team.h"
 
 extern "C" {
 
@@ -96,10 +97,13 @@ struct Adapted {
   const LoraPool* pool;
 };
 
+// What each thread of a team goes through.
 struct Run {
   const Model& m;
   const Step& s;
-  int threads;
+  const aio::Member& me;
+  bool& stopped;  // the team's
+  int threads = int(me.count);
 
   size_t element() const { return m.bf16 ? 2 : 4; }
 
@@ -115,16 +119,15 @@ struct Run {
 
   template <class Work>
   void timed(Phase phase, const Work& work) const {
-    if (s.seconds == nullptr) return work();
+    if (s.seconds == nullptr || me.index > 0) return work();
     const double began = omp_get_wtime();
     work();
     s.seconds[phase] += omp_get_wtime() - began;
   }
 
   void exchange(int64_t what, const LoraPool& pool) const {
-    timed(EXCHANGE, [&] {
-      if (s.exchange(what, pool.id) != 0) throw Stopped{};
-    });
+    timed(EXCHANGE, [&] { me.once([&] { stopped = s.exchange(what, pool.id) != 0; }); });
+    if (stopped) throw Stopped{};
   }
 
   // None where the activations are as they are and the weights int8: those are widened before they are used.
@@ -154,7 +157,6 @@ struct Run {
     const bool total = s.exchange != nullptr && (phase == O || phase == DOWN);
     if (adapted)
       timed(SHRINK, [&] {
-        std::memset(s.h, 0, rows * pool.slices * pool.held * element());
         const int32_t* segments = pool.exchange == GATHER ? batch.held : batch.segments;
         aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, pool.held, segments, batch.count,
                         threads);
@@ -217,11 +219,13 @@ struct Run {
     }
     if (s.samples == 0) return;
     // Only the rows that are sampled go on; row i of the samples never lies before row i of the tokens.
-    const size_t row = m.hidden * element();
-    for (long i = 0; i < s.samples; i++) {
-      std::memmove((char*)s.hidden + i * row, (char*)s.hidden + s.sample_rows[i] * row, row);
-      std::memmove((char*)s.x + i * row, (char*)s.x + s.sample_rows[i] * row, row);
-    }
+    me.once([&] {
+      const size_t row = m.hidden * element();
+      for (long i = 0; i < s.samples; i++) {
+        std::memmove((char*)s.hidden + i * row, (char*)s.hidden + s.sample_rows[i] * row, row);
+        std::memmove((char*)s.x + i * row, (char*)s.x + s.sample_rows[i] * row, row);
+      }
+    });
     norm(s.x, m.norm, s.samples);
     const Matrix no_matrix{};
     const LoraPool no_pool{};
@@ -232,8 +236,11 @@ struct Run {
 }  // namespace
 
 AIO_EXPORT void aio_step(const Model* model, const Step* step) {
-  try {
-    Run{*model, *step, int(step->threads)}();
-  } catch (const Stopped&) {
-  }
+  bool stopped = false;
+  aio::step_together(int(step->threads), [&](const aio::Member& me) {
+    try {
+      Run{*model, *step, me, stopped}();
+    } catch (const Stopped&) {
+    }
+  });
 }

@@ -1,15 +1,14 @@
 // The small operations of a decoder layer, each one pass over its data.
-#include <omp.h>
-
 #include <cmath>
 
 #include "ops.h"
+#include "team.h"
 
 namespace aio {
 namespace {
 
-// Threads are worth their start only for enough elements.
-inline int team(long elements, int threads) { return elements < 8192 ? 1 : threads; }
+// Threads are worth their start only for enough elements; within a step they are there.
+inline int worth(long elements, int threads) { return elements < 8192 ? 1 : threads; }
 
 // hidden += delta (if there is one); out = norm(hidden) * weight: rounded to the element type after the sum, after the
 // norm and after the weight, as the models were trained. Zhang and Sennrich, 2019, arXiv:1910.07467.
@@ -35,28 +34,32 @@ template <class T>
 void add_rms_norm(void* hidden_, const void* delta_, const void* weight, void* out, long rows, long size, float eps,
                   int threads) {
   using elem = typename T::elem;
-#pragma omp parallel for num_threads(team(rows * size, threads)) schedule(static)
-  for (long row = 0; row < rows; row++) {
-    elem* hidden = (elem*)hidden_ + row * size;
-    if (delta_ != nullptr) {
-      const elem* delta = (const elem*)delta_ + row * size;
-      long i = 0;
-      for (; i + LANES <= size; i += LANES) T::store16(hidden + i, T::load16(hidden + i) + T::load16(delta + i));
-      for (; i < size; i++) hidden[i] = T::narrow(T::widen(hidden[i]) + T::widen(delta[i]));
+  together(worth(rows * size, threads), [&](const Member& me) {
+    const Range mine = me.share(rows);
+    for (long row = mine.begin; row < mine.end; row++) {
+      elem* hidden = (elem*)hidden_ + row * size;
+      if (delta_ != nullptr) {
+        const elem* delta = (const elem*)delta_ + row * size;
+        long i = 0;
+        for (; i + LANES <= size; i += LANES) T::store16(hidden + i, T::load16(hidden + i) + T::load16(delta + i));
+        for (; i < size; i++) hidden[i] = T::narrow(T::widen(hidden[i]) + T::widen(delta[i]));
+      }
+      norm_row<T>(hidden, (const elem*)weight, (elem*)out + row * size, size, eps);
     }
-    norm_row<T>(hidden, (const elem*)weight, (elem*)out + row * size, size, eps);
-  }
+  });
 }
 
 template <class T>
 void head_norm(void* heads, const void* weight, long rows, long stride, long count, long size, float eps, int threads) {
   using elem = typename T::elem;
-#pragma omp parallel for num_threads(team(rows * count * size, threads)) schedule(static)
-  for (long row = 0; row < rows; row++)
-    for (long h = 0; h < count; h++) {
-      elem* x = (elem*)heads + row * stride + h * size;
-      norm_row<T>(x, (const elem*)weight, x, size, eps);
-    }
+  together(worth(rows * count * size, threads), [&](const Member& me) {
+    const Range mine = me.share(rows);
+    for (long row = mine.begin; row < mine.end; row++)
+      for (long h = 0; h < count; h++) {
+        elem* x = (elem*)heads + row * stride + h * size;
+        norm_row<T>(x, (const elem*)weight, x, size, eps);
+      }
+  });
 }
 
 // silu(gate) * up, with the sigmoid from e^-|gate|, which cannot overflow.
@@ -73,20 +76,22 @@ inline void silu16(const typename T::elem* gate, const typename T::elem* up, typ
 template <class T>
 void silu_and_mul(const void* gate_up_, void* out_, long rows, long size, int threads) {
   using elem = typename T::elem;
-#pragma omp parallel for num_threads(team(rows * size, threads)) schedule(static)
-  for (long row = 0; row < rows; row++) {
-    const elem *gate = (const elem*)gate_up_ + row * 2 * size, *up = gate + size;
-    elem* out = (elem*)out_ + row * size;
-    long i = 0;
-    for (; i + LANES <= size; i += LANES) silu16<T>(gate + i, up + i, out + i);
-    if (i < size) {
-      elem g[LANES] = {}, u[LANES] = {}, o[LANES];
-      std::memcpy(g, gate + i, (size - i) * sizeof(elem));
-      std::memcpy(u, up + i, (size - i) * sizeof(elem));
-      silu16<T>(g, u, o);
-      std::memcpy(out + i, o, (size - i) * sizeof(elem));
+  together(worth(rows * size, threads), [&](const Member& me) {
+    const Range mine = me.share(rows);
+    for (long row = mine.begin; row < mine.end; row++) {
+      const elem *gate = (const elem*)gate_up_ + row * 2 * size, *up = gate + size;
+      elem* out = (elem*)out_ + row * size;
+      long i = 0;
+      for (; i + LANES <= size; i += LANES) silu16<T>(gate + i, up + i, out + i);
+      if (i < size) {
+        elem g[LANES] = {}, u[LANES] = {}, o[LANES];
+        std::memcpy(g, gate + i, (size - i) * sizeof(elem));
+        std::memcpy(u, up + i, (size - i) * sizeof(elem));
+        silu16<T>(g, u, o);
+        std::memcpy(out + i, o, (size - i) * sizeof(elem));
+      }
     }
-  }
+  });
 }
 
 struct Rope {
@@ -104,37 +109,39 @@ template <class T>
 void rope_store(const Rope& r, int threads) {
   using elem = typename T::elem;
   const long width = (r.heads + 2 * r.kv_heads) * r.head_dim, half = r.head_dim / 2, lanes = r.head_dim / T::PER_LANE;
-#pragma omp parallel for num_threads(team(r.tokens * width, threads)) schedule(static)
-  for (long t = 0; t < r.tokens; t++) {
-    elem* row = (elem*)r.qkv + t * width;
-    const float *cos = r.cos + t * half, *sin = r.sin + t * half;
-    for (long h = 0; h < r.heads + r.kv_heads; h++) {
-      elem *x = row + h * r.head_dim, *y = x + half;
-      for (long i = 0; i < half; i++) {
-        const float a = T::widen(x[i]), b = T::widen(y[i]);
-        x[i] = T::narrow(a * cos[i] - b * sin[i]);
-        y[i] = T::narrow(b * cos[i] + a * sin[i]);
+  together(worth(r.tokens * width, threads), [&](const Member& me) {
+    const Range mine = me.share(r.tokens);
+    for (long t = mine.begin; t < mine.end; t++) {
+      elem* row = (elem*)r.qkv + t * width;
+      const float *cos = r.cos + t * half, *sin = r.sin + t * half;
+      for (long h = 0; h < r.heads + r.kv_heads; h++) {
+        elem *x = row + h * r.head_dim, *y = x + half;
+        for (long i = 0; i < half; i++) {
+          const float a = T::widen(x[i]), b = T::widen(y[i]);
+          x[i] = T::narrow(a * cos[i] - b * sin[i]);
+          y[i] = T::narrow(b * cos[i] + a * sin[i]);
+        }
+      }
+      const long block = r.cells[t] / r.block_size, offset = r.cells[t] % r.block_size;
+      for (long h = 0; h < r.kv_heads; h++) {
+        const elem* k = row + (r.heads + h) * r.head_dim;
+        const elem* v = k + r.kv_heads * r.head_dim;
+        const long base = (block * r.kv_heads + h) * r.block_size * lanes;
+        uint32_t* to = (uint32_t*)r.keys + base + offset / LANES * lanes * LANES + offset % LANES;
+        for (long i = 0; i < lanes; i++) {
+          uint32_t lane;
+          std::memcpy(&lane, k + i * T::PER_LANE, 4);
+          to[i * LANES] = lane;
+        }
+        const long part = offset % T::PER_LANE;
+        elem* cell = (elem*)((uint32_t*)r.values + base + offset / T::PER_LANE * r.head_dim) + part;
+        for (long i = 0; i < r.head_dim; i++) cell[i * T::PER_LANE] = v[i];
+        // The neighbour in the lane is multiplied by a weight of zero until it is written: it must not be NaN.
+        if (T::PER_LANE == 2 && part == 0 && r.last[t])
+          for (long i = 0; i < r.head_dim; i++) cell[i * 2 + 1] = 0;
       }
     }
-    const long block = r.cells[t] / r.block_size, offset = r.cells[t] % r.block_size;
-    for (long h = 0; h < r.kv_heads; h++) {
-      const elem* k = row + (r.heads + h) * r.head_dim;
-      const elem* v = k + r.kv_heads * r.head_dim;
-      const long base = (block * r.kv_heads + h) * r.block_size * lanes;
-      uint32_t* to = (uint32_t*)r.keys + base + offset / LANES * lanes * LANES + offset % LANES;
-      for (long i = 0; i < lanes; i++) {
-        uint32_t lane;
-        std::memcpy(&lane, k + i * T::PER_LANE, 4);
-        to[i * LANES] = lane;
-      }
-      const long part = offset % T::PER_LANE;
-      elem* cell = (elem*)((uint32_t*)r.values + base + offset / T::PER_LANE * r.head_dim) + part;
-      for (long i = 0; i < r.head_dim; i++) cell[i * T::PER_LANE] = v[i];
-      // The neighbour in the lane is multiplied by a weight of zero until it is written: it must not be NaN.
-      if (T::PER_LANE == 2 && part == 0 && r.last[t])
-        for (long i = 0; i < r.head_dim; i++) cell[i * 2 + 1] = 0;
-    }
-  }
+  });
 }
 
 }  // namespace

@@ -13,28 +13,26 @@ namespace {
 template <class T>
 void linear(const Linear& l, const void* packed, const Beside& beside, int threads) {
   const long panel = l.k / T::PER_LANE * LANES;
-#pragma omp parallel num_threads(threads)
-  {
-    const Share mine(l.rows, l.n);
-    Blocks<T, T> compute(l, beside, mine.count());
+  together(threads, [&](const Member& me) {
+    const Share mine(me, l.rows, l.n);
+    Blocks<T, T> compute(me, l, beside, mine.count());
     for (long i = 0; i < mine.count(); i++) compute((const uint32_t*)packed + mine[i].first * panel, mine[i]);
-  }
+  });
 }
 
 template <class T>
 void pack(const void* weight, void* packed, long n, long k, int threads) {
   using elem = typename T::elem;
   const long lanes = k / T::PER_LANE, panels = (n + LANES - 1) / LANES;
-#pragma omp parallel num_threads(threads)
-  {
+  together(threads, [&](const Member& me) {
     std::vector<uint32_t> turned(lanes * LANES);
-#pragma omp for schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
+    const Range mine = me.share(panels);
+    for (long panel = mine.begin; panel < mine.end; panel++) {
       const long row = panel * LANES, rows = n - row < LANES ? n - row : LANES;
       transpose<T>((const elem*)weight + row * k, k, k, rows, turned.data());
       std::memcpy((uint32_t*)packed + panel * lanes * LANES, turned.data(), lanes * LANES * sizeof(uint32_t));
     }
-  }
+  });
 }
 
 template <class T>
@@ -50,9 +48,11 @@ void unpack(const void* packed, void* weight, long begin, long end, long k) {
 
 template <class T>
 void gather(const void* packed, const int64_t* rows, void* out, long count, long k, int threads) {
-#pragma omp parallel for num_threads(count < 16 ? 1 : threads) schedule(static)
-  for (long i = 0; i < count; i++)
-    unpack<T>(packed, (typename T::elem*)out + i * k, rows[i], rows[i] + 1, k);
+  together(count < 16 ? 1 : threads, [&](const Member& me) {
+    const Range mine = me.share(count);
+    for (long i = mine.begin; i < mine.end; i++)
+      unpack<T>(packed, (typename T::elem*)out + i * k, rows[i], rows[i] + 1, k);
+  });
 }
 
 }  // namespace

@@ -3,11 +3,10 @@
 // LoRA: Hu et al., 2021, arXiv:2106.09685. Tokens grouped by adapter: Punica, Chen et al., 2023, arXiv:2310.18547.
 // The pools hold A [slices * R, in] and B [out, R] of every slot, slot_stride elements apart; only an adapter's own rank
 // is computed.
-#include <omp.h>
-
 #include <vector>
 
 #include "expand.h"
+#include "team.h"
 
 namespace aio {
 namespace {
@@ -73,36 +72,40 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   for (const Segment* g = segments; g < segments + count; g++)
     for (long t = g->begin; t < g->end; t += TOKENS)
       for (long j = 0; j < s.slices; j++)
-        for (long r = 0; r < g->rank; r += 4) tasks.push_back({g, t, j, r});
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < long(tasks.size()); i++) {
-    const Task& task = tasks[i];
-    const Segment& g = *task.segment;
-    const long rows = g.rank - task.row < 4 ? g.rank - task.row : 4;
-    const auto rows_of = [&](const Task& of) {
-      return (const elem*)s.a + of.segment->slot * s.slot_stride + (of.slice * s.max_rank + of.row) * s.k;
-    };
-    const elem* first = rows_of(task);
-    const elem* later = rows_of(tasks[i + TASKS_AHEAD < long(tasks.size()) ? i + TASKS_AHEAD : i]);
-    const elem* a[4];
-    for (int r = 0; r < 4; r++) a[r] = first + (r < rows ? r : 0) * s.k;
-    const long end = task.begin + TOKENS < g.end ? task.begin + TOKENS : g.end;
-    for (long t = task.begin; t < end; t += 4) {
-      const elem* x = (const elem*)s.x + t * s.x_stride;
-      const long tokens = end - t < 4 ? end - t : 4;
-      vf found;
-      switch (tokens) {
-        case 1: found = products<T, 1>(x, s.x_stride, a, s.k, later); break;
-        case 2: found = products<T, 2>(x, s.x_stride, a, s.k, later); break;
-        case 3: found = products<T, 3>(x, s.x_stride, a, s.k, later); break;
-        default: found = products<T, 4>(x, s.x_stride, a, s.k, later); break;
+        for (long r = 0; r == 0 || r < g->rank; r += 4) tasks.push_back({g, t, j, r});
+  together(threads, [&](const Member& me) {
+    const Range mine = me.share(long(tasks.size()));
+    for (long i = mine.begin; i < mine.end; i++) {
+      const Task& task = tasks[i];
+      const Segment& g = *task.segment;
+      const long rows = g.rank - task.row < 4 ? g.rank - task.row : 4;
+      const auto rows_of = [&](const Task& of) {
+        return (const elem*)s.a + of.segment->slot * s.slot_stride + (of.slice * s.max_rank + of.row) * s.k;
+      };
+      const elem* first = rows_of(task);
+      const elem* later = rows_of(tasks[i + TASKS_AHEAD < mine.end ? i + TASKS_AHEAD : i]);
+      const elem* a[4];
+      for (int r = 0; r < 4; r++) a[r] = first + (r < rows ? r : 0) * s.k;
+      const long end = task.begin + TOKENS < g.end ? task.begin + TOKENS : g.end;
+      for (long t = task.begin; t < end; t += 4) {
+        const elem* x = (const elem*)s.x + t * s.x_stride;
+        const long tokens = end - t < 4 ? end - t : 4;
+        vf found;
+        switch (tokens) {
+          case 1: found = products<T, 1>(x, s.x_stride, a, s.k, later); break;
+          case 2: found = products<T, 2>(x, s.x_stride, a, s.k, later); break;
+          case 3: found = products<T, 3>(x, s.x_stride, a, s.k, later); break;
+          default: found = products<T, 4>(x, s.x_stride, a, s.k, later); break;
+        }
+        for (long u = 0; u < tokens; u++) {
+          elem* h = (elem*)s.h + ((t + u) * s.slices + task.slice) * s.max_rank + task.row;
+          for (long r = 0; r < rows; r++) h[r] = T::narrow(found[u * 4 + r]);
+          if (task.row + 4 >= g.rank)
+            for (long r = rows; r < s.max_rank - task.row; r++) h[r] = elem{};
+        }
       }
-      for (long u = 0; u < tokens; u++)
-        for (long r = 0; r < rows; r++)
-          ((elem*)s.h)[((t + u) * s.slices + task.slice) * s.max_rank + task.row + r] =
-              T::narrow(found[u * 4 + r]);
     }
-  }
+  });
 }
 
 template <class T>
@@ -173,11 +176,10 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
       std::memcpy(&copy[i * width], (const elem*)e.h + i * e.max_rank, e.max_rank * sizeof(elem));
     lanes_of_h = copy.data();
   }
-#pragma omp parallel num_threads(threads)
-  {
+  together(threads, [&](const Member& me) {
     const long panel = width * LANES;
     std::vector<uint32_t> b(2 * panel);
-    const Range mine = share(long(tasks.size()), omp_get_thread_num(), omp_get_num_threads());
+    const Range mine = me.share(long(tasks.size()));
     for (const Segment* g = segments; g < segments + count; g++) {
       const long lanes = (g->rank + T::PER_LANE - 1) / T::PER_LANE;
       for (long i = mine.begin; i < mine.end; i++) {
@@ -205,33 +207,38 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
         }
       }
     }
-  }
+  });
 }
 
 template <class T>
 void affine(void* y_, long y_stride, const Slice* slice, long slices, const Segment* segments, long count,
             int threads) {
   using elem = typename T::elem;
-  for (const Segment* g = segments; g < segments + count; g++)
-    for (long j = 0; j < slices; j++) {
-      const elem* gain = (const elem*)slice[j].affine + g->slot * slice[j].affine_stride;
-      const elem* shift = gain + slice[j].out;
-#pragma omp parallel for num_threads((g->end - g->begin) * slice[j].out < 8192 ? 1 : threads) schedule(static)
-      for (long t = g->begin; t < g->end; t++) {
-        elem* y = (elem*)y_ + t * y_stride + slice[j].offset;
-        for (long i = 0; i < slice[j].out; i += LANES) {
-          const long n = slice[j].out - i;
-          const vf v = load_some<T>(y + i, n);
-          store_some<T>(y + i, v + load_some<T>(gain + i, n) * v + load_some<T>(shift + i, n), n);
+  long products = 0;
+  for (const Segment* g = segments; g < segments + count; g++) products += (g->end - g->begin) * slice[0].out;
+  together(products < 8192 ? 1 : threads, [&](const Member& me) {
+    for (const Segment* g = segments; g < segments + count; g++)
+      for (long j = 0; j < slices; j++) {
+        const elem* gain = (const elem*)slice[j].affine + g->slot * slice[j].affine_stride;
+        const elem* shift = gain + slice[j].out;
+        const Range mine = me.share(g->end - g->begin);
+        for (long t = g->begin + mine.begin; t < g->begin + mine.end; t++) {
+          elem* y = (elem*)y_ + t * y_stride + slice[j].offset;
+          for (long i = 0; i < slice[j].out; i += LANES) {
+            const long n = slice[j].out - i;
+            const vf v = load_some<T>(y + i, n);
+            store_some<T>(y + i, v + load_some<T>(gain + i, n) * v + load_some<T>(shift + i, n), n);
+          }
         }
       }
-    }
+  });
 }
 
 }  // namespace
 }  // namespace aio
 
-// segments [count][slot, begin, end, rank]. h [tokens, slices, max_rank] must be zero beforehand.
+// segments [count][slot, begin, end, rank]. h [tokens, slices, max_rank] is zero beyond an adapter's rank; rows of no
+// segment stay as they are.
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride,
                                 long k, long slices, long max_rank, const int32_t* segments, long count, int threads) {
   const aio::Shrink s{x, x_stride, a, h, slot_stride, k, slices, max_rank};

@@ -61,11 +61,10 @@ template <class T>
 void quantize(const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long rotation,
               int threads) {
   const long lanes = k / Int8::PER_LANE;
-#pragma omp parallel num_threads(threads)
-  {
+  together(threads, [&](const Member& me) {
     std::vector<float> floats(k);
-#pragma omp for schedule(static)
-    for (long row = 0; row < n; row++) {
+    const Range mine = me.share(n);
+    for (long row = mine.begin; row < mine.end; row++) {
       const float largest = rotated<T>((const typename T::elem*)weight + row * k, k, rotation, floats.data());
       const float up = inverse(largest);
       uint32_t* out = (uint32_t*)packed + row / LANES * lanes * LANES + row % LANES;
@@ -83,7 +82,7 @@ void quantize(const void* weight, void* packed, float* scale, int32_t* start, lo
       scale[row] = largest / LARGEST;
       if (start != nullptr) start[row] = -ZERO * total;
     }
-  }
+  });
 }
 
 template <class T, int VECTORS>
@@ -103,11 +102,10 @@ void dequantize(const void* packed, const float* scale, const int64_t* rows, voi
                 long rotation, int threads) {
   using elem = typename T::elem;
   const long lanes = k / Int8::PER_LANE;
-#pragma omp parallel num_threads(count < 16 ? 1 : threads)
-  {
+  together(count < 16 ? 1 : threads, [&](const Member& me) {
     std::vector<float> floats(k);
-#pragma omp for schedule(static)
-    for (long r = 0; r < count; r++) {
+    const Range mine = me.share(count);
+    for (long r = mine.begin; r < mine.end; r++) {
       const long row = rows[r];
       const uint32_t* in = (const uint32_t*)packed + row / LANES * lanes * LANES + row % LANES;
       for (long i = 0; i < lanes; i++)
@@ -121,7 +119,7 @@ void dequantize(const void* packed, const float* scale, const int64_t* rows, voi
         default: rotate_back<T, 8>(floats.data(), k, scale[row], out); break;
       }
     }
-  }
+  });
 }
 
 // Int8 lanes as lanes of the activations' type; every int8 is exact in both.
@@ -150,38 +148,39 @@ struct Work {
 template <class T>
 void with_activations_as_they_are(const Work& w) {
   const long lanes = w.l.k / Int8::PER_LANE;
-#pragma omp parallel num_threads(w.threads)
-  {
+  together(w.threads, [&](const Member& me) {
     std::vector<uint32_t> wide(PANELS * w.l.k / T::PER_LANE * LANES);
-    const Share mine(w.l.rows, w.l.n);
-    Blocks<T, T> compute(w.l, w.beside, mine.count());
+    const Share mine(me, w.l.rows, w.l.n);
+    Blocks<T, T> compute(me, w.l, w.beside, mine.count());
     for (long i = 0; i < mine.count(); i++) {
       Block block = mine[i];
       block.next = 0;  // the weights are not where the next block's follow
       widen<T>(w.packed + block.first * lanes * LANES, block.panels * lanes, wide.data());
       compute(wide.data(), block);
     }
-  }
+  });
+}
+
+// A thread's, kept from call to call: a step has some hundred of them.
+inline void* room(long bytes) {
+  static thread_local std::vector<uint32_t> kept;
+  const size_t lanes = (bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t);
+  if (kept.size() < lanes) kept.resize(lanes);
+  return kept.data();
 }
 
 template <class T>
 void with_int8_activations(const Work& w) {
   const Linear& given = w.l;
   const long lanes = given.k / Int8::PER_LANE;
-  // Kept from call to call: a step has some hundred of them.
-  static thread_local std::vector<uint8_t> rows;
-  static thread_local std::vector<float> scales;
-  if (long(rows.size()) < given.rows * given.k) rows.resize(given.rows * given.k);
-  if (long(scales.size()) < given.rows) scales.resize(given.rows);
-  uint8_t* const bytes = rows.data();
-  float* const row_scale = scales.data();
-  Linear l = given;
-  l.x = bytes, l.x_stride = given.k, l.row_scale = row_scale;
-#pragma omp parallel num_threads(w.threads)
-  {
+  together(w.threads, [&](const Member& me) {
+    auto* const row_scale = (float*)me.from_first([&] { return room(given.rows * (given.k + long(sizeof(float)))); });
+    auto* const bytes = (uint8_t*)(row_scale + given.rows);
+    Linear l = given;
+    l.x = bytes, l.x_stride = given.k, l.row_scale = row_scale;
     std::vector<float> floats(given.k);
-#pragma omp for schedule(static)
-    for (long r = 0; r < given.rows; r++) {
+    const Range rows = me.share(given.rows);
+    for (long r = rows.begin; r < rows.end; r++) {
       const auto* x = (const typename T::elem*)given.x + r * given.x_stride;
       const float largest = rotated<T>(x, given.k, w.rotation, floats.data()), up = inverse(largest);
       typedef uint8_t vb __attribute__((vector_size(16)));
@@ -191,10 +190,11 @@ void with_int8_activations(const Work& w) {
       }
       row_scale[r] = largest / LARGEST / (w.rotation > 0 ? w.rotation : 1);
     }
-    const Share mine(l.rows, l.n);
-    Blocks<Int8, T> compute(l, w.beside, mine.count());
+    me.wait();
+    const Share mine(me, l.rows, l.n);
+    Blocks<Int8, T> compute(me, l, w.beside, mine.count());
     for (long i = 0; i < mine.count(); i++) compute(w.packed + mine[i].first * lanes * LANES, mine[i]);
-  }
+  });
 }
 
 }  // namespace

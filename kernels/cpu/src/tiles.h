@@ -6,11 +6,10 @@
 // Multiplication", 2008.)
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "expand.h"
+#include "team.h"
 
 namespace aio {
 
@@ -217,9 +216,9 @@ struct Block {
 // A thread's blocks: blocks of rows outside, panels inside, and its share is contiguous in that order.
 class Share {
  public:
-  Share(long rows, long n)
+  Share(const Member& me, long rows, long n)
       : rows_(rows), panels_((n + LANES - 1) / LANES), groups_((panels_ + PANELS - 1) / PANELS),
-        mine_(share((rows + ROW_BLOCK - 1) / ROW_BLOCK * groups_, omp_get_thread_num(), omp_get_num_threads())) {}
+        mine_(me.share((rows + ROW_BLOCK - 1) / ROW_BLOCK * groups_)) {}
 
   long count() const { return mine_.end - mine_.begin; }
 
@@ -245,9 +244,9 @@ template <class T, class Out>
 class Blocks {
  public:
   // `blocks` is how many there will be.
-  Blocks(const Linear& l, const Beside& beside, long blocks)
-      : l_(l), adapters_(beside.adapters), next_(beside.next), left_(blocks),
-        fetcher_(beside, omp_get_thread_num(), omp_get_num_threads(), blocks) {
+  Blocks(const Member& me, const Linear& l, const Beside& beside, long blocks)
+      : me_(me), l_(l), adapters_(beside.adapters), next_(beside.next), left_(blocks),
+        fetcher_(beside, me.index, me.count, blocks) {
     if (adapters_ != nullptr) b_.resize(PANELS * adapters_->max_rank / Out::PER_LANE * LANES);
   }
 
@@ -293,7 +292,7 @@ class Blocks {
   // What this thread needs first of the linear that follows.
   void want_next_linear() {
     if (next_.begin == nullptr) return;
-    const Share share(l_.rows, next_.outputs);
+    const Share share(me_, l_.rows, next_.outputs);
     if (share.count() > 0)
       fetcher_.want((const char*)next_.begin + share[0].first * next_.panel_bytes, share[0].panels * next_.panel_bytes);
   }
@@ -367,6 +366,7 @@ class Blocks {
     return delta;
   }
 
+  const Member& me_;
   const Linear& l_;
   const Adapters* adapters_;
   Panels next_;
