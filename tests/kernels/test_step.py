@@ -80,7 +80,13 @@ class Run:
 
 
 @pytest.mark.parametrize("sequences", [FEW, LONG])
-@pytest.mark.parametrize("ranks", [(16, 16, 16, 16), (64, 5, 16, 33), (8, 3, 2, 8), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        *((16, 16, 16, 16), (64, 5, 16, 33), (24, 20, 3, 24), (12, 12, 1, 9), (8, 3, 2, 8), (4, 3, 1, 4)),
+        *((2, 1, 2, 2), (1, 1, 1, 1)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_that_of_torch(
     dtype: torch.dtype, ranks: tuple[int, ...], sequences: list[tuple[int, int]]

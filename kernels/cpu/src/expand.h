@@ -77,6 +77,27 @@ inline vu join(half low, half high) {
 #endif
 }
 
+// Of 16 rows, the sums of the products of 4 lanes.
+template <class T>
+inline vf quarter_sums(const uint32_t* h, const uint32_t* rows, long stride) {
+#if defined(AIO_SHUFFLE)
+  const vu x = every_fourth(h, 0, 0);
+  vf acc[4], turned[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) acc[i] = T::dot(vf{}, x, every_fourth(rows, stride, i));
+  transpose_groups(acc, turned);
+  return (turned[0] + turned[1]) + (turned[2] + turned[3]);
+#else
+  vf total = {};
+  for (int k = 0; k < 4; k++) {
+    vu lane;
+    for (int i = 0; i < LANES; i++) lane[i] = rows[i * stride + k];
+    total = T::dot(total, splat(h[k]), lane);
+  }
+  return total;
+#endif
+}
+
 // A matrix B from one of its rows on: rows `stride` lanes apart, of which an adapter's rank takes up `lanes`.
 template <class T>
 struct B {
@@ -84,13 +105,13 @@ struct B {
   long stride, lanes, rank;
 };
 
-// y += B h for one row and so many panels, products along the ranks. `lanes` is a multiple of 8; what is beyond the
-// adapter's rank is zero.
+// y += B h for one row and so many panels, products along the ranks. `lanes` is a multiple of 4 that B has; what is
+// beyond the adapter's rank is zero.
 template <class T>
 inline void expand_row(const uint32_t* h, const B<T>& b, long lanes, long panels, typename T::elem* y) {
   const uint32_t* row = (const uint32_t*)b.at;
-  const long whole = lanes - lanes % LANES;
-  const vu tail = lanes > whole ? join(load_half(h + whole), load_half(h + whole)) : vu{};
+  const long whole = lanes - lanes % LANES, quarter = lanes % 8 == 4 ? lanes - 4 : lanes;
+  const vu tail = quarter > whole ? join(load_half(h + whole), load_half(h + whole)) : vu{};
   for (long p = 0; p < panels; p++, row += LANES * b.stride) {
     vf total = T::load16(y + p * LANES);
     if (whole > 0) {
@@ -105,7 +126,7 @@ inline void expand_row(const uint32_t* h, const B<T>& b, long lanes, long panels
       }
       total += sums(acc);
     }
-    if (lanes > whole) {
+    if (quarter > whole) {
       vf acc[8];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++) {
@@ -114,6 +135,7 @@ inline void expand_row(const uint32_t* h, const B<T>& b, long lanes, long panels
       }
       total += half_sums(acc);
     }
+    if (lanes > quarter) total += quarter_sums<T>(h + quarter, row + quarter, b.stride);
     T::store16(y + p * LANES, total);
   }
 }
@@ -132,7 +154,8 @@ inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long la
       acc[r][0] = T::load16(y + r * y_stride);
       if (CHAINS == 2) acc[r][CHAINS - 1] = vf{};
     }
-    for (long k = 0; k < lanes; k += 8) {
+    long k = 0;
+    for (; k + 8 <= lanes; k += 8) {
       vu w[8];
       transpose8(row + k, b.stride, w);
 #pragma GCC unroll 8
@@ -140,6 +163,26 @@ inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long la
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
           acc[r][j % CHAINS] = T::dot(acc[r][j % CHAINS], splat(h[r * h_stride + k + j]), w[j]);
+    }
+    const auto add = [&](auto& w, int count) {
+#pragma GCC unroll 4
+      for (int j = 0; j < count; j++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+          acc[r][j % CHAINS] = T::dot(acc[r][j % CHAINS], splat(h[r * h_stride + k + j]), w[j]);
+    };
+    if (k + 4 == lanes) {
+      vu w[4];
+      transpose4(row + k, b.stride, w);
+      add(w, 4);
+    } else if (lanes == 2) {
+      vu w[2];
+      transpose_all(row, w);
+      add(w, 2);
+    } else if (lanes == 1) {
+      vu w[1];
+      transpose_all(row, w);
+      add(w, 1);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) T::store16(y + r * y_stride, CHAINS == 2 ? acc[r][0] + acc[r][CHAINS - 1] : acc[r][0]);
@@ -165,9 +208,11 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
 template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
                    long y_stride, uint32_t* turned) {
-  const long lanes = (b.lanes + 7) / 8 * 8;
-  const bool as_it_lies = lanes <= b.stride;
-  if (as_it_lies && rows <= FEW_ROWS) {
+  // Taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
+  const long by_8 = (b.lanes + 7) / 8 * 8, by_4 = (b.lanes + 3) / 4 * 4;
+  const long lanes = by_8 <= b.stride ? by_8 : by_4 <= b.stride ? by_4 : b.stride;
+  const bool as_it_lies = lanes % 4 == 0 || lanes <= 2;
+  if (as_it_lies && lanes >= 8 && rows <= FEW_ROWS) {
     for (long r = 0; r < rows; r++) expand_row<T>(h + r * h_stride, b, lanes, panels, y + r * y_stride);
     return;
   }
