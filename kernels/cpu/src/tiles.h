@@ -14,7 +14,7 @@
 namespace aio {
 
 constexpr int ROWS = 8, PANELS = 3;
-constexpr long ROW_BLOCK = 128;  // rows of x that stay in the L2 cache while the panels pass by
+constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
 
 // Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
 // For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
@@ -213,29 +213,39 @@ struct Block {
   long begin, end, first, panels, next;
 };
 
-// A thread's blocks: blocks of rows outside, panels inside, and its share is contiguous in that order.
+// A thread's blocks: blocks of rows outside, panels inside. It has the same panels of all rows where these can be shared
+// out evenly, else a contiguous part of all blocks. Blocks of rows are as even as tiles allow: a last one of a few rows
+// would have all weights read for these, and those whose blocks it has would wait for the others.
 class Share {
  public:
-  Share(const Member& me, long rows, long n)
-      : rows_(rows), panels_((n + LANES - 1) / LANES), groups_((panels_ + PANELS - 1) / PANELS),
-        mine_(me.share((rows + ROW_BLOCK - 1) / ROW_BLOCK * groups_)) {}
+  Share(const Member& me, long rows, long n) : rows_(rows), panels_(whole(n, LANES)), wide_(whole(panels_, PANELS)) {
+    const long blocks = whole(rows, ROW_BLOCK);
+    height_ = whole(whole(rows, ROWS), blocks) * ROWS;
+    if (wide_ % me.count == 0) {
+      wide_ /= me.count;
+      left_ = me.index * wide_;
+      mine_ = {0, blocks * wide_};
+    } else {
+      mine_ = me.share(blocks * wide_);
+    }
+  }
 
   long count() const { return mine_.end - mine_.begin; }
 
   Block operator[](long i) const {
-    const long at = mine_.begin + i, begin = at / groups_ * ROW_BLOCK, first = at % groups_ * PANELS;
-    const long end = begin + ROW_BLOCK < rows_ ? begin + ROW_BLOCK : rows_;
-    return {begin, end, first, panels(first), i + 1 < count() ? panels(first + PANELS) : 0};
+    const long at = mine_.begin + i, begin = at / wide_ * height_, first = (left_ + at % wide_) * PANELS;
+    const long end = begin + height_ < rows_ ? begin + height_ : rows_;
+    const bool adjoins = i + 1 < count() && (at + 1) % wide_ != 0;
+    return {begin, end, first, panels(first), adjoins ? panels(first + PANELS) : 0};
   }
 
  private:
-  // From `first` on, at most a block's; none behind the last.
-  long panels(long first) const {
-    const long left = panels_ - first;
-    return left < 0 ? 0 : left < PANELS ? left : PANELS;
-  }
+  // From `first` on, at most a block's.
+  long panels(long first) const { return panels_ - first < PANELS ? panels_ - first : PANELS; }
 
-  long rows_, panels_, groups_;
+  static long whole(long n, long of) { return (n + of - 1) / of; }
+
+  long rows_, panels_, wide_, left_ = 0, height_;
   Range mine_;
 };
 
