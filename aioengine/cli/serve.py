@@ -18,6 +18,7 @@ from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.help import FOLDED
 from aioengine.cli.loop import run
+from aioengine.cli.process import EXIT_FAILED
 from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serve_log import configure_logging
 from aioengine.errors import ConfigError
@@ -197,8 +198,11 @@ async def _serve(
                     finished = await serve_until_told(app, signals, flags.grace_seconds)
                 if not finished:  # so that what is cut off says so, as its last event
                     await engine.stop()
+                dead = engine.state == "dead"
     logger.info("stopped")
-    return 0 if finished else 1
+    if dead:
+        logger.error("the engine had failed before")
+    return 0 if finished and not dead else EXIT_FAILED
 
 
 def _tell(url: str, flags: ServerFlags, settings: ServerSettings) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from aioengine.lab.experiment import Experiment
 from aioengine.lab.extra import needs_extra
 from aioengine.lab.pool import Report, Task, run_all
 from aioengine.lab.presets import load_costs
+from aioengine.lab.run import check_policy
 from aioengine.lab.statistics import estimate, paired, regret
 from aioengine.lab.summary import flatten
 
@@ -100,8 +102,8 @@ def compare(
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
     run below ``runs``. A run that fails leaves its error in the results, and the others go on.
 
-    Raises ConfigError before anything runs if a setting is impossible or the preset, the trace or the folder
-    cannot be used, KeyboardInterrupt if ``stopping()``.
+    Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
+    trace, a policy or the folder cannot be used, KeyboardInterrupt if ``stopping()``.
     """
     out = Path(out)
     tasks = comparison.tasks(out)
@@ -115,8 +117,12 @@ def compare(
 
     load_costs(comparison.experiment.preset)  # what no run can do without is known before any begins
     comparison.experiment.open_workload()
+    for policy in comparison.policies:
+        check_policy(policy)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for earlier in (out / "runs").glob("*/experiment.json"):
+            shutil.rmtree(earlier.parent)
         write_comparison(comparison, out / "comparison.json")
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ def run(experiment: Experiment, out: str | Path, progress: Progress | None = Non
     out = Path(out)
     costs = load_costs(experiment.preset)
     workload = experiment.open_workload()
+    run_in_virtual_time(_start(experiment, costs))  # what cannot run leaves an earlier run's files alone
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))
@@ -90,6 +92,17 @@ async def simulate(
         return replayed
 
 
+async def _start(experiment: Experiment, costs: CostModel) -> None:
+    """Start the engine, and end it again: raises what keeps it from running."""
+    async with SimulatedEngine(experiment.engine_config(), costs, check_policy(experiment.policy)):
+        pass
+
+
+def check_policy(spec: str | dict[str, Any]) -> SchedulerPolicy:
+    """The policy that ``spec`` names, knowing of no arrivals. Raises PolicyError if there is none."""
+    return _load_policy(spec, list)
+
+
 def lab_policy(spec: str | dict[str, Any], workload: Workload, *, start: float = 0.0) -> SchedulerPolicy:
     """The policy that ``spec`` names; the clairvoyant ones are told of the workload's arrivals.
 
@@ -103,6 +116,12 @@ def lab_policy(spec: str | dict[str, Any], workload: Workload, *, start: float =
     def future() -> list[tuple[float, str]]:
         return [(arrival.time, arrival.adapter) for arrival in workload if arrival.adapter is not None]
 
+    return _load_policy(spec, future, start)
+
+
+def _load_policy(
+    spec: str | dict[str, Any], future: Callable[[], list[tuple[float, str]]], start: float = 0.0
+) -> SchedulerPolicy:
     try:
         return load_policy(spec, supply={"future": future, "start": lambda: start})
     except ValueError as error:

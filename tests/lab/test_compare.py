@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.errors import ConfigError
+from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
 from aioengine.lab.compare_report import load_compare, ranked, write_compare_report
 from aioengine.lab.comparison import read_comparison
@@ -132,7 +132,7 @@ def test_the_report_ranks(folder: Path) -> None:
         "ttft.png",
         "regret.png",
     }
-    assert b"aioengine lab compare --experiment comparison.json" in first
+    assert b"aioengine lab compare --experiment FOLDER/comparison.json" in first
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
@@ -141,13 +141,27 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
         "class Deadly(FCFS):\n    def schedule(self, view):\n        os.kill(os.getpid(), 9)\n"
     )
     out = tmp_path / "out"
-    found = compare(grid(policies=["nobody", f"{tmp_path}/deadly.py:Deadly", "fcfs"]), out)
+    many = msgspec.structs.replace(BASE, cpu_loras=5000)
+    found = compare(
+        grid(experiment=many, policies=[f"{tmp_path}/deadly.py:Deadly", "fcfs"], slots=[2, 5000]), out
+    )
     assert [failure.error.split(":")[0] for failure in found.failures] == [
-        "PolicyError",
         "its process was killed by signal 9 (out of memory?)",
+        "ConfigError",
+        "ConfigError",
     ]
-    assert found.results["requests_finished"].to_list() == [None, None, 30.0]
-    assert b"2 of 3 runs failed" in write_compare_report(out).read_bytes()
+    assert found.results["requests_finished"].to_list() == [None, 30.0, None, None]
+    assert b"3 of 4 runs failed" in write_compare_report(out).read_bytes()
+
+
+def test_what_no_run_can_do_without_is_known_before_any_begins(tmp_path: Path) -> None:
+    compare(grid(seeds=[0, 1]), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(PolicyError, match="did you mean 'fcfs'"):
+        compare(grid(policies=["fcfs", "fcsf"]), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+    compare(grid(policies=["vtc"]), tmp_path)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["0000-vtc-slots=2-scale=1-seed=0"]
 
 
 def test_to_stop_ends_the_workers(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_errors_before_the_run(
 ) -> None:
     with pytest.raises(error, match=words):
         run(experiment(**fields), tmp_path)
+    assert not any(tmp_path.iterdir()), "an earlier run's files would have been lost"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from engine_fixtures import Tiny
 
@@ -125,6 +126,23 @@ async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
         await client.close()
     assert not any("exception" in line for line in server.lines)
     assert [line["error"] for line in server.lines if line["message"] == "request"] == ["unavailable"]
+
+
+async def test_an_engine_that_has_failed_is_told_of_by_the_exit_code(tiny_text: Tiny) -> None:
+    async with serving(tiny_text.model, "--executor", "process") as server:
+        workers = [
+            child
+            for child in psutil.Process(server.process.pid).children()
+            if "spawn" in str(child.cmdline())
+        ]
+        for worker in workers:
+            worker.kill()
+        async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http, asyncio.timeout(60):
+            while (await http.get("/health")).status_code != 503:
+                await asyncio.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.end() == 1
+    assert server.lines[-1]["level"] == "error"
 
 
 def test_what_is_refused_is_refused_before_the_model_is_loaded(
