@@ -336,8 +336,8 @@ def _environment() -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     if "OMP_WAIT_POLICY" not in environment:
-        # If the application computes, one of a team's threads may have to wait for a core. The others would
-        # spin for a millisecond at each of a step's hundreds of barriers, on the very core that it waits for.
+        # If the application computes, one of a team's threads may have to wait for a core. After each of
+        # torch's operations the others would spin for a millisecond, on the very core that it waits for.
         environment.setdefault("GOMP_SPINCOUNT", "1000")
     # It looks into the rendezvous file, which is gone by then.
     environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
