@@ -11,7 +11,10 @@ from rich.text import Text
 from aioengine.cli.tables import box_for, output_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from aioengine.lab.compare_figures import Compare
+    from aioengine.lab.compare_report import Ranking
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -39,13 +42,31 @@ def print_rankings(compare: Compare) -> None:
     from aioengine.lab.compare_report import rankings
 
     console = output_console()
+    shared = False
     for ranking in rankings(compare):
-        table = Table(title=Text(ranking.title), title_justify="left", box=box_for(console))
-        table.add_column("")
-        table.add_column("policy", overflow="fold")
-        for head in ranking.heads:
-            table.add_column(head, justify="right")
-        for place, row in enumerate(ranking.rows, 1):
-            cells = [f"{cell.value} {cell.interval or ''}".rstrip() for cell in row.cells]
-            table.add_row(str(place), Text(row.policy), *cells)
+        table = _ranking_table(ranking, console, " ")
+        if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
+            table = _ranking_table(ranking, console, "\n")
         console.print(table)
+        console.print()
+        shared = shared or any("=" in row.place for row in ranking.rows)
+    if shared:
+        console.print("=: the seeds do not tell which of these is better (95%)", style="dim")
+
+
+def _ranking_table(ranking: Ranking, console: Console, joint: str) -> Table:
+    """With ``joint`` between a mean and its interval. The columns of figures are as wide as they need to be:
+    Rich would break lines at no-break spaces too, between a number and its unit."""
+    from aioengine.lab.style import policy_label
+
+    title = Text(ranking.title)
+    table = Table(title=title, title_justify="left", box=box_for(console), show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("policy", overflow="fold")
+    texts = [[joint.join(filter(None, cell[:2])) for cell in row.cells] for row in ranking.rows]
+    for head, column in zip(ranking.heads, zip(*texts, strict=True), strict=True):
+        parts = [*head.split(), *(line for text in column for line in text.split("\n"))]
+        table.add_column(head, justify="right", width=max(map(len, parts)))
+    for row, cells in zip(ranking.rows, texts, strict=True):
+        table.add_row(row.place, Text(policy_label(row.name)), *cells)
+    return table

@@ -19,6 +19,8 @@ from aioengine.lab.report import (
     versions_text,
     write_files,
 )
+from aioengine.lab.statistics import Estimate, paired
+from aioengine.lab.style import change_text
 
 COLUMNS = (
     "ttft_seconds.mean",
@@ -37,14 +39,20 @@ class Cell(NamedTuple):
     interval: str | None
     """Half of it, as in "± 0.2 s"."""
     difference: str | None
-    """To the first policy, in percent of its mean, if it has an interval that leaves out 0."""
+    """To the first policy, if it has an interval that leaves out 0: in percent of its mean, of shares in
+    percentage points."""
     verdict: str
     """ "good" or "bad", for a difference."""
 
 
 class Row(NamedTuple):
-    policy: str
+    name: str
+    """Of a policy, or of a figure."""
     cells: list[Cell]
+    place: str = ""
+    """ "1", or "1=" where others share it."""
+    best: bool = False
+    """Whether the seeds say that it is better than all others."""
 
 
 class Ranking(NamedTuple):
@@ -94,13 +102,18 @@ def write_compare_report(
 
 
 def rankings(compare: Compare) -> Iterator[Ranking]:
-    """A table for each setting, in the order of the figure that is ranked by."""
+    """A table for each setting, in the order of places."""
     names = dict.fromkeys((compare.measure.name, *COLUMNS))
     measures = [find_measure(name) for name in names]
     for slots, scale in compare.settings():
         rows = [
-            Row(policy, [_cell(compare, measure, policy, slots, scale) for measure in measures])
-            for policy in ranked(compare, slots, scale)
+            Row(
+                policy,
+                [_cell(compare, measure, policy, slots, scale) for measure in measures],
+                place,
+                best=place == "1" and compare.results["seed"].n_unique() > 1 < len(compare.policies),
+            )
+            for policy, place in places(compare, slots, scale).items()
         ]
         title = f"{setting_text(compare, slots, scale)}: by {compare.measure.label}"
         yield Ranking(title, [measure.label for measure in measures], rows)
@@ -112,6 +125,32 @@ def ranked(compare: Compare, slots: int, scale: float) -> list[str]:
     best = table.sort("mean", descending=compare.measure.better == "higher", maintain_order=True)
     order = best["policy"].to_list()
     return [*order, *(policy for policy in compare.policies if policy not in order)]
+
+
+def places(compare: Compare, slots: int, scale: float) -> dict[str, str]:
+    """The place of each policy of a setting, best first. Those that the seeds do not tell from the best share
+    its place, and so on with those that are left; "–" without a figure."""
+    setting = compare.results.filter(slots=slots, scale=scale).sort("seed")
+
+    def values(policy: str) -> list[float | None]:
+        return setting.filter(policy=policy)[compare.measure.name].to_list()
+
+    known = compare.of(compare.measure.name, slots=slots, scale=scale)["policy"].to_list()
+    rest = [policy for policy in ranked(compare, slots, scale) if policy in known]
+    found: dict[str, str] = {}
+    while rest:
+        best = values(rest[0])
+        tied = [policy for policy in rest if _is_tie(paired(values(policy), best))]
+        found |= dict.fromkeys(tied, f"{len(found) + 1}{'=' * (len(tied) > 1)}")
+        rest = [policy for policy in rest if policy not in found]
+    return found | dict.fromkeys((policy for policy in compare.policies if policy not in found), "–")
+
+
+def _is_tie(difference: Estimate | None) -> bool:
+    if difference is None:
+        return False
+    low, high = difference.low, difference.high
+    return difference.mean == 0 if low is None or high is None else low <= 0 <= high
 
 
 def _details(compare: Compare) -> Iterator[Ranking]:
@@ -129,7 +168,7 @@ def _cell(compare: Compare, measure: Measure, policy: str, slots: int, scale: fl
     if found.is_empty():
         return Cell("–", None, None, "")
     row = found.row(0, named=True)
-    interval = None if row["high"] is None else f"± {measure.text(row['high'] - row['mean'])}"
+    interval = None if row["high"] is None else measure.interval_text(row["mean"], row["high"] - row["mean"])
     return Cell(measure.text(row["mean"]), interval, *_difference(row, measure))
 
 
@@ -139,14 +178,19 @@ def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]
     if low is None or low <= 0 <= high:
         return None, ""
     base = row["mean"] - change
-    text = f"{change / base:+.0%}" if base else f"{change:+.3g}"
+    if measure.unit == "share":
+        text = f"{change_text(change).removesuffix('%')} pp"
+    else:
+        text = change_text(change / base) if base else f"{change:+.3g}"
     return text, "good" if (change < 0) == (measure.better == "lower") else "bad"
 
 
 def _note(compare: Compare, seeds: int) -> str:
     if seeds == 1:
-        return "One seed: there are no intervals. With --seeds 5 there are."
+        return "One seed: there are no intervals, and places may be chance. With --seeds 5 there are."
     return (
-        "± is half of a 95% interval of the mean over the seeds (Student's t). In colour: the difference to "
-        f"{compare.policies[0]}, paired by seed, where its 95% interval leaves out 0."
+        "± is half of a 95% interval of the mean over the seeds (Student's t). Policies share a place (1=) "
+        "if the interval of their difference to the best of them, paired by seed, includes 0; bold is who "
+        f"has the first place alone. In colour: the difference to {compare.policies[0]}, where its interval "
+        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp)."
     )

@@ -6,7 +6,7 @@ import difflib
 from typing import Literal, NamedTuple
 
 from aioengine.errors import ConfigError
-from aioengine.lab.style import seconds_text, share_text
+from aioengine.lab.style import Scale, digits_scale, seconds_scale, share_scale
 
 
 class Measure(NamedTuple):
@@ -18,15 +18,21 @@ class Measure(NamedTuple):
 
     def text(self, value: float | None) -> str:
         """For people: "0.34 s", "84%", "1,204"."""
-        if value is None:
-            return "–"
+        return "–" if value is None else self.scale(value).text(value)
+
+    def interval_text(self, mean: float, half: float) -> str:
+        """Half of an interval, as the mean is written: "± 0.02 s"; of a share in percentage points."""
+        scale = self.scale(mean)
+        return f"± {(scale._replace(unit=' pp') if self.unit == 'share' else scale).text(half)}"
+
+    def scale(self, value: float) -> Scale:
         if self.unit == "seconds":
-            return seconds_text(value)
+            return seconds_scale(value)
         if self.unit == "share":
-            return share_text(value)
+            return share_scale(value)
         if self.unit == "index":
-            return f"{value:.3f}"
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+            return Scale(1, 3, "")
+        return Scale(1, 0, "") if value == round(value) else digits_scale(value, 3)
 
 
 MEASURES = (
@@ -42,9 +48,9 @@ MEASURES = (
     Measure("slo.in_time_share", "deadlines met", "share", "higher"),
     Measure("hits.slot_share", "adapter was in a slot", "share", "higher"),
     Measure("hits.disk_share", "adapter was on disk", "share", "lower"),
-    Measure("swaps.slot_copies_per_request", "copies into slots a request", "number", "lower"),
-    Measure("swaps.disk_loads_per_request", "loads from disk a request", "number", "lower"),
-    Measure("slots.busy_share", "slots in use, of steps", "share", "higher"),
+    Measure("swaps.slot_copies_per_request", "copies into slots, per request", "number", "lower"),
+    Measure("swaps.disk_loads_per_request", "loads from disk, per request", "number", "lower"),
+    Measure("slots.busy_share", "share of slots in use, over steps", "share", "higher"),
     Measure("fairness.adapters.jain_latency", "Jain's index, latency of adapters", "index", "higher"),
     Measure(
         "fairness.max_service_difference_tokens", "largest service difference, tokens", "number", "lower"

@@ -19,6 +19,9 @@ WIDTH = 7.2
 DPI = 160
 TITLE_SIZE = 11.5
 """Points."""
+NOTE_SIZE = 9
+MARGIN = 0.012
+"""Left of titles and notes, as a share of the width."""
 MAX_POINTS = 600
 """Of a line: more than that cannot be told apart at this width."""
 
@@ -113,8 +116,10 @@ def drawing(theme: Theme) -> Iterator[None]:
         yield
 
 
-def new_figure(title: str, *, height: float, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with one column of ``rows`` axes.
+def new_figure(
+    title: str, *, height: float, rows: int = 1, columns: int = 1, **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with its axes, row by row.
 
     Args:
         title: What is seen, in a sentence; broken into lines as needed.
@@ -124,20 +129,27 @@ def new_figure(title: str, *, height: float, rows: int = 1, **kwargs: Any) -> tu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    margin = 0.012
-    text = "\n".join(_wrapped(title, TITLE_SIZE, points=WIDTH * 72 * (1 - 4 * margin)))
-    figure.suptitle(text, x=margin, ha="left", fontsize=TITLE_SIZE, fontweight="bold")
-    axes = figure.subplots(rows, 1, squeeze=False, **kwargs)
-    return figure, [row[0] for row in axes]
+    figure.suptitle(
+        _wrapped(title, TITLE_SIZE, "bold"), x=MARGIN, ha="left", fontsize=TITLE_SIZE, fontweight="bold"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return figure, [*axes.flat]
 
 
-def _wrapped(text: str, size: float, *, points: float) -> list[str]:
-    """Lines of bold text that are hardly wider than that (pixels make it a little so), as far as single words
-    are not."""
+def footnote(figure: Figure, text: str, theme: Theme) -> None:
+    """What must be known to read the figure, below it."""
+    lines = _wrapped(text, NOTE_SIZE, "normal")
+    figure.supxlabel(lines, x=MARGIN, ha="left", fontsize=NOTE_SIZE, color=theme.muted)
+
+
+def _wrapped(text: str, size: float, weight: str) -> str:
+    """Lines that are hardly wider than the figure less its margins (pixels make it a little so), as far as
+    single words are not; the last has no word alone."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    font = FontProperties(size=size, weight="bold")
+    points = WIDTH * 72 * (1 - 4 * MARGIN)
+    font = FontProperties(size=size, weight=weight)
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -146,7 +158,10 @@ def _wrapped(text: str, size: float, *, points: float) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    return lines
+    if len(lines) > 1 and " " not in lines[-1] and " " in lines[-2]:
+        lines[-2], _, word = lines[-2].rpartition(" ")
+        lines[-1] = f"{word} {lines[-1]}"
+    return "\n".join(lines)
 
 
 class Drawn(NamedTuple):
@@ -169,7 +184,7 @@ def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> D
 
 
 def legend_above(axes: Axes, **kwargs: Any) -> None:
-    """Entries in a row between title and axes, where they cover nothing."""
+    """Entries in rows between title and axes, where they cover nothing."""
     given: dict[str, Any] = {
         "loc": "lower left",
         "bbox_to_anchor": (0.0, 1.0),
@@ -179,7 +194,29 @@ def legend_above(axes: Axes, **kwargs: Any) -> None:
         "handletextpad": 0.5,
         **kwargs,
     }
-    axes.legend(**given)
+    axes.legend(*in_rows(axes, given["ncols"]), **given)
+
+
+def in_rows(axes: Axes, columns: int) -> tuple[list[Any], list[str]]:
+    """The entries of a legend, so ordered that they are read row by row: it is filled column by column."""
+    entries = [*zip(*axes.get_legend_handles_labels(), strict=True)]
+    ordered = [entry for column in range(columns) for entry in entries[column::columns]]
+    return [handle for handle, _ in ordered], [label for _, label in ordered]
+
+
+def text_on(color: str, theme: Theme) -> str:
+    """The one of the theme's text and background that is easier to read on the colour."""
+    from matplotlib.colors import to_rgb
+
+    def luminance(of: str) -> float:  # as WCAG 2 defines it
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(of)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(of: str) -> float:
+        low, high = sorted((luminance(color), luminance(of)))
+        return (high + 0.05) / (low + 0.05)
+
+    return max(theme.text, theme.background, key=contrast)
 
 
 def say(axes: Axes, text: str) -> None:
@@ -189,9 +226,9 @@ def say(axes: Axes, text: str) -> None:
 
 
 def percent_axis(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.6g}%".replace("-", "−")))
 
 
 def plain_log_axis(axis: Any) -> None:
@@ -200,7 +237,7 @@ def plain_log_axis(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 100 * low else (1,), numticks=12))
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 10**4 * low else (1,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -211,23 +248,45 @@ def thousands_axis(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
+class Scale(NamedTuple):
+    """A way to write numbers: their unit and decimals, which a mean and its interval share."""
+
+    factor: float
+    decimals: int
+    unit: str
+
+    def text(self, value: float) -> str:
+        return f"{value * self.factor:,.{self.decimals}f}{self.unit}"
+
+
+def digits_scale(value: float, digits: int, factor: float = 1, unit: str = "") -> Scale:
+    """That which writes the value with so many digits, or more where it has more before the point."""
+    exponent = int(f"{value * factor:.{digits - 1}e}".partition("e")[2])
+    return Scale(factor, max(digits - 1 - exponent, 0) if value else 0, unit)
+
+
+def seconds_scale(seconds: float) -> Scale:
+    return digits_scale(seconds, 2, 1000, " ms") if seconds < 0.0995 else digits_scale(seconds, 2, 1, " s")
+
+
+def share_scale(share: float) -> Scale:
+    return Scale(100, int(0 < share < 0.0995 or 0.9905 <= share < 0.9995), "%")
+
+
 def seconds_text(seconds: float | None) -> str:
     """ "12 ms", "0.34 s", "5.1 s", "98 s"; "-" for None."""
-    if seconds is None:
-        return "–"
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.2g} ms" if seconds < 0.00995 else f"{seconds * 1000:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
-    return f"{seconds:,.0f} s"
+    return "–" if seconds is None else seconds_scale(seconds).text(seconds)
 
 
 def share_text(share: float | None) -> str:
     """A share in percent: "84%", "0.4%"; "-" for None."""
-    if share is None:
-        return "–"
-    percent = share * 100
-    return f"{percent:.1f}%" if 0 < percent < 9.95 or 99.05 <= percent < 99.95 else f"{percent:.0f}%"
+    return "–" if share is None else share_scale(share).text(share)
+
+
+def change_text(change: float) -> str:
+    """By how much something is more, as a share of it: "+84%", "−0.4%", "±0%"."""
+    text = share_text(abs(change))
+    return "±0%" if text in ("0%", "0.0%") else f"{'+' if change > 0 else '−'}{text}"
 
 
 def policy_label(policy: str) -> str:

@@ -105,6 +105,21 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 slots: by whole answer, mean" in (again / "report.html").read_text()
 
 
+def test_no_cell_of_a_ranking_breaks_between_a_number_and_its_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_policy.py").write_text("from aioengine.schedulers.fcfs import FCFS as ShortestFirst\n")
+    policies = ["--policy", f"fcfs,{tmp_path}/my_policy.py:ShortestFirst", "--seeds", "2"]
+    monkeypatch.setenv("COLUMNS", "100")
+    flags = [*policies, "--slots", "2", "--jobs", "2", *SMALL, *SYSTEM, "--out", str(tmp_path / "out")]
+    assert main(["lab", "compare", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-2])) <= 100
+    (row,) = (line for line in lines if "my_policy.py:ShortestFirst" in line)
+    assert row.startswith("1=") and row.count(" ms") + row.count(" s") >= 4
+    assert any(line.startswith("=: ") for line in lines)
+
+
 def test_policies_with_commas() -> None:
     texts = ["fcfs, vllm+lru,vtc:input_weight=1,output_weight=2", "edf+gdsf:a=1"]
     assert split_policies(texts) == [

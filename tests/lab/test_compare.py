@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
-from aioengine.lab.compare_report import load_compare, ranked, write_compare_report
+from aioengine.lab.compare_figures import Compare
+from aioengine.lab.compare_report import load_compare, places, ranked, rankings, write_compare_report
 from aioengine.lab.comparison import read_comparison
 from aioengine.lab.measures import MEASURES, find_measure
 from aioengine.lab.pool import Report
@@ -79,6 +80,83 @@ def test_estimates_are_of_each_setting() -> None:
     assert found["fcfs", 1.0]["mean"] == 15.0 and found["fcfs", 1.0]["regret"] == pytest.approx(1.0)
     assert found["oracle", 1.0]["difference"] == -7.5 and found["oracle", 1.0]["regret"] == 0.0
     assert found["oracle", 2.0]["difference"] == 0.0
+
+
+def made(values: dict[str, list[float | None]], name: str = "ttft_seconds.p99") -> Compare:
+    """A comparison with these values, one for each seed."""
+    results = pl.DataFrame(
+        [
+            {
+                "policy": policy,
+                "slots": 4,
+                "scale": 1.0,
+                "seed": seed,
+                "folder": "",
+                "error": None,
+                name: value,
+            }
+            for policy, of_seeds in values.items()
+            for seed, value in enumerate(of_seeds)
+        ]
+    )
+    return Compare(Path(), results, estimates(results), find_measure(name))
+
+
+def test_places_are_shared_by_those_that_seeds_do_not_tell_apart() -> None:
+    found = made(
+        {
+            "worst": [9.0, 9.1, 9.2],
+            "best": [1.0, 2.0, 3.0],
+            "as good": [1.2, 1.9, 3.1],  # its differences: 0.2, -0.1, 0.1
+            "a bit worse": [1.5, 2.5, 3.5],
+            "failed": [None, None, None],
+        }
+    )
+    assert places(found, 4, 1.0) == {
+        "best": "1=",
+        "as good": "1=",
+        "a bit worse": "3",
+        "worst": "4",
+        "failed": "–",
+    }
+    assert not any(row.best for ranking in rankings(found) for row in ranking.rows)
+
+
+def test_only_who_is_better_than_all_others_is_the_best() -> None:
+    (ranking,) = rankings(made({"b": [2.0, 2.1], "a": [1.0, 1.1], "c": [2.0, 2.1]}))
+    assert [(row.name, row.place, row.best) for row in ranking.rows] == [
+        ("a", "1", True),
+        ("b", "2=", False),
+        ("c", "2=", False),
+    ]
+    (one_seed,) = rankings(made({"b": [2.0], "a": [1.0]}))
+    assert [(row.name, row.place, row.best) for row in one_seed.rows] == [
+        ("a", "1", False),
+        ("b", "2", False),
+    ]
+
+
+def test_intervals_are_written_as_their_means() -> None:
+    texts = {
+        ("ttft_seconds.p99", 0.38, 0.0012): "± 0.00 s",
+        ("ttft_seconds.p99", 0.0042, 0.02): "± 20.0 ms",
+        ("ttft_seconds.p99", 40.3, 3.84): "± 4 s",
+        ("output_tokens_per_second", 32.64, 0.0282): "± 0.0",
+        ("output_tokens_per_second", 2008.0, 137.2): "± 137",
+        ("swaps.slot_copies_per_request", 0.2004, 0.0355): "± 0.035",
+        ("hits.slot_share", 0.24, 0.08): "± 8 pp",
+        ("fairness.adapters.jain_latency", 0.9, 0.0117): "± 0.012",
+    }
+    for (name, mean, half), text in texts.items():
+        assert find_measure(name).interval_text(mean, half) == text
+
+
+def test_differences_of_shares_are_in_points() -> None:
+    (ranking,) = rankings(made({"a": [0.2, 0.21], "b": [0.3, 0.31]}, "hits.slot_share"))
+    cells = {row.name: row.cells[0] for row in ranking.rows}
+    assert cells["b"][:1] + cells["b"][2:] == ("30%", "+10 pp", "good") and cells["a"].difference is None
+    (ranking,) = rankings(made({"a": [2.0, 2.1], "b": [1.0, 1.1]}))
+    assert [row.cells[0].difference for row in ranking.rows] == ["−49%", None]
 
 
 def test_figures_that_reports_show_are_in_summaries(tmp_path: Path) -> None:
