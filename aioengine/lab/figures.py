@@ -15,6 +15,7 @@ from aioengine.lab.style import (
     Drawn,
     Theme,
     draw,
+    footnote,
     legend_above,
     new_figure,
     percent_axis,
@@ -37,6 +38,11 @@ BINS = 48
 """Intervals that what is counted over time falls into."""
 MOST = 20
 """Adapters in a chart that names them."""
+NO_GAP = (
+    "No difference of service is shown: as VTC defines it, it counts only clients that have requests queued "
+    "at the same time while other requests of theirs are served, and there were none. How long requests "
+    "waited is in the figure on starvation."
+)
 LEVELS = (("slot", "in a slot"), ("cpu", "on the CPU"), ("loading", "being loaded"), ("disk", "on disk"))
 
 
@@ -112,36 +118,44 @@ def draw_load(run: Run, theme: Theme) -> Figure:
             f"{engine['mean_running']:.1f} requests ran and {engine['mean_waiting']:.1f} waited on average "
             f"(at most {engine['max_waiting']:,}); a step had {engine['tokens_per_step'] or 0:.0f} tokens"
         )
-    figure, (queue, tokens) = new_figure(title, height=5.0, rows=2, sharex=True)
     samples = run.frames.samples
     if samples.is_empty():
+        figure, (queue,) = new_figure(title, height=3)
         say(queue, "No sample was taken.")
-        say(tokens, "")
         return figure
+    figure, (queue, *panels) = new_figure(title, height=6.2, rows=3, sharex=True, height_ratios=[3, 2, 2])
     table = thin(samples)
     times = table["time"].to_list()
     running, waiting = table["running"].to_numpy(), table["waiting"].to_numpy()
     queue.fill_between(times, running, color=theme.palette[0], alpha=0.25, linewidth=0)
     queue.plot(times, running, color=theme.palette[0], label="running")
     queue.plot(times, waiting, color=theme.palette[1], label="waiting")
+    most = table["most_waiting"].to_numpy()
+    if (most > waiting).any():
+        color = theme.palette[1]
+        queue.fill_between(times, waiting, most, color=color, alpha=0.3, linewidth=0, label="at most")
     queue.set(ylabel="requests", ylim=(0, None))
     legend_above(queue)
     lengths = table["length"].to_numpy()
-    for column, color in (("decode", theme.palette[2]), ("prefill", theme.palette[4])):
-        tokens.plot(times, table[f"{column}_tokens"].to_numpy() / lengths, color=color, label=column)
-    tokens.set(xlabel="seconds", ylabel="tokens a second", ylim=(0, None), xlim=(0, run.end))
-    for axes in (queue, tokens):
+    stages = (("prefill", theme.palette[4]), ("decode", theme.palette[2]))
+    for axes, (stage, color) in zip(panels, stages, strict=True):
+        axes.plot(times, table[f"{stage}_tokens"].to_numpy() / lengths, color=color)
+        axes.set(ylabel="tokens a second", ylim=(0, None), xlim=(0, run.end))
+        axes.set_title(stage, loc="left")
+    for axes in (queue, *panels):
         thousands_axis(axes.yaxis)
-    legend_above(tokens)
+    panels[-1].set_xlabel("seconds")
     return figure
 
 
 def thin(samples: pl.DataFrame) -> pl.DataFrame:
     """Neighbouring samples merged until there are few enough for a line: means of levels weighted by time,
-    sums of counts, ``length`` in seconds."""
+    sums of counts, ``length`` in seconds; ``most_waiting`` is the highest. What is left over at the end,
+    where the last sample is of a part of its time, goes with those before."""
     import polars as pl
 
     step = -(-samples.height // (MAX_POINTS // 3))
+    last = max((samples.height - 1) // step - 1, 1)
     length = pl.col("time").diff().fill_null(pl.col("time").first()).clip(1e-9)
     levels = [
         ((pl.col(name) * pl.col("length")).sum() / pl.col("length").sum()).alias(name)
@@ -149,8 +163,13 @@ def thin(samples: pl.DataFrame) -> pl.DataFrame:
     ]
     return (
         samples.with_columns(length.alias("length"))
-        .group_by(pl.int_range(pl.len()) // step, maintain_order=True)
-        .agg(pl.col("time").last(), *levels, pl.col("length", "prefill_tokens", "decode_tokens").sum())
+        .group_by((pl.int_range(pl.len()) // step).clip(upper_bound=last), maintain_order=True)
+        .agg(
+            pl.col("time").last(),
+            *levels,
+            pl.col("waiting").max().alias("most_waiting"),
+            pl.col("length", "prefill_tokens", "decode_tokens").sum(),
+        )
     )
 
 
@@ -170,14 +189,19 @@ def draw_hits(run: Run, theme: Theme) -> Figure:
     counts = np.array(
         [np.histogram(wanted.filter(wanted["found"] == level)["arrival"], edges)[0] for level, _ in LEVELS]
     )
-    total = np.maximum(counts.sum(axis=0), 1)
+    total = counts.sum(axis=0)
     base = np.zeros(BINS)
-    for (_, where), row, color in zip(LEVELS, counts / total, theme.levels, strict=True):
-        axes.bar(edges[:-1], row, np.diff(edges), base, align="edge", color=color, label=where, linewidth=0)
+    for (_, where), row, color in zip(LEVELS, counts / np.maximum(total, 1), theme.levels, strict=True):
+        if row.any():
+            axes.bar(
+                edges[:-1], row, np.diff(edges), base, align="edge", color=color, label=where, linewidth=0
+            )
         base += row
-    axes.set(xlabel="arrival, in seconds", ylabel="share of requests", xlim=(0, run.end), ylim=(0, 1))
+    axes.set(xlabel="seconds", ylabel="share of requests", xlim=(0, run.end), ylim=(0, 1))
     percent_axis(axes.yaxis)
     legend_above(axes)
+    if not total.all():
+        footnote(figure, "Where there is no bar, no request with an adapter arrived.", theme)
     return figure
 
 
@@ -191,7 +215,7 @@ def draw_swaps(run: Run, theme: Theme) -> Figure:
     )
     if swaps["failed_moves"]:
         title += f"; {swaps['failed_moves']:,} failed"
-    figure, panels = new_figure(title, height=4.4, rows=2, sharex=True)
+    figure, panels = new_figure(title, height=4.4, rows=2, sharex=True, sharey=True)
     edges = np.linspace(0, run.end, BINS + 1)
     moves = run.frames.moves.filter(run.frames.moves["error"].is_null())
     stages = (("slot", "CPU to slot", theme.palette[0]), ("disk", "disk to CPU", theme.palette[1]))
@@ -213,32 +237,38 @@ def draw_fairness(run: Run, theme: Theme) -> Figure:
     table = by_client(run.frames.requests, client)
     index = fairness[clients]["jain_latency"]
     difference = fairness["max_service_difference_tokens"]
-    apart = f"came to differ by at most {difference:,} tokens" if difference else "got nothing meanwhile"
     title = (
         f"{table.height:,} {clients if table.height != 1 else client}: Jain's index of their mean latencies "
-        f"is {'–' if index is None else f'{index:.2f}'} (1 is even); two that waited at once {apart}"
+        f"is {'–' if index is None else f'{index:.2f}'} (1 is even)"
     )
     seen = table.drop_nulls("latency_seconds")
     named = seen.height <= MOST // 2
-    figure, (spread, gap) = new_figure(
-        title, height=5.6, rows=2, height_ratios=[max(seen.height, 3) * 0.25 if named else 2, 2]
-    )
+    above = 0.8 + 0.27 * max(seen.height, 3) if named else 2.4
+    if difference:
+        title += f"; while two had requests queued, their service came to differ by {difference:,} tokens"
+        figure, (spread, *gaps) = new_figure(title, height=above + 3.2, rows=2, height_ratios=[above, 2.4])
+    else:
+        figure, (spread, *gaps) = new_figure(title, height=above + 1.2)
+        footnote(figure, NO_GAP, theme)
     if named:
         _bars(spread, seen, theme)
     else:
         _cloud(spread, seen, client, theme)
-    if not difference:
-        say(gap, "No two that waited at once, for a second or more, were served meanwhile.")
-        return figure
+    for axes in gaps:
+        _gap(axes, run, theme)
+    return figure
+
+
+def _gap(axes: Axes, run: Run, theme: Theme) -> None:
+    """The difference of service over time."""
     series = service_gap(run.frames.requests, run.frames.samples).series
     step = -(-len(series) // MAX_POINTS) or 1
     largest = [max(value for _, value in series[at : at + step]) for at in range(0, len(series), step)]
     times = [time for time, _ in series[::step]]
-    gap.fill_between(times, largest, step="post", color=theme.palette[3], alpha=0.8, linewidth=0)
-    gap.set(xlabel="seconds", ylabel="tokens", xlim=(0, run.end), ylim=(0, None))
-    gap.set_title("Largest difference of service between two that both wait", loc="left")
-    thousands_axis(gap.yaxis)
-    return figure
+    axes.fill_between(times, largest, step="post", color=theme.palette[3], alpha=0.8, linewidth=0)
+    axes.set(xlabel="seconds", ylabel="tokens", xlim=(0, run.end), ylim=(0, None))
+    axes.set_title("Largest difference of service between two that both have requests queued", loc="left")
+    thousands_axis(axes.yaxis)
 
 
 def _bars(axes: Axes, clients: pl.DataFrame, theme: Theme) -> None:
@@ -263,11 +293,13 @@ def _cloud(axes: Axes, clients: pl.DataFrame, client: str, theme: Theme) -> None
     if offered.max() > 20 * offered.min():  # type: ignore[operator] # a column of integers
         axes.set_xscale("log")
         plain_log_axis(axes.xaxis)
+        axes.set_xlabel(f"requests of the {client} (logarithmic)")
     axes.set_title(f"Each {client} is a point: on a level, they are treated evenly", loc="left")
 
 
 def draw_starvation(run: Run, theme: Theme) -> Figure:
     table = by_client(run.frames.requests, "adapter").drop_nulls("worst_wait_seconds")
+    count = table.height
     table = table.sort("worst_wait_seconds", "client", descending=[True, False]).head(MOST)
     title = "No request was accepted"
     if table.height:
@@ -275,6 +307,8 @@ def draw_starvation(run: Run, theme: Theme) -> Figure:
             f"The longest wait for a first token was {seconds_text(table['worst_wait_seconds'][0])}, "
             f"by {shorten(table['client'][0], 30)}"
         )
+    if count > table.height:
+        title += f"; shown are the {table.height} longest of {count:,} adapters"
     figure, (axes,) = new_figure(title, height=1.3 + 0.23 * max(table.height, 4))
     if table.is_empty():
         say(axes, "There is nobody to have waited.")
@@ -292,10 +326,9 @@ def draw_starvation(run: Run, theme: Theme) -> Figure:
         label="mean of the finished",
     )
     axes.set_yticks(rows, names)
-    axes.invert_yaxis()
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel="seconds to the first token", xlim=(0, None))
+    axes.set(xlabel="seconds to the first token", xlim=(0, None), ylim=(len(names) - 0.4, -0.6))
     legend_above(axes)
     return figure
 
@@ -320,7 +353,7 @@ PLOTS = (
     Plot("swaps", "Bytes of adapters that were moved, by the time at which the move ended.", draw_swaps),
     Plot(
         "fairness",
-        "Above: who is served how fast. Below: what fair schedulers keep bounded.",
+        "Who is served how fast; below, if there is any, the difference that fair schedulers bound.",
         draw_fairness,
     ),
     Plot("starvation", f"The {MOST} adapters with the longest waits.", draw_starvation),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioengine.lab.style import WIDTH, Theme, legend_above, new_figure, say, shorten
+from aioengine.lab.style import WIDTH, Theme, legend_above, new_figure, say, shorten, text_on
 
 if TYPE_CHECKING:
     import polars as pl
@@ -79,9 +79,8 @@ def _draw(axes: Axes, stays: list[Stay], window: tuple[float, float], theme: The
         _bars(axes, [(stay.slot, stay.ready, stay.end) for stay in group], color, theme)
         _bars(axes, [(stay.slot, stay.start, stay.ready) for stay in group], color, theme, written=True)
     for stay in stays:
-        _label(axes, stay, window, theme.background if stay.adapter in colors else theme.text)
-    # Drawn nowhere, for the legend: entries in the order of time held, whatever came first.
-    for name in most:
+        _label(axes, stay, window, text_on(colors.get(stay.adapter, theme.neutral), theme))
+    for name in sorted(most):  # drawn nowhere, for the legend
         axes.barh([-9], [0], color=colors[name], label=shorten(name, 16))
     if len(held) > len(most):
         axes.barh([-9], [0], color=theme.neutral, label=f"{len(held) - len(most):,} others")
