@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def _wrapped(text: str, size: float, weight: str) -> str:
     points = WIDTH * 72 * (1 - 4 * MARGIN)
     font = FontProperties(size=size, weight=weight)
     lines: list[str] = []
-    for word in text.split():
+    for word in re.sub(r"(?<=\d) (?=m?s\b)", "\N{NO-BREAK SPACE}", text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         width, _, _ = text_to_path.get_text_width_height_descent(longer, font, ismath=False)
         if lines and width <= points:
@@ -232,12 +233,12 @@ def percent_axis(axis: Any) -> None:
 
 
 def plain_log_axis(axis: Any) -> None:
-    """0.01, 0.1, 1, 10 instead of powers of ten; with 2 and 5 between them where there are few. Call it when
+    """0.01, 0.1, 1, 10 instead of powers of ten; with 2 and 5 between them where there is room. Call it when
     the data is there."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 10**4 * low else (1,), numticks=12))
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 3e4 * low else (1,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

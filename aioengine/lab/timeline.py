@@ -114,7 +114,7 @@ def _label(axes: Axes, stay: Stay, window: tuple[float, float], color: str) -> N
             stay.slot,
             shorten(stay.adapter, room),
             ha="center",
-            va="center",
+            va="center_baseline",
             fontsize=7.5,
             color=color,
             clip_on=True,
