@@ -87,6 +87,7 @@ def draw_latency(run: Run, theme: Theme) -> Figure:
     for (label, values), color in zip(curves, theme.palette, strict=False):
         cdf(axes, values, label, color)
     axes.set_xscale("log")
+    axes.margins(x=0.01)
     plain_log_axis(axes.xaxis)
     axes.set(xlabel="seconds (logarithmic)", ylabel="share of requests", ylim=(0, 1.01))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99])
@@ -133,7 +134,9 @@ def draw_load(run: Run, theme: Theme) -> Figure:
     most = table["most_waiting"].to_numpy()
     if (most > waiting).any():
         color = theme.palette[1]
-        queue.fill_between(times, waiting, most, color=color, alpha=0.3, linewidth=0, label="at most")
+        queue.fill_between(
+            times, waiting, most, color=color, alpha=0.3, linewidth=0, label="waiting, at most"
+        )
     queue.set(ylabel="requests", ylim=(0, None))
     legend_above(queue)
     lengths = table["length"].to_numpy()
@@ -322,7 +325,8 @@ def draw_starvation(run: Run, theme: Theme) -> Figure:
         s=22,
         color=theme.text,
         zorder=3,
-        linewidth=0,
+        linewidth=0.8,
+        edgecolor=theme.background,
         label="mean of the finished",
     )
     axes.set_yticks(rows, names)

@@ -94,6 +94,7 @@ def drawing(theme: Theme) -> Iterator[None]:
         "xtick.major.size": 3,
         "ytick.major.size": 0,
         "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
         "font.family": ["DejaVu Sans"],  # it comes with matplotlib: the same on every machine
         "font.size": 10,
         "axes.titlesize": 10,
@@ -180,6 +181,7 @@ def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> D
     file = io.BytesIO()
     with drawing(theme):
         figure = make()
+        figure.align_ylabels()
         figure.savefig(file, format="png", metadata={"Software": None})
     return Drawn(name, " ".join(figure.get_suptitle().split()), caption, file.getvalue())
 

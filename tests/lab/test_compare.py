@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
-from aioengine.lab.compare_figures import Compare
+from aioengine.lab.compare_figures import Compare, draw_cdf, draw_regret, draw_slots
 from aioengine.lab.compare_report import load_compare, places, ranked, rankings, write_compare_report
 from aioengine.lab.comparison import read_comparison
 from aioengine.lab.measures import MEASURES, find_measure
 from aioengine.lab.pool import Report
 from aioengine.lab.statistics import estimate, paired, regret
+from aioengine.lab.style import LIGHT, drawing
 from aioengine.lab.summary import flatten
 
 WORKLOAD = WorkloadSpec(
@@ -211,6 +212,17 @@ def test_the_report_ranks(folder: Path) -> None:
         "regret.png",
     }
     assert b"aioengine lab compare --experiment FOLDER/comparison.json" in first
+
+
+def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> None:
+    many = msgspec.structs.replace(BASE, cpu_loras=6)
+    compare(grid(experiment=many, policies=["fcfs", "oracle"], slots=[1, 2, 3, 4, 5]), tmp_path)
+    found = load_compare(tmp_path)
+    with drawing(LIGHT):
+        assert [len(draw(found, LIGHT).axes) for draw in (draw_cdf, draw_regret, draw_slots)] == [3, 12, 1]
+        assert draw_cdf(found, LIGHT).get_suptitle().startswith("With 1 slot, half of the first tokens came")
+        marks = [line.get_xdata() for line in draw_slots(found, LIGHT).axes[0].lines]
+    assert all(a != b for a, b in zip(*marks, strict=True)), "beside each other"
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:

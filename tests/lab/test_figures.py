@@ -6,22 +6,25 @@ import struct
 from pathlib import Path
 
 import pytest
-from lab_files import write_files
+from lab_files import request, sample, write_files
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from aioengine.lab.figures import PLOTS, draw_run, load_run
+from aioengine.lab.figures import PLOTS, draw_fairness, draw_run, load_run, thin
 from aioengine.lab.records import SlotSpan
 from aioengine.lab.style import (
     DARK,
     DPI,
     LIGHT,
     WIDTH,
+    change_text,
     drawing,
+    in_rows,
     new_figure,
     policy_label,
     seconds_text,
     share_text,
     shorten,
+    text_on,
 )
 
 
@@ -50,6 +53,44 @@ def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
     assert "600 stays in all" in figures["timeline"].title
 
 
+def test_service_has_a_panel_where_it_differed(tmp_path: Path) -> None:
+    requests = [
+        request(f"{name}{i}", name, i * 1.0, admitted=90.0, ended=100.0) for i in (0, 1) for name in "ab"
+    ]
+    shown = {}
+    for name, service in (("apart", {"a": 90, "b": 10}), ("even", {"a": 50, "b": 50})):
+        samples = [sample(time, service if time == 4.0 else {}) for time in (2.0, 4.0, 6.0)]
+        run = load_run(write_files(tmp_path / name, requests, samples=samples))
+        with drawing(LIGHT):
+            shown[name] = draw_fairness(run, LIGHT)
+    assert len(shown["apart"].axes) == 2 and "differ by 80 tokens" in shown["apart"].get_suptitle()
+    assert len(shown["even"].axes) == 1 and "VTC" in shown["even"].get_supxlabel()
+
+
+def test_the_most_that_waited_is_drawn(tmp_path: Path) -> None:
+    samples = [sample(i + 1.0, {}, waiting=99 if i == 501 else 1) for i in range(1000)]
+    samples.append(sample(1000.01, {}, running=0, waiting=0))
+    run = load_run(write_files(tmp_path, samples=samples))
+    table = thin(run.frames.samples)
+    assert table.height == 166 and table["most_waiting"].max() == 99.0 > max(table["waiting"])
+    assert table["time"][-1] == 1000.01 and table["running"][-1] > 0.9, "no drop for the last hundredth"
+
+
+def test_legends_are_read_row_by_row() -> None:
+    with drawing(LIGHT):
+        _, (axes,) = new_figure("Title", height=3)
+        for name in "abcde":
+            axes.plot([0], [0], label=name)
+        assert in_rows(axes, 3)[1] == ["a", "d", "b", "e", "c"]  # columns a d, b e, c
+
+
+def test_text_stands_out_from_bars() -> None:
+    assert text_on(LIGHT.palette[0], LIGHT) == LIGHT.background
+    assert text_on(LIGHT.palette[5], LIGHT) == LIGHT.text
+    assert text_on(DARK.palette[5], DARK) == DARK.background
+    assert text_on(DARK.neutral, DARK) == DARK.text
+
+
 @pytest.mark.parametrize("word", ["ill", "mow", "WWW"])
 def test_titles_are_broken_before_they_leave_the_figure(word: str) -> None:
     with drawing(LIGHT):
@@ -60,6 +101,15 @@ def test_titles_are_broken_before_they_leave_the_figure(word: str) -> None:
         box = title.get_window_extent(canvas.get_renderer())
     assert box.width <= WIDTH * DPI and box.x0 >= 0 and box.x1 <= WIDTH * DPI
     assert box.width > 0.85 * WIDTH * DPI, "nor long before"
+
+
+def test_no_word_of_a_title_is_left_alone_nor_a_unit() -> None:
+    with drawing(LIGHT):
+        for count in range(1, 60):
+            figure, _ = new_figure("word " * count + "12 s", height=3)
+            lines = figure.get_suptitle().split("\n")
+            assert lines[-1].endswith("12\N{NO-BREAK SPACE}s")
+            assert len(lines) == 1 or " " in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +141,14 @@ def test_shares_and_names() -> None:
         "42%",
         "99.6%",
         "100%",
+    ]
+    assert [change_text(x) for x in (0.1, -0.1, 0.996, 0.004, -0.0002, 0)] == [
+        "+10%",
+        "−10%",
+        "+99.6%",
+        "+0.4%",
+        "±0%",
+        "±0%",
     ]
     assert shorten("adapter-012") == "adapter-012"
     short = shorten("a-very-long-name-of-an-adapter-012")
