@@ -253,7 +253,7 @@ def _range(values: Mapping[str, float], text: Callable[[float], str], *, named: 
     ends = [min(values, key=values.__getitem__), max(values, key=values.__getitem__)]
     texts = [text(values[policy]) for policy in ends]
     if texts[0] == texts[1]:
-        return texts[0]
+        return f"{texts[0]} under each policy" if named and len(values) > 1 else texts[0]
     names = [f" ({policy_label(policy)})" if named else "" for policy in ends]
     return " to ".join(map("".join, zip(texts, names, strict=True)))
 
