@@ -16,10 +16,10 @@ from aioengine import build
 from aioengine.executors.process import ProcessExecutor
 
 
-def worker_pids() -> list[int]:
-    """The workers that run now, in the order of their start."""
+def worker_pids(of: int | None = None) -> list[int]:
+    """The workers that run now, in the order of their start: this process's, or those of ``of``."""
     found = []
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process(of).children(recursive=True):
         try:
             if "aioengine.executors.worker" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child.pid)

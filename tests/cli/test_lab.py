@@ -89,13 +89,31 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+DEADLY = """
+import os
+
+from aioengine.schedulers.fcfs import FCFS
+
+
+class Deadly(FCFS):
+    def schedule(self, view):
+        os.kill(os.getpid(), 9)
+"""
+
+
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    policies = ["--policy", "vllm+lru,vtc:input_weight=1,output_weight=2", "--policy", "nobody"]
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    policies = [
+        "--policy",
+        "vllm+lru,vtc:input_weight=1,output_weight=2",
+        "--policy",
+        f"{tmp_path}/deadly.py:Deadly",
+    ]
     grid = [*policies, "--slots", "2,3", "--seeds", "1", "--jobs", "2"]
-    assert main(["lab", "compare", *grid, *SMALL, *SYSTEM, "--out", str(out)]) == 1  # "nobody"
+    assert main(["lab", "compare", *grid, *SMALL, *SYSTEM, "--out", str(out)]) == 1
     heard = capsys.readouterr()
-    assert heard.err.count("nobody") >= 2 and "failed: PolicyError" in heard.err
+    assert heard.err.count("failed: its process was killed by signal 9") == 2
     assert "3 slots: by time to first token, p99" in heard.out
     file = ["--experiment", str(out / "comparison.json"), "--policy", "vllm+lru"]
     assert main(["lab", "compare", *file, "--jobs", "1", "--out", str(again)]) == 0
@@ -145,6 +163,7 @@ def test_policies_with_commas() -> None:
         (["compare", *SMALL, "--slots", "4,x"], "--slots 4,x"),
         (["compare", *SMALL, "--policy", "fcfs,"], "--policy"),
         (["compare", *SMALL, "--policy", "fcfs,fcfs"], "twice"),
+        (["compare", *SMALL, "--policy", "fcfs,vtcc"], "did you mean 'vtc'"),
         (["compare", *SMALL, "--seeds", "0"], "--seeds 0"),
         (["compare", *SMALL, "--jobs", "0"], "--jobs 0"),
         (["compare", *SMALL, "--rank-by", "ttft_seconds.p98"], "ttft_seconds.p9"),

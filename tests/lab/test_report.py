@@ -51,7 +51,7 @@ def test_the_page_is_whole_and_escaped(folder: Path) -> None:
     for plot, source in zip(PLOTS, links.sources[1::2], strict=True):  # the second of each is the light one
         png = (folder / "figures" / f"{plot.name}.png").read_bytes()
         assert base64.b64decode(source.partition(",")[2]) == png
-    assert "aioengine lab run --experiment experiment.json" in text
+    assert "aioengine lab run --experiment FOLDER/experiment.json" in text
     assert str(folder) not in text and not re.search(r"\b20\d\d-\d\d-\d\d\b", text)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 from engine_fixtures import Tiny
+from process_harness import worker_pids
 
 from aioengine.cli.main import main
 
@@ -130,13 +130,8 @@ async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
 
 async def test_an_engine_that_has_failed_is_told_of_by_the_exit_code(tiny_text: Tiny) -> None:
     async with serving(tiny_text.model, "--executor", "process") as server:
-        workers = [
-            child
-            for child in psutil.Process(server.process.pid).children()
-            if "spawn" in str(child.cmdline())
-        ]
-        for worker in workers:
-            worker.kill()
+        for pid in worker_pids(server.process.pid):
+            os.kill(pid, signal.SIGKILL)
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http, asyncio.timeout(60):
             while (await http.get("/health")).status_code != 503:
                 await asyncio.sleep(0.01)
