@@ -100,7 +100,8 @@ def compare(
     """Do all runs, ``jobs`` at a time in processes of their own, and write what they gave into ``out``.
 
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
-    run below ``runs``. A run that fails leaves its error in the results, and the others go on.
+    run below ``runs``, where those of an earlier comparison are removed. A run that fails leaves its error in
+    the results, and the others go on.
 
     Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
     trace, a policy or the folder cannot be used, KeyboardInterrupt if ``stopping()``.
@@ -121,8 +122,9 @@ def compare(
         check_policy(policy)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for earlier in (out / "runs").glob("*/experiment.json"):
-            shutil.rmtree(earlier.parent)
+        if (out / "comparison.json").exists():  # else what is below "runs" is somebody else's
+            for earlier in (out / "runs").glob("[0-9][0-9][0-9][0-9]-*/experiment.json"):
+                shutil.rmtree(earlier.parent)
         write_comparison(comparison, out / "comparison.json")
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error

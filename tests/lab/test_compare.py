@@ -250,8 +250,16 @@ def test_what_no_run_can_do_without_is_known_before_any_begins(tmp_path: Path) -
     with pytest.raises(PolicyError, match="did you mean 'fcfs'"):
         compare(grid(policies=["fcfs", "fcsf"]), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+def test_runs_of_an_earlier_comparison_are_removed_and_no_others(tmp_path: Path) -> None:
+    run(BASE, tmp_path / "runs" / "0000-mine")
+    compare(grid(seeds=[0, 1]), tmp_path)
+    assert (tmp_path / "runs" / "0000-mine" / "requests.csv").exists(), "no comparison was here before"
+    run(BASE, tmp_path / "runs" / "mine")
     compare(grid(policies=["vtc"]), tmp_path)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["0000-vtc-slots=2-scale=1-seed=0"]
+    left = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert left == ["0000-vtc-slots=2-scale=1-seed=0", "mine"]
 
 
 def test_to_stop_ends_the_workers(tmp_path: Path) -> None:
