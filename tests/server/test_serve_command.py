@@ -3,67 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import re
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 from engine_fixtures import Tiny
 from process_harness import worker_pids
+from support.server_process import SMALL, serving
 
 from aioengine.cli.main import main
-
-SMALL = ["--max-model-len", "500", "--kv-cache-memory", "4MiB", "--max-loras", "2", "--dtype", "float32"]
-
-
-class Serving:
-    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
-        self.process = process
-        self.url = url
-        self.lines: list[dict[str, Any]] = []
-
-    async def end(self) -> int:
-        """Its exit code, once it has ended; its log is in ``lines``."""
-        assert self.process.stderr is not None
-        rest = await asyncio.wait_for(self.process.stderr.read(), 60)
-        self.lines = [json.loads(line) for line in rest.decode().splitlines()]
-        return await asyncio.wait_for(self.process.wait(), 60)
-
-
-@contextlib.asynccontextmanager
-async def serving(model: Path, *flags: str, **environment: str) -> AsyncIterator[Serving]:
-    arguments = ["serve", "--model", str(model), "--port", "0", "--log-format", "json", *SMALL, *flags]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "aioengine",
-        *arguments,
-        env={**os.environ, **environment},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        assert process.stderr is not None
-        async with asyncio.timeout(120):
-            while True:
-                line = (await process.stderr.readline()).decode()
-                assert line, "it ended before it served"
-                found = re.search(r"serving at (http://\S+)", line)
-                if found:
-                    break
-        yield Serving(process, found[1])
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny, tmp_path: Path) -> None:

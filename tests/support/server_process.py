@@ -1,0 +1,69 @@
+"""``aioengine serve`` in a process of its own, on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+SMALL = ["--max-model-len", "500", "--kv-cache-memory", "4MiB", "--max-loras", "2", "--dtype", "float32"]
+
+
+class Serving:
+    """``lines`` is its log, read as it comes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+        self.process = process
+        self.url = url
+        self.lines: list[dict[str, Any]] = []
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    async def end(self) -> int:
+        """Its exit code, once it has ended."""
+        await asyncio.wait_for(self._reading, 60)
+        return await asyncio.wait_for(self.process.wait(), 60)
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            self.lines.append(json.loads(line))
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path, *flags: str, **environment: str) -> AsyncIterator[Serving]:
+    """Serves ``model`` with small caches; ``flags`` are added. Killed at the end if it still runs."""
+    arguments = ["serve", "--model", str(model), "--port", "0", "--log-format", "json", *SMALL, *flags]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "aioengine",
+        *arguments,
+        env={**os.environ, **environment},
+        stderr=asyncio.subprocess.PIPE,
+        limit=2**20,
+    )
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(120):
+            while True:
+                line = (await process.stderr.readline()).decode()
+                assert line, "it ended before it served"
+                found = re.search(r"serving at (http://\S+)", line)
+                if found:
+                    break
+        yield Serving(process, found[1])
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
