@@ -19,7 +19,7 @@ from aioengine.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.events import Event
 from aioengine.info import AdapterInfo, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
-from aioengine.request import Prompt, RequestOutput, SamplingParams
+from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.stepper import Stepper
 from aioengine.stream import OutputStream
@@ -195,6 +195,7 @@ class AsyncEngine:
         deadline: float | None = None,
         tenant: str | None = None,
         expected_tokens: int | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request; yields whenever there is something new, and at the end.
 
@@ -210,6 +211,8 @@ class AsyncEngine:
             tenant: For policies that are fair between tenants.
             expected_tokens: How long the output is expected to be, for policies that go by it; None:
                 ``max_tokens``.
+            cache_salt: Requests share blocks of the prefix cache only with those of the same salt. Give
+                requests of people who must not learn of each other's prompts different ones.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
@@ -220,16 +223,15 @@ class AsyncEngine:
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
         self._check_running()
-        stream = await self._submitter.submit(
-            prompt,
-            params,
+        options = RequestOptions(
             adapter=adapter,
-            request_id=request_id,
             priority=priority,
             deadline=deadline,
             tenant=tenant,
             expected_tokens=expected_tokens,
+            cache_salt=cache_salt,
         )
+        stream = await self._submitter.submit(prompt, params, options, request_id)
         try:
             while True:
                 output = await stream.next()
@@ -250,20 +252,20 @@ class AsyncEngine:
         deadline: float | None = None,
         tenant: str | None = None,
         expected_tokens: int | None = None,
+        cache_salt: str | None = None,
     ) -> RequestOutput:
         """All of what :meth:`generate` would yield, in one output; with the same arguments and errors.
         It is cheaper: the caller is woken once, at the end."""
         self._check_running()
-        stream = await self._submitter.submit(
-            prompt,
-            params,
+        options = RequestOptions(
             adapter=adapter,
-            request_id=request_id,
             priority=priority,
             deadline=deadline,
             tenant=tenant,
             expected_tokens=expected_tokens,
+            cache_salt=cache_salt,
         )
+        stream = await self._submitter.submit(prompt, params, options, request_id)
         try:
             return await stream.last()
         finally:

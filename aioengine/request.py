@@ -1,4 +1,4 @@
-"""What a caller sends and what comes back: :class:`SamplingParams` and :class:`RequestOutput`."""
+"""What a caller sends and what comes back: SamplingParams, RequestOptions and RequestOutput."""
 
 from __future__ import annotations
 
@@ -113,6 +113,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.has_penalties or bool(self.logit_bias) or self.constraint is not None
 
 
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request is for and how it is to be scheduled: the keyword arguments of ``AsyncEngine.generate``,
+    which says what they mean.
+
+    Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
+    """
+
+    adapter: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    tenant: str | None = None
+    expected_tokens: int | None = None
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text("adapter", self.adapter)
+        check_text("tenant", self.tenant)
+        check_text("cache_salt", self.cache_salt)
+        _check_int("priority", self.priority)
+        if self.expected_tokens is not None:
+            _check_int("expected_tokens", self.expected_tokens, low=1)
+        if self.deadline is not None:
+            number = isinstance(self.deadline, (int, float)) and not isinstance(self.deadline, bool)
+            if not number or not self.deadline > 0:
+                raise RequestInvalid(f"deadline={self.deadline!r}: must be more than 0 seconds from now")
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """Log-probabilities (natural log, of the unmodified model distribution) at one output position."""
 
@@ -151,6 +178,18 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         return None if self.first_token is None else self.first_token - self.arrival
 
 
+def check_text(field: str, value: object) -> None:
+    """Raises RequestInvalid unless it is None or text that is not empty and that UTF-8 can encode."""
+    if value is None:
+        return
+    if not isinstance(value, str) or not value:
+        raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestInvalid(f"{field}={value!r}: contains a lone surrogate, which is no character") from None
+
+
 def _tuple(field: str, value: object) -> tuple[Any, ...]:
     if value is None:
         return ()
@@ -172,10 +211,10 @@ def _checked_bias(bias: object) -> dict[int, float]:
     return checked
 
 
-def _check_int(field: str, value: object, *, low: int, high: int | None = None) -> None:
+def _check_int(field: str, value: object, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestInvalid(f"{field}={value!r}: must be an integer")
-    if value < low or (high is not None and value > high):
+    if (low is not None and value < low) or (high is not None and value > high):
         bound = f">= {low}" if high is None else f"in {low}..{high}"
         raise RequestInvalid(f"{field}={value}: must be {bound}")
 

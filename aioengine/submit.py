@@ -11,7 +11,7 @@ from aioengine.adapter_ops import AdapterOps
 from aioengine.build import Built
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, RequestInvalid
-from aioengine.request import Prompt, SamplingParams
+from aioengine.request import Prompt, RequestOptions, SamplingParams, check_text
 from aioengine.stepper import Stepper
 from aioengine.stream import OutputStream
 
@@ -46,22 +46,18 @@ class Submitter:
         self,
         prompt: Prompt,
         params: SamplingParams | None,
-        *,
-        adapter: str | None,
+        options: RequestOptions,
         request_id: str | None,
-        priority: int,
-        deadline: float | None,
-        tenant: str | None,
-        expected_tokens: int | None = None,
     ) -> OutputStream:
         """Have the core accept a request; see ``AsyncEngine.generate`` for arguments and errors."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
-        _check_types(adapter, request_id, priority, deadline, tenant, expected_tokens)
+        check_text("request_id", request_id)
         request_id = self._make_up_id() if request_id is None else request_id
         arrival = asyncio.get_running_loop().time()
-        due = None if deadline is None else arrival + deadline
+        due = None if options.deadline is None else arrival + options.deadline
+        adapter = options.adapter
         if adapter is not None:
             self._adapters.check_known(adapter)  # before the work of tokenizing
         tokens = await self._tokenize(prompt)
@@ -75,12 +71,10 @@ class Submitter:
             request_id,
             tokens,
             params,
+            options,
             asyncio.get_running_loop().time(),
             adapter=entry,
-            priority=priority,
             deadline=due,
-            tenant=tenant,
-            expected_tokens=expected_tokens,
         )
         text = None
         if self._parts.tokenizer is not None:
@@ -169,25 +163,3 @@ class Submitter:
                     raise RequestInvalid(f"{field}: token {token} is outside the vocabulary 0..{vocab - 1}")
         if params.stop and self._parts.tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
-
-
-def _check_types(
-    adapter: object,
-    request_id: object,
-    priority: object,
-    deadline: object,
-    tenant: object,
-    expected_tokens: object,
-) -> None:
-    """Refuse here what would make trouble, for everybody, further in."""
-    for field, value in (("adapter", adapter), ("request_id", request_id), ("tenant", tenant)):
-        if value is not None and (not isinstance(value, str) or not value):
-            raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise RequestInvalid(f"priority={priority!r}: must be an integer")
-    if expected_tokens is not None and (type(expected_tokens) is not int or expected_tokens < 1):
-        raise RequestInvalid(f"expected_tokens={expected_tokens!r}: must be an integer >= 1, or None")
-    if deadline is not None:
-        number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
-        if not number or not deadline > 0:  # type: ignore[operator] # a number by then
-            raise RequestInvalid(f"deadline={deadline!r}: must be more than 0 seconds from now")

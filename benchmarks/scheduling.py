@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from aioengine.core import CopyMove, Core, CoreLimits, LoadMove
-from aioengine.request import SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies, load_policy
 from aioengine.step import Sampled, StepResult
 
@@ -87,7 +87,12 @@ def measure(make: Callable[[], SchedulerPolicy], waiting: int, steps: int) -> tu
         entry = entries[rng.randrange(SLOTS if popular else ADAPTERS)]
         params = SamplingParams(max_tokens=rng.randint(64, 256))
         core.add_request(
-            f"r{count}", [7] * rng.randint(8, 32), params, now, adapter=entry, tenant=f"t{count % 20}"
+            f"r{count}",
+            [7] * rng.randint(8, 32),
+            params,
+            RequestOptions(tenant=f"t{count % 20}"),
+            now,
+            adapter=entry,
         )
 
     results: list[tuple[float, float, float]] = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.errors import AdapterLoadError, EngineDead
-from aioengine.request import SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.fcfs import FCFS
 from aioengine.step import Sampled, StepBatch, StepResult
@@ -57,7 +59,8 @@ class CoreSim:
         *,
         prompt: list[int] | None = None,
         max_tokens: int = 4,
-        **kwargs: object,
+        deadline: float | None = None,
+        **options: Any,
     ) -> Request:
         entry = None if adapter is None else self.core.residency.current[adapter]
         self.count += 1
@@ -65,9 +68,10 @@ class CoreSim:
             f"r{self.count}",
             prompt or [10 + self.count % 7, 20, 30],
             SamplingParams(max_tokens=max_tokens),
+            RequestOptions(**options),
             self.now,
             adapter=entry,
-            **kwargs,  # type: ignore[arg-type]
+            deadline=deadline,
         )
 
     def schedule(self) -> StepBatch | None:

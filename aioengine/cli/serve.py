@@ -74,6 +74,8 @@ class ServerFlags:
     """Largest request."""
     max_choices: Annotated[int, _IN_MORE] = 128
     """Most prompts x n in one request."""
+    share_prefix_cache: Annotated[bool, _IN_MORE] = False
+    """Tenants share the prefix cache, and can find out what others have sent."""
     default_max_tokens: Annotated[int | None, _IN_MORE] = None
     """For chats that name none; by default what the context has room for."""
     request_timeout: Annotated[float, _IN_MORE] = 600.0
@@ -98,6 +100,7 @@ class ServerFlags:
             allowed_hosts=self._allowed_hosts(bool(keys)),
             max_body_bytes=self.max_body_bytes,
             max_choices=self.max_choices,
+            share_prefix_cache=self.share_prefix_cache,
             default_max_tokens=self.default_max_tokens,
             request_timeout=self.request_timeout or None,
             read_timeout=self.read_timeout,

@@ -113,7 +113,7 @@ class Batcher:
         """
         blocks = self.blocks
         if blocks.prefix_caching:
-            request.hashes = blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
+            request.hashes = blocks.hash_blocks(request.cache_key, request.tokens, request.hashes)
         shared = blocks.match(request.hashes, len(request.tokens) - 1)
         new = blocks.blocks_for(len(request.tokens)) - len(shared)
         if not blocks.can_allocate(new, shared):
@@ -174,7 +174,7 @@ class Batcher:
         if full <= request.committed or not self.blocks.prefix_caching:
             return
         if full > len(request.hashes):
-            request.hashes = self.blocks.hash_blocks(request.cache_salt, request.tokens, request.hashes)
+            request.hashes = self.blocks.hash_blocks(request.cache_key, request.tokens, request.hashes)
         for index in range(request.committed, full):
             self.blocks.commit(request.blocks[index], request.hashes[index])
         request.committed = full

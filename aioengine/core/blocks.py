@@ -3,8 +3,9 @@
 A block holds the keys and values of ``block_size`` tokens in every layer (paging after Kwon et al.,
 "Efficient Memory Management for LLM Serving with PagedAttention", 2023). A *full* block can be shared:
 its identity is the hash of everything it depends on, which is the adapter's content, all earlier
-tokens, and its own tokens. Blocks of different adapters, or of different contents of one adapter, can
-therefore never be mistaken for each other. Freed blocks keep their contents until they are reused, the
+tokens, and its own tokens, and of the salt that its request came with. Blocks of different adapters, or of
+different contents of one adapter, can therefore never be mistaken for each other, and no request finds out
+what one with another salt has sent. Freed blocks keep their contents until they are reused, the
 least recently freed first.
 """
 
@@ -36,10 +37,12 @@ class BlockManager:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def hash_blocks(self, salt: bytes, tokens: Sequence[int], known: Sequence[bytes]) -> list[bytes]:
-        """The chained hashes of all full blocks of ``tokens``; ``known`` is a prefix already hashed."""
+    def hash_blocks(self, key: bytes, tokens: Sequence[int], known: Sequence[bytes]) -> list[bytes]:
+        """The chained hashes of all full blocks of ``tokens``; ``known`` is a prefix already hashed.
+
+        ``key`` stands for all else that two sequences must have in common to share blocks."""
         hashes = list(known)
-        parent = hashes[-1] if hashes else blake2b(salt, digest_size=16).digest()
+        parent = hashes[-1] if hashes else blake2b(key, digest_size=16).digest()
         for start in range(len(hashes) * self.block_size, len(tokens), self.block_size):
             chunk = tokens[start : start + self.block_size]
             if len(chunk) < self.block_size:

@@ -30,7 +30,7 @@ from aioengine.errors import (
     EngineOverloaded,
     RequestInvalid,
 )
-from aioengine.request import FinishReason, SamplingParams
+from aioengine.request import FinishReason, RequestOptions, SamplingParams
 from aioengine.schedulers.fcfs import FCFS
 from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerPolicy
 from aioengine.step import Sampled, StepBatch, StepResult
@@ -150,15 +150,16 @@ class Core:
         request_id: str,
         prompt: list[int],
         params: SamplingParams,
+        options: RequestOptions,
         now: float,
         *,
         adapter: AdapterEntry | None = None,
-        priority: int = 0,
         deadline: float | None = None,
-        tenant: str | None = None,
-        expected_tokens: int | None = None,
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
+
+        ``adapter`` is the version that the adapter of ``options`` stands for, ``deadline`` the point in time
+        of its deadline.
 
         Raises EngineOverloaded when ``max_waiting`` requests wait already.
         """
@@ -178,10 +179,8 @@ class Core:
             seq=self._next_seq,
             arrival=now,
             seed=seed,
-            priority=priority,
             deadline=deadline,
-            tenant=tenant,
-            expected_tokens=expected_tokens,
+            options=options,
         )
         self._next_seq += 1
         self.requests[request_id] = request
@@ -195,7 +194,7 @@ class Core:
                 request_id=request_id,
                 adapter=label_of(request),
                 prompt_tokens=len(prompt),
-                tenant=tenant,
+                tenant=options.tenant,
                 location=None if adapter is None else location_name(adapter),
             )
         )
@@ -234,7 +233,7 @@ class Core:
                 prompt_tokens=request.prompt_len,
                 output_tokens=request.output_tokens,
                 seconds=now - request.arrival,
-                tenant=request.tenant,
+                tenant=request.options.tenant,
                 worst_gap=request.worst_gap,
             )
         )

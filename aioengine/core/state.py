@@ -6,7 +6,7 @@ from enum import Enum, auto
 from typing import Literal
 
 from aioengine.core.queues import ArrivalQueue
-from aioengine.request import SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policy import Location
 
 
@@ -95,18 +95,16 @@ class Request:
         "committed",
         "computed",
         "deadline",
-        "expected_tokens",
         "first_token",
         "hashes",
         "id",
         "last_token",
+        "options",
         "params",
-        "priority",
         "prompt_len",
         "seed",
         "seq",
         "status",
-        "tenant",
         "tokens",
         "worst_gap",
     )
@@ -121,10 +119,8 @@ class Request:
         seq: int,
         arrival: float,
         seed: int,
-        priority: int,
         deadline: float | None,
-        tenant: str | None,
-        expected_tokens: int | None = None,
+        options: RequestOptions,
     ) -> None:
         self.id = request_id
         self.adapter = adapter
@@ -133,11 +129,9 @@ class Request:
         self.arrival = arrival
         self.params = params
         self.seed = seed
-        self.priority = priority
         self.deadline = deadline
-        self.tenant = tenant
-        self.expected_tokens = params.max_tokens if expected_tokens is None else expected_tokens
-        """How long its output is expected to be."""
+        """The time by which it must have ended."""
+        self.options = options
         self.prompt_len = len(prompt)
         self.tokens = list(prompt)
         """Prompt followed by output."""
@@ -167,9 +161,12 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
-    def cache_salt(self) -> bytes:
-        """What the KV depends on beside the tokens: the adapter's content."""
-        return b"" if self.adapter is None else self.adapter.digest.encode()
+    def cache_key(self) -> bytes:
+        """What cached KV must agree in beside the tokens: the adapter's content, on which it depends, and the
+        caller's salt. The first one's length comes before it, so that no two pairs have one key."""
+        content = b"" if self.adapter is None else self.adapter.digest.encode()
+        salt = self.options.cache_salt
+        return b"%d:%b%b" % (len(content), content, b"" if salt is None else salt.encode())
 
 
 def label_of(request: Request) -> str | None:

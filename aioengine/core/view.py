@@ -25,12 +25,11 @@ class CoreRequestView:
 
     request_id = property(lambda self: self._r.id)
     arrival = property(lambda self: self._r.arrival)
-    priority = property(lambda self: self._r.priority)
+    priority = property(lambda self: self._r.options.priority)
     deadline = property(lambda self: self._r.deadline)
-    tenant = property(lambda self: self._r.tenant)
+    tenant = property(lambda self: self._r.options.tenant)
     prompt_tokens = property(lambda self: self._r.prompt_len)
     max_tokens = property(lambda self: self._r.params.max_tokens)
-    expected_tokens = property(lambda self: self._r.expected_tokens)
     output_tokens = property(lambda self: self._r.output_tokens)
     computed_tokens = property(lambda self: self._r.computed)
 
@@ -38,6 +37,11 @@ class CoreRequestView:
     def adapter(self) -> str | None:
         entry: AdapterEntry | None = self._r.adapter
         return None if entry is None else entry.name
+
+    @property
+    def expected_tokens(self) -> int:
+        expected = self._r.options.expected_tokens
+        return self._r.params.max_tokens if expected is None else expected
 
 
 class CoreSlotView:

@@ -161,7 +161,7 @@ class TraceWriter:
             prompt_tokens=event.prompt_tokens,
             output_tokens=None,
             tenant=event.tenant,
-            priority=0 if request is None else request.priority,
+            priority=0 if request is None else request.options.priority,
             deadline=None if due is None else round(due - event.time, 6),
         )
         self._rows.append(row)

@@ -83,6 +83,8 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """For scheduling policies that look at it; higher is more urgent."""
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    """The prefix cache is shared only with requests of the same salt, and of the same tenant."""
     structured_outputs: StructuredOutputs | None = None
 
     # Accepted, and without effect on the answer

@@ -14,12 +14,12 @@ from aioengine.adapter_names import NAME_RULE
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.guided import Guide
-from aioengine.request import SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.api import GenerationFields
 from aioengine.server.constraints import MakeConstraint
 from aioengine.server.errors import ApiError, model_not_found
-from aioengine.server.generation import Generation, GenerationOptions
+from aioengine.server.generation import Generation
 from aioengine.server.logprobs import TokenBytes
 from aioengine.server.sampling import for_choice
 from aioengine.server.settings import ServerSettings
@@ -120,13 +120,20 @@ class Context:
         record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
         record.stream = bool(fields.stream)
         record.adapter = self.adapter_of(fields.model)
-        options = GenerationOptions(
+        options = RequestOptions(
             adapter=record.adapter,
             priority=fields.priority or 0,
             deadline=self.settings.request_timeout,
             tenant=record.tenant,
+            cache_salt=self._cache_salt(record.tenant, fields.cache_salt),
         )
         return Generation(self.engine, record.completion_id, prompts, of_choices, options, record)
+
+    def _cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
+        """Of the tenant and the salt that is asked for: as JSON, so that nobody can ask for another
+        tenant's."""
+        owner = None if self.settings.share_prefix_cache else tenant
+        return None if owner is None and asked is None else msgspec.json.encode((owner, asked)).decode()
 
     @property
     def guide(self) -> Guide:

@@ -9,22 +9,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from aioengine.engine import AsyncEngine
-from aioengine.request import RequestOutput, SamplingParams
+from aioengine.request import RequestOptions, RequestOutput, SamplingParams
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.api import PromptTokensDetails, Usage
 from aioengine.server.errors import ClientDisconnected
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-
-class GenerationOptions(msgspec.Struct, kw_only=True):
-    """What all choices of a request have in common."""
-
-    adapter: str | None
-    priority: int
-    deadline: float | None
-    tenant: str | None
 
 
 class Generation:
@@ -34,6 +25,7 @@ class Generation:
     Args:
         prompts: Token ids, one list for each prompt.
         params: One for each choice, ``n`` for the first prompt, then ``n`` for the second, ...
+        options: Of all choices.
     """
 
     def __init__(
@@ -42,7 +34,7 @@ class Generation:
         request_id: str,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
-        options: GenerationOptions,
+        options: RequestOptions,
         record: RequestRecord,
     ) -> None:
         assert prompts and len(params) % len(prompts) == 0
@@ -60,15 +52,11 @@ class Generation:
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one choice; closing it aborts the engine's request. Raises what the engine does."""
-        options = self._options
         stream = self._engine.generate(
             self._prompts[index * len(self._prompts) // len(self._params)],
             self._params[index],
-            adapter=options.adapter,
             request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
-            priority=options.priority,
-            deadline=options.deadline,
-            tenant=options.tenant,
+            **msgspec.structs.asdict(self._options),
         )
         try:
             async for output in stream:

@@ -28,6 +28,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 8 * 2**20
     max_choices: int = 128
     """Bound on prompts x n in one request."""
+    share_prefix_cache: bool = False
+    """Tenants share the prefix cache. A request's ``cached_tokens``, and how soon it is answered, then tell
+    whether another tenant has sent the same text."""
     default_max_tokens: int | None = None
     """For chat requests that name none; None: whatever the context has room for."""
     request_timeout: float | None = 600.0

@@ -16,7 +16,7 @@ from aioengine.events import AdapterRetrying, Event, RequestEnded
 from aioengine.executors.base import Executor
 from aioengine.idle_watch import IDLE_WARNING_SECONDS
 from aioengine.lab.clock import VirtualTimeLoop
-from aioengine.request import SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.fcfs import FCFS
 from aioengine.step import Sampled, StepBatch, StepResult
@@ -55,7 +55,8 @@ def add(stepper: Stepper, request_id: str, adapter: str | None = None) -> None:
     core = stepper.core
     entry = None if adapter is None else core.residency.current[adapter]
     now = asyncio.get_running_loop().time()
-    core.add_request(request_id, [3, 4], SamplingParams(max_tokens=3), now, adapter=entry)
+    params = SamplingParams(max_tokens=3)
+    core.add_request(request_id, [3, 4], params, RequestOptions(), now, adapter=entry)
     stepper.streams[request_id] = Stream()  # type: ignore[assignment]
     stepper.wake()
 
