@@ -47,7 +47,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     max_tokens: int = 256
-    """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt."""
+    """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt. 0 only with
+    ``prompt_logprobs``: nothing is generated."""
+    min_tokens: int = 0
+    """Until so many tokens are generated, no end-of-sequence token and none of ``stop_token_ids`` is chosen
+    (unless ``constraint`` allows nothing else), and no stop string is looked for."""
     temperature: float = 0.0
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
@@ -65,10 +69,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int | None = None
     stop: Sequence[str] | str = ()
     """Strings that end the generation; the output is cut before the first one found."""
+    include_stop_str_in_output: bool = False
+    """Leave the stop string, or the text of the token, that ends the generation in the output's text."""
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     """Report the log-probability of each output token and of this many most likely ones (0..20)."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first. The prompt is computed in full for it: nothing of
+    it is taken from the prefix cache."""
     skip_special_tokens: bool = True
     constraint: TokenConstraint | None = None
     """What the output must conform to; sampling chooses among the tokens that it allows."""
@@ -77,7 +86,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         set_ = msgspec.structs.force_setattr
         set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
         set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
-        _check_int("max_tokens", self.max_tokens, low=1, high=2**63 - 1)
+        _check_int("max_tokens", self.max_tokens, low=int(self.prompt_logprobs is None), high=2**63 - 1)
+        _check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
         _check_float("temperature", self.temperature, low=0.0, high=100.0)
         _check_int("top_k", self.top_k, low=0, high=2**63 - 1)
         _check_float("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
@@ -87,8 +97,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_float("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         if self.seed is not None:
             _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, low=0, high=20)
+        for field in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, field)) is not None:
+                _check_int(field, count, low=0, high=20)
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestInvalid(f"stop={text!r}: each stop string must be a non-empty str")
@@ -110,7 +121,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def changes_logits(self) -> bool:
         """Whether the token is chosen from other logits than the model's own."""
-        return self.has_penalties or bool(self.logit_bias) or self.constraint is not None
+        return (
+            self.has_penalties or bool(self.logit_bias) or self.constraint is not None or self.min_tokens > 0
+        )
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -141,7 +154,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Log-probabilities (natural log, of the unmodified model distribution) at one output position."""
+    """Log-probabilities (natural log, of the unmodified model distribution) at one position."""
 
     token_id: int
     logprob: float
@@ -165,6 +178,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprob] | None = None
     """One entry for each of ``token_ids``, when asked for."""
     prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One entry for each of ``prompt_token_ids``, None for the first, when asked for."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was taken from the prefix cache."""
     arrival: float = 0.0

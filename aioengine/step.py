@@ -6,7 +6,7 @@ Nothing here refers to live objects, so that a step can cross a process boundary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from aioengine.request import SamplingParams, TokenLogprob
@@ -30,6 +30,9 @@ class SequenceWork(NamedTuple):
     history: Sequence[int]
     """Prompt followed by output so far (for penalties)."""
     prompt_len: int
+    score: int = 0
+    """How many of ``tokens``, from the first, are asked for the log-probability of the token that follows
+    them in ``history``."""
 
 
 class StepBatch(NamedTuple):
@@ -56,3 +59,5 @@ class StepResult(NamedTuple):
     """Aligned with ``StepBatch.sequences``; None where ``sample`` was False."""
     seconds: float
     """Wall time of the step."""
+    scored: Mapping[int, Sequence[TokenLogprob]] = {}
+    """By index in ``StepBatch.sequences``: the answers to ``score``, where that is not 0."""

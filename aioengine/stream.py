@@ -26,6 +26,7 @@ class OutputStream:
         self._text_seen = 0
         self._tokens_seen = request.prompt_len
         self._logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._stop: str | int | None = None
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
@@ -35,17 +36,18 @@ class OutputStream:
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
         """Take in one token; True if the text now contains a stop string. ``is_stop``: the token ends
-        the output, and is no part of its text."""
+        the output, and is no part of its text unless ``include_stop_str_in_output``."""
         self._last_token = now
         self._ready.set()
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(sampled.logprob)
+        params = self.request.params
         if is_stop:
             self._stop = sampled.token
+        if self._text_stream is None or (is_stop and not params.include_stop_str_in_output):
             return False
-        if self._text_stream is None:
-            return False
-        delta = self._text_stream.push([sampled.token])
+        early = self.request.output_tokens <= params.min_tokens
+        delta = self._text_stream.push([sampled.token], look=not early and not is_stop)
         self._text += delta.text
         if delta.stop is not None:
             self._stop = delta.stop
@@ -90,6 +92,7 @@ class OutputStream:
             stop_reason=self._stop,
             logprobs=None if self._logprobs is None else list(self._logprobs),
             prompt_token_ids=request.tokens[: request.prompt_len],
+            prompt_logprobs=self._prompt(),
             cached_tokens=request.cached_tokens,
             arrival=request.arrival,
             first_token=request.first_token,
@@ -98,3 +101,10 @@ class OutputStream:
         self._text_seen = len(self._text)
         self._tokens_seen = len(request.tokens)
         return result
+
+    def _prompt(self) -> list[TokenLogprob | None] | None:
+        """The prompt's log-probabilities when all are known; made once, because prompts may be long."""
+        known = self.request.prompt_logprobs
+        if self._prompt_logprobs is None and known is not None and not self.request.unscored:
+            self._prompt_logprobs = [None, *known]
+        return self._prompt_logprobs

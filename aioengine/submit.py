@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+import msgspec
+
 from aioengine.adapter_ops import AdapterOps
 from aioengine.build import Built
 from aioengine.core.state import AdapterEntry
@@ -61,8 +63,11 @@ class Submitter:
         if adapter is not None:
             self._adapters.check_known(adapter)  # before the work of tokenizing
         tokens = await self._tokenize(prompt)
-        self._check_prompt(tokens)
+        self._check_prompt(tokens, params)
         self._check_params(params)
+        if params.min_tokens and not params.ignore_eos:  # so that the sampler knows what must not come yet
+            ends = (*params.stop_token_ids, *self._core.limits.eos_token_ids)
+            params = msgspec.structs.replace(params, stop_token_ids=ends)
         entry = None if adapter is None else await self._find_adapter(adapter, request_id, due)
         self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
         if request_id in self._core.requests:
@@ -78,7 +83,9 @@ class Submitter:
         )
         text = None
         if self._parts.tokenizer is not None:
-            text = self._parts.tokenizer.text_stream(params.skip_special_tokens, tuple(params.stop))
+            text = self._parts.tokenizer.text_stream(
+                params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
+            )
         stream = OutputStream(request, text)
         self._stepper.streams[request_id] = stream
         self._stepper.wake()
@@ -139,11 +146,11 @@ class Submitter:
         """Wait for the texts that are being tokenized, also if nobody waits for them any more."""
         await asyncio.gather(*map(asyncio.wrap_future, list(self._jobs)), return_exceptions=True)
 
-    def _check_prompt(self, tokens: list[int]) -> None:
+    def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         limit = self._parts.plan.max_model_len
         if not tokens:
             raise RequestInvalid("the prompt is empty: it must have at least one token")
-        if len(tokens) >= limit:
+        if len(tokens) > limit - (params.max_tokens > 0):
             raise RequestInvalid(
                 f"the prompt has {len(tokens)} tokens and max_model_len={limit} leaves no room for "
                 "output: shorten it, or raise max_model_len"

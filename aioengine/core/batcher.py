@@ -109,12 +109,16 @@ class Batcher:
     def _start(self, request: Request, now: float) -> bool:
         """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache.
 
-        At least one token is always left to compute, because its logits are needed.
+        At least one token is always left to compute, because its logits are needed, and so are all that
+        stand before prompt tokens whose log-probability is wanted.
         """
         blocks = self.blocks
         if blocks.prefix_caching:
             request.hashes = blocks.hash_blocks(request.cache_key, request.tokens, request.hashes)
-        shared = blocks.match(request.hashes, len(request.tokens) - 1)
+        needless = len(request.tokens) - 1
+        if request.unscored:
+            needless = len(request.prompt_logprobs or ())
+        shared = blocks.match(request.hashes, needless)
         new = blocks.blocks_for(len(request.tokens)) - len(shared)
         if not blocks.can_allocate(new, shared):
             return False
@@ -191,6 +195,9 @@ class Batcher:
 def _work(request: Request, tokens: int) -> SequenceWork:
     start = request.computed
     entry = request.adapter
+    score = 0
+    if request.prompt_logprobs is not None and request.unscored:
+        score = max(0, min(tokens, request.prompt_len - 1 - start))
     return SequenceWork(
         request.id,
         -1 if entry is None or entry.slot is None else entry.slot,
@@ -202,4 +209,5 @@ def _work(request: Request, tokens: int) -> SequenceWork:
         request.seed,
         request.tokens,  # history
         request.prompt_len,
+        score,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
+from math import isnan
 from typing import NamedTuple
 
 from aioengine import events
@@ -389,14 +390,26 @@ class Core:
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
-        for request, work, sampled in zip(requests, batch.sequences, result.sampled, strict=True):
+        rows = zip(requests, batch.sequences, result.sampled, strict=True)
+        for index, (request, work, sampled) in enumerate(rows):
             if request.status is not Status.RUNNING:
                 continue
             self.batcher.advance(request, len(work.tokens))
+            if work.score and request.prompt_logprobs is not None:
+                known = len(request.prompt_logprobs) - work.start  # more than 0 after a preemption
+                new = result.scored.get(index, ())[known:]
+                if any(isnan(entry.logprob) for entry in new):
+                    nan = Sampled(-1, error="the log-probability of a prompt token is not a number")
+                    self.end(request, "error", now, _sampling_error(request, nan))
+                    continue
+                request.prompt_logprobs += new
             if sampled is None:
                 continue
             if sampled.error is not None:
                 self.end(request, "error", now, _sampling_error(request, sampled))
+                continue
+            if request.params.max_tokens == 0:
+                self.end(request, "length", now)
                 continue
             request.tokens.append(sampled.token)
             last, request.last_token = request.last_token, now

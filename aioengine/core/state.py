@@ -6,7 +6,7 @@ from enum import Enum, auto
 from typing import Literal
 
 from aioengine.core.queues import ArrivalQueue
-from aioengine.request import RequestOptions, SamplingParams
+from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 
 
@@ -102,6 +102,7 @@ class Request:
         "options",
         "params",
         "prompt_len",
+        "prompt_logprobs",
         "seed",
         "seq",
         "status",
@@ -146,6 +147,8 @@ class Request:
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.admitted: float | None = None
+        self.prompt_logprobs: list[TokenLogprob] | None = None if params.prompt_logprobs is None else []
+        """Those of the second token, the third, ..., as far as they are computed."""
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.worst_gap: float | None = None
@@ -159,6 +162,12 @@ class Request:
     def remaining(self) -> int:
         """Tokens that are known but not computed yet; 1 in steady decode."""
         return len(self.tokens) - self.computed
+
+    @property
+    def unscored(self) -> int:
+        """Prompt tokens whose log-probability is wanted and not known yet."""
+        known = self.prompt_logprobs
+        return 0 if known is None else self.prompt_len - 1 - len(known)
 
     @property
     def cache_key(self) -> bytes:

@@ -41,7 +41,7 @@ class CoreRequestView:
     @property
     def expected_tokens(self) -> int:
         expected = self._r.options.expected_tokens
-        return self._r.params.max_tokens if expected is None else expected
+        return max(self._r.params.max_tokens, 1) if expected is None else expected
 
 
 class CoreSlotView:

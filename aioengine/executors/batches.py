@@ -60,7 +60,9 @@ class StepEncoder:
         kept = _same(sent.blocks, row.block_table)
         blocks = list(row.block_table[kept:])
         sent.blocks[kept:] = blocks
-        return Work(sent.key, row.slot, row.start, len(row.tokens), row.sample, tokens, kept, blocks)
+        return Work(
+            sent.key, row.slot, row.start, len(row.tokens), row.sample, tokens, kept, blocks, row.score
+        )
 
 
 def _opened(key: int, row: SequenceWork) -> Opened:
@@ -140,4 +142,5 @@ class StepDecoder:
             seed=known.opened.seed,
             history=known.history,
             prompt_len=known.opened.prompt_len,
+            score=work.score,
         )

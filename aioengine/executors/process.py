@@ -74,7 +74,7 @@ class ProcessExecutor(Executor):
         sampled = list(answers[0].sampled or ())
         for index, why in faults.items():
             sampled[index] = Sampled(-1, error=why, fault="request")
-        return StepResult(sampled, max(answer.seconds for answer in answers))
+        return StepResult(sampled, max(answer.seconds for answer in answers), answers[0].scored)
 
     async def _constraints(self, batch: StepBatch) -> tuple[dict[int, bytes], dict[int, str]]:
         """What the constraints of the batch allow, and why those that failed did, by index. They are objects

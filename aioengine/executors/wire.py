@@ -16,6 +16,7 @@ import msgspec
 
 from aioengine import errors
 from aioengine.config import EngineConfig
+from aioengine.request import TokenLogprob
 from aioengine.step import Sampled
 
 _LENGTH = struct.Struct("<I")
@@ -81,6 +82,8 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     """How many of the blocks in its table, from the first, stay as they were."""
     blocks: list[int]
     """What follows them."""
+    score: int = 0
+    """As in ``SequenceWork``."""
 
 
 class Step(_Message, frozen=True):
@@ -172,6 +175,8 @@ class Stepped(_Message, frozen=True):
     sampled: list[Sampled | None] | None
     """From rank 0."""
     seconds: float
+    scored: dict[int, list[TokenLogprob]] = {}
+    """From rank 0."""
 
 
 class ReadDone(_Message, frozen=True):

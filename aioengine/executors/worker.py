@@ -203,7 +203,8 @@ class _Model:
     def step(self, request: Step) -> Stepped:
         result = self.runner.execute(self._batches.decode(request))
         sampled = list(result.sampled) if self._shard.rank == 0 else None
-        return Stepped(request.number, sampled, result.seconds)
+        scored = {index: list(entries) for index, entries in result.scored.items()}
+        return Stepped(request.number, sampled, result.seconds, scored)
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:

@@ -57,6 +57,16 @@ class Layer:
 
 
 @dataclass(slots=True)
+class LastLayer:
+    """What the last layer leaves for T tokens: :meth:`Decoder.logits` makes logits of it."""
+
+    hidden: Tensor
+    """[T, hidden]"""
+    delta: Tensor | None
+    """[T, hidden], yet to be added to ``hidden``."""
+
+
+@dataclass(slots=True)
 class StepInputs:
     """One step over T tokens; all tensors on the decoder's device."""
 
@@ -221,6 +231,11 @@ class Decoder:
 
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
+        last = self.layers_forward(inputs, cache, slots)
+        return self.logits(last, inputs.sample_rows, inputs.sample_lora, slots)
+
+    def layers_forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> LastLayer:
+        """All layers, up to the last norm and the head."""
         spec, plan, kernels = self.spec, inputs.attention, self.kernels
         cos, sin = self.rope.cos_sin(plan.positions)
         hidden = self.embed(inputs, slots)
@@ -239,13 +254,16 @@ class Decoder:
             x = kernels.add_rms_norm(hidden, delta, layer.post_attention_norm, spec.rms_norm_eps)
             x = kernels.silu_and_mul(begin(layer.gate_up, x, pools.get("gate_up"), lora))
             delta = end(layer.down, x, pools.get("down"), lora)
+        return LastLayer(hidden, delta)
 
-        hidden = hidden.index_select(0, inputs.sample_rows)
-        delta = None if delta is None else delta.index_select(0, inputs.sample_rows)
-        x = kernels.add_rms_norm(hidden, delta, self.norm, spec.rms_norm_eps)
+    def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None) -> Tensor:
+        """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the compute
+        dtype, on every rank."""
+        hidden = last.hidden.index_select(0, rows)
+        delta = None if last.delta is None else last.delta.index_select(0, rows)
+        x = self.kernels.add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
         head = slots.outer.get("lm_head") if slots else None
-        logits = self.adapted.split_outputs(self.head, x, head, inputs.sample_lora)
-        return self.whole_logits(logits)
+        return self.whole_logits(self.adapted.split_outputs(self.head, x, head, lora))
 
     def whole_logits(self, logits: Tensor) -> Tensor:
         """[N, vocab] on every rank, of the parts that they have."""

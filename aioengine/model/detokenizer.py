@@ -82,7 +82,7 @@ class Detokenizer:
 class TextDelta(NamedTuple):
     text: str
     stop: str | None = None
-    """The stop string that was found; ``text`` ends before it and nothing follows."""
+    """The stop string that was found; ``text`` ends before it, or with it, and nothing follows."""
 
 
 class TextStream:
@@ -91,28 +91,32 @@ class TextStream:
     Equals the full text cut at the smallest index where any of ``stop`` occurs, however the tokens
     are chunked; of several stop strings at that index the shortest is reported. Text that may be the
     beginning of a stop string is held back. A match is held back, too, while an earlier one is still
-    possible (stop strings "abc" and "b" after "ab").
+    possible (stop strings "abc" and "b" after "ab"). With ``include_stop`` the cut is after it.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop: tuple[str, ...] = (), include_stop: bool = False
+    ) -> None:
         self._detokenizer = detokenizer
+        self._include_stop = include_stop
         self._stop = tuple(sorted(stop, key=len))
         self._held = ""
         self.stopped: str | None = None
         """The stop string found so far; also set by :meth:`finish`."""
 
-    def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Append tokens; after a stop string was found, further tokens are ignored."""
+    def push(self, token_ids: Sequence[int], *, look: bool = True) -> TextDelta:
+        """Append tokens; after a stop string was found, further tokens are ignored. Without ``look`` none
+        is looked for in all that has come up to here."""
         if self.stopped is not None:
             return TextDelta("", self.stopped)
         self._held += self._detokenizer.push(token_ids)
-        if not self._stop:
+        if not self._stop or not look:
             return self._emit(len(self._held))
         at, stop = self._first_match()
         possible = self._first_beginning()
         if stop is not None and at <= possible:
             self.stopped = stop
-            return self._emit(at)
+            return self._emit(self._cut(at))
         return self._emit(min(at, possible))
 
     def finish(self) -> str:
@@ -121,7 +125,11 @@ class TextStream:
             return ""
         self._held += self._detokenizer.finish()
         at, self.stopped = self._first_match()
-        return self._emit(at).text
+        return self._emit(self._cut(at)).text
+
+    def _cut(self, at: int) -> int:
+        """Where the text ends if a stop string was found at ``at``."""
+        return at + len(self.stopped) if self.stopped and self._include_stop else at
 
     def _emit(self, end: int) -> TextDelta:
         text, self._held = self._held[:end], "" if self.stopped else self._held[end:]

@@ -19,7 +19,7 @@ from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import Packed, QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
-from aioengine.model.decoder import Decoder, Linear, StepInputs
+from aioengine.model.decoder import Decoder, LastLayer, Linear, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import FusedLoRA, LoRASlots
 from aioengine.model.native_exchange import StepExchange, between
@@ -117,15 +117,26 @@ class NativeForward:
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
+        decoder = self._decoder
+        logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
+        self._run(inputs, logits)
+        return decoder.whole_logits(logits)
+
+    def layers_forward(self, inputs: StepInputs) -> LastLayer:
+        """:meth:`Decoder.layers_forward`'s equal."""
+        return self._run(inputs, torch.empty(0, dtype=self._decoder.dtype))
+
+    def _run(self, inputs: StepInputs, logits: Tensor) -> LastLayer:
+        """Fills in ``logits``, the head's outputs for ``inputs.sample_rows``; what it returns is of use only
+        if that is empty, so that the head is left out."""
         decoder, spec, plan = self._decoder, self._decoder.spec, inputs.attention
         hidden = decoder.embed(inputs, self._slots)
-        tokens, samples = len(hidden), len(inputs.sample_rows)
+        tokens, samples = len(hidden), len(logits)
         cos, sin = decoder.rope.cos_sin(plan.positions)
 
         def scratch(width: int) -> Tensor:
             return torch.empty(tokens, width, dtype=decoder.dtype)
 
-        logits = torch.empty(samples, spec.vocab_size, dtype=decoder.dtype)
         x, wide, narrow = scratch(spec.hidden_size), scratch(self._wide), scratch(self._narrow)
         h = scratch(self._ranks)
         # Tables stay referenced by these names while the library reads them.
@@ -161,7 +172,7 @@ class NativeForward:
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         if exchange.error is not None:
             raise exchange.error
-        return decoder.whole_logits(logits)
+        return LastLayer(hidden, x)
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias

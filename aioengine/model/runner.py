@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -15,12 +18,15 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
-from aioengine.model.decoder import Decoder, StepInputs
+from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.lora_slots import LoRASlots
 from aioengine.model.parallel import Group, SoloGroup
+from aioengine.model.sampler import sample as default_sample
+from aioengine.model.sampler import token_logprobs
 from aioengine.model.spec import LORA_MODULES, ModelSpec, Quantization
 from aioengine.model.weights import load_weights
+from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -28,6 +34,9 @@ if TYPE_CHECKING:
     from aioengine.model.native import NativeForward
 
 logger = logging.getLogger("aioengine")
+
+PIECE_BYTES = 2**25
+"""Of the float32 logits that prompts are scored with at a time; there are up to three such tensors."""
 
 Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 """``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""
@@ -68,8 +77,6 @@ class ModelRunner:
         record: Record | None = None,
     ) -> None:
         if sample is None:
-            from aioengine.model.sampler import sample as default_sample
-
             sample = default_sample
         self.spec = spec
         self.dtype = dtype
@@ -93,15 +100,17 @@ class ModelRunner:
         )
         self.native: NativeForward | None = None
         """The compiled step, where there is one."""
-        self._forward = self._choose_forward(block_size, quantization)
+        self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
         if fixed_decode is not None and self.decoder.kernels.capturable and self.group.shard.size == 1:
             self.decode_steps = self._record(fixed_decode, record)
 
-    def _choose_forward(self, block_size: int, quantization: Quantization) -> Callable[[StepInputs], Tensor]:
-        """The compiled step where there is one, else the decoder's own."""
+    def _choose_forward(
+        self, block_size: int, quantization: Quantization
+    ) -> tuple[Callable[[StepInputs], Tensor], Callable[[StepInputs], LastLayer]]:
+        """``forward`` and ``layers_forward`` of the compiled step where there is one, else the decoder's."""
         reason: str | None = f"backend {self.decoder.kernels.name!r}"
         if self.decoder.kernels.name == "cpu":
             from aioengine.model.native import NativeForward, not_covered
@@ -111,7 +120,7 @@ class ModelRunner:
                 reason = f"tensor_parallel_size={self.group.shard.size}"
             if reason is None:
                 self.native = NativeForward(self.decoder, self.kv_cache, self.lora_slots, quantization)
-                return self.native.forward
+                return self.native.forward, self.native.layers_forward
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
         if quantization != "none":
             raise ConfigError(
@@ -120,7 +129,10 @@ class ModelRunner:
             )
         decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, self.lora_slots
         # Not through self: memory in a reference cycle would not be free when the runner is gone.
-        return lambda inputs: decoder.forward(inputs, kv_cache, lora_slots)
+        return (
+            lambda inputs: decoder.forward(inputs, kv_cache, lora_slots),
+            lambda inputs: decoder.layers_forward(inputs, kv_cache, lora_slots),
+        )
 
     def _record(self, limits: DecodeLimits, record: Record | None) -> DecodeSteps:
         from aioengine.model.decode_steps import CudaGraphs, DecodeSteps
@@ -142,28 +154,58 @@ class ModelRunner:
         return self.decoder.nbytes
 
     def execute(self, batch: StepBatch) -> StepResult:
-        """Runs one step and samples a token for the sequences that ask for one, on rank 0."""
+        """Runs one step; samples a token for the sequences that ask for one, and scores tokens for those that
+        ask for that, on rank 0."""
         began = time.perf_counter()
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
+        scored: dict[int, list[TokenLogprob]] = {}
         if batch.sequences:
             if self.lora_slots is not None:
                 self.lora_slots.before_step()
             with torch.inference_mode():
-                logits, asking = self._logits(batch)
+                logits, asking = self._logits(batch, scored)
                 if asking and self.group.shard.rank == 0:
                     rows = [batch.sequences[i] for i in asking]
                     for i, token in zip(asking, self._sample(logits, rows), strict=True):
                         sampled[i] = token
-        return StepResult(sampled, time.perf_counter() - began)
+        return StepResult(sampled, time.perf_counter() - began, scored)
 
-    def _logits(self, batch: StepBatch) -> tuple[Tensor, list[int]]:
-        """The logits of the sequences that ask for a token, and their indices."""
+    def _logits(self, batch: StepBatch, scored: dict[int, list[TokenLogprob]]) -> tuple[Tensor, list[int]]:
+        """The logits of the sequences that ask for a token, and their indices. Fills in ``scored``."""
         if self.decode_steps is not None:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
                 return logits, list(range(len(batch.sequences)))
         inputs, asking = self._prepare(batch)
-        return self._forward(inputs), asking
+        if not any(work.score for work in batch.sequences):
+            return self._forward(inputs), asking
+        last = self._layers_forward(inputs)
+        self._score(batch, last, scored)
+        if not asking:
+            return torch.empty(0), asking
+        return self.decoder.logits(last, inputs.sample_rows, inputs.sample_lora, self.lora_slots), asking
+
+    def _score(self, batch: StepBatch, last: LastLayer, scored: dict[int, list[TokenLogprob]]) -> None:
+        """Fills in ``scored``, in pieces: a whole prompt's logits can take more memory than the model."""
+        begins = accumulate((len(work.tokens) for work in batch.sequences), initial=0)
+        rows = [
+            (i, begin + place, work.history[work.start + place + 1])
+            for i, (work, begin) in enumerate(zip(batch.sequences, begins, strict=False))
+            for place in range(work.score)
+        ]
+        size = max(1, PIECE_BYTES // (4 * self.spec.vocab_size))
+        for piece in (rows[at : at + size] for at in range(0, len(rows), size)):
+            sequences = Counter(i for i, _row, _target in piece)
+            where = send([torch.tensor([row for _i, row, _target in piece])], self.device)[0]
+            lora = self._lora_batch(batch, sequences, list(sequences.values()))
+            logits = self.decoder.logits(last, where, lora, self.lora_slots)
+            if self.group.shard.rank > 0:
+                continue
+            most = max(batch.sequences[i].params.prompt_logprobs or 0 for i in sequences)
+            entries = token_logprobs(logits, [target for _i, _row, target in piece], most)
+            for (i, _row, _target), entry in zip(piece, entries, strict=True):
+                count = batch.sequences[i].params.prompt_logprobs
+                scored.setdefault(i, []).append(msgspec.structs.replace(entry, top=entry.top[:count]))
 
     def _prepare(self, batch: StepBatch) -> tuple[StepInputs, list[int]]:
         """The step's tensors, and the indices of the sequences that ask for a token."""
@@ -177,14 +219,6 @@ class ModelRunner:
             if work.sample:
                 asking.append(i)
                 sample_rows.append(len(token_ids) - 1)
-        # Without slots every sequence must be a base row; LoRABatch refuses anything else.
-        ranks = batch.slot_ranks if self.lora_slots is not None else ()
-        affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
-
-        def lora_batch(sequences: Iterable[int], counts: list[int]) -> LoRABatch:
-            slots = [batch.sequences[i].slot for i in sequences]
-            return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
-
         rows = torch.tensor(sample_rows, dtype=torch.long)
         ids, rows = send([torch.tensor(token_ids), rows], self.device)
         tables = [work.block_table for work in batch.sequences]
@@ -192,7 +226,15 @@ class ModelRunner:
             token_ids=ids,
             sample_rows=rows,
             attention=AttentionPlan(spans, tables, self.kv_cache.block_size, self.device),
-            lora=lora_batch(range(len(spans)), [span.length for span in spans]),
-            sample_lora=lora_batch(asking, [1] * len(asking)),
+            lora=self._lora_batch(batch, range(len(spans)), [span.length for span in spans]),
+            sample_lora=self._lora_batch(batch, asking, [1] * len(asking)),
         )
         return inputs, asking
+
+    def _lora_batch(self, batch: StepBatch, sequences: Iterable[int], counts: list[int]) -> LoRABatch:
+        """``counts`` tokens of each of ``sequences``, by index."""
+        # Without slots every sequence must be a base row; LoRABatch refuses anything else.
+        ranks = batch.slot_ranks if self.lora_slots is not None else ()
+        affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
+        slots = [batch.sequences[i].slot for i in sequences]
+        return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -66,8 +67,27 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         _assign(tokens, changed, chosen)
         results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in failed.items()}
     scored = [i for i, row in enumerate(rows) if i not in results and row.params.logprobs is not None]
-    logprobs = _logprobs(logits, rows, scored, tokens) if scored else {}
+    logprobs: dict[int, TokenLogprob] = {}
+    if scored:
+        entries = token_logprobs(_rows(logits, scored), [tokens[i] for i in scored], _MAX_LOGPROBS)
+        for i, entry in zip(scored, entries, strict=True):
+            logprobs[i] = msgspec.structs.replace(entry, top=entry.top[: rows[i].params.logprobs])
     return [results.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
+    """The log-probability, in float32, of each of ``tokens`` (N of them) under its row of ``logits``
+    [N, vocab], beside the ``most`` most likely tokens of the row."""
+    table = logits.float().log_softmax(dim=-1)
+    own = table.gather(1, _sent(torch.tensor(tokens), table)[:, None])[:, 0].tolist()
+    if not most:
+        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, own, strict=True)]
+    values, ids = _largest(table, min(_MAX_LOGPROBS, table.shape[1]))
+    entries = []
+    for token, logprob, *best in zip(tokens, own, values.tolist(), ids.tolist(), strict=True):
+        pairs = sorted(zip(best[1], best[0], strict=True), key=lambda pair: (-pair[1], pair[0]))
+        entries.append(TokenLogprob(token, logprob, tuple(pairs[:most])))
+    return entries
 
 
 def uniform(seed: int, index: int) -> float:
@@ -108,6 +128,7 @@ def _choose(
     _apply_bias(scores, work)
     _apply_penalties(scores, work)
     failed = _apply_constraints(scores, work)
+    _ban_the_end(scores, work)
     tokens = [0] * len(work)
     greedy = [i for i, row in enumerate(work) if row.params.greedy]
     random = [i for i, row in enumerate(work) if not row.params.greedy]
@@ -197,6 +218,20 @@ def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> dict[int
     for i in failed:
         scores[i] = 0.0
     return failed
+
+
+def _ban_the_end(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
+    """Ban from ``scores`` [N, vocab], in place, what would end a row before its ``min_tokens``, unless its
+    constraint leaves nothing else."""
+    for i, row in enumerate(rows):
+        params = row.params
+        if len(row.history) - row.prompt_len >= params.min_tokens or not params.stop_token_ids:
+            continue
+        ends = _sent(torch.tensor(params.stop_token_ids), scores)
+        kept = scores[i, ends]
+        scores[i, ends] = -math.inf
+        if params.constraint is not None and not torch.isfinite(scores[i].max()):
+            scores[i, ends] = kept
 
 
 def _apply_penalties(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
@@ -323,17 +358,3 @@ def _tokens_of_ranks(x: Tensor, values: Tensor, ids: Tensor, rank: Tensor, known
             token = int((x[i] == value[i]).nonzero()[place, 0])
         tokens.append(token if is_known else None)
     return tokens
-
-
-def _logprobs(
-    logits: Tensor, rows: Sequence[SequenceWork], scored: list[int], tokens: Sequence[int]
-) -> dict[int, TokenLogprob]:
-    table = _rows(logits, scored).float().log_softmax(dim=-1)
-    chosen = _sent(torch.tensor([tokens[i] for i in scored]), table)
-    own = table.gather(1, chosen[:, None])[:, 0].tolist()
-    values, ids = _largest(table, min(_MAX_LOGPROBS, table.shape[1]))
-    results = {}
-    for i, logprob, *best in zip(scored, own, values.tolist(), ids.tolist(), strict=True):
-        pairs = sorted(zip(best[1], best[0], strict=True), key=lambda pair: (-pair[1], pair[0]))
-        results[i] = TokenLogprob(tokens[i], logprob, tuple(pairs[: rows[i].params.logprobs]))
-    return results

@@ -97,9 +97,11 @@ class Tokenizer:
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(self._tokenizer, skip_special_tokens)
 
-    def text_stream(self, skip_special_tokens: bool, stop: tuple[str, ...]) -> TextStream:
+    def text_stream(
+        self, skip_special_tokens: bool, stop: tuple[str, ...], include_stop: bool = False
+    ) -> TextStream:
         """A fresh one for one request's output."""
-        return TextStream(self.detokenizer(skip_special_tokens), stop)
+        return TextStream(self.detokenizer(skip_special_tokens), stop, include_stop)
 
     def encode_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> list[int]:
         """The rendered chat's tokens; the template writes the special tokens, none are added."""
