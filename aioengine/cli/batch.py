@@ -67,7 +67,9 @@ async def _answer(engine: AsyncEngine, request: Request, ended: Callable[[], Non
         ended()
     choices = [_choice(out) for out in outputs]
     answer |= choices[0] if request.n == 1 else {"choices": choices}
-    return {**answer, "prompt_tokens": len(outputs[0].prompt_token_ids)}
+    answer["prompt_tokens"] = len(outputs[0].prompt_token_ids)
+    scored = outputs[0].prompt_logprobs  # the same for all choices
+    return answer if scored is None else {**answer, "prompt_logprobs": scored}
 
 
 async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]:
