@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aioengine.adapters.filesystem_resolver import FilesystemResolver
-    from aioengine.adapters.fsspec_resolver import FsspecResolver
-    from aioengine.adapters.hub_resolver import HubResolver
-    from aioengine.adapters.resolver import AdapterResolver, ChainResolver
+    from aioengine.adapters.resolvers.base import AdapterResolver, ChainResolver
+    from aioengine.adapters.resolvers.filesystem import FilesystemResolver
+    from aioengine.adapters.resolvers.fsspec import FsspecResolver
+    from aioengine.adapters.resolvers.hub import HubResolver
     from aioengine.config import EngineConfig, LoRAConfig
     from aioengine.engine import AsyncEngine
     from aioengine.info import AdapterInfo, EngineStats, SlotInfo
@@ -39,14 +39,14 @@ __all__ = [
 
 _HOMES = {
     "AdapterInfo": ".info",
-    "AdapterResolver": ".adapters.resolver",
+    "AdapterResolver": ".adapters.resolvers.base",
     "AsyncEngine": ".engine",
-    "ChainResolver": ".adapters.resolver",
+    "ChainResolver": ".adapters.resolvers.base",
     "EngineConfig": ".config",
     "EngineStats": ".info",
-    "FilesystemResolver": ".adapters.filesystem_resolver",
-    "FsspecResolver": ".adapters.fsspec_resolver",
-    "HubResolver": ".adapters.hub_resolver",
+    "FilesystemResolver": ".adapters.resolvers.filesystem",
+    "FsspecResolver": ".adapters.resolvers.fsspec",
+    "HubResolver": ".adapters.resolvers.hub",
     "LoRAConfig": ".config",
     "RequestOutput": ".request",
     "SamplingParams": ".request",

@@ -8,28 +8,28 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
-from aioengine.adapter_ops import AdapterOps
-from aioengine.adapters.resolver import AdapterResolver
-from aioengine.build import Built, build, build_with_workers, choose_policy, core_limits
+from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
-from aioengine.counters import Counters
 from aioengine.errors import ConfigError, EngineStopped
-from aioengine.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.events import Event
 from aioengine.info import AdapterInfo, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
+from aioengine.runtime.adapters import AdapterOps
+from aioengine.runtime.assemble import Built, build, build_with_workers, choose_policy, core_limits
+from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
+from aioengine.runtime.loop import Stepper
+from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.stats import Counters
+from aioengine.runtime.submit import Submitter
+from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
-from aioengine.stepper import Stepper
-from aioengine.stream import OutputStream
-from aioengine.submit import Submitter
-from aioengine.warm_up import warm_up
 
 if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
     from aioengine.model.spec import ModelSpec
-    from aioengine.model.tokenizer import Tokenizer
+    from aioengine.model.text.tokenizer import Tokenizer
 
 EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
 

@@ -10,10 +10,10 @@ import psutil
 from aioengine.config import EngineConfig, LoRAConfig, format_bytes
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.files import read_spec, resolve_model
-from aioengine.model.parallel import Shard
-from aioengine.model.partition import Partition
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.files.resolve import read_spec, resolve_model
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, Quantization
 
 MAX_AUTO_MODEL_LEN = 8192

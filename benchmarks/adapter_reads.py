@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from workload import write_random_adapter
 
 from aioengine.adapters.store import AdapterStore
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import LORA_MODULES
 
 

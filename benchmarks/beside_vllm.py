@@ -31,8 +31,8 @@ from rich.table import Table
 from workload import cpu_name, write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.model.embedded import embedded_model_dir
-from aioengine.model.files import read_spec
+from aioengine.model.files.embedded import embedded_model_dir
+from aioengine.model.files.resolve import read_spec
 
 ROOM, RANK = 8, 16
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from workload import run_once
 
 from aioengine import AsyncEngine, EngineConfig
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 
 PERIOD = 0.005
 APPLICATION = {False: "idle", True: "burns the GIL"}

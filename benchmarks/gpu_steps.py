@@ -15,10 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from aioengine.kernels import AttentionPlan, Backend, Span, get_backend
-from aioengine.model.decode_steps import CudaGraphs, DecodeLimits, DecodeSteps, Record
+from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, DecodeSteps, Record
 from aioengine.model.decoder import Decoder
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.lora_slots import LoRASlots
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork

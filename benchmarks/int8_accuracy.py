@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.runner import ModelRunner
-from aioengine.model.tokenizer import Tokenizer
+from aioengine.model.text.tokenizer import Tokenizer
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from workload import run_once, write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 
 TICK = 0.01
 

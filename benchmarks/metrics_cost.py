@@ -23,7 +23,7 @@ from aioengine.core.state import AdapterEntry, Request
 from aioengine.info import AdapterInfo, EngineStats, SlotInfo
 from aioengine.metrics import EngineMetrics
 from aioengine.request import SamplingParams
-from aioengine.timing import TokenIntervals
+from aioengine.runtime.intervals import TokenIntervals
 
 
 async def main() -> None:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from aioengine.lab import Experiment, WorkloadSpec, run
+from aioengine.lab import Experiment, WorkloadSpec
+from aioengine.lab.runs import simulate as run
 
 Run = Callable[[Sequence[Experiment]], list[dict[str, Any]]]
 """Summaries of experiments, in their order."""

@@ -28,13 +28,13 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed, multiprocessing
 
-from aioengine.adapters.peft import PackedAdapter
+from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.kernels import get_backend
-from aioengine.model.files import read_spec
-from aioengine.model.parallel import DistributedGroup, Group, Shard, SoloGroup
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 from aioengine.model.runner import ModelRunner
-from aioengine.model.slot_image import build_image
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.slots.image import build_image
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch

@@ -42,7 +42,7 @@ from tokenizers import Tokenizer
 from workload import write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 
 START_SECONDS = 120
 SAMPLE_SECONDS = 0.1

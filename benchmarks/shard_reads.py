@@ -20,9 +20,9 @@ import torch
 from parallel import LLAMA_8B
 from workload import write_random_adapter
 
-from aioengine.adapters.digest import content_digest
+from aioengine.adapters.peft.digest import content_digest
 from aioengine.adapters.store import AdapterStore
-from aioengine.model.parallel import Shard
+from aioengine.model.parallel.group import Shard
 from aioengine.model.spec import LORA_MODULES
 
 

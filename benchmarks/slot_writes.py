@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import torch
 
-from aioengine.model.lora_slots import LoRASlots
-from aioengine.model.slot_image import AdapterImage, build_image
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.slots.image import AdapterImage, build_image
+from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
 
 SLOTS, ADAPTERS = 4, 6

@@ -13,7 +13,7 @@ import torch
 from workload import write_random_adapter
 
 from aioengine.adapters.store import AdapterStore
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import LORA_MODULES
 from aioengine.request import SamplingParams

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 
 MODEL = "smollm2-135m"
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32

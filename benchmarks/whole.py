@@ -21,8 +21,8 @@ from workload import write_random_adapter
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.events import Event, StepFinished
 from aioengine.model import native, runner
-from aioengine.model.files import read_spec, resolve_model
-from aioengine.model.weights import SINGLE
+from aioengine.model.files.resolve import read_spec, resolve_model
+from aioengine.model.files.weights import SINGLE
 
 PROMPT, OUTPUT, ADAPTERS, RANK = 128, 64, 8, 16
 RUNS = 3

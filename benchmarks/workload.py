@@ -29,7 +29,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.model.files import read_spec, resolve_model
+from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 
 

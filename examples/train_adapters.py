@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tasks import TASKS, Item, Task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aioengine.model.embedded import embedded_model_dir
+from aioengine.model.files.embedded import embedded_model_dir
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTERS = Path(__file__).parent / "adapters"

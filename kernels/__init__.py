@@ -3,10 +3,10 @@
 ``from aioengine.kernels import AttentionPlan, LoRABatch, get_backend``
 """
 
-from aioengine.kernels.attention_plan import AttentionPlan, Span
 from aioengine.kernels.backend import Backend, HeadNorms
-from aioengine.kernels.batch import LoRABatch, Segment
 from aioengine.kernels.dispatch import available_backends, get_backend
+from aioengine.kernels.plan.attention import AttentionPlan, Span
+from aioengine.kernels.plan.lora import LoRABatch, Segment
 
 __all__ = [
     "AttentionPlan",

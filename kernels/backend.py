@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from aioengine.kernels.attention_plan import AttentionPlan
-from aioengine.kernels.batch import LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.lora import LoRABatch
 
 
 class HeadNorms(NamedTuple):

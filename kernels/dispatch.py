@@ -6,8 +6,9 @@ import functools
 import logging
 import os
 
-from aioengine.kernels import plain, reference
+from aioengine.kernels import reference
 from aioengine.kernels.backend import Backend
+from aioengine.kernels.portable import plain
 
 logger = logging.getLogger("aioengine")
 
@@ -53,7 +54,7 @@ def _triton_backend() -> Backend | None:
 @functools.cache
 def _flashinfer_backend() -> Backend | None:
     try:
-        from aioengine.kernels import flashinfer
+        from aioengine.kernels.triton import flashinfer
     except ImportError:  # an extra, which most do without
         return None
     return flashinfer

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aioengine.kernels.attention_plan import AttentionPlan
 from aioengine.kernels.backend import HeadNorms
-from aioengine.kernels.batch import LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.lora import LoRABatch
 
 name = "reference"
 capturable = False

@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from aioengine.errors import EngineStopped
-from aioengine.metrics.page_feed import Feed, WatchedEngine, Watcher
+from aioengine.metrics.page.feed import Feed, WatchedEngine, Watcher
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -60,7 +60,9 @@ class MetricsApp:
         self._feed = Feed(engine, interval)
         self._streams: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._files = {path.name: path.read_bytes() for path in (Path(__file__).parent / "page").iterdir()}
+        self._files = {
+            path.name: path.read_bytes() for path in (Path(__file__).parent / "page" / "static").iterdir()
+        }
 
     @property
     def watching(self) -> int:
@@ -202,7 +204,7 @@ async def serve_page(engine: WatchedEngine, host: str = "127.0.0.1", port: int =
 
     Yields the page's URL. Port 0 takes a free one. Signal handlers and logging are left alone.
     """
-    from aioengine.metrics.page_server import serve
+    from aioengine.metrics.page.server import serve
 
     app = metrics_app(engine)
     async with serve(app, host, port, before_shutdown=app.close) as url:

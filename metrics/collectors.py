@@ -13,15 +13,15 @@ from prometheus_client.registry import Collector
 
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats
-from aioengine.metrics import definitions as d
-from aioengine.metrics.by_adapter import AdapterMetrics
-from aioengine.metrics.compat import vllm_gauges
-from aioengine.metrics.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
-from aioengine.metrics.on_loop import OnLoop
-from aioengine.metrics.residency import ResidencyTracker
-from aioengine.metrics.snapshot import gauges
-from aioengine.metrics.storage import Counters, Family, Histograms
-from aioengine.metrics.waits import AdapterWaits
+from aioengine.metrics.collect.by_adapter import AdapterMetrics
+from aioengine.metrics.collect.compat import vllm_gauges
+from aioengine.metrics.collect.on_loop import OnLoop
+from aioengine.metrics.collect.residency import ResidencyTracker
+from aioengine.metrics.collect.snapshot import gauges
+from aioengine.metrics.collect.waits import AdapterWaits
+from aioengine.metrics.families import definitions as d
+from aioengine.metrics.families.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
+from aioengine.metrics.families.storage import Counters, Family, Histograms
 
 
 class EngineMetrics(Collector):
@@ -36,7 +36,7 @@ class EngineMetrics(Collector):
 
     Args:
         max_adapter_labels: Adapters that get an ``adapter`` label of their own in the request
-            metrics; see :class:`~aioengine.metrics.labels.AdapterLabels`.
+            metrics; see :class:`~aioengine.metrics.families.labels.AdapterLabels`.
         snapshot: Returns the engine's state now.
         adapters: Returns the registered adapters.
         engine: Value of the label ``engine`` of every series.

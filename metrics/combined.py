@@ -10,8 +10,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from aioengine.metrics.collectors import EngineMetrics
-from aioengine.metrics.exposition import to_metric
-from aioengine.metrics.storage import Family
+from aioengine.metrics.families.exposition import to_metric
+from aioengine.metrics.families.storage import Family
 
 
 class HasMetrics(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from aioengine.metrics import definitions as d
+from aioengine.metrics.families import definitions as d
 
 _INTRO = """\
 # Metrics

@@ -1,7 +1,7 @@
 """Scheduler policies: the interface, the built-in ones, and how to find one by name."""
 
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.parts import Ordering, Part, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import (
     API_VERSION,
     AdapterView,

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.parts import Ordering, Part, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
 from aioengine.schedulers.policy_file import import_file
 
@@ -33,39 +33,39 @@ KINDS: dict[str, type[Part]] = {
 }
 DEFAULT_PARTS = {"order": "fcfs", "replace": "lru", "prefetch": "lookahead", "preempt": "none"}
 
-_HERE = "aioengine.schedulers"
+_POLICY, _PART = "aioengine.schedulers.policies", "aioengine.schedulers.parts"
 _POLICIES = {
-    "fcfs": f"{_HERE}.fcfs:FCFS",
-    "chameleon": f"{_HERE}.chameleon:Chameleon",
-    "oracle": f"{_HERE}.oracle:Oracle",
+    "fcfs": f"{_POLICY}.fcfs:FCFS",
+    "chameleon": f"{_POLICY}.chameleon:Chameleon",
+    "oracle": f"{_POLICY}.oracle:Oracle",
 }
 _PARTS: dict[str, dict[str, str]] = {
     "order": {
-        "fcfs": f"{_HERE}.fcfs:Arrival",
-        "vllm": f"{_HERE}.vllm:VLLMOrder",
-        "slora": f"{_HERE}.slora:SLoRA",
-        "vtc": f"{_HERE}.vtc:VTC",
-        "drr": f"{_HERE}.drr:DRR",
-        "sjf": f"{_HERE}.sjf:SJF",
-        "edf": f"{_HERE}.edf:EDF",
-        "priority": f"{_HERE}.priority:Priority",
-        "chameleon": f"{_HERE}.chameleon:ChameleonOrder",
+        "fcfs": f"{_POLICY}.fcfs:Arrival",
+        "vllm": f"{_POLICY}.vllm:VLLMOrder",
+        "slora": f"{_POLICY}.slora:SLoRA",
+        "vtc": f"{_POLICY}.vtc:VTC",
+        "drr": f"{_POLICY}.drr:DRR",
+        "sjf": f"{_POLICY}.sjf:SJF",
+        "edf": f"{_POLICY}.edf:EDF",
+        "priority": f"{_POLICY}.priority:Priority",
+        "chameleon": f"{_POLICY}.chameleon:ChameleonOrder",
     },
     "replace": {
-        "lru": f"{_HERE}.lru:LRU",
-        "lfu": f"{_HERE}.lfu:LFU",
-        "gdsf": f"{_HERE}.gdsf:GDSF",
-        "chameleon": f"{_HERE}.chameleon:ChameleonCache",
-        "belady": f"{_HERE}.oracle:Belady",
+        "lru": f"{_PART}.lru:LRU",
+        "lfu": f"{_PART}.lfu:LFU",
+        "gdsf": f"{_PART}.gdsf:GDSF",
+        "chameleon": f"{_POLICY}.chameleon:ChameleonCache",
+        "belady": f"{_POLICY}.oracle:Belady",
     },
     "prefetch": {
-        "lookahead": f"{_HERE}.lookahead:Lookahead",
-        "popular": f"{_HERE}.popular:Popular",
-        "none": f"{_HERE}.none:NoPrefetch",
+        "lookahead": f"{_PART}.lookahead:Lookahead",
+        "popular": f"{_PART}.popular:Popular",
+        "none": f"{_PART}.none:NoPrefetch",
     },
     "preempt": {
-        "none": f"{_HERE}.none:NoPreemption",
-        "priority": f"{_HERE}.priority:PreemptLower",
+        "none": f"{_PART}.none:NoPreemption",
+        "priority": f"{_POLICY}.priority:PreemptLower",
     },
 }
 

@@ -165,9 +165,9 @@ def test_bad_policies(policy: str, message: str) -> None:
 
 
 def test_a_policy_by_path_and_by_instance() -> None:
-    from aioengine.schedulers.fcfs import FCFS
+    from aioengine.schedulers.policies.fcfs import FCFS
 
-    AsyncEngine(EngineConfig(model="m", policy="aioengine.schedulers.fcfs:FCFS:max_wait=3"))
+    AsyncEngine(EngineConfig(model="m", policy="aioengine.schedulers.policies.fcfs:FCFS:max_wait=3"))
     AsyncEngine(EngineConfig(model="m"), policy=FCFS(max_wait=2))
     with pytest.raises(PolicyError, match="must be a SchedulerPolicy"):
         AsyncEngine(EngineConfig(model="m"), policy="fcfs")  # type: ignore[arg-type]

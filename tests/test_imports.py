@@ -38,10 +38,11 @@ ROOMS: dict[str, set[str]] = {
     "executors": {"adapters", "model"},
     "core": {"schedulers"},
     "metrics": set(),
-    "engine": {"adapters", "core", "executors", "metrics", "model", "schedulers"},
+    "runtime": {"adapters", "core", "executors", "metrics", "model", "schedulers"},
+    "engine": {"adapters", "core", "executors", "metrics", "model", "runtime", "schedulers"},
     "cli": {"engine", "model", "schedulers", "server", "lab"},
-    "server": {"engine", "metrics", "schedulers"},
-    "lab": {"core", "engine", "executors", "metrics", "schedulers"},
+    "server": {"adapters", "engine", "metrics", "runtime", "schedulers"},
+    "lab": {"core", "engine", "executors", "metrics", "runtime", "schedulers"},
 }
 """Room -> the rooms that it may import from. ``engine`` is the modules directly in aioengine/."""
 
@@ -78,6 +79,8 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
+    if module == "aioengine.memory_plan":
+        return "runtime"
     if module == "aioengine.__main__":
         return "cli"
     parts = module.split(".")

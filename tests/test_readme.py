@@ -8,8 +8,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from tiny_chat import build_chat_model
-from tiny_models import build_adapter
+from support.tiny_chat import build_chat_model
+from support.tiny_models import build_adapter
 
 import aioengine
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams

@@ -13,7 +13,7 @@ from aioengine.adapters.store import AdapterStore
 from aioengine.errors import AdapterLoadError
 
 if TYPE_CHECKING:
-    from aioengine.model.slot_image import AdapterImage
+    from aioengine.model.slots.image import AdapterImage
 
 MAX_HANGING = 16
 """While so many reads hang that were given up, no further one is started: each keeps a thread."""

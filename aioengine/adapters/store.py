@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aioengine.model.parallel import SOLO, Shard
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.parallel.group import SOLO, Shard
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from aioengine.adapters.dora import BaseWeights
-    from aioengine.adapters.draft import Draft
-    from aioengine.model.slot_image import AdapterImage
+    from aioengine.adapters.peft.dora import BaseWeights
+    from aioengine.adapters.peft.dora_exchange import Draft
+    from aioengine.model.slots.image import AdapterImage
 
 
 class AdapterStore:
@@ -36,8 +36,8 @@ class AdapterStore:
         allow_nonfinite: bool = False,
         shard: Shard = SOLO,
     ) -> None:
-        from aioengine.adapters.alike import KnownContents  # imports torch
-        from aioengine.adapters.packing import SlotOrder
+        from aioengine.adapters.peft.fast_pack import KnownContents  # imports torch
+        from aioengine.adapters.peft.pack import SlotOrder
 
         self._known = KnownContents()
         self._spec = spec
@@ -51,14 +51,14 @@ class AdapterStore:
         """Read and validate an adapter, by one process that holds everything. Blocking: called in a loader
         thread, and keeps nothing.
 
-        Raises the adapter errors of :func:`aioengine.adapters.peft.read_adapter`.
+        Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
         """
         return self.finish(self.begin(name, path))
 
     def begin(self, name: str, path: str) -> Draft:
         """:meth:`read`, as far as a rank gets alone: the others may have to add to it. Raises alike."""
-        from aioengine.adapters.draft import Draft  # these import torch
-        from aioengine.adapters.peft import read_adapter
+        from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
+        from aioengine.adapters.peft.read import read_adapter
 
         layout = self._order.layout
         packed = read_adapter(
@@ -77,8 +77,8 @@ class AdapterStore:
 
     def finish(self, draft: Draft) -> AdapterImage:
         """What it comes to, with all that the ranks have added. Blocking. Raises AdapterInvalid."""
-        from aioengine.adapters.dora import output_affine
-        from aioengine.model.slot_image import build_image
+        from aioengine.adapters.peft.dora import output_affine
+        from aioengine.model.slots.image import build_image
 
         affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
         layout, pin_memory = self._order

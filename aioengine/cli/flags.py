@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 from aioengine.cli.help import FOLDED
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.model.hub import PREFIX
+from aioengine.model.files.hub import PREFIX
 from aioengine.model.spec import Quantization
 
 DEFAULT_MODEL = "smollm2-135m"

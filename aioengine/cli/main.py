@@ -20,9 +20,9 @@ from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import in_flags
+from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
-from aioengine.cli.request_lines import LINE_FORMAT
 from aioengine.errors import (
     AioEngineError,
     DeadlineExceeded,
@@ -90,7 +90,11 @@ LAB_COMMANDS = {
   aioengine lab validate --preset this-machine.json
   aioengine lab validate --preset this-machine.json --loads 0.5 --repeats 5""",
 }
-"""The commands of the lab: ``name`` is the function ``name`` in ``aioengine.cli.lab_name``."""
+"""The commands of the lab: ``name`` is the function ``name`` in ``aioengine.cli.lab.name``."""
+
+
+_ROOMS = {"demo", "generate"}
+"""Commands with a room of their own, where they are in the file ``command``."""
 
 
 def build_app(*, full_help: bool = False) -> App:
@@ -118,7 +122,8 @@ def build_app(*, full_help: bool = False) -> App:
         epilogue = _epilogue(name, examples)
         if full_help and name == "generate":
             epilogue = f"JSON lines:\n{LINE_FORMAT}\n\n{epilogue}"
-        app.command(f"aioengine.cli.{name}:{name}", name=name, help_epilogue=epilogue)
+        module = f"{name}.command" if name in _ROOMS else name
+        app.command(f"aioengine.cli.{module}:{name}", name=name, help_epilogue=epilogue)
     app.register_install_completion_command(
         help="Set up completion for your shell.", group=Group("Setup", sort_key=100)
     )
@@ -133,7 +138,7 @@ def _build_lab(examples: str) -> App:
     )
     for name, lines in LAB_COMMANDS.items():
         lab.command(
-            f"aioengine.cli.lab_{name}:{name}", name=name, help_epilogue=_epilogue(f"lab {name}", lines)
+            f"aioengine.cli.lab.{name}:{name}", name=name, help_epilogue=_epilogue(f"lab {name}", lines)
         )
     return lab
 

@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter
 from aioengine.cli.help import FOLDED
 
 if TYPE_CHECKING:
-    from aioengine.lab.record import TraceWriter
+    from aioengine.lab.runs.trace_writer import TraceWriter
 
 
 @Parameter(name="*", group=Group(f"{FOLDED}: recording", sort_key=80))
@@ -30,6 +30,6 @@ class RecordFlags:
         """
         if self.record is None:
             return nullcontext()
-        from aioengine.lab.record import TraceWriter
+        from aioengine.lab.runs.trace_writer import TraceWriter
 
         return TraceWriter(self.record)

@@ -32,7 +32,7 @@ from aioengine.errors import (
     RequestInvalid,
 )
 from aioengine.request import FinishReason, RequestOptions, SamplingParams
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerPolicy
 from aioengine.step import Sampled, StepBatch, StepResult
 

@@ -16,7 +16,7 @@ from aioengine.step import StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
-    from aioengine.model.slot_image import AdapterImage
+    from aioengine.model.slots.image import AdapterImage
 
 
 class ThreadExecutor(Executor):

@@ -6,24 +6,22 @@ A name is imported when it is first used (PEP 562): importing the lab alone need
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aioengine.lab.calibrate import calibrate
-    from aioengine.lab.compare_report import write_compare_report
-    from aioengine.lab.comparison import Comparison, compare, estimates, load_results
-    from aioengine.lab.costs import CostModel
-    from aioengine.lab.experiment import Experiment
-    from aioengine.lab.fairness import by_client, jain, service_gap
-    from aioengine.lab.frames import Frames, load_frames
-    from aioengine.lab.presets import available_presets, load_costs
-    from aioengine.lab.report import write_report
-    from aioengine.lab.run import run
-    from aioengine.lab.spec import WorkloadSpec
-    from aioengine.lab.summary import summarize
-    from aioengine.lab.validate import validate
+    from aioengine.lab.analysis.fairness import by_client, jain, service_gap
+    from aioengine.lab.analysis.summary import summarize
+    from aioengine.lab.calibration.calibrate import calibrate
+    from aioengine.lab.calibration.validate import validate
+    from aioengine.lab.costs.model import CostModel
+    from aioengine.lab.costs.presets import available_presets, load_costs
+    from aioengine.lab.report.compare_page import write_compare_report
+    from aioengine.lab.report.run_page import write_report
+    from aioengine.lab.runs.comparison import Comparison, compare, estimates, load_results
+    from aioengine.lab.runs.experiment import Experiment
+    from aioengine.lab.runs.frames import Frames, load_frames
+    from aioengine.lab.runs.simulate import run
+    from aioengine.lab.workload.spec import WorkloadSpec
 
 __all__ = [
     "Comparison",
@@ -49,26 +47,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Comparison": "comparison",
-    "CostModel": "costs",
-    "Experiment": "experiment",
-    "Frames": "frames",
-    "WorkloadSpec": "spec",
-    "available_presets": "presets",
-    "by_client": "fairness",
-    "calibrate": "calibrate",
-    "compare": "comparison",
-    "estimates": "comparison",
-    "jain": "fairness",
-    "load_costs": "presets",
-    "load_frames": "frames",
-    "load_results": "comparison",
-    "run": "run",
-    "service_gap": "fairness",
-    "summarize": "summary",
-    "validate": "validate",
-    "write_compare_report": "compare_report",
-    "write_report": "report",
+    "Comparison": "runs.comparison",
+    "CostModel": "costs.model",
+    "Experiment": "runs.experiment",
+    "Frames": "runs.frames",
+    "WorkloadSpec": "workload.spec",
+    "available_presets": "costs.presets",
+    "by_client": "analysis.fairness",
+    "calibrate": "calibration.calibrate",
+    "compare": "runs.comparison",
+    "estimates": "runs.comparison",
+    "jain": "analysis.fairness",
+    "load_costs": "costs.presets",
+    "load_frames": "runs.frames",
+    "load_results": "runs.comparison",
+    "run": "runs.simulate",
+    "service_gap": "analysis.fairness",
+    "summarize": "analysis.summary",
+    "validate": "calibration.validate",
+    "write_compare_report": "report.compare_page",
+    "write_report": "report.run_page",
 }
 """Name -> the module that defines it, as the imports above have it."""
 
@@ -77,16 +75,6 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing the module "run" would put it in the place of the function.
-        if not (isinstance(value, ModuleType) and name in _HOMES):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

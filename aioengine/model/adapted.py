@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from aioengine.kernels import Backend, LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
-from aioengine.model.lora_slots import FusedLoRA
-from aioengine.model.parallel import Group
+from aioengine.model.parallel.group import Group
+from aioengine.model.slots.pool import FusedLoRA
 
 if TYPE_CHECKING:
     from aioengine.model.decoder import Linear

@@ -13,11 +13,11 @@ from aioengine.kernels.cpu.quantized import Packed
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.lora_slots import LoRASlots
-from aioengine.model.parallel import Group, SoloGroup
-from aioengine.model.partition import Partition
+from aioengine.model.parallel.group import Group, SoloGroup
+from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Rope
-from aioengine.model.slot_layout import FUSED_MODULES
+from aioengine.model.slots.layout import FUSED_MODULES
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec
 
 

@@ -21,8 +21,8 @@ from aioengine.kernels.cpu.shared_library import has_int8_products, load, thread
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, LastLayer, Linear, StepInputs
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.lora_slots import FusedLoRA, LoRASlots
-from aioengine.model.native_exchange import StepExchange, between
+from aioengine.model.parallel.exchange import StepExchange, between
+from aioengine.model.slots.pool import FusedLoRA, LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 
 _SPAN = 16

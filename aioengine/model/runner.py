@@ -19,18 +19,18 @@ from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
+from aioengine.model.files.weights import load_weights
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.lora_slots import LoRASlots
-from aioengine.model.parallel import Group, SoloGroup
+from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec, Quantization
-from aioengine.model.weights import load_weights
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
-    from aioengine.model.decode_steps import DecodeLimits, DecodeSteps, Record
+    from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps, Record
     from aioengine.model.native import NativeForward
 
 logger = logging.getLogger("aioengine")
@@ -135,7 +135,7 @@ class ModelRunner:
         )
 
     def _record(self, limits: DecodeLimits, record: Record | None) -> DecodeSteps:
-        from aioengine.model.decode_steps import CudaGraphs, DecodeSteps
+        from aioengine.model.decode_graphs import CudaGraphs, DecodeSteps
 
         return DecodeSteps(
             self._forward,

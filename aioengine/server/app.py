@@ -14,22 +14,22 @@ from litestar import Litestar
 from aioengine import __version__
 from aioengine.engine import AsyncEngine
 from aioengine.metrics.asgi import metrics_app
+from aioengine.server.access.auth import Authenticator, Identity, check_host
 from aioengine.server.access_log import RequestRecord, log_request
-from aioengine.server.adapters import adapter_routes
-from aioengine.server.auth import Authenticator, Identity, check_host
-from aioengine.server.body import BoundedBody
-from aioengine.server.chat import chat_routes
-from aioengine.server.completions import completion_routes
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.framework import IDENTITY, RECORD, JsonRequest, exception_handler
 from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
-from aioengine.server.models import model_routes
+from aioengine.server.openai.adapters import adapter_routes
+from aioengine.server.openai.chat import chat_routes
+from aioengine.server.openai.completions import completion_routes
+from aioengine.server.openai.models import model_routes
+from aioengine.server.openai.tokens import token_routes
 from aioengine.server.openapi import openapi_config
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import Message, Send, send_error
-from aioengine.server.tokens import token_routes
+from aioengine.server.transport.body import BoundedBody
 
 Scope = MutableMapping[str, Any]
 

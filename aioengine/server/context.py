@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioengine.adapter_names import NAME_RULE
+from aioengine.adapters.names import NAME_RULE
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams
+from aioengine.runtime.submit import LONG_TEXT
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.api import GenerationFields
-from aioengine.server.constraints import MakeConstraint
 from aioengine.server.errors import ApiError, model_not_found
 from aioengine.server.generation import Generation
-from aioengine.server.logprobs import TokenBytes
-from aioengine.server.sampling import for_choice
+from aioengine.server.openai.api import GenerationFields
+from aioengine.server.openai.constraints import MakeConstraint
+from aioengine.server.openai.logprobs import TokenBytes
+from aioengine.server.openai.sampling import for_choice
 from aioengine.server.settings import ServerSettings
-from aioengine.submit import LONG_TEXT
 
 if TYPE_CHECKING:
-    from aioengine.model.tokenizer import Tokenizer
+    from aioengine.model.text.tokenizer import Tokenizer
 
 
 class Context:

@@ -13,8 +13,8 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, Valida
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Response
 
+from aioengine.server.access.auth import check_admin
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.auth import check_admin
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
 from aioengine.server.streaming import GenerationResponse, send_error
 

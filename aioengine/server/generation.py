@@ -11,8 +11,8 @@ import msgspec
 from aioengine.engine import AsyncEngine
 from aioengine.request import RequestOptions, RequestOutput, SamplingParams
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.api import PromptTokensDetails, Usage
 from aioengine.server.errors import ClientDisconnected
+from aioengine.server.openai.api import PromptTokensDetails, Usage
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -15,13 +15,13 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Server
 
-from aioengine.server.adapters import LoadRequest, UnloadRequest
-from aioengine.server.chat_api import ChatCompletion, ChatRequest
-from aioengine.server.completions_api import Completion, CompletionRequest
 from aioengine.server.errors import ErrorBody
 from aioengine.server.health import Health
-from aioengine.server.models import ModelList
-from aioengine.server.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from aioengine.server.openai.adapters import LoadRequest, UnloadRequest
+from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest
+from aioengine.server.openai.completions_api import Completion, CompletionRequest
+from aioengine.server.openai.models import ModelList
+from aioengine.server.openai.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 _TYPES = (
     ChatCompletion,

@@ -14,7 +14,7 @@ import uvicorn
 
 from aioengine.errors import ConfigError
 from aioengine.server.app import ServerApp
-from aioengine.server.protocol import bounded_protocol
+from aioengine.server.transport.protocol import bounded_protocol
 
 logger = logging.getLogger("aioengine.server")
 

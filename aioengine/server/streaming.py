@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from aioengine.request import RequestOutput
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.api import Usage
 from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
 from aioengine.server.generation import Generation, Receive, together, while_connected
+from aioengine.server.openai.api import Usage
 from aioengine.server.settings import ServerSettings
 
 Message = MutableMapping[str, Any]

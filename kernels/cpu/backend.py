@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from aioengine.kernels import plain
 from aioengine.kernels.cpu.layer import add_rms_norm, paged_attention, rope_store, silu_and_mul
 from aioengine.kernels.cpu.lora import lora_affine, lora_embed, lora_expand, lora_shrink
 from aioengine.kernels.cpu.quantized import Packed
+from aioengine.kernels.portable import plain
 
 name = "cpu"
 capturable = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aioengine.kernels import plain
-from aioengine.kernels.attention_plan import AttentionPlan
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.portable import plain
 
 _LANES = 16
 """Block sizes and head dimensions must be multiples of a vector's."""

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from aioengine.kernels import grouped
-from aioengine.kernels.batch import LoRABatch, Segment
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16
 from aioengine.kernels.cpu.shared_library import load, threads
-from aioengine.kernels.grouped import lora_embed
+from aioengine.kernels.plan.lora import LoRABatch, Segment
+from aioengine.kernels.portable import grouped
+from aioengine.kernels.portable.grouped import lora_embed
 
 __all__ = ["lora_affine", "lora_embed", "lora_expand", "lora_shrink"]
 

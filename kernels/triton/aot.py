@@ -18,18 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.attention import default_config, rows_of_prompts
-from aioengine.kernels.triton.attention_kernel import attention_kernel
-from aioengine.kernels.triton.elementwise import affine_kernel, embed_kernel
-from aioengine.kernels.triton.expand import expand_kernel
-from aioengine.kernels.triton.launch import power_of_two
-from aioengine.kernels.triton.layer import SILU_COLUMNS, norm_warps, rope_heads
-from aioengine.kernels.triton.layer_kernels import (
+from aioengine.kernels.triton.jit.attention import attention_kernel
+from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
+from aioengine.kernels.triton.jit.expand import expand_kernel
+from aioengine.kernels.triton.jit.layer import (
     add_rms_norm_kernel,
     rope_store_kernel,
     silu_and_mul_kernel,
 )
+from aioengine.kernels.triton.jit.shrink import shrink_kernel
+from aioengine.kernels.triton.launch import power_of_two
+from aioengine.kernels.triton.layer import SILU_COLUMNS, norm_warps, rope_heads
 from aioengine.kernels.triton.query_tiles import FEW_ROWS
-from aioengine.kernels.triton.shrink import shrink_kernel
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,
     EMBED_RANKS,

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels.attention_plan import AttentionPlan
-from aioengine.kernels.triton.attention_kernel import attention_kernel
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.launch import on, power_of_two
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, MANY_ROWS, QueryTiles, Tiles
 

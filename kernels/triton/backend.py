@@ -3,7 +3,7 @@
 The linears themselves are cuBLAS's, by way of torch.
 """
 
-from aioengine.kernels.plain import linear
+from aioengine.kernels.portable.plain import linear
 from aioengine.kernels.triton.attention import paged_attention
 from aioengine.kernels.triton.layer import add_rms_norm, rope_store, silu_and_mul
 from aioengine.kernels.triton.lora import lora_affine, lora_embed, lora_expand, lora_shrink

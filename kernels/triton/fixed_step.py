@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels.attention_plan import AttentionPlan
-from aioengine.kernels.batch import LoRABatch
-from aioengine.kernels.derived import Derivable
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.derived import Derivable
+from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.transfer import HostBuffer
 from aioengine.kernels.triton.launch import power_of_two
 from aioengine.kernels.triton.plan import TilePlan, cut

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aioengine.kernels.attention_plan import AttentionPlan
 from aioengine.kernels.backend import HeadNorms
-from aioengine.kernels.triton.launch import on, power_of_two
-from aioengine.kernels.triton.layer_kernels import (
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.triton.jit.layer import (
     add_rms_norm_kernel,
     rope_store_kernel,
     silu_and_mul_kernel,
 )
+from aioengine.kernels.triton.launch import on, power_of_two
 
 SILU_COLUMNS = 1024
 ROPE_ELEMENTS = 2048

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels.batch import LoRABatch
-from aioengine.kernels.triton.elementwise import affine_kernel, embed_kernel
-from aioengine.kernels.triton.expand import expand_kernel
+from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
+from aioengine.kernels.triton.jit.expand import expand_kernel
+from aioengine.kernels.triton.jit.shrink import shrink_kernel
+from aioengine.kernels.triton.jit.slices import MAX_SLICES
 from aioengine.kernels.triton.launch import on
 from aioengine.kernels.triton.plan import TilePlan
-from aioengine.kernels.triton.shrink import shrink_kernel
-from aioengine.kernels.triton.slices import MAX_SLICES
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,
     EMBED_RANKS,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from aioengine.kernels.batch import LoRABatch, Segment
+from aioengine.kernels.plan.lora import LoRABatch, Segment
 
 
 def padded(count: int) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels.attention_plan import AttentionPlan, Span
+from aioengine.kernels.plan.attention import AttentionPlan, Span
 from aioengine.kernels.transfer import send
 from aioengine.kernels.triton.launch import power_of_two
 

@@ -17,7 +17,7 @@ from aioengine.adapters.loader import MAX_HANGING, AdapterLoader
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.adapters.retry import Backoff
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
-from aioengine.lab.clock import VirtualTimeLoop
+from aioengine.lab.simulation.clock import VirtualTimeLoop
 
 Read = Callable[[], Any]
 

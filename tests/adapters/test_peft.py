@@ -10,10 +10,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, edit_weights, make, peft_deltas, read, refused
 from safetensors.torch import load_file
+from support.peft_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    edit_config,
+    edit_weights,
+    make,
+    peft_deltas,
+    read,
+    refused,
+)
 
-from aioengine.adapters.peft import PackedAdapter
+from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.errors import AdapterError, AdapterLoadError, AdapterTooLarge
 from aioengine.model.spec import LORA_MODULES
 

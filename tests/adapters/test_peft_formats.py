@@ -10,7 +10,7 @@ import msgspec
 import peft
 import pytest
 import torch
-from peft_files import (
+from support.peft_files import (
     CONFIG,
     PREFIX,
     SPEC,

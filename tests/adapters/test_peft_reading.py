@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from peft_files import CONFIG, PREFIX, SPEC, WEIGHTS, base_model, edit_config, make, read, refused
 from safetensors.torch import save_file
+from support.peft_files import CONFIG, PREFIX, SPEC, WEIGHTS, base_model, edit_config, make, read, refused
 
 from aioengine.errors import AdapterLoadError
 from aioengine.model.spec import TARGETABLE_MODULES
@@ -128,7 +128,7 @@ def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
     write(tmp_path, {f"{PREFIX}.lora_A.weight": a, f"{PREFIX}.lora_B.weight": b}, lora_alpha=5)
     script = """if True:
         import msgspec, os, sys, time, torch
-        from aioengine.adapters.peft import read_adapter
+        from aioengine.adapters.peft.read import read_adapter
         from aioengine.model.spec import ModelSpec
         def threads():
             return len(os.listdir("/proc/self/task"))

@@ -15,10 +15,10 @@ import fsspec
 import pytest
 
 from aioengine import AdapterResolver, ChainResolver, FilesystemResolver, FsspecResolver, HubResolver
-from aioengine.adapters import resolver as resolver_module
-from aioengine.adapters.resolver import BlockingResolver
+from aioengine.adapters.resolvers import base as resolver_module
+from aioengine.adapters.resolvers.base import BlockingResolver
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.model.hub import HubId, parse_hub_id
+from aioengine.model.files.hub import HubId, parse_hub_id
 
 
 def adapter_folder(path: Path, weights: bytes = b"w") -> Path:

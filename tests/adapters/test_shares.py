@@ -14,19 +14,19 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from peft_files import CONFIG, SPEC, WEIGHTS, edit_config, edit_weights, make, read
 from safetensors.torch import load_file
+from support.peft_files import CONFIG, SPEC, WEIGHTS, edit_config, edit_weights, make, read
 from torch import Tensor
 
-from aioengine.adapters.alike import KnownContents
-from aioengine.adapters.digest import content_digest
-from aioengine.adapters.packing import SlotOrder
-from aioengine.adapters.peft import PackedAdapter
+from aioengine.adapters.peft.digest import content_digest
+from aioengine.adapters.peft.fast_pack import KnownContents
+from aioengine.adapters.peft.pack import SlotOrder
+from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
-from aioengine.model.parallel import Shard
-from aioengine.model.partition import SPLIT_INPUTS
-from aioengine.model.slot_image import build_image
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import SPLIT_INPUTS
+from aioengine.model.slots.image import build_image
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES
 
 NO_BASE = {"save_embedding_layers": False}

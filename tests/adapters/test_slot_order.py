@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft_files import SPEC, make, read
 from safetensors.torch import load_file, save_file
+from support.peft_files import SPEC, make, read
 
-from aioengine.adapters.alike import KnownContents
-from aioengine.adapters.packing import SlotOrder
+from aioengine.adapters.peft.fast_pack import KnownContents
+from aioengine.adapters.peft.pack import SlotOrder
 from aioengine.errors import AdapterInvalid
-from aioengine.model.slot_image import build_image
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.slots.image import build_image
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES
 
 LAYOUT = SlotLayout(SPEC, 16, LORA_MODULES)

@@ -6,8 +6,8 @@ import asyncio
 import signal
 
 import pytest
-from engine_fixtures import Tiny
 from support.bystander import bystander, memory
+from support.engine_fixtures import Tiny
 from support.server_process import serving
 
 

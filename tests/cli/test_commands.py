@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_programs import run_program
-from tiny_chat import build_chat_model
-from tiny_models import build_adapter
+from support.cli_programs import run_program
+from support.tiny_chat import build_chat_model
+from support.tiny_models import build_adapter
 
 from aioengine.cli.main import main
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from aioengine import events
-from aioengine.cli.demo_board import Board
-from aioengine.cli.demo_jobs import Job
-from aioengine.cli.demo_view import live_board, print_summary
+from aioengine.cli.demo.board import Board
+from aioengine.cli.demo.jobs import Job
+from aioengine.cli.demo.view import live_board, print_summary
 from aioengine.info import EngineStats, SlotInfo
 
 

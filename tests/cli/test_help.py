@@ -9,12 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cli_programs import run_program
+from support.cli_programs import run_program
 
 from aioengine.cli.flags import EngineFlags
+from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.main import COMMANDS, build_app, main
 from aioengine.cli.process import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
-from aioengine.cli.request_lines import LINE_FORMAT
 from aioengine.request import SamplingParams
 
 PAGES = ["", *COMMANDS]

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from cli_programs import run_script
+from support.cli_programs import run_script
 
-from aioengine.cli.lab_compare import split_policies
-from aioengine.cli.lab_flags import SystemFlags, WorkloadFlags
+from aioengine.cli.lab.compare import split_policies
+from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags
 from aioengine.cli.main import LAB_COMMANDS, main
 from aioengine.lab import Experiment, WorkloadSpec
 
@@ -92,7 +92,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 DEADLY = """
 import os
 
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
 class Deadly(FCFS):
@@ -126,7 +126,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_cell_of_a_ranking_breaks_between_a_number_and_its_unit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_policy.py").write_text("from aioengine.schedulers.fcfs import FCFS as ShortestFirst\n")
+    (tmp_path / "my_policy.py").write_text(
+        "from aioengine.schedulers.policies.fcfs import FCFS as ShortestFirst\n"
+    )
     policies = ["--policy", f"fcfs,{tmp_path}/my_policy.py:ShortestFirst", "--seeds", "2"]
     monkeypatch.setenv("COLUMNS", "100")
     flags = [*policies, "--slots", "2", "--jobs", "2", *SMALL, *SYSTEM, "--out", str(tmp_path / "out")]
@@ -251,7 +253,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 def test_record_is_serve_with_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("aioengine.cli.lab_record.serve", lambda **flags: asked.append(flags) or 0)
+    monkeypatch.setattr("aioengine.cli.lab.record.serve", lambda **flags: asked.append(flags) or 0)
     assert main(["lab", "record", "requests.jsonl", "--max-loras", "7", "--port", "0"]) == 0
     (flags,) = asked
     assert flags["recording"].record == Path("requests.jsonl")

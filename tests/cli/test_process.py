@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_programs import run_program, run_script, run_shell
-from tiny_chat import build_chat_model
-from tiny_models import build_adapter
+from support.cli_programs import run_program, run_script, run_shell
+from support.tiny_chat import build_chat_model
+from support.tiny_models import build_adapter
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
 

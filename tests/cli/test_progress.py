@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_chat import build_chat_model
+from support.tiny_chat import build_chat_model
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.cli.main import main

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 
 import pytest
-from core_sim import LIMITS, CoreSim, next_token
+from support.core_sim import LIMITS, CoreSim, next_token
 
 from aioengine import events
 from aioengine.core.state import Status

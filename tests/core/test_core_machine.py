@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 
-from core_sim import LIMITS, CoreSim
-from hostile_policies import Hostile
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.core_sim import LIMITS, CoreSim
+from support.hostile_policies import Hostile
 
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.schedulers import Location, SlotState
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 
 NAMES = ("a", "b", "c", "d")
 SIZES = (400, 1000, 2400, 2600)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.placing import PIN_RETRY_SECONDS
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers import Decision, Location, Place, PolicyEvent, SchedulerPolicy, SchedulerView
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 
 BOUNDED = LIMITS._replace(cpu_capacity=8, cpu_max_bytes=3000)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.schedulers import Location

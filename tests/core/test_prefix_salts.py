@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from core_sim import LIMITS, CoreSim
 from hypothesis import given
 from hypothesis import strategies as st
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 

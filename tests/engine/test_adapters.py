@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError

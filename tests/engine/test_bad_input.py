@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from safetensors.torch import load_file, save_file
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (

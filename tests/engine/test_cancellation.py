@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import pytest
-from cancel_at import Moment, cancel_everywhere
-from engine_fixtures import MakeEngine, Tiny, greedy
-from failure_harness import Held, assert_nothing_left, until
+from support.cancel_at import Moment, cancel_everywhere
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.failure_harness import Held, assert_nothing_left, until
 
 from aioengine import AsyncEngine
 from aioengine.errors import AdapterNotFound

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (

@@ -7,11 +7,10 @@ import gc
 from typing import Any
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny, greedy
 
 from aioengine import AsyncEngine
 from aioengine.errors import AdapterLoadError, ConfigError, EngineStopped
-from aioengine.event_stream import EventStream, EventStreams
 from aioengine.events import (
     AdapterEvent,
     AdapterEvicted,
@@ -28,6 +27,7 @@ from aioengine.events import (
     RequestEnded,
     StepFinished,
 )
+from aioengine.runtime.event_stream import EventStream, EventStreams
 
 
 async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> None:

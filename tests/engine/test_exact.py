@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
-from tiny_models import ALL_MODULES, build_adapter, build_model
+from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
 from aioengine import events
 from aioengine.errors import AdapterInvalid

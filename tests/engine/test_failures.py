@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import MakeEngine, Tiny, greedy
-from failure_harness import Reads, error_of, under_load, until
 from safetensors.torch import load_file, save_file
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.failure_harness import Reads, error_of, under_load, until
 
 from aioengine import AsyncEngine
 from aioengine.errors import (

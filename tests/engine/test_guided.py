@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny, greedy
 
 from aioengine import SamplingParams
 from aioengine.errors import ConfigError, RequestInvalid

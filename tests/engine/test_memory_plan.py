@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from engine_fixtures import MakeEngine, Tiny
+from support.engine_fixtures import MakeEngine, Tiny
 
 from aioengine import EngineConfig, LoRAConfig
-from aioengine.build import build_parts
 from aioengine.errors import ConfigError
 from aioengine.memory_plan import plan_from_config, plan_memory
-from aioengine.model.files import read_spec
+from aioengine.model.files.resolve import read_spec
+from aioengine.runtime.assemble import build_parts
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny, greedy
 
 from aioengine import AdapterInfo, AsyncEngine
 from aioengine.errors import (

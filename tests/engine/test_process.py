@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from failure_harness import error_of, last_of, until
-from process_harness import NothingLeft, worker_pids
-from worker_parts import BAD
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.failure_harness import error_of, last_of, until
+from support.process_harness import NothingLeft, worker_pids
+from support.worker_parts import BAD
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (

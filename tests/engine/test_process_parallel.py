@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from failure_harness import error_of, until
-from process_harness import NothingLeft, worker_pids
 from safetensors.torch import load_file, save_file
-from tiny_models import ALL_MODULES, build_adapter
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.failure_harness import error_of, until
+from support.process_harness import NothingLeft, worker_pids
+from support.tiny_models import ALL_MODULES, build_adapter
 
 from aioengine.errors import AdapterLoadError, EngineDead
 

@@ -10,16 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from failure_harness import error_of, last_of, until
-from process_harness import NothingLeft, worker_pids
-from worker_parts import BAD
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.failure_harness import error_of, last_of, until
+from support.process_harness import NothingLeft, worker_pids
+from support.worker_parts import BAD
 
-from aioengine import AsyncEngine, build
+from aioengine import AsyncEngine
 from aioengine.errors import DeadlineExceeded, EngineDead, EngineStopped
 from aioengine.events import EngineRestarted, RequestEnded
-from aioengine.executors.process import ProcessExecutor
-from aioengine.executors.restarts import RestartLimit
+from aioengine.executors.process.executor import ProcessExecutor
+from aioengine.executors.process.restarts import RestartLimit
+from aioengine.runtime import assemble as build
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
@@ -117,7 +118,7 @@ async def test_an_engine_whose_workers_are_lost_too_often_dies(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that raises is a loss too."""
-    made = functools.partial(ProcessExecutor, parts="worker_parts", limit=RestartLimit(1, 1000.0))
+    made = functools.partial(ProcessExecutor, parts="support.worker_parts", limit=RestartLimit(1, 1000.0))
     monkeypatch.setattr(build, "ProcessExecutor", made)
     async with make_engine(tiny, executor="process", restart="on-failure", max_num_seqs=1) as engine:
         ended: list[RequestEnded] = []

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ALL_MODULES, build_adapter, reference_logits
+from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+from support.tiny_models import ALL_MODULES, build_adapter, reference_logits
 
 from aioengine import AsyncEngine, RequestOutput, SamplingParams
 from aioengine.errors import RequestInvalid

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
-from aioengine import (
-    AdapterResolver,
-    AsyncEngine,
-    EngineConfig,
-    FilesystemResolver,
-    LoRAConfig,
-    resolution,
-)
+from aioengine import AdapterResolver, AsyncEngine, EngineConfig, FilesystemResolver, LoRAConfig
 from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
@@ -29,6 +22,7 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.events import AdapterLoading, AdapterRegistered
+from aioengine.runtime import lookup as resolution
 
 
 class Gated(AdapterResolver):

@@ -8,19 +8,19 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from core_sim import LIMITS
+from support.core_sim import LIMITS
 
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
 from aioengine.events import AdapterRetrying, Event, RequestEnded
 from aioengine.executors.base import Executor
-from aioengine.idle_watch import IDLE_WARNING_SECONDS
-from aioengine.lab.clock import VirtualTimeLoop
+from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
+from aioengine.runtime.idle_watch import IDLE_WARNING_SECONDS
+from aioengine.runtime.loop import Stepper
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import Sampled, StepBatch, StepResult
-from aioengine.stepper import Stepper
 
 
 class SteadyExecutor(Executor):

@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
-from tiny_models import build_model
+from support.tiny_models import build_model
 
 from aioengine import AsyncEngine
 from aioengine.cli.main import build_app

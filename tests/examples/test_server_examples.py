@@ -10,8 +10,8 @@ from types import ModuleType
 
 import httpx
 import pytest
-from tiny_chat import build_chat_model
-from tiny_models import build_adapter
+from support.tiny_chat import build_chat_model
+from support.tiny_models import build_adapter
 
 from aioengine.server.run import ListenSettings, listening
 

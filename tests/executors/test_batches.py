@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import msgspec
-from core_sim import LIMITS, CoreSim
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.core_sim import LIMITS, CoreSim
 
-from aioengine.executors.batches import StepDecoder, StepEncoder
-from aioengine.executors.wire import Step, frame, requests
+from aioengine.executors.process.step_delta import StepDecoder, StepEncoder
+from aioengine.executors.process.wire import Step, frame, requests
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aioengine import errors
 from aioengine.config import EngineConfig, LoRAConfig
-from aioengine.executors.wire import (
+from aioengine.executors.process.wire import (
     Broken,
     Failed,
     Read,

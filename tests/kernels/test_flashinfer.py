@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import LayerCase, close, run
+from support.layer_cases import LayerCase, close, run
 from torch import Tensor
 
 from aioengine import kernels
-from aioengine.kernels import available_backends, dispatch, get_backend, plain, reference
+from aioengine.kernels import available_backends, dispatch, get_backend, reference
+from aioengine.kernels.portable import plain
 
 pytest.importorskip("triton")
 
@@ -77,11 +78,11 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     stand_in = ModuleType("flashinfer")
     stand_in.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
-    sys.modules.pop("aioengine.kernels.flashinfer", None)
-    module = importlib.import_module("aioengine.kernels.flashinfer")
+    sys.modules.pop("aioengine.kernels.triton.flashinfer", None)
+    module = importlib.import_module("aioengine.kernels.triton.flashinfer")
     Wrapper.made = 0
     yield SimpleNamespace(rope_store=plain.rope_store, paged_attention=module.paged_attention)
-    sys.modules.pop("aioengine.kernels.flashinfer", None)
+    sys.modules.pop("aioengine.kernels.triton.flashinfer", None)
     vars(kernels).pop("flashinfer", None)
     dispatch._flashinfer_backend.cache_clear()
 
@@ -117,7 +118,7 @@ def test_it_is_there_when_asked_for(monkeypatch: pytest.MonkeyPatch, backend: An
     assert get_backend("cuda", "flashinfer").name == "flashinfer"
     dispatch._flashinfer_backend.cache_clear()
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    sys.modules.pop("aioengine.kernels.flashinfer")
+    sys.modules.pop("aioengine.kernels.triton.flashinfer")
     vars(kernels).pop("flashinfer")
     assert "flashinfer" not in available_backends("cuda")
     dispatch._flashinfer_backend.cache_clear()

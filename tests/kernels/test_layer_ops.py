@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import Layer, LayerCase, close, run
+from support.layer_cases import Layer, LayerCase, close, run
 from torch.nn import functional as F
 
 from aioengine.kernels import AttentionPlan, Span, available_backends, get_backend

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_cases import Case, apply, make_case
+from support.lora_cases import Case, apply, make_case
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_model
+from support.tiny_models import build_model
 from torch import Tensor
 
-from aioengine.model.decode_steps import CudaGraphs, DecodeLimits, Step
-from aioengine.model.files import read_spec
+from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, Step
+from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_model
+from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
 from aioengine.model import native
-from aioengine.model.files import read_spec
+from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
 from aioengine.request import SamplingParams

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_cases import Case, apply, make_case
+from support.lora_cases import Case, apply, make_case
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch, get_backend

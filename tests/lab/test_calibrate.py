@@ -12,20 +12,20 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_costs import costs_of
-from tiny_models import build_model
+from support.made_costs import costs_of
+from support.tiny_models import build_model
 
 from aioengine import events
 from aioengine.errors import ConfigError
-from aioengine.lab.calibrate import calibrate, calibrate_async
-from aioengine.lab.costs import CostModel
-from aioengine.lab.design import Design
-from aioengine.lab.experiment import Experiment
-from aioengine.lab.probe import Probe, ProbedMove, ProbedStep
-from aioengine.lab.step_costs import StepCosts, StepShape
-from aioengine.lab.threads import in_thread
-from aioengine.lab.timings import Intervals, fit_overhead, move_points, slowdown
-from aioengine.lab.validate import METRICS, validate, validation_experiment
+from aioengine.lab.calibration.calibrate import calibrate, calibrate_async
+from aioengine.lab.calibration.design import Design
+from aioengine.lab.calibration.probe import Probe, ProbedMove, ProbedStep
+from aioengine.lab.calibration.threads import in_thread
+from aioengine.lab.calibration.timings import Intervals, fit_overhead, move_points, slowdown
+from aioengine.lab.calibration.validate import METRICS, validate, validation_experiment
+from aioengine.lab.costs.model import CostModel
+from aioengine.lab.costs.steps import StepCosts, StepShape
+from aioengine.lab.runs.experiment import Experiment
 from aioengine.step import StepBatch
 
 # From a probe to points

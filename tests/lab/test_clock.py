@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aioengine.lab.clock import NothingToWaitFor, VirtualTimeLoop, run_in_virtual_time
+from aioengine.lab.simulation.clock import NothingToWaitFor, VirtualTimeLoop, run_in_virtual_time
 
 
 def now() -> float:

@@ -15,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError, PolicyError
-from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
-from aioengine.lab.compare_figures import Compare, draw_cdf, draw_regret, draw_slots
-from aioengine.lab.compare_report import load_compare, places, ranked, rankings, write_compare_report
-from aioengine.lab.comparison import read_comparison
-from aioengine.lab.measures import MEASURES, find_measure
-from aioengine.lab.pool import Report
-from aioengine.lab.statistics import estimate, paired, regret
-from aioengine.lab.style import LIGHT, drawing
-from aioengine.lab.summary import flatten
+from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results
+from aioengine.lab.analysis.measures import MEASURES, find_measure
+from aioengine.lab.analysis.statistics import estimate, paired, regret
+from aioengine.lab.analysis.summary import flatten
+from aioengine.lab.report.compare_figures import Compare, draw_cdf, draw_regret, draw_slots
+from aioengine.lab.report.compare_page import load_compare, places, ranked, rankings, write_compare_report
+from aioengine.lab.report.style import LIGHT, drawing
+from aioengine.lab.runs import simulate as run
+from aioengine.lab.runs.comparison import read_comparison
+from aioengine.lab.runs.pool import Report
 
 WORKLOAD = WorkloadSpec(
     arrivals="gamma:rate=20,cv=2", limit=30, adapters=6, popularity="zipf:1.0", output_tokens="uniform:4..16"
@@ -227,7 +228,7 @@ def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> 
 
 def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(
-        "import os\nfrom aioengine.schedulers.fcfs import FCFS\n"
+        "import os\nfrom aioengine.schedulers.policies.fcfs import FCFS\n"
         "class Deadly(FCFS):\n    def schedule(self, view):\n        os.kill(os.getpid(), 9)\n"
     )
     out = tmp_path / "out"

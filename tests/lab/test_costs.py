@@ -7,12 +7,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_costs import costs_of
+from support.made_costs import costs_of
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs import CostModel, FitQuality, Stage
-from aioengine.lab.step_costs import StepCosts
+from aioengine.lab.costs.model import CostModel, FitQuality, Stage
+from aioengine.lab.costs.steps import StepCosts
 
 step_costs = st.builds(
     StepCosts,

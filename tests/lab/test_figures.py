@@ -6,12 +6,11 @@ import struct
 from pathlib import Path
 
 import pytest
-from lab_files import request, sample, write_files
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from support.lab_files import request, sample, write_files
 
-from aioengine.lab.figures import PLOTS, draw_fairness, draw_run, load_run, thin
-from aioengine.lab.records import SlotSpan
-from aioengine.lab.style import (
+from aioengine.lab.report.run_figures import PLOTS, draw_fairness, draw_run, load_run, thin
+from aioengine.lab.report.style import (
     DARK,
     DPI,
     LIGHT,
@@ -26,6 +25,7 @@ from aioengine.lab.style import (
     shorten,
     text_on,
 )
+from aioengine.lab.runs.rows import SlotSpan
 
 
 def test_all_figures_twice_the_same(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
 
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main

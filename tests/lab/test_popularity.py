@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
-from aioengine.lab.draws import stream
-from aioengine.lab.popularity import FORMS, make_popularity, parse_popularity, power, zipf
-from aioengine.lab.predictions import Deadlines, parse_deadline, parse_view
-from aioengine.lab.shapes import draw_shape, parse_lengths, parse_ranks, parse_sizes
-from aioengine.lab.texts import Form, parse_form
+from aioengine.lab.workload.distributions import draw_shape, parse_lengths, parse_ranks, parse_sizes
+from aioengine.lab.workload.popularity import FORMS, make_popularity, parse_popularity, power, zipf
+from aioengine.lab.workload.predictions import Deadlines, parse_deadline, parse_view
+from aioengine.lab.workload.random_streams import stream
+from aioengine.lab.workload.spec_text import Form, parse_form
 
 DRAWS = 40_000
 

@@ -6,10 +6,10 @@ import pytest
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs import CostModel
-from aioengine.lab.presets import available_presets, load_costs
-from aioengine.lab.roofline import A10G, H100_SXM, DeviceFigures, estimates
-from aioengine.lab.step_costs import StepShape
+from aioengine.lab.costs.model import CostModel
+from aioengine.lab.costs.presets import available_presets, load_costs
+from aioengine.lab.costs.roofline import A10G, H100_SXM, DeviceFigures, estimates
+from aioengine.lab.costs.steps import StepShape
 
 DEVICES = {"llama3-8b-h100": H100_SXM, "llama3-8b-a10g": A10G}
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_programs import run_program
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cli_programs import run_program
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
 
 from aioengine.errors import ConfigError, EngineStopped
 from aioengine.events import RequestAdded, RequestEnded
-from aioengine.lab.record import TraceWriter
-from aioengine.lab.spec import WorkloadSpec
-from aioengine.lab.traces import read_trace
+from aioengine.lab.runs.trace_writer import TraceWriter
+from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.lab.workload.traces import read_trace
 
 __all__ = ["make_engine", "tiny", "tiny_of"]
 
@@ -201,7 +201,7 @@ def test_any_order_of_ends_gives_the_order_of_arrival(
 
 
 async def test_rows_reach_the_file_while_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aioengine.lab.record.FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr("aioengine.lab.runs.trace_writer.FLUSH_SECONDS", 0.01)
     path = tmp_path / "trace.jsonl"
     engine = Engine()
     async with writer_on(engine, path):
@@ -293,8 +293,8 @@ async def test_a_disk_that_hangs_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither the loop nor the end waits for it, and what it has not taken is bounded."""
-    monkeypatch.setattr("aioengine.lab.record.MAX_PENDING", 1000)
-    monkeypatch.setattr("aioengine.lab.record.CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("aioengine.lab.runs.trace_writer.MAX_PENDING", 1000)
+    monkeypatch.setattr("aioengine.lab.runs.trace_writer.CLOSE_SECONDS", 0.05)
     engine = Engine()
     with full_pipe(tmp_path / "pipe") as pipe:
         writer = writer_on(engine, tmp_path / "pipe")

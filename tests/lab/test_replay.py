@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, make_engine, tiny, tiny_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_sim import DISK, MB, SLOT, STEP, Fixed, Kept, costs, play
+from support.engine_fixtures import MakeEngine, Tiny, make_engine, tiny, tiny_of
+from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, Kept, costs, play
 
 from aioengine.errors import ConfigError
-from aioengine.lab.replay import Replayed, RunStalled, replay
-from aioengine.lab.workload import AdapterShape, Arrival
+from aioengine.lab.runs.replay import Replayed, RunStalled, replay
+from aioengine.lab.workload.requests import AdapterShape, Arrival
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, load_policy
 
 __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from lab_files import write_files
+from support.lab_files import write_files
 
 from aioengine.errors import ConfigError
-from aioengine.lab.figures import PLOTS
-from aioengine.lab.report import write_report
-from aioengine.lab.summary import summarize
+from aioengine.lab.analysis.summary import summarize
+from aioengine.lab.report.run_figures import PLOTS
+from aioengine.lab.report.run_page import write_report
 
 
 @pytest.fixture

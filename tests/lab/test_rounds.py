@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from aioengine.lab.design import Design, Part
-from aioengine.lab.direct import Row, Timing
-from aioengine.lab.fit import Timed
-from aioengine.lab.rounds import Rounds
-from aioengine.lab.step_costs import StepShape
-from aioengine.lab.waits import Waits
+from aioengine.lab.calibration.design import Design, Part
+from aioengine.lab.calibration.direct_steps import Row, Timing
+from aioengine.lab.calibration.fit import Timed
+from aioengine.lab.calibration.processor_waits import Waits
+from aioengine.lab.calibration.rounds import Rounds
+from aioengine.lab.costs.steps import StepShape
 
 SMALL = StepShape(4, 400, 0, 0, 4)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_sim import config, costs
+from support.lab_sim import config, costs
 
 from aioengine.errors import AioEngineError, ConfigError, PolicyError
-from aioengine.lab.clock import run_in_virtual_time
-from aioengine.lab.engine import SimulatedEngine
-from aioengine.lab.experiment import Experiment
-from aioengine.lab.files import CsvFiles
-from aioengine.lab.replay import replay
-from aioengine.lab.run import lab_policy, run
-from aioengine.lab.spec import WorkloadSpec
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.files import CsvFiles
+from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.simulate import lab_policy, run
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.spec import WorkloadSpec
 
 FILES = {
     "experiment.json",
@@ -67,8 +67,8 @@ def test_the_same_files_every_time(policy: str, tmp_path: Path) -> None:
 
 _SCRIPT = """
 import sys
-from aioengine.lab.experiment import Experiment
-from aioengine.lab.run import run
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.simulate import run
 run(Experiment.read(sys.argv[1]), sys.argv[2])
 """
 
@@ -103,7 +103,7 @@ def test_the_oracle_copies_least(tmp_path: Path) -> None:
 
 
 MY_POLICY = '''
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 
 class Mine(FCFS):
     """Mine."""

@@ -10,17 +10,17 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lab_sim import DISK, MB, SLOT, STEP, config, costs
+from support.lab_sim import DISK, MB, SLOT, STEP, config, costs
 
 from aioengine import SamplingParams
 from aioengine.errors import AdapterLoadError, AdapterTooLarge, RequestInvalid
 from aioengine.events import Event, PolicyOverran, StepFinished
-from aioengine.lab.clock import run_in_virtual_time
-from aioengine.lab.costs import Stage
-from aioengine.lab.engine import SimulatedEngine
-from aioengine.lab.step_costs import StepCosts
-from aioengine.lab.transfers import Processor, SharedStage
-from aioengine.lab.workload import AdapterShape
+from aioengine.lab.costs.model import Stage
+from aioengine.lab.costs.steps import StepCosts
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.simulation.transfers import Processor, SharedStage
+from aioengine.lab.workload.requests import AdapterShape
 
 # Transfers
 

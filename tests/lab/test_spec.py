@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
-from aioengine.lab.spec import WorkloadSpec
-from aioengine.lab.traces import CSV_HEADER
-from aioengine.lab.workload import Arrival
+from aioengine.lab.workload.requests import Arrival
+from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.lab.workload.traces import CSV_HEADER
 
 FULL: dict[str, Any] = {
     "arrivals": "gamma:rate=20,cv=2",
@@ -73,7 +73,7 @@ def test_a_workload_is_the_same_each_time() -> None:
 
 SCRIPT = """
 import json, sys
-from aioengine.lab.spec import WorkloadSpec
+from aioengine.lab.workload.spec import WorkloadSpec
 workload = WorkloadSpec.from_dict(json.load(sys.stdin)).open(7)
 print(json.dumps([list(a) for a in workload] + [list(a) for a in workload.adapters]))
 """

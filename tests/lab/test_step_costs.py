@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
-from aioengine.lab.step_costs import Curve, StepCosts, StepShape, StepTimes, curve_at, in_tiles, step_shape
+from aioengine.lab.costs.steps import Curve, StepCosts, StepShape, StepTimes, curve_at, in_tiles, step_shape
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 

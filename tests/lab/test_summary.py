@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lab_files import REQUESTS, SAMPLES, request, sample, write_files
+from support.lab_files import REQUESTS, SAMPLES, request, sample, write_files
 
 from aioengine.errors import ConfigError
-from aioengine.lab.fairness import BASE, by_client, jain, max_min, service_gap
-from aioengine.lab.frames import load_frames
-from aioengine.lab.recorder import BASE as RECORDED_BASE
-from aioengine.lab.summary import flatten, summarize
+from aioengine.lab.analysis.fairness import BASE, by_client, jain, max_min, service_gap
+from aioengine.lab.analysis.summary import flatten, summarize
+from aioengine.lab.runs.frames import load_frames
+from aioengine.lab.runs.recorder import BASE as RECORDED_BASE
 
 
 @pytest.fixture

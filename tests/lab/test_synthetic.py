@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
-from aioengine.lab.draws import Weighted, gamma, normal, shuffle, stream
-from aioengine.lab.synthetic import FORMS, OnOff, parse_arrivals
-from aioengine.lab.texts import Form, parse_form
+from aioengine.lab.workload.arrivals import FORMS, OnOff, parse_arrivals
+from aioengine.lab.workload.random_streams import Weighted, gamma, normal, shuffle, stream
+from aioengine.lab.workload.spec_text import Form, parse_form
 
 PROCESSES = ("poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=8,on=2,off=6", "diurnal:rate=2,period=600")
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
-from aioengine.lab.spec import WorkloadSpec
-from aioengine.lab.traces import CSV_HEADER, JsonRow, LengthSample, TraceRow, read_trace, scan_trace
+from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.lab.workload.traces import CSV_HEADER, JsonRow, LengthSample, TraceRow, read_trace, scan_trace
 
 ROWS = """\
 2023-11-16 18:17:03.9799600,4808,10

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from promql import asked, series_names
+from support.promql import asked, series_names
 
 from aioengine.info import EngineStats
 from aioengine.metrics import EngineMetrics

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
-from page_engine import Client, FakeEngine, scope
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
+from support.page_engine import Client, FakeEngine, scope
 
 from aioengine.metrics.asgi import MetricsApp, metrics_app, serve_page
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from metric_script import (
+from support.metric_script import (
     added,
     admitted,
     by_label,
@@ -28,7 +28,7 @@ from metric_script import (
 )
 
 from aioengine import events
-from aioengine.metrics import definitions
+from aioengine.metrics.families import definitions
 
 
 def test_swaps_are_counted_timed_and_weighed() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metric_script import families, info, metrics, slot, stats
 from prometheus_client.metrics_core import Metric
+from support.metric_script import families, info, metrics, slot, stats
 
 from aioengine import AdapterInfo
 from aioengine.metrics import EngineMetrics

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from promql import Asked, asked, series_names
+from support.promql import Asked, asked, series_names
 
 from aioengine.info import EngineStats
-from aioengine.metrics import EngineMetrics, definitions
+from aioengine.metrics import EngineMetrics
+from aioengine.metrics.families import definitions
 
 FOLDER = Path(__file__).resolve().parents[2] / "metrics" / "dashboards"
 BOARD: dict[str, Any] = json.loads((FOLDER / "aioengine.json").read_text(encoding="utf-8"))

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_models import build_adapter, build_model
+from support.tiny_models import build_adapter, build_model
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.cli.flags import EngineFlags
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.schedulers import Decision, SchedulerView
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
 def scrape(engine: AsyncEngine) -> dict[str, dict[tuple[str, ...], float]]:

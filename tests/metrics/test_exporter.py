@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
-from metric_script import ended, families, metrics
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
+from support.metric_script import ended, families, metrics
 
 from aioengine.metrics import EngineMetrics, combined_registry, serve_metrics
-from aioengine.metrics.on_loop import OnLoop
+from aioengine.metrics.collect.on_loop import OnLoop
 
 __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
 

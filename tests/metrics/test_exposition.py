@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from metric_script import (
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from support.metric_script import (
     added,
     admitted,
     ended,
@@ -17,10 +21,6 @@ from metric_script import (
     stats,
     step,
 )
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from aioengine import events
 from aioengine.metrics import EngineMetrics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metric_script import (
+from support.metric_script import (
     added,
     admitted,
     by_label,

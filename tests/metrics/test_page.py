@@ -11,15 +11,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
-from page_engine import Told
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
+from support.page_engine import Told
 
 from aioengine import AdapterInfo, AsyncEngine, EngineStats
 from aioengine.metrics.asgi import metrics_app, serve_page
 
 api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 server = pytest.importorskip(
-    "aioengine.metrics.page_server", reason="uvicorn is not installed", exc_type=ImportError
+    "aioengine.metrics.page.server", reason="uvicorn is not installed", exc_type=ImportError
 )
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(

@@ -8,11 +8,11 @@ import json
 from typing import Any
 
 import pytest
-from page_engine import Client, FakeEngine, connected, loaded, scope
+from support.page_engine import Client, FakeEngine, connected, loaded, scope
 
 from aioengine import events
 from aioengine.metrics.asgi import MetricsApp, metrics_app
-from aioengine.metrics.page_feed import LOG_LENGTH
+from aioengine.metrics.page.feed import LOG_LENGTH
 
 INTERVAL = 0.02
 """Seconds between two updates of one client."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny_models import build_adapter, build_model
+from support.tiny_models import build_adapter, build_model
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.metrics import serve_metrics

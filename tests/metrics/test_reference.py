@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aioengine.metrics import definitions
+from aioengine.metrics.families import definitions
 from aioengine.metrics.reference import reference
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"

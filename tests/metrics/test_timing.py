@@ -7,11 +7,11 @@ import threading
 import time
 from collections import Counter
 
-from core_sim import CoreSim
+from support.core_sim import CoreSim
 
 from aioengine.core.state import Request
 from aioengine.events import TokenInterval
-from aioengine.timing import LoopLagMeter, TokenIntervals
+from aioengine.runtime.intervals import LoopLagMeter, TokenIntervals
 
 
 def requests(*adapters: str | None) -> list[Request]:

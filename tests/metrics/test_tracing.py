@@ -6,8 +6,8 @@ import asyncio
 import time
 
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
-from metric_script import added, admitted, ended, evicted, first_token, placed, registered
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
+from support.metric_script import added, admitted, ended, evicted, first_token, placed, registered
 
 from aioengine import events
 from aioengine.errors import AdapterLoadError

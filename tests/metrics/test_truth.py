@@ -7,16 +7,16 @@ import random
 from collections.abc import Callable
 
 import pytest
-from core_sim import LIMITS, CoreSim
-from engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of
-from metric_script import Samples, by_label, collected, value
-from metric_truth import Truth
+from support.core_sim import LIMITS, CoreSim
+from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of
+from support.metric_script import Samples, by_label, collected, value
+from support.metric_truth import Truth
 
 from aioengine import AsyncEngine, EngineStats
 from aioengine import events as e
-from aioengine.counters import Counters
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.metrics import EngineMetrics
+from aioengine.runtime.stats import Counters
 
 __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from metric_script import (
+from support.metric_script import (
     added,
     admitted,
     by_label,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.store import AdapterStore
-from aioengine.model.hf_config import read_spec
+from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch

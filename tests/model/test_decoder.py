@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_model, reference_generate, reference_logits
+from support.tiny_models import build_model, reference_generate, reference_logits
 
-from aioengine.model.hf_config import read_spec
+from aioengine.model.files.hf_config import read_spec
 from aioengine.step import Sampled, SequenceWork
 
 MakeDriver = Callable[..., Any]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aioengine.adapters.dora import output_affine, squares
+from aioengine.adapters.peft.dora import output_affine, squares
 from aioengine.errors import AdapterInvalid
 
 KEY = (0, "q_proj")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_gguf import bpe_fields, tiny_model, write_gguf
+from support.tiny_gguf import bpe_fields, tiny_model, write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aioengine.errors import ConfigError
-from aioengine.model.embedded import embedded_model_dir
+from aioengine.model.files.embedded import embedded_model_dir
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 

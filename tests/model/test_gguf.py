@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_gguf import bpe_fields, tiny_model, write_gguf, write_tokenizer_gguf
+from support.tiny_gguf import bpe_fields, tiny_model, write_gguf, write_tokenizer_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from aioengine.errors import ConfigError
-from aioengine.model.gguf import GGUFFile, iter_tensors, read_spec
-from aioengine.model.gguf_tokenizer import build_tokenizer, chat_template
+from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
 from aioengine.model.spec import ModelSpec, RopeSpec
+from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
+from support import tiny_models
 
 from aioengine.errors import ConfigError
-from aioengine.model.hf_config import read_spec
+from aioengine.model.files.hf_config import read_spec
 from aioengine.model.spec import RopeSpec
 
 LLAMA: dict[str, Any] = {
@@ -230,5 +230,5 @@ def test_reading_a_spec_does_not_import_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, aioengine.model.hf_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, aioengine.model.files.hf_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

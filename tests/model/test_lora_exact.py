@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ALL_MODULES, build_adapter, build_model, reference_generate, reference_logits
+from support.tiny_models import ALL_MODULES, build_adapter, build_model, reference_generate, reference_logits
 from torch import Tensor
 
 from aioengine.model.spec import TARGETABLE_MODULES

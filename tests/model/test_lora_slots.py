@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tiny_models import build_model
+from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.errors import ConfigError
-from aioengine.model.hf_config import read_spec
-from aioengine.model.lora_slots import LoRASlots
-from aioengine.model.slot_image import SERIAL_ELEMENTS, AdapterImage, build_image
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.files.hf_config import read_spec
+from aioengine.model.slots.image import SERIAL_ELEMENTS, AdapterImage, build_image
+from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, TARGETABLE_MODULES, ModelSpec
 
 Key = tuple[int, str]

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from parallel_ranks import (
+from safetensors.torch import load_file, save_file
+from support.parallel_ranks import (
     Phase,
     Ranks,
     Script,
@@ -25,17 +26,16 @@ from parallel_ranks import (
     refusal,
     traffic,
 )
-from safetensors.torch import load_file, save_file
-from tiny_gguf import tiny_model, write_gguf
-from tiny_models import ALL_MODULES, build_adapter, build_model
+from support.tiny_gguf import tiny_model, write_gguf
+from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.memory_plan import plan_from_config
-from aioengine.model.files import read_spec
-from aioengine.model.parallel import Shard, SoloGroup
-from aioengine.model.partition import Partition
-from aioengine.model.slot_layout import SlotLayout
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.parallel.group import Shard, SoloGroup
+from aioengine.model.parallel.partition import Partition
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of biases and tied heads

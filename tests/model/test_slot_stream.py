@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import build_model
+from support.tiny_models import build_model
 
-from aioengine.model.hf_config import read_spec
-from aioengine.model.lora_slots import LoRASlots
-from aioengine.model.slot_image import build_image
+from aioengine.model.files.hf_config import read_spec
+from aioengine.model.slots.image import build_image
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES
 
 pytestmark = [

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from aioengine.errors import ConfigError, RequestInvalid
-from aioengine.model.detokenizer import Detokenizer, TextStream
-from aioengine.model.tokenizer import Tokenizer
+from aioengine.model.text.detokenizer import Detokenizer, TextStream
+from aioengine.model.text.tokenizer import Tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, twice.",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_model
+from support.tiny_models import build_model
 
-from aioengine.model.decode_steps import DecodeLimits
-from aioengine.model.files import read_spec
+from aioengine.model.decode_graphs import DecodeLimits
+from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build_model
+from support.tiny_models import build_model
 
 from aioengine.errors import ConfigError
 from aioengine.kernels import get_backend
 from aioengine.model.decoder import Decoder
-from aioengine.model.hf_config import read_spec
-from aioengine.model.weights import iter_checkpoint, load_weights
+from aioengine.model.files.hf_config import read_spec
+from aioengine.model.files.weights import iter_checkpoint, load_weights
 
 CPU = torch.device("cpu")
 Q0 = "model.layers.0.self_attn.q_proj.weight"

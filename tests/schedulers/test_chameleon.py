@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine.core.state import Request
-from aioengine.schedulers.chameleon import Chameleon, ChameleonCache, ChameleonOrder, cluster, shares
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.chameleon import Chameleon, ChameleonCache, ChameleonOrder, cluster, shares
+from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import PolicyEvent, SchedulerPolicy
 
 STEP = 0.05

@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 
 import pytest
-from core_sim import LIMITS
-from strict_sim import StrictSim
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import SchedulerPolicy
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.drr import DRR
-from aioengine.schedulers.fcfs import FCFS
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.drr import DRR
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
 def drr(quantum: int = 512) -> Composed:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from core_sim import LIMITS
-from strict_sim import StrictSim
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.edf import EDF
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.edf import EDF
 
 
 def edf_sim(limits: CoreLimits) -> StrictSim:

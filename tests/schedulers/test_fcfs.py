@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.state import Request
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
 def admitted_at(sim: CoreSim) -> dict[str, float]:

@@ -7,25 +7,25 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import pytest
-from core_sim import LIMITS
-from strict_sim import StrictSim
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import SchedulerPolicy, load_policy
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.drr import DRR
-from aioengine.schedulers.edf import EDF
-from aioengine.schedulers.fcfs import FCFS
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption, NoPrefetch
-from aioengine.schedulers.parts import Ordering
-from aioengine.schedulers.priority import PreemptLower, Priority
-from aioengine.schedulers.sjf import SJF
-from aioengine.schedulers.vllm import VLLMOrder
-from aioengine.schedulers.vtc import VTC
+from aioengine.schedulers.parts.base import Ordering
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
+from aioengine.schedulers.policies.drr import DRR
+from aioengine.schedulers.policies.edf import EDF
+from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policies.priority import PreemptLower, Priority
+from aioengine.schedulers.policies.sjf import SJF
+from aioengine.schedulers.policies.vllm import VLLMOrder
+from aioengine.schedulers.policies.vtc import VTC
 
 STEP = 0.05
 

@@ -8,19 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
-from aioengine.schedulers.chameleon import ChameleonCache
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.fcfs import FCFS, Arrival
-from aioengine.schedulers.gdsf import GDSF
-from aioengine.schedulers.lfu import LFU
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
-from aioengine.schedulers.oracle import Belady, Oracle
-from aioengine.schedulers.parts import Replacement
+from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.gdsf import GDSF
+from aioengine.schedulers.parts.lfu import LFU
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.chameleon import ChameleonCache
+from aioengine.schedulers.policies.fcfs import FCFS, Arrival
+from aioengine.schedulers.policies.oracle import Belady, Oracle
 from aioengine.schedulers.policy import PolicyEvent
 
 OTHERS: list[Callable[[], Replacement]] = [

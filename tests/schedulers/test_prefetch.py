@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.fcfs import FCFS, Arrival
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.parts.popular import Popular
+from aioengine.schedulers.policies.fcfs import FCFS, Arrival
 from aioengine.schedulers.policy import Location, SchedulerPolicy
-from aioengine.schedulers.popular import Popular
 
 
 def with_popular(**options: float) -> Composed:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from core_sim import LIMITS
-from strict_sim import StrictSim
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
-from aioengine.schedulers.parts import Preemption
-from aioengine.schedulers.priority import PreemptLower, Priority
+from aioengine.schedulers.parts.base import Preemption
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.priority import PreemptLower, Priority
 
 
 def priority_sim(limits: CoreLimits, preempt: Preemption | None = None) -> StrictSim:

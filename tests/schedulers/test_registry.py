@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.errors import PolicyError
@@ -21,10 +21,10 @@ from aioengine.schedulers import (
     compose,
     load_policy,
 )
-from aioengine.schedulers.fcfs import FCFS, Arrival
-from aioengine.schedulers.gdsf import GDSF
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.none import NoPrefetch
+from aioengine.schedulers.parts.gdsf import GDSF
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.none import NoPrefetch
+from aioengine.schedulers.policies.fcfs import FCFS, Arrival
 
 NAMES = sorted(set(available_policies()) - {"oracle", "belady"})
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_is_refused_with_the_reason(spec: Any, message: str) -> N
 
 
 def test_the_engine_takes_all_forms(tmp_path: Path) -> None:
-    for policy in ("edf+gdsf", {"order": "edf"}, "aioengine.schedulers.fcfs:FCFS:max_wait=2"):
+    for policy in ("edf+gdsf", {"order": "edf"}, "aioengine.schedulers.policies.fcfs:FCFS:max_wait=2"):
         AsyncEngine(EngineConfig(model="m", policy=policy))
     path = tmp_path / "engine.toml"
     path.write_text('model = "m"\n[policy]\norder = {name = "vtc", weights = {a = 2.0}}\nmax_wait = 2')
@@ -164,9 +164,9 @@ def test_a_whole_policy_is_a_scheduler_policy() -> None:
 
 
 FILE = """
-from aioengine.schedulers.parts import Ordering
-from aioengine.schedulers.sjf import SJF
-from aioengine.schedulers.fcfs import FCFS
+from aioengine.schedulers.parts.base import Ordering
+from aioengine.schedulers.policies.sjf import SJF
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
 class Mine(FCFS):

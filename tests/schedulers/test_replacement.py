@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.fcfs import Arrival
-from aioengine.schedulers.gdsf import GDSF
-from aioengine.schedulers.lfu import LFU, MAX_NAMES, DecayedCounts
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
-from aioengine.schedulers.parts import Replacement
+from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.gdsf import GDSF
+from aioengine.schedulers.parts.lfu import LFU, MAX_NAMES, DecayedCounts
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import PolicyEvent
 
 SIZES = {"small": 100_000, "large": 10_000_000}

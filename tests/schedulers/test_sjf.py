@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from core_sim import LIMITS
-from strict_sim import StrictSim
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core.state import Request
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
-from aioengine.schedulers.sjf import SJF
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.sjf import SJF
 
 
 def serial_sim(order: SJF) -> StrictSim:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.fcfs import FCFS
-from aioengine.schedulers.lookahead import Lookahead
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policies.slora import SLoRA
 from aioengine.schedulers.policy import SchedulerPolicy
-from aioengine.schedulers.slora import SLoRA
 from aioengine.step import StepBatch
 
 NAMES = "abcd"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from core_sim import LIMITS, CoreSim
+from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
 from aioengine.schedulers import Composed, SchedulerPolicy, compose

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from core_sim import LIMITS
-from strict_sim import StrictSim
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
 
 from aioengine import events
 from aioengine.core import CoreLimits
-from aioengine.schedulers.compose import Composed
-from aioengine.schedulers.lru import LRU
-from aioengine.schedulers.none import NoPreemption, NoPrefetch
-from aioengine.schedulers.vllm import VLLMOrder
+from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.parts.lru import LRU
+from aioengine.schedulers.parts.none import NoPreemption, NoPrefetch
+from aioengine.schedulers.policies.vllm import VLLMOrder
 
 
 def sim_with(limits: CoreLimits, names: str) -> StrictSim:

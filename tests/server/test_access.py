@@ -11,8 +11,8 @@ from typing import Any
 
 import openai
 import pytest
-from engine_fixtures import Tiny
-from server_fixtures import MODEL, Serve, until
+from support.engine_fixtures import Tiny
+from support.server_fixtures import MODEL, Serve, until
 
 from aioengine.cli.serve import ServerFlags
 from aioengine.errors import ConfigError

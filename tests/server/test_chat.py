@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from engine_fixtures import greedy
-from server_fixtures import MODEL, Serve
+from support.engine_fixtures import greedy
+from support.server_fixtures import MODEL, Serve
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 NO_EOS = {"ignore_eos": True}

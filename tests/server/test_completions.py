@@ -6,8 +6,8 @@ import asyncio
 
 import openai
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy
-from server_fixtures import MODEL, Serve, served_by
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.server_fixtures import MODEL, Serve, served_by
 
 PROMPT = "Hello"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from engine_fixtures import MakeEngine, Tiny, greedy
-from server_fixtures import MODEL, Serve, until
 from starlette.applications import Starlette
 from starlette.routing import Mount
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.server_fixtures import MODEL, Serve, until
 
 from aioengine import AsyncEngine
 from aioengine.errors import ConfigError

@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from engine_fixtures import greedy
-from server_fixtures import MODEL, Serve, until
+from support.engine_fixtures import greedy
+from support.server_fixtures import MODEL, Serve, until
 
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
 

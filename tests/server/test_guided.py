@@ -10,8 +10,8 @@ from typing import Any
 
 import openai
 import pytest
-from engine_fixtures import MakeEngine, Tiny
-from server_fixtures import MODEL, Serve, served_by
+from support.engine_fixtures import MakeEngine, Tiny
+from support.server_fixtures import MODEL, Serve, served_by
 
 SCHEMA = {
     "type": "object",

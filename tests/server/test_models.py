@@ -8,8 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from engine_fixtures import Tiny, greedy
-from server_fixtures import MODEL, Serve
+from support.engine_fixtures import Tiny, greedy
+from support.server_fixtures import MODEL, Serve
 
 
 async def test_the_base_model_and_the_adapters_are_models(serve: Serve, tiny_text: Tiny) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from server_fixtures import MODEL, Serve, Served
+from support.server_fixtures import MODEL, Serve, Served
 
 from aioengine.cli.serve import ServerFlags
 

@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from engine_fixtures import Tiny
-from server_fixtures import MODEL, Serve
+from support.engine_fixtures import Tiny
+from support.server_fixtures import MODEL, Serve
 
 EXAMPLES = os.environ.get("AIOENGINE_API_EXAMPLES", "20")
 """Made-up requests for each operation, beside the systematic ones."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from engine_fixtures import Tiny
-from process_harness import worker_pids
+from support.engine_fixtures import Tiny
+from support.process_harness import worker_pids
 from support.server_process import SMALL, serving
 
 from aioengine.cli.main import main

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from aioengine.adapters.loader import BaseLoader, LoadedAdapter, Retrying
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
-from aioengine.lab.costs import CostModel
-from aioengine.lab.simulated import SimulatedExecutor
-from aioengine.lab.transfers import SharedStage
+from aioengine.lab.costs.model import CostModel
+from aioengine.lab.simulation.device import SimulatedExecutor
+from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 MAX_RANK = 16

@@ -9,16 +9,16 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from hostile_policies import Failing, Hostile, Slow
-from lab_sim import MB, costs
 from simulation.checker import Call, Checker
 from simulation.faults import MAX_RANK, Device, FaultyExecutor, FaultyLoader, Rates
+from support.hostile_policies import Failing, Hostile, Slow
+from support.lab_sim import MB, costs
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams, events
 from aioengine.errors import AioEngineError, EngineDead, RequestInvalid
-from aioengine.lab.clock import NothingToWaitFor, VirtualTimeLoop
-from aioengine.lab.costs import Stage
-from aioengine.lab.engine import SimulatedEngine
+from aioengine.lab.costs.model import Stage
+from aioengine.lab.simulation.clock import NothingToWaitFor, VirtualTimeLoop
+from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.schedulers import SchedulerPolicy, available_policies, load_policy
 
 NAMES = ("a", "b", "c", "d", "e")

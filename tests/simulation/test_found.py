@@ -6,15 +6,15 @@ import asyncio
 from typing import Any
 
 import pytest
-from lab_sim import DISK, MB, SLOT, config, costs
 from simulation.scenario import GuardedLoop
+from support.lab_sim import DISK, MB, SLOT, config, costs
 
 from aioengine import SamplingParams
 from aioengine.core.placing import PIN_RETRY_SECONDS
 from aioengine.errors import AdapterLoadError, AdapterNotFound, EngineDead, EngineOverloaded, EngineStopped
-from aioengine.lab.clock import run_in_virtual_time
-from aioengine.lab.engine import SimulatedEngine
-from aioengine.lab.workload import AdapterShape
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape
 from aioengine.schedulers import load_policy
 from aioengine.step import StepBatch, StepResult
 

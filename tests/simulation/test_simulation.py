@@ -14,8 +14,8 @@ from aioengine import events
 from aioengine.core import Core, DropMove
 from aioengine.core.batcher import Batcher
 from aioengine.core.state import Request
-from aioengine.moves import AdapterMoves
-from aioengine.stream import OutputStream
+from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.transfers import AdapterMoves
 
 RUNS = int(os.environ.get("AIOENGINE_FUZZ_RUNS", "200"))  # make fuzz runs more
 SEED = os.environ.get("AIOENGINE_FUZZ_SEED")

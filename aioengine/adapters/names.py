@@ -1,0 +1,42 @@
+"""What an adapter may be called, and where it may be said to be."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from aioengine.adapters.resolvers.hub import parse_hub_path
+from aioengine.errors import AdapterInvalid, ConfigError
+from aioengine.model.files.hub import PREFIX, has_hub
+
+NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
+NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _"
+
+
+def checked_path(name: str, path: str | os.PathLike[str]) -> str:
+    """The absolute path; one that begins with "hf:" as it is. Raises AdapterInvalid; ConfigError if the
+    Hub is asked for without ``huggingface_hub``."""
+    try:
+        where = os.fspath(path)
+    except TypeError:
+        where = None
+    if not isinstance(where, str) or not where or "\0" in where:
+        raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
+    if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
+        raise AdapterInvalid(f"a name is {NAME_RULE_TEXT}", name=str(name), path=where)
+    if not where.startswith(PREFIX):
+        return os.path.abspath(os.path.expanduser(where))
+    parse_hub_path(name, where)
+    if not has_hub():
+        raise ConfigError(f"adapter {name!r} ({where}): needs pip install 'aioengine[hub]'")
+    return where
+
+
+def check_same_path(name: str, registered: str, path: str) -> None:
+    if registered != path:
+        raise AdapterInvalid(
+            f"already registered from {registered}; pass replace=True to load_adapter to put a new version "
+            "in its place, or unload_adapter first",
+            name=name,
+            path=path,
+        )

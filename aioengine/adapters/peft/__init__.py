@@ -1,0 +1,1 @@
+"""PEFT adapter folders: configuration and weights read, checked and packed in slot order."""

@@ -1,0 +1,146 @@
+"""What DoRA and ``lora_bias`` do to a linear's outputs, worked out once when an adapter is loaded.
+
+DoRA (Liu et al., 2024, https://arxiv.org/abs/2402.09353) gives every row of the adapted weight a trained
+length m: ``y = bias + m / |W + BA| * (W + BA) x``, where |.| is the norm of each row. With
+``scale = m / |W + BA|`` and y the output of the linear with LoRA and the base bias b, that is
+``y + (scale - 1) * y + (1 - scale) * b``: a gain and a shift for each output, which is all that a slot holds.
+The bias that ``lora_bias`` trains is one more shift. The gain is kept less 1, because trained scales are
+close to 1, where a bfloat16 would round it away.
+
+The norm is over whole rows. Under tensor parallelism a rank has those of the outputs that it computes; but
+where a linear is split over its inputs, it has a part of each row: their squares are added up over the
+ranks, and gain and shift apply once, after the outputs' parts have been added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from aioengine.errors import AdapterInvalid
+from aioengine.model.slots.image import SERIAL_ELEMENTS
+
+BaseWeights = Callable[[int, str], tuple[Tensor, Tensor | None]]
+"""``weights(layer, module)``: the base model's weight [out, in] and bias [out]; what a rank has of them."""
+
+_CUDA_ELEMENTS = 1 << 24
+
+
+class OutputAdapter(Protocol):
+    """What :func:`output_affine` reads of an :class:`aioengine.adapters.peft.read.PackedAdapter`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def tensors(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
+
+    @property
+    def computed(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
+
+    @property
+    def magnitudes(self) -> Mapping[tuple[int, str], Tensor]: ...
+
+    @property
+    def biases(self) -> Mapping[tuple[int, str], Tensor]: ...
+
+
+class Rows(NamedTuple):
+    """The rows of an adapted weight, on the CPU."""
+
+    squares: Tensor
+    """[out] the sum of each one's squares, in float32."""
+    bias: Tensor | None
+    """[out] the base model's."""
+
+
+def rows_of(adapter: OutputAdapter, weights: BaseWeights, key: tuple[int, str]) -> Rows:
+    """For a (layer, module); of as much of the rows as ``weights`` has."""
+    weight, bias = weights(*key)
+    total = squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
+    return Rows(total.cpu(), None if bias is None else bias.cpu())
+
+
+def output_affine(
+    adapter: OutputAdapter,
+    weights: BaseWeights,
+    dtype: torch.dtype,
+    known: Mapping[tuple[int, str], Rows] | None = None,
+) -> dict[tuple[int, str], Tensor]:
+    """Gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
+
+    ``known`` gives the rows of which ``weights`` has but a part.
+    Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
+    """
+    known = known or {}
+    result = {}
+    for key in sorted({*adapter.magnitudes, *adapter.biases}):
+        magnitude, bias = adapter.magnitudes.get(key), adapter.biases.get(key)
+        gain, shift = torch.zeros(2, *next(x.shape for x in (magnitude, bias) if x is not None))
+        if magnitude is not None:
+            rows = known.get(key) or rows_of(adapter, weights, key)
+            # Not sqrt: MKL does that with a team of threads.
+            gain = magnitude.float() * rows.squares.rsqrt() - 1
+            if rows.bias is not None:
+                shift -= gain * rows.bias.float()
+        if bias is not None:
+            shift += bias.float()
+        result[key] = torch.stack([gain, shift]).to(dtype)
+        if not all(math.isfinite(extreme.item()) for extreme in result[key].aminmax()):
+            layer, module = key
+            where = module if layer < 0 else f"{module} of layer {layer}"
+            raise AdapterInvalid(
+                f"the DoRA scale or the bias of {where} is not finite in {dtype}: a row of the adapted "
+                "weight is zero (was it trained on another base model?), or lora_dtype has to be float32",
+                name=adapter.name,
+                path=adapter.path,
+            )
+    return result
+
+
+def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The sum of squares of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
+
+    ``weight`` [out, in], ``a`` [r, in], ``b`` [out, r]. With w and b a row of each, the square is
+    ``w.w + 2 b.(A w) + b.(A A^T) b``, so that nothing of the weight's size is built: the weight is gone
+    through in tiles.
+    """
+    a, b = a.to(weight.device, torch.float32), b.to(weight.device, torch.float32)
+    total = (_products(b, _products(a, a)) * b).sum(1)
+    for rows, columns in _tiles(weight):
+        tile = weight[rows, columns].float()
+        total[rows] += 2 * (_products(tile, a[:, columns]) * b[rows]).sum(1) + tile.square().sum(1)
+    return total.clamp_(min=0)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y.T`` for ``x`` [n, k] and ``y`` [m, k] with a small m.
+
+    On a CPU as products with vectors, which BLAS does in the calling thread. For a product of matrices it
+    takes a team of OpenMP threads, which would fight for the cores with the model's step.
+    """
+    if x.is_cuda:
+        return x @ y.T
+    return torch.stack([torch.mv(x, row) for row in y], dim=1)
+
+
+def _tiles(weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Covers a matrix in the order of its memory (an embedding comes transposed)."""
+    n_out, n_in = weight.shape
+    size = _CUDA_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
+    if weight.stride(1) == 1:
+        width = min(n_in, size)
+        height = max(1, size // width)
+    else:
+        height = min(n_out, size)
+        width = max(1, size // height)
+    for row in range(0, n_out, height):
+        for column in range(0, n_in, width):
+            yield slice(row, row + height), slice(column, column + width)

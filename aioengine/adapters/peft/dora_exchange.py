@@ -1,0 +1,59 @@
+"""An adapter that has been read, while the ranks that hold its shares still need something of each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aioengine.adapters.peft.dora import BaseWeights, Rows, rows_of
+from aioengine.adapters.peft.read import PackedAdapter
+from aioengine.model.parallel.partition import SPLIT_INPUTS
+from aioengine.model.slots.layout import SlotLayout
+
+_FLOAT = torch.float32.itemsize
+
+
+class Draft:
+    """Where the inputs of a linear are split, a rank has a part of each row of the weight, and DoRA needs the
+    rows' norms. So it says the sum of the squares of its parts, and gets the sum over all ranks.
+
+    Whatever the ranks, all draft the same rows of one adapter, in the same order.
+    """
+
+    def __init__(self, packed: PackedAdapter, layout: SlotLayout, weights: BaseWeights) -> None:
+        self.packed = packed
+        split = layout.shard.size > 1
+        keys = sorted(key for key in packed.magnitudes if split and key[1] in SPLIT_INPUTS)
+        self._parts = {key: rows_of(packed, weights, key) for key in keys}
+        self._sizes = [len(part.squares) for part in self._parts.values()]
+        self._total = torch.zeros(sum(self._sizes))
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it comes to."""
+        assert self.packed.in_order is not None, "it was read for a slot"
+        return self.packed.in_order.nbytes
+
+    @property
+    def squares(self) -> bytes:
+        """This rank's part, to be added by every rank, this one too; empty if there is nothing to add."""
+        data = bytearray(len(self._total) * _FLOAT)
+        if data:
+            torch.cat([part.squares for part in self._parts.values()], out=_floats(data))
+        return bytes(data)
+
+    def add(self, begin: int, squares: bytes) -> None:
+        """What a rank's ``squares`` are from byte ``begin`` on. All ranks get them in the same order, so that
+        they have equal sums."""
+        values = _floats(bytearray(squares))
+        self._total[begin // _FLOAT :][: len(values)] += values
+
+    def rows(self) -> dict[tuple[int, str], Rows]:
+        """The rows, whole, by (layer, module); once all has been added."""
+        totals = self._total.split_with_sizes(self._sizes)
+        items = zip(self._parts.items(), totals, strict=True)
+        return {key: part._replace(squares=total) for (key, part), total in items}
+
+
+def _floats(data: bytearray) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.float32)

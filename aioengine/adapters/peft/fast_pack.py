@@ -1,0 +1,184 @@
+"""Packing made short for the usual file: A and B of linears, in the slots' dtype already.
+
+Adapters that were trained alike have the same configuration and the same header, and differ only in their
+data. Everything but the data is worked out once for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.adapters.peft.config import PeftLoraConfig
+from aioengine.adapters.peft.pack import Packed, SlotOrder, largest_magnitude
+from aioengine.adapters.peft.shard_reads import Cut, cut_of, select
+from aioengine.adapters.peft.targets import Layout, Part, Place
+from aioengine.adapters.peft.weights_file import Entry
+from aioengine.model.slots.image import SERIAL_ELEMENTS, ImageShape, Stretch, image_memory, image_shape
+from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.spec import NO_LAYER
+
+
+class Contents(NamedTuple):
+    """What a safetensors file holds, by its header, and what is read of it."""
+
+    layout: Layout
+    entries: Sequence[Entry]
+    """What is read, as it lies in memory."""
+    pieces: Sequence[tuple[int, int]]
+    """Where it comes from, in that order: offsets and lengths in the file's data, in bytes."""
+    cuts: Mapping[str, Cut]
+    """Which parts of the tensors that is; empty: all of them."""
+    parts: Mapping[str, Part]
+    shortcut: Shortcut | None
+    """None: the file is not a usual one, or no order is wanted."""
+
+    @classmethod
+    def of(
+        cls, order: SlotOrder | None, dtype: torch.dtype, entries: Sequence[Entry],
+        parts: Mapping[str, Part], layout: Layout,
+    ) -> Contents:  # fmt: skip
+        """``entries`` are the file's."""
+        pieces: Sequence[tuple[int, int]] = [(0, sum(entry.nbytes for entry in entries))]
+        cuts: dict[str, Cut] = {}
+        if order is not None and order.layout.shard.size > 1:
+            cuts = cuts_of(order.layout, parts, layout)
+            entries, pieces = select(entries, cuts)
+        shortcut = None if order is None else Shortcut.of(order, dtype, entries, parts, layout)
+        return cls(layout, entries, pieces, cuts, parts, shortcut)
+
+
+def cuts_of(slot: SlotLayout, parts: Mapping[str, Part], layout: Layout) -> dict[str, Cut]:
+    """What the rank of ``slot`` needs of the tensors of an adapter, by key."""
+    return {key: cut_of(slot, part, dora=layout.dora, tied=layout.tied) for key, part in parts.items()}
+
+
+class KnownContents:
+    """The contents of the latest few files, by configuration and header. Used by several threads."""
+
+    SIZE = 8
+
+    def __init__(self) -> None:
+        self._by_text: dict[tuple[PeftLoraConfig, bytes], Contents] = {}
+        self._lock = Lock()
+
+    def get(self, key: tuple[PeftLoraConfig, bytes]) -> Contents | None:
+        return self._by_text.get(key)
+
+    def put(self, key: tuple[PeftLoraConfig, bytes], contents: Contents) -> None:
+        with self._lock:
+            while len(self._by_text) >= self.SIZE:
+                del self._by_text[next(iter(self._by_text))]
+            self._by_text[key] = contents
+
+
+class Shortcut:
+    """From the data of a file to that of an image, in one copy.
+
+    Both are cut into the same pieces, so small that torch stays in the calling thread; ``_places`` says which
+    of the image's pieces each of the file's is.
+    """
+
+    def __init__(
+        self, slot: SlotLayout, dtype: torch.dtype, entries: Sequence[Entry], parts: Mapping[str, Part],
+        layout: Layout,
+    ) -> None:  # fmt: skip
+        def stretch(entry: Entry) -> Stretch:
+            (layer, module), kind = parts[entry.key]
+            place = slot.places[layer, module]
+            rows, width = entry.shape
+            if kind == "A":
+                return Stretch(place.a, place.shape.in_features, rows, width)
+            return Stretch(place.b, place.b_rank, rows, width)
+
+        stretches = [stretch(entry) for entry in entries]
+        pieces = [list(_cut(s.rows * s.width)) for s in stretches]
+        order = sorted(range(len(entries)), key=lambda index: stretches[index].slot)
+        first = {}
+        begin = 0
+        for index in order:
+            first[index] = begin
+            begin += len(pieces[index])
+        self._sizes = [size for cut in pieces for size in cut]
+        self._image_sizes = [size for index in order for size in pieces[index]]
+        self._places = [first[index] + n for index, cut in enumerate(pieces) for n in range(len(cut))]
+        self._scaled: dict[float, list[int]] = {}
+        self._tensors: dict[Place, list[tuple[int, tuple[int, ...]]]] = {}
+        begins = dict(
+            zip(order, accumulate((sum(pieces[index]) for index in order), initial=0), strict=False)
+        )
+        for index, entry in enumerate(entries):
+            part = parts[entry.key]
+            both = self._tensors.setdefault(part.place, [(0, ()), (0, ())])
+            both[part.kind == "B"] = begins[index], entry.shape
+            factor = layout.targets[part.place].scaling
+            if part.kind == "B" and factor != 1.0:
+                places = range(first[index], first[index] + len(pieces[index]))
+                self._scaled.setdefault(factor, []).extend(places)
+        self._largest_factor = max(map(abs, self._scaled), default=1.0)
+        self._rank = max(target.rank for target in layout.targets.values())
+        self._shape: ImageShape = image_shape(slot, [stretches[index] for index in order], dtype)
+
+    @classmethod
+    def of(
+        cls, order: SlotOrder, dtype: torch.dtype, entries: Sequence[Entry], parts: Mapping[str, Part],
+        layout: Layout,
+    ) -> Shortcut | None:  # fmt: skip
+        """None for a file that needs more than copying and scaling."""
+        usual = all(
+            entry.dtype == dtype
+            and parts[entry.key].kind in ("A", "B")
+            and parts[entry.key].place[0] != NO_LAYER
+            for entry in entries
+        )
+        return cls(order.layout, dtype, entries, parts, layout) if usual else None
+
+    def pack(self, data: Tensor, *, allow_nonfinite: bool, pin_memory: bool) -> Packed | None:
+        """``data`` [bytes that were read] in the order of a slot, B scaled. None if there is something about
+        the values that must be looked at more closely."""
+        dtype = self._shape.dtype
+        flat = data.view(dtype)
+        if not allow_nonfinite:
+            largest = largest_magnitude([flat])
+            if not largest * max(1.0, self._largest_factor) <= torch.finfo(dtype).max:
+                return None
+        image = image_memory(self._shape.elements, dtype, pin_memory=pin_memory)
+        pieces = image.split_with_sizes(self._image_sizes)
+        torch._foreach_copy_([pieces[place] for place in self._places], flat.split_with_sizes(self._sizes))
+        for factor, places in self._scaled.items():
+            # As a tensor, because a number would be rounded to the image's dtype first.
+            scalar = torch.tensor(factor, dtype=torch.float32)
+            torch._foreach_mul_([pieces[place] for place in places], scalar)
+        tensors = _Views(image, self._tensors)
+        return Packed(tensors, {}, {}, image.nbytes, self._rank, image, self._shape)
+
+
+class _Views(Mapping[Place, tuple[Tensor, Tensor]]):
+    """A and B by place, made when they are asked for."""
+
+    def __init__(self, image: Tensor, where: Mapping[Place, Sequence[tuple[int, tuple[int, ...]]]]) -> None:
+        self._image = image
+        self._where = where
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
+        a, b = (
+            self._image[begin : begin + shape[0] * shape[1]].view(shape)
+            for begin, shape in self._where[place]
+        )
+        return a, b
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _cut(elements: int) -> Iterator[int]:
+    for begin in range(0, elements, SERIAL_ELEMENTS):
+        yield min(SERIAL_ELEMENTS, elements - begin)

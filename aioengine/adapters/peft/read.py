@@ -1,0 +1,281 @@
+"""PEFT LoRA directories: read, validated against the base model, and packed for a slot.
+
+Everything here blocks and is meant for a loader thread; reading and hashing release the GIL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
+from aioengine.adapters.peft.fast_pack import Contents, KnownContents, cuts_of
+from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE, AdapterFolder, OpenFile
+from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
+from aioengine.adapters.peft.shard_reads import Cut
+from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes
+from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, tensors_of, unpickle
+from aioengine.errors import AdapterInvalid
+from aioengine.model.buffer import Buffer
+from aioengine.model.slots.image import ImageShape
+from aioengine.model.spec import ModelSpec
+
+_MAX_CONFIG_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedAdapter:
+    """A LoRA adapter in CPU memory, ready to be copied into a slot; or a rank's share of one."""
+
+    name: str
+    path: str
+    rank: int
+    """The largest effective rank of its modules."""
+    digest: str
+    """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" of a share,
+    of which not all has been read; see :func:`aioengine.adapters.peft.digest.content_digest`."""
+    nbytes: int
+    """The memory that it holds."""
+    tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+    """(layer, module) -> (A [r, in], B [out, r]); B holds the scaling, so that delta = B @ A.
+
+    Layer -1 has ``embed_tokens`` (in: vocabulary, out: hidden) and ``lm_head`` (in: hidden, out: vocabulary).
+    """
+    magnitudes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """DoRA (arXiv:2402.09353): (layer, module) -> the norm that each output's weights get [out], float32."""
+    biases: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """``lora_bias``: (layer, module) -> bias [out] of B, times the scaling."""
+    in_order: Tensor | None = None
+    """The memory of ``tensors``, if they were asked for in the order of a slot; see
+    :func:`aioengine.model.slots.image.build_image`."""
+    shape: ImageShape | None = None
+    """The shape of that image, where it is known."""
+    computed: Mapping[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of a share with DoRA: A and B as its norms need them, where that is more than ``tensors`` has."""
+    version: str = ""
+    """What tells the content of the files from another without reading it; see :class:`AdapterFolder`."""
+
+
+def read_adapter(
+    name: str,
+    path: str | Path,
+    spec: ModelSpec,
+    *,
+    max_rank: int,
+    target_modules: Sequence[str],
+    dtype: torch.dtype,
+    allow_nonfinite: bool = False,
+    base_weight: Callable[[str], Tensor] | None = None,
+    order: SlotOrder | None = None,
+    known: KnownContents | None = None,
+) -> PackedAdapter:
+    """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
+
+    Args:
+        max_rank: the rank that a slot holds (``max_lora_rank``).
+        target_modules: what slots hold, by the names in ``TARGETABLE_MODULES``.
+        dtype: of the returned tensors; the scaling is folded into B in float32 and rounded once.
+        allow_nonfinite: accept NaN and infinity in the weights.
+        base_weight: the base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
+            saves it along with an adapter on it; with this it is compared and left out, else refused.
+        order: Lay the tensors out as in a slot, so that no copy is needed to make its image. If the slot
+            holds a rank's share, that is what is read, checked and returned.
+        known: Spares looking at a header that was looked at before, for the same ``spec``, ``max_rank``,
+            ``target_modules``, ``dtype`` and ``order``.
+
+    Raises:
+        AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
+        AdapterInvalid: malformed, unsupported, or made for another base model.
+        AdapterTooLarge: a module's rank exceeds ``max_rank``.
+    """
+    folder = AdapterFolder(name, str(path))
+    folder.check()
+    reader = _Reader(
+        folder, spec, max_rank, target_modules, dtype, allow_nonfinite, base_weight, order, known
+    )
+    try:
+        packed, digest = reader.read()
+    except AdapterInvalid:
+        folder.check_unchanged()  # half of an old file and half of a new one is no proof of a bad adapter
+        raise
+    folder.check_unchanged()
+    return PackedAdapter(
+        name=name,
+        path=folder.path,
+        rank=packed.rank,
+        digest=digest,
+        nbytes=packed.nbytes,
+        tensors=packed.tensors,
+        magnitudes=packed.magnitudes,
+        biases=packed.biases,
+        in_order=packed.in_order,
+        shape=packed.shape,
+        computed=packed.computed,
+        version=folder.version,
+    )
+
+
+def _read_config(folder: AdapterFolder) -> bytes:
+    with folder.open(CONFIG_FILE) as file:
+        data = file.read(min(file.size, _MAX_CONFIG_BYTES + 1))
+    if len(data) > _MAX_CONFIG_BYTES:
+        folder.invalid(f"{CONFIG_FILE}: larger than {_MAX_CONFIG_BYTES} bytes")
+    return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    folder: AdapterFolder
+    spec: ModelSpec
+    max_rank: int
+    target_modules: Sequence[str]
+    dtype: torch.dtype
+    allow_nonfinite: bool
+    base_weight: Callable[[str], Tensor] | None
+    order: SlotOrder | None
+    known: KnownContents | None
+
+    def read(self) -> tuple[Packed, str]:
+        config_bytes = _read_config(self.folder)
+        config = parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
+        digest = hashlib.sha256(config_bytes)
+        name = self.folder.weights_file()
+        with self.folder.open(name) as file:
+            if name == SAFETENSORS_FILE:
+                packed = self._safetensors(file, config, digest)
+            else:
+                packed = self._pickled(file, config, digest)
+        return packed, "" if self._shared else digest.hexdigest()
+
+    @property
+    def _shared(self) -> bool:
+        """Whether a rank's share is wanted."""
+        return self.order is not None and self.order.layout.shard.size > 1
+
+    def _safetensors(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
+        header = SafetensorsHeader.read(self.folder, file)
+        digest.update(header.raw)
+        # Normally the data is hashed while the header is looked at. That comes first if the
+        # file is empty or too large for LoRA weights that fit: nearly always it is refused then, and needs no
+        # memory.
+        contents: Contents | None = None
+        if not 0 < header.data_bytes <= max_data_bytes(self.spec, self.max_rank, self.target_modules):
+            contents = self._contents(file, config, header)
+        if self._shared:
+            return self._share(file, header, contents or self._contents(file, config, header))
+        buffer = Buffer(header.data_bytes)
+        with ThreadPoolExecutor(1, thread_name_prefix="aioengine-load-helper") as helper:
+            hashing = _read_and_hash(file, buffer.view, digest, helper)
+            contents = contents or self._contents(file, config, header)
+            packed = self._shortcut(contents, buffer)
+            if packed is not None:
+                hashing.result()
+                return packed
+            weights = tensors_of(buffer, contents.entries)
+            packer = self._packer(file, contents.layout, contents.parts, weights, {})
+            if packer.in_place:
+                hashing.result()
+            packed = packer.pack(helper)
+            hashing.result()
+            return packed
+
+    def _share(self, file: OpenFile, header: SafetensorsHeader, contents: Contents) -> Packed:
+        """The tensors' parts are read into memory one behind the other, as if there were no others."""
+        buffer = Buffer(sum(length for _, length in contents.pieces))
+        end = 0
+        for offset, length in contents.pieces:
+            file.seek(len(header.raw) + offset)
+            file.read_into(buffer.view[end : end + length])
+            end += length
+        packed = self._shortcut(contents, buffer)
+        if packed is None:
+            weights = tensors_of(buffer, contents.entries)
+            packed = self._packer(file, contents.layout, contents.parts, weights, contents.cuts).pack(None)
+        return packed
+
+    def _shortcut(self, contents: Contents, buffer: Buffer) -> Packed | None:
+        if contents.shortcut is None or self.order is None:
+            return None
+        pin_memory = self.order.pin_memory
+        return contents.shortcut.pack(
+            buffer.tensor, allow_nonfinite=self.allow_nonfinite, pin_memory=pin_memory
+        )
+
+    def _pickled(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
+        layout = self._layout(config)
+        data = file.read(file.size)
+        digest.update(data)
+        weights = unpickle(self.folder, data)
+        parts = layout.parts(file.name, {key: tensor.shape for key, tensor in weights.tensors.items()})
+        cuts: Mapping[str, Cut] = {}
+        if self._shared and self.order is not None:  # a file that cannot be read in parts
+            cuts = cuts_of(self.order.layout, parts, layout)
+            tensors = {key: contiguous(cuts[key].of(tensor)) for key, tensor in weights.tensors.items()}
+            weights = Weights(tensors, None, list(tensors.values()))
+        packer = self._packer(file, layout, parts, weights, cuts)
+        with ThreadPoolExecutor(1) as helper:
+            return packer.pack(helper)
+
+    def _layout(self, config: PeftLoraConfig) -> Layout:
+        return Layout(
+            self.folder, config, self.spec, max_rank=self.max_rank, target_modules=self.target_modules
+        )
+
+    def _contents(self, file: OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
+        key = (config, header.raw)
+        contents = None if self.known is None else self.known.get(key)
+        if contents is None:
+            layout, entries = self._layout(config), header.entries(self.folder)
+            parts = layout.parts(file.name, {e.key: e.shape for e in entries})
+            contents = Contents.of(self.order, self.dtype, entries, parts, layout)
+            if self.known is not None:
+                self.known.put(key, contents)
+        return contents
+
+    def _packer(
+        self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights,
+        cuts: Mapping[str, Cut],
+    ) -> Packer:  # fmt: skip
+        packer = Packer(
+            self.folder,
+            file.name,
+            layout,
+            parts,
+            weights,
+            dtype=self.dtype,
+            allow_nonfinite=self.allow_nonfinite,
+            order=self.order,
+            cuts=cuts,
+        )
+        packer.check(self.base_weight)
+        return packer
+
+
+def _read_and_hash(file: OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:
+    """Fill ``view`` from ``file``, while ``helper``, of one thread, hashes what is there; done when all is.
+
+    Two small pieces are hashed while the large last one is read. That one is hashed in one go, and has been
+    begun when this returns: the helper needs the interpreter lock to begin a piece, which it gets while this
+    thread reads, but not for long while it runs Python.
+    """
+    begun = Event()
+
+    def update(piece: memoryview) -> None:
+        begun.set()
+        digest.update(piece)
+
+    ends = (len(view) // 8, len(view) // 4, len(view))
+    for begin, end in pairwise((0, *ends)):
+        file.read_into(view[begin:end])
+        begun.clear()
+        hashing = helper.submit(update, view[begin:end])
+    begun.wait()
+    return hashing

@@ -1,0 +1,95 @@
+"""Which parts of a file's tensors a rank reads, and which of those its slots hold.
+
+They are the same, but where a value depends on more than what is held: the norms of DoRA, and the comparison
+of tied adapters. All ranks together read every value, so it is enough that each checks what it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from aioengine.adapters.peft.targets import Part
+from aioengine.adapters.peft.weights_file import Entry
+from aioengine.model.parallel.partition import SPLIT_INPUTS
+from aioengine.model.slots.layout import SlotLayout
+
+_ALL = slice(None)
+
+
+class Cut(NamedTuple):
+    """Of a tensor [rows, columns] or [rows]."""
+
+    rows: slice
+    """Those that are read."""
+    columns: slice = _ALL
+    held: slice = _ALL
+    """Of the rows that are read."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What is read, as a view."""
+        return tensor[self.rows] if tensor.dim() == 1 else tensor[self.rows, self.columns]
+
+
+class Selection(NamedTuple):
+    """What is read of a safetensors file's data."""
+
+    entries: list[Entry]
+    """The tensors' parts, as they lie one behind the other once they have been read."""
+    pieces: list[tuple[int, int]]
+    """Where they come from, in that order: offsets and lengths in the data, in bytes."""
+
+
+def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
+    """What the rank of ``slot`` needs of an adapter's tensor, in an adapter with these properties.
+
+    The norms of DoRA are of whole rows of B A for the outputs that the rank computes; or, where a linear is
+    split over its inputs, of all outputs for the inputs that it has.
+    """
+    module = part.place[1]
+    share, partition = slot.share(module), slot.partition
+    more, splits_inputs = dora or tied, module in SPLIT_INPUTS
+    match part.kind:
+        case "A":
+            rows, columns = share.a
+            return Cut(_ALL, columns, rows) if more and not splits_inputs else Cut(rows, columns)
+        case "B":
+            return Cut(_ALL, held=share.b) if more and splits_inputs else Cut(share.b)
+        case "base":
+            return Cut(partition.inputs(module) if splits_inputs else partition.outputs(module))
+    return Cut(share.outputs)
+
+
+def select(entries: Sequence[Entry], cuts: Mapping[str, Cut]) -> Selection:
+    """``entries`` are those of the whole file; ``cuts`` are by key."""
+    found: list[Entry] = []
+    pieces: list[tuple[int, int]] = []
+    end = 0
+    for entry in entries:
+        rows = range(entry.shape[0])[cuts[entry.key].rows]
+        width = range(entry.shape[1])[cuts[entry.key].columns] if len(entry.shape) > 1 else range(1)
+        shape = (len(rows), len(width))[: len(entry.shape)]
+        nbytes = len(rows) * len(width) * entry.dtype.itemsize
+        found.append(entry._replace(shape=shape, begin=end, nbytes=nbytes))
+        end += nbytes
+        for begin, length in _runs(entry, rows, width):
+            if pieces and sum(pieces[-1]) == begin:
+                pieces[-1] = pieces[-1][0], pieces[-1][1] + length
+            else:
+                pieces.append((begin, length))
+    return Selection(found, pieces)
+
+
+def _runs(entry: Entry, rows: range, columns: range) -> Iterator[tuple[int, int]]:
+    if not rows or not columns:
+        return
+    size = entry.dtype.itemsize
+    pitch = entry.nbytes // entry.shape[0]
+    length = len(columns) * size
+    if rows.step == 1 and length == pitch:
+        yield entry.begin + rows.start * pitch, len(rows) * pitch
+        return
+    for row in rows:
+        yield entry.begin + row * pitch + columns.start * size, length

@@ -1,0 +1,257 @@
+"""Which weights an adapter's file must hold, by configuration and base model, and which key is which.
+
+PEFT's key formats (``get_peft_model_state_dict``): the adapter's name is normally removed from the keys, but
+files written by hand keep it (``lora_A.default.weight``), and some tools drop ``base_model.model.``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+from aioengine.adapters.peft.config import PeftLoraConfig
+from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.errors import AdapterTooLarge
+from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, LinearShape, ModelSpec
+
+Place = tuple[int, str]
+"""(layer, module), embeddings under ``NO_LAYER``."""
+
+_PARENT = {module: "mlp" if module[:-5] in ("gate", "up", "down") else "self_attn" for module in LORA_MODULES}
+_EMBEDDING_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?"
+    r"(?:model\.layers\.(0|[1-9][0-9]{0,5})\.(self_attn|mlp)\.(\w+)|model\.(embed_tokens)|(lm_head))"
+    r"\.((?:lora_|base_layer\.).+)",
+    re.ASCII,
+)
+_MAGNITUDES = dict.fromkeys(
+    (
+        "lora_magnitude_vector",
+        "lora_magnitude_vector.default",
+        "lora_magnitude_vector.weight",
+        "lora_magnitude_vector.default.weight",
+    ),
+    "magnitude",
+)
+_LINEAR_PARTS = {
+    "lora_A.weight": "A",
+    "lora_A.default.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.default.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_B.default.bias": "bias",
+    **_MAGNITUDES,
+}
+_EMBEDDING_PARTS = {
+    "lora_embedding_A": "A",
+    "lora_embedding_A.default": "A",
+    "lora_embedding_B": "B",
+    "lora_embedding_B.default": "B",
+    **_MAGNITUDES,
+}
+_PART_NAMES = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "bias": "lora_B.bias, which lora_bias needs",
+    "magnitude": "lora_magnitude_vector, which use_dora needs",
+}
+_BASE_WEIGHT = "base_layer.weight"
+# Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
+_FOREIGN_KEYS = (
+    ("modules_to_save", "fully trained modules are not supported"),
+    ("token_adapter", "trained token embeddings are not supported"),
+    (
+        "embed_tokens",
+        "the adapter replaces the embeddings (resized or fully trained), which is not supported",
+    ),
+    ("lm_head", "the adapter replaces lm_head (resized or fully trained), which is not supported"),
+    (".bias", "trained biases of the base model are not supported"),
+    (".base_layer.", "the file carries base-model weights; only LoRA weights can be swapped"),
+)
+
+
+def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]) -> int:
+    """What the tensors of an adapter that fits take in a file at most, without base weights saved along."""
+    elements = 0
+    for module in target_modules:
+        linear = spec.linear(module)
+        copies = 1 if module in EMBEDDING_MODULES else spec.num_layers
+        elements += copies * (max_rank * sum(linear) + 2 * linear.out_features)
+    return 4 * elements
+
+
+class Part(NamedTuple):
+    """One tensor's role: ``A``, ``B``, ``bias``, ``magnitude``, or ``base`` (the unadapted weight)."""
+
+    place: Place
+    kind: str
+
+
+class Target(NamedTuple):
+    """An adapted module."""
+
+    name: str
+    """In the base model, as PEFT's patterns see it."""
+    rank: int
+    scaling: float
+    linear: LinearShape
+
+    def shape(self, kind: str) -> tuple[int, ...]:
+        """The shape of a part; a base weight is [vocabulary, hidden] for both embeddings."""
+        match kind:
+            case "A":
+                return self.rank, self.linear.in_features
+            case "B":
+                return self.linear.out_features, self.rank
+            case "base":
+                vocabulary_first = (
+                    self.linear if self.name == _EMBEDDING_NAMES["embed_tokens"] else self.linear[::-1]
+                )
+                return tuple(vocabulary_first)
+        return (self.linear.out_features,)
+
+
+class Layout:
+    """The modules that ``config`` puts an adapter on.
+
+    Raises AdapterTooLarge for a rank over ``max_rank``.
+    """
+
+    def __init__(
+        self,
+        folder: AdapterFolder,
+        config: PeftLoraConfig,
+        spec: ModelSpec,
+        *,
+        max_rank: int,
+        target_modules: Sequence[str],
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._spec = spec
+        self._modules = tuple(target_modules)
+        self.tied = (
+            config.ensure_weight_tying and spec.tie_embeddings and config.targets("model.embed_tokens")
+        )
+        """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
+        self.dora = config.use_dora
+        self.targets: dict[Place, Target] = {}
+        """In the order of the tensors of a packed adapter."""
+        self._add(NO_LAYER, {module: spec.linear(module) for module in EMBEDDING_MODULES})
+        linears = {module: spec.linear(module) for module in LORA_MODULES}
+        for layer in range(spec.num_layers):
+            self._add(layer, linears)
+        if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
+            folder.invalid(f"{CONFIG_FILE}: lora_bias on embed_tokens: PEFT has no such adapter")
+        for target in self.targets.values():
+            if target.rank > max_rank:
+                raise AdapterTooLarge(
+                    f"{CONFIG_FILE}: {target.name} has rank {target.rank}, but max_lora_rank is {max_rank}; "
+                    "raise LoRAConfig.max_lora_rank or train the adapter with a smaller r",
+                    name=folder.name,
+                    path=folder.path,
+                )
+
+    def _add(self, layer: int, modules: Mapping[str, LinearShape]) -> None:
+        config = self._config
+        for module, linear in modules.items():
+            name = _name(layer, module)
+            if config.targets(name) or (self.tied and module == "lm_head"):
+                rank = config.rank(name)
+                self.targets[layer, module] = Target(name, rank, config.scaling(name, rank), linear)
+
+    def parts(self, file: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
+        """Each key's part, once keys, shapes, configuration and slots are known to agree.
+
+        Raises AdapterInvalid.
+        """
+        usual = self._usual_keys()
+        parts: dict[str, Part] = {}
+        taken: dict[Part, str] = {}
+        for key, shape in shapes.items():
+            part = usual.get(key) or self._part(file, key)
+            if part in taken:
+                self._folder.invalid(f"{file}: {key!r} and {taken[part]!r} are the same weight")
+            target = self.targets[part.place]
+            expected = target.shape(part.kind)
+            if tuple(shape) != expected:
+                self._folder.invalid(
+                    f"{file}: {key!r}: expected shape {list(expected)} (rank {target.rank} of {CONFIG_FILE}, "
+                    f"base linear {target.linear.in_features} -> {target.linear.out_features}), found "
+                    f"{list(shape)}"
+                )
+            parts[key], taken[part] = part, key
+        self._check_complete(file, taken)
+        return parts
+
+    def _usual_keys(self) -> dict[str, Part]:
+        """The keys that nearly every tensor of nearly every file has: a look-up instead of a match."""
+        keys: dict[str, Part] = {}
+        for place, target in self.targets.items():
+            if place[0] != NO_LAYER and place[1] in self._modules:
+                prefix = f"base_model.model.{target.name}."
+                keys[f"{prefix}lora_A.weight"] = Part(place, "A")
+                keys[f"{prefix}lora_B.weight"] = Part(place, "B")
+        return keys
+
+    def _part(self, file: str, key: str) -> Part:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            self._foreign(file, key)
+        number, parent, linear, embedding, head, rest = match.groups()
+        layer, module = (NO_LAYER, embedding or head) if number is None else (int(number), linear)
+        kind = _EMBEDDING_PARTS.get(rest) if embedding else _LINEAR_PARTS.get(rest)
+        if layer == NO_LAYER and rest == _BASE_WEIGHT:
+            kind = "base"
+        if kind is None or _PARENT.get(module) != parent:
+            self._foreign(file, key)
+        if layer >= self._spec.num_layers:
+            self._folder.invalid(
+                f"{file}: {key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
+                "trained on another model?"
+            )
+        if module not in self._modules:
+            self._folder.invalid(
+                f"{file}: {key!r}: the slots do not hold {module}; they hold {', '.join(self._modules)}: add "
+                f"{module} to LoRAConfig.target_modules"
+            )
+        if (layer, module) not in self.targets:
+            self._folder.invalid(f"{file}: {key!r}: {CONFIG_FILE} does not target {_name(layer, module)}")
+        if kind == "bias" and not self._config.lora_bias:
+            self._folder.invalid(f"{file}: {key!r}: a bias, but {CONFIG_FILE} does not set lora_bias")
+        if kind == "magnitude" and not self._config.use_dora:
+            self._folder.invalid(f"{file}: {key!r}: of DoRA, but {CONFIG_FILE} does not set use_dora")
+        return Part((layer, module), kind)
+
+    def _foreign(self, file: str, key: str) -> NoReturn:
+        reason = next(
+            (reason for part, reason in _FOREIGN_KEYS if part in key),
+            "unknown key; expected 'base_model.model.model.layers.<layer>.<self_attn|mlp>.<module>."
+            "lora_<A|B>.weight' with a module of " + ", ".join(LORA_MODULES),
+        )
+        self._folder.invalid(f"{file}: {key[:200]!r}: {reason}")
+
+    def _check_complete(self, file: str, taken: Mapping[Part, str]) -> None:
+        needed = ["A", "B"] + ["bias"] * self._config.lora_bias + ["magnitude"] * self._config.use_dora
+        if sum(part.kind != "base" for part in taken) == len(needed) * len(self.targets):
+            return
+        for place, target in self.targets.items():
+            missing = [kind for kind in needed if Part(place, kind) not in taken]
+            if not missing:
+                continue
+            found = next((key for part, key in taken.items() if part.place == place), None)
+            if found is None:
+                self._folder.invalid(
+                    f"{file}: {CONFIG_FILE} targets {target.name}, but the file has no weights for it; save "
+                    "the adapter again with PEFT"
+                )
+            self._folder.invalid(f"{file}: {found!r} has no matching {_PART_NAMES[missing[0]]}")
+
+
+def _name(layer: int, module: str) -> str:
+    """The module's name in the base model, which PEFT's patterns are matched against."""
+    if layer == NO_LAYER:
+        return _EMBEDDING_NAMES[module]
+    return f"model.layers.{layer}.{_PARENT[module]}.{module}"

@@ -1,0 +1,1 @@
+"""Resolvers: from the name of an adapter that is not registered to a local folder."""

@@ -1,0 +1,51 @@
+"""Adapters in the subfolders of one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, is_plain_name
+from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
+
+
+class FilesystemResolver(BlockingResolver):
+    """The adapter "team/sql" is the folder ``root/team/sql``; folders that come later are found too.
+
+    Nothing outside ``root`` is ever named: no absolute path, no "..", and no symbolic link, of a folder
+    on the way or of an adapter's file, that leads out of it. Links are followed when a name is resolved,
+    and what is registered is the folder behind them. Somebody who may write in ``root`` could put a link
+    in a file's place after that: so ``root`` must be writable only for those who may add adapters.
+
+    Raises ConfigError if ``root`` is not a folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.root = Path(root).expanduser().absolute()
+        if not self.root.is_dir():
+            raise ConfigError(
+                f"adapter_root={os.fspath(root)!r}: no such folder; give the folder that has the adapters "
+                "as subfolders"
+            )
+
+    def find(self, name: str) -> Path:
+        if not is_plain_name(name):
+            raise AdapterNotFound("not a name below adapter_root", name=name)
+        try:
+            root = self.root.resolve(strict=True)
+            folder = (root / name).resolve()
+            inside = all((folder / file).resolve().is_relative_to(root) for file in ("", *ADAPTER_FILES))
+            found = inside and (folder / CONFIG_FILE).is_file()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            if isinstance(error, OSError) and not self.root.is_dir():
+                raise AdapterLoadError(
+                    f"adapter_root cannot be read: {error.strerror}", name=name, path=str(self.root)
+                ) from error
+            found = False
+        if not found:
+            raise AdapterNotFound(
+                f"not registered, and adapter_root has no folder of this name with {CONFIG_FILE}", name=name
+            )
+        return folder

@@ -1,0 +1,1 @@
+"""``aioengine demo``: four adapters served through two slots, shown in the terminal."""

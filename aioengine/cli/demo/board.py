@@ -1,0 +1,94 @@
+"""What the demo knows about its requests and swaps, as told by the engine's events."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from aioengine import events
+from aioengine.cli.demo.jobs import Job
+
+State = Literal["soon", "waiting", "running", "done", "failed"]
+
+
+@dataclass
+class Row:
+    """One request as far as it has got. Times are seconds on the loop's clock."""
+
+    job: Job
+    state: State = "soon"
+    slot: int | None = None
+    text: str = ""
+    tokens: int = 0
+    ttft: float | None = None
+    admitted: float | None = None
+    ended: float | None = None
+    passed: bool | None = None
+    error: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time in the batch, once it has ended."""
+        if self.admitted is None or self.ended is None:
+            return 0.0
+        return self.ended - self.admitted
+
+
+class Board:
+    """An event listener that keeps one row for each request and the latest adapter moves.
+
+    ``say`` is called with a line of text for everything worth telling.
+    """
+
+    def __init__(self, jobs: list[Job], say: Callable[[str], None]) -> None:
+        self.rows = {job.id: Row(job) for job in jobs}
+        self.moves: deque[str] = deque(maxlen=3)
+        self._say = say
+
+    @property
+    def all_finished(self) -> bool:
+        return all(row.state == "done" for row in self.rows.values())
+
+    def handle(self, event: events.Event) -> None:
+        """To be given to ``engine.add_listener``."""
+        match event:
+            case events.RequestAdded(request_id=key):
+                self.rows[key].state = "waiting"
+            case events.RequestAdmitted(request_id=key):
+                self._admitted(self.rows[key], event)
+            case events.FirstToken(request_id=key):
+                self.rows[key].ttft = event.seconds
+            case events.RequestPreempted(request_id=key):
+                self.rows[key].state = "waiting"
+            case events.RequestEnded(request_id=key):
+                self._ended(self.rows[key], event)
+            case events.AdapterLoaded():
+                self._moved(f"{event.adapter}: disk -> CPU ({event.seconds * 1e3:.1f} ms)")
+            case events.AdapterPlaced():
+                self._moved(f"{event.adapter}: CPU -> slot {event.slot} ({event.seconds * 1e3:.1f} ms)")
+            case events.AdapterEvicted():
+                where = "the CPU cache" if event.slot is None else f"slot {event.slot}"
+                self._moved(f"{event.adapter}: out of {where}")
+            case _:
+                pass
+
+    def _admitted(self, row: Row, event: events.RequestAdmitted) -> None:
+        row.state = "running"
+        row.slot = event.slot
+        if row.admitted is None:
+            row.admitted = event.time
+        where = "on the base model" if event.slot is None else f"in slot {event.slot}"
+        self._say(f"{row.job.id} runs {where}, after waiting {event.queue_seconds:.2f} s")
+
+    def _ended(self, row: Row, event: events.RequestEnded) -> None:
+        row.state = "done" if event.reason in ("stop", "length") else "failed"
+        row.tokens = event.output_tokens
+        row.ended = event.time
+        if event.error is not None:
+            row.error = str(event.error)
+
+    def _moved(self, what: str) -> None:
+        self.moves.append(what)
+        self._say(what)

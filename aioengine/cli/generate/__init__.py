@@ -1,0 +1,1 @@
+"""``aioengine generate``: one prompt, or a batch of requests as JSON lines."""

@@ -1,0 +1,1 @@
+"""``aioengine lab``: the commands of the policy lab."""

@@ -1,0 +1,64 @@
+"""``aioengine lab calibrate``: a cost model of the machine at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import DEFAULT_MODEL, DType
+
+if TYPE_CHECKING:
+    from aioengine.lab.costs.model import CostModel
+
+
+def calibrate(
+    *,
+    model: str = DEFAULT_MODEL,
+    out: Annotated[Path, Parameter(show_default=False)] = Path("costs.json"),
+    name: str | None = None,
+    dtype: DType = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    common: CommonFlags | None = None,
+) -> int:
+    """Time the live engine for some minutes, and write a cost model that --preset takes.
+
+    Nothing else should run on the machine meanwhile.
+
+    Parameters
+    ----------
+    model
+        Model folder, GGUF file, Hub id, or smollm2-135m (the default).
+    out
+        File for the cost model (costs.json).
+    name
+        What the cost model is called; by default as its file.
+    dtype
+        Compute dtype.
+    device
+        Where the model runs.
+    """
+    from aioengine.cli.lab.progress import progress
+    from aioengine.lab.workload.extra import check_extra
+
+    check_extra()
+    from aioengine.cli.loop import run
+    from aioengine.lab.calibration.calibrate import calibrate_async
+
+    with progress("calibrating") as show:
+        costs = run(calibrate_async(model, out, name=name, dtype=dtype, device=device, progress=show))
+    _print(costs)
+    print(f"cost model: {out}")
+    return 0
+
+
+def _print(costs: CostModel) -> None:
+    """How well the model fits what was timed."""
+    print(f"{costs.name}: {costs.source}")
+    if costs.fit is not None:
+        median, p90 = costs.fit.median_error, costs.fit.p90_error
+        print(f"steps: half of them fitted within {median:.1%}, 90% within {p90:.1%}")
+    for stage, what in ((costs.disk, "load from disk"), (costs.slot, "copy into a slot")):
+        print(f"{what}: {stage.latency * 1e3:.3g} ms + {stage.bandwidth / 1e6:,.0f} MB a second")

@@ -1,0 +1,189 @@
+"""``aioengine lab compare``: policies side by side."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment, numbers
+from aioengine.cli.process import EXIT_FAILED, process
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.lab.runs.comparison import Compared, Comparison
+    from aioengine.lab.runs.pool import Report
+
+DEFAULT_OUT = Path("lab-compare")
+_COMPARE = Group("Comparison", sort_key=4)
+_SEVERAL = Parameter(group=_COMPARE, negative="", metavar="A,B,...")
+
+
+@Parameter(name="*", group=_COMPARE)
+@dataclass(frozen=True, kw_only=True)
+class CompareFlags:
+    policy: Annotated[list[str] | None, _SEVERAL] = None
+    """Policies, the first of which the others are compared to (fcfs,vllm+lru); or given several times."""
+    slots: Annotated[list[str] | None, _SEVERAL] = None
+    """Numbers of adapter slots (8)."""
+    scale: Annotated[list[str] | None, _SEVERAL] = None
+    """Factors of the rate of arrivals (1)."""
+    seeds: int | None = None
+    """So many runs of each setting, for intervals (3)."""
+    seed: int | None = None
+    """The first seed (0)."""
+    jobs: int | None = None
+    """Runs at a time (as many as there are cores)."""
+    out: Path = DEFAULT_OUT
+    """Folder for the results."""
+    experiment: Path | None = None
+    """Repeat this comparison.json, or vary this experiment.json; flags change it."""
+    rank_by: str = "ttft_seconds.p99"
+    """The figure that policies are ranked by."""
+
+
+def compare(
+    *,
+    flags: CompareFlags | None = None,
+    workload: WorkloadFlags | None = None,
+    system: SystemFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Run policies by slots by loads, each over several seeds, and rank them.
+
+    All policies are offered the same arrivals. Means come with 95% intervals over the seeds. A run that
+    fails is reported, and the others go on.
+    """
+    flags = flags or CompareFlags()
+    from aioengine.lab.analysis.measures import find_measure
+    from aioengine.lab.workload.extra import check_extra
+
+    check_extra()
+    find_measure(flags.rank_by)
+    jobs = _cores() if flags.jobs is None else flags.jobs
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: must be at least 1")
+    comparison = make_comparison(flags, workload or WorkloadFlags(), system or SystemFlags())
+    check_out(flags.out, "comparison.json")
+    found = _compare(comparison, flags.out, jobs)
+    return _conclude(found, flags)
+
+
+def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: SystemFlags) -> Comparison:
+    """What the flags say, over what --experiment says. Raises ConfigError."""
+    from aioengine.lab.report.run_page import read_json
+    from aioengine.lab.runs.comparison import Comparison, read_comparison
+
+    file = flags.experiment
+    before = None
+    if file is not None and "comparison" in read_json(file):
+        before = read_comparison(file)
+    policies = split_policies(flags.policy) if flags.policy else None
+    slots = numbers("--slots", flags.slots, int)
+    scales = numbers("--scale", flags.scale, float)
+    own = {
+        "seed": flags.seed,
+        "policy": policies[0] if policies else None,
+        "slots": slots[0] if slots else None,
+        "scale": scales[0] if scales else None,
+    }
+    experiment = make_experiment(file, workload, system, own)
+    seeds = flags.seeds
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    if before is not None and seeds is None and flags.seed is None:
+        seed_list = before.seeds
+    else:
+        count = seeds if seeds is not None else len(before.seeds) if before is not None else 3
+        seed_list = list(range(experiment.seed, experiment.seed + count))
+    if before is not None:
+        return Comparison(
+            experiment=experiment,
+            policies=[*(policies or before.policies)],
+            slots=slots or before.slots,
+            scales=scales or before.scales,
+            seeds=seed_list,
+        )
+    default = ["fcfs", "vllm+lru"] if file is None else [experiment.policy]
+    return Comparison(
+        experiment=experiment,
+        policies=[*(policies or default)],
+        slots=slots or [experiment.slots],
+        scales=scales or [experiment.workload.scale],
+        seeds=seed_list,
+    )
+
+
+def split_policies(texts: Iterable[str]) -> list[str]:
+    """ "fcfs,vtc:input_weight=1,output_weight=2" is two policies: what follows a comma and looks like an
+    option belongs to the policy before it."""
+    found: list[str] = []
+    for text in texts:
+        parts: list[str] = []
+        for part in text.split(","):
+            if parts and re.match(r"[A-Za-z_]\w*=", part):
+                parts[-1] += f",{part}"
+            else:
+                parts.append(part)
+        found += [part.strip() for part in parts]
+    if not all(found):
+        raise ConfigError("--policy: has an empty name; write fcfs,vtc")
+    return found
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _compare(comparison: Comparison, out: Path, jobs: int) -> Compared:
+    from aioengine.cli.lab.progress import progress
+    from aioengine.lab.runs.comparison import compare
+
+    tasks = comparison.tasks(out)
+    under_way: dict[int, float] = {}
+    ended = 0
+    stop = False
+
+    def cancel() -> None:
+        nonlocal stop
+        stop = True
+
+    with progress("comparing") as show, process.cancelling(cancel):
+
+        def report(found: Report) -> None:
+            nonlocal ended
+            if found.kind == "progress":
+                under_way[found.key] = min(found.done / found.total, 1.0) if found.total else 0.0
+            else:
+                under_way.pop(found.key, None)
+                ended += 1
+            done = ended + sum(under_way.values())
+            show(done, len(tasks), f"{ended:,} of {len(tasks):,} runs, {tasks[found.key].out.name}")
+
+        return compare(comparison, out, jobs=jobs, report=report, stopping=lambda: stop)
+
+
+def _conclude(found: Compared, flags: CompareFlags) -> int:
+    """Print the rankings and the failures, and write the report."""
+    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.lab.tables import print_rankings
+    from aioengine.lab.report.compare_page import load_compare, write_compare_report
+
+    for failure in found.failures:
+        print(f"aioengine: run {failure.folder} failed: {failure.error}", file=sys.stderr)
+    if len(found.failures) < found.results.height:
+        print_rankings(load_compare(flags.out, flags.rank_by))
+        with progress("drawing") as show:
+            page = write_compare_report(flags.out, flags.rank_by, lambda: show(0, None, "figures"))
+        print(f"report: {page}")
+    print(f"files:  {flags.out}")
+    return EXIT_FAILED if found.failures else 0

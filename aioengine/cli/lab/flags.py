@@ -1,0 +1,183 @@
+"""Flags of the lab's commands: the fields of a workload and of an experiment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.help import FOLDED
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.lab.runs.experiment import Experiment
+
+Number = TypeVar("Number", int, float)
+
+_WORKLOAD = Group("Workload", sort_key=5)
+_SYSTEM = Group("Engine", sort_key=6)
+_MORE_WORKLOAD = Parameter(group=Group(f"{FOLDED} of the workload", sort_key=25))
+_MORE_SYSTEM = Parameter(group=Group(f"{FOLDED} of the engine", sort_key=26))
+
+
+@Parameter(name="*", group=_WORKLOAD)
+@dataclass(frozen=True, kw_only=True)
+class WorkloadFlags:
+    """Fields of WorkloadSpec; None: as --experiment has it, or the field's default."""
+
+    trace: str | None = None
+    """Azure LLM trace (CSV), JSON lines, or a recording of --record; .gz too."""
+    arrivals: str | None = None
+    """poisson:rate=2, gamma:rate=2,cv=4, onoff:rate=2,on=10,off=30 or diurnal:rate=2."""
+    limit: int | None = None
+    """At most so many requests."""
+    adapters: int | None = None
+    """Adapters that requests are spread over (0: the base model's, or as the trace has it)."""
+    popularity: str | None = None
+    """uniform, zipf:1.0, power:0.5, shift:alpha=1.0,every=60 or tenant."""
+    ranks: str | None = None
+    """Of the adapters: 16, or 8:0.5,16:0.3,64:0.2 with shares."""
+    tenants: int | None = None
+    """Tenants that requests are spread over."""
+
+    seconds: Annotated[float | None, _MORE_WORKLOAD] = None
+    """No request comes later than this."""
+    repeat: Annotated[bool | None, _MORE_WORKLOAD] = None
+    """Begin a trace again at its end, up to --limit or --seconds."""
+    base_share: Annotated[float | None, _MORE_WORKLOAD] = None
+    """Share of the requests that are for the base model (0)."""
+    tenant_shares: Annotated[str | None, _MORE_WORKLOAD] = None
+    """uniform, zipf:1.0, or a weight for each tenant: 3,1,1."""
+    priority: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Priorities with their shares: 0:0.9,5:0.1."""
+    adapter_bytes: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Size of an adapter: 64MiB, uniform:8MiB..64MiB or lognormal:median=2e7,sigma=0.5."""
+    prompt_tokens: Annotated[str | None, _MORE_WORKLOAD] = None
+    """128, uniform:8..512, lognormal:median=200,sigma=0.8, or trace."""
+    output_tokens: Annotated[str | None, _MORE_WORKLOAD] = None
+    """The same for outputs."""
+    max_prompt: Annotated[int | None, _MORE_WORKLOAD] = None
+    """Longer prompts are cut to this."""
+    max_output: Annotated[int | None, _MORE_WORKLOAD] = None
+    """Longer outputs are cut to this."""
+    lengths: Annotated[str | None, _MORE_WORKLOAD] = None
+    """What policies are told of them: known, hidden:max=4096 or predicted:error=0.5."""
+    deadline: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Seconds from arrival, or proportional:0.5+0.05 with seconds for each token."""
+
+
+@Parameter(name="*", group=_SYSTEM)
+@dataclass(frozen=True, kw_only=True)
+class SystemFlags:
+    """Fields of Experiment that describe the simulated engine."""
+
+    preset: str | None = None
+    """Cost model: a preset's name (llama3-8b-h100), or a file of lab calibrate."""
+    cpu_loras: int | None = None
+    """Adapters in the CPU cache, those in slots included (64)."""
+    max_lora_rank: int | None = None
+    """Rank that every slot is sized for (64)."""
+
+    max_num_seqs: Annotated[int | None, _MORE_SYSTEM] = None
+    """Requests that run at once (64)."""
+    max_num_batched_tokens: Annotated[int | None, _MORE_SYSTEM] = None
+    """Tokens computed in one step (2048)."""
+    max_model_len: Annotated[int | None, _MORE_SYSTEM] = None
+    """Longest prompt plus output, in tokens."""
+    block_size: Annotated[int | None, _MORE_SYSTEM] = None
+    """Tokens in a KV block (16)."""
+    kv_cache_memory: Annotated[str | None, _MORE_SYSTEM] = None
+    """Bytes, or text such as 2GiB; by default what the preset's device has free."""
+    max_waiting: Annotated[int | None, _MORE_SYSTEM] = None
+    """Bound on waiting requests; those beyond it are refused."""
+    max_cpu_lora_bytes: Annotated[str | None, _MORE_SYSTEM] = None
+    """A second bound on the CPU cache."""
+    max_concurrent_loads: Annotated[int | None, _MORE_SYSTEM] = None
+    """Adapters that are read from disk at once (2)."""
+    enable_prefix_caching: Annotated[bool | None, _MORE_SYSTEM] = None
+    """Share the KV blocks of equal prefixes: prompts have no content, so all are equal."""
+    sample_seconds: Annotated[float | None, _MORE_SYSTEM] = None
+    """Simulated time between two rows of samples.csv (1)."""
+
+
+_NAMES = {"max_loras": "--slots", "max_cpu_loras": "--cpu-loras"}
+"""What the engine's configuration calls them -> what the lab does."""
+
+
+def make_experiment(
+    file: Path | None, workload: WorkloadFlags, system: SystemFlags, own: Mapping[str, Any]
+) -> Experiment:
+    """The fields of ``file`` (an experiment, or a comparison's) with the given flags over them.
+
+    Args:
+        own: From the command's own flags: seed, policy, slots, and the workload's scale.
+
+    Raises ConfigError for what the file or the flags get wrong.
+    """
+    from aioengine.lab.runs.experiment import Experiment
+
+    values = _read(file)
+    given = _given(own)
+    asked = _given(vars(workload)) | ({"scale": given.pop("scale")} if "scale" in given else {})
+    spec = values.get("workload") or {}
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"{file}: workload={spec!r}: must be an object")
+    values = {**values, **_given(vars(system)), **given, "workload": {**spec, **asked}}
+    source = "flags" if file is None else f"{file} and flags" if asked or given else str(file)
+    try:
+        return Experiment.from_dict(values, source=source)
+    except ConfigError as error:
+        raise ConfigError(_in_lab_flags(str(error))) from error
+
+
+def _read(file: Path | None) -> Mapping[str, Any]:
+    from aioengine.lab.report.run_page import read_json
+
+    if file is None:
+        return {}
+    values = read_json(file)
+    for key in ("comparison", "experiment"):
+        values = values.get(key, values)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: {key}={values!r}: must be an object")
+    return values
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _in_lab_flags(text: str) -> str:
+    return re.sub(r"(?:LoRAConfig\.)?\b(max_(?:cpu_)?loras)\b", lambda found: _NAMES[found[1]], text)
+
+
+def check_out(out: Path, mark: str) -> None:
+    """Raises ConfigError if the folder has files that a run did not make: they might be overwritten.
+
+    Args:
+        mark: A file that shows that an earlier run has.
+    """
+    try:
+        foreign = out.exists() and any(out.iterdir()) and not (out / mark).exists()
+    except NotADirectoryError as error:
+        raise ConfigError(f"--out {out}: is a file") from error
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be used: {error.strerror}") from error
+    if foreign:
+        raise ConfigError(f"--out {out}: has files, and no {mark} of an earlier run; take another folder")
+
+
+def numbers(flag: str, texts: Iterable[str] | None, kind: type[Number]) -> list[Number] | None:
+    """ "4,8,16", given once or several times; None if it was not given. Raises ConfigError."""
+    if texts is None:
+        return None
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    try:
+        return [kind(part) for part in parts]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{flag} {','.join(parts)}: must be {what} with commas between them") from None

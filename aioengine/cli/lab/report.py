@@ -1,0 +1,49 @@
+"""``aioengine lab report``: the report again, from the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.errors import ConfigError
+
+
+def report(
+    folder: Annotated[Path, Parameter(show_default=False)],
+    /,
+    *,
+    rank_by: str | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Draw the figures and write report.html of a run, or of a comparison, again.
+
+    Parameters
+    ----------
+    folder
+        What was given to --out.
+    rank_by
+        The figure that a comparison's policies are ranked by.
+    """
+    from aioengine.cli.lab.progress import progress
+    from aioengine.lab.workload.extra import check_extra
+
+    check_extra()
+    from aioengine.lab.analysis.measures import DEFAULT_RANKING
+    from aioengine.lab.report.compare_page import write_compare_report
+    from aioengine.lab.report.run_page import write_report
+
+    with progress("drawing") as show:
+        if (folder / "comparison.json").exists():
+            page = write_compare_report(folder, rank_by or DEFAULT_RANKING, lambda: show(0, None, "figures"))
+        elif (folder / "experiment.json").exists():
+            page = write_report(folder, lambda: show(0, None, "figures"))
+        else:
+            raise ConfigError(
+                f"{folder}: has no experiment.json and no comparison.json; 'aioengine lab run' and "
+                "'aioengine lab compare' write them into --out"
+            )
+    print(f"report: {page}")
+    return 0

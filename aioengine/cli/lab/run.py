@@ -1,0 +1,89 @@
+"""``aioengine lab run``: one policy on one workload."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
+from aioengine.cli.process import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from aioengine.lab.runs.experiment import Experiment
+
+DEFAULT_OUT = Path("lab-run")
+_RUN = Group("Run", sort_key=7)
+
+
+@Parameter(name="*", group=_RUN)
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    policy: str | None = None
+    """As in aioengine policies, or my_policy.py:MyPolicy (fcfs)."""
+    slots: int | None = None
+    """Adapter slots on the device (8)."""
+    scale: float | None = None
+    """The rate of arrivals is multiplied by this (1)."""
+    seed: int | None = None
+    """Of all that is drawn: arrivals, adapters, lengths (0)."""
+    out: Path = DEFAULT_OUT
+    """Folder for the results."""
+    experiment: Path | None = None
+    """Repeat the run of this experiment.json; flags change it."""
+    report: Annotated[bool, Parameter(negative="--no-report")] = True
+    """Draw figures and write report.html."""
+
+
+def run(
+    *,
+    workload: WorkloadFlags | None = None,
+    system: SystemFlags | None = None,
+    flags: RunFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Replay a trace, or synthetic arrivals, through the engine in simulated time.
+
+    The policy and the engine are those that serve; a cost model says how long steps and loads take. The
+    same flags give the same files, byte for byte.
+    """
+    flags = flags or RunFlags()
+    from aioengine.lab.workload.extra import check_extra
+
+    check_extra()
+    own = {name: getattr(flags, name) for name in ("policy", "slots", "scale", "seed")}
+    experiment = make_experiment(flags.experiment, workload or WorkloadFlags(), system or SystemFlags(), own)
+    check_out(flags.out, "experiment.json")
+    return _run(experiment, flags)
+
+
+def _run(experiment: Experiment, flags: RunFlags) -> int:
+    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.lab.tables import print_summary
+    from aioengine.lab.report.run_figures import PLOTS
+    from aioengine.lab.report.run_page import write_report
+    from aioengine.lab.runs.replay import RunStalled
+    from aioengine.lab.runs.simulate import run
+
+    try:
+        with progress("simulating") as show:
+            result = run(
+                experiment,
+                flags.out,
+                lambda done, total, now: show(done, total, f"{done:,} requests, {now:,.0f} s simulated"),
+            )
+    except RunStalled as error:
+        print(f"aioengine: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    print_summary(result.summary)
+    if flags.report:
+        with progress("drawing") as show:
+            drawn = iter(range(1, len(PLOTS) + 1))
+            page = write_report(flags.out, lambda: show(next(drawn), len(PLOTS), "figures"))
+        print(f"report: {page}")
+    print(f"files:  {flags.out}")
+    return 0

@@ -1,0 +1,110 @@
+"""``aioengine lab validate``: how far simulation is from the live engine."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import DEFAULT_MODEL, DType
+from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, make_experiment, numbers
+from aioengine.cli.process import EXIT_FAILED
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.lab.calibration.validate import Validation
+
+_VALIDATE = Group("Validation", sort_key=4)
+
+
+@Parameter(name="*", group=_VALIDATE)
+@dataclass(frozen=True, kw_only=True)
+class ValidateFlags:
+    preset: str = "smollm2-135m-cpu"
+    """Cost model of this machine: a file of lab calibrate, or a preset's name."""
+    model: str = DEFAULT_MODEL
+    """The model that it was calibrated with."""
+    loads: Annotated[str, Parameter(metavar="A,B,...")] = "0.4,0.8"
+    """Shares of what the engine can do; "" takes an experiment's arrivals as they are."""
+    repeats: int = 3
+    """Runs of each load, each with a workload of its own; figures are over all of them."""
+    max_error: float = 0.1
+    """Exit with 1 if a figure is further off than this."""
+    experiment: Path | None = None
+    """The workload and the engine of this experiment.json, instead of a small one."""
+    seed: int | None = None
+    """Of the workload."""
+    dtype: DType = "auto"
+    """Compute dtype."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+
+def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None = None) -> int:
+    """Run the same workload live and simulated, and print how far they are apart.
+
+    Nothing else should run on the machine meanwhile: it takes some minutes.
+    """
+    flags = flags or ValidateFlags()
+    from aioengine.cli.lab.progress import progress
+    from aioengine.lab.workload.extra import check_extra
+
+    check_extra()
+    from aioengine.cli.loop import run
+    from aioengine.lab.calibration.validate import validate_async, validation_experiment
+
+    loads = (numbers("--loads", [flags.loads], float) or []) if flags.loads else []
+    if flags.experiment is None:
+        if not loads:
+            raise ConfigError("--loads '': needs the arrivals of an --experiment")
+        experiment = validation_experiment(flags.preset, seed=flags.seed or 0)
+    else:
+        own = {"seed": flags.seed, "preset": flags.preset}
+        experiment = make_experiment(flags.experiment, WorkloadFlags(), SystemFlags(), own)
+    with progress("validating") as show:
+        found = run(
+            validate_async(
+                experiment,
+                flags.model,
+                loads=loads,
+                repeats=flags.repeats,
+                dtype=flags.dtype,
+                device=flags.device,
+                progress=show,
+            )
+        )
+    _print(found)
+    if found.worst > flags.max_error:
+        print(f"aioengine: off by {found.worst:.1%}, more than --max-error allows", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _print(found: Validation) -> None:
+    from rich.table import Table
+
+    from aioengine.cli.tables import box_for, output_console
+    from aioengine.lab.calibration.validate import DISTURBED
+
+    console = output_console()
+    table = Table(title=f"{found.preset}: live and simulated", title_justify="left", box=box_for(console))
+    table.add_column("load")
+    table.add_column("figure")
+    for head in ("live", "simulated", "error"):
+        table.add_column(head, justify="right")
+    for load, metric, live, simulated, error in found.rows():
+        table.add_row(load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}")
+    console.print(table)
+    steps = ", ".join(f"{one.step_error:+.1%} at {one.load}" for one in found.comparisons)
+    print(f"of the error, the steps' own: {steps}")
+    waited = max(share for one in found.comparisons for share in one.waited)
+    if waited > DISTURBED:
+        print(
+            f"aioengine: in a live run, steps waited for processors for {waited:.0%} of their time: other "
+            "programs run; end them, and validate again",
+            file=sys.stderr,
+        )

@@ -1,0 +1,144 @@
+"""The process executor: the model in processes of its own, one for each tensor-parallel rank.
+
+The application and the model share no interpreter lock, and the engine outlives the model: workers that were
+lost can be started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from aioengine.config import EngineConfig
+from aioengine.errors import AioEngineError, EngineDead
+from aioengine.executors.base import Executor
+from aioengine.executors.process.restarts import RestartLimit
+from aioengine.executors.process.step_delta import StepEncoder
+from aioengine.executors.process.wire import Stepped
+from aioengine.executors.process.workers import Workers
+from aioengine.info import LoadProgress
+from aioengine.request import TokenConstraint
+from aioengine.step import Sampled, StepBatch, StepResult
+
+logger = logging.getLogger("aioengine")
+
+
+class ProcessExecutor(Executor):
+    """``config.model`` is a path. ``parts`` names the module that the workers build the model with."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        parts: str = "aioengine.runtime.assemble",
+        limit: RestartLimit | None = None,
+    ) -> None:
+        self.can_restart = config.restart == "on-failure"
+        self.workers: Workers
+        """Those that run now; there from the first start on."""
+        self._config = config
+        self._parts = parts
+        self._limit = RestartLimit() if limit is None else limit
+        self._lost: Callable[[EngineDead], None] | None = None
+        self._steps = StepEncoder()
+        self._num_blocks = 0
+        self._guides: ThreadPoolExecutor | None = None
+
+    async def start(self, progress: LoadProgress | None = None) -> msgspec.Raw:
+        """Start the workers; returns rank 0's memory plan, whose KV blocks are what all ranks have room for.
+
+        Raises ConfigError if the model cannot be had or does not fit, and EngineDead if a worker ends.
+        """
+        self.workers = self._new_workers(progress)
+        plan, self._num_blocks = await self.workers.start()
+        return plan
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks, on every rank."""
+        return self._num_blocks
+
+    def watch(self, lost: Callable[[EngineDead], None]) -> None:
+        self._lost = lost
+
+    def forget(self, request_id: str) -> None:
+        self._steps.forget(request_id)
+
+    async def execute(self, batch: StepBatch) -> StepResult:
+        workers = self.workers
+        step = self._steps.encode(batch)
+        masks, faults = await self._constraints(batch)
+        call = workers.ask(lambda number: msgspec.structs.replace(step, number=number, masks=masks))
+        await workers.flush()
+        answers = await call.of(Stepped)
+        sampled = list(answers[0].sampled or ())
+        for index, why in faults.items():
+            sampled[index] = Sampled(-1, error=why, fault="request")
+        return StepResult(sampled, max(answer.seconds for answer in answers), answers[0].scored)
+
+    async def _constraints(self, batch: StepBatch) -> tuple[dict[int, bytes], dict[int, str]]:
+        """What the constraints of the batch allow, and why those that failed did, by index. They are objects
+        of this process, so they are asked here, in a thread, and the answers go with the step."""
+        asked = [
+            (index, row.params.constraint, row.history[row.prompt_len :])
+            for index, row in enumerate(batch.sequences)
+            if row.sample and row.params.constraint is not None
+        ]
+        if not asked:
+            return {}, {}
+        if self._guides is None:
+            self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
+        return await asyncio.get_running_loop().run_in_executor(self._guides, _ask_constraints, asked)
+
+    async def restart(self) -> None:
+        """Again with nothing but the model in them. Raises EngineDead if that fails too often."""
+        loop = asyncio.get_running_loop()
+        cause: AioEngineError | None = self.workers.dead
+        while True:
+            await self.workers.close()
+            wait = self._limit.next(loop.time())
+            if wait is None:
+                raise EngineDead(
+                    f"the workers were lost more than {self._limit.most} times within "
+                    f"{self._limit.window:g} seconds, the last time because {cause}"
+                ) from cause
+            logger.warning("%s; the workers are started again in %.1f s", cause, wait)
+            await asyncio.sleep(wait)
+            self._steps = StepEncoder()
+            self.workers = self._new_workers(None)
+            try:
+                await self.workers.start(self._num_blocks)
+            except AioEngineError as error:
+                cause = error
+            else:
+                return
+
+    async def close(self) -> None:
+        await self.workers.close()
+        if self._guides is not None:
+            self._guides.shutdown(wait=True)
+
+    def _new_workers(self, progress: LoadProgress | None) -> Workers:
+        return Workers(self._config, parts=self._parts, lost=self._report, progress=progress)
+
+    def _report(self, error: EngineDead) -> None:
+        if self._lost is not None:
+            self._lost(error)
+
+
+def _ask_constraints(
+    asked: Sequence[tuple[int, TokenConstraint, Sequence[int]]],
+) -> tuple[dict[int, bytes], dict[int, str]]:
+    masks: dict[int, bytes] = {}
+    faults: dict[int, str] = {}
+    for index, constraint, output in asked:
+        try:
+            masks[index] = bytes(constraint.allowed(output))
+        except Exception as error:
+            masks[index] = b""
+            faults[index] = f"its constraint failed: {type(error).__name__}: {error}"
+    return masks, faults

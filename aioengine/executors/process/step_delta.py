@@ -1,0 +1,146 @@
+"""Steps on the wire: what is new of each request, against what the workers know of it already.
+
+The core's batches are whole: each row has its request's full history and block table. The engine's side
+keeps a copy of what it has sent; the workers' side puts the same rows together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import msgspec
+
+from aioengine.executors.process.wire import Opened, Step, Work
+from aioengine.request import SamplingParams
+from aioengine.step import SequenceWork, StepBatch
+
+_DEFAULTS = msgspec.structs.asdict(SamplingParams())
+
+
+class _Sent:
+    __slots__ = ("blocks", "key", "tokens")
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self.tokens = 0
+        """How much of its history."""
+        self.blocks: list[int] = []
+
+
+class StepEncoder:
+    """The engine's side. A request that has ended must be forgotten before its id is used again."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, _Sent] = {}
+        self._keys = count()
+        self._ended: list[int] = []
+
+    def forget(self, request_id: str) -> None:
+        """It has ended; the workers are told with the next step."""
+        sent = self._sent.pop(request_id, None)
+        if sent is not None:
+            self._ended.append(sent.key)
+
+    def encode(self, batch: StepBatch) -> Step:
+        """Counts as sent. Its ``number`` and ``masks`` are to be filled in."""
+        opened: list[Opened] = []
+        work = [self._work(row, opened) for row in batch.sequences]
+        ended, self._ended = self._ended, []
+        return Step(0, batch.step, {}, ended, opened, work, list(batch.slot_ranks))
+
+    def _work(self, row: SequenceWork, opened: list[Opened]) -> Work:
+        sent = self._sent.get(row.request_id)
+        if sent is None:
+            sent = self._sent[row.request_id] = _Sent(next(self._keys))
+            opened.append(_opened(sent.key, row))
+        tokens = list(row.history[sent.tokens :])
+        sent.tokens += len(tokens)
+        kept = _same(sent.blocks, row.block_table)
+        blocks = list(row.block_table[kept:])
+        sent.blocks[kept:] = blocks
+        return Work(
+            sent.key, row.slot, row.start, len(row.tokens), row.sample, tokens, kept, blocks, row.score
+        )
+
+
+def _opened(key: int, row: SequenceWork) -> Opened:
+    params = {
+        name: value
+        for name, value in msgspec.structs.asdict(row.params).items()
+        if name != "constraint" and value != _DEFAULTS[name]
+    }
+    constrained = row.params.constraint is not None
+    return Opened(key, row.request_id, params, constrained, row.seed, row.prompt_len)
+
+
+def _same(known: list[int], table: Sequence[int]) -> int:
+    """How long their common beginning is. A table only grows, until the request is preempted."""
+    if known == table:
+        return len(known)
+    if len(known) < len(table) and table[: len(known)] == known:
+        return len(known)
+    return next((i for i, (a, b) in enumerate(zip(known, table, strict=False)) if a != b), len(table))
+
+
+class SentMask:
+    """A constraint whose answer came with the step."""
+
+    def __init__(self) -> None:
+        self.mask = b""
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        return self.mask
+
+
+class _Known:
+    __slots__ = ("blocks", "history", "mask", "opened", "params")
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.mask = SentMask() if opened.constrained else None
+        fields: dict[str, Any] = {**opened.params, "constraint": self.mask}
+        self.params = SamplingParams(**fields)
+        self.history: list[int] = []
+        self.blocks: list[int] = []
+
+
+class StepDecoder:
+    """A worker's side."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def __len__(self) -> int:
+        """Requests that are kept."""
+        return len(self._known)
+
+    def decode(self, step: Step) -> StepBatch:
+        for key in step.ended:
+            del self._known[key]
+        for opened in step.opened:
+            self._known[opened.key] = _Known(opened)
+        for index, mask in step.masks.items():
+            asked = self._known[step.work[index].key].mask
+            assert asked is not None
+            asked.mask = mask
+        return StepBatch(step.step, [self._row(work) for work in step.work], step.slot_ranks)
+
+    def _row(self, work: Work) -> SequenceWork:
+        known = self._known[work.key]
+        known.history += work.tokens
+        known.blocks[work.kept_blocks :] = work.blocks
+        return SequenceWork(
+            request_id=known.opened.request_id,
+            slot=work.slot,
+            tokens=known.history[work.start : work.start + work.count],
+            start=work.start,
+            block_table=known.blocks,
+            sample=work.sample,
+            params=known.params,
+            seed=known.opened.seed,
+            history=known.history,
+            prompt_len=known.opened.prompt_len,
+            score=work.score,
+        )

@@ -1,0 +1,265 @@
+"""A worker: one rank of the model in a process of its own.
+
+Started as ``python -m aioengine.executors.process.worker FD``. It ends when the other end of its socket FD
+does, whatever it is doing; nothing is left to clean up. The main thread reads what is asked for; steps run in
+one thread, copies in another, and each read in its own, as in the engine's process with the thread executor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import msgspec
+
+from aioengine.config import EngineConfig
+from aioengine.executors.process.step_delta import StepDecoder
+from aioengine.executors.process.wire import (
+    Add,
+    Broken,
+    Build,
+    Discard,
+    Done,
+    Drop,
+    Failed,
+    Finish,
+    Keep,
+    Place,
+    Planned,
+    Progress,
+    Read,
+    Report,
+    Request,
+    Start,
+    Step,
+    Stepped,
+    WireError,
+    frame,
+    plan_bytes,
+    read_request,
+)
+from aioengine.executors.process.worker_reads import WorkerReads
+from aioengine.info import LoadProgress
+from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
+
+if TYPE_CHECKING:
+    from aioengine.adapters.store import AdapterStore
+    from aioengine.model.runner import ModelRunner
+    from aioengine.model.slots.image import AdapterImage
+
+PROGRESS_SECONDS = 0.05
+"""The least time between two reports of how far the model is loaded."""
+
+
+class Plan(Protocol):
+    @property
+    def device(self) -> str: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+
+class Built(Protocol):
+    @property
+    def runner(self) -> ModelRunner: ...
+    @property
+    def store(self) -> AdapterStore: ...
+
+
+class Parts(Protocol):
+    """The module that knows how to make a model; :mod:`aioengine.runtime.assemble` is the real one."""
+
+    def plan_parts(self, config: EngineConfig, shard: Shard) -> Plan: ...
+    def build_parts(
+        self,
+        config: EngineConfig,
+        progress: LoadProgress | None,
+        group: Group,
+        plan: Plan,
+        *,
+        tokenizer: bool,
+    ) -> Built: ...
+
+
+class Worker:
+    """``connection`` is the engine's socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._steps = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
+        self._model = _Model()
+        self._reads = WorkerReads(self._send)
+
+    def run(self) -> NoReturn:
+        """Do what is asked until the engine is gone."""
+        with contextlib.suppress(OSError):
+            while (request := read_request(self._connection)) is not None:
+                self._dispatch(request)
+        _exit()
+
+    def _dispatch(self, request: Request) -> None:
+        match request:
+            case Step():
+                self._steps.submit(self._or_break, lambda: self._model.step(request))
+            case Read():
+                self._reads.read(request, self._model.store)
+            case Add():
+                self._reads.add(request)
+            case Finish():
+                self._reads.finish(request, self._model.store)
+            case Keep():
+                self._reads.keep(request, self._model.store)
+            case Discard():
+                self._reads.discard(request)
+            case Drop():
+                self._model.store.drop(request.uid)
+            case Place():
+                image = self._model.store.get(request.uid)  # now: it may be dropped before it is copied
+                self._copies.submit(self._place, request, image)
+            case Start():
+                self._steps.submit(self._or_break, lambda: self._model.start(request))
+            case Build():
+                self._steps.submit(self._or_break, lambda: self._model.build(request, self._progress()))
+
+    def _or_break(self, work: Callable[[], Report]) -> None:
+        try:
+            report = work()
+        except BaseException as error:
+            report = Broken(WireError.of(error))
+        self._send(report)
+
+    def _place(self, request: Place, image: AdapterImage) -> None:
+        start = time.perf_counter()
+        try:
+            slots = self._model.runner.lora_slots
+            assert slots is not None, "a slot was written while LoRA is off"
+            slots.write(request.slot, image)
+        except BaseException as error:
+            self._send(Failed(request.number, WireError.of(error)))
+        else:
+            self._send(Done(request.number, time.perf_counter() - start))
+
+    def _progress(self) -> LoadProgress:
+        last = 0.0
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
+                last = time.monotonic()
+                self._send(Progress(stage, done, total))
+
+        return report
+
+    def _send(self, report: Report) -> None:
+        data = frame(report)
+        try:
+            with self._sending:
+                self._connection.sendall(data)
+        except OSError:  # the engine is gone
+            _exit()
+
+
+class _Model:
+    """This rank's share of the model, used by the step thread; its parts are there after ``build``."""
+
+    runner: ModelRunner
+    store: AdapterStore
+
+    def __init__(self) -> None:
+        self._batches = StepDecoder()
+
+    def start(self, request: Start) -> Planned:
+        import torch  # takes a second, in which the main thread already watches the engine
+
+        share = request.threads or torch.get_num_threads() // request.size
+        torch.set_num_threads(max(1, share))
+        self._config = request.config
+        self._parts: Parts = importlib.import_module(request.parts)
+        lora = request.config.lora
+        self._shard = Shard(request.rank, request.size, lora is not None and lora.fully_sharded_loras)
+        self._plan = self._parts.plan_parts(request.config, self._shard)
+        self._group = _join(self._shard, self._plan.device, request.rendezvous)
+        return Planned(request.number, self._plan.num_blocks, plan_bytes(self._plan))
+
+    def build(self, request: Build, progress: LoadProgress) -> Done:
+        began = time.perf_counter()
+        plan = msgspec.structs.replace(self._plan, num_blocks=request.num_blocks)
+        watch = progress if self._shard.rank == 0 else None
+        built = self._parts.build_parts(self._config, watch, self._group, plan, tokenizer=False)
+        self.runner, self.store = built.runner, built.store
+        return Done(request.number, time.perf_counter() - began)
+
+    def step(self, request: Step) -> Stepped:
+        result = self.runner.execute(self._batches.decode(request))
+        sampled = list(result.sampled) if self._shard.rank == 0 else None
+        scored = {index: list(entries) for index, entries in result.scored.items()}
+        return Stepped(request.number, sampled, result.seconds, scored)
+
+
+def _join(shard: Shard, device: str, rendezvous: str) -> Group:
+    """Returns when all ranks are there and the file ``rendezvous`` is needed no more."""
+    if shard.size == 1:
+        return SoloGroup()
+    import torch
+    from torch import distributed
+
+    if device == "cuda":
+        torch.cuda.set_device(shard.rank)
+    store = distributed.FileStore(rendezvous, shard.size)  # type: ignore[attr-defined] # its stubs hide it
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=store, rank=shard.rank, world_size=shard.size
+    )
+    world = distributed.group.WORLD
+    assert world is not None
+    group = DistributedGroup(world, shard)
+    group.all_reduce(torch.ones(1, device=device))  # NCCL connects with the first of them
+    group.traffic.reset()
+    return group
+
+
+def _exit() -> NoReturn:
+    """Wait for no thread: a read may hang, and the others may be in a collective."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
+
+
+def _leave_ending_to_the_engine() -> None:
+    """It may have to drain first when Ctrl-C, or a service manager, reaches all of its processes; a worker
+    ends with it. On Linux the kernel sees to that, even if this process's threads are stuck, or a fork of
+    the engine's process keeps the socket open."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
+def main() -> NoReturn:
+    _leave_ending_to_the_engine()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    connection.setblocking(True)
+    try:
+        Worker(connection).run()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Adapters in the workers' memory: each rank reads and holds its share, and all of them do or none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from threading import Event
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioengine.adapters.loader import STOP_SECONDS, BaseLoader
+from aioengine.adapters.peft.digest import ContentDigest, content_digest
+from aioengine.adapters.read_threads import ReadThreads
+from aioengine.errors import AdapterLoadError
+from aioengine.executors.process.wire import Add, Discard, Done, Drop, Finish, Keep, Place, Read, ReadDone
+
+if TYPE_CHECKING:
+    from aioengine.executors.process.executor import ProcessExecutor
+    from aioengine.executors.process.workers import Call, Workers
+
+ADD_BYTES = 256 << 10
+"""What ranks have to add goes in pieces of so many bytes, each to all ranks: the loop stays free."""
+
+
+class _Found(NamedTuple):
+    """What all ranks have read. ``nbytes`` is the sum of their shares."""
+
+    number: int
+    rank: int
+    nbytes: int
+    digest: str
+
+
+class WorkerLoader(BaseLoader[_Found]):
+    """Moves adapters by asking the executor's workers; reads and copies run there, beside the steps.
+
+    Several ranks read their shares, and none of them all of the file; so its digest is worked out here, in a
+    thread. The arguments are those of :class:`~aioengine.adapters.loader.BaseLoader`.
+    """
+
+    def __init__(
+        self,
+        executor: ProcessExecutor,
+        *,
+        retries: int = 0,
+        backoff: float = 0.1,
+        timeout: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed)
+        self._executor = executor
+        self._workers = executor.workers
+        self._digests = ReadThreads("aioengine-digest")
+        self._given_up: dict[Call, str] = {}
+        """Reads that nobody waits for and that have not ended in every worker, and what they read."""
+
+    async def _read(self, name: str, path: str) -> _Found:
+        workers = self._executor.workers
+        reading = asked = workers.ask(lambda number: Read(number, name, path))
+        try:
+            answers, content = await self._read_and_digest(reading, name, path, workers.size)
+            first = answers[0]
+            if any((a.rank, a.version) != (first.rank, content.version) for a in answers):
+                raise AdapterLoadError(
+                    "its files changed while the ranks read them", name=name, path=path, transient=True
+                )
+            if first.squares:
+                await _add(workers, reading.number, [answer.squares for answer in answers])
+                asked = workers.ask(lambda number: Finish(number, reading.number))
+                await asked.of(Done)
+        except BaseException:
+            workers.tell(Discard(reading.number))
+            if asked.open and workers.dead is None:
+                self._given_up[asked] = path
+                asked.all_answered = lambda: self._ended(asked)
+            raise
+        return _Found(reading.number, first.rank, sum(a.nbytes for a in answers), content.digest)
+
+    async def _read_and_digest(
+        self, reading: Call, name: str, path: str, size: int
+    ) -> tuple[list[ReadDone], ContentDigest]:
+        """Raises what goes wrong first."""
+        if size == 1:
+            answers = await reading.of(ReadDone)
+            return answers, ContentDigest(answers[0].digest, answers[0].version)
+        unwanted = Event()
+        both = (
+            asyncio.ensure_future(reading.of(ReadDone)),
+            asyncio.ensure_future(self._digests.run(path, lambda: content_digest(name, path, unwanted))),
+        )
+        try:
+            return await asyncio.gather(*both)
+        finally:
+            unwanted.set()
+            for task in both:
+                task.cancel()
+
+    def _ended(self, call: Call) -> None:
+        self._given_up.pop(call, None)
+
+    def _keep(self, uid: int, found: _Found) -> None:
+        self._executor.workers.tell(Keep(found.number, uid))
+
+    def _hanging(self) -> tuple[int, str]:
+        if self._workers is not self._executor.workers:  # those that hung are gone with their processes
+            self._given_up.clear()
+            self._workers = self._executor.workers
+        digests = self._digests
+        if digests.abandoned > len(self._given_up):  # what hangs here does so there, too
+            return digests.abandoned, digests.oldest_abandoned
+        return len(self._given_up), next(iter(self._given_up.values()), "")
+
+    async def place(self, uid: int, slot: int) -> float:
+        """CPU cache -> slot, on all ranks; returns the seconds that the slowest copy took."""
+        call = self._executor.workers.ask(lambda number: Place(number, uid, slot), patient=True)
+        return max(done.seconds for done in await call.of(Done))
+
+    def drop(self, uid: int) -> None:
+        """Free an adapter's CPU memory."""
+        self._executor.workers.tell(Drop(uid))
+
+    async def close(self) -> None:
+        """The workers take what they hold with them."""
+        await self._digests.wait(STOP_SECONDS)
+
+
+async def _add(workers: Workers, number: int, squares: Sequence[bytes]) -> None:
+    """Have every rank add up what all of them have found."""
+    for part in squares:
+        for begin in range(0, len(part), ADD_BYTES):
+            workers.tell(Add(number, begin, part[begin : begin + ADD_BYTES]))
+            await workers.flush()

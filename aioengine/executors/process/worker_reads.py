@@ -1,0 +1,110 @@
+"""A worker's reads: adapters on their way from the disk to the CPU cache. Each is in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from aioengine.adapters.loader import out_of_memory
+from aioengine.executors.process.wire import (
+    Add,
+    Discard,
+    Done,
+    Failed,
+    Finish,
+    Keep,
+    Read,
+    ReadDone,
+    Report,
+    WireError,
+)
+
+if TYPE_CHECKING:
+    from aioengine.adapters.peft.dora_exchange import Draft
+    from aioengine.adapters.store import AdapterStore
+    from aioengine.model.slots.image import AdapterImage
+
+
+class WorkerReads:
+    """Its methods are called by the main thread; ``send`` is called by any.
+
+    What has been read waits here, by the number of its read, until it is kept or discarded. What is discarded
+    while a thread works on it is forgotten when that returns.
+    """
+
+    def __init__(self, send: Callable[[Report], None]) -> None:
+        self._send = send
+        self._lock = threading.Lock()
+        self._running: set[int] = set()
+        self._unwanted: set[int] = set()
+        self._drafts: dict[int, Draft] = {}
+        self._images: dict[int, AdapterImage] = {}
+
+    def read(self, request: Read, store: AdapterStore) -> None:
+        def work() -> None:
+            try:
+                draft = store.begin(request.name, request.path)
+                squares = draft.squares
+                image = None if squares else store.finish(draft)
+            except BaseException as error:
+                self._failed(request.number, request.number, error, request.name, request.path)
+                return
+            self._end(request.number, draft if image is None else None, image)
+            found = draft.packed
+            self._send(
+                ReadDone(request.number, found.rank, draft.nbytes, found.digest, found.version, squares)
+            )
+
+        self._start(request.number, work)
+
+    def add(self, request: Add) -> None:
+        self._drafts[request.number].add(request.begin, request.squares)
+
+    def finish(self, request: Finish, store: AdapterStore) -> None:
+        draft = self._drafts.pop(request.read)
+
+        def work() -> None:
+            began = time.perf_counter()
+            try:
+                image = store.finish(draft)
+            except BaseException as error:
+                self._failed(request.read, request.number, error, draft.packed.name, draft.packed.path)
+                return
+            self._end(request.read, None, image)
+            self._send(Done(request.number, time.perf_counter() - began))
+
+        self._start(request.read, work)
+
+    def keep(self, request: Keep, store: AdapterStore) -> None:
+        store.put(request.uid, self._images.pop(request.number))
+
+    def discard(self, request: Discard) -> None:
+        with self._lock:
+            if request.number in self._running:
+                self._unwanted.add(request.number)
+            self._drafts.pop(request.number, None)
+            self._images.pop(request.number, None)
+
+    def _start(self, number: int, work: Callable[[], None]) -> None:
+        with self._lock:
+            self._running.add(number)
+        threading.Thread(target=work, name=f"aioengine-load-{number}", daemon=True).start()
+
+    def _end(self, number: int, draft: Draft | None, image: AdapterImage | None) -> None:
+        with self._lock:
+            self._running.discard(number)
+            if number in self._unwanted:
+                self._unwanted.discard(number)
+                return
+            if draft is not None:
+                self._drafts[number] = draft
+            if image is not None:
+                self._images[number] = image
+
+    def _failed(self, read: int, number: int, error: BaseException, name: str, path: str) -> None:
+        self._end(read, None, None)
+        if isinstance(error, (MemoryError, RuntimeError)):
+            error = out_of_memory(error, name, path) or error
+        self._send(Failed(number, WireError.of(error)))

@@ -1,0 +1,377 @@
+"""The worker processes of one engine, from their start to their end: if one is lost, all are ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from itertools import count
+from typing import Any, TypeVar
+
+import msgspec
+
+from aioengine.config import EngineConfig
+from aioengine.errors import AioEngineError, ConfigError, EngineDead
+from aioengine.executors.process.wire import (
+    Answer,
+    Broken,
+    Build,
+    Done,
+    Failed,
+    Planned,
+    Progress,
+    Report,
+    Request,
+    Start,
+    frame,
+    read_report,
+)
+from aioengine.info import LoadProgress
+
+CLOSE_SECONDS = 5.0
+"""Workers that have not ended by then are killed."""
+EXIT_SECONDS = 1.0
+"""How long to wait for the exit status of a worker whose connection has ended."""
+BLAME_SECONDS = 0.1
+"""When a rank fails in a step, another one may have died before, of which this is the consequence."""
+
+A = TypeVar("A", bound=Answer)
+
+
+class Call:
+    """Something that was asked of all workers. ``answers`` has one answer by rank, or the first failure; and
+    that at once, or, if the call is ``patient``, when all have answered."""
+
+    def __init__(self, number: int, size: int, *, patient: bool) -> None:
+        self.number = number
+        self.answers: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
+        self.all_answered: Callable[[], None] = _nothing
+        self._patient = patient
+        self._found: dict[int, Answer] = {}
+        self._size = size
+        self._failure: Exception | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether a worker has not answered yet."""
+        return len(self._found) < self._size
+
+    def answer(self, rank: int, answer: Answer) -> None:
+        self._found[rank] = answer
+        if isinstance(answer, Failed) and self._failure is None:
+            self._failure = answer.error.error()
+        if self._failure is not None and not (self._patient and self.open):
+            self.fail(self._failure)
+        elif not self.open and not self.answers.done():
+            self.answers.set_result([self._found[rank] for rank in range(self._size)])
+        if not self.open:
+            self.all_answered()
+
+    def fail(self, error: Exception) -> None:
+        if not self.answers.done():
+            self.answers.set_exception(error)
+
+    async def of(self, kind: type[A]) -> list[A]:
+        """The answers by rank, each of which is a ``kind``. Raises the first failure, or EngineDead."""
+        answers = await self.answers
+        found: list[A] = [answer for answer in answers if isinstance(answer, kind)]
+        assert len(found) == len(answers), f"expected {kind.__name__}, not {answers}"
+        return found
+
+
+class _Worker:
+    def __init__(
+        self,
+        rank: int,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.rank = rank
+        self.process = process
+        self.reader = reader
+        self.writer = writer
+
+
+class Workers:
+    """Started once and closed once; all methods are called on one loop.
+
+    Args:
+        config: What each of them builds its share of; ``model`` is a path.
+        parts: The module with ``plan_parts`` and ``build_parts``.
+        lost: Called once, with EngineDead, if a worker ends or a step fails after the start; by then all
+            have been killed, and whatever was asked of them fails with the same error.
+        progress: Told how far rank 0's weights are read.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        parts: str,
+        lost: Callable[[EngineDead], None],
+        progress: LoadProgress | None = None,
+    ) -> None:
+        self.size = config.tensor_parallel_size
+        self.dead: AioEngineError | None = None
+        self._config = config
+        self._parts = parts
+        self._lost = lost
+        self._progress = progress
+        self._workers: list[_Worker] = []
+        self._listeners: list[asyncio.Task[None]] = []
+        self._calls: dict[int, Call] = {}
+        self._numbers = count()
+        self._started = False
+        self._closing = False
+
+    # Life
+
+    async def start(self, num_blocks: int | None = None) -> tuple[msgspec.Raw, int]:
+        """Returns rank 0's memory plan (in msgpack) and the number of KV blocks: ``num_blocks``, or, if it is
+        None, what all ranks have room for.
+
+        Raises ConfigError if the model cannot be had or does not fit, and EngineDead if a worker ends. If it
+        fails or is cancelled, no process is left.
+        """
+        folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
+        try:
+            await _to_its_end(self._spawn())
+            meeting = "" if folder is None else os.path.join(folder, "ranks")
+            plans = await self._start(meeting).of(Planned)
+            if folder is not None:
+                shutil.rmtree(folder)  # they have found each other
+                folder = None
+            blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
+            await self.ask(lambda number: Build(number, blocks)).of(Done)
+        except BaseException:
+            self._kill()
+            await self.close()
+            raise
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._started = True
+        return plans[0].plan, blocks
+
+    async def close(self) -> None:
+        """End all of them, and wait until they have. Safe to call twice."""
+        await _to_its_end(self._close())
+
+    async def _close(self) -> None:
+        self._closing = True
+        for worker in self._workers:
+            worker.writer.close()  # each ends with its connection
+        ends = [asyncio.ensure_future(worker.process.wait()) for worker in self._workers]
+        if ends:
+            _, late = await asyncio.wait(ends, timeout=CLOSE_SECONDS)
+            if late:
+                self._kill()
+                await asyncio.wait(late, timeout=CLOSE_SECONDS)
+        for listener in self._listeners:
+            listener.cancel()
+        await asyncio.gather(*self._listeners, return_exceptions=True)
+        self._workers.clear()
+        self._listeners.clear()
+
+    async def _spawn(self) -> None:
+        if sys.platform == "win32" or not sys.executable:
+            raise ConfigError("executor='process': needs a POSIX system and sys.executable; use 'thread'")
+        environment = _environment()
+        spawning = (_spawn_one(rank, environment) for rank in range(self.size))
+        found = await asyncio.gather(*spawning, return_exceptions=True)
+        self._workers = [worker for worker in found if isinstance(worker, _Worker)]
+        for result in found:
+            if isinstance(result, BaseException):
+                raise EngineDead(f"a worker process could not be started: {result}") from result
+        loop = asyncio.get_running_loop()
+        for worker in self._workers:
+            name = f"aioengine-worker-{worker.rank}"
+            self._listeners.append(loop.create_task(self._listen(worker), name=name))
+
+    def _start(self, meeting: str) -> Call:
+        call = self._open(patient=False)
+        threads = _threads(self.size)
+        for worker in self._workers:
+            start = Start(call.number, self._config, self._parts, worker.rank, self.size, threads, meeting)
+            worker.writer.write(frame(start))
+        return call
+
+    # Asking
+
+    def ask(self, make: Callable[[int], Request], *, patient: bool = False) -> Call:
+        """Ask all of them for what ``make(number)`` says. Raises what they were lost with, if they were."""
+        call = self._open(patient=patient)
+        self.tell(make(call.number))
+        return call
+
+    def tell(self, message: Request) -> None:
+        """Say something to all of them that has no answer."""
+        if self.dead is None:
+            data = frame(message)
+            for worker in self._workers:
+                worker.writer.write(data)
+
+    async def flush(self) -> None:
+        """Wait until not too much that was said is still to be sent."""
+        for worker in self._workers:
+            with contextlib.suppress(ConnectionError):  # its listener says so too
+                await worker.writer.drain()
+
+    def _open(self, *, patient: bool) -> Call:
+        if self.dead is not None:
+            raise self.dead
+        call = Call(next(self._numbers), self.size, patient=patient)
+        self._calls[call.number] = call
+        return call
+
+    # Listening
+
+    async def _listen(self, worker: _Worker) -> None:
+        try:
+            while True:
+                await self._received(worker, await read_report(worker.reader))
+        except (EOFError, ConnectionError):
+            await self._ended(worker)
+        except Exception as error:
+            self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
+
+    async def _received(self, worker: _Worker, report: Report) -> None:
+        if isinstance(report, Progress):
+            if self._progress is not None:
+                self._progress(report.stage, report.done, report.total)
+        elif isinstance(report, Broken):
+            error = report.error.error()
+            if isinstance(error, AioEngineError) and not self._started:
+                self._fail(error)
+                return
+            if self.size > 1:
+                await asyncio.sleep(BLAME_SECONDS)
+            self._fail(_dead(str(error) if self.size == 1 else f"{_who(worker)}: {error}", error))
+        else:
+            call = self._calls[report.number]
+            call.answer(worker.rank, report)
+            if not call.open:
+                del self._calls[report.number]
+
+    async def _ended(self, worker: _Worker) -> None:
+        code: int | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXIT_SECONDS):
+                code = await worker.process.wait()
+        self._fail(_dead(f"{_who(worker)} {_how_it_ended(code)}"))
+
+    def _fail(self, error: AioEngineError) -> None:
+        if self.dead is not None or self._closing:
+            return
+        self.dead = error
+        self._kill()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.fail(error)
+        if self._started and isinstance(error, EngineDead):
+            self._lost(error)
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.kill()
+
+
+async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
+    ours, theirs = socket.socketpair()
+    try:
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # nothing in the current folder may stand in for a module
+                "-m",
+                "aioengine.executors.process.worker",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in the terminal is for the engine's process alone
+                env=environment,
+            )
+    except BaseException:
+        ours.close()
+        raise
+    try:
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+    except BaseException:
+        ours.close()
+        process.kill()
+        await process.wait()
+        raise
+    return _Worker(rank, process, reader, writer)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """What would leave processes behind if it were cut off, however often that is tried; after that the
+    cancellation is raised."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # nobody else will ask
+        raise cancelled
+    task.result()
+
+
+def _environment() -> dict[str, str]:
+    """A worker finds the modules that this process does, gloo talks over the loopback interface, and OpenMP's
+    threads soon sleep where they wait for each other."""
+    environment = dict(os.environ)
+    folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    if "OMP_WAIT_POLICY" not in environment:
+        # If the application computes, one of a team's threads may have to wait for a core. After each of
+        # torch's operations the others would spin for a millisecond, on the very core that it waits for.
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    # It looks into the rendezvous file, which is gone by then.
+    environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    return environment
+
+
+def _threads(size: int) -> int:
+    """A worker's share of the compute threads of this process; 0 if torch has not been asked here."""
+    torch: Any = sys.modules.get("torch")
+    return 0 if torch is None else max(1, torch.get_num_threads() // size)
+
+
+def _dead(reason: str, cause: Exception | None = None) -> EngineDead:
+    error = EngineDead(f"the engine failed: {reason}")
+    error.__cause__ = cause
+    return error
+
+
+def _who(worker: _Worker) -> str:
+    return f"worker {worker.rank} (process {worker.process.pid})"
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "closed its connection"
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    short = "; if nobody did that, the system was short of memory" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{short}"
+
+
+def _nothing() -> None:
+    pass

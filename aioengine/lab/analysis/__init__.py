@@ -1,0 +1,1 @@
+"""Figures computed from the rows of a run: summary, fairness, statistics."""

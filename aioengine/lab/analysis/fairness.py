@@ -1,0 +1,162 @@
+"""How evenly a run served its clients: its adapters, or its tenants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+
+from aioengine.lab.workload.extra import needs_extra
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Client = Literal["adapter", "tenant"]
+
+BASE = "(base)"
+"""What requests for the base model are called among the adapters, as the samples of a run have it."""
+NO_TENANT = "(none)"
+
+MAX_PAIRED_CLIENTS = 64
+"""Differences of service are taken between the so many clients with the most service: all pairs of them."""
+
+
+class ServiceGap(NamedTuple):
+    """The largest difference of service that two clients came to have while both had requests waiting."""
+
+    tokens: int
+    clients: tuple[str, str] | None
+    """The one that got more first; None: no two ever waited at once."""
+    series: list[tuple[float, int]]
+    """Over time: the largest difference that had built up until then, among those that wait right then."""
+
+
+def jain(values: Iterable[float]) -> float | None:
+    """Jain's index: 1 where all values are equal, 1/n where one has everything; None without any.
+
+    R. Jain, D. Chiu, W. Hawe: A quantitative measure of fairness and discrimination for resource allocation
+    in shared computer systems, DEC-TR-301, 1984 (arXiv cs/9809099).
+    """
+    values = list(values)
+    squares = math.fsum(value * value for value in values)
+    return math.fsum(values) ** 2 / (len(values) * squares) if squares > 0 else None
+
+
+def max_min(values: Iterable[float]) -> float | None:
+    """The largest over the smallest value; None where the smallest is 0, or there is none."""
+    values = list(values)
+    return max(values) / min(values) if values and min(values) > 0 else None
+
+
+def by_client(requests: pl.DataFrame, client: Client) -> pl.DataFrame:
+    """A row for each client, the one with the most requests first (then by name).
+
+    Columns: ``client``; ``offered``, ``finished``; ``tokens`` computed (prompt and output); means over the
+    finished of ``ttft_seconds`` and ``latency_seconds``; ``tokens_per_second``: tokens over the seconds that
+    its requests spent in the engine, which is the speed that it sees; ``worst_wait_seconds`` for a first
+    token (or for an end without one). Refused requests count as offered only.
+    """
+    with needs_extra():
+        import polars as pl
+    done = pl.col("reason").is_in(["stop", "length"])
+    accepted = pl.col("reason") != "refused"
+    latency = pl.col("ended") - pl.col("arrival")
+    waited = pl.coalesce("first_token", "ended") - pl.col("arrival")
+    served = pl.col("first_token").is_not_null()
+    tokens = pl.col("output_tokens") + pl.when(served).then("prompt_tokens").otherwise(0)
+    name = BASE if client == "adapter" else NO_TENANT
+    return (
+        requests.sort("request_id")
+        .group_by(pl.col(client).fill_null(name).alias("client"), maintain_order=True)
+        .agg(
+            offered=pl.len(),
+            finished=done.sum(),
+            tokens=tokens.filter(accepted).sum(),
+            ttft_seconds=(pl.col("first_token") - pl.col("arrival")).filter(done).mean(),
+            latency_seconds=latency.filter(done).mean(),
+            tokens_per_second=tokens.filter(accepted).sum() / latency.filter(accepted).sum(),
+            worst_wait_seconds=waited.filter(accepted).max(),
+        )
+        .sort("offered", "client", descending=[True, False])
+    )
+
+
+def service_gap(requests: pl.DataFrame, samples: pl.DataFrame) -> ServiceGap:
+    """What fair schedulers bound: the difference of service between clients that both wait.
+
+    The clients are tenants, and adapters for requests without a tenant. For clients f and g and any time
+    [s, t) in which both have requests waiting without a break, W is the tokens computed for each, and VTC's
+    bound is on ``|W_f(s, t) - W_g(s, t)|`` (Y. Sheng et al.: Fairness in Serving Large Language Models, OSDI
+    2024, arXiv 2401.00588; it weighs output tokens by two, here all count alike). It is taken at the times of
+    the samples; a preempted request that waits again is not counted as waiting.
+    """
+    with needs_extra():
+        import numpy as np
+    times = samples["time"].to_list()
+    decode = msgspec.json.Decoder(dict[str, int]).decode
+    service: list[Mapping[str, int]] = [decode(text or "{}") for text in samples["service"]]
+    totals: dict[str, int] = {}
+    for row in service:
+        for name, tokens in row.items():
+            totals[name] = totals.get(name, 0) + tokens
+    names = sorted(totals, key=lambda name: (-totals[name], name))[:MAX_PAIRED_CLIENTS]
+    if len(names) < 2:
+        return ServiceGap(0, None, [])
+    index = {name: i for i, name in enumerate(names)}
+    waiting = np.zeros((len(times), len(names)), dtype=bool)
+    for name, spans in _backlogs(requests).items():
+        if name in index:
+            waiting[:, index[name]] = _covered(times, spans)
+
+    got = np.zeros(len(names), dtype=np.int64)
+    least = np.zeros((len(names), len(names)), dtype=np.int64)  # of got[f] - got[g], since both wait
+    both = np.zeros((len(names), len(names)), dtype=bool)
+    worst, pair, series = 0, None, []
+    for time, row, now in zip(times, service, waiting, strict=True):
+        difference = got[:, None] - got[None, :]
+        fresh = now[:, None] & now[None, :] & ~both
+        least[fresh] = difference[fresh]
+        both = now[:, None] & now[None, :]
+        for name, tokens in row.items():
+            if name in index:
+                got[index[name]] += tokens
+        difference = got[:, None] - got[None, :]
+        np.minimum(least, difference, out=least)
+        grown = np.where(both, difference - least, 0)
+        at = int(grown.argmax())
+        largest = int(grown.flat[at])
+        series.append((time, largest))
+        if largest > worst:
+            worst, pair = largest, (names[at // len(names)], names[at % len(names)])
+    return ServiceGap(worst, pair, series)
+
+
+def _backlogs(requests: pl.DataFrame) -> dict[str, list[tuple[float, float]]]:
+    """Client -> the times in which it had a request waiting, as spans that do not touch, in order."""
+    import polars as pl
+
+    waits: dict[str, list[tuple[float, float]]] = {}
+    accepted = requests.filter(requests["reason"] != "refused").sort("arrival")
+    client = pl.coalesce("tenant", "adapter", pl.lit(BASE))
+    rows = accepted.select(client.alias("client"), "arrival", "admitted", "ended").iter_rows()
+    for name, arrival, admitted, ended in rows:
+        end = ended if admitted is None else admitted
+        spans = waits.setdefault(name, [])
+        if spans and arrival <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+        else:
+            spans.append((arrival, end))
+    return waits
+
+
+def _covered(times: Sequence[float], spans: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each interval between two times (the first from 0), whether it lies within a span."""
+    found, at, before = [], 0, 0.0
+    for time in times:
+        while at < len(spans) and spans[at][1] < time:
+            at += 1
+        found.append(at < len(spans) and spans[at][0] <= before)
+        before = time
+    return found

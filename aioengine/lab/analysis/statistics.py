@@ -1,0 +1,54 @@
+"""What several seeds say of a figure: means, intervals, paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aioengine.lab.workload.extra import needs_extra
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, and the interval that holds the true one with a confidence of 95%."""
+
+    mean: float
+    low: float | None
+    """None with ``high``: one value has no spread."""
+    high: float | None
+    runs: int
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.high is None else self.high - self.mean
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Student's t interval of the mean; ValueError without a value."""
+    count = len(values)
+    if not count:
+        raise ValueError("no values")
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, None, None, count)
+    with needs_extra():
+        from scipy.special import stdtrit
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Estimate | None:
+    """Of the differences ``values - others``, seed by seed: what both see of the same arrivals cancels out,
+    so that fewer seeds tell them apart. None if no seed has both."""
+    both = [a - b for a, b in zip(values, others, strict=True) if a is not None and b is not None]
+    return estimate(both) if both else None
+
+
+def regret(values: Sequence[float | None], best: Sequence[float | None]) -> Estimate | None:
+    """How much more than the oracle's, as a share of it, seed by seed: 0.2 is 20% more. Below 0: it is better
+    in this figure, which the oracle (it knows when adapters are asked for) need not be best in."""
+    both = [a / b - 1 for a, b in zip(values, best, strict=True) if a is not None and b]
+    return estimate(both) if both else None

@@ -1,0 +1,284 @@
+"""The figures of a run, out of its files: plain numbers, the same for the same files."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aioengine.errors import ConfigError
+from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
+from aioengine.lab.runs.frames import Frames, load_frames
+
+if TYPE_CHECKING:
+    import polars as pl
+
+DIGITS = 6
+"""Decimal places of every figure: microseconds, where it is a time."""
+
+MOST_STARVED = 10
+"""So many adapters are listed by their worst wait."""
+
+
+def summarize(folder: str | Path) -> dict[str, Any]:
+    """The figures of the run whose files are in ``folder``, by groups; docs/lab.md lists them.
+
+    Units are in the names; a ``_share`` is between 0 and 1. What nothing was measured for is None.
+    Raises ConfigError if a file is missing, or is none of a run's.
+    """
+    found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), slots=slots_of(Path(folder))))
+    return found
+
+
+def summarize_frames(frames: Frames, slots: int | None = None) -> dict[str, Any]:
+    """The same of frames, unrounded.
+
+    Args:
+        slots: How many there were; by default, as many as were used.
+    """
+    import polars as pl
+
+    requests = frames.requests
+    done = requests.filter(pl.col("reason").is_in(["stop", "length"]))
+    by_reason = requests.group_by("reason").len().sort("reason")
+    reasons = dict(by_reason.iter_rows())
+    by_error = requests.drop_nulls("error").group_by("error").len().sort("error")
+    seconds = _duration(requests)
+    output_tokens = int(requests["output_tokens"].sum())
+    first_token = done["first_token"] - done["arrival"]
+    latency = done["ended"] - done["arrival"]
+    several = done.filter(pl.col("output_tokens") > 1)
+    inter_token = (several["ended"] - several["first_token"]) / (several["output_tokens"] - 1)
+    admitted = requests.filter(pl.col("admitted").is_not_null())
+    return {
+        "requests_offered": requests.height,
+        "requests_finished": done.height,
+        "requests_failed": reasons.get("error", 0),
+        "requests_aborted": reasons.get("abort", 0),
+        "requests_refused": reasons.get("refused", 0),
+        "requests_by_reason": reasons,
+        "requests_by_error": dict(by_error.iter_rows()),
+        "duration_seconds": seconds,
+        "requests_per_second": _ratio(done.height, seconds),
+        "prompt_tokens": int(admitted["prompt_tokens"].sum()),
+        "output_tokens": output_tokens,
+        "output_tokens_per_second": _ratio(output_tokens, seconds),
+        "ttft_seconds": spread(first_token),
+        "latency_seconds": spread(latency),
+        "inter_token_seconds": spread(inter_token),
+        "worst_gap_seconds": spread(done["worst_gap"]),
+        "queue_seconds": spread(admitted["admitted"] - admitted["arrival"]),
+        "slo": _deadlines(requests),
+        "hits": _hits(requests),
+        "swaps": _swaps(frames),
+        "slots": _slot_use(frames, slots, seconds),
+        "engine": _engine(frames.samples),
+        "fairness": _fairness(frames),
+        "starvation": _starvation(requests),
+        "preemptions": int(requests["preemptions"].sum()),
+        "preempted_requests": requests.filter(pl.col("preemptions") > 0).height,
+    }
+
+
+def spread(values: pl.Series) -> dict[str, float | None]:
+    """Mean, p50, p90, p99 and maximum of what is not null; percentiles are interpolated."""
+    values = values.drop_nulls()
+    quantiles = {f"p{p}": values.quantile(p / 100, "linear") for p in (50, 90, 99)}
+    # fsum's result does not depend on the order of its terms, nor on how the column lies in memory.
+    mean = math.fsum(values) / len(values) if len(values) else None
+    return {"mean": mean, **quantiles, "max": values.max()}  # type: ignore[dict-item] # a column of floats
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+def _duration(requests: pl.DataFrame) -> float:
+    """From the first arrival to the last end."""
+    if requests.is_empty():
+        return 0.0
+    return float(requests["ended"].max()) - float(requests["arrival"].min())  # type: ignore[arg-type]
+
+
+def _deadlines(requests: pl.DataFrame) -> dict[str, Any]:
+    import polars as pl
+
+    asked = requests.filter(pl.col("deadline").is_not_null())
+    finished = pl.col("reason").is_in(["stop", "length"])
+    met = asked.filter(finished & (pl.col("ended") <= pl.col("deadline"))).height
+    return {
+        "requests_with_deadline": asked.height,
+        "requests_in_time": met,
+        "in_time_share": _ratio(met, asked.height),
+    }
+
+
+def _hits(requests: pl.DataFrame) -> dict[str, Any]:
+    """Where requests found their adapter when they arrived."""
+    found = requests["found"].drop_nulls()
+    counts = {level: int((found == level).sum()) for level in ("slot", "cpu", "loading", "disk")}
+    shares = {f"{level}_share": _ratio(count, len(found)) for level, count in counts.items()}
+    return {"requests_with_adapter": len(found), **shares}
+
+
+def _swaps(frames: Frames) -> dict[str, Any]:
+    import polars as pl
+
+    whole = frames.moves.filter(pl.col("error").is_null())
+    copies, loads = (whole.filter(pl.col("stage") == stage) for stage in ("slot", "disk"))
+    wanted = frames.requests["found"].drop_nulls().len()
+    return {
+        "slot_copies": copies.height,
+        "slot_copies_per_request": _ratio(copies.height, wanted),
+        "slot_copy_bytes": int(copies["nbytes"].sum()),
+        "slot_copy_seconds": spread(copies["end"] - copies["start"]),
+        "disk_loads": loads.height,
+        "disk_loads_per_request": _ratio(loads.height, wanted),
+        "disk_load_bytes": int(loads["nbytes"].sum()),
+        "disk_load_seconds": spread(loads["end"] - loads["start"]),
+        "disk_loads_ahead": _ahead(frames.requests, loads),
+        "failed_moves": frames.moves.height - whole.height,
+    }
+
+
+def _ahead(requests: pl.DataFrame, loads: pl.DataFrame) -> int:
+    """Loads that began while no request waited for the adapter: they were on speculation."""
+    arrivals: dict[str, list[float]] = {}
+    leaves: dict[str, list[float]] = {}
+    columns = ("adapter", "arrival", "admitted", "ended")
+    accepted = requests.filter((requests["reason"] != "refused") & requests["adapter"].is_not_null())
+    for adapter, arrival, admitted, ended in accepted.select(columns).iter_rows():
+        arrivals.setdefault(adapter, []).append(arrival)
+        leaves.setdefault(adapter, []).append(ended if admitted is None else admitted)
+    for times in (*arrivals.values(), *leaves.values()):
+        times.sort()
+    count = 0
+    for adapter, start in loads.select("adapter", "start").iter_rows():
+        came = bisect_right(arrivals.get(adapter, ()), start)
+        count += came == bisect_right(leaves.get(adapter, ()), start)
+    return count
+
+
+def _slot_use(frames: Frames, slots: int | None, seconds: float) -> dict[str, Any]:
+    import polars as pl
+
+    spans = frames.slots
+    count = slots if slots is not None else len(spans["slot"].unique())
+    ready = spans.filter(pl.col("ready").is_not_null())
+    steps = int(frames.samples["steps"].sum())
+    whole = count * seconds
+    written = pl.coalesce("ready", "end") - pl.col("start")
+    return {
+        "slots": count,
+        "ready_share": _ratio(math.fsum(ready["end"] - ready["ready"]), whole),
+        "writing_share": _ratio(math.fsum(spans.select(written.alias("s"))["s"]), whole),
+        "busy_share": _ratio(int(spans["busy_steps"].sum()), count * steps),
+        "stay_seconds": spread(ready["end"] - ready["ready"]),
+    }
+
+
+def _engine(samples: pl.DataFrame) -> dict[str, Any]:
+    steps = int(samples["steps"].sum())
+    in_steps = math.fsum(samples["step_seconds"])
+    lengths = samples["time"] - samples["time"].shift(1, fill_value=0.0)
+    last = float(samples["time"].max() or 0.0)  # type: ignore[arg-type] # a column of floats
+
+    def over_time(column: str) -> float | None:
+        return _ratio(math.fsum(samples[column] * lengths), last)
+
+    return {
+        "steps": steps,
+        "mean_step_seconds": _ratio(in_steps, steps),
+        "stepping_share": _ratio(in_steps, last),
+        "prefill_tokens": int(samples["prefill_tokens"].sum()),
+        "decode_tokens": int(samples["decode_tokens"].sum()),
+        "tokens_per_step": _ratio(int((samples["prefill_tokens"] + samples["decode_tokens"]).sum()), steps),
+        "adapters_per_step": _ratio(int(samples["adapters"].sum()), steps),
+        "mean_running": over_time("running"),
+        "mean_waiting": over_time("waiting"),
+        "max_waiting": samples["waiting"].max(),
+        "mean_kv_used_share": over_time("kv_used"),
+    }
+
+
+def _fairness(frames: Frames) -> dict[str, Any]:
+    """Of adapters, and of tenants where requests have them; the samples count the service of the latter."""
+    tenants = frames.requests["tenant"].drop_nulls().len() > 0
+    clients: tuple[Client, ...] = ("adapter", "tenant") if tenants else ("adapter",)
+    found: dict[str, Any] = {}
+    for client in clients:
+        table = by_client(frames.requests, client)
+        speeds = table["tokens_per_second"].drop_nulls().drop_nans().to_list()
+        latencies = table["latency_seconds"].drop_nulls().to_list()
+        found[f"{client}s"] = {
+            "count": table.height,
+            "jain_tokens_per_second": jain(speeds),
+            "jain_latency": jain(latencies),
+            "max_min_tokens_per_second": max_min(speeds),
+            "max_min_latency": max_min(latencies),
+        }
+    gap = service_gap(frames.requests, frames.samples)
+    found["service_between"] = f"{clients[-1]}s"
+    found["max_service_difference_tokens"] = gap.tokens
+    found["max_service_difference_between"] = list(gap.clients or ())
+    return found
+
+
+def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
+    """Waits for a first token, or for an end without one, of accepted requests."""
+    import polars as pl
+
+    accepted = requests.filter(pl.col("reason") != "refused")
+    unserved = accepted.filter(pl.col("first_token").is_null()).height
+    table = by_client(requests, "adapter").drop_nulls("worst_wait_seconds")
+    table = table.sort("worst_wait_seconds", "client", descending=[True, False])
+    worst = table.select("client", "worst_wait_seconds").head(MOST_STARVED)
+    return {
+        "worst_wait_seconds": table["worst_wait_seconds"].max(),
+        "ended_without_token": unserved,
+        "worst_wait_seconds_by_adapter": dict(worst.iter_rows()),
+    }
+
+
+def slots_of(folder: Path) -> int | None:
+    """Of the run's experiment, where it is there."""
+    path = folder / "experiment.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    if isinstance(found, dict):
+        found = found.get("experiment", found)
+        if isinstance(found, dict) and isinstance(found.get("slots"), int):
+            return int(found["slots"])
+    return None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, DIGITS) + 0.0  # no "-0.0"
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return value
+
+
+def flatten(summary: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """The numbers of a summary by dotted names, such as "ttft_seconds.p99"; counts by reason or by adapter,
+    whose names differ from run to run, are left out."""
+    return dict(_flat(summary, ""))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, float | int | None]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            if not key.endswith(("_by_reason", "_by_adapter")):
+                yield from _flat(value, f"{prefix}{key}.")
+        elif value is None or isinstance(value, (int, float)):
+            yield prefix + key, value

@@ -1,0 +1,1 @@
+"""Cost models fitted to the live engine, and simulations compared with it."""

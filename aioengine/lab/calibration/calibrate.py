@@ -1,0 +1,211 @@
+"""Timing the live engine, and the cost model that fits what was timed."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from aioengine.config import Device, DType, EngineConfig, LoRAConfig
+from aioengine.errors import ConfigError
+from aioengine.lab.calibration.design import Design
+from aioengine.lab.calibration.direct_steps import DirectSteps
+from aioengine.lab.calibration.fit import Timed, fit_stage, fit_steps
+from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove
+from aioengine.lab.calibration.random_adapters import write_random_adapter
+from aioengine.lab.calibration.rounds import Rounds
+from aioengine.lab.calibration.serving import Serving
+from aioengine.lab.calibration.threads import in_thread
+from aioengine.lab.calibration.timings import fit_overhead, move_points, slowdown
+from aioengine.lab.costs.model import CostModel, FitQuality, ModelShape, Stage
+from aioengine.lab.costs.steps import significant
+from aioengine.lab.workload.extra import needs_extra
+from aioengine.memory_plan import MemoryPlan
+from aioengine.model.spec import ModelSpec
+
+Progress = Callable[[int, int, str], None]
+"""Told of: timings done, of how many, and what comes next."""
+
+
+def calibrate(
+    model: str,
+    out: Path | None = None,
+    *,
+    name: str | None = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    design: Design | None = None,
+    progress: Progress | None = None,
+) -> CostModel:
+    """Time the live engine with ``model`` for some minutes, and write the cost model to ``out``.
+
+    Nothing else should run on the machine. What the cost model reproduces is the time from the beginning
+    of a step to that of the next: ``step_seconds + step_overhead``. Adapters are read from a temporary
+    folder that has just been written, so their files are in the system's cache.
+
+    Args:
+        model: As in :class:`~aioengine.config.EngineConfig`.
+        name: The cost model's; by default that of the file.
+        design: What is timed; the default is for a model that decodes in about 10 ms a step.
+        progress: Told of: parts done, of how many, and what comes next.
+
+    Raises ConfigError if the model cannot be had or does not fit, or ``out`` cannot be written.
+    """
+    return asyncio.run(
+        calibrate_async(model, out, name=name, dtype=dtype, device=device, design=design, progress=progress)
+    )
+
+
+async def calibrate_async(
+    model: str,
+    out: Path | None = None,
+    *,
+    name: str | None = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    design: Design | None = None,
+    progress: Progress | None = None,
+) -> CostModel:
+    """:func:`calibrate` where a loop is running; it can be cancelled."""
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no folder {out.parent}")
+    with needs_extra():  # rather now than after minutes
+        import scipy.optimize  # noqa: F401
+    design = Design() if design is None else design
+    name = name or (Path(model).name if out is None else out.stem)
+    config = EngineConfig(model=model, dtype=dtype, device=device)
+    with tempfile.TemporaryDirectory(prefix="aioengine-calibrate-") as folder:
+        costs = await _Calibration(design, Path(folder), progress).run(config, name)
+    if out is not None:
+        costs.write(out)
+    return costs
+
+
+class _Calibration:
+    """Carries a design out."""
+
+    def __init__(self, design: Design, folder: Path, progress: Progress | None) -> None:
+        self._design = design
+        self._folder = folder
+        self._progress = progress
+        self._done = self._total = 0
+
+    async def run(self, config: EngineConfig, name: str) -> CostModel:
+        design = self._design
+        async with ProbedEngine(self._for_timing(config)) as engine:
+            parts = design.parts(engine.plan.max_model_len)
+            await self._write_adapters(engine.model_spec)
+            # In this order none leaves something in a slot that has to be cleared for the next.
+            loads = [self._path(rank, i) for rank in sorted(design.ranks) for i in range(design.loads)]
+            turns = len(design.live_rows) + len(loads)
+            self._total = turns + design.repeats * len(parts)
+            serving = Serving(engine, design)
+            await serving.run(loads, self._tell)
+            self._done = turns
+            steps = DirectSteps(engine, seed=design.seed)
+            await steps.fill(design.tokens, design.max_num_batched_tokens)
+            for rank in design.ranks:
+                for i, adapter in enumerate(design.names(rank)):
+                    await steps.place(adapter, self._path(rank, i))
+            rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
+            points = await rounds.run(steps, self._tell)
+            self._done = self._total
+            self._tell(0, "done")
+            return _fit(points, rounds.disturbed, serving, name, engine.model_spec, engine.plan)
+
+    def _for_timing(self, config: EngineConfig) -> EngineConfig:
+        design = self._design
+        adapters = len(design.ranks) * max(design.adapters) + 1  # one is moved while the others are in slots
+        return msgspec.structs.replace(
+            config,
+            max_num_seqs=design.max_rows,
+            max_num_batched_tokens=max(design.max_num_batched_tokens, design.max_rows),
+            enable_prefix_caching=False,  # every prompt is computed
+            lora=LoRAConfig(
+                max_loras=adapters,
+                max_lora_rank=design.slot_rank,
+                max_cpu_loras=adapters,
+                max_concurrent_loads=1,
+            ),
+        )
+
+    async def _write_adapters(self, spec: ModelSpec) -> None:
+        for rank in self._design.ranks:
+            for i in range(max(*self._design.adapters, self._design.loads)):
+                await in_thread(partial(write_random_adapter, self._path(rank, i), spec, rank, seed=i))
+
+    def _path(self, rank: int, i: int) -> Path:
+        return self._folder / f"{rank}-{i}"
+
+    def _tell(self, turn: int, what: str) -> None:
+        if self._progress is not None:
+            self._progress(self._done + turn, self._total, what)
+
+
+def _fit(
+    points: Sequence[Timed], disturbed: int, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan
+) -> CostModel:
+    found = fit_steps(points)
+    overhead, each = fit_overhead(serving.alone)
+    steps = msgspec.structs.replace(found.costs, sequence=found.costs.sequence + each)
+    costs = CostModel(
+        name=name,
+        source=f"measured: {machine()}; {versions()}",
+        estimate=False,
+        sources={
+            "steps": f"{len(points)} kinds; other programs disturbed {disturbed} timings, which do not count",
+            "between steps": f"{len(serving.alone)} steps in serving",
+        },
+        model=ModelShape.of(spec, plan.dtype),
+        steps=steps.rounded(),
+        step_overhead=significant(overhead),
+        disk=_stage(serving.moves, "disk"),
+        slot=_stage(serving.moves, "slot"),
+        device="cuda" if plan.device == "cuda" else "cpu",
+        device_memory=plan.available_bytes,
+        fit=FitQuality(
+            steps=found.quality.steps,
+            median_error=significant(found.quality.median_error),
+            p90_error=significant(found.quality.p90_error),
+        ),
+    )
+    slow = {
+        stage: significant(slowdown(costs, serving.beside, serving.moves, stage))
+        for stage in ("disk", "slot")
+    }
+    return msgspec.structs.replace(
+        costs,
+        disk=msgspec.structs.replace(costs.disk, slowdown=slow["disk"]),
+        slot=msgspec.structs.replace(costs.slot, slowdown=slow["slot"]),
+    )
+
+
+def _stage(moves: Sequence[ProbedMove], stage: str) -> Stage:
+    found = fit_stage(move_points(moves, stage))
+    return Stage(significant(found.latency), significant(found.bandwidth))
+
+
+def machine() -> str:
+    """The GPU's name; where there is none the processor's, and how many threads compute."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> str:
+    packages = ", ".join(f"{package} {version(package)}" for package in ("aioengine", "torch"))
+    return f"{packages}, Python {platform.python_version()}"

@@ -1,0 +1,161 @@
+"""What a calibration times: steps of these shapes, and loads beside steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from aioengine.config import ALLOWED_RANKS
+from aioengine.errors import ConfigError
+from aioengine.lab.calibration.direct_steps import Row
+
+
+class Part(NamedTuple):
+    """A step."""
+
+    what: str
+    """In words."""
+    rows: tuple[Row, ...]
+
+
+class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The numbers of all that is timed; those of several fields are combined with one another."""
+
+    rows: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    """Sequences that decode together..."""
+    contexts: tuple[int, ...] = (64, 384, 1536)
+    """...after so many tokens; with the second and further ones only some numbers of rows."""
+    tokens: int = 12_288
+    """At most so many positions of all rows together."""
+    prompts: tuple[int, ...] = (
+        8,
+        16,
+        24,
+        32,
+        48,
+        64,
+        65,
+        80,
+        96,
+        128,
+        129,
+        192,
+        256,
+        257,
+        384,
+        512,
+        1024,
+        2048,
+    )
+    """Tokens of a prompt that is computed alone..."""
+    chunks: tuple[int, ...] = (64, 512)
+    """...or after one of the longer ``contexts``."""
+    ranks: tuple[int, ...] = (8, 16, 64)
+    """Of adapters. Slots are sized for the largest."""
+    adapters: tuple[int, ...] = (1, 2, 4, 8)
+    """Distinct ones, of one rank, in a batch of..."""
+    adapter_rows: tuple[int, ...] = (1, 4, 8, 32)
+    """...rows that decode..."""
+    adapter_prompts: tuple[int, ...] = (32, 128, 512)
+    """...or one of them in a prompt."""
+    mixtures: int = 96
+    """Batches as there are in serving, with prompts beside decodes, that are drawn at random."""
+    mixed_rows: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
+    mixed_prompts: tuple[int, int] = (8, 512)
+    """The shortest and the longest."""
+    repeats: int = 5
+    """How often each step is timed."""
+    seconds: float = 100.0
+    """After which what was timed once is enough."""
+    live_rows: tuple[int, ...] = (1, 4, 16, 64)
+    """That decode as they do in serving, for the time between steps..."""
+    live_steps: int = 20
+    """...so many steps."""
+    loads: int = 6
+    """Adapters of each rank that are read and copied while others decode."""
+    max_num_batched_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            least = 0 if field in ("seed", "mixed_rows") else 1
+            if min(value if isinstance(value, tuple) else (value,), default=least - 1) < least:
+                raise ConfigError(f"design.{field}={value!r}: must not be empty, and nothing below {least}")
+        if max(self.ranks) > max(ALLOWED_RANKS):
+            raise ConfigError(f"design.ranks={self.ranks!r}: slots hold at most rank {max(ALLOWED_RANKS)}")
+
+    @property
+    def max_rows(self) -> int:
+        return max(*self.rows, *self.adapter_rows, *self.live_rows, max(self.mixed_rows) + 3)
+
+    @property
+    def slot_rank(self) -> int:
+        """The smallest size of slots that has room for all."""
+        return min(rank for rank in ALLOWED_RANKS if rank >= max(self.ranks))
+
+    def names(self, rank: int) -> list[str]:
+        """Of the adapters of a rank."""
+        return [f"rank-{rank}-{i}" for i in range(max(self.adapters))]
+
+    def parts(self, longest: int) -> list[Part]:
+        """All steps that are timed, but those that have more than ``longest`` positions, which the model does
+        not have, or more than the design's own bounds."""
+        found = (*self._decodes(), *self._prompts(), *self._with_adapters(), *self._mixtures())
+        return [part for part in found if self._fits(part, longest)]
+
+    def _fits(self, part: Part, longest: int) -> bool:
+        if max(row.start + row.tokens for row in part.rows) > longest:
+            return False
+        computed = sum(row.tokens for row in part.rows)
+        held = sum(row.start + row.tokens for row in part.rows)
+        return computed <= self.max_num_batched_tokens and held <= self.tokens
+
+    def _decodes(self) -> Iterator[Part]:
+        for i, context in enumerate(self.contexts):
+            for rows in self.rows if i == 0 else self.rows[::3]:
+                yield Part(f"{rows} rows after {context} tokens", (Row(1, context),) * rows)
+
+    def _prompts(self) -> Iterator[Part]:
+        for tokens in self.prompts:
+            yield Part(f"a prompt of {tokens}", (Row(tokens, 0),))
+        for start in self.contexts[1:]:
+            for tokens in self.chunks:
+                yield Part(f"{tokens} of a prompt after {start}", (Row(tokens, start),))
+
+    def _with_adapters(self) -> Iterator[Part]:
+        for rank in self.ranks:
+            names = self.names(rank)
+            for rows in self.adapter_rows:
+                for count in self.adapters:
+                    if count <= rows:
+                        what = f"{rows} rows, {count} adapters of rank {rank}"
+                        decode = (Row(1, self.contexts[0], names[row % count]) for row in range(rows))
+                        yield Part(what, tuple(decode))
+            for tokens in self.adapter_prompts:
+                yield Part(f"a prompt of {tokens}, an adapter of rank {rank}", (Row(tokens, 0, names[0]),))
+
+    def _mixtures(self) -> Iterator[Part]:
+        """Decodes and one to three prompts, lengths even on a logarithmic scale, with adapters of one rank
+        three times out of four."""
+        rng = random.Random(self.seed)
+        low, high = self.mixed_prompts
+        for _ in range(self.mixtures):
+            rank = rng.choice(self.ranks)
+            names: list[str | None] = [None]
+            if rng.random() < 0.75:
+                names = [*self.names(rank)[: rng.choice(self.adapters)]]
+            rows = [
+                Row(1, rng.randint(*_ends(self.contexts[:2])), rng.choice(names))
+                for _ in range(rng.choice(self.mixed_rows))
+            ]
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                rows.append(Row(round(low * (high / low) ** rng.random()), 0, rng.choice(names)))
+            yield Part(f"{len(rows)} sequences, prompts among them", tuple(rows))
+
+
+def _ends(values: tuple[int, ...]) -> tuple[int, int]:
+    return min(values), max(values)

@@ -1,0 +1,113 @@
+"""Steps of any shape, made up and given to a live engine's executor past its core."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from aioengine.lab.calibration.probe import ProbedEngine
+from aioengine.lab.calibration.processor_waits import Waits
+from aioengine.lab.costs.steps import StepShape, step_shape
+from aioengine.request import SamplingParams
+from aioengine.step import SequenceWork, StepBatch
+
+
+class Row(NamedTuple):
+    """A sequence's share of a step."""
+
+    tokens: int
+    """1 after a ``start`` is a decode, everything else a part of a prompt."""
+    start: int
+    """Positions before them, whose keys and values are read."""
+    adapter: str | None = None
+
+
+class Timing(NamedTuple):
+    shape: StepShape
+    seconds: float
+    """The executor's."""
+    waited: float
+    """How long the threads of this process had to wait for a processor meanwhile, together."""
+
+
+class DirectSteps:
+    """For an engine that serves nobody meanwhile: its KV blocks and its adapter slots are used as if all of
+    them were free. Adapters must be placed before they are used.
+
+    Prompts are random tokens. So is what a row finds in the KV blocks before it (``fill``), because memory
+    that was never written is read faster.
+    """
+
+    def __init__(self, engine: ProbedEngine, *, seed: int) -> None:
+        self._engine = engine
+        self._random = random.Random(seed)
+        self._tokens = [self._random.randrange(engine.model_spec.vocab_size) for _ in range(4096)]
+        self._slots: dict[str, int] = {}
+        assert engine.config.lora is not None
+        self._ranks = [0] * engine.config.lora.max_loras
+        self._steps = 0
+
+    @property
+    def room(self) -> int:
+        """Positions that all rows of a step have together, each rounded up to whole blocks."""
+        plan = self._engine.plan
+        return plan.num_blocks * plan.block_size
+
+    async def fill(self, positions: int, at_once: int) -> None:
+        """Write keys and values of so many positions, ``at_once`` in a step."""
+        block_size = self._engine.plan.block_size
+        count = min(at_once, self._engine.plan.max_model_len) // block_size * block_size
+        for first in range(0, min(positions, self.room) // count * count, count):
+            await self._execute([Row(count, 0)], first // block_size)
+
+    async def place(self, name: str, path: Path) -> None:
+        """Into a slot, to stay there."""
+        await self._engine.load_adapter(name, path)
+        info = await self._engine.pin_adapter(name, force=True)
+        assert info.slot is not None
+        self._slots[name] = info.slot
+        self._ranks[info.slot] = info.rank
+
+    async def time(self, rows: Iterable[Row]) -> Timing:
+        """Run a step of these rows, and say what it took."""
+        return await self._execute(sorted(rows, key=self._slot), 0)
+
+    def _slot(self, row: Row) -> int:
+        return -1 if row.adapter is None else self._slots[row.adapter]
+
+    async def _execute(self, rows: Sequence[Row], block: int) -> Timing:
+        batch = self._batch(rows, block)
+        waits = Waits()
+        result = await self._engine.executor.execute(batch)
+        waited = waits.seconds()
+        for work in batch.sequences:
+            self._engine.executor.forget(work.request_id)
+        return Timing(step_shape(batch), result.seconds, waited)
+
+    def _batch(self, rows: Sequence[Row], block: int) -> StepBatch:
+        self._steps += 1
+        sequences = []
+        for i, row in enumerate(rows):
+            until = row.start + row.tokens
+            blocks = -(-until // self._engine.plan.block_size)
+            first = self._random.randrange(len(self._tokens))
+            history = [self._tokens[(first + n) % len(self._tokens)] for n in range(until)]
+            decodes = row.tokens == 1 and row.start > 0
+            sequences.append(
+                SequenceWork(
+                    request_id=f"step {self._steps}, row {i}",
+                    slot=self._slot(row),
+                    tokens=history[row.start :],
+                    start=row.start,
+                    block_table=list(range(block, block + blocks)),
+                    sample=True,
+                    params=SamplingParams(),
+                    seed=i,
+                    history=history,
+                    prompt_len=row.start if decodes else until,
+                )
+            )
+            block += blocks
+        return StepBatch(self._steps, sequences, self._ranks)

@@ -1,0 +1,171 @@
+"""Fitting a cost model's coefficients to what was timed: least squares on relative errors, none negative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aioengine.lab.costs.model import FitQuality, Stage
+from aioengine.lab.costs.steps import NONE, Curve, StepCosts, StepShape, in_tiles
+from aioengine.lab.workload.extra import needs_extra
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+    Array = NDArray[numpy.float64]
+
+KNOTS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Tokens at which the linears' curve may bend."""
+TILES = (1, 8, 16, 32, 64, 128, 256)
+WORTH = 0.95
+"""A tile of more than one token must bring the errors down to so much."""
+OUTLIER = 5.0
+"""Errors that are larger than so many times the median do not say which tile is better."""
+ROUNDS = 8
+"""Of reweighting: enough for the weights to settle."""
+
+
+class Timed(NamedTuple):
+    """A step that was timed."""
+
+    shape: StepShape
+    seconds: float
+
+
+class StepFit(NamedTuple):
+    costs: StepCosts
+    quality: FitQuality
+
+
+def fit_steps(points: Sequence[Timed]) -> StepFit:
+    """The coefficients with the smallest relative errors.
+
+    Solved by non-negative least squares (Lawson and Hanson, 1974), reweighted so that outliers count
+    linearly (Huber, 1964). A curve is a sum of terms too: the linears' is one that rises by so much between
+    two of :data:`KNOTS`, those by rank have a value for each rank that was timed. The tile is not linear:
+    every one of :data:`TILES` is tried.
+
+    Raises ValueError for no points, or for one that took no time.
+    """
+    import numpy as np
+
+    if not points or min(point.seconds for point in points) <= 0:
+        raise ValueError("a fit needs steps, each of which took more than 0 seconds")
+    taken = np.array([point.seconds for point in points])
+    shapes = [point.shape for point in points]
+    best: tuple[float, _Terms, Any, Any] | None = None
+    most = 1.0
+    for tile in TILES:
+        terms = _Terms(shapes, tile)
+        found = _solve(terms.matrix, taken)
+        errors = np.abs(terms.matrix @ found - taken) / taken
+        if best is None:
+            most = max(OUTLIER * float(np.median(errors)), 0.02)
+        loss = float(np.minimum(errors, most).mean())
+        if best is None or loss < best[0] - 1e-6:  # and not by a rounding
+            best = loss * (WORTH if best is None else 1.0), terms, found, errors
+    assert best is not None
+    _, terms, found, errors = best
+    quality = FitQuality(
+        steps=len(points),
+        median_error=float(np.median(errors)),
+        p90_error=float(np.quantile(errors, 0.9)),
+    )
+    return StepFit(terms.costs([float(value) for value in found]), quality)
+
+
+class _Terms:
+    """What each coefficient is multiplied with, for every step."""
+
+    def __init__(self, shapes: Sequence[StepShape], tile: int) -> None:
+        import numpy as np
+
+        self._tile = tile
+        tokens = [in_tiles(shape.decode_rows + shape.prefill_tokens, tile) for shape in shapes]
+        self._knots = _knots(tokens)
+        self._ranks = sorted({rank for shape in shapes for rank, _ in shape.adapters})
+        self._columns: dict[str | tuple[str, int], list[float]] = {
+            "least": [1.0] * len(shapes),
+            "sequence": [shape.sequences for shape in shapes],
+            "decode_kv": [shape.decode_kv for shape in shapes],
+            "prefill_pair": [shape.prefill_pairs for shape in shapes],
+            "lora_step": [bool(shape.adapters) for shape in shapes],
+        }
+        for low, high in pairwise((*self._knots, float("inf"))):
+            self._columns["linears", int(low)] = [min(max(n - low, 0), high - low) for n in tokens]
+        for rank in self._ranks:
+            of_rank = [[n for r, n in shape.adapters if r == rank] for shape in shapes]
+            self._columns["adapter", rank] = [len(counts) for counts in of_rank]
+            self._columns["lora_token", rank] = [sum(counts) for counts in of_rank]
+        self.matrix: Array = np.array([*self._columns.values()], dtype=float).T
+
+    def costs(self, found: Sequence[float]) -> StepCosts:
+        values = dict(zip(self._columns, found, strict=True))
+        linears = [(float(self._knots[0]), values["least"])]
+        for low, high in pairwise((*self._knots, 2 * self._knots[-1])):
+            linears.append((float(high), linears[-1][1] + values["linears", low] * (high - low)))
+        return StepCosts(
+            linears=tuple(linears),
+            tile=self._tile,
+            sequence=values["sequence"],
+            decode_kv=values["decode_kv"],
+            prefill_pair=values["prefill_pair"],
+            lora_step=values["lora_step"],
+            adapter=self._by_rank("adapter", values),
+            lora_token=self._by_rank("lora_token", values),
+        )
+
+    def _by_rank(self, field: str, values: dict[Any, float]) -> Curve:
+        return tuple((float(rank), values[field, rank]) for rank in self._ranks) or NONE
+
+
+def _knots(tokens: Sequence[int]) -> list[int]:
+    """Those of :data:`KNOTS` that have something between them, and something beyond."""
+    knots = [KNOTS[0]]
+    for knot in KNOTS[1:]:
+        if any(knots[-1] < n <= knot for n in tokens) and max(tokens) > knot:
+            knots.append(knot)
+    return knots
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) of y = a + b x, neither negative, for points (x, y) with y > 0; errors as in fit_steps."""
+    import numpy as np
+
+    x, y = np.array(points, dtype=float).T
+    a, b = _solve(np.array([np.ones_like(x), x]).T, y)
+    return float(a), float(b)
+
+
+def fit_stage(points: Sequence[tuple[float, float]]) -> Stage:
+    """From moves of (bytes, seconds). Raises ValueError for no points."""
+    if not points:
+        raise ValueError("a stage needs moves that were timed")
+    latency, per_byte = fit_line(points)
+    # Moves so small that their size does not show: as fast as the fastest was, all in all.
+    fastest = max(nbytes / seconds for nbytes, seconds in points)
+    return Stage(latency, 1 / per_byte if per_byte > 0 else 100 * fastest)
+
+
+def _solve(matrix: Array, taken: Array) -> Array:
+    """x >= 0 with the smallest Huber loss of (matrix x - taken) / taken."""
+    import numpy as np
+
+    with needs_extra():
+        from scipy.optimize import nnls
+
+    relative = matrix / taken[:, None]
+    scale = np.abs(relative).max(axis=0)
+    scale[scale == 0] = 1.0
+    relative = relative / scale  # columns of like size, for the solver's sake
+    weights = np.ones_like(taken)
+    found = np.zeros(matrix.shape[1])
+    for _ in range(ROUNDS):
+        root = np.sqrt(weights)
+        found, _residual = nnls(relative * root[:, None], root)
+        errors = np.abs(relative @ found - 1)
+        limit = max(1.5 * float(np.median(errors)), 1e-9)
+        weights = np.minimum(1, limit / np.maximum(errors, limit))
+    return np.asarray(found / scale)

@@ -1,0 +1,54 @@
+"""What stands for a trace's requests on a live engine: random prompts, and outputs of a given length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from aioengine.lab.workload.requests import Arrival
+from aioengine.model.spec import ModelSpec
+from aioengine.request import SamplingParams
+
+
+class LiveRequests:
+    """The prompt and the parameters of the request with the number ``index`` depend on it and ``seed``
+    alone. The tokens are random, so that no two prompts share a prefix."""
+
+    def __init__(self, spec: ModelSpec, seed: int) -> None:
+        self._seed = seed
+        self._end = spec.eos_token_ids
+        self._tokens = [token for token in range(spec.vocab_size) if token not in set(spec.eos_token_ids)]
+        self._all_but_end = _bits(self._tokens)
+        self._only_end = _bits(spec.eos_token_ids)
+
+    def prompt(self, index: int, arrival: Arrival) -> list[int]:
+        return random.Random(f"{self._seed} {index}").choices(self._tokens, k=arrival.prompt_tokens)
+
+    def params(self, arrival: Arrival) -> SamplingParams:
+        """The output has ``arrival.output_tokens`` tokens. Where it may have more, as far as the policy
+        knows, the last of them is made to be the end of the sequence."""
+        allowed = arrival.output_tokens if arrival.max_tokens is None else arrival.max_tokens
+        if allowed <= arrival.output_tokens or not self._end:
+            return SamplingParams(max_tokens=min(allowed, arrival.output_tokens), ignore_eos=True)
+        constraint = _EndsAfter(arrival.output_tokens, self._all_but_end, self._only_end)
+        return SamplingParams(max_tokens=allowed, constraint=constraint)
+
+
+class _EndsAfter:
+    """A token constraint: any tokens, then the end of the sequence as the ``length``-th."""
+
+    def __init__(self, length: int, all_but_end: bytes, only_end: bytes) -> None:
+        self._length = length
+        self._all_but_end = all_but_end
+        self._only_end = only_end
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        return self._only_end if len(output) + 1 >= self._length else self._all_but_end
+
+
+def _bits(tokens: Sequence[int]) -> bytes:
+    """As :meth:`~aioengine.request.TokenConstraint.allowed` answers."""
+    bits = bytearray(max(tokens, default=0) // 8 + 1)
+    for token in tokens:
+        bits[token // 8] |= 1 << token % 8
+    return bytes(bits)

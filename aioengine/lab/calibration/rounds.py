@@ -1,0 +1,66 @@
+"""Timing steps in rounds, until each has been timed often enough while nothing else ran."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from aioengine.lab.calibration.design import Part
+from aioengine.lab.calibration.direct_steps import DirectSteps, Timing
+from aioengine.lab.calibration.fit import Timed
+
+CALM = 0.02
+"""A timing counts if the threads had to wait for no more than this share of it."""
+TRIES = 3
+"""Rounds in which others may disturb, for each that is needed."""
+
+
+class Rounds:
+    """Every round times each part once that needs it, in another order: a drift of the machine's speed shall
+    not look like an effect, nor one step's traces in the caches."""
+
+    def __init__(self, parts: Sequence[Part], *, repeats: int, seconds: float, seed: int) -> None:
+        self.disturbed = 0
+        """Timings that do not count."""
+        self._parts = parts
+        self._repeats = repeats
+        self._seconds = seconds
+        self._random = random.Random(seed)
+        self._timings: list[list[Timing]] = [[] for _ in parts]
+
+    async def run(self, steps: DirectSteps, tell: Callable[[int, str], None]) -> list[Timed]:
+        """One point for each part. ``tell`` is told of each: how many timings are done, of
+        ``len(parts) * repeats``, and what comes next."""
+        until = time.monotonic() + self._seconds
+        for round_ in range(self._repeats * TRIES):
+            order = [i for i in range(len(self._parts)) if self._calm(i) < self._repeats]
+            if not order or (round_ > 0 and time.monotonic() > until):
+                break
+            self._random.shuffle(order)
+            for i in order:
+                part = self._parts[i]
+                tell(sum(min(self._calm(j), self._repeats) for j in range(len(self._parts))), part.what)
+                timing = await steps.time(part.rows)
+                self._timings[i].append(timing)
+                self.disturbed += not _is_calm(timing)
+        return [self._point(timings) for timings in self._timings]
+
+    def _calm(self, i: int) -> int:
+        return sum(map(_is_calm, self._timings[i]))
+
+    def _point(self, timings: list[Timing]) -> Timed:
+        """The median of those that count; if none does, the one that was disturbed the least."""
+        counting = [timing for timing in timings if _is_calm(timing)]
+        if not counting:
+            counting = [min(timings, key=_share)]
+        return Timed(counting[0].shape, statistics.median(timing.seconds for timing in counting))
+
+
+def _share(timing: Timing) -> float:
+    return timing.waited / max(timing.seconds, 1e-9)
+
+
+def _is_calm(timing: Timing) -> bool:
+    return _share(timing) <= CALM

@@ -1,0 +1,84 @@
+"""What a calibration times on an engine that serves: the time between steps, and loads beside steps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aioengine.lab.calibration.design import Design
+from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove, ProbedStep
+from aioengine.request import SamplingParams
+
+BESIDE_ROWS = 8
+"""That decode while adapters are moved."""
+CALM_STEPS = 3
+"""Between one move and the next, to compare with those beside moves."""
+
+
+class Serving:
+    """For an engine whose slots are free. What was timed is in these lists."""
+
+    def __init__(self, engine: ProbedEngine, design: Design) -> None:
+        self.alone: list[ProbedStep] = []
+        """Steps while nothing is moved."""
+        self.beside: list[ProbedStep] = []
+        """Steps some of which ``moves`` overlap."""
+        self.moves: list[ProbedMove] = []
+        self._engine = engine
+        self._design = design
+        self._random = random.Random(design.seed)
+
+    async def run(self, paths: list[Path], tell: Callable[[int, str], None]) -> None:
+        """Moves the adapters at ``paths``. Takes ``len(live_rows) + len(paths)`` turns, of which it tells."""
+        design, probe = self._design, self._engine.probe
+        probe.pause()
+        await self._decode(1)  # warm-up
+        probe.steps.clear()
+        for turn, rows in enumerate(design.live_rows):
+            tell(turn, f"{rows} rows, as in serving")
+            await self._decode(rows)
+        self.alone = [*probe.steps]
+        probe.steps.clear()
+        async with self._decoding(BESIDE_ROWS):
+            for turn, path in enumerate(paths, len(design.live_rows)):
+                tell(turn, "an adapter that is loaded beside decodes")
+                name = f"load-{turn}"
+                await self._engine.load_adapter(name, path)
+                await probe.grow(CALM_STEPS)
+                await self._engine.pin_adapter(name, force=True)
+                await probe.grow(CALM_STEPS)
+                await self._engine.unload_adapter(name)
+        self.beside, self.moves = [*probe.steps], [*probe.moves]
+
+    async def _complete(self, tokens: int) -> None:
+        vocab = self._engine.model_spec.vocab_size
+        prompt = [self._random.randrange(vocab) for _ in range(self._context)]
+        await self._engine.complete(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
+
+    @property
+    def _context(self) -> int:
+        return min(self._design.contexts[0], self._engine.plan.max_model_len // 2)
+
+    async def _decode(self, rows: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(rows):
+                group.create_task(self._complete(self._design.live_steps))
+        self._engine.probe.pause()
+
+    @asynccontextmanager
+    async def _decoding(self, rows: int) -> AsyncIterator[None]:
+        """Its requests decode as long as the body runs: one that has ended begins anew."""
+
+        async def decode() -> None:
+            while True:
+                await self._complete(self._engine.plan.max_model_len - self._context)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(decode()) for _ in range(rows)]
+            await self._engine.probe.grow(CALM_STEPS)
+            yield
+            for task in tasks:
+                task.cancel()

@@ -1,0 +1,76 @@
+"""From what a probe has written down to what a cost model says of it."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from aioengine.lab.calibration.fit import fit_line
+from aioengine.lab.calibration.probe import ProbedMove, ProbedStep
+from aioengine.lab.costs.model import CostModel
+from aioengine.lab.costs.steps import StepTimes
+
+MAX_SLOWDOWN = 5.0
+
+
+class Intervals:
+    """The time during which adapters were moved, as intervals that do not touch."""
+
+    def __init__(self, moves: Iterable[ProbedMove]) -> None:
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        for move in sorted(moves, key=lambda move: move.start):
+            if self._ends and move.start <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], move.end)
+            else:
+                self._starts.append(move.start)
+                self._ends.append(move.end)
+
+    def overlap(self, step: ProbedStep) -> float:
+        """Seconds of the step in which something was moved."""
+        found = 0.0
+        for i in range(bisect_left(self._ends, step.start), len(self._starts)):
+            if self._starts[i] >= step.until:
+                break
+            found += min(self._ends[i], step.until) - max(self._starts[i], step.start)
+        return found
+
+
+def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
+    """Seconds between steps: whatever is in them, and for each sequence."""
+    return fit_line([(step.shape.sequences, max(step.wall - step.seconds, 1e-9)) for step in steps])
+
+
+def move_points(moves: Iterable[ProbedMove], stage: str) -> list[tuple[float, float]]:
+    """(bytes, median seconds) by size."""
+    sizes: dict[int, list[float]] = defaultdict(list)
+    for move in moves:
+        if move.stage == stage:
+            sizes[move.nbytes].append(move.end - move.start)
+    return [(nbytes, max(statistics.median(times), 1e-9)) for nbytes, times in sizes.items()]
+
+
+def slowdown(costs: CostModel, steps: Sequence[ProbedStep], moves: Iterable[ProbedMove], stage: str) -> float:
+    """How many times as long steps take while adapters are moved in this stage: from steps some of which
+    moves overlap.
+
+    A step of s seconds that is disturbed for o of the w seconds that it takes in the end has
+    w = s + o (1 - 1 / slowdown).
+    """
+    moves = list(moves)
+    moving = Intervals(move for move in moves if move.stage == stage)
+    others = Intervals(move for move in moves if move.stage != stage)
+    step_seconds = StepTimes(costs.steps)
+    counted = [step for step in steps if not others.overlap(step)]
+    expected = [step_seconds(step.shape) + costs.step_overhead for step in counted]
+    overlaps = [moving.overlap(step) for step in counted]
+    calm = [step.wall / e for step, e, o in zip(counted, expected, overlaps, strict=True) if o == 0]
+    disturbed = sum(overlaps)
+    if not calm or not disturbed:
+        return 1.0
+    level = statistics.median(calm)  # these steps may all be somewhat off the fit
+    extra = sum(step.wall - level * e for step, e, o in zip(counted, expected, overlaps, strict=True) if o)
+    share = min(max(extra / disturbed, 0.0), 1 - 1 / MAX_SLOWDOWN)
+    return 1 / (1 - share)

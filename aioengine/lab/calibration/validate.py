@@ -1,0 +1,325 @@
+"""How far a simulation is from the live engine: the same workload on both."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aioengine.config import Device, DType, EngineConfig
+from aioengine.engine import AsyncEngine
+from aioengine.errors import ConfigError
+from aioengine.lab.calibration.probe import ProbedEngine
+from aioengine.lab.calibration.processor_waits import Waits
+from aioengine.lab.calibration.random_adapters import write_random_adapter
+from aioengine.lab.calibration.threads import in_thread
+from aioengine.lab.costs.model import CostModel, ModelShape
+from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.costs.steps import StepTimes
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.rows import Move, RequestRecord, Sample, SlotSpan
+from aioengine.lab.runs.simulate import simulate
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.workload.requests import Workload
+from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.request import SamplingParams
+
+Progress = Callable[[int, int, str], None]
+"""Told of: runs done, of how many, and which comes next."""
+
+ALL_AT_ONCE = "poisson:rate=100000"
+DISTURBED = 0.05
+"""A live run in which threads waited for more of it is done again, once."""
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What is compared. A mean over no requests is 0."""
+
+    output_tokens_per_second: float
+    """From the start to the end of the last request."""
+    median_ttft: float
+    """Seconds."""
+    mean_inter_token: float
+    """Seconds: the mean over requests of the time between the first token and the last, a token."""
+
+
+METRICS = Measured.__struct_fields__
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One load. ``error`` is (simulated - live) / live of each metric."""
+
+    load: str
+    """"40%" of what the simulated engine can do, or "as given"."""
+    requests_per_second: float | None
+    live: Measured
+    """Over the requests of all runs."""
+    runs: tuple[Measured, ...]
+    """Each live run."""
+    waited: tuple[float, ...]
+    """Of each live run: how long threads waited for a processor, as a share of the time in steps. What they
+    do not take from one another, others took."""
+    simulated: Measured
+    error: dict[str, float]
+    step_error: float
+    """The same of the time that the live runs' steps took, had they taken what the cost model says: what is
+    left of ``error`` comes from elsewhere."""
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    preset: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest error, without its sign."""
+        return max(abs(error) for one in self.comparisons for error in one.error.values())
+
+    def rows(self) -> list[tuple[str, str, float, float, float]]:
+        """(load, metric, live, simulated, error), for a table."""
+        return [
+            (one.load, metric, getattr(one.live, metric), getattr(one.simulated, metric), one.error[metric])
+            for one in self.comparisons
+            for metric in METRICS
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = msgspec.to_builtins(self)
+        assert isinstance(values, dict)
+        return values
+
+
+def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
+    """What :func:`validate` is meant for: a small model, and half as many adapters again as slots.
+
+    With far fewer slots, half of the requests would find their adapter in one, and half would wait for
+    seconds: the median would lie between the two, and hang on every millisecond.
+    """
+    workload = WorkloadSpec(
+        arrivals=ALL_AT_ONCE,
+        limit=120,
+        adapters=12,
+        popularity="zipf:1.0",
+        prompt_tokens="uniform:16..256",
+        output_tokens="uniform:16..96",
+    )
+    return Experiment(
+        workload=workload,
+        preset=preset,
+        slots=8,
+        cpu_loras=10,
+        max_lora_rank=16,
+        max_num_seqs=32,
+        max_model_len=512,
+        kv_cache_memory="512MiB",
+        seed=seed,
+    )
+
+
+def validate(
+    experiment: Experiment,
+    model: str,
+    *,
+    loads: Sequence[float] = (0.4, 0.8),
+    repeats: int = 3,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    progress: Progress | None = None,
+) -> Validation:
+    """Run the experiment's workload on the live engine and in simulation, and compare.
+
+    Both run through the same :func:`~aioengine.lab.runs.replay.replay`; the live engine gets adapters with
+    random weights. Nothing else should run on the machine.
+
+    Args:
+        experiment: Its preset should be the cost model of ``model`` on this machine.
+        model: As in :class:`~aioengine.config.EngineConfig`.
+        loads: Shares of what the simulated engine can do, which is measured by offering it everything at
+            once; the requests then come as a Poisson process. Empty: the workload as it is given.
+        repeats: Runs of each load, live on a fresh engine and simulated, each with a workload of its own (of
+            the experiment's seed, the next, ...). What is compared is over the requests of all of them.
+
+    Raises ConfigError if the preset, the model or the workload cannot be used.
+    """
+    return asyncio.run(
+        validate_async(
+            experiment, model, loads=loads, repeats=repeats, dtype=dtype, device=device, progress=progress
+        )
+    )
+
+
+async def validate_async(
+    experiment: Experiment,
+    model: str,
+    *,
+    loads: Sequence[float] = (0.4, 0.8),
+    repeats: int = 3,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    progress: Progress | None = None,
+) -> Validation:
+    """:func:`validate` where a loop is running; it can be cancelled."""
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats}: must be at least 1")
+    if not all(load > 0 for load in loads):
+        raise ConfigError(f"loads={', '.join(f'{load:g}' for load in loads)}: each must be more than 0")
+    costs = load_costs(experiment.preset)
+    seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
+    offered: list[tuple[str, float | None]] = [("as given", None)]
+    if loads:
+        capacity = statistics.fmean([await in_thread(partial(_capacity, one, costs)) for one in seeds])
+        offered = [(f"{share:.0%}", share * capacity) for share in loads]
+    config = msgspec.structs.replace(experiment.engine_config(), model=model, dtype=dtype, device=device)
+    found = []
+    for i, (load, rate) in enumerate(offered):
+        live: list[_Live] = []
+        simulated: list[_Kept] = []
+        for repeat, one in enumerate(seeds):
+            if progress is not None:
+                progress(i * repeats + repeat, len(offered) * repeats, f"load {load}, live run {repeat + 1}")
+            chosen = one if rate is None else _with_arrivals(one, f"poisson:rate={rate:.6g}")
+            workload = chosen.open_workload()
+            simulated.append(await in_thread(partial(_simulated, chosen, costs, workload)))
+            run = await _live(config, costs, workload, chosen.seed)
+            if run.waited > DISTURBED:  # once more; the calmer one counts
+                again = await _live(config, costs, workload, chosen.seed)
+                run = min(run, again, key=lambda run: run.waited)
+            live.append(run)
+        found.append(_compare(load, rate, live, simulated))
+    if progress is not None:
+        progress(len(offered) * repeats, len(offered) * repeats, "done")
+    return Validation(preset=experiment.preset, comparisons=tuple(found))
+
+
+def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
+    workload = msgspec.structs.replace(experiment.workload, arrivals=arrivals)
+    return msgspec.structs.replace(experiment, workload=workload)
+
+
+def _capacity(experiment: Experiment, costs: CostModel) -> float:
+    """Requests a second, if it is always busy."""
+    workload = _with_arrivals(experiment, ALL_AT_ONCE).open_workload()
+    kept = _Kept()
+    run_in_virtual_time(simulate(experiment, costs, workload, kept))
+    if not kept.requests:
+        raise ConfigError("the workload has no requests: nothing can be compared")
+    return len(kept.requests) / max(record.ended for record in kept.requests)
+
+
+def _simulated(experiment: Experiment, costs: CostModel, workload: Workload) -> _Kept:
+    kept = _Kept()
+    run_in_virtual_time(simulate(experiment, costs, workload, kept))
+    return kept
+
+
+class _Live(NamedTuple):
+    kept: _Kept
+    waited: float
+    step_seconds: float
+    """What all steps took, ..."""
+    expected: float
+    """...and what the cost model says of them."""
+
+
+async def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
+    with tempfile.TemporaryDirectory(prefix="aioengine-validate-") as folder:
+        return await _live_run(config, costs, workload, seed, Path(folder))
+
+
+async def _live_run(
+    config: EngineConfig, costs: CostModel, workload: Workload, seed: int, folder: Path
+) -> _Live:
+    kept = _Kept()
+    async with ProbedEngine(config) as engine:
+        found = ModelShape.of(engine.model_spec, engine.plan.dtype)
+        if found != costs.model:
+            raise ConfigError(
+                f"cost model {costs.name!r} is of a model with {_sizes(costs.model)}, and {config.model!r} "
+                f"has {_sizes(found)}; give the model that it was calibrated with"
+            )
+        paths = await _write_adapters(engine, workload, folder)
+        await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
+        engine.probe.steps.clear()
+        waits = Waits()
+        await replay(engine, workload, kept, paths=paths, seed=seed)
+        waited = waits.seconds()
+        steps = engine.probe.steps
+    took = sum(step.seconds for step in steps)
+    expected = sum(map(StepTimes(costs.steps), (step.shape for step in steps)))
+    return _Live(kept, waited / took if took else 0.0, took, expected)
+
+
+def _sizes(model: ModelShape) -> str:
+    return f"{model.num_layers} layers of {model.hidden_size} in {model.dtype}"
+
+
+async def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
+    paths = {}
+    for i, shape in enumerate(workload.adapters):
+        write = partial(write_random_adapter, folder / str(i), engine.model_spec, shape.rank, seed=i)
+        paths[shape.name] = await in_thread(write)
+    return paths
+
+
+def _compare(
+    load: str, rate: float | None, runs: Sequence[_Live], simulations: Sequence[_Kept]
+) -> Comparison:
+    live, simulated = _measured([run.kept for run in runs]), _measured(simulations)
+    return Comparison(
+        load=load,
+        requests_per_second=rate,
+        live=live,
+        runs=tuple(_measured([run.kept]) for run in runs),
+        waited=tuple(run.waited for run in runs),
+        simulated=simulated,
+        error={metric: _error(getattr(simulated, metric), getattr(live, metric)) for metric in METRICS},
+        step_error=_error(sum(run.expected for run in runs), sum(run.step_seconds for run in runs)),
+    )
+
+
+def _error(found: float, truth: float) -> float:
+    return (found - truth) / truth if truth else 0.0
+
+
+class _Kept:
+    """A sink that keeps the requests that have finished."""
+
+    def __init__(self) -> None:
+        self.requests: list[RequestRecord] = []
+
+    def request(self, record: RequestRecord) -> None:
+        if record.error is None and record.first_token is not None:
+            self.requests.append(record)
+
+    def span(self, record: SlotSpan) -> None: ...
+    def move(self, record: Move) -> None: ...
+    def sample(self, record: Sample) -> None: ...
+
+    @property
+    def seconds(self) -> float:
+        return max((record.ended for record in self.requests), default=0.0)
+
+
+def _measured(runs: Sequence[_Kept]) -> Measured:
+    """Over the requests of all of them."""
+    ttfts, gaps, tokens = [], [], 0
+    for record in chain.from_iterable(run.requests for run in runs):
+        assert record.first_token is not None
+        tokens += record.output_tokens
+        ttfts.append(record.first_token - record.arrival)
+        if record.output_tokens > 1:
+            gaps.append((record.ended - record.first_token) / (record.output_tokens - 1))
+    seconds = sum(run.seconds for run in runs)
+    return Measured(
+        output_tokens_per_second=tokens / seconds if seconds else 0.0,
+        median_ttft=statistics.median(ttfts) if ttfts else 0.0,
+        mean_inter_token=statistics.fmean(gaps) if gaps else 0.0,
+    )

@@ -1,0 +1,1 @@
+"""Cost models: how long steps, reads and copies take in simulated time."""

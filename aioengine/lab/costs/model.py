@@ -1,0 +1,194 @@
+"""The cost model: how long a step, a load and a copy take. Plain data, read from and written to JSON.
+
+No torch here. What the coefficients mean and where they come from is in docs/lab-costs.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+
+from aioengine.config import EngineConfig
+from aioengine.errors import ConfigError
+from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, check
+from aioengine.memory_plan import MemoryPlan, plan_memory
+from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, RopeSpec
+
+FORMAT = 2
+"""The version of the JSON."""
+_PAIR = re.compile(r"\[\s+([^\s,\[\]{}]+),\s+([^\s,\[\]{}]+)\s+\]")
+"""A list of two numbers, which JSON for people has on one line."""
+
+
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stage of an adapter's way, disk to CPU or CPU to slot; moves at once share its bandwidth."""
+
+    latency: float
+    """Seconds that a move takes whatever its size."""
+    bandwidth: float
+    """Bytes a second."""
+    slowdown: float = 1.0
+    """How many times as long steps take meanwhile."""
+
+    def __post_init__(self) -> None:
+        check("latency", self.latency, low=0.0)
+        check("bandwidth", self.bandwidth, low=0.0, above=True)
+        check("slowdown", self.slowdown, low=1.0)
+
+    def seconds(self, nbytes: float) -> float:
+        """Of a move that has the stage to itself."""
+        return self.latency + nbytes / self.bandwidth
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The sizes of the model that was timed."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"model.{field}={value}: must be at least 1")
+
+    @classmethod
+    def of(cls, spec: ModelSpec, dtype: str) -> Self:
+        """The shape of a model that runs in ``dtype``."""
+        values = {field: getattr(spec, field) for field in cls.__struct_fields__}
+        return msgspec.convert({**values, "dtype": dtype}, cls)
+
+    def spec(self) -> ModelSpec:
+        """As the engine wants it; no token ends a sequence."""
+        values = msgspec.structs.asdict(self)
+        return ModelSpec(rms_norm_eps=1e-5, rope=RopeSpec(), **values)
+
+
+class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the fitted steps are from those that were timed, as shares of the latter."""
+
+    steps: int
+    """Timed."""
+    median_error: float
+    p90_error: float
+
+
+class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a simulated device takes for everything, and how much it holds.
+
+    In steady state a step begins ``step_seconds + step_overhead`` after the one before.
+    """
+
+    format: int = FORMAT
+    name: str
+    source: str
+    """Where the numbers come from: the machine and the versions, or what was published."""
+    estimate: bool
+    """From published figures instead of measurements."""
+    sources: dict[str, str] = msgspec.field(default_factory=dict)
+    """Where single numbers come from, by their name."""
+    model: ModelShape
+    steps: StepCosts
+    step_overhead: float = 0.0
+    """Seconds from the end of a step to the beginning of the next."""
+    disk: Stage
+    slot: Stage
+    device: Literal["cpu", "cuda"]
+    device_memory: int
+    """Bytes for weights, slots and KV blocks (on a CPU for the adapter cache too)."""
+    fit: FitQuality | None = None
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ConfigError(_other_format(self.format))
+        check("step_overhead", self.step_overhead, low=0.0)
+        if self.device_memory < 1:
+            raise ConfigError(f"device_memory={self.device_memory}: must be at least 1 byte")
+
+    def step_seconds(self, shape: StepShape) -> float:
+        """The executor's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""
+        return StepTimes(self.steps)(shape)
+
+    def adapter_nbytes(self, rank: int, modules: Sequence[str] = LORA_MODULES) -> int:
+        """An adapter on the CPU, A and B of every layer's ``modules`` in the model's dtype."""
+        spec = self.spec
+        per_rank = sum(sum(spec.linear(module)) for module in modules) * spec.num_layers
+        return rank * per_rank * DTYPE_BYTES[spec.dtype]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec()
+
+    def plan(self, config: EngineConfig) -> MemoryPlan:
+        """The memory of an engine on this device. Raises ConfigError if it does not fit."""
+        return plan_memory(self.spec, config, device=self.device, available_bytes=self.device_memory)
+
+    def to_json(self) -> bytes:
+        text = msgspec.json.format(msgspec.json.encode(self).decode(), indent=2)
+        return _PAIR.sub(r"[\1, \2]", text).encode() + b"\n"
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(self.to_json())
+
+    @classmethod
+    def from_json(cls, data: bytes, *, source: str = "cost model") -> Self:
+        """Raises ConfigError, naming ``source`` and the field, for anything but a sound cost model."""
+        try:
+            values = msgspec.json.decode(data)
+            if isinstance(values, dict):
+                _refuse_other_formats(values, source)
+                _refuse_unknown(cls, values, source)
+            return msgspec.convert(values, cls)
+        except ConfigError:
+            raise
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {error.__cause__ or error}") from error
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{source} is not JSON: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read cost model {path}: {error.strerror}") from error
+        return cls.from_json(data, source=str(path))
+
+
+def _refuse_other_formats(values: dict[str, Any], source: str) -> None:
+    """Before anything else is checked: a later format has fields that are not known here."""
+    found = values.get("format", FORMAT)
+    if found != FORMAT:
+        raise ConfigError(f"{source}: {_other_format(found)}")
+
+
+def _other_format(found: object) -> str:
+    todo = "calibrate again"
+    if not isinstance(found, int) or found > FORMAT:
+        todo = f"upgrade aioengine, or {todo}"
+    return f"format {found!r}, but this aioengine reads cost models of format {FORMAT}; {todo}"
+
+
+def _refuse_unknown(cls: type[msgspec.Struct], values: dict[str, Any], source: str) -> None:
+    fields = cls.__struct_fields__
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{source}: unknown field {key!r}{hint}; fields: {', '.join(fields)}")

@@ -1,0 +1,34 @@
+"""Cost models that come with aioengine, by name."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+
+from aioengine.errors import ConfigError
+from aioengine.lab.costs.model import CostModel
+
+FOLDER = files("aioengine.lab.costs") / "presets"
+
+
+def available_presets() -> tuple[str, ...]:
+    return tuple(sorted(f.name.removesuffix(".json") for f in FOLDER.iterdir() if f.name.endswith(".json")))
+
+
+def load_costs(preset: str | Path) -> CostModel:
+    """The preset of this name, or the cost model in a JSON file (a path that ends in ``.json``).
+
+    Raises ConfigError if there is none, or it is not sound.
+    """
+    if str(preset).endswith(".json"):
+        return CostModel.read(Path(preset))
+    names = available_presets()
+    if preset not in names:
+        near = difflib.get_close_matches(str(preset), names, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(
+            f"preset={str(preset)!r}: there are {', '.join(names)}{hint}; or give the path of a .json file "
+            "that 'aioengine lab calibrate' wrote"
+        )
+    return CostModel.from_json((FOLDER / f"{preset}.json").read_bytes(), source=f"preset {preset}")

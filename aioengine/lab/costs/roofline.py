@@ -1,0 +1,184 @@
+"""A cost model out of published figures: a roofline for the base model, traffic and launches for adapters.
+
+Every result is an estimate. After the roofline of Williams, Waterman and Patterson (2009), as applied to
+decoding by Pope et al., "Efficiently Scaling Transformer Inference" (arXiv 2211.05102).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from aioengine.lab.costs.model import CostModel, ModelShape, Stage
+from aioengine.lab.costs.steps import Curve, StepCosts, significant
+from aioengine.lab.workload.distributions import MAX_RANK
+from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec
+
+
+class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU and its host. Bandwidths are bytes a second; what is ``achieved`` is a share of the peak."""
+
+    memory: int
+    """Bytes that an engine can use."""
+    bandwidth: float
+    """Peak, of the device's memory."""
+    flops: float
+    """Peak, dense, in the model's dtype."""
+    host_to_device: float
+    """Achieved."""
+    disk: float
+    """Achieved, checks and conversion of an adapter included."""
+    sources: dict[str, str]
+    """Where each figure comes from."""
+    weights_achieved: float = 0.8
+    """Of the bandwidth, reading weights in decode."""
+    kv_achieved: float = 0.6
+    """Of the bandwidth, reading keys and values."""
+    linear_achieved: float = 0.6
+    """Of the flops, in the linears of a prefill."""
+    attention_achieved: float = 0.5
+    """Of the flops, in the attention of a prefill."""
+    lora_bandwidth_achieved: float = 0.5
+    lora_flops_achieved: float = 0.1
+    lora_launch: float = 3e-6
+    """Seconds for each shrink or expand kernel of a layer, however small."""
+    step: float = 3e-4
+    """Seconds of every step that no other term has."""
+    sequence: float = 1e-5
+    """Host seconds for each sequence of a step."""
+    step_overhead: float = 1e-3
+    """Seconds between steps."""
+    disk_latency: float = 5e-3
+    slot_latency: float = 1e-4
+
+
+def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigures) -> CostModel:
+    """The cost model of ``model`` on ``device``.
+
+    Decode reads all weights but the input embedding once a step. A LoRA step launches a shrink and an
+    expand for each of a layer's four fused linears, and reads A and B of every distinct adapter.
+    """
+    spec = model.spec()
+    nbytes = DTYPE_BYTES[model.dtype]
+    head = spec.vocab_size * spec.hidden_size
+    layers = spec.num_parameters() - head * (1 if spec.tie_embeddings else 2)
+    read_lora = device.bandwidth * device.lora_bandwidth_achieved
+    rank_elements = sum(sum(spec.linear(module)) for module in LORA_MODULES) * spec.num_layers
+    linear_flops = device.flops * device.linear_achieved
+    steps = StepCosts(
+        step=device.step,
+        linears=_roofline(
+            least=(layers + head) * nbytes / (device.bandwidth * device.weights_achieved),
+            token=2 * layers / linear_flops,
+        ),
+        sequence=device.sequence + 2 * head / linear_flops,
+        decode_kv=spec.kv_bytes_per_token(nbytes) / (device.bandwidth * device.kv_achieved),
+        prefill_pair=4 * spec.q_size * spec.num_layers / (device.flops * device.attention_achieved),
+        lora_step=8 * spec.num_layers * device.lora_launch,
+        adapter=_by_rank(0.0, rank_elements * nbytes / read_lora),
+        lora_token=_by_rank(
+            _lora_activations(spec) * nbytes / read_lora,
+            2 * rank_elements / (device.flops * device.lora_flops_achieved),
+        ),
+    )
+    return CostModel(
+        name=name,
+        source=f"published figures of {device_name}; see docs/lab-costs.md",
+        estimate=True,
+        sources=device.sources,
+        model=model,
+        steps=steps.rounded(),
+        step_overhead=device.step_overhead,
+        disk=Stage(device.disk_latency, device.disk),
+        slot=Stage(
+            device.slot_latency,
+            device.host_to_device,
+            slowdown=round(1 + device.host_to_device / device.bandwidth, 4),
+        ),
+        device="cuda",
+        device_memory=device.memory,
+    )
+
+
+def _roofline(*, least: float, token: float) -> Curve:
+    """Bound by memory up to so many tokens, by arithmetic beyond."""
+    knee = significant(least / token)
+    return ((knee, least), (10 * knee, 10 * least))
+
+
+def _by_rank(base: float, each: float) -> Curve:
+    return ((0.0, base), (float(MAX_RANK), base + MAX_RANK * each))
+
+
+def _lora_activations(spec: ModelSpec) -> int:
+    """Elements that the adapters' kernels move for one token: each fused linear's input is read, and its
+    output read and written."""
+    outputs = sum(spec.linear(module).out_features for module in LORA_MODULES)
+    inputs = 2 * spec.hidden_size + spec.q_size + spec.intermediate_size  # qkv, gate and up; o; down
+    return (inputs + 2 * outputs) * spec.num_layers
+
+
+LLAMA3_8B = ModelShape(
+    vocab_size=128256,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    max_position=131072,
+)
+"""Llama 3.1 8B (arXiv 2407.21783, table 3): 8.03e9 parameters, 16.06 GB in bfloat16."""
+
+_ASSUMED = {
+    "achieved shares": "assumed: 80% of the bandwidth for weights (vLLM with this model on an A100 comes to "
+    "77%, overheads included: johnmusgrave.com/p/vllm-throughput-latency-sweep-on), 60% for keys and values; "
+    "60% of the peak for linears; attention at 50% lies between FlashAttention-2 (35% on an H100) and "
+    "FlashAttention-3 (75%), arXiv 2407.08608",
+    "LoRA": "assumed: 3 us a kernel, half of the bandwidth for A, B and activations, a tenth of the peak; "
+    "8 adapters of rank 16 then cost 1 to 4 ms a decode step, and Punica (arXiv 2310.18547) reports 2 ms",
+    "step, sequence, step_overhead, latencies": "assumed",
+}
+
+H100_SXM = DeviceFigures(
+    memory=78 * 2**30,
+    bandwidth=3.35e12,
+    flops=989e12,
+    host_to_device=50e9,
+    disk=3e9,
+    sources={
+        "model": "Llama 3.1 8B: arXiv 2407.21783, table 3; vocabulary: its config.json",
+        "bandwidth, flops": "NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1979 TFLOPS bfloat16 with sparsity, "
+        "half of it without",
+        "memory": "80 GB; assumed: 78 GiB are left by the driver and the CUDA context",
+        "host_to_device": "PCIe 5.0 x16, 64 GB/s a direction; assumed: the 78% that pinned memory reaches on "
+        "PCIe 4.0 (24.8 of 32 GB/s on an A100, forums.developer.nvidia.com/t/352186)",
+        "disk": "assumed: 3 GB/s, half of what a PCIe 4.0 NVMe drive reads, for checks and conversion",
+        **_ASSUMED,
+    },
+)
+
+A10G = DeviceFigures(
+    memory=22 * 2**30,
+    bandwidth=600e9,
+    flops=70e12,
+    host_to_device=24.8e9,
+    disk=1e9,
+    sources={
+        "model": "Llama 3.1 8B: arXiv 2407.21783, table 3; vocabulary: its config.json",
+        "bandwidth, flops": "NVIDIA A10G: 600 GB/s, 70 TFLOPS dense "
+        "(baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference; the A10 has 125)",
+        "memory": "24 GB; assumed: 22 GiB are left by ECC, the driver and the CUDA context",
+        "host_to_device": "PCIe 4.0 x16: 24.8 GB/s from pinned memory, measured on an A100 "
+        "(forums.developer.nvidia.com/t/352186)",
+        "disk": "assumed: 1 GB/s",
+        **_ASSUMED,
+    },
+)
+
+
+def estimates() -> list[CostModel]:
+    """Those that come with aioengine as presets."""
+    return [
+        estimate("llama3-8b-h100", "one H100 SXM 80 GB", LLAMA3_8B, H100_SXM),
+        estimate("llama3-8b-a10g", "one A10G 24 GB", LLAMA3_8B, A10G),
+    ]

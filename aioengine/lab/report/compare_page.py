@@ -1,0 +1,196 @@
+"""A comparison's report: rankings with intervals, figures, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, find_measure
+from aioengine.lab.analysis.statistics import Estimate, paired
+from aioengine.lab.report.compare_figures import Compare, draw_compare, setting_text
+from aioengine.lab.report.run_page import (
+    draw_both,
+    parameter_rows,
+    read_json,
+    template,
+    versions_text,
+    write_files,
+)
+from aioengine.lab.report.style import change_text
+from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
+
+COLUMNS = (
+    "ttft_seconds.mean",
+    "ttft_seconds.p99",
+    "latency_seconds.mean",
+    "output_tokens_per_second",
+    "hits.slot_share",
+    "fairness.adapters.jain_latency",
+    "starvation.worst_wait_seconds",
+)
+"""Of the ranked table, next to what is ranked by."""
+
+
+class Cell(NamedTuple):
+    value: str
+    interval: str | None
+    """Half of it, as in "± 0.2 s"."""
+    difference: str | None
+    """To the first policy, if it has an interval that leaves out 0: in percent of its mean, of shares in
+    percentage points."""
+    verdict: str
+    """ "good" or "bad", for a difference."""
+
+
+class Row(NamedTuple):
+    name: str
+    """Of a policy, or of a figure."""
+    cells: list[Cell]
+    place: str = ""
+    """ "1", or "1=" where others share it."""
+    best: bool = False
+    """Whether the seeds say that it is better than all others."""
+
+
+class Ranking(NamedTuple):
+    """A table: best first."""
+
+    title: str
+    heads: list[str]
+    rows: list[Row]
+
+
+def load_compare(folder: str | Path, rank_by: str = DEFAULT_RANKING) -> Compare:
+    """What a comparison has left in ``folder``. Raises ConfigError if it is none, or for ``rank_by``."""
+    measure = find_measure(rank_by)
+    results = load_results(folder)
+    return Compare(Path(folder), results, estimates(results), measure)
+
+
+def write_compare_report(
+    folder: str | Path, rank_by: str = DEFAULT_RANKING, progress: Callable[[], None] | None = None
+) -> Path:
+    """Write ``figures/*.png`` and ``report.html`` for the comparison in ``folder``; returns the page's path.
+
+    Raises ConfigError if it is none, or ``rank_by`` names no figure.
+    """
+    compare = load_compare(folder, rank_by)
+    comparison = read_comparison(compare.folder / "comparison.json")
+    results = compare.results
+    failed = results.drop_nulls("error").select("folder", "error").iter_rows()
+    drawn = draw_both(lambda theme: draw_compare(compare, theme), progress)
+    page = template("compare").render(
+        title=f"{len(compare.policies)} policies on {comparison.experiment.preset}",
+        subtitle=(
+            f"{results.height:,} runs: {len(compare.policies)} policies, {len(compare.settings())} settings, "
+            f"each over {len(comparison.seeds)} seeds"
+        ),
+        runs=results.height,
+        failures=[Failure(*row) for row in failed],
+        rankings=list(rankings(compare)),
+        details=list(_details(compare)),
+        note=_note(compare, len(comparison.seeds)),
+        drawn=drawn,
+        parameters=list(parameter_rows(msgspec.to_builtins(comparison))),
+        versions=versions_text(read_json(compare.folder / "comparison.json")),
+        example=results["folder"][0],
+    )
+    return write_files(compare.folder, page, [light for light, _ in drawn])
+
+
+def rankings(compare: Compare) -> Iterator[Ranking]:
+    """A table for each setting, in the order of places."""
+    names = dict.fromkeys((compare.measure.name, *COLUMNS))
+    measures = [find_measure(name) for name in names]
+    for slots, scale in compare.settings():
+        rows = [
+            Row(
+                policy,
+                [_cell(compare, measure, policy, slots, scale) for measure in measures],
+                place,
+                best=place == "1" and compare.results["seed"].n_unique() > 1 < len(compare.policies),
+            )
+            for policy, place in places(compare, slots, scale).items()
+        ]
+        title = f"{setting_text(compare, slots, scale)}: by {compare.measure.label}"
+        yield Ranking(title, [measure.label for measure in measures], rows)
+
+
+def ranked(compare: Compare, slots: int, scale: float) -> list[str]:
+    """The policies of a setting, best first; those without a figure last."""
+    table = compare.of(compare.measure.name, slots=slots, scale=scale)
+    best = table.sort("mean", descending=compare.measure.better == "higher", maintain_order=True)
+    order = best["policy"].to_list()
+    return [*order, *(policy for policy in compare.policies if policy not in order)]
+
+
+def places(compare: Compare, slots: int, scale: float) -> dict[str, str]:
+    """The place of each policy of a setting, best first. Those that the seeds do not tell from the best share
+    its place, and so on with those that are left; "–" without a figure."""
+    setting = compare.results.filter(slots=slots, scale=scale).sort("seed")
+
+    def values(policy: str) -> list[float | None]:
+        return setting.filter(policy=policy)[compare.measure.name].to_list()
+
+    known = compare.of(compare.measure.name, slots=slots, scale=scale)["policy"].to_list()
+    rest = [policy for policy in ranked(compare, slots, scale) if policy in known]
+    found: dict[str, str] = {}
+    while rest:
+        best = values(rest[0])
+        tied = [policy for policy in rest if _is_tie(paired(values(policy), best))]
+        found |= dict.fromkeys(tied, f"{len(found) + 1}{'=' * (len(tied) > 1)}")
+        rest = [policy for policy in rest if policy not in found]
+    return found | dict.fromkeys((policy for policy in compare.policies if policy not in found), "–")
+
+
+def _is_tie(difference: Estimate | None) -> bool:
+    if difference is None:
+        return False
+    low, high = difference.low, difference.high
+    return difference.mean == 0 if low is None or high is None else low <= 0 <= high
+
+
+def _details(compare: Compare) -> Iterator[Ranking]:
+    """All figures of a setting: a row for each, a column for each policy."""
+    for slots, scale in compare.settings():
+        rows = [
+            Row(m.label, [_cell(compare, m, policy, slots, scale) for policy in compare.policies])
+            for m in MEASURES
+        ]
+        yield Ranking(setting_text(compare, slots, scale), compare.policies, rows)
+
+
+def _cell(compare: Compare, measure: Measure, policy: str, slots: int, scale: float) -> Cell:
+    found = compare.of(measure.name, slots=slots, scale=scale, policy=policy)
+    if found.is_empty():
+        return Cell("–", None, None, "")
+    row = found.row(0, named=True)
+    interval = None if row["high"] is None else measure.interval_text(row["mean"], row["high"] - row["mean"])
+    return Cell(measure.text(row["mean"]), interval, *_difference(row, measure))
+
+
+def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]:
+    """To the first policy, where the seeds say that there is one."""
+    low, high, change = row["difference_low"], row["difference_high"], row["difference"]
+    if low is None or low <= 0 <= high:
+        return None, ""
+    base = row["mean"] - change
+    if measure.unit == "share":
+        text = f"{change_text(change).removesuffix('%')} pp"
+    else:
+        text = change_text(change / base) if base else f"{change:+.3g}"
+    return text, "good" if (change < 0) == (measure.better == "lower") else "bad"
+
+
+def _note(compare: Compare, seeds: int) -> str:
+    if seeds == 1:
+        return "One seed: there are no intervals, and places may be chance. With --seeds 5 there are."
+    return (
+        "± is half of a 95% interval of the mean over the seeds (Student's t). Policies share a place (1=) "
+        "if the interval of their difference to the best of them, paired by seed, includes 0; bold is who "
+        f"has the first place alone. In colour: the difference to {compare.policies[0]}, where its interval "
+        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp)."
+    )

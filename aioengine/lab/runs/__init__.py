@@ -1,0 +1,1 @@
+"""Runs: experiments replayed, recorded, and compared with each other."""

@@ -1,0 +1,245 @@
+"""Many runs side by side: policies by slots by loads, each over the same seeds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.lab.analysis.statistics import estimate, paired, regret
+from aioengine.lab.analysis.summary import flatten
+from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.pool import Report, Task, run_all
+from aioengine.lab.runs.simulate import check_policy
+from aioengine.lab.workload.extra import needs_extra
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Policy = str | dict[str, Any]
+
+KEYS = ("policy", "slots", "scale")
+"""What a setting is told apart by, next to the seed."""
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a comparison depends on. Every run is ``experiment`` with four of its fields replaced:
+    all combinations of these."""
+
+    experiment: Experiment
+    policies: list[Policy]
+    """Differences are to the first."""
+    slots: list[int]
+    scales: list[float]
+    """Of the arrival rate: WorkloadSpec.scale."""
+    seeds: list[int]
+    """The same seeds for every policy, so that all are offered the same arrivals."""
+
+    def __post_init__(self) -> None:
+        for name in ("policies", "slots", "scales", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise ConfigError(f"Comparison.{name}=[]: must have at least one value")
+            labels = [policy_label(value) if name == "policies" else str(value) for value in values]
+            twice = sorted({label for label in labels if labels.count(label) > 1})
+            if twice:
+                raise ConfigError(f"Comparison.{name}: {', '.join(twice)} is given twice")
+
+    def tasks(self, out: Path) -> list[Task]:
+        """The runs, each with a folder below ``out``; the seeds of a setting follow each other.
+
+        Raises ConfigError if one of them cannot be.
+        """
+        grid = itertools.product(self.scales, self.slots, self.policies, self.seeds)
+        tasks = []
+        for key, (scale, slots, policy, seed) in enumerate(grid):
+            workload = msgspec.structs.replace(self.experiment.workload, scale=scale)
+            experiment = msgspec.structs.replace(
+                self.experiment, workload=workload, slots=slots, policy=policy, seed=seed
+            )
+            plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", policy_label(policy)).strip("_.")[:40]
+            name = f"{key:04d}-{plain}-slots={slots}-scale={scale:g}-seed={seed}"
+            tasks.append(Task(key, experiment, out / "runs" / name))
+        return tasks
+
+
+class Failure(NamedTuple):
+    folder: str
+    error: str
+
+
+class Compared(NamedTuple):
+    results: pl.DataFrame
+    """A row for each run: policy, slots, scale, seed, folder, error, and the figures of its summary."""
+    failures: list[Failure]
+
+
+def policy_label(policy: Policy) -> str:
+    """What a policy is called in results: its text, or its table as JSON."""
+    return policy if isinstance(policy, str) else json.dumps(policy, sort_keys=True)
+
+
+def compare(
+    comparison: Comparison,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    report: Callable[[Report], None] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Compared:
+    """Do all runs, ``jobs`` at a time in processes of their own, and write what they gave into ``out``.
+
+    Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
+    run below ``runs``, where those of an earlier comparison are removed. A run that fails leaves its error in
+    the results, and the others go on.
+
+    Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
+    trace, a policy or the folder cannot be used, KeyboardInterrupt if ``stopping()``.
+    """
+    out = Path(out)
+    tasks = comparison.tasks(out)
+    ended: dict[int, Report] = {}
+
+    def heard(found: Report) -> None:
+        if found.kind != "progress":
+            ended[found.key] = found
+        if report is not None:
+            report(found)
+
+    load_costs(comparison.experiment.preset)  # what no run can do without is known before any begins
+    comparison.experiment.open_workload()
+    for policy in comparison.policies:
+        check_policy(policy)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "comparison.json").exists():  # else what is below "runs" is somebody else's
+            for earlier in (out / "runs").glob("[0-9][0-9][0-9][0-9]-*/experiment.json"):
+                shutil.rmtree(earlier.parent)
+        write_comparison(comparison, out / "comparison.json")
+    except OSError as error:
+        raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
+    run_all(tasks, jobs, heard, stopping)
+    results = _results(tasks, ended)
+    results.write_csv(out / "results.csv")
+    results.write_parquet(out / "results.parquet")
+    estimates(results).write_csv(out / "estimates.csv")
+    failures = [
+        Failure(task.out.name, ended[task.key].error or "")
+        for task in tasks
+        if ended[task.key].kind == "failed"
+    ]
+    return Compared(results, failures)
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """As JSON that :func:`read_comparison` reads, with the versions that it was made with."""
+    data = {
+        "aioengine": version("aioengine"),
+        "python": platform.python_version(),
+        "comparison": msgspec.to_builtins(comparison),
+    }
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """Raises ConfigError, which names the file and what is wrong with it."""
+    try:
+        data = msgspec.json.decode(Path(path).read_bytes())
+        if not isinstance(data, dict) or "comparison" not in data:
+            raise ConfigError(f"{path}: is no comparison; 'aioengine lab compare' writes comparison.json")
+        return msgspec.convert(data["comparison"], Comparison)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error.__cause__ or error}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+
+
+def load_results(folder: str | Path) -> pl.DataFrame:
+    """The results of a comparison as a frame. Raises ConfigError if there are none."""
+    with needs_extra():
+        import polars as pl
+    path = Path(folder) / "results.parquet"
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _results(tasks: list[Task], ended: dict[int, Report]) -> pl.DataFrame:
+    with needs_extra():
+        import polars as pl
+    rows = []
+    for task in tasks:
+        found = ended[task.key]
+        rows.append(
+            {
+                "policy": policy_label(task.experiment.policy),
+                "slots": task.experiment.slots,
+                "scale": float(task.experiment.workload.scale),
+                "seed": task.experiment.seed,
+                "folder": task.out.name,
+                "error": found.error,
+                # Counts too: a column is of one type, whatever run it is that has no value.
+                **{k: None if v is None else float(v) for k, v in flatten(found.summary or {}).items()},
+            }
+        )
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    types = {
+        "policy": pl.String,
+        "slots": pl.Int64,
+        "seed": pl.Int64,
+        "folder": pl.String,
+        "error": pl.String,
+    }
+    schema: dict[str, Any] = {name: types.get(name, pl.Float64) for name in names}
+    return pl.DataFrame(rows, schema=schema)
+
+
+def estimates(results: pl.DataFrame) -> pl.DataFrame:
+    """Means over the seeds with their 95% intervals: a row for each setting and figure.
+
+    Columns: ``policy``, ``slots``, ``scale``, ``figure``, ``runs``; ``mean``, ``low``, ``high``;
+    ``difference`` (and ``_low``, ``_high``) to the first policy with the same slots and scale, by seed;
+    ``regret`` (and so on) against the policy "oracle", where it took part, as a share of its figure.
+    """
+    with needs_extra():
+        import polars as pl
+    rows = list(_estimate_rows(results))
+    names = ("mean", "difference", "regret")
+    schema: dict[str, Any] = {"policy": pl.String, "slots": pl.Int64, "scale": pl.Float64}
+    schema |= {"figure": pl.String, "runs": pl.Int64}
+    for name in names:
+        prefix = "" if name == "mean" else f"{name}_"
+        schema |= {name: pl.Float64, f"{prefix}low": pl.Float64, f"{prefix}high": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _estimate_rows(results: pl.DataFrame) -> Iterator[tuple[Any, ...]]:
+    first = results["policy"][0]
+    figures = [name for name in results.columns if name not in (*KEYS, "seed", "folder", "error")]
+    by_setting = {key: frame.sort("seed") for key, frame in results.group_by(KEYS, maintain_order=True)}
+    for (policy, slots, scale), frame in by_setting.items():
+        base, best = (by_setting.get((name, slots, scale)) for name in (first, "oracle"))
+        for figure in figures:
+            values = frame[figure].to_list()
+            known = [value for value in values if value is not None]
+            if not known:
+                continue
+            found = estimate(known)
+            row = [policy, slots, scale, figure, found.runs, found.mean, found.low, found.high]
+            for function, other in ((paired, base), (regret, best)):
+                compared = None if other is None else function(values, other[figure].to_list())
+                row += [None] * 3 if compared is None else [compared.mean, compared.low, compared.high]
+            yield tuple(row)

@@ -1,0 +1,139 @@
+"""Experiment: everything that a simulated run depends on, as plain data."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.errors import ConfigError
+from aioengine.lab.workload.requests import Workload
+from aioengine.lab.workload.spec import WorkloadSpec
+
+
+class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One run: the same experiment gives the same files, byte for byte.
+
+    Raises ConfigError on construction if a value is out of range.
+    """
+
+    workload: WorkloadSpec
+    policy: str | dict[str, Any] = "fcfs"
+    """As ``EngineConfig.policy``; in the lab "oracle", and any policy or part whose constructor takes
+    ``future``, is given the arrivals to come."""
+    preset: str = "llama3-8b-h100"
+    """A cost model that comes with aioengine, or the path of one that ``lab calibrate`` has written."""
+    slots: int = 8
+    """Adapter slots on the device (``max_loras``)."""
+    cpu_loras: int = 64
+    """Adapters in the CPU cache, those in slots included (``max_cpu_loras``)."""
+    max_lora_rank: int = 64
+    """Every slot is sized for it; requests for adapters of a higher rank fail."""
+    max_cpu_lora_bytes: int | str | None = None
+    max_concurrent_loads: int = 2
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory: int | str | None = None
+    """None: what the preset's device has free."""
+    enable_prefix_caching: bool = False
+    """Traces have no content: with it, all prompts would be prefixes of one another."""
+    max_waiting: int | None = None
+    seed: int = 0
+    """For the workload: arrivals, adapters, lengths."""
+    sample_seconds: float = 1.0
+    """Between two rows of samples.csv."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r}: must be an integer >= 0")
+        if not self.sample_seconds > 0:
+            raise ConfigError(f"sample_seconds={self.sample_seconds!r}: must be more than 0 seconds")
+        slots, cpu_loras = self.slots, self.cpu_loras
+        if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
+            raise ConfigError(
+                f"cpu_loras={cpu_loras}: must be >= slots={slots}, because an adapter in a slot also stays "
+                "in the CPU cache; raise cpu_loras or lower slots"
+            )
+        self.engine_config()
+
+    def open_workload(self) -> Workload:
+        """Raises ConfigError for a trace that cannot be used, or an adapter that no slot can hold."""
+        workload = self.workload.open(self.seed)
+        largest = max(workload.adapters, key=lambda shape: shape.rank, default=None)
+        if largest is not None and largest.rank > self.max_lora_rank:
+            raise ConfigError(
+                f"max_lora_rank={self.max_lora_rank}: adapter {largest.name!r} has rank {largest.rank} "
+                f"(ranks={self.workload.ranks!r}), and all its requests would fail; raise max_lora_rank"
+            )
+        return workload
+
+    def engine_config(self) -> EngineConfig:
+        """Of the engine that is simulated."""
+        return EngineConfig(
+            model=self.preset,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            kv_cache_memory=self.kv_cache_memory,
+            enable_prefix_caching=self.enable_prefix_caching,
+            seed=self.seed,
+            max_waiting=self.max_waiting,
+            policy=self.policy,
+            lora=LoRAConfig(
+                max_loras=self.slots,
+                max_lora_rank=self.max_lora_rank,
+                max_cpu_loras=self.cpu_loras,
+                max_cpu_lora_bytes=self.max_cpu_lora_bytes,
+                max_concurrent_loads=self.max_concurrent_loads,
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, defaults included."""
+        values = msgspec.to_builtins(self)
+        assert isinstance(values, dict)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
+        """Raises ConfigError that names ``source`` and the field."""
+        _refuse_unknown(cls, values, source)
+        workload = values.get("workload")
+        if isinstance(workload, Mapping):
+            _refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
+        try:
+            return msgspec.convert(dict(values), cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {error.__cause__ or error}") from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """From the ``experiment.json`` that a run has left, or a JSON file with the fields of this struct."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read experiment {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"experiment {path} is not JSON: {error}") from error
+        if isinstance(values, dict) and isinstance(values.get("experiment"), dict):
+            values = values["experiment"]
+        if not isinstance(values, dict):
+            raise ConfigError(f"experiment {path}: must be a JSON object, not {type(values).__name__}")
+        return cls.from_dict(values, source=str(path))
+
+
+def _refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
+    fields = cls.__struct_fields__
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{source}: unknown field {key!r}{hint}; fields: {', '.join(fields)}")

@@ -1,0 +1,141 @@
+"""Runs in processes of their own, as many at a time as there are jobs.
+
+One that is killed (out of memory, say) fails its own run and no other, which neither
+``concurrent.futures`` nor ``joblib`` gives: there, one lost worker breaks the pool.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from aioengine.lab.runs.experiment import Experiment
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+_POLL_SECONDS = 0.2
+"""How soon a wish to stop is seen."""
+
+
+class Task(NamedTuple):
+    key: int
+    experiment: Experiment
+    out: Path
+
+
+class Report(NamedTuple):
+    """What becomes of a task: any number of "progress", then one "done" or "failed"."""
+
+    key: int
+    kind: Literal["progress", "done", "failed"]
+    done: int = 0
+    """Requests."""
+    total: int | None = None
+    summary: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class _Worker:
+    def __init__(self) -> None:
+        # Not forked: the parent may hold threads of polars and of the progress bar.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.task: Task | None = None
+        self.process: SpawnProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        self.pipe.send(task)
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+def run_all(
+    tasks: Iterable[Task],
+    jobs: int,
+    report: Callable[[Report], None],
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run the tasks, at most ``jobs`` at a time, and report on each as it goes.
+
+    Raises KeyboardInterrupt soon after ``stopping()`` has become true. Whatever ends this, no process is
+    left behind; nor is one if this process is killed.
+    """
+    upcoming = deque(tasks)
+    workers = [_Worker() for _ in range(min(jobs, len(upcoming)))]
+    try:
+        for worker in workers:
+            worker.give(upcoming.popleft())
+        while any(worker.task is not None for worker in workers):
+            ready = wait([worker.pipe for worker in workers if worker.task is not None], _POLL_SECONDS)
+            if stopping():
+                raise KeyboardInterrupt
+            for index, worker in enumerate(workers):
+                if worker.pipe in ready and worker.task is not None:
+                    found = _hear(worker, worker.task)
+                    report(found)
+                    if found.kind == "progress":
+                        continue
+                    worker.task = None
+                    if upcoming:
+                        if not worker.process.is_alive() or worker.pipe.closed:
+                            workers[index] = worker = _Worker()
+                        worker.give(upcoming.popleft())
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _hear(worker: _Worker, task: Task) -> Report:
+    try:
+        found: Report = worker.pipe.recv()
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        worker.end()
+        return Report(task.key, "failed", error=f"its process {how} (out of memory?)")
+    return found
+
+
+def _work(pipe: Connection) -> None:
+    """What a worker's process does, until its parent ends it or has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all at once: it is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    from aioengine.lab.runs.simulate import run
+
+    with suppress(EOFError, ConnectionError):
+        while True:
+            task: Task = pipe.recv()
+
+            def progress(done: int, total: int | None, now: float, key: int = task.key) -> None:
+                pipe.send(Report(key, "progress", done, total))
+
+            try:
+                result = run(task.experiment, task.out, progress)
+            except Exception as error:
+                text = " ".join(str(error).split())
+                pipe.send(Report(task.key, "failed", error=f"{type(error).__name__}: {text}"))
+            else:
+                pipe.send(Report(task.key, "done", summary=result.summary))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

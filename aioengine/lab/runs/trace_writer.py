@@ -1,0 +1,287 @@
+"""Records the requests of a live engine as JSON lines that :mod:`aioengine.lab.workload.traces` reads.
+
+Lengths, names and times are written, and never what a prompt or an output says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from aioengine import events
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.engine import AsyncEngine
+
+HELD = 100_000
+"""Rows that may wait for a request that arrived before them to end."""
+FLUSH_SECONDS = 1.0
+FLUSH_BYTES = 2**16
+MAX_PENDING = 2**24
+"""Bytes that may wait for a slow disk."""
+CLOSE_SECONDS = 10.0
+_FIRST_FIELD = b'{"time":'
+
+logger = logging.getLogger("aioengine.lab")
+
+
+class RecordedRow(msgspec.Struct, kw_only=True):
+    """A line of a recording; a row of a trace has the same fields and more."""
+
+    time: float
+    """Of arrival, Unix time in seconds, to the microsecond."""
+    adapter: str | None
+    prompt_tokens: int
+    output_tokens: int | None
+    """None until it has ended."""
+    tenant: str | None
+    priority: int
+    deadline: float | None
+    """Seconds from arrival."""
+
+
+class TraceWriter:
+    """Appends a line to a file for every request that is accepted after :meth:`attach` and ends.
+
+    Lines are in order of arrival: a row waits until all that arrived before it have ended. A request during
+    which more than ``held`` others come is left out. Requests that were refused are no events, and are not
+    recorded. Writing is a thread's work, once a second; if it fails, or the disk falls far behind, that is
+    logged once and the recording ends. The engine is never held up.
+
+    Raises ConfigError if the file cannot be written, or is there and is no recording. A line that a crash
+    has left unfinished at its end is cut off.
+    """
+
+    def __init__(self, path: str | Path, *, held: int = HELD) -> None:
+        self.path = Path(path)
+        self._held = held
+        self._file = _open(self.path)
+        self._rows: deque[RecordedRow] = deque()
+        """In order of arrival: those that are open, and those that wait for them."""
+        self._under_way: dict[str, RecordedRow] = {}
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._pending = 0
+        """Bytes that the thread has not written yet."""
+        self._encoder = msgspec.json.Encoder()
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._timer: asyncio.TimerHandle | None = None
+        self._detach: Callable[[], None] | None = None
+        self.rows = 0
+        """Lines written, or handed over to be."""
+        self.left_out = 0
+        """Requests that lasted too long."""
+        self.failed = False
+        """It has ended before it was told to."""
+
+    def attach(self, engine: AsyncEngine) -> None:
+        """Begin, on the running loop. ``engine`` has been started."""
+        if self._detach is not None:
+            raise RuntimeError("a TraceWriter is attached once")
+        self._loop = asyncio.get_running_loop()
+        self._engine = engine
+        self._unix = time.time() - self._loop.time()
+        self._closed = asyncio.Event()
+        # A daemon, so that a disk that hangs does not keep the process from its end.
+        Thread(target=self._write_all, name="aioengine-record", daemon=True).start()
+        self._detach = engine.add_listener(self.handle)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Write what has ended, and close the file. Requests that are still under way are not recorded."""
+        if self._detach is None:
+            self._file.close()
+            return
+        if self._closed.is_set():
+            return
+        if not self.failed:
+            self._detach()
+            for row in self._rows:
+                self._take(row)
+            self._forget()
+            self.flush()
+        self._queue.put(None)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._closed.wait()
+        except TimeoutError:
+            self._fail(f"the disk has not answered for {CLOSE_SECONDS:.0f} seconds")
+
+    def flush(self) -> None:
+        """Have the thread write now what would be written within a second."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._lines:
+            return
+        if self._pending + self._size > MAX_PENDING:
+            self._fail(f"the disk is {self._pending} bytes behind")
+            return
+        self._pending += self._size
+        self._queue.put(b"".join(self._lines))
+        self._lines.clear()
+        self._size = 0
+
+    def handle(self, event: events.Event) -> None:
+        """A listener of the engine's events."""
+        if isinstance(event, events.RequestAdded):
+            self._added(event)
+        elif isinstance(event, events.RequestEnded):
+            row = self._under_way.pop(event.request_id, None)
+            if row is not None:
+                row.output_tokens = event.output_tokens
+                self._take_ended()
+
+    def _added(self, event: events.RequestAdded) -> None:
+        request = self._engine._core.requests.get(event.request_id)  # None if it has just been aborted
+        due = None if request is None else request.deadline
+        row = RecordedRow(
+            time=round(self._unix + event.time, 6),
+            adapter=event.adapter,
+            prompt_tokens=event.prompt_tokens,
+            output_tokens=None,
+            tenant=event.tenant,
+            priority=0 if request is None else request.options.priority,
+            deadline=None if due is None else round(due - event.time, 6),
+        )
+        self._rows.append(row)
+        self._under_way[event.request_id] = row
+        if len(self._rows) > self._held:
+            self._leave_out_first()
+
+    def _leave_out_first(self) -> None:
+        """The oldest is under way still (or it would have been taken), and the others wait for it."""
+        oldest = self._rows.popleft()
+        self._under_way = {key: row for key, row in self._under_way.items() if row is not oldest}
+        self.left_out += 1
+        if self.left_out == 1:
+            logger.warning(
+                "recording to %s: a request has lasted while %d others came, and is left out (said once)",
+                self.path,
+                self._held,
+            )
+        self._take_ended()
+
+    def _take_ended(self) -> None:
+        while self._rows and self._rows[0].output_tokens is not None:
+            self._take(self._rows.popleft())
+        if self._size >= FLUSH_BYTES:
+            self.flush()
+        elif self._lines and self._timer is None:
+            self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
+
+    def _take(self, row: RecordedRow) -> None:
+        if row.output_tokens is None:
+            return
+        line = self._encoder.encode(row) + b"\n"
+        self._lines.append(line)
+        self._size += len(line)
+        self.rows += 1
+
+    def _written(self, size: int, error: OSError | None) -> None:
+        self._pending -= size
+        if error is not None:
+            self._fail(error.strerror or str(error))
+
+    def _fail(self, reason: str) -> None:
+        if self.failed:
+            return
+        self.failed = True
+        if self._detach is not None:
+            with suppress(ValueError):  # it is closing, and has been taken off the engine's list
+                self._detach()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._forget()
+        self._lines.clear()
+        logger.warning("recording to %s has ended, and serving goes on: %s", self.path, reason)
+
+    def _forget(self) -> None:
+        self._rows.clear()
+        self._under_way.clear()
+
+    # In the thread
+
+    def _write_all(self) -> None:
+        failed = False
+        while (data := self._queue.get()) is not None:
+            error = None if failed else _write(self._file, data)
+            failed = failed or error is not None
+            self._tell(partial(self._written, len(data), error))
+        with suppress(OSError):
+            self._file.close()
+        self._tell(self._closed.set)
+
+    def _tell(self, callback: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop has been closed, and nobody waits
+            self._loop.call_soon_threadsafe(callback)
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 # closed by close()
+        try:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                _check_end(file, path)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot record to {path}: {error.strerror}") from error
+    return file
+
+
+def _check_end(file: FileIO, path: Path) -> None:
+    """Cut off a line that a crash has left unfinished. Raises ConfigError if the file is no recording."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(len(_FIRST_FIELD))
+    if not _FIRST_FIELD.startswith(start):
+        raise ConfigError(f"cannot record to {path}: it is there, and is no recording; give another name")
+    keep = size
+    while keep > 0:
+        begin = max(keep - FLUSH_BYTES, 0)
+        file.seek(begin)
+        newline = file.read(keep - begin).rfind(b"\n")
+        if newline >= 0:
+            keep = begin + newline + 1
+            break
+        keep = begin
+    if keep < size:
+        file.truncate(keep)
+
+
+def _write(file: FileIO, data: bytes) -> OSError | None:
+    """All of it, or, if that fails, nothing of it."""
+    before = None
+    try:
+        before = os.fstat(file.fileno()).st_size
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        if before is not None:
+            with suppress(OSError):
+                file.truncate(before)
+        return error
+    return None

@@ -1,0 +1,1 @@
+"""The engine in virtual time, on a device that only takes time."""

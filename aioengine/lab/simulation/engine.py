@@ -1,0 +1,66 @@
+"""SimulatedEngine: the engine that serves, over a device that only takes time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from aioengine.config import EngineConfig
+from aioengine.engine import AsyncEngine
+from aioengine.info import LoadProgress
+from aioengine.lab.costs.model import CostModel
+from aioengine.lab.simulation.device import SimulatedExecutor, SimulatedLoader
+from aioengine.lab.workload.requests import AdapterShape
+from aioengine.runtime.assemble import Built
+from aioengine.schedulers import SchedulerPolicy
+
+TOKEN = 0
+"""What prompts are made of, and every token that is generated but the last."""
+
+
+class SimulatedEngine(AsyncEngine):
+    """An :class:`~aioengine.engine.AsyncEngine` whose steps, reads and copies take what ``costs`` says.
+
+    For a loop in virtual time (``run_in_virtual_time``); on any other it takes the time
+    that it simulates. It has no tokenizer: prompts are token ids, of which 0 always is one.
+    Decisions are timed on the loop's clock as well, on which they take none: so no policy overruns its
+    budget, and every run does the same.
+    """
+
+    def __init__(self, config: EngineConfig, costs: CostModel, policy: SchedulerPolicy | None = None) -> None:
+        super().__init__(config, policy)
+        self.costs = costs
+        spec = costs.spec
+        self._end_token = spec.vocab_size - 1
+        self._spec = msgspec.structs.replace(spec, eos_token_ids=(self._end_token,))
+        max_rank = 0 if config.lora is None else config.lora.max_lora_rank
+        self._executor = SimulatedExecutor(costs, token=TOKEN, end_token=self._end_token)
+        self._loader = SimulatedLoader(costs, self._executor, max_rank=max_rank)
+
+    async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
+        return Built(
+            spec=self._spec,
+            plan=self.costs.plan(self.config),
+            tokenizer=None,
+            executor=self._executor,
+            loader=self._loader,
+            resolver=None,
+            timer=asyncio.get_running_loop().time,
+        )
+
+    def add_adapters(self, shapes: Iterable[AdapterShape]) -> None:
+        """Register adapters that have a size and no contents."""
+        for shape in shapes:
+            self._loader.shapes[shape.name] = shape
+            self.register_adapter(shape.name, f"/simulated/{shape.name}")
+
+    def set_length(self, request_id: str, tokens: int) -> None:
+        """Have the request's output end with its ``tokens``-th token, if it is allowed as many."""
+        self._executor.lengths[request_id] = tokens
+
+    def forget_length(self, request_id: str) -> None:
+        """The request has ended."""
+        self._executor.lengths.pop(request_id, None)

@@ -1,0 +1,133 @@
+"""What a simulated device does at once: transfers that share a stage's bandwidth, and steps beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from heapq import heapify, heappop, heappush
+
+from aioengine.lab.costs.model import Stage
+
+
+class SharedStage:
+    """Transfers of one stage at once share its bandwidth equally, from moment to moment (processor
+    sharing); the latency of each passes before that.
+
+    All under way are given the same number of bytes in any interval. So one count is kept, of the bytes
+    that each has been given since the stage was idle last, and a transfer is done when the count has
+    risen by its size.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._given = 0.0
+        self._as_of = 0.0
+        self._ends: list[tuple[float, int, asyncio.Future[None]]] = []
+        """Heap of: the count at which it is done, its number, what it waits for."""
+        self._started = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def transfer(self, nbytes: float) -> float:
+        """Returns the seconds that it took."""
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        await asyncio.sleep(self._stage.latency)
+        if nbytes > 0:
+            self._advance(loop.time())
+            done: asyncio.Future[None] = loop.create_future()
+            self._started += 1
+            heappush(self._ends, (self._given + nbytes, self._started, done))
+            self._plan(loop)
+            try:
+                await done
+            except asyncio.CancelledError:
+                self._advance(loop.time())
+                self._ends = [end for end in self._ends if end[2] is not done]
+                heapify(self._ends)
+                self._plan(loop)
+                raise
+        return loop.time() - start
+
+    def _advance(self, now: float) -> None:
+        if self._ends:
+            self._given += (now - self._as_of) * self._stage.bandwidth / len(self._ends)
+        else:
+            self._given = 0.0
+        self._as_of = now
+
+    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the timer for the one that ends next."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._ends:
+            left = max(self._ends[0][0] - self._given, 0.0) * len(self._ends)
+            self._timer = loop.call_later(left / self._stage.bandwidth, self._finish, loop)
+
+    def _finish(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._advance(loop.time())
+        self._given = max(self._given, self._ends[0][0])  # a float's last bit must not leave a byte over
+        while self._ends and self._ends[0][0] <= self._given:
+            done = heappop(self._ends)[2]
+            if not done.done():
+                done.set_result(None)
+        self._plan(loop)
+
+
+class Processor:
+    """Does one piece of work at a time, and that more slowly while it is disturbed."""
+
+    def __init__(self) -> None:
+        self._paces: list[float] = [1.0]
+        """Seconds for a second's work, of all that disturb; the largest counts."""
+        self._left = 0.0
+        self._as_of = 0.0
+        self._done: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def work(self, seconds: float) -> float:
+        """Returns the seconds that it took, ``seconds`` if it was not disturbed."""
+        loop = asyncio.get_running_loop()
+        start = self._as_of = loop.time()
+        self._left = seconds
+        self._done = loop.create_future()
+        self._plan(loop)
+        try:
+            await self._done
+        finally:
+            self._done = None
+            if self._timer is not None:
+                self._timer.cancel()
+        return loop.time() - start
+
+    @contextmanager
+    def disturbed(self, slowdown: float) -> Iterator[None]:
+        """Work takes ``slowdown`` times as long, at least, while anybody is inside."""
+        before = max(self._paces)
+        self._paces.append(slowdown)
+        self._paced(before)
+        try:
+            yield
+        finally:
+            before = max(self._paces)
+            self._paces.remove(slowdown)
+            self._paced(before)
+
+    def _paced(self, before: float) -> None:
+        """The pace may have changed from ``before``."""
+        if self._done is None or before == max(self._paces):
+            return
+        loop = asyncio.get_running_loop()
+        self._left = max(self._left - (loop.time() - self._as_of) / before, 0.0)
+        self._as_of = loop.time()
+        self._plan(loop)
+
+    def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(self._left * max(self._paces), self._finish)
+
+    def _finish(self) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)

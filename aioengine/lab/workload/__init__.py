@@ -1,0 +1,1 @@
+"""Workloads: which requests arrive when, for which adapter."""

@@ -1,0 +1,191 @@
+"""The workload that a :class:`~aioengine.lab.workload.spec.WorkloadSpec` describes, drawn as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+from msgspec import UNSET
+
+from aioengine.errors import ConfigError
+from aioengine.lab.workload.arrivals import parse_arrivals
+from aioengine.lab.workload.distributions import Shares, draw_shape, parse_lengths, parse_ranks, parse_sizes
+from aioengine.lab.workload.popularity import make_popularity, parse_popularity
+from aioengine.lab.workload.predictions import parse_deadline, parse_view
+from aioengine.lab.workload.random_streams import Weighted, stable_number, stream
+from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
+from aioengine.lab.workload.spec_text import parse_shares
+from aioengine.lab.workload.traces import LengthSample, TraceRow, TraceSummary, read_trace, scan_trace
+
+if TYPE_CHECKING:
+    from aioengine.lab.workload.spec import WorkloadSpec
+
+_DEFAULT_LENGTHS = "uniform:8..512"
+_NANO, _MICRO = 1e9, 1e6
+
+
+class _Draft(NamedTuple):
+    """A request before what it lacks is drawn."""
+
+    time: float
+    row: TraceRow
+
+
+class OfferedWorkload(Workload):
+    """Opened by ``WorkloadSpec.open``."""
+
+    def __init__(self, spec: WorkloadSpec, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ConfigError(f"seed={seed!r}: must be a whole number")
+        self.spec = spec
+        self.seed = seed
+        self._trace: TraceSummary | None = None
+        self._sample: LengthSample | None = None
+        if spec.trace is not None and spec.arrivals is None:
+            seconds = None if spec.seconds is None else spec.seconds * spec.scale
+            self._trace = scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
+        elif spec.trace is not None and "trace" in self._length_texts():
+            self._sample = LengthSample(spec.trace, stream(seed, "sample of lengths"))
+        self._names = numbered("adapter", spec.adapters, width=3)
+        self._tenants = numbered("tenant", spec.tenants)
+        self._adapters = self._draw_adapters()
+
+    @property
+    def adapters(self) -> Sequence[AdapterShape]:
+        return self._adapters
+
+    def describe(self) -> dict[str, Any]:
+        """The fields of the spec, and the seed."""
+        return {**msgspec.to_builtins(self.spec), "seed": self.seed}
+
+    def __iter__(self) -> Iterator[Arrival]:
+        spec, seed = self.spec, self.seed
+        chosen = _Choices(spec, seed, self._names, self._tenants)
+        view = parse_view("lengths", spec.lengths)
+        views = stream(seed, "predictions")
+        deadlines = None if spec.deadline is None else parse_deadline("deadline", spec.deadline)
+        for time, row in islice(self._drafts(), spec.limit):
+            if spec.seconds is not None and time > spec.seconds:
+                return
+            adapter, tenant, priority = chosen.draw(time, row)
+            prompt, output = row.prompt_tokens, row.output_tokens
+            if spec.max_prompt is not None:
+                prompt = min(prompt, spec.max_prompt)
+            if spec.max_output is not None:
+                output = min(output, spec.max_output)
+            output, most, expected = view.tell(output, views)
+            if row.max_tokens is not None:
+                most = row.max_tokens
+                output = min(output, most)
+            if row.expected_tokens is not None:
+                expected = row.expected_tokens
+            deadline = row.deadline
+            if deadline is None and deadlines is not None:
+                deadline = deadlines.of(output)
+            yield Arrival(time, adapter, prompt, output, most, expected, tenant, priority, deadline)
+
+    def _draw_adapters(self) -> tuple[AdapterShape, ...]:
+        spec = self.spec
+        ranks = parse_ranks("ranks", spec.ranks)
+        sizes = None if spec.adapter_bytes is None else parse_sizes("adapter_bytes", spec.adapter_bytes)
+        named = () if self._trace is None else self._trace.adapters
+        names = dict.fromkeys([*self._names, *named])
+        return tuple(draw_shape(name, ranks, sizes, self.seed) for name in names)
+
+    def _length_texts(self) -> tuple[int | str, int | str]:
+        default = _DEFAULT_LENGTHS if self.spec.trace is None else "trace"
+        prompt, output = self.spec.prompt_tokens, self.spec.output_tokens
+        return default if prompt is None else prompt, default if output is None else output
+
+    def _drafts(self) -> Iterator[_Draft]:
+        """Without end, if nothing but ``limit`` and ``seconds`` ends it."""
+        drafts = self._timed() if self._trace is None else self._traced(self._trace)
+        lengths = (
+            (name, None if text == "trace" else parse_lengths(name, text), stream(self.seed, name))
+            for name, text in zip(("prompt_tokens", "output_tokens"), self._length_texts(), strict=True)
+        )
+        (_, prompts, prompt_rng), (_, outputs, output_rng) = lengths
+        if prompts is None and outputs is None:
+            yield from drafts
+            return
+        for time, row in drafts:
+            if prompts is not None:
+                row = row._replace(prompt_tokens=prompts.draw(prompt_rng))
+            if outputs is not None:
+                row = row._replace(output_tokens=outputs.draw(output_rng))
+            yield _Draft(time, row)
+
+    def _timed(self) -> Iterator[_Draft]:
+        """At the times of the arrival process, with lengths out of the trace if there is a sample of it."""
+        assert self.spec.arrivals is not None
+        process = parse_arrivals("arrivals", self.spec.arrivals, scale=self.spec.scale)
+        pairs = stream(self.seed, "pairs of lengths")
+        for time in process.times(stream(self.seed, "arrivals")):
+            prompt, output = (1, 1) if self._sample is None else self._sample.draw(pairs)
+            yield _Draft(time / _MICRO, TraceRow(time, prompt, output))
+
+    def _traced(self, summary: TraceSummary) -> Iterator[_Draft]:
+        """The rows of the trace, from time 0 on; over and over again if it is to be repeated."""
+        assert self.spec.trace is not None
+        start = -summary.first
+        while True:
+            for row in read_trace(self.spec.trace):
+                yield _Draft((row.time + start) / _NANO / self.spec.scale, row)
+            if not self.spec.repeat:
+                return
+            start += summary.period
+
+
+class _Choices:
+    """Draws adapter, tenant and priority. What the row says is drawn all the same, and dropped, so that it
+    does not move the draws for others."""
+
+    def __init__(
+        self, spec: WorkloadSpec, seed: int, adapters: Sequence[str], tenants: Sequence[str]
+    ) -> None:
+        self._adapters = adapters
+        self._tenants = tenants
+        self._tenant_index = {name: index for index, name in enumerate(tenants)}
+        self._tenant_table = Weighted(spec.tenant_weights()) if tenants else None
+        self._popularity = None
+        if adapters:
+            form = parse_popularity("popularity", spec.popularity)
+            self._popularity = make_popularity(form, len(adapters), spec.tenants, seed)
+        self._base_share = spec.base_share
+        self._priorities: Shares | None = None
+        if spec.priority is not None:
+            self._priorities = Shares(parse_shares("priority", spec.priority, low=-(2**63), high=2**63))
+        self._base_rng = stream(seed, "base model")
+        self._tenant_rng = stream(seed, "tenants")
+        self._priority_rng = stream(seed, "priorities")
+
+    def draw(self, time: float, row: TraceRow) -> tuple[str | None, str | None, int]:
+        """Adapter, tenant and priority."""
+        tenant, index = self._tenant(row)
+        adapter: str | None = None
+        if self._popularity is not None:
+            adapter = self._adapters[self._popularity.draw(time, index)]
+            if self._base_rng.random() < self._base_share:
+                adapter = None
+        if row.adapter is not UNSET:
+            adapter = row.adapter
+        priority = 0 if self._priorities is None else self._priorities.draw(self._priority_rng)
+        return adapter, tenant, priority if row.priority is None else row.priority
+
+    def _tenant(self, row: TraceRow) -> tuple[str | None, int]:
+        """Its name, and whose adapters it has."""
+        if self._tenant_table is None:
+            return row.tenant, 0
+        index = self._tenant_table.draw(self._tenant_rng)
+        if row.tenant is None:
+            return self._tenants[index], index
+        known = self._tenant_index.get(row.tenant)
+        return row.tenant, stable_number(row.tenant) % len(self._tenants) if known is None else known
+
+
+def numbered(prefix: str, count: int, *, width: int = 1) -> list[str]:
+    """ "adapter-000", "adapter-001", ...: they sort in this order."""
+    width = max(width, len(str(count - 1)))
+    return [f"{prefix}-{index:0{width}}" for index in range(count)]

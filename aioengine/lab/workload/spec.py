@@ -1,0 +1,215 @@
+"""A workload as plain values, checked when it is made: :class:`WorkloadSpec`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.lab.workload.arrivals import parse_arrivals
+from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes
+from aioengine.lab.workload.popularity import check_tenants, parse_popularity
+from aioengine.lab.workload.predictions import parse_deadline, parse_view
+from aioengine.lab.workload.spec_text import nearest, normalised, parse_number, parse_shares
+
+if TYPE_CHECKING:
+    from aioengine.lab.workload.requests import Workload
+
+MAX_PRIORITY = 2**31
+
+
+class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a workload depends on but the seed.
+
+    Requests come from a trace, or from an arrival process, or with the times of a process and the lengths
+    of a trace. What they lack is drawn, each aspect from random numbers of its own, so that changing one
+    leaves the others as they are. What a row of a trace says of itself wins.
+
+    Raises :class:`~aioengine.errors.ConfigError` on construction; files are looked at by :meth:`open`.
+    """
+
+    trace: str | None = None
+    """A file: CSV as the Azure LLM inference traces, or JSON lines, or either as gzip;
+    see :mod:`aioengine.lab.workload.traces`."""
+    arrivals: str | None = None
+    """"poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30" (2 a second in bursts of 10 s, on
+    average, 30 s apart) or "diurnal:rate=2,period=86400,depth=0.8"; rates in requests a second."""
+    seconds: float | None = None
+    """No request comes later. With ``arrivals`` and without ``limit`` it must be given."""
+    limit: int | None = None
+    """At most so many requests."""
+    scale: float = 1.0
+    """Multiplies the rate: a trace's times are divided by it. The lengths of bursts and days stay."""
+    repeat: bool = False
+    """At a trace's end begin it again, one mean gap later, up to ``limit`` or ``seconds``."""
+
+    adapters: int = 0
+    """So many are assigned to the requests whose trace does not say; 0: those are the base model's."""
+    popularity: str = "uniform"
+    """"uniform", "zipf:1.0", "power:0.5" (S-LoRA's: 1 is uniform, less is more skewed),
+    "shift:alpha=1.0,every=60" (Zipf, with ranks dealt anew every 60 s, on average), or "tenant" (every
+    tenant has its own adapters; "tenant:1.0": with a Zipf distribution among them)."""
+    base_share: float = 0.0
+    """Of the requests that are assigned: how many, out of 1, are for the base model."""
+    tenants: int = 0
+    """So many tenants make the requests whose trace does not say; 0: nobody does."""
+    tenant_shares: str = "uniform"
+    """"uniform", "zipf:1.0", or a weight for each: "3,1,1"."""
+    priority: str | None = None
+    """Whole numbers with their shares: "0:0.9,5:0.1". None: 0 for all."""
+
+    ranks: int | str = 16
+    """Of the adapters: 16, or "8:0.5,16:0.3,64:0.2" with shares."""
+    adapter_bytes: int | str | None = None
+    """Size of an adapter: bytes, "64MiB", "uniform:8MiB..64MiB" or "lognormal:median=2e7,sigma=0.5". None:
+    what the model's shape gives for its rank."""
+    prompt_tokens: int | str | None = None
+    """128, "uniform:8..512", "lognormal:median=200,sigma=0.8" (with min= and max= that it is clipped to),
+    or "trace". None: "trace" if there is one, else "uniform:8..512", as in S-LoRA."""
+    output_tokens: int | str | None = None
+    """As ``prompt_tokens``."""
+    max_prompt: int | None = None
+    """Longer prompts are cut to this, so that a trace fits a small model."""
+    max_output: int | None = None
+    """Longer outputs are cut to this."""
+    lengths: str = "known"
+    """What policies are told of the outputs' lengths: "known", "hidden:max=4096" (all they see is that
+    ``max_tokens``), or "predicted:error=0.5" (hidden, and a prediction that is off by a lognormal factor)."""
+    deadline: float | str | None = None
+    """Seconds from arrival, or "proportional:0.5+0.05": 0.5 s, and 0.05 s for each token of output."""
+
+    def __post_init__(self) -> None:
+        self._check_source()
+        _whole(self, "adapters", low=0, high=10**6)
+        _whole(self, "tenants", low=0, high=10**6)
+        _number(self, "base_share", low=0.0, high=1.0)
+        _text(self, "popularity")
+        if parse_popularity("popularity", self.popularity).name == "tenant" and self.adapters:
+            check_tenants(self.adapters, self.tenants)
+        self.tenant_weights()
+        if self.priority is not None:
+            _text(self, "priority")
+            parse_shares("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
+        parse_ranks("ranks", _size(self, "ranks"))
+        if self.adapter_bytes is not None:
+            parse_sizes("adapter_bytes", _size(self, "adapter_bytes"))
+        given = [self.prompt_tokens, self.output_tokens]
+        if self.trace is not None and self.arrivals is not None and not {None, "trace"} & set(given):
+            raise ConfigError(
+                f"trace={self.trace!r}: nothing is taken from it, with arrivals, prompt_tokens and "
+                "output_tokens all given; leave one of the four out"
+            )
+        for field in ("prompt_tokens", "output_tokens"):
+            if getattr(self, field) == "trace" and self.trace is None:
+                raise ConfigError(f"{field}='trace': there is no trace; give one, or a distribution")
+            if getattr(self, field) not in (None, "trace"):
+                parse_lengths(field, _size(self, field))
+        _text(self, "lengths")
+        parse_view("lengths", self.lengths)
+        if self.deadline is not None:
+            if isinstance(self.deadline, bool) or not isinstance(self.deadline, (int, float, str)):
+                raise ConfigError(f"deadline={self.deadline!r}: must be seconds, text, or None")
+            parse_deadline("deadline", self.deadline)
+
+    def _check_source(self) -> None:
+        if self.trace is None and self.arrivals is None:
+            raise ConfigError(
+                "trace=None and arrivals=None: give a trace's path, or arrivals such as 'poisson:rate=2'"
+            )
+        if self.trace is not None:
+            _text(self, "trace")
+        _number(self, "scale", low=1e-6, high=1e6)
+        if self.arrivals is not None:
+            _text(self, "arrivals")
+            parse_arrivals("arrivals", self.arrivals)
+        if self.seconds is not None:
+            _number(self, "seconds", low=0.0, high=1e9)
+        for field in ("limit", "max_prompt", "max_output"):
+            if getattr(self, field) is not None:
+                _whole(self, field, low=1, high=10**12 if field == "limit" else MAX_TOKENS)
+        if not isinstance(self.repeat, bool):
+            raise ConfigError(f"repeat={self.repeat!r}: must be True or False")
+        endless = self.limit is None and self.seconds is None
+        if self.arrivals is not None and (self.repeat or endless):
+            what = "repeat=True" if self.repeat else "limit=None and seconds=None"
+            raise ConfigError(
+                f"{what} with arrivals={self.arrivals!r}: arrivals never end; give limit or seconds"
+                + (", without repeat" if self.repeat else "")
+            )
+        if self.repeat and endless:
+            raise ConfigError("repeat=True: say when to end, by limit or seconds")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:
+        """From plain data, as ``msgspec.to_builtins`` gives it. Raises ConfigError, which begins with
+        ``source``; unknown fields are refused by name."""
+        fields = cls.__struct_fields__
+        for name in values:
+            if name not in fields:
+                raise ConfigError(
+                    f"{source}: unknown field {name!r}{nearest(str(name), fields)}; "
+                    f"there are {', '.join(fields)}"
+                )
+        try:
+            return msgspec.convert(dict(values), cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+    def tenant_weights(self) -> list[float]:
+        """Each tenant's share of the requests; they add up to 1."""
+        _text(self, "tenant_shares")
+        text = self.tenant_shares
+        if text[0].isalpha():
+            name, values = parse_popularity("tenant_shares", text)
+            if name not in ("uniform", "zipf"):
+                raise ConfigError(
+                    f"tenant_shares={text!r}: write uniform, zipf:ALPHA or weights such as 3,1,1"
+                )
+            weights = [float(i) ** -values.get("alpha", 0.0) for i in range(1, self.tenants + 1)]
+        else:
+            weights = [parse_number("tenant_shares", text, part) for part in text.split(",")]
+            if len(weights) != self.tenants:
+                raise ConfigError(
+                    f"tenant_shares={text!r}: has {len(weights)} weights for tenants={self.tenants}"
+                )
+        return normalised("tenant_shares", text, weights) if weights else []
+
+    def open(self, seed: int) -> Workload:
+        """The workload itself: the same for the same seed, on every machine.
+
+        A trace is read through once before, so that what is wrong with it is known at once. Raises
+        ConfigError, with file and line.
+        """
+        from aioengine.lab.workload.draw import OfferedWorkload
+
+        return OfferedWorkload(self, seed)
+
+
+def _text(spec: msgspec.Struct, field: str) -> None:
+    value = getattr(spec, field)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{field}={value!r}: must be text that is not empty")
+
+
+def _size(spec: msgspec.Struct, field: str) -> int | str:
+    value = getattr(spec, field)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ConfigError(f"{field}={value!r}: must be a whole number, or text")
+    return value
+
+
+def _whole(spec: msgspec.Struct, field: str, *, low: int, high: int) -> None:
+    value = getattr(spec, field)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{field}={value!r}: must be a whole number in {low}..{high}")
+
+
+def _number(spec: msgspec.Struct, field: str, *, low: float, high: float) -> None:
+    value = getattr(spec, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{field}={value!r}: must be a finite number")
+    if not low <= value <= high:
+        raise ConfigError(f"{field}={value!r}: must be in {low:g}..{high:g}")

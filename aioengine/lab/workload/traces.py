@@ -1,0 +1,281 @@
+"""Traces: files of requests, read row by row and never held.
+
+Two formats, told apart by their content, and either may be gzip:
+
+- CSV with the columns ``TIMESTAMP,ContextTokens,GeneratedTokens``, as the Azure LLM inference traces have
+  them (Patel et al., "Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA 2024; code
+  and conversation traces of 2023-11-16, published under CC-BY).
+- JSON lines with the fields of :class:`JsonRow`, as ``--record`` writes them.
+
+Rows must be in order of time. Every error is a ConfigError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from random import Random
+from typing import BinaryIO, NamedTuple, cast
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from aioengine.errors import ConfigError
+from aioengine.lab.workload.distributions import MAX_TOKENS
+from aioengine.lab.workload.spec_text import nearest
+
+CSV_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+MAX_LINE = 2**20
+"""Bytes; no row is longer, so a file of another kind is not read into memory as one line."""
+
+_SECOND = 10**9
+_GZIP = b"\x1f\x8b"
+
+
+class JsonRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A line of a JSONL trace. What a row says wins over what a workload would draw."""
+
+    time: float
+    """Seconds, from whenever: only differences count. Read to the microsecond."""
+    prompt_tokens: int
+    output_tokens: int
+    """0, for a request that ended before its first token, is read as 1."""
+    adapter: str | UnsetType | None = UNSET
+    """null is the base model; a row without it is given an adapter."""
+    tenant: str | None = None
+    priority: int | None = None
+    deadline: float | None = None
+    """Seconds from arrival."""
+    max_tokens: int | None = None
+    expected_tokens: int | None = None
+
+
+class TraceRow(NamedTuple):
+    """A request of a trace; None and UNSET: the trace does not say."""
+
+    time: int
+    """Nanoseconds, from whenever."""
+    prompt_tokens: int
+    output_tokens: int
+    adapter: str | UnsetType | None = UNSET
+    tenant: str | None = None
+    priority: int | None = None
+    deadline: float | None = None
+    max_tokens: int | None = None
+    expected_tokens: int | None = None
+
+
+class TraceSummary(NamedTuple):
+    """What one reading of a trace finds out. Times are in nanoseconds."""
+
+    rows: int
+    first: int
+    last: int
+    adapters: tuple[str, ...]
+    """Those that its rows name, in alphabetical order."""
+
+    @property
+    def period(self) -> int:
+        """After how long it may begin again: its length, and one mean gap."""
+        length = self.last - self.first
+        return length + length // (self.rows - 1) if length else _SECOND
+
+
+def read_trace(path: str | Path) -> Iterator[TraceRow]:
+    """The rows, checked one at a time. Raises ConfigError."""
+    last = None
+    line = 0
+    try:
+        with _open(path) as file:
+            parse = None
+            while raw := file.readline(MAX_LINE):
+                line += 1
+                if line == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if len(raw) == MAX_LINE:
+                    raise ConfigError(f"has more than {MAX_LINE} bytes")
+                if not (raw := raw.strip()):
+                    continue
+                if parse is None:
+                    parse = _parser(raw)
+                    if not raw.startswith(b"{"):
+                        continue  # the CSV's header
+                row = parse(raw)
+                if last is not None and row.time < last:
+                    raise ConfigError(
+                        "is earlier than the line before it; rows must be in order of time: sort the file"
+                    )
+                last = row.time
+                yield row
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ConfigError(f"trace {path}: cannot be read: {reason}") from error
+    except ConfigError as error:
+        raise ConfigError(f"trace {path}, line {line}: {error}") from error
+    if last is None:
+        raise ConfigError(f"trace {path}: has no rows; it needs lines of JSON, or CSV with {CSV_HEADER}")
+
+
+def scan_trace(path: str | Path, *, limit: int | None = None, seconds: float | None = None) -> TraceSummary:
+    """Read it once, up to ``limit`` rows or the first row ``seconds`` after its start. Raises ConfigError."""
+    rows = first = last = 0
+    names: set[str] = set()
+    for row in read_trace(path):
+        first = first if rows else row.time
+        if seconds is not None and row.time - first > seconds * _SECOND:
+            break
+        rows += 1
+        last = row.time
+        if isinstance(row.adapter, str):
+            names.add(row.adapter)
+        if rows == limit:
+            break
+    return TraceSummary(rows, first, last, tuple(sorted(names)))
+
+
+class LengthSample:
+    """Pairs of prompt and output lengths: all of a trace, or an even sample of ``size`` of them (Vitter,
+    1985, algorithm R), so that memory does not grow with it."""
+
+    def __init__(self, path: str | Path, rng: Random, *, size: int = 2**16) -> None:
+        self._pairs = array("Q")
+        for index, row in enumerate(read_trace(path)):
+            pair = row.prompt_tokens << 32 | row.output_tokens
+            if index < size:
+                self._pairs.append(pair)
+            elif (place := int(rng.random() * (index + 1))) < size:
+                self._pairs[place] = pair
+
+    def draw(self, rng: Random) -> tuple[int, int]:
+        """Prompt tokens and output tokens of one request."""
+        pair = self._pairs[int(rng.random() * len(self._pairs))]
+        return pair >> 32, pair & 0xFFFF_FFFF
+
+
+def _open(path: str | Path) -> BinaryIO:
+    with open(path, "rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+    return cast("BinaryIO", gzip.open(path, "rb")) if packed else open(path, "rb")
+
+
+class _CsvParser:
+    """Exact to the nanosecond. Rows of one second share the work of parsing it."""
+
+    _WHEN = re.compile(r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)")
+    _FRACTION = re.compile(r"(?:\.(\d{1,9}))?(?:Z|\+00:?00)?")
+
+    def __init__(self) -> None:
+        self._second = ""
+        self._base = 0
+        """Of ``_second``, in nanoseconds."""
+
+    def __call__(self, raw: bytes) -> TraceRow:
+        fields = _text(raw).split(",")
+        if len(fields) != 3:
+            raise ConfigError(f"has {len(fields)} fields; there must be 3: {CSV_HEADER}")
+        time = self._time(fields[0].strip())
+        prompt, output = _tokens("ContextTokens", fields[1]), _tokens("GeneratedTokens", fields[2])
+        _check("ContextTokens", prompt, low=1)
+        _check("GeneratedTokens", output, low=0)
+        return TraceRow(time, prompt, max(output, 1))
+
+    def _time(self, text: str) -> int:
+        if text[:19] != self._second:
+            self._base = self._parse_second(text)
+            self._second = text[:19]
+        fraction = self._FRACTION.fullmatch(text, 19)
+        if fraction is None:
+            raise ConfigError(f"TIMESTAMP={text!r}: {text[19:]!r} is not a fraction of a second in UTC")
+        return self._base + int((fraction[1] or "").ljust(9, "0"))
+
+    def _parse_second(self, text: str) -> int:
+        when = self._WHEN.match(text)
+        try:
+            if when is None:
+                raise ValueError("it does not look like one")
+            year, month, day, hour, minute, second = map(int, when.groups())
+            days = date(year, month, day).toordinal()
+            if hour > 23 or minute > 59 or second > 59:
+                raise ValueError("there is no such time of day")
+        except ValueError as error:
+            raise ConfigError(
+                f"TIMESTAMP={text!r}: must be a time such as 2023-11-16 18:17:03.9799600 ({error})"
+            ) from error
+        return (((days * 24 + hour) * 60 + minute) * 60 + second) * _SECOND
+
+
+class _JsonParser:
+    def __init__(self) -> None:
+        self._decoder = msgspec.json.Decoder(JsonRow)
+
+    def __call__(self, raw: bytes) -> TraceRow:
+        try:
+            row = self._decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ConfigError(_explain(error)) from error
+        if not 0 <= row.time <= 1e11:
+            raise ConfigError(f"time={row.time!r}: must be seconds >= 0")
+        _check("prompt_tokens", row.prompt_tokens, low=1)
+        _check("output_tokens", row.output_tokens, low=0)
+        _check("max_tokens", row.max_tokens, low=1)
+        _check("expected_tokens", row.expected_tokens, low=1)
+        if row.deadline is not None and not row.deadline > 0:
+            raise ConfigError(f"deadline={row.deadline!r}: must be more than 0 seconds")
+        if row.adapter == "" or row.tenant == "":
+            raise ConfigError("adapter and tenant must not be empty text; null is none")
+        return TraceRow(
+            round(row.time * 1e6) * 1000,
+            row.prompt_tokens,
+            max(row.output_tokens, 1),
+            row.adapter,
+            row.tenant,
+            row.priority,
+            row.deadline,
+            row.max_tokens,
+            row.expected_tokens,
+        )
+
+
+def _parser(first: bytes) -> _CsvParser | _JsonParser:
+    if first.startswith(b"{"):
+        return _JsonParser()
+    header = _text(first)
+    if [name.strip() for name in header.split(",")] != CSV_HEADER.split(","):
+        shown = header if len(header) <= 80 else f"{header[:80]}..."
+        raise ConfigError(
+            f"{shown!r} is neither the header {CSV_HEADER} nor a JSON object; a trace is CSV or JSON lines"
+        )
+    return _CsvParser()
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError("is not UTF-8 text") from error
+
+
+def _tokens(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: must be a whole number") from None
+
+
+def _check(name: str, tokens: int | None, *, low: int) -> None:
+    if tokens is not None and not low <= tokens <= MAX_TOKENS:
+        raise ConfigError(f"{name}={tokens}: must be in {low}..{MAX_TOKENS}")
+
+
+def _explain(error: Exception) -> str:
+    text = str(error)
+    if "unknown field" not in text:
+        return text
+    name = text.split("`")[1]
+    fields = JsonRow.__struct_fields__
+    return f"unknown field {name!r}{nearest(name, fields)}; there are {', '.join(fields)}"

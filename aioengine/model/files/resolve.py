@@ -1,0 +1,77 @@
+"""From the ``model`` of a configuration to files on disk, and from those to a spec."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
+from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
+from aioengine.model.spec import ModelSpec
+
+EMBEDDED_MODEL = "smollm2-135m"
+"""The name that stands for the embedded model in ``EngineConfig.model``."""
+
+
+def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
+    """The folder or GGUF file that ``model`` names.
+
+    A path wins over a name. "smollm2-135m" is the embedded default; "org/name", "org/name@revision" or
+    "hf:org/name" is looked up on the Hugging Face Hub when ``huggingface_hub`` is installed (offline, its
+    cache is enough).
+
+    Raises ConfigError if there is nothing of this name.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(
+            f"model={model!r}: a file, but not a .gguf file; give a Hugging Face model folder, a .gguf file, "
+            f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
+        )
+    if path.exists():
+        return path
+    if model == EMBEDDED_MODEL:
+        from aioengine.model.files.embedded import embedded_model_dir  # needs gguf
+
+        return embedded_model_dir(progress)
+    hub_id = parse_hub_id(model)
+    if hub_id is not None:
+        return _from_hub(model, hub_id)
+    close = difflib.get_close_matches(model, [EMBEDDED_MODEL], n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ConfigError(
+        f"model={model!r}: no such folder or file{hint}; give a Hugging Face model folder, a .gguf file, "
+        f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
+    )
+
+
+def _from_hub(model: str, hub_id: HubId) -> Path:
+    if not has_hub():
+        raise ConfigError(
+            f"model={model!r}: no such folder; to fetch it from the Hugging Face Hub, "
+            "pip install 'aioengine[hub]'"
+        )
+    try:
+        return download(hub_id, ["*.safetensors", "*.json", "*.jinja"])
+    except Exception as error:  # the hub raises many unrelated types
+        raise ConfigError(f"model={model!r}: no such folder, and {explain(error)}") from error
+
+
+def cache_root() -> Path:
+    """The folder for what can be made or fetched again: ``$XDG_CACHE_HOME/aioengine``."""
+    # The XDG base directory specification: a relative value is to be ignored.
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (configured if configured.is_absolute() else Path.home() / ".cache") / "aioengine"
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The spec of a model folder or GGUF file, without reading weights."""
+    if path.suffix == ".gguf":
+        from aioengine.model.files import gguf
+
+        return gguf.read_spec(path)
+    from aioengine.model.files import hf_config
+
+    return hf_config.read_spec(path)

@@ -1,0 +1,1 @@
+"""Tensor parallelism: which rank holds what, and how ranks exchange results."""

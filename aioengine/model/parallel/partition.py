@@ -1,0 +1,98 @@
+"""Which part of each matrix a rank holds: Megatron's partition, Shoeybi et al., 2019, arXiv:1909.08053.
+
+Linears that begin a block (q, k, v, gate, up) and lm_head are split over their outputs, those that end one
+(o, down) and the embedding over their inputs: what is between them needs no communication. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.model.parallel.group import Shard
+from aioengine.model.spec import ModelSpec
+
+SPLIT_INPUTS = frozenset({"o_proj", "down_proj", "embed_tokens"})
+"""The modules of which every rank has all outputs, as a summand, for a part of the inputs."""
+
+_MAX_SIZE = 64
+
+
+class Partition:
+    """The share of one rank.
+
+    Raises :class:`ConfigError`, with the number and the sizes that work, if the model does not divide.
+    """
+
+    def __init__(self, spec: ModelSpec, shard: Shard) -> None:
+        if reason := _obstacle(spec, shard):
+            works = [n for n in range(1, _MAX_SIZE + 1) if not _obstacle(spec, shard._replace(size=n))]
+            raise ConfigError(
+                f"tensor_parallel_size={shard.size}: {reason}; sizes that work for this model: "
+                f"{', '.join(map(str, works))}"
+            )
+        self.whole = spec
+        self.shard = shard
+        size = shard.size
+        self.local = msgspec.structs.replace(
+            spec,
+            num_heads=spec.num_heads // size,
+            num_kv_heads=max(spec.num_kv_heads // size, 1),
+            intermediate_size=spec.intermediate_size // size,
+            vocab_size=-(-spec.vocab_size // size),
+        )
+        """The model as a rank allocates it. A vocabulary that does not divide is padded."""
+
+    def outputs(self, module: str) -> slice:
+        """The outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``."""
+        if module in SPLIT_INPUTS:
+            return slice(0, self.whole.linear(module).out_features)
+        return self._range(module, self.local.linear(module).out_features)
+
+    def inputs(self, module: str) -> slice:
+        """The inputs that the rank has."""
+        if module not in SPLIT_INPUTS:
+            return slice(0, self.whole.linear(module).in_features)
+        return self._range(module, self.local.linear(module).in_features)
+
+    def parameter(self, name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+        """The shape of a checkpoint's parameter and the part that the rank takes, by its Hugging Face name.
+
+        ``shape`` is what the rank allocates for it.
+        """
+        *_, module, kind = name.split(".")
+        if kind not in ("weight", "bias") or module.endswith("norm"):
+            return tuple(shape), tuple(slice(0, n) for n in shape)
+        n_in, n_out = self.whole.linear(module)
+        if kind == "bias":
+            return (n_out,), (self.outputs(module),)
+        if module == "embed_tokens":  # [vocabulary, hidden]: a linear over one-hot tokens, transposed
+            return (n_in, n_out), (self.inputs(module), self.outputs(module))
+        return (n_out, n_in), (self.outputs(module), self.inputs(module))
+
+    def _range(self, module: str, width: int) -> slice:
+        rank, whole = self.shard.rank, self.whole
+        if module in ("k_proj", "v_proj"):  # with fewer heads than ranks, several have the same one
+            rank = rank * min(whole.num_kv_heads, self.shard.size) // self.shard.size
+        end = whole.vocab_size if module in ("embed_tokens", "lm_head") else (rank + 1) * width
+        return slice(rank * width, min((rank + 1) * width, end))
+
+
+def _obstacle(spec: ModelSpec, shard: Shard) -> str | None:
+    size = shard.size
+    for count, what in (
+        (spec.num_heads, "attention heads"),
+        (spec.intermediate_size, "as the intermediate size"),
+    ):
+        if count % size:
+            return f"{count} {what} cannot be split evenly"
+    kv_heads = spec.num_kv_heads
+    if kv_heads % size and size % kv_heads:
+        return f"{kv_heads} KV heads can neither be split nor repeated evenly"
+    if shard.fully_sharded and spec.hidden_size % size:
+        return f"fully_sharded_loras splits the hidden size, and {spec.hidden_size} cannot be split evenly"
+    if (size - 1) * -(-spec.vocab_size // size) >= spec.vocab_size:
+        return f"a vocabulary of {spec.vocab_size} leaves ranks with nothing"
+    return None

@@ -1,0 +1,188 @@
+"""Where everything lies inside an adapter slot: what planning, loading and the pool share. No torch here.
+
+A slot is one row of elements. First come the LoRA matrices; the As of a fused linear adjoin, so that one
+product shrinks for all of its slices. Then comes what DoRA and ``lora_bias`` need, for every output.
+
+Under tensor parallelism a slot holds a rank's share, in one of two ways. By default one matrix of each pair
+is split, as the base linear is: B over the outputs, or A over the inputs. Fully sharded, the other one is as
+well: A over the adapter's rank, or B over the outputs (S-LoRA, Sheng et al., 2023,
+https://arxiv.org/abs/2311.03285, section 5). A process then has every ``size``-th row of A, so that any
+adapter is spread evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from aioengine.errors import ConfigError
+from aioengine.model.parallel.group import SOLO, Shard
+from aioengine.model.parallel.partition import SPLIT_INPUTS, Partition
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, TARGETABLE_MODULES, LinearShape, ModelSpec
+
+FUSED_MODULES = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The linears of a layer and the modules that each fuses, in the order of its output columns."""
+
+
+class Place(NamedTuple):
+    """One module of one layer: its shape, and offsets in elements from the beginning of the slot."""
+
+    shape: LinearShape
+    """The inputs that A has and the outputs that B has."""
+    a_rank: int
+    """The rows that A has room for."""
+    b_rank: int
+    """The columns that B has room for."""
+    num_outputs: int
+    """The outputs that gain and shift are for."""
+    a: int
+    """[a_rank, in]"""
+    b: int
+    """[out, b_rank]"""
+    affine: int
+    """[2, num_outputs]: gain and shift; see :meth:`aioengine.kernels.Backend.lora_affine`."""
+
+    @property
+    def elements(self) -> int:
+        """Of A and B."""
+        return self.a_rank * self.shape.in_features + self.shape.out_features * self.b_rank
+
+
+class Share(NamedTuple):
+    """The parts of an adapter's matrices that a rank has. All matrices of a module are cut alike."""
+
+    a: tuple[slice, slice]
+    """Of A [r, in]."""
+    b: slice
+    """Of B's rows."""
+    outputs: slice
+    """Of what there is one of for each output: magnitudes, biases, gain and shift."""
+
+
+class FusedPlace(NamedTuple):
+    """One linear of the decoder, or an embedding, with the modules that slots hold for it."""
+
+    layer: int
+    name: str
+    modules: tuple[str, ...]
+    columns: tuple[int, ...]
+    """The first output column of each module."""
+    b_columns: tuple[int, ...]
+    """The first output column that each module's B adds to."""
+
+
+class SlotLayout:
+    """The layout of a slot for ``modules`` (of ``TARGETABLE_MODULES``), each with room for ``max_rank``.
+
+    Raises :class:`ConfigError` for a module that cannot be targeted, and as :class:`Partition`.
+    """
+
+    def __init__(self, spec: ModelSpec, max_rank: int, modules: Iterable[str], shard: Shard = SOLO) -> None:
+        targets = set(modules)
+        if unknown := sorted(targets - set(TARGETABLE_MODULES)):
+            raise ConfigError(
+                f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(TARGETABLE_MODULES)}"
+            )
+        self.spec = spec
+        self.max_rank = max_rank
+        self.modules = tuple(m for m in TARGETABLE_MODULES if m in targets)
+        self.partition = Partition(spec, shard)
+        self.shard = shard
+        self._shapes = {module: self._shape(module) for module in self.modules}
+        self._shares = {module: self.share(module) for module in self.modules}
+        self.fused = tuple(self._fused_places())
+        self.places: dict[tuple[int, str], Place] = {}
+        self.matrix_elements = sum(self.matrix_elements_by_module.values())
+        """Elements of the LoRA matrices, which begin the slot."""
+        matrices, affine = 0, self.matrix_elements
+        for fused in self.fused:
+            shapes = [self._shapes[module] for module in fused.modules]
+            b = matrices + sum(shape.a_rank * shape.shape.in_features for shape in shapes)
+            for module, shape in zip(fused.modules, shapes, strict=True):
+                self.places[fused.layer, module] = shape._replace(a=matrices, b=b, affine=affine)
+                matrices += shape.a_rank * shape.shape.in_features
+                b += shape.shape.out_features * shape.b_rank
+                affine += 2 * shape.num_outputs
+            matrices = b
+        self.elements = affine
+        """Elements of a slot."""
+
+    def _shape(self, module: str) -> Place:
+        """A place that is nowhere yet."""
+        size, (n_in, n_out) = self.shard.size, self.partition.local.linear(module)
+        if not self.shard.fully_sharded:
+            return Place(LinearShape(n_in, n_out), self.max_rank, self.max_rank, n_out, 0, 0, 0)
+        if module in SPLIT_INPUTS:
+            return Place(LinearShape(n_in, n_out // size), self.max_rank, self.max_rank, n_out, 0, 0, 0)
+        share = -(-self.max_rank // size)
+        return Place(LinearShape(n_in, n_out), share, share * size, n_out, 0, 0, 0)
+
+    def held(self, module: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of what the slot holds of A and B, for an adapter of ``rank``."""
+        n_in, n_out = self.spec.linear(module)
+        (rows, inputs), outputs, _ = self._shares[module]
+        return (len(range(rank)[rows]), len(range(n_in)[inputs])), (len(range(n_out)[outputs]), rank)
+
+    def num_held_outputs(self, module: str) -> int:
+        """The outputs whose gain and shift the slot holds."""
+        return len(range(self.spec.linear(module).out_features)[self._shares[module].outputs])
+
+    def share(self, module: str) -> Share:
+        """What the slot holds of an adapter's matrices for ``module``."""
+        rank, size, full = self.shard
+        inputs, outputs = self.partition.inputs(module), self.partition.outputs(module)
+        if not full:
+            return Share((slice(None), inputs), outputs, outputs)
+        if module in SPLIT_INPUTS:
+            width = self._shapes[module].shape.out_features
+            return Share((slice(None), inputs), slice(rank * width, (rank + 1) * width), outputs)
+        return Share((slice(rank, None, size), inputs), outputs, outputs)
+
+    def _fused_places(self) -> Iterable[FusedPlace]:
+        for module in self.modules:
+            if module in EMBEDDING_MODULES:
+                yield FusedPlace(NO_LAYER, module, (module,), (0,), (self._first_of_b(module),))
+        for layer in range(self.spec.num_layers):
+            for name, members in FUSED_MODULES.items():
+                columns, column = {}, 0
+                for module in members:
+                    columns[module] = column
+                    column += self.partition.local.linear(module).out_features
+                held = tuple(m for m in members if m in self.modules)
+                if held:
+                    begins = tuple(columns[m] for m in held)
+                    b_begins = tuple(columns[m] + self._first_of_b(m) for m in held)
+                    yield FusedPlace(layer, name, held, begins, b_begins)
+
+    def _first_of_b(self, module: str) -> int:
+        """B's first output, counted from the first that the rank has."""
+        share = self.share(module)
+        return int(share.b.start - share.outputs.start)
+
+    @property
+    def matrix_elements_by_module(self) -> dict[str, int]:
+        """One slot's A and B elements by module: layers x max_rank x (in + out), unless it is a share."""
+        return {m: self._layers(m) * self._shapes[m].elements for m in self.modules}
+
+    @property
+    def affine_elements(self) -> int:
+        """One slot's elements for DoRA and biases: two for every output of every module."""
+        return self.elements - self.matrix_elements
+
+    def _layers(self, module: str) -> int:
+        return 1 if module in EMBEDDING_MODULES else self.spec.num_layers
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SlotLayout):
+            return NotImplemented
+        return self is other or (
+            (self.max_rank, self.modules, self.spec, self.shard)
+            == (other.max_rank, other.modules, other.spec, other.shard)
+        )
+
+    __hash__ = None  # type: ignore[assignment]

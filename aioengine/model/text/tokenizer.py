@@ -1,0 +1,262 @@
+"""Text to token ids and back: ``tokenizer.json`` through the tokenizers library, chat through jinja2.
+
+Chat templates come with the model and are untrusted: they run in jinja2's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.model.text.detokenizer import Detokenizer, TextStream
+from aioengine.model.text.token_bytes import TokenBytes
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template. Safe to share between threads; not modified after init."""
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens or {})
+        self._chat_template = chat_template
+        self._compiled: jinja2.Template | None = None
+        self._token_bytes: TokenBytes | None = None
+
+    @classmethod
+    def from_tokenizer(
+        cls,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
+        """Wrap a tokenizer in memory. ``special_tokens`` (``bos_token``, ...) are the template's."""
+        return cls(tokenizer, chat_template, special_tokens)
+
+    @classmethod
+    def from_dir(cls, model_dir: Path) -> Tokenizer | None:
+        """Read a model folder; None if it has no ``tokenizer.json``.
+
+        Raises :class:`~aioengine.errors.ConfigError` if a tokenizer file is there but malformed.
+        """
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(
+                f"{path}: not a tokenizer that the tokenizers library can read: {error}; "
+                "download the model again or remove the file to serve token ids only"
+            ) from error
+        # Left over from training in some models; it would cut or pad prompts silently.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = _read_json(model_dir / "tokenizer_config.json")
+        special = _special_tokens(_read_json(model_dir / "special_tokens_map.json"))
+        special |= _special_tokens(config)
+        return cls(tokenizer, _chat_template(model_dir, config), special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's embedding may have more rows."""
+        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode."""
+        try:
+            text.encode()
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError, AttributeError) as error:
+            raise RequestInvalid(f"prompt is not valid text: {error}") from error
+        return ids
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        return Detokenizer(self._tokenizer, skip_special_tokens)
+
+    def text_stream(
+        self, skip_special_tokens: bool, stop: tuple[str, ...], include_stop: bool = False
+    ) -> TextStream:
+        """A fresh one for one request's output."""
+        return TextStream(self.detokenizer(skip_special_tokens), stop, include_stop)
+
+    def encode_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> list[int]:
+        """The rendered chat's tokens; the template writes the special tokens, none are added."""
+        return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
+
+    def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
+        """The prompt for the assistant's next turn.
+
+        ``variables`` are the template's: ``tools`` (JSON schemas of functions), ``enable_thinking`` and
+        whatever else it looks at; ``add_generation_prompt=False`` leaves the next turn's opening out.
+
+        Raises :class:`~aioengine.errors.RequestInvalid` if there is no usable template, a message is
+        malformed, or the template refuses the messages.
+        """
+        _check_messages(messages)
+        template = self._template()
+        variables = {"add_generation_prompt": True, **self._special_tokens, **variables}
+        try:
+            return template.render({**variables, "messages": messages})
+        except Exception as error:  # untrusted template code: a TypeError is as possible as its own
+            raise RequestInvalid(
+                f"the chat template refused the messages: {type(error).__name__}: {error}"
+            ) from error
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its source."""
+        return self._chat_template
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that a token stands for; they need not be whole characters. Empty for ids
+        outside the vocabulary."""
+        if self._token_bytes is None:
+            self._token_bytes = TokenBytes(self._tokenizer)
+        return self._token_bytes(token_id)
+
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` that makes this tokenizer."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    def _template(self) -> jinja2.Template:
+        if self._chat_template is None:
+            raise RequestInvalid("the model has no chat template; give the prompt as text or token ids")
+        if self._compiled is None:
+            try:
+                self._compiled = _environment().from_string(self._chat_template)
+            except (jinja2.TemplateError, RecursionError) as error:
+                raise RequestInvalid(
+                    f"the model's chat template does not compile: {error}; give the prompt as text"
+                ) from error
+        return self._compiled
+
+
+def _check_messages(messages: object) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise RequestInvalid("chat messages must be a non-empty list of {'role': ..., 'content': ...}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise RequestInvalid(f"messages[{i}]: expected a dict, found {type(message).__name__}")
+        for field in ("role", "content"):
+            if field not in message:
+                raise RequestInvalid(f"messages[{i}]: {field!r} is missing")
+        if not isinstance(message["role"], str):
+            raise RequestInvalid(f"messages[{i}]['role']={message['role']!r}: expected a str")
+        content = message["content"]
+        parts = content if isinstance(content, list) else []
+        if not isinstance(content, (str, list)) or not all(isinstance(p, dict) for p in parts):
+            raise RequestInvalid(
+                f"messages[{i}]['content']: expected a str or a list of content parts, found "
+                f"{type(content).__name__}"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """``bos_token`` etc. of a Hugging Face file, where each is a string or {"content": string}."""
+    found = {}
+    for field in _SPECIAL_TOKENS:
+        value = config.get(field)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[field] = value
+    return found
+
+
+def _chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
+    """``chat_template.jinja`` before tokenizer_config.json, whose value may be a list of named ones."""
+    path = model_dir / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}...{% endgeneration %}``: marks the assistant's text for training; no effect."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that transformers renders chat templates in."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own escapes HTML characters.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,315 @@
+"""The step loop: asks the core what to do, has it done, and tells everybody what happened.
+
+One task, woken by events and asleep when there is nothing to do. The core is touched on the event
+loop's thread only; model steps, reads and copies run elsewhere and are awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aioengine import events
+from aioengine.core import Core, DropMove
+from aioengine.core.state import Request
+from aioengine.errors import AioEngineError, EngineDead, EngineStopped
+from aioengine.executors.base import Executor
+from aioengine.runtime.idle_watch import IdleWatch
+from aioengine.runtime.intervals import LoopLagMeter, TokenIntervals
+from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.transfers import AdapterMoves, Loader
+from aioengine.step import Sampled, StepBatch
+
+logger = logging.getLogger("aioengine")
+
+POLICY_RETRY_SECONDS = 0.05
+"""How soon a policy is asked again that admitted nothing although nothing runs and nothing loads."""
+
+Listener = Callable[[events.Event], None]
+
+
+class Stepper:
+    """Drives a core with an executor and an adapter loader.
+
+    ``listeners`` are called for every event, in order. ``loaded`` holds, by adapter uid, what to call
+    when its load has ended (with the error, or None); ``give_up_load`` ends one that nobody needs any
+    more. ``waits`` are the futures of those who wait for something else to happen to an adapter: when
+    the engine ends, they get the error.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        executor: Executor,
+        loader: Loader,
+        *,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.core = core
+        self.streams: dict[str, OutputStream] = {}
+        self.listeners: list[Listener] = []
+        self.dead: EngineDead | None = None
+        self._executor = executor
+        self._timer = timer
+        self._moves = AdapterMoves(core, loader, changed=self._moved)
+        self.loaded = self._moves.loaded
+        self.give_up_load = self._moves.give_up
+        self.waits: set[asyncio.Future[None]] = set()
+        self._idle = IdleWatch(core)
+        self._intervals = TokenIntervals()
+        self._lag = LoopLagMeter(self._report_lag, timer)
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._logged: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._lost: EngineDead | None = None
+        """That the executor is lost, and not brought back yet."""
+        executor.watch(self._executor_lost)
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
+        self._lag.start()
+
+    def wake(self) -> None:
+        """Have the core asked again; call after every change to it."""
+        self.publish()
+        self._wake.set()
+
+    def abort(self, request: Request) -> None:
+        """Its reader gets a last output with ``finish_reason="abort"``, if there still is one."""
+        self.core.end(request, "abort", asyncio.get_running_loop().time())
+        self.wake()
+
+    def check_goes_on(self) -> None:
+        """Raises EngineStopped or EngineDead if nothing that is asked for now will happen any more."""
+        if self.dead is not None:
+            raise self.dead
+        if self._stopping:
+            raise EngineStopped("the engine was stopped before it happened")
+
+    async def all_ended(self) -> None:
+        """Wait until every accepted request has ended."""
+        ended = asyncio.Event()
+
+        def listen(_event: events.Event) -> None:
+            if not self.core.requests:
+                ended.set()
+
+        self.listeners.append(listen)
+        try:
+            if self.core.requests:
+                await ended.wait()
+        finally:
+            self.listeners.remove(listen)
+
+    async def stop(self) -> None:
+        """End what has not ended with EngineStopped, and wait for what cannot be interrupted."""
+        self._stopping = True
+        self._end_all(EngineStopped("the engine was stopped before the request finished"))
+        self.wake()
+        moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
+        await asyncio.wait([moves] if self._task is None else [moves, self._task])
+        self._lag.stop()
+        self._fail_waits(EngineStopped("the engine was stopped before it happened"))
+        self._free_retired()
+
+    # The loop
+
+    async def _run(self) -> None:
+        try:
+            while not self._stopping:
+                await self._step()
+        except asyncio.CancelledError:
+            self._die(EngineStopped("the engine's step loop was cancelled"))
+            raise
+        except Exception as error:
+            logger.exception("the step loop failed; the engine is dead")
+            self._die(error)
+
+    async def _step(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._wake.clear()
+        if self._lost is not None:
+            await self._recover(self._lost)
+            return
+        start = self._timer()
+        batch, moves = self.core.schedule(loop.time())
+        schedule_seconds = self._timer() - start
+        policy_seconds = self.core.policy_seconds
+        for move in moves:
+            self._moves.start(move)
+        self.publish()
+        self._idle.look(self.core.now, idle=batch is None and not self._moves.under_way)
+        if batch is None:
+            await self._sleep(loop)
+            return
+        try:
+            result = await self._executor.execute(batch)
+        except EngineDead as error:
+            await self._recover(error)
+            return
+        now = loop.time()
+
+        def deliver(request: Request, sampled: Sampled, is_stop: bool) -> bool:
+            self._intervals.token(request)
+            return self.streams[request.id].push(sampled, now, is_stop=is_stop)
+
+        self.core.step_finished(batch, result, now, deliver)
+        self.core.outbox.append(
+            events.StepFinished(
+                time=now,
+                step=batch.step,
+                seconds=result.seconds,
+                schedule_seconds=schedule_seconds,
+                policy_seconds=policy_seconds,
+                intervals=self._intervals.take(now),
+                **_contents(batch),
+            )
+        )
+        self.publish()
+
+    async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Until something happens, or something is due."""
+        due = self.core.next_due()
+        timeout = None if due is None else max(due - loop.time(), 0.0)
+        if self.core.queues and not self._moves.under_way:
+            timeout = POLICY_RETRY_SECONDS if timeout is None else min(timeout, POLICY_RETRY_SECONDS)
+        await self._woken(timeout)
+
+    async def _woken(self, within: float | None) -> None:
+        """Waits for ``wake``, but not for more seconds than that."""
+        try:
+            async with asyncio.timeout(within):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _executor_lost(self, error: EngineDead) -> None:
+        self._lost = error
+        self._wake.set()
+
+    async def _recover(self, error: EngineDead) -> None:
+        """Fail what was running, and start the executor again; others wait meanwhile, and may be added, be
+        aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._lost = None
+        self.core.device_lost(began, error)
+        self._moves.device_lost(error)
+        if not self._executor.can_restart:
+            raise error
+        self.publish()
+        restart = loop.create_task(self._executor.restart(), name="aioengine-restart")
+        restart.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not restart.done() and not self._stopping:
+                self._wake.clear()
+                self.core.expire(loop.time())
+                self.publish()
+                due = self.core.next_deadline()
+                await self._woken(None if due is None else max(due - loop.time(), 0.0))
+        finally:
+            if not restart.done():
+                restart.cancel()
+            await asyncio.wait([restart])
+        if restart.cancelled():
+            return
+        restart.result()
+        now = loop.time()
+        self.core.outbox.append(events.EngineRestarted(time=now, seconds=now - began, error=error))
+        self.publish()
+
+    def _die(self, cause: Exception) -> None:
+        if isinstance(cause, EngineDead):
+            self.dead = cause
+        else:
+            self.dead = EngineDead(f"the engine failed: {type(cause).__name__}: {cause}")
+            self.dead.__cause__ = cause
+        self._end_all(self.dead)
+        self.core.step_lost()
+        self._moves.fail_waiting(self.dead)
+        self._fail_waits(self.dead)
+        self._free_retired()
+
+    def _fail_waits(self, error: AioEngineError) -> None:
+        for future in self.waits:
+            if not future.done():
+                future.set_exception(error)
+
+    def _free_retired(self) -> None:
+        """For those who wait for an adapter to be gone: nothing will be scheduled any more."""
+        self.core.residency.sweep(asyncio.get_running_loop().time())
+        for move in self.core.residency.take_moves():
+            if isinstance(move, DropMove):
+                self._moves.start(move)
+        self.publish()
+
+    def _moved(self) -> None:
+        if self.dead is None:
+            self.wake()
+        else:
+            self._free_retired()
+
+    def _end_all(self, error: Exception) -> None:
+        now = asyncio.get_running_loop().time()
+        for request in list(self.core.requests.values()):
+            self.core.end(request, "error", now, error)
+
+    # Events out
+
+    def publish(self) -> None:
+        """Deliver the events that the core has left."""
+        while self.core.outbox:
+            batch, self.core.outbox = self.core.outbox, []
+            for event in batch:
+                self._deliver(event)
+
+    def _deliver(self, event: events.Event) -> None:
+        if isinstance(event, events.RequestEnded):
+            stream = self.streams.pop(event.request_id, None)
+            if stream is not None:
+                stream.end(event.reason, event.error)
+            self._executor.forget(event.request_id)
+        elif isinstance(event, events.PolicyRefused):
+            self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
+        elif isinstance(event, events.PolicyFailed):
+            self._log_once("the policy failed; fcfs decides in its place", event.error)
+        elif isinstance(event, events.PolicyReplaced):
+            logger.warning("%s; fcfs decides from now on", event.reason)
+        for listener in list(self.listeners):
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("an event listener failed on %s", type(event).__name__)
+
+    def _report_lag(self, seconds: float) -> None:
+        self.core.outbox.append(events.LoopLag(time=asyncio.get_running_loop().time(), seconds=seconds))
+        self.publish()
+
+    def _log_once(self, what: str, item: str) -> None:
+        if what not in self._logged:
+            self._logged.add(what)
+            logger.warning("%s (first: %s; said once, counted always)", what, item)
+
+
+def _contents(batch: StepBatch) -> dict[str, Any]:
+    """The fields of StepFinished that say what was in the step."""
+    slots: set[int] = set()
+    tokens = decode = 0
+    for work in batch.sequences:
+        slots.add(work.slot)
+        count = len(work.tokens)
+        tokens += count
+        if count == 1 and work.start >= work.prompt_len:
+            decode += 1
+    used = tuple(sorted(slots - {-1}))
+    return {
+        "sequences": len(batch.sequences),
+        "adapters": len(used),
+        "prefill_tokens": tokens - decode,
+        "decode_tokens": decode,
+        "slots": used,
+    }

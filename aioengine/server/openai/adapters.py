@@ -1,0 +1,117 @@
+"""Loading and unloading adapters over HTTP, in vLLM's format. Off unless the engine has an ``adapter_root``,
+and then confined to it; and for admins only, if there are admin keys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from litestar import MediaType, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import JSONBody
+
+from aioengine import FilesystemResolver
+from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
+from aioengine.errors import AdapterError, AdapterNotFound
+from aioengine.server.context import Context
+from aioengine.server.errors import ApiError, to_api_error
+from aioengine.server.framework import RESPONSES, admins_only
+
+
+class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    lora_name: str | None = None
+    """What requests call it."""
+    lora_path: str | None = None
+    """Its folder, relative to the server's adapter root or absolute within it."""
+    load_inplace: bool | None = None
+    """Put it in the place of the one of this name; requests accepted before finish on that."""
+
+
+class UnloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    lora_name: str | None = None
+    lora_int_id: int | None = None
+    """Ignored."""
+
+
+def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
+    lora = context.engine.config.lora
+    root = None if lora is None else lora.adapter_root
+    resolver = None if root is None else FilesystemResolver(root)
+
+    @post(
+        "/v1/load_lora_adapter",
+        status_code=200,
+        media_type=MediaType.TEXT,
+        responses=RESPONSES,
+        guards=[admins_only],
+        summary="Load an adapter",
+    )
+    async def load(data: JSONBody[LoadRequest]) -> str:
+        confined = _allowed(resolver)
+        name, path = data.lora_name, data.lora_path
+        if not name or not path:
+            raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.")
+        if NAME_RULE.fullmatch(name) is None:
+            raise ApiError(400, f"lora_name: {name[:300]!r} is not {NAME_RULE_TEXT}", param="lora_name")
+        if name in context.model_names:
+            raise ApiError(400, f"{name!r} is the base model's name", param="lora_name")
+        known = any(info.name == name for info in context.engine.adapters())
+        if known and not data.load_inplace:
+            raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
+        try:
+            folder = await confined.resolve(_relative(path, confined.root))
+        except AdapterNotFound as error:
+            raise ApiError(
+                404,
+                f"Loading lora {name} failed: no adapter found for {path} below the adapter root",
+                param="lora_path",
+                code="adapter_not_found",
+            ) from error
+        try:
+            await context.engine.load_adapter(name, folder, replace=bool(data.load_inplace))
+        except AdapterError as error:
+            api_error = to_api_error(error, context.settings.retry_after)
+            api_error.detail.param = "lora_path"
+            raise api_error from error
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    @post(
+        "/v1/unload_lora_adapter",
+        status_code=200,
+        media_type=MediaType.TEXT,
+        responses=RESPONSES,
+        guards=[admins_only],
+        summary="Unload an adapter, when the requests that use it have ended",
+    )
+    async def unload(data: JSONBody[UnloadRequest]) -> str:
+        _allowed(resolver)
+        name = data.lora_name
+        if not name:
+            raise ApiError(400, "'lora_name' must be provided.", param="lora_name")
+        try:
+            await context.engine.unload_adapter(name)
+        except AdapterNotFound as error:
+            raise ApiError(
+                404,
+                f"The lora adapter '{name}' cannot be found.",
+                param="lora_name",
+                code="adapter_not_found",
+            ) from error
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    return [load, unload]
+
+
+def _allowed(resolver: FilesystemResolver | None) -> FilesystemResolver:
+    if resolver is None:
+        text = (
+            "adapters cannot be loaded or unloaded over HTTP: the server was started without an adapter root"
+        )
+        raise ApiError(403, text, type="permission_error", code="adapter_loading_disabled")
+    return resolver
+
+
+def _relative(path: str, root: Path) -> str:
+    """Below ``root``; what is not comes out with ".." parts, which the resolver refuses."""
+    return os.path.relpath(path, root) if os.path.isabs(path) else path.removeprefix("./").rstrip("/")

@@ -1,0 +1,152 @@
+"""``/v1/chat/completions``: messages in, the assistant's next one out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import JSONBody
+from litestar.response import Response
+
+from aioengine.server.context import Context
+from aioengine.server.errors import ApiError, unsupported
+from aioengine.server.framework import RESPONSES, Handled, record_of
+from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest, Message, Tool
+from aioengine.server.openai.chat_reply import ChatReply
+from aioengine.server.openai.constraints import wanted_constraint
+from aioengine.server.openai.sampling import sampling_params
+from aioengine.server.openai.tools import ToolPlan, plan_tools
+from aioengine.server.streaming import GenerationResponse
+
+_OWN_VARIABLES = ("messages", "tools")
+
+
+def chat_routes(context: Context) -> list[HTTPRouteHandler]:
+    @post("/v1/chat/completions", status_code=200, responses=RESPONSES, summary="Continue a conversation")
+    async def chat_completions(
+        data: JSONBody[ChatRequest], request: Request[Any, Any, Any]
+    ) -> Response[ChatCompletion]:
+        record = record_of(request)
+        _refuse_unsupported(data)
+        try:
+            tools = plan_tools(data)
+        except ValueError as error:
+            raise ApiError(400, f"tool_choice: {error}", param="tool_choice", code="invalid_value") from error
+        constraint = wanted_constraint(data, data.response_format, tools)
+        prompt = await context.encode_chat(to_template(data.messages), _variables(data, tools))
+        context.check_prompts([prompt], data.n or 1, field="messages")
+        room = context.engine.plan.max_model_len - len(prompt)
+        wanted = data.max_completion_tokens or data.max_tokens or context.settings.default_max_tokens or room
+        logprobs = (data.top_logprobs or 0) if data.logprobs else None
+        params = sampling_params(data, max_tokens=wanted, logprobs=logprobs, constraint=None)
+        generation = await context.generation(data, [prompt], params, constraint, record, prefix="chatcmpl")
+        template = context.tokenizer.chat_template
+        reply = ChatReply(
+            generation.request_id,
+            data.model,
+            parsers=[tools.parser(template) for _ in range(len(generation))],
+            token_bytes=None if logprobs is None else context.token_bytes(),
+            include_usage=bool(data.stream_options and data.stream_options.include_usage),
+        )
+        stream = bool(data.stream)
+        return Handled(
+            GenerationResponse(generation, reply, stream=stream, settings=context.settings, record=record)
+        )
+
+    return [chat_completions]
+
+
+def to_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: content as one text, arguments of calls as objects.
+
+    Raises ApiError for content that is not text.
+    """
+    return [_to_template(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _to_template(message: Message, where: str) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": _text(message, where)}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
+        for i, call in enumerate(found["tool_calls"]):
+            call["function"]["arguments"] = _arguments(call, f"{where}.tool_calls[{i}].function.arguments")
+    return found
+
+
+def _text(message: Message, where: str) -> str:
+    content = message.content
+    if content is None:
+        if message.role == "assistant":
+            return ""
+        raise ApiError(422, f"{where}.content: is missing", param=f"{where}.content", code="invalid_value")
+    if isinstance(content, str):
+        return content
+    for i, part in enumerate(content):
+        if part.type != "text" or part.text is None:
+            raise ApiError(
+                400,
+                f"{where}.content[{i}]: only parts of type 'text' are supported, not {part.type!r}",
+                param=f"{where}.content",
+                code="unsupported_parameter",
+            )
+    return "\n".join(part.text or "" for part in content)
+
+
+def _arguments(call: dict[str, Any], where: str) -> Any:
+    try:
+        return msgspec.json.decode(call["function"]["arguments"])
+    except msgspec.DecodeError as error:
+        raise ApiError(400, f"{where}: is not JSON: {error}", param=where, code="invalid_value") from error
+
+
+def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
+    variables = dict(data.chat_template_kwargs or {})
+    for name in _OWN_VARIABLES:
+        if name in variables:
+            raise ApiError(400, f"chat_template_kwargs: {name} is a field of its own", param=name)
+    if plan.tools:
+        variables["tools"] = tools_to_template(plan.tools)
+    return variables
+
+
+def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates take them: without what was not given."""
+    return [
+        {
+            "type": tool.type,
+            "function": {
+                key: value
+                for key, value in msgspec.structs.asdict(tool.function).items()
+                if value is not None
+            },
+        }
+        for tool in tools
+    ]
+
+
+def _refuse_unsupported(data: ChatRequest) -> None:
+    for field, why in (
+        ("functions", "use tools"),
+        ("function_call", "use tool_choice"),
+        ("audio", "answers are text"),
+        ("prediction", "is not supported"),
+        ("reasoning_effort", "is the template's business: see chat_template_kwargs"),
+        ("web_search_options", "there is no web search"),
+    ):
+        if getattr(data, field) is not None:
+            raise unsupported(field, why)
+    if data.modalities not in (None, ["text"]):
+        raise unsupported("modalities", "answers are text")
+    if data.parallel_tool_calls is False:
+        raise unsupported("parallel_tool_calls", "how many calls the model makes is up to it")
+    if data.top_logprobs and not data.logprobs:
+        raise ApiError(
+            400, "top_logprobs: needs logprobs to be true", param="top_logprobs", code="invalid_value"
+        )

@@ -1,0 +1,95 @@
+"""``/tokenize`` and ``/detokenize``, in vLLM's format."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from litestar import post
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import JSONBody
+
+from aioengine.server.context import Context
+from aioengine.server.errors import ApiError
+from aioengine.server.framework import RESPONSES
+from aioengine.server.openai.api import TokenId
+from aioengine.server.openai.chat import to_template, tools_to_template
+from aioengine.server.openai.chat_api import Message, Tool
+from aioengine.server.openai.logprobs import TokenBytes
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Either ``prompt`` or ``messages``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    """For a prompt; true if it is not given. A chat template writes its own."""
+    add_generation_prompt: bool | None = None
+    """For messages: with the opening of the assistant's next turn; true if it is not given."""
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class Tokenized(msgspec.Struct, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class Detokenized(msgspec.Struct):
+    prompt: str
+
+
+def token_routes(context: Context) -> list[HTTPRouteHandler]:
+    @post("/tokenize", status_code=200, responses=RESPONSES, summary="Text or messages to token ids")
+    async def tokenize(data: JSONBody[TokenizeRequest]) -> Tokenized:
+        _check_model(context, data.model)
+        if (data.prompt is None) == (data.messages is None):
+            raise ApiError(400, "prompt: either prompt or messages", param="prompt", code="invalid_value")
+        if data.prompt is not None:
+            special = data.add_special_tokens is not False
+            [tokens] = await context.encode([data.prompt], add_special_tokens=special)
+        else:
+            variables = dict(data.chat_template_kwargs or {})
+            variables["add_generation_prompt"] = data.add_generation_prompt is not False
+            if data.tools:
+                variables["tools"] = tools_to_template(data.tools)
+            variables.pop("messages", None)
+            tokens = await context.encode_chat(to_template(data.messages or []), variables)
+        strings = None
+        if data.return_token_strs:
+            strings = await asyncio.to_thread(_strings, tokens, context.token_bytes())
+        return Tokenized(
+            count=len(tokens),
+            max_model_len=context.engine.plan.max_model_len,
+            tokens=tokens,
+            token_strs=strings,
+        )
+
+    @post("/detokenize", status_code=200, responses=RESPONSES, summary="Token ids to text")
+    async def detokenize(data: JSONBody[DetokenizeRequest]) -> Detokenized:
+        _check_model(context, data.model)
+        # In a thread: there may be many.
+        return Detokenized(await asyncio.to_thread(context.tokenizer.decode, data.tokens, False))
+
+    return [tokenize, detokenize]
+
+
+def _strings(tokens: list[int], token_bytes: TokenBytes) -> list[str]:
+    return [token_bytes(token).decode(errors="replace") for token in tokens]
+
+
+def _check_model(context: Context, model: str | None) -> None:
+    """An adapter has its base model's tokenizer; that it is there is not asked."""
+    if model is not None:
+        context.adapter_of(model)

@@ -1,0 +1,1 @@
+"""HTTP connections and request bodies, with bounds on what they hold."""

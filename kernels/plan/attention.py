@@ -1,0 +1,77 @@
+"""What a step's attention needs to know about the batch, built once and used in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.plan.derived import Derivable
+from aioengine.kernels.transfer import send
+
+
+class Span(NamedTuple):
+    """One sequence's share of a step: rows ``row..row+length-1`` hold its tokens from ``start`` on."""
+
+    row: int
+    length: int
+    start: int
+
+
+class AttentionPlan(Derivable):
+    """Where a step's tokens are, where their keys and values go, and where those before them lie.
+
+    ``spans`` cover the token axis in order; ``tables`` are the sequences' block tables. Position p of a
+    sequence is in block ``table[p // block_size]`` at ``p % block_size``; its *cell* is
+    ``block * block_size + offset``. Tensors live on ``device``.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        tables: Sequence[Sequence[int]],
+        block_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.spans: tuple[Span, ...] = tuple(spans)
+        self.block_size = block_size
+        self.device = torch.device(device)
+        width = max(len(table) for table in tables)
+        self.host_tables = torch.tensor(
+            [[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32
+        )
+        """:attr:`tables` on the host."""
+        counts = torch.tensor([span.length for span in spans])
+        first = torch.tensor([span.start - span.row for span in spans])
+        sequence = torch.repeat_interleave(torch.arange(len(spans)), counts)
+        positions = torch.arange(len(sequence)) + first[sequence]
+        cells = locate(self.host_tables, block_size, sequence, positions)
+        self.positions: Tensor
+        """[T] absolute position of each token (int64)."""
+        self.cells: Tensor
+        """[T] the cell where each token's key and value are stored (int64); below 0: nowhere."""
+        self.tables: Tensor
+        """[N, width] block tables, padded (int32)."""
+        self.positions, self.cells, self.tables = send([positions, cells, self.host_tables], self.device)
+
+    @cached_property
+    def span_table(self) -> Tensor:
+        """[N, 3] row, length and start of each sequence (int32, on the host)."""
+        return torch.tensor(self.spans, dtype=torch.int32)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[T] whether a token is its sequence's last in this step (uint8, on the host)."""
+        last = torch.zeros(len(self.positions), dtype=torch.uint8)
+        last[[span.row + span.length - 1 for span in self.spans]] = 1
+        return last
+
+
+def locate(tables: Tensor, block_size: int, sequence: Tensor, positions: Tensor) -> Tensor:
+    """The cells of ``positions`` in the sequences of these indices (broadcast), whose tables are the rows."""
+    block = tables[sequence, positions // block_size].long()
+    return block * block_size + positions % block_size

@@ -1,0 +1,1 @@
+"""Backend in plain torch, for devices and machines without compiled kernels."""

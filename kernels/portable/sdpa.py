@@ -1,0 +1,147 @@
+"""Paged attention in plain torch, for any mixture of decode rows and prompt chunks.
+
+Rows with one query token are computed together: their keys are gathered into one padded batch.
+Sequences with more tokens are computed one by one under a causal mask relative to absolute positions,
+so a chunk may start anywhere. All indices and masks are built once a step (:class:`Windows`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aioengine.kernels.plan.attention import AttentionPlan, Span, locate
+from aioengine.kernels.transfer import send
+
+
+class DecodeGroup(NamedTuple):
+    """B rows of one token each, with contexts of similar length."""
+
+    rows: Tensor
+    """[B] rows of the step's token axis."""
+    cells: Tensor
+    """[B * L] the cells of each row's context; padding repeats the row's own token."""
+    mask: Tensor
+    """[B, 1, 1, L] added to the scores: 0 or -inf."""
+
+
+class Chunk(NamedTuple):
+    """One sequence with several query tokens."""
+
+    row: int
+    length: int
+    cells: Tensor | None
+    """[L] the cells of the context; None if it is exactly the chunk itself."""
+    mask: Tensor | None
+    """[length, L] added to the scores; None for plain causal attention over the chunk."""
+
+
+class Window(NamedTuple):
+    decode: tuple[DecodeGroup, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class Windows:
+    """Indices and masks of a step by window size, made when a layer first asks for them."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        # Not the plan itself, which holds this.
+        self._spans, self._device = plan.spans, plan.device
+        self._tables, self._block_size = plan.host_tables, plan.block_size
+        self._made: dict[tuple[int | None, torch.dtype], Window] = {}
+
+    def of(self, window: int | None, dtype: torch.dtype) -> Window:
+        """For layers of this window (None: full attention), with masks of this dtype."""
+        key = window, dtype
+        if key not in self._made:
+            self._made[key] = self._make(window, dtype)
+        return self._made[key]
+
+    def _make(self, window: int | None, dtype: torch.dtype) -> Window:
+        by_length: dict[int, list[int]] = {}
+        chunks: list[Chunk] = []
+        for i, span in enumerate(self._spans):
+            if span.length > 1:
+                chunks.append(self._chunk(i, span, window, dtype))
+            else:
+                # Contexts within a factor of two share a group, so padding at most doubles the work.
+                length = min(span.start + 1, window or span.start + 1)
+                by_length.setdefault(max(length - 1, 127).bit_length(), []).append(i)
+        groups = (self._decode_group(members, window, dtype) for members in by_length.values())
+        return Window(tuple(groups), tuple(chunks))
+
+    def _decode_group(self, members: list[int], window: int | None, dtype: torch.dtype) -> DecodeGroup:
+        spans = self._spans
+        last = torch.tensor([spans[i].start for i in members])[:, None]
+        first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
+        length = int((last - first).max()) + 1
+        positions = first + torch.arange(length)
+        # Padding must not read another sequence's cells: a NaN there would survive the mask (0 * NaN).
+        cells = self._cells(torch.tensor(members)[:, None], positions.minimum(last))
+        mask = _additive(positions <= last, dtype)[:, None, None, :]
+        rows = torch.tensor([spans[i].row for i in members])
+        return DecodeGroup(*send([rows, cells.flatten(), mask], self._device))
+
+    def _chunk(self, index: int, span: Span, window: int | None, dtype: torch.dtype) -> Chunk:
+        row, length, start = span
+        stop = start + length
+        first = 0 if window is None else max(0, start - window + 1)
+        if start == 0 and (window is None or window >= stop):
+            return Chunk(row, length, None, None)
+        keys = torch.arange(first, stop)
+        queries = torch.arange(start, stop)[:, None]
+        allowed = keys <= queries
+        if window is not None:
+            allowed &= keys > queries - window
+        mask = _additive(allowed, dtype)
+        if start == 0:
+            return Chunk(row, length, None, *send([mask], self._device))
+        return Chunk(row, length, *send([self._cells(torch.tensor(index), keys), mask], self._device))
+
+    def _cells(self, sequence: Tensor, positions: Tensor) -> Tensor:
+        return locate(self._tables, self._block_size, sequence, positions)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+
+
+def paged_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
+    """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
+    tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]
+    q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
+    key_cells, value_cells = keys.flatten(0, 1), values.flatten(0, 1)
+    # Query head h reads key head h // group: regrouped, grouped-query attention is a batch dimension.
+    q = q.view(tokens, kv_heads, -1, d)
+    out = q.new_empty(q.shape)
+    made = plan.derive(Windows).of(window, q.dtype)
+
+    for rows, cells, mask in made.decode:
+        batch = len(rows)
+        k_b = key_cells.index_select(0, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
+        v_b = value_cells.index_select(0, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
+        everything = batch == tokens
+        q_b = q if everything else q.index_select(0, rows)
+        out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=mask)
+        if everything:
+            return out_b.reshape(tokens, -1)
+        out.index_copy_(0, rows, out_b)
+
+    for row, length, chunk_cells, chunk_mask in made.chunks:
+        stop = row + length
+        if chunk_cells is None:
+            k_s, v_s = k[row:stop], v[row:stop]
+        else:
+            k_s, v_s = key_cells.index_select(0, chunk_cells), value_cells.index_select(0, chunk_cells)
+        q_s = q[row:stop].permute(1, 2, 0, 3)  # [kv_heads, group, length, d]
+        k_s, v_s = (t.transpose(0, 1)[:, None].expand(-1, q_s.shape[1], -1, -1) for t in (k_s, v_s))
+        out_s = F.scaled_dot_product_attention(
+            q_s, k_s, v_s, attn_mask=chunk_mask, is_causal=chunk_mask is None
+        )
+        out[row:stop] = out_s.permute(2, 0, 1, 3)
+    return out.flatten(1)

@@ -1,0 +1,118 @@
+"""The backend ``flashinfer``: Triton's, with attention by FlashInfer (Ye et al., 2025, arXiv:2501.01005).
+
+Optional, and asked for by name only: it compiles kernels of its own at first use, for which a CUDA compiler
+must be there. It attends for prompts and mixed steps. Decode steps that are played back keep the Triton
+kernel, whose plan is made on the device; FlashInfer's is made by the host before each step.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import accumulate
+from typing import Any
+
+import flashinfer
+import torch
+from torch import Tensor
+
+from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.triton import attention
+from aioengine.kernels.triton.backend import (
+    add_rms_norm,
+    linear,
+    lora_affine,
+    lora_embed,
+    lora_expand,
+    lora_shrink,
+    rope_store,
+    silu_and_mul,
+)
+
+name = "flashinfer"
+capturable = True
+
+__all__ = [
+    "add_rms_norm",
+    "capturable",
+    "linear",
+    "lora_affine",
+    "lora_embed",
+    "lora_expand",
+    "lora_shrink",
+    "name",
+    "paged_attention",
+    "rope_store",
+    "silu_and_mul",
+]
+
+HEAD_DIMS = (64, 128, 256)
+"""That it has kernels for; others are left to Triton, and so is float32."""
+_WORKSPACE = 128 * 2**20
+"""Bytes for what it computes in parts; its documentation recommends this much."""
+
+_mine = threading.local()
+"""A thread's wrappers, which hold the plan of a step: a model steps in one thread."""
+
+
+def paged_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
+    """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
+    kv_heads, d = keys.shape[2], keys.shape[3]
+    if not plan.spans or d not in HEAD_DIMS or qkv.dtype == torch.float32:
+        return attention.paged_attention(qkv, keys, values, plan, window)
+    heads = qkv.shape[1] - 2 * kv_heads
+    planned = plan.derive(_Planned)
+    found: Tensor = planned.of(window, heads, keys).run(qkv[:, :heads].contiguous(), (keys, values))
+    return found.flatten(1)
+
+
+class _Planned:
+    """A step's plan by window, made when a layer first asks for it."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        stops = [span.start + span.length for span in plan.spans]  # not the plan itself, which holds this
+        pages = [-(-stop // plan.block_size) for stop in stops]
+        self._metadata = (
+            _indptr([span.length for span in plan.spans]),
+            _indptr(pages),
+            torch.cat([plan.host_tables[i, :count] for i, count in enumerate(pages)]),
+            _int32([(stop - 1) % plan.block_size + 1 for stop in stops]),
+        )
+        self._made: dict[int | None, Any] = {}
+
+    def of(self, window: int | None, heads: int, keys: Tensor) -> Any:
+        """The wrapper for layers of this window, planned."""
+        if window not in self._made:
+            _, block_size, kv_heads, d = keys.shape
+            wrapper = _wrapper(window, keys.device)
+            wrapper.plan(
+                *self._metadata,
+                *(heads, kv_heads, d, block_size),
+                causal=True,
+                window_left=-1 if window is None else window - 1,
+                q_data_type=keys.dtype,
+                kv_data_type=keys.dtype,
+            )
+            self._made[window] = wrapper
+        return self._made[window]
+
+
+def _wrapper(window: int | None, device: torch.device) -> Any:
+    """This thread's for a window: layers of different windows need plans of their own in one step."""
+    wrappers: dict[tuple[int | None, torch.device], Any] = _mine.__dict__.setdefault("wrappers", {})
+    if (window, device) not in wrappers:
+        workspaces: dict[torch.device, Tensor] = _mine.__dict__.setdefault("workspaces", {})
+        if device not in workspaces:
+            workspaces[device] = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
+        wrappers[window, device] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspaces[device], "NHD")
+    return wrappers[window, device]
+
+
+def _indptr(counts: list[int]) -> Tensor:
+    """[len + 1] where each begins, and where the last one ends."""
+    return _int32([0, *accumulate(counts)])
+
+
+def _int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,1 @@
+"""Functions in Triton's own language."""

@@ -1,0 +1,1 @@
+"""Listeners that count engine events, and what is read from the engine when it is scraped."""

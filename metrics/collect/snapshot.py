@@ -1,0 +1,60 @@
+"""Gauges that are read from the engine at the moment of a scrape, so that they can never drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+from aioengine.info import AdapterInfo, EngineStats, SlotStateName
+from aioengine.metrics.families import definitions as d
+from aioengine.metrics.families.storage import Family, HistogramPoint, Labels
+
+SLOT_STATES = tuple(state.lower() for state in get_args(SlotStateName))
+
+
+def gauges(
+    engine: str, stats: EngineStats, adapters: list[AdapterInfo], rank: Callable[[str, int], int]
+) -> Iterator[Family]:
+    """Occupancy of slots, CPU cache, queues and KV cache. ``rank`` is that of an adapter's version.
+
+    Slot and adapter series carry real adapter names: there are at most ``max_loras`` and
+    ``max_cpu_loras`` of them at a time, however many adapters are registered.
+    """
+    count = dict.fromkeys(SLOT_STATES, 0)
+    held: list[tuple[Labels, float]] = []
+    for slot in stats.slots:
+        count[slot.state.lower()] += 1
+        if slot.adapter is not None and slot.version is not None:
+            number = str(rank(slot.adapter, slot.version))
+            held.append(((str(slot.index), slot.adapter, str(slot.version), number), 1.0))
+    yield gauge(engine, d.LORA_SLOTS, *(((state,), number) for state, number in count.items()))
+    yield gauge(engine, d.LORA_SLOT_INFO, *held)
+    yield gauge(engine, d.LORA_ADAPTER_LOADED, *loaded(adapters))
+    yield gauge(engine, d.LORA_ADAPTERS, ((), stats.adapters))
+    yield gauge(engine, d.LORA_CPU_ADAPTERS, ((), stats.cpu_adapters))
+    yield gauge(engine, d.REQUESTS_RUNNING, ((), stats.running))
+    yield gauge(
+        engine,
+        d.REQUESTS_WAITING,
+        (("adapter",), stats.waiting_for_adapter),
+        (("capacity",), stats.waiting - stats.waiting_for_adapter),
+    )
+    yield gauge(engine, d.KV_CACHE_USAGE, ((), kv_usage(stats)))
+
+
+def loaded(adapters: list[AdapterInfo]) -> Iterator[tuple[Labels, float]]:
+    for info in adapters:
+        if info.location in ("slot", "cpu"):
+            yield (info.name, info.location, "true" if info.pinned else "false"), 1.0
+
+
+def kv_usage(stats: EngineStats) -> float:
+    used = stats.kv_blocks - stats.kv_blocks_free
+    return used / stats.kv_blocks if stats.kv_blocks else 0.0
+
+
+def gauge(engine: str, definition: d.Definition, *values: tuple[Labels, float]) -> Family:
+    points: list[tuple[Labels, float | HistogramPoint]] = [
+        ((engine, *labels), float(value)) for labels, value in values
+    ]
+    return Family(definition, points)

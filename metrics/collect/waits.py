@@ -1,0 +1,53 @@
+"""How long each request waited for its adapter, as told by the events."""
+
+from __future__ import annotations
+
+from aioengine import events
+from aioengine.metrics.collect.residency import ResidencyTracker, Version
+
+
+class _Live:
+    __slots__ = ("absent_before", "version", "waiting")
+
+    def __init__(self, version: Version, absent_before: float) -> None:
+        self.version = version
+        self.absent_before = absent_before
+        self.waiting = True
+
+
+class AdapterWaits:
+    """Follows the requests for adapters from arrival to end, each at O(1) an event.
+
+    A request's wait is the time that its adapter was in no slot between its arrival and its first
+    admission; what an adapter's version has been absent in all is kept by :class:`Version`.
+    """
+
+    def __init__(self, residency: ResidencyTracker) -> None:
+        self._residency = residency
+        self._live: dict[str, _Live] = {}
+
+    def added(self, event: events.RequestAdded) -> None:
+        if event.adapter is not None:
+            version = self._residency.current(event.adapter, event.time)
+            self._live[event.request_id] = _Live(version, version.absent(event.time))
+            version.wait_begins(event.time)
+
+    def admitted(self, event: events.RequestAdmitted) -> float | None:
+        """The wait, in seconds; None if it has no adapter or had been admitted before."""
+        live = self._live.get(event.request_id)
+        if live is None:
+            return None
+        live.waiting = False
+        live.version.wait_ends()
+        return None if event.resumed else live.version.absent(event.time) - live.absent_before
+
+    def preempted(self, event: events.RequestPreempted) -> None:
+        live = self._live.get(event.request_id)
+        if live is not None:
+            live.waiting = True
+            live.version.wait_begins(event.time)
+
+    def ended(self, event: events.RequestEnded) -> None:
+        live = self._live.pop(event.request_id, None)
+        if live is not None and live.waiting:
+            live.version.wait_ends()

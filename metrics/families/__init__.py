@@ -1,0 +1,1 @@
+"""Metric families: their definitions, storage, labels and text format."""

@@ -1,0 +1,1 @@
+"""The live page: what feeds it, and a server for it alone."""

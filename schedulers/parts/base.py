@@ -1,0 +1,109 @@
+"""The four dimensions of a composed policy, each a small class that can be varied alone.
+
+- :class:`Ordering`: who goes first.
+- :class:`Replacement`: which idle adapter gives up its slot, and which one leaves the CPU cache.
+- :class:`Prefetch`: which adapters to bring from disk to the CPU.
+- :class:`Preemption`: who is taken off the batch.
+
+:mod:`aioengine.schedulers.parts.compose` puts them together. Parts may keep state, fed by ``on_event``; they
+must not assume that what they proposed was carried out (the events say what was).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from heapq import nsmallest
+from itertools import chain
+from typing import Any
+
+from aioengine.schedulers.policy import (
+    AdapterView,
+    PolicyEvent,
+    RequestView,
+    SchedulerView,
+    SlotView,
+)
+
+
+class Part(ABC):  # noqa: B024 - its children have the abstract methods
+    """Base of the parts."""
+
+    source: str = ""
+    """The paper or project that it is from, in one line."""
+
+    def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
+        """Called for every event, in order."""
+
+
+class Ordering(Part):
+    """Who goes first, among requests and among the adapters that have to be brought in.
+
+    ``key`` is the one required method; a smaller key goes first, equal keys in order of arrival. The
+    other methods are derived from it, and may be overridden where there is a quicker way or the order
+    depends on what was chosen before.
+    """
+
+    starvation_bound: str = "none"
+    """Of the ordering alone: how long a request whose adapter is in a slot can be passed over."""
+    take_after: float | None = None
+    """Seconds after which an idle slot may be taken although later requests wait for its adapter;
+    None leaves it to the policy's ``max_wait``."""
+    close_after: float | None = None
+    """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
+
+    default_prefetch: str = "lookahead"
+    """The prefetch that goes with it if none is named."""
+
+    @abstractmethod
+    def key(self, request: RequestView, view: SchedulerView) -> Any:
+        """Anything that compares with the keys of other requests."""
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        """The first ``limit`` waiting requests for these adapters (None: the base model), in order."""
+        waiting = chain.from_iterable(map(view.waiting_for, names))
+        return nsmallest(limit, waiting, key=lambda r: (self.key(r, view), r.arrival))
+
+    def adapter_key(self, view: SchedulerView, name: str) -> Any:
+        """The key of the first of an adapter's waiting requests."""
+        return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
+
+    def cold(self, view: SchedulerView) -> Iterator[str]:
+        """Adapters that are waited for and that no slot holds, in the order to bring them in."""
+        names = (n for n in view.waiting_adapters if n is not None and is_cold(view, n))
+        return iter(sorted(names, key=lambda name: self.adapter_key(view, name)))
+
+
+class Replacement(Part):
+    """Which idle adapter gives up its slot, and which one leaves the CPU cache."""
+
+    @abstractmethod
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        """What keeping ``adapter`` in ``slot`` is worth: the lowest goes first."""
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        """What keeping it in the CPU cache is worth, likewise; by default, the time of its last use."""
+        return adapter.last_used
+
+
+class Prefetch(Part):
+    """Which adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
+    is an idle slot that it could have."""
+
+    @abstractmethod
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+        """At most ``view.load_room`` names. ``cold`` yields the adapters that are waited for and that
+        no slot holds, the most urgent first; it is lazy, so take no more than needed."""
+
+
+class Preemption(Part):
+    """Who is taken off the batch, beyond what a lack of KV blocks forces on the core."""
+
+    @abstractmethod
+    def choose(self, view: SchedulerView) -> Sequence[str]:
+        """Request ids."""
+
+
+def is_cold(view: SchedulerView, name: str) -> bool:
+    """Whether the adapter is in no slot, nor on the way to one."""
+    return view.adapters[name].slot is None

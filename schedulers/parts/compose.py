@@ -1,0 +1,192 @@
+"""Policies put together from parts: ``compose(order="edf", replace="gdsf")``, or "edf+gdsf" as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import inf
+
+from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.slot_pool import SlotPool, lacking
+from aioengine.schedulers.policy import (
+    AdapterView,
+    Decision,
+    Location,
+    Place,
+    PolicyEvent,
+    RequestView,
+    SchedulerPolicy,
+    SchedulerView,
+    SlotState,
+)
+
+SCAN_LIMIT = 256
+"""Cold adapters that one decision looks at; those further back have their turn when these have moved."""
+STAY = 2.0
+"""In units of ``max_wait``: how long an adapter keeps its slot before the slot may be closed. Without it,
+an overload, in which everybody has waited long, would close slots as soon as they are filled."""
+SLOT_BOUND = (
+    "for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras older "
+    "adapters that wait too, and once more"
+)
+FILL_LIMIT = 32
+"""Waiting requests of a closed slot that one decision looks at."""
+
+
+class Composed(SchedulerPolicy):
+    """A policy out of four parts, with ageing.
+
+    Requests whose adapter is in no slot are skipped, not waited for; the others are admitted in the
+    ordering's order. A cold adapter gets a free slot, or an idle one that nobody waits for, chosen by
+    the replacement. If there is none for ``max_wait`` seconds, an idle slot that only later requests
+    wait for is taken, else the busy slot that will be free soonest (the fewest tokens left to
+    generate) is closed: it finishes what runs in it, admits only what ends before that does, and then
+    goes to the adapter that has waited longest. A slot is not closed within 2 ``max_wait`` after it was
+    filled.
+
+    Args:
+        order, replace, prefetch, preempt: The parts.
+        max_wait: Seconds that an adapter's oldest request waits before others make way for it.
+    """
+
+    def __init__(
+        self,
+        order: Ordering,
+        replace: Replacement,
+        prefetch: Prefetch,
+        preempt: Preemption,
+        *,
+        max_wait: float = 1.0,
+    ) -> None:
+        if not max_wait >= 0:
+            raise ValueError(f"max_wait={max_wait}: must be >= 0 seconds")
+        self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
+        self.max_wait = max_wait
+        self._take_after = max_wait if order.take_after is None else order.take_after
+        self._placed: dict[str, float] = {}
+        """When each adapter in a slot was put there."""
+        self._close_after = max_wait if order.close_after is None else order.close_after
+        if self._close_after == inf:
+            self.starvation_bound = "none"
+        else:
+            self.starvation_bound = f"{SLOT_BOUND}; then {order.starvation_bound}"
+
+    def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "adapter_placed" and event.adapter is not None:
+            self._placed[event.adapter] = event.now
+        elif event.kind == "adapter_evicted" and event.adapter is not None:
+            self._placed.pop(event.adapter, None)
+        elif event.kind == "adapter_retired" and event.was in self._placed and event.adapter is not None:
+            self._placed[event.adapter] = self._placed.pop(event.was)
+        for part in (self.order, self.replace, self.prefetch, self.preempt):
+            part.on_event(event)
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        place, read, closed, pool = self._assign_slots(view)
+        room = view.free_seqs
+        admit = self.order.admit(view, _open_queues(view, place, closed), room) if room > 0 else ()
+        if view.load_room > len(read):
+            read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
+        room -= len(admit)
+        if room > 0 and pool is not None and closed:
+            admit = [*admit, *_fill(view, closed, pool.tokens_left)[:room]]
+        return Decision(
+            admit=[request.request_id for request in admit],
+            place=place,
+            prefetch=list(dict.fromkeys(read)),
+            preempt=self.preempt.choose(view),
+        )
+
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
+
+    def _by_urgency(self, view: SchedulerView) -> Iterator[tuple[str, AdapterView, float | None]]:
+        """(name, adapter, arrival of its oldest request) of the cold adapters: the aged ones by age, then
+        all others in the ordering's order. Lazy."""
+        aged: set[str] = set()
+        adapters, now = view.adapters, view.now
+        for name in view.waiting_adapters:
+            if name is None:
+                continue
+            adapter = adapters[name]
+            if adapter.slot is not None:
+                continue
+            oldest = adapter.oldest_arrival
+            if _waited(oldest, now) < self.max_wait:
+                break  # and those after it have waited less
+            aged.add(name)
+            yield name, adapter, oldest
+        for name in self.order.cold(view):
+            if name not in aged:
+                adapter = adapters[name]
+                yield name, adapter, adapter.oldest_arrival
+
+    def _settling(self, view: SchedulerView) -> set[str | None]:
+        """Adapters whose busy slots are not closed yet, because they came only a short time ago."""
+        if self.max_wait == 0:
+            return set()
+        since = view.now - STAY * self.max_wait
+        return {name for name, placed in self._placed.items() if placed > since}
+
+    def _assign_slots(
+        self, view: SchedulerView
+    ) -> tuple[list[Place], list[str], set[str | None], SlotPool | None]:
+        """(slots for the cold adapters, adapters to read because there is a slot that they could have,
+        adapters whose slots are closed for the sake of cold ones, what is left of the slots)."""
+        place: list[Place] = []
+        read: list[str] = []
+        closed: set[str | None] = set()
+        pool: SlotPool | None = None  # made only if there is a cold adapter
+        now, load_room = view.now, view.load_room
+        for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
+            pool = pool or SlotPool(view, self.replace, self._settling(view))
+            waited = _waited(oldest, now)
+            may_take, may_close = waited >= self._take_after, waited >= self._close_after
+            if not pool.has_any(oldest, may_take=may_take, may_close=may_close):
+                if waited >= self.max_wait or not may_take:
+                    break  # those after it have waited less: there is nothing for them either
+                continue
+            location = adapter.location
+            if location is Location.CPU and (slot := pool.take_unwanted()) is not None:
+                place.append(Place(name, slot.index))
+            elif location is Location.DISK and view.cpu_room > 0 and lacking(view, adapter) <= 0:
+                # It can be read without anybody making way, and is if there will be a slot for it.
+                if len(read) < load_room and pool.has_idle(oldest if may_take else None):
+                    read.append(name)
+            elif location is not Location.LOADING:
+                # On disk, and the cache is full: the core finds what may leave it, if anything may.
+                if location is Location.DISK and len(read) < load_room:
+                    read += [name] if pool.has_idle(oldest if may_take else None) else []
+                for holder, slot in pool.make_way(adapter, oldest, take=may_take, close=may_close):
+                    closed.add(holder)
+                    if slot.running == 0 and location is Location.CPU:
+                        place.append(Place(name, slot.index))
+        return place, read, closed, pool
+
+
+def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None]) -> list[str | None]:
+    """Whose requests may be admitted: the base model's, and of the adapters that keep their slots."""
+    slots = view.slots
+    leaving = closed | {slots[p.slot].adapter for p in place if p.slot is not None}
+    usable = (SlotState.READY, SlotState.DRAINING)
+    held = [slot.adapter for slot in slots if slot.state in usable]
+    return [None, *(name for name in held if name not in leaving)]
+
+
+def _fill(
+    view: SchedulerView, closed: set[str | None], tokens_left: dict[str | None, int]
+) -> list[RequestView]:
+    """Requests for closed slots that end before what runs there does, so that nobody waits longer for the
+    slot because of them."""
+    fitting = [
+        request
+        for name in closed
+        if name in tokens_left
+        for request in islice(view.waiting_for(name), FILL_LIMIT)
+        if request.max_tokens - request.output_tokens <= tokens_left[name]
+    ]
+    return sorted(fitting, key=lambda request: request.arrival)
+
+
+def _waited(oldest: float | None, now: float) -> float:
+    return 0.0 if oldest is None else now - oldest

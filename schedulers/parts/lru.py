@@ -1,0 +1,15 @@
+"""Least recently used: the idle adapter that no batch has used for longest gives up its slot."""
+
+from __future__ import annotations
+
+from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotView
+
+
+class LRU(Replacement):
+    """The least recently used idle adapter goes: score = the time of its last use."""
+
+    source = "the classic page replacement; analysed by Mattson et al. 1970"
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return slot.last_used

@@ -1,0 +1,22 @@
+"""The parts that do nothing: no prefetch, no preemption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from aioengine.schedulers.parts.base import Preemption, Prefetch
+from aioengine.schedulers.policy import SchedulerView
+
+
+class NoPrefetch(Prefetch):
+    """Read an adapter only when there is a slot for it."""
+
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+        return ()
+
+
+class NoPreemption(Preemption):
+    """Let everybody finish."""
+
+    def choose(self, view: SchedulerView) -> Sequence[str]:
+        return ()

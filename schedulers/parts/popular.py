@@ -1,0 +1,50 @@
+"""Prefetch of what was most requested so far, into room that nobody needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from aioengine.schedulers.parts.lfu import DecayedCounts
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerView
+
+
+class Popular(Lookahead):
+    """First what is waited for, as lookahead does; then what was requested most, if there is room.
+
+    An adapter's popularity is its request rate, faded: the sum over its requests of
+    2^(-age / half_life). It is read on this ground only when all that is waited for has been seen to,
+    and only into free room of the CPU cache: nothing is evicted for a guess.
+
+    Args:
+        k: How many of the adapters that are waited for and that no slot holds to look at.
+        top: How many of the most requested adapters to keep on the CPU.
+        half_life: Seconds after which a request counts half; 0: it counts in full for ever.
+    """
+
+    source = "popularity with exponential decay, as in caching of web objects"
+
+    def __init__(self, k: int = 8, top: int = 64, half_life: float = 600.0) -> None:
+        super().__init__(k)
+        if top < 0:
+            raise ValueError(f"top={top}: must be >= 0")
+        self.top = top
+        self.requests = DecayedCounts(half_life)
+
+    def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "request_added" and event.adapter is not None:
+            self.requests.add(event.adapter, event.now)
+
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+        names = list(super().choose(view, cold))
+        room = min(view.load_room, view.cpu_room) - len(names)
+        if room <= 0 or next(cold, None) is not None:
+            return names  # the rest of the room is for those who wait further back
+        return names + list(islice(self._guesses(view, set(names)), room))
+
+    def _guesses(self, view: SchedulerView, chosen: set[str]) -> Iterator[str]:
+        for name in islice(self.requests.most(), self.top):
+            adapter = view.adapters.get(name)
+            if adapter is not None and adapter.location is Location.DISK and name not in chosen:
+                yield name

@@ -1,0 +1,168 @@
+"""The slots of one decision, for ``Composed``: read once, sorted at most once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import chain
+from math import inf
+from typing import NamedTuple
+
+from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.policy import AdapterView, Location, SchedulerView, SlotState, SlotView
+
+
+class _Wanted(NamedTuple):
+    """A slot that is busy, or waited for, or both."""
+
+    slot: SlotView
+    name: str
+    adapter: AdapterView
+    oldest: float
+    """When the first of those who wait for its adapter arrived; inf if nobody does."""
+
+
+class SlotPool:
+    """The slots of one decision that may still be given away.
+
+    An overload asks for a slot for each of many cold adapters, so whether there is one is answered
+    without going through the slots again: there is, if the latest arrival that one is waited for by
+    comes after.
+
+    Args:
+        settling: Adapters whose slots are not to be closed yet.
+    """
+
+    def __init__(self, view: SchedulerView, replace: Replacement, settling: set[str | None]) -> None:
+        self._view = view
+        self._replace = replace
+        adapters = view.adapters
+        free: list[SlotView] = []
+        unwanted: list[tuple[SlotView, AdapterView]] = []
+        idle: list[_Wanted] = []
+        closable: list[_Wanted] = []
+        for slot in view.slots:
+            name = slot.adapter
+            if name is None:
+                free.append(slot)
+            elif slot.state is SlotState.READY and not slot.pinned:
+                adapter, running = adapters[name], slot.running
+                oldest = adapter.oldest_arrival
+                if oldest is None and running == 0:
+                    unwanted.append((slot, adapter))
+                    continue
+                wanted = _Wanted(slot, name, adapter, inf if oldest is None else oldest)
+                if running == 0:
+                    idle.append(wanted)
+                if name not in settling:
+                    closable.append(wanted)
+        self._unwanted = chain(free, self._by_score(unwanted))
+        self._spare = len(free) + len(unwanted)
+        self._idle = _Candidates(idle, self._sort_idle)
+        self._closable = _Candidates(closable, self._sort_by_end)
+
+    def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
+        """Whether there is a slot for an adapter that has been waited for since ``before``."""
+        return (
+            self._spare > 0
+            or (may_close and self._closable.has(before))
+            or (may_take and self._idle.has(before))
+        )
+
+    def has_idle(self, before: float | None) -> bool:
+        """Whether there is a free slot, or an idle one that nobody waits for or (given ``before``) only
+        those who came later."""
+        return self._spare > 0 or self._idle.has(before)
+
+    def take_unwanted(self) -> SlotView | None:
+        """A free slot, else the idle one that nobody waits for and that the replacement values least."""
+        slot = next(self._unwanted, None)
+        self._spare -= slot is not None
+        return slot
+
+    def make_way(
+        self, adapter: AdapterView, oldest: float | None, *, take: bool, close: bool
+    ) -> Iterator[tuple[str, SlotView]]:
+        """(who has it, slot): one for the adapter, idle or to be closed; more than one if what must leave
+        the CPU cache before it can be read takes that. ``oldest``: when its first request arrived."""
+        missing = lacking(self._view, adapter)
+        while True:
+            # Idle, if only later requests wait for it; else the one that will be idle soonest.
+            found = self._idle.first(oldest) if take else None
+            if found is None and close:
+                found = self._closable.first(oldest)
+            if found is None:
+                return
+            self._idle.remove(found)
+            self._closable.remove(found)
+            yield found.name, found.slot
+            missing -= found.adapter.bytes
+            if missing <= 0:
+                return
+
+    @cached_property
+    def tokens_left(self) -> dict[str | None, int]:
+        """By adapter: the most tokens that one of its running requests has left to generate."""
+        left: dict[str | None, int] = {}
+        for request in self._view.running:
+            name, tokens = request.adapter, request.max_tokens - request.output_tokens
+            if tokens > left.get(name, -1):
+                left[name] = tokens
+        return left
+
+    def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
+        """Lazily, so that nothing is scored when no slot is asked for."""
+        view, score = self._view, self._replace.score
+        yield from (s for s, _ in sorted(slots, key=lambda pair: (score(view, *pair), pair[0].index)))
+
+    def _sort_idle(self, slots: list[_Wanted]) -> None:
+        view, score = self._view, self._replace.score
+        slots.sort(key=lambda wanted: (score(view, wanted.slot, wanted.adapter), wanted.slot.index))
+
+    def _sort_by_end(self, slots: list[_Wanted]) -> None:
+        left = self.tokens_left
+        slots.sort(key=lambda wanted: (left.get(wanted.name, 0), wanted.slot.last_used))
+
+
+class _Candidates:
+    """Slots in the order to take them, sorted when the first is asked for."""
+
+    def __init__(self, slots: list[_Wanted], sort: Callable[[list[_Wanted]], None]) -> None:
+        self._slots = slots
+        self._sort: Callable[[list[_Wanted]], None] | None = sort
+        self._latest: float | None = None
+
+    def has(self, before: float | None) -> bool:
+        """Whether only requests after ``before`` wait for one of them."""
+        if before is None or not self._slots:
+            return False
+        if self._slots[0].oldest > before:
+            return True
+        if self._latest is None:
+            self._latest = max(wanted.oldest for wanted in self._slots)
+        return self._latest > before
+
+    def first(self, before: float | None) -> _Wanted | None:
+        """The first that only requests after ``before`` wait for."""
+        if before is None or not self.has(before):
+            return None
+        if self._sort is not None:
+            self._sort(self._slots)
+            self._sort = None
+        for wanted in self._slots:
+            if wanted.oldest > before:
+                return wanted
+        return None
+
+    def remove(self, wanted: _Wanted) -> None:
+        for index, other in enumerate(self._slots):
+            if other is wanted:
+                del self._slots[index]
+                self._latest = None
+                return
+
+
+def lacking(view: SchedulerView, adapter: AdapterView) -> int:
+    """Bytes that must leave the CPU cache before the adapter can be read, as far as its size is known."""
+    room = view.cpu_bytes_room
+    return 0 if room is None or adapter.location is not Location.DISK else adapter.bytes - room

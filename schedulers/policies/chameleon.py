@@ -1,0 +1,306 @@
+"""Chameleon: lanes for requests of different size, and a cache that knows what a miss costs."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from heapq import merge
+from itertools import accumulate, islice, pairwise
+from typing import NamedTuple
+
+from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
+from aioengine.schedulers.parts.lfu import DecayedCounts
+from aioengine.schedulers.parts.lookahead import Lookahead
+from aioengine.schedulers.parts.none import NoPreemption
+from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView
+
+SCAN_LIMIT = 1024
+"""Waiting requests that one decision looks at, the oldest first."""
+FIRST_CLUSTERING = 16
+"""Requests seen before the lanes are formed for the first time; until then there is one. They are formed
+again after as many more, then after twice as many, and so on up to ``refresh``."""
+ENOUGH = 0.1
+"""No more lanes are made once they leave this part of the variance of the sizes."""
+
+
+class ChameleonOrder(Arrival):
+    """Lanes by request size, each with its own share of the running places, small ones first.
+
+    size = (0.4 input / largest input + 0.6 output / largest output) x adapter bytes / largest adapter,
+    where output is ``expected_tokens``; the base model, and an adapter that has never been read, count as the
+    smallest one. The sizes of the last ``window`` requests are clustered (k-means in one dimension)
+    every ``refresh`` requests, and the lanes' borders are halfway between the means. Places are divided
+    in proportion to the work in each lane (requests x mean size), at least one each. First every lane,
+    the smallest sizes first, fills its places in order of arrival; then the places of lanes where
+    nobody is left waiting go to the others, again the smallest first. Who has waited for ``age``
+    seconds goes before all that.
+
+    From the paper differ: shares are of ``max_num_seqs`` and not of memory, whose use the core guards;
+    they follow the load instead of a latency target; the output is predicted by the caller, if at all;
+    the number of lanes is the least that explains nine tenths of the variance (the paper takes the
+    lowest variance, which is always that of the most lanes); an adapter that is in no slot holds up
+    nobody, so there is nothing to bypass and nobody is thrown out.
+
+    Args:
+        queues: Most lanes.
+        refresh: Requests between two clusterings.
+        window: Recent requests that are clustered.
+        age: Seconds for which a request may be put off in favour of later ones.
+        input_weight, output_weight: The 0.4 and 0.6 above.
+    """
+
+    source = (
+        "Iliakopoulou et al. 2024, Chameleon: Adaptive Caching and Scheduling for Many-Adapter LLM Inference"
+    )
+    starvation_bound = "age, those who arrived before it, and one longest generation"
+
+    def __init__(
+        self,
+        queues: int = 4,
+        refresh: int = 256,
+        window: int = 512,
+        age: float = 5.0,
+        input_weight: float = 0.4,
+        output_weight: float = 0.6,
+    ) -> None:
+        for name, count in (("queues", queues), ("refresh", refresh), ("window", window)):
+            if count < 1:
+                raise ValueError(f"{name}={count}: must be >= 1")
+        for name, value in (("age", age), ("input_weight", input_weight), ("output_weight", output_weight)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: must be >= 0")
+        self.queues = queues
+        self.refresh = refresh
+        self.age = age
+        self.input_weight = input_weight
+        self.output_weight = output_weight
+        self.borders: list[float] = []
+        """Between the lanes, ascending."""
+        self.load = [1.0]
+        """Work seen in each lane."""
+        self._recent: deque[tuple[int, int, str | None]] = deque(maxlen=window)
+        self._period = self._until_refresh = min(refresh, FIRST_CLUSTERING)
+        self._largest = _Largest(1, 1, 1, 1)
+        self._lane_of: dict[str, int] = {}
+
+    def on_event(self, event: PolicyEvent) -> None:
+        request = event.request
+        if request is None:
+            return
+        if event.kind == "request_added":
+            self._recent.append((request.prompt_tokens, request.expected_tokens, request.adapter))
+            self._until_refresh -= 1
+        elif event.kind == "request_finished":
+            self._lane_of.pop(request.request_id, None)
+
+    def size(self, view: SchedulerView, tokens_in: int, tokens_out: int, adapter: str | None) -> float:
+        """The weighted request size."""
+        most = self._largest
+        length = self.input_weight * tokens_in / most.input + self.output_weight * tokens_out / most.output
+        return length * min(1.0, (_bytes_of(view, adapter) or most.smallest_adapter) / most.adapter)
+
+    def lane(self, view: SchedulerView, request: RequestView) -> int:
+        """Its lane; 0 is that of the smallest."""
+        lane = self._lane_of.get(request.request_id)
+        if lane is None:
+            size = self.size(view, request.prompt_tokens, request.expected_tokens, request.adapter)
+            lane = self._lane_of[request.request_id] = bisect_right(self.borders, size)
+        return lane
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        if self._until_refresh <= 0:
+            self._cluster(view)
+        running = view.running
+        free = shares(self.load, len(running) + view.free_seqs)
+        for request in running:
+            free[self.lane(view, request)] -= 1
+        admit: list[RequestView] = []
+        lanes: list[list[RequestView]] = [[] for _ in self.load]
+        for request in islice(merge(*map(view.waiting_for, names), key=lambda r: r.arrival), SCAN_LIMIT):
+            lane = self.lane(view, request)
+            if view.now - request.arrival >= self.age and len(admit) < limit:
+                admit.append(request)
+                free[lane] -= 1
+            elif len(lanes[lane]) < limit:
+                lanes[lane].append(request)
+        rest: list[RequestView] = []
+        spare = 0
+        for waiting, places in zip(lanes, free, strict=True):
+            taken = min(len(waiting), max(0, places))
+            admit += waiting[:taken]
+            rest += waiting[taken:]
+            if taken == len(waiting):
+                spare += places - taken  # less than 0 if the lane has borrowed: that is gone already
+        return (admit + rest[: max(0, spare)])[:limit]
+
+    def _cluster(self, view: SchedulerView) -> None:
+        self._until_refresh = self._period
+        self._period = min(self.refresh, 2 * self._period)
+        adapters = [size for size in {_bytes_of(view, name) for _, _, name in self._recent} if size]
+        self._largest = _Largest(
+            max(1, *(tokens_in for tokens_in, _, _ in self._recent)),
+            max(1, *(tokens_out for _, tokens_out, _ in self._recent)),
+            max(adapters, default=1),
+            min(adapters, default=1),
+        )
+        sizes = sorted(self.size(view, *request) for request in self._recent)
+        clusters = cluster(sizes, self.queues)
+        means = [sum(members) / len(members) for members in clusters]
+        self.borders = [(low + high) / 2 for low, high in pairwise(means)]
+        self.load = [sum(members) for members in clusters]
+        self._lane_of.clear()
+
+
+class _Largest(NamedTuple):
+    """What sizes are measured by."""
+
+    input: int
+    output: int
+    adapter: int
+    smallest_adapter: int
+
+
+def _bytes_of(view: SchedulerView, name: str | None) -> int:
+    """0 for the base model, and for an adapter that has not been read or is gone."""
+    adapter = None if name is None else view.adapters.get(name)
+    return 0 if adapter is None else adapter.bytes
+
+
+def cluster(sizes: Sequence[float], most: int) -> list[Sequence[float]]:
+    """Split ascending numbers into the fewest clusters, at most ``most``, that leave no more than a
+    tenth of their variance within; by k-means, from equal parts."""
+    sums = [0.0, *accumulate(sizes)]
+    squares = [0.0, *accumulate(size * size for size in sizes)]
+
+    def spread(start: int, end: int) -> float:
+        return squares[end] - squares[start] - (sums[end] - sums[start]) ** 2 / (end - start)
+
+    def mean(start: int, end: int) -> float:
+        return (sums[end] - sums[start]) / (end - start)
+
+    total = spread(0, len(sizes))
+    for k in range(1, most + 1):
+        cuts = sorted({len(sizes) * i // k for i in range(k)} | {len(sizes)})
+        for _ in range(50):
+            means = [mean(start, end) for start, end in pairwise(cuts)]
+            inner = {bisect_right(sizes, (low + high) / 2) for low, high in pairwise(means)}
+            moved = sorted(inner | {0, len(sizes)})
+            if moved == cuts:
+                break
+            cuts = moved
+        if sum(spread(start, end) for start, end in pairwise(cuts)) <= ENOUGH * total:
+            break
+    return [sizes[start:end] for start, end in pairwise(cuts)]
+
+
+def shares(load: Sequence[float], places: int) -> list[int]:
+    """Divide the places in proportion to the load, at least one each (the first go first)."""
+    given = [min(1, max(0, places - lane)) for lane in range(len(load))]
+    left = places - sum(given)
+    total = sum(load)
+    exact = [left * part / total if total > 0 else left / len(load) for part in load]
+    given = [have + int(more) for have, more in zip(given, exact, strict=True)]
+    by_remainder = sorted(range(len(load)), key=lambda lane: int(exact[lane]) - exact[lane])
+    for lane in by_remainder[: places - sum(given)]:
+        given[lane] += 1
+    return given
+
+
+class _Scale(NamedTuple):
+    """What the adapters in slots are measured by, as of one decision."""
+
+    now: float
+    most_used: float
+    oldest: float
+    newest: float
+    largest: int
+
+
+class ChameleonCache(Replacement):
+    """What is used often, was used lately, and is large, hence slow to load, stays.
+
+    score = 0.45 frequency + 0.10 recency + 0.45 size, each between 0 and 1 among the adapters in slots:
+    admitted requests (faded by half every ``half_life`` seconds) over those of the most used; last use,
+    from the longest ago (0) to the latest (1); bytes over those of the largest. Adapters outside the
+    slots, of which one has to leave the CPU cache, are measured by those in slots too.
+
+    Args:
+        frequency, recency, size: The weights.
+        half_life: Seconds after which a use counts half; 0: it counts in full for ever.
+    """
+
+    source = ChameleonOrder.source
+
+    def __init__(
+        self,
+        frequency: float = 0.45,
+        recency: float = 0.10,
+        size: float = 0.45,
+        half_life: float = 300.0,
+    ) -> None:
+        for name, weight in (("frequency", frequency), ("recency", recency), ("size", size)):
+            if not weight >= 0:
+                raise ValueError(f"{name}={weight}: must be >= 0")
+        self.frequency, self.recency, self.size = frequency, recency, size
+        self.counts = DecayedCounts(half_life)
+        self._scale: _Scale | None = None
+
+    def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "request_admitted" and event.adapter is not None:
+            self.counts.add(event.adapter, event.now)
+
+    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
+        return self._weigh(view, adapter, slot.last_used)
+
+    def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
+        return self._weigh(view, adapter, adapter.last_used)
+
+    def _weigh(self, view: SchedulerView, adapter: AdapterView, last_used: float) -> float:
+        if self._scale is None or self._scale.now != view.now:
+            self._scale = self._measure(view)
+        scale = self._scale
+        uses = self.counts.count(adapter.name, view.now) / (scale.most_used or 1.0)
+        recent = (last_used - scale.oldest) / ((scale.newest - scale.oldest) or 1.0)
+        large = adapter.bytes / (scale.largest or 1)
+        return self.frequency * uses + self.recency * recent + self.size * large
+
+    def _measure(self, view: SchedulerView) -> _Scale:
+        held = [(slot, slot.adapter) for slot in view.slots if slot.adapter is not None]
+        return _Scale(
+            view.now,
+            max((self.counts.count(name, view.now) for _, name in held), default=0.0),
+            min((slot.last_used for slot, _ in held), default=0.0),
+            max((slot.last_used for slot, _ in held), default=0.0),
+            max((view.adapters[name].bytes for _, name in held), default=0),
+        )
+
+
+class Chameleon(Composed):
+    """Chameleon whole: lanes by request size, and the cache that weighs frequency, recency and size.
+
+    Args:
+        queues, refresh, window, age: See :class:`ChameleonOrder`.
+        max_wait: Seconds that an adapter's oldest request waits before others make way for it.
+    """
+
+    source = ChameleonOrder.source
+    starvation_bound = f"{SLOT_BOUND}; then {ChameleonOrder.starvation_bound}"
+
+    def __init__(
+        self,
+        queues: int = 4,
+        refresh: int = 256,
+        window: int = 512,
+        age: float = 5.0,
+        max_wait: float = 1.0,
+    ) -> None:
+        super().__init__(
+            ChameleonOrder(queues, refresh, window, age),
+            ChameleonCache(),
+            Lookahead(),
+            NoPreemption(),
+            max_wait=max_wait,
+        )

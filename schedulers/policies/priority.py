@@ -1,0 +1,75 @@
+"""Priorities: higher ones go first, and may take a lower one's place in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from heapq import merge
+
+from aioengine.schedulers.parts.base import Preemption
+from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering
+from aioengine.schedulers.parts.waiting_index import WaitingIndex
+from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView, SlotState
+
+
+class Priority(FixedKeyOrdering):
+    """The highest priority first, equal ones in order of arrival.
+
+    key = -priority
+    """
+
+    source = "static priorities, as in vLLM's 'priority' scheduling policy (there a lower value goes first)"
+    starvation_bound = "none"
+
+    def fixed_key(self, request: RequestView) -> int:
+        return -request.priority
+
+
+class PreemptLower(Preemption):
+    """When the batch is full, take the lowest-priority, youngest request off it for a higher one.
+
+    "Full" means no free sequence, or not enough free KV blocks for the one that waits. Only a strictly
+    lower priority makes way, only for a request whose adapter is in a slot (or the base model), and only
+    if enough can be freed for it. No request has others make way for it twice, so that one that is then
+    not admitted for another reason does no more harm. A preempted request keeps its output.
+    """
+
+    source = "recompute preemption by priority, as in vLLM's 'priority' scheduling policy"
+
+    def __init__(self) -> None:
+        self._index = WaitingIndex(lambda request: -request.priority)
+        self._helped: set[str] = set()
+
+    def on_event(self, event: PolicyEvent) -> None:
+        self._index.on_event(event)
+        if event.request is not None and event.kind in ("request_admitted", "request_finished"):
+            self._helped.discard(event.request.request_id)
+
+    def choose(self, view: SchedulerView) -> Sequence[str]:
+        victims = sorted(view.running, key=lambda r: (r.priority, -r.arrival))
+        seqs, blocks = view.free_seqs, view.free_blocks
+        chosen: list[str] = []
+        for request in self._candidates(view):
+            if not victims or request.priority <= victims[0].priority:
+                break
+            need = -(-(request.prompt_tokens + request.output_tokens) // view.block_size)
+            count = 0
+            while (seqs < 1 or blocks < need) and count < len(victims):
+                if victims[count].priority >= request.priority:
+                    break
+                seqs += 1
+                blocks += victims[count].computed_tokens // view.block_size
+                count += 1
+            if seqs < 1 or blocks < need:
+                break
+            if count > 0 and request.request_id not in self._helped:
+                self._helped.add(request.request_id)
+                chosen += [victim.request_id for victim in victims[:count]]
+            del victims[:count]
+            seqs, blocks = seqs - 1, blocks - need
+        return chosen
+
+    def _candidates(self, view: SchedulerView) -> Iterator[RequestView]:
+        """What waits and could run now, the highest priority first."""
+        usable = (SlotState.READY, SlotState.DRAINING)
+        names = [None, *(slot.adapter for slot in view.slots if slot.state in usable)]
+        return (entry.request for entry in merge(*(self._index.in_order(view, name) for name in names)))

@@ -1,0 +1,76 @@
+"""Adapter clustering: few distinct adapters in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import merge
+from itertools import islice, takewhile
+from math import inf
+
+from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.policy import RequestView, SchedulerView
+
+
+class SLoRA(Arrival):
+    """Requests for the adapters of the running batch first, so that a batch has few distinct ones.
+
+    In the batch are the adapters of running requests. Their requests, and those for the base model,
+    which counts for nothing, are admitted in order of arrival. Only when none waits for an adapter in
+    the batch, or there is room left, does another adapter join, the one whose request has waited
+    longest, as long as there are fewer than ``clusters``. A request outside the batch that has waited
+    ``age`` seconds brings its adapter in at once; if the batch is full, nothing that arrived later is
+    admitted to the adapters in it until one of them has no request left.
+
+    In the paper's system the batch is filled in order of arrival until it has ``clusters`` adapters and
+    only then are those in it preferred, and others may still fill it up. Here they are always
+    preferred, the number is never exceeded, and ``age`` bounds how long others are put off.
+
+    Args:
+        clusters: Most distinct adapters in a batch; 0: as many as there are slots.
+        age: Seconds for which a request may be put off in favour of later ones.
+    """
+
+    source = "Sheng et al. 2023, S-LoRA: Serving Thousands of Concurrent LoRA Adapters (adapter clustering)"
+    starvation_bound = "age, those who arrived before it, and one longest generation"
+
+    def __init__(self, clusters: int = 0, age: float = 5.0) -> None:
+        if clusters < 0:
+            raise ValueError(f"clusters={clusters}: must be >= 0 (0: as many as there are slots)")
+        if not age >= 0:
+            raise ValueError(f"age={age}: must be >= 0 seconds")
+        self.clusters = clusters
+        self.age = age
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        batch = {request.adapter for request in view.running} - {None}
+        room = (self.clusters or len(view.slots)) - len(batch)
+        outside = self._by_age(view, [name for name in names if name not in batch])
+        asked_for = any(len(view.waiting_for(name)) > 0 for name in names if name in batch)
+        last_arrival = inf
+        while outside and (not asked_for or self._aged(view, outside[0])):
+            if room <= 0:
+                if self._aged(view, outside[0]):
+                    last_arrival = outside[0][0]
+                break
+            batch.add(outside.pop(0)[1])
+            room -= 1
+            asked_for = True
+
+        def is_due(request: RequestView) -> bool:
+            return request.arrival <= last_arrival
+
+        queues = [takewhile(is_due, view.waiting_for(name)) for name in names if name in batch]
+        base = view.waiting_for(None) if None in names else ()
+        admit = list(islice(merge(base, *queues, key=lambda request: request.arrival), limit))
+        for _, name in outside[: max(0, room)]:
+            admit += islice(view.waiting_for(name), limit - len(admit))
+        return admit
+
+    def _aged(self, view: SchedulerView, head: tuple[float, str]) -> bool:
+        return view.now - head[0] >= self.age
+
+    @staticmethod
+    def _by_age(view: SchedulerView, names: list[str | None]) -> list[tuple[float, str]]:
+        """(arrival of the oldest waiting request, adapter), the oldest first."""
+        heads = ((view.adapters[name].oldest_arrival, name) for name in names if name is not None)
+        return sorted((arrival, name) for arrival, name in heads if arrival is not None)

@@ -1,0 +1,167 @@
+"""A core driven without a model: steps, reads and copies happen when the test says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aioengine import events
+from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove
+from aioengine.core.state import AdapterEntry, Request
+from aioengine.errors import AdapterLoadError, EngineDead
+from aioengine.request import RequestOptions, SamplingParams
+from aioengine.schedulers import SchedulerPolicy
+from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.step import Sampled, StepBatch, StepResult
+
+LIMITS = CoreLimits(
+    num_slots=2,
+    cpu_capacity=3,
+    max_loads=2,
+    num_blocks=24,
+    block_size=4,
+    max_num_seqs=6,
+    max_num_batched_tokens=16,
+    max_model_len=64,
+    eos_token_ids=(1,),
+)
+
+
+def next_token(history: list[int]) -> int:
+    """A stand-in for the model: depends on everything before it, and never is the end of sequence."""
+    return 2 + (sum(history) * 31 + len(history)) % 200
+
+
+class CoreSim:
+    """``now`` moves only by what the test asks for. Moves wait in ``loads`` and ``copies`` until they
+    are finished by hand, or by ``settle``."""
+
+    def __init__(self, limits: CoreLimits = LIMITS, policy: SchedulerPolicy | None = None) -> None:
+        self.core = Core(limits, policy or FCFS())
+        self.now = 0.0
+        self.loads: list[AdapterEntry] = []
+        self.copies: list[tuple[AdapterEntry, int]] = []
+        self.on_cpu: set[int] = set()
+        self.batch: StepBatch | None = None
+        self.events: list[events.Event] = []
+        self.ended: dict[str, str] = {}
+        self.count = 0
+        self.sizes: dict[str, int] = {}
+        """Bytes by name; 1000 if it is not here."""
+
+    def register(self, name: str) -> AdapterEntry:
+        entry = self.core.residency.declare(name, f"/adapters/{name}")
+        self.core.residency.publish(entry, self.now)
+        return entry
+
+    def add(
+        self,
+        adapter: str | None = None,
+        *,
+        prompt: list[int] | None = None,
+        max_tokens: int = 4,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Request:
+        entry = None if adapter is None else self.core.residency.current[adapter]
+        self.count += 1
+        return self.core.add_request(
+            f"r{self.count}",
+            prompt or [10 + self.count % 7, 20, 30],
+            SamplingParams(max_tokens=max_tokens),
+            RequestOptions(**options),
+            self.now,
+            adapter=entry,
+            deadline=deadline,
+        )
+
+    def schedule(self) -> StepBatch | None:
+        assert self.batch is None
+        step = self.core.schedule(self.now)
+        self.batch = step.batch
+        for move in step.moves:
+            match move:
+                case LoadMove(entry):
+                    self.loads.append(entry)
+                case CopyMove(entry, slot):
+                    assert entry.uid in self.on_cpu, "a copy of what is not in CPU memory"
+                    self.copies.append((entry, slot))
+                case DropMove(entry):
+                    self.on_cpu.remove(entry.uid)
+        self.take_events()
+        return self.batch
+
+    def finish_step(self) -> None:
+        batch, self.batch = self.batch, None
+        assert batch is not None
+        sampled = [
+            Sampled(next_token(list(work.history))) if work.sample else None for work in batch.sequences
+        ]
+        self.core.step_finished(batch, StepResult(sampled, 0.01), self.now)
+        self.take_events()
+
+    def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
+        entry = self.loads.pop(index)
+        if fail:
+            error = AdapterLoadError("the disk is broken", name=entry.label, path=entry.path)
+            self.core.adapter_load_failed(entry, self.now, error, "io")
+        else:
+            self.on_cpu.add(entry.uid)
+            self.core.adapter_loaded(
+                entry,
+                self.now,
+                rank=8,
+                nbytes=self.sizes.get(entry.label, 1000),
+                digest=f"{entry.label}-{entry.version}",
+                seconds=0.1,
+            )
+        self.take_events()
+
+    def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
+        entry, _slot = self.copies.pop(index)
+        if fail:
+            error = AdapterLoadError("out of memory", name=entry.label, path=entry.path)
+            self.core.adapter_place_failed(entry, self.now, error)
+        else:
+            self.core.adapter_placed(entry, self.now, 0.01)
+        self.take_events()
+
+    def lose_device(self) -> None:
+        """What ran, was loaded, or was under way is gone."""
+        self.batch = None
+        self.loads.clear()
+        self.copies.clear()
+        self.on_cpu.clear()
+        self.core.device_lost(self.now, EngineDead("the device is gone"))
+        self.take_events()
+
+    def take_events(self) -> None:
+        for event in self.core.outbox:
+            if isinstance(event, events.RequestEnded):
+                assert event.request_id not in self.ended, "a request ended twice"
+                self.ended[event.request_id] = event.reason
+        self.events += self.core.outbox
+        self.core.outbox.clear()
+
+    def settle(self, *, step_seconds: float = 0.01) -> StepBatch | None:
+        """Finish all moves under way, then one whole step."""
+        while self.loads:
+            self.finish_load()
+        while self.copies:
+            self.finish_copy()
+        batch = self.schedule()
+        self.now += step_seconds
+        if batch is not None:
+            self.finish_step()
+        self.core.check()
+        return batch
+
+    def run(self, *, steps: int = 1000, step_seconds: float = 0.01) -> int:
+        """Settle until no request is left; returns the number of steps taken."""
+        for step in range(steps):
+            if not self.core.requests:
+                return step
+            self.settle(step_seconds=step_seconds)
+        raise AssertionError(f"{len(self.core.requests)} requests did not end in {steps} steps")
+
+    def of(self, kind: type[events.Event]) -> list[events.Event]:
+        return [event for event in self.events if isinstance(event, kind)]

@@ -1,0 +1,127 @@
+"""Tiny models with adapters, and engines over them."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tokenizers
+from support.tiny_models import ALL_MODULES, build_adapter, build_model, reference_generate
+
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.schedulers import SchedulerPolicy
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all-modules": {"r": 16, "lora_alpha": 16},
+    "qv-only": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rank-3": {"r": 3, "lora_alpha": 6},
+    "rank-4": {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "o_proj", "down_proj"]},
+    "rslora": {"r": 9, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 11},
+        "alpha_pattern": {"v_proj": 3, "layers.0.self_attn.k_proj": 16},
+    },
+    "regex": {"r": 4, "target_modules": r".*\.(1|2)\..*(q_proj|up_proj)"},
+    "all-linear": {"r": 5, "lora_alpha": 10, "target_modules": "all-linear"},
+    "some-layers": {"r": 6, "layers_to_transform": [0, 2], "target_modules": ALL_MODULES},
+}
+
+
+class Tiny(NamedTuple):
+    """A tiny random model on disk, its adapters by name, and what transformers and peft make of them."""
+
+    model: Path
+    adapters: dict[str, Path]
+
+    def expected(self, prompt: list[int], count: int, adapter: str | None = None) -> list[int]:
+        return list(_expected(self.model, tuple(prompt), count, adapter and self.adapters[adapter]))
+
+
+@functools.cache
+def _expected(model: Path, prompt: tuple[int, ...], count: int, adapter: Path | None) -> list[int]:
+    return reference_generate(model, prompt, count, adapter)
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """``tiny_of(family)``: built once a session."""
+    built: dict[str, Tiny] = {}
+
+    def build(family: str) -> Tiny:
+        if family not in built:
+            root = tmp_path_factory.mktemp(family)
+            model = build_model(root / "model", family)
+            adapters = {
+                name: build_adapter(model, root / name, seed=seed, **config)
+                for seed, (name, config) in enumerate(ADAPTERS.items())
+            }
+            built[family] = Tiny(model, adapters)
+        return built[family]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_of: Callable[[str], Tiny]) -> Tiny:
+    """A tiny llama without a tokenizer."""
+    return tiny_of("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny llama whose tokenizer has one token for each of the 256 bytes, and a chat template."""
+    root = tmp_path_factory.mktemp("text")
+    model = build_model(root / "model", "llama", eos_token_id=255)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    adapters = {"a": build_adapter(model, root / "a", seed=1)}
+    return Tiny(model, adapters)
+
+
+MakeEngine = Callable[..., AsyncEngine]
+
+
+@pytest.fixture
+def make_engine() -> MakeEngine:
+    """``make_engine(tiny, policy=None, max_loras=2, ..., **engine fields)``: float32, small caches."""
+
+    def make(tiny: Tiny, policy: SchedulerPolicy | None = None, **fields: Any) -> AsyncEngine:
+        names = LoRAConfig.__struct_fields__
+        lora = {key: fields.pop(key) for key in list(fields) if key in names}
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "max_model_len": 128,
+            "block_size": 4,
+            "max_num_seqs": 16,
+            "kv_cache_memory": "2MiB",
+        }
+        config = EngineConfig(
+            model=str(tiny.model),
+            lora=LoRAConfig(**{"max_loras": 2, "max_cpu_loras": 3, **lora}),
+            **{**defaults, **fields},
+        )
+        return AsyncEngine(config, policy)
+
+    return make
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 255), k=length)
+
+
+def greedy(max_tokens: int = 24) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)

@@ -1,0 +1,337 @@
+"""Processes that hold one model together, and scripts that they and a single process run alike."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from aioengine.adapters.store import AdapterStore
+from aioengine.errors import AdapterError
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.parallel.group import DistributedGroup, Group, Shard
+from aioengine.model.runner import ModelRunner
+from aioengine.model.slots.image import AdapterImage
+from aioengine.model.spec import TARGETABLE_MODULES
+from aioengine.request import SamplingParams
+from aioengine.step import Sampled, SequenceWork, StepBatch
+
+SECONDS = 120.0
+"""After so long a job has hung, and its processes are killed."""
+
+Job = Callable[..., Any]
+"""Called as ``job(group, *arguments)``, in every process."""
+
+
+class Ranks:
+    """``size`` processes on this machine, over gloo or, with a GPU each, NCCL. They are started by the first
+    job."""
+
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size = size
+        self._backend = backend
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, job: Job, *arguments: Any, fully_sharded: bool = False) -> list[Any]:
+        """What the job returns in each process. Raises the first one's error; all are killed then."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((job, arguments, fully_sharded))
+        results: dict[int, Any] = {}
+        while len(results) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
+            ready = wait(list(waiting), SECONDS)
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                error: object = "the process died"
+                with contextlib.suppress(EOFError):
+                    results[waiting[pipe]], error = pipe.recv()
+                if error is not None:
+                    self.close()
+                    raise AssertionError(f"rank {waiting[pipe]}: {error}")
+            if not ready:
+                self.close()
+                raise AssertionError(f"ranks {list(waiting.values())} gave no answer in {SECONDS} s")
+        return [results[rank] for rank in range(self.size)]
+
+    def close(self) -> None:
+        if self._processes:
+            self._folder.cleanup()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        store = f"{self._folder.name}/store"
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            arguments = (self._backend, rank, self.size, store, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(backend: str, rank: int, size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    file_store = distributed.FileStore(store, size)
+    limit = timedelta(seconds=SECONDS)
+    distributed.init_process_group(backend, store=file_store, rank=rank, world_size=size, timeout=limit)
+    assert distributed.group.WORLD is not None
+    while True:
+        try:
+            job, arguments, fully_sharded = pipe.recv()
+        except EOFError:
+            return
+        group = DistributedGroup(distributed.group.WORLD, Shard(rank, size, fully_sharded))
+        try:
+            pipe.send((job(group, *arguments), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+
+
+class Phase(NamedTuple):
+    """Slots are rewritten, which ends the sequences on them; then all sequences go on for some tokens."""
+
+    loads: Mapping[int, Path] = {}
+    prompts: Sequence[tuple[Sequence[int], int]] = ()
+    """(tokens, slot)"""
+    tokens: int = 4
+
+
+class Script(NamedTuple):
+    model: Path
+    phases: Sequence[Phase]
+    max_loras: int
+    max_rank: int = 16
+    kernels: str | None = "torch"
+    target_modules: Sequence[str] = TARGETABLE_MODULES
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    """"cuda": each rank has a GPU of its own."""
+    chunk: int = 9
+    """Prompts are computed in pieces of so many tokens."""
+
+
+class Outcome(NamedTuple):
+    """What rank 0 saw; elsewhere empty."""
+
+    outputs: list[list[int]]
+    logits: list[NDArray[np.float32]]
+    """By step: [rows that sample, vocabulary]."""
+
+
+@dataclass
+class _Sequence:
+    tokens: list[int]
+    slot: int
+    prompt_len: int
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+def play(group: Group, script: Script) -> Outcome:
+    """Greedy. What rank 0 samples is told to the others."""
+    stage = Stage(group, script)
+    everything: list[_Sequence] = []
+    active: list[_Sequence] = []
+    for phase in script.phases:
+        active = [sequence for sequence in active if sequence.slot not in phase.loads]
+        for slot, folder in phase.loads.items():
+            stage.load(slot, folder)
+        added = [_Sequence(list(tokens), slot, len(tokens)) for tokens, slot in phase.prompts]
+        everything += added
+        active += added
+        goals = {id(s): len(s.tokens) + phase.tokens for s in active}
+        while pending := [s for s in active if len(s.tokens) < goals[id(s)]]:
+            stage.step(pending, script.chunk)
+    return Outcome([s.tokens[s.prompt_len :] for s in everything], [x.numpy() for x in stage.logits])
+
+
+class Held(NamedTuple):
+    """What one rank holds."""
+
+    rank: int
+    image_bytes: int
+    slot_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+
+
+def is_compiled(group: Group, script: Script) -> bool:
+    """Whether steps are calls into the compiled library."""
+    return Stage(group, script).runner.native is not None
+
+
+def fail_in_exchange(group: Group, script: Script) -> str:
+    """What a step raises whose third all-reduce fails, on all ranks."""
+    stage = Stage(group, script)
+    all_reduce, calls = group.all_reduce, count()
+
+    def failing(x: Tensor) -> Tensor:
+        if next(calls) == 2:
+            raise ConnectionError("a rank is gone")
+        return all_reduce(x)
+
+    group.all_reduce = failing  # type: ignore[method-assign]
+    try:
+        stage.runner.execute(stage.batch([_Sequence([5, 6, 7], -1, 3)], 10))
+    except ConnectionError as error:
+        return f"{error} after {next(calls)} calls"
+    return "nothing"
+
+
+def hold(group: Group, script: Script, folder: Path) -> Held:
+    stage = Stage(group, script)
+    image = stage.load(0, folder)
+    runner, slots = stage.runner, stage.runner.lora_slots
+    assert slots is not None
+    kv_bytes = runner.kv_cache.nbytes
+    return Held(image.rank, image.nbytes, slots.nbytes, runner.decoder.nbytes, kv_bytes)
+
+
+def refusal(group: Group, script: Script, folder: Path) -> str:
+    """The error that loading the adapter raises."""
+    try:
+        Stage(group, script).load(0, folder)
+    except AdapterError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def traffic(group: Group, script: Script) -> tuple[int, int, int, int]:
+    """All-reduces, all-gathers and bytes of one step over the first phase's whole prompts, and the tokens."""
+    stage = Stage(group, script)
+    phase = script.phases[0]
+    for slot, folder in phase.loads.items():
+        stage.load(slot, folder)
+    sequences = [_Sequence(list(tokens), slot, len(tokens)) for tokens, slot in phase.prompts]
+    group.traffic.reset()
+    stage.runner.execute(stage.batch(sequences, 10**9))
+    sent = group.traffic
+    return sent.all_reduces, sent.all_gathers, sent.nbytes, sum(len(tokens) for tokens, _ in phase.prompts)
+
+
+def gather(group: Group, dim: int) -> list[list[float]]:
+    """A matrix [2, 3] of each rank's number, gathered."""
+    gathered = group.all_gather(torch.full((2, 3), float(group.shard.rank)), dim)
+    return list(gathered.tolist())
+
+
+def fail_on_rank_1(group: Group) -> None:
+    if group.shard.rank == 1:
+        raise ValueError("on purpose")
+    group.all_reduce(torch.ones(1))
+
+
+class Stage:
+    """A runner with its adapters, stepped by hand."""
+
+    BLOCK_SIZE = 16
+
+    def __init__(self, group: Group, script: Script) -> None:
+        self.logits: list[Tensor] = []
+        self.runner = ModelRunner(
+            read_spec(script.model),
+            script.model,
+            dtype=script.dtype,
+            device=f"cuda:{group.shard.rank}" if script.device == "cuda" else script.device,
+            num_blocks=128,
+            block_size=self.BLOCK_SIZE,
+            max_loras=script.max_loras,
+            max_lora_rank=script.max_rank,
+            target_modules=script.target_modules,
+            sample=self._sample,
+            kernels=script.kernels,
+            group=group,
+        )
+        self.store = AdapterStore(
+            self.runner.spec,
+            max_rank=script.max_rank,
+            target_modules=script.target_modules,
+            dtype=script.dtype,
+            weights=self.runner.decoder.base_weight,
+            shard=group.shard,
+        )
+        self._group = group
+        self._ranks = [0] * script.max_loras
+        self._next_block = 0
+
+    def load(self, slot: int, folder: Path) -> AdapterImage:
+        draft = self.store.begin(folder.name, str(folder))
+        if squares := draft.squares:  # with processes for ranks, the engine carries them
+            mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.device)
+            for theirs in self._group.all_gather(mine[None], dim=0):
+                draft.add(0, bytes(theirs.cpu().view(torch.uint8).tolist()))
+        image = self.store.finish(draft)
+        assert self.runner.lora_slots is not None
+        self.runner.lora_slots.write(slot, image)
+        self._ranks[slot] = image.rank
+        return image
+
+    def batch(self, sequences: Sequence[_Sequence], chunk: int) -> StepBatch:
+        ordered = sorted(sequences, key=lambda s: s.slot)
+        return StepBatch(0, [self._work(s, chunk) for s in ordered], self._ranks)
+
+    def step(self, sequences: Sequence[_Sequence], chunk: int) -> None:
+        ordered = sorted(sequences, key=lambda s: s.slot)
+        result = self.runner.execute(self.batch(ordered, chunk))
+        tokens = [-1 if s is None else s.token for s in result.sampled]
+        sampled = torch.tensor(tokens, device=self.runner.device)
+        if self._group.shard.rank > 0:
+            assert all(s is None for s in result.sampled), "rank 0 samples"
+            sampled.zero_()
+        self._group.all_reduce(sampled)
+        for sequence, token in zip(ordered, sampled.tolist(), strict=True):
+            sequence.computed = min(sequence.computed + chunk, len(sequence.tokens))
+            if token >= 0:
+                sequence.tokens.append(token)
+
+    def _work(self, s: _Sequence, chunk: int) -> SequenceWork:
+        stop = min(s.computed + chunk, len(s.tokens))
+        while len(s.blocks) * self.BLOCK_SIZE < stop:
+            s.blocks.append(self._next_block)
+            self._next_block += 1
+        return SequenceWork(
+            request_id="",
+            slot=s.slot,
+            tokens=s.tokens[s.computed : stop],
+            start=s.computed,
+            block_table=list(s.blocks),
+            sample=stop == len(s.tokens),
+            params=SamplingParams(),
+            seed=0,
+            history=list(s.tokens),
+            prompt_len=s.prompt_len,
+        )
+
+    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+        self.logits.append(logits.to("cpu", copy=True))
+        return [Sampled(int(token)) for token in logits.argmax(-1)]

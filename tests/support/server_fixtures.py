@@ -1,0 +1,86 @@
+"""An engine behind a real server on a free port, and the official client for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from support.engine_fixtures import MakeEngine, Tiny
+
+from aioengine import AsyncEngine
+from aioengine.server import ServerApp, ServerSettings, create_app
+from aioengine.server.run import ListenSettings, listening
+
+MODEL = "tiny"
+
+
+class Served:
+    """``client`` is OpenAI's, ``http`` plain httpx; neither retries."""
+
+    def __init__(self, engine: AsyncEngine, app: ServerApp, url: str, key: str) -> None:
+        self.engine = engine
+        self.app = app
+        self.url = url
+        self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+        self.http = httpx.AsyncClient(
+            base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30.0, trust_env=False
+        )
+
+    async def close(self) -> None:
+        await self.client.close()
+        await self.http.aclose()
+
+
+Serve = Callable[..., AbstractAsyncContextManager[Served]]
+
+
+@contextlib.asynccontextmanager
+async def served_by(
+    engine: AsyncEngine,
+    *,
+    settings: dict[str, Any] | None = None,
+    listen: dict[str, Any] | None = None,
+    key: str = "none",
+) -> AsyncIterator[Served]:
+    """``engine`` behind a server, its model called "tiny"."""
+    app = create_app(engine, ServerSettings(**{"served_model_names": [MODEL], **(settings or {})}))
+    async with listening(app, ListenSettings(**{"port": 0, **(listen or {})})) as url:
+        served = Served(engine, app, url, key)
+        try:
+            yield served
+        finally:
+            await served.close()
+
+
+@pytest.fixture
+def serve(tiny_text: Tiny, make_engine: MakeEngine) -> Serve:
+    """``async with serve(settings=..., key=..., listen=..., **engine fields) as served``: the tiny text
+    model with its adapter "a" registered."""
+
+    @contextlib.asynccontextmanager
+    async def serve_(
+        *,
+        settings: dict[str, Any] | None = None,
+        listen: dict[str, Any] | None = None,
+        key: str = "none",
+        **fields: Any,
+    ) -> AsyncIterator[Served]:
+        async with make_engine(tiny_text, **fields) as engine:
+            engine.register_adapter("a", tiny_text.adapters["a"])
+            async with served_by(engine, settings=settings, listen=listen, key=key) as served:
+                yield served
+
+    return serve_
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another task or thread brings about."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)

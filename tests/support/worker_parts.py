@@ -1,0 +1,75 @@
+"""What test workers build their models with: the real parts, that go wrong when asked to.
+
+An adapter "hang" takes a minute to read, and so does one "hang-1", on rank 1 alone; "fail-1", "memory-1" and
+"place-1" fail there, the last when it is put into a slot; "hang-end-1" and "fail-end-1" do so when the ranks
+have told each other what they must. A step over the tokens ``BAD`` raises. ``AIOENGINE_TEST_START`` is a
+file: while it exists, the model is not built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from aioengine.errors import AdapterLoadError
+from aioengine.runtime import assemble as build
+from aioengine.step import StepBatch, StepResult
+
+plan_parts = build.plan_parts
+
+BAD = [254, 7, 254]
+
+
+class Store:
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store = store
+        self._rank = rank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def begin(self, name: str, path: str) -> Any:
+        if name == "hang" or name == f"hang-{self._rank}":
+            time.sleep(60)
+        if name == f"fail-{self._rank}":
+            raise AdapterLoadError("a rank's disk is broken", name=name, path=path)
+        if name == f"memory-{self._rank}":
+            raise MemoryError
+        return self._store.begin(name, path)
+
+    def finish(self, draft: Any) -> Any:
+        name = draft.packed.name
+        if name == f"hang-end-{self._rank}":
+            time.sleep(60)
+        if name == f"fail-end-{self._rank}":
+            raise AdapterLoadError("a rank's norms are broken", name=name, path=draft.packed.path)
+        image = self._store.finish(draft)
+        if name == f"place-{self._rank}":
+            image = dataclasses.replace(image, layout=None)
+        return image
+
+
+class Runner:
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        if any(list(work.tokens) == BAD for work in batch.sequences):
+            raise ArithmeticError("this token cannot be computed")
+        result: StepResult = self._runner.execute(batch)
+        return result
+
+
+def build_parts(*args: Any, **options: Any) -> Any:
+    held = os.environ.get("AIOENGINE_TEST_START")
+    while held is not None and Path(held).exists():
+        time.sleep(0.01)
+    parts = build.build_parts(*args, **options)
+    store = Store(parts.store, args[2].shard.rank)
+    return parts._replace(runner=Runner(parts.runner), store=store)
