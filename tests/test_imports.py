@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": set(),
     "runtime": {"adapters", "core", "executors", "metrics", "model", "schedulers"},
     "engine": {"adapters", "core", "executors", "metrics", "model", "runtime", "schedulers"},
-    "cli": {"engine", "model", "schedulers", "server", "lab"},
+    "cli": {"engine", "model", "runtime", "schedulers", "server", "lab"},
     "server": {"adapters", "engine", "metrics", "runtime", "schedulers"},
     "lab": {"core", "engine", "executors", "metrics", "runtime", "schedulers"},
 }
