@@ -86,13 +86,12 @@ class Context:
             )
         longest = max(map(len, prompts))
         if longest >= limit:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {limit} tokens, and the prompt has {longest}: "
-                "please shorten it",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise self.too_long(longest, field=field)
+
+    def too_long(self, tokens: int, *, field: str) -> ApiError:
+        limit = self.engine.plan.max_model_len
+        text = f"This model's maximum context length is {limit} tokens, and the prompt has {tokens}"
+        return ApiError(400, f"{text}: please shorten it", param=field, code="context_length_exceeded")
 
     async def generation(
         self,

@@ -58,6 +58,7 @@ class ApiError(Exception):
         close: bool = False,
         challenge: str | None = None,
     ) -> None:
+        message = _shortened(message)
         super().__init__(message)
         self.status = status
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
@@ -96,13 +97,19 @@ def unsupported(field: str, why: str) -> ApiError:
     return ApiError(400, f"{field}: {why}", param=field, code="unsupported_parameter")
 
 
+def _shortened(text: str, limit: int = 2000) -> str:
+    """Without the middle of what is longer: a message may quote what a client has sent."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
 _PATH = re.compile(r"^(?P<what>.*?) - at `\$(?P<path>[^`]*)`$", re.DOTALL)
 _FIELD = re.compile(r"(?:missing required|contains unknown) field `([^`]*)`")
 
 
 def validation_error(error: msgspec.ValidationError) -> ApiError:
     """msgspec's error with the field's path as ``param``."""
-    text = str(error)
+    text = _shortened(str(error))
     found = _PATH.match(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
     field = _FIELD.search(what)
@@ -111,7 +118,7 @@ def validation_error(error: msgspec.ValidationError) -> ApiError:
     param = path.removeprefix(".") or None
     where = "the body" if param is None else param
     code = "unknown_parameter" if "unknown field" in what else "invalid_value"
-    return ApiError(422, f"{where}: {what}", param=param, code=code)
+    return ApiError(400, f"{where}: {what}", param=param, code=code)
 
 
 _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import http
 from typing import Any
 
-import msgspec
 from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException, MethodNotAllowedException, ValidationException
@@ -17,37 +15,41 @@ from aioengine.server.access.auth import check_admin
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
 from aioengine.server.streaming import GenerationResponse, send_error
+from aioengine.server.transport.bounded_json import decode
 
 RECORD = "aioengine_record"
 """Under this key ``scope["state"]`` holds the request's RequestRecord."""
 IDENTITY = "aioengine_identity"
 """And under this one its Identity."""
 
-_STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 RESPONSES: dict[int, ResponseSpec] = {
     status: ResponseSpec(ErrorBody, description=http.HTTPStatus(status).phrase, generate_examples=False)
     for status in _STATUSES
 }
 
 
-@functools.cache
-def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(type_)
-
-
 class JsonRequest(Request[Any, Any, Any]):
-    """Decodes the body straight into the type of the handler's ``data``, and strictly: "1" is no number."""
+    """Decodes the body straight into the type of the handler's ``data``, and keeps neither of them: an
+    answer may take minutes, and many may be on their way."""
+
+    _unread: bytes | None = None
+
+    async def body(self) -> bytes:
+        """The body, until :meth:`json` has decoded it."""
+        if self._unread is None:
+            self._unread = b"".join([part async for part in self.stream()])
+        return self._unread
 
     async def json(self) -> Any:
-        if self._json is None or not isinstance(self._json, msgspec.Struct):
-            content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-            # Browsers send anything else to other sites without asking them first.
-            if content_type != "application/json":
-                raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-            field = self.route_handler.parsed_data_field
-            assert field is not None
-            self._json = _decoder(field.annotation).decode(await self.body())
-        return self._json
+        content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Browsers send anything else to other sites without asking them first.
+        if content_type != "application/json":
+            raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
+        field = self.route_handler.parsed_data_field
+        assert field is not None
+        body, self._unread = await self.body(), b""
+        return decode(body, field.annotation)
 
 
 class Handled(Response[Any]):

@@ -9,6 +9,13 @@ from msgspec import Meta
 
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+StopString = Annotated[str, Meta(max_length=256)]
+Name = Annotated[str, Meta(max_length=256)]
+Ignored = msgspec.Raw
+"""Of a field that is accepted and has no effect: its value is passed over, nothing is made of it."""
+
+MAX_NAMED_TOKENS = 1024
+"""Entries of ``logit_bias`` and of ``stop_token_ids``. Every step looks at them, so they cost everybody."""
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -31,7 +38,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    name: str
+    name: Name
     schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
@@ -49,7 +56,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     json: dict[str, Any] | str | None = None
     """A JSON schema."""
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Meta(max_length=10_000)] | None = None
     grammar: str | None = None
     """In Lark's notation."""
 
@@ -65,10 +72,13 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     """1 if it is not given; 0 is greedy."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_NAMED_TOKENS)]
+        | None
+    ) = None
     """Token id -> what is added to its logit."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,7 +88,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     """0 and -1 keep all."""
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_NAMED_TOKENS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
@@ -88,13 +98,9 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     structured_outputs: StructuredOutputs | None = None
 
     # Accepted, and without effect on the answer
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-
-
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-"""Fields that are accepted and have no effect."""
+    user: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    metadata: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    store: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    safety_identifier: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    prompt_cache_key: Ignored = msgspec.field(default_factory=msgspec.Raw)

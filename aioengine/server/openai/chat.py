@@ -85,7 +85,7 @@ def _text(message: Message, where: str) -> str:
     if content is None:
         if message.role == "assistant":
             return ""
-        raise ApiError(422, f"{where}.content: is missing", param=f"{where}.content", code="invalid_value")
+        raise ApiError(400, f"{where}.content: is missing", param=f"{where}.content", code="invalid_value")
     if isinstance(content, str):
         return content
     for i, part in enumerate(content):

@@ -10,6 +10,12 @@ from msgspec import UNSET, Meta, UnsetType
 from aioengine.server.openai.api import GenerationFields, Positive, ResponseFormat, Usage
 from aioengine.server.openai.completions_api import FinishReason
 
+MAX_MESSAGES = 2048
+MAX_PARTS = 2048
+"""Of one message."""
+MAX_TOOLS = 128
+"""And calls in one message. These three are OpenAI's bounds; a template's work grows with each."""
+
 
 class ContentPart(msgspec.Struct, kw_only=True):
     type: str
@@ -33,9 +39,9 @@ class Message(msgspec.Struct, kw_only=True):
     """One turn. Fields beyond these, as in answers that clients send back, are ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
 
@@ -62,13 +68,13 @@ class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Positive | None = None
     """Wins over ``max_tokens``."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     """Only true: how many calls the model makes is up to it."""

@@ -76,18 +76,16 @@ async def _prompts(context: Context, data: CompletionRequest) -> list[list[int]]
     prompt = [data.prompt] if isinstance(data.prompt, str) else data.prompt
     if len(prompt) > context.settings.max_choices and not isinstance(prompt[0], int):
         raise ApiError(400, f"prompt: at most {context.settings.max_choices} prompts", param="prompt")
-    texts = [part for part in prompt if isinstance(part, str)]
-    tokens = [part for part in prompt if isinstance(part, int)]
-    lists = [part for part in prompt if isinstance(part, list)]
-    match len(prompt):
-        case 0:
-            pass
-        case count if count == len(texts):
-            return await context.encode(texts)
-        case count if count == len(tokens):
-            return [tokens]
-        case count if count == len(lists):
-            return lists
+    if len(prompt) >= context.engine.plan.max_model_len and isinstance(prompt[0], int):
+        raise context.too_long(len(prompt), field="prompt")  # before they are looked at one by one
+    found: Any = prompt
+    kinds = set(map(type, prompt))
+    if kinds == {str}:
+        return await context.encode(found)
+    if kinds == {int}:
+        return [found]
+    if kinds == {list}:
+        return list(found)
     raise ApiError(
         400,
         "prompt: must be a text, a list of texts, a list of token ids or a list of such lists, not empty",

@@ -22,17 +22,12 @@ _SAME_NAME = (
     "ignore_eos",
     "skip_special_tokens",
 )
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-MAX_TOKENS_NAMED = 1024
-"""Entries of ``logit_bias`` and of ``stop_token_ids``. Every step looks at them, so they cost everybody."""
 
 
 def sampling_params(
     fields: GenerationFields, *, max_tokens: int, logprobs: int | None, constraint: TokenConstraint | None
 ) -> SamplingParams:
     """Of the first choice. Raises ApiError or RequestInvalid for what cannot be."""
-    _check_sizes(fields)
     if constraint is not None and fields.ignore_eos:
         raise ApiError(400, "ignore_eos: the end is where the format says", param="ignore_eos")
     values: dict[str, Any] = {
@@ -47,22 +42,6 @@ def sampling_params(
         constraint=constraint,
         **values,
     )
-
-
-def _check_sizes(fields: GenerationFields) -> None:
-    stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-    if len(stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_LENGTH for text in stop):
-        raise ApiError(
-            400,
-            f"stop: at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters",
-            param="stop",
-            code="invalid_value",
-        )
-    for name, entries in (("logit_bias", fields.logit_bias), ("stop_token_ids", fields.stop_token_ids)):
-        if entries is not None and len(entries) > MAX_TOKENS_NAMED:
-            raise ApiError(
-                400, f"{name}: at most {MAX_TOKENS_NAMED} tokens", param=name, code="invalid_value"
-            )
 
 
 def for_choice(params: SamplingParams, choice: int) -> SamplingParams:

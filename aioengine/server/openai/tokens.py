@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from litestar import post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
+from msgspec import Meta
 
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError
 from aioengine.server.framework import RESPONSES
 from aioengine.server.openai.api import TokenId
 from aioengine.server.openai.chat import to_template, tools_to_template
-from aioengine.server.openai.chat_api import Message, Tool
+from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from aioengine.server.openai.logprobs import TokenBytes
 
 
@@ -24,12 +25,12 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Meta(max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     """For a prompt; true if it is not given. A chat template writes its own."""
     add_generation_prompt: bool | None = None
     """For messages: with the opening of the assistant's next turn; true if it is not given."""
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 

@@ -1,0 +1,86 @@
+"""Bodies that are large, deep or odd: a client that streams beside them notices nothing, and nothing of
+them is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+from support.bystander import bystander, memory
+from support.engine_fixtures import Tiny
+from support.server_process import serving
+
+SIZE = 8_000_000
+
+
+def client(url: str) -> httpx.AsyncClient:
+    headers = {"content-type": "application/json"}
+    return httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=60)
+
+
+def filled(before: str, part: str, after: str, size: int = SIZE) -> bytes:
+    """As many of ``part``, with commas between, as make ``size`` bytes."""
+    return f"{before}{','.join([part] * (size // (len(part) + 1)))}{after}".encode()
+
+
+def bodies() -> Iterator[bytes]:
+    """For /v1/completions; each about as large as the server takes."""
+    start = '{"model": "tiny", "max_tokens": 2, "prompt": '
+    for part in ("[]", "{}", '{"a": [1]}', "[[[[[[]]]]]]", '"a"', '"["', "0", "12345", "1e9", "null"):
+        yield filled(start + '"x", "metadata": [', part, "]}")
+        yield filled(start + "[", part, "]}")
+        for field in ("stop", "stop_token_ids", "logit_bias", "nobody", "tools"):
+            yield filled(start + f'"x", "{field}": [', part, "]}", SIZE // 8)
+    schema = '"x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": ['
+    yield filled(start + schema, "{}", "]}}}}")
+    yield filled(start + '"x", "logit_bias": {', '"5": 1', "}}")
+    yield filled(start + '"x", "metadata": {', '"\\\\\\"[": 1', "}}")
+    yield (start + "[" * SIZE).encode()
+    yield (start + '"x", "user": ' + "[" * (SIZE // 2) + "]" * (SIZE // 2) + "}").encode()
+    yield (start + '"x", "seed": ' + "1" * SIZE + "}").encode()
+    yield b"\xff" * SIZE
+
+
+async def test_bodies_hold_up_nobody(tiny_text: Tiny) -> None:
+    async with (
+        serving(tiny_text.model, "--served-model-name", "tiny") as server,
+        client(server.url) as http,
+        bystander(server.url) as seen,
+    ):
+        for body in bodies():
+            answer = await http.post("/v1/completions", content=body)
+            assert answer.status_code in (200, 400, 413), (body[:200], answer.text)
+            assert len(answer.content) < 10_000
+    seen.check()
+
+
+async def test_ignored_fields_are_not_kept_while_an_answer_is_streamed(tiny_text: Tiny) -> None:
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 450, "ignore_eos": True, "stream": True}
+    start = json.dumps(body)[:-1] + ', "metadata": ['
+    sent = filled(start, "{}", "]}", 60_000)
+    large = start + '"' + "x" * 1_000_000 + '"]}'
+    async with (
+        serving(tiny_text.model, "--served-model-name", "tiny") as server,
+        client(server.url) as http,
+    ):
+        first = await http.post("/v1/completions", content=json.dumps({**body, "stream": False}))
+        assert first.status_code == 200
+        before = memory(server.process.pid)
+        streaming, ended = asyncio.Semaphore(0), asyncio.Event()
+
+        async def held(content: bytes | str) -> None:
+            async with http.stream("POST", "/v1/completions", content=content) as answer:
+                assert answer.status_code == 200
+                await anext(answer.aiter_lines())
+                streaming.release()
+                await ended.wait()
+
+        tasks = [asyncio.create_task(held(content)) for content in [sent, large] * 20]
+        for _ in tasks:
+            await asyncio.wait_for(streaming.acquire(), 60)
+        grown = memory(server.process.pid) - before
+        ended.set()
+        await asyncio.gather(*tasks)
+    assert grown < 40 * 2**20

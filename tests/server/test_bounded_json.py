@@ -1,0 +1,56 @@
+"""What is counted in a body before it is decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioengine.server.errors import ApiError
+from aioengine.server.transport import bounded_json
+
+TEXTS = st.text(alphabet='ab"\\[]{},:\n\u00e9\U0001f600', max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=30,
+)
+
+
+def counts(value: Any) -> tuple[int, int]:
+    """Lists and objects, and strings, in ``value``."""
+    if isinstance(value, str):
+        return 0, 1
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    found = [counts(item) for item in inner]
+    own = 1 if isinstance(value, (list, dict)) else 0
+    return own + sum(c for c, _ in found), sum(s for _, s in found)
+
+
+@given(VALUES, st.integers(0, 12), st.integers(0, 12), st.booleans())
+def test_as_many_are_allowed_as_is_said(value: Any, containers: int, strings: int, ascii_only: bool) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    found = counts(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounded_json, "MAX_CONTAINERS", containers)
+        patch.setattr(bounded_json, "MAX_STRINGS", strings)
+        if found[0] > containers or found[1] > strings:
+            with pytest.raises(ApiError) as refused:
+                bounded_json.decode(body, Any)
+            assert refused.value.status == 400
+        else:
+            assert bounded_json.decode(body, Any) == value
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='"\\[]{},:1a', max_size=60).map(str.encode))
+def test_what_is_no_json_is_refused_as_such(body: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounded_json, "MAX_CONTAINERS", 3)
+        patch.setattr(bounded_json, "MAX_STRINGS", 3)
+        with contextlib.suppress(ApiError, msgspec.MsgspecError, UnicodeDecodeError):
+            bounded_json.decode(body, Any)
