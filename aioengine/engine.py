@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -75,6 +75,7 @@ class AsyncEngine:
         self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
+        self._closers: list[Callable[[], Awaitable[None]]] = []
 
     # Life cycle
 
@@ -163,6 +164,8 @@ class AsyncEngine:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._stepper.stop()
         self._event_streams.end()
+        for close in self._closers:
+            await close()
         await self._built.executor.close()
         await self._built.loader.close()
         await self._submitter.settled()  # or else the next line would hold up the loop
@@ -181,6 +184,11 @@ class AsyncEngine:
             if self._state == "draining":
                 self._state = "running"
             raise
+
+    def at_stop(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Have ``close()`` awaited when the engine stops, after its last step. It must not fail."""
+        self._check_running()
+        self._closers.append(close)
 
     # Requests
 

@@ -1,143 +1,96 @@
 """Guided decoding: constraints out of JSON schemas, regular expressions and grammars (extra ``guided``).
 
-llguidance does the parsing: for each token that has been chosen it says which may come next.
+llguidance does the parsing, in processes of its own (:mod:`aioengine.grammars`): for each token that has been
+chosen it says which may come next.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections import OrderedDict
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.grammars.limits import GrammarLimits
+from aioengine.grammars.service import Grammars
+from aioengine.grammars.zygote_process import Tokens
 from aioengine.request import TokenConstraint
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-
     from aioengine.engine import AsyncEngine
 
-_CACHED_GRAMMARS = 64
-MAX_GRAMMAR = 2**18
-"""Characters of a grammar. The time to compile one grows with the square of its size: at three million
-characters it is most of a minute, in which a thread is busy."""
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 """Of unbounded white space a model that knows no better can produce any amount."""
 
 
 class Guide:
-    """Makes constraints for one engine's model.
+    """Makes constraints for one engine's model. One is enough for all requests.
 
     >>> guide = Guide(engine)
     >>> constraint = await guide.json_schema({"type": "object", "properties": {"age": {"type": "integer"}}})
     >>> await engine.complete("...", SamplingParams(constraint=constraint))
 
-    Compiling happens in a thread; compiled grammars are kept. Raises ConfigError if llguidance is not
-    installed or the model has no tokenizer. The methods raise RequestInvalid for a grammar that is
-    malformed, too complex, or uses what llguidance does not support.
+    Grammars are compiled and followed in processes that end with the engine, within ``limits``; compiled ones
+    are kept. The methods may be cancelled. ``tenant`` is who takes turns with others when many grammars are
+    to be compiled.
+
+    Raises ConfigError if llguidance is not installed, the model has no tokenizer, or the system is Windows.
+    The methods raise RequestInvalid for a grammar that is malformed, uses what llguidance does not support,
+    or takes more time or memory than ``limits`` has; EngineOverloaded if too many are waiting or in use;
+    EngineStopped.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, *, limits: GrammarLimits | None = None) -> None:
         try:
             import llguidance
         except ImportError as error:
             raise ConfigError("guided decoding needs llguidance: pip install 'aioengine[guided]'") from error
+        if sys.platform == "win32":
+            raise ConfigError("guided decoding needs processes that can be forked: Linux or macOS")
         tokenizer = engine.tokenizer
         if tokenizer is None:
             raise ConfigError(f"guided decoding needs a tokenizer, and {engine.config.model} has none")
-        self._library = llguidance
-        self._tokenizer = tokenizer
-        self._spec = engine.model_spec
-        self._compiled_tokenizer: LLTokenizer | None = None
-        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        spec = engine.model_spec
+        self._from = llguidance.LLMatcher
+        self._grammars = Grammars(
+            lambda: Tokens(tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids)),
+            vocab=spec.vocab_size,
+            rows=engine.config.max_num_seqs,
+            limits=limits,
+        )
+        engine.at_stop(self._grammars.close)
 
-    async def json_object(self) -> TokenConstraint:
+    async def json_object(self, *, tenant: str | None = None) -> TokenConstraint:
         """Any JSON object."""
-        return await self.json_schema({"type": "object"})
+        return await self.json_schema({"type": "object"}, tenant=tenant)
 
-    async def json_schema(self, schema: Mapping[str, Any] | str) -> TokenConstraint:
+    async def json_schema(
+        self, schema: Mapping[str, Any] | str, *, tenant: str | None = None
+    ) -> TokenConstraint:
         """JSON that conforms to ``schema``."""
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        from_schema = self._library.LLMatcher.grammar_from_json_schema
-        return await self._constraint(lambda: from_schema(text, defaults=_JSON_OPTIONS))  # type: ignore[arg-type]
+        from_schema = self._from.grammar_from_json_schema
+        return await self._constraint(text, lambda: from_schema(text, defaults=_JSON_OPTIONS), tenant)  # type: ignore[arg-type]
 
-    async def regex(self, pattern: str) -> TokenConstraint:
+    async def regex(self, pattern: str, *, tenant: str | None = None) -> TokenConstraint:
         """Text that matches a regular expression (in Rust's syntax) as a whole."""
-        return await self._constraint(lambda: self._library.LLMatcher.grammar_from_regex(pattern))
+        return await self._constraint(pattern, lambda: self._from.grammar_from_regex(pattern), tenant)
 
-    async def choice(self, options: Sequence[str]) -> TokenConstraint:
+    async def choice(self, options: Sequence[str], *, tenant: str | None = None) -> TokenConstraint:
         """One of these texts."""
         if not options:
             raise RequestInvalid("choice=[]: must have at least one text")
-        return await self.lark("start: " + " | ".join(json.dumps(option) for option in options))
+        return await self.lark("start: " + " | ".join(map(json.dumps, options)), tenant=tenant)
 
-    async def lark(self, grammar: str) -> TokenConstraint:
+    async def lark(self, grammar: str, *, tenant: str | None = None) -> TokenConstraint:
         """Text of a context-free grammar in Lark's notation, from its rule ``start``."""
-        return await self._constraint(lambda: self._library.LLMatcher.grammar_from_lark(grammar))
+        return await self._constraint(grammar, lambda: self._from.grammar_from_lark(grammar), tenant)
 
-    async def _constraint(self, grammar: Callable[[], str]) -> TokenConstraint:
-        return await asyncio.to_thread(self._compile, grammar)
-
-    def _compile(self, grammar: Callable[[], str]) -> TokenConstraint:
+    async def _constraint(self, text: str, grammar: Callable[[], str], tenant: str | None) -> TokenConstraint:
+        self._grammars.check_size(text)  # before any work on it
         try:
-            text = grammar()
+            whole = grammar()
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestInvalid(f"the grammar is malformed: {error}") from error
-        if len(text) > MAX_GRAMMAR:
-            raise RequestInvalid(
-                f"the grammar has {len(text)} characters, and at most {MAX_GRAMMAR} are compiled"
-            )
-        with self._lock:
-            if self._compiled_tokenizer is None:
-                self._compiled_tokenizer = self._library.LLTokenizer(
-                    self._tokenizer.to_json(),
-                    n_vocab=self._spec.vocab_size,
-                    eos_token=list(self._spec.eos_token_ids) or None,
-                )
-            tokenizer = self._compiled_tokenizer
-            matcher = self._matchers.pop(text, None)
-            if matcher is not None:
-                self._matchers[text] = matcher
-                return GrammarConstraint(matcher.deep_copy())
-        matcher = self._library.LLMatcher(tokenizer, text, log_level=0)
-        if matcher.is_error():
-            raise RequestInvalid(f"the grammar cannot be used: {_first_line(matcher)}")
-        with self._lock:
-            self._matchers[text] = matcher
-            while len(self._matchers) > _CACHED_GRAMMARS:
-                self._matchers.popitem(last=False)
-            return GrammarConstraint(matcher.deep_copy())
-
-
-class GrammarConstraint:
-    """A :class:`~aioengine.request.TokenConstraint` that follows the output with a parser."""
-
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
-        self._consumed: list[int] = []
-
-    def allowed(self, output: Sequence[int]) -> bytes:
-        """Raises ValueError if ``output`` does not conform, or the parser gives up."""
-        tokens = list(output)
-        known = len(self._consumed)
-        if tokens[:known] != self._consumed:  # another output than the last time
-            self._matcher.reset()
-            known = 0
-        if len(tokens) > known and not self._matcher.consume_tokens(tokens[known:]):
-            raise ValueError(_first_line(self._matcher))
-        self._consumed = tokens
-        mask = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise ValueError(_first_line(self._matcher))
-        return mask
-
-
-def _first_line(matcher: LLMatcher) -> str:
-    lines = [line for line in matcher.get_error().splitlines() if line.strip()]
-    if lines and lines[0].startswith("<grammar>") and "</grammar>" in lines:
-        lines = lines[lines.index("</grammar>") + 1 :]
-    return lines[0][:500] if lines else "unknown error"
+        return await self._grammars.constraint(whole, tenant)

@@ -33,6 +33,27 @@ class TokenConstraint(Protocol):
         ...
 
 
+class StartedConstraint(TokenConstraint, Protocol):
+    """A constraint whose answer is computed elsewhere, beside the model's forward pass.
+
+    If the answer is late, its request gets no token in this step, and nobody waits for it: it is asked again
+    in the next.
+    """
+
+    @property
+    def slow(self) -> bool:
+        """Whether steps shall not wait for it at all, unless there is nothing else in them."""
+        ...
+
+    def begin(self, output: Sequence[int]) -> None:
+        """Begin with what ``allowed(output)`` will be; called before the forward pass. Returns at once."""
+        ...
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        """``allowed(output)``, if it is known within so many seconds; else None."""
+        ...
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens, and when to stop.
 

@@ -52,6 +52,9 @@ class Sampled(NamedTuple):
     error: str | None = None
     fault: Literal["model", "request"] = "model"
     """What ``error`` comes from: logits that are not finite, or the request's own constraint."""
+    late: bool = False
+    """There is no token yet, because the request's constraint is late: its last token is to be computed again
+    in the next step."""
 
 
 class StepResult(NamedTuple):

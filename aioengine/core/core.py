@@ -394,7 +394,8 @@ class Core:
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not Status.RUNNING:
                 continue
-            self.batcher.advance(request, len(work.tokens))
+            late = sampled is not None and sampled.late
+            self.batcher.advance(request, len(work.tokens) - late)
             if work.score and request.prompt_logprobs is not None:
                 known = len(request.prompt_logprobs) - work.start  # more than 0 after a preemption
                 new = result.scored.get(index, ())[known:]
@@ -403,7 +404,7 @@ class Core:
                     self.end(request, "error", now, _sampling_error(request, nan))
                     continue
                 request.prompt_logprobs += new
-            if sampled is None:
+            if sampled is None or late:
                 continue
             if sampled.error is not None:
                 self.end(request, "error", now, _sampling_error(request, sampled))

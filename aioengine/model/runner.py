@@ -18,6 +18,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
+from aioengine.model import constraints
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.files.weights import load_weights
 from aioengine.model.kv_cache import KVCache
@@ -160,6 +161,8 @@ class ModelRunner:
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         scored: dict[int, list[TokenLogprob]] = {}
         if batch.sequences:
+            if self.group.shard.rank == 0:
+                constraints.begin(batch.sequences)
             if self.lora_slots is not None:
                 self.lora_slots.before_step()
             with torch.inference_mode():

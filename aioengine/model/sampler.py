@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.transfer import send
+from aioengine.model.constraints import Masks, collect
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
 
@@ -44,7 +45,8 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
 
     Returns:
         N results in the same order. A row whose largest logit is NaN or infinite, or whose constraint
-        fails, has ``error`` set and token -1; the other rows are not affected. Log-probabilities are
+        fails, has ``error`` set and token -1, one whose constraint is late has ``late``; the other rows are
+        not affected. Log-probabilities are
         those of the unmodified logits, in float32.
     """
     if not rows:
@@ -63,9 +65,10 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         i for i, row in enumerate(rows) if finite[i] and (row.params.changes_logits or not row.params.greedy)
     ]
     if changed:
-        chosen, failed = _choose(logits, rows, changed)
+        chosen, masks = _choose(logits, rows, changed)
         _assign(tokens, changed, chosen)
-        results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in failed.items()}
+        results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in masks.failed.items()}
+        results |= {changed[i]: Sampled(-1, late=True) for i in masks.late}
     scored = [i for i, row in enumerate(rows) if i not in results and row.params.logprobs is not None]
     logprobs: dict[int, TokenLogprob] = {}
     if scored:
@@ -118,16 +121,15 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _choose(
-    logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]
-) -> tuple[list[int], dict[int, str]]:
-    """Tokens of the rows that are not a plain argmax, and which of them failed, by index in ``changed``."""
+def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) -> tuple[list[int], Masks]:
+    """Tokens of the rows that are not a plain argmax, and what became of their constraints, by index in
+    ``changed``."""
     work = [rows[i] for i in changed]
     # The one copy of the logits; what follows works in place, for fresh pages cost more than math.
     scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)
     _apply_penalties(scores, work)
-    failed = _apply_constraints(scores, work)
+    masks = _apply_constraints(scores, work)
     _ban_the_end(scores, work)
     tokens = [0] * len(work)
     greedy = [i for i, row in enumerate(work) if row.params.greedy]
@@ -136,7 +138,7 @@ def _choose(
         best = _rows(scores, greedy).argmax(dim=-1)
         _assign(tokens, greedy, best.tolist())
     if not random:
-        return tokens, failed
+        return tokens, masks
 
     params = [work[i].params for i in random]
     draws = [uniform(work[i].seed, len(work[i].history) - work[i].prompt_len) for i in random]
@@ -145,7 +147,7 @@ def _choose(
     # The maximum comes off first, so that a tiny temperature cannot overflow it.
     x.sub_(x.amax(dim=-1, keepdim=True)).div_(_sent(temperature, x)[:, None])
     _assign(tokens, random, _draw_by_rank(x, params, draws))
-    return tokens, failed
+    return tokens, masks
 
 
 def _sent(values: Tensor, like: Tensor) -> Tensor:
@@ -183,29 +185,18 @@ def _apply_bias(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
         scores.view(-1)[where] += added
 
 
-def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> dict[int, str]:
+def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> Masks:
     """Ban from ``scores`` [N, vocab], in place, what the rows' constraints do not allow.
 
-    Returns why, by row, for those that have no token left to choose; their scores become 0.
+    Those that have no token left to choose have failed. The scores of rows without a token become 0.
     """
     vocab, device = scores.shape[1], scores.device
     width = -(-vocab // 8)
-    failed: dict[int, str] = {}
-    places: list[int] = []
-    masks = bytearray()
-    for i, row in enumerate(rows):
-        constraint = row.params.constraint
-        if constraint is None:
-            continue
-        try:
-            mask = constraint.allowed(row.history[row.prompt_len :])
-        except Exception as error:
-            failed[i] = f"its constraint failed: {type(error).__name__}: {error}"
-        else:
-            places.append(i)
-            masks += mask[:width].ljust(width, b"\0")
-    if places:
-        packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(places), width, 1)
+    masks = collect(rows)
+    if masks.found:
+        places = list(masks.found)
+        joined = bytearray().join(mask[:width].ljust(width, b"\0") for mask in masks.found.values())
+        packed = torch.frombuffer(joined, dtype=torch.uint8).view(len(places), width, 1)
         packed, where = send([packed, torch.tensor(places)], device)
         bits = packed >> torch.arange(8, dtype=torch.uint8, device=device) & 1
         banned = bits.flatten(1)[:, :vocab] == 0
@@ -214,10 +205,10 @@ def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> dict[int
         best: list[float] = allowed.amax(dim=-1).tolist()
         for i, value in zip(places, best, strict=True):
             if not math.isfinite(value):
-                failed[i] = "its constraint allows no token here"
-    for i in failed:
+                masks.failed[i] = "its constraint allows no token here"
+    for i in (*masks.failed, *masks.late):
         scores[i] = 0.0
-    return failed
+    return masks
 
 
 def _ban_the_end(scores: Tensor, rows: Sequence[SequenceWork]) -> None:

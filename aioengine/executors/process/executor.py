@@ -18,11 +18,11 @@ from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Executor
 from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
-from aioengine.executors.process.wire import Stepped
+from aioengine.executors.process.wire import Masks, Stepped
 from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
-from aioengine.request import TokenConstraint
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.model import constraints
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
@@ -71,28 +71,31 @@ class ProcessExecutor(Executor):
     async def execute(self, batch: StepBatch) -> StepResult:
         workers = self.workers
         step = self._steps.encode(batch)
-        masks, faults = await self._constraints(batch)
-        call = workers.ask(lambda number: msgspec.structs.replace(step, number=number, masks=masks))
+        call = workers.ask(lambda number: msgspec.structs.replace(step, number=number))
+        failed = await self._constraints(batch, workers)
         await workers.flush()
         answers = await call.of(Stepped)
         sampled = list(answers[0].sampled or ())
-        for index, why in faults.items():
+        for index, why in failed.items():
             sampled[index] = Sampled(-1, error=why, fault="request")
         return StepResult(sampled, max(answer.seconds for answer in answers), answers[0].scored)
 
-    async def _constraints(self, batch: StepBatch) -> tuple[dict[int, bytes], dict[int, str]]:
-        """What the constraints of the batch allow, and why those that failed did, by index. They are objects
-        of this process, so they are asked here, in a thread, and the answers go with the step."""
-        asked = [
-            (index, row.params.constraint, row.history[row.prompt_len :])
-            for index, row in enumerate(batch.sequences)
-            if row.sample and row.params.constraint is not None
-        ]
-        if not asked:
-            return {}, {}
+    async def _constraints(self, batch: StepBatch, workers: Workers) -> dict[int, str]:
+        """Tell the workers, which compute meanwhile, what the constraints of the batch allow; returns why
+        those that failed did, by index. They are objects of this process, so a thread of it asks them."""
+        rows = enumerate(batch.sequences)
+        places = [i for i, row in rows if row.sample and row.params.constraint is not None]
+        if not places:
+            return {}
         if self._guides is None:
             self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
-        return await asyncio.get_running_loop().run_in_executor(self._guides, _ask_constraints, asked)
+        loop = asyncio.get_running_loop()
+        asked = [batch.sequences[i] for i in places]
+        masks = await loop.run_in_executor(self._guides, _ask_constraints, asked)
+        found = {places[i]: mask for i, mask in masks.found.items()}
+        failed = {places[i]: why for i, why in masks.failed.items()}
+        workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
+        return failed
 
     async def restart(self) -> None:
         """Again with nothing but the model in them. Raises EngineDead if that fails too often."""
@@ -130,15 +133,6 @@ class ProcessExecutor(Executor):
             self._lost(error)
 
 
-def _ask_constraints(
-    asked: Sequence[tuple[int, TokenConstraint, Sequence[int]]],
-) -> tuple[dict[int, bytes], dict[int, str]]:
-    masks: dict[int, bytes] = {}
-    faults: dict[int, str] = {}
-    for index, constraint, output in asked:
-        try:
-            masks[index] = bytes(constraint.allowed(output))
-        except Exception as error:
-            masks[index] = b""
-            faults[index] = f"its constraint failed: {type(error).__name__}: {error}"
-    return masks, faults
+def _ask_constraints(rows: Sequence[SequenceWork]) -> constraints.Masks:
+    constraints.begin(rows)
+    return constraints.collect(rows)

@@ -6,13 +6,14 @@ keeps a copy of what it has sent; the workers' side puts the same rows together 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
 import msgspec
 
-from aioengine.executors.process.wire import Opened, Step, Work
+from aioengine.executors.process.wire import Masks, Opened, Step, Work
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 
@@ -44,11 +45,11 @@ class StepEncoder:
             self._ended.append(sent.key)
 
     def encode(self, batch: StepBatch) -> Step:
-        """Counts as sent. Its ``number`` and ``masks`` are to be filled in."""
+        """Counts as sent. Its ``number`` is to be filled in."""
         opened: list[Opened] = []
         work = [self._work(row, opened) for row in batch.sequences]
         ended, self._ended = self._ended, []
-        return Step(0, batch.step, {}, ended, opened, work, list(batch.slot_ranks))
+        return Step(0, batch.step, ended, opened, work, list(batch.slot_ranks))
 
     def _work(self, row: SequenceWork, opened: list[Opened]) -> Work:
         sent = self._sent.get(row.request_id)
@@ -84,23 +85,52 @@ def _same(known: list[int], table: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(known, table, strict=False)) if a != b), len(table))
 
 
-class SentMask:
-    """A constraint whose answer came with the step."""
+class SentMasks:
+    """The masks of the step that runs, which come after it."""
 
     def __init__(self) -> None:
-        self.mask = b""
+        self._latest = Masks(-1, {})
+        self._came = threading.Condition()
+
+    def put(self, masks: Masks) -> None:
+        with self._came:
+            self._latest = masks
+            self._came.notify_all()
+
+    def of(self, step: int) -> dict[int, bytes]:
+        """By index in the step; waits for them."""
+        with self._came:
+            self._came.wait_for(lambda: self._latest.step == step)
+            return self._latest.found
+
+
+class SentConstraint:
+    """A constraint that the engine asks: its answer is what the engine sends."""
+
+    slow = False
+
+    def __init__(self, masks: SentMasks) -> None:
+        self._masks = masks
+        self.step = self.index = 0
+        """The step that runs, and where in it this is."""
+
+    def begin(self, output: Sequence[int]) -> None:
+        """The engine has done that."""
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        return self._masks.of(self.step).get(self.index)
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        return self.mask
+        return self.poll(output, 0) or b""
 
 
 class _Known:
-    __slots__ = ("blocks", "history", "mask", "opened", "params")
+    __slots__ = ("blocks", "constraint", "history", "opened", "params")
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, masks: SentMasks) -> None:
         self.opened = opened
-        self.mask = SentMask() if opened.constrained else None
-        fields: dict[str, Any] = {**opened.params, "constraint": self.mask}
+        self.constraint = SentConstraint(masks) if opened.constrained else None
+        fields: dict[str, Any] = {**opened.params, "constraint": self.constraint}
         self.params = SamplingParams(**fields)
         self.history: list[int] = []
         self.blocks: list[int] = []
@@ -111,6 +141,7 @@ class StepDecoder:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
+        self.masks = SentMasks()
 
     def __len__(self) -> int:
         """Requests that are kept."""
@@ -120,11 +151,11 @@ class StepDecoder:
         for key in step.ended:
             del self._known[key]
         for opened in step.opened:
-            self._known[opened.key] = _Known(opened)
-        for index, mask in step.masks.items():
-            asked = self._known[step.work[index].key].mask
-            assert asked is not None
-            asked.mask = mask
+            self._known[opened.key] = _Known(opened, self.masks)
+        for index, work in enumerate(step.work):
+            constraint = self._known[work.key].constraint
+            if constraint is not None:
+                constraint.step, constraint.index = step.step, index
         return StepBatch(step.step, [self._row(work) for work in step.work], step.slot_ranks)
 
     def _row(self, work: Work) -> SequenceWork:

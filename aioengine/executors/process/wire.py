@@ -91,13 +91,19 @@ class Step(_Message, frozen=True):
 
     number: int
     step: int
-    masks: dict[int, bytes]
-    """By index in ``work``: the tokens that its constraint allows, where it has one."""
     ended: list[int]
     """Keys that will not be used again."""
     opened: list[Opened]
     work: list[Work]
     slot_ranks: list[int]
+
+
+class Masks(_Message, frozen=True):
+    """Follows a step in which a sequence with a constraint is sampled."""
+
+    step: int
+    found: dict[int, bytes]
+    """By index in ``work``: the tokens that its constraint allows; without those that are late."""
 
 
 class Read(_Message, frozen=True):
@@ -248,7 +254,7 @@ class WorkerError(Exception):
     """An exception of another kind than the package's own was raised in a worker."""
 
 
-Request = Start | Build | Step | Read | Add | Finish | Keep | Discard | Drop | Place
+Request = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place
 Answer = Planned | Stepped | ReadDone | Done | Failed
 Report = Answer | Progress | Broken
 

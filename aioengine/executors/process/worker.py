@@ -34,6 +34,7 @@ from aioengine.executors.process.wire import (
     Failed,
     Finish,
     Keep,
+    Masks,
     Place,
     Planned,
     Progress,
@@ -112,6 +113,8 @@ class Worker:
         match request:
             case Step():
                 self._steps.submit(self._or_break, lambda: self._model.step(request))
+            case Masks():
+                self._model.masks.put(request)
             case Read():
                 self._reads.read(request, self._model.store)
             case Add():
@@ -178,6 +181,7 @@ class _Model:
 
     def __init__(self) -> None:
         self._batches = StepDecoder()
+        self.masks = self._batches.masks
 
     def start(self, request: Start) -> Planned:
         import torch  # takes a second, in which the main thread already watches the engine

@@ -1,0 +1,6 @@
+"""Guided decoding's grammars: compiled and followed in processes of their own, which may be ended.
+
+A grammar is a program that a client wrote. It may take for ever to compile, all memory, or the stack, and
+its masks may be slow. So the engine's process never runs one: a small process without threads (``zygote``)
+forks one child for each grammar text, which compiles it and computes the masks of all requests that have it.
+"""

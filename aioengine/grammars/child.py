@@ -1,0 +1,199 @@
+"""A child of the zygote: one grammar, and the parsers of all requests that have it.
+
+It may die of its grammar at any time: of its processor time (SIGPROF), memory (SIGABRT) or stack (SIGSEGV).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from array import array
+from io import BufferedReader
+from typing import NamedTuple, NoReturn
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from aioengine.grammars.wire import AFRESH, ASK, COMPILED, FORGET, LENGTH, MASK
+
+STACK = 64 * 2**20
+"""Bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
+OVERHEAD = STACK + 64 * 2**20
+"""Bytes of address space that a thread takes anyway: its stack and its malloc arena."""
+SLOW_SECONDS = 0.005
+SLOW_MASKS = 4
+"""A grammar whose masks have taken longer than that on average, of at least so many, gives way to others."""
+GIVES_WAY = 19
+MEASURE_SECONDS = 0.5
+"""The shortest time between two looks at how much memory is used."""
+
+
+MAX_REASON = 2000
+"""Characters."""
+
+
+class Limits(NamedTuple):
+    compile_seconds: float
+    mask_seconds: float
+    memory: int
+    nice: int
+
+
+def run(
+    connection: socket.socket, tokenizer: LLTokenizer, shared: mmap.mmap, width: int, limits: Limits
+) -> NoReturn:
+    """Serve until the engine is gone. ``shared`` has places for masks of ``width`` bytes each."""
+    _silence()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    memory = _Memory()
+    memory.limit(limits.memory + OVERHEAD)
+    requests = connection.makefile("rb")
+    head = requests.read(LENGTH.size)
+    if len(head) == LENGTH.size:
+        text = requests.read(*LENGTH.unpack(head)).decode()
+        signal.setitimer(signal.ITIMER_PROF, limits.compile_seconds)
+        matcher = _compile(tokenizer, text, limits.nice)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        why = _reason(matcher) if matcher.is_error() else ""
+        data = why.encode()
+        connection.sendall(
+            COMPILED.pack(not data, memory.measure()) + LENGTH.pack(len(data)) + data,
+        )
+        if not why:
+            _Masks(connection, matcher, shared, width, limits.mask_seconds, memory).serve(requests)
+    os._exit(0)
+
+
+def _compile(tokenizer: LLTokenizer, text: str, nice: int) -> LLMatcher:
+    """In a thread, which can have a large stack; and on Linux it alone becomes nicer."""
+    found: list[LLMatcher] = []
+
+    def work() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        # As measured with ambiguous grammars; a row's items are what an object's properties need.
+        limits = LLParserLimits(step_max_items=5_000, step_lexer_fuel=50_000, verbose_errors=False)
+        found.append(LLMatcher(tokenizer, text, log_level=0, limits=limits))
+
+    threading.stack_size(STACK)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+class _Masks:
+    def __init__(
+        self,
+        connection: socket.socket,
+        matcher: LLMatcher,
+        shared: mmap.mmap,
+        width: int,
+        seconds: float,
+        memory: _Memory,
+    ) -> None:
+        self._connection = connection
+        self._matcher = matcher
+        self._shared = shared
+        self._width = width
+        self._seconds = seconds
+        self._memory = memory
+        self._rows: dict[int, LLMatcher] = {}
+        self._count = 0
+        self._spent = 0.0
+        self._is_nice = False
+
+    def serve(self, requests: BufferedReader) -> None:
+        """Answer what is asked until there is no more."""
+        while len(head := requests.read(ASK.size)) == ASK.size:
+            what, row, number, place, count = ASK.unpack(head)
+            tokens = array("i", requests.read(4 * count))
+            if what == FORGET:
+                self._rows.pop(row, None)
+                continue
+            began = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)
+            mask, why = self._mask(row, tokens, afresh=what == AFRESH)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            seconds = time.process_time() - began
+            self._shared[place * self._width : place * self._width + len(mask)] = mask
+            text = why.encode()
+            memory = self._memory.measure()
+            self._connection.sendall(
+                MASK.pack(row, number, len(mask), int(seconds * 1e6), memory, len(text)) + text
+            )
+            self._give_way(seconds)
+
+    def _mask(self, row: int, tokens: array[int], *, afresh: bool) -> tuple[bytes, str]:
+        matcher = self._rows.get(row)
+        if matcher is None:
+            matcher = self._rows[row] = self._matcher.deep_copy()
+        elif afresh:
+            matcher.reset()
+        if not tokens or matcher.consume_tokens(tokens.tolist()):
+            mask = matcher.compute_bitmask()
+            if not matcher.is_error():
+                return mask, ""
+        del self._rows[row]  # an error stays: the row begins afresh
+        return b"", _reason(matcher)
+
+    def _give_way(self, seconds: float) -> None:
+        self._count += 1
+        self._spent += seconds
+        if not self._is_nice and self._count >= SLOW_MASKS and self._spent > self._count * SLOW_SECONDS:
+            self._is_nice = True
+            os.setpriority(os.PRIO_PROCESS, 0, GIVES_WAY)
+
+
+class _Memory:
+    """Of this process, beyond what it shares with the zygote."""
+
+    def __init__(self) -> None:
+        self._kib = 0
+        self._next = 0.0
+
+    def limit(self, count: int) -> None:
+        """To so many bytes more than now. A system that is no Linux may not hold it to that."""
+        if sys.platform == "linux":
+            with open("/proc/self/statm") as file:
+                pages = int(file.read().split()[0])
+            most = pages * mmap.PAGESIZE + count
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def measure(self) -> int:
+        """KiB, as it was lately."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + MEASURE_SECONDS
+            self._kib = _own_kib()
+        return self._kib
+
+
+def _own_kib() -> int:
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # what is shared included
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+
+
+def _silence() -> None:
+    """What a library says before it aborts is the client's fault, and not for the server's log."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for known in (0, 1, 2):
+        os.dup2(nowhere, known)
+    os.close(nowhere)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What is wrong, without the copy of the grammar that may come before it."""
+    text = matcher.get_error().strip()
+    if text.startswith("<grammar>"):
+        text = text.rpartition("</grammar>")[2].strip() or text
+    text = text.removesuffix("<non-verbose/>").strip()
+    return text[:MAX_REASON] or "unknown error"

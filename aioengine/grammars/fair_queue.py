@@ -1,0 +1,46 @@
+"""A queue in which tenants take turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """First in, first out for each tenant; the tenants one after the other."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str | None, deque[T]] = OrderedDict()
+        self._filled = asyncio.Event()
+
+    def count(self, tenant: str | None) -> int:
+        """How much of the tenant's waits."""
+        return len(self._of.get(tenant, ()))
+
+    def put(self, tenant: str | None, item: T) -> None:
+        self._of.setdefault(tenant, deque()).append(item)
+        self._filled.set()
+
+    def discard(self, tenant: str | None, item: T) -> None:
+        """Take it out, if it is there."""
+        items = self._of.get(tenant, deque())
+        if item in items:
+            items.remove(item)
+            if not items:
+                del self._of[tenant]
+
+    async def get(self) -> T:
+        """The next; waits for one."""
+        while not self._of:
+            self._filled.clear()
+            await self._filled.wait()
+        tenant, items = next(iter(self._of.items()))
+        item = items.popleft()
+        if items:
+            self._of.move_to_end(tenant)
+        else:
+            del self._of[tenant]
+        return item

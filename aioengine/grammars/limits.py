@@ -1,0 +1,37 @@
+"""What a grammar may take."""
+
+from __future__ import annotations
+
+import msgspec
+
+MiB = 2**20
+
+
+class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds for the grammars of one :class:`~aioengine.guided.Guide`. Seconds are of processor time, so that
+    they mean the same on a busy machine, unless it says otherwise."""
+
+    max_characters: int = 2**18
+    """Of a grammar's text."""
+    quick_seconds: float = 0.5
+    """A compile that takes longer is stopped, and begins again, nicer, when no other long one runs. One short
+    and one long compile run at a time, so that no long one holds up a short one."""
+    compile_seconds: float = 5.0
+    """A compile that takes longer is given up."""
+    compile_wall_seconds: float = 30.0
+    """The same, in wall time."""
+    mask_seconds: float = 1.0
+    """A grammar that takes longer for one token is given up."""
+    mask_wall_seconds: float = 10.0
+    """The same, in wall time."""
+    memory: int = 256 * MiB
+    """Bytes that one grammar's process may take, with the parsers of all requests that have it."""
+    total_memory: int = 1024 * MiB
+    """Bytes of all of them together. Above it those that no request has are dropped, and then the largest."""
+    max_grammars: int = 128
+    """Processes that are kept, those of recent grammars that no request has included. One tenant's requests
+    may have its share of them: half if there is one tenant, a third each if there are two, ..."""
+    max_queued: int = 32
+    """Grammars that one tenant may have waiting to be compiled."""
+    room_seconds: float = 10.0
+    """How long a compile waits (in wall time) for requests to end if there are too many processes."""

@@ -1,0 +1,252 @@
+"""The engine's side of a compiled grammar: its process, and the requests that it is followed for.
+
+What is here is called by the thread that runs the model's steps and by the loop's. Nothing of it computes:
+a constraint asks the grammar's process for a mask before the forward pass, and collects it afterwards.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from aioengine.grammars.places import Places
+from aioengine.grammars.wire import AFRESH, ASK, FORGET, GO_ON, MASK
+
+SLOW_SECONDS = 0.005
+"""Steps do not wait for a row whose last mask took longer than that."""
+PATIENCE_SECONDS = 60.0
+"""How long who asks for a mask without a step waits, whatever happens."""
+
+
+class _Ask:
+    """A mask that is being computed, or lies in its place."""
+
+    __slots__ = ("asked", "mask", "number", "place", "seconds", "why")
+
+    def __init__(self, number: int, place: int) -> None:
+        self.number = number
+        self.place = place
+        self.asked = time.monotonic()
+        self.mask = b""
+        self.seconds = 0.0
+        """Of processor time that it took."""
+        self.why = ""
+        """What is wrong, if there is no mask."""
+
+
+class Grammar:
+    """A grammar's process, once it has compiled.
+
+    Args:
+        text: The grammar.
+        connection: The engine's end of the process's socket; non-blocking, and closed with this.
+        places: Where the process writes masks.
+        wall_seconds: A mask that takes longer ends the process.
+        kill: Ends the process; called on any thread.
+        unused: Called on any thread when no request has it any more.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        connection: socket.socket,
+        places: Places,
+        *,
+        memory: int,
+        wall_seconds: float,
+        kill: Callable[[], None],
+        unused: Callable[[], None],
+    ) -> None:
+        self.text = text
+        self.memory = memory
+        """Bytes of its process's own, as last reported."""
+        self.rows: dict[int, str | None] = {}
+        """Those that follow it now, and their tenants."""
+        self.failure: str | None = None
+        """Why it is of no use any more."""
+        self._connection = connection
+        self._places = places
+        self._wall_seconds = wall_seconds
+        self._kill = kill
+        self._unused = unused
+        self._asks: dict[int, _Ask] = {}
+        self._next_row = self._next_number = 0
+        self._forgotten: deque[int] = deque()
+        self._out = bytearray()
+        self._in = bytearray()
+        self._lock = threading.RLock()
+        self._is_cut_off = False
+        self._ended = threading.Event()
+
+    def follow(self, tenant: str | None) -> GrammarConstraint:
+        """A constraint of its own for one request."""
+        with self._lock:
+            row = self._next_row
+            self._next_row += 1
+            self.rows[row] = tenant
+        constraint = GrammarConstraint(self, row)
+        weakref.finalize(constraint, self._drop, row)
+        return constraint
+
+    def fail(self, why: str) -> None:
+        """It is of no use any more; its process, if that still runs, is ended."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = why
+            self._kill()
+            self._connection.close()
+
+    def process_ended(self, why: str) -> None:
+        """What is still to be written to places by it never will be."""
+        with self._lock:
+            self.fail(why)
+            for ask in self._asks.values():
+                self._places.give_back(ask.place)
+            self._asks.clear()
+        self._ended.set()
+
+    # For one row
+
+    def ask(self, row: int, tokens: Sequence[int], *, afresh: bool) -> _Ask | None:
+        """Have the mask after ``tokens`` more (or after ``tokens`` alone) computed; None if there is no place
+        for it now, because other rows' are late. Raises ValueError if the grammar is of no use any more."""
+        with self._lock:
+            self._check()
+            place = self._places.take()
+            if place is None:
+                return None
+            number = self._next_number = (self._next_number + 1) & 0xFFFFFFFF
+            ask = self._asks[number] = _Ask(number, place)
+            while self._forgotten:
+                self._out += ASK.pack(FORGET, self._forgotten.popleft(), 0, 0, 0)
+            self._out += ASK.pack(AFRESH if afresh else GO_ON, row, number, place, len(tokens))
+            self._out += array("i", tokens).tobytes()
+            self._flush()
+            return ask
+
+    def collect(self, ask: _Ask, seconds: float) -> bool:
+        """Whether it has been answered, within so many seconds from now. Raises ValueError if the grammar is
+        of no use any more."""
+        until = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                self._check()
+                self._flush()
+                self._receive()
+                if ask.number not in self._asks:
+                    return True
+                self._check()
+                now = time.monotonic()
+                if now - ask.asked > self._wall_seconds:
+                    self.fail(f"a token's mask took longer than {self._wall_seconds:g} s")
+                    self._check()
+                left = until - now
+                if left <= 0:
+                    return False
+                waits = select.poll()
+                waits.register(self._connection, select.POLLIN | (select.POLLOUT if self._out else 0))
+                cut_off = self._is_cut_off
+            if cut_off:
+                self._ended.wait(left)  # somebody is about to say why
+            else:
+                waits.poll(left * 1000)
+
+    def _drop(self, row: int) -> None:
+        """Called by the collector, on any thread and at any moment: nothing that locks."""
+        self.rows.pop(row, None)
+        self._forgotten.append(row)
+        if not self.rows:
+            self._unused()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise ValueError(self.failure)
+
+    def _flush(self) -> None:
+        try:
+            while self._out:
+                del self._out[: self._connection.send(self._out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._is_cut_off = True
+
+    def _receive(self) -> None:
+        if not self._is_cut_off:
+            try:
+                part = self._connection.recv(65536)
+                self._is_cut_off = not part
+                self._in += part
+            except BlockingIOError:
+                return
+            except OSError:
+                self._is_cut_off = True
+        begin = 0
+        while len(self._in) - begin >= MASK.size:
+            _row, number, size, micros, kib, length = MASK.unpack_from(self._in, begin)
+            end = begin + MASK.size + length
+            if len(self._in) < end:
+                break
+            ask = self._asks.pop(number)
+            ask.mask = self._places.read(ask.place, size)
+            ask.seconds = micros * 1e-6
+            ask.why = self._in[begin + MASK.size : end].decode(errors="replace")
+            self._places.give_back(ask.place)
+            self.memory = kib * 1024
+            begin = end
+        del self._in[:begin]
+
+
+class GrammarConstraint:
+    """A :class:`~aioengine.request.StartedConstraint` that follows one request's output with a parser."""
+
+    def __init__(self, grammar: Grammar, row: int) -> None:
+        self._grammar = grammar
+        self._row = row
+        self._known: list[int] | None = []
+        """The output as the parser has it; None: it has to begin afresh."""
+        self._ask: _Ask | None = None
+        self._seconds = 0.0
+
+    @property
+    def slow(self) -> bool:
+        return self._seconds > SLOW_SECONDS
+
+    def begin(self, output: Sequence[int]) -> None:
+        """Raises ValueError if the grammar's process has ended."""
+        known = self._known
+        if self._ask is not None and known == output:
+            return
+        tokens = list(output)
+        afresh = known is None or tokens[: len(known)] != known
+        new = tokens if afresh or known is None else tokens[len(known) :]
+        self._ask = self._grammar.ask(self._row, new, afresh=afresh)
+        if self._ask is not None:
+            self._known = tokens
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        """Raises ValueError if ``output`` does not conform, or the parser gives up."""
+        self.begin(output)
+        ask = self._ask
+        if ask is None or not self._grammar.collect(ask, seconds):
+            return None
+        self._seconds = ask.seconds
+        if ask.why:
+            self._known = self._ask = None
+            raise ValueError(ask.why)
+        return ask.mask
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        """As :meth:`poll`, for as long as it takes."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while (mask := self.poll(output, 0.1)) is None:
+            if time.monotonic() > until:
+                raise ValueError("the grammar's masks are late")
+        return mask

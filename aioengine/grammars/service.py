@@ -1,0 +1,416 @@
+"""Grammars of one engine: compiled once for all requests that have the same, a few kept, the rest refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
+from aioengine.grammars.fair_queue import FairQueue
+from aioengine.grammars.limits import GrammarLimits, MiB
+from aioengine.grammars.matching import Grammar, GrammarConstraint
+from aioengine.grammars.wire import COMPILED, text_frame
+from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProcess, read_struct, read_text
+
+QUICK_NICE = 5
+LONG_NICE = 15
+"""How much compiles give way to the model's own threads."""
+MEMORY_SECONDS = 0.5
+"""Between two looks at the memory of all of them."""
+
+_STOPPED = "the engine was stopped, and guided decoding with it"
+
+logger = logging.getLogger("aioengine")
+
+T = TypeVar("T")
+
+
+_Outcome = Grammar | AioEngineError
+
+
+class _TooLong(AioEngineError):
+    """The compile was stopped, for it took more processor time than it was given."""
+
+
+class _Lost(AioEngineError):
+    """A process has ended, and not because of the grammar."""
+
+
+class _Job:
+    """A text that is to be compiled, for those who wait for it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.done: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
+        self.waiters: dict[str | None, int] = {}
+        """How many, of which tenants."""
+        self.queue: FairQueue[_Job] | None = None
+        """Where it waits for its turn, once for each tenant."""
+        self.attempt: asyncio.Task[_Outcome] | None = None
+
+    def enqueue(self, queue: FairQueue[_Job]) -> None:
+        self.queue = queue
+        for tenant in self.waiters:
+            queue.put(tenant, self)
+
+    def join(self, tenant: str | None) -> None:
+        if tenant not in self.waiters and self.queue is not None:
+            self.queue.put(tenant, self)
+        self.waiters[tenant] = self.waiters.get(tenant, 0) + 1
+
+    def leave(self, tenant: str | None) -> None:
+        self.waiters[tenant] -= 1
+        if self.waiters[tenant] == 0:
+            del self.waiters[tenant]
+            if self.queue is not None:
+                self.queue.discard(tenant, self)
+
+    def begin(self) -> None:
+        """It is its turn: for nobody it waits any more."""
+        queue, self.queue = self.queue, None
+        assert queue is not None
+        for tenant in self.waiters:
+            queue.discard(tenant, self)
+
+
+class Grammars:
+    """Compiles grammars and keeps them, each in a process of its own.
+
+    Args:
+        tokens: Makes what the processes need to know of the model's tokens; called in a thread.
+        vocab: The size of the model's vocabulary.
+        rows: Requests that may be in one step.
+
+    Nothing is started before it is needed. All methods are called on one loop.
+    """
+
+    def __init__(
+        self, tokens: Callable[[], Tokens], *, vocab: int, rows: int, limits: GrammarLimits | None = None
+    ) -> None:
+        self.limits = GrammarLimits() if limits is None else limits
+        self._make_tokens = tokens
+        self._tokens: Tokens | None = None
+        self._num_places = 2 * rows + 8  # as many again: a row that has ended may still be written
+        self._width = -(-vocab // 32) * 4 + 64
+        self._zygote: asyncio.Task[ZygoteProcess] | None = None
+        """Its start, begun when it is first needed, and again when it was lost."""
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        """By text; the least recently used first."""
+        self._jobs: dict[str, _Job] = {}
+        self._quick: FairQueue[_Job] = FairQueue()
+        self._long: FairQueue[_Job] = FairQueue()
+        self._lanes: list[asyncio.Task[None]] = []
+        self._room = asyncio.Event()
+        """Set whenever a grammar is used by nobody any more, or gone."""
+        self._watch: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    def check_size(self, text: str) -> None:
+        """Raises RequestInvalid if it has too many characters."""
+        most = self.limits.max_characters
+        if len(text) > most:
+            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are compiled")
+
+    async def constraint(self, text: str, tenant: str | None) -> GrammarConstraint:
+        """A constraint for one request. If it is cancelled and nobody else waits for this text, the compile
+        is given up.
+
+        Raises:
+            RequestInvalid: The grammar is malformed, or takes more than its limits to compile.
+            EngineOverloaded: Too many of the tenant's wait to be compiled, or too many grammars are in use.
+            ConfigError: Guided decoding cannot be had for this model, or on this system.
+            EngineStopped: The engine has stopped.
+        """
+        if self._is_closed:
+            raise EngineStopped(_STOPPED)
+        self.check_size(text)
+        grammar = self._kept.get(text)
+        if grammar is None or grammar.failure is not None:
+            grammar = await self._compiled(text, tenant)
+        else:
+            self._kept.move_to_end(text)
+        return grammar.follow(tenant)
+
+    async def _compiled(self, text: str, tenant: str | None) -> Grammar:
+        await self._share(tenant)
+        if self._is_closed:
+            raise EngineStopped(_STOPPED)
+        job = self._jobs.get(text)
+        if job is None or tenant not in job.waiters:
+            waiting = self._quick.count(tenant) + self._long.count(tenant)
+            if waiting >= self.limits.max_queued:
+                raise EngineOverloaded(f"{waiting} grammars wait to be compiled already; try again later")
+        if job is None:
+            job = self._jobs[text] = _Job(text)
+            job.join(tenant)
+            job.enqueue(self._quick)
+            self._start_lanes()
+        else:
+            job.join(tenant)
+        try:
+            found = await asyncio.shield(job.done)
+        finally:
+            job.leave(tenant)
+            if not job.waiters and not job.done.done():
+                self._give_up(job)
+        if isinstance(found, AioEngineError):
+            raise type(found)(str(found))  # each waiter gets one of its own
+        return found
+
+    async def _share(self, tenant: str | None) -> None:
+        """Wait until the tenant's requests have fewer grammars than its share."""
+        try:
+            async with asyncio.timeout(self.limits.room_seconds):
+                while not self._is_closed:
+                    users = [set(grammar.rows.values()) for grammar in self._kept.values()]
+                    tenants = {tenant}.union(*users)
+                    share = max(1, self.limits.max_grammars // (1 + len(tenants)))
+                    if sum(tenant in used for used in users) < share:
+                        return
+                    self._room.clear()
+                    await self._room.wait()
+        except TimeoutError:
+            raise EngineOverloaded(
+                f"requests that have not ended use {share} different grammars; try again later"
+            ) from None
+
+    def _give_up(self, job: _Job) -> None:
+        del self._jobs[job.text]
+        job.done.cancel()
+        if job.attempt is not None:
+            job.attempt.cancel()
+
+    # Compiling
+
+    def _start_lanes(self) -> None:
+        if not self._lanes:
+            loop = asyncio.get_running_loop()
+            limits = self.limits
+            self._lanes = [
+                loop.create_task(self._lane(self._quick, limits.quick_seconds, QUICK_NICE)),
+                loop.create_task(self._lane(self._long, limits.compile_seconds, LONG_NICE)),
+            ]
+
+    async def _lane(self, queue: FairQueue[_Job], seconds: float, nice: int) -> None:
+        """Compiles what is in the queue, one after the other, in so many seconds each."""
+        while True:
+            job = await queue.get()
+            job.begin()
+            job.attempt = asyncio.create_task(self._attempt(job.text, seconds, nice))
+            try:
+                await asyncio.wait([job.attempt])
+            finally:
+                job.attempt.cancel()
+            if job.done.cancelled():  # given up
+                continue
+            outcome = job.attempt.result()
+            job.attempt = None
+            if isinstance(outcome, _TooLong) and queue is self._quick:
+                job.enqueue(self._long)
+                continue
+            if isinstance(outcome, _TooLong):
+                outcome = RequestInvalid(str(outcome))
+            del self._jobs[job.text]
+            job.done.set_result(outcome)
+
+    async def _attempt(self, text: str, seconds: float, nice: int) -> _Outcome:
+        try:
+            self._make_room()
+            try:
+                return await self._compile(text, seconds, nice)
+            except _Lost:
+                return await self._compile(text, seconds, nice)
+        except _Lost as error:
+            return EngineOverloaded(f"{error}; try again later")
+        except AioEngineError as error:
+            return error
+        except OSError as error:
+            return EngineOverloaded(f"no process for the grammar can be had: {error}")
+        except Exception as error:
+            logger.exception("a grammar could not be compiled")
+            return AioEngineError(f"the grammar could not be compiled: {type(error).__name__}: {error}")
+
+    async def _compile(self, text: str, seconds: float, nice: int) -> Grammar:
+        """Raises RequestInvalid, ConfigError, _TooLong, _Lost, OSError."""
+        zygote = await self._live_zygote()
+        try:
+            child = zygote.fork(self.limits, compile_seconds=seconds, nice=nice)
+        except OSError as error:
+            if zygote.alive:
+                raise
+            raise _Lost("the process that compiles grammars was lost") from error
+        is_kept = False
+        try:
+            memory = await self._follow(child, text, seconds)
+            grammar = Grammar(
+                text,
+                child.connection,
+                zygote.places,
+                memory=memory,
+                wall_seconds=self.limits.mask_wall_seconds,
+                kill=self._on_loop(lambda: zygote.kill(child)),
+                unused=self._on_loop(self._room.set),
+            )
+            self._keep(grammar, child)
+            is_kept = True
+            return grammar
+        finally:
+            if not is_kept:
+                zygote.kill(child)
+                child.connection.close()
+
+    async def _follow(self, child: ChildProcess, text: str, seconds: float) -> int:
+        """See it through its compile; returns the bytes of memory that it takes then."""
+        limits = self.limits
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(limits.compile_wall_seconds):
+                try:
+                    await loop.sock_sendall(child.connection, text_frame(text))
+                    is_good, kib = COMPILED.unpack(await read_struct(child.connection, COMPILED.size))
+                    why = await read_text(child.connection)
+                except (EOFError, ConnectionError):
+                    status = await child.exited
+                    raise _compile_error(status, seconds, limits) from None
+        except TimeoutError:
+            raise RequestInvalid(
+                f"the grammar takes more than {limits.compile_wall_seconds:g} s to compile (machine busy?)"
+            ) from None
+        if not is_good:
+            raise RequestInvalid(f"the grammar cannot be used: {why}")
+        return int(kib) * 1024
+
+    async def _live_zygote(self) -> ZygoteProcess:
+        start = self._zygote
+        if start is None or (start.done() and (start.exception() is not None or not start.result().alive)):
+            start = self._zygote = asyncio.create_task(self._start_zygote(start), name="aioengine-zygote")
+        return await asyncio.shield(start)
+
+    async def _start_zygote(self, before: asyncio.Task[ZygoteProcess] | None) -> ZygoteProcess:
+        if before is not None and before.exception() is None:
+            logger.warning("the process that compiles grammars was lost; it is started again")
+            await before.result().close()
+        if self._tokens is None:
+            self._tokens = await _in_own_thread(self._make_tokens)
+        return await ZygoteProcess.start(self._tokens, self._num_places, self._width)
+
+    # Keeping
+
+    def _keep(self, grammar: Grammar, child: ChildProcess) -> None:
+        self._kept[grammar.text] = grammar
+
+        def ended(status: asyncio.Future[int | None]) -> None:
+            grammar.process_ended(_mask_error(status.result(), self.limits))
+            self._remove(grammar)
+
+        child.exited.add_done_callback(ended)
+        if self._watch is None:
+            self._look_at_memory()
+
+    def _remove(self, grammar: Grammar) -> None:
+        if self._kept.get(grammar.text) is grammar:
+            del self._kept[grammar.text]
+        self._room.set()
+
+    def _make_room(self) -> None:
+        """For one more. Raises EngineOverloaded."""
+        most = self.limits.max_grammars
+        self._drop_unused(lambda: len(self._kept) >= most)
+        if len(self._kept) >= most:
+            raise EngineOverloaded(
+                f"requests that have not ended use {most} different grammars; try again later"
+            )
+
+    def _drop_unused(self, too_many: Callable[[], bool]) -> None:
+        for grammar in list(self._kept.values()):
+            if not too_many():
+                return
+            if not grammar.rows:
+                self._drop(grammar, "it was not used")
+
+    def _drop(self, grammar: Grammar, why: str) -> None:
+        grammar.fail(why)
+        self._remove(grammar)
+
+    def _look_at_memory(self) -> None:
+        """Now, and again as long as there is something to look at."""
+        most = self.limits.total_memory
+
+        def too_much() -> bool:
+            return sum(grammar.memory for grammar in self._kept.values()) > most
+
+        self._drop_unused(too_much)
+        while too_much():
+            largest = max(self._kept.values(), key=lambda grammar: grammar.memory)
+            self._drop(largest, f"all grammars together took more than {most // MiB} MiB, and it the most")
+        self._watch = None
+        if self._kept:
+            self._watch = asyncio.get_running_loop().call_later(MEMORY_SECONDS, self._look_at_memory)
+
+    def _on_loop(self, work: Callable[[], None]) -> Callable[[], None]:
+        loop = asyncio.get_running_loop()
+
+        def call() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the engine gone
+                loop.call_soon_threadsafe(work)
+
+        return call
+
+    async def close(self) -> None:
+        """End all processes, and wait until they have. Who waits for a compile gets EngineStopped."""
+        self._is_closed = True
+        attempts = [job.attempt for job in self._jobs.values() if job.attempt is not None]
+        for task in (*self._lanes, *attempts):
+            task.cancel()
+        if self._lanes or attempts:
+            await asyncio.wait([*self._lanes, *attempts])
+        for job in self._jobs.values():
+            if not job.done.done():
+                job.done.set_result(EngineStopped(_STOPPED))
+        self._jobs.clear()
+        if self._watch is not None:
+            self._watch.cancel()
+        for grammar in list(self._kept.values()):
+            grammar.process_ended(_STOPPED)
+        start = self._zygote
+        if start is not None:
+            start.cancel()
+            await asyncio.wait([start])
+            if not start.cancelled() and start.exception() is None:
+                await start.result().close()
+        self._room.set()
+
+
+def _compile_error(status: int | None, seconds: float, limits: GrammarLimits) -> AioEngineError:
+    if status in (-signal.SIGPROF, -signal.SIGXCPU):
+        return _TooLong(f"the grammar takes more than {seconds:g} s of processor time to compile")
+    if status == -signal.SIGABRT:
+        return RequestInvalid(f"the grammar takes more than {limits.memory // MiB} MiB to compile")
+    if status in (-signal.SIGSEGV, -signal.SIGBUS):
+        return RequestInvalid("the grammar is nested too deeply to be compiled: its compiler's stack is full")
+    return _Lost(f"the process that compiled the grammar was lost (status {status})")
+
+
+def _mask_error(status: int | None, limits: GrammarLimits) -> str:
+    if status == -signal.SIGPROF:
+        return f"the grammar takes more than {limits.mask_seconds:g} s of processor time for a token"
+    if status == -signal.SIGABRT:
+        return f"the grammar takes more than {limits.memory // MiB} MiB"
+    if status in (-signal.SIGSEGV, -signal.SIGBUS):
+        return "the grammar is nested too deeply: its parser's stack is full"
+    return "the process that follows the grammar was lost; try again"
+
+
+async def _in_own_thread(work: Callable[[], T]) -> T:
+    """In a thread that is there for nothing else, and that nobody waits for who is cancelled."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="aioengine-grammars")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    finally:
+        pool.shutdown(wait=False)

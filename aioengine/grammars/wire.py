@@ -1,0 +1,34 @@
+"""What the engine, the zygote and its children say to each other; all of one version, on one machine.
+
+Imported by the zygote, which is to stay small.
+"""
+
+from __future__ import annotations
+
+import struct
+
+HELLO = struct.Struct("=IIqI")
+"""Engine to zygote: vocabulary, bytes of a place, bytes of shared memory, end-of-sequence tokens. Their ids
+follow, and the tokenizer's JSON as a text."""
+LENGTH = struct.Struct("=I")
+"""Before each text."""
+ORDER = struct.Struct("=IIddqi")
+"""Engine to zygote: what, and the child's number; with START, which comes with a socket: seconds for the
+compile and for a mask, bytes of memory, niceness of the compile."""
+START, KILL = 1, 2
+EXITED = struct.Struct("=Ii")
+"""Zygote to engine: a child's number, and how it ended as :func:`os.waitstatus_to_exitcode` has it."""
+COMPILED = struct.Struct("=II")
+"""Child to engine: whether that worked, and its memory in KiB. A text follows: why not."""
+ASK = struct.Struct("=BxxxIIII")
+"""Engine to child: what, row, number, place, tokens. The ids of the tokens follow, as int32."""
+GO_ON, AFRESH, FORGET = 1, 2, 3
+"""The tokens follow those that the row has, or are all that it has; or the row is forgotten."""
+MASK = struct.Struct("=IIIIII")
+"""Child to engine: row, number, bytes of the mask in its place, microseconds that it took, memory in KiB,
+bytes of text. The text follows, and says what is wrong if there are no bytes of a mask."""
+
+
+def text_frame(text: str) -> bytes:
+    data = text.encode()
+    return LENGTH.pack(len(data)) + data

@@ -1,0 +1,143 @@
+"""The zygote: ``python -m aioengine.grammars.zygote CONTROL MEMORY``.
+
+It has the tokenizer, no threads, and little else, and forks a child for each grammar. It ends with the
+engine, and its children end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import mmap
+import os
+import selectors
+import signal
+import socket
+import sys
+from array import array
+from collections.abc import Callable
+from typing import NoReturn
+
+from llguidance import LLTokenizer
+
+from aioengine.grammars import child
+from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
+
+
+def main() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ending is the engine's business
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent = _parental_death()
+    die_with_parent()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    with contextlib.suppress(OSError, EOFError):
+        _serve(control, int(sys.argv[2]), die_with_parent)
+    os._exit(0)
+
+
+def _serve(control: socket.socket, memory: int, die_with_parent: Callable[[], None]) -> None:
+    vocab, width, size, count = HELLO.unpack(_exactly(control, HELLO.size))
+    eos = array("i", _exactly(control, 4 * count))
+    (length,) = LENGTH.unpack(_exactly(control, LENGTH.size))
+    text = _exactly(control, length).decode()
+    shared = mmap.mmap(memory, size)
+    os.close(memory)
+    try:
+        tokenizer = LLTokenizer(text, n_vocab=vocab, eos_token=list(eos) or None)
+    except Exception as error:
+        control.sendall(text_frame(f"{type(error).__name__}: {error}"[:2000]))
+        return
+    del text
+    control.sendall(text_frame(""))
+    gc.collect()
+    gc.freeze()  # or each child would copy what its collector touches
+    engine = os.getpid()
+
+    woken, wake = socket.socketpair()
+    woken.setblocking(False)
+    wake.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    running: dict[int, int] = {}
+    watch = selectors.DefaultSelector()
+    watch.register(control, selectors.EVENT_READ)
+    watch.register(woken, selectors.EVENT_READ)
+
+    def end(number: int) -> None:
+        pid = next((pid for pid, known in running.items() if known == number), None)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)  # it has not been waited for, so the id is still its own
+
+    def fork(connection: socket.socket, number: int, limits: child.Limits) -> None:
+        pid = os.fork()
+        if pid != 0:
+            running[pid] = number
+            return
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            die_with_parent()
+            if os.getppid() == engine:  # not: it went before that
+                watch.close()
+                for other in (control, woken, wake):
+                    other.close()
+                child.run(connection, tokenizer, shared, width, limits)
+        finally:
+            os._exit(1)
+
+    try:
+        while True:
+            for key, _ in watch.select():
+                if key.fileobj is woken:
+                    with contextlib.suppress(BlockingIOError):
+                        woken.recv(4096)
+                    _reap(running, control)
+                    continue
+                data, fds, _, _ = socket.recv_fds(control, ORDER.size, 1)
+                data += _exactly(control, ORDER.size - len(data)) if data else b""
+                if not data:
+                    raise EOFError
+                what, number, *limits = ORDER.unpack(data)
+                if what == KILL:
+                    end(number)
+                    continue
+                assert what == START
+                with socket.socket(fileno=fds[0]) as connection:
+                    fork(connection, number, child.Limits(*limits))
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _reap(running: dict[int, int], control: socket.socket) -> None:
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        control.sendall(EXITED.pack(running.pop(pid), os.waitstatus_to_exitcode(status)))
+
+
+def _parental_death() -> Callable[[], None]:
+    """What has the kernel end this process when its parent ends, where there is such a thing. Elsewhere the
+    connections say so: to the zygote at once, to a child when it has compiled."""
+    if sys.platform != "linux":
+        return lambda: None
+    prctl = ctypes.CDLL(None).prctl
+    pr_set_pdeathsig = 1
+    return lambda: prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = connection.recv(min(count - len(data), 2**20))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The engine's side of the zygote."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from array import array
+from itertools import count
+
+from aioengine.errors import ConfigError
+from aioengine.grammars.limits import GrammarLimits
+from aioengine.grammars.places import Places
+from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
+
+START_SECONDS = 60.0
+"""For Python to start and read the tokenizer, on a machine that is very busy."""
+END_SECONDS = 5.0
+
+
+class Tokens:
+    """What the zygote makes its tokenizer of."""
+
+    def __init__(self, json: str, vocab: int, eos: list[int]) -> None:
+        self.json = json
+        self.vocab = vocab
+        self.eos = eos
+
+
+class ChildProcess:
+    """A child, and the engine's end of its socket. Used on the loop."""
+
+    def __init__(self, number: int, connection: socket.socket) -> None:
+        self.number = number
+        self.connection = connection
+        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        """Its exit status, or minus the signal that it died of; None if that cannot be known, for the zygote
+        has died."""
+
+
+class ZygoteProcess:
+    """Started with :meth:`start`, ended with :meth:`close`; used on one loop."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, places: Places) -> None:
+        self.places = places
+        """Where its children write masks; closed with it."""
+        self._process = process
+        self._control = control
+        self._numbers = count()
+        self._children: dict[int, ChildProcess] = {}
+        self._listener: asyncio.Task[None] | None = None
+        self.alive = True
+
+    @classmethod
+    async def start(cls, tokens: Tokens, num_places: int, width: int) -> ZygoteProcess:
+        """With so many places of ``width`` bytes. If it fails or is cancelled, no process is left. Raises
+        ConfigError if it cannot be started, or llguidance does not know this kind of tokenizer."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        places = Places(num_places, width)
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # nothing in the current folder may stand in for a module
+                    "-m",
+                    "aioengine.grammars.zygote",
+                    str(theirs.fileno()),
+                    str(places.file),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno(), places.file],
+                    start_new_session=True,  # Ctrl-C in the terminal is for the engine's process alone
+                    env=_environment(),
+                )
+        except BaseException as error:
+            ours.close()
+            places.close()
+            if isinstance(error, OSError):
+                raise ConfigError(f"guided decoding's process could not be started: {error}") from error
+            raise
+        zygote = cls(process, ours, places)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                why = await zygote._greet(tokens)
+        except TimeoutError:
+            why = f"its process did not start within {START_SECONDS:g} s"
+        except (EOFError, OSError) as error:
+            why = f"its process ended while it started ({error})"
+        except BaseException:
+            await zygote.close()
+            raise
+        if why:
+            await zygote.close()
+            raise ConfigError(f"guided decoding cannot be had for this model: {why}")
+        loop = asyncio.get_running_loop()
+        zygote._listener = loop.create_task(zygote._listen(), name="aioengine-grammars")
+        return zygote
+
+    async def _greet(self, tokens: Tokens) -> str:
+        loop = asyncio.get_running_loop()
+        hello = HELLO.pack(tokens.vocab, self.places.width, self.places.size, len(tokens.eos))
+        await loop.sock_sendall(
+            self._control, hello + array("i", tokens.eos).tobytes() + text_frame(tokens.json)
+        )
+        return await read_text(self._control)
+
+    def fork(self, limits: GrammarLimits, *, compile_seconds: float, nice: int) -> ChildProcess:
+        """Raises OSError if the zygote has died, or has too much to do."""
+        number = next(self._numbers) % 2**32
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                order = ORDER.pack(START, number, compile_seconds, limits.mask_seconds, limits.memory, nice)
+                socket.send_fds(self._control, [order], [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        child = self._children[number] = ChildProcess(number, ours)
+        return child
+
+    def kill(self, child: ChildProcess) -> None:
+        if self.alive and not child.exited.done():
+            with contextlib.suppress(OSError):
+                self._control.send(ORDER.pack(KILL, child.number, 0, 0, 0, 0))
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                data = await _exactly(loop, self._control, EXITED.size)
+                number, status = EXITED.unpack(data)
+                child = self._children.pop(number)
+                if not child.exited.done():
+                    child.exited.set_result(status)
+        self._lose_all()
+
+    def _lose_all(self) -> None:
+        self.alive = False
+        children, self._children = self._children, {}
+        for child in children.values():
+            if not child.exited.done():
+                child.exited.set_result(None)
+
+    async def close(self) -> None:
+        """End it and its children, and wait until it has. Safe to call twice."""
+        if self._control.fileno() < 0:
+            return
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.wait([self._listener])
+        self._lose_all()
+        self._control.close()  # that ends it
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        self.places.close()
+
+
+async def read_text(connection: socket.socket) -> str:
+    """Raises EOFError if the other end goes before."""
+    loop = asyncio.get_running_loop()
+    (length,) = LENGTH.unpack(await _exactly(loop, connection, LENGTH.size))
+    return (await _exactly(loop, connection, length)).decode()
+
+
+async def read_struct(connection: socket.socket, size: int) -> bytes:
+    """Raises EOFError if the other end goes before."""
+    return await _exactly(asyncio.get_running_loop(), connection, size)
+
+
+async def _exactly(loop: asyncio.AbstractEventLoop, connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = await loop.sock_recv(connection, size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _environment() -> dict[str, str]:
+    """The zygote finds the modules that this process does."""
+    folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

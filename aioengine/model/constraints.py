@@ -1,0 +1,71 @@
+"""What the constraints of a step's rows allow: begun before the forward pass, collected after it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
+
+from aioengine.request import StartedConstraint, TokenConstraint
+from aioengine.step import SequenceWork
+
+PATIENCE_SECONDS = 0.02
+"""How long a step waits for all rows together, but for those whose constraints are slow."""
+ALONE_SECONDS = 0.05
+"""How long it waits for a slow one if no row has a token yet."""
+
+
+class Masks(NamedTuple):
+    """By index among the rows."""
+
+    found: dict[int, bytes]
+    late: set[int]
+    failed: dict[int, str]
+    """Why."""
+
+
+def begin(rows: Iterable[SequenceWork]) -> None:
+    """Have the constraints of rows that will be sampled begin, if they can. What fails here fails again in
+    :func:`collect`."""
+    for row in rows:
+        if row.sample and (constraint := _started(row)) is not None:
+            with contextlib.suppress(Exception):
+                constraint.begin(row.history[row.prompt_len :])
+
+
+def collect(rows: Sequence[SequenceWork]) -> Masks:
+    """Ask the constraints of ``rows``, all of which are to be sampled."""
+    masks = Masks({}, set(), {})
+    until = time.monotonic() + PATIENCE_SECONDS
+    for index, row in enumerate(rows):
+        constraint = row.params.constraint
+        if constraint is None:
+            continue
+        try:
+            mask = _ask(row, constraint, until)
+        except Exception as error:
+            masks.failed[index] = f"its constraint failed: {type(error).__name__}: {error}"
+        else:
+            if mask is None:
+                masks.late.add(index)
+            else:
+                masks.found[index] = mask
+    if rows and len(masks.late) == len(rows) and (first := _started(rows[0])) is not None:
+        with contextlib.suppress(Exception):  # it is asked again in the next step
+            first.poll(rows[0].history[rows[0].prompt_len :], ALONE_SECONDS)
+    return masks
+
+
+def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes | None:
+    output = row.history[row.prompt_len :]
+    started = _started(row)
+    if started is None:
+        return bytes(constraint.allowed(output))
+    return started.poll(output, 0.0 if started.slow else max(0.0, until - time.monotonic()))
+
+
+def _started(row: SequenceWork) -> StartedConstraint | None:
+    constraint = row.params.constraint
+    # Not isinstance: with a protocol that takes longer than the rest.
+    return cast(StartedConstraint, constraint) if hasattr(constraint, "begin") else None
