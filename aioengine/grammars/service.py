@@ -111,6 +111,11 @@ class Grammars:
         self._watch: asyncio.TimerHandle | None = None
         self._is_closed = False
 
+    @property
+    def waiting(self) -> int:
+        """Texts that are compiled or wait for it."""
+        return len(self._jobs)
+
     def check_size(self, text: str) -> None:
         """Raises RequestInvalid if it has too many characters."""
         most = self.limits.max_characters

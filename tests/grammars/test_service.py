@@ -1,0 +1,416 @@
+"""Grammars in processes of their own: bounds, turns, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import psutil
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
+from support import hostile_grammars as hostile
+from support.cancel_at import Moment, cancel_everywhere
+
+from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
+from aioengine.grammars.limits import GrammarLimits, MiB
+from aioengine.grammars.service import Grammars
+from aioengine.grammars.zygote_process import Tokens
+
+EOS = 255
+FAST = GrammarLimits(quick_seconds=0.2, compile_seconds=0.5)
+from_json = LLMatcher.grammar_from_json_schema
+from_lark = LLMatcher.grammar_from_lark
+from_regex = LLMatcher.grammar_from_regex
+
+
+def tokenizer_json() -> str:
+    """One token for each of the 256 bytes."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer.to_str()
+
+
+JSON = tokenizer_json()
+TOKENIZER = LLTokenizer(JSON, n_vocab=256, eos_token=[EOS])
+
+
+@contextlib.asynccontextmanager
+async def grammars(limits: GrammarLimits = FAST) -> AsyncIterator[Grammars]:
+    before = descendants()
+    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), vocab=256, rows=8, limits=limits)
+    try:
+        yield service
+    finally:
+        await service.close()
+        assert descendants() == before, "processes are left"
+
+
+def descendants() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
+def zygote() -> psutil.Process:
+    return next(p for p in psutil.Process().children() if "aioengine.grammars.zygote" in p.cmdline())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def tokens(text: str) -> list[int]:
+    return TOKENIZER.tokenize_str(text)
+
+
+# What it gives
+
+
+GRAMMARS = [
+    from_json(
+        json.dumps({"type": "object", "properties": {"a": {"enum": [1, 22]}, "b": {"type": "string"}}})
+    ),
+    from_regex("(ab|cd*){1,9}z?"),
+    from_lark('start: "(" start ")" | /[0-9]+/'),
+]
+
+
+@pytest.mark.parametrize("text", GRAMMARS)
+async def test_masks_are_those_of_the_parser(text: str) -> None:
+    """... along random outputs of several requests that take turns, with jumps to others."""
+    async with grammars() as service:
+        rng = random.Random(1)
+        rows = [(await service.constraint(text, None), [*()]) for _ in range(3)]
+        output: list[int]
+        for _ in range(60):
+            constraint, output = rng.choice(rows)
+            if rng.random() < 0.1:
+                del output[rng.randrange(len(output) + 1) :]
+            alone = LLMatcher(TOKENIZER, text, log_level=0)
+            assert alone.consume_tokens(output)
+            mask = alone.compute_bitmask()
+            assert constraint.allowed(output) == mask
+            allowed = [t for t in range(256) if mask[t // 8] >> t % 8 & 1 and t != EOS]
+            if allowed:
+                output.append(rng.choice(allowed))
+
+
+async def test_what_was_begun_is_there_later_and_nobody_waits() -> None:
+    async with grammars() as service:
+        constraint = await service.constraint(from_regex("ab|cd"), None)
+        constraint.begin([])
+        await asyncio.sleep(0.2)  # a forward pass
+        assert constraint.poll([], 0.0) == constraint.allowed([])
+        assert not constraint.slow
+
+
+async def test_one_compile_for_all_who_want_the_same() -> None:
+    async with grammars() as service:
+        text = from_json(hostile.properties(300))
+        rows = await asyncio.gather(*[service.constraint(text, f"t{i}") for i in range(20)])
+        assert len({row.allowed([]) for row in rows}) == 1
+        assert len(zygote().children()) == 1
+
+
+# Hostile grammars
+
+
+HOSTILE = {
+    "deep references": from_json(hostile.ref_chain(4_000)),
+    "deep properties": from_json(hostile.property_chain(3_000)),
+    "deep rules": from_lark(hostile.rule_chain(12_000)),
+    "deep terminals": from_lark(hostile.terminal_chain(12_000)),
+    "a product of automata": from_json(hostile.multiples(7919, 7907)),
+    "many patterns": from_json(hostile.patterns(5, 24)),
+    "many properties": from_json(hostile.properties(8_000)),
+    "a large enumeration": from_json(hostile.enumeration(12_000)),
+    "repetitions of repetitions": from_regex("((a{1000}){1000}){1000}"),
+    "deep groups": from_regex("(" * 30_000 + "a" + ")" * 30_000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_hostile_grammar_compiles_or_is_refused_and_nobody_notices(name: str) -> None:
+    async with grammars() as service:
+        honest = await service.constraint(from_regex("ab|cd"), None)
+        before = honest.allowed([])
+        began = time.process_time()
+        attack = asyncio.create_task(_outcome(service, HOSTILE[name], "attacker"))
+        lag = 0.0
+        while not attack.done():
+            at = time.monotonic()
+            await asyncio.sleep(0.01)
+            lag = max(lag, time.monotonic() - at)
+            assert honest.allowed([]) == before
+        assert attack.result() in (None, RequestInvalid)
+        assert time.process_time() - began < 2, "it costs this process time"
+        assert lag < 1
+        assert (await service.constraint(from_regex("xy"), None)).allowed([])
+
+
+async def _outcome(service: Grammars, text: str, tenant: str | None) -> type[AioEngineError] | None:
+    try:
+        await service.constraint(text, tenant)
+    except AioEngineError as error:
+        return type(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "what"),
+    [
+        (hostile.multiples(7919, 7907), {"memory": 1024 * MiB}, "0.5 s of processor time"),
+        (hostile.multiples(7919, 7907), {"compile_seconds": 30.0, "memory": 20 * MiB}, "20 MiB"),
+        (
+            hostile.property_chain(20_000),
+            {"compile_seconds": 60.0, "memory": 2048 * MiB, "max_characters": 2**22},
+            "nested too deeply",
+        ),
+        (hostile.multiples(7919, 7907), {"compile_wall_seconds": 0.1}, "0.1 s"),
+        (hostile.properties(100), {"max_characters": 1000}, "at most 1000"),
+    ],
+)
+async def test_a_refusal_says_what_was_exceeded(text: str, limits: dict[str, Any], what: str) -> None:
+    fields = {"quick_seconds": 0.2, "compile_seconds": 0.5, **limits}
+    async with grammars(GrammarLimits(**fields)) as service:
+        with pytest.raises(RequestInvalid, match=what):
+            await service.constraint(from_json(text), None)
+
+
+async def test_long_compiles_hold_up_neither_short_ones_nor_each_others_tenants() -> None:
+    async with grammars() as service:
+        await service.constraint(from_regex("warm"), None)
+        attacks = [
+            asyncio.create_task(_outcome(service, from_json(hostile.multiples(7919 + i, 7907)), "a"))
+            for i in range(6)
+        ]
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await service.constraint(from_regex("ab|cd"), "b")
+        quick = time.monotonic() - began
+        await _outcome(service, from_json(hostile.multiples(7901, 7883)), "b")
+        assert sum(attack.done() for attack in attacks) <= 4, "b waits for its turn and not for all of a's"
+        assert quick < 10 * FAST.quick_seconds
+        for attack in attacks:
+            attack.cancel()
+
+
+async def test_who_asks_for_too_many_is_told_so() -> None:
+    limits = GrammarLimits(quick_seconds=0.2, compile_seconds=0.5, max_queued=2)
+    async with grammars(limits) as service:
+        texts = [from_json(hostile.multiples(7919 + i, 7907)) for i in range(6)]
+        outcomes = [asyncio.create_task(_outcome(service, text, "a")) for text in texts]
+        await asyncio.sleep(0.05)
+        assert await _outcome(service, from_regex("x"), "b") is None
+        assert EngineOverloaded in [await outcome for outcome in outcomes]
+
+
+async def test_what_is_slow_for_one_token_is_given_up() -> None:
+    limits = GrammarLimits(mask_seconds=0.01)
+    async with grammars(limits) as service:
+        slow = await service.constraint(from_lark("start: e\ne: e e | e e e | e e e e | /[a-z]/"), None)
+        honest = await service.constraint(from_regex("[ab]*"), None)
+        outputs = [tokens("a" * length) for length in range(300)]
+        with pytest.raises(ValueError, match=r"processor time for a token|Too many"):
+            await asyncio.to_thread(lambda: [slow.allowed(output) for output in outputs])
+        assert honest.allowed(tokens("ab"))
+
+
+# Bounds on what is kept
+
+
+async def test_few_are_kept_and_those_in_use_are_not_dropped() -> None:
+    async with grammars(GrammarLimits(max_grammars=6, room_seconds=0.05)) as service:
+        used = [await service.constraint(from_regex(f"used{i}"), None) for i in range(3)]
+        with pytest.raises(EngineOverloaded, match="3 different grammars"):
+            await service.constraint(from_regex("one more"), None)
+        assert await service.constraint(from_regex("other"), "b")
+        for i in range(10):
+            await service.constraint(from_regex(f"unused{i}"), "c")
+        assert len(zygote().children()) <= 6 + 1
+        assert all(constraint.allowed([]) for constraint in used)
+        used.clear()
+        assert await service.constraint(from_regex("one more"), None)
+
+
+async def test_all_together_take_bounded_memory() -> None:
+    async with grammars(GrammarLimits(total_memory=24 * MiB)) as service:
+        small = await service.constraint(from_regex("small"), None)
+        large = [await service.constraint(from_json(hostile.enumeration(9_000 + i)), "a") for i in range(4)]
+        for _ in range(200):
+            failed = [row for row in large if await _fails(row)]
+            if failed:
+                break
+            await asyncio.sleep(0.02)
+        assert failed
+        assert small.allowed([])
+
+
+async def _fails(constraint: Any) -> bool:
+    try:
+        constraint.allowed([])
+    except ValueError:
+        return True
+    return False
+
+
+async def _poll_for_ever(constraint: Any) -> None:
+    while True:
+        constraint.poll([], 0.01)
+        await asyncio.sleep(0.01)
+
+
+# Ends
+
+
+@pytest.mark.parametrize("moment", ["waiting", "resuming"])
+async def test_it_may_be_cancelled_at_any_point(moment: Moment) -> None:
+    async with grammars() as service:
+        count = 0
+
+        async def work() -> None:
+            nonlocal count
+            count += 1
+            await service.constraint(from_regex(f"a{count}"), None)
+
+        async def after() -> None:
+            assert not service.waiting
+
+        assert await cancel_everywhere(work, moment, after) >= 1
+        assert (await service.constraint(from_regex("ab"), None)).allowed([])
+
+
+async def test_its_compile_may_be_cancelled_at_any_time() -> None:
+    async with grammars() as service:
+        for i in range(40):
+            text = from_json(hostile.properties(20 + i))
+            waiter = asyncio.create_task(service.constraint(text, None))
+            await asyncio.sleep(i * 0.001)
+            waiter.cancel()
+        await until(lambda: not service.waiting)
+        assert (await service.constraint(from_regex("ab"), None)).allowed([])
+
+
+async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
+    async with grammars(GrammarLimits(compile_seconds=60.0, quick_seconds=60.0)) as service:
+        text = from_json(hostile.multiples(7919, 7907))
+        waiters = [asyncio.create_task(service.constraint(text, f"t{i}")) for i in range(3)]
+        await until(lambda: len(descendants()) == 2)
+        waiters[0].cancel()
+        await asyncio.sleep(0.1)
+        assert zygote().children(), "two still wait"
+        for waiter in waiters:
+            waiter.cancel()
+        await until(lambda: not zygote().children())
+        assert (await service.constraint(from_regex("ab"), None)).allowed([])
+
+
+async def test_a_killed_child_harms_only_its_rows() -> None:
+    async with grammars() as service:
+        first = await service.constraint(from_regex("ab"), None)
+        [process] = zygote().children()
+        second = await service.constraint(from_regex("cd"), None)
+        process.kill()
+        with pytest.raises(ValueError, match="lost"):
+            await _poll_for_ever(first)
+        assert second.allowed([])
+        assert (await service.constraint(from_regex("ab"), None)).allowed([]), "it is compiled again"
+
+
+async def test_a_killed_zygote_is_replaced() -> None:
+    async with grammars() as service:
+        first = await service.constraint(from_regex("ab"), None)
+        compiling = asyncio.create_task(service.constraint(from_json(hostile.properties(1000)), None))
+        await asyncio.sleep(0.02)
+        zygote().kill()
+        with pytest.raises(ValueError, match="lost"):
+            await _poll_for_ever(first)
+        await compiling
+        assert (await service.constraint(from_regex("ab"), None)).allowed([])
+
+
+async def test_those_who_wait_learn_that_it_is_closed() -> None:
+    async with grammars(GrammarLimits(compile_seconds=60.0)) as service:
+        waiter = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
+        kept = await service.constraint(from_regex("ab"), None)
+        await service.close()
+        with pytest.raises(EngineStopped):
+            await waiter
+        with pytest.raises(ValueError, match="stopped"):
+            kept.allowed([])
+        with pytest.raises(EngineStopped):
+            await service.constraint(from_regex("ab"), None)
+
+
+_ENGINE = """
+import asyncio, sys
+sys.path[:0] = {path!r}
+from grammars.test_service import *
+
+async def main():
+    limits = GrammarLimits(compile_seconds=600)
+    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), vocab=256, rows=8, limits=limits)
+    kept = await service.constraint(from_regex("ab"), None)
+    compiling = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
+    await until(lambda: len(zygote().children()) == 2)
+    print(*descendants(), flush=True)
+    await compiling
+
+asyncio.run(main())
+"""
+
+
+def test_all_end_with_a_parent_that_is_killed() -> None:
+    script = _ENGINE.format(path=sys.path)
+    engine = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    pids = list(map(int, engine.stdout.readline().split()))
+    assert len(pids) == 3
+    os.kill(engine.pid, signal.SIGKILL)
+    engine.wait()
+    engine.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.01)
+
+
+# Turns
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99)), max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_tenants_take_turns(items: list[tuple[str, int]]) -> None:
+    from aioengine.grammars.fair_queue import FairQueue
+
+    async def run() -> list[tuple[str, int]]:
+        queue: FairQueue[tuple[str, int]] = FairQueue()
+        for tenant, item in items:
+            queue.put(tenant, (tenant, item))
+        return [await queue.get() for _ in items]
+
+    order = asyncio.run(run())
+    assert sorted(order) == sorted(items)
+    for tenant in "abc":
+        assert [x for x in order if x[0] == tenant] == [x for x in items if x[0] == tenant]
+    for index, (tenant, _) in enumerate(order):  # nobody who waits is passed twice by the same other one
+        waiting = {t for t, _ in order[index:]}
+        for other in waiting - {tenant}:
+            until_other = next(i for i in range(index, len(order)) if order[i][0] == other)
+            assert [t for t, _ in order[index:until_other]].count(tenant) <= 1
