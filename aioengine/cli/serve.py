@@ -78,6 +78,8 @@ class ServerFlags:
     """Tenants share the prefix cache, and can find out what others have sent."""
     default_max_tokens: Annotated[int | None, _IN_MORE] = None
     """For chats that name none; by default what the context has room for."""
+    ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
+    """Go on without fields that are not known, which otherwise are refused."""
     request_timeout: Annotated[float, _IN_MORE] = 600.0
     """Seconds that a request may take in all; 0 is no bound."""
     header_timeout: Annotated[float, _IN_MORE] = 10.0
@@ -102,6 +104,7 @@ class ServerFlags:
             max_choices=self.max_choices,
             share_prefix_cache=self.share_prefix_cache,
             default_max_tokens=self.default_max_tokens,
+            ignore_unknown_fields=self.ignore_unknown_fields,
             request_timeout=self.request_timeout or None,
             read_timeout=self.read_timeout,
             send_timeout=self.send_timeout,

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from aioengine.server.errors import ErrorDetail
+
 logger = logging.getLogger("aioengine.server.access")
 
 
@@ -23,15 +25,24 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     adapter: str | None = None
     stream: bool = False
     completion_id: str | None = None
-    """The answer's id, which is the engine's request id too."""
+    """The answer's id, which is the engine's request id too unless the client has chosen it."""
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     ttft: float | None = None
     """Seconds from arrival to the first token."""
     finish_reason: str | None = None
     error: str | None = None
+    param: str | None = None
+    """The field that a refusal is about."""
+    reason: str | None = None
+    """Why the request was refused, as the client was told, in at most 200 characters."""
     seconds: float = 0.0
     started: float = msgspec.field(default_factory=time.perf_counter)
+
+    def refused(self, detail: ErrorDetail) -> None:
+        self.error = detail.code or detail.type
+        self.param = None if detail.param is None else detail.param[:100]
+        self.reason = detail.message[:200]
 
     def fields(self) -> dict[str, Any]:
         """What is known, for a structured log."""
@@ -58,6 +69,6 @@ def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
 
 
 def _plain(value: object) -> str:
-    """On one line, whatever a client has put into it."""
+    """In one word of one line, whatever a client has put into it."""
     text = str(value)
-    return text if text.isprintable() else repr(text)
+    return text if text.isprintable() and " " not in text else repr(text)

@@ -10,6 +10,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from litestar import Litestar
+from litestar.datastructures import State
 
 from aioengine import __version__
 from aioengine.engine import AsyncEngine
@@ -18,9 +19,10 @@ from aioengine.server.access.auth import Authenticator, Identity, check_host
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import IDENTITY, RECORD, JsonRequest, exception_handler
+from aioengine.server.framework import IDENTITY, RECORD, UNKNOWN_FIELDS, JsonRequest, exception_handler
 from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
+from aioengine.server.known_fields import UnknownFields
 from aioengine.server.openai.adapters import adapter_routes
 from aioengine.server.openai.chat import chat_routes
 from aioengine.server.openai.completions import completion_routes
@@ -62,6 +64,7 @@ class ServerApp:
                 *health_routes(context),
             ],
             request_class=JsonRequest,
+            state=State({UNKNOWN_FIELDS: UnknownFields(ignore=settings.ignore_unknown_fields)}),
             exception_handlers={Exception: exception_handler(settings.retry_after)},
             openapi_config=openapi_config(__version__, with_keys=not self._auth.is_open),
             request_max_body_size=None,  # BoundedBody's business
@@ -114,7 +117,7 @@ class ServerApp:
             if started:
                 raise
             api_error = to_api_error(error, self._settings.retry_after)
-            record.error = api_error.detail.code or api_error.detail.type
+            record.refused(api_error.detail)
             await send_error(tagged_send, api_error)
         finally:
             log_request(record, quiet=path in _PROBES or _is_page(path))

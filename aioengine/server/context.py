@@ -18,7 +18,7 @@ from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.submit import LONG_TEXT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
-from aioengine.server.generation import Generation
+from aioengine.server.generation import Generation, Scores
 from aioengine.server.openai.api import GenerationFields
 from aioengine.server.openai.constraints import MakeConstraint
 from aioengine.server.openai.logprobs import TokenBytes
@@ -35,6 +35,7 @@ class Context:
         self.settings = settings
         self.model_names = tuple(settings.served_model_names) or (engine.config.model,)
         self.created = int(time.time())
+        self.scores = Scores(settings.retry_after)
         self.draining = False
         """New requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None
@@ -73,7 +74,28 @@ class Context:
         # In a thread: how long a template takes is up to the template.
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **variables)
 
-    def check_prompts(self, prompts: Sequence[list[int]], n: int, *, field: str) -> None:
+    def truncated(self, prompts: Sequence[list[int]], keep: int, max_tokens: int | None) -> list[list[int]]:
+        """The last ``keep`` tokens of each; -1: what leaves room for ``max_tokens``, or for one."""
+        if keep < 0:
+            room = 1 if max_tokens is None else max_tokens
+            keep = max(self.engine.plan.max_model_len - room, 1)
+        return [prompt[-keep:] if keep else [] for prompt in prompts]
+
+    async def texts_of(self, prompts: Sequence[list[int]], texts: list[str] | None) -> list[str]:
+        """Texts of prompts; those that they were given as, if that is how."""
+        if texts is not None:
+            return texts
+        tokenizer = self.tokenizer
+
+        def decode(prompt: list[int]) -> str:
+            known = [token for token in prompt if 0 <= token < 2**31]  # the engine refuses others
+            return tokenizer.decode(known, skip_special_tokens=False)
+
+        return await asyncio.to_thread(lambda: [decode(prompt) for prompt in prompts])
+
+    def check_prompts(
+        self, prompts: Sequence[list[int]], n: int, *, field: str, max_tokens: int | None = None
+    ) -> None:
         """Raises ApiError for what the engine could not take, with the code that clients know."""
         limit = self.engine.plan.max_model_len
         if len(prompts) * n > self.settings.max_choices:
@@ -85,7 +107,7 @@ class Context:
                 code="invalid_value",
             )
         longest = max(map(len, prompts))
-        if longest >= limit:
+        if longest > limit - (max_tokens != 0):
             raise self.too_long(longest, field=field)
 
     def too_long(self, tokens: int, *, field: str) -> ApiError:
@@ -116,7 +138,8 @@ class Context:
                         raise RequestInvalid(str(error)) from error
                     own = msgspec.structs.replace(own, constraint=made)
                 of_choices.append(own)
-        record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
+        unique = f"{prefix}-{uuid.uuid4().hex}"
+        record.completion_id = unique if fields.request_id is None else f"{prefix}-{fields.request_id}"
         record.stream = bool(fields.stream)
         record.adapter = self.adapter_of(fields.model)
         options = RequestOptions(
@@ -126,7 +149,16 @@ class Context:
             tenant=record.tenant,
             cache_salt=self._cache_salt(record.tenant, fields.cache_salt),
         )
-        return Generation(self.engine, record.completion_id, prompts, of_choices, options, record)
+        return Generation(
+            self.engine,
+            unique,  # whatever id others have chosen for theirs
+            prompts,
+            of_choices,
+            options,
+            record,
+            reply_id=record.completion_id,
+            scores=self.scores,
+        )
 
     def _cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
         """Of the tenant and the salt that is asked for: as JSON, so that nobody can ask for another

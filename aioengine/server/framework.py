@@ -14,13 +14,15 @@ from litestar.response import Response
 from aioengine.server.access.auth import check_admin
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
+from aioengine.server.known_fields import UnknownFields
 from aioengine.server.streaming import GenerationResponse, send_error
-from aioengine.server.transport.bounded_json import decode
 
 RECORD = "aioengine_record"
 """Under this key ``scope["state"]`` holds the request's RequestRecord."""
 IDENTITY = "aioengine_identity"
 """And under this one its Identity."""
+UNKNOWN_FIELDS = "aioengine_unknown_fields"
+"""Under this key the application's state holds its UnknownFields."""
 
 _STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 RESPONSES: dict[int, ResponseSpec] = {
@@ -49,7 +51,8 @@ class JsonRequest(Request[Any, Any, Any]):
         field = self.route_handler.parsed_data_field
         assert field is not None
         body, self._unread = await self.body(), b""
-        return decode(body, field.annotation)
+        unknown: UnknownFields = self.app.state[UNKNOWN_FIELDS]
+        return unknown.decode(body, field.annotation)
 
 
 class Handled(Response[Any]):
@@ -99,7 +102,7 @@ def exception_handler(retry_after: int) -> Any:
             found = ApiError(error.status_code, error.detail)
         else:
             found = to_api_error(error, retry_after)
-        record_of(request).error = found.detail.code or found.detail.type
+        record_of(request).refused(found.detail)
         return ErrorResponse(found)
 
     return handle

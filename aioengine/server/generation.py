@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,11 +13,53 @@ import msgspec
 from aioengine.engine import AsyncEngine
 from aioengine.request import RequestOptions, RequestOutput, SamplingParams
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.errors import ClientDisconnected
+from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openai.api import PromptTokensDetails, Usage
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+MAX_SCORES = 2**18
+"""Log-probabilities of prompts that one request may ask for: prompt tokens x (1 + the most likely ones)."""
+MAX_SCORES_HELD = 2**21
+"""And all unanswered requests together, of some 120 bytes each; one tenant may have half of them."""
+
+
+class Scores:
+    """How many log-probabilities of prompts are wanted by requests that have not been answered."""
+
+    def __init__(self, retry_after: int) -> None:
+        self._retry_after = retry_after
+        self._held: Counter[str | None] = Counter()
+
+    @contextmanager
+    def claimed(self, tenant: str | None, count: int) -> Iterator[None]:
+        """Raises ApiError if there are too many."""
+        if count > MAX_SCORES:
+            raise ApiError(
+                400,
+                f"prompt: {count} log-probabilities of prompts are wanted, and at most {MAX_SCORES} can be "
+                "in one request; send fewer or shorter prompts, or ask for fewer of the most likely tokens",
+                param="prompt",
+                code="invalid_value",
+            )
+        own, all_ = self._held[tenant] + count, self._held.total() + count
+        if own > MAX_SCORES_HELD // 2 or all_ > MAX_SCORES_HELD:
+            raise ApiError(
+                429,
+                "too many log-probabilities of prompts are being computed; try again later",
+                type="rate_limit_error",
+                code="engine_overloaded",
+                retry_after=self._retry_after,
+            )
+        self._held[tenant] += count
+        try:
+            yield
+        finally:
+            self._held[tenant] -= count
+            if not self._held[tenant]:
+                del self._held[tenant]
 
 
 class Generation:
@@ -36,6 +80,9 @@ class Generation:
         params: Sequence[SamplingParams],
         options: RequestOptions,
         record: RequestRecord,
+        *,
+        reply_id: str | None = None,
+        scores: Scores | None = None,
     ) -> None:
         assert prompts and len(params) % len(prompts) == 0
         self.request_id = request_id
@@ -45,15 +92,33 @@ class Generation:
         self._options = options
         self._record = record
         self._last: list[RequestOutput | None] = [None] * len(params)
+        self.reply_id = reply_id or request_id
+        """What the client knows it as."""
+        self.scored = sum(
+            len(self._prompt(index)) * (1 + own.prompt_logprobs)
+            for index, own in enumerate(params)
+            if own.prompt_logprobs is not None
+        )
+        """Log-probabilities of the prompts that are wanted."""
+        self._scores = scores
         record.prompt_tokens = sum(map(len, prompts))
 
     def __len__(self) -> int:
         return len(self._params)
 
+    def _prompt(self, index: int) -> list[int]:
+        return self._prompts[index * len(self._prompts) // len(self._params)]
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """Claims memory for the log-probabilities of the prompts. Raises ApiError if others have too much."""
+        if self._scores is None or not self.scored:
+            return nullcontext()
+        return self._scores.claimed(self._options.tenant, self.scored)
+
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one choice; closing it aborts the engine's request. Raises what the engine does."""
         stream = self._engine.generate(
-            self._prompts[index * len(self._prompts) // len(self._params)],
+            self._prompt(index),
             self._params[index],
             request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
             **msgspec.structs.asdict(self._options),

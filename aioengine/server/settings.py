@@ -33,6 +33,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     whether another tenant has sent the same text."""
     default_max_tokens: int | None = None
     """For chat requests that name none; None: whatever the context has room for."""
+    ignore_unknown_fields: bool = False
+    """Leave out fields of requests that are not known, which are refused otherwise; each name is logged
+    once."""
     request_timeout: float | None = 600.0
     """Seconds from arrival by which a generation must have ended; None: no bound."""
     read_timeout: float = 30.0

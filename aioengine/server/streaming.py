@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from aioengine.request import RequestOutput
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
 from aioengine.server.generation import Generation, Receive, together, while_connected
-from aioengine.server.openai.api import Usage
+from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, StreamOptions, Usage
 from aioengine.server.settings import ServerSettings
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -23,6 +25,39 @@ _EVENT_HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would collect the stream otherwise
 ]
 _DONE = b"data: [DONE]\n\n"
+
+
+FORMED_IN_THREAD = 256
+"""Log-probabilities of prompts; more of them at once are put into JSON in a thread."""
+
+
+class ReplyOptions(NamedTuple):
+    """What a request wants to be told beside the text, without the request, which may be large."""
+
+    model: str
+    include_usage: bool
+    continuous_usage: bool
+    token_ids: bool
+    prompt_logprobs: int | None
+
+    @classmethod
+    def of(cls, fields: GenerationFields) -> ReplyOptions:
+        wanted = fields.stream_options or StreamOptions()
+        usage = bool(wanted.include_usage)
+        continuous = usage and bool(wanted.continuous_usage_stats)
+        return cls(fields.model, usage, continuous, bool(fields.return_token_ids), fields.prompt_logprobs)
+
+    def usage_so_far(self, output: RequestOutput) -> Usage | None:
+        """A choice's, if it is wanted with each chunk."""
+        if not self.continuous_usage:
+            return None
+        prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=answer,
+            total_tokens=prompt + answer,
+            prompt_tokens_details=PromptTokensDetails(output.cached_tokens),
+        )
 
 
 class Reply(Protocol):
@@ -64,10 +99,11 @@ class GenerationResponse:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._stream(send) if self._is_stream else self._whole(send))
+            with self._generation.claimed():
+                await while_connected(receive, self._stream(send) if self._is_stream else self._whole(send))
         except Exception as error:
             api_error = to_api_error(error, self._settings.retry_after)
-            self._record.error = api_error.detail.code or api_error.detail.type
+            self._record.refused(api_error.detail)
             self._record.status = api_error.status
             if not self._started:
                 await send_response(send, api_error.status, api_error.headers, api_error.body)
@@ -77,7 +113,7 @@ class GenerationResponse:
 
     async def _whole(self, send: Send) -> None:
         outputs = await self._generation.last_outputs()
-        body = self._reply.whole(outputs, self._generation.usage)
+        body = await self._formed(self._reply.whole, outputs, self._generation.usage)
         self._started = True
         await send_response(send, 200, [(b"content-type", b"application/json")], body)
 
@@ -85,9 +121,13 @@ class GenerationResponse:
         writing = asyncio.Lock()  # one choice at a time; what the others have meanwhile gathers
 
         async def choice(index: int) -> None:
+            begun = False
             async with contextlib.aclosing(self._generation.outputs(index)) as outputs:
                 async for output in outputs:
-                    chunk = self._reply.chunk(index, output)
+                    if begun:
+                        chunk = self._reply.chunk(index, output)
+                    else:  # the prompt's log-probabilities come with the first
+                        chunk, begun = await self._formed(self._reply.chunk, index, output), True
                     if chunk is not None:
                         async with writing:
                             await self._send(send, b"data: " + chunk + b"\n\n")
@@ -96,6 +136,11 @@ class GenerationResponse:
         usage = self._reply.usage_chunk(self._generation.usage)
         end = _DONE if usage is None else b"data: " + usage + b"\n\n" + _DONE
         await self._send(send, end, last=True)
+
+    async def _formed(self, form: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._generation.scored <= FORMED_IN_THREAD:
+            return form(*args, **kwargs)
+        return await asyncio.to_thread(form, *args, **kwargs)
 
     async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
         try:

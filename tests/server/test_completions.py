@@ -203,7 +203,6 @@ def test_the_sync_client_works(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
     ],

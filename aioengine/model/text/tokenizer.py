@@ -6,6 +6,7 @@ Chat templates come with the model and are untrusted: they run in jinja2's immut
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -111,13 +112,24 @@ class Tokenizer:
         """The prompt for the assistant's next turn.
 
         ``variables`` are the template's: ``tools`` (JSON schemas of functions), ``enable_thinking`` and
-        whatever else it looks at; ``add_generation_prompt=False`` leaves the next turn's opening out.
+        whatever else it looks at; ``add_generation_prompt=False`` leaves the next turn's opening out, and
+        ``continue_final_message=True`` all that follows the last message's text, which the model goes on
+        with.
 
         Raises :class:`~aioengine.errors.RequestInvalid` if there is no usable template, a message is
         malformed, or the template refuses the messages.
         """
         _check_messages(messages)
         template = self._template()
+        if variables.pop("continue_final_message", False):
+            mark = secrets.token_hex(16)
+            last = {**messages[-1], "content": _marked(messages[-1]["content"], mark)}
+            text = self.render_chat([*messages[:-1], last], **{**variables, "add_generation_prompt": False})
+            if mark not in text:
+                raise RequestInvalid(
+                    "continue_final_message: the chat template does not show the last message's text"
+                )
+            return text[: text.rindex(mark)]
         variables = {"add_generation_prompt": True, **self._special_tokens, **variables}
         try:
             return template.render({**variables, "messages": messages})
@@ -125,6 +137,11 @@ class Tokenizer:
             raise RequestInvalid(
                 f"the chat template refused the messages: {type(error).__name__}: {error}"
             ) from error
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """By name: ``bos_token``, ``eos_token``, ..."""
+        return self._special_tokens
 
     @property
     def chat_template(self) -> str | None:
@@ -154,6 +171,13 @@ class Tokenizer:
                     f"the model's chat template does not compile: {error}; give the prompt as text"
                 ) from error
         return self._compiled
+
+
+def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
+    """A message's content, with ``mark`` at the end of its text."""
+    if isinstance(content, str):
+        return content + mark
+    return [*content, {"type": "text", "text": mark}]
 
 
 def _check_messages(messages: object) -> None:

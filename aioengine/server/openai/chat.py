@@ -18,9 +18,9 @@ from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.constraints import wanted_constraint
 from aioengine.server.openai.sampling import sampling_params
 from aioengine.server.openai.tools import ToolPlan, plan_tools
-from aioengine.server.streaming import GenerationResponse
+from aioengine.server.streaming import GenerationResponse, ReplyOptions
 
-_OWN_VARIABLES = ("messages", "tools")
+_OWN_VARIABLES = ("messages", "tools", "continue_final_message")
 
 
 def chat_routes(context: Context) -> list[HTTPRouteHandler]:
@@ -36,19 +36,29 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
             raise ApiError(400, f"tool_choice: {error}", param="tool_choice", code="invalid_value") from error
         constraint = wanted_constraint(data, data.response_format, tools)
         prompt = await context.encode_chat(to_template(data.messages), _variables(data, tools))
-        context.check_prompts([prompt], data.n or 1, field="messages")
+        asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
+        if data.truncate_prompt_tokens is not None:
+            [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
+        context.check_prompts([prompt], data.n or 1, max_tokens=asked, field="messages")
         room = context.engine.plan.max_model_len - len(prompt)
-        wanted = data.max_completion_tokens or data.max_tokens or context.settings.default_max_tokens or room
+        wanted = asked if asked is not None else context.settings.default_max_tokens or room
         logprobs = (data.top_logprobs or 0) if data.logprobs else None
-        params = sampling_params(data, max_tokens=wanted, logprobs=logprobs, constraint=None)
+        params = sampling_params(
+            data,
+            max_tokens=wanted,
+            logprobs=logprobs,
+            prompt_logprobs=data.prompt_logprobs,
+            constraint=None,
+        )
         generation = await context.generation(data, [prompt], params, constraint, record, prefix="chatcmpl")
         template = context.tokenizer.chat_template
         reply = ChatReply(
-            generation.request_id,
-            data.model,
+            generation.reply_id,
+            ReplyOptions.of(data),
             parsers=[tools.parser(template) for _ in range(len(generation))],
-            token_bytes=None if logprobs is None else context.token_bytes(),
-            include_usage=bool(data.stream_options and data.stream_options.include_usage),
+            token_bytes=context.token_bytes(),
+            with_logprobs=logprobs is not None,
+            echoed=_echoed(data.messages[-1]) if data.echo else "",
         )
         stream = bool(data.stream)
         return Handled(
@@ -113,7 +123,23 @@ def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
             raise ApiError(400, f"chat_template_kwargs: {name} is a field of its own", param=name)
     if plan.tools:
         variables["tools"] = tools_to_template(plan.tools)
+    if data.continue_final_message:
+        if data.add_generation_prompt:
+            raise ApiError(
+                400,
+                "add_generation_prompt: not with continue_final_message",
+                param="add_generation_prompt",
+                code="invalid_value",
+            )
+        variables["continue_final_message"] = True
+    elif data.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = data.add_generation_prompt
     return variables
+
+
+def _echoed(message: Message) -> str:
+    """What stands before an answer with ``echo``."""
+    return _text(message, "messages[-1]") if message.role == "assistant" else ""
 
 
 def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
@@ -137,11 +163,12 @@ def _refuse_unsupported(data: ChatRequest) -> None:
         ("function_call", "use tool_choice"),
         ("audio", "answers are text"),
         ("prediction", "is not supported"),
-        ("reasoning_effort", "is the template's business: see chat_template_kwargs"),
         ("web_search_options", "there is no web search"),
     ):
         if getattr(data, field) is not None:
             raise unsupported(field, why)
+    if data.reasoning_effort not in (None, "none"):
+        raise unsupported("reasoning_effort", "is the template's business: see chat_template_kwargs")
     if data.modalities not in (None, ["text"]):
         raise unsupported("modalities", "answers are text")
     if data.parallel_tool_calls is False:

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from aioengine.server.openai.api import GenerationFields, Positive, ResponseFormat, Usage
+from aioengine.server.openai.api import (
+    Count,
+    GenerationFields,
+    Logprobs,
+    PromptLogprob,
+    ResponseFormat,
+    Usage,
+)
 from aioengine.server.openai.completions_api import FinishReason
 
 MAX_MESSAGES = 2048
@@ -69,10 +76,10 @@ class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Positive | None = None
+    max_completion_tokens: Count | None = None
     """Wins over ``max_tokens``."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -80,6 +87,16 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     """Only true: how many calls the model makes is up to it."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as ``enable_thinking``."""
+    add_generation_prompt: bool | None = None
+    """Whether the opening of the assistant's next turn follows the messages; true if it is not given."""
+    continue_final_message: bool | None = None
+    """The answer goes on with the last message, and no turn is opened."""
+    echo: bool | None = None
+    """A last message that is the assistant's stands before the answer, in its content."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Has no effect."""
+    reasoning_effort: Any = None
+    """Only "none"."""
 
     # Refused unless null: they would change the answer
     functions: Any = None
@@ -87,7 +104,6 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     audio: Any = None
     modalities: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     web_search_options: Any = None
 
 
@@ -122,6 +138,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -132,6 +149,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class ToolCallDelta(msgspec.Struct, kw_only=True):
@@ -155,6 +174,7 @@ class ChunkChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -164,3 +184,4 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | UnsetType = UNSET

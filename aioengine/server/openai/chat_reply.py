@@ -21,8 +21,9 @@ from aioengine.server.openai.chat_api import (
     ToolCallDelta,
 )
 from aioengine.server.openai.completions_api import FinishReason
-from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, new_logprobs
+from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, new_logprobs, prompt_logprobs
 from aioengine.server.openai.tools import Parsed, ToolParser
+from aioengine.server.streaming import ReplyOptions
 
 
 class _Choice:
@@ -36,36 +37,40 @@ class _Choice:
 
 
 class ChatReply:
-    """``parsers`` has one for each choice, None where calls of tools are not looked for;
-    ``token_bytes`` is None if no log-probabilities are wanted."""
+    """``parsers`` has one for each choice, None where calls of tools are not looked for; ``echoed`` stands
+    before every answer."""
 
     def __init__(
         self,
         completion_id: str,
-        model: str,
+        options: ReplyOptions,
         *,
         parsers: Sequence[ToolParser | None],
-        token_bytes: TokenBytes | None,
-        include_usage: bool,
+        token_bytes: TokenBytes,
+        with_logprobs: bool,
+        echoed: str = "",
     ) -> None:
         self._id = completion_id
-        self._model = model
+        self._options = options
         self._created = int(time.time())
         self._choices = [_Choice(parser) for parser in parsers]
         self._token_bytes = token_bytes
-        self._include_usage = include_usage
+        self._with_logprobs = with_logprobs
+        self._echoed = echoed
         self._encode = msgspec.json.Encoder().encode
 
     def chunk(self, index: int, output: RequestOutput) -> bytes | None:
         choice = self._choices[index]
         text, calls = _parse(choice.parser, output.text_delta, output.finished)
         logprobs = self._logprobs(choice, output)
-        if not (text or calls or output.finished or (logprobs and logprobs.content)):
+        new_ids = self._options.token_ids and output.token_ids_delta
+        if not (text or calls or output.finished or (logprobs and logprobs.content) or new_ids):
             return None
         delta = Delta()
-        if not choice.begun:
+        begins = not choice.begun
+        if begins:
             choice.begun = True
-            delta.role, delta.content = "assistant", text
+            delta.role, delta.content = "assistant", self._echoed + text
         elif text:
             delta.content = text
         if calls:
@@ -78,22 +83,32 @@ class ChatReply:
         if output.finished:
             told.finish_reason = _finish_reason(output, choice.calls)
             told.stop_reason = output.stop_reason
-        return self._encode(self._chunk([told], None))
+        chunk = self._chunk([told], self._options.usage_so_far(output))
+        if self._options.token_ids:
+            told.token_ids = output.token_ids_delta
+            if begins:
+                chunk.prompt_token_ids = output.prompt_token_ids
+        return self._encode(chunk)
 
     def usage_chunk(self, usage: Usage) -> bytes | None:
-        return self._encode(self._chunk([], usage)) if self._include_usage else None
+        return self._encode(self._chunk([], usage)) if self._options.include_usage else None
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
-        return self._encode(
-            ChatCompletion(
-                id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-            )
+        options = self._options
+        answer = ChatCompletion(
+            id=self._id, created=self._created, model=options.model, choices=choices, usage=usage
         )
+        if options.prompt_logprobs is not None:
+            answer.prompt_logprobs = prompt_logprobs(outputs[0], options.prompt_logprobs, self._token_bytes)
+        if options.token_ids:
+            answer.prompt_token_ids = outputs[0].prompt_token_ids
+        return self._encode(answer)
 
     def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
         choice = self._choices[index]
         text, calls = _parse(choice.parser, output.text, True)
+        text = self._echoed + text
         return ChatChoice(
             index=index,
             message=AnswerMessage(
@@ -102,13 +117,16 @@ class ChatReply:
             logprobs=self._logprobs(choice, output),
             finish_reason=_finish_reason(output, len(calls)),
             stop_reason=output.stop_reason,
+            token_ids=output.token_ids if self._options.token_ids else UNSET,
         )
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        return ChatChunk(
+            id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
+        )
 
     def _logprobs(self, choice: _Choice, output: RequestOutput) -> ChatLogprobs | None:
-        if self._token_bytes is None:
+        if not self._with_logprobs:
             return None
         entries = new_logprobs(output, choice.logprobs)
         choice.logprobs += len(entries)

@@ -24,9 +24,15 @@ from aioengine.server.openai.completions_api import (
     CompletionRequest,
 )
 from aioengine.server.openai.constraints import wanted_constraint
-from aioengine.server.openai.logprobs import TokenBytes, completion_logprobs, new_logprobs
+from aioengine.server.openai.logprobs import (
+    TextOffsets,
+    TokenBytes,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+)
 from aioengine.server.openai.sampling import sampling_params
-from aioengine.server.streaming import GenerationResponse
+from aioengine.server.streaming import GenerationResponse, ReplyOptions
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -38,21 +44,30 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
         data: JSONBody[CompletionRequest], request: Request[Any, Any, Any]
     ) -> Response[Completion]:
         record = record_of(request)
-        _refuse_unsupported(data)
-        prompts = await _prompts(context, data)
-        context.check_prompts(prompts, data.n or 1, field="prompt")
+        if data.suffix:
+            raise unsupported("suffix", "text can only be continued, not filled in")
+        max_tokens = DEFAULT_MAX_TOKENS if data.max_tokens is None else data.max_tokens
+        prompts, texts = await _prompts(context, data)
+        if data.truncate_prompt_tokens is not None:
+            prompts, texts = context.truncated(prompts, data.truncate_prompt_tokens, max_tokens), None
+        context.check_prompts(prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
         params = sampling_params(
-            data, max_tokens=data.max_tokens or DEFAULT_MAX_TOKENS, logprobs=data.logprobs, constraint=None
+            data,
+            max_tokens=max_tokens,
+            logprobs=_count(data.logprobs),
+            prompt_logprobs=_of_prompt(data, max_tokens),
+            constraint=None,
         )
         generation = await context.generation(
             data, prompts, params, wanted_constraint(data, data.response_format), record, prefix="cmpl"
         )
         reply = CompletionReply(
-            generation.request_id,
-            data.model,
+            generation.reply_id,
+            ReplyOptions.of(data),
             len(generation),
-            token_bytes=None if data.logprobs is None else context.token_bytes(),
-            include_usage=bool(data.stream_options and data.stream_options.include_usage),
+            logprobs=_count(data.logprobs),
+            echoed=await context.texts_of(prompts, texts) if data.echo else None,
+            token_bytes=context.token_bytes(),
         )
         stream = bool(data.stream)
         return Handled(
@@ -62,30 +77,35 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
     return [completions]
 
 
-def _refuse_unsupported(data: CompletionRequest) -> None:
+def _count(logprobs: int | bool | None) -> int | None:
+    return None if logprobs is None or logprobs is False else int(logprobs)
+
+
+def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
+    """How many log-probabilities of the prompt the engine has to find."""
+    wanted = [data.prompt_logprobs]
     if data.echo:
-        raise unsupported("echo", "the prompt cannot be sent back")
-    if data.suffix:
-        raise unsupported("suffix", "text can only be continued, not filled in")
-    if data.best_of is not None and data.best_of != (data.n or 1):
-        raise unsupported("best_of", "must be n: every choice is sent back")
+        wanted += [_count(data.logprobs), 0 if max_tokens == 0 else None]
+    return max((count for count in wanted if count is not None), default=None)
 
 
-async def _prompts(context: Context, data: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt."""
+async def _prompts(context: Context, data: CompletionRequest) -> tuple[list[list[int]], list[str] | None]:
+    """Token ids of each prompt, and their texts if that is what they were given as."""
     prompt = [data.prompt] if isinstance(data.prompt, str) else data.prompt
     if len(prompt) > context.settings.max_choices and not isinstance(prompt[0], int):
         raise ApiError(400, f"prompt: at most {context.settings.max_choices} prompts", param="prompt")
-    if len(prompt) >= context.engine.plan.max_model_len and isinstance(prompt[0], int):
-        raise context.too_long(len(prompt), field="prompt")  # before they are looked at one by one
+    if len(prompt) > context.engine.plan.max_model_len and isinstance(prompt[0], int):
+        if data.truncate_prompt_tokens is None:
+            raise context.too_long(len(prompt), field="prompt")  # before they are looked at one by one
+        prompt = prompt[-context.engine.plan.max_model_len :]
     found: Any = prompt
     kinds = set(map(type, prompt))
     if kinds == {str}:
-        return await context.encode(found)
+        return await context.encode(found, add_special_tokens=data.add_special_tokens is not False), found
     if kinds == {int}:
-        return [found]
+        return [found], None
     if kinds == {list}:
-        return list(found)
+        return list(found), None
     raise ApiError(
         400,
         "prompt: must be a text, a list of texts, a list of token ids or a list of such lists, not empty",
@@ -97,70 +117,88 @@ async def _prompts(context: Context, data: CompletionRequest) -> list[list[int]]
 class _Choice:
     """How far a choice has been told."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: str | None) -> None:
+        self.prompt = prompt
+        """What is to be told before its answer."""
         self.logprobs = 0
-        self.offset = 0
+        self.offsets = TextOffsets(begin=len(prompt or ""))
+        self.begun = False
 
 
 class CompletionReply:
-    """``token_bytes`` is None if no log-probabilities are wanted."""
+    """``echoed`` has the texts of the prompts if they are wanted before the answers."""
 
     def __init__(
         self,
         completion_id: str,
-        model: str,
+        options: ReplyOptions,
         count: int,
         *,
-        token_bytes: TokenBytes | None,
-        include_usage: bool,
+        logprobs: int | None,
+        echoed: Sequence[str] | None,
+        token_bytes: TokenBytes,
     ) -> None:
         self._id = completion_id
-        self._model = model
+        self._options = options
         self._created = int(time.time())
-        self._choices = [_Choice() for _ in range(count)]
+        self._logprobs = logprobs
+        texts = [None] if echoed is None else echoed
+        self._choices = [_Choice(texts[index * len(texts) // count]) for index in range(count)]
         self._token_bytes = token_bytes
-        self._include_usage = include_usage
         self._encode = msgspec.json.Encoder().encode
 
     def chunk(self, index: int, output: RequestOutput) -> bytes | None:
-        logprobs = self._logprobs(index, output)
-        if not output.text_delta and not output.finished and logprobs is None:
+        choice = self._choice(index, output, output.text_delta, output.token_ids_delta)
+        if not choice.text and not output.finished and choice.logprobs is None and not choice.token_ids:
             return None
+        return self._completion([choice], self._options.usage_so_far(output))
+
+    def usage_chunk(self, usage: Usage) -> bytes | None:
+        return self._completion([], usage) if self._options.include_usage else None
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        choices = [self._choice(i, output, output.text, output.token_ids) for i, output in enumerate(outputs)]
+        return self._completion(choices, usage)
+
+    def _choice(self, index: int, output: RequestOutput, text: str, token_ids: list[int]) -> CompletionChoice:
+        told = self._choices[index]
         choice = CompletionChoice(
             index=index,
-            text=output.text_delta,
-            logprobs=logprobs,
+            text=text,
+            logprobs=self._answer_logprobs(told, output),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )
-        return self._completion([choice], None)
+        if self._options.token_ids:
+            choice.token_ids = token_ids
+        if not told.begun:
+            told.begun = True
+            self._begin(choice, told, output)
+        return choice
 
-    def usage_chunk(self, usage: Usage) -> bytes | None:
-        return self._completion([], usage) if self._include_usage else None
-
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [
-            CompletionChoice(
-                index=index,
-                text=output.text,
-                logprobs=self._logprobs(index, output),
-                finish_reason=output.finish_reason,
-                stop_reason=output.stop_reason,
-            )
-            for index, output in enumerate(outputs)
-        ]
-        return self._completion(choices, usage)
+    def _begin(self, choice: CompletionChoice, told: _Choice, output: RequestOutput) -> None:
+        """Add to a choice's first part what is the prompt's."""
+        options = self._options
+        if told.prompt is not None:
+            choice.text = told.prompt + choice.text
+            if choice.logprobs is not None and self._logprobs is not None:
+                echoed = echoed_logprobs(output, self._logprobs, told.prompt, self._token_bytes)
+                choice.logprobs = echoed.followed_by(choice.logprobs)
+        if options.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(output, options.prompt_logprobs, self._token_bytes)
+        if options.token_ids:
+            choice.prompt_token_ids = output.prompt_token_ids
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
         return self._encode(
-            Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+            Completion(
+                id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
+            )
         )
 
-    def _logprobs(self, index: int, output: RequestOutput) -> CompletionLogprobs | None:
-        if self._token_bytes is None:
+    def _answer_logprobs(self, told: _Choice, output: RequestOutput) -> CompletionLogprobs | None:
+        if self._logprobs is None:
             return None
-        told = self._choices[index]
-        entries = new_logprobs(output, told.logprobs)
+        entries = (output.logprobs or [])[told.logprobs :]  # with that of a token that ends the answer
         told.logprobs += len(entries)
-        result, told.offset = completion_logprobs(entries, self._token_bytes, told.offset)
-        return result
+        return completion_logprobs(entries, self._token_bytes, told.offsets)

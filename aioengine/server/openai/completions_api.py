@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, UnsetType
 
-from aioengine.server.openai.api import GenerationFields, ResponseFormat, Usage
+from aioengine.server.openai.api import GenerationFields, Logprobs, PromptLogprob, ResponseFormat, Usage
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
@@ -15,23 +15,32 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 class CompletionRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
     """A text, several texts, token ids, or several lists of token ids."""
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    """Log-probabilities of each token and of this many most likely ones."""
+    logprobs: Logprobs | bool | None = None
+    """Log-probabilities of each token and of this many most likely ones; true is 1, false is null."""
     response_format: ResponseFormat | None = None
     echo: bool | None = None
-    """Only false."""
-    best_of: int | None = None
-    """Only what ``n`` is."""
+    """The prompt stands before the answer, in the text and in the log-probabilities."""
+    add_special_tokens: bool | None = None
+    """To prompts that are text; true if it is not given."""
     suffix: str | None = None
     """Only null or empty."""
 
 
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """Null for a prompt's first token."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
-    """Of each token in the answer's text."""
+    """Of each token in the choice's text."""
+
+    def followed_by(self, other: CompletionLogprobs) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            self.tokens + other.tokens,
+            self.token_logprobs + other.token_logprobs,
+            self.top_logprobs + other.top_logprobs,
+            self.text_offset + other.text_offset,
+        )
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
@@ -40,6 +49,9 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):

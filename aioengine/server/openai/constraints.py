@@ -22,6 +22,14 @@ def wanted_constraint(
         found["response_format"] = _of_format(response_format)
     if fields.structured_outputs is not None:
         found["structured_outputs"] = _of_outputs(fields.structured_outputs)
+    older = StructuredOutputs(
+        json=fields.guided_json,
+        regex=fields.guided_regex,
+        choice=fields.guided_choice,
+        grammar=fields.guided_grammar,
+    )
+    if older != StructuredOutputs():
+        found["guided_json"] = _of_outputs(older)
     if tools is not None and not tools.is_free:
         found["tool_choice"] = tools.constraint
     if len(found) > 1:

@@ -1,14 +1,38 @@
-"""Log-probabilities in OpenAI's two formats."""
+"""Log-probabilities in OpenAI's two formats, and in vLLM's for prompts."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 
 from aioengine.request import RequestOutput, TokenLogprob
+from aioengine.server.openai.api import PromptLogprob
 from aioengine.server.openai.chat_api import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from aioengine.server.openai.completions_api import CompletionLogprobs
 
 TokenBytes = Callable[[int], bytes]
+
+
+class TextOffsets:
+    """Where tokens begin in a text, which is theirs: ``text`` if it is known, else what they say.
+
+    A known text need not have what a tokenizer adds: a token at the beginning, or a space before the first
+    word. A character of several tokens belongs to the last of them.
+    """
+
+    def __init__(self, text: str | None = None, begin: int = 0) -> None:
+        self._text = text
+        self._end = begin
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, data: bytes) -> int:
+        """The offset of the next token, whose bytes these are."""
+        begin, new = self._end, self._decoder.decode(data)
+        if self._text is None or self._text.startswith(new, begin):
+            self._end += len(new)
+        elif new[0] == " " and self._text.startswith(new[1:], begin):
+            self._end += len(new) - 1
+        return begin
 
 
 def new_logprobs(output: RequestOutput, since: int) -> Sequence[TokenLogprob]:
@@ -22,20 +46,45 @@ def new_logprobs(output: RequestOutput, since: int) -> Sequence[TokenLogprob]:
 
 
 def completion_logprobs(
-    entries: Sequence[TokenLogprob], token_bytes: TokenBytes, offset: int
-) -> tuple[CompletionLogprobs, int]:
-    """``offset`` is where the first token begins in the answer's text; returns where the last one ends."""
+    entries: Sequence[TokenLogprob], token_bytes: TokenBytes, offsets: TextOffsets
+) -> CompletionLogprobs:
+    """Of tokens of the answer; ``offsets`` has taken those before them."""
     result = CompletionLogprobs([], [], [], [])
     for entry in entries:
-        text = _text(token_bytes(entry.token_id))
-        result.tokens.append(text)
-        result.token_logprobs.append(_finite(entry.logprob))
-        top = {_text(token_bytes(token)): _finite(logprob) for token, logprob in reversed(entry.top)}
-        top.setdefault(text, _finite(entry.logprob))
-        result.top_logprobs.append(top)
-        result.text_offset.append(offset)
-        offset += len(text)
-    return result, offset
+        _add(result, entry.token_id, entry, len(entry.top), token_bytes, offsets)
+    return result
+
+
+def echoed_logprobs(
+    output: RequestOutput, count: int, text: str, token_bytes: TokenBytes
+) -> CompletionLogprobs:
+    """Of the prompt, whose text this is, with at most ``count`` of the most likely tokens."""
+    result, offsets = CompletionLogprobs([], [], [], []), TextOffsets(text)
+    entries = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
+    for token, entry in zip(output.prompt_token_ids, entries, strict=True):
+        _add(result, token, entry, count, token_bytes, offsets)
+    return result
+
+
+def prompt_logprobs(
+    output: RequestOutput, count: int, token_bytes: TokenBytes
+) -> list[dict[str, PromptLogprob] | None]:
+    """Of the prompt in vLLM's format: for each token but the first, it and the ``count`` most likely ones by
+    token id."""
+    return [
+        None if entry is None else _ranked(entry, count, token_bytes)
+        for entry in output.prompt_logprobs or ()
+    ]
+
+
+def _ranked(entry: TokenLogprob, count: int, token_bytes: TokenBytes) -> dict[str, PromptLogprob]:
+    found = {
+        str(token): PromptLogprob(_finite(logprob), rank, _text(token_bytes(token)))
+        for rank, (token, logprob) in enumerate(entry.top[:count], start=1)
+    }
+    own = PromptLogprob(_finite(entry.logprob), None, _text(token_bytes(entry.token_id)))
+    found.setdefault(str(entry.token_id), own)
+    return found
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChatLogprobs:
@@ -49,6 +98,28 @@ def chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> C
         best = [top(token, logprob) for token, logprob in entry.top]
         content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, best))
     return ChatLogprobs(content)
+
+
+def _add(
+    result: CompletionLogprobs,
+    token: int,
+    entry: TokenLogprob | None,
+    count: int,
+    token_bytes: TokenBytes,
+    offsets: TextOffsets,
+) -> None:
+    data = token_bytes(token)
+    text = _text(data)
+    result.tokens.append(text)
+    result.text_offset.append(offsets.take(data))
+    if entry is None:
+        result.token_logprobs.append(None)
+        result.top_logprobs.append(None)
+        return
+    result.token_logprobs.append(_finite(entry.logprob))
+    top = {_text(token_bytes(best)): _finite(logprob) for best, logprob in reversed(entry.top[:count])}
+    top.setdefault(text, _finite(entry.logprob))
+    result.top_logprobs.append(top)
 
 
 def _text(data: bytes) -> str:

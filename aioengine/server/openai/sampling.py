@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from aioengine.request import SamplingParams, TokenConstraint
-from aioengine.server.errors import ApiError
+from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.openai.api import GenerationFields
 
 _SAME_NAME = (
@@ -19,15 +19,26 @@ _SAME_NAME = (
     "logit_bias",
     "stop",
     "stop_token_ids",
+    "include_stop_str_in_output",
     "ignore_eos",
+    "min_tokens",
     "skip_special_tokens",
 )
 
 
 def sampling_params(
-    fields: GenerationFields, *, max_tokens: int, logprobs: int | None, constraint: TokenConstraint | None
+    fields: GenerationFields,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    constraint: TokenConstraint | None,
 ) -> SamplingParams:
     """Of the first choice. Raises ApiError or RequestInvalid for what cannot be."""
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        raise unsupported("best_of", "must be n: every choice is sent back")
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise unsupported("prompt_logprobs", "not with stream")
     if constraint is not None and fields.ignore_eos:
         raise ApiError(400, "ignore_eos: the end is where the format says", param="ignore_eos")
     values: dict[str, Any] = {
@@ -39,6 +50,7 @@ def sampling_params(
         top_k=max(fields.top_k or 0, 0),
         seed=fields.seed,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         constraint=constraint,
         **values,
     )

@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated, Any
 
 import msgspec
-from litestar import post
+from litestar import get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 from msgspec import Meta
@@ -51,7 +51,23 @@ class Detokenized(msgspec.Struct):
     prompt: str
 
 
+class TokenizerInfo(msgspec.Struct):
+    """What clients that make prompts themselves need to know; the rest is in ``/tokenize``."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
 def token_routes(context: Context) -> list[HTTPRouteHandler]:
+    @get("/tokenizer_info", responses=RESPONSES, summary="Special tokens and chat template")
+    async def tokenizer_info() -> TokenizerInfo:
+        special, template = context.tokenizer.special_tokens, context.tokenizer.chat_template
+        return TokenizerInfo(
+            special.get("bos_token"), special.get("eos_token"), special.get("pad_token"), template
+        )
+
     @post("/tokenize", status_code=200, responses=RESPONSES, summary="Text or messages to token ids")
     async def tokenize(data: JSONBody[TokenizeRequest]) -> Tokenized:
         _check_model(context, data.model)
@@ -83,7 +99,7 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
         # In a thread: there may be many.
         return Detokenized(await asyncio.to_thread(context.tokenizer.decode, data.tokens, False))
 
-    return [tokenize, detokenize]
+    return [tokenizer_info, tokenize, detokenize]
 
 
 def _strings(tokens: list[int], token_bytes: TokenBytes) -> list[str]:
