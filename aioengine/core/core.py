@@ -22,7 +22,7 @@ from aioengine.core.placing import Placing
 from aioengine.core.queues import RequestQueues
 from aioengine.core.residency import Move, Residency
 from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
-from aioengine.core.view import CoreRequestView, CoreView
+from aioengine.core.view import CoreView
 from aioengine.errors import (
     AdapterInvalid,
     AdapterTooLarge,
@@ -112,7 +112,6 @@ class Core:
         self.running = self.batcher.running
         self.requests: dict[str, Request] = {}
         """Accepted and not ended."""
-        self.request_views: dict[str, CoreRequestView] = {}
         self.now = 0.0
         self.step = 0
         self._guard = PolicyGuard(
@@ -123,7 +122,7 @@ class Core:
             budget=limits.policy_time_budget,
             max_overruns=limits.policy_max_overruns,
         )
-        self._view = CoreView(self)
+        self._view = CoreView(self.residency, self.queues, self.batcher)
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -185,7 +184,6 @@ class Core:
         )
         self._next_seq += 1
         self.requests[request_id] = request
-        self.request_views[request_id] = CoreRequestView(request)
         self.queues.add(request)
         if deadline is not None:
             heappush(self._deadlines, (deadline, request.seq, request))
@@ -223,7 +221,6 @@ class Core:
         request.status = Status.ENDED
         self._tell("request_finished", now, request=request)
         del self.requests[request.id]
-        del self.request_views[request.id]
         self._emit(
             events.RequestEnded(
                 time=now,
@@ -304,6 +301,7 @@ class Core:
         self._fail_shut_out(now)
         self.residency.sweep(now)  # after those that end requests: an adapter's last one may be among them
         self.placing.place_pinned(now)
+        self._view.advance(now, self.step)
         decision = self._guard.decide(self._view)
         for request_id in decision.preempt:
             self._apply_preempt(request_id)
@@ -460,6 +458,7 @@ class Core:
         in_order = least_recently_used(entries)
         unknown = [entry for entry in in_order if not self.residency.is_known(entry)]
         rest = {entry.name: entry for entry in in_order if self.residency.is_known(entry)}
+        self._view.advance(self.now, self.step)
         named = self._guard.cpu_victims(self._view, list(rest)) if len(rest) > 1 else []
         first = [rest.pop(name) for name in dict.fromkeys(named) if name in rest]
         return [*unknown, *first, *rest.values()]
@@ -475,7 +474,7 @@ class Core:
     ) -> None:
         view = None
         if request is not None:
-            view = self.request_views[request.id]
+            view = request.view
             adapter = None if request.adapter is None else request.adapter.name
         self._guard.tell(PolicyEvent(kind, now, view, adapter, was))
 

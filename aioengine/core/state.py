@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Literal
 
-from aioengine.core.queues import ArrivalQueue
+from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 
@@ -59,7 +59,7 @@ class AdapterEntry:
         self.pinned = False
         self.retired = False
         """Unloaded or replaced: takes no new requests, and goes when those accepted have ended."""
-        self.waiting = ArrivalQueue()
+        self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_used = 0.0
         self.wanted_since: float | None = None
@@ -107,6 +107,7 @@ class Request:
         "seq",
         "status",
         "tokens",
+        "view",
         "worst_gap",
     )
 
@@ -153,6 +154,7 @@ class Request:
         self.last_token: float | None = None
         self.worst_gap: float | None = None
         """The longest time between two of its tokens; None before the second."""
+        self.view = CoreRequestView(self)
 
     @property
     def output_tokens(self) -> int:
@@ -176,6 +178,35 @@ class Request:
         content = b"" if self.adapter is None else self.adapter.digest.encode()
         salt = self.options.cache_salt
         return b"%d:%b%b" % (len(content), content, b"" if salt is None else salt.encode())
+
+
+class CoreRequestView:
+    """The read-only :class:`~aioengine.schedulers.policy.RequestView` of a request."""
+
+    __slots__ = ("_r",)
+
+    def __init__(self, request: Request) -> None:
+        self._r = request
+
+    request_id = property(lambda self: self._r.id)
+    arrival = property(lambda self: self._r.arrival)
+    priority = property(lambda self: self._r.options.priority)
+    deadline = property(lambda self: self._r.deadline)
+    tenant = property(lambda self: self._r.options.tenant)
+    prompt_tokens = property(lambda self: self._r.prompt_len)
+    max_tokens = property(lambda self: self._r.params.max_tokens)
+    output_tokens = property(lambda self: self._r.output_tokens)
+    computed_tokens = property(lambda self: self._r.computed)
+
+    @property
+    def adapter(self) -> str | None:
+        entry: AdapterEntry | None = self._r.adapter
+        return None if entry is None else entry.name
+
+    @property
+    def expected_tokens(self) -> int:
+        expected = self._r.options.expected_tokens
+        return max(self._r.params.max_tokens, 1) if expected is None else expected
 
 
 def label_of(request: Request) -> str | None:

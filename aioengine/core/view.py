@@ -6,42 +6,14 @@ Each wraps one of the core's records and is built once, with it; reading an attr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from aioengine.core.queues import ArrivalQueue, RequestQueues
+from aioengine.core.arrival_queue import ArrivalQueue
+from aioengine.core.batcher import Batcher
+from aioengine.core.queues import RequestQueues
+from aioengine.core.residency import Residency
 from aioengine.core.slots import Slot
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import AdapterEntry, CoreRequestView, Request
 from aioengine.schedulers.policy import Location, SlotState
-
-if TYPE_CHECKING:
-    from aioengine.core.core import Core
-
-
-class CoreRequestView:
-    __slots__ = ("_r",)
-
-    def __init__(self, request: Request) -> None:
-        self._r = request
-
-    request_id = property(lambda self: self._r.id)
-    arrival = property(lambda self: self._r.arrival)
-    priority = property(lambda self: self._r.options.priority)
-    deadline = property(lambda self: self._r.deadline)
-    tenant = property(lambda self: self._r.options.tenant)
-    prompt_tokens = property(lambda self: self._r.prompt_len)
-    max_tokens = property(lambda self: self._r.params.max_tokens)
-    output_tokens = property(lambda self: self._r.output_tokens)
-    computed_tokens = property(lambda self: self._r.computed)
-
-    @property
-    def adapter(self) -> str | None:
-        entry: AdapterEntry | None = self._r.adapter
-        return None if entry is None else entry.name
-
-    @property
-    def expected_tokens(self) -> int:
-        expected = self._r.options.expected_tokens
-        return max(self._r.params.max_tokens, 1) if expected is None else expected
 
 
 class CoreSlotView:
@@ -103,15 +75,13 @@ class CoreAdapterView:
 
 
 class _Waiting:
-    __slots__ = ("_queue", "_views")
+    __slots__ = ("_queue",)
 
-    def __init__(self, queue: ArrivalQueue, views: Mapping[str, CoreRequestView]) -> None:
+    def __init__(self, queue: ArrivalQueue[Request]) -> None:
         self._queue = queue
-        self._views = views
 
     def __iter__(self) -> Iterator[CoreRequestView]:
-        views = self._views
-        return (views[request.id] for request in self._queue)
+        return (request.view for request in self._queue)
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -148,16 +118,44 @@ class _Adapters(Mapping[str, CoreAdapterView]):
 
 
 class CoreView:
-    """The :class:`~aioengine.schedulers.policy.SchedulerView` of a core."""
+    """The :class:`~aioengine.schedulers.policy.SchedulerView` of a core's parts."""
 
-    __slots__ = ("_adapters", "_core", "_slots", "_waiting", "_waiting_adapters")
+    __slots__ = (
+        "_adapters",
+        "_batcher",
+        "_now",
+        "_queues",
+        "_residency",
+        "_slots",
+        "_step",
+        "_waiting_adapters",
+    )
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._slots = tuple(CoreSlotView(slot) for slot in core.slots.slots)
-        self._adapters = _Adapters(core.by_policy_name)
-        self._waiting = _Waiting(core.queues.all, core.request_views)
-        self._waiting_adapters = _WaitingAdapters(core.queues)
+    def __init__(self, residency: Residency, queues: RequestQueues, batcher: Batcher) -> None:
+        self._residency = residency
+        self._queues = queues
+        self._batcher = batcher
+        self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
+        self._adapters = _Adapters(residency.by_policy_name)
+        self._waiting_adapters = _WaitingAdapters(queues)
+        self._now = 0.0
+        self._step = 0
+
+    def advance(self, now: float, step: int) -> None:
+        """For the core, before a policy looks."""
+        self._now, self._step = now, step
+
+    @property
+    def now(self) -> float:
+        return self._now
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @property
+    def slots(self) -> Sequence[CoreSlotView]:
+        return self._slots
 
     @property
     def adapters(self) -> Mapping[str, CoreAdapterView]:
@@ -165,60 +163,46 @@ class CoreView:
 
     @property
     def waiting(self) -> _Waiting:
-        return self._waiting
+        return _Waiting(self._queues.all)
+
+    def waiting_for(self, adapter: str | None) -> _Waiting:
+        if adapter is None:
+            return _Waiting(self._queues.base)
+        return _Waiting(self._residency.by_policy_name[adapter].waiting)
 
     @property
     def waiting_adapters(self) -> _WaitingAdapters:
         return self._waiting_adapters
 
     @property
-    def now(self) -> float:
-        return self._core.now
-
-    @property
-    def step(self) -> int:
-        return self._core.step
-
-    @property
-    def slots(self) -> Sequence[CoreSlotView]:
-        return self._slots
-
-    def waiting_for(self, adapter: str | None) -> _Waiting:
-        core = self._core
-        if adapter is None:
-            return _Waiting(core.queues.base, core.request_views)
-        return _Waiting(core.by_policy_name[adapter].waiting, core.request_views)
-
-    @property
     def running(self) -> Sequence[CoreRequestView]:
-        views = self._core.request_views
-        return [views[request.id] for request in self._core.running.values()]
+        return [request.view for request in self._batcher.running.values()]
 
     @property
     def free_blocks(self) -> int:
-        return self._core.blocks.num_free
+        return self._batcher.blocks.num_free
 
     @property
     def block_size(self) -> int:
-        return self._core.blocks.block_size
+        return self._batcher.blocks.block_size
 
     @property
     def free_seqs(self) -> int:
-        return self._core.limits.max_num_seqs - len(self._core.running)
+        return self._batcher.max_num_seqs - len(self._batcher.running)
 
     @property
     def free_tokens(self) -> int:
-        return self._core.limits.max_num_batched_tokens - len(self._core.running)
+        return self._batcher.max_num_batched_tokens - len(self._batcher.running)
 
     @property
     def cpu_room(self) -> int:
-        return self._core.cpu.room
+        return self._residency.cpu.room
 
     @property
     def cpu_bytes_room(self) -> int | None:
-        cpu = self._core.cpu
+        cpu = self._residency.cpu
         return None if cpu.max_bytes is None else cpu.bytes_room
 
     @property
     def load_room(self) -> int:
-        return self._core.residency.load_room
+        return self._residency.load_room

@@ -7,18 +7,14 @@ of ``B (A_i x_i)``. Fully sharded, A's outputs are exchanged, which are as long 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels import Backend, LoRABatch
 from aioengine.kernels.cpu.quantized import Packed
+from aioengine.model.linear import Linear
 from aioengine.model.parallel.group import Group
 from aioengine.model.slots.pool import FusedLoRA
-
-if TYPE_CHECKING:
-    from aioengine.model.decoder import Linear
 
 
 class AdaptedLinears:

@@ -13,35 +13,13 @@ from aioengine.kernels.cpu.quantized import Packed
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
 from aioengine.model.kv_cache import KVCache
+from aioengine.model.linear import Linear
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Rope
 from aioengine.model.slots.layout import FUSED_MODULES
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec
-
-
-@dataclass(slots=True)
-class Linear:
-    weight: Tensor | Packed
-    """[out, in]"""
-    bias: Tensor | None
-
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Rows ``begin..end-1`` of the weight: a view, or a copy if it is packed."""
-        if isinstance(self.weight, Tensor):
-            return self.weight[begin:end]
-        return self.weight.rows(begin, end)
-
-    def pack(self, pack: Callable[[Tensor], Packed]) -> int:
-        """Rearranges the weight for the CPU library; what was a view of it no longer is.
-
-        Returns how many bytes it takes more than before; below zero if it takes fewer.
-        """
-        assert isinstance(self.weight, Tensor)
-        before = self.weight.nbytes
-        self.weight = pack(self.weight)
-        return self.weight.nbytes - before
 
 
 @dataclass(slots=True)

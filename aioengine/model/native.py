@@ -19,8 +19,9 @@ from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import Packed, QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
-from aioengine.model.decoder import Decoder, LastLayer, Linear, StepInputs
+from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.kv_cache import KVCache
+from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import StepExchange, between
 from aioengine.model.slots.pool import FusedLoRA, LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization

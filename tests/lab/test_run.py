@@ -20,6 +20,7 @@ from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.simulate import lab_policy, run
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.spec import WorkloadSpec
 
 FILES = {
@@ -177,7 +178,7 @@ def most_held(requests: int, folder: Path) -> int:
     """Bytes of Python's memory that a run with so many requests holds at any of its samples, without the
     garbage that just has not been collected yet."""
     light = {"arrivals": "poisson:rate=40", "adapters": 6, "prompt_tokens": 8, "output_tokens": 3}
-    offered = workload(limit=requests, **light).open(0)
+    offered = OfferedWorkload(workload(limit=requests, **light), 0)
     held: list[int] = []
 
     def look(_ended: int, _total: int | None, _seconds: float) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
+from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Arrival
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.traces import CSV_HEADER
@@ -39,7 +40,7 @@ FULL: dict[str, Any] = {
 
 
 def arrivals(seed: int = 0, **fields: Any) -> list[Arrival]:
-    return list(WorkloadSpec(**fields).open(seed))
+    return list(OfferedWorkload(WorkloadSpec(**fields), seed))
 
 
 def column(found: list[Arrival], name: str) -> list[Any]:
@@ -57,7 +58,7 @@ def trace(tmp_path: Path) -> str:
 
 
 def test_a_workload_is_the_same_each_time() -> None:
-    workload = WorkloadSpec(**FULL).open(7)
+    workload = OfferedWorkload(WorkloadSpec(**FULL), 7)
     first = list(workload)
     assert first == list(workload) == arrivals(7, **FULL)
     assert first != arrivals(8, **FULL)
@@ -73,8 +74,9 @@ def test_a_workload_is_the_same_each_time() -> None:
 
 SCRIPT = """
 import json, sys
+from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.spec import WorkloadSpec
-workload = WorkloadSpec.from_dict(json.load(sys.stdin)).open(7)
+workload = OfferedWorkload(WorkloadSpec.from_dict(json.load(sys.stdin)), 7)
 print(json.dumps([list(a) for a in workload] + [list(a) for a in workload.adapters]))
 """
 
@@ -127,7 +129,7 @@ def test_a_trace_as_it_is(trace: str) -> None:
         Arrival(3.0, None, 50, 900),
         Arrival(6.0, None, 1, 1),
     ]
-    assert WorkloadSpec(trace=trace).open(0).adapters == ()
+    assert OfferedWorkload(WorkloadSpec(trace=trace), 0).adapters == ()
     cut = arrivals(trace=trace, max_prompt=100, max_output=100)
     assert column(cut, "prompt_tokens") == [100, 20, 50, 1]
     assert column(cut, "output_tokens") == [10, 30, 100, 1]
@@ -166,7 +168,7 @@ def test_what_a_row_says_wins(tmp_path: Path) -> None:
     spec = WorkloadSpec(
         trace=str(path), adapters=2, tenants=2, priority="1", deadline=8, lengths="predicted:error=0"
     )
-    workload = spec.open(0)
+    workload = OfferedWorkload(spec, 0)
     found = list(workload)
     assert [a.name for a in workload.adapters] == ["adapter-000", "adapter-001", "sql"]
     assert found[0] == Arrival(0.0, "sql", 5, 10, 4096, 10, "alice", 9, 2.5)
@@ -175,7 +177,7 @@ def test_what_a_row_says_wins(tmp_path: Path) -> None:
     assert found[2][-2:] == (1, 8.0)
     assert found[3].adapter == "adapter-001" and found[3].tenant == "tenant-1"
     own = msgspec.structs.replace(spec, popularity="tenant")
-    assert [a.adapter for a in own.open(0)][0::3] == ["sql", "adapter-001"]
+    assert [a.adapter for a in OfferedWorkload(own, 0)][0::3] == ["sql", "adapter-001"]
 
 
 def test_times_of_a_process_with_the_lengths_of_a_trace(trace: str) -> None:
@@ -194,19 +196,19 @@ def test_times_of_a_process_with_the_lengths_of_a_trace(trace: str) -> None:
 
 def test_it_is_read_as_it_is_drawn() -> None:
     spec = WorkloadSpec(arrivals="poisson:rate=2", limit=10**12, adapters=3)
-    assert len(list(islice(spec.open(0), 5))) == 5
+    assert len(list(islice(OfferedWorkload(spec, 0), 5))) == 5
 
 
 def test_a_trace_is_checked_when_it_is_opened(trace: str) -> None:
     with open(trace, "a") as file:
         file.write("\noops")
     with pytest.raises(ConfigError, match="line 6: has 1 fields"):
-        WorkloadSpec(trace=trace).open(0)
-    assert len(list(WorkloadSpec(trace=trace, limit=4).open(0))) == 4
+        OfferedWorkload(WorkloadSpec(trace=trace), 0)
+    assert len(list(OfferedWorkload(WorkloadSpec(trace=trace, limit=4), 0))) == 4
     with pytest.raises(ConfigError, match=r"^trace nowhere: cannot be read"):
-        WorkloadSpec(trace="nowhere").open(0)
+        OfferedWorkload(WorkloadSpec(trace="nowhere"), 0)
     with pytest.raises(ConfigError, match=r"^seed=1\.5"):
-        WorkloadSpec(arrivals="poisson:2", limit=1).open(1.5)  # type: ignore[arg-type]
+        OfferedWorkload(WorkloadSpec(arrivals="poisson:2", limit=1), 1.5)  # type: ignore[arg-type]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -261,7 +263,7 @@ def test_from_plain_data(trace: str) -> None:
     for fields in (FULL, {"trace": trace}):
         spec = WorkloadSpec(**fields)
         assert WorkloadSpec.from_dict(msgspec.to_builtins(spec)) == spec
-        described = spec.open(4).describe()
+        described = OfferedWorkload(spec, 4).describe()
         assert json.loads(json.dumps(described)) == described
         assert described.pop("seed") == 4
         assert WorkloadSpec.from_dict(described) == spec
@@ -304,9 +306,9 @@ specs = st.fixed_dictionaries(
 @given(specs, st.integers(0, 2**64))
 def test_every_arrival_can_be_played(fields: dict[str, Any], seed: int) -> None:
     spec = WorkloadSpec(tenants=3, **fields)
-    workload = WorkloadSpec.from_dict(json.loads(msgspec.json.encode(spec))).open(seed)
+    workload = OfferedWorkload(WorkloadSpec.from_dict(json.loads(msgspec.json.encode(spec))), seed)
     found = list(workload)
-    assert found == list(spec.open(seed)) and len(found) <= fields["limit"]
+    assert found == list(OfferedWorkload(spec, seed)) and len(found) <= fields["limit"]
     names = {shape.name for shape in workload.adapters}
     last = 0.0
     for arrival in found:

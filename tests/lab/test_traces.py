@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
+from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.traces import CSV_HEADER, JsonRow, LengthSample, TraceRow, read_trace, scan_trace
 
@@ -169,7 +170,7 @@ def test_json_rows_read_back(scratch: Path, rows: list[JsonRow]) -> None:
     ]
     summary = scan_trace(scratch)
     assert summary.adapters == tuple(sorted({row.adapter for row in rows if isinstance(row.adapter, str)}))
-    played = list(WorkloadSpec(trace=str(scratch)).open(0))
+    played = list(OfferedWorkload(WorkloadSpec(trace=str(scratch)), 0))
     assert [arrival.time for arrival in played] == pytest.approx(
         [r.time - rows[0].time for r in rows], abs=1e-6
     )
@@ -202,7 +203,7 @@ def test_memory_does_not_grow_with_a_trace(tmp_path: Path) -> None:
         path = long_trace(tmp_path / f"{rows}.csv", rows)
         tracemalloc.start()
         try:
-            for arrival in WorkloadSpec(trace=str(path), adapters=10).open(0):
+            for arrival in OfferedWorkload(WorkloadSpec(trace=str(path), adapters=10), 0):
                 assert arrival.time >= 0
             return tracemalloc.get_traced_memory()[1]
         finally:

@@ -26,7 +26,7 @@ def add(sim: StrictSim, tenant: str | None, prompt: int = 4, tokens: int = 4) ->
 
 
 def tenants_in_order(sim: StrictSim, requests: list[Request]) -> str:
-    tenant = {r.id: r.tenant for r in requests}
+    tenant = {r.id: r.options.tenant for r in requests}
     admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
     return "".join(str(tenant[i]) for i in admitted if i in tenant)
 
@@ -43,7 +43,7 @@ def test_one_batch_is_shared_too() -> None:
     sim = serial_sim(VTC(), seqs=4)
     requests = [add(sim, "x") for _ in range(8)] + [add(sim, "y") for _ in range(8)]
     sim.settle()
-    admitted = [r.tenant for r in requests if r.admitted is not None]
+    admitted = [r.options.tenant for r in requests if r.admitted is not None]
     assert sorted(map(str, admitted)) == ["x", "x", "y", "y"]
 
 

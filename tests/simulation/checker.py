@@ -183,7 +183,7 @@ class Checker:
         core, stepper = engine._core, engine._stepper
         engine.check_invariants()
         assert not self.open and not core.requests, f"not ended: {sorted(self.open)}"
-        assert not core.running and not core.queues and not core.request_views
+        assert not core.running and not core.queues
         assert core.blocks.num_free == core.blocks.num_blocks, "KV blocks are left"
         assert all(not e.running and not e.waiting for e in core.residency.entries.values())
         assert not stepper.streams, "output streams are left"

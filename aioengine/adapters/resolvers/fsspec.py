@@ -14,7 +14,7 @@ from aioengine.adapters.resolvers.base import WEIGHTS_FILES, BlockingResolver, i
 from aioengine.adapters.resolvers.local_copies import LocalCopies
 from aioengine.config import format_bytes, parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.model.files.resolve import cache_root
+from aioengine.model.files.cache import cache_root
 
 MAX_CONFIG_BYTES = 4 << 20
 _PIECE = 1 << 20

@@ -12,6 +12,7 @@ import msgspec
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 
@@ -65,7 +66,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def open_workload(self) -> Workload:
         """Raises ConfigError for a trace that cannot be used, or an adapter that no slot can hold."""
-        workload = self.workload.open(self.seed)
+        workload = OfferedWorkload(self.workload, self.seed)
         largest = max(workload.adapters, key=lambda shape: shape.rank, default=None)
         if largest is not None and largest.rank > self.max_lora_rank:
             raise ConfigError(

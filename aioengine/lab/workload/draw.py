@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -16,11 +16,9 @@ from aioengine.lab.workload.popularity import make_popularity, parse_popularity
 from aioengine.lab.workload.predictions import parse_deadline, parse_view
 from aioengine.lab.workload.random_streams import Weighted, stable_number, stream
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
+from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.spec_text import parse_shares
 from aioengine.lab.workload.traces import LengthSample, TraceRow, TraceSummary, read_trace, scan_trace
-
-if TYPE_CHECKING:
-    from aioengine.lab.workload.spec import WorkloadSpec
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
@@ -34,7 +32,11 @@ class _Draft(NamedTuple):
 
 
 class OfferedWorkload(Workload):
-    """Opened by ``WorkloadSpec.open``."""
+    """The workload of ``spec`` for ``seed``: the same on every machine.
+
+    A trace is read through once before, so that what is wrong with it is known at once. Raises
+    ConfigError, with file and line.
+    """
 
     def __init__(self, spec: WorkloadSpec, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):

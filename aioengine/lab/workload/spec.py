@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import msgspec
 
@@ -14,9 +14,6 @@ from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, pars
 from aioengine.lab.workload.popularity import check_tenants, parse_popularity
 from aioengine.lab.workload.predictions import parse_deadline, parse_view
 from aioengine.lab.workload.spec_text import nearest, normalised, parse_number, parse_shares
-
-if TYPE_CHECKING:
-    from aioengine.lab.workload.requests import Workload
 
 MAX_PRIORITY = 2**31
 
@@ -176,16 +173,6 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                     f"tenant_shares={text!r}: has {len(weights)} weights for tenants={self.tenants}"
                 )
         return normalised("tenant_shares", text, weights) if weights else []
-
-    def open(self, seed: int) -> Workload:
-        """The workload itself: the same for the same seed, on every machine.
-
-        A trace is read through once before, so that what is wrong with it is known at once. Raises
-        ConfigError, with file and line.
-        """
-        from aioengine.lab.workload.draw import OfferedWorkload
-
-        return OfferedWorkload(self, seed)
 
 
 def _text(spec: msgspec.Struct, field: str) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
+from aioengine.model.files.cache import EMBEDDED_MODEL, cache_root
 from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
-from aioengine.model.files.resolve import EMBEDDED_MODEL, cache_root
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
 from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
+from aioengine.model.files.cache import EMBEDDED_MODEL
 from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
 from aioengine.model.spec import ModelSpec
-
-EMBEDDED_MODEL = "smollm2-135m"
-"""The name that stands for the embedded model in ``EngineConfig.model``."""
 
 
 def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
@@ -57,13 +54,6 @@ def _from_hub(model: str, hub_id: HubId) -> Path:
         return download(hub_id, ["*.safetensors", "*.json", "*.jinja"])
     except Exception as error:  # the hub raises many unrelated types
         raise ConfigError(f"model={model!r}: no such folder, and {explain(error)}") from error
-
-
-def cache_root() -> Path:
-    """The folder for what can be made or fetched again: ``$XDG_CACHE_HOME/aioengine``."""
-    # The XDG base directory specification: a relative value is to be ignored.
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "aioengine"
 
 
 def read_spec(path: Path) -> ModelSpec:

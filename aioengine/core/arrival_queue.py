@@ -1,0 +1,55 @@
+"""A queue in order of arrival."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from heapq import merge
+from typing import Generic, Protocol, TypeVar
+
+
+class Numbered(Protocol):
+    @property
+    def seq(self) -> int:
+        """Order of arrival."""
+
+
+T = TypeVar("T", bound=Numbered)
+
+
+class ArrivalQueue(Generic[T]):
+    """Requests in arrival order; adding a new one and removing any one are O(1).
+
+    Preempted requests come back to a place in the middle. They are few (at most ``max_num_seqs``), so
+    they are kept apart, sorted, and merged in when the queue is read. (An OrderedDict finds its first
+    key at once; a dict whose front was emptied has to look for it.)
+    """
+
+    __slots__ = ("_fresh", "_returned")
+
+    def __init__(self) -> None:
+        self._fresh: OrderedDict[int, T] = OrderedDict()
+        self._returned: dict[int, T] = {}
+
+    def add(self, request: T) -> None:
+        self._fresh[request.seq] = request
+
+    def put_back(self, request: T) -> None:
+        self._returned[request.seq] = request
+        self._returned = dict(sorted(self._returned.items()))
+
+    def remove(self, request: T) -> None:
+        if self._fresh.pop(request.seq, None) is None:
+            del self._returned[request.seq]
+
+    @property
+    def head(self) -> T | None:
+        return next(iter(self), None)
+
+    def __len__(self) -> int:
+        return len(self._fresh) + len(self._returned)
+
+    def __iter__(self) -> Iterator[T]:
+        if not self._returned:
+            return iter(self._fresh.values())
+        return merge(self._fresh.values(), self._returned.values(), key=lambda r: r.seq)
