@@ -118,6 +118,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     (extra ``hub``)."""
     dtype: DType = "auto"
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
+    chat_template: str | None = None
+    """File with a chat template in Jinja, in place of the model's own."""
     quantization: Quantization = "none"
     """"int8" keeps the linears' weights as int8, with a scale for each output, and where the CPU has
     instructions for it multiplies them by int8 activations. CPU only."""
@@ -197,6 +199,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"policy_time_budget={budget!r}: must be more than 0 seconds")
         if self.max_waiting is not None:
             _integer(self, "max_waiting", low=1)
+        template = self.chat_template
+        if template is not None and (not isinstance(template, str) or not template or "\0" in template):
+            raise ConfigError(f"chat_template={template!r}: must be a file's path, or None")
         _boolean(self, "enable_prefix_caching")
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:

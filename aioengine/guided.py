@@ -6,13 +6,16 @@ chosen it says which may come next.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.grammars.limits import GrammarLimits
+from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_schema
 from aioengine.grammars.service import Grammars
 from aioengine.grammars.zygote_process import Tokens
 from aioengine.request import TokenConstraint
@@ -20,8 +23,7 @@ from aioengine.request import TokenConstraint
 if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
 
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
-"""Of unbounded white space a model that knows no better can produce any amount."""
+logger = logging.getLogger("aioengine.guided")
 
 
 class Guide:
@@ -61,17 +63,29 @@ class Guide:
         )
         engine.at_stop(self._grammars.close)
 
-    async def json_object(self, *, tenant: str | None = None) -> TokenConstraint:
+    async def json_object(
+        self, options: SchemaOptions | None = None, *, tenant: str | None = None
+    ) -> TokenConstraint:
         """Any JSON object."""
-        return await self.json_schema({"type": "object"}, tenant=tenant)
+        return await self.json_schema({"type": "object"}, options, tenant=tenant)
 
     async def json_schema(
-        self, schema: Mapping[str, Any] | str, *, tenant: str | None = None
+        self,
+        schema: Mapping[str, Any] | str,
+        options: SchemaOptions | None = None,
+        *,
+        tenant: str | None = None,
     ) -> TokenConstraint:
-        """JSON that conforms to ``schema``."""
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        from_schema = self._from.grammar_from_json_schema
-        return await self._constraint(text, lambda: from_schema(text, defaults=_JSON_OPTIONS), tenant)  # type: ignore[arg-type]
+        """JSON that conforms to ``schema``, by default without undeclared properties and in compact form."""
+        prepared = await asyncio.to_thread(prepare_schema, schema, options or SchemaOptions())
+        if prepared.not_enforced:
+            logger.warning("a JSON schema's %s: not enforced", ", ".join(prepared.not_enforced))
+        return await self.prepared_schema(prepared, tenant=tenant)
+
+    async def prepared_schema(self, schema: PreparedSchema, *, tenant: str | None = None) -> TokenConstraint:
+        """JSON that conforms to what :func:`~aioengine.grammars.schemas.prepare_schema` gave."""
+        text = schema.text
+        return await self._constraint(text, lambda: self._from.grammar_from_json_schema(text), tenant)
 
     async def regex(self, pattern: str, *, tenant: str | None = None) -> TokenConstraint:
         """Text that matches a regular expression (in Rust's syntax) as a whole."""

@@ -41,8 +41,8 @@ ROOMS: dict[str, set[str]] = {
     "metrics": set(),
     "runtime": {"adapters", "core", "executors", "metrics", "model", "schedulers"},
     "engine": {"adapters", "core", "executors", "grammars", "metrics", "model", "runtime", "schedulers"},
-    "cli": {"engine", "model", "runtime", "schedulers", "server", "lab"},
-    "server": {"adapters", "engine", "metrics", "runtime", "schedulers"},
+    "cli": {"engine", "grammars", "model", "runtime", "schedulers", "server", "lab"},
+    "server": {"adapters", "engine", "grammars", "metrics", "runtime", "schedulers"},
     "lab": {"core", "engine", "executors", "metrics", "runtime", "schedulers"},
 }
 """Room -> the rooms that it may import from. ``engine`` is the modules directly in aioengine/."""

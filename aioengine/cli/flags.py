@@ -69,6 +69,8 @@ class EngineFlags:
     """Compute dtype."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
     """"int8": the linears' weights as int8. CPU only."""
+    chat_template: Annotated[str | None, _IN_MORE] = None
+    """File with a chat template in Jinja, in place of the model's own."""
     max_model_len: Annotated[int | None, _IN_MORE] = None
     """Longest prompt plus output, in tokens."""
     max_num_batched_tokens: Annotated[int | None, _IN_MORE] = None

@@ -22,6 +22,7 @@ from aioengine.cli.process import EXIT_FAILED
 from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serve_log import configure_logging
 from aioengine.errors import ConfigError
+from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.settings import ServerSettings, parse_keys
 
 if TYPE_CHECKING:
@@ -80,6 +81,14 @@ class ServerFlags:
     """For chats that name none; by default what the context has room for."""
     ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
     """Go on without fields that are not known, which otherwise are refused."""
+    open_objects: Annotated[bool, _IN_MORE] = False
+    """Guided JSON may have properties that its schema does not declare; by default only where the schema
+    has additionalProperties."""
+    any_whitespace: Annotated[bool, _IN_MORE] = False
+    """Guided JSON may be laid out with white space; by default it is compact."""
+    lenient_schemas: Annotated[bool, _IN_MORE] = True
+    """Accept schemas with uniqueItems, unknown formats and overlapping oneOf, which are not enforced; the
+    answer's header x-not-enforced and the log say so. Otherwise they are refused."""
     request_timeout: Annotated[float, _IN_MORE] = 600.0
     """Seconds that a request may take in all; 0 is no bound."""
     header_timeout: Annotated[float, _IN_MORE] = 10.0
@@ -105,6 +114,11 @@ class ServerFlags:
             share_prefix_cache=self.share_prefix_cache,
             default_max_tokens=self.default_max_tokens,
             ignore_unknown_fields=self.ignore_unknown_fields,
+            schemas=SchemaOptions(
+                open_objects=self.open_objects,
+                any_whitespace=self.any_whitespace,
+                lenient=self.lenient_schemas,
+            ),
             request_timeout=self.request_timeout or None,
             read_timeout=self.read_timeout,
             send_timeout=self.send_timeout,

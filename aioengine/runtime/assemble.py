@@ -130,7 +130,8 @@ def build_parts(
         allow_nonfinite=lora is not None and lora.allow_nonfinite,
         shard=group.shard,
     )
-    return Parts(spec, plan, runner, store, load_tokenizer(path) if tokenizer else None)
+    found = load_tokenizer(path, config.chat_template) if tokenizer else None
+    return Parts(spec, plan, runner, store, found)
 
 
 def build(
@@ -164,7 +165,7 @@ async def build_with_workers(
     # The policy is the engine's business, and may not fit into a message.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
     executor = ProcessExecutor(theirs)
-    reading = loop.run_in_executor(work, load_tokenizer, path)
+    reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
     plan = msgspec.msgpack.decode(await executor.start(progress), type=MemoryPlan)
     plan = msgspec.structs.replace(plan, num_blocks=executor.num_blocks)
     try:
@@ -197,18 +198,25 @@ def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> Sched
     return policy
 
 
-def load_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer that comes with a model folder or GGUF file; None if there is none."""
+def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | None:
+    """The tokenizer that comes with a model folder or GGUF file; None if there is none.
+
+    ``chat_template`` is a file that takes the place of the model's own. Raises ConfigError if it cannot be
+    read or is no template.
+    """
     from aioengine.model.text.tokenizer import Tokenizer  # imports tokenizers
 
     if path.suffix != ".gguf":
-        return Tokenizer.from_dir(path)
-    from aioengine.model.text import gguf_tokenizer
+        tokenizer = Tokenizer.from_dir(path)
+    else:
+        from aioengine.model.text import gguf_tokenizer  # optional dependency
 
-    found = gguf_tokenizer.build_tokenizer(path)
-    if found is None:
-        return None
-    return Tokenizer.from_tokenizer(found, chat_template=gguf_tokenizer.chat_template(path))
+        found = gguf_tokenizer.build_tokenizer(path)
+        own = gguf_tokenizer.chat_template(path)
+        tokenizer = None if found is None else Tokenizer.from_tokenizer(found, chat_template=own)
+    if tokenizer is not None and chat_template is not None:
+        tokenizer.use_chat_template(Path(chat_template))
+    return tokenizer
 
 
 def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:

@@ -31,6 +31,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     ttft: float | None = None
     """Seconds from arrival to the first token."""
     finish_reason: str | None = None
+    not_enforced: str | None = None
+    """What the answer's JSON schema asks for and is not held to."""
     error: str | None = None
     param: str | None = None
     """The field that a refusal is about."""

@@ -106,6 +106,10 @@ class ServerApp:
                 record.status = message["status"]
                 tag = (b"x-request-id", record.request_id.encode())
                 message = {**message, "headers": [*message["headers"], tag]}
+                if record.not_enforced is not None:
+                    message["headers"].append(
+                        (b"x-not-enforced", record.not_enforced.encode("ascii", "replace"))
+                    )
             await send(message)
 
         try:

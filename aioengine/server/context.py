@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -20,13 +21,16 @@ from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
 from aioengine.server.generation import Generation, Scores
 from aioengine.server.openai.api import GenerationFields
-from aioengine.server.openai.constraints import MakeConstraint
+from aioengine.server.openai.constraints import Form
 from aioengine.server.openai.logprobs import TokenBytes
 from aioengine.server.openai.sampling import for_choice
 from aioengine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
+
+
+logger = logging.getLogger("aioengine.server")
 
 
 class Context:
@@ -39,6 +43,7 @@ class Context:
         self.draining = False
         """New requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None
+        self._tools_noted = False
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's ``model`` stands for; None for the base model."""
@@ -93,6 +98,17 @@ class Context:
 
         return await asyncio.to_thread(lambda: [decode(prompt) for prompt in prompts])
 
+    async def note_hidden_tools(self) -> None:
+        """Warn, once, if the chat template does not show tools to the model."""
+        if self._tools_noted:
+            return
+        self._tools_noted = True
+        if not await asyncio.to_thread(lambda: self.tokenizer.shows_tools):
+            logger.warning(
+                "the model's chat template does not show tools to the model, so that it cannot know them; "
+                "give another one with --chat-template"
+            )
+
     def check_prompts(
         self, prompts: Sequence[list[int]], n: int, *, field: str, max_tokens: int | None = None
     ) -> None:
@@ -120,7 +136,7 @@ class Context:
         fields: GenerationFields,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        constraint: MakeConstraint | None,
+        form: Form | None,
         record: RequestRecord,
         *,
         prefix: str,
@@ -131,13 +147,15 @@ class Context:
         for _prompt in prompts:
             for choice in range(n):
                 own = for_choice(params, choice)
-                if constraint is not None:
+                if form is not None:
                     try:
-                        made = await constraint(self.guide)
+                        made = await form.constraint(self.guide, record.tenant)
                     except ConfigError as error:
                         raise RequestInvalid(str(error)) from error
                     own = msgspec.structs.replace(own, constraint=made)
                 of_choices.append(own)
+        if form is not None:
+            record.not_enforced = ", ".join(form.not_enforced) or None
         unique = f"{prefix}-{uuid.uuid4().hex}"
         record.completion_id = unique if fields.request_id is None else f"{prefix}-{fields.request_id}"
         record.stream = bool(fields.stream)

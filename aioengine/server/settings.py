@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from aioengine.errors import ConfigError
+from aioengine.grammars.schemas import SchemaOptions
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +37,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ignore_unknown_fields: bool = False
     """Leave out fields of requests that are not known, which are refused otherwise; each name is logged
     once."""
+    schemas: SchemaOptions = SchemaOptions()
+    """How JSON schemas are read and JSON is written, where a request does not say."""
     request_timeout: float | None = 600.0
     """Seconds from arrival by which a generation must have ended; None: no bound."""
     read_timeout: float = 30.0

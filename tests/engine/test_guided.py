@@ -101,7 +101,7 @@ async def test_a_constraint_that_fails_ends_its_request_alone(
     ("make", "what"),
     [
         (lambda guide: guide.json_schema({"type": "nonsense"}), "nonsense"),
-        (lambda guide: guide.json_schema("{"), "malformed"),
+        (lambda guide: guide.json_schema("{"), "not JSON"),
         (lambda guide: guide.regex("("), "regex|unclosed|parse"),
         (lambda guide: guide.lark("start: undefined"), "undefined"),
         (lambda guide: guide.choice([]), "choice"),

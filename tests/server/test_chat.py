@@ -131,7 +131,6 @@ async def test_without_max_tokens_the_context_is_the_bound(serve: Serve) -> None
         ({"function_call": "auto"}, "function_call"),
         ({"audio": {}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, "messages"),

@@ -13,6 +13,9 @@ import pytest
 from support.engine_fixtures import MakeEngine, Tiny
 from support.server_fixtures import MODEL, Serve, served_by
 
+from aioengine.errors import ConfigError
+from aioengine.grammars.schemas import SchemaOptions
+
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -27,6 +30,19 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": "stop"}},
 ]
 USER: Any = [{"role": "user", "content": "Hi"}]
+
+
+def with_parameters(parameters: Any, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, **fields}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [named(name) for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -56,13 +72,13 @@ async def test_a_schema_is_kept(stream: bool, serve: Serve) -> None:
 
 async def test_json_object(serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
+        # Quotes and closing braces are likely, and the end, which is a byte too, only where nothing else is.
+        bias = {"1": 6, "92": 6, "255": -100}
         answer = await served.client.chat.completions.create(
-            **chat(response_format={"type": "json_object"}, temperature=0)
+            **chat(response_format={"type": "json_object"}, logit_bias=bias)
         )
-        text = answer.choices[0].message.content or ""
-        assert text.startswith("{")
-        if answer.choices[0].finish_reason == "stop":
-            assert isinstance(json.loads(text), dict)
+        assert answer.choices[0].finish_reason == "stop"
+        assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +116,34 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
                     "json_schema": {"name": "x", "schema": {"type": "no"}},
                 }
             },
-            None,
+            "response_format",
         ),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "("}}, None),
-        ({"structured_outputs": {"choice": []}}, "choice"),
-        ({"structured_outputs": {"grammar": "start: ?"}}, None),
-        ({"structured_outputs": {"regex": "a" * 300_000}}, None),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: ?"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs"),
+        (
+            {"tools": [TOOLS[1], with_parameters({"type": "no"})], "tool_choice": "required"},
+            "tools[1].function.parameters",
+        ),
+        (
+            {"tools": [TOOLS[1], with_parameters({"not": {}})], "tool_choice": "required"},
+            "tools[1].function.parameters",
+        ),
+        (
+            {"tools": [with_parameters({"$ref": "#/x"})], "tool_choice": "required"},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"tools": [with_parameters({"not": {}})], "tool_choice": named("f")},
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": named("f")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, None),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
@@ -145,6 +181,109 @@ async def test_a_call_can_be_demanded(choice: Any, stream: bool, serve: Serve) -
                 assert value["color"] in ("red", "green")
             else:
                 assert (call.function.name, isinstance(value, dict)) == ("stop", True)
+
+
+async def answers(served: Any, stream: bool, **arguments: Any) -> tuple[str, list[Any], str | None]:
+    """Text, calls and finish reason of a chat, as the client gathers them."""
+    if not stream:
+        answer = await served.client.chat.completions.create(**arguments)
+        message = answer.choices[0].message
+        return message.content or "", message.tool_calls or [], answer.choices[0].finish_reason
+    text, calls, reason = "", [], None
+    async for chunk in await served.client.chat.completions.create(stream=True, **arguments):
+        text += chunk.choices[0].delta.content or ""
+        calls += chunk.choices[0].delta.tool_calls or []
+        reason = chunk.choices[0].finish_reason
+    assert [call.index for call in calls] == list(range(len(calls)))
+    return text, calls, reason
+
+
+BOOLEAN = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_call_unless_more_are_asked_for(stream: bool, serve: Serve) -> None:
+    # "[" begins a list and "," goes on with it, so that the random model never ends one by itself.
+    wanted: Any = chat(tools=[with_parameters(BOOLEAN)], tool_choice="required", logit_bias={"11": 50})
+    async with serve(max_model_len=500) as served:
+        for parallel in (None, False):
+            more = {} if parallel is None else {"parallel_tool_calls": parallel}
+            text, calls, reason = await answers(served, stream, **wanted, **more)
+            assert (text, len(calls), reason) == ("", 1, "tool_calls")
+        wanted["max_tokens"] = 120  # in the middle of one
+        text, calls, reason = await answers(served, stream, **wanted, parallel_tool_calls=True)
+        assert (text, reason) == ("", "length")
+        assert 1 <= len(calls) < 4
+        assert all(type(json.loads(call.function.arguments)["x"]) is bool for call in calls)
+        wanted["max_tokens"] = 10
+        assert await answers(served, stream, **wanted) == ("", [], "length")
+        wanted["tool_choice"] = named("f")
+        wanted["max_tokens"] = 4
+        assert await answers(served, stream, **wanted) == ("", [], "length")
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"type": "object", "properties": {}}])
+async def test_a_function_without_parameters_gets_none(parameters: Any, serve: Serve) -> None:
+    async with serve(max_model_len=400) as served:
+        for choice in ("required", named("f")):
+            wanted: Any = chat(tools=[with_parameters(parameters)], tool_choice=choice)
+            _, [call], reason = await answers(served, False, **wanted)
+            assert (call.function.arguments, reason) == ("{}", "tool_calls")
+
+
+async def test_only_allowed_tools_are_called(serve: Serve) -> None:
+    async with serve(max_model_len=400) as served:
+        for seed in range(4):
+            wanted: Any = chat(tools=TOOLS, tool_choice=allowed("required", "stop"), seed=seed)
+            _, [call], _ = await answers(served, False, **wanted)
+            assert call.function.name == "stop"
+        wanted = chat(tools=TOOLS, tool_choice=allowed("auto", "stop"), max_tokens=3)
+        assert (await answers(served, False, **wanted))[2] in ("stop", "length")
+
+
+async def test_undeclared_properties_are_left_out(serve: Serve) -> None:
+    """Unless the server is told otherwise, and then not of a schema that is strict."""
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": BOOLEAN}}
+    strict: Any = {"type": "json_schema", "json_schema": {**format_["json_schema"], "strict": True}}
+    tool: Any = {"tools": [with_parameters(BOOLEAN, strict=True)], "tool_choice": "required"}
+    comma = {"11": 50}  # asks for another property as soon as there may be one
+    for schemas in (SchemaOptions(), SchemaOptions(open_objects=True)):
+        async with serve(max_model_len=400, settings={"schemas": schemas}) as served:
+            for wanted in ({"response_format": format_}, {"response_format": strict}, tool):
+                text, calls, reason = await answers(served, False, **chat(logit_bias=comma, **wanted))
+                is_open = schemas.open_objects and wanted == {"response_format": format_}
+                assert reason == ("length" if is_open else "tool_calls" if calls else "stop")
+                if not is_open:
+                    assert set(json.loads(calls[0].function.arguments if calls else text)) == {"x"}
+
+
+async def test_what_is_not_enforced_is_said(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    schema = {"type": "array", "uniqueItems": True, "items": {"const": 1}, "maxItems": 2}
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {**chat(response_format=format_), "max_tokens": 20}
+    for lenient in (True, False):
+        settings = {"schemas": SchemaOptions(lenient=lenient)}
+        async with serve(max_model_len=400, settings=settings) as served:
+            caplog.set_level("INFO", logger="aioengine.server.access")
+            answer = await served.http.post("/v1/chat/completions", json=body)
+            if lenient:
+                assert answer.status_code == 200
+                assert answer.headers["x-not-enforced"] == "uniqueItems"
+                assert "not_enforced=uniqueItems" in caplog.text
+            else:
+                assert answer.status_code == 400
+                assert "uniqueItems" in answer.json()["error"]["message"]
+
+
+async def test_the_whole_reason_is_given(serve: Serve) -> None:
+    async with serve(max_model_len=400) as served:
+        schema = {"type": "string", "pattern": "(?=a)b"}
+        with pytest.raises(openai.BadRequestError, match="look-around"):
+            await served.client.chat.completions.create(
+                **chat(
+                    response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}  # type: ignore[arg-type]
+                )
+            )
 
 
 @pytest.fixture
@@ -202,3 +341,64 @@ async def test_tagged_calls_are_taken_out_of_the_text(
         shown = await served.http.post("/tokenize", json={"messages": USER, "tools": TOOLS})
         back = await served.http.post("/detokenize", json={"tokens": shown.json()["tokens"]})
         assert back.json()["prompt"] == "paint;stop;user:Hi"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_single_tagged_call_ends_the_answer(
+    stream: bool, hermes: Tiny, make_engine: MakeEngine
+) -> None:
+    call = '<tool_call>{"name": "paint", "arguments": {"color": "red"}}</tool_call>'
+    wanted: Any = chat(
+        tools=TOOLS, extra_body={"structured_outputs": {"choice": [f"On it.{call}{call} Yes."]}}
+    )
+    async with make_engine(hermes, max_model_len=500) as engine, served_by(engine) as served:
+        for parallel, count, after in ((True, 2, " Yes."), (False, 1, "")):
+            text, calls, reason = await answers(served, stream, **wanted, parallel_tool_calls=parallel)
+            assert (text, len(calls), reason) == (f"On it.{after}", count, "tool_calls")
+
+
+async def test_history_as_clients_write_it(hermes: Tiny, make_engine: MakeEngine) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}({{ c.function.arguments | tojson }}){% endfor %};{% endfor %}"
+    )
+    (hermes.model / "chat_template.jinja").write_text(template)
+    call = {"id": "1", "type": "function", "function": {"name": "stop", "arguments": ""}}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "ok"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "assistant", "content": None, "refusal": "Never."},
+    ]
+    async with make_engine(hermes, max_model_len=500) as engine, served_by(engine) as served:
+        tokens = await served.http.post("/tokenize", json={"messages": messages})
+        back = await served.http.post("/detokenize", json={"tokens": tokens.json()["tokens"]})
+        assert back.json()["prompt"] == "user:Hi;assistant:({});tool:ok;assistant:No.;assistant:Never.;"
+
+
+async def test_a_template_that_hides_tools_is_told_of_once(
+    tiny_text: Tiny, hermes: Tiny, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model, count in ((tiny_text, 1), (hermes, 0)):
+        caplog.clear()
+        async with make_engine(model, max_model_len=500) as engine, served_by(engine) as served:
+            for _ in range(2):
+                await answers(served, False, **chat(tools=TOOLS, max_tokens=1))
+            assert sum("does not show tools" in record.message for record in caplog.records) == count
+
+
+async def test_another_chat_template(tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }}!")
+    async with make_engine(tiny_text, chat_template=str(file)) as engine:
+        assert engine.tokenizer is not None
+        assert engine.tokenizer.render_chat(USER) == "Hi!"
+    for text, reason in (("{% for %}", "is no Jinja template"), (None, "cannot be read")):
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(ConfigError, match=reason):
+            async with make_engine(tiny_text, chat_template=str(file)):
+                pass
+        file.touch()

@@ -5,6 +5,7 @@ Chat templates come with the model and are untrusted: they run in jinja2's immut
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_toke
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template. Safe to share between threads; not modified after init."""
+    """A model's tokenizer and chat template. Safe to share between threads."""
 
     def __init__(
         self,
@@ -137,6 +138,29 @@ class Tokenizer:
             raise RequestInvalid(
                 f"the chat template refused the messages: {type(error).__name__}: {error}"
             ) from error
+
+    def use_chat_template(self, path: Path) -> None:
+        """Take another chat template, before the first chat is rendered. Raises
+        :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
+        try:
+            self._chat_template = path.read_text(encoding="utf-8")
+            self._compiled = _environment().from_string(self._chat_template)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ConfigError(f"chat_template {path}: is no Jinja template: {error}") from error
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template writes the ``tools`` that it is given into the prompt. True if it does
+        not take a plain message, which tells nothing."""
+        function = {"name": "look_up", "description": "Looks it up.", "parameters": {"type": "object"}}
+        messages = [{"role": "user", "content": "Hi"}]
+        try:
+            without = self.render_chat(messages)
+            return self.render_chat(messages, tools=[{"type": "function", "function": function}]) != without
+        except RequestInvalid:
+            return True
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

@@ -53,7 +53,8 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
-    """Whatever it is, the schema is enforced."""
+    """The schema is enforced, whatever it is. True: undeclared properties are left out even if the server
+    allows them."""
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -62,7 +63,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Exactly one of them."""
+    """Exactly one of the first four."""
 
     json: dict[str, Any] | str | None = None
     """A JSON schema."""
@@ -70,6 +71,10 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     choice: Annotated[list[str], Meta(max_length=10_000)] | None = None
     grammar: str | None = None
     """In Lark's notation."""
+    disable_any_whitespace: bool | None = None
+    """For ``json``: compact, or not. If it is not given, the server decides."""
+    disable_additional_properties: bool | None = None
+    """For ``json``: only declared properties, or also others. If it is not given, the server decides."""
 
 
 class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

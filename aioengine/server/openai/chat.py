@@ -15,7 +15,7 @@ from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest, Message, Tool
 from aioengine.server.openai.chat_reply import ChatReply
-from aioengine.server.openai.constraints import wanted_constraint
+from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.sampling import sampling_params
 from aioengine.server.openai.tools import ToolPlan, plan_tools
 from aioengine.server.streaming import GenerationResponse, ReplyOptions
@@ -30,12 +30,11 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
     ) -> Response[ChatCompletion]:
         record = record_of(request)
         _refuse_unsupported(data)
-        try:
-            tools = plan_tools(data)
-        except ValueError as error:
-            raise ApiError(400, f"tool_choice: {error}", param="tool_choice", code="invalid_value") from error
-        constraint = wanted_constraint(data, data.response_format, tools)
+        tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
+        form = wanted_form(data, context.settings.schemas, data.response_format, tools)
         prompt = await context.encode_chat(to_template(data.messages), _variables(data, tools))
+        if tools.tools:
+            await context.note_hidden_tools()
         asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
         if data.truncate_prompt_tokens is not None:
             [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
@@ -50,8 +49,9 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
             prompt_logprobs=data.prompt_logprobs,
             constraint=None,
         )
-        generation = await context.generation(data, [prompt], params, constraint, record, prefix="chatcmpl")
         template = context.tokenizer.chat_template
+        params = tools.stopping_after_a_call(params, template)
+        generation = await context.generation(data, [prompt], params, form, record, prefix="chatcmpl")
         reply = ChatReply(
             generation.reply_id,
             ReplyOptions.of(data),
@@ -94,24 +94,31 @@ def _text(message: Message, where: str) -> str:
     content = message.content
     if content is None:
         if message.role == "assistant":
-            return ""
+            return message.refusal or ""
         raise ApiError(400, f"{where}.content: is missing", param=f"{where}.content", code="invalid_value")
     if isinstance(content, str):
         return content
+    texts = []
     for i, part in enumerate(content):
-        if part.type != "text" or part.text is None:
+        is_refusal = part.type == "refusal" and message.role == "assistant"
+        text = part.refusal if is_refusal else part.text
+        if (part.type != "text" and not is_refusal) or text is None:
             raise ApiError(
                 400,
                 f"{where}.content[{i}]: only parts of type 'text' are supported, not {part.type!r}",
                 param=f"{where}.content",
                 code="unsupported_parameter",
             )
-    return "\n".join(part.text or "" for part in content)
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _arguments(call: dict[str, Any], where: str) -> Any:
+    text = call["function"]["arguments"]
+    if not text.strip():  # what some write for a function without parameters
+        return {}
     try:
-        return msgspec.json.decode(call["function"]["arguments"])
+        return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
         raise ApiError(400, f"{where}: is not JSON: {error}", param=where, code="invalid_value") from error
 
@@ -146,7 +153,7 @@ def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
     """Tools as chat templates take them: without what was not given."""
     return [
         {
-            "type": tool.type,
+            "type": "function",
             "function": {
                 key: value
                 for key, value in msgspec.structs.asdict(tool.function).items()
@@ -171,8 +178,6 @@ def _refuse_unsupported(data: ChatRequest) -> None:
         raise unsupported("reasoning_effort", "is the template's business: see chat_template_kwargs")
     if data.modalities not in (None, ["text"]):
         raise unsupported("modalities", "answers are text")
-    if data.parallel_tool_calls is False:
-        raise unsupported("parallel_tool_calls", "how many calls the model makes is up to it")
     if data.top_logprobs and not data.logprobs:
         raise ApiError(
             400, "top_logprobs: needs logprobs to be true", param="top_logprobs", code="invalid_value"

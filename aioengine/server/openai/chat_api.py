@@ -26,14 +26,15 @@ MAX_TOOLS = 128
 
 class ContentPart(msgspec.Struct, kw_only=True):
     type: str
-    """Only "text"."""
+    """Only "text"; in an assistant's turn also "refusal"."""
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(msgspec.Struct, kw_only=True):
     name: str
     arguments: str
-    """JSON."""
+    """JSON; in a request, nothing is {}."""
 
 
 class ToolCall(msgspec.Struct, kw_only=True):
@@ -47,6 +48,8 @@ class Message(msgspec.Struct, kw_only=True):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
+    refusal: str | None = None
+    """What the assistant said in place of content."""
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -60,18 +63,44 @@ class Function(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["function"]
+class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
     function: Function
+
+
+class CustomTool(msgspec.Struct, kw_only=True, tag_field="type", tag="custom"):
+    """Refused: its input is free text, which the server does not look for."""
+
+    custom: Any = None
 
 
 class FunctionName(msgspec.Struct, kw_only=True):
     name: str
 
 
-class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["function"]
+class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
     function: FunctionName
+
+
+class NamedCustomTool(msgspec.Struct, kw_only=True, tag_field="type", tag="custom"):
+    """Refused."""
+
+    custom: Any = None
+
+
+class Allowed(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(
+    msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
+):
+    """Only some of the tools, by name; the model is shown no others."""
+
+    allowed_tools: Allowed
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools | NamedCustomTool
 
 
 class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
@@ -81,10 +110,10 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    """Only true: how many calls the model makes is up to it."""
+    """False: at most one call. True: up to 16 where a call is required, which otherwise is one."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as ``enable_thinking``."""
     add_generation_prompt: bool | None = None

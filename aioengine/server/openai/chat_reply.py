@@ -61,7 +61,7 @@ class ChatReply:
 
     def chunk(self, index: int, output: RequestOutput) -> bytes | None:
         choice = self._choices[index]
-        text, calls = _parse(choice.parser, output.text_delta, output.finished)
+        text, calls = _parse(choice.parser, output.text_delta, output)
         logprobs = self._logprobs(choice, output)
         new_ids = self._options.token_ids and output.token_ids_delta
         if not (text or calls or output.finished or (logprobs and logprobs.content) or new_ids):
@@ -107,7 +107,7 @@ class ChatReply:
 
     def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
         choice = self._choices[index]
-        text, calls = _parse(choice.parser, output.text, True)
+        text, calls = _parse(choice.parser, output.text, output)
         text = self._echoed + text
         return ChatChoice(
             index=index,
@@ -133,13 +133,13 @@ class ChatReply:
         return chat_logprobs(entries, self._token_bytes)
 
 
-def _parse(parser: ToolParser | None, text: str, finished: bool) -> Parsed:
+def _parse(parser: ToolParser | None, text: str, output: RequestOutput) -> Parsed:
     if parser is None:
         return Parsed(text)
     parsed = parser.push(text)
-    if not finished:
+    if not output.finished:
         return parsed
-    rest = parser.finish()
+    rest = parser.finish(output.stop_reason)
     return Parsed(parsed.text + rest.text, [*parsed.calls, *rest.calls])
 
 

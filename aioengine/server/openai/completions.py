@@ -23,7 +23,7 @@ from aioengine.server.openai.completions_api import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from aioengine.server.openai.constraints import wanted_constraint
+from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.logprobs import (
     TextOffsets,
     TokenBytes,
@@ -59,7 +59,12 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             constraint=None,
         )
         generation = await context.generation(
-            data, prompts, params, wanted_constraint(data, data.response_format), record, prefix="cmpl"
+            data,
+            prompts,
+            params,
+            wanted_form(data, context.settings.schemas, data.response_format),
+            record,
+            prefix="cmpl",
         )
         reply = CompletionReply(
             generation.reply_id,

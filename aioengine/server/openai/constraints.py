@@ -2,26 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
+import msgspec
+
+from aioengine.errors import RequestInvalid
+from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_schema
 from aioengine.guided import Guide
 from aioengine.request import TokenConstraint
 from aioengine.server.errors import ApiError
 from aioengine.server.openai.api import GenerationFields, ResponseFormat, StructuredOutputs
 from aioengine.server.openai.tools import ToolPlan
 
-MakeConstraint = Callable[[Guide], Awaitable[TokenConstraint]]
+
+class Compile(Protocol):
+    """A method of Guide's."""
+
+    def __call__(
+        self, guide: Guide, wanted: Any, /, *, tenant: str | None
+    ) -> Coroutine[Any, Any, TokenConstraint]: ...
 
 
-def wanted_constraint(
-    fields: GenerationFields, response_format: ResponseFormat | None = None, tools: ToolPlan | None = None
-) -> MakeConstraint | None:
-    """What makes a choice's constraint; None if the answer is free. Raises ApiError if there are two."""
-    found: dict[str, MakeConstraint] = {}
+class Form:
+    """A form that an answer is held to.
+
+    Args:
+        param: The request's field that asks for it.
+        compile: Makes a choice's constraint out of it.
+        write: Gives what ``compile`` takes, and what is not enforced of it. Called once, in a thread. Raises
+            RequestInvalid.
+        blame: ``param``, more exactly, by the reason for which ``compile`` refused it; None: ``param``.
+    """
+
+    def __init__(
+        self,
+        param: str,
+        compile: Compile,
+        write: Callable[[], tuple[Any, Sequence[str]]],
+        blame: Callable[[str], str | None] = lambda _reason: None,
+    ) -> None:
+        self._param = param
+        self._compile = compile
+        self._write = write
+        self._blame = blame
+        self._written: tuple[Any, Sequence[str]] | None = None
+
+    async def constraint(self, guide: Guide, tenant: str | None) -> TokenConstraint:
+        """A constraint for one choice. Raises ApiError that names the field."""
+        try:
+            return await self._compile(guide, (await self._once_written())[0], tenant=tenant)
+        except RequestInvalid as error:
+            param = self._blame(str(error)) or self._param
+            raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+
+    async def _once_written(self) -> tuple[Any, Sequence[str]]:
+        if self._written is not None:
+            return self._written
+        written: tuple[Any, Sequence[str]] = await asyncio.to_thread(self._write)
+        self._written = written
+        return written
+
+    @property
+    def not_enforced(self) -> Sequence[str]:
+        """Known once there is a constraint."""
+        return () if self._written is None else self._written[1]
+
+
+def wanted_form(
+    fields: GenerationFields,
+    options: SchemaOptions,
+    response_format: ResponseFormat | None = None,
+    tools: ToolPlan | None = None,
+) -> Form | None:
+    """The form of a request's answers; None if they are free. Raises ApiError if there are two."""
+    found: dict[str, Form] = {}
     if response_format is not None and response_format.type != "text":
-        found["response_format"] = _of_format(response_format)
+        found["response_format"] = _of_format(response_format, options)
     if fields.structured_outputs is not None:
-        found["structured_outputs"] = _of_outputs(fields.structured_outputs)
+        found["structured_outputs"] = _of_outputs(fields.structured_outputs, options)
     older = StructuredOutputs(
         json=fields.guided_json,
         regex=fields.guided_regex,
@@ -29,40 +89,53 @@ def wanted_constraint(
         grammar=fields.guided_grammar,
     )
     if older != StructuredOutputs():
-        found["guided_json"] = _of_outputs(older)
+        found["guided_json"] = _of_outputs(older, options, "guided_{}")
     if tools is not None and not tools.is_free:
-        found["tool_choice"] = tools.constraint
+        found["tool_choice"] = _of_tools(tools, options)
     if len(found) > 1:
         first, second, *_ = found
         raise ApiError(400, f"{first} and {second} cannot both hold", param=second, code="invalid_value")
     return next(iter(found.values()), None)
 
 
-def _of_format(wanted: ResponseFormat) -> MakeConstraint:
+def json_form(param: str, schema: Any, options: SchemaOptions) -> Form:
+    def write() -> tuple[PreparedSchema, Sequence[str]]:
+        prepared = prepare_schema(schema, options)
+        return prepared, prepared.not_enforced
+
+    return Form(param, Guide.prepared_schema, write)
+
+
+def _of_format(wanted: ResponseFormat, options: SchemaOptions) -> Form:
     if wanted.type == "json_object":
-        return lambda guide: guide.json_object()
+        return json_form("response_format", {"type": "object"}, options)
     json_schema = wanted.json_schema
-    schema = None if json_schema is None else json_schema.schema
-    if schema is None:
+    if json_schema is None or json_schema.schema is None:
         raise ApiError(
             400,
             "response_format: json_schema.schema is missing",
             param="response_format.json_schema.schema",
             code="invalid_value",
         )
-    return lambda guide: guide.json_schema(schema)
+    return json_form("response_format", json_schema.schema, options.for_strict(json_schema.strict))
 
 
-def _of_outputs(wanted: StructuredOutputs) -> MakeConstraint:
-    found: list[MakeConstraint] = []
+def _of_outputs(wanted: StructuredOutputs, options: SchemaOptions, param: str = "structured_outputs") -> Form:
+    """``param`` may have a place for the kind of form."""
+    found: list[Form] = []
     if (schema := wanted.json) is not None:
-        found.append(lambda guide: guide.json_schema(schema))
+        if wanted.disable_any_whitespace is not None:
+            options = msgspec.structs.replace(options, any_whitespace=not wanted.disable_any_whitespace)
+        if wanted.disable_additional_properties is not None:
+            is_open = not wanted.disable_additional_properties
+            options = msgspec.structs.replace(options, open_objects=is_open)
+        found.append(json_form(param.format("json"), schema, options))
     if (pattern := wanted.regex) is not None:
-        found.append(lambda guide: guide.regex(pattern))
-    if (options := wanted.choice) is not None:
-        found.append(lambda guide: guide.choice(options))
+        found.append(Form(param.format("regex"), Guide.regex, lambda: (pattern, ())))
+    if (choices := wanted.choice) is not None:
+        found.append(Form(param.format("choice"), Guide.choice, lambda: (choices, ())))
     if (grammar := wanted.grammar) is not None:
-        found.append(lambda guide: guide.lark(grammar))
+        found.append(Form(param.format("grammar"), Guide.lark, lambda: (grammar, ())))
     if len(found) != 1:
         raise ApiError(
             400,
@@ -71,3 +144,12 @@ def _of_outputs(wanted: StructuredOutputs) -> MakeConstraint:
             code="invalid_value",
         )
     return found[0]
+
+
+def _of_tools(plan: ToolPlan, options: SchemaOptions) -> Form:
+    if plan.forced is None:
+        return Form("tools", Guide.lark, lambda: plan.grammar(options), plan.blame)
+    place = plan.place(plan.forced)
+    return Form(
+        f"tools[{place}].function.parameters", Guide.prepared_schema, lambda: plan.forced_schema(options)
+    )

@@ -16,8 +16,9 @@ from aioengine.server.errors import ApiError
 from aioengine.server.framework import RESPONSES
 from aioengine.server.openai.api import TokenId
 from aioengine.server.openai.chat import to_template, tools_to_template
-from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_TOOLS, CustomTool, Message, Tool
 from aioengine.server.openai.logprobs import TokenBytes
+from aioengine.server.openai.tools import plan_tools
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +31,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """For a prompt; true if it is not given. A chat template writes its own."""
     add_generation_prompt: bool | None = None
     """For messages: with the opening of the assistant's next turn; true if it is not given."""
-    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -80,7 +81,7 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
             variables = dict(data.chat_template_kwargs or {})
             variables["add_generation_prompt"] = data.add_generation_prompt is not False
             if data.tools:
-                variables["tools"] = tools_to_template(data.tools)
+                variables["tools"] = tools_to_template(plan_tools(data.tools).tools)
             variables.pop("messages", None)
             tokens = await context.encode_chat(to_template(data.messages or []), variables)
         strings = None

@@ -4,21 +4,38 @@ Two forms are well defined, and only they are taken for calls. With ``tool_choic
 function, a constraint makes the answer JSON of a known shape. With "auto", models whose chat template
 says so write ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>`` (the format of the Hermes and
 Qwen models). Anything else is left as text.
+
+A call is given when it is complete, whatever becomes of the rest of the answer; one that is cut off is not
+given, because its arguments are no JSON.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from aioengine.guided import Guide
-from aioengine.request import TokenConstraint
-from aioengine.server.openai.chat_api import ChatRequest, FunctionCall, NamedTool, Tool, ToolCall
+from aioengine.errors import RequestInvalid
+from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
+from aioengine.request import SamplingParams
+from aioengine.server.errors import ApiError
+from aioengine.server.openai.chat_api import (
+    AllowedTools,
+    CustomTool,
+    FunctionCall,
+    NamedCustomTool,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 
+MAX_CALLS = 16
+"""Bound on the calls of one answer where calls are required and ``parallel_tool_calls`` is true."""
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -33,18 +50,23 @@ class ToolParser(Protocol):
     def push(self, text: str) -> Parsed:
         """What has become certain."""
 
-    def finish(self) -> Parsed:
-        """The rest."""
+    def finish(self, stopped_by: str | int | None = None) -> Parsed:
+        """The rest. ``stopped_by`` is the stop string or token, not in the text, that ended the answer."""
 
 
 class TaggedCalls:
     """Calls between ``<tool_call>`` and ``</tool_call>``; text around them stays text, and so does what
     stands between the tags if it is no call of one of ``names``. White space alone before, between and
     after calls is dropped. How the text is cut makes no difference.
+
+    Args:
+        names: Functions that may be called.
+        single: Nothing is taken after the first call.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], *, single: bool = False) -> None:
         self._names = names
+        self._single = single
         self._held = ""
         """What may belong to a tag or a call."""
         self._space = ""
@@ -56,7 +78,7 @@ class TaggedCalls:
         self._held += text
         certain = ""
         calls: list[ToolCall] = []
-        while True:
+        while not (self._single and (calls or self._called)):
             before, tag, rest = self._held.partition(_OPEN)
             if not tag:
                 keep = len(before) - _beginning_at_end(before, _OPEN)
@@ -74,11 +96,14 @@ class TaggedCalls:
                 calls.append(call)
                 self._space, self._in_text, self._called = "", False, True
             self._held = after
-
-    def finish(self) -> Parsed:
-        text = self._text(self._held)
         self._held = ""
-        return Parsed(text if self._called else text + self._space)
+        return Parsed(certain, calls)
+
+    def finish(self, stopped_by: str | int | None = None) -> Parsed:
+        last = self.push(_CLOSE) if stopped_by == _CLOSE and self._held.startswith(_OPEN) else Parsed("")
+        text = last.text + self._text(self._held)
+        self._held = ""
+        return Parsed(text if self._called else text + self._space, last.calls)
 
     def _text(self, text: str) -> str:
         """What of the text is to be told now."""
@@ -101,10 +126,10 @@ class TaggedCalls:
         return _tool_call(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
-class ForcedCalls:
-    """The whole answer is calls: one function's arguments, or a list of {"name", "arguments"}."""
+class NamedCall:
+    """The whole answer is one function's arguments."""
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
         self._text = ""
 
@@ -112,71 +137,196 @@ class ForcedCalls:
         self._text += text
         return Parsed("")
 
-    def finish(self) -> Parsed:
+    def finish(self, stopped_by: str | int | None = None) -> Parsed:
         try:
-            value = msgspec.json.decode(self._text)
-        except msgspec.DecodeError:  # cut off at max_tokens
-            return Parsed(self._text)
-        if self._name is not None:
-            return Parsed("", [_tool_call(self._name, value)])
-        return Parsed("", [_tool_call(call["name"], call["arguments"]) for call in value])
+            return Parsed("", [_tool_call(self._name, msgspec.json.decode(self._text))])
+        except msgspec.DecodeError:  # cut off
+            return Parsed("")
+
+
+_MARKS = re.compile(r'[\\"{}\[\]]')
+
+
+class ListedCalls:
+    """The whole answer is a list of {"name", "arguments"}. How the text is cut makes no difference."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        """From the end of the last call."""
+        self._seen = 0
+        """How far ``_held`` has been looked at."""
+        self._begin = self._depth = 0
+        self._in_text = False
+
+    def push(self, text: str) -> Parsed:
+        self._held += text
+        calls: list[ToolCall] = []
+        while mark := _MARKS.search(self._held, self._seen):
+            self._seen = mark.end()
+            found = mark[0]
+            if self._in_text:
+                if found == "\\":  # whatever comes next, in the next piece perhaps
+                    self._seen += 1
+                self._in_text = found != '"'
+            elif found == '"':
+                self._in_text = True
+            elif found in "{[":
+                self._depth += 1
+                if self._depth == 2:
+                    self._begin = mark.start()
+            elif found in "}]":
+                self._depth -= 1
+                if self._depth == 1:
+                    call = msgspec.json.decode(self._held[self._begin : self._seen])
+                    calls.append(_tool_call(call["name"], call["arguments"]))
+                    self._held, self._seen = self._held[self._seen :], 0
+            if self._seen >= len(self._held):
+                break
+        else:
+            self._seen = len(self._held)
+        return Parsed("", calls)
+
+    def finish(self, stopped_by: str | int | None = None) -> Parsed:
+        return Parsed("")
+
+
+_FIRST_ARGUMENTS = 3
+"""Line of the grammar that has the arguments of the first tool; each has a line of its own."""
+_LINE = re.compile(r"\bat (\d+)\(\d+\)")
 
 
 class ToolPlan(NamedTuple):
-    """What a request's ``tools`` and ``tool_choice`` come to."""
+    """What a request's ``tools``, ``tool_choice`` and ``parallel_tool_calls`` come to."""
 
     tools: list[Tool]
-    """Shown to the model."""
+    """Those that may be called; the model is shown no others."""
+    places: list[int]
+    """Of each in the request's ``tools``."""
     forced: str | None = None
     """A function that must be called."""
     required: bool = False
     """Some function must be called."""
+    parallel: bool | None = None
 
     @property
     def is_free(self) -> bool:
         """Whether the model may answer with text."""
         return self.forced is None and not self.required
 
-    async def constraint(self, guide: Guide) -> TokenConstraint:
-        """What holds an answer that is not free to its form."""
-        if self.forced is not None:
-            tool = next(tool for tool in self.tools if tool.function.name == self.forced)
-            return await guide.json_schema(_parameters(tool))
-        rules = ['start: "[" call ("," call)* "]"']
+    def place(self, name: str) -> int:
+        """Index in the request's ``tools``."""
+        return next(p for p, tool in zip(self.places, self.tools, strict=True) if tool.function.name == name)
+
+    def forced_schema(self, options: SchemaOptions) -> tuple[PreparedSchema, Sequence[str]]:
+        """Schema of the answer if ``forced``, and what is not enforced. Raises RequestInvalid."""
+        tool = next(tool for tool in self.tools if tool.function.name == self.forced)
+        prepared = _arguments(tool, options)
+        return prepared, prepared.not_enforced
+
+    def grammar(self, options: SchemaOptions) -> tuple[str, Sequence[str]]:
+        """Grammar of the answer if ``required``, in Lark's notation, and what is not enforced.
+
+        Raises ApiError that names the tool.
+        """
+        more = f'("," call){{0,{MAX_CALLS - 1}}} ' if self.parallel else ""
+        rules = [f'start: "[" call {more}"]"']
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(self.tools))))
+        assert len(rules) + 1 == _FIRST_ARGUMENTS
+        openings = []
+        not_enforced: dict[str, None] = {}
         for i, tool in enumerate(self.tools):
+            try:
+                prepared = _arguments(tool, options)
+            except RequestInvalid as error:
+                param = f"tools[{self.places[i]}].function.parameters"
+                raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+            not_enforced.update(dict.fromkeys(prepared.not_enforced))
+            rules.append(f"arguments_{i}: %json {prepared.text}")
             opening = f'{{"name": "{tool.function.name}", "arguments": '
-            rules.append(f'call_{i}: {json.dumps(opening)} arguments_{i} "}}"')
-            rules.append(f"arguments_{i}: %json {json.dumps(_parameters(tool))}")
-        return await guide.lark("\n".join(rules))
+            openings.append(f'call_{i}: {json.dumps(opening)} arguments_{i} "}}"')
+        return "\n".join(rules + openings), tuple(not_enforced)
+
+    def blame(self, reason: str) -> str | None:
+        """The field whose part of the grammar was refused for ``reason``."""
+        found = _LINE.search(reason)
+        index = int(found[1]) - _FIRST_ARGUMENTS if found else -1
+        return f"tools[{self.places[index]}].function.parameters" if 0 <= index < len(self.tools) else None
 
     def parser(self, chat_template: str | None) -> ToolParser | None:
-        if not self.is_free:
-            return ForcedCalls(self.forced)
-        if self.tools and chat_template is not None and _OPEN in chat_template and _CLOSE in chat_template:
-            return TaggedCalls(frozenset(tool.function.name for tool in self.tools))
+        """For one answer; None if calls are not looked for."""
+        if self.forced is not None:
+            return NamedCall(self.forced)
+        if self.required:
+            return ListedCalls()
+        if self._are_tagged(chat_template):
+            names = frozenset(tool.function.name for tool in self.tools)
+            return TaggedCalls(names, single=self.parallel is False)
         return None
 
+    def stopping_after_a_call(self, params: SamplingParams, chat_template: str | None) -> SamplingParams:
+        """``params`` under which an answer that is free ends with its first call, if there may be but one."""
+        if self.parallel is False and self.is_free and self._are_tagged(chat_template):
+            return msgspec.structs.replace(params, stop=(*params.stop, _CLOSE))
+        return params
 
-def plan_tools(request: ChatRequest) -> ToolPlan:
-    """Raises ValueError if ``tool_choice`` does not fit ``tools``."""
-    tools = request.tools or []
-    choice = request.tool_choice
-    if not tools:
+    def _are_tagged(self, chat_template: str | None) -> bool:
+        return bool(self.tools) and all(tag in (chat_template or "") for tag in (_OPEN, _CLOSE))
+
+
+def plan_tools(
+    tools: Sequence[Tool | CustomTool] | None,
+    choice: ToolChoice | None = None,
+    parallel: bool | None = None,
+) -> ToolPlan:
+    """Raises ApiError for custom tools, and if ``choice`` does not fit ``tools``."""
+    functions: list[Tool] = []
+    for i, tool in enumerate(tools or ()):
+        if isinstance(tool, CustomTool):
+            raise ApiError(
+                400,
+                f"tools[{i}]: type 'custom' is not supported; use a function that takes a text",
+                param=f"tools[{i}].type",
+                code="unsupported_parameter",
+            )
+        functions.append(tool)
+    if not functions:
         if choice is not None and choice not in ("none", "auto"):
-            raise ValueError("there are no tools to choose from")
-        return ToolPlan([])
+            raise _choice_error("there are no tools to choose from")
+        return ToolPlan([], [])
+    names = [tool.function.name for tool in functions]
+    plan = ToolPlan(functions, list(range(len(functions))), parallel=parallel)
+    if isinstance(choice, NamedCustomTool):
+        raise _choice_error("tools of type 'custom' are not supported")
     if isinstance(choice, NamedTool):
-        if all(tool.function.name != choice.function.name for tool in tools):
-            raise ValueError(f"there is no tool {choice.function.name!r}")
-        return ToolPlan(tools, forced=choice.function.name)
+        _check_known(choice, names)
+        return plan._replace(forced=choice.function.name)
+    if isinstance(choice, AllowedTools):
+        for named in choice.allowed_tools.tools:
+            _check_known(named, names)
+        wanted = {named.function.name for named in choice.allowed_tools.tools}
+        places = [i for i, name in enumerate(names) if name in wanted]
+        return plan._replace(
+            tools=[functions[i] for i in places],
+            places=places,
+            required=choice.allowed_tools.mode == "required",
+        )
     if choice == "none":
-        return ToolPlan([])
-    return ToolPlan(tools, required=choice == "required")
+        return ToolPlan([], [])
+    return plan._replace(required=choice == "required")
 
 
-def _parameters(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or {"type": "object"}
+def _check_known(named: NamedTool, names: Sequence[str]) -> None:
+    if named.function.name not in names:
+        raise _choice_error(f"there is no tool {named.function.name[:100]!r}")
+
+
+def _choice_error(reason: str) -> ApiError:
+    return ApiError(400, f"tool_choice: {reason}", param="tool_choice", code="invalid_value")
+
+
+def _arguments(tool: Tool, options: SchemaOptions) -> PreparedSchema:
+    function = tool.function
+    return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict))
 
 
 def _tool_call(name: str, arguments: Any) -> ToolCall:

@@ -1,0 +1,59 @@
+"""References within a JSON schema."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+from aioengine.errors import RequestInvalid
+
+
+class References:
+    """What ``$ref`` leads to in one schema: by JSON pointer or ``$anchor``, also behind its ``$id``."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        own = root.get("$id") if isinstance(root, dict) else None
+        self._id = own if isinstance(own, str) else ""
+        self._anchors: dict[str, Any] | None = None
+
+    def target(self, reference: Any) -> Any:
+        """The schema that it leads to. Raises RequestInvalid if there is none."""
+        if not isinstance(reference, str):
+            raise RequestInvalid("the schema has a $ref that is no text")
+        pointer = reference.removeprefix(self._id)
+        if pointer in ("", "#") or pointer.startswith("#/"):
+            found = self._at(pointer)
+        else:
+            found = self._anchored(pointer[1:]) if pointer.startswith("#") else None
+        if not isinstance(found, (dict, bool)):
+            raise RequestInvalid(
+                f"the schema's reference {reference[:200]!r} leads to no schema within it; "
+                "references look like '#/$defs/Name'"
+            )
+        return found
+
+    def _at(self, pointer: str) -> Any:
+        found = self._root
+        for part in pointer.split("/")[1:]:
+            key = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list):
+                index = int(key) if key.isdecimal() and len(key) < 6 else len(found)
+                found = found[index] if index < len(found) else None
+            else:
+                found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def _anchored(self, name: str) -> Any:
+        if self._anchors is None:
+            self._anchors = {}
+            todo: list[Any] = [self._root]
+            while todo:
+                value = todo.pop()
+                if isinstance(value, dict):
+                    if isinstance(value.get("$anchor"), str):
+                        self._anchors[value["$anchor"]] = value
+                    todo.extend(value.values())
+                elif isinstance(value, list):
+                    todo.extend(value)
+        return self._anchors.get(name)

@@ -1,0 +1,402 @@
+"""JSON schemas as the grammar compiler takes them: closed objects, compact text, nothing ignored in silence.
+
+A schema that declares ``properties`` and does not say whether there may be others allows any others. A small
+model then invents them until its tokens are spent. So objects are closed here: only declared names are left.
+The rules keep two promises (tests/grammars/test_schemas.py checks them with generated schemas):
+
+- What satisfies the closed schema satisfies the original.
+- What satisfies the original with declared names only satisfies the closed one. "Declared" are the names
+  in ``properties``, ``patternProperties`` and ``required`` of the schemas that apply to the object at once:
+  those in ``allOf`` and behind ``$ref`` count together, each alternative of an ``anyOf`` that stands alone
+  counts for itself.
+
+``additionalProperties: true`` (or a schema) keeps an object open.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aioengine.errors import RequestInvalid
+from aioengine.grammars.alternatives import are_disjoint, types
+from aioengine.grammars.references import References
+
+MAX_DEPTH = 64
+"""Bound on how deep a schema is nested. References do not count: each is written once, at the top."""
+MAX_SCHEMAS = 20_000
+"""Bound on the schemas within a schema, those behind references included."""
+MAX_COMPARED = 20_000
+"""Bound on the pairs of alternatives of ``oneOf`` that are compared; beyond it they count as overlapping."""
+
+FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
+)
+"""Values of ``format`` that the compiler knows; others say nothing about the text."""
+
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+    | {"$comment", "$schema", "$id", "$anchor", "$defs", "definitions", "discriminator", "x-guidance"}
+)
+"""Keywords that say nothing about which values are valid. References are resolved here."""
+_ALTERNATIVES = ("anyOf", "oneOf")
+_IN_PLACE = ("$ref", "allOf", *_ALTERNATIVES)
+"""Keywords whose schemas apply to the same value as the schema that they stand in."""
+_OF_ITEMS = ("items", "prefixItems", "additionalItems")
+_KEEP_OPEN = frozenset(
+    {"const", "enum", "not", "if", "then", "else", "propertyNames", "unevaluatedProperties"}
+    | {"dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
+)
+"""Beside these, closing could leave no valid value."""
+_MANY_FOR_ONE = frozenset(("patternProperties", "contains"))
+"""Keywords that can say something about a value that another keyword describes as well."""
+
+Schema = dict[str, Any]
+_Write = Callable[[Any, int], Any]
+
+
+class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a JSON schema is read, and how the JSON is written."""
+
+    open_objects: bool = False
+    """Allow undeclared properties wherever the schema does not forbid them, as JSON Schema itself does."""
+    any_whitespace: bool = False
+    """Let the model lay the JSON out, with up to 32 spaces and line breaks between two tokens. Otherwise
+    there is at most one space, after a comma or a colon."""
+    lenient: bool = True
+    """Accept what cannot be enforced token by token but hardly matters to who reads the answer:
+    ``uniqueItems``, formats that nobody here knows, ``oneOf`` whose alternatives overlap (any one that
+    matches will do). Otherwise it is refused."""
+
+    def for_strict(self, strict: bool | None) -> SchemaOptions:
+        """These options for a schema whose ``strict`` is given: true closes objects in any case."""
+        return msgspec.structs.replace(self, open_objects=False) if strict else self
+
+    @property
+    def guidance(self) -> Mapping[str, Any]:
+        """The compiler's own options."""
+        if self.any_whitespace:
+            return {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+        return {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+
+class PreparedSchema(NamedTuple):
+    text: str
+    """The schema for the compiler, as JSON."""
+    not_enforced: tuple[str, ...]
+    """Keywords that were left out, such as ``uniqueItems``, each once."""
+
+
+def prepare_schema(schema: Mapping[str, Any] | bool | str, options: SchemaOptions) -> PreparedSchema:
+    """The schema as the compiler gets it. ``schema`` may be JSON text.
+
+    Takes time in proportion to the schema's size, within MAX_SCHEMAS. Raises RequestInvalid for what is no
+    schema, is too large or nested too deeply, refers to something that is not there, or cannot be enforced.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = msgspec.json.decode(schema)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestInvalid(f"the schema is not JSON: {error}") from error
+    writer = _Writer(schema, options)
+    written = {**writer.write(), "x-guidance": options.guidance}
+    try:
+        text = json.dumps(written)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
+    return PreparedSchema(text, tuple(writer.not_enforced))
+
+
+def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The schema of a function's arguments: always an object, and without properties it is ``{}``.
+
+    Raises RequestInvalid if the parameters are not of type "object".
+    """
+    given = (parameters or {}).get("type", "object")
+    if given != "object" and not (isinstance(given, list) and "object" in given):
+        raise RequestInvalid("a function's parameters must be a schema of type 'object'")
+    schema = {**(parameters or {}), "type": "object"}
+    if not (schema.keys() & {"properties", "additionalProperties", *_IN_PLACE, *_MANY_FOR_ONE, *_KEEP_OPEN}):
+        schema["properties"] = {}
+    return schema
+
+
+class _Writer:
+    """Writes one schema anew. References to it become references to definitions of the result."""
+
+    def __init__(self, root: Any, options: SchemaOptions) -> None:
+        self._root = root
+        self._options = options
+        self._definitions: dict[tuple[str, bool], str] = {}
+        """(Reference, closed?) -> its name in the result."""
+        self._written = self._compared = 0
+        self._references = References(root)
+        self.not_enforced: dict[str, None] = {}
+
+    def write(self) -> Schema:
+        written = self._value(self._root, 0)
+        if written is True:
+            written = {}
+        if not isinstance(written, dict):
+            raise RequestInvalid("the schema must be a JSON object")
+        definitions: dict[str, Any] = {}
+        while len(definitions) < len(self._definitions):
+            for (reference, closed), name in list(self._definitions.items())[len(definitions) :]:
+                write = self._value if closed else self._open
+                definitions[name] = write(self._references.target(reference), 0)
+        return {**written, "$defs": definitions} if definitions else written
+
+    # Three ways of writing a schema
+
+    def _value(self, schema: Any, depth: int) -> Any:
+        """A schema that alone says what a value may be: closed."""
+        if not self._begin(schema, depth):
+            return schema
+        if self._options.open_objects:
+            return self._open(schema, depth)
+        in_place = [keyword for keyword in _IN_PLACE if keyword in schema]
+        if not in_place:
+            return self._closed(schema, depth)
+        others = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
+        if others == {"$ref"}:
+            return self._copy(schema, depth, self._open, reference=self._closed_reference)
+        if len(others) == 1 and (in_place != ["allOf"] or len(_list(schema, "allOf")) == 1):
+            return self._copy(schema, depth, self._value)
+        return self._closed_together(schema, depth)
+
+    def _closed(self, schema: Schema, depth: int) -> Schema:
+        """One that has no in-place applicators."""
+        nested = self._open if schema.keys() & _MANY_FOR_ONE else self._value
+        written = self._copy(schema, depth, nested)
+        if "properties" in schema and "additionalProperties" not in schema and _may_close(schema):
+            names = [name for name in _names(schema) if name not in written["properties"]]
+            written["properties"].update(dict.fromkeys(names, True))
+            written["additionalProperties"] = False
+        return written
+
+    def _closed_together(self, schema: Schema, depth: int) -> Schema:
+        """One that applies to a value together with others: only the names of all of them are left."""
+        members = list(self._members(schema, depth, ()))
+        declared = Counter(itertools.chain.from_iterable(_dict(m, "properties") for m in members))
+        many = any(
+            member.keys() & _MANY_FOR_ONE or isinstance(member.get("additionalProperties"), dict)
+            for member in members
+        )
+        # What two of them describe must satisfy both: closing one would forbid what the other asks for.
+        once = frozenset() if many else frozenset(name for name, count in declared.items() if count == 1)
+        one_has_items = not many and sum(bool(member.keys() & set(_OF_ITEMS)) for member in members) == 1
+        written: Schema = self._member(schema, depth, once, one_has_items)
+        names = dict.fromkeys(itertools.chain.from_iterable(map(_names, members)), True)
+        if self._declares(schema) and all(
+            member.get("additionalProperties", False) is False and _may_close(member, len(names))
+            for member in members
+        ):
+            closing: Schema = {"properties": names, "additionalProperties": False}
+            patterns = itertools.chain.from_iterable(_dict(m, "patternProperties") for m in members)
+            if allowed := dict.fromkeys(patterns, True):
+                closing["patternProperties"] = allowed
+            written["allOf"] = [*written.get("allOf", ()), closing]
+        return written
+
+    def _member(self, schema: Any, depth: int, once: frozenset[str], items: bool) -> Any:
+        """One of those that apply to a value together. Values of the names in ``once``, and items if
+        ``items``, are described by it alone."""
+        if not self._begin(schema, depth):
+            return schema
+
+        def member(inner: Any, depth: int) -> Any:
+            return self._member(inner, depth, once, items)
+
+        written = self._copy(
+            {key: value for key, value in schema.items() if key not in ("$ref", "properties")},
+            depth,
+            self._value if items else self._open,
+            in_place=member,
+        )
+        if "properties" in schema:
+            written["properties"] = {
+                name: (self._value if name in once else self._open)(inner, depth + 1)
+                for name, inner in _dict(schema, "properties").items()
+            }
+        if "$ref" in schema:
+            target = member(self._references.target(schema["$ref"]), depth + 1)
+            written["allOf"] = [target, *written.get("allOf", ())]
+        return written
+
+    def _open(self, schema: Any, depth: int) -> Any:
+        """As it was."""
+        if not self._begin(schema, depth):
+            return schema
+        return self._copy(schema, depth, self._open)
+
+    def _copy(
+        self,
+        schema: Schema,
+        depth: int,
+        nested: _Write,
+        *,
+        in_place: _Write | None = None,
+        reference: Callable[[str], str] | None = None,
+    ) -> Schema:
+        """The schema with those within it written by ``nested``, or ``in_place`` if they apply to the same
+        value, and with what cannot be enforced left out."""
+        in_place = in_place or nested
+        written: Schema = {}
+        for key, value in schema.items():
+            if key in _ANNOTATIONS:
+                continue
+            elif key == "$ref":
+                written[key] = (reference or self._open_reference)(value)
+            elif key in ("properties", "patternProperties"):
+                inner_of = _dict(schema, key)
+                written[key] = {name: nested(inner, depth + 1) for name, inner in inner_of.items()}
+            elif key == "prefixItems" or (key == "items" and isinstance(value, list)):  # until 2019-09
+                written["prefixItems"] = [nested(inner, depth + 1) for inner in _list(schema, key)]
+            elif key == "additionalItems":
+                if isinstance(schema.get("items"), list):
+                    written["items"] = nested(value, depth + 1)
+            elif key in ("additionalProperties", "items"):
+                written[key] = nested(value, depth + 1)
+            elif key in ("allOf", *_ALTERNATIVES):
+                if key == "oneOf":
+                    self._check_one_of(_list(schema, key))
+                inners = [in_place(inner, depth + 1) for inner in _list(schema, key)]
+                self._add(written, "anyOf" if key == "oneOf" else key, inners)
+            elif key == "uniqueItems":
+                if value is not False:
+                    self._leave_out("uniqueItems")
+            elif key == "format" and isinstance(value, str) and value not in FORMATS:
+                if schema.get("type", "string") == "string":  # of numbers it only names their size
+                    self._leave_out(f"format {value[:40]!r}")
+            else:
+                written[key] = value
+        return written
+
+    @staticmethod
+    def _add(written: Schema, key: str, inners: list[Any]) -> None:
+        if key in written and key == "anyOf":  # both anyOf and oneOf
+            written.setdefault("allOf", []).append({"anyOf": inners})
+        elif key == "allOf":
+            written["allOf"] = [*written.get("allOf", ()), *inners]
+        else:
+            written[key] = inners
+
+    # What is behind a schema
+
+    def _members(self, schema: Any, depth: int, path: tuple[str, ...]) -> Iterator[Schema]:
+        """All that apply to the same value: this one, and those within it in place."""
+        if not self._begin(schema, depth):
+            return
+        yield schema
+        for key in ("allOf", *_ALTERNATIVES):
+            if key in schema:
+                for inner in _list(schema, key):
+                    yield from self._members(inner, depth + 1, path)
+        if "$ref" in schema:
+            if schema["$ref"] in path:
+                raise RequestInvalid(f"the schema's reference {schema['$ref']!r} leads back to itself")
+            yield from self._members(
+                self._references.target(schema["$ref"]), depth + 1, (*path, schema["$ref"])
+            )
+
+    def _declares(self, schema: Any) -> bool:
+        """Whether every object that satisfies it has its properties declared, whichever alternatives it
+        satisfies. References do not lead back."""
+        if not isinstance(schema, dict):
+            return False
+        return (
+            "properties" in schema
+            or "object" not in types(schema)
+            or any(self._declares(inner) for inner in schema.get("allOf", ()))
+            or any(all(map(self._declares, schema[key])) for key in _ALTERNATIVES if key in schema)
+            or ("$ref" in schema and self._declares(self._references.target(schema["$ref"])))
+        )
+
+    def _closed_reference(self, reference: str) -> str:
+        return self._definition(reference, True)
+
+    def _open_reference(self, reference: str) -> str:
+        return self._definition(reference, False)
+
+    def _definition(self, reference: str, closed: bool) -> str:
+        self._references.target(reference)
+        name = self._definitions.setdefault((reference, closed), str(len(self._definitions)))
+        return f"#/$defs/{name}"
+
+    def _check_one_of(self, alternatives: Sequence[Any]) -> None:
+        """``oneOf`` is written as ``anyOf``: the same where no value satisfies two alternatives."""
+        if not self._told_apart(alternatives):
+            self._leave_out(
+                "oneOf",
+                "its alternatives overlap; tell them apart by type, or by a required property with "
+                "different const values, or use anyOf",
+            )
+
+    def _told_apart(self, alternatives: Sequence[Any]) -> bool:
+        self._compared += len(alternatives) * (len(alternatives) - 1) // 2
+        if self._compared > MAX_COMPARED:
+            return False
+        behind = [self._behind(alternative) for alternative in alternatives]
+        return all(are_disjoint(one, other) for one, other in itertools.combinations(behind, 2))
+
+    def _behind(self, schema: Any) -> Any:
+        for _ in range(MAX_DEPTH):
+            if not isinstance(schema, dict) or schema.keys() - _ANNOTATIONS != {"$ref"}:
+                break
+            schema = self._references.target(schema["$ref"])
+        return schema
+
+    # Bounds
+
+    def _begin(self, schema: Any, depth: int) -> bool:
+        """Count it; whether there is something in it. Raises RequestInvalid."""
+        self._written += 1
+        if depth > MAX_DEPTH:
+            raise RequestInvalid(f"the schema is nested more than {MAX_DEPTH} levels deep")
+        if self._written > MAX_SCHEMAS:
+            raise RequestInvalid(f"the schema has more than {MAX_SCHEMAS} schemas within it")
+        if not isinstance(schema, (dict, bool)):
+            raise RequestInvalid(
+                f"the schema has {json.dumps(schema, default=str)[:100]} where a schema must be"
+            )
+        return isinstance(schema, dict)
+
+    def _leave_out(self, what: str, why: str = "it cannot be enforced token by token") -> None:
+        if not self._options.lenient:
+            raise RequestInvalid(f"the schema's {what}: {why}")
+        self.not_enforced[what] = None
+
+
+def _may_close(schema: Schema, declared: int | None = None) -> bool:
+    if schema.keys() & _KEEP_OPEN:
+        return False
+    least = schema.get("minProperties", 0)
+    return isinstance(least, int) and least <= (len(_names(schema)) if declared is None else declared)
+
+
+def _names(schema: Schema) -> dict[str, None]:
+    """Names of properties that a schema declares or asks for, in order."""
+    required = schema.get("required")
+    names = dict.fromkeys(_dict(schema, "properties"))
+    if isinstance(required, list):
+        names.update(dict.fromkeys(name for name in required if isinstance(name, str)))
+    return names
+
+
+def _dict(schema: Schema, key: str) -> dict[str, Any]:
+    value = schema.get(key, {})
+    if not isinstance(value, dict):
+        raise RequestInvalid(f"the schema's {key} must be an object")
+    return value
+
+
+def _list(schema: Schema, key: str) -> list[Any]:
+    value = schema[key]
+    if not isinstance(value, list) or not value:
+        raise RequestInvalid(f"the schema's {key} must be a list of at least one schema")
+    return value
