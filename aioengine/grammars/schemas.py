@@ -164,7 +164,7 @@ class _Writer:
             return self._closed(schema, depth)
         others = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
         if others == {"$ref"}:
-            return self._copy(schema, depth, self._open, reference=self._closed_reference)
+            return self._copy(schema, depth, self._open, closed_reference=True)
         if len(others) == 1 and (in_place != ["allOf"] or len(_list(schema, "allOf")) == 1):
             return self._copy(schema, depth, self._value)
         return self._closed_together(schema, depth)
@@ -241,7 +241,7 @@ class _Writer:
         nested: _Write,
         *,
         in_place: _Write | None = None,
-        reference: Callable[[str], str] | None = None,
+        closed_reference: bool = False,
     ) -> Schema:
         """The schema with those within it written by ``nested``, or ``in_place`` if they apply to the same
         value, and with what cannot be enforced left out."""
@@ -251,7 +251,7 @@ class _Writer:
             if key in _ANNOTATIONS:
                 continue
             elif key == "$ref":
-                written[key] = (reference or self._open_reference)(value)
+                written[key] = self._definition(value, closed_reference)
             elif key in ("properties", "patternProperties"):
                 inner_of = _dict(schema, key)
                 written[key] = {name: nested(inner, depth + 1) for name, inner in inner_of.items()}
@@ -316,12 +316,6 @@ class _Writer:
             or any(all(map(self._declares, schema[key])) for key in _ALTERNATIVES if key in schema)
             or ("$ref" in schema and self._declares(self._references.target(schema["$ref"])))
         )
-
-    def _closed_reference(self, reference: str) -> str:
-        return self._definition(reference, True)
-
-    def _open_reference(self, reference: str) -> str:
-        return self._definition(reference, False)
 
     def _definition(self, reference: str, closed: bool) -> str:
         self._references.target(reference)
