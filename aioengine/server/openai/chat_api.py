@@ -67,7 +67,7 @@ class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="
     function: Function
 
 
-class CustomTool(msgspec.Struct, kw_only=True, tag_field="type", tag="custom"):
+class CustomTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="custom"):
     """Refused: its input is free text, which the server does not look for."""
 
     custom: Any = None
@@ -81,7 +81,9 @@ class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fi
     function: FunctionName
 
 
-class NamedCustomTool(msgspec.Struct, kw_only=True, tag_field="type", tag="custom"):
+class NamedCustomTool(
+    msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="custom"
+):
     """Refused."""
 
     custom: Any = None
