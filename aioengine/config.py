@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 if module not in TARGETABLE_MODULES:
                     raise ConfigError(
                         f"target_modules contains {module!r}: allowed are {', '.join(TARGETABLE_MODULES)}"
-                        f"{_nearest(module, TARGETABLE_MODULES)}"
+                        f"{nearest(module, TARGETABLE_MODULES)}"
                     )
             set_(self, "target_modules", tuple(m for m in TARGETABLE_MODULES if m in modules))
 
@@ -231,13 +232,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "policy instance to AsyncEngine(config, policy=...)"
             )
 
+    @property
+    def model_name(self) -> str:
+        """What the base model is called where nobody gave it a name: ``model``, but only the last part of an
+        absolute path, which is nobody's business."""
+        return os.path.basename(os.path.normpath(self.model)) if os.path.isabs(self.model) else self.model
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
         """Build from plain data (a parsed TOML file, say); unknown fields are refused by name."""
-        _refuse_unknown(cls, values, source)
+        refuse_unknown(cls, values, source)
         lora = values.get("lora")
         if isinstance(lora, Mapping):
-            _refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
+            refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
         try:
             return msgspec.convert(dict(values), cls)
         except msgspec.ValidationError as error:
@@ -290,7 +297,8 @@ def _explain(error: msgspec.ValidationError) -> str:
     return f"{place.rstrip('`')}: {text}" if at else str(error)
 
 
-def _nearest(value: object, allowed: Sequence[Any]) -> str:
+def nearest(value: object, allowed: Sequence[Any]) -> str:
+    """ " (did you mean 'lru'?)", or nothing; beside a number the two that are next to it."""
     if isinstance(value, int):
         around = [max((a for a in allowed if a < value), default=None)]
         around.append(min((a for a in allowed if a > value), default=None))
@@ -299,14 +307,15 @@ def _nearest(value: object, allowed: Sequence[Any]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
+def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
+    """Raises ConfigError for a key that is no field of ``cls``; it names the nearest field."""
     fields = list(cls.__struct_fields__)
     for key in values:
         if cls is EngineConfig and key in LoRAConfig.__struct_fields__ and key not in fields:
             raise ConfigError(f"{source}: {key!r} belongs into the table lora: put it below a line [lora]")
         if key not in fields:
             raise ConfigError(
-                f"{source}: unknown field {key!r}{_nearest(key, fields)}; "
+                f"{source}: unknown field {key!r}{nearest(key, fields)}; "
                 f"fields of {cls.__name__}: {', '.join(fields)}"
             )
 
@@ -335,5 +344,5 @@ def _choice(config: msgspec.Struct, field: str, allowed: tuple[Any, ...]) -> Non
     value = getattr(config, field)
     if isinstance(value, bool) or value not in allowed:
         names = ", ".join(map(str, allowed))
-        hint = "" if isinstance(value, bool) else _nearest(value, allowed)
+        hint = "" if isinstance(value, bool) else nearest(value, allowed)
         raise ConfigError(f"{field}={value!r}: allowed are {names}; choose one of them{hint}")

@@ -70,6 +70,9 @@ class AsyncEngine:
         if resolver is not None and not isinstance(resolver, AdapterResolver):
             raise ConfigError(f"resolver must be an AdapterResolver, not {type(resolver).__name__}")
         self.config = config
+        self.model_name = config.model_name
+        """What requests call the base model: the label ``model_name`` of what ``metrics_compat`` exports.
+        A server sets it to the name that it serves."""
         self._policy = choose_policy(config, policy)
         self._resolver = resolver
         self._state: EngineState = "new"
@@ -124,6 +127,7 @@ class AsyncEngine:
             adapters=self.adapters,
             engine=self.config.name,
             compat=self.config.metrics_compat,
+            model_name=lambda: self.model_name,
         )
         self._stepper.listeners += [self._counters, self._metrics.handle, self._event_streams]
         self._stepper.start()

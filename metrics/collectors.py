@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats
 from aioengine.metrics.collect.by_adapter import AdapterMetrics
-from aioengine.metrics.collect.compat import vllm_gauges
+from aioengine.metrics.collect.compat import vllm_gauges, vllm_load_seconds
 from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.residency import ResidencyTracker
 from aioengine.metrics.collect.snapshot import gauges
@@ -41,6 +41,7 @@ class EngineMetrics(Collector):
         adapters: Returns the registered adapters.
         engine: Value of the label ``engine`` of every series.
         compat: "vllm" adds the series that request routers read.
+        model_name: Returns the base model's name in requests, which routers read.
         clock: Unix time, for exemplars and for what carries the time as its value.
     """
 
@@ -52,12 +53,14 @@ class EngineMetrics(Collector):
         *,
         engine: str = "default",
         compat: Literal["none", "vllm"] = "none",
+        model_name: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
         self._snapshot = snapshot
         self._adapters = adapters
         self._compat = compat
+        self._model_name = model_name
         self._clock = clock
         self._on_loop = OnLoop()
         self._pending: deque[events.Event] = deque()
@@ -139,7 +142,9 @@ class EngineMetrics(Collector):
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
         found += [metric.family(self.engine) for metric in (*self._metrics, *self._requests.metrics)]
         if self._compat == "vllm":
-            found += vllm_gauges(self.engine, stats, adapters, self._clock())
+            model = self._model_name()
+            found += vllm_gauges(self.engine, model, stats, adapters, self._clock())
+            found.append(vllm_load_seconds(self.engine, model, self._swap_seconds))
         return found
 
     # Definitions

@@ -59,7 +59,8 @@ _VLLM = """\
 ## For request routers
 
 With `metrics_compat="vllm"` (`--metrics-compat vllm`) the engine also exports these names, which routers
-that follow the model server protocol of the Kubernetes Gateway API inference extension read:
+read: those that follow the model server protocol of the Kubernetes Gateway API inference extension, and
+llm-d's. `model_name` is the base model's name in requests:
 """
 
 

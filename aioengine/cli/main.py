@@ -51,6 +51,9 @@ COMMANDS = {
   aioengine generate "How many users are there?" --chat --adapter path/to/sql
   aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
   echo '{"prompt": "Hello", "n": 2, "temperature": 1}' | aioengine generate""",
+    "keys": """\
+  aioengine keys new --tenant alice >> keys.toml
+  aioengine serve --keys keys.toml""",
     "lab": """\
   aioengine lab run --trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results
   aioengine lab compare --policy fcfs,vllm+lru,vtc --trace azure_code.csv --adapters 200 --slots 4,8""",
@@ -65,8 +68,20 @@ COMMANDS = {
   aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
   aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
-"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "lab" is
-a group of its own."""
+"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "keys"
+and "lab" are groups of their own."""
+
+KEYS_COMMANDS = {
+    "new": """\
+  aioengine keys new --tenant alice >> keys.toml
+  aioengine keys new --tenant prometheus --scope metrics
+  aioengine keys new --tenant team-a --scope generate --scope adapters --adapter 'team-a/*'""",
+    "hash": """\
+  aioengine keys hash < key.txt""",
+    "check": """\
+  aioengine keys check keys.toml""",
+}
+"""The commands for keys: ``name`` is the function ``name`` in ``aioengine.cli.keys``."""
 
 LAB_COMMANDS = {
     "run": """\
@@ -96,6 +111,16 @@ LAB_COMMANDS = {
 _ROOMS = {"demo", "generate"}
 """Commands with a room of their own, where they are in the file ``command``."""
 
+GROUPS = {
+    "keys": (KEYS_COMMANDS, "aioengine.cli.keys:", "Make and check the API keys of a server."),
+    "lab": (
+        LAB_COMMANDS,
+        "aioengine.cli.lab.{0}:",
+        "Try scheduling policies on traces, in simulated time, with the engine that serves.",
+    ),
+}
+"""Commands that have commands of their own: these, where they are (``{0}`` is the name), and the help."""
+
 
 def build_app(*, full_help: bool = False) -> App:
     """The command tree. A command's module is imported when it, or its help, is used.
@@ -116,8 +141,8 @@ def build_app(*, full_help: bool = False) -> App:
         print_error=False,
     )
     for name, examples in COMMANDS.items():
-        if name == "lab":
-            app.command(_build_lab(examples))
+        if name in GROUPS:
+            app.command(_build_group(name, examples))
             continue
         epilogue = _epilogue(name, examples)
         if full_help and name == "generate":
@@ -130,17 +155,18 @@ def build_app(*, full_help: bool = False) -> App:
     return app
 
 
-def _build_lab(examples: str) -> App:
-    lab = App(
-        name="lab",
-        help="Try scheduling policies on traces, in simulated time, with the engine that serves.",
-        help_epilogue=f"Examples:\n{examples}\n\nFlags of a command: aioengine lab COMMAND --help",
+def _build_group(group: str, examples: str) -> App:
+    commands, where, help_ = GROUPS[group]
+    app = App(
+        name=group,
+        help=help_,
+        help_epilogue=f"Examples:\n{examples}\n\nFlags of a command: aioengine {group} COMMAND --help",
     )
-    for name, lines in LAB_COMMANDS.items():
-        lab.command(
-            f"aioengine.cli.lab.{name}:{name}", name=name, help_epilogue=_epilogue(f"lab {name}", lines)
+    for name, lines in commands.items():
+        app.command(
+            f"{where.format(name)}{name}", name=name, help_epilogue=_epilogue(f"{group} {name}", lines)
         )
-    return lab
+    return app
 
 
 def _epilogue(name: str, examples: str) -> str:
@@ -159,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not tokens or tokens[0] in (*HELP_FLAGS, HELP_ALL):
             for name in COMMANDS:
                 app[name]
-        elif tokens[0] == "lab" and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
-            for name in LAB_COMMANDS:
-                app["lab"][name]
+        elif tokens[0] in GROUPS and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
+            for name in GROUPS[tokens[0]][0]:
+                app[tokens[0]][name]
         command, bound, _ = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()

@@ -23,6 +23,7 @@ from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serve_log import configure_logging
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
+from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _MORE = Group(f"{FOLDED} server flags", sort_key=25)
 _IN_MORE = Parameter(group=_MORE)
 _LIST = Parameter(group=_SERVER, negative="")
 _KEY = Parameter(group=_SERVER, negative="", metavar="[TENANT:]KEY")
+_MORE_LIST = Parameter(group=_MORE, negative="")
 _MORE_KEY = Parameter(group=_MORE, negative="", metavar="[TENANT:]KEY")
 
 logger = logging.getLogger("aioengine.server")
@@ -55,9 +57,9 @@ class ServerFlags:
     served_model_name: Annotated[list[str] | None, _LIST] = None
     """The base model's name in requests; can be given more than once."""
     api_key: Annotated[list[str] | None, _KEY] = None
-    """Ask for a key; any number. Others on this machine can see it: prefer --api-key-file."""
-    api_key_file: Path | None = None
-    """File with a key in each line, as --api-key takes them; AIOENGINE_API_KEYS holds them too."""
+    """Ask for a key; any number. Others on this machine can see it: prefer --keys."""
+    keys: Path | None = None
+    """File of keys, their scopes and limits: aioengine keys --help."""
     allowed_host: Annotated[list[str] | None, _LIST] = None
     """Host name that requests may be addressed to. Without keys, on a loopback address: localhost."""
     grace_seconds: float = 30.0
@@ -65,10 +67,14 @@ class ServerFlags:
     log_format: Literal["text", "json"] = "text"
     """A line for each request, on standard error."""
 
+    api_key_file: Annotated[Path | None, _IN_MORE] = None
+    """File with a key in each line, as --api-key takes them; AIOENGINE_API_KEYS holds them too."""
     admin_key: Annotated[list[str] | None, _MORE_KEY] = None
     """Only such a key may load and unload adapters, and do all else too; any number."""
     admin_key_file: Annotated[Path | None, _IN_MORE] = None
     """File with an admin key in each line; AIOENGINE_ADMIN_KEYS holds them too."""
+    trusted_proxy: Annotated[list[str] | None, _MORE_LIST] = None
+    """Address or network of a proxy whose X-Forwarded-For is believed; any number."""
     max_connections: Annotated[int, _IN_MORE] = 4096
     """Open connections; more are answered with 503."""
     max_body_bytes: Annotated[int, _IN_MORE] = 8 * 2**20
@@ -102,13 +108,16 @@ class ServerFlags:
 
     def settings(self) -> ServerSettings:
         """Raises ConfigError."""
+        if self.keys is not None:  # found out now, not when the model has been loaded
+            read_keys_file(self.keys)
         keys = _keys("api-key", self.api_key, KEY_VARIABLE, self.api_key_file)
         admin_keys = _keys("admin-key", self.admin_key, ADMIN_KEY_VARIABLE, self.admin_key_file)
         return ServerSettings(
             served_model_names=self.served_model_name or (),
             api_keys=keys,
             admin_keys=admin_keys,
-            allowed_hosts=self._allowed_hosts(bool(keys)),
+            keys_file=None if self.keys is None else str(self.keys),
+            allowed_hosts=self._allowed_hosts(bool(keys) or self.keys is not None),
             max_body_bytes=self.max_body_bytes,
             max_choices=self.max_choices,
             share_prefix_cache=self.share_prefix_cache,
@@ -130,6 +139,7 @@ class ServerFlags:
         return ListenSettings(
             host=self.host,
             port=self.port,
+            trusted_proxies=self.trusted_proxy or (),
             max_connections=self.max_connections,
             header_timeout=self.header_timeout,
             keep_alive=self.keep_alive,
@@ -181,7 +191,7 @@ def serve(
         config = msgspec.structs.replace(config, max_waiting=DEFAULT_MAX_WAITING)
     adapters = engine_flags.adapters()
     check_folders(adapters)
-    for name in settings.served_model_names or (config.model,):
+    for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; take another")
     level = common.log_level if common is not None and common.log_level is not None else "info"
@@ -227,7 +237,7 @@ async def _serve(
 
 def _tell(url: str, flags: ServerFlags, settings: ServerSettings) -> None:
     logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
-    if not settings.api_keys and not _is_loopback(flags.host):
+    if not settings.api_keys and settings.keys_file is None and not _is_loopback(flags.host):
         logger.warning("anybody who reaches %s may use this server: there are no API keys", flags.host)
     sys.stderr.flush()
 

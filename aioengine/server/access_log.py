@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from aioengine.server.access.auth import Identity
+from aioengine.server.access.limits import Admission
 from aioengine.server.errors import ErrorDetail
 
 logger = logging.getLogger("aioengine.server.access")
@@ -40,6 +42,11 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """Why the request was refused, as the client was told, in at most 200 characters."""
     seconds: float = 0.0
     started: float = msgspec.field(default_factory=time.perf_counter)
+    identity: Identity = Identity()
+    admission: Admission | None = None
+    """Set if its key has limits."""
+    counted: bool = False
+    """It was refused for its key: such requests are counted, and logged together."""
 
     def refused(self, detail: ErrorDetail) -> None:
         self.error = detail.code or detail.type
@@ -48,8 +55,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
     def fields(self) -> dict[str, Any]:
         """What is known, for a structured log."""
-        found = msgspec.structs.asdict(self)
-        del found["started"]
+        found = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _NOT_LOGGED}
         return {
             name: round(value, 6) if isinstance(value, float) else value
             for name, value in found.items()
@@ -57,9 +63,12 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         }
 
 
+_NOT_LOGGED = frozenset({"started", "identity", "admission", "counted"})
+
+
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
-    """Log it at level INFO; ``quiet`` (probes and scrapes): DEBUG. The record's fields are in the log
-    record's ``fields``."""
+    """Log it at level INFO; ``quiet`` (probes, scrapes, refusals that are counted): DEBUG. The record's
+    fields are in the log record's ``fields``."""
     level = logging.DEBUG if quiet else logging.INFO
     if not logger.isEnabledFor(level):
         return

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
+import msgspec
 from litestar import Litestar
 from litestar.datastructures import State
 
 from aioengine import __version__
 from aioengine.engine import AsyncEngine
 from aioengine.metrics.asgi import metrics_app
-from aioengine.server.access.auth import Authenticator, Identity, check_host
+from aioengine.server.access.gate import Gate
+from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import IDENTITY, RECORD, UNKNOWN_FIELDS, JsonRequest, exception_handler
+from aioengine.server.framework import RECORD, UNKNOWN_FIELDS, JsonRequest, exception_handler, guard
 from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
@@ -46,10 +49,11 @@ class ServerApp:
     """The application that :func:`create_app` makes."""
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self._gate = Gate(settings)
+        # From here on no key is held, only their hashes.
+        settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.context = context = Context(engine, settings)
         self._settings = settings
-        self._auth = Authenticator(settings.api_keys, settings.admin_keys)
-        self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._metrics = metrics_app(engine)
         self._active = 0
         self._idle = asyncio.Event()
@@ -65,11 +69,13 @@ class ServerApp:
             ],
             request_class=JsonRequest,
             state=State({UNKNOWN_FIELDS: UnknownFields(ignore=settings.ignore_unknown_fields)}),
+            guards=[guard(self._gate)],
             exception_handlers={Exception: exception_handler(settings.retry_after)},
-            openapi_config=openapi_config(__version__, with_keys=not self._auth.is_open),
+            openapi_config=openapi_config(__version__, with_keys=not self._gate.is_open),
             request_max_body_size=None,  # BoundedBody's business
             logging_config=None,
         )
+        check_routes(route.path_format for route in self._routes.routes)
 
     @property
     def active(self) -> int:
@@ -81,12 +87,18 @@ class ServerApp:
         self.context.draining = True
         await self._idle.wait()
 
+    def open(self) -> None:
+        """Read the keys file again when it changes; the first request does so too. Needs a running loop."""
+        self._gate.watch()
+
     def close(self) -> None:
         """End the live page's streams, which a server that shuts down would wait for."""
         self._metrics.close()
+        self._gate.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            self.open()
             await self._http(scope, receive, send)
         elif scope["type"] == "lifespan":
             await _lifespan(receive, send)
@@ -124,21 +136,22 @@ class ServerApp:
             record.refused(api_error.detail)
             await send_error(tagged_send, api_error)
         finally:
-            log_request(record, quiet=path in _PROBES or _is_page(path))
+            if record.admission is not None:
+                tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
+                record.admission.end(tokens, time.monotonic())
+            log_request(record, quiet=record.counted or path in _PROBES or _is_page(path))
 
     async def _answer(
         self, path: str, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
-        identity = Identity()
         if path not in _PROBES:
-            check_host(scope["headers"], self._allowed_hosts)
-            identity = self._auth.identify(scope["headers"])
-            record.tenant = identity.tenant
+            self._gate.identify(scope, record)
         if _is_page(path):
+            self._gate.admit(PAGE_ROUTE, scope, record)
             await self._metrics(scope, receive, send)
             return
         # The mount point goes: routes are matched below it.
-        inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record, IDENTITY: identity}}
+        inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}
         if scope["method"] == "HEAD":
             await self._routes({**inner, "method": "GET"}, receive, _without_body(send))  # type: ignore[arg-type]
             return

@@ -17,6 +17,7 @@ from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.submit import LONG_TEXT
+from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
 from aioengine.server.generation import Generation, Scores
@@ -37,7 +38,8 @@ class Context:
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.model_names = tuple(settings.served_model_names) or (engine.config.model,)
+        self.model_names = tuple(settings.served_model_names) or (engine.config.model_name,)
+        engine.model_name = self.model_names[0]
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
         self.draining = False
@@ -45,13 +47,22 @@ class Context:
         self._guide: Guide | None = None
         self._tools_noted = False
 
-    def adapter_of(self, model: str) -> str | None:
-        """The adapter that a request's ``model`` stands for; None for the base model."""
-        if model in self.model_names:
-            return None
-        if NAME_RULE.fullmatch(model) is None:  # it would be in the log, however long
+    def adapter_of(self, model: str, identity: Identity) -> str | None:
+        """The adapter that a request's ``model`` stands for; None for the base model.
+
+        Raises ApiError, the same as for a model that does not exist, if ``identity`` may not use it: whether
+        it does exist is not looked at.
+        """
+        is_base = model in self.model_names or (
+            model == self.engine.config.model and not self.settings.served_model_names
+        )
+        adapter = None if is_base else model
+        # What is no name would be in the log, however long.
+        if adapter is not None and NAME_RULE.fullmatch(adapter) is None:
             raise model_not_found(model[:300])
-        return model
+        if not identity.models.allow(adapter):
+            raise model_not_found(model)
+        return adapter
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -159,7 +170,7 @@ class Context:
         unique = f"{prefix}-{uuid.uuid4().hex}"
         record.completion_id = unique if fields.request_id is None else f"{prefix}-{fields.request_id}"
         record.stream = bool(fields.stream)
-        record.adapter = self.adapter_of(fields.model)
+        record.adapter = self.adapter_of(fields.model, record.identity)
         options = RequestOptions(
             adapter=record.adapter,
             priority=fields.priority or 0,
@@ -167,7 +178,7 @@ class Context:
             tenant=record.tenant,
             cache_salt=self._cache_salt(record.tenant, fields.cache_salt),
         )
-        return Generation(
+        generation = Generation(
             self.engine,
             unique,  # whatever id others have chosen for theirs
             prompts,
@@ -177,6 +188,9 @@ class Context:
             reply_id=record.completion_id,
             scores=self.scores,
         )
+        if record.admission is not None:
+            record.admission.charge_prompt(record.prompt_tokens or 0, time.monotonic())
+        return generation
 
     def _cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
         """Of the tenant and the salt that is asked for: as JSON, so that nobody can ask for another

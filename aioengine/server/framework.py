@@ -11,7 +11,7 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, Valida
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Response
 
-from aioengine.server.access.auth import check_admin
+from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
 from aioengine.server.known_fields import UnknownFields
@@ -19,8 +19,6 @@ from aioengine.server.streaming import GenerationResponse, send_error
 
 RECORD = "aioengine_record"
 """Under this key ``scope["state"]`` holds the request's RequestRecord."""
-IDENTITY = "aioengine_identity"
-"""And under this one its Identity."""
 UNKNOWN_FIELDS = "aioengine_unknown_fields"
 """Under this key the application's state holds its UnknownFields."""
 
@@ -71,9 +69,15 @@ def record_of(request: Request[Any, Any, Any]) -> RequestRecord:
     return record
 
 
-def admins_only(connection: ASGIConnection[Any, Any, Any, Any], _handler: Any) -> None:
-    """A guard for routes. Raises ApiError before the body is read."""
-    check_admin(connection.scope["state"][IDENTITY])
+def guard(gate: Gate) -> Any:
+    """A guard for all routes. Raises ApiError before the body is read."""
+
+    # A coroutine: Litestar calls a plain function in a thread.
+    async def check(connection: ASGIConnection[Any, Any, Any, Any], _handler: Any) -> None:
+        scope = connection.scope
+        gate.admit(scope["path_template"], scope, scope["state"][RECORD])  # type: ignore[arg-type]
+
+    return check
 
 
 class ErrorResponse(Response[Any]):

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from ipaddress import ip_network
 
 import msgspec
 import uvicorn
@@ -28,6 +29,9 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
+    trusted_proxies: Sequence[str] = ()
+    """Addresses and networks of proxies: a request from one of them comes from the client that its
+    ``X-Forwarded-For`` names. From anybody else that header says nothing."""
     max_connections: int = 4096
     header_timeout: float = 10.0
     keep_alive: float = 75.0
@@ -38,6 +42,11 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if not value > 0:
                 raise ConfigError(f"{field}={value!r}: must be more than 0")
+        for proxy in self.trusted_proxies:
+            try:
+                ip_network(proxy)
+            except ValueError as error:
+                raise ConfigError(f"trusted_proxies: {proxy!r} is no address or network: {error}") from error
 
 
 class _Server(uvicorn.Server):
@@ -92,6 +101,8 @@ async def listening(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
             backlog=_BACKLOG,
         )
@@ -105,6 +116,7 @@ async def listening(
             error = task.exception() if task.done() else None
             if error is not None:  # another process listened first, after both had bound the port
                 raise _cannot_listen(settings, error) from error
+            app.open()
             yield f"http://{name}:{port}"
         finally:
             listens.cancel()

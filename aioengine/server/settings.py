@@ -22,6 +22,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     admin_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Key -> tenant. Only these may load and unload adapters; they may do all that ``api_keys`` may.
     Empty: whoever is let in may."""
+    keys_file: str | None = None
+    """A TOML file with the hash, tenant, scopes, adapters and limits of each key, in place of ``api_keys``
+    and ``admin_keys``; it is read again when it changes. See :mod:`aioengine.server.access.keys`."""
     allowed_hosts: Sequence[str] = ()
     """Host names that requests may be addressed to; empty: any. A web page can have its own name resolved
     to this machine and then read from a server that only this machine reaches (DNS rebinding); it cannot
@@ -59,6 +62,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             self._check_seconds("request_timeout")
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
+        if self.keys_file is not None and (self.api_keys or self.admin_keys):
+            raise ConfigError("keys_file names all keys: put those of api_keys and admin_keys into it too")
         for name in self.served_model_names:
             if not name:
                 raise ConfigError("served_model_names contains an empty name; remove it")

@@ -250,10 +250,14 @@ EVENT_LOOP_LAG = Definition(
 
 # Under the names that routers read (metrics_compat="vllm")
 
-VLLM_RUNNING = Definition("vllm:num_requests_running", "gauge", "Requests in the batch.")
-VLLM_WAITING = Definition("vllm:num_requests_waiting", "gauge", "Requests that are not running yet.")
+_MODEL = ("model_name",)
+VLLM_RUNNING = Definition("vllm:num_requests_running", "gauge", "Requests in the batch.", _MODEL)
+VLLM_WAITING = Definition("vllm:num_requests_waiting", "gauge", "Requests that are not running yet.", _MODEL)
 VLLM_KV_CACHE_USAGE = Definition(
-    "vllm:kv_cache_usage_perc", "gauge", "KV blocks that running requests hold, as a share of all (0 to 1)."
+    "vllm:kv_cache_usage_perc",
+    "gauge",
+    "KV blocks that running requests hold, as a share of all (0 to 1).",
+    _MODEL,
 )
 VLLM_LORA_REQUESTS = Definition(
     "vllm:lora_requests_info",
@@ -265,8 +269,24 @@ VLLM_LORA_REQUESTS = Definition(
 VLLM_LORA_LOADED = Definition(
     "vllm:lora_adapter_loaded",
     "gauge",
-    "1 for each adapter in memory; level is the fastest place that holds it, slot or cpu.",
-    ("adapter_name", "level", "pinned"),
+    "1 for each adapter in memory; level is gpu if a slot holds it (on a CPU too), and cpu if only the CPU "
+    "cache does.",
+    ("model_name", "adapter_name", "level", "pinned", "rank"),
+)
+VLLM_MAX_GPU_LORA = Definition("vllm:max_gpu_lora_adapters", "gauge", "Device slots.", _MODEL)
+VLLM_GPU_LORA = Definition("vllm:num_gpu_loaded_lora_adapters", "gauge", "Adapters in slots.", _MODEL)
+VLLM_CPU_LORA = Definition(
+    "vllm:num_cpu_loaded_lora_adapters",
+    "gauge",
+    "Adapters in the CPU cache, those in slots included.",
+    _MODEL,
+)
+VLLM_LORA_LOAD_SECONDS = Definition(
+    "vllm:lora_adapter_load_seconds",
+    "histogram",
+    "Transitions of adapters: the read from disk to the CPU (load), and the copy into a slot (activate).",
+    ("model_name", "transition"),
+    STEP_SECONDS,
 )
 
 ALL = tuple(value for value in globals().copy().values() if isinstance(value, Definition))

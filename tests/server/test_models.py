@@ -17,8 +17,8 @@ async def test_the_base_model_and_the_adapters_are_models(serve: Serve, tiny_tex
         models = {model.id: model async for model in await served.client.models.list()}
         assert list(models) == ["org/tiny", "tiny", "a"]
         base, adapter = models["org/tiny"].model_dump(), models["a"].model_dump()
-        assert (base["parent"], base["root"]) == (None, str(tiny_text.model))
-        assert (adapter["parent"], adapter["root"]) == ("org/tiny", str(tiny_text.adapters["a"]))
+        assert (base["parent"], base["root"]) == (None, "org/tiny")
+        assert (adapter["parent"], adapter["root"]) == ("org/tiny", "a")
         assert base["max_model_len"] == 128
         assert (await served.client.models.retrieve("a")).model_dump() == adapter
         assert (await served.client.models.retrieve("org/tiny")).model_dump() == base

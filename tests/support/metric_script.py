@@ -49,7 +49,9 @@ def metrics(
     compat: Literal["none", "vllm"] = "none",
 ) -> EngineMetrics:
     """An engine's metrics that have seen ``script``."""
-    made = EngineMetrics(labels, lambda: snapshot or stats(), lambda: adapters or [], compat=compat)
+    made = EngineMetrics(
+        labels, lambda: snapshot or stats(), lambda: adapters or [], compat=compat, model_name=lambda: "base"
+    )
     for event in script:
         made.handle(event)
     return made

@@ -1,15 +1,44 @@
-"""API keys: who is asking."""
+"""API keys: who is asking, and for what."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import hmac
-from collections.abc import Iterable, Mapping
+import fnmatch
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from aioengine.server.access.keys import KeyEntry, Scope, hash_key
+from aioengine.server.access.limits import Meter
 from aioengine.server.errors import ApiError
+
+_WILD = re.compile(r"[*?\[]")
+
+
+class AllowedModels:
+    """The models that a key may use.
+
+    Args:
+        adapters: Names, or patterns with ``*``, ``?`` and ``[...]``.
+        base_model: Whether the base model is allowed by itself.
+    """
+
+    def __init__(self, adapters: Sequence[str] = ("*",), base_model: bool = True) -> None:
+        self._base_model = base_model
+        self._all = "*" in adapters
+        self._names = frozenset(name for name in adapters if _WILD.search(name) is None)
+        patterns = [fnmatch.translate(name) for name in adapters if _WILD.search(name) is not None]
+        self._patterns = re.compile("|".join(patterns)) if patterns and not self._all else None
+
+    def allow(self, adapter: str | None) -> bool:
+        """Whether it is among them; None is the base model."""
+        if adapter is None:
+            return self._base_model
+        if self._all or adapter in self._names:
+            return True
+        return self._patterns is not None and self._patterns.match(adapter) is not None
 
 
 class Identity(NamedTuple):
@@ -17,29 +46,49 @@ class Identity(NamedTuple):
 
     tenant: str | None = None
     """None if no key was asked for, or none that is known was given."""
-    is_admin: bool = False
-    """May load and unload adapters."""
+    scopes: frozenset[str] = frozenset()
+    models: AllowedModels = AllowedModels()
+    meters: tuple[Meter, ...] = ()
+    """What its requests count on."""
+    expires: float | None = None
+    """Unix time."""
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
 
 
 class Authenticator:
-    """Knows keys by their digests. Every key is compared, in constant time, whichever is presented.
+    """Knows keys by their hashes.
+
+    A key is looked up by its hash. How long that takes may tell something of the hashes, but nobody can
+    choose a key by the hash that it is to have.
 
     Keys come as ``Authorization: Bearer KEY``; or as the password of Basic, which is what a browser can
     send for the live page.
 
     Args:
-        tenants: Key -> tenant. Empty: anybody is let in.
-        admins: Key -> tenant of those that alone may load and unload adapters, and whatever else the
-            others may. Empty: all who are let in are admins.
+        entries: The keys.
+        meters: A key's meters.
+        anybody: Who is let in without a key; None: nobody.
     """
 
-    def __init__(self, tenants: Mapping[str, str], admins: Mapping[str, str] | None = None) -> None:
-        admins = admins or {}
-        self._known = [
-            *((_digest(key.encode()), Identity(tenant, not admins)) for key, tenant in tenants.items()),
-            *((_digest(key.encode()), Identity(tenant, True)) for key, tenant in admins.items()),
-        ]
-        self._anybody = None if tenants else Identity(None, not admins)
+    def __init__(
+        self,
+        entries: Iterable[KeyEntry],
+        meters: Callable[[KeyEntry], tuple[Meter, ...]],
+        anybody: Identity | None = None,
+    ) -> None:
+        self._anybody = anybody
+        self._known = {
+            entry.hash: Identity(
+                entry.tenant,
+                frozenset(entry.scopes),
+                AllowedModels(entry.adapters, entry.base_model),
+                meters(entry),
+                None if entry.expires is None else entry.expires.timestamp(),
+            )
+            for entry in entries
+        }
 
     @property
     def is_open(self) -> bool:
@@ -50,35 +99,14 @@ class Authenticator:
         """Whose key is in a request's headers. Raises ApiError if it is none, and one is asked for."""
         presented = next((value for name, value in headers if name.lower() == b"authorization"), None)
         key = None if presented is None else _key(presented)
-        found = self._anybody
-        if key is not None:
-            digest = _digest(key)
-            for known, identity in self._known:
-                if hmac.compare_digest(known, digest):
-                    found = identity  # that of an admin, who comes last, if it is both
-        if found is None and key is None:
-            raise _refusal("You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
-        if found is None:
-            raise _refusal("Incorrect API key provided.")
-        return found
-
-
-def check_admin(identity: Identity) -> None:
-    """Raises ApiError unless it is an admin's."""
-    if identity.is_admin:
-        return
-    if identity.tenant is None:
-        raise _refusal("An admin key is needed. Send it as 'Authorization: Bearer KEY'.")
-    raise ApiError(
-        403,
-        "this API key may not load or unload adapters: that takes one of the server's admin keys",
-        type="permission_error",
-        code="admin_key_required",
-    )
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+        found = None if key is None else self._known.get(hash_key(key))
+        if found is not None and (found.expires is None or time.time() < found.expires):
+            return found
+        if self._anybody is not None:
+            return self._anybody
+        if key is None:
+            raise refusal("You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
+        raise refusal("Incorrect API key provided.")
 
 
 def _key(header: bytes) -> bytes | None:
@@ -94,7 +122,7 @@ def _key(header: bytes) -> bytes | None:
     return None
 
 
-def _refusal(message: str) -> ApiError:
+def refusal(message: str) -> ApiError:
     challenge = 'Bearer realm="aioengine", Basic realm="aioengine"'
     return ApiError(401, message, code="invalid_api_key", challenge=challenge)
 

@@ -1,13 +1,14 @@
 """Loading and unloading adapters over HTTP, in vLLM's format. Off unless the engine has an ``adapter_root``,
-and then confined to it; and for admins only, if there are admin keys."""
+and then confined to it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
-from litestar import MediaType, post
+from litestar import MediaType, Request, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 
@@ -16,7 +17,7 @@ from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import RESPONSES, admins_only
+from aioengine.server.framework import RESPONSES, record_of
 
 
 class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -44,10 +45,9 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         status_code=200,
         media_type=MediaType.TEXT,
         responses=RESPONSES,
-        guards=[admins_only],
         summary="Load an adapter",
     )
-    async def load(data: JSONBody[LoadRequest]) -> str:
+    async def load(data: JSONBody[LoadRequest], request: Request[Any, Any, Any]) -> str:
         confined = _allowed(resolver)
         name, path = data.lora_name, data.lora_path
         if not name or not path:
@@ -56,6 +56,14 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
             raise ApiError(400, f"lora_name: {name[:300]!r} is not {NAME_RULE_TEXT}", param="lora_name")
         if name in context.model_names:
             raise ApiError(400, f"{name!r} is the base model's name", param="lora_name")
+        if not record_of(request).identity.models.allow(name):
+            raise ApiError(
+                403,
+                f"this API key may not load an adapter that is called {name!r}",
+                type="permission_error",
+                param="lora_name",
+                code="adapter_not_allowed",
+            )
         known = any(info.name == name for info in context.engine.adapters())
         if known and not data.load_inplace:
             raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
@@ -81,15 +89,16 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         status_code=200,
         media_type=MediaType.TEXT,
         responses=RESPONSES,
-        guards=[admins_only],
         summary="Unload an adapter, when the requests that use it have ended",
     )
-    async def unload(data: JSONBody[UnloadRequest]) -> str:
+    async def unload(data: JSONBody[UnloadRequest], request: Request[Any, Any, Any]) -> str:
         _allowed(resolver)
         name = data.lora_name
         if not name:
             raise ApiError(400, "'lora_name' must be provided.", param="lora_name")
         try:
+            if not record_of(request).identity.models.allow(name):
+                raise AdapterNotFound("it is not among those that the key may use", name=name)
             await context.engine.unload_adapter(name)
         except AdapterNotFound as error:
             raise ApiError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import msgspec
-from litestar import get
+from litestar import Request, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
-from aioengine.info import AdapterInfo
+from aioengine.server.access.auth import Identity
 from aioengine.server.context import Context
 from aioengine.server.errors import model_not_found
-from aioengine.server.framework import RESPONSES
+from aioengine.server.framework import RESPONSES, record_of
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
@@ -22,7 +23,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """Seconds since 1970."""
     owned_by: str = "aioengine"
     root: str
-    """Where it was loaded from."""
+    """Its name; for keys with the scope "admin" where it was loaded from."""
     parent: str | None = None
     """An adapter's base model."""
     max_model_len: int
@@ -34,31 +35,34 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 
 def model_routes(context: Context) -> list[HTTPRouteHandler]:
-    def base(name: str) -> ModelCard:
+    def cards(identity: Identity) -> Iterator[ModelCard]:
+        """What ``identity`` may use."""
         engine = context.engine
-        return ModelCard(
-            id=name,
-            created=context.created,
-            root=engine.config.model,
-            max_model_len=engine.plan.max_model_len,
-        )
+        shows_paths = identity.may("admin")
 
-    def adapter(info: AdapterInfo) -> ModelCard:
-        card = base(info.name)
-        card.root, card.parent = info.path, context.model_names[0]
-        return card
+        def card(name: str, path: str, parent: str | None) -> ModelCard:
+            return ModelCard(
+                id=name,
+                created=context.created,
+                root=path if shows_paths else name,
+                parent=parent,
+                max_model_len=engine.plan.max_model_len,
+            )
 
-    def cards() -> list[ModelCard]:
-        return [*map(base, context.model_names), *map(adapter, context.engine.adapters())]
+        if identity.models.allow(None):
+            yield from (card(name, engine.config.model, None) for name in context.model_names)
+        for info in engine.adapters():
+            if identity.models.allow(info.name):
+                yield card(info.name, info.path, context.model_names[0])
 
     @get("/v1/models", responses=RESPONSES, summary="The base model and the adapters", sync_to_thread=False)
-    def models() -> ModelList:
-        return ModelList(data=cards())
+    def models(request: Request[Any, Any, Any]) -> ModelList:
+        return ModelList(data=list(cards(record_of(request).identity)))
 
     @get("/v1/models/{model:path}", responses=RESPONSES, summary="One of them", sync_to_thread=False)
-    def model(model: FromPath[str]) -> ModelCard:
+    def model(model: FromPath[str], request: Request[Any, Any, Any]) -> ModelCard:
         name = model.removeprefix("/")
-        for card in cards():
+        for card in cards(record_of(request).identity):
             if card.id == name:
                 return card
         raise model_not_found(name)

@@ -6,14 +6,14 @@ import asyncio
 from typing import Annotated, Any
 
 import msgspec
-from litestar import get, post
+from litestar import Request, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 from msgspec import Meta
 
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError
-from aioengine.server.framework import RESPONSES
+from aioengine.server.framework import RESPONSES, record_of
 from aioengine.server.openai.api import TokenId
 from aioengine.server.openai.chat import to_template, tools_to_template
 from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_TOOLS, CustomTool, Message, Tool
@@ -70,8 +70,8 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
         )
 
     @post("/tokenize", status_code=200, responses=RESPONSES, summary="Text or messages to token ids")
-    async def tokenize(data: JSONBody[TokenizeRequest]) -> Tokenized:
-        _check_model(context, data.model)
+    async def tokenize(data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Tokenized:
+        _check_model(context, data.model, request)
         if (data.prompt is None) == (data.messages is None):
             raise ApiError(400, "prompt: either prompt or messages", param="prompt", code="invalid_value")
         if data.prompt is not None:
@@ -95,8 +95,8 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
         )
 
     @post("/detokenize", status_code=200, responses=RESPONSES, summary="Token ids to text")
-    async def detokenize(data: JSONBody[DetokenizeRequest]) -> Detokenized:
-        _check_model(context, data.model)
+    async def detokenize(data: JSONBody[DetokenizeRequest], request: Request[Any, Any, Any]) -> Detokenized:
+        _check_model(context, data.model, request)
         # In a thread: there may be many.
         return Detokenized(await asyncio.to_thread(context.tokenizer.decode, data.tokens, False))
 
@@ -107,7 +107,8 @@ def _strings(tokens: list[int], token_bytes: TokenBytes) -> list[str]:
     return [token_bytes(token).decode(errors="replace") for token in tokens]
 
 
-def _check_model(context: Context, model: str | None) -> None:
-    """An adapter has its base model's tokenizer; that it is there is not asked."""
+def _check_model(context: Context, model: str | None, request: Request[Any, Any, Any]) -> None:
+    """An adapter has its base model's tokenizer; that it is there is not asked, only whether the key may
+    use it."""
     if model is not None:
-        context.adapter_of(model)
+        context.adapter_of(model, record_of(request).identity)

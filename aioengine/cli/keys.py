@@ -1,0 +1,112 @@
+"""``aioengine keys``: make API keys for ``serve --keys``, and check the file that they are in."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.errors import ConfigError
+from aioengine.server.access.keys import (
+    SHORTEST_KEY,
+    KeyEntry,
+    Limits,
+    hash_key,
+    new_key,
+    parse_keys_file,
+    read_keys_file,
+)
+
+_LIST = Parameter(negative="")
+
+
+def new(
+    *,
+    tenant: str,
+    scope: Annotated[list[str] | None, _LIST] = None,
+    adapter: Annotated[list[str] | None, _LIST] = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Make a key, and print its entry for the keys file.
+
+    The entry goes to standard output, so that >> adds it to the file; the key itself goes to standard error,
+    once, and is kept nowhere.
+
+    Args:
+        tenant: Whom the key is for.
+        scope: metrics, generate, adapters or admin; can be given more than once; generate by default.
+        adapter: Adapter, or pattern such as team-a/*, that it may use; any by default.
+    """
+    key = new_key()
+    lines = ["", "[[keys]]", f'hash = "{hash_key(key)}"', f"tenant = {_text(tenant)}"]
+    lines.append(f"scopes = {_texts(scope or ['generate'])}")
+    if adapter:
+        lines.append(f"adapters = {_texts(adapter)}")
+    entry = "\n".join(lines)
+    parse_keys_file(entry.encode(), source="the new entry")
+    print(entry)
+    print(f"the key, which is not shown again: {key}", file=sys.stderr)
+    return 0
+
+
+def hash(*, common: CommonFlags | None = None) -> int:
+    """Read a key from standard input, and print the hash that stands for it in the keys file."""
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        key = getpass("key: ")
+    else:
+        key = sys.stdin.readline().rstrip("\r\n")
+    if len(key) < SHORTEST_KEY or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"a key must have at least {SHORTEST_KEY} characters that are drawn at random, and no spaces: a "
+            "shorter one can be guessed by whoever reads its hash; `aioengine keys new` makes one"
+        )
+    print(hash_key(key))
+    return 0
+
+
+def check(file: Path, *, common: CommonFlags | None = None) -> int:
+    """Check a keys file, and list what it allows."""
+    from rich.table import Table
+
+    from aioengine.cli.tables import output_console
+
+    found = read_keys_file(file)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("hash", "tenant", "scopes", "models", "expires", "limits"):
+        table.add_column(column, overflow="fold")
+    for entry in found.keys:
+        table.add_row(entry.hash[:15], entry.tenant, " ".join(entry.scopes), *_details(entry))
+    for tenant, limits in found.tenants.items():
+        table.add_row("", tenant, "all its keys", "", "", _limits(limits))
+    output_console().print(table)
+    return 0
+
+
+def _details(entry: KeyEntry) -> tuple[str, str, str]:
+    models = " ".join([*(["base"] if entry.base_model else []), *entry.adapters])
+    expires = ""
+    if entry.expires is not None:
+        over = entry.expires <= datetime.now(UTC)
+        expires = f"{entry.expires.isoformat()}{' (expired)' if over else ''}"
+    return models, expires, _limits(entry.limits)
+
+
+def _limits(limits: Limits) -> str:
+    values = {name: getattr(limits, name) for name in limits.__struct_fields__}
+    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+
+def _text(value: str) -> str:
+    """As a TOML string, which JSON's are as well."""
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+
+
+def _texts(values: list[str]) -> str:
+    return f"[{', '.join(map(_text, values))}]"

@@ -1,0 +1,124 @@
+"""The gate: every request passes it, and nothing else decides who may do what."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
+
+from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
+from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, hash_key
+from aioengine.server.access.keys_watch import KeysWatch
+from aioengine.server.access.limits import Admission, Meter
+from aioengine.server.access.refusals import Refusals
+from aioengine.server.access.scopes import LIMITED, ROUTES
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.errors import ApiError
+from aioengine.server.settings import ServerSettings
+
+_WITHOUT_ADMIN = frozenset(SCOPES) - {"admin"}
+
+
+class Gate:
+    """Lets requests in by their key, its scopes and its limits. Raises ConfigError if the keys file cannot
+    be used."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._refusals = Refusals()
+        self._meters: dict[tuple[str, str], Meter] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._watch: KeysWatch | None = None
+        self._missing_scope_code = "insufficient_scope"
+        if settings.keys_file is None:
+            self._use_settings(settings)
+        else:
+            self._watch = KeysWatch(settings.keys_file, self._use_file)
+
+    @property
+    def is_open(self) -> bool:
+        """Anybody is let in, if not to everything."""
+        return self._auth.is_open
+
+    def watch(self) -> None:
+        """Read the keys file again when it changes, from now on until :meth:`close`."""
+        if self._watch is not None and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._watch.run(), name="aioengine-keys")
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._refusals.close()
+
+    def identify(self, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
+        """Write into ``record`` who sends the request. Raises ApiError for a host that is not allowed, and
+        without a good key where one is asked for."""
+        check_host(scope["headers"], self._allowed_hosts)
+        try:
+            record.identity = self._auth.identify(scope["headers"])
+        except ApiError as error:
+            raise self._refused(scope, record, error) from None
+        record.tenant = record.identity.tenant
+
+    def admit(self, route: str, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
+        """Let the request through to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
+        has none of the scopes, or no room within its limits."""
+        needed = ROUTES[route]
+        if needed and not any(map(record.identity.may, needed)):
+            names = " or ".join(map(repr, needed))
+            if record.identity.tenant is None:
+                text = f"A key with the scope {names} is needed. Send it as 'Authorization: Bearer KEY'."
+                raise self._refused(scope, record, refusal(text))
+            raise ApiError(
+                403,
+                f"this API key may not do that: it takes one with the scope {names}",
+                type="permission_error",
+                code=self._missing_scope_code,
+            )
+        if route in LIMITED and record.identity.meters:
+            record.admission = Admission(record.identity.meters, time.monotonic())
+
+    def _refused(self, scope: MutableMapping[str, Any], record: RequestRecord, error: ApiError) -> ApiError:
+        record.counted = True
+        client = scope.get("client")
+        return self._refusals.refuse(str(client[0]) if client else "unknown", error)
+
+    def _use_settings(self, settings: ServerSettings) -> None:
+        """Keys from flags: the admins' have all scopes; the others have "adapters" if there are no admins."""
+        self._missing_scope_code = "admin_key_required"
+        scopes = _WITHOUT_ADMIN - {"adapters"} if settings.admin_keys else _WITHOUT_ADMIN
+        anybody = None if settings.api_keys else Identity(scopes=scopes)
+        self._auth = Authenticator(_entries(settings, scopes), lambda _entry: (), anybody)
+
+    def _use_file(self, file: KeysFile) -> None:
+        """Keys from a file. Meters go on where they were."""
+        before, self._meters = self._meters, {}
+        now = time.monotonic()
+
+        def meter(kind: str, which: str, name: str, limits: Limits) -> Iterator[Meter]:
+            if limits == Limits():
+                return
+            found = self._meters.get((kind, which)) or before.get((kind, which))
+            if found is None:
+                found = Meter(name, limits)
+            else:
+                found.limit(limits, now)
+            self._meters[kind, which] = found
+            yield found
+
+        def meters(entry: KeyEntry) -> tuple[Meter, ...]:
+            shared = file.tenants.get(entry.tenant, Limits())
+            return (
+                *meter("key", entry.hash, "this API key", entry.limits),
+                *meter("tenant", entry.tenant, f"tenant {entry.tenant!r}", shared),
+            )
+
+        self._auth = Authenticator(file.keys, meters)
+
+
+def _entries(settings: ServerSettings, scopes: Iterable[str]) -> Iterator[KeyEntry]:
+    for key, tenant in settings.api_keys.items():
+        yield KeyEntry(hash=hash_key(key), tenant=tenant, scopes=tuple(scopes))
+    for key, tenant in settings.admin_keys.items():  # last, for a key that is both
+        yield KeyEntry(hash=hash_key(key), tenant=tenant, scopes=("admin",))

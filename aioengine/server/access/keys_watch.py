@@ -1,0 +1,70 @@
+"""Reading the keys file, and reading it again when it has changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aioengine.errors import ConfigError
+from aioengine.server.access.keys import KeysFile, read_keys_file
+
+logger = logging.getLogger("aioengine.server")
+
+POLL_SECONDS = 1.0
+
+
+class KeysWatch:
+    """Reads ``path`` at once, and gives its content to ``use``; raises ConfigError if that cannot be done.
+
+    While :meth:`run` runs, each change is given to ``use`` within about ``POLL_SECONDS``. A file that is
+    broken or gone leaves the keys as they were, and the log says why.
+    """
+
+    def __init__(self, path: str, use: Callable[[KeysFile], None]) -> None:
+        self._path = Path(path)
+        self._use = use
+        self._seen: tuple[int, ...] | None = None
+        self._complaint = ""
+        use(self._read())
+
+    async def run(self) -> None:
+        """Look until cancelled, in a thread of its own: files may be slow, and shared pools full."""
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-keys")
+        try:
+            while True:
+                await asyncio.sleep(POLL_SECONDS)
+                try:
+                    found = await loop.run_in_executor(thread, self._changed)
+                except ConfigError as error:
+                    self._complain(str(error))
+                else:
+                    if found is not None:
+                        self._use(found)
+                        self._complaint = ""
+                        logger.info("read %s again: %d keys", self._path, len(found.keys))
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._complaint = text
+            logger.error("the keys stay as they were: %s", text)
+
+    def _changed(self) -> KeysFile | None:
+        return None if self._seen is not None and self._signature() == self._seen else self._read()
+
+    def _read(self) -> KeysFile:
+        # Before the content: what is written meanwhile makes another signature, and is read next time.
+        self._seen = self._signature()
+        return read_keys_file(self._path)
+
+    def _signature(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,0 +1,139 @@
+"""Limits at the door: requests at once, requests and tokens per minute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from aioengine.server.access.keys import Limits
+from aioengine.server.errors import ApiError
+
+_LONGEST_GUESS = 60
+"""Seconds; the most that ``Retry-After`` says where only a guess can be made."""
+
+
+class Bucket:
+    """A token bucket: it holds an allowance of one minute, is full at first, and fills evenly."""
+
+    __slots__ = ("_at", "_level", "per_minute")
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._level = float(per_minute)
+        self._at = 0.0
+
+    def resize(self, per_minute: int, now: float) -> None:
+        """Change the allowance; what is spent stays spent."""
+        spent = self.per_minute - self._filled(now)
+        self.per_minute, self._level, self._at = per_minute, per_minute - spent, now
+
+    def wait(self, now: float) -> float:
+        """Seconds until 1 can be taken; 0 if it can be now."""
+        return max(0.0, 1 - self._filled(now)) * 60 / self.per_minute
+
+    def take(self, amount: int, now: float) -> None:
+        """More than there is becomes a debt, which has to fill up before anything can be taken again."""
+        self._level, self._at = self._filled(now) - amount, now
+
+    def _filled(self, now: float) -> float:
+        return min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+
+
+class Meter:
+    """What one key or one tenant uses. ``name`` is what it is called in an error."""
+
+    def __init__(self, name: str, limits: Limits) -> None:
+        self.name = name
+        self.active = 0
+        """Requests that are being answered."""
+        self._mean_seconds = 1.0
+        self._limits = Limits()
+        self._requests: Bucket | None = None
+        self._tokens: Bucket | None = None
+        self.limit(limits, 0.0)
+
+    def limit(self, limits: Limits, now: float) -> None:
+        """Other limits from now on."""
+        self._limits = limits
+        self._requests = _resized(self._requests, limits.requests_per_minute, now)
+        self._tokens = _resized(self._tokens, limits.tokens_per_minute, now)
+
+    def check(self, now: float) -> None:
+        """Raises ApiError (429) if no request may begin."""
+        most = self._limits.max_concurrent
+        if most is not None and self.active >= most:
+            wait = min(math.ceil(self._mean_seconds / most), _LONGEST_GUESS)
+            raise self._refusal(f"{most} requests at once", wait)
+        if self._requests is not None and (seconds := self._requests.wait(now)):
+            raise self._refusal(f"{self._requests.per_minute} requests per minute", seconds)
+        self.check_tokens(now)
+
+    def check_tokens(self, now: float) -> None:
+        """Raises ApiError (429) if no tokens are left."""
+        if self._tokens is not None and (seconds := self._tokens.wait(now)):
+            raise self._refusal(f"{self._tokens.per_minute} tokens per minute", seconds)
+
+    def begin(self, now: float) -> None:
+        self.active += 1
+        if self._requests is not None:
+            self._requests.take(1, now)
+
+    def spend(self, tokens: int, now: float) -> None:
+        if self._tokens is not None:
+            self._tokens.take(tokens, now)
+
+    def end(self, seconds: float) -> None:
+        self.active -= 1
+        self._mean_seconds += (seconds - self._mean_seconds) / 8
+
+    def _refusal(self, what: str, seconds: float) -> ApiError:
+        wait = max(1, math.ceil(seconds))
+        return ApiError(
+            429,
+            f"{self.name} may have {what}; try again in {wait} s",
+            type="rate_limit_error",
+            code="rate_limit_exceeded",
+            retry_after=wait,
+        )
+
+
+def _resized(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
+    if per_minute is None:
+        return None
+    if bucket is None:
+        return Bucket(per_minute)
+    bucket.resize(per_minute, now)
+    return bucket
+
+
+class Admission:
+    """One request on its meters. Raises ApiError (429) if one of them has no room; then none has counted it.
+
+    Tokens are charged when they are known: the prompt's before it runs, the output's at the end.
+    """
+
+    def __init__(self, meters: Sequence[Meter], now: float) -> None:
+        for meter in meters:
+            meter.check(now)
+        for meter in meters:
+            meter.begin(now)
+        self._meters = meters
+        self._begun = now
+        self._charged = 0
+
+    def charge_prompt(self, tokens: int, now: float) -> None:
+        """Raises ApiError (429) if others have taken all tokens since the request came."""
+        for meter in self._meters:
+            meter.check_tokens(now)
+        self._charge(tokens, now)
+
+    def end(self, tokens: int, now: float) -> None:
+        """``tokens``: prompt and output together."""
+        self._charge(tokens, now)
+        for meter in self._meters:
+            meter.end(now - self._begun)
+
+    def _charge(self, tokens: int, now: float) -> None:
+        for meter in self._meters:
+            meter.spend(tokens - self._charged, now)
+        self._charged = tokens

@@ -1,0 +1,100 @@
+"""Requests without a good key: how many a client may send, and how they are logged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter, OrderedDict
+from ipaddress import IPv6Address, ip_address
+
+from aioengine.server.access.limits import Bucket
+from aioengine.server.errors import ApiError
+
+logger = logging.getLogger("aioengine.server")
+
+PER_MINUTE = 60
+"""Refusals with 401 that an address may have in a minute; beyond it they are 429."""
+MAX_ADDRESSES = 4096
+"""Addresses that are remembered; then the one that was refused longest ago is forgotten."""
+LOG_SECONDS = 60.0
+
+
+class Refusals:
+    """Counts refusals by client address. A good key is never refused, whatever its address has done:
+    keys cannot be guessed, so what is limited is the work and the log, not the luck."""
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def refuse(self, client: str, error: ApiError) -> ApiError:
+        """What to answer to ``client`` in place of ``error``, a 401: that, or a 429."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        address = _network(client)
+        self._note(address, loop)
+        bucket = self._buckets.pop(address, None) or Bucket(PER_MINUTE)
+        self._buckets[address] = bucket
+        if len(self._buckets) > MAX_ADDRESSES:
+            self._buckets.popitem(last=False)
+        wait = bucket.wait(now)
+        if not wait:
+            bucket.take(1, now)
+            return error
+        return ApiError(
+            429,
+            "too many requests without a valid API key from this address; correct the key",
+            type="rate_limit_error",
+            code="too_many_invalid_keys",
+            retry_after=max(1, math.ceil(wait)),
+            close=True,
+        )
+
+    def close(self) -> None:
+        """Log what has been counted."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._tell()
+            self._timer = None
+
+    def _note(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
+        """The first is logged at once; those of the following ``LOG_SECONDS`` in one line."""
+        if self._timer is None:
+            logger.warning("refused a request from %s: no valid API key", address)
+            self._timer = loop.call_later(LOG_SECONDS, self._due)
+        elif address in self._counts or len(self._counts) < MAX_ADDRESSES:
+            self._counts[address] += 1
+        else:
+            self._counts["others"] += 1
+
+    def _due(self) -> None:
+        told = self._tell()
+        self._timer = asyncio.get_running_loop().call_later(LOG_SECONDS, self._due) if told else None
+
+    def _tell(self) -> bool:
+        """False if there was nothing to tell."""
+        if not self._counts:
+            return False
+        [(address, most)] = self._counts.most_common(1)
+        logger.warning(
+            "refused %d more requests without a valid API key, from %d addresses; most, %d, from %s",
+            self._counts.total(),
+            len(self._counts),
+            most,
+            address,
+        )
+        self._counts.clear()
+        return True
+
+
+def _network(client: str) -> str:
+    """The address; of an IPv6 one the first 64 bits, since who has one has all that begin alike."""
+    try:
+        address = ip_address(client)
+    except ValueError:
+        return client[:64]
+    if address.version == 4 or address.ipv4_mapped:
+        return client
+    return f"{IPv6Address(int(address) >> 64 << 64)}/64"

@@ -1,0 +1,45 @@
+"""Which scope a request takes, by its route: one table for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from aioengine.server.access.keys import SCOPES, Scope
+
+_ANY: tuple[Scope, ...] = SCOPES
+_OPEN: tuple[Scope, ...] = ()
+_GENERATE: tuple[Scope, ...] = ("generate",)
+_ADAPTERS: tuple[Scope, ...] = ("adapters",)
+_METRICS: tuple[Scope, ...] = ("metrics",)
+
+PAGE_ROUTE = "/metrics"
+"""The row for everything that the metrics' application answers: the live page shows what the metrics say."""
+
+ROUTES: Mapping[str, tuple[Scope, ...]] = {
+    "/health": _OPEN,
+    "/ready": _OPEN,
+    PAGE_ROUTE: _METRICS,
+    "/v1/chat/completions": _GENERATE,
+    "/v1/completions": _GENERATE,
+    "/tokenize": _GENERATE,
+    "/detokenize": _GENERATE,
+    "/tokenizer_info": _GENERATE,
+    "/v1/models": ("generate", "adapters"),
+    "/v1/models/{model}": ("generate", "adapters"),
+    "/v1/load_lora_adapter": _ADAPTERS,
+    "/v1/unload_lora_adapter": _ADAPTERS,
+    "/docs": _ANY,
+    "/docs/openapi.json": _ANY,
+    "/docs/{path}": _ANY,
+}
+"""Route -> the scopes of which a key needs one ("admin" includes all); none: no key is asked for."""
+
+LIMITED = frozenset(route for route, scopes in ROUTES.items() if scopes == _GENERATE)
+"""The routes that count against a key's limits."""
+
+
+def check_routes(routes: Iterable[str]) -> None:
+    """Raises RuntimeError for a route that the table does not have: nobody has said who may use it."""
+    missing = sorted(set(routes) - ROUTES.keys())
+    if missing:
+        raise RuntimeError(f"no scope is given for {', '.join(missing)}: add it to {__name__}.ROUTES")
