@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from aioengine.adapters.resolvers.base import AdapterResolver
@@ -421,6 +422,12 @@ class AsyncEngine:
         """The model's shape, its vocabulary and its end-of-sequence tokens."""
         self._check_running()
         return self._built.spec
+
+    @property
+    def model_path(self) -> Path | None:
+        """The folder or GGUF file that the model was read from; None if there is none."""
+        self._check_running()
+        return self._built.model_path
 
     @property
     def plan(self) -> MemoryPlan:

@@ -83,6 +83,8 @@ class ServerFlags:
     """Most prompts x n in one request."""
     share_prefix_cache: Annotated[bool, _IN_MORE] = False
     """Tenants share the prefix cache, and can find out what others have sent."""
+    generation_config: Annotated[str, _IN_MORE] = "auto"
+    """Sampling defaults: auto (the model's generation_config.json), none, or a path to one."""
     default_max_tokens: Annotated[int | None, _IN_MORE] = None
     """For chats that name none; by default what the context has room for."""
     ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
@@ -121,6 +123,7 @@ class ServerFlags:
             max_body_bytes=self.max_body_bytes,
             max_choices=self.max_choices,
             share_prefix_cache=self.share_prefix_cache,
+            generation_config=self.generation_config,
             default_max_tokens=self.default_max_tokens,
             ignore_unknown_fields=self.ignore_unknown_fields,
             schemas=SchemaOptions(
@@ -222,6 +225,7 @@ async def _serve(
             if writer is not None:
                 writer.attach(engine)
             app = create_app(engine, settings)
+            await app.context.defaults()
             async with listening(app, listen, bound) as url:
                 _tell(url, flags, settings)
                 with signals.handled():

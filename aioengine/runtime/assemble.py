@@ -44,6 +44,8 @@ class Built(NamedTuple):
     executor: Executor
     loader: Loader
     resolver: AdapterResolver | None
+    model_path: Path | None = None
+    """The model's folder or file; None if there is no model."""
     timer: Callable[[], float] = time.perf_counter
     """What decisions, and the event loop's lag, are measured with."""
 
@@ -56,6 +58,7 @@ class Parts(NamedTuple):
     runner: ModelRunner
     store: AdapterStore
     tokenizer: Tokenizer | None
+    path: Path
 
 
 def plan_parts(config: EngineConfig, shard: Shard) -> MemoryPlan:
@@ -131,7 +134,7 @@ def build_parts(
         shard=group.shard,
     )
     found = load_tokenizer(path, config.chat_template) if tokenizer else None
-    return Parts(spec, plan, runner, store, found)
+    return Parts(spec, plan, runner, store, found, path)
 
 
 def build(
@@ -146,7 +149,7 @@ def build(
     loader = AdapterLoader(
         parts.store, executor, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed
     )
-    return Built(parts.spec, parts.plan, parts.tokenizer, executor, loader, chosen)
+    return Built(parts.spec, parts.plan, parts.tokenizer, executor, loader, chosen, parts.path)
 
 
 async def build_with_workers(
@@ -174,7 +177,7 @@ async def build_with_workers(
         await executor.close()
         raise
     loader = WorkerLoader(executor, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
-    return Built(spec, plan, tokenizer, executor, loader, chosen)
+    return Built(spec, plan, tokenizer, executor, loader, chosen, path)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,7 @@ from aioengine.server.errors import ApiError, model_not_found
 from aioengine.server.generation import Generation, Scores
 from aioengine.server.openai.api import GenerationFields
 from aioengine.server.openai.constraints import Form
+from aioengine.server.openai.generation_config import FILE_NAME, SamplingDefaults, read_sampling_defaults
 from aioengine.server.openai.logprobs import TokenBytes
 from aioengine.server.openai.sampling import for_choice
 from aioengine.server.settings import ServerSettings
@@ -46,6 +48,23 @@ class Context:
         """New requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None
         self._tools_noted = False
+        self._defaults: SamplingDefaults | None = None
+
+    async def defaults(self) -> SamplingDefaults:
+        """What requests get that name none. Read once, and logged. Raises ConfigError if it is not right."""
+        if self._defaults is None:
+            self._defaults = await asyncio.to_thread(self._read_defaults)
+            given = " ".join(f"{name}={value:g}" for name, value in self._defaults.given().items())
+            logger.info("defaults of requests, by generation_config.json: %s", given or "none")
+        return self._defaults
+
+    def _read_defaults(self) -> SamplingDefaults:
+        wanted, found = self.settings.generation_config, self.engine.model_path
+        if wanted not in ("auto", "none"):
+            return read_sampling_defaults(Path(wanted))
+        if wanted == "auto" and found is not None and (found / FILE_NAME).is_file():
+            return read_sampling_defaults(found)
+        return SamplingDefaults()
 
     def adapter_of(self, model: str, identity: Identity) -> str | None:
         """The adapter that a request's ``model`` stands for; None for the base model.

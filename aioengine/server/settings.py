@@ -35,6 +35,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     share_prefix_cache: bool = False
     """Tenants share the prefix cache. A request's ``cached_tokens``, and how soon it is answered, then tell
     whether another tenant has sent the same text."""
+    generation_config: str = "auto"
+    """Where the defaults of ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and
+    ``max_tokens`` are from: "auto" is the model's ``generation_config.json``, if it has one; "none" is the
+    API's own; anything else a file of that form, or a folder with one."""
     default_max_tokens: int | None = None
     """For chat requests that name none; None: whatever the context has room for."""
     ignore_unknown_fields: bool = False
@@ -62,6 +66,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             self._check_seconds("request_timeout")
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
+        if not self.generation_config:
+            raise ConfigError("generation_config: is empty; it is 'auto', 'none' or a path")
         if self.keys_file is not None and (self.api_keys or self.admin_keys):
             raise ConfigError("keys_file names all keys: put those of api_keys and admin_keys into it too")
         for name in self.served_model_names:

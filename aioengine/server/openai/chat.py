@@ -40,10 +40,14 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
             [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
         context.check_prompts([prompt], data.n or 1, max_tokens=asked, field="messages")
         room = context.engine.plan.max_model_len - len(prompt)
+        defaults = await context.defaults()
         wanted = asked if asked is not None else context.settings.default_max_tokens or room
+        if asked is None:
+            wanted = defaults.bounded(wanted)
         logprobs = (data.top_logprobs or 0) if data.logprobs else None
         params = sampling_params(
             data,
+            defaults,
             max_tokens=wanted,
             logprobs=logprobs,
             prompt_logprobs=data.prompt_logprobs,

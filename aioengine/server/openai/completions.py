@@ -46,13 +46,15 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
         record = record_of(request)
         if data.suffix:
             raise unsupported("suffix", "text can only be continued, not filled in")
-        max_tokens = DEFAULT_MAX_TOKENS if data.max_tokens is None else data.max_tokens
+        defaults = await context.defaults()
+        max_tokens = defaults.bounded(DEFAULT_MAX_TOKENS) if data.max_tokens is None else data.max_tokens
         prompts, texts = await _prompts(context, data)
         if data.truncate_prompt_tokens is not None:
             prompts, texts = context.truncated(prompts, data.truncate_prompt_tokens, max_tokens), None
         context.check_prompts(prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
         params = sampling_params(
             data,
+            defaults,
             max_tokens=max_tokens,
             logprobs=_count(data.logprobs),
             prompt_logprobs=_of_prompt(data, max_tokens),

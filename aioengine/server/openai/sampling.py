@@ -9,8 +9,11 @@ import msgspec
 from aioengine.request import SamplingParams, TokenConstraint
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.openai.api import GenerationFields
+from aioengine.server.openai.generation_config import SamplingDefaults
 
 _SAME_NAME = (
+    "temperature",
+    "top_k",
     "top_p",
     "min_p",
     "presence_penalty",
@@ -28,26 +31,29 @@ _SAME_NAME = (
 
 def sampling_params(
     fields: GenerationFields,
+    defaults: SamplingDefaults,
     *,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
     constraint: TokenConstraint | None,
 ) -> SamplingParams:
-    """Of the first choice. Raises ApiError or RequestInvalid for what cannot be."""
+    """Of the first choice; ``defaults`` are for what ``fields`` do not name.
+
+    Raises ApiError or RequestInvalid for what cannot be.
+    """
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise unsupported("best_of", "must be n: every choice is sent back")
     if fields.prompt_logprobs is not None and fields.stream:
         raise unsupported("prompt_logprobs", "not with stream")
     if constraint is not None and fields.ignore_eos:
         raise ApiError(400, "ignore_eos: the end is where the format says", param="ignore_eos")
-    values: dict[str, Any] = {
-        name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None
-    }
+    values: dict[str, Any] = {"temperature": 1.0, **defaults.given()}
+    values.pop("max_new_tokens", None)
+    values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
+    values["top_k"] = max(values.get("top_k", 0), 0)
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=1.0 if fields.temperature is None else fields.temperature,
-        top_k=max(fields.top_k or 0, 0),
         seed=fields.seed,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
