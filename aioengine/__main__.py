@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NoReturn
 
 from aioengine.cli.process import process
@@ -10,6 +11,7 @@ from aioengine.cli.process import process
 def run() -> NoReturn:
     """Run the command line of this process, and end it."""
     process.install()  # before the slow imports, so that Ctrl-C is always answered
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's: nothing of ours needs it
     from aioengine.cli.main import main
 
     process.exit(main())

