@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
@@ -60,6 +61,8 @@ class MetricsApp:
         self._feed = Feed(engine, interval)
         self._streams: set[asyncio.Task[None]] = set()
         self._closed = False
+        # Of its own: what others do in the loop's threads, and how long, is up to the application.
+        self._rendering = ThreadPoolExecutor(1, thread_name_prefix="aioengine-metrics")
         self._files = {
             path.name: path.read_bytes() for path in (Path(__file__).parent / "page" / "static").iterdir()
         }
@@ -128,7 +131,7 @@ class MetricsApp:
             return gzip.compress(text, 1) if compress else text, content_type
 
         try:  # in a thread: it asks this loop for a snapshot, and the loop need not wait for the text
-            body, content_type = await asyncio.to_thread(render)
+            body, content_type = await asyncio.get_running_loop().run_in_executor(self._rendering, render)
         except (EngineStopped, TimeoutError) as error:
             await _text(send, 503, str(error), head)
             return

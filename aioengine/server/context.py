@@ -16,7 +16,7 @@ from aioengine.adapters.names import NAME_RULE
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.guided import Guide
-from aioengine.request import RequestOptions, SamplingParams
+from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.submit import LONG_TEXT
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
@@ -161,7 +161,7 @@ class Context:
         text = f"This model's maximum context length is {limit} tokens, and the prompt has {tokens}"
         return ApiError(400, f"{text}: please shorten it", param=field, code="context_length_exceeded")
 
-    async def generation(
+    def generation(
         self,
         fields: GenerationFields,
         prompts: Sequence[list[int]],
@@ -171,21 +171,18 @@ class Context:
         *,
         prefix: str,
     ) -> Generation:
-        """The generation of ``n`` choices for each prompt. ``prefix`` begins its id."""
-        n = fields.n or 1
-        of_choices: list[SamplingParams] = []
-        for _prompt in prompts:
-            for choice in range(n):
-                own = for_choice(params, choice)
-                if form is not None:
-                    try:
-                        made = await form.constraint(self.guide, record.tenant)
-                    except ConfigError as error:
-                        raise RequestInvalid(str(error)) from error
-                    own = msgspec.structs.replace(own, constraint=made)
-                of_choices.append(own)
-        if form is not None:
+        """The generation of ``n`` choices for each prompt, still to be prepared. ``prefix`` begins its id."""
+        of_choices = [for_choice(params, choice) for _ in prompts for choice in range(fields.n or 1)]
+
+        async def constrain() -> TokenConstraint:
+            assert form is not None
+            try:
+                made = await form.constraint(self.guide, record.tenant)
+            except ConfigError as error:
+                raise RequestInvalid(str(error)) from error
             record.not_enforced = ", ".join(form.not_enforced) or None
+            return made
+
         unique = f"{prefix}-{uuid.uuid4().hex}"
         record.completion_id = unique if fields.request_id is None else f"{prefix}-{fields.request_id}"
         record.stream = bool(fields.stream)
@@ -206,6 +203,7 @@ class Context:
             record,
             reply_id=record.completion_id,
             scores=self.scores,
+            constrain=None if form is None else constrain,
         )
         if record.admission is not None:
             record.admission.charge_prompt(record.prompt_tokens or 0, time.monotonic())

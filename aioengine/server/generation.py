@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from aioengine.engine import AsyncEngine
-from aioengine.request import RequestOptions, RequestOutput, SamplingParams
+from aioengine.errors import DeadlineExceeded
+from aioengine.request import RequestOptions, RequestOutput, SamplingParams, TokenConstraint
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openai.api import PromptTokensDetails, Usage
@@ -70,6 +71,7 @@ class Generation:
         prompts: Token ids, one list for each prompt.
         params: One for each choice, ``n`` for the first prompt, then ``n`` for the second, ...
         options: Of all choices.
+        constrain: Makes a constraint for one choice; None: they are free.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Generation:
         *,
         reply_id: str | None = None,
         scores: Scores | None = None,
+        constrain: Callable[[], Awaitable[TokenConstraint]] | None = None,
     ) -> None:
         assert prompts and len(params) % len(prompts) == 0
         self.request_id = request_id
@@ -91,6 +94,7 @@ class Generation:
         self._params = params
         self._options = options
         self._record = record
+        self._constrain = constrain
         self._last: list[RequestOutput | None] = [None] * len(params)
         self.reply_id = reply_id or request_id
         """What the client knows it as."""
@@ -114,6 +118,27 @@ class Generation:
         if self._scores is None or not self.scored:
             return nullcontext()
         return self._scores.claimed(self._options.tenant, self.scored)
+
+    async def prepare(self) -> None:
+        """Have the constraints made, before outputs are asked for. Raises what that raises, and
+        DeadlineExceeded; if it is cancelled nothing goes on."""
+        if self._constrain is None:
+            return
+        loop = asyncio.get_running_loop()
+        began, deadline = loop.time(), self._options.deadline
+        made = self._params
+        try:
+            async with asyncio.timeout(deadline):
+                made = [
+                    msgspec.structs.replace(params, constraint=await self._constrain())
+                    for params in self._params
+                ]
+        except TimeoutError:
+            raise DeadlineExceeded(f"its grammar was not compiled within {deadline:g} s") from None
+        self._params = made
+        if deadline is not None:
+            left = max(0.001, deadline - (loop.time() - began))
+            self._options = msgspec.structs.replace(self._options, deadline=left)
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one choice; closing it aborts the engine's request. Raises what the engine does."""

@@ -100,7 +100,7 @@ class GenerationResponse:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             with self._generation.claimed():
-                await while_connected(receive, self._stream(send) if self._is_stream else self._whole(send))
+                await while_connected(receive, self._answer(send))
         except Exception as error:
             api_error = to_api_error(error, self._settings.retry_after)
             self._record.refused(api_error.detail)
@@ -110,6 +110,10 @@ class GenerationResponse:
             elif not isinstance(error, ClientDisconnected):
                 with contextlib.suppress(ClientDisconnected):
                     await self._send(send, b"data: " + api_error.body + b"\n\n" + _DONE, last=True)
+
+    async def _answer(self, send: Send) -> None:
+        await self._generation.prepare()
+        await (self._stream(send) if self._is_stream else self._whole(send))
 
     async def _whole(self, send: Send) -> None:
         outputs = await self._generation.last_outputs()

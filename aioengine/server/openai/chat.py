@@ -55,7 +55,7 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
         )
         template = context.tokenizer.chat_template
         params = tools.stopping_after_a_call(params, template)
-        generation = await context.generation(data, [prompt], params, form, record, prefix="chatcmpl")
+        generation = context.generation(data, [prompt], params, form, record, prefix="chatcmpl")
         reply = ChatReply(
             generation.reply_id,
             ReplyOptions.of(data),

@@ -60,7 +60,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             prompt_logprobs=_of_prompt(data, max_tokens),
             constraint=None,
         )
-        generation = await context.generation(
+        generation = context.generation(
             data,
             prompts,
             params,
