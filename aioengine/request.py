@@ -174,7 +174,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise RequestInvalid(f"deadline={self.deadline!r}: must be more than 0 seconds from now")
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """Log-probabilities (natural log, of the unmodified model distribution) at one position."""
 
     token_id: int

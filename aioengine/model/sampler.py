@@ -86,9 +86,13 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Tok
     if not most:
         return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, own, strict=True)]
     values, ids = _largest(table, min(_MAX_LOGPROBS, table.shape[1]))
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=-1)  # topk leaves the order of equals open
+    rows = zip(tokens, own, values.tolist(), ids.tolist(), tied.tolist(), strict=True)
     entries = []
-    for token, logprob, *best in zip(tokens, own, values.tolist(), ids.tolist(), strict=True):
-        pairs = sorted(zip(best[1], best[0], strict=True), key=lambda pair: (-pair[1], pair[0]))
+    for token, logprob, row_values, row_ids, is_tied in rows:
+        pairs = list(zip(row_ids, row_values, strict=True))
+        if is_tied:
+            pairs.sort(key=lambda pair: (-pair[1], pair[0]))
         entries.append(TokenLogprob(token, logprob, tuple(pairs[:most])))
     return entries
 

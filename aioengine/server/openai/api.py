@@ -32,7 +32,7 @@ class PromptTokensDetails(msgspec.Struct):
     """Those whose keys and values were in the prefix cache."""
 
 
-class PromptLogprob(msgspec.Struct):
+class PromptLogprob(msgspec.Struct, gc=False):
     logprob: float
     rank: int | None
     """1 for the most likely token; null for one that is not among those asked for."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
 
 from aioengine.request import RequestOutput, TokenLogprob
 from aioengine.server.openai.api import PromptLogprob
 from aioengine.server.openai.chat_api import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from aioengine.server.openai.completions_api import CompletionLogprobs
 
+_encode = msgspec.json.Encoder().encode
 TokenBytes = Callable[[int], bytes]
 
 
@@ -60,6 +65,7 @@ def echoed_logprobs(
 ) -> CompletionLogprobs:
     """Of the prompt, whose text this is, with at most ``count`` of the most likely tokens."""
     result, offsets = CompletionLogprobs([], [], [], []), TextOffsets(text)
+    token_bytes = functools.cache(token_bytes)  # a prompt and what may follow it have few tokens, often
     entries = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
     for token, entry in zip(output.prompt_token_ids, entries, strict=True):
         _add(result, token, entry, count, token_bytes, offsets)
@@ -71,8 +77,9 @@ def prompt_logprobs(
 ) -> list[dict[str, PromptLogprob] | None]:
     """Of the prompt in vLLM's format: for each token but the first, it and the ``count`` most likely ones by
     token id."""
+    token_bytes = functools.cache(token_bytes)
     return [
-        None if entry is None else _ranked(entry, count, token_bytes)
+        None if entry is None else _encoded(_ranked(entry, count, token_bytes))
         for entry in output.prompt_logprobs or ()
     ]
 
@@ -119,7 +126,13 @@ def _add(
     result.token_logprobs.append(_finite(entry.logprob))
     top = {_text(token_bytes(best)): _finite(logprob) for best, logprob in reversed(entry.top[:count])}
     top.setdefault(text, _finite(entry.logprob))
-    result.top_logprobs.append(top)
+    result.top_logprobs.append(_encoded(top))
+
+
+def _encoded(value: Any) -> Any:
+    """For values of which there can be very many: JSON of each, so that neither the interpreter nor the
+    garbage collector is busy with all of them at once."""
+    return msgspec.Raw(_encode(value))
 
 
 def _text(data: bytes) -> str:
