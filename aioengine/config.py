@@ -151,7 +151,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0
     """Requests without a seed of their own draw one from this."""
     max_waiting: int | None = None
-    """Bound on waiting requests; beyond it new ones get ``EngineOverloaded``. None: no bound."""
+    """Bound on waiting requests; beyond it new ones get ``EngineOverloaded``, or the newest one of the tenant
+    that has most does, if the new one's tenant has fewer. None: no bound."""
+    max_waiting_per_tenant: int | None = None
+    """Bound on waiting requests of each tenant; None: no bound but ``max_waiting``."""
+    max_waiting_per_adapter: int | None = None
+    """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is; None: no
+    bound."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
     """None turns adapters off."""
     policy: str | dict[str, Any] = "fcfs"
@@ -198,8 +204,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         budget = self.policy_time_budget
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
             raise ConfigError(f"policy_time_budget={budget!r}: must be more than 0 seconds")
-        if self.max_waiting is not None:
-            _integer(self, "max_waiting", low=1)
+        for bound in ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter"):
+            if getattr(self, bound) is not None:
+                _integer(self, bound, low=1)
         template = self.chat_template
         if template is not None and (not isinstance(template, str) or not template or "\0" in template):
             raise ConfigError(f"chat_template={template!r}: must be a file's path, or None")

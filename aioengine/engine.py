@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
@@ -231,7 +231,8 @@ class AsyncEngine:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
             AdapterNotFound: No adapter of this name is registered, and the resolver has none.
             AdapterInvalid, AdapterTooLarge, AdapterLoadError: It could not be loaded.
-            EngineOverloaded: ``max_waiting`` requests wait already, or pinned adapters hold every slot.
+            EngineOverloaded: As many requests wait as may (``max_waiting`` and its like), or pinned adapters
+                hold every slot.
             DeadlineExceeded: The deadline passed.
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
@@ -299,6 +300,14 @@ class AsyncEngine:
         if request is not None:
             self._stepper.abort(request)
         return request is not None
+
+    def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
+        """Bound the waiting requests of single tenants, by name; replaces what was said before.
+
+        For tenants that are not named, ``max_waiting_per_tenant`` holds. What waits already is let alone.
+        """
+        self._check_started()
+        self._core.room.max_of_tenant = dict(max_waiting)
 
     # Adapters
 

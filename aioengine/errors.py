@@ -6,6 +6,10 @@ A message says what was wrong, where, and what to do about it. Adapter errors ca
 
 from __future__ import annotations
 
+from typing import Literal
+
+Bound = Literal["server", "tenant", "adapter"]
+
 
 class AioEngineError(Exception):
     """Base of all aioengine errors."""
@@ -51,7 +55,16 @@ class RequestInvalid(AioEngineError, ValueError):
 
 
 class EngineOverloaded(AioEngineError):
-    """The queue of waiting requests is at its bound (``max_waiting``); try again later."""
+    """As many requests wait as may; try again later.
+
+    ``bound`` says whose bound it is: the server's (``max_waiting``), or that of the request's tenant or
+    adapter. A request that has waited can still get it, when another tenant's takes its place: then ``bound``
+    is "tenant". None: pinned adapters hold every slot.
+    """
+
+    def __init__(self, message: str, *, bound: Bound | None = None) -> None:
+        super().__init__(message)
+        self.bound = bound
 
 
 class DeadlineExceeded(AioEngineError):

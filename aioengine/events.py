@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from aioengine.errors import Bound
+
 EndReason = Literal["stop", "length", "abort", "error"]
 LoadFailure = Literal["invalid", "too_large", "io", "internal"]
 
@@ -27,6 +29,15 @@ class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
     tenant: str | None
     location: Literal["disk", "loading", "cpu", "slot"] | None = None
     """Where its adapter was when it arrived; None for the base model."""
+
+
+class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
+    """A request that found as many waiting as may, and was not accepted."""
+
+    adapter: str | None
+    tenant: str | None
+    bound: Bound
+    """Whose bound was reached."""
 
 
 class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):

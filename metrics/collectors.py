@@ -74,6 +74,7 @@ class EngineMetrics(Collector):
         self._define_engine()
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
             events.RequestAdded: self._request_added,
+            events.RequestRefused: lambda e: self._refused.inc((e.bound,)),
             events.RequestAdmitted: self._request_admitted,
             events.RequestPreempted: self._request_preempted,
             events.FirstToken: self._requests.first_token,
@@ -161,6 +162,7 @@ class EngineMetrics(Collector):
         self._slot_busy = Counters(d.LORA_SLOT_BUSY)
 
     def _define_engine(self) -> None:
+        self._refused = Counters(d.REFUSED, ("server",), ("tenant",), ("adapter",))
         self._preemptions = Counters(d.PREEMPTIONS)
         self._cached_tokens = Counters(d.PROMPT_CACHED_TOKENS)
         self._steps = Histograms(d.STEP, ("prefill",), ("decode",), ("mixed",))

@@ -83,6 +83,10 @@ class EngineFlags:
     """Record decode steps at the start and play them back; on CUDA only."""
     max_waiting: Annotated[int | None, _IN_MORE] = None
     """Bound on waiting requests."""
+    max_waiting_per_tenant: Annotated[int | None, _IN_MORE] = None
+    """Bound on waiting requests of each tenant."""
+    max_waiting_per_adapter: Annotated[int | None, _IN_MORE] = None
+    """Bound on waiting requests for each adapter."""
     policy_time_budget: Annotated[float | None, _IN_MORE] = None
     """Seconds that one decision of the policy may take."""
     policy_max_overruns: Annotated[int | None, _IN_MORE] = None

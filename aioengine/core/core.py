@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
 from math import isnan
 from typing import NamedTuple
+
+from sortedcontainers import SortedDict
 
 from aioengine import events
 from aioengine.core.batcher import Batcher
@@ -23,6 +24,7 @@ from aioengine.core.queues import RequestQueues
 from aioengine.core.residency import Move, Residency
 from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
 from aioengine.core.view import CoreView
+from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
     AdapterInvalid,
     AdapterTooLarge,
@@ -50,6 +52,8 @@ class CoreLimits(NamedTuple):
     max_model_len: int
     prefix_caching: bool = True
     max_waiting: int | None = None
+    max_waiting_per_tenant: int | None = None
+    max_waiting_per_adapter: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
     policy_time_budget: float = 0.02
@@ -98,7 +102,10 @@ class Core:
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
-        self.queues = RequestQueues()
+        self.room = WaitingRoom(
+            limits.max_waiting, limits.max_waiting_per_tenant, limits.max_waiting_per_adapter
+        )
+        self.queues = RequestQueues(self.room)
         self.batcher = Batcher(
             BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching),
             self.queues,
@@ -125,7 +132,7 @@ class Core:
         self._view = CoreView(self.residency, self.queues, self.batcher)
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         self._zombies: list[Request] = []
         """Ended while in flight: what they hold is released when the step comes back."""
@@ -145,6 +152,20 @@ class Core:
 
     # Events in: requests
 
+    def reserve(self, tenant: str | None, adapter: str | None, now: float) -> Ticket:
+        """Take a place among the waiting requests for one that ``add_request`` will be given.
+
+        Another tenant's request may lose its place for it: see :mod:`aioengine.core.waiting_room`.
+
+        Raises EngineOverloaded if there is none.
+        """
+        try:
+            return self.room.enter(tenant, adapter, now)
+        except EngineOverloaded as error:
+            bound = "server" if error.bound is None else error.bound
+            self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
+            raise
+
     def add_request(
         self,
         request_id: str,
@@ -155,21 +176,17 @@ class Core:
         *,
         adapter: AdapterEntry | None = None,
         deadline: float | None = None,
+        ticket: Ticket | None = None,
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
 
         ``adapter`` is the version that the adapter of ``options`` stands for, ``deadline`` the point in time
-        of its deadline.
-
-        Raises EngineOverloaded when ``max_waiting`` requests wait already.
+        of its deadline. ``ticket`` is its place among the waiting requests, if it has one; otherwise raises
+        EngineOverloaded as ``reserve`` does.
         """
-        bound = self.limits.max_waiting
-        if bound is not None and len(self.queues) >= bound:
-            raise EngineOverloaded(
-                f"request {request_id!r}: {len(self.queues)} requests are waiting and max_waiting="
-                f"{bound}; retry later, or raise max_waiting"
-            )
         assert request_id not in self.requests
+        if ticket is None:
+            ticket = self.reserve(options.tenant, None if adapter is None else adapter.label, now)
         seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
         request = Request(
             request_id,
@@ -182,11 +199,13 @@ class Core:
             deadline=deadline,
             options=options,
         )
+        request.ticket = ticket
+        ticket.displaced = lambda error, now: self.end(request, "error", now, error)
         self._next_seq += 1
         self.requests[request_id] = request
         self.queues.add(request)
         if deadline is not None:
-            heappush(self._deadlines, (deadline, request.seq, request))
+            self._deadlines[deadline, request.seq] = request
         self._emit(
             events.RequestAdded(
                 time=now,
@@ -219,6 +238,8 @@ class Core:
             else:
                 self.batcher.release(request)
         request.status = Status.ENDED
+        if request.deadline is not None:
+            del self._deadlines[request.deadline, request.seq]
         self._tell("request_finished", now, request=request)
         del self.requests[request.id]
         self._emit(
@@ -336,14 +357,12 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """The first at which a request ends, if it has not by then."""
-        while self._deadlines and self._deadlines[0][2].status is Status.ENDED:
-            heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._deadlines.peekitem(0)[0][0] if self._deadlines else None
 
     def expire(self, now: float) -> None:
         """End the requests whose deadline has passed; ``schedule`` does it too."""
         while (due := self.next_deadline()) is not None and due <= now:
-            request = heappop(self._deadlines)[2]
+            request = self._deadlines.peekitem(0)[1]
             late = f"request {request.id!r}: its deadline passed {now - due:.3f} s ago with "
             late += f"{request.output_tokens} of {request.params.max_tokens} tokens generated"
             self.end(request, "error", now, DeadlineExceeded(late))
@@ -491,6 +510,7 @@ class Core:
         assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
         assert len(self.running) <= self.limits.max_num_seqs
+        assert len(self._deadlines) == sum(r.deadline is not None for r in self.requests.values())
         self.queues.check()
         for request in self.queues.all:
             assert request.status is Status.WAITING and not request.blocks

@@ -6,6 +6,7 @@ from sortedcontainers import SortedDict
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.waiting_room import WaitingRoom
 
 
 class RequestQueues:
@@ -14,7 +15,8 @@ class RequestQueues:
     Every change costs O(log adapters that are waited for), whatever the number of requests.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: WaitingRoom) -> None:
+        self.room = room
         self.all: ArrivalQueue[Request] = ArrivalQueue()
         self.base: ArrivalQueue[Request] = ArrivalQueue()
         self.heads: SortedDict[int, AdapterEntry | None] = SortedDict()
@@ -30,11 +32,17 @@ class RequestQueues:
         self._reindex(request.adapter)
 
     def put_back(self, request: Request) -> None:
+        self.room.returned += 1
         self.all.put_back(request)
         self.queue_of(request.adapter).put_back(request)
         self._reindex(request.adapter)
 
     def remove(self, request: Request) -> None:
+        if request.ticket is None:
+            self.room.returned -= 1
+        else:
+            request.ticket.leave()
+            request.ticket = None
         self.all.remove(request)
         self.queue_of(request.adapter).remove(request)
         self._reindex(request.adapter)
@@ -56,6 +64,8 @@ class RequestQueues:
         found = {self.queue_of(adapter).head for adapter in self.heads.values()}
         assert {request.seq for request in found if request is not None} == set(self.heads)
         assert len(self.all) == sum(len(self.queue_of(a)) for a in self.heads.values())
+        self.room.check()
+        assert self.room.returned == sum(request.ticket is None for request in self.all)
 
     def __len__(self) -> int:
         return len(self.all)

@@ -6,6 +6,7 @@ from enum import Enum, auto
 from typing import Literal
 
 from aioengine.core.arrival_queue import ArrivalQueue
+from aioengine.core.waiting_room import Ticket
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 
@@ -106,6 +107,7 @@ class Request:
         "seed",
         "seq",
         "status",
+        "ticket",
         "tokens",
         "view",
         "worst_gap",
@@ -138,6 +140,8 @@ class Request:
         self.tokens = list(prompt)
         """Prompt followed by output."""
         self.status = Status.WAITING
+        self.ticket: Ticket | None = None
+        """Its place among the waiting requests; None once it has run."""
         self.computed = 0
         """Tokens whose KV is in ``blocks``."""
         self.blocks: list[int] = []

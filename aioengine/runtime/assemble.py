@@ -236,6 +236,8 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_model_len=parts.plan.max_model_len,
         prefix_caching=config.enable_prefix_caching,
         max_waiting=config.max_waiting,
+        max_waiting_per_tenant=config.max_waiting_per_tenant,
+        max_waiting_per_adapter=config.max_waiting_per_adapter,
         eos_token_ids=parts.spec.eos_token_ids,
         seed=config.seed,
         cpu_max_bytes=None if cpu_max_bytes is None else cpu_max_bytes * parts.plan.num_ranks,

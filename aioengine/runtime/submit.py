@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from aioengine.core.state import AdapterEntry
+from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, check_text
 from aioengine.runtime.adapters import AdapterOps
@@ -42,7 +43,6 @@ class Submitter:
         self._check_running = check_running
         self._jobs: set[Future[list[int]]] = set()
         self._made_up = 0
-        self._resolving = 0
 
     async def submit(
         self,
@@ -62,16 +62,22 @@ class Submitter:
         adapter = options.adapter
         if adapter is not None:
             self._adapters.check_known(adapter)  # before the work of tokenizing
-        tokens = await self._tokenize(prompt)
-        self._check_prompt(tokens, params)
         self._check_params(params)
+        tokens = _token_ids(prompt)
+        if tokens is not None:  # what can never run is refused for that, and not told to come again
+            self._check_prompt(tokens, params)
+        ticket = self._reserve(options.tenant, adapter, arrival)
+        try:
+            tokens, entry = await self._prepare(prompt, tokens, params, adapter, request_id, due, ticket)
+            self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
+            if request_id in self._core.requests:
+                raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
+        except BaseException:
+            ticket.leave()
+            raise
         if params.min_tokens and not params.ignore_eos:  # so that the sampler knows what must not come yet
             ends = (*params.stop_token_ids, *self._core.limits.eos_token_ids)
             params = msgspec.structs.replace(params, stop_token_ids=ends)
-        entry = None if adapter is None else await self._find_adapter(adapter, request_id, due)
-        self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
-        if request_id in self._core.requests:
-            raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         request = self._core.add_request(
             request_id,
             tokens,
@@ -80,6 +86,7 @@ class Submitter:
             asyncio.get_running_loop().time(),
             adapter=entry,
             deadline=due,
+            ticket=ticket,
         )
         text = None
         if self._parts.tokenizer is not None:
@@ -98,33 +105,53 @@ class Submitter:
             if request_id not in self._core.requests:
                 return request_id
 
-    async def _find_adapter(self, name: str, request_id: str, due: float | None) -> AdapterEntry:
-        """The registered version, or else what the resolver finds before the request is due. Requests
-        that wait for a resolver count as waiting."""
-        if self._adapters.is_registered(name):
-            return self._adapters.find(name)
-        bound = self._core.limits.max_waiting
-        if bound is not None and self._resolving + len(self._core.queues) >= bound:
-            raise EngineOverloaded(
-                f"request {request_id!r}: max_waiting={bound} requests wait, {self._resolving} of them for "
-                "an adapter to be found; retry later, or raise max_waiting"
-            )
-        self._resolving += 1
+    def _reserve(self, tenant: str | None, adapter: str | None, now: float) -> Ticket:
+        """A place among the waiting requests, which it takes before its prompt is tokenized and its adapter
+        looked for. EngineOverloaded if there is none."""
+        try:
+            return self._core.reserve(tenant, adapter, now)
+        finally:
+            self._stepper.publish()  # another request may have lost its place, or this one was refused
+
+    async def _prepare(
+        self,
+        prompt: Prompt,
+        tokens: list[int] | None,
+        params: SamplingParams,
+        adapter: str | None,
+        request_id: str,
+        due: float | None,
+        ticket: Ticket,
+    ) -> tuple[list[int], AdapterEntry | None]:
+        """(prompt's tokens, version of the adapter): a registered one, or else what the resolver finds.
+
+        Gives up when the request is due, or another takes its place.
+        """
+        lost: list[EngineOverloaded] = []
+
+        def displaced(error: EngineOverloaded, now: float) -> None:
+            lost.append(error)
+            if not limit.expired():
+                limit.reschedule(now)
+
         try:
             async with asyncio.timeout_at(due) as limit:
-                return await self._adapters.acquire(name)
+                ticket.displaced = displaced
+                if tokens is None:
+                    tokens = await self._tokenize(prompt)
+                    self._check_prompt(tokens, params)
+                entry = None if adapter is None else await self._adapters.acquire(adapter)
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded(
-                f"request {request_id!r}: its deadline passed while adapter {name!r} was looked for"
-            ) from None
-        finally:
-            self._resolving -= 1
+            named = "" if adapter is None else f" for adapter {adapter!r}"
+            late = f"request {request_id!r}{named}: its deadline passed before it was accepted"
+            raise lost[0] if lost else DeadlineExceeded(late) from None
+        if lost:
+            raise lost[0]
+        return tokens, entry
 
     async def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
-            return list(prompt)  # type: ignore[arg-type] # all of them are int
         if not isinstance(prompt, (str, list)):
             raise RequestInvalid(
                 f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
@@ -170,3 +197,8 @@ class Submitter:
                     raise RequestInvalid(f"{field}: token {token} is outside the vocabulary 0..{vocab - 1}")
         if params.stop and self._parts.tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
+
+
+def _token_ids(prompt: object) -> list[int] | None:
+    """A copy of a prompt that is token ids; None for a text or chat messages."""
+    return list(prompt) if isinstance(prompt, list) and set(map(type, prompt)) <= {int} else None

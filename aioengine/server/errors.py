@@ -124,6 +124,15 @@ def validation_error(error: msgspec.ValidationError) -> ApiError:
 _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
 
 
+_OVERLOADED = {
+    None: "the engine is overloaded: pinned adapters hold every slot",
+    "server": "the engine is overloaded: as many requests are waiting as it takes",
+    "tenant": "too many requests of your tenant are waiting; other tenants are served",
+    "adapter": "too many requests for this adapter are waiting; other adapters are served",
+}
+"""By whose bound is reached."""
+
+
 def to_api_error(error: BaseException, retry_after: int) -> ApiError:
     """What a client is told about an error; what is not the client's doing is logged."""
     match error:
@@ -160,7 +169,7 @@ def to_api_error(error: BaseException, retry_after: int) -> ApiError:
         case EngineOverloaded():
             return ApiError(
                 429,
-                "the engine is overloaded: too many requests are waiting; try again later",
+                f"{_OVERLOADED[error.bound]}; try again later",
                 type="rate_limit_error",
                 code="engine_overloaded",
                 retry_after=retry_after,

@@ -174,6 +174,13 @@ PROMPT_CACHED_TOKENS = Definition(
     "aioengine_prompt_cached_tokens", "counter", "Prompt tokens that the prefix cache supplied."
 )
 
+REFUSED = Definition(
+    "aioengine_requests_refused",
+    "counter",
+    "Requests refused because as many waited as may; bound says whose: server, tenant or adapter.",
+    ("bound",),
+)
+
 # Policy
 
 POLICY_DECISION = Definition(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -11,6 +12,8 @@ from support.core_sim import LIMITS, CoreSim
 from support.hostile_policies import Hostile
 
 from aioengine.core.state import AdapterEntry, Status
+from aioengine.core.waiting_room import Ticket
+from aioengine.errors import EngineOverloaded
 from aioengine.schedulers import Location, SlotState
 from aioengine.schedulers.policies.fcfs import FCFS
 
@@ -25,12 +28,18 @@ class CoreMachine(RuleBasedStateMachine):
         hostile=st.booleans(),
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
+        bounded=st.booleans(),
     )
-    def start(self, seed: int, hostile: bool, blocks: int, max_bytes: int | None) -> None:
+    def start(self, seed: int, hostile: bool, blocks: int, max_bytes: int | None, bounded: bool) -> None:
         self.hostile = hostile
         self.unpublished: list[AdapterEntry] = []
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
-        self.sim = CoreSim(LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes), policy)
+        limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes)
+        if bounded:
+            limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
+        self.sim = CoreSim(limits, policy)
+        self.tickets: list[Ticket] = []
+        self.lost: list[Ticket] = []
         for name in NAMES[:2]:
             self.sim.register(name)
 
@@ -39,13 +48,62 @@ class CoreMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(2, 4), min_size=1, max_size=30),
         max_tokens=st.integers(1, 12),
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
+        tenant=st.sampled_from([None, "x", "x", "x", "y"]),
     )
-    def add(self, adapter: str | None, prompt: list[int], max_tokens: int, deadline: float | None) -> None:
+    def add(
+        self,
+        adapter: str | None,
+        prompt: list[int],
+        max_tokens: int,
+        deadline: float | None,
+        tenant: str | None,
+    ) -> None:
         sim = self.sim
         if adapter is not None and adapter not in sim.core.residency.current:
             sim.register(adapter)
         due = None if deadline is None else sim.now + deadline
-        sim.add(adapter, prompt=prompt, max_tokens=max_tokens, deadline=due)
+        try:
+            sim.add(adapter, prompt=prompt, max_tokens=max_tokens, deadline=due, tenant=tenant)
+        except EngineOverloaded as error:
+            sim.count -= 1  # never accepted
+            self.check_refusal(error, tenant, adapter)
+        sim.take_events()
+
+    def check_refusal(self, error: EngineOverloaded, tenant: str | None, adapter: str | None) -> None:
+        """Whom it concerns had as many as it may, or no other tenant had many more."""
+        limits, room = self.sim.core.limits, self.sim.core.room
+        fresh = [request for request in self.sim.core.queues.all if request.ticket is not None]
+        places = [(r.options.tenant, None if r.adapter is None else r.adapter.label) for r in fresh]
+        places += [(t.tenant, t.adapter) for t in self.tickets if t not in self.lost]
+        if error.bound == "adapter":
+            places = [place for place in places if place[1] == adapter]
+            assert len(places) == limits.max_waiting_per_adapter
+        else:
+            assert error.bound == "tenant" or len(room) >= (limits.max_waiting or 0)
+        count = Counter(who for who, _ in places)
+        if error.bound == "tenant":
+            assert count[tenant] == limits.max_waiting_per_tenant
+        else:
+            assert count[tenant] + 1 >= max(count.values(), default=0)
+
+    @rule(adapter=st.sampled_from([None, *NAMES]), tenant=st.sampled_from([None, "x", "x", "y"]))
+    def reserve(self, adapter: str | None, tenant: str | None) -> None:
+        """A place for a request that is not there yet."""
+        try:
+            ticket = self.sim.core.reserve(tenant, adapter, self.sim.now)
+        except EngineOverloaded as error:
+            self.check_refusal(error, tenant, adapter)
+        else:
+            ticket.displaced = lambda error, now: self.lost.append(ticket)
+            self.tickets.append(ticket)
+        self.sim.take_events()
+
+    @precondition(lambda self: self.tickets)
+    @rule(which=st.integers(0, 100), twice=st.booleans())
+    def give_up_a_reserved_place(self, which: int, twice: bool) -> None:
+        ticket = self.tickets.pop(which % len(self.tickets))
+        for _ in range(1 + twice):
+            ticket.leave()
 
     @precondition(lambda self: self.sim.core.requests)
     @rule(which=st.integers(0, 100))
@@ -133,7 +191,12 @@ class CoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        self.sim.core.check()
+        core = self.sim.core
+        core.check()
+        reserved = sum(ticket not in self.lost for ticket in self.tickets)
+        assert len(core.room) == len(core.queues) + reserved
+        if core.limits.max_waiting is not None:
+            assert len(core.room) - core.room.returned <= core.limits.max_waiting
         cpu = {e.uid for e in self.sim.core.cpu.entries.values() if e.location is not Location.LOADING}
         assert cpu <= self.sim.on_cpu
         if self.sim.batch is not None:  # what it reads and writes is not given to anybody else

@@ -302,6 +302,26 @@ async def test_deadlines_and_overload(tiny: Tiny, make_engine: MakeEngine) -> No
         await until_idle(engine)
 
 
+async def test_who_fills_the_queue_is_refused_and_nobody_else(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_waiting=20, max_num_seqs=1) as engine:
+        hog = [asyncio.create_task(engine.complete([i % 20 + 3], greedy(4), tenant="hog")) for i in range(60)]
+        await asyncio.sleep(0)
+        others = [engine.complete([i + 3], greedy(4), tenant=f"t{i}") for i in range(3)]
+        for i, out in enumerate(await asyncio.gather(*others)):
+            assert out.token_ids == tiny.expected([i + 3], 4)
+        ended = await asyncio.gather(*hog, return_exceptions=True)
+        errors = [error for error in ended if isinstance(error, EngineOverloaded)]
+        assert {error.bound for error in errors} == {"server", "tenant"}
+        made_way = sum(error.bound == "tenant" for error in errors)
+        assert 1 <= made_way <= 3, "one for each newcomer that found the queue full"
+        engine.limit_waiting({"hog": 1, "other": 5})
+        ended = await asyncio.gather(
+            *(engine.complete([3], greedy(4), tenant="hog") for _ in range(4)), return_exceptions=True
+        )
+        assert sum(isinstance(error, EngineOverloaded) for error in ended) == 3
+        engine.check_invariants()
+
+
 async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny)
     for call in (engine.stats, engine.adapters, lambda: engine.register_adapter("a", "/x")):

@@ -184,6 +184,26 @@ async def test_waiting_for_a_resolver_counts_as_waiting(resolving: MakeResolving
             await first
 
 
+async def test_a_search_ends_when_another_tenant_takes_its_place(resolving: MakeResolving) -> None:
+    resolver = Gated({}, held={"a", "b", "c"})
+    async with resolving(resolver, max_waiting=2) as engine:
+        first, second = (
+            asyncio.create_task(engine.complete([4], adapter=name, tenant="hog")) for name in ("a", "b")
+        )
+        await resolver.reached.wait()
+        other = asyncio.create_task(engine.complete([4], adapter="c", tenant="other"))
+        with pytest.raises(EngineOverloaded, match="'hog' has most") as caught:
+            await second
+        assert caught.value.bound == "tenant"
+        assert resolver.cancelled == ["b"]
+        with pytest.raises(EngineOverloaded, match="max_waiting=2"):
+            await engine.complete([4], adapter="d", tenant="hog")
+        resolver.gate.set()
+        for task in (first, other):
+            with pytest.raises(AdapterNotFound):
+                await task
+
+
 async def test_lookups_at_once_are_bounded(
     tiny: Tiny, resolving: MakeResolving, monkeypatch: pytest.MonkeyPatch
 ) -> None:

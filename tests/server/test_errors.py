@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from support.engine_fixtures import greedy
@@ -135,6 +136,37 @@ async def test_overload_says_when_to_come_back(serve: Serve) -> None:
         assert caught.value.response.headers["retry-after"] == "7"
         assert caught.value.code == "engine_overloaded"
         waiting.cancel()
+        await running.aclose()
+
+
+async def test_overload_says_whose_it_is(serve: Serve) -> None:
+    bounds = {"max_waiting": 2, "max_waiting_per_tenant": 2, "max_waiting_per_adapter": 1}
+    keys = {"ka": "a", "kb": "b"}
+    async with serve(max_num_seqs=1, **bounds, settings={"api_keys": keys, "retry_after": 3}) as served:
+        running = served.engine.generate("busy", greedy(200))
+        await anext(running)
+
+        def ask(key: str, model: str = MODEL) -> asyncio.Task[httpx.Response]:
+            body = {"model": model, "prompt": "x", "max_tokens": 200}
+            headers = {"authorization": f"Bearer {key}"}
+            return asyncio.create_task(served.http.post("/v1/completions", json=body, headers=headers))
+
+        first = ask("ka")
+        await until(lambda: served.engine.stats().waiting == 1)
+        second = ask("ka")
+        await until(lambda: served.engine.stats().waiting == 2)
+        answer = await ask("ka")
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
+        assert "of your tenant" in answer.json()["error"]["message"]
+        third = ask("kb")
+        answer = await second
+        assert answer.status_code == 429 and "of your tenant" in answer.json()["error"]["message"]
+        answer = await ask("kb")
+        assert answer.status_code == 429 and "the engine is overloaded" in answer.json()["error"]["message"]
+        found = (await served.http.get("/metrics", headers={"authorization": "Bearer ka"})).text
+        assert 'aioengine_requests_refused_total{bound="tenant"' in found
+        for task in (first, third):
+            task.cancel()
         await running.aclose()
 
 

@@ -139,6 +139,8 @@ class Checker:
                 fine = self._executor.killed or self.device.losses > 0
             case DeadlineExceeded():
                 fine = was.due is not None and event.time >= was.due
+            case EngineOverloaded() if error.bound == "tenant":  # another tenant's took its place
+                fine = event.output_tokens == 0
             case EngineOverloaded():
                 fine = was.uid is not None and self.forced_pins
             case RequestInvalid():

@@ -1,0 +1,172 @@
+"""The bounds on waiting requests: whom they let in, whom they refuse, and who makes way for whom.
+
+A bound over all tenants is shared fairly. When it is reached, the newcomer of a tenant that has fewer
+waiting requests takes the place of the newest one of the tenant that has most, so nobody who fills the queue
+shuts the others out. With one tenant, as where nobody names any, newcomers are refused. Every change costs
+the same, however many wait.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from aioengine.errors import Bound, EngineOverloaded
+
+Tenant = str | None
+
+
+class Ticket:
+    """A request's place among those that wait: from before its prompt is tokenized until it first runs."""
+
+    __slots__ = ("_room", "adapter", "displaced", "tenant")
+
+    def __init__(self, tenant: Tenant, adapter: str | None, room: WaitingRoom) -> None:
+        self.tenant = tenant
+        self.adapter = adapter
+        self.displaced: Callable[[EngineOverloaded, float], None] = lambda error, now: None
+        """Called with the reason and the time when the place goes to another tenant's request."""
+        self._room = room
+
+    def leave(self) -> None:
+        """Give the place back; may be called again."""
+        self._room.leave(self)
+
+
+class WaitingRoom:
+    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter.
+
+    None is no bound. Preempted requests that wait again count in all, but nobody displaces them: their
+    callers have had the first tokens.
+    """
+
+    def __init__(
+        self, max_waiting: int | None, max_per_tenant: int | None = None, max_per_adapter: int | None = None
+    ) -> None:
+        self.max_waiting = max_waiting
+        self.max_per_tenant = max_per_tenant
+        self.max_per_adapter = max_per_adapter
+        self.max_of_tenant: Mapping[str, int] = {}
+        """Bounds of single tenants, which go before ``max_per_tenant``; may be replaced at any time."""
+        self.returned = 0
+        """Preempted requests that wait again."""
+        self._all = _Places()
+        self._of_adapter: dict[str, _Places] = {}
+
+    def __len__(self) -> int:
+        return len(self._all) + self.returned
+
+    def enter(self, tenant: Tenant, adapter: str | None, now: float) -> Ticket:
+        """Take a place for a request of ``tenant`` for ``adapter`` (a registered name, None: the base model).
+
+        Raises EngineOverloaded, which says which bound is reached.
+        """
+        own = self.max_per_tenant
+        if tenant is not None:
+            own = self.max_of_tenant.get(tenant, own)
+        if own is not None and self._all.count(tenant) >= own:
+            named = f"{self._all.count(tenant)} requests of tenant {tenant!r} are waiting, it may have {own}"
+            raise EngineOverloaded(f"{named}; retry later, or raise max_waiting_per_tenant", bound="tenant")
+        victim: Ticket | None = None
+        named = ""
+        places = self._of_adapter.get(adapter) if adapter is not None else None
+        if places is not None and self.max_per_adapter is not None and len(places) >= self.max_per_adapter:
+            named = f"max_waiting_per_adapter={self.max_per_adapter} requests wait for {adapter!r}"
+            victim = _displaced_by(tenant, places, named, "adapter")
+        if self.max_waiting is not None and len(self) - (victim is not None) >= self.max_waiting:
+            named = f"{len(self)} requests are waiting and max_waiting={self.max_waiting}"
+            victim = _displaced_by(tenant, _Places() if victim else self._all, named, "server")
+        if victim is not None:
+            victim.leave()
+            text = f"{named}; tenant {victim.tenant!r} has most of them, and another's took this one's place"
+            victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant"), now)
+        ticket = Ticket(tenant, adapter, self)
+        self._all.add(ticket)
+        if adapter is not None and self.max_per_adapter is not None:
+            self._of_adapter.setdefault(adapter, _Places()).add(ticket)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give its place back, if it has one."""
+        if self._all.remove(ticket) and ticket.adapter in self._of_adapter:
+            places = self._of_adapter[ticket.adapter]
+            places.remove(ticket)
+            if not places:
+                del self._of_adapter[ticket.adapter]
+
+    def check(self) -> None:
+        """Assert that all counts agree."""
+        for places in (self._all, *self._of_adapter.values()):
+            places.check()
+        assert all(self._of_adapter.values())
+        if self.max_per_adapter is not None:
+            named = [ticket for ticket in self._all.tickets() if ticket.adapter is not None]
+            assert len(named) == sum(map(len, self._of_adapter.values()))
+
+
+class _Places:
+    """Tickets under one bound, by tenant; and the tenants by how many they have."""
+
+    def __init__(self) -> None:
+        self._of: dict[Tenant, OrderedDict[Ticket, None]] = {}
+        self._having: dict[int, OrderedDict[Tenant, None]] = {}
+        self._most = 0
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def count(self, tenant: Tenant) -> int:
+        return len(self._of.get(tenant, ()))
+
+    def tickets(self) -> list[Ticket]:
+        return [ticket for own in self._of.values() for ticket in own]
+
+    def add(self, ticket: Ticket) -> None:
+        own = self._of.setdefault(ticket.tenant, OrderedDict())
+        own[ticket] = None
+        self._size += 1
+        self._moved(ticket.tenant, len(own) - 1, len(own))
+        self._most = max(self._most, len(own))
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Whether it was here."""
+        own = self._of.get(ticket.tenant)
+        if own is None or ticket not in own:
+            return False
+        del own[ticket]
+        self._size -= 1
+        if not own:
+            del self._of[ticket.tenant]
+        self._moved(ticket.tenant, len(own) + 1, len(own))
+        if self._most not in self._having:
+            self._most = len(own)  # that of the only tenant that had as many
+        return True
+
+    def to_displace(self, tenant: Tenant) -> Ticket | None:
+        """The newest of the tenant that has most, if ``tenant`` would still have no more than it."""
+        if self.count(tenant) + 1 >= self._most:
+            return None
+        return next(reversed(self._of[next(reversed(self._having[self._most]))]))
+
+    def _moved(self, tenant: Tenant, before: int, after: int) -> None:
+        if before > 0:
+            del self._having[before][tenant]
+            if not self._having[before]:
+                del self._having[before]
+        if after > 0:
+            self._having.setdefault(after, OrderedDict())[tenant] = None
+
+    def check(self) -> None:
+        assert self._size == sum(map(len, self._of.values()))
+        assert self._most == max(map(len, self._of.values()), default=0)
+        counts = {tenant: count for count, tenants in self._having.items() for tenant in tenants}
+        assert counts == {tenant: len(own) for tenant, own in self._of.items()}
+
+
+def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound) -> Ticket:
+    """Whose place goes to the newcomer's request. EngineOverloaded if it is nobody's."""
+    ticket = places.to_displace(newcomer)
+    if ticket is None:
+        raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound)
+    return ticket

@@ -1,0 +1,133 @@
+"""The bounds on waiting requests: those who fill the queue are refused, and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+from support.core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core.waiting_room import Ticket, WaitingRoom
+from aioengine.errors import EngineOverloaded
+
+
+def endings(sim: CoreSim) -> dict[str, events.RequestEnded]:
+    sim.take_events()
+    return {event.request_id: event for event in sim.of(events.RequestEnded)}  # type: ignore[attr-defined]
+
+
+def test_who_fills_the_queue_shuts_nobody_out() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting=8))
+    hog = [sim.add(tenant="hog") for _ in range(8)]
+    others = [sim.add(tenant=name) for name in ("b", "c", None)]
+    ended = endings(sim)
+    assert list(ended) == [request.id for request in hog[:4:-1]], "the newest of the hog's make way"
+    for event in ended.values():
+        assert isinstance(event.error, EngineOverloaded) and event.error.bound == "tenant"
+        assert "'hog'" in str(event.error) and "max_waiting=8" in str(event.error)
+    with pytest.raises(EngineOverloaded, match="max_waiting=8") as caught:
+        sim.add(tenant="hog")
+    assert caught.value.bound == "server"
+    sim.run()
+    assert all(sim.ended[request.id] == "length" for request in (*hog[:5], *others))
+
+
+def test_a_full_queue_ends_up_shared_and_then_nobody_displaces_anybody() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting=9))
+    for tenant in "aaaaaaaaa" + "bbbbb" + "ccccc":
+        with contextlib.suppress(EngineOverloaded):
+            sim.add(tenant=tenant)
+    waiting = [request.options.tenant for request in sim.core.queues.all]
+    assert sorted(map(str, waiting)) == list("aaabbbccc")
+    for tenant in "abcd":
+        if tenant != "d":
+            with pytest.raises(EngineOverloaded):
+                sim.add(tenant=tenant)
+    sim.add(tenant="d")
+    assert len(sim.core.queues) == 9
+
+
+def test_with_one_tenant_newcomers_are_refused() -> None:
+    for tenant in ("a", None):
+        sim = CoreSim(LIMITS._replace(max_waiting=2))
+        first = [sim.add(tenant=tenant) for _ in range(2)]
+        with pytest.raises(EngineOverloaded):
+            sim.add(tenant=tenant)
+        assert list(sim.core.queues.all) == first
+
+
+def test_a_request_that_had_tokens_is_not_displaced() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting=3, max_num_seqs=3))
+    running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]
+    for _ in range(3):
+        sim.settle()
+    for request in running:
+        sim.core.batcher.preempt(request, sim.now)
+    with pytest.raises(EngineOverloaded):
+        sim.add(tenant="b")
+    sim.run()
+    assert all(sim.ended[request.id] == "length" for request in running)
+
+
+def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting_per_tenant=4, max_waiting_per_adapter=2))
+    for name in "xyz":
+        sim.register(name)
+    sim.core.room.max_of_tenant = {"b": 1}
+    for adapter in "xxyy":
+        sim.add(adapter, tenant="a")
+    with pytest.raises(EngineOverloaded, match=r"'a'.*max_waiting_per_tenant") as caught:
+        sim.add(tenant="a")
+    assert caught.value.bound == "tenant"
+    sim.add(tenant="b")
+    with pytest.raises(EngineOverloaded, match="may have 1"):
+        sim.add(tenant="b")
+    sim.core.room.max_of_tenant = {}
+    sim.add(tenant="b")
+    shared = sim.add("x", tenant="c")
+    assert [r.options.tenant for r in sim.core.queues.all if r.adapter and r.adapter.label == "x"] == [
+        "a",
+        "c",
+    ]
+    with pytest.raises(EngineOverloaded, match=r"max_waiting_per_adapter=2 .*'x'") as caught:
+        sim.add("x", tenant="d")
+    assert caught.value.bound == "adapter"
+    sim.core.end(shared, "abort", sim.now)
+    sim.add("x", tenant="d")
+    sim.take_events()
+    refused = [event.bound for event in sim.of(events.RequestRefused)]  # type: ignore[attr-defined]
+    assert refused == ["tenant", "tenant", "adapter"]
+
+
+def test_nobody_makes_way_in_vain() -> None:
+    """An adapter's bound would let the newcomer in, the server's does not."""
+    sim = CoreSim(LIMITS._replace(max_waiting=4, max_waiting_per_adapter=2, max_num_seqs=4))
+    sim.register("x")
+    running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]
+    sim.settle()
+    waiting = [sim.add("x", tenant="a") for _ in range(2)]
+    for request in running:
+        sim.core.batcher.preempt(request, sim.now)
+    with pytest.raises(EngineOverloaded) as caught:
+        sim.add("x", tenant="b")
+    assert caught.value.bound == "server"
+    assert [r for r in sim.core.queues.all if r.adapter is not None] == waiting
+
+
+def test_a_place_costs_the_same_however_many_are_taken() -> None:
+    def seconds(waiting: int, times: int = 2000) -> float:
+        room = WaitingRoom(max_waiting=waiting, max_per_adapter=waiting)
+        for i in range(waiting):
+            room.enter("hog" if i % 2 else f"t{i % 997}", f"a{i % 1000}", 0.0)
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            for i in range(times):
+                ticket: Ticket = room.enter(f"n{i}", None, 0.0)
+                ticket.leave()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    assert seconds(100_000) < 4 * seconds(1_000)
