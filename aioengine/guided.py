@@ -6,14 +6,14 @@ chosen it says which may come next.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.grammars.fair_thread import FairThread
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_schema
 from aioengine.grammars.service import Grammars
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
 
 logger = logging.getLogger("aioengine.guided")
+
+T = TypeVar("T")
 
 
 class Guide:
@@ -61,7 +63,14 @@ class Guide:
             rows=engine.config.max_num_seqs,
             limits=limits,
         )
+        self._thread = FairThread("aioengine-schemas", most=self._grammars.limits.max_queued)
         engine.at_stop(self._grammars.close)
+        engine.at_stop(self._thread.close)
+
+    async def in_thread(self, work: Callable[[], T], tenant: str | None = None) -> T:
+        """``work()``, which makes a grammar's text and takes a moment, in a thread that is there for that;
+        tenants take turns in it. Raises what it raises, EngineOverloaded, EngineStopped."""
+        return await self._thread.run(tenant, work)
 
     async def json_object(
         self, options: SchemaOptions | None = None, *, tenant: str | None = None
@@ -77,7 +86,8 @@ class Guide:
         tenant: str | None = None,
     ) -> TokenConstraint:
         """JSON that conforms to ``schema``, by default without undeclared properties and in compact form."""
-        prepared = await asyncio.to_thread(prepare_schema, schema, options or SchemaOptions())
+        chosen = options or SchemaOptions()
+        prepared = await self.in_thread(lambda: prepare_schema(schema, chosen), tenant)
         if prepared.not_enforced:
             logger.warning("a JSON schema's %s: not enforced", ", ".join(prepared.not_enforced))
         return await self.prepared_schema(prepared, tenant=tenant)

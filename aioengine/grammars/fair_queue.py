@@ -16,6 +16,9 @@ class FairQueue(Generic[T]):
         self._of: OrderedDict[str | None, deque[T]] = OrderedDict()
         self._filled = asyncio.Event()
 
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
     def count(self, tenant: str | None) -> int:
         """How much of the tenant's waits."""
         return len(self._of.get(tenant, ()))

@@ -13,7 +13,7 @@ from aioengine.step import SequenceWork
 PATIENCE_SECONDS = 0.02
 """How long a step waits for all rows together, but for those whose constraints are slow."""
 ALONE_SECONDS = 0.05
-"""How long it waits for a slow one if no row has a token yet."""
+"""How long it waits for a slow one if there is nothing else in it."""
 
 
 class Masks(NamedTuple):
@@ -34,8 +34,8 @@ def begin(rows: Iterable[SequenceWork]) -> None:
                 constraint.begin(row.history[row.prompt_len :])
 
 
-def collect(rows: Sequence[SequenceWork]) -> Masks:
-    """Ask the constraints of ``rows``, all of which are to be sampled."""
+def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
+    """Ask the constraints of ``rows``, all of which are to be sampled. ``alone``: the step has no others."""
     masks = Masks({}, set(), {})
     until = time.monotonic() + PATIENCE_SECONDS
     for index, row in enumerate(rows):
@@ -51,7 +51,7 @@ def collect(rows: Sequence[SequenceWork]) -> Masks:
                 masks.late.add(index)
             else:
                 masks.found[index] = mask
-    if rows and len(masks.late) == len(rows) and (first := _started(rows[0])) is not None:
+    if alone and rows and len(masks.late) == len(rows) and (first := _started(rows[0])) is not None:
         with contextlib.suppress(Exception):  # it is asked again in the next step
             first.poll(rows[0].history[rows[0].prompt_len :], ALONE_SECONDS)
     return masks

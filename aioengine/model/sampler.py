@@ -133,7 +133,7 @@ def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) ->
     scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)
     _apply_penalties(scores, work)
-    masks = _apply_constraints(scores, work)
+    masks = _apply_constraints(scores, work, alone=len(work) == len(rows))
     _ban_the_end(scores, work)
     tokens = [0] * len(work)
     greedy = [i for i, row in enumerate(work) if row.params.greedy]
@@ -189,14 +189,14 @@ def _apply_bias(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
         scores.view(-1)[where] += added
 
 
-def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork]) -> Masks:
+def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
     """Ban from ``scores`` [N, vocab], in place, what the rows' constraints do not allow.
 
     Those that have no token left to choose have failed. The scores of rows without a token become 0.
     """
     vocab, device = scores.shape[1], scores.device
     width = -(-vocab // 8)
-    masks = collect(rows)
+    masks = collect(rows, alone=alone)
     if masks.found:
         places = list(masks.found)
         joined = bytearray().join(mask[:width].ljust(width, b"\0") for mask in masks.found.values())

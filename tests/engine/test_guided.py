@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,57 @@ async def test_a_constraint_that_fails_ends_its_request_alone(
         with pytest.raises(RequestInvalid, match="allows no token"):
             await engine.complete("Hi", sampled(constraint=Nothing()))
         assert (await other).finish_reason == "length"
+
+
+class Digits:
+    """Digits only. Its answers are late for every second and third output, twice and once."""
+
+    def __init__(self, *, late: bool) -> None:
+        self._mask = sum(1 << ord(c) for c in "0123456789").to_bytes(32, "little")
+        self._late = late
+        self._asked: Counter[int] = Counter()
+        self.slow = False
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        return self._mask
+
+    def begin(self, output: Sequence[int]) -> None:
+        pass
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        self._asked[len(output)] += 1
+        is_late = self._late and self._asked[len(output)] <= len(output) % 3
+        return None if is_late else self._mask
+
+
+@pytest.mark.parametrize("executor", ["thread", "process"])
+async def test_late_masks_change_no_token(executor: str, tiny_text: Tiny, make_engine: MakeEngine) -> None:
+    """... neither the request's own nor others', across blocks, chunks of prompts and preemptions."""
+    fields: dict[str, Any] = {
+        "executor": executor,
+        "kv_cache_memory": "64KiB",
+        "max_model_len": 64,
+        "max_num_batched_tokens": 16,
+    }
+
+    async def run(*, late: bool) -> list[list[int]]:
+        async with make_engine(tiny_text, **fields) as engine:
+            outputs = await asyncio.gather(
+                *[
+                    engine.complete(
+                        f"a prompt that is one of {i}",
+                        SamplingParams(max_tokens=25, seed=i, constraint=constraint, temperature=i % 2),
+                    )
+                    for i in range(6)
+                    for constraint in (Digits(late=late) if i < 4 else None,)
+                ]
+            )
+            engine.check_invariants()
+            return [output.token_ids for output in outputs]
+
+    found = await run(late=True)
+    assert found == await run(late=False)
+    assert all(chr(token).isdigit() for tokens in found[:4] for token in tokens)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -24,6 +25,8 @@ from support import hostile_grammars as hostile
 from support.cancel_at import Moment, cancel_everywhere
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
+from aioengine.grammars.fair_queue import FairQueue
+from aioengine.grammars.fair_thread import FairThread
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.service import Grammars
 from aioengine.grammars.zygote_process import Tokens
@@ -397,8 +400,6 @@ def test_all_end_with_a_parent_that_is_killed() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99)), max_size=30))
 @settings(max_examples=50, deadline=None)
 def test_tenants_take_turns(items: list[tuple[str, int]]) -> None:
-    from aioengine.grammars.fair_queue import FairQueue
-
     async def run() -> list[tuple[str, int]]:
         queue: FairQueue[tuple[str, int]] = FairQueue()
         for tenant, item in items:
@@ -414,3 +415,30 @@ def test_tenants_take_turns(items: list[tuple[str, int]]) -> None:
         for other in waiting - {tenant}:
             until_other = next(i for i in range(index, len(order)) if order[i][0] == other)
             assert [t for t, _ in order[index:until_other]].count(tenant) <= 1
+
+
+async def test_a_thread_takes_tenants_in_turn() -> None:
+    done: list[str] = []
+    thread = FairThread("test", most=3)
+    first = asyncio.create_task(thread.run("a", lambda: time.sleep(0.05)))
+    await asyncio.sleep(0.01)
+    rest = [
+        asyncio.create_task(thread.run(tenant, functools.partial(done.append, f"{tenant}{i}")))
+        for tenant in "ab"
+        for i in range(3)
+    ]
+    await asyncio.sleep(0)
+    with pytest.raises(EngineOverloaded):
+        await thread.run("a", lambda: None)
+    rest[1].cancel()
+    with pytest.raises(ZeroDivisionError):
+        await thread.run("c", lambda: 1 // 0)
+    await asyncio.wait([first, *rest])
+    assert done == ["a0", "b0", "a2", "b1", "b2"]
+    waiting = asyncio.create_task(thread.run("a", lambda: time.sleep(0.05)))
+    await asyncio.sleep(0.01)
+    await thread.close()
+    with pytest.raises(EngineStopped):
+        await waiting
+    with pytest.raises(EngineStopped):
+        await thread.run("a", lambda: None)

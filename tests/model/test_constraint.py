@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from aioengine.errors import RequestInvalid
+from aioengine.model import constraints
 from aioengine.model.sampler import sample
 from aioengine.request import SamplingParams
-from aioengine.step import SequenceWork
+from aioengine.step import Sampled, SequenceWork
 
 
 class Allow:
@@ -32,6 +33,21 @@ class Allow:
 class Broken:
     def allowed(self, output: Sequence[int]) -> bytes:
         raise ZeroDivisionError("oh")
+
+
+class Late(Allow):
+    """Has its answer when it is asked for the third time."""
+
+    slow = False
+    begun = polled = 0
+
+    def begin(self, output: Sequence[int]) -> None:
+        self.begun += 1
+
+    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
+        self.polled += 1
+        self.seconds = seconds
+        return self.mask if self.polled > 2 else None
 
 
 def row(params: SamplingParams, *, seed: int = 0, history: Sequence[int] = (7, 8, 9)) -> SequenceWork:
@@ -86,6 +102,30 @@ def test_what_fails_harms_only_itself() -> None:
     assert found[1].logprob is None
     assert found[0] == sample(x[:1], rows[:1])[0]
     assert found[3] == sample(x[3:], rows[3:])[0]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_is_late_gets_no_token_and_nobody_waits_for_what_is_slow(slow: bool) -> None:
+    late = Late(3, 5)
+    late.slow = slow
+    clean = SamplingParams(temperature=1.0)
+    rows = [row(clean), row(SamplingParams(constraint=late, logprobs=1)), row(SamplingParams())]
+    constraints.begin(rows)
+    assert late.begun == 1
+    for _ in range(2):
+        found = sample(logits(3), rows)
+        assert found[1] == Sampled(-1, late=True)
+        assert late.seconds == 0 if slow else 0 < late.seconds <= constraints.PATIENCE_SECONDS
+    now = sample(logits(3), rows)
+    assert now[1].token in (3, 5) and now[1].logprob is not None
+    assert [now[0], now[2]] == [found[0], found[2]] == sample(logits(3)[[0, 2]], [rows[0], rows[2]])
+
+
+def test_a_step_with_nothing_else_waits_for_what_is_late() -> None:
+    late = Late(3)
+    late.slow = True
+    assert sample(logits(1), [row(SamplingParams(constraint=late))])[0].late
+    assert late.seconds == constraints.ALONE_SECONDS
 
 
 def test_bias_is_added_before_the_choice_and_not_to_logprobs() -> None:

@@ -91,7 +91,8 @@ class ProcessExecutor(Executor):
             self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
         loop = asyncio.get_running_loop()
         asked = [batch.sequences[i] for i in places]
-        masks = await loop.run_in_executor(self._guides, _ask_constraints, asked)
+        alone = len(asked) == len(batch.sequences)
+        masks = await loop.run_in_executor(self._guides, _ask_constraints, asked, alone)
         found = {places[i]: mask for i, mask in masks.found.items()}
         failed = {places[i]: why for i, why in masks.failed.items()}
         workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
@@ -133,6 +134,6 @@ class ProcessExecutor(Executor):
             self._lost(error)
 
 
-def _ask_constraints(rows: Sequence[SequenceWork]) -> constraints.Masks:
+def _ask_constraints(rows: Sequence[SequenceWork], alone: bool) -> constraints.Masks:
     constraints.begin(rows)
-    return constraints.collect(rows)
+    return constraints.collect(rows, alone=alone)

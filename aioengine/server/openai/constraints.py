@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -52,15 +51,15 @@ class Form:
     async def constraint(self, guide: Guide, tenant: str | None) -> TokenConstraint:
         """A constraint for one choice. Raises ApiError that names the field."""
         try:
-            return await self._compile(guide, (await self._once_written())[0], tenant=tenant)
+            return await self._compile(guide, (await self._once_written(guide, tenant))[0], tenant=tenant)
         except RequestInvalid as error:
             param = self._blame(str(error)) or self._param
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
-    async def _once_written(self) -> tuple[Any, Sequence[str]]:
+    async def _once_written(self, guide: Guide, tenant: str | None) -> tuple[Any, Sequence[str]]:
         if self._written is not None:
             return self._written
-        written: tuple[Any, Sequence[str]] = await asyncio.to_thread(self._write)
+        written: tuple[Any, Sequence[str]] = await guide.in_thread(self._write, tenant)
         self._written = written
         return written
 

@@ -1,0 +1,71 @@
+"""A thread in which tenants take turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from aioengine.errors import EngineOverloaded, EngineStopped
+from aioengine.grammars.fair_queue import FairQueue
+
+T = TypeVar("T")
+_Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+
+
+class FairThread:
+    """Does short pieces of work, one after the other. Used on one loop. ``most`` of one tenant may wait."""
+
+    def __init__(self, name: str, *, most: int) -> None:
+        self._most = most
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._queue: FairQueue[_Item] = FairQueue()
+        self._pump: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    async def run(self, tenant: str | None, work: Callable[[], T]) -> T:
+        """``work()``. If it is cancelled before its turn, it is not done. Raises what it raises,
+        EngineOverloaded, EngineStopped."""
+        if self._is_closed:
+            raise EngineStopped("the engine has stopped")
+        if self._queue.count(tenant) >= self._most:
+            raise EngineOverloaded(f"{self._most} schemas wait to be read already; try again later")
+        loop = asyncio.get_running_loop()
+        item = (work, loop.create_future())
+        self._queue.put(tenant, item)
+        if self._pump is None:
+            self._pump = loop.create_task(self._do_all(), name="aioengine-schemas")
+        try:
+            found: T = await item[1]
+            return found
+        finally:
+            self._queue.discard(tenant, item)
+
+    async def _do_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            work, done = await self._queue.get()
+            try:
+                found = await loop.run_in_executor(self._pool, work)
+            except Exception as error:
+                if not done.done():
+                    done.set_exception(error)
+            else:
+                if not done.done():
+                    done.set_result(found)
+            finally:
+                if not done.done():  # this is cancelled
+                    done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
+
+    async def close(self) -> None:
+        """Who waits gets EngineStopped."""
+        self._is_closed = True
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.wait([self._pump])
+        while self._queue:
+            _, done = await self._queue.get()
+            if not done.done():
+                done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
+        self._pool.shutdown(wait=False)
