@@ -24,6 +24,7 @@ from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.stats import Counters
 from aioengine.runtime.submit import Submitter
+from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
 
@@ -80,6 +81,8 @@ class AsyncEngine:
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        self.text_work = TextWork()
+        """Where texts become tokens and back; for who serves this engine, too."""
 
     # Life cycle
 
@@ -119,7 +122,11 @@ class AsyncEngine:
         self._stepper = Stepper(self._core, built.executor, built.loader, timer=built.timer)
         self._adapters = AdapterOps(self._stepper, built.plan.num_slots, built.resolver)
         self._submitter = Submitter(
-            self._stepper, self._adapters, built, work=work, check_running=self._check_running
+            self._stepper,
+            self._adapters,
+            built,
+            text_work=self.text_work,
+            check_running=self._check_running,
         )
         self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
@@ -173,7 +180,7 @@ class AsyncEngine:
             await close()
         await self._built.executor.close()
         await self._built.loader.close()
-        await self._submitter.settled()  # or else the next line would hold up the loop
+        await self.text_work.close()  # or else the next line would hold up the loop
         self._work.shutdown(wait=True)
         del self._built, self._work, self._submitter
         self._state = "stopped"

@@ -54,6 +54,20 @@ class RequestInvalid(AioEngineError, ValueError):
     """The request can never run as given: empty or too long prompt, bad sampling values, ..."""
 
 
+class PromptTooLong(RequestInvalid):
+    """The prompt leaves no room for output. ``tokens`` is its length, or, with ``at_least``, a bound on it
+    that was enough to refuse the prompt before it was tokenized."""
+
+    def __init__(self, tokens: int, max_model_len: int, *, at_least: bool = False) -> None:
+        self.tokens = tokens
+        self.at_least = at_least
+        has = f"at least {tokens}" if at_least else f"{tokens}"
+        super().__init__(
+            f"the prompt has {has} tokens and max_model_len={max_model_len} leaves no room for output: "
+            "shorten it, or raise max_model_len"
+        )
+
+
 class EngineOverloaded(AioEngineError):
     """As many requests wait as may; try again later.
 

@@ -95,6 +95,8 @@ class EngineMetrics(Collector):
             events.EngineRestarted: lambda e: self._restarts.inc(),
             events.LoopLag: lambda e: self._lag.at().observe(e.seconds),
         }
+        self.dropped_log_lines: Callable[[], int] = int
+        """Asked at each scrape; for a program whose log may drop lines."""
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -139,6 +141,7 @@ class EngineMetrics(Collector):
 
     def _families(self) -> list[Family]:
         self._apply()
+        self._log_dropped.values[()] = self.dropped_log_lines()
         stats, adapters = self._snapshot(), self._adapters()
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
         found += [metric.family(self.engine) for metric in (*self._metrics, *self._requests.metrics)]
@@ -176,6 +179,7 @@ class EngineMetrics(Collector):
         self._overruns = Counters(d.POLICY_OVERRUNS)
         self._replacements = Counters(d.POLICY_REPLACEMENTS)
         self._restarts = Counters(d.EXECUTOR_RESTARTS)
+        self._log_dropped = Counters(d.LOG_DROPPED)
         self._lag = Histograms(d.EVENT_LOOP_LAG)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from cyclopts import Group, Parameter
 
+from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.help import FOLDED
@@ -77,8 +77,8 @@ class ServerFlags:
     """Address or network of a proxy whose X-Forwarded-For is believed; any number."""
     max_connections: Annotated[int, _IN_MORE] = 4096
     """Open connections; more are answered with 503."""
-    max_body_bytes: Annotated[int, _IN_MORE] = 8 * 2**20
-    """Largest request."""
+    max_body_bytes: Annotated[int | None, _IN_MORE] = None
+    """Largest request; by default 1 MiB, and 64 bytes for each token of max_model_len."""
     max_choices: Annotated[int, _IN_MORE] = 128
     """Most prompts x n in one request."""
     share_prefix_cache: Annotated[bool, _IN_MORE] = False
@@ -102,7 +102,7 @@ class ServerFlags:
     header_timeout: Annotated[float, _IN_MORE] = 10.0
     """Seconds that a request's headers may take to come."""
     read_timeout: Annotated[float, _IN_MORE] = 30.0
-    """Seconds between two parts of a request's body."""
+    """Seconds between two parts of a request's body, which must come at 16 KiB a second after that."""
     send_timeout: Annotated[float, _IN_MORE] = 60.0
     """Seconds after which a client that takes nothing is let go."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
@@ -198,13 +198,14 @@ def serve(
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; take another")
     level = common.log_level if common is not None and common.log_level is not None else "info"
-    configure_logging(flags.log_format, level)
     try:
         import aioengine.server.run
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
     del aioengine
-    return run(_serve(config, adapters, settings, flags, recording or RecordFlags()))
+    with background_stderr() as log:
+        configure_logging(flags.log_format, level)
+        return run(_serve(config, adapters, settings, flags, recording or RecordFlags(), log))
 
 
 async def _serve(
@@ -213,6 +214,7 @@ async def _serve(
     settings: ServerSettings,
     flags: ServerFlags,
     recording: RecordFlags,
+    log: BackgroundFile,
 ) -> int:
     from aioengine.cli.progress import started
     from aioengine.server.app import create_app
@@ -224,6 +226,7 @@ async def _serve(
         async with recording.writer() as writer, started(config, adapters) as engine:
             if writer is not None:
                 writer.attach(engine)
+            engine.metrics.dropped_log_lines = lambda: log.dropped
             app = create_app(engine, settings)
             await app.context.defaults()
             async with listening(app, listen, bound) as url:
@@ -243,7 +246,6 @@ def _tell(url: str, flags: ServerFlags, settings: ServerSettings) -> None:
     logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
     if not settings.api_keys and settings.keys_file is None and not _is_loopback(flags.host):
         logger.warning("anybody who reaches %s may use this server: there are no API keys", flags.host)
-    sys.stderr.flush()
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgspec
 
 from aioengine.core.state import AdapterEntry
 from aioengine.core.waiting_room import Ticket
-from aioengine.errors import DeadlineExceeded, EngineOverloaded, RequestInvalid
+from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, check_text
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream
-
-LONG_TEXT = 4096
-"""Prompts of more characters than this are tokenized in a thread, so that they do not hold up the loop."""
+from aioengine.runtime.text_work import CHAT, TextWork
 
 
 class Submitter:
-    """``check_running`` raises if the engine accepts nothing (any more); ``work`` is where long texts are
-    tokenized."""
+    """``check_running`` raises if the engine accepts nothing (any more)."""
 
     def __init__(
         self,
@@ -32,16 +28,15 @@ class Submitter:
         adapters: AdapterOps,
         parts: Built,
         *,
-        work: Executor,
+        text_work: TextWork,
         check_running: Callable[[], None],
     ) -> None:
         self._stepper = stepper
         self._core = stepper.core
         self._adapters = adapters
         self._parts = parts
-        self._work = work
+        self._text_work = text_work
         self._check_running = check_running
-        self._jobs: set[Future[list[int]]] = set()
         self._made_up = 0
 
     async def submit(
@@ -63,7 +58,7 @@ class Submitter:
         if adapter is not None:
             self._adapters.check_known(adapter)  # before the work of tokenizing
         self._check_params(params)
-        tokens = _token_ids(prompt)
+        tokens = _token_ids(prompt, self._parts.plan.max_model_len)
         if tokens is not None:  # what can never run is refused for that, and not told to come again
             self._check_prompt(tokens, params)
         ticket = self._reserve(options.tenant, adapter, arrival)
@@ -156,32 +151,26 @@ class Submitter:
             raise RequestInvalid(
                 f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
             )
+        limit = self._parts.plan.max_model_len
         tokenizer = self._parts.tokenizer
         if tokenizer is None:
             raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
-        encode: Callable[[Any], list[int]] = (
-            tokenizer.encode if isinstance(prompt, str) else tokenizer.encode_chat
-        )
-        if len(prompt) <= LONG_TEXT and isinstance(prompt, str):
-            return encode(prompt)
-        job = self._work.submit(encode, prompt)
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
-        return await asyncio.wrap_future(job)
+        if isinstance(prompt, str):
+            text = prompt
+            return await self._text_work.run(len(text), lambda: tokenizer.encode(text, limit=limit))
+        messages: Any = prompt
 
-    async def settled(self) -> None:
-        """Wait for the texts that are being tokenized, also if nobody waits for them any more."""
-        await asyncio.gather(*map(asyncio.wrap_future, list(self._jobs)), return_exceptions=True)
+        def encode_chat() -> list[int]:
+            return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
+
+        return await self._text_work.run(CHAT, encode_chat)
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         limit = self._parts.plan.max_model_len
         if not tokens:
             raise RequestInvalid("the prompt is empty: it must have at least one token")
         if len(tokens) > limit - (params.max_tokens > 0):
-            raise RequestInvalid(
-                f"the prompt has {len(tokens)} tokens and max_model_len={limit} leaves no room for "
-                "output: shorten it, or raise max_model_len"
-            )
+            raise PromptTooLong(len(tokens), limit)
         vocab = self._parts.spec.vocab_size
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= vocab:
@@ -199,6 +188,8 @@ class Submitter:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
 
 
-def _token_ids(prompt: object) -> list[int] | None:
+def _token_ids(prompt: object, limit: int) -> list[int] | None:
     """A copy of a prompt that is token ids; None for a text or chat messages."""
+    if isinstance(prompt, list) and len(prompt) > limit and type(prompt[0]) is int:
+        raise PromptTooLong(len(prompt), limit)  # before they are looked at one by one
     return list(prompt) if isinstance(prompt, list) and set(map(type, prompt)) <= {int} else None

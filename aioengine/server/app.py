@@ -22,7 +22,15 @@ from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.framework import RECORD, UNKNOWN_FIELDS, JsonRequest, exception_handler, guard
+from aioengine.server.framework import (
+    BODY,
+    RECORD,
+    TEXT_WORK,
+    UNKNOWN_FIELDS,
+    JsonRequest,
+    exception_handler,
+    guard,
+)
 from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
@@ -34,7 +42,7 @@ from aioengine.server.openai.tokens import token_routes
 from aioengine.server.openapi import openapi_config
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import Message, Send, send_error
-from aioengine.server.transport.body import BoundedBody
+from aioengine.server.transport.body import BodyBudget, BoundedBody
 
 Scope = MutableMapping[str, Any]
 
@@ -55,6 +63,7 @@ class ServerApp:
         self.context = context = Context(engine, settings)
         self._settings = settings
         self._metrics = metrics_app(engine)
+        self._bodies = BodyBudget()
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -116,12 +125,12 @@ class ServerApp:
             if message["type"] == "http.response.start":
                 started = True
                 record.status = message["status"]
-                tag = (b"x-request-id", record.request_id.encode())
-                message = {**message, "headers": [*message["headers"], tag]}
+                tags = [(b"x-request-id", record.request_id.encode())]
                 if record.not_enforced is not None:
-                    message["headers"].append(
-                        (b"x-not-enforced", record.not_enforced.encode("ascii", "replace"))
-                    )
+                    tags.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))
+                if record.status >= 400 and _asks_first(scope):
+                    tags.append((b"connection", b"close"))
+                message = {**message, "headers": [*message["headers"], *tags]}
             await send(message)
 
         try:
@@ -170,11 +179,16 @@ class ServerApp:
         body = BoundedBody(
             receive,
             scope["headers"],
-            limit=self._settings.max_body_bytes,
+            self._bodies,
+            limit=self.context.max_body_bytes,
             timeout=self._settings.read_timeout,
         )
-        with self._counted():
-            await self._routes(inner, body, send)  # type: ignore[arg-type]
+        inner["state"] |= {BODY: body, TEXT_WORK: self.context.engine.text_work}
+        try:
+            with self._counted():
+                await self._routes(inner, body, send)  # type: ignore[arg-type]
+        finally:
+            body.release()
 
     @contextlib.contextmanager
     def _counted(self) -> Any:
@@ -231,6 +245,12 @@ def _request_id(scope: Scope) -> str:
             if _REQUEST_ID.fullmatch(text):
                 return text
     return uuid.uuid4().hex
+
+
+def _asks_first(scope: Scope) -> bool:
+    """Whether the client waits to be told before it sends the body. If it is refused it sends none, and
+    what it sends next could be taken for it."""
+    return any(name == b"expect" for name, _ in scope["headers"])
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

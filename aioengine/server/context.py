@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ import msgspec
 
 from aioengine.adapters.names import NAME_RULE
 from aioengine.engine import AsyncEngine
-from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
-from aioengine.runtime.submit import LONG_TEXT
+from aioengine.runtime.text_work import SHORT
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
@@ -66,6 +66,12 @@ class Context:
             return read_sampling_defaults(found)
         return SamplingDefaults()
 
+    @property
+    def max_body_bytes(self) -> int:
+        """By default what the longest prompt can need: 64 bytes of JSON for each token, and 1 MiB for all
+        that comes with it, such as schemas and tools."""
+        return self.settings.max_body_bytes or 2**20 + 64 * self.engine.plan.max_model_len
+
     def adapter_of(self, model: str, identity: Identity) -> str | None:
         """The adapter that a request's ``model`` stands for; None for the base model.
 
@@ -96,18 +102,37 @@ class Context:
         tokenizer = self.engine.tokenizer
         return (lambda _token: b"") if tokenizer is None else tokenizer.token_bytes
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each."""
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, limited: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each. Raises ApiError for a text that cannot fit, if it is ``limited`` so."""
+        encode = self._encoder(add_special_tokens, limited, field="prompt")
+        work = self.engine.text_work
+        return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts])
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any], *, limited: bool = True
+    ) -> list[int]:
+        """As :meth:`encode`, of what the chat template makes of messages whose content is text."""
         tokenizer = self.tokenizer
+        encode = self._encoder(False, limited, field="messages")
+        # Never on the loop: how long a template takes is up to the template.
+        size = SHORT + sum(len(message["content"]) + 1 for message in messages)
+        return await self.engine.text_work.run(
+            size, lambda: encode(tokenizer.render_chat(messages, **variables))
+        )
 
-        def encode() -> list[list[int]]:
-            return [tokenizer.encode(text, add_special_tokens) for text in texts]
+    def _encoder(self, add_special_tokens: bool, limited: bool, *, field: str) -> Callable[[str], list[int]]:
+        tokenizer = self.tokenizer
+        limit = self.engine.plan.max_model_len if limited else None
 
-        return encode() if sum(map(len, texts)) <= LONG_TEXT else await asyncio.to_thread(encode)
+        def encode(text: str) -> list[int]:
+            try:
+                return tokenizer.encode(text, add_special_tokens, limit=limit)
+            except PromptTooLong as error:
+                raise self.too_long(error.tokens, field=field, at_least=error.at_least) from None
 
-    async def encode_chat(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-        # In a thread: how long a template takes is up to the template.
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **variables)
+        return encode
 
     def truncated(self, prompts: Sequence[list[int]], keep: int, max_tokens: int | None) -> list[list[int]]:
         """The last ``keep`` tokens of each; -1: what leaves room for ``max_tokens``, or for one."""
@@ -126,7 +151,8 @@ class Context:
             known = [token for token in prompt if 0 <= token < 2**31]  # the engine refuses others
             return tokenizer.decode(known, skip_special_tokens=False)
 
-        return await asyncio.to_thread(lambda: [decode(prompt) for prompt in prompts])
+        size = sum(map(len, prompts))
+        return await self.engine.text_work.run(size, lambda: [decode(prompt) for prompt in prompts])
 
     async def note_hidden_tools(self) -> None:
         """Warn, once, if the chat template does not show tools to the model."""
@@ -156,9 +182,10 @@ class Context:
         if longest > limit - (max_tokens != 0):
             raise self.too_long(longest, field=field)
 
-    def too_long(self, tokens: int, *, field: str) -> ApiError:
+    def too_long(self, tokens: int, *, field: str, at_least: bool = False) -> ApiError:
         limit = self.engine.plan.max_model_len
-        text = f"This model's maximum context length is {limit} tokens, and the prompt has {tokens}"
+        has = f"at least {tokens}" if at_least else f"{tokens}"
+        text = f"This model's maximum context length is {limit} tokens, and the prompt has {has}"
         return ApiError(400, f"{text}: please shorten it", param=field, code="context_length_exceeded")
 
     def generation(

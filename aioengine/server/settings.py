@@ -29,7 +29,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Host names that requests may be addressed to; empty: any. A web page can have its own name resolved
     to this machine and then read from a server that only this machine reaches (DNS rebinding); it cannot
     have another name in the request."""
-    max_body_bytes: int = 8 * 2**20
+    max_body_bytes: int | None = None
+    """None: 1 MiB, and 64 bytes for each token of ``max_model_len``."""
     max_choices: int = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
@@ -58,6 +59,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in ("max_body_bytes", "max_choices", "retry_after"):
             value = getattr(self, field)
+            if field == "max_body_bytes" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}={value!r}: must be an integer >= 1")
         for field in ("read_timeout", "send_timeout"):

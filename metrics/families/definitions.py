@@ -247,6 +247,11 @@ EXECUTOR_RESTARTS = Definition(
     "counter",
     "Times that the model's processes were lost and started again.",
 )
+LOG_DROPPED = Definition(
+    "aioengine_log_dropped",
+    "counter",
+    "Lines of the server's log that were dropped because nobody took the earlier ones.",
+)
 EVENT_LOOP_LAG = Definition(
     "aioengine_event_loop_lag_seconds",
     "histogram",

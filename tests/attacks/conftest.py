@@ -1,5 +1,6 @@
 """The tiny model with a tokenizer, for the tests in this folder."""
 
-from support.engine_fixtures import tiny_text
+from support.engine_fixtures import make_engine, tiny_text
+from support.server_fixtures import serve
 
-__all__ = ["tiny_text"]
+__all__ = ["make_engine", "serve", "tiny_text"]

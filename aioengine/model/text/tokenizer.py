@@ -20,8 +20,9 @@ import jinja2.parser
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from aioengine.errors import ConfigError, RequestInvalid
+from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.detokenizer import Detokenizer, TextStream
+from aioengine.model.text.text_per_token import bytes_per_token
 from aioengine.model.text.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -41,6 +42,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._compiled: jinja2.Template | None = None
         self._token_bytes: TokenBytes | None = None
+        self._bytes_per_token = bytes_per_token(tokenizer)
 
     @classmethod
     def from_tokenizer(
@@ -83,18 +85,39 @@ class Tokenizer:
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         return size
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode."""
+    def encode(self, text: str, add_special_tokens: bool = True, *, limit: int | None = None) -> list[int]:
+        """Token ids of ``text``; other threads go on meanwhile.
+
+        Args:
+            limit: Refuse a text of more tokens than this; where its length tells so, before any work is
+                spent on it.
+
+        Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode,
+        :class:`~aioengine.errors.PromptTooLong` for ``limit``.
+        """
+        if limit is not None and (least := self.least_tokens(text)) > limit:
+            raise PromptTooLong(least, limit, at_least=True)
         try:
             text.encode()
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # Not Tokenizer.encode, which holds the interpreter for as long as it takes.
+            [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError, AttributeError) as error:
             raise RequestInvalid(f"prompt is not valid text: {error}") from error
+        if limit is not None and len(found) > limit:
+            raise PromptTooLong(len(found), limit)
+        ids: list[int] = found.ids
         return ids
 
+    def least_tokens(self, text: str) -> int:
+        """So many tokens ``text`` has at least, as its length tells; special tokens do not count."""
+        if self._bytes_per_token is None:
+            return 0
+        return -(-len(text.encode(errors="surrogatepass")) // self._bytes_per_token)
+
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        return text
+        """Text of tokens; other threads go on meanwhile."""
+        texts: list[str] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return texts[0]
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(self._tokenizer, skip_special_tokens)

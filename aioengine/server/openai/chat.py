@@ -32,7 +32,11 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
         _refuse_unsupported(data)
         tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
         form = wanted_form(data, context.settings.schemas, data.response_format, tools)
-        prompt = await context.encode_chat(to_template(data.messages), _variables(data, tools))
+        prompt = await context.encode_chat(
+            to_template(data.messages),
+            _variables(data, tools),
+            limited=data.truncate_prompt_tokens is None,
+        )
         if tools.tools:
             await context.note_hidden_tools()
         asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens

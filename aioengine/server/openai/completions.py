@@ -108,7 +108,12 @@ async def _prompts(context: Context, data: CompletionRequest) -> tuple[list[list
     found: Any = prompt
     kinds = set(map(type, prompt))
     if kinds == {str}:
-        return await context.encode(found, add_special_tokens=data.add_special_tokens is not False), found
+        tokens = await context.encode(
+            found,
+            add_special_tokens=data.add_special_tokens is not False,
+            limited=data.truncate_prompt_tokens is None,
+        )
+        return tokens, found
     if kinds == {int}:
         return [found], None
     if kinds == {list}:

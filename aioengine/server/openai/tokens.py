@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -86,7 +85,9 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
             tokens = await context.encode_chat(to_template(data.messages or []), variables)
         strings = None
         if data.return_token_strs:
-            strings = await asyncio.to_thread(_strings, tokens, context.token_bytes())
+            token_bytes = context.token_bytes()
+            work = context.engine.text_work
+            strings = await work.run(len(tokens), lambda: _strings(tokens, token_bytes))
         return Tokenized(
             count=len(tokens),
             max_model_len=context.engine.plan.max_model_len,
@@ -97,8 +98,12 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
     @post("/detokenize", status_code=200, responses=RESPONSES, summary="Token ids to text")
     async def detokenize(data: JSONBody[DetokenizeRequest], request: Request[Any, Any, Any]) -> Detokenized:
         _check_model(context, data.model, request)
-        # In a thread: there may be many.
-        return Detokenized(await asyncio.to_thread(context.tokenizer.decode, data.tokens, False))
+        limit = context.engine.plan.max_model_len
+        if len(data.tokens) > limit:
+            raise ApiError(400, f"tokens: at most {limit} of them", param="tokens", code="invalid_value")
+        tokenizer = context.tokenizer
+        work = context.engine.text_work
+        return Detokenized(await work.run(len(data.tokens), lambda: tokenizer.decode(data.tokens, False)))
 
     return [tokenizer_info, tokenize, detokenize]
 

@@ -1,4 +1,4 @@
-"""Bounds on a request's body: how large it is, and how long it takes to come."""
+"""Bounds on a request's body: how large it is, how long it takes to come, and what all of them hold."""
 
 from __future__ import annotations
 
@@ -9,18 +9,41 @@ from typing import Any
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.generation import Receive
 
+MIN_RATE = 16 * 1024
+"""Bytes a second that a body must come at, once its first ``timeout`` seconds have passed."""
+FREE_BYTES = 64 * 1024
+"""Of each body these are not counted, so that small requests are accepted whatever large ones hold."""
+BUDGET_BODIES = 32
+"""All bodies together may hold as much as this many of the largest."""
+RETRY_AFTER = 1
+
+
+class BodyBudget:
+    """Bytes that bodies hold which are being received, or worked on before their answer begins."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
 
 class BoundedBody:
-    """An ASGI ``receive`` that raises ApiError (413, 408) when the body is too large or too slow, and
-    ClientDisconnected if it breaks off."""
+    """An ASGI ``receive`` that raises ApiError when the body is too large (413), too slow (408) or one too
+    many (503), and ClientDisconnected if it breaks off."""
 
     def __init__(
-        self, receive: Receive, headers: Iterable[tuple[bytes, bytes]], *, limit: int, timeout: float
+        self,
+        receive: Receive,
+        headers: Iterable[tuple[bytes, bytes]],
+        budget: BodyBudget,
+        *,
+        limit: int,
+        timeout: float,
     ) -> None:
         self._receive = receive
+        self._budget = budget
         self._limit = limit
         self._timeout = timeout
-        self._size = 0
+        self._begin = asyncio.get_running_loop().time()
+        self._size = self._held = 0
         self._complete = False
         for name, value in headers:
             if name.lower() == b"content-length" and value.isdigit():
@@ -31,19 +54,40 @@ class BoundedBody:
     async def __call__(self) -> MutableMapping[str, Any]:
         if self._complete:
             return await self._receive()
+        now = asyncio.get_running_loop().time()
+        due = self._begin + self._timeout + self._size / MIN_RATE
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout_at(min(due, now + self._timeout)):
                 message = await self._receive()
         except TimeoutError:
-            text = f"the body did not come: nothing for {self._timeout} seconds"
+            text = (
+                f"the body did not come: nothing for {self._timeout} seconds, or less than {MIN_RATE} bytes "
+                "a second"
+            )
             raise ApiError(408, text, code="request_timeout", close=True) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise self._too_large()
+        self._hold()
         self._complete = not message.get("more_body", False)
         return message
+
+    def release(self) -> None:
+        """The body is no longer held; may be called again."""
+        self._budget.held -= self._held
+        self._held = 0
+
+    def _hold(self) -> None:
+        more = max(self._size - FREE_BYTES, 0) - self._held
+        if more and self._budget.held + more > BUDGET_BODIES * self._limit:
+            text = "the server is receiving as many large requests as it can; try again later"
+            raise ApiError(
+                503, text, type="server_error", code="overloaded", retry_after=RETRY_AFTER, close=True
+            )
+        self._budget.held += more
+        self._held += more
 
     def _too_large(self) -> ApiError:
         text = f"the body is larger than the {self._limit} bytes that are allowed"

@@ -1,18 +1,36 @@
-"""uvicorn's HTTP protocol with bounds on what a connection may hold and how long it may take."""
+"""uvicorn's HTTP protocol with bounds on what a connection may hold, how long it may take, and how much of
+it is worked on at a time."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from aioengine.server.transport.turns import Turns
+
 HEADER_BYTES = 64 * 1024
 """Bound on a request's line and headers."""
+MAX_HEADERS = 256
+URL_BYTES = 8 * 1024
+SLICE = 16 * 1024
+"""Bytes that the parser gets at a time, where each few of them may be a header or a chunk of a body."""
+INPUT_BYTES = 64 * 1024
+"""A connection that is behind by more than this is not read from."""
+HELD_BYTES = 128 * 2**20
+"""Bound on what all connections together have sent ahead of their turn."""
 LEFT_BYTES = 64 * 2**20
 """So much of a body that was refused is thrown away, so that a client which sends it to its end before it
 reads gets its answer; beyond it the connection is closed."""
+LINGER_SECONDS = 5.0
+"""And for so long, where the connection is to be closed."""
+
+
+class _Limits(NamedTuple):
+    max_connections: int
+    header_timeout: float
 
 
 def bounded_protocol(max_connections: int, header_timeout: float) -> type[asyncio.Protocol]:
@@ -25,118 +43,273 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[asynci
             time holds.
     """
 
-    class BoundedProtocol(HttpToolsProtocol):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._header_bytes = self._left_bytes = 0
-            self._header_timer: asyncio.TimerHandle | None = None
-            self._upgrade_left: int | None = None
-            """Bytes of the body that are to come, once the client has asked for another protocol."""
-            self._earlier: list[Any] = []
-            """Requests that are being answered, or are to be, before ``self.cycle``, the last one."""
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                self._refuse(503, b"Service Unavailable", b"retry-after: 1\r\n")
-            else:
-                self._watch_headers()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_watch()
-            for cycle in self._earlier:  # uvicorn tells the last one only
-                if not cycle.response_complete:
-                    cycle.disconnected = True
-                    cycle.message_event.set()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            if self._upgrade_left is not None:
-                self._body_after_upgrade(data)
-                return
-            self._unset_keepalive_if_required()
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                # Java's client, for one, offers HTTP/2 so with each request. The offer is declined by
-                # answering it as any other request, but the parser leaves the body to us.
-                self._body_after_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError:
-                self.send_400_response("Invalid HTTP request received.")
-
-        def _body_after_upgrade(self, data: bytes) -> None:
-            """The rest of the last request that this connection takes."""
-            assert self._upgrade_left is not None
-            if self._upgrade_left > 0:
-                body = data[: self._upgrade_left]
-                self._upgrade_left -= len(body)
-                self.on_body(body)
-                if self._upgrade_left == 0:
-                    super().on_message_complete()
-
-        def on_message_begin(self) -> None:
-            self._header_bytes = self._left_bytes = 0
-            self._watch_headers()
-            super().on_message_begin()
-
-        def on_url(self, url: bytes) -> None:
-            self._count(len(url))
-            super().on_url(url)
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._count(len(name) + len(value))
-            super().on_header(name, value)
-
-        def on_headers_complete(self) -> None:
-            self._stop_watch()
-            if self.transport.is_closing():
-                return
-            before = self.cycle
-            super().on_headers_complete()
-            if before is None or before.response_complete:
-                self._earlier.clear()
-            elif before is not self.cycle:
-                self._earlier.append(before)
-            if self.parser.should_upgrade():
-                self.cycle.keep_alive = False
-                lengths = [value for name, value in self.headers if name == b"content-length"]
-                self._upgrade_left = int(lengths[0]) if lengths else 0
-
-        def on_body(self, body: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            if self.cycle.response_complete:  # refused before it was read
-                self._left_bytes += len(body)
-                if self._left_bytes > LEFT_BYTES:
-                    self.transport.close()
-            else:
-                super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            if self._upgrade_left:
-                return  # the parser means the headers
-            if not self.transport.is_closing():
-                super().on_message_complete()
-
-        def _count(self, size: int) -> None:
-            self._header_bytes += size
-            if self._header_bytes > HEADER_BYTES and not self.transport.is_closing():
-                self._refuse(431, b"Request Header Fields Too Large")
-
-        def _watch_headers(self) -> None:
-            self._stop_watch()
-            self._header_timer = self.loop.call_later(header_timeout, self.transport.close)
-
-        def _stop_watch(self) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
-
-        def _refuse(self, status: int, phrase: bytes, headers: bytes = b"") -> None:
-            head = b"HTTP/1.1 %d %s\r\ncontent-length: 0\r\nconnection: close\r\n" % (status, phrase)
-            self.transport.write(head + headers + b"\r\n")
-            self.transport.close()
+    class BoundedProtocol(_BoundedProtocol):
+        limits = _Limits(max_connections, header_timeout)
+        turns = Turns()
 
     return BoundedProtocol
+
+
+class _Transport:
+    """The transport as uvicorn sees it, which closes and pauses where the protocol says."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: _BoundedProtocol) -> None:
+        self._protocol = protocol
+        self._write = transport.write
+        self.get_extra_info = transport.get_extra_info
+
+    def write(self, data: bytes) -> None:
+        if not self._protocol.lingers:
+            self._write(data)
+
+    def is_closing(self) -> bool:
+        return self._protocol.is_closing
+
+    def close(self) -> None:
+        self._protocol.close()
+
+    def pause_reading(self) -> None:
+        self._protocol.hold(True)
+
+    def resume_reading(self) -> None:
+        self._protocol.hold(False)
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """What arrives is kept in ``_input`` and given to the parser in slices that end where a request may
+    end. So there is one request of a connection at a time: the next is parsed when it is answered, in a
+    turn of its own."""
+
+    limits: _Limits
+    turns: Turns
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.has_asked = False
+        self._real: asyncio.Transport
+        self._input = b""
+        self._at = 0
+        """So much of ``_input`` has been parsed; of that the last bytes are kept, in which the end of a
+        request may begin."""
+        self._held = 0
+        """Bytes that ``turns.held`` counts for this connection."""
+        self.lingers = False
+        """The answer has been written; what arrives is thrown away."""
+        self._is_full = self._is_paused = self._is_upgraded = False
+        self._header_bytes = self._left_bytes = 0
+        self._body_left = 0
+        """Bytes of the body that are to come, where its length is known."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._real = transport
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        if len(self.connections) > self.limits.max_connections:
+            self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
+            self._real.close()
+        else:
+            self._watch(self.limits.header_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watch()
+        self._drop_input()
+        super().connection_lost(exc)
+
+    @property
+    def is_closing(self) -> bool:
+        return self.lingers or self._real.is_closing()
+
+    def close(self) -> None:
+        """Close the connection; but if the client still sends, not before it can have read the answer:
+        bytes that nobody has read would have the answer thrown away."""
+        cycle = self.cycle
+        if self._left or (cycle is not None and cycle.more_body):
+            self._linger()
+        else:
+            self._real.close()
+
+    def _linger(self) -> None:
+        if self.is_closing or not self._real.can_write_eof():
+            self._real.close()
+            return
+        self.lingers = True
+        self._drop_input()
+        self._pace()
+        self._real.write_eof()
+        self._watch(LINGER_SECONDS)
+
+    # What arrives, and when it is parsed
+
+    @property
+    def _left(self) -> int:
+        """Bytes that have not been parsed."""
+        return len(self._input) - self._at
+
+    def data_received(self, data: bytes) -> None:
+        if self.lingers:
+            self._left_bytes += len(data)
+            if self._left_bytes > LEFT_BYTES:
+                self._real.abort()
+        elif not self._real.is_closing():
+            parsed = max(self._at - 3, 0)
+            self._input = self._input[parsed:] + data
+            self._at -= parsed
+            if not self._is_blocked:
+                self.turns.ask(self)
+            self._count_input()
+
+    def take_turn(self) -> None:
+        end = self._at + SLICE
+        while self._left and self._at < end and not self.is_closing and not self._is_blocked:
+            size = self._size_of_part()
+            part = self._input[self._at : self._at + size]
+            self._at += size
+            self._parse(part)
+        if self.is_closing:
+            self._drop_input()
+        elif not self._left:
+            self._input = self._input[-3:]
+            self._at = len(self._input)
+        elif not self._is_blocked:
+            self.turns.ask_later(self)
+        self._count_input()
+
+    @property
+    def _is_blocked(self) -> bool:
+        """Nothing more is parsed: the body's reader is behind, or a request is being answered."""
+        cycle = self.cycle
+        return self._is_full or (cycle is not None and not (cycle.more_body or cycle.response_complete))
+
+    def _size_of_part(self) -> int:
+        """Of what the parser gets next, which holds the end of one request at most."""
+        if self._body_left:
+            return min(self._body_left, 4 * SLICE, self._left)
+        found = self._input.find(b"\r\n\r\n", max(self._at - 3, 0), self._at + SLICE)
+        return min(SLICE, self._left) if found < 0 else found + 4 - self._at
+
+    def _parse(self, part: bytes) -> None:
+        if self._is_upgraded:
+            self._body_after_upgrade(part)
+            return
+        try:
+            self.parser.feed_data(part)
+        except httptools.HttpParserUpgrade as upgrade:
+            # Java's client, for one, offers HTTP/2 so with each request. The offer is declined by
+            # answering it as any other request, but the parser leaves the body to us.
+            self._is_upgraded = True
+            self._body_after_upgrade(part[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            if not self.is_closing:
+                self.send_400_response("Invalid HTTP request received.")
+
+    def _body_after_upgrade(self, data: bytes) -> None:
+        """The rest of the last request that this connection takes."""
+        if self._body_left:
+            self.on_body(data[: self._body_left])
+            if not self._body_left and not self.cycle.response_complete:
+                super().on_message_complete()
+
+    def hold(self, is_full: bool) -> None:
+        """Whether the body's reader is behind."""
+        self._is_full = is_full
+        if not is_full and self._left:
+            self.turns.ask_later(self)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._left and not self.is_closing:
+            self.turns.ask_later(self)
+
+    def _count_input(self) -> None:
+        self.turns.held += self._left - self._held
+        self._held = self._left
+        if self.turns.held > HELD_BYTES and self._left:
+            self._drop_input()
+            self._real.abort()
+        self._pace()
+
+    def _drop_input(self) -> None:
+        self.turns.held -= self._held
+        self._input, self._at, self._held = b"", 0, 0
+
+    def _pace(self) -> None:
+        is_paused = self._left > INPUT_BYTES
+        if is_paused != self._is_paused and not self._real.is_closing():
+            self._is_paused = is_paused
+            if is_paused:
+                self._real.pause_reading()
+            else:
+                self._real.resume_reading()
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        if self._is_blocked:  # lines that end in another way than those that parts are cut at
+            self._real.close()
+        self._unset_keepalive_if_required()
+        self._header_bytes = self._left_bytes = self._body_left = 0
+        self._watch(self.limits.header_timeout)
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > URL_BYTES:
+            self._refuse(414, b"URI Too Long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > HEADER_BYTES or len(self.headers) > MAX_HEADERS:
+            self._refuse(431, b"Request Header Fields Too Large")
+
+    def on_headers_complete(self) -> None:
+        self._stop_watch()
+        if self.is_closing:
+            return
+        names = dict(self.headers)
+        if b"transfer-encoding" not in names:
+            self._body_left = int(names.get(b"content-length", 0))
+        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._body_left = max(self._body_left - len(body), 0)
+        if self.is_closing:
+            return
+        if self.cycle.response_complete:  # refused before it was read
+            self._left_bytes += len(body)
+            if self._left_bytes > LEFT_BYTES:
+                self._real.close()
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and self._body_left:
+            return  # the parser means the headers
+        if not self.is_closing:
+            self.cycle.more_body = False
+            super().on_message_complete()
+
+    # Time, and refusals
+
+    def _watch(self, seconds: float) -> None:
+        """Close the connection after ``seconds``."""
+        self._stop_watch()
+        self._timer = self.loop.call_later(seconds, self._real.close)
+
+    def _stop_watch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: int, phrase: bytes) -> None:
+        if not self.is_closing:
+            self._answer(status, phrase)
+            self._linger()
+
+    def _answer(self, status: int, phrase: bytes, headers: bytes = b"") -> None:
+        head = b"HTTP/1.1 %d %s\r\ncontent-length: 0\r\nconnection: close\r\n" % (status, phrase)
+        self._real.write(head + headers + b"\r\n")

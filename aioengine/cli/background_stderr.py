@@ -1,0 +1,102 @@
+"""Standard error that nobody waits for: what is written is kept, and a thread writes it out.
+
+A pipe that is not read blocks who writes to it, which must not be a server's event loop.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MAX_BYTES = 2**20
+"""So much is kept; lines beyond it are dropped, and counted."""
+FLUSH_SECONDS = 1.0
+"""How long the end waits for what is kept to be written."""
+
+
+class BackgroundFile(io.RawIOBase):
+    """A file that is written to by a thread. ``dropped`` counts the lines that found no room, or that
+    could not be written."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._kept: list[bytes] = []
+        self._size = 0
+        """Bytes that are kept or being written."""
+        self._changed = threading.Condition()
+        self.dropped = 0
+        threading.Thread(target=self._write_out, name="aioengine-log", daemon=True).start()
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, data, /):  # type: ignore[no-untyped-def] # typeshed's buffer type is not public
+        kept = bytes(data)
+        with self._changed:
+            if self._size + len(kept) > MAX_BYTES:
+                self.dropped += kept.count(b"\n")
+            else:
+                self._kept.append(kept)
+                self._size += len(kept)
+                self._changed.notify_all()
+        return len(kept)
+
+    def drain(self, seconds: float) -> bool:
+        """Wait until everything is written. False if that takes longer than ``seconds``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._size, seconds)
+
+    def _write_out(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._kept)
+                data = b"".join(self._kept)
+                self._kept.clear()
+            lost = _write(self._fd, data)
+            with self._changed:
+                self._size -= len(data)
+                self.dropped += lost
+                self._changed.notify_all()
+
+
+def _write(fd: int, data: bytes) -> int:
+    """Write all of it; returns how many lines could not be."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    except OSError:  # a full disk, a reader that has gone
+        return bytes(rest).count(b"\n")
+    return 0
+
+
+@contextmanager
+def background_stderr() -> Iterator[BackgroundFile]:
+    """``sys.stderr`` is written by a thread inside. If what is left at the end cannot be written within
+    ``FLUSH_SECONDS``, it stays so: nothing that is written afterwards may block either."""
+    before = sys.stderr
+    before.flush()
+    file = BackgroundFile(2)
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(file),
+        encoding=before.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+    sys.stderr = stream
+    try:
+        yield file
+    finally:
+        stream.flush()
+        if file.drain(FLUSH_SECONDS):
+            sys.stderr = before

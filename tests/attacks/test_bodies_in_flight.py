@@ -1,0 +1,94 @@
+"""Bodies that come slowly, and many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+from support.bystander import bystander, memory
+from support.engine_fixtures import Tiny
+from support.server_fixtures import MODEL, Serve, until
+from support.server_process import serving
+
+from aioengine.server.transport import body as module
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+async def test_bodies_in_flight_are_bounded(tiny_text: Tiny) -> None:
+    """150 connections that stop short of 8 MB, of which the server allows as much as the test says."""
+    flags = ["--served-model-name", "tiny", "--max-body-bytes", "8000000"]
+    async with serving(tiny_text.model, *flags) as server:
+        before = memory(server.process.pid)
+        writers: list[asyncio.StreamWriter] = []
+        statuses: list[bytes] = []
+
+        async def trickle() -> None:
+            reader, writer = await asyncio.open_connection(*server.address)
+            writers.append(writer)
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
+                writer.write(HEAD + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
+                await asyncio.wait_for(writer.drain(), 20)
+                statuses.append((await asyncio.wait_for(reader.readuntil(b"\r\n"), 5))[9:12])
+
+        async with bystander(server.url) as seen:
+            await asyncio.gather(*(trickle() for _ in range(150)))
+            grown = memory(server.process.pid) - before
+        for writer in writers:
+            writer.transport.abort()
+        assert grown < 450 * 2**20
+        assert set(statuses) == {b"503"} and len(statuses) > 90
+    seen.check()
+
+
+async def test_the_budget_is_given_back_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FREE_BYTES", 100)
+    monkeypatch.setattr(module, "BUDGET_BODIES", 1)
+    async with serve(settings={"max_body_bytes": 10_000}) as served:
+        budget = served.app._bodies
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 2, "user": "u" * 6000}
+
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(HEAD + b"content-length: 9000\r\n\r\n{" + b" " * 8000)
+        await until(lambda: budget.held == 7901)
+        refused = await served.http.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"]
+        small = await served.http.post("/v1/completions", json={**body, "user": "x"})
+        assert small.status_code == 200 and budget.held == 7901
+        writer.transport.abort()
+        await until(lambda: budget.held == 0)
+
+        for change in ({}, {"stream": True}, {"temperature": 9}, {"prompt": "y" * 3000}, {"model": "no"}):
+            await served.http.post("/v1/completions", json={**body, **change})
+            assert budget.held == 0
+        for path in ("/tokenize", "/nowhere"):
+            await served.http.post(path, content=json.dumps({"prompt": "x" * 9000}))
+            assert budget.held == 0
+        # While an answer is on its way nothing is held.
+        long = {**body, "max_tokens": 100, "ignore_eos": True, "stream": True}
+        async with served.http.stream("POST", "/v1/completions", json=long) as answer:
+            await anext(answer.aiter_lines())
+            assert served.app.active == 1 and budget.held == 0
+
+
+async def test_a_body_has_a_time_in_all(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte after byte, each soon after the last."""
+    monkeypatch.setattr(module, "MIN_RATE", 1000)
+    async with serve(settings={"read_timeout": 0.3}) as served:
+        host, _, port = served.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(HEAD + b"content-length: 100000\r\n\r\n{")
+
+        async def trickle() -> None:
+            while True:
+                writer.write(b" ")
+                await asyncio.sleep(0.02)
+
+        task = asyncio.create_task(trickle())
+        assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 20)).startswith(b"HTTP/1.1 408")
+        task.cancel()
+        writer.transport.abort()

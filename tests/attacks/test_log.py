@@ -1,0 +1,64 @@
+"""A log that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import httpx
+import pytest
+from support.engine_fixtures import Tiny
+from support.server_process import SMALL
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_a_log_that_nobody_reads_stops_nothing(log_format: str, tiny_text: Tiny) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    reading, writing = os.pipe()
+    url = f"http://127.0.0.1:{port}"
+    arguments = ["serve", "--model", str(tiny_text.model), "--served-model-name", "tiny", "--port", str(port)]
+    arguments += ["--log-format", log_format, *SMALL]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "aioengine", *arguments, stderr=writing
+    )
+    os.close(writing)
+    try:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as http:
+            async with asyncio.timeout(60):
+                while True:
+                    try:
+                        await http.get("/ready")
+                        break
+                    except httpx.ConnectError:
+                        await asyncio.sleep(0.05)
+
+            async def client() -> None:
+                for _ in range(300):
+                    answer = await http.get("/nowhere" + "x" * 150, headers={"x-request-id": "y" * 120})
+                    assert answer.status_code == 404
+
+            await asyncio.gather(*(client() for _ in range(16)))
+            assert (await http.get("/health")).status_code == 200
+            answer = await http.post(
+                "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 3}
+            )
+            assert answer.status_code == 200
+            found = re.search(
+                r"aioengine_log_dropped_total\{[^}]*\} (\d+)", (await http.get("/metrics")).text
+            )
+        assert found is not None and int(found[1]) > 0
+        process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert time.monotonic() - begin < 10
+    finally:
+        os.close(reading)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

@@ -1,0 +1,162 @@
+"""How many tokens a text has at least; and that tokenizing leaves the interpreter to others."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
+
+from aioengine.errors import PromptTooLong, RequestInvalid
+from aioengine.model.text.tokenizer import Tokenizer
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIAL = ["<s>", "<|end|>", "\uff5cend\u2581of\uff5c"]
+TEXTS = st.text(max_size=40) | st.text(alphabet="a \n\u212a\u030c\U0001d400\u1100\u1161\u11a8 ", max_size=60)
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    words = ["aa", "aaaa", "\u0120\u0120", "\u0120\u0120\u0120\u0120"]
+    merges = [("a", "a"), ("aa", "aa"), ("\u0120", "\u0120"), ("\u0120\u0120", "\u0120\u0120")]
+    model = models.BPE({token: i for i, token in enumerate([*LETTERS, *words])}, merges)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    vocabulary = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], "\u2581", "a", "aa", "\u2581\u2581"]
+    model = models.BPE(
+        {token: i for i, token in enumerate(vocabulary)},
+        [("a", "a"), ("\u2581", "\u2581")],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    return tokenizer
+
+
+def with_normalizer(normalizer: Any) -> tokenizers.Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def with_pre_tokenizer(first: Any) -> tokenizers.Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel()])
+    return tokenizer
+
+
+def with_special_tokens() -> tokenizers.Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+BOUNDED = {
+    "byte level": byte_level(),
+    "byte fallback": byte_fallback(),
+    "NFC": with_normalizer(normalizers.NFC()),
+    "NFKC": with_normalizer(normalizers.NFKC()),
+    "NFKD and lower case": with_normalizer(
+        normalizers.Sequence([normalizers.NFKD(), normalizers.Sequence([normalizers.Lowercase()])])
+    ),
+    "replaced by shorter text": with_normalizer(normalizers.Replace("aaa", "b")),
+    "split": with_pre_tokenizer(pre_tokenizers.Split(Regex(r"\s+"), "isolated")),
+    "digits": with_pre_tokenizer(pre_tokenizers.Digits(individual_digits=True)),
+    "special tokens": with_special_tokens(),
+}
+
+
+def unbounded() -> dict[str, tokenizers.Tokenizer]:
+    """Where any length of text may be few tokens."""
+    rstrip = byte_level()
+    rstrip.add_special_tokens([AddedToken("<|end|>", rstrip=True)])
+    truncated = byte_level()
+    truncated.enable_truncation(3)
+    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    some_letters = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    some_letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return {
+        "white space after a token is dropped": rstrip,
+        "truncation": truncated,
+        "one unknown word": words,
+        "letters that are dropped": some_letters,
+        "removed": with_normalizer(normalizers.Replace(" ", "")),
+        "replaced by a pattern": with_normalizer(normalizers.Replace(Regex(" +"), " ")),
+        "stripped": with_normalizer(normalizers.Strip()),
+        "no accents": with_normalizer(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
+        "split away": with_pre_tokenizer(pre_tokenizers.Split(" ", "removed")),
+        "white space": with_pre_tokenizer(pre_tokenizers.WhitespaceSplit()),
+    }
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@given(text=TEXTS, repeated=st.integers(1, 20))
+def test_no_text_has_fewer_tokens_than_is_said(name: str, text: str, repeated: int) -> None:
+    tokenizer = Tokenizer.from_tokenizer(BOUNDED[name])
+    for whole in (text * repeated, " " * 40 * repeated, f"{text}{SPECIAL[-1]}" * repeated):
+        tokens = tokenizer.encode(whole, add_special_tokens=False)
+        assert tokenizer.least_tokens(whole) <= len(tokens)
+        assert tokenizer.encode(whole, False, limit=len(tokens)) == tokens
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(name: str) -> None:
+    tokenizer = Tokenizer.from_tokenizer(BOUNDED[name])
+    with pytest.raises(PromptTooLong) as refused:
+        tokenizer.encode("a" * 100_000, limit=1000)
+    assert refused.value.tokens > 1000 and refused.value.at_least
+
+
+@pytest.mark.parametrize("name", unbounded())
+def test_where_nothing_is_known_nothing_is_refused(name: str) -> None:
+    tokenizer = Tokenizer.from_tokenizer(unbounded()[name])
+    assert tokenizer.least_tokens("a" * 100_000) == 0
+    text = "<|end|>" + " " * 1000
+    tokens = tokenizer.encode(text)
+    assert tokenizer.encode(text, limit=len(tokens)) == tokens
+    if tokens:
+        with pytest.raises(PromptTooLong) as refused:
+            tokenizer.encode(text, limit=len(tokens) - 1)
+        assert (refused.value.tokens, refused.value.at_least) == (len(tokens), False)
+
+
+def test_no_character_shrinks_more_than_four_times() -> None:
+    for code in range(0x110000):
+        if 0xD800 <= code < 0xE000:
+            continue
+        size = len(chr(code).encode())
+        for form in ("NFC", "NFD", "NFKC", "NFKD"):
+            assert size <= 4 * len(unicodedata.normalize(form, chr(code)).encode())
+        assert size <= 3 * len(chr(code).lower().encode())
+        decomposed = unicodedata.normalize("NFD", chr(code))
+        assert len(decomposed.encode()) <= 4 * len(unicodedata.normalize("NFC", decomposed).encode())
+
+
+@pytest.mark.parametrize("name", [*BOUNDED, *unbounded()])
+@given(text=TEXTS, special=st.booleans())
+def test_the_ids_are_the_library_s(name: str, text: str, special: bool) -> None:
+    library = {**BOUNDED, **unbounded()}[name]
+    tokenizer = Tokenizer.from_tokenizer(library)
+    expected = library.encode(text, add_special_tokens=special).ids
+    assert tokenizer.encode(text, special) == expected
+    assert tokenizer.decode(expected, False) == library.decode(expected, skip_special_tokens=False)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(RequestInvalid, match="not valid text"):
+        Tokenizer.from_tokenizer(byte_level()).encode("\ud800", limit=5)

@@ -1,0 +1,121 @@
+"""Requests that are sent before the earlier ones are answered, however they are cut; and answers to those
+who still send."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+
+import pytest
+from support.server_fixtures import MODEL, Serve
+
+BODY = json.dumps({"model": MODEL, "prompt": "Hello\r\n\r\n", "max_tokens": 2}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+REQUESTS = [
+    (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", 200),
+    (b"\r\nGET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n", 404),
+    (HEAD + b"content-length: %d\r\n\r\n" % len(BODY) + BODY, 200),
+    (HEAD + b"content-length: 3\r\n\r\n{\r\n", 400),
+    (HEAD + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY), 200),
+    (
+        HEAD
+        + b"transfer-encoding: chunked\r\n\r\n"
+        + b"".join(b"1\r\n%c\r\n" % byte for byte in BODY)
+        + b"0\r\nx-trailer: y\r\n\r\n",
+        200,
+    ),
+    (HEAD + b"content-length: 5000\r\n\r\n" + b" " * 5000, 413),
+    (b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n", 200),
+]
+STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
+
+
+async def connected(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_each_is_answered_in_its_turn_however_they_are_cut(seed: int, serve: Serve) -> None:
+    draw = random.Random(seed)
+    chosen = draw.choices(REQUESTS, k=30)
+    data = b"".join(request for request, _ in chosen)
+    cuts = sorted(draw.sample(range(1, len(data)), min(seed * 20, 200))) if seed else []
+    async with serve(settings={"max_body_bytes": 2000}) as served:
+        reader, writer = await connected(served.url)
+        for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+            writer.write(data[start:end])
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answers = await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+        assert [int(status) for status in STATUS.findall(answers)] == [*(s for _, s in chosen), 200]
+        assert served.app.active == 0
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("length", [b"content-length: 9000000", b"transfer-encoding: chunked"])
+async def test_413_reaches_who_sends_the_whole_body_first(close: bool, length: bytes, serve: Serve) -> None:
+    async with serve(settings={"max_body_bytes": 1000}) as served:
+        reader, writer = await connected(served.url)
+        writer.write(HEAD + length + (b"\r\nconnection: close" if close else b"") + b"\r\n\r\n")
+        for _ in range(90):
+            part = b" " * 100_000
+            writer.write(b"%x\r\n%b\r\n" % (len(part), part) if length.startswith(b"t") else part)
+            await asyncio.wait_for(writer.drain(), 20)
+        if length.startswith(b"t"):
+            writer.write(b"0\r\n\r\n")
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        assert head.startswith(b"HTTP/1.1 413")
+        assert (b"connection: close" in head) == close
+        if not close:  # and the connection goes on
+            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        rest = await asyncio.wait_for(reader.read(), 20)
+        assert (b"HTTP/1.1 200" in rest) != close
+        writer.close()
+
+
+@pytest.mark.parametrize(("size", "status"), [(9_000_000, b"413"), (len(BODY), b"100")])
+async def test_who_asks_before_sending_is_told(size: int, status: bytes, serve: Serve) -> None:
+    async with serve(settings={"max_body_bytes": 1000}) as served:
+        reader, writer = await connected(served.url)
+        writer.write(HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % size)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        assert head.startswith(b"HTTP/1.1 " + status)
+        if status == b"413":  # the body does not come, so what follows could not be told from it
+            assert b"connection: close" in head
+            assert await asyncio.wait_for(reader.read(), 20)
+        else:
+            writer.write(BODY)
+            assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 20)).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", b"414"),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 300 + b"\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431"),
+        (HEAD + b"content-length: 1\r\ncontent-length: 2\r\n\r\n", b"400"),
+    ],
+)
+async def test_refused_by_the_protocol(request_: bytes, status: bytes, serve: Serve) -> None:
+    async with serve() as served:
+        reader, writer = await connected(served.url)
+        writer.write(request_ + b"GET / HTTP/1.1\r\n\r\n" * 1000)
+        answer = await asyncio.wait_for(reader.read(), 20)
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        writer.close()
+
+
+async def test_lines_that_end_in_another_way_get_one_answer_at_most(serve: Serve) -> None:
+    async with serve() as served:
+        reader, writer = await connected(served.url)
+        writer.write(b"GET /health HTTP/1.1\nhost: x\n\n" * 1000)
+        answer = await asyncio.wait_for(reader.read(), 20)
+        assert len(STATUS.findall(answer)) <= 1
+        writer.close()
