@@ -57,7 +57,7 @@ class ServerApp:
     """The application that :func:`create_app` makes."""
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
-        self._gate = Gate(settings)
+        self._gate = Gate(settings, engine.limit_waiting)
         # From here on no key is held, only their hashes.
         settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.context = context = Context(engine, settings)

@@ -398,6 +398,22 @@ async def test_limits_at_the_door(serve: Serve, tmp_path: Path) -> None:
         assert (await ask("one")).status_code == 200
 
 
+async def test_a_tenants_bound_on_waiting_requests_is_the_engines(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    entries = [{"KEY": "a", "tenant": "alice"}, {"KEY": "b", "tenant": "bob"}]
+    file.write_text(keys_text(*entries, alice={"max_waiting": 1}))
+    async with serve(settings={"keys_file": str(file)}, max_num_seqs=1) as served:
+
+        async def ask(key: str) -> httpx.Response:
+            body = {**OK, "max_tokens": 100, "ignore_eos": True}
+            return await served.http.post("/v1/completions", json=body, headers=bearer(key))
+
+        answers = await asyncio.gather(*(ask(key) for key in "aaaabbbb"))
+        statuses = [answer.status_code for answer in answers]
+        assert 429 in statuses[:4] and 200 in statuses[:4] and statuses[4:] == [200] * 4
+        assert {answer.status_code for answer in answers} == {200, 429}
+
+
 # Reading it again
 
 

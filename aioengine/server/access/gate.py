@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+from aioengine.errors import EngineStopped
 from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
-from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, hash_key
+from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, TenantLimits, hash_key
 from aioengine.server.access.keys_watch import KeysWatch
 from aioengine.server.access.limits import Admission, Meter
 from aioengine.server.access.refusals import Refusals
@@ -22,9 +24,15 @@ _WITHOUT_ADMIN = frozenset(SCOPES) - {"admin"}
 
 class Gate:
     """Lets requests in by their key, its scopes and its limits. Raises ConfigError if the keys file cannot
-    be used."""
+    be used.
 
-    def __init__(self, settings: ServerSettings) -> None:
+    ``limit_waiting`` is told each tenant's bound on waiting requests, whenever these have changed.
+    """
+
+    def __init__(self, settings: ServerSettings, limit_waiting: Callable[[Mapping[str, int]], None]) -> None:
+        self._limit_waiting = limit_waiting
+        self._new_bounds: Mapping[str, int] | None = None
+        """Tenants' bounds on waiting requests that are still to be told."""
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._refusals = Refusals()
         self._meters: dict[tuple[str, str], Meter] = {}
@@ -42,7 +50,12 @@ class Gate:
         return self._auth.is_open
 
     def watch(self) -> None:
-        """Read the keys file again when it changes, from now on until :meth:`close`."""
+        """Read the keys file again when it changes, from now on until :meth:`close`; and tell the bounds that
+        it has. Belongs before each request."""
+        if self._new_bounds is not None:
+            with contextlib.suppress(EngineStopped):  # not started yet: the next request tells it
+                self._limit_waiting(self._new_bounds)
+                self._new_bounds = None
         if self._watch is not None and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._watch.run(), name="aioengine-keys")
 
@@ -97,7 +110,7 @@ class Gate:
         now = time.monotonic()
 
         def meter(kind: str, which: str, name: str, limits: Limits) -> Iterator[Meter]:
-            if limits == Limits():
+            if all(getattr(limits, name) is None for name in Limits.__struct_fields__):
                 return
             found = self._meters.get((kind, which)) or before.get((kind, which))
             if found is None:
@@ -108,13 +121,15 @@ class Gate:
             yield found
 
         def meters(entry: KeyEntry) -> tuple[Meter, ...]:
-            shared = file.tenants.get(entry.tenant, Limits())
+            shared = file.tenants.get(entry.tenant, TenantLimits())
             return (
                 *meter("key", entry.hash, "this API key", entry.limits),
                 *meter("tenant", entry.tenant, f"tenant {entry.tenant!r}", shared),
             )
 
         self._auth = Authenticator(file.keys, meters)
+        bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}
+        self._new_bounds = {name: most for name, most in bounds.items() if most is not None}
 
 
 def _entries(settings: ServerSettings, scopes: Iterable[str]) -> Iterator[KeyEntry]:

@@ -33,13 +33,20 @@ _Count = Annotated[int, Meta(ge=1, le=2**53)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one key, or all keys of a tenant together, may use; None is no limit."""
+    """What one key may use; None is no limit."""
 
     max_concurrent: _Count | None = None
     """Requests that are being answered at once."""
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
     """Prompt and output tokens together."""
+
+
+class TenantLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all keys of a tenant together may use."""
+
+    max_waiting: _Count | None = None
+    """Requests that wait in the engine, in place of ``EngineConfig.max_waiting_per_tenant``."""
 
 
 class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +87,7 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """All keys, and by tenant the limits that its keys share."""
 
     keys: tuple[KeyEntry, ...]
-    tenants: dict[str, Limits] = {}
+    tenants: dict[str, TenantLimits] = {}
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -139,7 +146,7 @@ def _tables(values: Mapping[str, Any]) -> Iterable[tuple[str, type[msgspec.Struc
                 yield f"keys[{i}].limits", Limits, entry["limits"]
     for tenant, limits in (tenants if isinstance(tenants, dict) else {}).items():
         if isinstance(limits, dict):
-            yield f"tenants.{tenant}", Limits, limits
+            yield f"tenants.{tenant}", TenantLimits, limits
 
 
 def new_key() -> str:
