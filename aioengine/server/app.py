@@ -34,12 +34,14 @@ from aioengine.server.framework import (
 from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
+from aioengine.server.messages.routes import messages_routes
 from aioengine.server.openai.adapters import adapter_routes
 from aioengine.server.openai.chat import chat_routes
 from aioengine.server.openai.completions import completion_routes
 from aioengine.server.openai.models import model_routes
 from aioengine.server.openai.tokens import token_routes
 from aioengine.server.openapi import openapi_config
+from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import Message, Send, send_error
 from aioengine.server.transport.body import BodyBudget, BoundedBody
@@ -71,6 +73,8 @@ class ServerApp:
             route_handlers=[
                 *completion_routes(context),
                 *chat_routes(context),
+                *responses_routes(context),
+                *messages_routes(context),
                 *model_routes(context),
                 *adapter_routes(context),
                 *token_routes(context),
@@ -143,7 +147,7 @@ class ServerApp:
                 raise
             api_error = to_api_error(error, self._settings.retry_after)
             record.refused(api_error.detail)
-            await send_error(tagged_send, api_error)
+            await send_error(tagged_send, api_error, path)
         finally:
             if record.admission is not None:
                 tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)

@@ -210,8 +210,8 @@ class Context:
             record.not_enforced = ", ".join(form.not_enforced) or None
             return made
 
-        unique = f"{prefix}-{uuid.uuid4().hex}"
-        record.completion_id = unique if fields.request_id is None else f"{prefix}-{fields.request_id}"
+        unique = f"{prefix}{uuid.uuid4().hex}"
+        record.completion_id = unique if fields.request_id is None else f"{prefix}{fields.request_id}"
         record.stream = bool(fields.stream)
         record.adapter = self.adapter_of(fields.model, record.identity)
         options = RequestOptions(

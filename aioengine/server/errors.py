@@ -35,6 +35,28 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
+class MessagesError(msgspec.Struct, kw_only=True):
+    type: str
+    message: str
+
+
+class MessagesErrorBody(msgspec.Struct, tag_field="type", tag="error"):
+    """As Anthropic's API writes errors."""
+
+    error: MessagesError
+
+
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
 class ApiError(Exception):
     """A request that is refused.
 
@@ -71,6 +93,15 @@ class ApiError(Exception):
     def body(self) -> bytes:
         return msgspec.json.encode(ErrorBody(self.detail))
 
+    def body_for(self, path: str) -> bytes:
+        """The body in the form of the API that ``path`` belongs to."""
+        if path.startswith("/v1/responses"):
+            return msgspec.json.encode(ErrorBody(_for_responses(self.detail)))
+        if not path.startswith("/v1/messages"):
+            return self.body
+        kind = _MESSAGES_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return msgspec.json.encode(MessagesErrorBody(MessagesError(type=kind, message=self.detail.message)))
+
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"content-type", b"application/json")]
@@ -83,6 +114,23 @@ class ApiError(Exception):
         if self.challenge is not None:
             headers.append((b"www-authenticate", self.challenge.encode()))
         return headers
+
+
+_RESPONSES_NAMES = (
+    (re.compile(r"^messages\b.*"), "input"),
+    (re.compile(r"^response_format\b"), "text.format"),
+    (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
+)
+"""A chat's fields, and where a request for a response, which became that chat, has them."""
+
+
+def _for_responses(detail: ErrorDetail) -> ErrorDetail:
+    for pattern, own in _RESPONSES_NAMES:
+        if detail.param is not None and pattern.match(detail.param):
+            param = pattern.sub(own, detail.param)
+            message = detail.message.replace(detail.param, param)
+            return msgspec.structs.replace(detail, message=message, param=param)
+    return detail
 
 
 class ClientDisconnected(Exception):

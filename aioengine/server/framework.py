@@ -98,9 +98,38 @@ class ErrorResponse(Response[Any]):
 
     def to_asgi_response(self, *_args: Any, **_kwargs: Any) -> Any:
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await send_error(send, self._error)
+            await send_error(send, self._error, scope["path"])
 
         return app
+
+
+_NOT_SERVED = {
+    "assistants": "use /v1/chat/completions",
+    "audio": "the model reads and writes text",
+    "batches": "send the requests themselves, as many at once as you like",
+    "containers": "no code is run",
+    "conversations": "nothing is kept; send the whole conversation to /v1/responses",
+    "embeddings": "only text generation is served",
+    "files": "no files are kept",
+    "fine_tuning": "train elsewhere, and load the adapter",
+    "fine-tunes": "train elsewhere, and load the adapter",
+    "images": "the model reads and writes text",
+    "moderations": "only text generation is served",
+    "realtime": "use /v1/responses with stream: true",
+    "rerank": "only text generation is served",
+    "score": "only text generation is served",
+    "threads": "nothing is kept; send the whole conversation",
+    "uploads": "no files are kept",
+    "vector_stores": "no files are kept",
+    "videos": "the model reads and writes text",
+}
+"""Parts of OpenAI's API that this server does not have, and what to do instead."""
+
+
+def _not_found(path: str) -> str:
+    version, _, rest = path.removeprefix("/").partition("/")
+    why = _NOT_SERVED.get(rest.partition("/")[0]) if version == "v1" else None
+    return f"there is no {path[:200]}" + ("" if why is None else f": {why}")
 
 
 def exception_handler(retry_after: int) -> Any:
@@ -110,7 +139,7 @@ def exception_handler(retry_after: int) -> Any:
                 405, f"{request.method} is not for {request.url.path}", code="method_not_allowed"
             )
         elif isinstance(error, HTTPException) and error.status_code == 404:
-            found = ApiError(404, f"there is no {request.url.path}", code="not_found")
+            found = ApiError(404, _not_found(request.scope["path"]), code="not_found")
         elif isinstance(error, ValidationException):  # nothing but the body is validated
             found = ApiError(400, "the body is empty; it must be JSON", code="invalid_json")
         elif isinstance(error, HTTPException) and error.status_code < 500:

@@ -1,4 +1,4 @@
-"""``/health`` for liveness, ``/ready`` for readiness."""
+"""``/health`` for liveness, ``/ready`` for readiness, ``/version``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from litestar import get
 from litestar.handlers import HTTPRouteHandler
 from litestar.response import Response
 
+from aioengine import __version__
 from aioengine.server.context import Context
 
 
 class Health(msgspec.Struct):
     status: str
     """The engine's state, or "draining"."""
+
+
+class Version(msgspec.Struct):
+    version: str
 
 
 def health_routes(context: Context) -> list[HTTPRouteHandler]:
@@ -27,4 +32,8 @@ def health_routes(context: Context) -> list[HTTPRouteHandler]:
         state = "draining" if context.draining else context.engine.state
         return Response(Health(state), status_code=200 if state == "running" else 503)
 
-    return [health, ready]
+    @get("/version", summary="The server's version", sync_to_thread=False)
+    def version() -> Version:
+        return Version(__version__)
+
+    return [health, ready, version]

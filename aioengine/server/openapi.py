@@ -17,15 +17,20 @@ from litestar.openapi.spec import Components, SecurityScheme, Server
 
 from aioengine.server.errors import ErrorBody
 from aioengine.server.health import Health
+from aioengine.server.messages.api import CountRequest, MessagesRequest
+from aioengine.server.messages.routes import Counted
 from aioengine.server.openai.adapters import LoadRequest, UnloadRequest
 from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest
 from aioengine.server.openai.completions_api import Completion, CompletionRequest
 from aioengine.server.openai.models import ModelList
 from aioengine.server.openai.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from aioengine.server.responses.api import ResponsesRequest
 
 _TYPES = (
     ChatCompletion,
     ChatRequest,
+    CountRequest,
+    Counted,
     Completion,
     CompletionRequest,
     DetokenizeRequest,
@@ -33,12 +38,14 @@ _TYPES = (
     ErrorBody,
     Health,
     LoadRequest,
+    MessagesRequest,
     ModelList,
+    ResponsesRequest,
     TokenizeRequest,
     Tokenized,
     UnloadRequest,
 )
-_STREAMED = ("/v1/completions", "/v1/chat/completions")
+_STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }

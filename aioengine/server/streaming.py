@@ -24,7 +24,6 @@ _EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect the stream otherwise
 ]
-_DONE = b"data: [DONE]\n\n"
 
 
 FORMED_IN_THREAD = 256
@@ -61,16 +60,28 @@ class ReplyOptions(NamedTuple):
 
 
 class Reply(Protocol):
-    """Puts a generation's outputs into an endpoint's format, as JSON."""
+    """Puts a generation's outputs into an endpoint's format: JSON, or server-sent events of it."""
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes | None:
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
         """A choice's next part; None if there is nothing to tell. Called in order for each choice."""
 
-    def usage_chunk(self, usage: Usage) -> bytes | None:
-        """The part after the last one; None if nobody asked for it."""
+    def last_events(self, usage: Usage) -> bytes:
+        """The end of the stream."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """The end of a stream that fails."""
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         """The answer in one piece."""
+
+
+DONE = b"data: [DONE]\n\n"
+"""The last event of OpenAI's streams of completions."""
+
+
+def event(data: bytes, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    return b"data: %b\n\n" % data if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), data)
 
 
 class GenerationResponse:
@@ -106,10 +117,10 @@ class GenerationResponse:
             self._record.refused(api_error.detail)
             self._record.status = api_error.status
             if not self._started:
-                await send_response(send, api_error.status, api_error.headers, api_error.body)
+                await send_error(send, api_error, self._record.path)
             elif not isinstance(error, ClientDisconnected):
                 with contextlib.suppress(ClientDisconnected):
-                    await self._send(send, b"data: " + api_error.body + b"\n\n" + _DONE, last=True)
+                    await self._send(send, self._reply.failure(api_error), last=True)
 
     async def _answer(self, send: Send) -> None:
         await self._generation.prepare()
@@ -129,17 +140,15 @@ class GenerationResponse:
             async with contextlib.aclosing(self._generation.outputs(index)) as outputs:
                 async for output in outputs:
                     if begun:
-                        chunk = self._reply.chunk(index, output)
+                        events = self._reply.events(index, output)
                     else:  # the prompt's log-probabilities come with the first
-                        chunk, begun = await self._formed(self._reply.chunk, index, output), True
-                    if chunk is not None:
+                        events, begun = await self._formed(self._reply.events, index, output), True
+                    if events is not None:
                         async with writing:
-                            await self._send(send, b"data: " + chunk + b"\n\n")
+                            await self._send(send, events)
 
         await together([choice(index) for index in range(len(self._generation))])
-        usage = self._reply.usage_chunk(self._generation.usage)
-        end = _DONE if usage is None else b"data: " + usage + b"\n\n" + _DONE
-        await self._send(send, end, last=True)
+        await self._send(send, self._reply.last_events(self._generation.usage), last=True)
 
     async def _formed(self, form: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._generation.scored <= FORMED_IN_THREAD:
@@ -165,5 +174,6 @@ async def send_response(send: Send, status: int, headers: Sequence[tuple[bytes, 
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: ApiError) -> None:
-    await send_response(send, error.status, error.headers, error.body)
+async def send_error(send: Send, error: ApiError, path: str) -> None:
+    """Answer a request for ``path`` with an error, in the form that this path's clients know."""
+    await send_response(send, error.status, error.headers, error.body_for(path))

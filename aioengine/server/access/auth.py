@@ -63,8 +63,8 @@ class Authenticator:
     A key is looked up by its hash. How long that takes may tell something of the hashes, but nobody can
     choose a key by the hash that it is to have.
 
-    Keys come as ``Authorization: Bearer KEY``; or as the password of Basic, which is what a browser can
-    send for the live page.
+    Keys come as ``Authorization: Bearer KEY``; as ``x-api-key: KEY``, which is what Anthropic's clients send;
+    or as the password of Basic, which is what a browser can send for the live page.
 
     Args:
         entries: The keys.
@@ -97,8 +97,7 @@ class Authenticator:
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Identity:
         """Whose key is in a request's headers. Raises ApiError if it is none, and one is asked for."""
-        presented = next((value for name, value in headers if name.lower() == b"authorization"), None)
-        key = None if presented is None else _key(presented)
+        key = _presented(headers)
         found = None if key is None else self._known.get(hash_key(key))
         if found is not None and (found.expires is None or time.time() < found.expires):
             return found
@@ -107,6 +106,16 @@ class Authenticator:
         if key is None:
             raise refusal("You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
         raise refusal("Incorrect API key provided.")
+
+
+def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    found: bytes | None = None
+    for name, value in headers:
+        if name.lower() == b"authorization":
+            return _key(value)
+        if name.lower() == b"x-api-key":
+            found = value.strip() or None
+    return found
 
 
 def _key(header: bytes) -> bytes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from litestar import Request, post
@@ -10,14 +10,16 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 from litestar.response import Response
 
+from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
+from aioengine.server.generation import Generation
 from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest, Message, Tool
 from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.sampling import sampling_params
-from aioengine.server.openai.tools import ToolPlan, plan_tools
+from aioengine.server.openai.tools import ToolParser, ToolPlan, plan_tools
 from aioengine.server.streaming import GenerationResponse, ReplyOptions
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
@@ -29,51 +31,72 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
         data: JSONBody[ChatRequest], request: Request[Any, Any, Any]
     ) -> Response[ChatCompletion]:
         record = record_of(request)
-        _refuse_unsupported(data)
-        tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
-        form = wanted_form(data, context.settings.schemas, data.response_format, tools)
-        prompt = await context.encode_chat(
-            to_template(data.messages),
-            _variables(data, tools),
-            limited=data.truncate_prompt_tokens is None,
-        )
-        if tools.tools:
-            await context.note_hidden_tools()
-        asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
-        if data.truncate_prompt_tokens is not None:
-            [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
-        context.check_prompts([prompt], data.n or 1, max_tokens=asked, field="messages")
-        room = context.engine.plan.max_model_len - len(prompt)
-        defaults = await context.defaults()
-        wanted = asked if asked is not None else context.settings.default_max_tokens or room
-        if asked is None:
-            wanted = defaults.bounded(wanted)
-        logprobs = (data.top_logprobs or 0) if data.logprobs else None
-        params = sampling_params(
-            data,
-            defaults,
-            max_tokens=wanted,
-            logprobs=logprobs,
-            prompt_logprobs=data.prompt_logprobs,
-            constraint=None,
-        )
-        template = context.tokenizer.chat_template
-        params = tools.stopping_after_a_call(params, template)
-        generation = context.generation(data, [prompt], params, form, record, prefix="chatcmpl")
+        chat = await start_chat(context, data, record, prefix="chatcmpl-")
         reply = ChatReply(
-            generation.reply_id,
+            chat.generation.reply_id,
             ReplyOptions.of(data),
-            parsers=[tools.parser(template) for _ in range(len(generation))],
+            parsers=chat.parsers,
             token_bytes=context.token_bytes(),
-            with_logprobs=logprobs is not None,
+            with_logprobs=bool(data.logprobs),
             echoed=_echoed(data.messages[-1]) if data.echo else "",
         )
         stream = bool(data.stream)
         return Handled(
-            GenerationResponse(generation, reply, stream=stream, settings=context.settings, record=record)
+            GenerationResponse(
+                chat.generation, reply, stream=stream, settings=context.settings, record=record
+            )
         )
 
     return [chat_completions]
+
+
+class Chat(NamedTuple):
+    """The assistant's next turn on its way."""
+
+    generation: Generation
+    parsers: list[ToolParser | None]
+    """One for each choice; None where calls of tools are not looked for."""
+
+
+async def start_chat(context: Context, data: ChatRequest, record: RequestRecord, *, prefix: str) -> Chat:
+    """The generation of a chat's answers, whichever API asked for it. ``prefix`` begins its id.
+
+    Raises ApiError and RequestInvalid for what cannot be.
+    """
+    _refuse_unsupported(data)
+    tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
+    form = wanted_form(data, context.settings.schemas, data.response_format, tools)
+    prompt = await encode_messages(context, data, tools)
+    asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
+    if data.truncate_prompt_tokens is not None:
+        [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
+    context.check_prompts([prompt], data.n or 1, max_tokens=asked, field="messages")
+    room = context.engine.plan.max_model_len - len(prompt)
+    defaults = await context.defaults()
+    wanted = asked if asked is not None else context.settings.default_max_tokens or room
+    params = sampling_params(
+        data,
+        defaults,
+        max_tokens=wanted if asked is not None else defaults.bounded(wanted),
+        logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+        prompt_logprobs=data.prompt_logprobs,
+        constraint=None,
+    )
+    template = context.tokenizer.chat_template
+    params = tools.stopping_after_a_call(params, template)
+    generation = context.generation(data, [prompt], params, form, record, prefix=prefix)
+    return Chat(generation, [tools.parser(template) for _ in range(len(generation))])
+
+
+async def encode_messages(context: Context, data: ChatRequest, tools: ToolPlan) -> list[int]:
+    """The chat's prompt."""
+    if tools.tools:
+        await context.note_hidden_tools()
+    return await context.encode_chat(
+        to_template(data.messages),
+        _variables(data, tools),
+        limited=data.truncate_prompt_tokens is None,
+    )
 
 
 def to_template(messages: list[Message]) -> list[dict[str, Any]]:

@@ -55,8 +55,12 @@ class Message(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
+FunctionText = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+"""A function's name."""
+
+
 class Function(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: FunctionText
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""

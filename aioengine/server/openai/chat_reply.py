@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET
 
 from aioengine.request import RequestOutput
+from aioengine.server.errors import ApiError
 from aioengine.server.openai.api import Usage
 from aioengine.server.openai.chat_api import (
     AnswerMessage,
@@ -23,7 +24,7 @@ from aioengine.server.openai.chat_api import (
 from aioengine.server.openai.completions_api import FinishReason
 from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, new_logprobs, prompt_logprobs
 from aioengine.server.openai.tools import Parsed, ToolParser
-from aioengine.server.streaming import ReplyOptions
+from aioengine.server.streaming import DONE, ReplyOptions, event
 
 
 class _Choice:
@@ -59,9 +60,9 @@ class ChatReply:
         self._echoed = echoed
         self._encode = msgspec.json.Encoder().encode
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes | None:
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
         choice = self._choices[index]
-        text, calls = _parse(choice.parser, output.text_delta, output)
+        text, calls = parse_output(choice.parser, output.text_delta, output)
         logprobs = self._logprobs(choice, output)
         new_ids = self._options.token_ids and output.token_ids_delta
         if not (text or calls or output.finished or (logprobs and logprobs.content) or new_ids):
@@ -88,10 +89,13 @@ class ChatReply:
             told.token_ids = output.token_ids_delta
             if begins:
                 chunk.prompt_token_ids = output.prompt_token_ids
-        return self._encode(chunk)
+        return event(self._encode(chunk))
 
-    def usage_chunk(self, usage: Usage) -> bytes | None:
-        return self._encode(self._chunk([], usage)) if self._options.include_usage else None
+    def last_events(self, usage: Usage) -> bytes:
+        return event(self._encode(self._chunk([], usage))) + DONE if self._options.include_usage else DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body) + DONE
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
@@ -107,7 +111,7 @@ class ChatReply:
 
     def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
         choice = self._choices[index]
-        text, calls = _parse(choice.parser, output.text, output)
+        text, calls = parse_output(choice.parser, output.text, output)
         text = self._echoed + text
         return ChatChoice(
             index=index,
@@ -133,7 +137,8 @@ class ChatReply:
         return chat_logprobs(entries, self._token_bytes)
 
 
-def _parse(parser: ToolParser | None, text: str, output: RequestOutput) -> Parsed:
+def parse_output(parser: ToolParser | None, text: str, output: RequestOutput) -> Parsed:
+    """What has become certain of an answer with ``text``, the next of it; all of it, if it has ended."""
     if parser is None:
         return Parsed(text)
     parsed = parser.push(text)

@@ -32,7 +32,7 @@ from aioengine.server.openai.logprobs import (
     prompt_logprobs,
 )
 from aioengine.server.openai.sampling import sampling_params
-from aioengine.server.streaming import GenerationResponse, ReplyOptions
+from aioengine.server.streaming import DONE, GenerationResponse, ReplyOptions, event
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -66,7 +66,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             params,
             wanted_form(data, context.settings.schemas, data.response_format),
             record,
-            prefix="cmpl",
+            prefix="cmpl-",
         )
         reply = CompletionReply(
             generation.reply_id,
@@ -159,14 +159,17 @@ class CompletionReply:
         self._token_bytes = token_bytes
         self._encode = msgspec.json.Encoder().encode
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes | None:
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
         choice = self._choice(index, output, output.text_delta, output.token_ids_delta)
         if not choice.text and not output.finished and choice.logprobs is None and not choice.token_ids:
             return None
-        return self._completion([choice], self._options.usage_so_far(output))
+        return event(self._completion([choice], self._options.usage_so_far(output)))
 
-    def usage_chunk(self, usage: Usage) -> bytes | None:
-        return self._completion([], usage) if self._options.include_usage else None
+    def last_events(self, usage: Usage) -> bytes:
+        return event(self._completion([], usage)) + DONE if self._options.include_usage else DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body) + DONE
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = [self._choice(i, output, output.text, output.token_ids) for i, output in enumerate(outputs)]

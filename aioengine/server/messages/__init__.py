@@ -1,0 +1,1 @@
+"""``/v1/messages``, which Anthropic's clients use."""

@@ -1,0 +1,98 @@
+"""What ``/v1/messages`` takes. Its field names are Anthropic's, and vLLM's beyond those."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from aioengine.server.openai.api import Ignored, Positive, StopString
+from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
+
+
+class Block(msgspec.Struct, kw_only=True):
+    """A part of a content: "text", a call ("tool_use") or what it gave ("tool_result"). "thinking" and
+    "redacted_thinking" are passed over. Fields beyond these, such as ``cache_control``, are ignored."""
+
+    type: str
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: str | Annotated[list[Block], Meta(max_length=MAX_PARTS)] | None = None
+
+
+Content = str | Annotated[list[Block], Meta(max_length=MAX_PARTS)]
+
+
+class MessageParam(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["user", "assistant", "system"]
+    content: Content
+
+
+class MessagesTool(msgspec.Struct, kw_only=True):
+    """A function. Tools of Anthropic's own have another ``type``, and are refused."""
+
+    name: FunctionText
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+
+
+class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+    """True: at most one call. False: up to 16 where a call is required, which otherwise is one."""
+
+
+class OutputFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    format: OutputFormat | None = None
+
+
+class Thinking(msgspec.Struct, kw_only=True):
+    type: str
+    """Only "disabled": whether a model thinks is its template's business."""
+
+
+class CountRequest(msgspec.Struct, kw_only=True):
+    """What makes a prompt. Other fields are ignored."""
+
+    model: str
+    """The base model's name, or an adapter's."""
+    messages: Annotated[list[MessageParam], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    system: Content | None = None
+    tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: MessagesToolChoice | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables for the chat template."""
+
+
+class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
+    max_tokens: Positive
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
+    stream: bool | None = None
+    output_config: OutputConfig | None = None
+    """A JSON schema that the answer is held to."""
+    thinking: Thinking | None = None
+
+    # vLLM's
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+
+    # Accepted, and without effect on the answer
+    metadata: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    cache_control: Ignored = msgspec.field(default_factory=msgspec.Raw)

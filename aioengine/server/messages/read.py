@@ -1,0 +1,151 @@
+"""From a request for a message to the chat that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from aioengine.server.errors import ApiError, unsupported
+from aioengine.server.messages.api import (
+    Block,
+    Content,
+    CountRequest,
+    MessagesRequest,
+    MessagesTool,
+    MessagesToolChoice,
+)
+from aioengine.server.openai.api import JsonSchemaFormat, ResponseFormat
+from aioengine.server.openai.chat_api import (
+    ChatRequest,
+    Function,
+    FunctionCall,
+    FunctionName,
+    Message,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+
+
+def to_chat(data: MessagesRequest) -> ChatRequest:
+    """Raises ApiError for what is not supported."""
+    if data.thinking is not None and data.thinking.type != "disabled":
+        raise unsupported("thinking", "is the template's business: see chat_template_kwargs")
+    chat = prompt_of(data)
+    chat.max_completion_tokens = data.max_tokens
+    chat.temperature, chat.top_p, chat.top_k = data.temperature, data.top_p, data.top_k
+    chat.stop = data.stop_sequences
+    chat.stream = data.stream
+    chat.priority, chat.cache_salt = data.priority, data.cache_salt
+    if data.output_config is not None and data.output_config.format is not None:
+        schema = JsonSchemaFormat(name="answer", schema=data.output_config.format.schema)
+        chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
+    return chat
+
+
+def prompt_of(data: CountRequest) -> ChatRequest:
+    """The chat as far as it makes the prompt. Raises ApiError for what is not supported."""
+    choice = data.tool_choice
+    parallel = None
+    if choice is not None and choice.disable_parallel_tool_use is not None:
+        parallel = not choice.disable_parallel_tool_use
+    return ChatRequest(
+        model=data.model,
+        messages=list(_messages(data)),
+        tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(data.tools)] if data.tools else None,
+        tool_choice=None if choice is None else _choice(choice),
+        parallel_tool_calls=parallel,
+        chat_template_kwargs=data.chat_template_kwargs,
+        continue_final_message=data.messages[-1].role == "assistant" or None,  # begun by the client
+    )
+
+
+def _messages(data: CountRequest) -> Iterator[Message]:
+    if data.system:
+        yield Message(role="system", content=_text(data.system, "system"))
+    for i, message in enumerate(data.messages):
+        where = f"messages[{i}].content"
+        if message.role == "assistant":
+            yield _of_assistant(message.content, where)
+        elif isinstance(message.content, str) or message.role == "system":
+            yield Message(role=message.role, content=_text(message.content, where))
+        else:
+            yield from _of_user(message.content, where)
+
+
+def _of_user(blocks: list[Block], where: str) -> Iterator[Message]:
+    """What tools gave comes as messages of their own, in order, between the texts."""
+    texts: list[str] = []
+    for i, block in enumerate(blocks):
+        if block.type != "tool_result":
+            texts.append(_block_text(block, f"{where}[{i}]"))
+            continue
+        if texts:
+            yield Message(role="user", content="\n".join(texts))
+            texts = []
+        if block.tool_use_id is None:
+            raise _invalid(f"{where}[{i}].tool_use_id", "is missing")
+        text = _text(block.content or "", f"{where}[{i}].content")
+        yield Message(role="tool", tool_call_id=block.tool_use_id, content=text)
+    if texts or not blocks:
+        yield Message(role="user", content="\n".join(texts))
+
+
+def _of_assistant(content: Content, where: str) -> Message:
+    if isinstance(content, str):
+        return Message(role="assistant", content=content)
+    texts: list[str] = []
+    calls: list[ToolCall] = []
+    for i, block in enumerate(content):
+        if block.type in ("thinking", "redacted_thinking"):
+            continue
+        if block.type != "tool_use":
+            texts.append(_block_text(block, f"{where}[{i}]"))
+            continue
+        if block.id is None or block.name is None:
+            raise _invalid(f"{where}[{i}].{'id' if block.id is None else 'name'}", "is missing")
+        arguments = msgspec.json.encode(block.input or {}).decode()
+        calls.append(ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments)))
+    return Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
+
+
+def _text(content: Content, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(_block_text(block, f"{where}[{i}]") for i, block in enumerate(content))
+
+
+def _block_text(block: Block, where: str) -> str:
+    if block.type != "text":
+        raise unsupported(f"{where}.type", f"{block.type[:100]!r} is not supported here: only texts are")
+    if block.text is None:
+        raise _invalid(f"{where}.text", "is missing")
+    return block.text
+
+
+def _tool(tool: MessagesTool, where: str) -> Tool:
+    if tool.type not in (None, "custom"):
+        raise unsupported(
+            f"{where}.type", f"{tool.type[:100]!r} is not supported: only tools with input_schema"
+        )
+    return Tool(
+        function=Function(
+            name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+        )
+    )
+
+
+def _choice(choice: MessagesToolChoice) -> ToolChoice:
+    if choice.type == "any":
+        return "required"
+    if choice.type != "tool":
+        return choice.type
+    if choice.name is None:
+        raise _invalid("tool_choice.name", "is missing")
+    return NamedTool(function=FunctionName(name=choice.name))
+
+
+def _invalid(param: str, reason: str) -> ApiError:
+    return ApiError(400, f"{param}: {reason}", param=param, code="invalid_value")

@@ -1,0 +1,51 @@
+"""``/v1/messages``: a conversation in, the assistant's next message out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import JSONBody
+from litestar.response import Response
+
+from aioengine.server.context import Context
+from aioengine.server.framework import RESPONSES, Handled, record_of
+from aioengine.server.messages.api import CountRequest, MessagesRequest
+from aioengine.server.messages.read import prompt_of, to_chat
+from aioengine.server.messages.reply import MessagesReply
+from aioengine.server.openai.chat import encode_messages, start_chat
+from aioengine.server.openai.tools import plan_tools
+from aioengine.server.streaming import GenerationResponse
+
+
+class Counted(msgspec.Struct):
+    input_tokens: int
+
+
+def messages_routes(context: Context) -> list[HTTPRouteHandler]:
+    @post("/v1/messages", status_code=200, responses=RESPONSES, summary="Answer, as Anthropic's API")
+    async def messages(
+        data: JSONBody[MessagesRequest], request: Request[Any, Any, Any]
+    ) -> Response[dict[str, Any]]:
+        record = record_of(request)
+        chat = await start_chat(context, to_chat(data), record, prefix="msg_")
+        reply = MessagesReply(
+            chat.generation.reply_id, data.model, chat.parsers[0], data.stop_sequences or ()
+        )
+        stream = bool(data.stream)
+        return Handled(
+            GenerationResponse(
+                chat.generation, reply, stream=stream, settings=context.settings, record=record
+            )
+        )
+
+    @post("/v1/messages/count_tokens", status_code=200, responses=RESPONSES, summary="Tokens of a prompt")
+    async def count_tokens(data: JSONBody[CountRequest]) -> Counted:
+        context.adapter_of(data.model)
+        chat = prompt_of(data)
+        plan = plan_tools(chat.tools, chat.tool_choice)
+        return Counted(len(await encode_messages(context, chat, plan)))
+
+    return [messages, count_tokens]

@@ -1,0 +1,126 @@
+"""What ``/v1/responses`` takes. Its field names are OpenAI's, and vLLM's beyond those."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from aioengine.server.openai.api import Ignored, Name, Positive, StreamOptions
+from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionText
+
+
+class Part(msgspec.Struct, kw_only=True):
+    """A part of a content; only texts ("input_text", "output_text", "text") and an assistant's "refusal"."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+Content = str | Annotated[list[Part], Meta(max_length=MAX_PARTS)]
+
+
+class Item(msgspec.Struct, kw_only=True):
+    """A message, a call ("function_call") or what it gave ("function_call_output"). "reasoning" is passed
+    over. Fields beyond these, as in answers that clients send back, are ignored."""
+
+    type: str = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Content | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Content | None = None
+
+
+class ResponsesTool(msgspec.Struct, kw_only=True):
+    """Only "function". The fields of other tools are ignored, so that the error can say which they are."""
+
+    type: str
+    name: FunctionText | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+
+
+class ResponsesToolChoice(msgspec.Struct, kw_only=True):
+    """{"type": "function", "name": ...} or {"type": "allowed_tools", "mode": ..., "tools": [...]}."""
+
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: Annotated[list[ResponsesToolChoice], Meta(max_length=MAX_TOOLS)] | None = None
+
+
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Only null or "medium", which is no wish."""
+
+
+class Reasoning(msgspec.Struct, kw_only=True):
+    effort: str | None = None
+    """Only null or "none": whether a model reasons is its template's business."""
+
+
+class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str
+    """The base model's name, or an adapter's."""
+    input: str | Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: str | None = None
+    """A system message before the input."""
+    max_output_tokens: Positive | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    tools: Annotated[list[ResponsesTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+            Meta(max_length=16),
+        ]
+        | None
+    ) = None
+    """Sent back."""
+
+    # vLLM's
+    top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    # Refused unless they have their neutral value
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    background: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    reasoning: Reasoning | None = None
+    top_logprobs: int | None = None
+
+    # Accepted, and without effect on the answer
+    include: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    max_tool_calls: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    """Of tools that run in the server, of which there are none."""
+    prompt_cache_key: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    prompt_cache_retention: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    safety_identifier: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    service_tier: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    store: Ignored = msgspec.field(default_factory=msgspec.Raw)
+    """Nothing is stored."""
+    user: Ignored = msgspec.field(default_factory=msgspec.Raw)

@@ -1,0 +1,190 @@
+"""A chat's outputs as a response: a list of messages and calls, whole or as events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from aioengine.request import RequestOutput
+from aioengine.server.errors import ApiError
+from aioengine.server.openai.api import Usage
+from aioengine.server.openai.chat_api import ToolCall
+from aioengine.server.openai.chat_reply import parse_output
+from aioengine.server.openai.tools import ToolParser
+from aioengine.server.responses.api import ResponsesRequest
+from aioengine.server.streaming import event
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ResponsesReply:
+    """Events are numbered from 0. Every item is begun, told and ended before the next one."""
+
+    def __init__(self, response_id: str, request: ResponsesRequest, parser: ToolParser | None) -> None:
+        self._parser = parser
+        self._next = 0
+        self._items: list[dict[str, Any]] = []
+        """Those that have ended."""
+        self._open: dict[str, Any] | None = None
+        """A message that has begun."""
+        self._is_cut = False
+        text = request.text
+        choice = request.tool_choice
+        self._response: dict[str, Any] = {
+            "id": response_id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": request.metadata or {},
+            "model": request.model,
+            "output": self._items,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": request.temperature,
+            # As JSON, which takes less room than what it was decoded to.
+            "text": msgspec.Raw(
+                _encode({"format": text.format if text and text.format else {"type": "text"}})
+            ),
+            "tool_choice": msgspec.Raw(_encode("auto" if choice is None else choice)),
+            "tools": msgspec.Raw(_encode(request.tools or [])),
+            "top_p": request.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": None,
+        }
+
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        text, calls = parse_output(self._parser, output.text_delta, output)
+        told = b""
+        if self._next == 0:
+            told = self._event("response.created", response=self._response)
+            told += self._event("response.in_progress", response=self._response)
+        if text:
+            told += self._text(text)
+        for call in calls:
+            told += self._end_text("completed") + self._call(call)
+        if output.finished:
+            self._is_cut = output.finish_reason == "length"
+            if not self._items and self._open is None:
+                told += self._text("")
+            told += self._end_text("incomplete" if self._is_cut else "completed")
+        return told or None
+
+    def last_events(self, usage: Usage) -> bytes:
+        self._finish(usage)
+        return self._event(f"response.{self._response['status']}", response=self._response)
+
+    def failure(self, error: ApiError) -> bytes:
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        self._response["status"] = "failed"
+        self._response["error"] = {"code": code, "message": error.detail.message}
+        return self._event("response.failed", response=self._response)
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        [output] = outputs
+        text, calls = parse_output(self._parser, output.text, output)
+        self._is_cut = output.finish_reason == "length"
+        if text or not calls:
+            self._items.append(_message(text, "incomplete" if self._is_cut else "completed"))
+        self._items += [_call_item(call, "completed") for call in calls]
+        self._finish(usage)
+        return _encode(self._response)
+
+    def _finish(self, usage: Usage) -> None:
+        response = self._response
+        response["status"] = "incomplete" if self._is_cut else "completed"
+        if self._is_cut:
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            response["completed_at"] = int(time.time())
+        cached = usage.prompt_tokens_details.cached_tokens
+        response["usage"] = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.total_tokens,
+        }
+
+    def _text(self, text: str) -> bytes:
+        told = b""
+        message = self._open
+        if message is None:
+            message = self._open = _message("", "in_progress")
+            [part] = message["content"]
+            bare = {**message, "content": []}
+            told = self._event("response.output_item.added", output_index=len(self._items), item=bare)
+            told += self._of_text("response.content_part.added", message, part=part)
+        message["content"][0]["text"] += text
+        if text:
+            told += self._of_text("response.output_text.delta", message, delta=text, logprobs=[])
+        return told
+
+    def _end_text(self, status: str) -> bytes:
+        message = self._open
+        if message is None:
+            return b""
+        self._open = None
+        [part] = message["content"]
+        message["status"] = status
+        told = self._of_text("response.output_text.done", message, text=part["text"], logprobs=[])
+        told += self._of_text("response.content_part.done", message, part=part)
+        return told + self._end_item(message)
+
+    def _of_text(self, kind: str, message: dict[str, Any], **fields: Any) -> bytes:
+        return self._event(
+            kind, item_id=message["id"], output_index=len(self._items), content_index=0, **fields
+        )
+
+    def _call(self, call: ToolCall) -> bytes:
+        item = _call_item(call, "completed")
+        where = {"item_id": item["id"], "output_index": len(self._items)}
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        arguments = item["arguments"]
+        told = self._event("response.output_item.added", output_index=len(self._items), item=begun)
+        told += self._event("response.function_call_arguments.delta", **where, delta=arguments)
+        told += self._event("response.function_call_arguments.done", **where, arguments=arguments)
+        return told + self._end_item(item)
+
+    def _end_item(self, item: dict[str, Any]) -> bytes:
+        told = self._event("response.output_item.done", output_index=len(self._items), item=item)
+        self._items.append(item)
+        return told
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        data = {"type": kind, "sequence_number": self._next, **fields}
+        self._next += 1
+        return event(_encode(data), kind)
+
+
+def _message(text: str, status: str) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "status": status,
+        "role": "assistant",
+        "content": [part],
+    }
+
+
+def _call_item(call: ToolCall, status: str) -> dict[str, Any]:
+    return {
+        "id": f"fc_{uuid.uuid4().hex}",
+        "type": "function_call",
+        "status": status,
+        "call_id": call.id,
+        "name": call.function.name,
+        "arguments": call.function.arguments,
+    }
