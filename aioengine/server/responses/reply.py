@@ -31,7 +31,8 @@ class ResponsesReply:
         """Those that have ended."""
         self._open: dict[str, Any] | None = None
         """A message that has begun."""
-        self._is_cut = False
+        self._ended: str | None = None
+        """Why the answer ended."""
         text = request.text
         choice = request.tool_choice
         self._response: dict[str, Any] = {
@@ -75,10 +76,10 @@ class ResponsesReply:
         for call in calls:
             told += self._end_text("completed") + self._call(call)
         if output.finished:
-            self._is_cut = output.finish_reason == "length"
+            self._ended = output.finish_reason
             if not self._items and self._open is None:
                 told += self._text("")
-            told += self._end_text("incomplete" if self._is_cut else "completed")
+            told += self._end_text(self._status)
         return told or None
 
     def last_events(self, usage: Usage) -> bytes:
@@ -94,20 +95,24 @@ class ResponsesReply:
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         [output] = outputs
         text, calls = parse_output(self._parser, output.text, output)
-        self._is_cut = output.finish_reason == "length"
+        self._ended = output.finish_reason
         if text or not calls:
-            self._items.append(_message(text, "incomplete" if self._is_cut else "completed"))
+            self._items.append(_message(text, self._status))
         self._items += [_call_item(call, "completed") for call in calls]
         self._finish(usage)
         return _encode(self._response)
 
+    @property
+    def _status(self) -> str:
+        return "completed" if self._ended == "stop" else "incomplete"
+
     def _finish(self, usage: Usage) -> None:
         response = self._response
-        response["status"] = "incomplete" if self._is_cut else "completed"
-        if self._is_cut:
-            response["incomplete_details"] = {"reason": "max_output_tokens"}
-        else:
+        response["status"] = self._status
+        if self._ended == "stop":
             response["completed_at"] = int(time.time())
+        elif self._ended == "length":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
         cached = usage.prompt_tokens_details.cached_tokens
         response["usage"] = {
             "input_tokens": usage.prompt_tokens,
