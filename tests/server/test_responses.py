@@ -167,7 +167,6 @@ async def test_a_failure_is_the_last_event(serve: Serve) -> None:
         ({"truncation": "auto"}, "truncation"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{**PAINT, "parameters": {"not": {}}}], "tool_choice": "required"}, "tools[0].parameters"),

@@ -66,7 +66,7 @@ class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-    """Only null or "medium", which is no wish."""
+    """Without effect, as for chats."""
 
 
 class Reasoning(msgspec.Struct, kw_only=True):

@@ -70,11 +70,6 @@ def _refuse_unsupported(data: ResponsesRequest) -> None:
             data.reasoning is not None and data.reasoning.effort not in (None, "none"),
             "is the template's business: see chat_template_kwargs",
         ),
-        (
-            "text.verbosity",
-            data.text is not None and data.text.verbosity not in (None, "medium"),
-            "is not supported; ask for it in the instructions",
-        ),
     ):
         if is_given:
             raise unsupported(field, why)
