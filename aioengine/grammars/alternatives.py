@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_MAX_CONSTANTS = 256
+_MAX_CONSTANTS = 64
 """Bound on the values of an ``enum`` that is compared."""
+_MAX_NAMES = 4
+"""Bound on the properties that are compared in two schemas."""
 
 
 def are_disjoint(one: Any, other: Any) -> bool:
@@ -19,10 +21,18 @@ def are_disjoint(one: Any, other: Any) -> bool:
     if common != {"object"}:
         return not common
     mine, theirs = _properties(one), _properties(other)
-    for name in set(_required(one)) & set(_required(other)) & mine.keys() & theirs.keys():
+    demanded = frozenset(_required(other)) & mine.keys() & theirs.keys()
+    compared = 0
+    for name in _required(one):
+        if name not in demanded:
+            continue
         values, others = _constants(mine[name]), _constants(theirs[name])
-        if values is not None and others is not None and not values & others:
-            return True
+        if values is not None and others is not None:
+            compared += 1
+            if not values & others:
+                return True
+            if compared == _MAX_NAMES:
+                break
     return False
 
 

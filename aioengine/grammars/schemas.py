@@ -31,7 +31,7 @@ MAX_DEPTH = 64
 """Bound on how deep a schema is nested. References do not count: each is written once, at the top."""
 MAX_SCHEMAS = 20_000
 """Bound on the schemas within a schema, those behind references included."""
-MAX_COMPARED = 20_000
+MAX_COMPARED = 5_000
 """Bound on the pairs of alternatives of ``oneOf`` that are compared; beyond it they count as overlapping."""
 
 FORMATS = frozenset(
@@ -134,6 +134,8 @@ class _Writer:
         self._options = options
         self._definitions: dict[tuple[str, bool], str] = {}
         """(Reference, closed?) -> its name in the result."""
+        self._pending: list[tuple[str, bool]] = []
+        """Those that are still to be written."""
         self._written = self._compared = 0
         self._references = References(root)
         self.not_enforced: dict[str, None] = {}
@@ -145,10 +147,10 @@ class _Writer:
         if not isinstance(written, dict):
             raise RequestInvalid("the schema must be a JSON object")
         definitions: dict[str, Any] = {}
-        while len(definitions) < len(self._definitions):
-            for (reference, closed), name in list(self._definitions.items())[len(definitions) :]:
-                write = self._value if closed else self._open
-                definitions[name] = write(self._references.target(reference), 0)
+        while self._pending:
+            reference, closed = self._pending.pop()
+            write = self._value if closed else self._open
+            definitions[self._definitions[reference, closed]] = write(self._references.target(reference), 0)
         return {**written, "$defs": definitions} if definitions else written
 
     # Three ways of writing a schema
@@ -319,7 +321,10 @@ class _Writer:
 
     def _definition(self, reference: str, closed: bool) -> str:
         self._references.target(reference)
-        name = self._definitions.setdefault((reference, closed), str(len(self._definitions)))
+        name = self._definitions.get((reference, closed))
+        if name is None:
+            name = self._definitions[reference, closed] = str(len(self._definitions))
+            self._pending.append((reference, closed))
         return f"#/$defs/{name}"
 
     def _check_one_of(self, alternatives: Sequence[Any]) -> None:
