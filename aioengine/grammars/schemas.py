@@ -350,8 +350,6 @@ class _Writer:
             schema = self._references.target(schema["$ref"])
         return schema
 
-    # Bounds
-
     def _begin(self, schema: Any, depth: int) -> bool:
         """Count it; whether there is something in it. Raises RequestInvalid."""
         self._written += 1
