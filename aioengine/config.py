@@ -131,6 +131,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Requests that run at once."""
     max_num_batched_tokens: int = 2048
     """Tokens computed in one step; longer prompts are prefilled in chunks."""
+    max_step_seconds: float | None = None
+    """Seconds that a step in which requests decode should take at most: prompts are cut into chunks
+    accordingly, by what steps have taken so far. None: 0.2 on a CPU, no bound on CUDA."""
     block_size: int = 16
     """Tokens in a KV block."""
     kv_cache_memory: int | str | None = None
@@ -210,6 +213,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         template = self.chat_template
         if template is not None and (not isinstance(template, str) or not template or "\0" in template):
             raise ConfigError(f"chat_template={template!r}: must be a file's path, or None")
+        if self.max_step_seconds is not None:
+            _positive(self, "max_step_seconds", "seconds, or None")
         _boolean(self, "enable_prefix_caching")
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:

@@ -119,6 +119,8 @@ class AsyncEngine:
         self._built: Built = built
         self._plan = built.plan
         self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer)
+        for batch, seconds in built.first_steps:
+            self._core.learn(batch, seconds)
         self._stepper = Stepper(self._core, built.executor, built.loader, timer=built.timer)
         self._adapters = AdapterOps(self._stepper, built.plan.num_slots, built.resolver)
         self._submitter = Submitter(
@@ -149,12 +151,12 @@ class AsyncEngine:
             loop = asyncio.get_running_loop()
             built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
         try:
-            await warm_up(built.executor, built.plan)
+            first_steps = await warm_up(built.executor, built.plan)
         except BaseException:
             await built.executor.close()
             await built.loader.close()
             raise
-        return built
+        return built._replace(first_steps=first_steps)
 
     async def stop(self) -> None:
         """End what runs (with EngineStopped) and free everything; ``async with`` does it for you."""

@@ -75,6 +75,8 @@ class EngineFlags:
     """Longest prompt plus output, in tokens."""
     max_num_batched_tokens: Annotated[int | None, _IN_MORE] = None
     """Tokens computed in one step (2048)."""
+    max_step_seconds: Annotated[float | None, _IN_MORE] = None
+    """Seconds that a step may take (0.2 on a CPU): prompts are cut accordingly."""
     block_size: Annotated[int | None, _IN_MORE] = None
     """Tokens in a KV block (16)."""
     enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None

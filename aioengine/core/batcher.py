@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Protocol
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
+from aioengine.core.pacing import GRAIN, Allowance, Pacer, StepWork
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork
 
 _slot_of = attrgetter("slot")
+_remaining = attrgetter("remaining")
 
 
 class Tell(Protocol):
@@ -32,6 +34,7 @@ class Batcher:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        pacer: Pacer | None,
         emit: Callable[[events.Event], None],
         tell: Tell,
         refuse: Callable[[str, str], None],
@@ -40,6 +43,8 @@ class Batcher:
         self.queues = queues
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.pacer = pacer
+        """None: steps may take any time."""
         self.running: dict[int, Request] = {}
         """By ``seq``, in order of admission."""
         self.preemptions = 0
@@ -47,44 +52,80 @@ class Batcher:
         self._tell = tell
         self._refuse = refuse
 
-    def form(self, admit: Sequence[str], requests: Mapping[str, Request], now: float) -> list[SequenceWork]:
-        """Running requests first (decodes, then unfinished prefills), then those of ``admit``; sorted
-        by slot."""
-        work: list[SequenceWork] = []
-        budget = self.max_num_batched_tokens
-        preemptions = self.preemptions
-        block_size = self.blocks.block_size
-        decodes: list[Request] = []
-        prefills: list[Request] = []
-        for request in self.running.values():
-            (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
-        for request in chain(decodes, prefills):
-            if request.status is not Status.RUNNING:
-                continue  # preempted by one before it
-            tokens = min(request.remaining, budget)
-            if tokens == 0:
-                break
-            until = request.computed + tokens
-            if until <= len(request.blocks) * block_size or self._grow(request, until, now):
-                work.append(_work(request, tokens))
-                budget -= tokens
-        if self.preemptions > preemptions:  # short of blocks; one in ``work`` may have lost its own
-            work = [w for w in work if requests[w.request_id].status is Status.RUNNING]
-        else:
-            self._admit(admit, requests, budget, work, now)
-        work.sort(key=_slot_of)
-        return work
-
-    def _admit(
+    def form(
         self,
         admit: Sequence[str],
         requests: Mapping[str, Request],
-        budget: int,
-        work: list[SequenceWork],
         now: float,
+        slot_ranks: Sequence[int] = (),
+    ) -> list[SequenceWork]:
+        """A token for each running request that decodes, then chunks of prompts: of running requests, and of
+        those of ``admit`` in the policy's order; sorted by slot.
+
+        Without a pacer the running ones' chunks come first, in order of admission. With one, half is the
+        oldest's, so that it gets on whatever comes; the rest goes to whoever has least left, so that a short
+        prompt does not wait for long ones. The oldest, the shortest and the first newcomer get a chunk,
+        however little time there is.
+        """
+        work: list[SequenceWork] = []
+        preemptions = self.preemptions
+        decodes: list[Request] = []
+        prefills: deque[Request] = deque()
+        for request in self.running.values():
+            (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
+        room = self.max_num_batched_tokens
+        for request in decodes:
+            # One of them may have been preempted by one before it.
+            if request.status is Status.RUNNING and self._has_blocks(request, 1, now):
+                work.append(_work(request, 1))
+                room -= 1
+        if self.preemptions > preemptions:  # short of blocks
+            admit = ()
+        allowance = Allowance(room)
+        oldest = None
+        if self.pacer is not None:
+            allowance = self.pacer.allowance(StepWork.of(work, slot_ranks), room)
+            if prefills:
+                oldest = prefills.popleft()
+                allowance.hold(oldest)
+                prefills = deque(sorted(prefills, key=_remaining))
+        shortest, newcomer = GRAIN, GRAIN
+        for request in self._admissible(admit, requests):
+            while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
+                self._compute(prefills.popleft(), allowance, shortest, work, now)
+                shortest = 0
+            # The first that does not fit ends it: to let smaller ones pass would starve it.
+            if not allowance.has_room(newcomer) or not self._start(request, now):
+                break
+            self._compute(request, allowance, newcomer, work, now)
+            newcomer = 0
+        for request in prefills:
+            self._compute(request, allowance, shortest, work, now)
+            shortest = 0
+        if oldest is not None:
+            allowance.give_back()
+            self._compute(oldest, allowance, GRAIN, work, now)
+        if self.preemptions > preemptions:  # one in ``work`` may have lost its blocks to a later one
+            work = [w for w in work if requests[w.request_id].status is Status.RUNNING]
+        work.sort(key=_slot_of)
+        return work
+
+    def _compute(
+        self, request: Request, allowance: Allowance, at_least: int, work: list[SequenceWork], now: float
     ) -> None:
-        """Start waiting requests in the policy's order. The first that does not fit ends it: to let
-        smaller ones pass would starve it."""
+        """A chunk of its prompt, if there is one for it."""
+        if request.status is Status.RUNNING:
+            tokens = allowance.take(request, at_least)
+            if tokens > 0 and self._has_blocks(request, tokens, now):
+                work.append(_work(request, tokens))
+
+    def _has_blocks(self, request: Request, tokens: int, now: float) -> bool:
+        """Whether there are blocks for so many tokens more, or can be."""
+        until = request.computed + tokens
+        return until <= len(request.blocks) * self.blocks.block_size or self._grow(request, until, now)
+
+    def _admissible(self, admit: Sequence[str], requests: Mapping[str, Request]) -> Iterator[Request]:
+        """Those that the policy may admit now; the others are refused."""
         for request_id in admit:
             request = requests.get(request_id)
             if request is None:
@@ -100,11 +141,7 @@ class Batcher:
             if len(self.running) >= self.max_num_seqs:
                 self._refuse("admit_over_max_num_seqs", request_id)
                 continue
-            if budget == 0 or not self._start(request, now):
-                break
-            tokens = min(request.remaining, budget)
-            work.append(_work(request, tokens))
-            budget -= tokens
+            yield request
 
     def _start(self, request: Request, now: float) -> bool:
         """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache.

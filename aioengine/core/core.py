@@ -19,6 +19,7 @@ from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
 from aioengine.core.cpu_cache import least_recently_used
 from aioengine.core.guard import PolicyGuard
+from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.placing import Placing
 from aioengine.core.queues import RequestQueues
 from aioengine.core.residency import Move, Residency
@@ -59,6 +60,10 @@ class CoreLimits(NamedTuple):
     policy_time_budget: float = 0.02
     policy_max_overruns: int = 20
     cpu_max_bytes: int | None = None
+    max_step_seconds: float | None = None
+    """None: steps may take any time."""
+    pair_tokens: float = 1e-4
+    """What a pair of a query and a key costs, in tokens, for a first guess of what steps take."""
 
 
 class Step(NamedTuple):
@@ -111,6 +116,7 @@ class Core:
             self.queues,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            pacer=_pacer(limits),
             emit=self._emit,
             tell=self._tell,
             refuse=self._refuse,
@@ -379,7 +385,8 @@ class Core:
     def _form_batch(self, admit: Sequence[str]) -> StepBatch | None:
         if self.placing.any_closed:
             admit = [request_id for request_id in admit if not self._is_closed(request_id)]
-        work = self.batcher.form(admit, self.requests, self.now)
+        ranks = self.slots.ranks()
+        work = self.batcher.form(admit, self.requests, self.now, ranks)
         if not work:
             return None
         self.step += 1
@@ -389,7 +396,7 @@ class Core:
         for slot in self.slots.slots:
             if slot.index in used and slot.entry is not None:
                 slot.last_used = slot.entry.last_used = self.now
-        return StepBatch(self.step, work, self.slots.ranks())
+        return StepBatch(self.step, work, ranks)
 
     def _is_closed(self, request_id: str) -> bool:
         request = self.requests.get(request_id)
@@ -403,6 +410,7 @@ class Core:
         ``deliver(request, sampled, is_stop)`` is called for each new token; if it returns True, the
         output's text has reached a stop string and the request ends there.
         """
+        self.learn(batch, result.seconds)
         requests, self._in_flight = self._in_flight, []
         for request in self._zombies:
             self.batcher.release(request)
@@ -449,6 +457,12 @@ class Core:
                 finish = "stop"
             if finish is not None:
                 self.end(request, finish, now)
+
+    def learn(self, batch: StepBatch, seconds: float) -> None:
+        """Take in what a step has taken; ``step_finished`` does it too."""
+        pacer = self.batcher.pacer
+        if pacer is not None:
+            pacer.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         params = request.params
@@ -514,6 +528,12 @@ class Core:
         self.queues.check()
         for request in self.queues.all:
             assert request.status is Status.WAITING and not request.blocks
+
+
+def _pacer(limits: CoreLimits) -> Pacer | None:
+    if limits.max_step_seconds is None:
+        return None
+    return Pacer(limits.max_step_seconds, limits.pair_tokens)
 
 
 def _sampling_error(request: Request, sampled: Sampled) -> AioEngineError:

@@ -119,5 +119,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
 
+    @property
+    def pair_tokens(self) -> float:
+        """A pair of a query and a key in all layers, in tokens through the linears, by multiplications."""
+        linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
+        return 2 * self.q_size / linears
+
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         return 2 * self.num_layers * self.kv_size * dtype_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,11 +28,16 @@ from aioengine.model.parallel.group import Group, Shard, SoloGroup
 from aioengine.model.spec import ModelSpec
 from aioengine.runtime.transfers import Loader
 from aioengine.schedulers import SchedulerPolicy, load_policy
+from aioengine.step import StepBatch
 
 if TYPE_CHECKING:
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.runner import ModelRunner
     from aioengine.model.text.tokenizer import Tokenizer
+
+CPU_STEP_SECONDS = 0.2
+"""``max_step_seconds`` on a CPU, unless it is given. There the shorter chunks cost next to nothing; a GPU
+computes as many tokens as a step may have in less, and is idle between two steps."""
 
 
 class Built(NamedTuple):
@@ -48,6 +53,8 @@ class Built(NamedTuple):
     """The model's folder or file; None if there is no model."""
     timer: Callable[[], float] = time.perf_counter
     """What decisions, and the event loop's lag, are measured with."""
+    first_steps: Sequence[tuple[StepBatch, float]] = ()
+    """Steps that were taken while it started, and their seconds."""
 
 
 class Parts(NamedTuple):
@@ -243,4 +250,12 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         cpu_max_bytes=None if cpu_max_bytes is None else cpu_max_bytes * parts.plan.num_ranks,
         policy_time_budget=config.policy_time_budget,
         policy_max_overruns=config.policy_max_overruns,
+        max_step_seconds=_max_step_seconds(config, parts.plan),
+        pair_tokens=parts.spec.pair_tokens,
     )
+
+
+def _max_step_seconds(config: EngineConfig, plan: MemoryPlan) -> float | None:
+    if config.max_step_seconds is None and plan.device == "cpu":
+        return CPU_STEP_SECONDS
+    return config.max_step_seconds

@@ -11,10 +11,10 @@ _PROMPT = 32
 _PARAMS = (SamplingParams(), SamplingParams(temperature=1.0))
 
 
-async def warm_up(executor: Executor, plan: MemoryPlan) -> None:
+async def warm_up(executor: Executor, plan: MemoryPlan) -> list[tuple[StepBatch, float]]:
     """A prompt and a token after it, for a greedy and a sampled request that nobody hears of.
 
-    They leave keys and values in blocks that nothing refers to.
+    They leave keys and values in blocks that nothing refers to. Returns the steps and their seconds.
     Raises what the executor raises.
     """
     tokens = min(_PROMPT, plan.max_model_len - 1)
@@ -22,6 +22,7 @@ async def warm_up(executor: Executor, plan: MemoryPlan) -> None:
     requests = range(min(len(_PARAMS), plan.num_blocks // width))
     history = [0] * (tokens + 1)
     ranks = [0] * plan.num_slots
+    steps: list[tuple[StepBatch, float]] = []
     for start, count in ((0, tokens), (tokens, 1)):
         sequences = [
             SequenceWork(
@@ -38,6 +39,8 @@ async def warm_up(executor: Executor, plan: MemoryPlan) -> None:
             )
             for i in requests
         ]
-        await executor.execute(StepBatch(0, sequences, ranks))
+        batch = StepBatch(0, sequences, ranks)
+        steps.append((batch, (await executor.execute(batch)).seconds))
     for i in requests:
         executor.forget(f"warm-up-{i}")
+    return steps

@@ -18,6 +18,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PATHS: dict[str, dict[str, Any]] = {
     "whole-prompts": {"enable_prefix_caching": False},
     "chunked-prefill": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+    "paced-prefill": {"max_step_seconds": 1e-9},  # every chunk is as small as it may be
     "preempted": {"max_model_len": 64, "max_num_seqs": 6},
 }
 DORA_BIAS_AND_EMBEDDINGS: dict[str, dict[str, Any]] = {

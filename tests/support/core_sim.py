@@ -90,13 +90,13 @@ class CoreSim:
         self.take_events()
         return self.batch
 
-    def finish_step(self) -> None:
+    def finish_step(self, seconds: float = 0.01) -> None:
         batch, self.batch = self.batch, None
         assert batch is not None
         sampled = [
             Sampled(next_token(list(work.history))) if work.sample else None for work in batch.sequences
         ]
-        self.core.step_finished(batch, StepResult(sampled, 0.01), self.now)
+        self.core.step_finished(batch, StepResult(sampled, seconds), self.now)
         self.take_events()
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:

@@ -1,0 +1,179 @@
+"""How many prompt tokens go into a step, so that those who wait for its end do not wait long.
+
+Everybody in a step gets the next token when the whole step is done, and a newcomer waits for its end, too: a
+long prompt that is computed in one piece holds up all of them. So prompts are cut into chunks that take about
+``max_step_seconds``, by what steps have taken so far. The chunks become smaller as the context behind them
+grows, as more sequences decode beside them, and as the machine becomes slower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from aioengine.core.state import Request
+from aioengine.step import SequenceWork
+
+GRAIN = 16
+"""Chunks are multiples of this, and never smaller: kernels compute tokens in tiles of 8 or 16."""
+ALONE = 2.0
+"""A step in which nobody decodes may take so many times as long: nobody but a newcomer waits for its end."""
+LEAST_SHARE = 1 / 3
+"""Chunks may always take this part of the time of the decodes beside them, however long those take."""
+_ADAPTER_TOKENS = 8
+"""An adapter in a step costs its rank times this, and times its tokens."""
+_FIRST_TOKENS = 64
+"""The largest first step; later ones are at most twice as large as the largest so far."""
+_FIRST_DECODE_PAIRS = 3.0
+"""Pairs that cost as much as one of a decode, whose keys are read for one query alone: a first guess."""
+_FIRST_RANK = 0.004
+"""What a rank of an adapter adds to a token's cost: a first guess."""
+_RISE, _FALL = 0.5, 0.2
+"""What part of a deviation upwards and downwards is believed at once: better too small a chunk."""
+_BELIEVED = 4.0
+"""A step that takes more than this many times what was expected (the machine was suspended, say) counts as
+one that takes this many."""
+_COMMON = 0.5
+"""What part of a deviation is put down to the machine as a whole."""
+
+
+class StepWork(NamedTuple):
+    """What a step's time is made of."""
+
+    steps: int = 1
+    tokens: int = 0
+    """All that are computed; those whose log-probabilities are asked for count twice."""
+    pairs: float = 0.0
+    """Of queries and keys in prompts' chunks."""
+    decode_pairs: int = 0
+    """Of a single query each and its keys."""
+    ranks: int = 0
+    """For each adapter, its rank times its tokens plus 8."""
+
+    @classmethod
+    def of(cls, sequences: Iterable[SequenceWork], slot_ranks: Sequence[int]) -> StepWork:
+        tokens = decode_pairs = ranks = 0
+        pairs = 0.0
+        slots: set[int] = set()
+        for work in sequences:
+            count, start, slot = len(work.tokens), work.start, work.slot
+            tokens += count + work.score
+            if count == 1:
+                decode_pairs += start
+            else:
+                pairs += count * (start + count / 2)
+            if slot >= 0:
+                slots.add(slot)
+                ranks += slot_ranks[slot] * count
+        ranks += sum(slot_ranks[slot] for slot in slots) * _ADAPTER_TOKENS
+        return cls(1, tokens, pairs, decode_pairs, ranks)
+
+
+class Pacer:
+    """Sizes chunks by a model of a step's seconds that it learns from the steps.
+
+    The seconds are a sum of terms: each entry of :class:`StepWork` times a coefficient. When a step is
+    measured, each coefficient is multiplied by a power of measured / predicted, which is the larger the
+    larger its term is: the multiplicative update of Kivinen and Warmuth, "Exponentiated Gradient versus
+    Gradient Descent for Linear Predictors" (1997). Coefficients so stay positive, and no single measurement
+    moves them far. There is no clock here, and equal measurements give equal chunks.
+
+    Args:
+        max_step_seconds: What a step in which somebody decodes should take at most.
+        pair_tokens: What a pair of a query and a key costs, in tokens, to begin with.
+    """
+
+    def __init__(self, max_step_seconds: float, pair_tokens: float) -> None:
+        self.max_step_seconds = max_step_seconds
+        self._largest = _FIRST_TOKENS // 2
+        """Tokens of the largest step so far."""
+        self._steps = 0
+        in_tokens = (GRAIN, 1.0, pair_tokens, _FIRST_DECODE_PAIRS * pair_tokens, _FIRST_RANK)
+        first = max_step_seconds / _FIRST_TOKENS
+        self._coefficients = [first * tokens for tokens in in_tokens]
+
+    def seconds(self, work: StepWork) -> float:
+        """What a step is expected to take."""
+        return sum(map(float.__mul__, self._coefficients, map(float, work)))
+
+    def learn(self, work: StepWork, seconds: float) -> None:
+        """Take in what a step has taken."""
+        if not 0 < seconds < math.inf:
+            return
+        terms = [c * x for c, x in zip(self._coefficients, work, strict=True)]
+        expected = sum(terms)
+        deviation = math.log(seconds / expected)
+        if self._steps > 0:
+            bound = math.log(_BELIEVED)
+            deviation = min(max(deviation, -bound), bound)
+        self._steps += 1
+        rate = max(_RISE if deviation > 0 else _FALL, 1 / self._steps)
+        common = 1.0 if self._steps == 1 else _COMMON
+        own = (1 - common) * expected / sum(term * term for term in terms)
+        self._coefficients = [
+            c * math.exp(rate * deviation * (common + own * term))
+            for c, term in zip(self._coefficients, terms, strict=True)
+        ]
+        self._largest = max(self._largest, work.tokens)
+
+    def allowance(self, decodes: StepWork, tokens: int) -> Allowance:
+        """What there is for prompts in a step with these decodes, and room for so many tokens more."""
+        taken = self.seconds(decodes)
+        target = self.max_step_seconds * (1.0 if decodes.tokens else ALONE)
+        grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
+        return Allowance(
+            min(tokens, grown), max(target - taken, taken * LEAST_SHARE), tuple(self._coefficients)
+        )
+
+
+class Allowance:
+    """Tokens and seconds that chunks of prompts may take in one step; without ``coefficients``, any time."""
+
+    def __init__(
+        self, tokens: int, seconds: float = math.inf, coefficients: Sequence[float] | None = None
+    ) -> None:
+        self.paced = coefficients is not None
+        self._tokens = tokens
+        self._seconds = seconds
+        self._coefficients = coefficients or (0.0,) * 5
+        self._held = (0, 0.0)
+
+    def has_room(self, at_least: int) -> bool:
+        """Whether one more request would get a chunk."""
+        return self._tokens > 0 and (at_least > 0 or self._seconds >= GRAIN * self._coefficients[1])
+
+    def take(self, request: Request, at_least: int) -> int:
+        """How many tokens of the request are computed; ``at_least`` so many, if it and the step have them,
+        however little time there is."""
+        count = min(request.remaining, self._tokens)
+        if self.paced:
+            each, half = self._costs(request)
+            left = max(self._seconds, 0.0)
+            fitting = int(2 * left / (each + math.sqrt(each * each + 4 * half * left)))
+            if fitting < count:
+                count = min(count, max(fitting // GRAIN * GRAIN, at_least))
+            self._seconds -= count * (each + half * count)
+        self._tokens -= count
+        return count
+
+    def hold(self, request: Request) -> None:
+        """Lay aside half of it for this request, or less if it needs less."""
+        tokens = min(request.remaining, (self._tokens + 1) // 2)
+        each, half = self._costs(request)
+        seconds = min(request.remaining * (each + half * request.remaining), self._seconds / 2)
+        self._held = tokens, seconds
+        self._tokens -= tokens
+        self._seconds -= seconds
+
+    def give_back(self) -> None:
+        """What was held is there again, with what nobody took."""
+        self._tokens += self._held[0]
+        self._seconds += self._held[1]
+
+    def _costs(self, request: Request) -> tuple[float, float]:
+        """(a, b), where n tokens take n * (a + b * n) seconds."""
+        _, token, pair, _, rank = self._coefficients
+        twice = 2 if request.unscored else 1
+        ranks = 0 if request.adapter is None else request.adapter.rank
+        return token * twice + pair * request.computed + rank * ranks, pair / 2

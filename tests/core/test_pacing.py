@@ -1,0 +1,229 @@
+"""Steps stay within ``max_step_seconds`` on devices of any speed, and everybody gets on."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from support.core_sim import LIMITS, CoreSim
+
+from aioengine import events
+from aioengine.core.pacing import GRAIN
+from aioengine.step import SequenceWork, StepBatch
+
+SETTINGS = settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+"""To shrink a failing example takes minutes, and the machine's numbers say enough."""
+TARGET = 0.2
+PAIR_TOKENS = 1 / 3000
+"""What the core is told; the devices below differ from it."""
+
+
+class Machine(NamedTuple):
+    """Seconds of a step; the ratios are relative to what is plausible for any model."""
+
+    token: float
+    fixed: float
+    """In tokens, and so on."""
+    pair: float
+    decode_pair: float
+    rank: float
+    memory: float
+    """Tokens that are free, because weights are waited for meanwhile."""
+
+    def seconds(self, sequences: list[SequenceWork], ranks: list[int]) -> float:
+        tokens = sum(len(work.tokens) for work in sequences)
+        cost = self.fixed + max(tokens, self.memory)
+        for work in sequences:
+            count = len(work.tokens)
+            pairs = sum(work.start + i for i in range(count))
+            cost += pairs * (self.decode_pair if count == 1 else self.pair)
+            cost += 0 if work.slot < 0 else ranks[work.slot] * count * self.rank
+        return self.token * cost
+
+    def bound(self, batch: StepBatch) -> float:
+        """What a step may take at most: the target (twice, if nobody decodes) or, where decodes take it up, a
+        third more than these; and three of the smallest chunks on top."""
+        decodes = [work for work in batch.sequences if len(work.tokens) == 1]
+        ranks = list(batch.slot_ranks)
+        deepest = max(work.start for work in batch.sequences)
+        chunk = GRAIN * (1 + deepest * self.pair + max(ranks) * self.rank)
+        alone = self.seconds(decodes, ranks)
+        return max(TARGET if decodes else 2 * TARGET, alone * 4 / 3) + 3 * chunk * self.token
+
+
+MACHINES = st.builds(
+    Machine,
+    token=st.floats(math.log(5e-5), math.log(1e-2)).map(math.exp),
+    fixed=st.floats(2, 30),
+    pair=st.floats(0.3, 4).map(lambda x: x * PAIR_TOKENS),
+    decode_pair=st.floats(0.5, 10).map(lambda x: x * PAIR_TOKENS),
+    rank=st.floats(0.3, 5).map(lambda x: x * 0.004),
+    memory=st.floats(1, 30),
+)
+
+
+class PacedSim(CoreSim):
+    """Steps take what ``machine`` says, times ``slowness``; ``seconds`` has each."""
+
+    def __init__(self, machine: Machine, **limits: object) -> None:
+        super().__init__(
+            LIMITS._replace(
+                **{
+                    "num_blocks": 6000,
+                    "block_size": 16,
+                    "max_num_seqs": 32,
+                    "max_num_batched_tokens": 2048,
+                    "max_model_len": 9000,
+                    "max_step_seconds": TARGET,
+                    "pair_tokens": PAIR_TOKENS,
+                    **limits,
+                }
+            )
+        )
+        self.machine = machine
+        self.slowness = 1.0
+        self.batches: list[StepBatch] = []
+        self.seconds: list[float] = []
+
+    def one_step(self) -> StepBatch | None:
+        while self.loads:
+            self.finish_load()
+        while self.copies:
+            self.finish_copy()
+        batch = self.schedule()
+        if batch is not None:
+            seconds = self.machine.seconds(list(batch.sequences), list(batch.slot_ranks)) * self.slowness
+            self.batches.append(batch)
+            self.seconds.append(seconds)
+            self.now += seconds
+            self.finish_step(seconds)
+        return batch
+
+    def prompt(self, tokens: int, max_tokens: int = 1, adapter: str | None = None) -> object:
+        self.count += 1
+        return self.add(adapter, prompt=[self.count + 2] * tokens, max_tokens=max_tokens)
+
+
+@SETTINGS
+@given(machine=MACHINES, seed=st.integers(0, 2**32 - 1))
+def test_steps_stay_within_the_target(machine: Machine, seed: int) -> None:
+    rng = random.Random(seed)
+    sim = PacedSim(machine)
+    sim.register("a")
+    for _ in range(250):
+        if rng.random() < 0.15 or not sim.core.requests:
+            tokens = rng.randint(2000, 8000) if rng.random() < 0.2 else rng.randint(2, 300)
+            sim.prompt(tokens, rng.randint(1, 80), rng.choice([None, "a"]))
+        sim.one_step()
+    sim.core.check()
+    over = [seconds / machine.bound(batch) for batch, seconds in zip(sim.batches, sim.seconds, strict=True)]
+    # The first steps are a guess, as is the first one that is of another kind than all before.
+    assert max(over[5:]) < 2.5
+    assert sum(ratio > 1.1 for ratio in over) <= 0.05 * len(over)
+
+
+@SETTINGS
+@given(machine=MACHINES)
+def test_the_time_is_made_use_of(machine: Machine) -> None:
+    sim = PacedSim(machine)
+    sim.prompt(8000)
+    while sim.core.requests:
+        sim.one_step()
+    grown = [(b, s) for b, s in zip(sim.batches, sim.seconds, strict=True)][8:-1]
+    for batch, seconds in grown:
+        [work] = batch.sequences
+        grain = sim.machine.bound(batch) - 2 * TARGET
+        assert seconds > 2 * TARGET * 0.7 - grain or len(work.tokens) in (GRAIN, 2048)
+
+
+@SETTINGS
+@given(machine=MACHINES, tokens=st.integers(2, 64), longs=st.integers(1, 4))
+def test_a_short_prompt_passes_long_ones_and_none_stands_still(
+    machine: Machine, tokens: int, longs: int
+) -> None:
+    sim = PacedSim(machine)
+    for _ in range(longs):
+        sim.prompt(6000)
+    for _ in range(12):
+        sim.one_step()
+    short = sim.prompt(tokens, 3)
+    before = len(sim.batches)
+    while short.first_token is None:  # type: ignore[attr-defined]
+        sim.one_step()
+    assert len(sim.batches) - before <= -(-tokens // GRAIN) + longs
+    # Whatever comes, the oldest gets at least a smallest chunk in every step.
+    while any(request.prompt_len == 6000 for request in sim.core.requests.values()):
+        oldest = min(sim.core.running.values(), key=lambda request: request.seq)
+        computed, remaining = oldest.computed, oldest.remaining
+        sim.prompt(tokens, 2)
+        sim.one_step()
+        assert oldest.id in sim.ended or oldest.computed - computed >= min(GRAIN, remaining)
+
+
+MIDDLING = Machine(5e-4, 10, PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 8)
+
+
+def test_a_step_that_takes_for_ever_is_soon_forgotten() -> None:
+    sim = PacedSim(MIDDLING)
+    sim.prompt(100, 500)
+    sim.prompt(8000)
+    for _ in range(10):
+        sim.one_step()
+    assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.1)
+    sim.slowness = 1000.0
+    sim.one_step()
+    sim.slowness = 1.0
+    sim.one_step()
+    assert sim.seconds[-1] >= TARGET / 4
+    for _ in range(12):
+        sim.one_step()
+    assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.25)
+
+
+@pytest.mark.parametrize("slowness", [4.0, 0.25])
+def test_chunks_follow_the_machines_speed(slowness: float) -> None:
+    sim = PacedSim(MIDDLING, max_num_batched_tokens=4096)
+    sim.prompt(100, 500)
+    sim.prompt(8000)
+    for _ in range(8):
+        sim.one_step()
+    sim.slowness = slowness
+    for _ in range(10):
+        sim.one_step()
+    assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.25)
+
+
+def test_without_a_target_prompts_are_computed_in_order() -> None:
+    sim = PacedSim(MIDDLING, max_step_seconds=None)
+    first, second = sim.prompt(3000), sim.prompt(3000)
+    for _ in range(2):
+        sim.one_step()
+    assert [len(work.tokens) for work in sim.batches[0].sequences] == [2048]
+    assert [len(work.tokens) for work in sim.batches[1].sequences] == [952, 1096]
+    assert first.first_token is not None  # type: ignore[attr-defined]
+    assert second.first_token is None  # type: ignore[attr-defined]
+
+
+@SETTINGS
+@given(
+    machine=MACHINES,
+    requests=st.lists(st.tuples(st.integers(1, 700), st.integers(1, 20)), min_size=1, max_size=12),
+    blocks=st.integers(50, 200),
+)
+def test_outputs_do_not_depend_on_it(machine: Machine, requests: list[tuple[int, int]], blocks: int) -> None:
+    """Preemption for want of blocks included."""
+    outputs = []
+    for target in (None, TARGET):
+        sim = PacedSim(machine, max_step_seconds=target, num_blocks=blocks)
+        sent = [sim.prompt(tokens, max_tokens) for tokens, max_tokens in requests]
+        while sim.core.requests:
+            sim.one_step()
+            sim.core.check()
+        outputs.append([request.tokens for request in sent])  # type: ignore[attr-defined]
+        admitted = [event for event in sim.events if isinstance(event, events.RequestAdmitted)]
+        assert len({event.request_id for event in admitted}) == len(requests)
+    assert outputs[0] == outputs[1]
