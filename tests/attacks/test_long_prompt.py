@@ -18,7 +18,9 @@ from support.server_process import serving
 )
 async def test_a_long_prompt_does_not_hold_up_a_stream() -> None:
     prompt = random.Random(0).choices(range(100, 40000), k=2500)
-    async with serving("smollm2-135m", "--served-model-name", "tiny", "--max-model-len", "3000") as server:
+    flags = {"--max-model-len": "3000", "--kv-cache-memory": "256MiB", "--dtype": "bfloat16"}
+    words = [word for pair in flags.items() for word in pair]
+    async with serving("smollm2-135m", "--served-model-name", "tiny", *words) as server:
         async with bystander(server.url, max_tokens=40) as alone:
             await asyncio.sleep(1)
         async with (
@@ -32,4 +34,4 @@ async def test_a_long_prompt_does_not_hold_up_a_stream() -> None:
     # How busy the machine is with other things is seen in the steps of the bystander alone; a step of 2,048
     # tokens would take hundreds of times as long.
     usual = sorted(alone.gaps)[len(alone.gaps) * 9 // 10]
-    beside.check(max(1.0, 12 * usual))
+    beside.check(max(1.0, 40 * usual))

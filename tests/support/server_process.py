@@ -41,9 +41,13 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(model: Path, *flags: str, **environment: str) -> AsyncIterator[Serving]:
-    """Serves ``model`` with small caches; ``flags`` are added. Killed at the end if it still runs."""
-    arguments = ["serve", "--model", str(model), "--port", "0", "--log-format", "json", *SMALL, *flags]
+async def serving(model: Path | str, *flags: str, **environment: str) -> AsyncIterator[Serving]:
+    """Serves ``model`` with small caches; ``flags`` are added, or replace those. Killed at the end if
+    it still runs."""
+    small = [
+        part for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in flags for part in pair
+    ]
+    arguments = ["serve", "--model", str(model), "--port", "0", "--log-format", "json", *small, *flags]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -1,0 +1,92 @@
+"""What a long prompt does to a stream beside it, by max_step_seconds.
+
+A bystander streams 100 tokens at a time, back to back; meanwhile one request comes with a prompt of 8,000
+random tokens. Printed are the gaps between two tokens of the bystander before that and beside it, its
+time to the first token of a new stream beside it, and what the prompt took.
+
+    python benchmarks/long_prompt.py
+    python benchmarks/long_prompt.py --targets 0.1 0.2 3600 --prompt-tokens 4000
+
+Targets take turns, so that a drift of the machine's speed falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from aioengine import AsyncEngine, EngineConfig, SamplingParams
+
+
+class Seen:
+    """Seconds, of all repeats together."""
+
+    def __init__(self) -> None:
+        self.alone: list[float] = []
+        self.beside: list[float] = []
+        self.first: list[float] = []
+        self.prompt: list[float] = []
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)] if values else float("nan")
+
+
+async def measure(engine: AsyncEngine, prompt: list[int], seen: Seen) -> None:
+    gaps, ended = seen.alone, False
+
+    async def bystander() -> None:
+        while not ended:
+            last, is_first = time.perf_counter(), True
+            own = [random.randrange(100, 40000) for _ in range(20)]
+            async for _ in engine.generate(own, SamplingParams(max_tokens=100, ignore_eos=True)):
+                now = time.perf_counter()
+                (seen.first if is_first and gaps is seen.beside else gaps).append(now - last)
+                last, is_first = now, False
+
+    streaming = asyncio.create_task(bystander())
+    await asyncio.sleep(2)
+    gaps = seen.beside
+    began = time.perf_counter()
+    await engine.complete(prompt, SamplingParams(max_tokens=1))
+    seen.prompt.append(time.perf_counter() - began)
+    ended = True
+    await streaming
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prompt-tokens", type=int, default=8000)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.2, 3600.0], help="max_step_seconds")
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    prompt = random.Random(0).choices(range(100, 40000), k=args.prompt_tokens)
+    results = {target: Seen() for target in args.targets}
+    for _ in range(args.repeats):
+        for target, seen in results.items():
+            config = EngineConfig(model=args.model, max_step_seconds=target, kv_cache_memory="1GiB")
+            async with AsyncEngine(config) as engine:
+                await measure(engine, prompt, seen)
+    table = Table(title=f"a stream beside a prompt of {args.prompt_tokens} tokens, milliseconds")
+    columns = ("alone: median", "99%", "beside it: median", "99%", "longest", "first token", "the prompt, s")
+    table.add_column("max_step_seconds")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for target, seen in results.items():
+        numbers = [quantile(seen.alone, q) for q in (0.5, 0.99)]
+        numbers += [quantile(seen.beside, q) for q in (0.5, 0.99, 1.0)]
+        numbers.append(statistics.median(seen.first) if seen.first else float("nan"))
+        row = [f"{1000 * number:.0f}" for number in numbers]
+        table.add_row(f"{target:g}", *row, f"{statistics.median(seen.prompt):.1f}")
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
