@@ -2,8 +2,10 @@
 
     python benchmarks/scheduling.py                       # all policies, 100 .. 100,000 waiting
     python benchmarks/scheduling.py --policies fcfs vtc --waiting 10000
+    python benchmarks/scheduling.py --policies fcfs vtc drr --waiting 10000 --slots 256 --tenants 1000
 
-A core with 1,000 registered adapters, 8 slots and 256 running requests, all in steady decode. Every step
+A core with 1,000 registered adapters, 8 slots, 20 tenants and 256 running requests, all in steady decode.
+Every step
 a few requests end, as many are admitted, and as many arrive, so that the queue keeps its length.
 Printed are medians over the steps, in microseconds: ``policy`` is the call of the policy alone,
 ``decide`` adds the view and the core's validation of the decision, and ``schedule`` the forming of the
@@ -27,7 +29,7 @@ from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, available_policies, load_policy
 from aioengine.step import Sampled, StepResult
 
-RUNNING, ADAPTERS, SLOTS = 256, 1000, 8
+RUNNING, ADAPTERS = 256, 1000
 
 
 class Timed(SchedulerPolicy):
@@ -59,11 +61,13 @@ class TimedCore(Core):
         return batch
 
 
-def measure(make: Callable[[], SchedulerPolicy], waiting: int, steps: int) -> tuple[float, float, float]:
+def measure(
+    make: Callable[[], SchedulerPolicy], waiting: int, steps: int, slots: int = 8, tenants: int = 20
+) -> tuple[float, float, float]:
     """Medians in seconds of (policy, policy + view + validation, all of ``schedule``)."""
     limits = CoreLimits(
-        num_slots=SLOTS,
-        cpu_capacity=64,
+        num_slots=slots,
+        cpu_capacity=slots + 56,
         max_loads=4,
         num_blocks=RUNNING * 40,
         block_size=16,
@@ -84,13 +88,13 @@ def measure(make: Callable[[], SchedulerPolicy], waiting: int, steps: int) -> tu
         count += 1
         # Half of the requests are for a few popular adapters, the others for any.
         popular = rng.random() < 0.5
-        entry = entries[rng.randrange(SLOTS if popular else ADAPTERS)]
+        entry = entries[rng.randrange(slots if popular else ADAPTERS)]
         params = SamplingParams(max_tokens=rng.randint(64, 256))
         core.add_request(
             f"r{count}",
             [7] * rng.randint(8, 32),
             params,
-            RequestOptions(tenant=f"t{count % 20}"),
+            RequestOptions(tenant=f"t{count % tenants}"),
             now,
             adapter=entry,
         )
@@ -125,17 +129,21 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", help="default: all that need no known future")
     parser.add_argument("--waiting", nargs="*", type=int, default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--tenants", type=int, default=20)
     args = parser.parse_args()
     names = args.policies or [n for n in available_policies() if n not in ("oracle", "belady")]
 
-    table = Table(title=f"{ADAPTERS} adapters, {SLOTS} slots, {RUNNING} running: medians in us")
+    table = Table(
+        title=f"{ADAPTERS} adapters, {args.slots} slots, {RUNNING} running, {args.tenants} tenants: in us"
+    )
     for heading in ("policy", "waiting", "policy alone", "decide", "schedule"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     console = Console(stderr=True)
     cases = [(name, waiting) for name in names for waiting in args.waiting]
     for name, waiting in track(cases, console=console, disable=not console.is_terminal):
         steps = args.steps if waiting <= 10_000 else max(args.steps // 4, 20)
-        medians = measure(lambda name=name: load_policy(name), waiting, steps)  # type: ignore[misc]
+        medians = measure(lambda name=name: load_policy(name), waiting, steps, args.slots, args.tenants)  # type: ignore[misc]
         table.add_row(name, f"{waiting:,}", *(f"{seconds * 1e6:,.0f}" for seconds in medians))
     Console().print(table)
 

@@ -41,7 +41,7 @@ _POLICIES = {
 }
 _PARTS: dict[str, dict[str, str]] = {
     "order": {
-        "fcfs": f"{_POLICY}.fcfs:Arrival",
+        "fcfs": f"{_POLICY}.fcfs:FairArrival",
         "vllm": f"{_POLICY}.vllm:VLLMOrder",
         "slora": f"{_POLICY}.slora:SLoRA",
         "vtc": f"{_POLICY}.vtc:VTC",

@@ -167,6 +167,7 @@ class Batcher:
         self.running[request.seq] = request
         if request.adapter is not None:
             request.adapter.running += 1
+            request.adapter.last_tenant = request.options.tenant
         resumed = request.admitted is not None
         if not resumed:
             request.admitted = now
@@ -186,17 +187,26 @@ class Batcher:
         return True
 
     def _grow(self, request: Request, tokens: int, now: float) -> bool:
-        """Give a running request blocks for ``tokens``, preempting the last arrived while there are
-        none; False if it came to preempting this one."""
+        """Give a running request blocks for ``tokens``; False if it had to be preempted itself.
+
+        While there are none, the last arrived of the tenant that has most blocks is preempted.
+        """
         new = self.blocks.blocks_for(tokens) - len(request.blocks)
         while new > 0 and not self.blocks.can_allocate(new):
-            youngest = max(self.running.values(), key=lambda r: r.seq)
+            youngest = max(self._of_who_has_most(), key=lambda r: r.seq)
             self.preempt(youngest, now)
             if youngest is request:
                 return False
         if new > 0:
             request.blocks += self.blocks.allocate(new)
         return True
+
+    def _of_who_has_most(self) -> list[Request]:
+        """The running requests of the tenant that holds the most blocks."""
+        by_tenant: dict[str | None, list[Request]] = {}
+        for request in self.running.values():
+            by_tenant.setdefault(request.options.tenant, []).append(request)
+        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) for r in requests))
 
     def preempt(self, request: Request, now: float) -> None:
         """RUNNING -> WAITING by recompute: its KV goes (full blocks stay findable), its output stays."""

@@ -4,7 +4,8 @@ Adapters in slots stay in the cache too, so that a slot can be given up without 
 
 What somebody waits for is not evicted under him, with one exception that keeps the cache fair: whoever
 has waited longer may take the place of an adapter that is needed only by later requests. Without the
-exception, a few busy adapters could keep a cold one out for ever.
+exception, a few busy adapters could keep a cold one out for ever. And a tenant that has less than its share
+of the places may take one of a tenant that has more, however long that one has waited.
 
 An adapter's size is known once it has been read. Its next read reserves that much beforehand; the first
 one reserves a place, and room for its bytes is made when it has arrived.
@@ -113,15 +114,17 @@ class CpuCache:
         size = 0 if here else self._reserved(newcomer)
         since = newcomer.needed_since
         limit = now if since is None else since
-        tiers: dict[tuple[bool, bool, bool], list[AdapterEntry]] = {}
+        tiers: dict[tuple[bool, bool, bool, bool], list[AdapterEntry]] = {}
+        beyond = self._beyond_their_share(newcomer)
         for entry in self.entries.values():
             needed = entry.needed_since
             if entry is newcomer or (entry.location is Location.SLOT and entry.uid in keep):
                 continue
-            if not self._movable(entry) or (needed is not None and needed <= limit):
+            earlier = needed is not None and needed <= limit
+            if not self._movable(entry) or (earlier and entry.uid not in beyond):
                 continue
             alive = needed is not None or not entry.retired
-            tier = alive, entry.location is Location.SLOT, needed is not None
+            tier = earlier, alive, entry.location is Location.SLOT, needed is not None
             tiers.setdefault(tier, []).append(entry)
         all_ = [entry.uid for tier in tiers.values() for entry in tier]
         if self._lacking(newcomer, size - sum(self._counted[uid] for uid in all_), places=len(all_)):
@@ -133,6 +136,22 @@ class CpuCache:
             size -= self._counted[victim.uid]
             victims.append(victim)
         return victims
+
+    def _beyond_their_share(self, newcomer: AdapterEntry) -> set[int]:
+        """Uids of the adapters of tenants that have more than their share of the places.
+
+        None if the tenant that has waited longest for ``newcomer`` has its share.
+        """
+        if newcomer.waiting.head is None:
+            return set()
+        places: dict[str | None, set[int]] = {newcomer.wanted_by: set()}
+        for entry in self.entries.values():
+            if entry is not newcomer and (entry.running or entry.waiting):
+                places.setdefault(entry.wanted_by, set()).add(entry.uid)
+        share = max(1, self.capacity // len(places))
+        if len(places[newcomer.wanted_by]) >= share:
+            return set()
+        return set().union(*(uids for uids in places.values() if len(uids) > share))
 
     def _reserved(self, entry: AdapterEntry) -> int:
         """What can never fit is read all the same, and fails when its size is known."""

@@ -78,6 +78,8 @@ class PolicyGuard:
         return names
 
     def tell(self, event: PolicyEvent) -> None:
+        if self.policy is not self._safe:
+            self._safe.on_event(event)  # it must know who waits when it has to decide
         try:
             self.policy.on_event(event)
         except BaseException as error:

@@ -25,6 +25,7 @@ class AdapterEntry:
         "digest",
         "disk_seconds",
         "label",
+        "last_tenant",
         "last_used",
         "location",
         "name",
@@ -62,6 +63,8 @@ class AdapterEntry:
         """Unloaded or replaced: takes no new requests, and goes when those accepted have ended."""
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
+        self.last_tenant: str | None = None
+        """Whose request was admitted last."""
         self.last_used = 0.0
         self.wanted_since: float | None = None
         """Set while a load was asked for by name, and not by a waiting request."""
@@ -76,6 +79,12 @@ class AdapterEntry:
     def oldest_arrival(self) -> float | None:
         head = self.waiting.head
         return None if head is None else head.arrival
+
+    @property
+    def wanted_by(self) -> str | None:
+        """The tenant whose request has waited longest for it, or ran on it last."""
+        head = self.waiting.head
+        return self.last_tenant if head is None else head.options.tenant
 
     @property
     def needed_since(self) -> float | None:

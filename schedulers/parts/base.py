@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from aioengine.schedulers.policy import (
     AdapterView,
@@ -52,6 +52,10 @@ class Ordering(Part):
     close_after: float | None = None
     """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
 
+    sharing: Literal["none", "one", "equal"] = "none"
+    """What tenants are sure of where there are several: nothing; one sequence and one slot, for which others'
+    requests are preempted; or equal shares of both, which then go before the ordering."""
+
     default_prefetch: str = "lookahead"
     """The prefetch that goes with it if none is named."""
 
@@ -67,6 +71,10 @@ class Ordering(Part):
     def adapter_key(self, view: SchedulerView, name: str) -> Any:
         """The key of the first of an adapter's waiting requests."""
         return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
+
+    def may_go_first(self, request: RequestView) -> bool:
+        """Whether a request whose tenant has none running may go before all; for ``sharing`` "one"."""
+        return True
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
         """Adapters that are waited for and that no slot holds, in the order to bring them in."""

@@ -7,6 +7,7 @@ from itertools import islice
 from math import inf
 
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.shares import Shares
 from aioengine.schedulers.parts.slot_pool import SlotPool, lacking
 from aioengine.schedulers.policy import (
     AdapterView,
@@ -62,6 +63,7 @@ class Composed(SchedulerPolicy):
             raise ValueError(f"max_wait={max_wait}: must be >= 0 seconds")
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
         self.max_wait = max_wait
+        self._shares = None if order.sharing == "none" else Shares(order, max_wait)
         self._take_after = max_wait if order.take_after is None else order.take_after
         self._placed: dict[str, float] = {}
         """When each adapter in a slot was put there."""
@@ -78,10 +80,16 @@ class Composed(SchedulerPolicy):
             self._placed.pop(event.adapter, None)
         elif event.kind == "adapter_retired" and event.was in self._placed and event.adapter is not None:
             self._placed[event.adapter] = self._placed.pop(event.was)
+        if self._shares is not None:
+            self._shares.clients.on_event(event)
         for part in (self.order, self.replace, self.prefetch, self.preempt):
             part.on_event(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
+        if self._shares is not None:
+            self._shares.clients.sync(view)
+            if self._shares.clients.several:
+                return self._schedule_shared(view, self._shares)
         place, read, closed, pool = self._assign_slots(view)
         room = view.free_seqs
         admit = self.order.admit(view, _open_queues(view, place, closed), room) if room > 0 else ()
@@ -95,6 +103,25 @@ class Composed(SchedulerPolicy):
             place=place,
             prefetch=list(dict.fromkeys(read)),
             preempt=self.preempt.choose(view),
+        )
+
+    def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
+        """The decision where several tenants have requests."""
+        settling = self._settling(view)
+        pool = SlotPool(view, self.replace, settling)
+        place, read, closed, preempt, cold = shares.assign_slots(view, pool, settling)
+        room = view.free_seqs + len(preempt)
+        admit, victims = shares.admit(view, _open_queues(view, place, closed), room, preempt)
+        room += len(victims) - len(admit)
+        if view.load_room > len(read):
+            read += self.prefetch.choose(view, iter(cold))
+        if room > 0 and closed:
+            admit += _fill(view, closed, pool.tokens_left)[:room]
+        return Decision(
+            admit=[request.request_id for request in admit],
+            place=place,
+            prefetch=list(dict.fromkeys(read)),
+            preempt=list(dict.fromkeys([*preempt, *victims, *self.preempt.choose(view)])),
         )
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:

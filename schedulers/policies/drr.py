@@ -27,6 +27,7 @@ class DRR(Arrival):
         quantum: Tokens a turn, >= 1. Small ones alternate more, large ones serve an adapter in runs.
     """
 
+    sharing = "one"
     source = "Shreedhar and Varghese, 'Efficient fair queueing using deficit round robin', SIGCOMM 1995"
     starvation_bound = (
         "ceil(cost / quantum) rounds, each at most quantum + largest cost for each other adapter"

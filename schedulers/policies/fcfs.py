@@ -35,18 +35,40 @@ class Arrival(Ordering):
         return (n for n in view.waiting_adapters if n is not None and is_cold(view, n))
 
 
+class FairArrival(Arrival):
+    """In order of arrival among the requests of a tenant, and by equal shares between tenants.
+
+    The next request admitted is the oldest of the tenant that has the fewest running; the next adapter
+    brought in is one of the tenant that has the fewest slots. Requests without a tenant are one tenant's.
+    See :mod:`aioengine.schedulers.parts.shares`.
+
+    Bound: a tenant with one request, while there are no more tenants than sequences and slots, waits for the
+    step under way, for one read or copy under way, for twice the steps that it takes to compute again what
+    the last preemption cost, and for the chunks of one longest prompt; from then on it runs to its end.
+    """
+
+    sharing = "equal"
+    starvation_bound = (
+        "those of its tenant who arrived before it; other tenants, while its own has less than its share, "
+        "only for a step, a read and one longest prompt"
+    )
+
+
 class FCFS(Composed):
     """Admit in arrival order whatever can run now; give slots to the adapters that wait longest.
 
     A cold adapter gets a free slot, or the least recently used idle one that nobody waits for. After
     ``max_wait`` seconds others make way for it; see :class:`~aioengine.schedulers.parts.compose.Composed`.
+    Where several tenants have requests, they have equal shares: see :class:`FairArrival`.
 
     Args:
         max_wait: Seconds that an adapter's oldest request waits before others make way for it.
+        fair: Whether tenants have shares; if not, all requests are as those of one tenant.
     """
 
     source = "aioengine's own"
-    starvation_bound = f"{SLOT_BOUND}; then {Arrival.starvation_bound}"
+    starvation_bound = f"{SLOT_BOUND}; then {FairArrival.starvation_bound}"
 
-    def __init__(self, max_wait: float = 1.0) -> None:
-        super().__init__(Arrival(), LRU(), Lookahead(), NoPreemption(), max_wait=max_wait)
+    def __init__(self, max_wait: float = 1.0, fair: bool = True) -> None:
+        order = FairArrival() if fair else Arrival()
+        super().__init__(order, LRU(), Lookahead(), NoPreemption(), max_wait=max_wait)

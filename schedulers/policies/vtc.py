@@ -34,6 +34,7 @@ class VTC(Ordering):
         weights: Shares by client, > 0; 1 for who is not named.
     """
 
+    sharing = "one"
     source = "Sheng et al., 'Fairness in Serving Large Language Models', OSDI 2024"
     starvation_bound = "2 max(input_weight x longest prompt, output_weight x batch tokens) of service"
 
@@ -63,6 +64,11 @@ class VTC(Ordering):
     def counter(self, client: str) -> float:
         """Its weighted service so far, lifts included; 0 for who is not known."""
         return self._counters.get(client, 0.0)
+
+    def may_go_first(self, request: RequestView) -> bool:
+        """If its client has been served no more than any other that waits, as when it has just come."""
+        mine = self.counter(self._client_of(request))
+        return all(mine <= self.counter(client) for client in self._waiting)
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
         self._charge_running(view)

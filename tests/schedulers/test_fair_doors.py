@@ -1,0 +1,227 @@
+"""Who has one request is served within twice its time alone, whatever another tenant floods the engine with.
+
+In virtual time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from support.strict_sim import StrictSim
+
+from aioengine import events
+from aioengine.core import CoreLimits
+from aioengine.core.state import Request
+from aioengine.schedulers import load_policy
+from aioengine.schedulers.policies.fcfs import Arrival
+
+LIMITS = CoreLimits(
+    num_slots=4,
+    cpu_capacity=4,
+    max_loads=2,
+    num_blocks=64 * 40,
+    block_size=16,
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    max_model_len=4096,
+    eos_token_ids=(1,),
+)
+STEP, TOKEN, LOAD, COPY = 0.02, 0.0002, 0.1, 0.01
+"""Seconds that a step takes, each token in it, the reading of an adapter, and its copy into a slot."""
+BOUND = 2.0
+"""Times the time alone, or the steps."""
+
+
+class Clock(StrictSim):
+    """Reads, copies and steps take time, beside each other."""
+
+    def __init__(self, limits: CoreLimits, policy: str) -> None:
+        super().__init__(limits, load_policy(policy))
+        self._due: dict[int, float] = {}
+        self.steps: list[int] = []
+
+    def go(self, until: Callable[[], bool], seconds: float) -> None:
+        """Steps until something is so; fails after ``seconds``."""
+        end = self.now + seconds
+        while not until():
+            assert self.now < end, "it takes too long"
+            self._finish_moves()
+            batch = self.schedule()
+            for entry in self.loads:
+                self._due.setdefault(entry.uid, self.now + LOAD)
+            for entry, _ in self.copies:
+                self._due.setdefault(entry.uid, self.now + COPY)
+            if batch is not None:
+                self.now += STEP + TOKEN * sum(len(work.tokens) for work in batch.sequences)
+                self.finish_step()
+            else:
+                self.now = min([*self._due.values(), self.now + STEP])
+        self.core.check()
+
+    def _finish_moves(self) -> None:
+        for entry in [entry for entry in self.loads if self._due[entry.uid] <= self.now]:
+            del self._due[entry.uid]
+            self.finish_load(self.loads.index(entry))
+        for entry in [entry for entry, _ in self.copies if self._due[entry.uid] <= self.now]:
+            del self._due[entry.uid]
+            self.finish_copy([other for other, _ in self.copies].index(entry))
+
+
+@dataclass
+class Flood:
+    """What tenant a asks for, all at once."""
+
+    count: int = 900
+    adapters: int = 12
+    prompt: int = 20
+    tokens: int = 200
+    kept_up: bool = False
+    """Each request that ends is followed by another."""
+
+
+FLOODS = {
+    "sequences": Flood(adapters=0),
+    "adapters": Flood(),
+    "unique adapters": Flood(count=5000, adapters=5000),
+    "long prompts": Flood(count=200, adapters=0, prompt=3000, tokens=50),
+    "blocks": Flood(count=200, adapters=0, prompt=600, tokens=600),
+    "kept up": Flood(count=100, adapters=6, tokens=2000, kept_up=True),
+}
+
+
+def seconds_of(
+    policy: str,
+    flood: Flood | None,
+    adapter: str | None,
+    *,
+    limits: CoreLimits = LIMITS,
+    tenants: tuple[str | None, str | None] = ("a", "b"),
+    times: int = 3,
+) -> tuple[list[float], Clock]:
+    """How long each of b's requests takes, one after the other."""
+    sim = Clock(limits, policy)
+    many, few = tenants
+
+    def send(i: int) -> None:
+        assert flood is not None
+        name = f"a{i % flood.adapters}" if flood.adapters else None
+        prompt = [2 + (i * 7 + k) % 900 for k in range(flood.prompt)]
+        sim.add(name, prompt=prompt, max_tokens=flood.tokens, tenant=many)
+
+    if flood is not None:
+        for i in range(flood.adapters):
+            sim.register(f"a{i}")
+        for i in range(flood.count):
+            send(i)
+        began = sim.now
+        sim.go(lambda: sim.now > began + 3.0, 10.0)
+    if adapter is not None:
+        sim.register(adapter)
+    found: list[float] = []
+    for i in range(times):
+        start, first = sim.now, sim.core.step
+        request: Request = sim.add(adapter, prompt=[3 + i] * 30, max_tokens=20, tenant=few)
+
+        def ended(request: Request = request) -> bool:
+            if flood is not None and flood.kept_up:
+                while len(sim.core.requests) < flood.count:
+                    send(sim.count)
+            return request.id in sim.ended
+
+        sim.go(ended, 300.0)
+        found.append(sim.now - start)
+        sim.steps.append(sim.core.step - first)
+    return found, sim
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+@pytest.mark.parametrize("adapter", [None, "mine"])
+@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+def test_one_request_is_served_soon_while_another_tenant_floods(
+    policy: str, adapter: str | None, flood: str
+) -> None:
+    """In steps, for a step that computes others' prompts too takes longer than one alone."""
+    for cpu_capacity in (LIMITS.num_slots, 16):
+        limits = LIMITS._replace(cpu_capacity=cpu_capacity)
+        alone, _ = seconds_of(policy, None, adapter, limits=limits)
+        beside, sim = seconds_of(policy, FLOODS[flood], adapter, limits=limits)
+        assert max(sim.steps) <= BOUND * 20, "each needs 20"
+        if flood in ("sequences", "adapters", "unique adapters", "kept up"):  # others decode
+            assert all(b <= BOUND * a for a, b in zip(alone, beside, strict=True))
+
+
+def test_the_case_is_one() -> None:
+    beside, _ = seconds_of("fcfs:fair=false", FLOODS["sequences"], None)
+    assert beside[0] > 100 * 0.41
+
+
+@pytest.mark.parametrize("tenants", [(None, "b"), ("a", None)])
+def test_those_who_name_no_tenant_are_one(tenants: tuple[str | None, str | None]) -> None:
+    _, sim = seconds_of("fcfs", FLOODS["adapters"], "mine", tenants=tenants)
+    assert max(sim.steps) <= BOUND * 20
+
+
+def test_preempted_requests_are_few_and_all_end() -> None:
+    """A tenant that comes again and again costs the others little."""
+    _, sim = seconds_of("fcfs", Flood(count=100, adapters=6, tokens=100), "mine", times=40)
+    preempted = sim.of(events.RequestPreempted)
+    assert len(preempted) <= 45
+    sim.run(steps=5000)
+    assert set(sim.ended.values()) == {"length"}
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vtc", "drr"])
+def test_more_tenants_than_slots_take_turns(policy: str) -> None:
+    sim = Clock(LIMITS, policy)
+    for i in range(12):
+        sim.register(f"a{i}")
+    requests = [sim.add(f"a{i % 12}", max_tokens=300, tenant=f"t{i % 12}") for i in range(240)]
+    firsts = requests[:12]
+    sim.go(lambda: all(r.first_token is not None for r in firsts), 12 * 300 * 0.04)
+    sim.run(steps=100_000, step_seconds=0.02)
+    assert set(sim.ended.values()) == {"length"}
+
+
+@pytest.mark.parametrize("tenant", [None, "a"])
+@pytest.mark.parametrize("policy", ["fcfs", "fcfs+gdsf"])
+def test_with_one_tenant_nothing_changes(policy: str, tenant: str | None) -> None:
+    def told(fair: bool) -> list[str]:
+        name = policy if fair else policy.replace("fcfs", f"{__name__}:Unfair", 1)
+        sim = Clock(LIMITS._replace(num_blocks=400), name)
+        rng = random.Random(3)
+        for i in range(9):
+            sim.register(f"a{i}")
+        for _ in range(30):
+            for _ in range(rng.randrange(6)):
+                name = rng.choice([None, *(f"a{i}" for i in range(9))])
+                sim.add(
+                    name, prompt=[5] * rng.randrange(1, 90), max_tokens=rng.randrange(1, 60), tenant=tenant
+                )
+            before = sim.now
+            sim.go(lambda before=before: sim.now > before + 0.1, 5.0)  # type: ignore[misc]
+        sim.run(steps=5000)
+        return [str(event) for event in sim.events]
+
+    assert told(True) == told(False)
+
+
+class Unfair(Arrival):
+    """Order of arrival, whosever the requests are."""
+
+
+def test_a_policy_that_came_late_knows_who_waits() -> None:
+    """Nobody has told it of what happened before."""
+    sim = Clock(LIMITS._replace(max_num_seqs=4), "sjf")
+    first = [sim.add(tenant="a", max_tokens=100) for _ in range(30)]
+    for _ in range(3):
+        sim.settle()
+    sim.core._guard.policy = load_policy("fcfs")
+    late = sim.add(tenant="b")
+    for _ in range(3):
+        sim.settle()
+    assert late.first_token is not None
+    sim.run(steps=5000)
+    assert all(sim.ended[r.id] == "length" for r in (*first, late))
