@@ -16,11 +16,20 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def started(config: EngineConfig, adapters: Mapping[str, str]) -> AsyncIterator[AsyncEngine]:
-    """A running engine with ``adapters`` (name -> path) registered; its loading is shown."""
+async def started(
+    config: EngineConfig, adapters: Mapping[str, str], also: LoadProgress | None = None
+) -> AsyncIterator[AsyncEngine]:
+    """A running engine with ``adapters`` (name -> path) registered; its loading is shown, and told to
+    ``also``."""
     engine = AsyncEngine(config)
     try:
-        with load_progress() as progress:
+        with load_progress() as shown:
+
+            def progress(stage: str, done: int, total: int) -> None:
+                for tell in (shown, also):
+                    if tell is not None:
+                        tell(stage, done, total)
+
             await engine.start(progress=progress)
         for name, path in adapters.items():
             engine.register_adapter(name, path)

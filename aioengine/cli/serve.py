@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -218,24 +219,30 @@ async def _serve(
 ) -> int:
     from aioengine.cli.progress import started
     from aioengine.server.app import create_app
-    from aioengine.server.run import Signals, bind, listening, serve_until_told
+    from aioengine.server.entrance import Entrance
+    from aioengine.server.run import Signals, listening, serve_until_told
 
     listen = flags.listen_settings()
     signals = Signals()
-    with bind(listen) as bound:  # before the model is loaded: a port in use is found out at once
-        async with recording.writer() as writer, started(config, adapters) as engine:
+    entrance = Entrance()  # before the model is loaded: a port in use is found out, and probes are answered
+    async with recording.writer() as writer, contextlib.AsyncExitStack() as ending:
+        url = await ending.enter_async_context(listening(entrance, listen))
+        async with started(config, adapters, entrance.progress) as engine:
             if writer is not None:
                 writer.attach(engine)
             engine.metrics.dropped_log_lines = lambda: log.dropped
             app = create_app(engine, settings)
             await app.context.defaults()
-            async with listening(app, listen, bound) as url:
+            entrance.app = app
+            try:
                 _tell(url, flags, settings)
                 with signals.handled():
                     finished = await serve_until_told(app, signals, flags.grace_seconds)
                 if not finished:  # so that what is cut off says so, as its last event
                     await engine.stop()
                 dead = engine.state == "dead"
+            finally:
+                await ending.aclose()  # connections end before the engine
     logger.info("stopped")
     if dead:
         logger.error("the engine had failed before")

@@ -83,7 +83,10 @@ class ModelRunner:
         self.dtype = dtype
         self.device = torch.device(device)
         self.group = group or SoloGroup()
-        self.decoder = Decoder(spec, dtype, self.device, get_backend(self.device.type, kernels), self.group)
+        if progress is not None:
+            progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
+        backend = get_backend(self.device.type, kernels)
+        self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
         load_weights(self.decoder, weights, progress)
         self.kv_cache = KVCache(self.decoder.spec, num_blocks, block_size, dtype, self.device)
         self.lora_slots = (

@@ -15,6 +15,7 @@ import uvicorn
 
 from aioengine.errors import ConfigError
 from aioengine.server.app import ServerApp
+from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import bounded_protocol
 
 logger = logging.getLogger("aioengine.server")
@@ -84,7 +85,7 @@ def _cannot_listen(settings: ListenSettings, error: BaseException | None) -> Con
 
 @contextlib.asynccontextmanager
 async def listening(
-    app: ServerApp, settings: ListenSettings, bound: socket.socket | None = None
+    app: ServerApp | Entrance, settings: ListenSettings, bound: socket.socket | None = None
 ) -> AsyncIterator[str]:
     """Serve ``app`` on this loop while the context lasts; yields the URL, without a final slash.
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import httpx
@@ -117,3 +118,49 @@ def test_what_is_refused_is_refused_before_the_model_is_loaded(
         ):
             assert main(["serve", "--model", str(tiny_text.model), *SMALL, *flags]) == 2
             assert what in capsys.readouterr().err
+
+
+async def test_probes_are_answered_while_the_engine_starts(tiny_text: Tiny, tmp_path: Path) -> None:
+    """The kernels' compiler waits for a file, so that the start lasts for as long as the test looks at it."""
+    go_on, compiler = tmp_path / "go-on", tmp_path / "c++"
+    wait = f"while [ ! -e {go_on} ]; do sleep 0.05; done"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {wait}\nexit 1\n')
+    compiler.chmod(0o755)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aioengine", "serve", "--model", str(tiny_text.model), *SMALL),
+        *("--port", str(port), "--served-model-name", "tiny"),
+        env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+
+            async def get(path: str) -> httpx.Response:
+                async with asyncio.timeout(60):
+                    while True:
+                        try:
+                            return await http.get(path)
+                        except httpx.ConnectError:
+                            await asyncio.sleep(0.01)
+
+            while "kernels" not in (ready := await get("/ready")).text:
+                assert (ready.status_code, ready.json()["status"]) == (503, "starting")
+            assert (await get("/health")).status_code == 200
+            refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "starting")
+            assert "retry-after" in refused.headers
+            go_on.touch()  # the compilers fail now, and plain torch is used
+            async with asyncio.timeout(60):
+                while (await get("/ready")).status_code != 200:
+                    await asyncio.sleep(0.01)
+            done = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
+            assert done.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

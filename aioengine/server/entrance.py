@@ -1,0 +1,72 @@
+"""The application of a server whose engine is still starting."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import msgspec
+
+from aioengine.server.app import ServerApp
+from aioengine.server.errors import ApiError
+from aioengine.server.generation import Receive
+from aioengine.server.streaming import Send, send_error
+
+RETRY_AFTER = 2
+"""Seconds."""
+
+
+class Starting(msgspec.Struct):
+    """The body of ``/health`` and ``/ready`` until the engine runs."""
+
+    status: str = "starting"
+    stage: str | None = None
+    """What takes the time now."""
+    done: int = 0
+    total: int = 0
+
+
+class Entrance:
+    """Answers while the engine starts, and hands requests to ``app`` once it is set.
+
+    Until then ``/health`` is 200, for the process is well, ``/ready`` is 503 and says what is going on, and
+    everything else is refused with 503 and a ``Retry-After``.
+    """
+
+    def __init__(self) -> None:
+        self.app: ServerApp | None = None
+        self._starting = Starting()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A :class:`~aioengine.info.LoadProgress`; may be called in any thread."""
+        self._starting = Starting(stage=stage, done=done, total=total)
+
+    @property
+    def active(self) -> int:
+        """Accepted requests that have not been answered in full."""
+        return 0 if self.app is None else self.app.active
+
+    def close(self) -> None:
+        """End the live page's streams, which a server that shuts down would wait for."""
+        if self.app is not None:
+            self.app.close()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            path = scope["path"]
+            if path in ("/health", "/ready"):
+                await self._probe(200 if path == "/health" else 503, send)
+            else:
+                text = "the engine is still starting: see /ready"
+                error = ApiError(
+                    503, text, type="server_error", code="starting", retry_after=RETRY_AFTER, close=True
+                )
+                await send_error(send, error)
+
+    async def _probe(self, status: int, send: Send) -> None:
+        body = msgspec.json.encode(self._starting)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
