@@ -233,7 +233,7 @@ async def _serve(
             engine.metrics.dropped_log_lines = lambda: log.dropped
             app = create_app(engine, settings)
             await app.context.defaults()
-            entrance.app = app
+            entrance.open(app)
             try:
                 _tell(url, flags, settings)
                 with signals.handled():

@@ -27,7 +27,7 @@ class Starting(msgspec.Struct):
 
 
 class Entrance:
-    """Answers while the engine starts, and hands requests to ``app`` once it is set.
+    """Answers while the engine starts, and hands requests to ``app`` once it is opened.
 
     Until then ``/health`` is 200, for the process is well, ``/ready`` is 503 and says what is going on, and
     everything else is refused with 503 and a ``Retry-After``.
@@ -40,6 +40,11 @@ class Entrance:
     def progress(self, stage: str, done: int, total: int) -> None:
         """A :class:`~aioengine.info.LoadProgress`; may be called in any thread."""
         self._starting = Starting(stage=stage, done=done, total=total)
+
+    def open(self, app: ServerApp) -> None:
+        """From now on requests are ``app``'s."""
+        app.open()
+        self.app = app
 
     @property
     def active(self) -> int:
@@ -63,7 +68,7 @@ class Entrance:
                 error = ApiError(
                     503, text, type="server_error", code="starting", retry_after=RETRY_AFTER, close=True
                 )
-                await send_error(send, error)
+                await send_error(send, error, path)
 
     async def _probe(self, status: int, send: Send) -> None:
         body = msgspec.json.encode(self._starting)

@@ -117,7 +117,6 @@ async def listening(
             error = task.exception() if task.done() else None
             if error is not None:  # another process listened first, after both had bound the port
                 raise _cannot_listen(settings, error) from error
-            app.open()
             yield f"http://{name}:{port}"
         finally:
             listens.cancel()
