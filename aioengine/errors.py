@@ -9,10 +9,16 @@ from __future__ import annotations
 from typing import Literal
 
 Bound = Literal["server", "tenant", "adapter"]
+MAX_MESSAGE_BYTES = 2000
+"""A message is cut to so many bytes of UTF-8: some quote what a client or a file holds."""
+_MAX_REASON_BYTES = 1500
 
 
 class AioEngineError(Exception):
-    """Base of all aioengine errors."""
+    """Base of all aioengine errors. A message is never longer than 2,000 bytes, and always valid UTF-8."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_bounded(message, MAX_MESSAGE_BYTES))
 
 
 class ConfigError(AioEngineError, ValueError):
@@ -20,14 +26,16 @@ class ConfigError(AioEngineError, ValueError):
 
 
 class AdapterError(AioEngineError):
-    """Base of the adapter errors; ``name`` and ``path`` say which adapter."""
+    """Base of the adapter errors; ``name`` and ``path`` say which adapter, and ``transient`` that the same
+    attempt may succeed a little later."""
 
-    def __init__(self, reason: str, *, name: str, path: str | None = None) -> None:
+    def __init__(self, reason: str, *, name: str, path: str | None = None, transient: bool = False) -> None:
         self.name = name
         self.path = path
-        self.reason = reason
+        self.reason = _bounded(reason, _MAX_REASON_BYTES)
+        self.transient = transient
         where = f" ({path})" if path is not None else ""
-        super().__init__(f"adapter {name!r}{where}: {reason}")
+        super().__init__(f"adapter {name!r}{where}: {self.reason}")
 
 
 class AdapterNotFound(AdapterError):
@@ -43,11 +51,7 @@ class AdapterTooLarge(AdapterInvalid):
 
 
 class AdapterLoadError(AdapterError):
-    """The adapter's files could not be read; ``transient`` says that a retry may succeed."""
-
-    def __init__(self, reason: str, *, name: str, path: str | None = None, transient: bool = False) -> None:
-        super().__init__(reason, name=name, path=path)
-        self.transient = transient
+    """The adapter's files could not be read."""
 
 
 class RequestInvalid(AioEngineError, ValueError):
@@ -95,3 +99,11 @@ class EngineDead(AioEngineError):
 
 class PolicyError(AioEngineError):
     """A scheduler policy could not be found or built, or broke its contract."""
+
+
+def _bounded(text: str, limit: int) -> str:
+    """The text in at most ``limit`` bytes of UTF-8; characters that UTF-8 does not have are escaped."""
+    data = text[: limit + 1].encode("utf-8", "backslashreplace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - 3].decode("utf-8", "ignore") + "..."

@@ -11,9 +11,9 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from aioengine.errors import AdapterLoadError
+from aioengine.errors import AdapterError, AdapterLoadError
 
-Retrying = Callable[[int, float, AdapterLoadError], None]
+Retrying = Callable[[int, float, AdapterError], None]
 """Told (attempts failed so far, seconds until the next, why) before each wait."""
 
 T = TypeVar("T")
@@ -39,17 +39,17 @@ class Backoff:
 
     async def run(self, attempt: Callable[[], Awaitable[T]], retrying: Retrying) -> T:
         """The first result of ``attempt``. Waits on the loop's clock, holds nothing meanwhile, and can be
-        cancelled. Raises AdapterLoadError once a read failed for good, or ``retries`` times more."""
+        cancelled. Raises an AdapterError once a read failed for good, or ``retries`` times more."""
         failed = 0
         while True:
             try:
                 return await attempt()
-            except AdapterLoadError as error:
+            except AdapterError as error:
                 failed += 1
                 if not error.transient:
                     raise
                 if failed > self.retries:
-                    if failed == 1:
+                    if failed == 1 or not isinstance(error, AdapterLoadError):
                         raise
                     reason = f"{error.reason} ({failed} attempts, the last just now)"
                     raise AdapterLoadError(

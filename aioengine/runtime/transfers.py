@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioengine")
 
-Retrying = Callable[[int, float, AdapterLoadError], None]
+Retrying = Callable[[int, float, AdapterError], None]
 
 
 class Loader(Protocol):
@@ -121,7 +121,7 @@ class AdapterMoves:
         loop = asyncio.get_running_loop()
         failure: AioEngineError | None = None
 
-        def retrying(attempt: int, seconds: float, error: AdapterLoadError) -> None:
+        def retrying(attempt: int, seconds: float, error: AdapterError) -> None:
             self._core.outbox.append(
                 events.AdapterRetrying(
                     time=loop.time(),

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from support.peft_files import CONFIG, PREFIX, SPEC, WEIGHTS, base_model, edit_config, make, read, refused
 
-from aioengine.errors import AdapterLoadError
+from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.model.spec import TARGETABLE_MODULES
 
 # B of q_proj at rank 16 has 65536 elements: as many as there are 16-bit floats, and more than one piece.
@@ -195,9 +195,11 @@ def test_a_disk_that_fails(adapter: Path, disk: Any, file: str, code: int, trans
 
 
 def test_missing_files_are_not_worth_a_retry(adapter: Path) -> None:
-    (adapter / WEIGHTS).unlink()
-    assert not failure(adapter).transient
     assert not failure(adapter / "nowhere").transient
+    (adapter / WEIGHTS).unlink()
+    with pytest.raises(AdapterInvalid) as caught:
+        read(adapter)
+    assert not caught.value.transient
 
 
 def test_short_reads(adapter: Path, disk: Any) -> None:

@@ -232,5 +232,5 @@ def test_a_digest_of_what_cannot_be_read_fails_and_one_that_is_unwanted_ends(tmp
     unwanted.set()
     content_digest("sql", str(tmp_path), unwanted)
     (tmp_path / CONFIG).unlink()
-    with pytest.raises(AdapterLoadError, match=r"cannot read adapter_config\.json"):
+    with pytest.raises(AdapterInvalid, match=r"no adapter_config\.json"):
         content_digest("sql", str(tmp_path), Event())

@@ -10,32 +10,79 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+import msgspec
+
 from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.peft.patterns import Pattern, PatternError
 from aioengine.errors import AdapterInvalid
 
 ALL_LINEAR = "all-linear"
+MAX_PATTERNS = 2048
+"""Of a field. A model of 126 layers has 882 linears."""
+MAX_EXPRESSIONS = 64
+"""Of those, the ones that are more than a module's name."""
 
 # Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
 # loftq, lora_ga) subtract their start from the base weights, which the adapter file does not carry.
 # PEFT resets the field to true when it converts such an adapter to plain LoRA on saving.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
+MERGE = "merge the adapter into the base model with PEFT's merge_and_unload, and serve that as a model"
+_CONVERT = "make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...)"
+_TRAIN = "train a LoRA adapter in its place"
+
+# The methods of which PEFT can make a LoRA adapter, and those that change no weights.
+_CONVERTIBLE = frozenset(
+    (
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "HIRA",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "PSOFT",
+        "RANDLORA",
+        "SHIRA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    )
+)
+_PROMPTS = frozenset(
+    (
+        "ADAPTION_PROMPT",
+        "CARTRIDGE",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+    )
+)
+
 _UNSUPPORTED = {
-    "modules_to_save": "fully trained modules are not supported; only LoRA weights can be swapped",
-    "layer_replication": "layer replication changes the base model's depth",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
-    "trainable_token_indices": "trained token embeddings are not supported",
-    "target_parameters": "LoRA on bare parameters (expert weights) is not supported",
-    "megatron_config": "Megatron parallel layers are not supported",
-    "use_qalora": "QA-LoRA pools its inputs, which is not supported",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "kasa_config": "KaSA is not supported",
-    "arrow_config": "Arrow routing is not supported",
+    "modules_to_save": (
+        "fully trained modules are not supported: train without it (target_modules may name lm_head and "
+        f"embed_tokens), or {MERGE}"
+    ),
+    "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
+    "alora_invocation_tokens": f"activated LoRA (aLoRA) is not supported: {_TRAIN}",
+    "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
+    "target_parameters": f"LoRA on bare parameters (expert weights) is not supported: {MERGE}",
+    "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",
+    "use_qalora": f"QA-LoRA pools its inputs, which is not supported: {_TRAIN}",
+    "use_bdlora": f"block-diagonal LoRA is not supported: {MERGE}",
+    "monteclora_config": f"MonteCLoRA is not supported: {MERGE}",
+    "kasa_config": f"KaSA is not supported: {MERGE}",
+    "arrow_config": f"Arrow routing is not supported: {_TRAIN}",
 }
 
 # Fields that do not change what the saved A and B compute: provenance, training-only settings, and
@@ -81,6 +128,8 @@ _USED = frozenset(
     )
 )
 
+_Scalar = str | int | float | bool | None
+_VALUE: msgspec.json.Decoder[object] = msgspec.json.Decoder(_Scalar | list[_Scalar] | dict[str, _Scalar])
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 
 
@@ -91,14 +140,14 @@ class PeftLoraConfig:
     r: int
     lora_alpha: float
     use_rslora: bool
-    rank_patterns: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_patterns: tuple[tuple[re.Pattern[str], float], ...]
-    target_modules: re.Pattern[str] | frozenset[str] | None
+    rank_patterns: tuple[tuple[Pattern, int], ...]
+    alpha_patterns: tuple[tuple[Pattern, float], ...]
+    target_modules: Pattern | frozenset[str] | None
     """A regex for the whole name, names or name endings, or None: every linear of the layers."""
-    exclude_modules: re.Pattern[str] | frozenset[str]
+    exclude_modules: Pattern | frozenset[str]
     layers: frozenset[int]
     """The layers that ``target_modules`` is limited to; empty = all."""
-    layer_patterns: tuple[re.Pattern[str], ...]
+    layer_patterns: tuple[Pattern, ...]
     use_dora: bool
     """Each adapted module has a magnitude per output (arXiv:2402.09353)."""
     lora_bias: bool
@@ -109,34 +158,41 @@ class PeftLoraConfig:
     def targets(self, module: str) -> bool:
         """Whether the configuration puts an adapter on the linear called ``module``."""
         excluded = self.exclude_modules
-        if isinstance(excluded, re.Pattern):
-            if excluded.fullmatch(module):
+        if isinstance(excluded, Pattern):
+            if excluded.matches(module):
                 return False
         elif _named_by(module, excluded):
             return False
         if self.target_modules is None:
             return module.startswith("model.layers.")
-        if isinstance(self.target_modules, re.Pattern):
-            return self.target_modules.fullmatch(module) is not None
+        if isinstance(self.target_modules, Pattern):
+            return self.target_modules.matches(module)
         if module in self.target_modules:
             return True  # a full name is not subject to layers_to_transform
         return _named_by(module, self.target_modules) and self._in_layers(module)
 
+    @property
+    def max_rank(self) -> int:
+        """No module's rank is larger."""
+        return max(self.r, *(rank for _, rank in self.rank_patterns), 1)
+
     def rank(self, module: str) -> int:
-        return next((r for pattern, r in self.rank_patterns if pattern.match(module)), self.r)
+        return next((r for pattern, r in self.rank_patterns if pattern.matches(module)), self.r)
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
-        matches = (alpha for pattern, alpha in self.alpha_patterns if pattern.match(module))
+        matches = (alpha for pattern, alpha in self.alpha_patterns if pattern.matches(module))
         alpha = next(matches, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
             return True
-        patterns = self.layer_patterns or (_LAYER_INDEX,)
-        match = next((m for m in (p.match(module) for p in patterns) if m), None)
-        return match is not None and int(match["idx"]) in self.layers
+        index = _LAYER_INDEX.match(module)
+        if index is None or int(index["idx"]) not in self.layers:
+            return False
+        # A name has one number in it, so that whatever a pattern finds is that.
+        return not self.layer_patterns or any(pattern.matches(module) for pattern in self.layer_patterns)
 
 
 def _named_by(module: str, names: frozenset[str]) -> bool:
@@ -158,12 +214,13 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         raise AdapterInvalid(f"{CONFIG_FILE}: {reason}", name=name, path=path)
 
     try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        fields = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        invalid("expected a JSON object")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise AdapterInvalid(f"{CONFIG_FILE}: not valid JSON: {error}", name=name, path=path) from error
-    if not isinstance(raw, dict):
-        invalid(f"expected a JSON object, found {type(raw).__name__}")
-    _refuse_unsupported(raw, invalid)
+    raw = {field: _decoded(field, fields[field], invalid) for field in _USED if field in fields}
+    _refuse_unsupported(raw, fields, invalid)
 
     target, layers = raw.get("target_modules"), raw.get("layers_to_transform")
     patterns = raw.get("layers_pattern") or []
@@ -192,9 +249,13 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         target_modules=None if target is None else _modules("target_modules", target, invalid),
         exclude_modules=_modules("exclude_modules", raw.get("exclude_modules") or [], invalid),
         layers=_layers(layers, invalid),
-        layer_patterns=tuple(
-            _regex("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\.", invalid)
-            for pattern in _strings("layers_pattern", layer_patterns, invalid)
+        layer_patterns=_bounded(
+            "layers_pattern",
+            [
+                _regex("layers_pattern", pattern, invalid, before=r"(?:^|.*?\.)", after=r"\.(?:[0-9]+)\.")
+                for pattern in _strings("layers_pattern", layer_patterns, invalid)[: MAX_PATTERNS + 1]
+            ],
+            invalid,
         ),
         use_dora=use_dora,
         lora_bias=lora_bias,
@@ -206,26 +267,48 @@ T = TypeVar("T")
 Invalid = Callable[[str], NoReturn]
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], invalid: Invalid) -> None:
+def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
+    """A value of the shape that any of PEFT's fields has: nothing is built of what is nested deeper, nor of
+    fields that are not used, because that takes the interpreter lock (and the garbage collector)."""
+    try:
+        return _VALUE.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        invalid(f"{field}={_short(text)}: {error}")
+
+
+def _is_set(text: msgspec.Raw) -> bool:
+    """Whether a field says something: null, false, 0 and empty things do not."""
+    try:
+        return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, UnicodeError):
+        return True
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, msgspec.Raw], invalid: Invalid) -> None:
     peft_type = raw.get("peft_type")
+    if not isinstance(peft_type, str):
+        invalid(f"peft_type={_short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
     if peft_type != "LORA":
-        invalid(f"peft_type={peft_type!r}: only 'LORA' is supported")
+        todo = _TRAIN if peft_type in _PROMPTS else MERGE
+        if peft_type in _CONVERTIBLE:
+            todo = f"{_CONVERT}, or {MERGE}"
+        invalid(f"peft_type={_short(peft_type)}: only 'LORA' is supported: {todo}")
     for field, reason in _UNSUPPORTED.items():
-        if raw.get(field):
-            invalid(f"{field}={_short(raw[field])}: {reason}")
+        if field in fields and _is_set(fields[field]):
+            invalid(f"{field}={_short(fields[field])}: {reason}")
     bias = raw.get("bias")
     if bias not in (None, "none"):
-        invalid(f"bias={_short(bias)}: only 'none' is supported; trained biases cannot be swapped")
+        invalid(f"bias={_short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}")
     init = raw.get("init_lora_weights", True)
-    if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
+    if init is not None and not isinstance(init, bool) and init not in list(_PLAIN_INITS):
         invalid(
             f"init_lora_weights={_short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
             "other initialisations change the base model's weights, so that A and B alone do not "
             "carry the adapter: save it with PEFT's path_initial_model_for_weight_conversion"
         )
-    for field, value in raw.items():
+    for field, value in fields.items():
         known = field in _NEUTRAL or field in _USED or field in _UNSUPPORTED
-        if value and not known and field != "init_lora_weights":
+        if not known and _is_set(value):
             invalid(
                 f"unknown field {field[:80]!r} = {_short(value)} may change what the adapter "
                 "computes; remove it if it is only a note"
@@ -233,10 +316,10 @@ def _refuse_unsupported(raw: Mapping[str, Any], invalid: Invalid) -> None:
 
 
 def _short(value: object) -> str:
-    try:
+    if isinstance(value, msgspec.Raw):
+        text = bytes(value)[:100].decode("utf-8", "replace")
+    else:
         text = json.dumps(value)
-    except RecursionError:
-        text = "(deeply nested)"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -265,16 +348,25 @@ def _strings(field: str, value: object, invalid: Invalid) -> list[str]:
     return value
 
 
-def _regex(field: str, pattern: str, invalid: Invalid) -> re.Pattern[str]:
+def _regex(
+    field: str, pattern: str, invalid: Invalid, *, before: str = "", after: str = "", whole: bool = False
+) -> Pattern:
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        invalid(f"{field}: {_short(pattern)} is not a valid regular expression: {error}")
+        return Pattern(pattern, before=before, after=after, whole=whole)
+    except PatternError as error:
+        invalid(f"{field}: the regular expression {_short(pattern)} {error}; name the modules instead")
 
 
-def _modules(field: str, value: object, invalid: Invalid) -> re.Pattern[str] | frozenset[str]:
+def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple[Pattern, ...]:
+    """Each is matched against each module."""
+    if len(patterns) > MAX_PATTERNS or sum(not pattern.plain for pattern in patterns) > MAX_EXPRESSIONS:
+        invalid(f"{field}: more than {MAX_PATTERNS} patterns, or {MAX_EXPRESSIONS} that are more than a name")
+    return tuple(patterns)
+
+
+def _modules(field: str, value: object, invalid: Invalid) -> Pattern | frozenset[str]:
     if isinstance(value, str):
-        return _regex(field, value, invalid)
+        return _regex(field, value, invalid, whole=True)
     return frozenset(_strings(field, value, invalid))
 
 
@@ -287,13 +379,15 @@ def _layers(value: object, invalid: Invalid) -> frozenset[int]:
 
 def _patterns(
     field: str, value: object, check: Callable[[str, object, Invalid], T], invalid: Invalid
-) -> tuple[tuple[re.Pattern[str], T], ...]:
+) -> tuple[tuple[Pattern, T], ...]:
     """PEFT's per-module overrides; the first key, in file order, that matches a module wins."""
     if value is None:
         return ()
     if not isinstance(value, dict):
         invalid(f"{field}={_short(value)}: expected an object of module pattern -> value")
+    keys = list(value)[: MAX_PATTERNS + 1]
+    patterns = [_regex(field, key, invalid, before=r"(.*\.)?(", after=")$") for key in keys]
     return tuple(
-        (_regex(field, rf"(.*\.)?({key})$", invalid), check(f"{field}[{key!r}]", item, invalid))
-        for key, item in value.items()
+        (pattern, check(f"{field}[{key[:80]!r}]", value[key], invalid))
+        for key, pattern in zip(keys, _bounded(field, patterns, invalid), strict=True)
     )

@@ -59,18 +59,19 @@ def cuts_of(slot: SlotLayout, parts: Mapping[str, Part], layout: Layout) -> dict
 
 
 class KnownContents:
-    """The contents of the latest few files, by configuration and header. Used by several threads."""
+    """The contents of the latest few files, by configuration, header and size of the data. Used by several
+    threads."""
 
     SIZE = 8
 
     def __init__(self) -> None:
-        self._by_text: dict[tuple[PeftLoraConfig, bytes], Contents] = {}
+        self._by_text: dict[tuple[PeftLoraConfig, bytes, int], Contents] = {}
         self._lock = Lock()
 
-    def get(self, key: tuple[PeftLoraConfig, bytes]) -> Contents | None:
+    def get(self, key: tuple[PeftLoraConfig, bytes, int]) -> Contents | None:
         return self._by_text.get(key)
 
-    def put(self, key: tuple[PeftLoraConfig, bytes], contents: Contents) -> None:
+    def put(self, key: tuple[PeftLoraConfig, bytes, int], contents: Contents) -> None:
         with self._lock:
             while len(self._by_text) >= self.SIZE:
                 del self._by_text[next(iter(self._by_text))]

@@ -11,8 +11,10 @@ import errno
 import io
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 from aioengine.errors import AdapterInvalid, AdapterLoadError
@@ -28,6 +30,10 @@ _TRANSIENT_NAMES = (
     *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EMFILE", "ENFILE", "ENOMEM", "ENOBUFS"),
 )
 _TRANSIENT = frozenset(getattr(errno, name) for name in _TRANSIENT_NAMES if hasattr(errno, name))
+
+_LOOK_AT = 100
+COPY_SECONDS = 10.0
+"""A file that was written so recently and is too short may still be on its way."""
 
 
 class _Version(NamedTuple):
@@ -46,11 +52,23 @@ class _Version(NamedTuple):
 class OpenFile:
     """A file of the folder; ``size`` in bytes, as it was when it was opened."""
 
-    def __init__(self, folder: AdapterFolder, name: str, raw: io.FileIO, size: int) -> None:
+    def __init__(self, folder: AdapterFolder, name: str, raw: io.FileIO, status: os.stat_result) -> None:
         self.name = name
-        self.size = size
+        self.size = status.st_size
+        self._written = status.st_mtime
         self._folder = folder
         self._raw = raw
+
+    def truncated(self, reason: str) -> NoReturn:
+        """Raises AdapterInvalid; a retry may help if the file was written a moment ago."""
+        fresh = abs(time.time() - self._written) < COPY_SECONDS
+        hint = "; is something still writing it?" if fresh else ""
+        raise AdapterInvalid(
+            f"{self.name}: truncated: {reason}{hint}",
+            name=self._folder.name,
+            path=self._folder.path,
+            transient=fresh,
+        )
 
     def seek(self, offset: int) -> None:
         """What is read next begins at this byte of the file."""
@@ -111,11 +129,11 @@ class AdapterFolder:
 
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:
-        """Open ``file`` and note its version. Raises AdapterLoadError."""
+        """Open ``file`` and note its version. Raises AdapterLoadError; AdapterInvalid if there is none."""
         try:
-            if not stat.S_ISREG(os.stat(self._join(file)).st_mode):  # opening a pipe would block for ever
-                self.failed(f"{file} is not a regular file")
-            raw = io.FileIO(self._join(file))
+            raw = io.FileIO(self._join(file), opener=_open_without_waiting)
+        except FileNotFoundError as error:
+            raise self.missing(file) from error
         except OSError as error:
             raise self.unreadable(file, error) from error
         with raw:
@@ -123,8 +141,10 @@ class AdapterFolder:
                 status = os.fstat(raw.fileno())
             except OSError as error:
                 raise self.unreadable(file, error) from error
+            if not stat.S_ISREG(status.st_mode):
+                self.failed(f"{file} is not a regular file")
             self._versions[file] = _Version.of(status)
-            yield OpenFile(self, file, raw, status.st_size)
+            yield OpenFile(self, file, raw, status)
 
     def check_unchanged(self) -> None:
         """Raises AdapterLoadError if a file that was read is not the same any more.
@@ -146,6 +166,14 @@ class AdapterFolder:
                     transient=True,
                 )
 
+    def missing(self, file: str) -> AdapterInvalid:
+        reason = (
+            why_no_adapter(self.path)
+            if file == CONFIG_FILE
+            else f"it has neither {SAFETENSORS_FILE} nor {BIN_FILE}; save the adapter with save_pretrained"
+        )
+        return AdapterInvalid(reason, name=self.name, path=self.path)
+
     def unreadable(self, what: str, error: OSError | ValueError) -> AdapterLoadError:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         transient = isinstance(error, OSError) and error.errno in _TRANSIENT
@@ -161,3 +189,30 @@ class AdapterFolder:
 
     def _join(self, file: str) -> str:
         return os.path.join(self.path, file)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file, but not a pipe that nobody writes to, which would block for ever; what was opened is for
+    the caller to see, because anything may have been put in the place of what a path named before."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
+
+def why_no_adapter(path: str) -> str:
+    """Says of a folder without a configuration what it seems to be instead. Looks at few of its entries."""
+    try:
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in islice(entries, _LOOK_AT))
+    except OSError:
+        names = []
+    inside = [name for name in names if os.path.isfile(os.path.join(path, name, CONFIG_FILE))]
+    reason = f"it has no {CONFIG_FILE}"
+    if inside:
+        return f"{reason}; there is one in its folder {', '.join(inside[:5])} (PEFT saves a named adapter so)"
+    if SAFETENSORS_FILE in names or BIN_FILE in names:
+        return f"{reason}, only weights: save the adapter with save_pretrained, which writes both"
+    if "config.json" in names:
+        return (
+            f"{reason}: it holds a whole model (one that was merged?); serve it as the base model, or save "
+            "the adapter alone, before merge_and_unload"
+        )
+    return reason

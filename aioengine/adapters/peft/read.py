@@ -6,6 +6,7 @@ Everything here blocks and is meant for a loader thread; reading and hashing rel
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,15 +21,18 @@ from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
 from aioengine.adapters.peft.fast_pack import Contents, KnownContents, cuts_of
 from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE, AdapterFolder, OpenFile
 from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
+from aioengine.adapters.peft.pickled_file import PickledFile
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes
-from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, tensors_of, unpickle
+from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, tensors_of
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape
 from aioengine.model.spec import ModelSpec
 
-_MAX_CONFIG_BYTES = 4 << 20
+_MAX_CONFIG_BYTES = 256 << 10
+_BIN_BYTES_BESIDE = 8 << 20
+"""What a ``torch.save`` file may hold beside its tensors: names, headers, alignment, and unused data."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,10 +129,9 @@ def read_adapter(
 
 def _read_config(folder: AdapterFolder) -> bytes:
     with folder.open(CONFIG_FILE) as file:
-        data = file.read(min(file.size, _MAX_CONFIG_BYTES + 1))
-    if len(data) > _MAX_CONFIG_BYTES:
-        folder.invalid(f"{CONFIG_FILE}: larger than {_MAX_CONFIG_BYTES} bytes")
-    return bytes(data)
+        if file.size > _MAX_CONFIG_BYTES:
+            folder.invalid(f"{CONFIG_FILE}: {file.size} bytes, more than {_MAX_CONFIG_BYTES}")
+        return bytes(file.read(file.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,8 @@ class _Reader:
         # file is empty or too large for LoRA weights that fit: nearly always it is refused then, and needs no
         # memory.
         contents: Contents | None = None
-        if not 0 < header.data_bytes <= max_data_bytes(self.spec, self.max_rank, self.target_modules):
+        max_rank = min(self.max_rank, config.max_rank)
+        if not 0 < header.data_bytes <= max_data_bytes(self.spec, max_rank, self.target_modules):
             contents = self._contents(file, config, header)
         if self._shared:
             return self._share(file, header, contents or self._contents(file, config, header))
@@ -211,10 +215,18 @@ class _Reader:
 
     def _pickled(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         layout = self._layout(config)
-        data = file.read(file.size)
-        digest.update(data)
-        weights = unpickle(self.folder, data)
-        parts = layout.parts(file.name, {key: tensor.shape for key, tensor in weights.tensors.items()})
+        pickled = PickledFile(self.folder, file)
+        parts = layout.parts(file.name, {key: tensor.shape for key, tensor in pickled.tensors.items()})
+        held = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in pickled.tensors.values())
+        if file.size > held + _BIN_BYTES_BESIDE:
+            self.folder.invalid(
+                f"{file.name}: {file.size} bytes for tensors of {held}; save the adapter again with PEFT"
+            )
+        buffer = Buffer(file.size)
+        file.seek(0)
+        file.read_into(buffer.view)
+        digest.update(buffer.view)
+        weights = pickled.views(buffer)
         cuts: Mapping[str, Cut] = {}
         if self._shared and self.order is not None:  # a file that cannot be read in parts
             cuts = cuts_of(self.order.layout, parts, layout)
@@ -230,10 +242,10 @@ class _Reader:
         )
 
     def _contents(self, file: OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
-        key = (config, header.raw)
+        key = (config, header.raw, header.data_bytes)
         contents = None if self.known is None else self.known.get(key)
         if contents is None:
-            layout, entries = self._layout(config), header.entries(self.folder)
+            layout, entries = self._layout(config), header.entries(self.folder, file)
             parts = layout.parts(file.name, {e.key: e.shape for e in entries})
             contents = Contents.of(self.order, self.dtype, entries, parts, layout)
             if self.known is not None:

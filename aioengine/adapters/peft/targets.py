@@ -7,16 +7,20 @@ files written by hand keep it (``lora_A.default.weight``), and some tools drop `
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-from aioengine.adapters.peft.config import PeftLoraConfig
+from aioengine.adapters.peft.config import MERGE, PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, LinearShape, ModelSpec
 
 Place = tuple[int, str]
 """(layer, module), embeddings under ``NO_LAYER``."""
+
+_MATCH_SECONDS = 2.0
+"""Of computing, for all patterns of a configuration and all modules; they normally take milliseconds."""
 
 _PARENT = {module: "mlp" if module[:-5] in ("gate", "up", "down") else "self_attn" for module in LORA_MODULES}
 _EMBEDDING_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
@@ -26,6 +30,8 @@ _KEY = re.compile(
     r"\.((?:lora_|base_layer\.).+)",
     re.ASCII,
 )
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What torch.compile, activation checkpointing and FSDP put into the names of modules."""
 _MAGNITUDES = dict.fromkeys(
     (
         "lora_magnitude_vector",
@@ -60,14 +66,14 @@ _PART_NAMES = {
 _BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
-    ("modules_to_save", "fully trained modules are not supported"),
-    ("token_adapter", "trained token embeddings are not supported"),
+    ("modules_to_save", f"fully trained modules are not supported: {MERGE}"),
+    ("token_adapter", f"trained token embeddings are not supported: {MERGE}"),
     (
         "embed_tokens",
-        "the adapter replaces the embeddings (resized or fully trained), which is not supported",
+        f"the adapter replaces the embeddings (resized or fully trained), which is not supported: {MERGE}",
     ),
-    ("lm_head", "the adapter replaces lm_head (resized or fully trained), which is not supported"),
-    (".bias", "trained biases of the base model are not supported"),
+    ("lm_head", f"the adapter replaces lm_head (resized or fully trained), which is not supported: {MERGE}"),
+    (".bias", f"trained biases of the base model are not supported: {MERGE}"),
     (".base_layer.", "the file carries base-model weights; only LoRA weights can be swapped"),
 )
 
@@ -141,8 +147,14 @@ class Layout:
         """In the order of the tensors of a packed adapter."""
         self._add(NO_LAYER, {module: spec.linear(module) for module in EMBEDDING_MODULES})
         linears = {module: spec.linear(module) for module in LORA_MODULES}
+        began = time.thread_time()
         for layer in range(spec.num_layers):
             self._add(layer, linears)
+            if time.thread_time() - began > _MATCH_SECONDS:
+                folder.invalid(
+                    f"{CONFIG_FILE}: its patterns take more than {_MATCH_SECONDS:g} s to match; name the "
+                    "modules instead"
+                )
         if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
             folder.invalid(f"{CONFIG_FILE}: lora_bias on embed_tokens: PEFT has no such adapter")
         for target in self.targets.values():
@@ -180,7 +192,7 @@ class Layout:
                 self._folder.invalid(
                     f"{file}: {key!r}: expected shape {list(expected)} (rank {target.rank} of {CONFIG_FILE}, "
                     f"base linear {target.linear.in_features} -> {target.linear.out_features}), found "
-                    f"{list(shape)}"
+                    f"{list(shape[:8])}{'...' if len(shape) > 8 else ''}"
                 )
             parts[key], taken[part] = part, key
         self._check_complete(file, taken)
@@ -197,7 +209,7 @@ class Layout:
         return keys
 
     def _part(self, file: str, key: str) -> Part:
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(_WRAPPERS.sub("", key))
         if match is None:
             self._foreign(file, key)
         number, parent, linear, embedding, head, rest = match.groups()

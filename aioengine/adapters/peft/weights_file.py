@@ -1,13 +1,12 @@
-"""The weights file of an adapter as named tensors: safetensors, or a ``torch.save`` file without code.
+"""The weights of an adapter as named tensors, and the safetensors files that they are in.
 
-A safetensors file's data is read into one buffer, and its tensors are views of it: no copy, no mapping.
+A file's data is read into one buffer, and its tensors are views of it: no copy, no mapping.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, NamedTuple
@@ -16,11 +15,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.folder import BIN_FILE, SAFETENSORS_FILE, AdapterFolder, OpenFile
+from aioengine.adapters.peft.folder import AdapterFolder, OpenFile
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 
-_MAX_HEADER_BYTES = 16 << 20
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_TENSORS = 1 << 13
+_MAX_COLONS = 8 * _MAX_TENSORS
+"""A tensor's description has four. Decoding holds the interpreter lock for about a microsecond for each."""
+_MAX_DIMS = 8
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -59,74 +62,79 @@ class SafetensorsHeader:
         prefix = file.read(min(file.size, 8))
         length = int.from_bytes(prefix, "little")
         if file.size < 8 or length > file.size - 8:
-            folder.invalid(
-                f"{file.name}: truncated: the file has {file.size} bytes, but its header alone needs "
+            file.truncated(
+                f"the file has {file.size} bytes, but its header alone needs "
                 f"{8 + length if file.size >= 8 else 8}"
             )
         if length > _MAX_HEADER_BYTES:
-            folder.invalid(f"{file.name}: a header of {length} bytes is no LoRA adapter's")
+            folder.invalid(
+                f"{file.name}: a header of {length} bytes is no LoRA adapter's: at most {_MAX_HEADER_BYTES}"
+            )
         return cls(bytes(prefix + file.read(length)), file.size - 8 - length)
 
-    def entries(self, folder: AdapterFolder) -> list[Entry]:
+    def entries(self, folder: AdapterFolder, file: OpenFile) -> list[Entry]:
         """The tensors by offset, checked to cover the data exactly. Raises AdapterInvalid."""
+        if self.raw.count(b":") > _MAX_COLONS:
+            folder.invalid(f"{file.name}: a header with so many entries is no LoRA adapter's")
         try:
             described = msgspec.json.decode(self.raw[8:], type=dict[str, msgspec.Raw])
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise AdapterInvalid(
-                f"{SAFETENSORS_FILE}: the header is not valid JSON: {error}",
-                name=folder.name,
-                path=folder.path,
+                f"{file.name}: the header is not valid JSON: {error}", name=folder.name, path=folder.path
             ) from error
         described.pop("__metadata__", None)
         if not described:
-            folder.invalid(f"{SAFETENSORS_FILE}: contains no tensors")
-        entries = [_entry(folder, key, raw) for key, raw in described.items()]
+            folder.invalid(f"{file.name}: contains no tensors")
+        if len(described) > _MAX_TENSORS:
+            folder.invalid(
+                f"{file.name}: {len(described)} tensors, more than {_MAX_TENSORS}, are no LoRA adapter's"
+            )
+        entries = [_entry(folder, file, key, raw) for key, raw in described.items()]
         entries.sort(key=lambda entry: (entry.begin, entry.nbytes))
         end = 0
         for entry in entries:
             if entry.begin != end:
                 folder.invalid(
-                    f"{SAFETENSORS_FILE}: {entry.key[:200]!r}: data begins at {entry.begin}, expected {end}"
+                    f"{file.name}: {entry.key[:200]!r}: data begins at {entry.begin}, expected {end}"
                 )
             end += entry.nbytes
         if end != self.data_bytes:
-            folder.invalid(
-                f"{SAFETENSORS_FILE}: {'truncated' if end > self.data_bytes else 'malformed'}: the header "
-                f"describes {end} bytes of data, the file has {self.data_bytes}"
-            )
+            reason = f"the header describes {end} bytes of data, the file has {self.data_bytes}"
+            if end > self.data_bytes:
+                file.truncated(reason)
+            folder.invalid(f"{file.name}: malformed: {reason}")
         return entries
 
 
-_Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Natural = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+"""No file system holds a file of more bytes."""
 
 
 class _Described(msgspec.Struct):
     """A tensor in a safetensors header."""
 
     dtype: str
-    shape: tuple[_Natural, ...]
+    shape: Annotated[tuple[_Natural, ...], msgspec.Meta(max_length=_MAX_DIMS)]
     data_offsets: tuple[_Natural, _Natural]
 
 
-def _entry(folder: AdapterFolder, key: str, raw: msgspec.Raw) -> Entry:
+def _entry(folder: AdapterFolder, file: OpenFile, key: str, raw: msgspec.Raw) -> Entry:
     try:
         described = _DECODER.decode(raw)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise AdapterInvalid(
-            f"{SAFETENSORS_FILE}: {key[:200]!r}: malformed header entry: {error}",
-            name=folder.name,
-            path=folder.path,
+            f"{file.name}: {key[:200]!r}: malformed header entry: {error}", name=folder.name, path=folder.path
         ) from error
     dtype, shape, (begin, end) = _DTYPES.get(described.dtype), described.shape, described.data_offsets
     if dtype is None:
         folder.invalid(
-            f"{SAFETENSORS_FILE}: {key[:200]!r}: dtype {described.dtype[:80]!r} is not supported; expected "
+            f"{file.name}: {key[:200]!r}: dtype {described.dtype[:80]!r} is not supported; expected "
             f"{', '.join(_DTYPES)}"
         )
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
         folder.invalid(
-            f"{SAFETENSORS_FILE}: {key[:200]!r}: data_offsets span {end - begin} bytes, but "
+            f"{file.name}: {key[:200]!r}: data_offsets span {end - begin} bytes, but "
             f"{described.dtype} of shape {list(shape)} takes {nbytes}"
         )
     return Entry(key, dtype, shape, begin, nbytes)
@@ -163,39 +171,3 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides[axis] = step
         step *= shape[axis]
     return tuple(strides)
-
-
-def unpickle(folder: AdapterFolder, data: bytearray) -> Weights:
-    """The tensors of a ``torch.save`` file; only plain tensors are unpickled, no code runs.
-
-    Raises AdapterInvalid.
-    """
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the malformed bytes lead to
-        raise AdapterInvalid(
-            f"{BIN_FILE}: not a file of plain tensors ({type(error).__name__}); save the adapter with "
-            "save_pretrained(..., safe_serialization=True)",
-            name=folder.name,
-            path=folder.path,
-        ) from error
-    if not isinstance(state, dict):
-        folder.invalid(f"{BIN_FILE}: expected a dict of tensors, found {type(state).__name__}")
-    if not state:
-        folder.invalid(f"{BIN_FILE}: contains no tensors")
-    _check_plain(folder, state)
-    # They may be parts of larger storages, or share one.
-    tensors = {key: value.detach() for key, value in state.items()}
-    return Weights(tensors, None, list(tensors.values()))
-
-
-def _check_plain(folder: AdapterFolder, state: Mapping[object, object]) -> None:
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            folder.invalid(f"{BIN_FILE}: {str(key)[:200]!r}: expected a tensor")
-        dense = value.layout == torch.strided and value.device.type == "cpu"
-        if not dense or value.dtype not in _DTYPES.values():
-            folder.invalid(
-                f"{BIN_FILE}: {key[:200]!r}: {value.layout} {value.dtype} is not supported; expected dense "
-                "float32, float16 or bfloat16"
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.peft.folder import CONFIG_FILE, why_no_adapter
 from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, is_plain_name
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 
@@ -43,9 +43,9 @@ class FilesystemResolver(BlockingResolver):
                 raise AdapterLoadError(
                     f"adapter_root cannot be read: {error.strerror}", name=name, path=str(self.root)
                 ) from error
-            found = False
+            inside = found = False
         if not found:
-            raise AdapterNotFound(
-                f"not registered, and adapter_root has no folder of this name with {CONFIG_FILE}", name=name
-            )
+            there = inside and folder.is_dir()
+            reason = why_no_adapter(str(folder)) if there else "there is no folder of this name"
+            raise AdapterNotFound(f"not registered, and below adapter_root {reason}", name=name)
         return folder

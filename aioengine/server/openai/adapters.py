@@ -72,7 +72,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         except AdapterNotFound as error:
             raise ApiError(
                 404,
-                f"Loading lora {name} failed: no adapter found for {path} below the adapter root",
+                f"Loading lora {name} failed: no adapter found for {path}: {error.reason}",
                 param="lora_path",
                 code="adapter_not_found",
             ) from error

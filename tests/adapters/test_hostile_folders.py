@@ -1,0 +1,429 @@
+"""Whatever is in an adapter's folder: reading it ends soon, takes little, and says shortly what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.peft_files import CONFIG, PREFIX, SPEC, WEIGHTS, edit_config, make, read
+
+from aioengine.adapters.peft.fast_pack import KnownContents
+from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
+
+BIN = "adapter_model.bin"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    make(folder, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "sql"))
+
+
+class Cost:
+    lock_held = 0.0
+    """The longest time, in seconds, for which no other thread could run Python."""
+    memory = 0
+    """Bytes that Python had allocated at the most."""
+
+
+@contextmanager
+def cost() -> Iterator[Cost]:
+    found, done = Cost(), threading.Event()
+    started = threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.002)
+            now = time.perf_counter()
+            found.lock_held = max(found.lock_held, now - last)
+            last = now
+            started.set()
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    started.wait()
+    tracemalloc.start()
+    try:
+        yield found
+    finally:
+        found.memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        done.set()
+        ticking.join()
+
+
+def refusal(folder: Path, **options: Any) -> AdapterError:
+    """Reads what is bad, and checks what that costs; up to three times, since machines are busy."""
+    for attempt in range(3):
+        began = time.perf_counter()
+        with cost() as found, pytest.raises(AdapterError) as caught:
+            read(folder, **options)
+        assert len(str(caught.value).encode()) <= 2000
+        assert found.memory < 64 << 20
+        if found.lock_held < 0.1 and time.perf_counter() - began < 5:
+            return caught.value
+    raise AssertionError(f"{attempt + 1} times: the lock was held for {found.lock_held:.2f} s")
+
+
+def write_header(folder: Path, header: object, data: bytes = b"") -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+# Headers
+
+
+@pytest.mark.parametrize("dims", [9, 300, 20_000, 45_000])
+def test_a_tensor_of_many_dimensions(adapter: Path, dims: int) -> None:
+    write_header(adapter, {"a": {"dtype": "F32", "shape": [2**48] * dims, "data_offsets": [0, 0]}})
+    assert isinstance(refusal(adapter), AdapterInvalid)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a" * 900_000: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F" * 900_000, "shape": [2], "data_offsets": [0, 8]}},
+        {f"k{i}": 0 for i in range(80_000)},
+        b"[" * 1_000_000,
+        b'{"a":' * 150_000,
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 900_000 + b"]}}",
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":[' + b"[]," * 300_000 + b"[]]}}",
+        b"\xff" * 1000,
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    ],
+    ids=range(9),
+)
+def test_a_header_that_is_large_in_some_way(adapter: Path, header: object) -> None:
+    write_header(adapter, header, bytes(8))
+    assert isinstance(refusal(adapter), AdapterInvalid)
+
+
+def test_a_header_longer_than_any_adapters_is_not_read(adapter: Path) -> None:
+    with open(adapter / WEIGHTS, "wb") as file:
+        file.write(struct.pack("<Q", 1 << 30))
+        file.truncate(1 << 31)
+    assert "header" in str(refusal(adapter))
+
+
+# Sizes that do not agree
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("change", [8 << 30, 3, 1])
+def test_more_data_than_the_header_says(adapter: Path, known: bool, change: int) -> None:
+    contents = KnownContents() if known else None
+    read(adapter, known=contents)
+    os.truncate(adapter / WEIGHTS, (adapter / WEIGHTS).stat().st_size + change)
+    assert "malformed" in str(refusal(adapter, known=contents))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("left", [0.99, 0.5, 0.001])
+def test_less_data_than_the_header_says(adapter: Path, known: bool, left: float) -> None:
+    """It is worth another attempt only while the file may be on its way."""
+    contents = KnownContents() if known else None
+    read(adapter, known=contents)
+    file = adapter / WEIGHTS
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    os.truncate(file, header + int((file.stat().st_size - header) * left))
+    error = refusal(adapter, known=contents)
+    assert "truncated" in str(error) and error.transient and isinstance(error, AdapterInvalid)
+    os.utime(file, (1, 1))
+    error = refusal(adapter, known=contents)
+    assert "truncated" in str(error) and not error.transient
+
+
+# What is opened is what is looked at
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_pipe_does_not_block(adapter: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it took the place of a file after somebody looked."""
+    (adapter / file).unlink()
+    os.mkfifo(adapter / file)
+    error = refusal(adapter)
+    assert isinstance(error, AdapterLoadError) and "not a regular file" in str(error)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_device_is_not_read(adapter: Path, file: str) -> None:
+    (adapter / file).unlink()
+    (adapter / file).symlink_to("/dev/zero")
+    assert "not a regular file" in str(refusal(adapter))
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"peft_type": "LORA", "runtime_config": [' + "[]," * 1_400_000 + "[]]}",
+        '{"peft_type": "LORA", "runtime_config": [' + "[]," * 80_000 + '[]], "r": 4}',
+        '{"peft_type": ' + "[" * 200_000,
+        '{"peft_type": "' + "A" * 200_000 + '"}',
+        '{"peft_type": {}}',
+        '{"peft_type": "LORA", "r": ' + "9" * 4000 + "}",
+        '{"peft_type": "LORA", "r": ' + "9" * 200_000 + "}",
+        '{"peft_type": "LORA", "init_lora_weights": []}',
+        '{"peft_type": "LORA", "init_lora_weights": [1]}',
+        '{"peft_type": "LORA", "' + "\\ud800" * 20 + '": 1}',
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {'
+        + ",".join(f'"k{i}":4' for i in range(15_000))
+        + "}}",
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {'
+        + ",".join(f'"(.?){{99}}k{i}":4' for i in range(9_000))
+        + "}}",
+    ],
+    ids=range(12),
+)
+def test_a_configuration_that_is_large_in_some_way(adapter: Path, text: str) -> None:
+    (adapter / CONFIG).write_text(text)
+    assert isinstance(refusal(adapter), AdapterInvalid)
+
+
+CATASTROPHIC = [
+    "(a+)+b",
+    "(.*a|.*)*x",
+    "(.*.*)*x",
+    "((.?){99}){9}x",
+    "(q|q)*!",
+    "(.*)*(.*)*(.*)*!",
+    "(.?.?)*" * 140,
+]
+
+
+@pytest.mark.parametrize("pattern", CATASTROPHIC, ids=range(len(CATASTROPHIC)))
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
+def test_patterns_match_in_linear_time(adapter: Path, field: str, pattern: str) -> None:
+    """They match nothing, or are refused; either way it is soon over, and nobody is held up."""
+    value: Any = {pattern: 3} if field.endswith("_pattern") and field != "layers_pattern" else pattern
+    fields = {field: value} | ({"layers_to_transform": [0]} if field == "layers_pattern" else {})
+    edit_config(adapter, **fields)
+    began = time.perf_counter()
+    with cost() as found:
+        read_or_refuse(adapter)
+    assert found.lock_held < 0.3 and time.perf_counter() - began < 5
+
+
+# torch.save files
+
+
+def as_bin(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors, folder / BIN)
+    return tensors
+
+
+def test_a_bin_file_says_the_same_however_its_tensors_lie(adapter: Path) -> None:
+    """Parameters, parts of a storage, transposed, expanded, and in the order of a module's state."""
+    expected = read(adapter)
+    tensors = as_bin(adapter)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    large = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    parts = large.split([tensor.numel() for tensor in tensors.values()])
+    for saved in (
+        {key: torch.nn.Parameter(tensor) for key, tensor in tensors.items()},
+        {key: part.view(shapes[key]) for key, part in zip(tensors, parts, strict=True)},
+        {key: tensor.T.contiguous().T for key, tensor in tensors.items()},
+    ):
+        torch.save(saved, adapter / BIN)
+        actual = read(adapter)
+        for place, pair in expected.tensors.items():
+            assert all(map(torch.equal, pair, actual.tensors[place]))
+    torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, adapter / BIN)
+    assert all(not pair[0].any() for pair in read(adapter).tensors.values())
+
+
+def repack(folder: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> None:
+    """The archive again, each record as ``change(name, data)`` gives it."""
+    with zipfile.ZipFile(folder / BIN) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / BIN, "w", compression) as archive:
+        for name, data in records.items():
+            for new, content in change(name, data):
+                archive.writestr(new, content)
+
+
+def test_a_bin_file_that_unpacks_to_more_than_it_is(adapter: Path) -> None:
+    as_bin(adapter)
+    repack(adapter, lambda name, data: [(name, data), (name + "x", bytes(1 << 26))], zipfile.ZIP_DEFLATED)
+    assert "compressed" in str(refusal(adapter))
+
+
+def test_a_sparse_bin_file(adapter: Path) -> None:
+    as_bin(adapter)
+    os.truncate(adapter / BIN, 2 << 30)
+    assert isinstance(refusal(adapter), AdapterInvalid)
+    with open(adapter / BIN, "wb") as file:
+        file.truncate(2 << 30)
+    assert isinstance(refusal(adapter), AdapterInvalid)
+
+
+def test_a_bin_file_with_an_unused_record(adapter: Path) -> None:
+    as_bin(adapter)
+    repack(
+        adapter, lambda name, data: [(name, data), *([("x/data/99", bytes(20 << 20))] * name.endswith("pkl"))]
+    )
+    assert "20971520" in str(refusal(adapter)) or "bytes for tensors" in str(refusal(adapter))
+
+
+def nested(levels: int) -> bytes:
+    """A pickle of {t: 0} with t a tuple of two tuples of two tuples ...; to hash it takes 2**levels steps."""
+    code = b"\x80\x02})"
+    for level in range(levels):
+        put = b"q" + bytes([level])
+        code += put + b"h" + bytes([level]) + b"\x86"
+    return code + b"K\x00s."
+
+
+PICKLES = {
+    "hash": nested(60),
+    "bytearray": pickle.dumps({"x": bytearray}, 2)[:-1] + b".",
+    "allocate": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.",
+    "code": b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.",
+    "empty": b"",
+    "no end": b"\x80\x02}",
+    "underflow": b"\x80\x02s.",
+    "unknown": b"\xff\xff",
+    "list": b"\x80\x02].",
+    "huge int": b"\x80\x02L" + b"9" * 100_000 + b"L\n.",
+    "many": b"\x80\x02" + b"}" * 900_000 + b".",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_bin_file_describes_tensors_and_nothing_else(adapter: Path, name: str) -> None:
+    as_bin(adapter)
+    repack(adapter, lambda file, data: [(file, PICKLES[name] if file.endswith("data.pkl") else data)])
+    assert isinstance(refusal(adapter), AdapterInvalid)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_bin_file_with_changed_bytes_is_read_or_refused(saved: Path, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(shutil.copytree(saved, Path(name) / "sql"))
+        as_bin(folder)
+        content = bytearray((folder / BIN).read_bytes())
+        pickled = content.index(b"data.pkl")
+        for _ in range(data.draw(st.integers(1, 4))):
+            begin = data.draw(st.sampled_from([pickled, len(content) - 900]))
+            content[data.draw(st.integers(begin, min(begin + 900, len(content) - 1)))] = data.draw(
+                st.integers(0, 255)
+            )
+        (folder / BIN).write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 7]))])
+        read_or_refuse(folder)
+
+
+def read_or_refuse(folder: Path, **options: Any) -> None:
+    try:
+        read(folder, **options)
+    except AdapterError as error:
+        message = str(error)
+        assert len(message.encode()) <= 2000 and str(folder) in message
+
+
+# Anything
+
+names = (
+    st.sampled_from([f"{PREFIX}.lora_A.weight", f"{PREFIX}.lora_B.weight", "lm_head.weight", "x"]) | st.text()
+)
+numbers = st.integers(-1, 40) | st.sampled_from([2**31, 2**48, 2**63, 2**64, 10**400]) | st.floats()
+anything = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=12,
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "F64", ""]) | anything,
+        "shape": st.lists(st.sampled_from([4, 32, 0, 2**48, -1]), max_size=12) | anything,
+        "data_offsets": st.tuples(st.sampled_from([0, 512]), st.sampled_from([512, 1024])) | anything,
+    }
+)
+FIELDS = [
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias", "use_dora"),
+    *("init_lora_weights", "modules_to_save", "ensure_weight_tying", "loftq_config", "new_field"),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), anything | st.text(max_size=30), max_size=3))
+def test_any_configuration_is_read_or_refused(saved: Path, fields: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(shutil.copytree(saved, Path(name) / "sql"))
+        content = json.loads((folder / CONFIG).read_text()) | fields
+        (folder / CONFIG).write_text(json.dumps(content))
+        read_or_refuse(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    header=st.dictionaries(names, entries | anything, max_size=4),
+    size=st.sampled_from([0, 1, 512, 1024, 1 << 20]),
+    length=st.none() | st.integers(0, 2**64 - 1),
+)
+def test_any_header_is_refused(saved: Path, header: dict[str, Any], size: int, length: int | None) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(shutil.copytree(saved, Path(name) / "sql"))
+        raw = json.dumps(header).encode()
+        count = len(raw) if length is None else length
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", count) + raw + bytes(size))
+        with pytest.raises(AdapterError) as caught:
+            read(folder)
+        assert len(str(caught.value).encode()) <= 2000
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1), file=st.sampled_from([CONFIG, WEIGHTS]), known=st.booleans())
+def test_any_truncation_is_refused(saved: Path, cut: float, file: str, known: bool) -> None:
+    contents = KnownContents() if known else None
+    read(saved, known=contents)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(shutil.copytree(saved, Path(name) / "sql"))
+        size = (folder / file).stat().st_size
+        os.truncate(folder / file, min(int(size * cut), size - 1))
+        with pytest.raises(AdapterInvalid):
+            read(folder, known=contents)
+
+
+def test_the_tests_measure_what_they_say() -> None:
+    with cost() as found:
+        (lambda: [0] * (1 << 20))()
+        re.match("(a+)+b", "a" * 25)
+    assert found.memory > 8 << 20 and found.lock_held > 0.05
+
+
+assert SPEC.num_layers == 2 and sys.version_info >= (3, 11)

@@ -1,0 +1,177 @@
+"""Patterns find what ``re``, with which PEFT matches, finds; or they are refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.peft_files import base_model, edit_config, make, read, refused
+
+from aioengine.adapters.peft.patterns import Pattern, PatternError
+
+NAMES = [
+    *(
+        f"model.layers.{layer}.{parent}.{module}"
+        for layer in (0, 1, 10, 21)
+        for parent, module in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp", "up_proj"))
+    ),
+    "model.embed_tokens",
+    "lm_head",
+    "",
+]
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj|o_proj).*?)|(?:\bmodel\.layers\."
+    r"[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:k_proj|v_proj|q_proj|up_proj)))"
+)
+WRITTEN = [
+    r".*\.(q_proj|o_proj)",
+    UNSLOTH,
+    r".*q_proj$",
+    r"^model\.layers\.\d+\..*",
+    r"model.layers.[01].self_attn.q_proj",
+    r"(?i)MODEL\.LAYERS\..*Q_PROJ",
+    r"(?a)\w+\.\w+\.\d\.\w+\.\w+",
+    r"(?P<head>lm_head)",
+    r"(?#note).*o_proj",
+    r".*\Z",
+    r"\Amodel.*",
+    r".*layers\.\d{2}\..*",
+    r".*layers\.\d{,1}\..*",
+    r".*layers\.(1{1,}0?)\..*",
+    r"[^]]*",
+    r"[][.a-z_0-9]+",
+    r"[\w.-]*proj",
+    r"model\.embed\_tokens",
+    r"",
+    r"a|",
+    r"(?s:.*)head",
+    r"(?-i:lm_HEAD)|(?i:lm_HEAD)",
+    r".*\b\d\b.*",
+    r".*{proj",
+    r"x{,}model.*",
+    r"[[:alpha:]]+",
+]
+REFUSED = [
+    r"(?=.*q_proj).*",
+    r"(?!.*mlp).*",
+    r".*(?<=q_)proj",
+    r"(.)\1.*",
+    r"(?P<a>.)(?P=a)",
+    r"(?>a*)b",
+    r"a*+b",
+    r"(a)?(?(1)b|c)",
+    r"\pL+",
+    r"(?x) a b",
+    r"a{2000}",
+    "(a|b)" * 300,
+    r"((a{99}){99}){99}",
+    "\ud800",
+    r"[\d-z]",
+    "model\\",
+    "(",
+    "[a",
+    "*",
+    "a(?i)b",
+]
+
+
+def found(compiled: Any, names: list[str] = NAMES) -> list[str]:
+    return [name for name in names if compiled(name)]
+
+
+@pytest.mark.parametrize("text", WRITTEN, ids=range(len(WRITTEN)))
+def test_as_re(text: str) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        assert found(Pattern(text, whole=True).matches) == found(re.compile(text).fullmatch)
+        assert found(Pattern(text).matches) == found(re.compile(text).match)
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
+def test_refused(text: str) -> None:
+    with pytest.raises(PatternError):
+        Pattern(text)
+
+
+atoms = st.sampled_from(
+    [
+        *"aq_.[]()|*+?^${}-01\\,:",
+        "model",
+        "layers",
+        r"\.",
+        r"\d",
+        r"\w",
+        r"\b",
+        r"\Z",
+        ".*",
+        ".*?",
+        "(?:",
+        "(?i)",
+        "[^",
+        "[a-z]",
+        "{1,2}",
+        "{,2}",
+        "{2}",
+        "(?P<n>",
+        "(?i:",
+        "(?#",
+        r"\_",
+        r"\-",
+        r"\]",
+        "proj",
+        "[[",
+        "--",
+        "&&",
+    ]
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(atoms, max_size=9).map("".join), st.booleans())
+def test_what_is_matched_is_what_re_matches(text: str, whole: bool) -> None:
+    try:
+        pattern = Pattern(text, whole=whole)
+        with warnings.catch_warnings(action="ignore"):
+            compiled = re.compile(text)
+    except (PatternError, re.error):  # PEFT loads no adapter whose pattern ``re`` does not know
+        return
+    names = [*NAMES, "a", "q", "model", "aq", "a.q", "0", "__", "[a]", "q_proj"]
+    assert found(pattern.matches, names) == found(compiled.fullmatch if whole else compiled.match, names)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": UNSLOTH},
+        {"target_modules": r".*\.(0|1)\..*_proj", "exclude_modules": r".*(mlp|o_proj).*"},
+        {"rank_pattern": {r".*q_proj": 3, "^model.layers.0.*": 2, "v.proj": 5}},
+        {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 3}, "alpha_pattern": {r"[qv]_proj": 9}},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"layers_to_transform": [0], "layers_pattern": ["h", "lay.rs"]},
+    ],
+)
+def test_the_same_modules_and_ranks_as_peft(tmp_path: Path, fields: dict[str, Any]) -> None:
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **fields})
+    model = peft.get_peft_model(base_model(), config)
+    expected = {
+        tuple(name.split(".")[i] for i in (4, 6)): (layer.r["default"], layer.scaling["default"])
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    make(tmp_path, **{"target_modules": ["q_proj", "v_proj", "up_proj"], **fields})
+    actual = read(tmp_path)
+    assert {(str(layer), module): len(pair[0]) for (layer, module), pair in actual.tensors.items()} == {
+        place: rank for place, (rank, _) in expected.items()
+    }
+
+
+def test_the_refusal_says_which_pattern_and_what_to_do(tmp_path: Path) -> None:
+    make(tmp_path, target_modules=["q_proj"])
+    edit_config(tmp_path, target_modules="(?!.*mlp).*")
+    refused(tmp_path, "target_modules", "(?!.*mlp).*", "look-ahead", "name the modules instead")
