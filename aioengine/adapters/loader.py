@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
-from aioengine.adapters.read_threads import ReadThreads
+import psutil
+
+from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.adapters.retry import Backoff, Retrying
 from aioengine.adapters.store import AdapterStore
 from aioengine.errors import AdapterLoadError
@@ -15,8 +19,14 @@ from aioengine.errors import AdapterLoadError
 if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
-MAX_HANGING = 16
-"""While so many reads hang that were given up, no further one is started: each keeps a thread."""
+STALL_SECONDS = 1.0
+"""A read that waits so long for one call on its files, or to be tried again, gives its place to another."""
+IMPATIENT_SECONDS = 0.1
+"""The same while another read hangs: where one does there are more, and each would hold up the others."""
+MAX_HANGING = 64
+"""While so many reads hang, no further one is started: each keeps a thread."""
+MAX_HANGING_ON_MOUNT = 32
+"""While so many of one mount hang, no further one of that mount is started."""
 GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.005
 """Such waiting is rare, and not worth being told by threads and processes."""
@@ -49,6 +59,7 @@ class ReadAdapter(Protocol):
 
 
 R = TypeVar("R", bound=ReadAdapter)
+Stalled = Callable[[], None]
 
 
 class BaseLoader(ABC, Generic[R]):
@@ -60,8 +71,8 @@ class BaseLoader(ABC, Generic[R]):
             seconds, then twice as long, and so on. No thread is held meanwhile.
         timeout: Seconds that a load may take, retries and all; None for ever. A read that does not
             return is left behind: it counts no more, and what it may still deliver is dropped.
-        grace: Seconds that the next read waits while so many were given up that no further one may start.
-            Those that were only cancelled have returned by then.
+        grace: Seconds that the next read waits where those that nobody waits for any more are in its way.
+            Those that do not hang have ended by then.
     """
 
     def __init__(
@@ -76,63 +87,127 @@ class BaseLoader(ABC, Generic[R]):
         self._backoff = Backoff(retries, backoff, seed=seed)
         self._timeout = timeout
         self._grace = grace
+        self._open: dict[Progress, str] = {}
+        """Reads that may not have ended, and what they read."""
+        self._stuck: set[Progress] = set()
+        """Those of them that make no progress."""
+        self._left: set[Progress] = set()
+        """Those of them that nobody waits for."""
 
-    async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter:
-        """Disk -> CPU cache. ``retrying`` is told before each further attempt.
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
+        """Disk -> CPU cache. ``retrying`` is told before each further attempt, and ``stalled`` once if the
+        read makes no progress, so that others need not wait for it.
 
-        Raises the adapter errors of the format's reader; AdapterLoadError also if it takes too long, if
-        too many earlier reads hang, or if there is no memory for it.
+        Raises the adapter errors of the format's reader; AdapterLoadError also if it takes too long, if an
+        earlier read of this folder or too many others hang, or if there is no memory for it.
         """
         start = time.perf_counter()
+        if (reason := self._obstacle(path, self._stuck)) is not None:
+            raise _obstructed(reason, name, path)
+        progress = Progress()
+        stop_watching = self._watch(progress, stalled)
         try:
             async with asyncio.timeout(self._timeout) as limit:
-                found = await self._backoff.run(lambda: self._attempt(name, path), retrying)
+                found = await self._backoff.run(lambda: self._attempt(name, path, progress), retrying)
         except TimeoutError as error:
             if not limit.expired():
                 raise
+            self._stuck.add(progress)
             raise AdapterLoadError(
                 f"was not read within load_timeout={self._timeout:g} seconds: the disk or the network mount "
                 "hangs or is too slow; see to it, or raise LoRAConfig.load_timeout",
                 name=name,
                 path=path,
             ) from error
+        finally:
+            stop_watching()
         self._keep(uid, found)
         seconds = time.perf_counter() - start
         return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds)
 
-    async def _attempt(self, name: str, path: str) -> R:
-        hanging, oldest = await self._those_that_stay()
-        if hanging >= MAX_HANGING:
-            raise AdapterLoadError(
-                f"not read, because {hanging} earlier reads hang and each keeps a thread "
-                f"(the oldest is of {oldest}); loads go on when one of them "
-                "returns: see to the disk or the network mount",
-                name=name,
-                path=path,
-            )
-        return await self._read(name, path)
+    async def _attempt(self, name: str, path: str, progress: Progress) -> R:
+        await self._until_unobstructed(name, path)
+        progress.running = progress.waiting = True
+        self._open[progress] = path
+        try:
+            return await self._read(name, path, progress)
+        except asyncio.CancelledError:
+            self._left.add(progress)
+            raise
 
-    async def _those_that_stay(self) -> tuple[int, str]:
-        """The reads that hang, as soon as there is room for another, or when ``grace`` has passed."""
+    # Reads that hang
+
+    async def _until_unobstructed(self, name: str, path: str) -> None:
+        """Waits for reads that were left; raises AdapterLoadError if they still hang after ``grace``."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._grace
-        hanging = self._hanging()
-        while hanging[0] >= MAX_HANGING and loop.time() < end:
+        while (reason := self._obstacle(path, self._stuck | self._left)) is not None:
+            if loop.time() >= end:
+                raise _obstructed(reason, name, path)
             await asyncio.sleep(POLL_SECONDS)
-            hanging = self._hanging()
-        return hanging
+
+    def _obstacle(self, path: str, reads: set[Progress]) -> str | None:
+        """Why no read of this folder is to be started while ``reads`` have not ended, if so."""
+        if not reads:
+            return None
+        self._open = {read: where for read, where in self._open.items() if read.running}
+        self._stuck &= self._open.keys()
+        self._left &= self._open.keys()
+        hanging = [where for read, where in self._open.items() if read in reads]
+        if path in hanging:
+            return "an earlier read of this folder hangs"
+        if len(hanging) >= MAX_HANGING:
+            return (
+                f"{len(hanging)} earlier reads hang and each keeps a thread (the oldest is of {hanging[0]})"
+            )
+        if len(hanging) >= MAX_HANGING_ON_MOUNT:
+            mount, *others = _mounts([path, *hanging])
+            if (count := others.count(mount)) >= MAX_HANGING_ON_MOUNT:
+                return f"{count} earlier reads of the mount {mount} hang"
+        return None
+
+    def _watch(self, progress: Progress, stalled: Stalled) -> Callable[[], None]:
+        """Calls ``stalled`` once if the read waits for too long; returns what ends that. A read that is left
+        is watched for as long as it goes on."""
+        loop = asyncio.get_running_loop()
+        told = ended = False
+        timer: asyncio.TimerHandle
+
+        def look(calls: int) -> None:
+            nonlocal told
+            hangs = progress.running and progress.waiting and progress.calls == calls
+            if hangs:
+                self._stuck.add(progress)
+            if not told and not ended and (hangs or not progress.running):
+                told = True
+                stalled()
+            if not hangs and (progress.running or not ended):
+                arm()
+
+        def arm() -> None:
+            nonlocal timer
+            impatient = any(read.running for read in self._stuck)
+            timer = loop.call_later(IMPATIENT_SECONDS if impatient else STALL_SECONDS, look, progress.calls)
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            if not progress.running:
+                timer.cancel()
+
+        arm()
+        return end
 
     @abstractmethod
-    async def _read(self, name: str, path: str) -> R:
-        """One attempt. If it is cancelled, nothing may be left of what it delivers later."""
+    async def _read(self, name: str, path: str, progress: Progress) -> R:
+        """One attempt, which tells ``progress`` when it has ended, even if nobody waits for it any more. If
+        it is cancelled, nothing may be left of what it delivers later."""
 
     @abstractmethod
     def _keep(self, uid: int, found: R) -> None:
         """Into the CPU cache."""
-
-    @abstractmethod
-    def _hanging(self) -> tuple[int, str]:
-        """How many reads were given up and have not returned, and what the oldest reads."""
 
 
 class AdapterLoader(BaseLoader["AdapterImage"]):
@@ -155,9 +230,15 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self._writer = writer
         self._threads = ReadThreads("aioengine-load")
 
-    async def _read(self, name: str, path: str) -> AdapterImage:
+    async def _read(self, name: str, path: str, progress: Progress) -> AdapterImage:
+        def read() -> AdapterImage:
+            try:
+                return self.store.read(name, path, progress)
+            finally:
+                progress.running = False
+
         try:
-            return await self._threads.run(path, lambda: self.store.read(name, path))
+            return await self._threads.run(path, read)
         except (MemoryError, RuntimeError) as error:
             if (known := out_of_memory(error, name, path)) is None:
                 raise
@@ -165,9 +246,6 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
 
     def _keep(self, uid: int, found: AdapterImage) -> None:
         self.store.put(uid, found)
-
-    def _hanging(self) -> tuple[int, str]:
-        return self._threads.abandoned, self._threads.oldest_abandoned
 
     async def place(self, uid: int, slot: int) -> float:
         """CPU cache -> slot; returns the seconds that the copy took."""
@@ -182,6 +260,25 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         before."""
         await self._threads.wait(STOP_SECONDS)
         self.store.clear()
+
+
+def _obstructed(reason: str, name: str, path: str) -> AdapterLoadError:
+    return AdapterLoadError(
+        f"not read, because {reason}; it is read again when that has ended: see to the disk or the network "
+        "mount",
+        name=name,
+        path=path,
+        transient=True,
+    )
+
+
+def _mounts(paths: Sequence[str]) -> list[str]:
+    """Where each path's file system is mounted. Touches none of them."""
+    roots = [partition.mountpoint for partition in psutil.disk_partitions(all=True)]
+    return [
+        max((root for root in roots if Path(path).is_relative_to(root)), key=len, default="")
+        for path in paths
+    ]
 
 
 def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadError | None:

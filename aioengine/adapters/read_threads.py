@@ -19,6 +19,29 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class Progress:
+    """How far a read has come: its thread is inside the context for each call on a file that may not return,
+    and others look at it."""
+
+    calls = 0
+    """How many have returned."""
+    waiting = True
+    """Whether it is in one. While it computes it is not; before the first one it is taken to be."""
+    running = False
+    """Whether there is an attempt that has not ended."""
+
+    def __enter__(self) -> None:
+        self.waiting = True
+
+    def __exit__(self, *_: object) -> None:
+        self.waiting = False
+        self.moved()
+
+    def moved(self) -> None:
+        """A call has returned."""
+        self.calls += 1
+
+
 class ReadThreads:
     """All methods are called on one event loop. How many reads run at once is for the caller to bound;
     ``abandoned`` says how many threads nobody waits for any more."""

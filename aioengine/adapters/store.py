@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from aioengine.adapters.peft.dora import BaseWeights
     from aioengine.adapters.peft.dora_exchange import Draft
+    from aioengine.adapters.read_threads import Progress
     from aioengine.model.slots.image import AdapterImage
 
 
@@ -47,15 +48,15 @@ class AdapterStore:
         self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
 
-    def read(self, name: str, path: str) -> AdapterImage:
+    def read(self, name: str, path: str, progress: Progress | None = None) -> AdapterImage:
         """Read and validate an adapter, by one process that holds everything. Blocking: called in a loader
         thread, and keeps nothing.
 
         Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
         """
-        return self.finish(self.begin(name, path))
+        return self.finish(self.begin(name, path, progress))
 
-    def begin(self, name: str, path: str) -> Draft:
+    def begin(self, name: str, path: str, progress: Progress | None = None) -> Draft:
         """:meth:`read`, as far as a rank gets alone: the others may have to add to it. Raises alike."""
         from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
         from aioengine.adapters.peft.read import read_adapter
@@ -72,6 +73,7 @@ class AdapterStore:
             base_weight=self._embedding,
             order=self._order,
             known=self._known,
+            progress=progress,
         )
         return Draft(packed, layout, self._weights)
 

@@ -286,6 +286,10 @@ class Core:
         """Its read was given up, and nobody is told: the engine stops, or it is unloaded."""
         self.residency.load_cancelled(entry)
 
+    def adapter_load_stalled(self, entry: AdapterEntry) -> None:
+        """Its read makes no progress: its place is given to another, while it goes on."""
+        self.residency.load_stalled(entry)
+
     def adapter_load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:

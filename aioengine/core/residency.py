@@ -11,8 +11,10 @@ from typing import NamedTuple, Protocol
 
 from aioengine import events
 from aioengine.core.cpu_cache import CpuCache, Order, least_recently_used
+from aioengine.core.failures import Failures
 from aioengine.core.slots import Slot, SlotTable
 from aioengine.core.state import AdapterEntry
+from aioengine.errors import AdapterError
 from aioengine.schedulers.policy import Location
 
 
@@ -58,6 +60,7 @@ class Residency:
     ) -> None:
         self.slots = SlotTable(num_slots)
         self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
+        self.failures = Failures()
         self.current: dict[str, AdapterEntry] = {}
         """Published entries by name: what new requests get."""
         self.by_policy_name: dict[str, AdapterEntry] = {}
@@ -182,15 +185,31 @@ class Residency:
             self._evict_cpu(victim, now)
         return victims is not None
 
+    def load_stalled(self, entry: AdapterEntry) -> None:
+        """The read under way makes no progress. It goes on, and another may be started in its place."""
+        assert entry.location is Location.LOADING and not entry.stalled
+        entry.stalled = True
+        self._loads -= 1
+        self.cpu.remove(entry)
+
     def loaded(
         self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
     ) -> None:
         """It has arrived; others leave if ``max_bytes`` would be exceeded. If not enough can leave now,
         it does so itself, and is read again when there is room for what is now known to be its size."""
         assert entry.location is Location.LOADING
-        self._loads -= 1
-        entry.location = Location.CPU
+        self.failures.forget(entry.label)
         entry.read_failed = False
+        if entry.stalled:
+            entry.stalled = False
+            if not self.cpu.fits(entry) and not self._make_room(entry, now, set()):
+                entry.location = Location.DISK
+                self._moves.append(DropMove(entry))
+                return
+            self.cpu.add(entry)
+        else:
+            self._loads -= 1
+        entry.location = Location.CPU
         entry.rank, entry.nbytes, entry.digest = rank, nbytes, digest
         entry.disk_seconds = seconds
         entry.last_used = now
@@ -217,6 +236,8 @@ class Residency:
         self.load_cancelled(entry)
         self.forget_want(entry)
         entry.read_failed = True
+        if isinstance(error, AdapterError) and len(entry.waiting):  # what is loaded by name is always read
+            self.failures.add(entry.label, error, now)
         self._failed(entry, now, error, reason)
 
     def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:
@@ -227,25 +248,32 @@ class Residency:
     def load_cancelled(self, entry: AdapterEntry) -> None:
         """The read under way has ended without a result."""
         assert entry.location is Location.LOADING
-        self._loads -= 1
         entry.location = Location.DISK
-        self.cpu.remove(entry)
+        if entry.stalled:
+            entry.stalled = False
+        else:
+            self._loads -= 1
+            self.cpu.remove(entry)
 
     def device_lost(self, now: float) -> None:
         """Everything that was read is gone from CPU and slots, and of the moves under way nothing more will
         be heard. What was asked for by name, and what is pinned, is read again."""
-        for entry in list(self.cpu.entries.values()):
+        for entry in self.entries.values():
             if entry.location is Location.LOADING:
                 self.load_cancelled(entry)
-            else:
-                if self._copying(entry) and entry.slot is not None:
-                    self.slots.cancel(self.slots.slots[entry.slot])
-                elif entry.slot is not None:
-                    self.evict_slot(self.slots.slots[entry.slot], now)
-                self._evict_cpu(entry, now)
-            if entry.pinned and entry.wanted_since is None:
-                self.want(entry, now)
+                self._want_pinned(entry, now)
+        for entry in list(self.cpu.entries.values()):
+            if self._copying(entry) and entry.slot is not None:
+                self.slots.cancel(self.slots.slots[entry.slot])
+            elif entry.slot is not None:
+                self.evict_slot(self.slots.slots[entry.slot], now)
+            self._evict_cpu(entry, now)
+            self._want_pinned(entry, now)
         self._moves.clear()
+
+    def _want_pinned(self, entry: AdapterEntry, now: float) -> None:
+        if entry.pinned and entry.wanted_since is None:
+            self.want(entry, now)
 
     # CPU -> slot
 
@@ -323,14 +351,15 @@ class Residency:
     def check(self) -> None:
         self.slots.check()
         self.cpu.check()
-        loading = sum(e.location is Location.LOADING for e in self.entries.values())
+        loading = sum(e.location is Location.LOADING and not e.stalled for e in self.entries.values())
         assert loading == self._loads <= self._max_loads
         for name, entry in self.current.items():
             assert self.by_policy_name[name] is entry
         for entry in self.entries.values():
             if entry.waiting or entry.running:
                 assert self.by_policy_name[entry.name] is entry
-            assert (entry.location is Location.DISK) == (entry.uid not in self.cpu.entries)
+            outside = entry.location is Location.DISK or entry.stalled
+            assert outside == (entry.uid not in self.cpu.entries)
             assert entry.running == 0 or entry.location is Location.SLOT
 
     def is_known(self, entry: AdapterEntry) -> bool:

@@ -38,6 +38,7 @@ class AdapterEntry:
         "running",
         "slot",
         "slot_seconds",
+        "stalled",
         "uid",
         "version",
         "waiting",
@@ -70,6 +71,8 @@ class AdapterEntry:
         """Set while a load was asked for by name, and not by a waiting request."""
         self.read_failed = False
         """Its last read failed: it is read again when somebody needs it, and not just in case."""
+        self.stalled = False
+        """Its read is under way and makes no progress: it counts neither as a load nor for the CPU cache."""
         self.copy_failed: float | None = None
         """When a copy of it into a slot failed last."""
         self.disk_seconds: float | None = None

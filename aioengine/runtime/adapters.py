@@ -14,6 +14,7 @@ from aioengine.adapters.names import NAME_RULE, check_same_path, checked_path
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.core.state import AdapterEntry, location_name
 from aioengine.errors import (
+    AdapterInvalid,
     AdapterLoadError,
     AdapterNotFound,
     AioEngineError,
@@ -66,6 +67,12 @@ class AdapterOps:
         if not good or not self._resolution.can_resolve(name):
             raise self._not_found(name)
 
+    def check_worth_a_try(self, name: str) -> None:
+        """Raises again, for a while, what an adapter failed with that has failed more than once in a row."""
+        entry = self._residency.current.get(name)
+        if entry is None or entry.location is Location.DISK:
+            self._residency.failures.check(name, _now())
+
     async def acquire(self, name: str) -> AdapterEntry:
         """The current version; if there is none, what the resolver finds is registered.
 
@@ -76,7 +83,11 @@ class AdapterOps:
             return entry
         self.check_known(name)
         source = self._fetched.get(name)
-        where = await self._resolution.locate(name, source)
+        try:
+            where = await self._resolution.locate(name, source)
+        except (AdapterInvalid, AdapterLoadError) as error:
+            self._residency.failures.add(name, error, _now())
+            raise
         entry = self._residency.current.get(name)
         if entry is not None:  # another one who waited was first
             return entry

@@ -57,6 +57,7 @@ class Submitter:
         adapter = options.adapter
         if adapter is not None:
             self._adapters.check_known(adapter)  # before the work of tokenizing
+            self._adapters.check_worth_a_try(adapter)
         self._check_params(params)
         tokens = _token_ids(prompt, self._parts.plan.max_model_len)
         if tokens is not None:  # what can never run is refused for that, and not told to come again

@@ -32,7 +32,9 @@ Retrying = Callable[[int, float, AdapterError], None]
 class Loader(Protocol):
     """Moves adapters; :class:`~aioengine.adapters.loader.AdapterLoader` is the real one."""
 
-    async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter: ...
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Callable[[], None]
+    ) -> LoadedAdapter: ...
     async def place(self, uid: int, slot: int) -> float: ...
     def drop(self, uid: int) -> None: ...
     async def close(self) -> None: ...
@@ -134,8 +136,15 @@ class AdapterMoves:
             )
             self._changed()
 
+        task = asyncio.current_task()
+
+        def stalled() -> None:
+            if self._reads.get(entry.uid) is task:  # else it was given up, and has not been cancelled yet
+                self._core.adapter_load_stalled(entry)
+                self._changed()
+
         try:
-            done = await self._loader.load(entry.uid, entry.label, entry.path, retrying)
+            done = await self._loader.load(entry.uid, entry.label, entry.path, retrying, stalled)
         except EngineDead:
             return  # the executor was lost, and that is dealt with as a whole
         except AdapterError as error:

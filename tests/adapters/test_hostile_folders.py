@@ -8,13 +8,12 @@ import pickle
 import re
 import shutil
 import struct
-import sys
 import tempfile
 import threading
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.peft_files import CONFIG, PREFIX, SPEC, WEIGHTS, edit_config, make, read
+from support.peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, make, read
 
 from aioengine.adapters.peft.fast_pack import KnownContents
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
@@ -44,51 +43,57 @@ def adapter(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "sql"))
 
 
-class Cost:
-    lock_held = 0.0
-    """The longest time, in seconds, for which no other thread could run Python."""
-    memory = 0
-    """Bytes that Python had allocated at the most."""
-
-
 @contextmanager
-def cost() -> Iterator[Cost]:
-    found, done = Cost(), threading.Event()
-    started = threading.Event()
+def lock() -> Iterator[Callable[[], float]]:
+    """For how long, in seconds, no other thread could run Python."""
+    found, done, started = [0.0], threading.Event(), threading.Event()
 
     def tick() -> None:
         last = time.perf_counter()
         while not done.is_set():
             time.sleep(0.002)
             now = time.perf_counter()
-            found.lock_held = max(found.lock_held, now - last)
+            found.append(now - last)
             last = now
             started.set()
 
     ticking = threading.Thread(target=tick)
     ticking.start()
     started.wait()
-    tracemalloc.start()
     try:
-        yield found
+        yield lambda: max(found)
     finally:
-        found.memory = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
         done.set()
         ticking.join()
 
 
+@contextmanager
+def memory() -> Iterator[Callable[[], int]]:
+    """How many bytes Python had allocated at the most."""
+    found = 0
+    tracemalloc.start()
+    try:
+        yield lambda: found
+    finally:
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
 def refusal(folder: Path, **options: Any) -> AdapterError:
-    """Reads what is bad, and checks what that costs; up to three times, since machines are busy."""
-    for attempt in range(3):
+    """Reads what is bad, and checks what that costs. Time is measured up to five times: machines are busy."""
+    with memory() as peak, pytest.raises(AdapterError) as caught:
+        read(folder, **options)
+    assert len(str(caught.value).encode()) <= 2000
+    assert peak() < 64 << 20
+    held = []
+    for _ in range(5):
         began = time.perf_counter()
-        with cost() as found, pytest.raises(AdapterError) as caught:
+        with lock() as longest, pytest.raises(AdapterError):
             read(folder, **options)
-        assert len(str(caught.value).encode()) <= 2000
-        assert found.memory < 64 << 20
-        if found.lock_held < 0.1 and time.perf_counter() - began < 5:
+        held.append(longest())
+        if held[-1] < 0.1 and time.perf_counter() - began < 5:
             return caught.value
-    raise AssertionError(f"{attempt + 1} times: the lock was held for {found.lock_held:.2f} s")
+    raise AssertionError(f"the lock was held for {held} seconds")
 
 
 def write_header(folder: Path, header: object, data: bytes = b"") -> None:
@@ -229,10 +234,13 @@ def test_patterns_match_in_linear_time(adapter: Path, field: str, pattern: str) 
     value: Any = {pattern: 3} if field.endswith("_pattern") and field != "layers_pattern" else pattern
     fields = {field: value} | ({"layers_to_transform": [0]} if field == "layers_pattern" else {})
     edit_config(adapter, **fields)
-    began = time.perf_counter()
-    with cost() as found:
-        read_or_refuse(adapter)
-    assert found.lock_held < 0.3 and time.perf_counter() - began < 5
+    for attempt in range(3):
+        began = time.perf_counter()
+        with lock() as longest:
+            read_or_refuse(adapter)
+        if longest() < 0.1 and time.perf_counter() - began < 5:
+            return
+    raise AssertionError(f"{attempt + 1} times: the lock was held for {longest()} seconds")
 
 
 # torch.save files
@@ -420,10 +428,8 @@ def test_any_truncation_is_refused(saved: Path, cut: float, file: str, known: bo
 
 
 def test_the_tests_measure_what_they_say() -> None:
-    with cost() as found:
-        (lambda: [0] * (1 << 20))()
+    with memory() as peak:
+        bytearray(8 << 20)
+    with lock() as longest:
         re.match("(a+)+b", "a" * 25)
-    assert found.memory > 8 << 20 and found.lock_held > 0.05
-
-
-assert SPEC.num_layers == 2 and sys.version_info >= (3, 11)
+    assert peak() >= 8 << 20 and longest() > 0.05

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING, AdapterLoader
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.adapters.retry import Backoff
@@ -91,7 +92,7 @@ class FakeStore:
         self.reads = reads
         self.kept: dict[int, Any] = {}
 
-    def read(self, name: str, path: str) -> Any:
+    def read(self, name: str, path: str, progress: Any) -> Any:
         self.reads.get(name, lambda: None)()
         return SimpleNamespace(rank=4, nbytes=10, digest=name)
 
@@ -107,7 +108,7 @@ def loader_of(store: FakeStore, **options: Any) -> AdapterLoader:
 
 
 async def load(loader: AdapterLoader, uid: int, name: str) -> Any:
-    return await loader.load(uid, name, f"/adapters/{name}", lambda *_: None)
+    return await loader.load(uid, name, f"/adapters/{name}", lambda *_: None, lambda: None)
 
 
 class Hanging:
@@ -139,15 +140,20 @@ async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) 
     assert store.kept.keys() == {1}
     left = set(threading.enumerate()) - threads
     assert len(left) == 1 and all(thread.daemon for thread in left)
-    store.reads.clear()
-    assert (await load(loader, 0, "dead")).digest == "dead", "the next attempt, beside the one that hangs"
+    with pytest.raises(AdapterLoadError, match="an earlier read of this folder hangs"):
+        await load(loader, 0, "dead")
+    assert set(threading.enumerate()) - threads == left
     hanging.release.set()
     await loader.close()
     assert set(threading.enumerate()) == threads
     assert not store.kept, "closing frees the cache, and what the late read had to say was dropped"
+    assert (await load(loader, 0, "dead")).digest == "dead"
 
 
-async def test_when_many_reads_hang_no_more_are_started(hanging: Hanging) -> None:
+async def test_when_many_reads_hang_no_more_are_started(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "_mounts", lambda paths: paths)
     loader = loader_of(FakeStore(dead=hanging), timeout=0.02, grace=0.0)
     await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
     threads = threading.active_count()
@@ -159,19 +165,20 @@ async def test_when_many_reads_hang_no_more_are_started(hanging: Hanging) -> Non
     assert (await load(loader, 99, "good")).digest == "good"
 
 
-async def test_reads_that_were_only_cancelled_make_room(hanging: Hanging) -> None:
+async def test_reads_that_were_only_cancelled_are_waited_for(hanging: Hanging) -> None:
     loader = loader_of(FakeStore(dead=hanging), grace=60.0)
-    tasks = [asyncio.create_task(load(loader, i, "dead")) for i in range(MAX_HANGING)]
+    tasks = [asyncio.create_task(load(loader, i, "dead")) for i in range(8)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    waiting = asyncio.create_task(load(loader, 99, "good"))
+    assert (await load(loader, 98, "good")).digest == "good"
+    waiting = asyncio.create_task(load(loader, 99, "dead"))
     await asyncio.wait([waiting], timeout=0.01)
-    assert not waiting.done(), "there is no room while none of them has returned"
+    assert not waiting.done(), "it waits for those of the same folder"
     hanging.release.set()
-    assert (await waiting).digest == "good"
+    assert (await waiting).digest == "dead"
     await loader.close()
 
 
@@ -182,7 +189,7 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
     told = asyncio.Event()
     loader = loader_of(FakeStore(x=fail), retries=1, backoff=1000.0)
     threads = set(threading.enumerate())
-    task = asyncio.create_task(loader.load(0, "x", "/x", lambda *_: told.set()))
+    task = asyncio.create_task(loader.load(0, "x", "/x", lambda *_: told.set(), lambda: None))
     await told.wait()
     assert set(threading.enumerate()) == threads
     task.cancel()

@@ -134,6 +134,14 @@ class CoreMachine(RuleBasedStateMachine):
     def finish_load(self, which: int, fail: bool) -> None:
         self.sim.finish_load(which % len(self.sim.loads), fail=fail)
 
+    @precondition(lambda self: any(not entry.stalled for entry in self.sim.loads))
+    @rule(which=st.integers(0, 100))
+    def stall_load(self, which: int) -> None:
+        running = [entry for entry in self.sim.loads if not entry.stalled]
+        room = self.sim.core.residency.load_room
+        self.sim.core.adapter_load_stalled(running[which % len(running)])
+        assert self.sim.core.residency.load_room == room + 1
+
     @precondition(lambda self: self.sim.copies)
     @rule(which=st.integers(0, 100), fail=st.sampled_from([False, False, False, True]))
     def finish_copy(self, which: int, fail: bool) -> None:

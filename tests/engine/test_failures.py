@@ -120,8 +120,8 @@ def inf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 FILES: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], str]] = {
-    "no config": (lambda f: (f / CONFIG).unlink(), AdapterLoadError, CONFIG),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), AdapterLoadError, WEIGHTS),
+    "no config": (lambda f: (f / CONFIG).unlink(), AdapterInvalid, CONFIG),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), AdapterInvalid, WEIGHTS),
     "the folder has vanished": (shutil.rmtree, AdapterLoadError, "folder"),
     "truncated": (truncate, AdapterInvalid, "truncated"),
     "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), AdapterInvalid, WEIGHTS),

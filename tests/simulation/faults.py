@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from aioengine.adapters.loader import BaseLoader, LoadedAdapter, Retrying
+from aioengine.adapters.loader import BaseLoader, LoadedAdapter, Retrying, Stalled
+from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedExecutor
@@ -246,22 +247,25 @@ class FaultyLoader(BaseLoader[Found]):
         self._rng = rng
         self._seed = seed
         self._disk = SharedStage(costs.disk)
-        self._left: dict[asyncio.Task[Found], str] = {}
+        self._left_behind: dict[asyncio.Task[Found], str] = {}
         """Reads that were given up."""
 
-    async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter:
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
         loop = asyncio.get_running_loop()
         start = loop.time()
-        done = await super().load(uid, name, path, retrying)
+        done = await super().load(uid, name, path, retrying, stalled)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
-    async def _read(self, name: str, path: str) -> Found:
+    async def _read(self, name: str, path: str, progress: Progress) -> Found:
         losses = self._losses()
         reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
+        reading.add_done_callback(lambda _: setattr(progress, "running", False))
         try:
             await asyncio.wait([reading])
         except asyncio.CancelledError:
-            self._left[reading] = path
+            self._left_behind[reading] = path
             reading.add_done_callback(self._forget)
             raise
         found = reading.result()
@@ -275,7 +279,7 @@ class FaultyLoader(BaseLoader[Found]):
         return self._device.losses
 
     def _forget(self, reading: asyncio.Task[Found]) -> None:
-        del self._left[reading]
+        del self._left_behind[reading]
         if not reading.cancelled():
             reading.exception()
 
@@ -310,9 +314,6 @@ class FaultyLoader(BaseLoader[Found]):
         if uid in self._device.cpu:
             self._device.problem(f"version {uid} was read twice")
         self._device.cpu[uid] = found.digest
-
-    def _hanging(self) -> tuple[int, str]:
-        return len(self._left), next(iter(self._left.values()), "")
 
     async def place(self, uid: int, slot: int) -> float:
         device, rng = self._device, self._rng
@@ -352,7 +353,7 @@ class FaultyLoader(BaseLoader[Found]):
         self._device.cpu.pop(uid, None)
 
     async def close(self) -> None:
-        left = list(self._left)
+        left = list(self._left_behind)
         for reading in left:
             reading.cancel()
         if left:

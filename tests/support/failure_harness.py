@@ -13,6 +13,7 @@ import pytest
 from support.engine_fixtures import Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine
+from aioengine.adapters.read_threads import Progress
 from aioengine.adapters.store import AdapterStore
 
 STREAMS: tuple[str | None, ...] = (None, "good", "other", "good")
@@ -106,10 +107,10 @@ class Reads:
         self.count: dict[str, int] = {}
         original = AdapterStore.read
 
-        def read(store: AdapterStore, name: str, path: str) -> object:
+        def read(store: AdapterStore, name: str, path: str, progress: Progress) -> object:
             self.count[name] = self.count.get(name, 0) + 1
             self.before.get(name, lambda: None)()
-            return original(store, name, path)
+            return original(store, name, path, progress)
 
         monkeypatch.setattr(AdapterStore, "read", read)
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple, NoReturn
 
+from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 
 CONFIG_FILE = "adapter_config.json"
@@ -31,6 +32,8 @@ _TRANSIENT_NAMES = (
 )
 _TRANSIENT = frozenset(getattr(errno, name) for name in _TRANSIENT_NAMES if hasattr(errno, name))
 
+_PIECE_BYTES = 32 << 20
+"""What is read in one call: so much comes within a second of any disk that works."""
 _LOOK_AT = 100
 COPY_SECONDS = 10.0
 """A file that was written so recently and is too short may still be on its way."""
@@ -88,7 +91,8 @@ class OpenFile:
         done = 0
         try:
             while done < len(view):
-                count = self._raw.readinto(view[done:])
+                with self._folder.progress:
+                    count = self._raw.readinto(view[done : done + _PIECE_BYTES])
                 if not count:
                     self._folder.failed(
                         f"{self.name} shrank while it was read; is something still writing it?",
@@ -102,15 +106,17 @@ class OpenFile:
 class AdapterFolder:
     """The folder ``path`` of the adapter ``name``, for one attempt to read it."""
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, progress: Progress | None = None) -> None:
         self.name = name
         self.path = path
+        self.progress = progress or Progress()
         self._versions: dict[str, _Version] = {}
 
     def check(self) -> None:
         """Raises AdapterLoadError unless the path is a folder."""
         try:
-            mode = os.stat(self.path).st_mode
+            with self.progress:
+                mode = os.stat(self.path).st_mode
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise self.unreadable("the folder", error) from error
         if not stat.S_ISDIR(mode):
@@ -123,15 +129,16 @@ class AdapterFolder:
 
     def weights_file(self) -> str:
         """The name of the file with the weights, be it there or not."""
-        if os.path.lexists(self._join(BIN_FILE)) and not os.path.lexists(self._join(SAFETENSORS_FILE)):
-            return BIN_FILE
-        return SAFETENSORS_FILE
+        with self.progress:
+            safetensors = os.path.lexists(self._join(SAFETENSORS_FILE))
+            return BIN_FILE if not safetensors and os.path.lexists(self._join(BIN_FILE)) else SAFETENSORS_FILE
 
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:
         """Open ``file`` and note its version. Raises AdapterLoadError; AdapterInvalid if there is none."""
         try:
-            raw = io.FileIO(self._join(file), opener=_open_without_waiting)
+            with self.progress:
+                raw = io.FileIO(self._join(file), opener=_open_without_waiting)
         except FileNotFoundError as error:
             raise self.missing(file) from error
         except OSError as error:
@@ -155,7 +162,8 @@ class AdapterFolder:
         """
         for file, version in self._versions.items():
             try:
-                now = _Version.of(os.stat(self._join(file)))
+                with self.progress:
+                    now = _Version.of(os.stat(self._join(file)))
             except FileNotFoundError:
                 now = None
             except OSError as error:

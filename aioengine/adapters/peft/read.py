@@ -25,6 +25,7 @@ from aioengine.adapters.peft.pickled_file import PickledFile
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout, Part, max_data_bytes
 from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, tensors_of
+from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape
@@ -80,6 +81,7 @@ def read_adapter(
     base_weight: Callable[[str], Tensor] | None = None,
     order: SlotOrder | None = None,
     known: KnownContents | None = None,
+    progress: Progress | None = None,
 ) -> PackedAdapter:
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
@@ -94,13 +96,14 @@ def read_adapter(
             holds a rank's share, that is what is read, checked and returned.
         known: Spares looking at a header that was looked at before, for the same ``spec``, ``max_rank``,
             ``target_modules``, ``dtype`` and ``order``.
+        progress: Told of each call on the folder's files.
 
     Raises:
         AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
         AdapterInvalid: malformed, unsupported, or made for another base model.
         AdapterTooLarge: a module's rank exceeds ``max_rank``.
     """
-    folder = AdapterFolder(name, str(path))
+    folder = AdapterFolder(name, str(path), progress)
     folder.check()
     reader = _Reader(
         folder, spec, max_rank, target_modules, dtype, allow_nonfinite, base_weight, order, known

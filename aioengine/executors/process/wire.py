@@ -185,6 +185,12 @@ class Stepped(_Message, frozen=True):
     """From rank 0."""
 
 
+class Reading(_Message, frozen=True):
+    """The read ``number`` goes on; said from time to time."""
+
+    number: int
+
+
 class ReadDone(_Message, frozen=True):
     number: int
     rank: int
@@ -256,7 +262,7 @@ class WorkerError(Exception):
 
 Request = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place
 Answer = Planned | Stepped | ReadDone | Done | Failed
-Report = Answer | Progress | Broken
+Report = Answer | Progress | Reading | Broken
 
 _encoder = msgspec.msgpack.Encoder()
 requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aioengine.adapters.loader import STOP_SECONDS, BaseLoader
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.process.wire import Add, Discard, Done, Drop, Finish, Keep, Place, Read, ReadDone
 
@@ -50,12 +50,13 @@ class WorkerLoader(BaseLoader[_Found]):
         self._executor = executor
         self._workers = executor.workers
         self._digests = ReadThreads("aioengine-digest")
-        self._given_up: dict[Call, str] = {}
-        """Reads that nobody waits for and that have not ended in every worker, and what they read."""
+        self._given_up: dict[Call, Progress] = {}
+        """Reads that nobody waits for and that have not ended in every worker."""
 
-    async def _read(self, name: str, path: str) -> _Found:
+    async def _read(self, name: str, path: str, progress: Progress) -> _Found:
         workers = self._executor.workers
         reading = asked = workers.ask(lambda number: Read(number, name, path))
+        reading.moved = progress.moved
         try:
             answers, content = await self._read_and_digest(reading, name, path, workers.size)
             first = answers[0]
@@ -70,9 +71,12 @@ class WorkerLoader(BaseLoader[_Found]):
         except BaseException:
             workers.tell(Discard(reading.number))
             if asked.open and workers.dead is None:
-                self._given_up[asked] = path
+                self._given_up[asked] = progress
                 asked.all_answered = lambda: self._ended(asked)
+            else:
+                progress.running = False
             raise
+        progress.running = False
         return _Found(reading.number, first.rank, sum(a.nbytes for a in answers), content.digest)
 
     async def _read_and_digest(
@@ -95,19 +99,18 @@ class WorkerLoader(BaseLoader[_Found]):
                 task.cancel()
 
     def _ended(self, call: Call) -> None:
-        self._given_up.pop(call, None)
+        if (progress := self._given_up.pop(call, None)) is not None:
+            progress.running = False
 
     def _keep(self, uid: int, found: _Found) -> None:
         self._executor.workers.tell(Keep(found.number, uid))
 
-    def _hanging(self) -> tuple[int, str]:
+    def _obstacle(self, path: str, reads: set[Progress]) -> str | None:
         if self._workers is not self._executor.workers:  # those that hung are gone with their processes
-            self._given_up.clear()
+            for call in list(self._given_up):
+                self._ended(call)
             self._workers = self._executor.workers
-        digests = self._digests
-        if digests.abandoned > len(self._given_up):  # what hangs here does so there, too
-            return digests.abandoned, digests.oldest_abandoned
-        return len(self._given_up), next(iter(self._given_up.values()), "")
+        return super()._obstacle(path, reads)
 
     async def place(self, uid: int, slot: int) -> float:
         """CPU cache -> slot, on all ranks; returns the seconds that the slowest copy took."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import out_of_memory
+from aioengine.adapters.read_threads import Progress
 from aioengine.executors.process.wire import (
     Add,
     Discard,
@@ -17,6 +18,7 @@ from aioengine.executors.process.wire import (
     Keep,
     Read,
     ReadDone,
+    Reading,
     Report,
     WireError,
 )
@@ -25,6 +27,25 @@ if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.slots.image import AdapterImage
+
+
+TELL_SECONDS = 0.05
+"""How often, at the most, a read says that it goes on."""
+
+
+class _Told(Progress):
+    """Says so to the engine."""
+
+    def __init__(self, send: Callable[[Report], None], number: int) -> None:
+        self._send = send
+        self._number = number
+        self._last = time.monotonic()
+
+    def moved(self) -> None:
+        super().moved()
+        if time.monotonic() - self._last >= TELL_SECONDS:
+            self._last = time.monotonic()
+            self._send(Reading(self._number))
 
 
 class WorkerReads:
@@ -45,7 +66,7 @@ class WorkerReads:
     def read(self, request: Read, store: AdapterStore) -> None:
         def work() -> None:
             try:
-                draft = store.begin(request.name, request.path)
+                draft = store.begin(request.name, request.path, _Told(self._send, request.number))
                 squares = draft.squares
                 image = None if squares else store.finish(draft)
             except BaseException as error:

@@ -26,6 +26,7 @@ from aioengine.executors.process.wire import (
     Failed,
     Planned,
     Progress,
+    Reading,
     Report,
     Request,
     Start,
@@ -52,6 +53,8 @@ class Call:
         self.number = number
         self.answers: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         self.all_answered: Callable[[], None] = _nothing
+        self.moved: Callable[[], None] = _nothing
+        """Called when a worker says that it has got further."""
         self._patient = patient
         self._found: dict[int, Answer] = {}
         self._size = size
@@ -254,6 +257,8 @@ class Workers:
             if self.size > 1:
                 await asyncio.sleep(BLAME_SECONDS)
             self._fail(_dead(str(error) if self.size == 1 else f"{_who(worker)}: {error}", error))
+        elif isinstance(report, Reading):
+            self._calls[report.number].moved()
         else:
             call = self._calls[report.number]
             call.answer(worker.rank, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
@@ -77,7 +78,9 @@ class SimulatedLoader:
         self._held: dict[int, int] = {}
         """Bytes on the CPU by adapter uid."""
 
-    async def load(self, uid: int, name: str, path: str, retrying: Retrying) -> LoadedAdapter:
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Callable[[], None]
+    ) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
         can hold."""
         shape = self.shapes.get(name)

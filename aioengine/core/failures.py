@@ -1,0 +1,51 @@
+"""Which adapters failed lately, and when they are worth another attempt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aioengine.errors import AdapterError
+
+FIRST_SECONDS = 0.5
+LONGEST_SECONDS = 30.0
+MAX_NAMES = 1024
+"""Those that failed longest ago are forgotten first, and tried at once."""
+
+
+class _Failure(NamedTuple):
+    times: int
+    error: AdapterError
+    until: float
+
+
+class Failures:
+    """By name, so that a folder that is found anew is remembered. After one failure another attempt may
+    follow at once; from the second on in a row there is a pause, which doubles each time."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, _Failure] = {}
+
+    def add(self, name: str, error: AdapterError, now: float) -> None:
+        last = self._by_name.pop(name, None)
+        count = 1 if last is None else last.times + 1
+        pause = 0.0 if count == 1 else min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(count - 2, 10))
+        while len(self._by_name) >= MAX_NAMES:
+            del self._by_name[next(iter(self._by_name))]
+        self._by_name[name] = _Failure(count, error, now + pause)
+
+    def forget(self, name: str) -> None:
+        """It has been read."""
+        self._by_name.pop(name, None)
+
+    def check(self, name: str, now: float) -> None:
+        """Raises its last error again, if the pause is not over."""
+        failure = self._by_name.get(name)
+        if failure is None or now >= failure.until:
+            return
+        error, seconds = failure.error, failure.until - now
+        raise type(error)(
+            f"{error.reason} (failed {failure.times} times; requests try it again in {seconds:.1f} s)",
+            name=name,
+            path=error.path,
+            transient=error.transient,
+        )

@@ -1,0 +1,246 @@
+"""Reads that hang hold up those who need them, and nobody else; what fails is not read at every request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import pytest
+from support.core_sim import LIMITS
+
+from aioengine.adapters import loader as loaders
+from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader
+from aioengine.adapters.read_threads import Progress
+from aioengine.core import Core
+from aioengine.core.failures import LONGEST_SECONDS, Failures
+from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.events import Event, RequestEnded
+from aioengine.executors.base import Executor
+from aioengine.lab.simulation.clock import VirtualTimeLoop
+from aioengine.request import RequestOptions, SamplingParams
+from aioengine.runtime.loop import Stepper
+from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.step import Sampled, StepBatch, StepResult
+
+MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
+
+
+class Found(NamedTuple):
+    rank: int = 8
+    nbytes: int = 100
+    digest: str = "x"
+
+
+class Loader(BaseLoader[Found]):
+    """Reads are tasks that go on when nobody waits for them any more. ``seconds`` says for how long one waits
+    in a single call, by the name's first letters; others take 0.05 seconds."""
+
+    def __init__(self, seconds: dict[str, float], *, pieces: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.reads: list[str] = []
+        self._seconds = seconds
+        self._pieces = pieces
+        self.tasks: set[asyncio.Task[Found]] = set()
+
+    async def _read(self, name: str, path: str, progress: Progress) -> Found:
+        self.reads.append(name)
+        task = asyncio.get_running_loop().create_task(self._thread(name, progress))
+        self.tasks.add(task)
+        await asyncio.wait([task])
+        return task.result()
+
+    async def _thread(self, name: str, progress: Progress) -> Found:
+        seconds = next((s for start, s in self._seconds.items() if name.startswith(start)), 0.05)
+        for _ in range(self._pieces):
+            with progress:
+                await asyncio.sleep(seconds / self._pieces)
+        progress.running = False
+        return Found()
+
+    def _keep(self, uid: int, found: Found) -> None: ...
+
+    async def place(self, uid: int, slot: int) -> float:
+        return 0.0
+
+    def drop(self, uid: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Steps(Executor):
+    async def execute(self, batch: StepBatch) -> StepResult:
+        await asyncio.sleep(0.01)
+        return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
+
+    async def close(self) -> None: ...
+
+
+class Stream:
+    def push(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def end(self, *_: Any) -> None: ...
+
+
+class World:
+    """When each request ended, and why."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper = stepper
+        self.ends: dict[str, tuple[float, str]] = {}
+        stepper.listeners.append(self._listen)
+
+    def _listen(self, event: Event) -> None:
+        if isinstance(event, RequestEnded):
+            self.ends[event.request_id] = event.time, event.reason
+
+    def add(self, name: str) -> None:
+        """A request on the adapter of this name, which is its id as well."""
+        core, now = self.stepper.core, asyncio.get_running_loop().time()
+        if name not in core.residency.current:
+            core.residency.publish(core.residency.declare(name, f"/adapters/{name}"), now)
+        entry = core.residency.current[name]
+        core.add_request(name, [3, 4], SamplingParams(max_tokens=2), RequestOptions(), now, adapter=entry)
+        self.stepper.streams[name] = Stream()  # type: ignore[assignment]
+        self.stepper.wake()
+
+
+def run(loader: Loader, main: Callable[[World], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        stepper = Stepper(Core(LIMITS, FCFS()), Steps(), loader)
+        stepper.start()
+        await main(World(stepper))
+        stepper.core.residency.check()
+        await stepper.stop()
+        for task in loader.tasks:
+            task.cancel()
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(whole())
+
+
+@pytest.mark.parametrize("hanging", [1, 2, 8, 24])
+def test_a_healthy_adapter_is_loaded_though_others_hang(hanging: int) -> None:
+    loader = Loader({"hang": 1e6}, timeout=60.0)
+
+    async def main(world: World) -> None:
+        for i in range(hanging):
+            world.add(f"hang{i}")
+        await asyncio.sleep(0.01)
+        world.add("good")
+        await asyncio.sleep(59)
+        at, reason = world.ends["good"]
+        assert reason == "length"
+        assert at < STALL_SECONDS + 0.06 * hanging + 0.5
+        await asyncio.sleep(70)
+        assert {world.ends[f"hang{i}"][1] for i in range(hanging)} == {"error"}
+
+    run(loader, main)
+
+
+def test_a_slow_read_keeps_its_place_while_it_makes_progress() -> None:
+    loader = Loader({"slow": 20.0}, pieces=40, timeout=60.0)
+
+    async def main(world: World) -> None:
+        for i in range(5):
+            world.add(f"slow{i}")
+        await asyncio.sleep(10)
+        assert len(loader.reads) == LIMITS.max_loads
+        await asyncio.sleep(80)
+        assert {reason for _, reason in world.ends.values()} == {"length"}
+
+    run(loader, main)
+
+
+def test_a_read_that_hung_is_used_when_it_returns() -> None:
+    loader = Loader({"late": 5.0}, timeout=60.0)
+
+    async def main(world: World) -> None:
+        world.add("late")
+        await asyncio.sleep(20)
+        at, reason = world.ends["late"]
+        assert reason == "length" and 5.0 < at < 5.5
+        assert loader.reads == ["late"]
+
+    run(loader, main)
+
+
+def test_one_that_hung_and_finds_no_room_is_read_again_later() -> None:
+    """The CPU cache is full of adapters that are in use when it returns."""
+    loader = Loader({"late": 5.0}, timeout=60.0)
+
+    async def main(world: World) -> None:
+        world.add("late")
+        for i in range(12):
+            world.add(f"good{i}")
+        await asyncio.sleep(60)
+        assert {reason for _, reason in world.ends.values()} == {"length"}
+
+    run(loader, main)
+
+
+def test_a_folder_that_hangs_fails_at_once_until_it_returns() -> None:
+    loader = Loader({"hang": 100.0}, timeout=3.0, retries=3)
+
+    async def main(world: World) -> None:
+        world.add("hang")
+        await asyncio.sleep(4)
+        assert world.ends.pop("hang")[1] == "error"
+        world.add("hang")
+        await asyncio.sleep(0.1)
+        assert world.ends.pop("hang")[1] == "error", "without another thread"
+        assert len(loader.reads) == 1
+        await asyncio.sleep(100)
+        loader._seconds.clear()
+        world.add("hang")
+        await asyncio.sleep(1)
+        assert world.ends["hang"][1] == "length"
+
+    run(loader, main)
+
+
+def test_a_mount_that_hangs_takes_so_many_threads_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "_mounts", lambda paths: ["dead" if "hang" in p else "fine" for p in paths])
+    loader = Loader({"hang": 1e6}, timeout=1000.0)
+
+    async def main(world: World) -> None:
+        for i in range(100):
+            world.add(f"hang{i}")
+        await asyncio.sleep(20)
+        assert len(loader.reads) == MAX_HANGING_ON_MOUNT
+        refused = [end for end in world.ends.values() if end[1] == "error"]
+        assert len(refused) == 100 - MAX_HANGING_ON_MOUNT
+        world.add("good")
+        await asyncio.sleep(0.5)
+        assert world.ends["good"][1] == "length"
+
+    run(loader, main)
+
+
+def test_the_pause_after_failures_grows_and_ends() -> None:
+    failures, error = Failures(), AdapterInvalid("bad", name="x", path="/x")
+    now, pauses = 0.0, []
+
+    def refused() -> bool:
+        try:
+            failures.check("x", now)
+        except AdapterInvalid:
+            return True
+        return False
+
+    for _ in range(12):
+        failures.add("x", error, now)
+        begin = now
+        while refused():
+            now += 0.25
+        pauses.append(now - begin)
+    failures.add("x", error, now)
+    with pytest.raises(AdapterInvalid, match=r"'x' \(/x\): bad \(failed 13 times.*30.0 s"):
+        failures.check("x", now)
+    assert pauses[:4] == [0.0, 0.5, 1.0, 2.0] and pauses[-1] == LONGEST_SECONDS
+    failures.forget("x")
+    failures.check("x", now)
+    for i in range(3000):
+        failures.add(f"n{i}", AdapterLoadError("EIO", name=f"n{i}"), now)
+    assert len(failures._by_name) == 1024
