@@ -110,6 +110,7 @@ class BaseLoader(ABC, Generic[R]):
         stop_watching = self._watch(progress, stalled)
         try:
             async with asyncio.timeout(self._timeout) as limit:
+                await self._until_unobstructed(name, path)
                 found = await self._backoff.run(lambda: self._attempt(name, path, progress), retrying)
         except TimeoutError as error:
             if not limit.expired():
@@ -128,7 +129,6 @@ class BaseLoader(ABC, Generic[R]):
         return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds)
 
     async def _attempt(self, name: str, path: str, progress: Progress) -> R:
-        await self._until_unobstructed(name, path)
         progress.running = progress.waiting = True
         self._open[progress] = path
         try:

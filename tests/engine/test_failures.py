@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.failure_harness import Reads, error_of, under_load, until
 
-from aioengine import AsyncEngine
+from aioengine import AdapterInfo, AsyncEngine
 from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
@@ -229,8 +229,8 @@ async def test_a_disk_that_always_errs(
 
 
 async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
-    """Its requests fail after the timeout, the only place for a read is free again, and what comes of the
-    read in the end, after a later one has succeeded, is dropped."""
+    """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of this
+    folder fail at once; when it has ended the folder is read again."""
     fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": 0.3}
     async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
         engine.register_adapter("slow", folder)
@@ -244,9 +244,20 @@ async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Rea
             assert isinstance(error, AdapterLoadError)
             for word in ("'slow'", str(folder), "load_timeout=0.3 seconds"):
                 assert word in str(error)
-            reads.before.pop("slow")
-            out = await engine.complete([4, 5], greedy(8), adapter="slow")
-            assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+            again = await error_of(engine.complete([4], greedy(4), adapter="slow"))
+            assert "an earlier read of this folder hangs" in str(again) and reads.count["slow"] == 1
+        async with asyncio.timeout(20):
+            while not isinstance(await load_or_error(engine, "slow"), AdapterInfo):
+                await asyncio.sleep(0.01)
+        out = await engine.complete([4, 5], greedy(8), adapter="slow")
+        assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
+
+
+async def load_or_error(engine: AsyncEngine, name: str) -> AdapterInfo | AdapterLoadError:
+    try:
+        return await engine.load_adapter(name)
+    except AdapterLoadError as error:
+        return error
 
 
 async def test_stopping_does_not_wait_for_a_disk_that_hangs(
@@ -392,7 +403,7 @@ async def test_a_replacement_that_hangs_is_given_up_with_its_caller(
             await gate.reached()
             replacing.cancel()
             await asyncio.wait([replacing])
-            await asyncio.wait_for(engine.load_adapter("third", tiny.adapters["rank-4"]), 10)
+            await asyncio.wait_for(engine.load_adapter("third", tiny.adapters["patterns"]), 10)
         assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
 
 
