@@ -229,8 +229,8 @@ async def test_a_disk_that_always_errs(
 
 
 async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
-    """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of this
-    folder fail at once; when it has ended the folder is read again."""
+    """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of
+    this folder fail at once; when it has ended the folder is read again."""
     fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": 0.3}
     async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
         engine.register_adapter("slow", folder)
