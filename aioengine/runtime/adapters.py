@@ -98,7 +98,7 @@ class AdapterOps:
 
     def _forget_lost(self, event: events.Event) -> None:
         """What was found somewhere and cannot be read any more is looked for anew by the next request."""
-        if not isinstance(event, events.AdapterFailed) or event.reason != "io":
+        if not isinstance(event, events.AdapterFailed) or event.reason not in ("io", "invalid"):
             return
         entry = self._residency.current.get(event.adapter)
         if entry is None or entry.version != event.version or entry.pinned:

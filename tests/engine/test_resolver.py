@@ -167,7 +167,7 @@ async def test_a_folder_that_is_no_adapter_fails_as_any_other(
     resolver = Gated({"r": tmp_path})
     async with resolving(resolver) as engine:
         for asked in (["r"], ["r", "r"]):
-            with pytest.raises(AdapterLoadError, match=str(tmp_path)):
+            with pytest.raises(AdapterInvalid, match=str(tmp_path)):
                 await engine.complete([4], adapter="r")
             assert resolver.asked == asked, "the next request has it looked for again"
 
