@@ -29,6 +29,14 @@ ADAPTERS = ("sql", "json", "sentiment", "pirate")
 START_SECONDS = 300
 """The kernels may have to be compiled."""
 CLIENT_SECONDS = 600
+AT_HOME = {
+    "ANONYMIZED_TELEMETRY": "False",
+    "DO_NOT_TRACK": "1",
+    "LANGCHAIN_TRACING_V2": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "OPENAI_AGENTS_DISABLE_TRACING": "1",
+}
+"""The clients ask nobody but the server."""
 
 
 @contextlib.contextmanager
@@ -128,7 +136,7 @@ def main() -> int:
                 subprocess.run(command, cwd=HERE, env=offline, capture_output=True, check=True).stdout
             )
         with served(log) as url:
-            environment = {
+            environment = AT_HOME | {
                 "AIOENGINE_URL": url,
                 "AIOENGINE_MODEL_FOLDER": folder,
                 "AIOENGINE_REFERENCE": str(reference),
