@@ -47,7 +47,8 @@ def aiperf() -> None:
             *(str(BIN / "aiperf"), "profile", "--model", ADAPTER, "--url", URL, "--endpoint-type", "chat"),
             *("--streaming", "--tokenizer", FOLDER, "--request-count", "4", "--concurrency", "2"),
             *("--extra-inputs", "min_tokens:8", "--extra-inputs", "ignore_eos:true"),
-            *("--isl", "32", "--osl", "8", "--ui-type", "none", "--artifact-dir", folder),
+            *("--isl", "32", "--osl", "8", "--use-server-token-count"),
+            *("--ui-type", "none", "--artifact-dir", folder),
             cwd=folder,
         )
         [file] = Path(folder).rglob("profile_export_aiperf.json")
