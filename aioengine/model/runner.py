@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.files.weights import load_weights
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.parallel.group import Group, SoloGroup
+from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.slots.pool import LoRASlots
@@ -78,7 +80,7 @@ class ModelRunner:
         record: Record | None = None,
     ) -> None:
         if sample is None:
-            sample = default_sample
+            sample = functools.partial(default_sample, penalties=Penalties())
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)

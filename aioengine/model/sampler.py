@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aioengine.kernels.transfer import send
 from aioengine.model.constraints import Masks, collect
+from aioengine.model.penalties import Penalties
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
 
@@ -36,12 +37,13 @@ _BLOCK = 64
 _ARGMAX_BLOCK = 1024
 
 
-def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | None = None) -> list[Sampled]:
     """Sample one token for each row.
 
     Args:
         logits: [N, vocab], any floating dtype; not modified.
         rows: the N sequences; uses ``params``, ``seed``, ``history`` and ``prompt_len``.
+        penalties: The same for successive steps, so that what was seen is not counted anew.
 
     Returns:
         N results in the same order. A row whose largest logit is NaN or infinite, or whose constraint
@@ -65,7 +67,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         i for i, row in enumerate(rows) if finite[i] and (row.params.changes_logits or not row.params.greedy)
     ]
     if changed:
-        chosen, masks = _choose(logits, rows, changed)
+        chosen, masks = _choose(logits, rows, changed, penalties or Penalties())
         _assign(tokens, changed, chosen)
         results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in masks.failed.items()}
         results |= {changed[i]: Sampled(-1, late=True) for i in masks.late}
@@ -125,14 +127,16 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _choose(logits: Tensor, rows: Sequence[SequenceWork], changed: list[int]) -> tuple[list[int], Masks]:
+def _choose(
+    logits: Tensor, rows: Sequence[SequenceWork], changed: list[int], penalties: Penalties
+) -> tuple[list[int], Masks]:
     """Tokens of the rows that are not a plain argmax, and what became of their constraints, by index in
     ``changed``."""
     work = [rows[i] for i in changed]
     # The one copy of the logits; what follows works in place, for fresh pages cost more than math.
     scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)
-    _apply_penalties(scores, work)
+    penalties.apply(scores, work)
     masks = _apply_constraints(scores, work, alone=len(work) == len(rows))
     _ban_the_end(scores, work)
     tokens = [0] * len(work)
@@ -227,38 +231,6 @@ def _ban_the_end(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
         scores[i, ends] = -math.inf
         if params.constraint is not None and not torch.isfinite(scores[i].max()):
             scores[i, ends] = kept
-
-
-def _apply_penalties(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
-    """Penalise ``scores`` [N, vocab] in place, touching only the tokens that were seen."""
-    active = [(i, row) for i, row in enumerate(rows) if row.params.has_penalties]
-    if not active:
-        return
-    vocab = scores.shape[1]
-    flat = scores.view(-1)
-
-    def per_row(field: str) -> Tensor:
-        return torch.tensor([getattr(row.params, field) for row in rows], dtype=torch.float32)
-
-    def cells(output_only: bool) -> Tensor:
-        parts = [
-            torch.tensor(row.history[row.prompt_len if output_only else 0 :], dtype=torch.int64) + i * vocab
-            for i, row in active
-        ]
-        return torch.cat(parts)
-
-    # What was seen is known to the host, so a device need not be asked how much it is.
-    seen = torch.unique(cells(output_only=False))
-    penalty = per_row("repetition_penalty")[seen // vocab]
-    output, counts = torch.unique(cells(output_only=True), return_counts=True)
-    row = output // vocab
-    less = per_row("frequency_penalty")[row] * counts + per_row("presence_penalty")[row]
-    seen, penalty, output, less = send([seen, penalty, output, less], scores.device)
-    value = flat[seen]
-    flat[seen] = torch.where(value > 0, value / penalty, value * penalty)
-    flat[output] -= less
-    limit = torch.finfo(scores.dtype).max
-    scores.clamp_(max=limit)  # a tiny repetition penalty overflows; -inf (a banned token) stays
 
 
 def _blocks(x: Tensor) -> Tensor:

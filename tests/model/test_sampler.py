@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample, uniform
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork
@@ -289,3 +290,32 @@ def test_the_host_asks_for_tokens_once_for_each_way_of_choosing(monkeypatch: pyt
     asked.clear()
     sample(logits, [penalised, greedy, penalised, greedy, greedy, greedy])
     assert asked == ["tolist"] * 2
+
+
+@given(st.data())
+def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: st.DataObject) -> None:
+    vocab = 12
+    ids = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=8)
+    number = st.floats(0.5, 2.0)
+    penalties = Penalties()
+    rows = [
+        row(
+            SamplingParams(
+                repetition_penalty=data.draw(number),
+                presence_penalty=data.draw(number),
+                frequency_penalty=data.draw(number),
+            ),
+            history=(prompt := data.draw(ids)),
+            prompt_len=len(prompt),
+        )._replace(request_id=str(i))
+        for i in range(3)
+    ]
+    for _ in range(data.draw(st.integers(1, 5))):
+        running = data.draw(st.lists(st.sampled_from(rows), unique_by=id, max_size=3))
+        scores = torch.randn(len(running), vocab)
+        kept, anew = scores.clone(), scores.clone()
+        penalties.apply(kept, running)
+        Penalties().apply(anew, [work._replace(history=list(work.history)) for work in running])
+        assert torch.equal(kept, anew)
+        for work in rows:
+            work.history.extend(data.draw(ids))  # type: ignore[attr-defined]
