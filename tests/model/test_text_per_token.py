@@ -44,6 +44,15 @@ def byte_fallback() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def without_some_letters(**unknown: Any) -> tokenizers.Tokenizer:
+    """Some bytes have no token, as with SmolLM2: they are dropped, or become an unknown token."""
+    vocabulary = ["<unk>", "aa", *(letter for letter in LETTERS if letter not in "a\u0120\u0104\u00ef\u00ff")]
+    model = models.BPE({token: i for i, token in enumerate([*vocabulary, "a"])}, [("a", "a")], **unknown)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
 def with_normalizer(normalizer: Any) -> tokenizers.Tokenizer:
     tokenizer = byte_level()
     tokenizer.normalizer = normalizer
@@ -68,6 +77,8 @@ def with_special_tokens() -> tokenizers.Tokenizer:
 BOUNDED = {
     "byte level": byte_level(),
     "byte fallback": byte_fallback(),
+    "letters that are dropped": without_some_letters(),
+    "letters that become one": without_some_letters(unk_token="<unk>", fuse_unk=True),
     "NFC": with_normalizer(normalizers.NFC()),
     "NFKC": with_normalizer(normalizers.NFKC()),
     "NFKD and lower case": with_normalizer(
@@ -88,13 +99,13 @@ def unbounded() -> dict[str, tokenizers.Tokenizer]:
     truncated.enable_truncation(3)
     words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    some_letters = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
-    some_letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    some_letters = without_some_letters()
+    some_letters.normalizer = normalizers.NFC()
     return {
         "white space after a token is dropped": rstrip,
         "truncation": truncated,
         "one unknown word": words,
-        "letters that are dropped": some_letters,
+        "letters that are dropped after they were made": some_letters,
         "removed": with_normalizer(normalizers.Replace(" ", "")),
         "replaced by a pattern": with_normalizer(normalizers.Replace(Regex(" +"), " ")),
         "stripped": with_normalizer(normalizers.Strip()),

@@ -7,9 +7,11 @@ promised, and a text's length says nothing about its tokens.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
+
+from aioengine.model.text.token_bytes import byte_alphabet
 
 _SHRINKS = {"NFC": 4, "NFD": 4, "NFKC": 4, "NFKD": 4, "Lowercase": 3, "Prepend": 1, "ByteLevel": 1}
 """Normalizer -> how many times shorter, in bytes of UTF-8, it can make a text; a mathematical letter of
@@ -18,8 +20,19 @@ _KEEPING = {"ByteLevel", "Digits", "FixedLength", "Metaspace", "UnicodeScripts"}
 """Pre-tokenizers that drop nothing."""
 
 
-def bytes_per_token(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """Bytes of UTF-8 that a token stands for at most; None if there may be no such bound."""
+class TextPerToken(NamedTuple):
+    most: int
+    """Bytes of UTF-8 that a token stands for at most, beside those that are dropped."""
+    dropped: bytes = b""
+    """Bytes that have no token, of which any number may be dropped or become one unknown token."""
+
+    def least_tokens(self, text: str) -> int:
+        """So many tokens ``text`` has at least."""
+        return -(-len(text.encode(errors="surrogatepass").translate(None, self.dropped)) // self.most)
+
+
+def text_per_token(tokenizer: tokenizers.Tokenizer) -> TextPerToken | None:
+    """None if there may be no bound."""
     added = tokenizer.get_added_tokens_decoder().values()
     if tokenizer.truncation is not None or any(token.lstrip or token.rstrip for token in added):
         return None
@@ -34,24 +47,22 @@ def bytes_per_token(tokenizer: tokenizers.Tokenizer) -> int | None:
     if not all(map(_keeps, splitters)):
         return None
     byte_level = any(part["type"] == "ByteLevel" for part in [*normalizers, *splitters])
-    longest = _longest_token(tokenizer, byte_level=byte_level)
-    if longest is None:
-        return None
-    return shrinks * max([longest, *(len(token.content.encode()) for token in added)])
+    found = _of_model(tokenizer, byte_level=byte_level)
+    if found is None or (found.dropped and any(part["type"] != "ByteLevel" for part in normalizers)):
+        return None  # not known: what is dropped of what a normalizer makes of the text
+    return found._replace(most=shrinks * max([found.most, *(len(token.content.encode()) for token in added)]))
 
 
-def _longest_token(tokenizer: tokenizers.Tokenizer, *, byte_level: bool) -> int | None:
-    """Bytes of the longest token; None if text may be dropped, or any length of it become one unknown
-    token, because not every byte has a token of its own."""
+def _of_model(tokenizer: tokenizers.Tokenizer, *, byte_level: bool) -> TextPerToken | None:
     model = tokenizer.model
     if not isinstance(model, tokenizers.models.BPE):
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     if byte_level:  # each character of a token stands for a byte
-        whole = all(letter in vocabulary for letter in tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        return max(map(len, vocabulary)) if whole else None
+        dropped = b"".join(byte for letter, byte in byte_alphabet().items() if letter not in vocabulary)
+        return TextPerToken(max(map(len, vocabulary)), dropped)
     whole = model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    return max(len(token.encode()) for token in vocabulary) if whole else None
+    return TextPerToken(max(len(token.encode()) for token in vocabulary)) if whole else None
 
 
 def _parts(component: Any, plural: str) -> list[dict[str, Any]]:

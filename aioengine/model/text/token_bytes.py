@@ -18,7 +18,7 @@ class TokenBytes:
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-        self._alphabet = _byte_alphabet() if _is_byte_level(tokenizer) else None
+        self._alphabet = byte_alphabet() if _is_byte_level(tokenizer) else None
 
     def __call__(self, token_id: int) -> bytes:
         if token_id in self._added:
@@ -41,7 +41,7 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
     return any(part["type"] == "ByteLevel" for part in parts)
 
 
-def _byte_alphabet() -> dict[str, bytes]:
+def byte_alphabet() -> dict[str, bytes]:
     """GPT-2's: bytes that print stand for themselves, the others for characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.detokenizer import Detokenizer, TextStream
-from aioengine.model.text.text_per_token import bytes_per_token
+from aioengine.model.text.text_per_token import text_per_token
 from aioengine.model.text.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -42,7 +42,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._compiled: jinja2.Template | None = None
         self._token_bytes: TokenBytes | None = None
-        self._bytes_per_token = bytes_per_token(tokenizer)
+        self._text_per_token = text_per_token(tokenizer)
 
     @classmethod
     def from_tokenizer(
@@ -110,9 +110,7 @@ class Tokenizer:
 
     def least_tokens(self, text: str) -> int:
         """So many tokens ``text`` has at least, as its length tells; special tokens do not count."""
-        if self._bytes_per_token is None:
-            return 0
-        return -(-len(text.encode(errors="surrogatepass")) // self._bytes_per_token)
+        return 0 if self._text_per_token is None else self._text_per_token.least_tokens(text)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens; other threads go on meanwhile."""
