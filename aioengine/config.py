@@ -6,12 +6,11 @@ what is allowed, and what to do.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -19,6 +18,7 @@ import msgspec
 
 from aioengine.errors import ConfigError
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, Quantization
+from aioengine.schedulers.nearest import nearest as nearest_name
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -309,14 +309,13 @@ def _explain(error: msgspec.ValidationError) -> str:
     return f"{place.rstrip('`')}: {text}" if at else str(error)
 
 
-def nearest(value: object, allowed: Sequence[Any]) -> str:
+def nearest(value: object, allowed: Collection[Any]) -> str:
     """ " (did you mean 'lru'?)", or nothing; beside a number the two that are next to it."""
     if isinstance(value, int):
         around = [max((a for a in allowed if a < value), default=None)]
         around.append(min((a for a in allowed if a > value), default=None))
         return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
-    close = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return nearest_name(str(value), [str(a) for a in allowed])
 
 
 def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import os
@@ -11,6 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from aioengine.schedulers.nearest import nearest
 
 
 def import_file(path: str, attribute: str) -> Any:
@@ -28,8 +29,7 @@ def import_file(path: str, attribute: str) -> Any:
             for name, value in vars(module).items()
             if inspect.isclass(value) and value.__module__ == module.__name__
         ]
-        near = difflib.get_close_matches(attribute, here, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = nearest(attribute, here)
         raise AttributeError(
             f"{module.__file__} defines no {attribute!r}{hint}; its classes: {', '.join(here) or 'none'}"
         ) from None

@@ -9,7 +9,6 @@ told apart by their base class).
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
+from aioengine.schedulers.nearest import nearest
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
@@ -128,8 +128,7 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
         return _single(str(name), str(name), values, supply)
     for key in values:
         if key not in (*KINDS, "max_wait"):
-            close = difflib.get_close_matches(key, [*KINDS, "max_wait", "name"], n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = nearest(key, [*KINDS, "max_wait", "name"])
             raise ValueError(f"policy: unknown key {key!r}{hint}; keys are name, or order, replace, ...")
     return compose(**values, supply=supply)
 
@@ -226,8 +225,7 @@ def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = nearest(name, known)
     names = ", ".join(known)
     return f"there is no {name!r}{hint}; known are {names}, or give 'package.module:Class' or 'file.py:Class'"
 
@@ -296,8 +294,7 @@ def _build(text: str, cls: type[Any], options: Mapping[str, Any], supply: Supply
     fields = _fields(cls)
     for key in options:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = nearest(key, fields)
             takes = ", ".join(fields) or "no options"
             raise ValueError(f"policy {text!r}: unknown option {key!r}{hint}; it takes {takes}")
     values: dict[str, Any] = {}

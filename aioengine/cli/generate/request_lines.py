@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from aioengine.config import nearest
 from aioengine.errors import RequestInvalid
 from aioengine.request import Prompt, SamplingParams
 
@@ -147,6 +147,5 @@ def _convert(fields: Mapping[str, Any], name: str, kind: Any) -> Any:
 
 def _unknown_field(name: str) -> str:
     known = (*_OWN, *_SAMPLING)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = nearest(name, known)
     return f"unknown field {name!r}{hint}; there are {', '.join(known)}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Literal, NamedTuple
 
+from aioengine.config import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.report.style import Scale, digits_scale, seconds_scale, share_scale
 
@@ -67,6 +67,5 @@ def find_measure(name: str) -> Measure:
     by_name = {measure.name: measure for measure in MEASURES}
     if name in by_name:
         return by_name[name]
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.4)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = nearest(name, by_name)
     raise ConfigError(f"rank_by={name!r}: there is no such figure{hint}; there are {', '.join(by_name)}")

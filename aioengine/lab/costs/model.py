@@ -5,7 +5,6 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from aioengine.config import EngineConfig
+from aioengine.config import EngineConfig, refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, check
 from aioengine.memory_plan import MemoryPlan, plan_memory
@@ -153,7 +152,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             values = msgspec.json.decode(data)
             if isinstance(values, dict):
                 _refuse_other_formats(values, source)
-                _refuse_unknown(cls, values, source)
+                refuse_unknown(cls, values, source)
             return msgspec.convert(values, cls)
         except ConfigError:
             raise
@@ -183,12 +182,3 @@ def _other_format(found: object) -> str:
     if not isinstance(found, int) or found > FORMAT:
         todo = f"upgrade aioengine, or {todo}"
     return f"format {found!r}, but this aioengine reads cost models of format {FORMAT}; {todo}"
-
-
-def _refuse_unknown(cls: type[msgspec.Struct], values: dict[str, Any], source: str) -> None:
-    fields = cls.__struct_fields__
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"{source}: unknown field {key!r}{hint}; fields: {', '.join(fields)}")

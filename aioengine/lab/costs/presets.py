@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib.resources import files
 from pathlib import Path
 
+from aioengine.config import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel
 
@@ -25,8 +25,7 @@ def load_costs(preset: str | Path) -> CostModel:
         return CostModel.read(Path(preset))
     names = available_presets()
     if preset not in names:
-        near = difflib.get_close_matches(str(preset), names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = nearest(str(preset), names)
         raise ConfigError(
             f"preset={str(preset)!r}: there are {', '.join(names)}{hint}; or give the path of a .json file "
             "that 'aioengine lab calibrate' wrote"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig, LoRAConfig, refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
@@ -106,10 +105,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
         """Raises ConfigError that names ``source`` and the field."""
-        _refuse_unknown(cls, values, source)
+        refuse_unknown(cls, values, source)
         workload = values.get("workload")
         if isinstance(workload, Mapping):
-            _refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
+            refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
         try:
             return msgspec.convert(dict(values), cls)
         except msgspec.ValidationError as error:
@@ -129,12 +128,3 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if not isinstance(values, dict):
             raise ConfigError(f"experiment {path}: must be a JSON object, not {type(values).__name__}")
         return cls.from_dict(values, source=str(path))
-
-
-def _refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
-    fields = cls.__struct_fields__
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"{source}: unknown field {key!r}{hint}; fields: {', '.join(fields)}")

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from random import Random
 
-from aioengine.config import parse_bytes
+from aioengine.config import nearest, parse_bytes
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.random_streams import Weighted, log_normal, stream
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.lab.workload.spec_text import Option, nearest, parse_form, parse_shares, parse_whole
+from aioengine.lab.workload.spec_text import Option, parse_form, parse_shares, parse_whole
 
 MAX_TOKENS = 2**24
 MAX_RANK = 512

@@ -8,12 +8,13 @@ from typing import Any, Self
 
 import msgspec
 
+from aioengine.config import refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes
 from aioengine.lab.workload.popularity import check_tenants, parse_popularity
 from aioengine.lab.workload.predictions import parse_deadline, parse_view
-from aioengine.lab.workload.spec_text import nearest, normalised, parse_number, parse_shares
+from aioengine.lab.workload.spec_text import normalised, parse_number, parse_shares
 
 MAX_PRIORITY = 2**31
 
@@ -143,13 +144,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:
         """From plain data, as ``msgspec.to_builtins`` gives it. Raises ConfigError, which begins with
         ``source``; unknown fields are refused by name."""
-        fields = cls.__struct_fields__
-        for name in values:
-            if name not in fields:
-                raise ConfigError(
-                    f"{source}: unknown field {name!r}{nearest(str(name), fields)}; "
-                    f"there are {', '.join(fields)}"
-                )
+        refuse_unknown(cls, values, source)
         try:
             return msgspec.convert(dict(values), cls)
         except msgspec.ValidationError as error:

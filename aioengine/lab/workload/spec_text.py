@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from aioengine.config import nearest
 from aioengine.errors import ConfigError
 
 
@@ -125,12 +125,6 @@ def number_text(value: float) -> str:
 def usage(name: str, options: Mapping[str, Option]) -> str:
     """ "gamma:rate=...,cv=..." """
     return f"{name}:{','.join(f'{key}=...' for key in options)}" if options else name
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'zipf'?)", or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _in_range(field: str, text: str, key: str, number: str, option: Option) -> float:

@@ -25,9 +25,9 @@ from typing import BinaryIO, NamedTuple, cast
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from aioengine.config import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.distributions import MAX_TOKENS
-from aioengine.lab.workload.spec_text import nearest
 
 CSV_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 MAX_LINE = 2**20

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
+from aioengine.config import nearest
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.cache import EMBEDDED_MODEL
@@ -36,8 +36,7 @@ def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     hub_id = parse_hub_id(model)
     if hub_id is not None:
         return _from_hub(model, hub_id)
-    close = difflib.get_close_matches(model, [EMBEDDED_MODEL], n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = nearest(model, [EMBEDDED_MODEL])
     raise ConfigError(
         f"model={model!r}: no such folder or file{hint}; give a Hugging Face model folder, a .gguf file, "
         f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
