@@ -15,14 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError, PolicyError
-from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results
+from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
 from aioengine.lab.analysis.measures import MEASURES, find_measure
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.report.compare_figures import Compare, draw_cdf, draw_regret, draw_slots
 from aioengine.lab.report.compare_page import load_compare, places, ranked, rankings, write_compare_report
 from aioengine.lab.report.style import LIGHT, drawing
-from aioengine.lab.runs import simulate as run
 from aioengine.lab.runs.comparison import read_comparison
 from aioengine.lab.runs.pool import Report
 

@@ -22,6 +22,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny,
 from aioengine.errors import ConfigError, EngineStopped
 from aioengine.events import RequestAdded, RequestEnded
 from aioengine.lab.runs.trace_writer import TraceWriter
+from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.traces import read_trace
 
@@ -51,7 +52,7 @@ async def test_a_recording_is_a_trace(tiny: Tiny, make_engine: MakeEngine, tmp_p
     assert list(first) == ["adapter", "prompt_tokens", "output_tokens", "tenant", "priority", "deadline"]
     assert list(first.values()) == ["sql", 3, 9, "alice", 3, pytest.approx(60.0, abs=1.0)]
     assert list(second.values()) == [None, 2, 2, None, 0, None]
-    workload = WorkloadSpec(trace=str(path), adapters=4, ranks=3).open(0)
+    workload = OfferedWorkload(WorkloadSpec(trace=str(path), adapters=4, ranks=3), 0)
     assert [shape.name for shape in workload.adapters][-1] == "sql"
     played = list(workload)
     assert [arrival[1:4] for arrival in played] == [("sql", 3, 9), (None, 2, 2)]

@@ -85,7 +85,7 @@ def test_what_is_refused_and_what_fails() -> None:
         "r1": ("error", "DeadlineExceeded"),
         "r2": ("refused", "EngineOverloaded"),
         "r3": ("refused", "AdapterNotFound"),
-        "r4": ("refused", "RequestInvalid"),
+        "r4": ("refused", "PromptTooLong"),
     }
     assert (by_id["r1"].deadline, by_id["r1"].admitted) == (0.6, None)
     assert (by_id["r2"].arrival, by_id["r2"].ended, by_id["r2"].rank) == (0.2, 0.2, 8)
