@@ -73,8 +73,8 @@ class AdapterOps:
         if entry is None or entry.location is Location.DISK:
             self._residency.failures.check(name, _now())
 
-    async def acquire(self, name: str) -> AdapterEntry:
-        """The current version; if there is none, what the resolver finds is registered.
+    async def acquire(self, name: str, tenant: str | None = None) -> AdapterEntry:
+        """The current version; if there is none, what the resolver finds for ``tenant`` is registered.
 
         Raises what :meth:`Resolution.locate` raises.
         """
@@ -84,7 +84,7 @@ class AdapterOps:
         self.check_known(name)
         source = self._fetched.get(name)
         try:
-            where = await self._resolution.locate(name, source)
+            where = await self._resolution.locate(name, source, tenant)
         except (AdapterInvalid, AdapterLoadError) as error:
             self._residency.failures.add(name, error, _now())
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import OrderedDict
 
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name
 from aioengine.adapters.resolvers.hub import HubResolver
@@ -12,31 +13,46 @@ from aioengine.errors import AdapterError, AdapterLoadError, AioEngineError, Con
 
 logger = logging.getLogger("aioengine")
 
-MAX_LOOKUPS = 64
-"""Look-ups under way at once; further names wait for one to end."""
+MAX_LOOKUPS = 128
+"""Look-ups under way at once. A tenant's further names wait while it has as many of them under way as are
+left for others: so one alone has half of them, and seven who take what they can leave places for others."""
+
+Tenant = str | None
+Key = tuple[str, str | None]
 
 
 class _Lookup:
-    def __init__(self, task: asyncio.Task[str]) -> None:
-        self.task = task
-        self.waiting = 0
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.task: asyncio.Task[str]
+        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when it may begin."""
+        self.charged: Tenant = None
+        """Whose turn it was."""
+        self.waiting: dict[Tenant, int] = {}
+        """How many wait for it, by tenant."""
 
 
 class Resolution:
-    """Shares look-ups. A look-up that nobody waits for any more is cancelled; nothing is remembered."""
+    """Shares look-ups. A look-up that nobody waits for any more is cancelled; nothing is remembered.
+
+    Tenants take turns in beginning one; a name that several wait for is looked up at the first turn of any.
+    """
 
     def __init__(self, resolver: AdapterResolver | None) -> None:
         self._resolver = resolver
         self._hub: HubResolver | None = None
-        self._lookups: dict[tuple[str, str | None], _Lookup] = {}
-        self._room = asyncio.Semaphore(MAX_LOOKUPS)
+        self._lookups: dict[Key, _Lookup] = {}
+        self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
+        """What each tenant waits for and has not begun, in the order of turns; none is empty."""
+        self._under_way: dict[Tenant, int] = {}
         self._closed: AioEngineError | None = None
 
     def can_resolve(self, name: str) -> bool:
         """Whether the resolver may be asked for this name."""
         return self._resolver is not None and is_plain_name(name)
 
-    async def locate(self, name: str, source: str | None = None) -> str:
+    async def locate(self, name: str, source: str | None = None, tenant: Tenant = None) -> str:
         """The absolute path of the adapter's folder: what the resolver answers, or the local copy of
         ``source``, a path that begins with "hf:".
 
@@ -48,43 +64,41 @@ class Resolution:
         key = name, source
         lookup = self._lookups.get(key)
         if lookup is None:
-            ask = self._ask(name, source)
-            task = asyncio.get_running_loop().create_task(ask, name=f"aioengine-resolve-{name}")
-            lookup = self._lookups[key] = _Lookup(task)
-            task.add_done_callback(lambda task: self._ended(key, task))
-        lookup.waiting += 1
+            lookup = self._lookups[key] = _Lookup(key)
+            ask = self._ask(lookup, name, source)
+            lookup.task = asyncio.get_running_loop().create_task(ask, name=f"aioengine-resolve-{name}")
+            lookup.task.add_done_callback(lambda task: self._ended(lookup))
+        self._join(lookup, tenant)
         try:
             await asyncio.wait([lookup.task])  # unlike await, leaves the task alone when we are cancelled
         finally:
-            lookup.waiting -= 1
-            if lookup.waiting == 0 and not lookup.task.done():
-                self._forget(key, lookup.task)
-                lookup.task.cancel()
+            self._leave(lookup, tenant)
         if self._closed is not None:
             raise self._closed
         if lookup.task.cancelled():
             raise AdapterLoadError("its resolver was cancelled; try again", name=name, transient=True)
         return lookup.task.result()
 
-    async def _ask(self, name: str, source: str | None) -> str:
-        async with self._room:
-            try:
-                if source is not None:
-                    return str(await self._from_hub().resolve_path(name, source))
-                assert self._resolver is not None
-                found: object = await self._resolver.resolve(name)
-            except (AdapterError, ConfigError):
-                raise
-            except Exception as error:
-                logger.exception("the resolver failed unexpectedly on adapter %r", name)
-                raise AdapterLoadError(
-                    f"its resolver raised an unexpected {type(error).__name__}: {error}", name=name
-                ) from error
+    async def _ask(self, lookup: _Lookup, name: str, source: str | None) -> str:
+        await lookup.turn
+        try:
+            if source is not None:
+                return str(await self._from_hub().resolve_path(name, source))
+            assert self._resolver is not None
+            found: object = await self._resolver.resolve(name)
+        except (AdapterError, ConfigError):
+            raise
+        except Exception as error:
+            logger.exception("the resolver failed unexpectedly on adapter %r", name)
+            raise AdapterLoadError(
+                f"its resolver raised an unexpected {type(error).__name__}: {error}", name=name
+            ) from error
         return _folder(name, found)
 
     def close(self, error: AioEngineError) -> None:
         """Whoever waits, or asks later, gets ``error``."""
         self._closed = error
+        self._queues.clear()
         for lookup in self._lookups.values():
             lookup.task.cancel()
 
@@ -93,15 +107,62 @@ class Resolution:
             self._hub = HubResolver()
         return self._hub
 
-    def _ended(self, key: tuple[str, str | None], task: asyncio.Task[str]) -> None:
-        self._forget(key, task)
-        if not task.cancelled():
-            task.exception()  # seen, even if nobody waits
+    # Turns
 
-    def _forget(self, key: tuple[str, str | None], task: asyncio.Task[str]) -> None:
-        lookup = self._lookups.get(key)
-        if lookup is not None and lookup.task is task:
-            del self._lookups[key]
+    def _join(self, lookup: _Lookup, tenant: Tenant) -> None:
+        lookup.waiting[tenant] = lookup.waiting.get(tenant, 0) + 1
+        if not lookup.turn.done():
+            self._queues.setdefault(tenant, OrderedDict())[lookup.key] = lookup
+            self._begin_next()
+
+    def _leave(self, lookup: _Lookup, tenant: Tenant) -> None:
+        lookup.waiting[tenant] -= 1
+        if lookup.waiting[tenant] == 0:
+            del lookup.waiting[tenant]
+            self._unqueue(lookup, tenant)
+        if not lookup.waiting and not lookup.task.done():
+            self._forget(lookup)
+            lookup.task.cancel()
+
+    def _begin_next(self) -> None:
+        """Begin as many as there is room for."""
+        while True:
+            free = MAX_LOOKUPS - sum(self._under_way.values())
+            able = (item for item in self._queues.items() if self._under_way.get(item[0], 0) < free)
+            tenant, queue = next(able, (None, None))
+            if queue is None:
+                return
+            lookup = next(iter(queue.values()))
+            for waiter in lookup.waiting:
+                self._unqueue(lookup, waiter)
+            if tenant in self._queues:
+                self._queues.move_to_end(tenant)
+            lookup.charged = tenant
+            self._under_way[tenant] = self._under_way.get(tenant, 0) + 1
+            lookup.turn.set_result(None)
+
+    def _unqueue(self, lookup: _Lookup, tenant: Tenant) -> None:
+        queue = self._queues.get(tenant)
+        if queue is not None and queue.get(lookup.key) is lookup:
+            del queue[lookup.key]
+            if not queue:
+                del self._queues[tenant]
+
+    def _ended(self, lookup: _Lookup) -> None:
+        self._forget(lookup)
+        if lookup.turn.done() and not lookup.turn.cancelled():
+            self._under_way[lookup.charged] -= 1
+            if self._under_way[lookup.charged] == 0:
+                del self._under_way[lookup.charged]
+        for tenant in lookup.waiting:  # it was cancelled before its turn
+            self._unqueue(lookup, tenant)
+        if not lookup.task.cancelled():
+            lookup.task.exception()  # seen, even if nobody waits
+        self._begin_next()
+
+    def _forget(self, lookup: _Lookup) -> None:
+        if self._lookups.get(lookup.key) is lookup:
+            del self._lookups[lookup.key]
 
 
 def _folder(name: str, found: object) -> str:

@@ -136,7 +136,7 @@ class Submitter:
                 if tokens is None:
                     tokens = await self._tokenize(prompt)
                     self._check_prompt(tokens, params)
-                entry = None if adapter is None else await self._adapters.acquire(adapter)
+                entry = None if adapter is None else await self._adapters.acquire(adapter, ticket.tenant)
         except TimeoutError:
             if not limit.expired():
                 raise

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AdapterResolver, AsyncEngine, EngineConfig, FilesystemResolver, LoRAConfig
@@ -207,7 +209,7 @@ async def test_a_search_ends_when_another_tenant_takes_its_place(resolving: Make
 async def test_lookups_at_once_are_bounded(
     tiny: Tiny, resolving: MakeResolving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolution, "MAX_LOOKUPS", 2)
+    monkeypatch.setattr(resolution, "MAX_LOOKUPS", 4)  # half of them are for others
     names = ["a", "b", "c", "d"]
     resolver = Gated(dict.fromkeys(names, tiny.adapters["rank-3"]), held=set(names))
     async with resolving(resolver) as engine:
@@ -218,6 +220,88 @@ async def test_lookups_at_once_are_bounded(
         resolver.gate.set()
         await asyncio.gather(*requests)
         assert resolver.asked == names
+
+
+@pytest.mark.parametrize("hang", [True, False])
+async def test_a_flood_of_names_delays_no_other_tenants_lookup(
+    tiny: Tiny, resolving: MakeResolving, hang: bool
+) -> None:
+    """Whether the flood's look-ups end or not; b's name may be one of the flood's, too."""
+    names = [f"a{i}" for i in range(400)]
+    resolver = Gated(
+        {"mine": tiny.adapters["rank-3"], "a399": tiny.adapters["qv-only"]}, held=set(names[:399])
+    )
+    async with resolving(resolver, max_waiting=1000) as engine:
+        flood = [asyncio.create_task(engine.complete([4], adapter=name, tenant="a")) for name in names]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert resolver.asked == names[: resolution.MAX_LOOKUPS // 2]
+        if not hang:
+            resolver.gate.set()
+        for name in ("mine", "a399"):
+            await engine.complete([4, 5], greedy(2), adapter=name, tenant="b")
+        assert len(resolver.asked) == len(set(resolver.asked))
+        if hang:
+            assert resolver.asked[resolution.MAX_LOOKUPS // 2 :] == ["mine", "a399"]
+        resolver.gate.set()
+        ends = await asyncio.gather(*flood, return_exceptions=True)
+        assert [type(end) for end in ends[:399]] == [AdapterNotFound] * 399
+        assert not isinstance(ends[399], BaseException)
+        assert sorted(resolver.asked) == sorted([*names, "mine"])
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["ask", "end", "cancel"]), st.integers(0, 9), st.sampled_from("abcd")),
+        max_size=80,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
+    ops: list[tuple[str, int, str]],
+) -> None:
+    class Answers(AdapterResolver):
+        def __init__(self) -> None:
+            self.open: dict[str, asyncio.Future[str]] = {}
+
+        async def resolve(self, name: str) -> str:
+            assert name not in self.open, "one look-up at a time for a name"
+            self.open[name] = asyncio.get_running_loop().create_future()
+            try:
+                return await self.open[name]
+            finally:
+                del self.open[name]
+
+    async def go() -> None:
+        resolver = Answers()
+        shared = resolution.Resolution(resolver)
+        waiting: list[tuple[str, str, asyncio.Task[str]]] = []
+        for kind, number, tenant in ops:
+            name = f"n{number}"
+            if kind == "ask":
+                task = asyncio.create_task(shared.locate(name, tenant=tenant))
+                waiting.append((name, tenant, task))
+            elif kind == "end" and resolver.open:
+                list(resolver.open.values())[number % len(resolver.open)].set_result("/x")
+            elif kind == "cancel" and waiting:
+                waiting[number % len(waiting)][2].cancel()
+            for _ in range(6):
+                await asyncio.sleep(0)
+            waiting = [item for item in waiting if not item[2].done()]
+            assert set(resolver.open) <= {name for name, _, _ in waiting}
+            assert len(resolver.open) <= resolution.MAX_LOOKUPS
+            assert resolver.open or not waiting
+        while waiting:
+            for future in list(resolver.open.values()):
+                future.set_result("/x")
+            for _ in range(6):
+                await asyncio.sleep(0)
+            waiting = [item for item in waiting if not item[2].done()]
+        assert not resolver.open
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolution, "MAX_LOOKUPS", 4)
+        asyncio.run(go())
 
 
 async def test_a_stop_ends_the_search(resolving: MakeResolving) -> None:
