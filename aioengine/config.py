@@ -52,7 +52,8 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     load_retries: int = 2
     """How often a read that failed for a passing reason is tried again, after about 0.1, 0.2, ... s."""
     load_timeout: float | None = 60.0
-    """Seconds that a load may take, retries and all, before it fails; None: for ever."""
+    """Seconds that a load may take, retries and all, before it fails; and a resolver's look-up, with
+    its downloads, as many again. None: for ever."""
     allow_nonfinite: bool = False
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when that reaches
     their logits."""

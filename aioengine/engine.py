@@ -122,7 +122,12 @@ class AsyncEngine:
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(self._core, built.executor, built.loader, timer=built.timer)
-        self._adapters = AdapterOps(self._stepper, built.plan.num_slots, built.resolver)
+        self._adapters = AdapterOps(
+            self._stepper,
+            built.plan.num_slots,
+            built.resolver,
+            None if self.config.lora is None else self.config.lora.load_timeout,
+        )
         self._submitter = Submitter(
             self._stepper,
             self._adapters,

@@ -238,7 +238,7 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
                 progress.running = False
 
         try:
-            return await self._threads.run(path, read)
+            return await self._threads.run(read)
         except (MemoryError, RuntimeError) as error:
             if (known := out_of_memory(error, name, path)) is None:
                 raise

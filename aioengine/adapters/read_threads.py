@@ -43,30 +43,31 @@ class Progress:
 
 
 class ReadThreads:
-    """All methods are called on one event loop. How many reads run at once is for the caller to bound;
-    ``abandoned`` says how many threads nobody waits for any more."""
+    """All methods are called on one event loop. How many reads run at once is for the caller to bound."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._number = itertools.count()
         self._running: dict[int, asyncio.Future[None]] = {}
-        self._abandoned: dict[int, tuple[str, float]] = {}
-        """What each reads, and when it was given up."""
+        self._abandoned: dict[int, float] = {}
+        """When each was given up."""
 
-    @property
-    def abandoned(self) -> int:
-        """Threads that were given up and have not ended."""
-        return len(self._abandoned)
-
-    @property
-    def oldest_abandoned(self) -> str:
-        """What the one reads that has hung for longest."""
-        return next((what for what, _ in self._abandoned.values()), "")
-
-    async def run(self, what: str, read: Callable[[], T]) -> T:
+    async def run(self, read: Callable[[], T]) -> T:
         """The result of ``read()``, or what it raises. If it is cancelled, the thread is abandoned."""
-        loop = asyncio.get_running_loop()
         number = next(self._number)
+        try:
+            return await self._start(number, read)
+        except asyncio.CancelledError:
+            if number in self._running:
+                self._abandoned[number] = asyncio.get_running_loop().time()
+            raise
+
+    def start(self, read: Callable[[], T]) -> asyncio.Future[T]:
+        """Begins ``read()``, whose result anybody may wait for. Whoever cancels the future drops it."""
+        return self._start(next(self._number), read)
+
+    def _start(self, number: int, read: Callable[[], T]) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
         result: asyncio.Future[T] = loop.create_future()
         ended: asyncio.Future[None] = loop.create_future()
 
@@ -96,12 +97,7 @@ class ReadThreads:
         thread = threading.Thread(target=body, name=f"{self._name}-{number}", daemon=True)
         thread.start()
         self._running[number] = ended
-        try:
-            return await result
-        except asyncio.CancelledError:
-            if number in self._running:
-                self._abandoned[number] = what, loop.time()
-            raise
+        return result
 
     async def wait(self, seconds: float) -> None:
         """Until every thread has ended; but for so long at most, and for none that was given up so long
@@ -110,7 +106,7 @@ class ReadThreads:
         fresh = [
             ended
             for number, ended in self._running.items()
-            if number not in self._abandoned or now - self._abandoned[number][1] < seconds
+            if number not in self._abandoned or now - self._abandoned[number] < seconds
         ]
         if fresh:
             await asyncio.wait(fresh, timeout=seconds)

@@ -32,11 +32,17 @@ from aioengine.schedulers.policy import Location
 class AdapterOps:
     """All methods run on the event loop; those that wait can be cancelled at any point."""
 
-    def __init__(self, stepper: Stepper, max_loras: int, resolver: AdapterResolver | None = None) -> None:
+    def __init__(
+        self,
+        stepper: Stepper,
+        max_loras: int,
+        resolver: AdapterResolver | None = None,
+        resolve_timeout: float | None = None,
+    ) -> None:
         self._stepper = stepper
         self._core = stepper.core
         self._residency = stepper.core.residency
-        self._resolution = Resolution(resolver)
+        self._resolution = Resolution(resolver, resolve_timeout)
         self._fetched: dict[str, str | None] = {}
         """Names whose folder had, or has, to be found: the "hf:" path, or None for the resolver's."""
         self._pins = Pins(stepper, max_loras)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections import OrderedDict
 
-from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name
+from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.hub import HubResolver
 from aioengine.errors import AdapterError, AdapterLoadError, AioEngineError, ConfigError
 
@@ -35,12 +35,14 @@ class _Lookup:
 
 class Resolution:
     """Shares look-ups. A look-up that nobody waits for any more is cancelled; nothing is remembered.
+    None may take longer than ``timeout`` seconds from its turn on.
 
     Tenants take turns in beginning one; a name that several wait for is looked up at the first turn of any.
     """
 
-    def __init__(self, resolver: AdapterResolver | None) -> None:
+    def __init__(self, resolver: AdapterResolver | None, timeout: float | None = None) -> None:
         self._resolver = resolver
+        self._timeout = timeout
         self._hub: HubResolver | None = None
         self._lookups: dict[Key, _Lookup] = {}
         self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
@@ -83,9 +85,10 @@ class Resolution:
         await lookup.turn
         try:
             if source is not None:
-                return str(await self._from_hub().resolve_path(name, source))
+                path = self._from_hub().resolve_path(name, source)
+                return str(await within(self._timeout, name, path))
             assert self._resolver is not None
-            found: object = await self._resolver.resolve(name)
+            found: object = await within(self._timeout, name, self._resolver.resolve(name))
         except (AdapterError, ConfigError):
             raise
         except Exception as error:

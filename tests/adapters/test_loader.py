@@ -199,11 +199,10 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
 
 async def test_waiting_for_the_threads_is_short_and_not_for_what_hung_before(hanging: Hanging) -> None:
     threads = ReadThreads("load")
-    task = asyncio.create_task(threads.run("/x", hanging))
+    task = asyncio.create_task(threads.run(hanging))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
-    assert (threads.abandoned, threads.oldest_abandoned) == (1, "/x")
     now = asyncio.get_running_loop().time
     start = now()
     await threads.wait(0.3)
@@ -212,8 +211,9 @@ async def test_waiting_for_the_threads_is_short_and_not_for_what_hung_before(han
     await threads.wait(0.3)
     assert now() - start < 0.2
     hanging.release.set()
+    start = now()
     await threads.wait(30)
-    assert threads.abandoned == 0
+    assert now() - start < 20, "none is left"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_read_that_hangs_does_not_keep_the_process_from_ending() -> None:
             def read():
                 entered.set()
                 threading.Event().wait()
-            task = asyncio.create_task(ReadThreads("load").run("/x", read))
+            task = asyncio.create_task(ReadThreads("load").run(read))
             await asyncio.sleep(0)
             await asyncio.to_thread(entered.wait)
             task.cancel()

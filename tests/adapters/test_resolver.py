@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -94,28 +96,29 @@ class Hanging(BlockingResolver):
     def __init__(self) -> None:
         super().__init__()
         self.go = threading.Event()
+        self.begun: list[str] = []
 
     def find(self, name: str) -> Path:
+        self.begun.append(name)
         self.go.wait(30)
         return Path(name)
 
 
 async def test_lookups_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolver_module, "MAX_ABANDONED", 2)
+    monkeypatch.setattr(resolver_module, "MAX_THREADS", 2)
     resolver = Hanging()
-    for name in ("first", "b"):
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(resolver.resolve(name), 0.01)
-    with pytest.raises(AdapterLoadError, match="first"):
+    for name in ("first", "b", "first"):
+        with pytest.raises(AdapterLoadError, match=r"load_timeout=0\.01"):
+            await resolver_module.within(0.01, name, resolver.resolve(name))
+    with pytest.raises(AdapterLoadError, match=r"2 look-ups.*first") as caught:
         await resolver.resolve("c")
+    assert caught.value.transient
+    assert sorted(resolver.begun) == ["b", "first"], "a name has one thread"
+    joined = asyncio.create_task(resolver.resolve("b"))
     resolver.go.set()
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                assert await resolver.resolve("c") == Path("c")
-                break
-            except AdapterLoadError:
-                await asyncio.sleep(0.001)
+    assert await joined == Path("b")
+    assert await resolver.resolve("c") == Path("c")
+    assert sorted(resolver.begun) == ["b", "c", "first"]
 
 
 # A chain
@@ -198,6 +201,85 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_hubs_cache_works_offline(hub_cache: Path, no_hub: None, name: str) -> None:
     folder = await HubResolver(cache_dir=str(hub_cache)).resolve(name)
     assert folder == hub_cache / "models--org--sql" / "snapshots" / COMMIT
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Has the repository org/sql, with files of the sizes in ``sizes``; notes what it is asked for."""
+
+    sizes: ClassVar[dict[str, int]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        path, *_ = self.path.split("?")
+        file = path.rpartition("/")[2]
+        headers = {"X-Repo-Commit": COMMIT}
+        if path == "/api/models/org/sql/revision/main" or path == "/api/models/org/sql":
+            siblings = [{"rfilename": name, "size": size} for name, size in self.sizes.items()]
+            found = json.dumps({"id": "org/sql", "sha": COMMIT, "siblings": siblings}).encode()
+        elif path == f"/api/models/org/sql/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": name, "oid": name, "size": size} for name, size in self.sizes.items()
+            ]
+            found = json.dumps(tree).encode()
+        elif file in self.sizes:
+            found = b"x" * self.sizes[file]
+            headers["ETag"] = f'"{file}"'
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(found))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(found)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def fake_hub(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
+    import huggingface_hub.constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    FakeHub.asked.clear()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield FakeHub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    huggingface_hub.close_session()
+
+
+async def test_what_the_hub_has_is_downloaded(fake_hub: type[FakeHub], tmp_path: Path) -> None:
+    fake_hub.sizes = {"adapter_config.json": 100, "adapter_model.safetensors": 1000, "optimizer.pt": 10**9}
+    folder = await HubResolver(cache_dir=str(tmp_path), max_bytes=1000).resolve("org/sql")
+    assert (folder / "adapter_model.safetensors").stat().st_size == 1000
+    assert not (folder / "optimizer.pt").exists()
+    offline = HubResolver(cache_dir=str(tmp_path), local_files_only=True)
+    assert await offline.resolve("org/sql") == folder
+
+
+@pytest.mark.parametrize(
+    ("file", "size"), [("adapter_config.json", (256 << 10) + 1), ("adapter_model.safetensors", 1001)]
+)
+async def test_what_is_too_large_is_not_downloaded(
+    fake_hub: type[FakeHub], tmp_path: Path, file: str, size: int
+) -> None:
+    fake_hub.sizes = {"adapter_config.json": 100, "adapter_model.safetensors": 1000, file: size}
+    with pytest.raises(AdapterInvalid, match=f"{file} has.*at most"):
+        await HubResolver(cache_dir=str(tmp_path), max_bytes=1000).resolve("org/sql")
+    assert len(fake_hub.asked) == 1, "nothing but what there is"
+    assert not os.listdir(tmp_path)
 
 
 async def test_a_revision_of_the_cache(hub_cache: Path) -> None:

@@ -23,6 +23,8 @@ from aioengine.errors import AdapterInvalid, AdapterLoadError
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
 BIN_FILE = "adapter_model.bin"
+MAX_CONFIG_BYTES = 256 << 10
+"""A longer configuration is neither fetched nor read."""
 
 # The medium or whoever serves it may recover; others may give back what the machine ran short of.
 _TRANSIENT_NAMES = (

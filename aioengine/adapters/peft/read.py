@@ -19,7 +19,13 @@ from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
 from aioengine.adapters.peft.fast_pack import Contents, KnownContents, cuts_of
-from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE, AdapterFolder, OpenFile
+from aioengine.adapters.peft.folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    SAFETENSORS_FILE,
+    AdapterFolder,
+    OpenFile,
+)
 from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
 from aioengine.adapters.peft.pickled_file import PickledFile
 from aioengine.adapters.peft.shard_reads import Cut
@@ -31,7 +37,6 @@ from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape
 from aioengine.model.spec import ModelSpec
 
-_MAX_CONFIG_BYTES = 256 << 10
 _BIN_BYTES_BESIDE = 8 << 20
 """What a ``torch.save`` file may hold beside its tensors: names, headers, alignment, and unused data."""
 
@@ -132,8 +137,8 @@ def read_adapter(
 
 def _read_config(folder: AdapterFolder) -> bytes:
     with folder.open(CONFIG_FILE) as file:
-        if file.size > _MAX_CONFIG_BYTES:
-            folder.invalid(f"{CONFIG_FILE}: {file.size} bytes, more than {_MAX_CONFIG_BYTES}")
+        if file.size > MAX_CONFIG_BYTES:
+            folder.invalid(f"{CONFIG_FILE}: {file.size} bytes, more than {MAX_CONFIG_BYTES}")
         return bytes(file.read(file.size))
 
 

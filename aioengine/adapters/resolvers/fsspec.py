@@ -9,14 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE
-from aioengine.adapters.resolvers.base import WEIGHTS_FILES, BlockingResolver, is_plain_name
+from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES
+from aioengine.adapters.resolvers.base import WEIGHTS_FILES, BlockingResolver, is_plain_name, too_large
 from aioengine.adapters.resolvers.local_copies import LocalCopies
 from aioengine.config import format_bytes, parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.cache import cache_root
 
-MAX_CONFIG_BYTES = 4 << 20
 _PIECE = 1 << 20
 
 
@@ -104,14 +103,9 @@ class FsspecResolver(BlockingResolver):
         weights = next((found for file in WEIGHTS_FILES if (found := self._info(name, file))), None)
         if weights is None:
             raise AdapterInvalid(f"there is none of {', '.join(WEIGHTS_FILES)}", name=name, path=where)
-        for found, limit in ((config, MAX_CONFIG_BYTES), (weights, self._max_bytes)):
-            if found.size > limit:
-                raise AdapterInvalid(
-                    f"{found.file} has {format_bytes(found.size)}, and at most {format_bytes(limit)} are "
-                    "fetched; raise max_bytes if it is right",
-                    name=name,
-                    path=where,
-                )
+        for found in (config, weights):
+            if (reason := too_large(found.file, found.size, self._max_bytes)) is not None:
+                raise AdapterInvalid(reason, name=name, path=where)
         return [config, weights]
 
     def _info(self, name: str, file: str) -> _Remote | None:

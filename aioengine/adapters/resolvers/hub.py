@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aioengine.adapters.peft.folder import CONFIG_FILE
-from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, too_large
+from aioengine.config import parse_bytes
+from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import HubId, download, has_hub, parse_hub_id
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+HUB_SECONDS = 10.0
+"""For the Hub to say what a repository holds."""
 
 
 class HubResolver(BlockingResolver):
@@ -24,6 +32,7 @@ class HubResolver(BlockingResolver):
         cache_dir: In place of the cache that ``HF_HOME`` names.
         token: In place of the one that is stored or in ``HF_TOKEN``.
         local_files_only: Never ask the Hub.
+        max_bytes: The largest weights file that is downloaded; bytes, or text such as "2GiB".
 
     Raises ConfigError if ``huggingface_hub`` is not installed.
     """
@@ -36,6 +45,7 @@ class HubResolver(BlockingResolver):
         cache_dir: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        max_bytes: int | str = "4GiB",
     ) -> None:
         super().__init__()
         if not has_hub():
@@ -47,6 +57,7 @@ class HubResolver(BlockingResolver):
         self._cache_dir = cache_dir
         self._token = token
         self._local_files_only = local_files_only
+        self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
 
     def find(self, name: str) -> Path:
         hub_id = parse_hub_id(name)
@@ -62,21 +73,18 @@ class HubResolver(BlockingResolver):
         Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError.
         """
         hub_id = parse_hub_path(name, path)
-        return await self._in_thread(name, lambda: self._fetch(name, hub_id))
+        return await self._in_thread(name, path, lambda: self._fetch(name, hub_id))
 
     def _fetch(self, name: str, hub_id: HubId) -> Path:
         from huggingface_hub import constants, errors  # optional
 
+        offline = self._local_files_only or constants.HF_HUB_OFFLINE
         repo = HubId(hub_id.repo, hub_id.revision or self._revision)
         path = f"hf:{repo.repo}" + (f"@{repo.revision}" if repo.revision else "")
         try:
-            folder = download(
-                repo,
-                ADAPTER_FILES,
-                cache_dir=self._cache_dir,
-                token=self._token,
-                local_files_only=self._local_files_only,
-            )
+            folder = self._from_cache(repo) if offline else self._download(name, repo, path)
+        except AdapterError:
+            raise
         except errors.GatedRepoError as error:
             raise AdapterLoadError(
                 "the repository is gated: ask for access on the Hub, and set HF_TOKEN", name=name, path=path
@@ -92,7 +100,7 @@ class HubResolver(BlockingResolver):
                 path=path,
             ) from error
         except errors.LocalEntryNotFoundError as error:
-            if self._local_files_only or constants.HF_HUB_OFFLINE:
+            if offline:
                 raise AdapterNotFound(
                     "not in the local cache, and the Hub is not to be asked (offline)", name=name, path=path
                 ) from error
@@ -111,6 +119,46 @@ class HubResolver(BlockingResolver):
                 f"the repository has no {CONFIG_FILE}: it is no adapter", name=name, path=path
             )
         return folder
+
+    def _from_cache(self, repo: HubId) -> Path:
+        return download(
+            repo, ADAPTER_FILES, cache_dir=self._cache_dir, token=self._token, local_files_only=True
+        )
+
+    def _download(self, name: str, repo: HubId, path: str) -> Path:
+        """If the Hub does not tell how large the files are, what is in the cache is all that there is."""
+        from huggingface_hub import HfApi, errors  # optional
+
+        try:
+            info = HfApi(token=self._token).model_info(
+                repo.repo, revision=repo.revision, files_metadata=True, timeout=HUB_SECONDS
+            )
+        except Exception as error:
+            try:
+                return self._from_cache(repo)
+            except errors.LocalEntryNotFoundError:
+                if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+                    raise error from None  # a gated one, too
+                raise
+        self._check_sizes(name, path, info)
+        folder = download(repo, ADAPTER_FILES, cache_dir=self._cache_dir, token=self._token)
+        if info.sha != folder.name:
+            raise AdapterLoadError(
+                "it changed while it was downloaded; try again", name=name, path=path, transient=True
+            )
+        return folder
+
+    def _check_sizes(self, name: str, path: str, info: ModelInfo) -> None:
+        """Raises AdapterInvalid for a file that is too large."""
+        for file in info.siblings or ():
+            if file.rfilename not in ADAPTER_FILES:
+                continue
+            if file.size is None:
+                reason: str | None = f"the Hub does not say how large {file.rfilename} is"
+            else:
+                reason = too_large(file.rfilename, file.size, self._max_bytes)
+            if reason is not None:
+                raise AdapterInvalid(reason, name=name, path=path)
 
 
 def parse_hub_path(name: str, path: str) -> HubId:

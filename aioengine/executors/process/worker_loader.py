@@ -89,7 +89,7 @@ class WorkerLoader(BaseLoader[_Found]):
         unwanted = Event()
         both = (
             asyncio.ensure_future(reading.of(ReadDone)),
-            asyncio.ensure_future(self._digests.run(path, lambda: content_digest(name, path, unwanted))),
+            asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted))),
         )
         try:
             return await asyncio.gather(*both)

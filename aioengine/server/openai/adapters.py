@@ -14,6 +14,7 @@ from litestar.params import JSONBody
 
 from aioengine import FilesystemResolver
 from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
+from aioengine.adapters.resolvers.base import within
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
@@ -68,11 +69,12 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         if known and not data.load_inplace:
             raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
         try:
-            folder = await confined.resolve(_relative(path, confined.root))
+            find = confined.resolve(_relative(path, confined.root))
+            folder = await within(None if lora is None else lora.load_timeout, name, find)
         except AdapterNotFound as error:
             raise ApiError(
                 404,
-                f"Loading lora {name} failed: no adapter found for {path}: {error.reason}",
+                f"Loading lora {name} failed: no adapter found for {path[:300]}: {error.reason}",
                 param="lora_path",
                 code="adapter_not_found",
             ) from error
