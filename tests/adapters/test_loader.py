@@ -154,7 +154,7 @@ async def test_when_many_reads_hang_no_more_are_started(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "_mounts", lambda paths: paths)
-    loader = loader_of(FakeStore(dead=hanging), timeout=0.02, grace=0.0)
+    loader = loader_of(FakeStore(dead=hanging), timeout=0.3, grace=0.0)
     await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
     threads = threading.active_count()
     with pytest.raises(AdapterLoadError, match=rf"{MAX_HANGING} earlier reads hang.*/adapters/dead"):
