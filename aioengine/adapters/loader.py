@@ -287,7 +287,7 @@ def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadErro
         return None
     return AdapterLoadError(
         "there is not enough memory to hold it; lower LoRAConfig.max_cpu_loras or set "
-        f"max_cpu_lora_bytes ({type(error).__name__}: {str(error)[:200]})",
+        f"LoRAConfig.max_cpu_lora_bytes ({type(error).__name__}: {str(error)[:200]})",
         name=name,
         path=path,
     )

@@ -16,7 +16,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags, check_folders
+from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.help import FOLDED
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED
@@ -135,6 +135,7 @@ class ServerFlags:
             request_timeout=self.request_timeout or None,
             read_timeout=self.read_timeout,
             send_timeout=self.send_timeout,
+            reword=in_flags,
         )
 
     def listen_settings(self) -> ListenSettings:

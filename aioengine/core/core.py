@@ -319,7 +319,7 @@ class Core:
                 text = (
                     f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because every slot holds a "
                 )
-                text += f"pinned adapter ({names}); unpin one, or raise max_loras"
+                text += f"pinned adapter ({names}); unpin one, or raise LoRAConfig.max_loras"
                 self._fail_waiting(entry, now, EngineOverloaded(text))
 
     # Scheduling

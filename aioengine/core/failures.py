@@ -33,6 +33,11 @@ class Failures:
             del self._by_name[next(iter(self._by_name))]
         self._by_name[name] = _Failure(count, error, now + pause)
 
+    def times(self, name: str) -> int:
+        """How often in a row it has failed."""
+        failure = self._by_name.get(name)
+        return 0 if failure is None else failure.times
+
     def forget(self, name: str) -> None:
         """It has been read."""
         self._by_name.pop(name, None)

@@ -26,6 +26,7 @@ from aioengine.runtime.locks import NameLocks
 from aioengine.runtime.lookup import Resolution
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.pins import Pins
+from aioengine.runtime.transfers import log_failure
 from aioengine.schedulers.policy import Location
 
 
@@ -93,6 +94,7 @@ class AdapterOps:
             where = await self._resolution.locate(name, source, tenant)
         except (AdapterInvalid, AdapterLoadError) as error:
             self._residency.failures.add(name, error, _now())
+            log_failure(self._residency.failures, name, error)
             raise
         entry = self._residency.current.get(name)
         if entry is not None:  # another one who waited was first
@@ -270,7 +272,8 @@ class AdapterOps:
                 self._stepper.loaded.pop(uid)(
                     EngineOverloaded(
                         f"adapter {entry.label!r} ({entry.path}) cannot be loaded, because pinned adapters "
-                        f"fill the CPU cache ({', '.join(pinned)}); unpin one, or raise max_cpu_loras"
+                        f"fill the CPU cache ({', '.join(pinned)}); unpin one, or raise "
+                        "LoRAConfig.max_cpu_loras"
                     )
                 )
 

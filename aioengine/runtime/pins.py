@@ -43,7 +43,7 @@ class Pins:
         others = {label for label, entry in self._current.items() if entry.pinned} | self._claims.keys()
         others.discard(name)
         if len(others) >= (self._max_loras if force else self._max_loras - 1):
-            todo = "unpin one or raise max_loras"
+            todo = "unpin one or raise LoRAConfig.max_loras"
             if not force:
                 todo = f"one must stay free for the others: {todo}, or force it if no others are to be served"
             raise ConfigError(

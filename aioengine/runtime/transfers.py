@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aioengine import events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move
+from aioengine.core.failures import Failures
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import (
     AdapterError,
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioengine")
 
 Retrying = Callable[[int, float, AdapterError], None]
+
+
+def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
+    """Logs the 1st, 2nd, 4th, 8th, ... failure in a row, so that one adapter does not fill the log."""
+    times = failures.times(name)
+    if times & (times - 1) == 0:
+        text = str(error)
+        again = f" (failed {times} times)" if times > 1 else ""
+        logger.warning("not loaded: %s%s", text if text.isprintable() else repr(text), again)
 
 
 class Loader(Protocol):
@@ -150,6 +160,7 @@ class AdapterMoves:
         except AdapterError as error:
             failure = error
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
+            log_failure(self._core.residency.failures, entry.label, error)
         except Exception as error:
             logger.exception("loading adapter %r failed unexpectedly", entry.label)
             failure = AdapterLoadError(
@@ -166,6 +177,8 @@ class AdapterMoves:
                 digest=done.digest,
                 seconds=done.seconds,
             )
+            if failure is not None:
+                log_failure(self._core.residency.failures, entry.label, failure)
         self._reads.pop(entry.uid, None)
         if failure is not None or entry.location is not Location.DISK:  # else it is read again later
             callback = self.loaded.pop(entry.uid, None)

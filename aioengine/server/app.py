@@ -83,7 +83,7 @@ class ServerApp:
             request_class=JsonRequest,
             state=State({UNKNOWN_FIELDS: UnknownFields(ignore=settings.ignore_unknown_fields)}),
             guards=[guard(self._gate)],
-            exception_handlers={Exception: exception_handler(settings.retry_after)},
+            exception_handlers={Exception: exception_handler(settings)},
             openapi_config=openapi_config(__version__, with_keys=not self._gate.is_open),
             request_max_body_size=None,  # BoundedBody's business
             logging_config=None,
@@ -145,7 +145,7 @@ class ServerApp:
         except Exception as error:
             if started:
                 raise
-            api_error = to_api_error(error, self._settings.retry_after)
+            api_error = to_api_error(error, self._settings)
             record.refused(api_error.detail)
             await send_error(tagged_send, api_error, path)
         finally:

@@ -19,6 +19,7 @@ from aioengine.errors import (
     EngineStopped,
     RequestInvalid,
 )
+from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server")
 
@@ -181,11 +182,18 @@ _OVERLOADED = {
 """By whose bound is reached."""
 
 
-def to_api_error(error: BaseException, retry_after: int) -> ApiError:
+def to_api_error(error: BaseException, settings: ServerSettings) -> ApiError:
     """What a client is told about an error; what is not the client's doing is logged."""
+    if isinstance(error, ApiError):
+        return error
+    found = _api_error(error, settings.retry_after)
+    if settings.reword is not None and isinstance(error, AioEngineError):
+        found.detail.message = settings.reword(found.detail.message)
+    return found
+
+
+def _api_error(error: BaseException, retry_after: int) -> ApiError:
     match error:
-        case ApiError():
-            return error
         case ClientDisconnected():
             return ApiError(499, "the client closed the connection", type="client_error")
         case msgspec.ValidationError():

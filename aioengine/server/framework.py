@@ -15,6 +15,7 @@ from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
 from aioengine.server.known_fields import UnknownFields
+from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import GenerationResponse, send_error
 
 RECORD = "aioengine_record"
@@ -132,7 +133,7 @@ def _not_found(path: str) -> str:
     return f"there is no {path[:200]}" + ("" if why is None else f": {why}")
 
 
-def exception_handler(retry_after: int) -> Any:
+def exception_handler(settings: ServerSettings) -> Any:
     def handle(request: Request[Any, Any, Any], error: Exception) -> ErrorResponse:
         if isinstance(error, MethodNotAllowedException):
             found = ApiError(
@@ -145,7 +146,7 @@ def exception_handler(retry_after: int) -> Any:
         elif isinstance(error, HTTPException) and error.status_code < 500:
             found = ApiError(error.status_code, error.detail)
         else:
-            found = to_api_error(error, retry_after)
+            found = to_api_error(error, settings)
         record_of(request).refused(found.detail)
         return ErrorResponse(found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -55,6 +55,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which a client that takes none of its answer is let go."""
     retry_after: int = 1
     """The ``Retry-After`` of answers 429 and 503, in seconds."""
+    reword: Callable[[str], str] | None = None
+    """What the engine's errors say to clients: made of their text, in which configuration fields have their
+    names in Python ("LoRAConfig.max_lora_rank"). ``aioengine serve`` names its flags instead."""
 
     def __post_init__(self) -> None:
         for field in ("max_body_bytes", "max_choices", "retry_after"):

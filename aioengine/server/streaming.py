@@ -113,7 +113,7 @@ class GenerationResponse:
             with self._generation.claimed():
                 await while_connected(receive, self._answer(send))
         except Exception as error:
-            api_error = to_api_error(error, self._settings.retry_after)
+            api_error = to_api_error(error, self._settings)
             self._record.refused(api_error.detail)
             self._record.status = api_error.status
             if not self._started:

@@ -11,6 +11,8 @@ import pytest
 from support.engine_fixtures import Tiny, greedy
 from support.server_fixtures import MODEL, Serve
 
+from aioengine.cli.flags import in_flags
+
 
 async def test_the_base_model_and_the_adapters_are_models(serve: Serve, tiny_text: Tiny) -> None:
     async with serve(settings={"served_model_names": ["org/tiny", "tiny"]}) as served:
@@ -70,6 +72,25 @@ async def test_adapters_are_loaded_and_unloaded_as_vllm_does(serve: Serve, root:
         assert (await post("/v1/load_lora_adapter", lora_name="bad name", lora_path="team/a"))[0] == 400
         bad = await post("/v1/load_lora_adapter", lora_name="bad name", lora_path="team/a")
         assert '"param":"lora_name"' in bad[1]
+
+
+async def test_a_refusal_names_what_whoever_serves_can_change(
+    serve: Serve, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those who embed the engine have fields, and those who run ``aioengine serve`` have flags."""
+    for reword, name in ((None, "LoRAConfig.max_lora_rank"), (in_flags, "--max-lora-rank")):
+        async with serve(settings={"reword": reword}, adapter_root=str(root), max_lora_rank=2) as served:
+            body = {"model": "team/a", "prompt": "x", "max_tokens": 2}
+            answers = [await served.http.post("/v1/completions", json=body) for _ in range(3)]
+            load = {"lora_name": "other", "lora_path": "team/a"}
+            answers.append(await served.http.post("/v1/load_lora_adapter", json=load))
+            for answer in answers:
+                assert answer.status_code == 400
+                assert f"raise {name} or" in answer.json()["error"]["message"]
+        said = [text for record in caplog.records if "not loaded" in (text := record.getMessage())]
+        assert ["team/a" in text and "max_lora_rank" in text for text in said] == [True] * 3
+        assert [text.endswith("(failed 2 times)") for text in said] == [False, True, False]
+        caplog.clear()
 
 
 async def test_nothing_outside_of_the_root_is_loaded(serve: Serve, root: Path) -> None:

@@ -81,7 +81,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         try:
             await context.engine.load_adapter(name, folder, replace=bool(data.load_inplace))
         except AdapterError as error:
-            api_error = to_api_error(error, context.settings.retry_after)
+            api_error = to_api_error(error, context.settings)
             api_error.detail.param = "lora_path"
             raise api_error from error
         return f"Success: LoRA adapter '{name}' added successfully."
