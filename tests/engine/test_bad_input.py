@@ -148,10 +148,10 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], tuple[str, ...]]] = {
     "missing folder": (shutil.rmtree, AdapterLoadError, ()),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterLoadError, ("adapter_config.json",)),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterInvalid, ("adapter_config.json",)),
     "no weights": (
         lambda f: (f / "adapter_model.safetensors").unlink(),
-        AdapterLoadError,
+        AdapterInvalid,
         ("adapter_model.safetensors",),
     ),
     "not json": (
