@@ -19,7 +19,7 @@ from aioengine.grammars.wire import COMPILED, text_frame
 from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProcess, read_struct, read_text
 
 QUICK_NICE = 5
-LONG_NICE = 15
+LONG_NICE = 10
 """How much compiles give way to the model's own threads."""
 MEMORY_SECONDS = 0.5
 """Between two looks at the memory of all of them."""

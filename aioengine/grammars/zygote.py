@@ -26,8 +26,12 @@ from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, t
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ending is the engine's business
+    # Ending is the engine's business: this is a group of its own. It is no session of its own, to which
+    # Linux would give as much of the processors as to the engine (sched(7), autogroup), however nice its
+    # children are.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setpgid(0, 0)
     die_with_parent = _parental_death()
     die_with_parent()
     control = socket.socket(fileno=int(sys.argv[1]))

@@ -71,7 +71,6 @@ class ZygoteProcess:
                     str(places.file),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno(), places.file],
-                    start_new_session=True,  # Ctrl-C in the terminal is for the engine's process alone
                     env=_environment(),
                 )
         except BaseException as error:

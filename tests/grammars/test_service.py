@@ -324,6 +324,23 @@ async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux shares out the processors")
+async def test_compiles_give_way_to_the_engine() -> None:
+    async with grammars(GrammarLimits()) as service:
+        compiling = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
+
+        def niceness() -> int:
+            threads = [t.id for child in zygote().children() for t in child.threads()]
+            return max((os.getpriority(os.PRIO_PROCESS, thread) for thread in threads), default=0)
+
+        assert (await service.constraint(from_regex("ab"), None)).allowed([])
+        await until(lambda: niceness() > 0)
+        # It counts within a session only, where the kernel's "autogroup" is on.
+        assert os.getsid(zygote().pid) == os.getsid(0)
+        assert os.getpgid(zygote().pid) == zygote().pid, "Ctrl-C is not for it"
+        compiling.cancel()
+
+
 async def test_a_killed_child_harms_only_its_rows() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)

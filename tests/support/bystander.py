@@ -61,6 +61,7 @@ async def bystander(
         process.stdin.close()
         async with asyncio.timeout(90):
             report = json.loads(await process.stdout.readline())
+            await process.wait()
         seen.gaps, seen.streams, seen.errors = report["gaps"], report["streams"], report["errors"]
     finally:
         if process.returncode is None:

@@ -244,9 +244,13 @@ def _exit() -> NoReturn:
 def _leave_ending_to_the_engine() -> None:
     """It may have to drain first when Ctrl-C, or a service manager, reaches all of its processes; a worker
     ends with it. On Linux the kernel sees to that, even if this process's threads are stuck, or a fork of
-    the engine's process keeps the socket open."""
+    the engine's process keeps the socket open.
+
+    A group of its own does for Ctrl-C. A session of its own would get as much of the processors as the rest
+    of the engine (sched(7), autogroup): compiles of grammars could not give way to it by being nice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setpgid(0, 0)
     if sys.platform == "linux":
         import ctypes
 

@@ -301,7 +301,6 @@ async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C in the terminal is for the engine's process alone
                 env=environment,
             )
     except BaseException:
