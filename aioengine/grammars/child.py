@@ -75,7 +75,7 @@ def _compile(tokenizer: LLTokenizer, text: str, nice: int) -> LLMatcher:
 
     def work() -> None:
         if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, 0, nice)
+            os.nice(nice)  # than the engine is
         # As measured with ambiguous grammars; a row's items are what an object's properties need.
         limits = LLParserLimits(step_max_items=5_000, step_lexer_fuel=50_000, verbose_errors=False)
         found.append(LLMatcher(tokenizer, text, log_level=0, limits=limits))
