@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from support.engine_fixtures import Tiny, greedy
 from support.server_fixtures import MODEL, Serve
 
+from aioengine import FilesystemResolver
 from aioengine.cli.flags import in_flags
 
 
@@ -91,6 +93,30 @@ async def test_a_refusal_names_what_whoever_serves_can_change(
         assert ["team/a" in text and "max_lora_rank" in text for text in said] == [True] * 3
         assert [text.endswith("(failed 2 times)") for text in said] == [False, True, False]
         caplog.clear()
+
+
+async def test_a_search_for_a_folder_has_a_time_limit(
+    serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(FilesystemResolver, "find", lambda self, name: go.wait(30) and self.root / name)
+    async with serve(adapter_root=str(root), load_timeout=0.2) as served:
+        load = {"lora_name": "new", "lora_path": "team/a"}
+        hung = await served.http.post("/v1/load_lora_adapter", json=load)
+        assert (hung.status_code, hung.headers["retry-after"]) == (503, "1")
+        assert "load_timeout=0.2" in hung.text
+        go.set()
+        assert (await served.http.post("/v1/load_lora_adapter", json=load)).status_code == 200
+
+
+async def test_a_long_path_is_refused_shortly(serve: Serve, root: Path) -> None:
+    async with serve(adapter_root=str(root)) as served:
+        for path in ("a/" * 300_000 + "a", "../" * 200_000, "x" * 600_000):
+            answer = await served.http.post(
+                "/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": path}
+            )
+            assert answer.status_code == 404
+            assert len(answer.content) < 1000
 
 
 async def test_nothing_outside_of_the_root_is_loaded(serve: Serve, root: Path) -> None:
