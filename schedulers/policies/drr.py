@@ -40,6 +40,8 @@ class DRR(Arrival):
         self._deficits: OrderedDict[Flow, int] = OrderedDict()
         """In the order of turns; the last has its turn now."""
         self._plan: list[_Turn] = []
+        self._fewer: set[Flow] = set()
+        """Those that may have lost their last request since the last decision."""
 
     def admit(self, view: SchedulerView, names: Sequence[Flow], limit: int) -> Sequence[RequestView]:
         self._enlist(view, names)
@@ -55,6 +57,10 @@ class DRR(Arrival):
 
     def on_event(self, event: PolicyEvent) -> None:
         """Carry the plan out as far as it was admitted; what was left out of it is not charged."""
+        if event.kind in ("request_admitted", "request_finished"):
+            self._fewer.add(event.adapter)
+        elif event.kind == "adapter_retired":
+            self._fewer.add(event.was)
         if event.kind != "request_admitted" or event.request is None:
             return
         admitted = event.request.request_id
@@ -73,8 +79,10 @@ class DRR(Arrival):
 
     def _enlist(self, view: SchedulerView, names: Sequence[Flow]) -> None:
         """Forget who is not waited for any more; newcomers go to the end of the round."""
-        for flow in [f for f in self._deficits if not _is_waited_for(view, f)]:
-            del self._deficits[flow]
+        for flow in self._fewer:
+            if flow in self._deficits and not _is_waited_for(view, flow):
+                del self._deficits[flow]
+        self._fewer.clear()
         now = next(reversed(self._deficits), None)
         for flow in names:
             if flow not in self._deficits and _is_waited_for(view, flow):
@@ -84,14 +92,22 @@ class DRR(Arrival):
 
     def _turns(self, view: SchedulerView, names: Sequence[Flow]) -> Iterator[_Turn]:
         """What would happen if everything proposed were admitted. Ends when nothing is left."""
-        queues = {flow: iter(view.waiting_for(flow)) for flow in names if flow in self._deficits}
-        heads = {flow: next(queue) for flow, queue in queues.items()}
-        deficits = OrderedDict((f, d) for f, d in self._deficits.items() if f in heads)
+        able = set(names)
+        deficits = OrderedDict((f, d) for f, d in self._deficits.items() if f in able)
+        queues: dict[Flow, Iterator[RequestView]] = {}
+        heads: dict[Flow, RequestView] = {}
         fruitless = 0
+
+        def head(flow: Flow) -> RequestView:
+            if flow not in heads:
+                queues[flow] = iter(view.waiting_for(flow))
+                heads[flow] = next(queues[flow])
+            return heads[flow]
+
         while deficits:
             flow = next(reversed(deficits))
-            while flow in heads and _cost(heads[flow]) <= deficits[flow]:
-                request, following = heads[flow], next(queues[flow], None)
+            while flow in deficits and _cost(request := head(flow)) <= deficits[flow]:
+                following = next(queues[flow], None)
                 deficits[flow] -= _cost(request)
                 yield _Turn(flow, request_id=request.request_id, request=request, ends=following is None)
                 fruitless = 0
@@ -102,7 +118,7 @@ class DRR(Arrival):
             if not deficits:
                 return
             if fruitless == len(deficits):  # nobody can afford anything: skip such rounds
-                rounds = min(-(-(_cost(heads[f]) - d) // self.quantum) for f, d in deficits.items()) - 1
+                rounds = min(-(-(_cost(head(f)) - d) // self.quantum) for f, d in deficits.items()) - 1
                 for f in deficits:
                     deficits[f] += rounds * self.quantum
                     yield _Turn(f, grant=rounds * self.quantum)
