@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from heapq import merge
 from itertools import islice
 from typing import NamedTuple
@@ -25,7 +27,7 @@ class Waiting(NamedTuple):
 class Client:
     """What one client has waiting and running."""
 
-    __slots__ = ("first", "heads", "name", "queues", "running", "runs_on")
+    __slots__ = ("first", "heads", "held", "in_slots", "name", "open", "queues", "running", "runs_on")
 
     def __init__(self, name: Hashable) -> None:
         self.name = name
@@ -39,13 +41,22 @@ class Client:
         """By id, in order of admission."""
         self.runs_on: dict[Adapter, int] = {}
         """Running requests by adapter."""
+        self.held = 0
+        """Slots whose adapters it uses."""
+        self.open = self.in_slots = 0
+        """How many of its queues are of adapters that admit, and of adapters in slots."""
 
     @property
     def uses_adapters(self) -> bool:
         """Whether it waits for an adapter or runs on one."""
         return len(self.queues) > (None in self.queues) or len(self.runs_on) > (None in self.runs_on)
 
-    def waiting_for(self, names: set[Adapter]) -> Iterator[Waiting]:
+    @property
+    def waits_for_cold(self) -> bool:
+        """Whether it waits for an adapter that is in no slot."""
+        return len(self.queues) > self.in_slots + (None in self.queues)
+
+    def waiting_for(self, names: AbstractSet[Adapter]) -> Iterator[Waiting]:
         """Its waiting requests for these adapters, in order of arrival."""
         queues = self.queues
         if len(queues) <= len(names):
@@ -54,7 +65,7 @@ class Client:
             found = [queues[name] for name in names if name in queues]
         return iter(found[0]) if len(found) == 1 else merge(*found)
 
-    def cold(self, in_slots: set[Adapter]) -> Iterator[tuple[Waiting, str]]:
+    def cold(self, in_slots: AbstractSet[Adapter]) -> Iterator[tuple[Waiting, str]]:
         """(first request, adapter) for each adapter that it waits for and no slot holds, the oldest first."""
         for head, name in self.heads:
             if name is not None and name not in in_slots:
@@ -98,28 +109,42 @@ class Client:
 
 
 class Clients:
-    """All clients that have requests, by name.
+    """All clients that have requests, by name, and the order of their turns.
 
-    Fed by ``on_event``; a change costs O(log waiting). ``sync`` reads everything anew if the policy has not
-    heard of all that happened.
+    Fed by ``on_event``; a change costs O(log waiting), and that of a slot O(log clients) for each who waits
+    for its adapter. ``sync`` reads everything anew if the policy has not heard of all that happened.
 
     Args:
         client_of: Whose a request is; asked once for each.
     """
 
     def __init__(self, client_of: Callable[[RequestView], Hashable]) -> None:
-        self.by_name: dict[Hashable, Client] = {}
         self._client_of = client_of
+        self._stale = False
+        self._count = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.by_name: dict[Hashable, Client] = {}
         self._live: dict[str, tuple[Client, Waiting]] = {}
         self._waiting = 0
-        self._count = 0
         self._waiting_for: dict[Adapter, dict[Client, None]] = {}
         self._running_on: dict[Adapter, dict[Client, None]] = {}
-        self.ranked: SortedList[Client] = SortedList(key=rank)
-        """Those that have a waiting request, the one that has the fewest running first."""
+        self.ready: SortedList[Client] = SortedList(key=rank)
+        """Those that have a request that could be admitted, the one that has the fewest running first."""
+        self.cold: SortedList[Client] = SortedList(key=_slot_rank)
+        """Those that wait for an adapter in no slot, the one that has the fewest slots first."""
         self.using_adapters = 0
         """How many wait for adapters or run on some."""
-        self._stale = False
+        self.running_counts: dict[int, int] = {}
+        """How many clients have that many running requests; none that have no request."""
+        self.held_counts: dict[int, int] = {}
+        """The same of slots."""
+        self.open: set[Adapter] = set()
+        self.in_slots: dict[Adapter, None] = {}
+        self.idle: dict[Adapter, None] = {}
+        """Adapters in slots that nobody runs on."""
+        self._slots: list[Adapter] = []
 
     @property
     def several(self) -> bool:
@@ -138,38 +163,79 @@ class Clients:
         """Who waits for an adapter."""
         return self._waiting_for.get(adapter, ())
 
+    def set_slots(self, adapters: Sequence[Adapter]) -> None:
+        """Say what is in each slot (None: nothing)."""
+        if adapters == self._slots:
+            return
+        self._slots = list(adapters)
+        now = dict.fromkeys(adapters)
+        now.pop(None, None)
+        before, self.in_slots = self.in_slots, now
+        for adapter in (before.keys() - now.keys()) | (now.keys() - before.keys()):
+            more = 1 if adapter in now else -1
+            for client in self.waiting_for(adapter):
+                was_cold = client.waits_for_cold
+                client.in_slots += more
+                if was_cold != client.waits_for_cold:
+                    self.cold.remove(client) if was_cold else self.cold.add(client)
+            users = list(self.users(adapter))
+            with self._moving(users):
+                for client in users:
+                    client.held += more
+            if more < 0:
+                self.idle.pop(adapter, None)
+            elif adapter not in self._running_on:
+                self.idle[adapter] = None
+
+    def set_open(self, adapters: AbstractSet[Adapter]) -> None:
+        """Say whose requests can be admitted (None: the base model's)."""
+        if adapters == self.open:
+            return
+        before, self.open = self.open, set(adapters)
+        for adapter in before ^ self.open:
+            more = 1 if adapter in self.open else -1
+            for client in self.waiting_for(adapter):
+                was_ready = client.open > 0
+                client.open += more
+                if was_ready != (client.open > 0):
+                    self.ready.remove(client) if was_ready else self.ready.add(client)
+
     def on_event(self, event: PolicyEvent) -> None:
         request = event.request
         try:
             if request is not None:
                 self._happened(event.kind, request)
             elif event.kind == "adapter_retired":
-                concerned: dict[Client, None] = {}
-                for users in (self._waiting_for, self._running_on):
-                    if event.was in users:
-                        users[event.adapter] = users.pop(event.was)
-                        concerned |= users[event.adapter]
-                for client in concerned:
-                    client.rename(event.was, event.adapter)
+                self._rename(event.was, event.adapter)
         except (KeyError, ValueError):  # of something that happened before, nothing was said
             self._stale = True
 
     def sync(self, view: SchedulerView) -> None:
         """Call before a decision."""
         if self._stale or self._waiting != len(view.waiting):
-            self.by_name.clear()
-            self._live.clear()
-            self._waiting_for.clear()
-            self._running_on.clear()
-            self.ranked.clear()
-            self.using_adapters = 0
-            self._waiting = 0
+            self._clear()
             self._stale = False
             for request in view.running:
                 self._happened("request_added", request)
                 self._happened("request_admitted", request)
             for request in view.waiting:
                 self._happened("request_added", request)
+
+    def _rename(self, was: Adapter, adapter: Adapter) -> None:
+        concerned = {**self._waiting_for.get(was, {}), **self._running_on.get(was, {})}
+        with self._moving(concerned):
+            for client in concerned:
+                client.rename(was, adapter)
+            for users in (self._waiting_for, self._running_on):
+                if was in users:
+                    users[adapter] = users.pop(was)
+        for names in (self.in_slots, self.idle):
+            if was in names:
+                names[adapter] = names.pop(was)
+        if was in self.open:
+            self.open.remove(was)
+            self.open.add(adapter)
+        self._slots = [adapter if name == was else name for name in self._slots]
 
     def _happened(self, kind: str, request: RequestView) -> None:
         adapter = request.adapter
@@ -178,18 +244,53 @@ class Clients:
             client = self.by_name.get(name)
             if client is None:
                 client = self.by_name[name] = Client(name)
+                _count(self.running_counts, 0, 1)
+                _count(self.held_counts, 0, 1)
             entry = Waiting(request.arrival, self._count, request)
             self._count += 1
             self._live[request.request_id] = client, entry
         else:
             client, entry = self._live[request.request_id]
-        if client.first is not None:
-            self.ranked.remove(client)
-        self.using_adapters -= client.uses_adapters
+        in_slot = adapter in self.in_slots
+        others = () if not in_slot or adapter in self._running_on else self.users(adapter)
+        with self._moving([client, *others]):
+            if in_slot:
+                self._hold(adapter, client, -1)
+            self.using_adapters -= client.uses_adapters
+            client.open -= adapter in self.open and adapter in client.queues
+            client.in_slots -= in_slot and adapter in client.queues
+            self._change(kind, client, adapter, entry)
+            client.open += adapter in self.open and adapter in client.queues
+            client.in_slots += in_slot and adapter in client.queues
+            self.using_adapters += client.uses_adapters
+            if in_slot and adapter in self._running_on:
+                self._hold(adapter, client, 1)
+        if in_slot and adapter not in self._running_on:
+            with self._moving(list(self.users(adapter))):
+                self._hold(adapter, client, 1)
+            self.idle[adapter] = None
+        elif in_slot:
+            self.idle.pop(adapter, None)
+        if client.first is None and not client.running:
+            del self.by_name[client.name]
+            _count(self.running_counts, 0, -1)
+            _count(self.held_counts, client.held, -1)
+
+    def _hold(self, adapter: Adapter, client: Client, more: int) -> None:
+        """Count the slot of ``adapter`` for those of its users whom an event of ``client`` may concern."""
+        running = self._running_on.get(adapter)
+        if running is None:
+            for user in self.users(adapter):
+                user.held += more
+        elif client in running:
+            client.held += more
+
+    def _change(self, kind: str, client: Client, adapter: Adapter, entry: Waiting) -> None:
+        request_id = entry.request.request_id
         if kind == "request_added":
             self._begins_to_wait(client, adapter, entry)
-        elif request.request_id in client.running:
-            del client.running[request.request_id]
+        elif request_id in client.running:
+            del client.running[request_id]
             client.runs_on[adapter] -= 1
             if not client.runs_on[adapter]:
                 del client.runs_on[adapter]
@@ -202,21 +303,34 @@ class Clients:
             if adapter not in client.queues:
                 _forget(self._waiting_for, adapter, client)
         if kind == "request_admitted":
-            client.running[request.request_id] = request
+            client.running[request_id] = entry.request
             client.runs_on[adapter] = client.runs_on.get(adapter, 0) + 1
             self._running_on.setdefault(adapter, {})[client] = None
         elif kind == "request_finished":
-            del self._live[request.request_id]
-        self.using_adapters += client.uses_adapters
-        if client.first is not None:
-            self.ranked.add(client)
-        elif not client.running:
-            del self.by_name[client.name]
+            del self._live[request_id]
 
     def _begins_to_wait(self, client: Client, adapter: Adapter, entry: Waiting) -> None:
         self._waiting += 1
         client.add(adapter, entry)
         self._waiting_for.setdefault(adapter, {})[client] = None
+
+    @contextmanager
+    def _moving(self, clients: Iterable[Client]) -> Iterator[None]:
+        """Keep the orders right while something of these clients changes."""
+        clients = dict.fromkeys(clients)
+        for client in clients:
+            self._list(client, -1)
+        yield
+        for client in clients:
+            self._list(client, 1)
+
+    def _list(self, client: Client, more: int) -> None:
+        _count(self.running_counts, len(client.running), more)
+        _count(self.held_counts, client.held, more)
+        if client.open:
+            self.ready.add(client) if more > 0 else self.ready.remove(client)
+        if client.waits_for_cold:
+            self.cold.add(client) if more > 0 else self.cold.remove(client)
 
 
 def rank(client: Client) -> tuple[int, float, int]:
@@ -224,6 +338,18 @@ def rank(client: Client) -> tuple[int, float, int]:
     first = client.first
     assert first is not None
     return len(client.running), first.arrival, first.number
+
+
+def _slot_rank(client: Client) -> tuple[int, float, int]:
+    first = client.first
+    assert first is not None
+    return client.held, first.arrival, first.number
+
+
+def _count(counts: dict[int, int], value: int, more: int) -> None:
+    counts[value] = counts.get(value, 0) + more
+    if not counts[value]:
+        del counts[value]
 
 
 def _forget(users: dict[Adapter, dict[Client, None]], adapter: Adapter, client: Client) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from math import inf
 
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
-from aioengine.schedulers.parts.slot_pool import SlotPool, lacking
+from aioengine.schedulers.parts.slot_pool import SlotPool, lacking, tokens_left
 from aioengine.schedulers.policy import (
     AdapterView,
     Decision,
@@ -66,7 +66,7 @@ class Composed(SchedulerPolicy):
         self._shares = None if order.sharing == "none" else Shares(order, max_wait)
         self._take_after = max_wait if order.take_after is None else order.take_after
         self._placed: dict[str, float] = {}
-        """When each adapter in a slot was put there."""
+        """When each adapter in a slot was put there, the last one last."""
         self._close_after = max_wait if order.close_after is None else order.close_after
         if self._close_after == inf:
             self.starvation_bound = "none"
@@ -79,7 +79,8 @@ class Composed(SchedulerPolicy):
         elif event.kind == "adapter_evicted" and event.adapter is not None:
             self._placed.pop(event.adapter, None)
         elif event.kind == "adapter_retired" and event.was in self._placed and event.adapter is not None:
-            self._placed[event.adapter] = self._placed.pop(event.was)
+            was, now = event.was, event.adapter
+            self._placed = {now if n == was else n: placed for n, placed in self._placed.items()}
         if self._shares is not None:
             self._shares.clients.on_event(event)
         for part in (self.order, self.replace, self.prefetch, self.preempt):
@@ -108,15 +109,14 @@ class Composed(SchedulerPolicy):
     def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
         """The decision where several tenants have requests."""
         settling = self._settling(view)
-        pool = SlotPool(view, self.replace, settling)
-        place, read, closed, preempt, cold = shares.assign_slots(view, pool, settling)
+        place, read, closed, preempt, cold = shares.assign_slots(view, self.replace, settling)
         room = view.free_seqs + len(preempt)
         admit, victims = shares.admit(view, _open_queues(view, place, closed), room, preempt)
         room += len(victims) - len(admit)
         if view.load_room > len(read):
             read += self.prefetch.choose(view, iter(cold))
         if room > 0 and closed:
-            admit += _fill(view, closed, pool.tokens_left)[:room]
+            admit += _fill(view, closed, tokens_left(view))[:room]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
@@ -153,7 +153,8 @@ class Composed(SchedulerPolicy):
         if self.max_wait == 0:
             return set()
         since = view.now - STAY * self.max_wait
-        return {name for name, placed in self._placed.items() if placed > since}
+        latest = takewhile(lambda item: item[1] > since, reversed(self._placed.items()))
+        return {name for name, _ in latest}
 
     def _assign_slots(
         self, view: SchedulerView

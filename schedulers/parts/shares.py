@@ -9,14 +9,17 @@ preemption comes only after twice the steps that computing the last one's tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from heapq import heapify, heappop, heappush, heapreplace, nsmallest
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from functools import cached_property
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from aioengine.schedulers.parts.base import Ordering
+from aioengine.schedulers.parts.base import Ordering, Replacement
 from aioengine.schedulers.parts.clients import Client, Clients, Waiting, rank
-from aioengine.schedulers.parts.slot_pool import SlotPool, lacking
+from aioengine.schedulers.parts.slot_pool import lacking
 from aioengine.schedulers.policy import (
     AdapterView,
     Location,
@@ -27,11 +30,11 @@ from aioengine.schedulers.policy import (
     SlotView,
 )
 
-SCAN_LIMIT = 256
-"""Cold adapters that one decision looks at."""
+SCAN_LIMIT = 128
+"""Cold adapters that one decision looks at, each once for each tenant that waits for it."""
 LOOKAHEAD = 32
-"""Of those, how many it looks at where no slot is to be had."""
-TENANTS_LIMIT, OLDEST = 64, 4
+"""How many it looks at where no slot is to be had."""
+TENANTS_LIMIT, OLDEST = 32, 4
 """Tenants that it looks at, and adapters that were waited for longest, whose tenants it looks at besides."""
 MAKE_WAY_LIMIT = 2
 """For how many of them it looks through the slots that others have."""
@@ -58,9 +61,53 @@ class _Held(NamedTuple):
     name: str
     users: tuple[Client, ...]
     """Who runs in it or waits for its adapter."""
-    oldest: float
-    """When the first of those who wait for it arrived; inf if nobody does."""
-    settled: bool
+
+
+class _Counts(dict[Client, int]):
+    """Numbers of clients, which are changed for the time of a decision."""
+
+    def __init__(self, of: Callable[[Client], int]) -> None:
+        self._of = of
+
+    def __missing__(self, client: Client) -> int:
+        return self._of(client)
+
+
+class _Spare:
+    """Free slots, and idle ones whose adapters nobody waits for, the least valued first."""
+
+    def __init__(
+        self, view: SchedulerView, replace: Replacement, names: Sequence[str | None], clients: Clients
+    ) -> None:
+        self._view, self._replace, self._clients = view, replace, clients
+        self._free = [i for i, name in enumerate(names) if name is None] if None in names else []
+        self.taken: set[str] = set()
+        """Adapters whose slots have been given away."""
+
+    def has_any(self) -> bool:
+        while self._unwanted and self._unwanted[-1].adapter in self.taken:
+            self._unwanted.pop()
+        return bool(self._free or self._unwanted)
+
+    def take(self) -> int:
+        """Its index; only if there is one."""
+        if self._free:
+            return self._free.pop()
+        slot = self._unwanted.pop()
+        assert slot.adapter is not None
+        self.taken.add(slot.adapter)
+        return slot.index
+
+    @cached_property
+    def _unwanted(self) -> list[SlotView]:
+        scored: list[tuple[float, int, SlotView]] = []
+        for name in self._clients.idle:
+            if name is not None and not self._clients.waiting_for(name):
+                adapter = self._view.adapters[name]
+                slot = _slot_of(self._view, adapter)
+                if slot is not None:
+                    scored.append((self._replace.score(self._view, slot, adapter), slot.index, slot))
+        return [slot for _, _, slot in sorted(scored, key=lambda item: item[:2], reverse=True)]
 
 
 class Shares:
@@ -85,26 +132,26 @@ class Shares:
 
         ``seqs`` are the free sequences once those in ``gone`` are preempted.
         """
+        self.clients.set_open(set(names))
         if self._equal:
-            chosen = self._in_turn(set(names), max(seqs, 1))
+            chosen = self._in_turn(self.clients.open, max(seqs, 1))
         else:
-            chosen = self._of_who_has_none(set(names), max(seqs, 1))
+            chosen = self._of_who_has_none(self.clients.open, max(seqs, 1))
             if seqs > len(chosen):
                 ids = {request.request_id for request in chosen}
                 chosen += [r for r in self._order.admit(view, names, seqs) if r.request_id not in ids]
         victims = self._make_room(view, chosen[0], seqs, gone) if chosen else []
         return chosen[: max(0, seqs + len(victims))], victims
 
-    def _in_turn(self, names: set[str | None], limit: int) -> list[RequestView]:
+    def _in_turn(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
         """Each time the oldest request of the tenant that has the fewest running, these counted."""
-        ranked = iter(self.clients.ranked)
+        ranked = iter(self.clients.ready)
         following = next(ranked, None)
         heap: list[tuple[int, float, int, Iterator[Waiting]]] = []
         chosen: list[RequestView] = []
         while len(chosen) < limit:
             if following is not None and (not heap or rank(following) < heap[0][:3]):
-                if not names.isdisjoint(following.queues):
-                    heappush(heap, (*rank(following), following.waiting_for(names)))
+                heappush(heap, (*rank(following), following.waiting_for(names)))
                 following = next(ranked, None)
             elif heap:
                 running, arrival, number, waiting = heap[0]
@@ -118,12 +165,17 @@ class Shares:
                 break
         return chosen
 
-    def _of_who_has_none(self, names: set[str | None], limit: int) -> list[RequestView]:
+    def _of_who_has_none(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
         """The oldest request of each tenant that has none running, if its ordering lets it go first."""
-        idle = takewhile(lambda client: not client.running, self.clients.ranked)
-        first = (next(client.waiting_for(names), None) for client in idle)
-        able = (entry for entry in first if entry and self._order.may_go_first(entry.request))
-        return [entry.request for entry in nsmallest(limit, able, key=lambda entry: entry[:2])]
+        found: list[Waiting] = []
+        for client in takewhile(lambda client: not client.running, self.clients.ready):
+            assert client.first is not None
+            if len(found) >= limit and client.first[:2] > found[limit - 1][:2]:
+                break  # and what those after it wait for is younger still
+            entry = next(client.waiting_for(names))
+            if self._order.may_go_first(entry.request):
+                insort(found, entry, key=lambda entry: entry[:2])
+        return [entry.request for entry in found[:limit]]
 
     def _make_room(
         self, view: SchedulerView, request: RequestView, seqs: int, gone: Sequence[str]
@@ -137,10 +189,13 @@ class Shares:
         if (seqs >= 1 and blocks >= need) or view.step < self._next_step:
             return []
         client, count = self.clients.of(request), len(self.clients.by_name)
-        running = [r for r in view.running if r.request_id not in gone]
-        share = max(1, (len(running) + seqs) // count)
+        places = len(view.running) - len(gone) + seqs
+        share = max(1, places // count)
         if len(client.running) >= (share if self._equal else 1):
             return []
+        if seqs < 1 and max(self.clients.running_counts) <= share:
+            return []  # nobody has too many
+        running = [r for r in view.running if r.request_id not in gone]
         held = {r.request_id: -(-r.computed_tokens // view.block_size) for r in running}
         block_share = (blocks + sum(held.values())) // count
         theirs: dict[Client, list[RequestView]] = {}
@@ -178,56 +233,57 @@ class Shares:
 
     # Slots
 
-    def assign_slots(self, view: SchedulerView, pool: SlotPool, settling: set[str | None]) -> SlotChanges:
+    def assign_slots(
+        self, view: SchedulerView, replace: Replacement, settling: set[str | None]
+    ) -> SlotChanges:
         """Slots for cold adapters, by turns: first those of the tenant that has the fewest slots."""
         changes = SlotChanges([], [], set(), [], [])
-        slots = [slot for slot in view.slots if slot.adapter is not None]
-        held: dict[Client, int] = {}
-        for slot in slots:
-            for client in self.clients.users(slot.adapter):
-                held[client] = held.get(client, 0) + 1
-        claims = held.copy()  # and what they will have when it has been read
+        names = [slot.adapter for slot in view.slots]
+        self.clients.set_slots(names)
+        spare = _Spare(view, replace, names, self.clients)
+        held = _Counts(lambda client: client.held)
+        claims = _Counts(lambda client: client.held)  # and what they will have when it has been read
         share = self._slot_share(view) if self._equal else 1
-        others: list[_Held] | None = None
+        taken = spare.taken
         tries, asked = MAKE_WAY_LIMIT, set[str]()
-        for client, entry, name in self._cold(view, held, {slot.adapter for slot in slots}):
+        load_room = view.load_room
+        for client, entry, name in self._cold(view):
             changes.cold.append(name)
-            idle = pool.has_idle(None)
-            if len(changes.cold) > (SCAN_LIMIT if idle else LOOKAHEAD):
+            idle = spare.has_any()
+            reads = len(changes.read) < load_room
+            if not (idle or (len(changes.cold) <= LOOKAHEAD and (reads or tries))):
                 break
             adapter = view.adapters[name]
             location = adapter.location
-            under = claims.get(client, 0) < share
-            if location is Location.CPU and idle and (free := pool.take_unwanted()) is not None:
-                changes.place.append(Place(name, free.index))
-                claims[client] = claims.get(client, 0) + 1
+            under = claims[client] < share
+            if location is Location.CPU and idle:
+                changes.place.append(Place(name, spare.take()))
+                claims[client] += 1
                 continue
             if location is Location.DISK:
-                if len(changes.read) >= view.load_room or not (under or idle):
+                if not reads or not (under or idle):
                     continue  # reading comes first
                 changes.read.append(name)
                 asked.add(name)
                 if name not in self._asked or _can_be_read(view, adapter):
-                    claims[client] = claims.get(client, 0) + 1
+                    claims[client] += 1
                     continue
                 # There was no room for it in the CPU cache: a slot's adapter must leave that too.
             if location is Location.LOADING:
-                claims[client] = claims.get(client, 0) + 1
+                claims[client] += 1
                 continue
             if tries == 0:
                 continue
             tries -= 1
-            if others is None:
-                others = self._others(view, slots, settling)
             missing = lacking(view, adapter)
-            while found := self._choose(view, others, client, entry, held, share, under):
-                others.remove(found)
+            while found := self._choose(view, client, entry, held, share, under, settling, taken):
+                taken.add(found.name)
                 for user in found.users:
                     held[user] -= 1
                 if found.slot.running == 0 or under:
                     changes.preempt.extend(self._empty(view, found))
                     changes.place.append(Place(name, found.slot.index))
-                    claims[client] = claims.get(client, 0) + 1
+                    claims[client] += 1
                 else:
                     changes.closed.add(found.name)
                 missing -= view.adapters[found.name].bytes
@@ -237,79 +293,85 @@ class Shares:
         return changes
 
     def _slot_share(self, view: SchedulerView) -> int:
-        return max(1, sum(not slot.pinned for slot in view.slots) // max(self.clients.using_adapters, 1))
+        users = max(self.clients.using_adapters, 1)
+        if len(view.slots) < 2 * users:
+            return 1
+        return max(1, sum(not slot.pinned for slot in view.slots) // users)
 
-    def _cold(
-        self, view: SchedulerView, held: dict[Client, int], in_slots: set[str | None]
-    ) -> Iterator[tuple[Client, Waiting, str]]:
+    def _cold(self, view: SchedulerView) -> Iterator[tuple[Client, Waiting, str]]:
         """(tenant, its oldest request, adapter) of the adapters in no slot, each once.
 
         Each time the oldest of the tenant that has the fewest slots, those given counted.
         """
+        in_slots = self.clients.in_slots.keys()
+        candidates = dict.fromkeys(islice(self.clients.cold, TENANTS_LIMIT))
+        for waited_for in islice(view.waiting_adapters, OLDEST):
+            candidates |= dict.fromkeys(islice(self.clients.waiting_for(waited_for), OLDEST))
         heap: list[tuple[int, Waiting, str, Client, Iterator[tuple[Waiting, str]]]] = []
-        for client in self._candidates(view):
+        for client in candidates:
             cold = client.cold(in_slots)
             first = next(cold, None)
             if first is not None:
-                heap.append((held.get(client, 0), *first, client, cold))
+                heap.append((client.held, *first, client, cold))
         heapify(heap)
         seen: set[str] = set()
-        while heap:
+        for _ in range(SCAN_LIMIT):
+            if not heap:
+                return
             turns, entry, name, client, cold = heap[0]
             new = name not in seen
             if new:
                 seen.add(name)
                 yield client, entry, name
-            following = next(cold, None)
-            if following is None:
+            next_one = next(cold, None)
+            if next_one is None:
                 heappop(heap)
             else:
-                heapreplace(heap, (turns + new, *following, client, cold))
-
-    def _candidates(self, view: SchedulerView) -> Iterable[Client]:
-        """Tenants to look at: those with the fewest running, and who has waited longest for an adapter."""
-        found = dict.fromkeys(islice(self.clients.ranked, TENANTS_LIMIT))
-        for name in islice(view.waiting_adapters, OLDEST):
-            found |= dict.fromkeys(self.clients.waiting_for(name))
-        return found
-
-    def _others(
-        self, view: SchedulerView, slots: Sequence[SlotView], settling: set[str | None]
-    ) -> list[_Held]:
-        found: list[_Held] = []
-        for slot in slots:
-            name = slot.adapter
-            if name is not None and slot.state is SlotState.READY and not slot.pinned:
-                oldest = view.adapters[name].oldest_arrival
-                when = float("inf") if oldest is None else oldest
-                found.append(_Held(slot, name, tuple(self.clients.users(name)), when, name not in settling))
-        return found
+                heapreplace(heap, (turns + new, *next_one, client, cold))
 
     def _choose(
         self,
         view: SchedulerView,
-        others: list[_Held],
         client: Client,
         entry: Waiting,
-        held: dict[Client, int],
+        held: _Counts,
         share: int,
         under: bool,
+        settling: set[str | None],
+        taken: set[str],
     ) -> _Held | None:
         """The slot that a tenant's adapter may have: an idle one, else that in which least was computed."""
         aged = view.now - entry.arrival >= self._max_wait
         may_preempt = view.step >= self._next_step
-
-        def can_be_had(other: _Held) -> bool:
-            least = min([held[user] for user in other.users], default=share + 1)
-            if not under:  # as among the requests of one tenant: by age
-                fits = aged and other.oldest > entry.arrival and (other.slot.running == 0 or other.settled)
-                return fits and (least > share or other.users == (client,))
+        clients = self.clients
+        rich = max(clients.held_counts) > share
+        names: Iterable[str | None]
+        if not (aged or (under and rich)):
+            return None
+        if under:
+            names = clients.in_slots if may_preempt else clients.idle
+        else:  # as among the requests of one tenant: by age
+            names = clients.in_slots if rich else [*clients.idle, *client.runs_on]
+        able = []
+        for name in names:
+            if name is None or name in taken or name not in clients.in_slots:
+                continue
+            users = tuple(clients.users(name))
+            least = min([held[user] for user in users], default=share + 1)
+            settled = name not in settling
+            if not under:
+                if not (least > share or users == (client,)):
+                    continue
+                oldest = view.adapters[name].oldest_arrival
+                idle = name in clients.idle
+                if (oldest is not None and oldest <= entry.arrival) or not (idle or settled):
+                    continue
             # Where nobody has more than its share, there are more tenants than slots: they take turns.
-            if least > share or (aged and other.settled and least == share):
-                return client not in other.users and (may_preempt or other.slot.running == 0)
-            return False
-
-        able = [other for other in others if can_be_had(other)]
+            elif client in users or not (least > share or (aged and settled and least == share)):
+                continue
+            slot = _slot_of(view, view.adapters[name])
+            if slot is not None:
+                able.append(_Held(slot, name, users))
         computed: dict[str | None, int] = {}
         if any(other.slot.running for other in able):
             for request in view.running:
@@ -321,6 +383,12 @@ class Shares:
         if found.slot.running == 0:
             return []
         return self._preempt(view, [r for r in view.running if r.adapter == found.name])
+
+
+def _slot_of(view: SchedulerView, adapter: AdapterView) -> SlotView | None:
+    """The slot that it could give up."""
+    slot = None if adapter.slot is None else view.slots[adapter.slot]
+    return slot if slot is not None and slot.state is SlotState.READY and not slot.pinned else None
 
 
 def _can_be_read(view: SchedulerView, adapter: AdapterView) -> bool:

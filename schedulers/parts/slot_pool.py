@@ -102,13 +102,7 @@ class SlotPool:
 
     @cached_property
     def tokens_left(self) -> dict[str | None, int]:
-        """By adapter: the most tokens that one of its running requests has left to generate."""
-        left: dict[str | None, int] = {}
-        for request in self._view.running:
-            name, tokens = request.adapter, request.max_tokens - request.output_tokens
-            if tokens > left.get(name, -1):
-                left[name] = tokens
-        return left
+        return tokens_left(self._view)
 
     def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
         """Lazily, so that nothing is scored when no slot is asked for."""
@@ -166,3 +160,13 @@ def lacking(view: SchedulerView, adapter: AdapterView) -> int:
     """Bytes that must leave the CPU cache before the adapter can be read, as far as its size is known."""
     room = view.cpu_bytes_room
     return 0 if room is None or adapter.location is not Location.DISK else adapter.bytes - room
+
+
+def tokens_left(view: SchedulerView) -> dict[str | None, int]:
+    """By adapter: the most tokens that one of its running requests has left to generate."""
+    left: dict[str | None, int] = {}
+    for request in view.running:
+        name, tokens = request.adapter, request.max_tokens - request.output_tokens
+        if tokens > left.get(name, -1):
+            left[name] = tokens
+    return left
