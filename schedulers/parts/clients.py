@@ -138,8 +138,8 @@ class Clients:
         """How many wait for adapters or run on some."""
         self.running_counts: dict[int, int] = {}
         """How many clients have that many running requests; none that have no request."""
-        self.held_counts: dict[int, int] = {}
-        """The same of slots."""
+        self.holding: dict[int, dict[Client, None]] = {}
+        """Those that have requests, by how many slots they use."""
         self.open: set[Adapter] = set()
         self.in_slots: dict[Adapter, None] = {}
         self.idle: dict[Adapter, None] = {}
@@ -245,7 +245,7 @@ class Clients:
             if client is None:
                 client = self.by_name[name] = Client(name)
                 _count(self.running_counts, 0, 1)
-                _count(self.held_counts, 0, 1)
+                self._hold_list(client, 1)
             entry = Waiting(request.arrival, self._count, request)
             self._count += 1
             self._live[request.request_id] = client, entry
@@ -274,7 +274,7 @@ class Clients:
         if client.first is None and not client.running:
             del self.by_name[client.name]
             _count(self.running_counts, 0, -1)
-            _count(self.held_counts, client.held, -1)
+            self._hold_list(client, -1)
 
     def _hold(self, adapter: Adapter, client: Client, more: int) -> None:
         """Count the slot of ``adapter`` for those of its users whom an event of ``client`` may concern."""
@@ -326,11 +326,25 @@ class Clients:
 
     def _list(self, client: Client, more: int) -> None:
         _count(self.running_counts, len(client.running), more)
-        _count(self.held_counts, client.held, more)
+        self._hold_list(client, more)
         if client.open:
             self.ready.add(client) if more > 0 else self.ready.remove(client)
         if client.waits_for_cold:
             self.cold.add(client) if more > 0 else self.cold.remove(client)
+
+    def _hold_list(self, client: Client, more: int) -> None:
+        if more > 0:
+            self.holding.setdefault(client.held, {})[client] = None
+        else:
+            del self.holding[client.held][client]
+            if not self.holding[client.held]:
+                del self.holding[client.held]
+
+    def in_slots_of_who_has_more(self, than: int) -> Iterator[Adapter]:
+        """Adapters in slots that are used by who uses more slots than that, beginning with who uses most."""
+        for held in sorted((held for held in self.holding if held > than), reverse=True):
+            for client in self.holding[held]:
+                yield from (name for name in client.runs_on if name in self.in_slots)
 
 
 def rank(client: Client) -> tuple[int, float, int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import NamedTuple
 
 from aioengine.schedulers.parts.base import Ordering, Replacement
@@ -36,6 +36,8 @@ LOOKAHEAD = 32
 """How many it looks at where no slot is to be had."""
 TENANTS_LIMIT, OLDEST = 32, 4
 """Tenants that it looks at, and adapters that were waited for longest, whose tenants it looks at besides."""
+LOOKS = 48
+"""Slots that it looks at for one of them before it looks at all, which only turns by age need."""
 MAKE_WAY_LIMIT = 2
 """For how many of them it looks through the slots that others have."""
 
@@ -344,39 +346,47 @@ class Shares:
         aged = view.now - entry.arrival >= self._max_wait
         may_preempt = view.step >= self._next_step
         clients = self.clients
-        rich = max(clients.held_counts) > share
-        names: Iterable[str | None]
+        rich = max(clients.holding) > share
         if not (aged or (under and rich)):
             return None
-        if under:
-            names = clients.in_slots if may_preempt else clients.idle
-        else:  # as among the requests of one tenant: by age
-            names = clients.in_slots if rich else [*clients.idle, *client.runs_on]
-        able = []
-        for name in names:
-            if name is None or name in taken or name not in clients.in_slots:
-                continue
+
+        def can_be_had(name: str) -> _Held | None:
             users = tuple(clients.users(name))
             least = min([held[user] for user in users], default=share + 1)
             settled = name not in settling
-            if not under:
+            if not under:  # as among the requests of one tenant: by age
                 if not (least > share or users == (client,)):
-                    continue
+                    return None
                 oldest = view.adapters[name].oldest_arrival
-                idle = name in clients.idle
-                if (oldest is not None and oldest <= entry.arrival) or not (idle or settled):
-                    continue
+                if oldest is not None and oldest <= entry.arrival:
+                    return None
+                if not settled and name not in clients.idle:
+                    return None
             # Where nobody has more than its share, there are more tenants than slots: they take turns.
-            elif client in users or not (least > share or (aged and settled and least == share)):
-                continue
+            elif (
+                client in users
+                or not (least > share or (aged and settled and least == share))
+                or (not may_preempt and name not in clients.idle)
+            ):
+                return None
             slot = _slot_of(view, view.adapters[name])
-            if slot is not None:
-                able.append(_Held(slot, name, users))
-        computed: dict[str | None, int] = {}
-        if any(other.slot.running for other in able):
+            return None if slot is None else _Held(slot, name, users)
+
+        def among(names: Iterable[str | None]) -> list[_Held]:
+            fresh = (name for name in names if name in clients.in_slots and name not in taken)
+            return [found for name in fresh if name is not None and (found := can_be_had(name))]
+
+        rich_ones = clients.in_slots_of_who_has_more(share) if rich and (may_preempt or not under) else ()
+        near = chain(() if under else client.runs_on, clients.idle, rich_ones)
+        able = among(dict.fromkeys(islice(near, LOOKS)))
+        if not able and under and aged and may_preempt:
+            able = among(clients.in_slots)
+        if len(able) > 1 and any(other.slot.running for other in able):
+            computed: dict[str | None, int] = {}
             for request in view.running:
                 computed[request.adapter] = computed.get(request.adapter, 0) + request.computed_tokens
-        return min(able, key=lambda o: (computed.get(o.name, 0), o.slot.last_used), default=None)
+            return min(able, key=lambda o: (computed.get(o.name, 0), o.slot.last_used))
+        return min(able, key=lambda o: o.slot.last_used, default=None)
 
     def _empty(self, view: SchedulerView, found: _Held) -> list[str]:
         """Preempt whoever runs in a slot."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from heapq import heapify, heappop, heapreplace, merge
+from heapq import heapify, heappop, heappush, heapreplace, nsmallest
 from typing import Any
 
 from aioengine.schedulers.parts.base import Ordering
-from aioengine.schedulers.parts.waiting_index import Entry, WaitingIndex
+from aioengine.schedulers.parts.clients import Client, Clients, Waiting
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 IDLE_LIMIT = 4096
@@ -55,10 +55,13 @@ class VTC(Ordering):
         self._counters: dict[str, float] = {}
         self._last_to_leave: str | None = None
         self._waiting: dict[str, int] = {}
+        self._heap: list[tuple[float, str]] = []
+        """Who waits, or did, with a counter from some time ago, which has only grown since."""
+        self._in_heap: set[str] = set()
         self._live: dict[str, int] = {}
         self._idle: dict[str, None] = {}
         self._accounts: dict[str, _Account] = {}
-        self._index = WaitingIndex(lambda request: 0, self._client_of)
+        self._clients = Clients(self._client_of)
         self._charged_step = -1
 
     def counter(self, client: str) -> float:
@@ -67,16 +70,20 @@ class VTC(Ordering):
 
     def may_go_first(self, request: RequestView) -> bool:
         """If its client has been served no more than any other that waits, as when it has just come."""
-        mine = self.counter(self._client_of(request))
-        return all(mine <= self.counter(client) for client in self._waiting)
+        return self.counter(self._client_of(request)) <= self._lowest()
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
         self._charge_running(view)
         return self.counter(self._client_of(request))
 
     def adapter_key(self, view: SchedulerView, name: str) -> Any:
-        groups = self._index.groups(view, name)
-        return min((self.counter(client), queue[0].arrival) for client, queue in groups.items())
+        self._clients.sync(view)
+        waiting = self._clients.waiting_for(name)
+        return min((self.counter(str(one.name)), one.queues[name][0].arrival) for one in waiting)
+
+    def _turn(self, client: Client) -> tuple[float, float]:
+        assert client.first is not None
+        return self.counter(str(client.name)), client.first.arrival
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
         self._charge_running(view)
@@ -84,15 +91,16 @@ class VTC(Ordering):
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
         self._charge_running(view)
-        by_client: dict[str, list[Any]] = {}
-        for name in names:
-            for client, queue in self._index.groups(view, name).items():
-                by_client.setdefault(client, []).append(queue)
-        heap: list[tuple[float, float, str, Entry, Iterator[Entry]]] = []
-        for client, queues in by_client.items():
-            entries: Iterator[Entry] = merge(*queues)
+        clients = self._clients
+        clients.sync(view)
+        clients.set_open(set(names))
+        least = nsmallest(limit, clients.ready, key=self._turn)
+        heap: list[tuple[float, float, str, Waiting, Iterator[Waiting]]] = []
+        for one in least:
+            entries = one.waiting_for(clients.open)
             first = next(entries)
-            heap.append((self.counter(client), first.arrival, client, first, entries))
+            name = str(one.name)
+            heap.append((self.counter(name), first.arrival, name, first, entries))
         heapify(heap)
         chosen: list[RequestView] = []
         while heap and len(chosen) < limit:
@@ -107,6 +115,7 @@ class VTC(Ordering):
         return chosen
 
     def on_event(self, event: PolicyEvent) -> None:
+        self._clients.on_event(event)
         request = event.request
         if request is None:
             return
@@ -115,7 +124,6 @@ class VTC(Ordering):
         account = self._accounts.get(request.request_id)
         if account is None:  # accepted before this policy was
             account = self._added(request)
-        self._index.on_event(event)
         client = account.client
         if event.kind == "request_admitted":
             self._stops_waiting(account)
@@ -153,11 +161,28 @@ class VTC(Ordering):
         account.waiting, client = True, account.client
         if client not in self._waiting:
             if self._waiting:
-                floor = min(map(self.counter, self._waiting))
+                floor = self._lowest()
             else:
                 floor = 0.0 if self._last_to_leave is None else self.counter(self._last_to_leave)
-            self._counters[client] = max(self.counter(client), floor)
+            counter = self._counters[client] = max(self.counter(client), floor)
+            if client not in self._in_heap:
+                self._in_heap.add(client)
+                heappush(self._heap, (counter, client))
         self._waiting[client] = self._waiting.get(client, 0) + 1
+
+    def _lowest(self) -> float:
+        """The smallest counter of those that wait; inf if none does."""
+        heap = self._heap
+        while heap:
+            known, client = heap[0]
+            if client not in self._waiting:
+                heappop(heap)
+                self._in_heap.remove(client)
+            elif (counter := self.counter(client)) > known:
+                heapreplace(heap, (counter, client))
+            else:
+                return counter
+        return float("inf")
 
     def _stops_waiting(self, account: _Account) -> None:
         if not account.waiting:
@@ -194,6 +219,9 @@ class VTC(Ordering):
             for client in sorted(self._idle, key=self.counter)[: IDLE_LIMIT // 2]:
                 if client != self._last_to_leave:
                     del self._idle[client], self._counters[client]
+            self._heap = [(self.counter(client), client) for client in self._waiting]
+            heapify(self._heap)
+            self._in_heap = set(self._waiting)
 
 
 class _Account:
