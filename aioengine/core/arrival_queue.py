@@ -44,6 +44,8 @@ class ArrivalQueue(Generic[T]):
 
     @property
     def head(self) -> T | None:
+        if not self._returned:  # asked often
+            return next(iter(self._fresh.values()), None)
         return next(iter(self), None)
 
     def __len__(self) -> int:

@@ -115,14 +115,18 @@ class CpuCache:
         since = newcomer.needed_since
         limit = now if since is None else since
         tiers: dict[tuple[bool, bool, bool, bool], list[AdapterEntry]] = {}
-        beyond = self._beyond_their_share(newcomer)
+        beyond: set[int] | None = None  # found when it is asked for the first time
         for entry in self.entries.values():
+            if entry is newcomer or not self._movable(entry):
+                continue
+            if entry.location is Location.SLOT and entry.uid in keep:
+                continue
             needed = entry.needed_since
-            if entry is newcomer or (entry.location is Location.SLOT and entry.uid in keep):
-                continue
             earlier = needed is not None and needed <= limit
-            if not self._movable(entry) or (earlier and entry.uid not in beyond):
-                continue
+            if earlier:
+                beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
+                if entry.uid not in beyond:
+                    continue
             alive = needed is not None or not entry.retired
             tier = earlier, alive, entry.location is Location.SLOT, needed is not None
             tiers.setdefault(tier, []).append(entry)

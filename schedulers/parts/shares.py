@@ -36,7 +36,7 @@ LOOKAHEAD = 32
 """How many it looks at where no slot is to be had."""
 TENANTS_LIMIT, OLDEST = 32, 4
 """Tenants that it looks at, and adapters that were waited for longest, whose tenants it looks at besides."""
-LOOKS = 48
+LOOKS = 24
 """Slots that it looks at for one of them before it looks at all, which only turns by age need."""
 MAKE_WAY_LIMIT = 2
 """For how many of them it looks through the slots that others have."""
@@ -380,7 +380,7 @@ class Shares:
         near = chain(() if under else client.runs_on, clients.idle, rich_ones)
         able = among(dict.fromkeys(islice(near, LOOKS)))
         if not able and under and aged and may_preempt:
-            able = among(clients.in_slots)
+            able = among(name for name in clients.in_slots if name not in settling)
         if len(able) > 1 and any(other.slot.running for other in able):
             computed: dict[str | None, int] = {}
             for request in view.running:
