@@ -16,6 +16,9 @@ T = TypeVar("T")
 SHORT = 1024
 """Characters, tokens or bytes that are worked on at once, on the loop, which takes about a millisecond."""
 
+RATE = 2**20
+"""Characters a second that a text is expected to take."""
+
 CHAT = 2**20
 """What a chat counts as, whose text is not known before its template has run."""
 
@@ -23,17 +26,17 @@ CHAT = 2**20
 class TextWork:
     """Runs functions whose time grows with a text's length.
 
-    Short ones run at once, on the loop. Long ones run in ``threads`` threads that nothing else uses, the
-    shortest of those that wait first: so that who sends long texts delays nobody's shorter ones by more
-    than the one that is under way.
+    Short ones run at once, on the loop. Long ones run in ``threads`` threads that nothing else uses, in the
+    order in which each would end if it ran alone, at ``RATE``: so that who sends long texts delays nobody's
+    shorter ones by more than those that are under way, and no flood of short ones delays a long one for ever.
     """
 
     def __init__(self, threads: int = 2) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="aioengine-text")
         self._free = threads
         self._jobs: set[Future[Any]] = set()
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        """A heap of (size, order of arrival, set when a thread is free)."""
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        """A heap of (when it would end alone, order of arrival, set when a thread is free)."""
         self._arrivals = 0
         self._closed = False
 
@@ -72,9 +75,10 @@ class TextWork:
         if self._free:
             self._free -= 1
             return
-        turn = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
         self._arrivals += 1
-        heapq.heappush(self._waiting, (size, self._arrivals, turn))
+        heapq.heappush(self._waiting, (loop.time() + size / RATE, self._arrivals, turn))
         try:
             await turn
         except asyncio.CancelledError:

@@ -25,7 +25,7 @@ async def test_short_texts_are_done_at_once_and_the_shortest_long_one_is_next() 
     running = asyncio.create_task(work.run(SHORT + 1, first))
     await begun.wait()
     assert await work.run(SHORT, threading.get_ident) == threading.get_ident()
-    sizes = [SHORT + 30, SHORT + 10, SHORT + 20, SHORT + 10]
+    sizes = [300_000, 100_000, 200_000, 100_000]
     waiting = [
         asyncio.create_task(work.run(size, lambda i=i: done.append(i + 1)))  # type: ignore[misc]
         for i, size in enumerate(sizes)
@@ -37,6 +37,26 @@ async def test_short_texts_are_done_at_once_and_the_shortest_long_one_is_next() 
     await asyncio.gather(running, *waiting, return_exceptions=True)
     assert done == [0, 2, 4, 1]
     assert await work.run(SHORT + 1, lambda: "again") == "again"
+    await work.close()
+
+
+async def test_a_long_text_is_not_overtaken_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioengine.runtime.text_work.RATE", 1e9)
+    work = TextWork(threads=1)
+    go, begun = threading.Event(), asyncio.Event()
+    done: list[str] = []
+    loop = asyncio.get_running_loop()
+    running = asyncio.create_task(
+        work.run(SHORT + 1, lambda: (loop.call_soon_threadsafe(begun.set), go.wait(20)))
+    )
+    await begun.wait()
+    long = asyncio.create_task(work.run(1_000_000, lambda: done.append("long")))
+    await asyncio.sleep(0.01)  # ten times as long as the long one takes alone
+    short = asyncio.create_task(work.run(SHORT + 1, lambda: done.append("short")))
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(running, long, short)
+    assert done == ["long", "short"]
     await work.close()
 
 
