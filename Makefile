@@ -7,6 +7,8 @@
 #                     undefined-behaviour sanitizers
 #   make clients      real clients (openai, litellm, langchain, lm-eval, guidellm, ...) against `aioengine serve`;
 #                     they are installed into an environment of their own. ARGS="--only lm_eval" picks some
+#   make attack       what harmful requests and adapters do to a client that streams beside them, as a table;
+#                     ARGS="--only grammar" picks some
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
 #   make docs         the documentation site, in build/site
@@ -28,7 +30,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz clients lint typecheck docs bench clean
+.PHONY: demo test fuzz clients attack lint typecheck docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -46,6 +48,9 @@ fuzz: $(VENV)/.dev
 clients: $(VENV)/.dev $(CLIENTS)/.installed
 	$(BIN)/python tests/clients/run.py --python $(CURDIR)/$(CLIENTS)/bin/python \
 	  --node-modules $(CURDIR)/$(CLIENTS)/node/node_modules $(ARGS)
+
+attack: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python benchmarks/attacks.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -60,6 +60,13 @@ async def many_connections(address: Address) -> None:
     await asyncio.gather(*(sent(address, GET % b"/") for _ in range(700)))
 
 
+async def pages(address: Address) -> None:
+    """All that can be had without a key or with any, as text that the server has to make."""
+    paths = (b"/docs", b"/docs/openapi.json", b"/metrics", b"/", b"/v1/models", b"/tokenizer_info")
+    head = b"GET %b HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-user\r\n\r\n"
+    await asyncio.gather(*(sent(address, head % path) for path in paths * 60))
+
+
 async def many_headers(address: Address) -> None:
     head = b"GET / HTTP/1.1\r\n"
     floods = [
@@ -106,6 +113,7 @@ ATTACKS = [
     unread,
     without_carriage_returns,
     many_connections,
+    pages,
     many_headers,
     tiny_chunks,
     refused_bodies,
