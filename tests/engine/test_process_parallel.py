@@ -88,7 +88,8 @@ async def test_an_adapter_is_on_all_ranks_or_on_none(
             ("hang-1", "load_timeout=1.5"),
             ("hang-end-1", "load_timeout=1.5"),
         ):
-            error = await error_of(engine.load_adapter(name, dora.adapters["dora"]))
+            own = shutil.copytree(dora.adapters["dora"], tmp_path / name)  # others of it fail at once
+            error = await error_of(engine.load_adapter(name, own))
             assert isinstance(error, AdapterLoadError) and reason in str(error), name
         engine.register_adapter("place-1", dora.adapters["dora"])
         error = await error_of(engine.complete([5], greedy(3), adapter="place-1"))
