@@ -1,5 +1,5 @@
-"""For all tests: one compute thread, because tiny tensors only lose by sharing the work; and no time limit on a
-generated example, which says more of the machine than of the code."""
+"""For all tests: one compute thread, because tiny tensors only lose by sharing the work; and no time limit on
+generated examples, which would say more of the machine than of the code."""
 
 import torch
 from hypothesis import settings
