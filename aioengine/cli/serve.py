@@ -181,7 +181,7 @@ def serve(
     recording: RecordFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Serve a model and its adapters over HTTP, in the way of OpenAI's API.
+    """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
     "model" in a request is the base model's name or an adapter's. SIGTERM lets accepted requests finish;
     a second one does not. With --adapter-root, adapters can be loaded over HTTP out of that folder.

@@ -1,4 +1,4 @@
-"""The engine over HTTP, in the way of OpenAI's API (extra ``server``)."""
+"""The engine over an OpenAI-compatible HTTP API (extra ``server``)."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ class ServerApp:
 
 
 def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> ServerApp:
-    """An ASGI application that serves ``engine`` in the way of OpenAI's API.
+    """An OpenAI-compatible ASGI application that serves ``engine``.
 
     Mount it under any prefix, or run it by itself. The engine stays the caller's, who starts and stops it;
     both must be on the same event loop. Logging is not configured: each request is one record of the

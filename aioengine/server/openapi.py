@@ -65,7 +65,7 @@ def openapi_config(version: str, *, with_keys: bool) -> OpenAPIConfig:
     return OpenAPIConfig(
         title="aioengine",
         version=version,
-        description="Text generation in the way of OpenAI's API, with LoRA adapters as models.",
+        description="OpenAI-compatible text generation, with LoRA adapters as models.",
         path="/docs",
         render_plugins=[HtmlPlugin(path="/"), JsonPlugin(path="/openapi.json")],
         servers=[Server(url="..")],  # relative to the document: right under any mount point
