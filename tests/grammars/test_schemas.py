@@ -404,9 +404,7 @@ def overlapping(alternatives: int, names: int) -> Any:
     ids=["references", "alternatives", "properties", "constants"],
 )
 def test_the_work_is_bounded(schema: Any) -> None:
-    """Processor time is a small multiple of what it takes to copy the schema, not of its square."""
-    begin = time.process_time()
-    json.loads(json.dumps(schema))
-    copied = time.process_time()
+    """The time grows with the schema and not with its square, which would be four seconds and more."""
+    begin = time.thread_time()
     prepare_schema(schema, SchemaOptions())
-    assert time.process_time() - copied < 20 * (copied - begin) + 0.2
+    assert time.thread_time() - begin < 2

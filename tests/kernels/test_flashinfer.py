@@ -13,8 +13,7 @@ import torch
 from support.layer_cases import LayerCase, close, run
 from torch import Tensor
 
-from aioengine import kernels
-from aioengine.kernels import available_backends, dispatch, get_backend, reference
+from aioengine.kernels import available_backends, dispatch, get_backend, reference, triton
 from aioengine.kernels.portable import plain
 
 pytest.importorskip("triton")
@@ -83,7 +82,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     Wrapper.made = 0
     yield SimpleNamespace(rope_store=plain.rope_store, paged_attention=module.paged_attention)
     sys.modules.pop("aioengine.kernels.triton.flashinfer", None)
-    vars(kernels).pop("flashinfer", None)
+    vars(triton).pop("flashinfer", None)
     dispatch._flashinfer_backend.cache_clear()
 
 
@@ -119,6 +118,6 @@ def test_it_is_there_when_asked_for(monkeypatch: pytest.MonkeyPatch, backend: An
     dispatch._flashinfer_backend.cache_clear()
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     sys.modules.pop("aioengine.kernels.triton.flashinfer")
-    vars(kernels).pop("flashinfer")
+    vars(triton).pop("flashinfer")
     assert "flashinfer" not in available_backends("cuda")
     dispatch._flashinfer_backend.cache_clear()
