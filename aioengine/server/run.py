@@ -96,7 +96,7 @@ async def listening(
     with bind(settings) if bound is None else bound as bound:
         config = uvicorn.Config(
             app,
-            http=bounded_protocol(settings.max_connections, settings.header_timeout),
+            http=bounded_protocol(settings.max_connections, settings.header_timeout, lambda: app.active > 0),
             ws="none",
             lifespan="off",
             log_config=None,

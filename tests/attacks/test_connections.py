@@ -25,19 +25,26 @@ async def sent(address: Address, data: bytes, *, read: bool = True) -> int:
 
     async def taken() -> None:
         nonlocal size
-        while part := await asyncio.wait_for(reader.read(2**16), 1):
+        part = b"."
+        while part:
+            async with asyncio.timeout(1):
+                part = await reader.read(2**16)
             size += len(part)
 
     taking = asyncio.create_task(taken()) if read else None
-    with contextlib.suppress(OSError, TimeoutError):
+    try:
         writer.write(data)
-        await asyncio.wait_for(writer.drain(), 5)
+        async with asyncio.timeout(5):
+            await writer.drain()
         if taking is not None:
             await taking
-    if taking is not None:
-        taking.cancel()
-        await asyncio.gather(taking, return_exceptions=True)
-    writer.transport.abort()
+    except (OSError, TimeoutError):
+        pass
+    finally:
+        if taking is not None:
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
+        writer.transport.abort()
     return size
 
 

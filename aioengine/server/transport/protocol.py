@@ -4,6 +4,7 @@ it is worked on at a time."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import httptools
@@ -33,7 +34,9 @@ class _Limits(NamedTuple):
     header_timeout: float
 
 
-def bounded_protocol(max_connections: int, header_timeout: float) -> type[asyncio.Protocol]:
+def bounded_protocol(
+    max_connections: int, header_timeout: float, is_busy: Callable[[], bool] = lambda: False
+) -> type[asyncio.Protocol]:
     """A protocol class for ``uvicorn.Config(http=...)``.
 
     Args:
@@ -41,11 +44,12 @@ def bounded_protocol(max_connections: int, header_timeout: float) -> type[asynci
         header_timeout: Seconds from a connection's beginning, or from a request's first byte, to the end
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
+        is_busy: Whether requests are being answered whose steps a flood of small ones must not slow down.
     """
 
     class BoundedProtocol(_BoundedProtocol):
         limits = _Limits(max_connections, header_timeout)
-        turns = Turns()
+        turns = Turns(is_busy)
 
     return BoundedProtocol
 

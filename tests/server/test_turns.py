@@ -1,0 +1,93 @@
+"""Turns on the loop: bounded in a pass, and with rests where connections wait on and on."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from aioengine.server.transport.turns import PATIENCE, PER_PASS, Turns
+
+COST = 0.0005
+"""Seconds that a turn takes, with the answer that it leads to."""
+
+
+class Loop:
+    """Just what Turns asks of a loop, in virtual time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.idle = 0.0
+        self._order = itertools.count()
+        self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        self.call_later(0.0, callback, *args)
+
+    def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> None:
+        heapq.heappush(self._due, (self.now + delay, next(self._order), callback, args))
+
+    def run(self, until: float) -> None:
+        while self._due and self.now < until:
+            due, _, callback, args = heapq.heappop(self._due)
+            self.idle += max(due - self.now, 0.0)
+            self.now = max(due, self.now)
+            callback(*args)
+
+
+class Client:
+    """Has ``left`` requests to be parsed, one after the other."""
+
+    def __init__(self, loop: Loop, turns: Turns, left: int) -> None:
+        self.loop = cast(asyncio.AbstractEventLoop, loop)
+        self.has_asked = False
+        self.left = left
+        self._loop, self._turns = loop, turns
+
+    def take_turn(self) -> None:
+        self._loop.now += COST
+        self.left -= 1
+        if self.left:
+            self._turns.ask_later(self)
+
+
+def flood(is_busy: bool, clients: int, requests: int) -> tuple[Loop, list[Client]]:
+    loop = Loop()
+    turns = Turns(lambda: is_busy, lambda: loop.now)
+    all_of_them = [Client(loop, turns, requests) for _ in range(clients)]
+    for client in all_of_them:
+        turns.ask(client)
+    return loop, all_of_them
+
+
+def test_half_of_the_time_is_left_to_the_steps_while_connections_flood() -> None:
+    loop, clients = flood(True, 30, 10_000)
+    loop.run(until=10.0)
+    assert loop.idle > 0.45 * (10.0 - PATIENCE)
+    done = [10_000 - client.left for client in clients]
+    assert max(done) - min(done) <= 2
+    assert sum(done) > 0.4 * 10.0 / COST
+
+
+def test_nobody_rests_while_nothing_is_being_answered() -> None:
+    loop, _ = flood(False, 30, 10_000)
+    loop.run(until=10.0)
+    assert loop.idle == pytest.approx(0.0)
+
+
+def test_a_burst_is_served_without_a_rest() -> None:
+    loop, clients = flood(True, 150, 1)
+    loop.run(until=1.0)
+    assert loop.idle == pytest.approx(0.0)
+    assert all(client.left == 0 for client in clients)
+
+
+def test_a_pass_gives_each_connection_one_turn_and_no_more_than_so_many() -> None:
+    loop, clients = flood(True, 40, 3)
+    loop.run(until=COST)  # the pass that begins then, and no other
+    assert [3 - client.left for client in clients].count(1) == sum(3 - client.left for client in clients)
+    assert 1 <= sum(3 - client.left for client in clients) <= PER_PASS + 1
