@@ -109,8 +109,7 @@ class AsyncEngine:
             work.shutdown(wait=False)  # a thread that still loads ends by itself
             raise
         if self.state != "starting":  # stopped while the model was loaded
-            await built.executor.close()
-            await built.loader.close()
+            await built.device.close()
             work.shutdown(wait=True)
             raise EngineStopped("the engine was stopped while it was starting")
         from aioengine.metrics import EngineMetrics  # prometheus_client is slow to import
@@ -121,7 +120,7 @@ class AsyncEngine:
         self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer)
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
-        self._stepper = Stepper(self._core, built.executor, built.loader, timer=built.timer)
+        self._stepper = Stepper(self._core, built.device, timer=built.timer)
         self._adapters = AdapterOps(
             self._stepper,
             built.plan.num_slots,
@@ -156,10 +155,9 @@ class AsyncEngine:
             loop = asyncio.get_running_loop()
             built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
         try:
-            first_steps = await warm_up(built.executor, built.plan)
+            first_steps = await warm_up(built.device, built.plan)
         except BaseException:
-            await built.executor.close()
-            await built.loader.close()
+            await built.device.close()
             raise
         return built._replace(first_steps=first_steps)
 
@@ -185,8 +183,7 @@ class AsyncEngine:
         self._event_streams.end()
         for close in self._closers:
             await close()
-        await self._built.executor.close()
-        await self._built.loader.close()
+        await self._built.device.close()
         await self.text_work.close()  # or else the next line would hold up the loop
         self._work.shutdown(wait=True)
         del self._built, self._work, self._submitter

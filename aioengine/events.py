@@ -182,7 +182,7 @@ class TokenInterval(NamedTuple):
 class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     step: int
     seconds: float
-    """The executor's time for it."""
+    """The device's time for it."""
     schedule_seconds: float
     """The policy's and the core's time for it."""
     sequences: int

@@ -1,4 +1,4 @@
-"""A model step as plain data: what the core hands to an executor, and what comes back.
+"""A model step and a read adapter as plain data: what the core asks of a device, and what comes back.
 
 Nothing here refers to live objects, so that a step can cross a process boundary unchanged; only a request's
 ``params.constraint`` is its caller's object.
@@ -6,9 +6,10 @@ Nothing here refers to live objects, so that a step can cross a process boundary
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from aioengine.errors import AdapterError
 from aioengine.request import SamplingParams, TokenLogprob
 
 
@@ -64,3 +65,23 @@ class StepResult(NamedTuple):
     """Wall time of the step."""
     scored: Mapping[int, Sequence[TokenLogprob]] = {}
     """By index in ``StepBatch.sequences``: the answers to ``score``, where that is not 0."""
+
+
+class LoadedAdapter(NamedTuple):
+    """An adapter that a device has read from disk into the CPU cache."""
+
+    rank: int
+    nbytes: int
+    """Bytes that it takes in the CPU cache."""
+    digest: str
+    """SHA-256 of its files, hexadecimal."""
+    seconds: float
+    """Wall time of the load, with its retries."""
+
+
+Retrying = Callable[[int, float, AdapterError], None]
+"""Called before each further attempt to read an adapter, with the number of attempts that failed so far, the
+seconds until the next one, and the error of the last one."""
+
+Stalled = Callable[[], None]
+"""Called once if the read of an adapter makes no progress, so that others need not wait for it."""

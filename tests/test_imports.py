@@ -35,18 +35,30 @@ ROOMS: dict[str, set[str]] = {
     "schedulers": set(),
     "kernels": set(),
     "model": {"kernels"},
+    "memory_plan": {"model"},
     "adapters": {"model"},
-    "executors": {"adapters", "model"},
+    "executors": {"adapters", "memory_plan", "model"},
     "grammars": set(),
     "core": {"schedulers"},
     "metrics": set(),
-    "runtime": {"adapters", "core", "executors", "metrics", "model", "schedulers"},
-    "engine": {"adapters", "core", "executors", "grammars", "metrics", "model", "runtime", "schedulers"},
-    "cli": {"engine", "grammars", "model", "runtime", "schedulers", "server", "lab"},
+    "runtime": {"adapters", "core", "executors", "memory_plan", "metrics", "model", "schedulers"},
+    "engine": {
+        "adapters",
+        "core",
+        "executors",
+        "grammars",
+        "memory_plan",
+        "metrics",
+        "model",
+        "runtime",
+        "schedulers",
+    },
+    "cli": {"engine", "grammars", "memory_plan", "model", "schedulers", "server", "lab"},
     "server": {"adapters", "engine", "grammars", "metrics", "runtime", "schedulers"},
-    "lab": {"core", "engine", "executors", "metrics", "runtime", "schedulers"},
+    "lab": {"core", "engine", "executors", "memory_plan", "metrics", "runtime", "schedulers"},
 }
-"""Room -> the rooms that it may import from. ``engine`` is the modules directly in aioengine/."""
+"""Room -> the rooms that it may import from. ``engine`` is the modules directly in aioengine/, but for
+``memory_plan``, which the executors need, too."""
 
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
@@ -94,8 +106,6 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
-    if module == "aioengine.memory_plan":
-        return "runtime"
     if module == "aioengine.__main__":
         return "cli"
     parts = module.split(".")
@@ -121,12 +131,26 @@ def imports(module: str) -> Iterator[Import]:
             for alias in node.names:  # ``from a import b`` may name a module or something in it
                 deeper = f"{base}.{alias.name}"
                 yield Import(deeper if deeper in MODULES else base, runs)
+        elif isinstance(node, ast.Constant) and node.value in MODULES and node.value != "aioengine":
+            yield Import(node.value, runs)  # named in a string: for ``python -m``, or to be imported later
+
+
+def test_nothing_is_imported_by_a_literal_name() -> None:
+    """What is known when the code is written is imported by a statement, which everybody sees."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args:
+                called = ast.unparse(node.func).rpartition(".")[2]
+                literal = isinstance(node.args[0], (ast.Constant, ast.JoinedStr))
+                name = ast.unparse(node.args[0]).strip("f\"'")
+                if called in ("import_module", "__import__") and literal and name.startswith("aioengine"):
+                    raise AssertionError(f"{module}, line {node.lineno}: imports {name} by its name")
 
 
 def test_every_room_is_known() -> None:
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"} - {"aioengine"}
     inner = {f"aioengine.{room}.{name}" for room, names in INNER_ROOMS.items() for name in names}
-    known = {f"aioengine.{room}" for room in ROOMS} - {"aioengine.engine"} | inner
+    known = {f"aioengine.{room}" for room in ROOMS} - {"aioengine.engine", "aioengine.memory_plan"} | inner
     assert packages == known, "a new folder needs its place in ROOMS or INNER_ROOMS"
 
 

@@ -1,20 +1,21 @@
-"""Moves adapters disk -> CPU -> slot off the event loop, while the model keeps stepping."""
+"""Loads adapters from disk into the CPU cache off the event loop, while the model keeps stepping."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import psutil
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
-from aioengine.adapters.retry import Backoff, Retrying
 from aioengine.adapters.store import AdapterStore
-from aioengine.errors import AdapterLoadError
+from aioengine.errors import AdapterError, AdapterLoadError
+from aioengine.step import LoadedAdapter, Retrying, Stalled
 
 if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
@@ -34,19 +35,6 @@ STOP_SECONDS = 1.0
 """How long ``close`` waits for reads that were not given up; they take milliseconds."""
 
 
-class SlotWriter(Protocol):
-    async def write_slot(self, slot: int, adapter: AdapterImage) -> float: ...
-
-
-class LoadedAdapter(NamedTuple):
-    """What the core needs to know of an adapter that has been read."""
-
-    rank: int
-    nbytes: int
-    digest: str
-    seconds: float
-
-
 class ReadAdapter(Protocol):
     """What a read delivers."""
 
@@ -59,7 +47,51 @@ class ReadAdapter(Protocol):
 
 
 R = TypeVar("R", bound=ReadAdapter)
-Stalled = Callable[[], None]
+T = TypeVar("T")
+
+
+class Backoff:
+    """Waits of ``base``, 2 ``base``, 4 ``base``, ... seconds, each times a random 0.5 to 1.
+
+    After Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), its "equal jitter": half of
+    each wait is fixed and half is random, so that readers of one disk do not come back all at once.
+
+    Args:
+        retries: How often to try again; 0 for never.
+        base: Seconds.
+        seed: The waits are the same for the same seed.
+    """
+
+    def __init__(self, retries: int, base: float, *, seed: int = 0) -> None:
+        self.retries = retries
+        self._base = base
+        self._rng = random.Random(seed)
+
+    def seconds(self, failed: int) -> float:
+        """How long to wait after ``failed`` attempts, 1 or more."""
+        return self._base * float(2 ** (failed - 1)) * self._rng.uniform(0.5, 1.0)
+
+    async def run(self, attempt: Callable[[], Awaitable[T]], retrying: Retrying) -> T:
+        """The first result of ``attempt``. Waits on the loop's clock, holds nothing meanwhile, and can be
+        cancelled. Raises an AdapterError once a read failed for good, or ``retries`` times more."""
+        failed = 0
+        while True:
+            try:
+                return await attempt()
+            except AdapterError as error:
+                failed += 1
+                if not error.transient:
+                    raise
+                if failed > self.retries:
+                    if failed == 1 or not isinstance(error, AdapterLoadError):
+                        raise
+                    reason = f"{error.reason} ({failed} attempts, the last just now)"
+                    raise AdapterLoadError(
+                        reason, name=error.name, path=error.path, transient=True
+                    ) from error
+                seconds = self.seconds(failed)
+                retrying(failed, seconds, error)
+            await asyncio.sleep(seconds)
 
 
 class BaseLoader(ABC, Generic[R]):
@@ -97,8 +129,7 @@ class BaseLoader(ABC, Generic[R]):
     async def load(
         self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
     ) -> LoadedAdapter:
-        """Disk -> CPU cache. ``retrying`` is told before each further attempt, and ``stalled`` once if the
-        read makes no progress, so that others need not wait for it.
+        """Read an adapter from disk into the CPU cache.
 
         Raises the adapter errors of the format's reader; AdapterLoadError also if it takes too long, if an
         earlier read of this folder or too many others hang, or if there is no memory for it.
@@ -217,7 +248,6 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
     def __init__(
         self,
         store: AdapterStore,
-        writer: SlotWriter,
         *,
         retries: int = 0,
         backoff: float = 0.1,
@@ -227,7 +257,6 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
     ) -> None:
         super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed, grace=grace)
         self.store = store
-        self._writer = writer
         self._threads = ReadThreads("aioengine-load")
 
     async def _read(self, name: str, path: str, progress: Progress) -> AdapterImage:
@@ -246,14 +275,6 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
 
     def _keep(self, uid: int, found: AdapterImage) -> None:
         self.store.put(uid, found)
-
-    async def place(self, uid: int, slot: int) -> float:
-        """CPU cache -> slot; returns the seconds that the copy took."""
-        return await self._writer.write_slot(slot, self.store.get(uid))
-
-    def drop(self, uid: int) -> None:
-        """Free an adapter's CPU memory."""
-        self.store.drop(uid)
 
     async def close(self) -> None:
         """Wait for the reads under way, but not for those that hang, and free the cache. Cancel loads

@@ -1,1 +1,1 @@
-"""Executors run model steps somewhere else than on the event loop's thread."""
+"""Devices, and what they are built from: they run model steps off the event loop's thread."""

@@ -1,4 +1,4 @@
-"""The executor interface: where model steps run. Never on the event loop's thread."""
+"""Device: where model steps run and where adapters are held. Never on the event loop's thread."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
-from aioengine.step import StepBatch, StepResult
+from aioengine.step import LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 
-class Executor(ABC):
-    """Runs steps. All methods are called on the event loop and never block it.
+class Device(ABC):
+    """Runs steps, and moves adapters disk -> CPU cache -> slot beside them.
 
-    What it runs on may be lost: then ``execute`` raises EngineDead, and everything that was loaded, adapters
-    and KV, is gone.
+    All methods are called on the event loop and never block it. Adapters are named by ``uid``, a number that
+    the core gives to each version of an adapter.
+
+    A device may be lost: then ``execute``, ``load`` and ``place`` raise EngineDead, and everything that was
+    loaded, adapters and KV, is gone.
     """
 
     can_restart: bool = False
@@ -23,14 +26,31 @@ class Executor(ABC):
     async def execute(self, batch: StepBatch) -> StepResult:
         """Run one step. At most one is in flight."""
 
-    def forget(self, request_id: str) -> None:  # noqa: B027 # those without a memory need not
-        """The request has ended: it is in no further batch, and its id may be another's."""
+    @abstractmethod
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
+        """Read an adapter from disk into the CPU cache.
 
-    def watch(self, lost: Callable[[EngineDead], None]) -> None:  # noqa: B027 # nor those that last
-        """Have ``lost`` called, on the loop, when it is lost, be there a step in flight or not."""
+        Raises AdapterInvalid, AdapterTooLarge or AdapterLoadError.
+        """
+
+    @abstractmethod
+    async def place(self, uid: int, slot: int) -> float:
+        """Copy an adapter from the CPU cache into a slot that nothing reads; returns the seconds it took."""
+
+    @abstractmethod
+    def drop(self, uid: int) -> None:
+        """Free an adapter's memory in the CPU cache. A copy under way still ends well."""
+
+    def forget(self, request_id: str) -> None:  # noqa: B027 # a device without a memory of requests
+        """Note that a request has ended: it is in no further batch, and its id may be used again."""
+
+    def watch(self, lost: Callable[[EngineDead], None]) -> None:  # noqa: B027 # a device that cannot be lost
+        """Have ``lost`` called, on the loop, when the device is lost, be there a step in flight or not."""
 
     async def restart(self) -> None:
-        """Only where ``can_restart``, and after it was lost: again with the model and nothing else.
+        """Start again with the model and nothing else. Only where ``can_restart``, and after a loss.
 
         Raises EngineDead if that fails for good. If it is cancelled, nothing runs.
         """
@@ -38,4 +58,4 @@ class Executor(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Release threads, processes and device memory. Safe to call twice."""
+        """Release threads, processes and memory. Cancel loads before. Safe to call twice."""

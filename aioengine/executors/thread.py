@@ -1,4 +1,4 @@
-"""The default executor: the model in this process, stepped in a thread of its own.
+"""The default device: the model in this process, stepped in a thread of its own.
 
 torch's operators release the GIL while they compute, so the event loop goes on beside a step.
 """
@@ -11,17 +11,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from aioengine.executors.base import Executor
-from aioengine.step import StepBatch, StepResult
+from aioengine.adapters.loader import AdapterLoader
+from aioengine.executors.base import Device
+from aioengine.step import LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.image import AdapterImage
 
 
-class ThreadExecutor(Executor):
-    def __init__(self, runner: ModelRunner) -> None:
+class ThreadDevice(Device):
+    """Steps in one thread, copies into slots in another, and each read of ``loader`` in its own."""
+
+    def __init__(self, runner: ModelRunner, loader: AdapterLoader) -> None:
         self.runner = runner
+        self.store = loader.store
+        """The CPU cache."""
+        self._loader = loader
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
@@ -29,10 +35,14 @@ class ThreadExecutor(Executor):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._step_thread, self.runner.execute, batch)
 
-    async def write_slot(self, slot: int, adapter: AdapterImage) -> float:
-        """Copy an adapter from the CPU into a slot that nothing reads; returns the seconds it took."""
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
+        return await self._loader.load(uid, name, path, retrying, stalled)
+
+    async def place(self, uid: int, slot: int) -> float:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._copy_thread, self._write_slot, slot, adapter)
+        return await loop.run_in_executor(self._copy_thread, self._write_slot, slot, self.store.get(uid))
 
     def _write_slot(self, slot: int, adapter: AdapterImage) -> float:
         slots = self.runner.lora_slots
@@ -41,8 +51,12 @@ class ThreadExecutor(Executor):
         slots.write(slot, adapter)
         return time.perf_counter() - start
 
+    def drop(self, uid: int) -> None:
+        self.store.drop(uid)
+
     async def close(self) -> None:
         self._step_thread.shutdown(wait=True)
         self._copy_thread.shutdown(wait=True)
         with contextlib.suppress(AttributeError):  # closed twice
             del self.runner
+        await self._loader.close()

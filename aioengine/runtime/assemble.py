@@ -16,23 +16,19 @@ from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.core import CoreLimits
-from aioengine.errors import ConfigError, PolicyError
-from aioengine.executors.base import Executor
-from aioengine.executors.process.executor import ProcessExecutor
-from aioengine.executors.process.worker_loader import WorkerLoader
-from aioengine.executors.thread import ThreadExecutor
+from aioengine.errors import PolicyError
+from aioengine.executors.base import Device
+from aioengine.executors.parts import build_parts, plan_parts
+from aioengine.executors.process.device import ProcessDevice
+from aioengine.executors.thread import ThreadDevice
 from aioengine.info import LoadProgress
-from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
+from aioengine.memory_plan import MemoryPlan
 from aioengine.model.files.resolve import read_spec, resolve_model
-from aioengine.model.parallel.group import Group, Shard, SoloGroup
 from aioengine.model.spec import ModelSpec
-from aioengine.runtime.transfers import Loader
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.step import StepBatch
 
 if TYPE_CHECKING:
-    from aioengine.adapters.store import AdapterStore
-    from aioengine.model.runner import ModelRunner
     from aioengine.model.text.tokenizer import Tokenizer
 
 CPU_STEP_SECONDS = 0.2
@@ -46,8 +42,7 @@ class Built(NamedTuple):
     spec: ModelSpec
     plan: MemoryPlan
     tokenizer: Tokenizer | None
-    executor: Executor
-    loader: Loader
+    device: Device
     resolver: AdapterResolver | None
     model_path: Path | None = None
     """The model's folder or file; None if there is no model."""
@@ -57,106 +52,18 @@ class Built(NamedTuple):
     """Steps that were taken while it started, and their seconds."""
 
 
-class Parts(NamedTuple):
-    """A model in this process, and the memory for its adapters."""
-
-    spec: ModelSpec
-    plan: MemoryPlan
-    runner: ModelRunner
-    store: AdapterStore
-    tokenizer: Tokenizer | None
-    path: Path
-
-
-def plan_parts(config: EngineConfig, shard: Shard) -> MemoryPlan:
-    """What a rank's process would allocate. Raises ConfigError if its share of the model does not fit, or
-    there are fewer devices than ranks."""
-    device = resolve_device(config.device)
-    if device == "cuda" and shard.size > 1:
-        import torch
-
-        if shard.rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"tensor_parallel_size={shard.size}: there are {torch.cuda.device_count()} CUDA devices, and "
-                "every rank needs one; lower tensor_parallel_size"
-            )
-        torch.cuda.set_device(shard.rank)
-    return plan_memory(read_spec(resolve_model(config.model)), config, device=device)
-
-
-def build_parts(
-    config: EngineConfig,
-    progress: LoadProgress | None = None,
-    group: Group | None = None,
-    plan: MemoryPlan | None = None,
-    *,
-    tokenizer: bool = True,
-) -> Parts:
-    """Load the model, or this rank's share of it, and allocate everything that ``plan`` names (None: what
-    fits now).
-
-    Raises ConfigError if the model cannot be had, is not supported, or does not fit.
-    """
-    import torch  # only an engine that starts needs it
-
-    from aioengine.adapters.store import AdapterStore
-    from aioengine.model.decode_graphs import DecodeLimits
-    from aioengine.model.runner import ModelRunner
-
-    path = resolve_model(config.model, progress)
-    spec = read_spec(path)
-    group = SoloGroup() if group is None else group
-    if plan is None:
-        plan = plan_memory(spec, config, device=resolve_device(config.device))
-    one_of_many = plan.device == "cuda" and group.shard.size > 1
-    device = f"cuda:{group.shard.rank}" if one_of_many else plan.device
-    graphs = plan.device == "cuda" and config.cuda_graphs
-    lora = config.lora
-    lora_dtype = getattr(torch, plan.lora_dtype)
-    max_rank, modules = (1, ()) if lora is None else (lora.max_lora_rank, lora.modules)
-    runner = ModelRunner(
-        spec,
-        path,
-        dtype=getattr(torch, plan.dtype),
-        device=device,
-        num_blocks=plan.num_blocks,
-        block_size=plan.block_size,
-        max_loras=plan.num_slots,
-        max_lora_rank=max_rank,
-        lora_dtype=lora_dtype,
-        target_modules=modules,
-        quantization=config.quantization,
-        progress=progress,
-        group=group,
-        fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
-    )
-    store = AdapterStore(
-        spec,
-        max_rank=max_rank,
-        target_modules=modules,
-        dtype=lora_dtype,
-        weights=runner.decoder.base_weight,
-        pin_memory=plan.device == "cuda",
-        allow_nonfinite=lora is not None and lora.allow_nonfinite,
-        shard=group.shard,
-    )
-    found = load_tokenizer(path, config.chat_template) if tokenizer else None
-    return Parts(spec, plan, runner, store, found, path)
-
-
 def build(
     config: EngineConfig, resolver: AdapterResolver | None, progress: LoadProgress | None = None
 ) -> Built:
-    """Everything that takes time when an engine starts. Raises ConfigError, as :func:`build_parts`, and
+    """Everything that takes time when an engine starts. Raises ConfigError, as :func:`plan_parts`, and
     if ``adapter_root`` is no folder."""
     lora = LoRAConfig() if config.lora is None else config.lora
     chosen = _choose_resolver(config, resolver)
-    parts = build_parts(config, progress)
-    executor = ThreadExecutor(parts.runner)
-    loader = AdapterLoader(
-        parts.store, executor, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed
-    )
-    return Built(parts.spec, parts.plan, parts.tokenizer, executor, loader, chosen, parts.path)
+    path, spec, plan = planned = plan_parts(config, progress=progress)
+    runner, store = build_parts(config, planned, progress=progress)
+    tokenizer = load_tokenizer(path, config.chat_template)
+    loader = AdapterLoader(store, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
+    return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path)
 
 
 async def build_with_workers(
@@ -167,24 +74,22 @@ async def build_with_workers(
 ) -> Built:
     """As :func:`build`, with the model in processes of its own; what blocks is done in ``work``. Raises
     EngineDead, too, if one of them ends."""
-    lora = LoRAConfig() if config.lora is None else config.lora
     loop = asyncio.get_running_loop()
     chosen = await loop.run_in_executor(work, _choose_resolver, config, resolver)
     path = await loop.run_in_executor(work, resolve_model, config.model, progress)
     spec = await loop.run_in_executor(work, read_spec, path)
     # The policy is the engine's business, and may not fit into a message.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
-    executor = ProcessExecutor(theirs)
+    device = ProcessDevice(theirs)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
-    plan = msgspec.msgpack.decode(await executor.start(progress), type=MemoryPlan)
-    plan = msgspec.structs.replace(plan, num_blocks=executor.num_blocks)
+    plan = msgspec.msgpack.decode(await device.start(progress), type=MemoryPlan)
+    plan = msgspec.structs.replace(plan, num_blocks=device.num_blocks)
     try:
         tokenizer = await reading
     except BaseException:
-        await executor.close()
+        await device.close()
         raise
-    loader = WorkerLoader(executor, retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
-    return Built(spec, plan, tokenizer, executor, loader, chosen, path)
+    return Built(spec, plan, tokenizer, device, chosen, path)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:

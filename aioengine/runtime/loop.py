@@ -16,11 +16,11 @@ from aioengine import events
 from aioengine.core import Core, DropMove
 from aioengine.core.state import Request
 from aioengine.errors import AioEngineError, EngineDead, EngineStopped
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.runtime.idle_watch import IdleWatch
 from aioengine.runtime.intervals import LoopLagMeter, TokenIntervals
 from aioengine.runtime.output_stream import OutputStream
-from aioengine.runtime.transfers import AdapterMoves, Loader
+from aioengine.runtime.transfers import AdapterMoves
 from aioengine.step import Sampled, StepBatch
 
 logger = logging.getLogger("aioengine")
@@ -32,7 +32,7 @@ Listener = Callable[[events.Event], None]
 
 
 class Stepper:
-    """Drives a core with an executor and an adapter loader.
+    """Drives a core with a device.
 
     ``listeners`` are called for every event, in order. ``loaded`` holds, by adapter uid, what to call
     when its load has ended (with the error, or None); ``give_up_load`` ends one that nobody needs any
@@ -43,8 +43,7 @@ class Stepper:
     def __init__(
         self,
         core: Core,
-        executor: Executor,
-        loader: Loader,
+        device: Device,
         *,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -52,9 +51,9 @@ class Stepper:
         self.streams: dict[str, OutputStream] = {}
         self.listeners: list[Listener] = []
         self.dead: EngineDead | None = None
-        self._executor = executor
+        self._device = device
         self._timer = timer
-        self._moves = AdapterMoves(core, loader, changed=self._moved)
+        self._moves = AdapterMoves(core, device, changed=self._moved)
         self.loaded = self._moves.loaded
         self.give_up_load = self._moves.give_up
         self.waits: set[asyncio.Future[None]] = set()
@@ -66,8 +65,8 @@ class Stepper:
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._lost: EngineDead | None = None
-        """That the executor is lost, and not brought back yet."""
-        executor.watch(self._executor_lost)
+        """That the device is lost, and not brought back yet."""
+        device.watch(self._device_lost)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-stepper")
@@ -147,7 +146,7 @@ class Stepper:
             await self._sleep(loop)
             return
         try:
-            result = await self._executor.execute(batch)
+            result = await self._device.execute(batch)
         except EngineDead as error:
             await self._recover(error)
             return
@@ -187,22 +186,22 @@ class Stepper:
         except TimeoutError:
             pass
 
-    def _executor_lost(self, error: EngineDead) -> None:
+    def _device_lost(self, error: EngineDead) -> None:
         self._lost = error
         self._wake.set()
 
     async def _recover(self, error: EngineDead) -> None:
-        """Fail what was running, and start the executor again; others wait meanwhile, and may be added, be
+        """Fail what was running, and start the device again; others wait meanwhile, and may be added, be
         aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._lost = None
         self.core.device_lost(began, error)
         self._moves.device_lost(error)
-        if not self._executor.can_restart:
+        if not self._device.can_restart:
             raise error
         self.publish()
-        restart = loop.create_task(self._executor.restart(), name="aioengine-restart")
+        restart = loop.create_task(self._device.restart(), name="aioengine-restart")
         restart.add_done_callback(lambda _: self._wake.set())
         try:
             while not restart.done() and not self._stopping:
@@ -272,7 +271,7 @@ class Stepper:
             stream = self.streams.pop(event.request_id, None)
             if stream is not None:
                 stream.end(event.reason, event.error)
-            self._executor.forget(event.request_id)
+            self._device.forget(event.request_id)
         elif isinstance(event, events.PolicyRefused):
             self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
         elif isinstance(event, events.PolicyFailed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from aioengine import events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move
@@ -20,14 +20,10 @@ from aioengine.errors import (
     EngineDead,
     EngineStopped,
 )
+from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
 
-if TYPE_CHECKING:
-    from aioengine.adapters.loader import LoadedAdapter
-
 logger = logging.getLogger("aioengine")
-
-Retrying = Callable[[int, float, AdapterError], None]
 
 
 def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
@@ -39,27 +35,16 @@ def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
         logger.warning("not loaded: %s%s", text if text.isprintable() else repr(text), again)
 
 
-class Loader(Protocol):
-    """Moves adapters; :class:`~aioengine.adapters.loader.AdapterLoader` is the real one."""
-
-    async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Callable[[], None]
-    ) -> LoadedAdapter: ...
-    async def place(self, uid: int, slot: int) -> float: ...
-    def drop(self, uid: int) -> None: ...
-    async def close(self) -> None: ...
-
-
 class AdapterMoves:
     """``changed`` is called after every report to the core.
 
     ``loaded`` holds, by adapter uid, what to call when its load has ended (with the error, or None).
     """
 
-    def __init__(self, core: Core, loader: Loader, changed: Callable[[], None]) -> None:
+    def __init__(self, core: Core, device: Device, changed: Callable[[], None]) -> None:
         self.loaded: dict[int, Callable[[AioEngineError | None], None]] = {}
         self._core = core
-        self._loader = loader
+        self._device = device
         self._changed = changed
         self._loads: set[asyncio.Task[None]] = set()
         self._reads: dict[int, asyncio.Task[None]] = {}
@@ -73,7 +58,7 @@ class AdapterMoves:
     def start(self, move: Move) -> None:
         match move:
             case DropMove(entry):
-                self._loader.drop(entry.uid)
+                self._device.drop(entry.uid)
             case LoadMove(entry):
                 name = f"aioengine-load-{entry.label}"
                 self._reads[entry.uid] = self._spawn(self._load(entry), name, self._loads)
@@ -100,7 +85,7 @@ class AdapterMoves:
             if entry.location is Location.LOADING:
                 self._core.adapter_load_cancelled(entry)
         for slot in self._core.slots.slots:
-            if slot.loading:  # the copy was lost with the executor
+            if slot.loading:  # the copy was lost with the device
                 self._core.slots.cancel(slot)
         self.fail_waiting(EngineStopped("the engine was stopped while the adapter was loading"))
 
@@ -154,9 +139,9 @@ class AdapterMoves:
                 self._changed()
 
         try:
-            done = await self._loader.load(entry.uid, entry.label, entry.path, retrying, stalled)
+            done = await self._device.load(entry.uid, entry.label, entry.path, retrying, stalled)
         except EngineDead:
-            return  # the executor was lost, and that is dealt with as a whole
+            return  # the device was lost, and that is dealt with as a whole
         except AdapterError as error:
             failure = error
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
@@ -189,7 +174,7 @@ class AdapterMoves:
     async def _copy(self, entry: AdapterEntry, slot: int) -> None:
         loop = asyncio.get_running_loop()
         try:
-            seconds = await self._loader.place(entry.uid, slot)
+            seconds = await self._device.place(entry.uid, slot)
         except EngineDead:
             return
         except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
@@ -11,11 +11,11 @@ _PROMPT = 32
 _PARAMS = (SamplingParams(), SamplingParams(temperature=1.0))
 
 
-async def warm_up(executor: Executor, plan: MemoryPlan) -> list[tuple[StepBatch, float]]:
+async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, float]]:
     """A prompt and a token after it, for a greedy and a sampled request that nobody hears of.
 
     They leave keys and values in blocks that nothing refers to. Returns the steps and their seconds.
-    Raises what the executor raises.
+    Raises what the device raises.
     """
     tokens = min(_PROMPT, plan.max_model_len - 1)
     width = -(-(tokens + 1) // plan.block_size)
@@ -40,7 +40,7 @@ async def warm_up(executor: Executor, plan: MemoryPlan) -> list[tuple[StepBatch,
             for i in requests
         ]
         batch = StepBatch(0, sequences, ranks)
-        steps.append((batch, (await executor.execute(batch)).seconds))
+        steps.append((batch, (await device.execute(batch)).seconds))
     for i in requests:
-        executor.forget(f"warm-up-{i}")
+        device.forget(f"warm-up-{i}")
     return steps

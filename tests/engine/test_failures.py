@@ -308,17 +308,17 @@ async def test_an_error_that_nobody_thought_of(
 async def test_a_copy_that_fails_leaves_the_slot_free(
     tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aioengine.executors.thread import ThreadExecutor
+    from aioengine.executors.thread import ThreadDevice
 
-    original = ThreadExecutor.write_slot
+    original = ThreadDevice.place
     broken = True
 
-    async def write_slot(executor: ThreadExecutor, slot: int, adapter: Any) -> float:
-        if broken and adapter.rank == 3:
+    async def place(device: ThreadDevice, uid: int, slot: int) -> float:
+        if broken and device.store.get(uid).rank == 3:
             raise RuntimeError("CUDA error: out of memory")
-        return await original(executor, slot, adapter)
+        return await original(device, uid, slot)
 
-    monkeypatch.setattr(ThreadExecutor, "write_slot", write_slot)
+    monkeypatch.setattr(ThreadDevice, "place", place)
     async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
         engine.register_adapter("bad", folder)
         await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "slot", "out of memory")
@@ -515,7 +515,7 @@ async def test_cpu_memory_is_bounded_in_bytes(tiny: Tiny, make_engine: MakeEngin
         )
         assert outs[0].token_ids == tiny.expected([4, 5], 8, "all-modules")
         assert outs[1].token_ids == tiny.expected([4, 5], 8, "rank-3")
-        assert engine._built.loader.store.nbytes <= bound
+        assert engine._built.device.store.nbytes <= bound
         await engine.pin_adapter("good")
         await engine.pin_adapter("other")
         await expect_error(engine, "big", AdapterTooLarge, "'big'", "max_cpu_lora_bytes", "pinned")

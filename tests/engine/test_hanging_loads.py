@@ -16,12 +16,12 @@ from aioengine.core import Core
 from aioengine.core.failures import LONGEST_SECONDS, Failures
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, Sampled, StepBatch, StepResult
 
 MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
 
@@ -60,15 +60,21 @@ class Loader(BaseLoader[Found]):
 
     def _keep(self, uid: int, found: Found) -> None: ...
 
+
+class Reading(Device):
+    """Loads with ``loader``; every step takes 10 ms."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
+        return await self._loader.load(uid, name, path, retrying, stalled)
+
     async def place(self, uid: int, slot: int) -> float:
         return 0.0
 
     def drop(self, uid: int) -> None: ...
 
-    async def close(self) -> None: ...
-
-
-class Steps(Executor):
     async def execute(self, batch: StepBatch) -> StepResult:
         await asyncio.sleep(0.01)
         return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
@@ -108,7 +114,7 @@ class World:
 
 def run(loader: Loader, main: Callable[[World], Awaitable[None]]) -> None:
     async def whole() -> None:
-        stepper = Stepper(Core(LIMITS, FCFS()), Steps(), loader)
+        stepper = Stepper(Core(LIMITS, FCFS()), Reading(loader))
         stepper.start()
         await main(World(stepper))
         stepper.core.residency.check()

@@ -12,9 +12,9 @@ from support.engine_fixtures import MakeEngine, Tiny
 
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.memory_plan import plan_from_config, plan_memory
 from aioengine.model.files.resolve import read_spec
-from aioengine.runtime.assemble import build_parts
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,9 @@ def test_the_plan_is_what_is_allocated(
     config = EngineConfig(
         model=model, dtype="float32", max_model_len=64, kv_cache_memory="1MiB", lora=LoRAConfig(**lora)
     )
-    parts = build_parts(config)
-    plan, slots = parts.plan, parts.runner.lora_slots
+    planned = plan_parts(config)
+    parts = build_parts(config, planned)
+    plan, slots = planned.memory, parts.runner.lora_slots
     assert slots is not None
     assert plan == plan_from_config(config, available_bytes=plan.available_bytes)
 
@@ -48,7 +49,7 @@ def test_the_plan_is_what_is_allocated(
     assert parts.runner.weight_bytes == plan.weights_bytes
     assert parts.runner.kv_cache.nbytes == plan.kv_bytes <= 2**20
 
-    spec = parts.spec
+    spec = planned.spec
     size = 2 if plan.lora_dtype == "bfloat16" else 4
     affine = 0
     for module, found in plan.slot_bytes_by_module.items():

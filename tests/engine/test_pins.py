@@ -138,7 +138,7 @@ async def test_a_copy_that_fails_ends_the_pin(
             raise RuntimeError("no copy today")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine._built.loader, "place", fail)
+            patch.setattr(engine._built.device, "place", fail)
             with pytest.raises(AdapterLoadError, match="no copy today"):
                 await engine.pin_adapter("p")
         assert not info(engine, "p").pinned

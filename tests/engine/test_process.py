@@ -19,8 +19,8 @@ import psutil
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.failure_harness import error_of, last_of, until
+from support.faulty_worker import BAD
 from support.process_harness import NothingLeft, worker_pids
-from support.worker_parts import BAD
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import signal
 import sys
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.failure_harness import error_of, last_of, until
+from support.faulty_worker import BAD
 from support.process_harness import NothingLeft, worker_pids
-from support.worker_parts import BAD
 
 from aioengine import AsyncEngine
 from aioengine.errors import DeadlineExceeded, EngineDead, EngineStopped
 from aioengine.events import EngineRestarted, RequestEnded
-from aioengine.executors.process.executor import ProcessExecutor
+from aioengine.executors.process import device
 from aioengine.executors.process.restarts import RestartLimit
-from aioengine.runtime import assemble as build
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
@@ -118,8 +116,7 @@ async def test_an_engine_whose_workers_are_lost_too_often_dies(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that raises is a loss too."""
-    made = functools.partial(ProcessExecutor, parts="support.worker_parts", limit=RestartLimit(1, 1000.0))
-    monkeypatch.setattr(build, "ProcessExecutor", made)
+    monkeypatch.setattr(device, "RestartLimit", lambda: RestartLimit(1, 1000.0))
     async with make_engine(tiny, executor="process", restart="on-failure", max_num_seqs=1) as engine:
         ended: list[RequestEnded] = []
         engine.add_listener(lambda e: ended.append(e) if isinstance(e, RequestEnded) else None)

@@ -13,22 +13,30 @@ from support.core_sim import LIMITS
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
 from aioengine.events import AdapterRetrying, Event, RequestEnded
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.idle_watch import IDLE_WARNING_SECONDS
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, Sampled, StepBatch, StepResult
 
 
-class SteadyExecutor(Executor):
-    """Every step takes 10 ms."""
+class Steady(Device):
+    """Every step takes 10 ms, a copy no time at all; there is nothing to read."""
 
     async def execute(self, batch: StepBatch) -> StepResult:
         await asyncio.sleep(0.01)
         return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
+
+    async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
+        raise AdapterLoadError("not there", name=name, path=path)
+
+    async def place(self, uid: int, slot: int) -> float:
+        return 0.0
+
+    def drop(self, uid: int) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -40,9 +48,11 @@ class Stream:
     def end(self, *_: Any) -> None: ...
 
 
-def run(policy: SchedulerPolicy, main: Callable[[Stepper], Awaitable[None]], loader: Any = None) -> None:
+def run(
+    policy: SchedulerPolicy, main: Callable[[Stepper], Awaitable[None]], device: Device | None = None
+) -> None:
     async def whole() -> None:
-        stepper = Stepper(Core(LIMITS, policy), SteadyExecutor(), loader)  # type: ignore[arg-type]
+        stepper = Stepper(Core(LIMITS, policy), device or Steady())
         stepper.start()
         await main(stepper)
         await stepper.stop()
@@ -109,10 +119,9 @@ def test_a_wait_that_ends_is_not_reported(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
-    from aioengine.adapters.loader import LoadedAdapter
-    from aioengine.adapters.retry import Backoff
+    from aioengine.adapters.loader import Backoff
 
-    class Loader:
+    class Flaky(Steady):
         reads = 0
 
         async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
@@ -124,11 +133,6 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
                 raise AdapterLoadError("EIO", name="a", path="/a", transient=True)
             return LoadedAdapter(4, 100, "digest", 1.0)
 
-        async def place(self, uid: int, slot: int) -> float:
-            return 0.1
-
-        def drop(self, uid: int) -> None: ...
-
     seen: list[Event] = []
 
     async def main(stepper: Stepper) -> None:
@@ -137,7 +141,7 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
         add(stepper, "r", "a")
         await asyncio.sleep(100 + 200 + 1)
 
-    run(FCFS(), main, Loader())
+    run(FCFS(), main, Flaky())
     retries = [event for event in seen if isinstance(event, AdapterRetrying)]
     assert [(event.adapter, event.attempt) for event in retries] == [("a", 1), ("a", 2)]
     assert retries[1].time == pytest.approx(retries[0].time + retries[0].seconds, abs=0.01)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from simulation.faults import Device, FaultyExecutor, token_at
+from simulation.faults import FaultyDevice, Memory, token_at
 
 from aioengine import events
 from aioengine.core import DropMove
@@ -61,38 +61,38 @@ class Checker:
         """What loads and copies failed with."""
 
     @property
-    def device(self) -> Device:
-        return self._executor.device
+    def memory(self) -> Memory:
+        return self._device.memory
 
     @property
-    def _executor(self) -> FaultyExecutor:
-        executor = self._engine._executor  # type: ignore[attr-defined]
-        assert isinstance(executor, FaultyExecutor)
-        return executor
+    def _device(self) -> FaultyDevice:
+        device = self._engine._device  # type: ignore[attr-defined]
+        assert isinstance(device, FaultyDevice)
+        return device
 
     def __call__(self, event: events.Event) -> None:
         self.log.append(event)
         try:
             self._engine.check_invariants()
-            self._check_device()
+            self._check_memory()
             self._follow(event)
         except Exception as error:
             self._problem(f"after {type(event).__name__}: {type(error).__name__}: {error}")
 
     # The core against the device
 
-    def _check_device(self) -> None:
-        core, device = self._engine._core, self.device
-        if device.lost:
+    def _check_memory(self) -> None:
+        core, memory = self._engine._core, self.memory
+        if memory.lost:
             return  # the core will hear of it
         for slot in core.slots.slots:
             if slot.entry is not None and not slot.loading:
-                assert device.slots[slot.index] == slot.entry.uid, f"slot {slot.index} holds something else"
+                assert memory.slots[slot.index] == slot.entry.uid, f"slot {slot.index} holds something else"
         dropping = {move.entry.uid for move in core.residency._moves if isinstance(move, DropMove)}
         cached = {uid for uid, e in core.cpu.entries.items() if e.location is not Location.LOADING}
         assert not cached & dropping, "it is dropped, and still in use"
-        assert device.cpu.keys() == cached | dropping, (
-            f"the CPU holds {sorted(device.cpu)}; it should be {sorted(cached)} and, on its way out, "
+        assert memory.cpu.keys() == cached | dropping, (
+            f"the CPU holds {sorted(memory.cpu)}; it should be {sorted(cached)} and, on its way out, "
             f"{sorted(dropping)}"
         )
 
@@ -128,7 +128,7 @@ class Checker:
         """A request fails for a reason of its own, or because the engine ends."""
         error = event.error
         assert (error is not None) == (event.reason == "error")
-        fault = self._executor.failed_rows.get(event.request_id)
+        fault = self._device.failed_rows.get(event.request_id)
         assert fault is None or event.reason in ("error", "abort"), "it has no token, and goes on"
         match error:
             case None:
@@ -136,7 +136,7 @@ class Checker:
             case EngineStopped():
                 fine = self.stopped
             case EngineDead():
-                fine = self._executor.killed or self.device.losses > 0
+                fine = self._device.killed or self.memory.losses > 0
             case DeadlineExceeded():
                 fine = was.due is not None and event.time >= was.due
             case EngineOverloaded() if error.bound == "tenant":  # another tenant's took its place
@@ -200,7 +200,7 @@ class Checker:
         engine: Any = self._engine
         core, stepper = engine._core, engine._stepper
         assert not core.residency.entries, "versions of adapters are left"
-        assert not core.cpu.entries and not core.cpu.used_bytes and not self.device.cpu, (
+        assert not core.cpu.entries and not core.cpu.used_bytes and not self.memory.cpu, (
             "the CPU cache is not empty"
         )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"

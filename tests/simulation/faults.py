@@ -7,13 +7,14 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from aioengine.adapters.loader import BaseLoader, LoadedAdapter, Retrying, Stalled
+from aioengine.adapters.loader import BaseLoader
 from aioengine.adapters.read_threads import Progress
+from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
 from aioengine.lab.costs.model import CostModel
-from aioengine.lab.simulation.device import SimulatedExecutor
+from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.transfers import SharedStage
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, Retrying, Sampled, SequenceWork, Stalled, StepBatch, StepResult
 
 MAX_RANK = 16
 VOCABULARY = 997
@@ -38,7 +39,7 @@ class Rates(NamedTuple):
     """It raises, and with it the engine dies."""
 
 
-class Device:
+class Memory:
     """What the device and the CPU cache really hold, as against what the core believes.
 
     ``problem`` is told of whatever must never happen.
@@ -67,6 +68,12 @@ class Device:
         self.cpu.clear()
         self.blocks.clear()
 
+    def generation(self) -> int:
+        """How often it was lost; raises EngineDead while it is."""
+        if self.lost:
+            raise EngineDead("planned: the device was lost")
+        return self.losses
+
     def digest(self, row: SequenceWork) -> str:
         uid = self.slots[row.slot] if row.slot >= 0 else None
         return "" if uid is None else self.cpu.get(uid, "")
@@ -82,7 +89,7 @@ class Row(NamedTuple):
     blocks: tuple[int, ...]
 
 
-class FaultyExecutor(SimulatedExecutor):
+class FaultyDevice(SimulatedDevice):
     """Samples tokens that depend on the request and the position alone, after checking that the step may
     run: its slots hold the versions that its requests were accepted for, and are not being written; the
     KV that it reads was computed from the same tokens with the same adapter."""
@@ -92,14 +99,17 @@ class FaultyExecutor(SimulatedExecutor):
         costs: CostModel,
         *,
         end_token: int,
-        device: Device,
+        memory: Memory,
         rates: Rates,
         rng: random.Random,
         restarts: bool,
         version_of: Callable[[str], int | None],
+        lora: LoRAConfig,
+        seed: int,
     ) -> None:
-        super().__init__(costs, token=0, end_token=end_token)
-        self.device = device
+        super().__init__(costs, token=0, end_token=end_token, max_rank=MAX_RANK)
+        self.loader = FaultyLoader(costs, memory, rates=rates, rng=rng, lora=lora, seed=seed)
+        self.memory = memory
         self.can_restart = restarts
         self.failed_rows: dict[str, str] = {}
         """By request: what its error comes from."""
@@ -116,9 +126,9 @@ class FaultyExecutor(SimulatedExecutor):
 
     def lose(self) -> None:
         """The device is gone, with all that it holds."""
-        if not self.device.lost:
+        if not self.memory.lost:
             self.killed = self.killed or not self.can_restart
-            self.device.lose()
+            self.memory.lose()
             self._tell_lost(self._lost())
 
     async def restart(self) -> None:
@@ -126,22 +136,22 @@ class FaultyExecutor(SimulatedExecutor):
         if self._rng.random() < 0.1:
             self.killed = True
             raise EngineDead("planned: it does not start again")
-        self.device.lost = False
+        self.memory.lost = False
 
     async def execute(self, batch: StepBatch) -> StepResult:
-        device, rng = self.device, self._rng
-        if device.lost:
+        memory, rng = self.memory, self._rng
+        if memory.lost:
             raise self._lost()
         rows = [self._begin_row(work) for work in batch.sequences]
         self._check_whole(batch)
-        device.reading = {row.work.slot for row in rows if row.work.slot >= 0}
+        memory.reading = {row.work.slot for row in rows if row.work.slot >= 0}
         try:
             if rng.random() < self._rates.slow_step:
                 await asyncio.sleep(rng.uniform(0.1, 3.0))
             result = await super().execute(batch)
         finally:
-            device.reading = set()
-        if device.lost:
+            memory.reading = set()
+        if memory.lost:
             raise self._lost()
         if rng.random() < self._rates.lethal_step:
             self.killed = True
@@ -152,40 +162,40 @@ class FaultyExecutor(SimulatedExecutor):
         return EngineDead("planned: the device was lost")
 
     def _begin_row(self, work: SequenceWork) -> Row:
-        device = self.device
+        memory = self.memory
         expected = self._version_of(work.request_id)
-        if work.slot >= 0 and work.slot in device.writing:
-            device.problem(f"a step reads slot {work.slot} while it is written")
-        found = device.slots[work.slot] if work.slot >= 0 else None
+        if work.slot >= 0 and work.slot in memory.writing:
+            memory.problem(f"a step reads slot {work.slot} while it is written")
+        found = memory.slots[work.slot] if work.slot >= 0 else None
         if found != expected:
-            device.problem(
+            memory.problem(
                 f"{work.request_id} runs on slot {work.slot} with version {found}, not on {expected}"
             )
-        row = Row(work, found, device.digest(work), tuple(work.history), tuple(work.block_table))
+        row = Row(work, found, memory.digest(work), tuple(work.history), tuple(work.block_table))
         self._check_blocks(row)
         return row
 
     def _check_blocks(self, row: Row) -> None:
         """That all KV before the row's own tokens is there, and is its own."""
-        size, start = self.device.block_size, row.work.start
+        size, start = self.memory.block_size, row.work.start
         if len(row.blocks) * size < start + len(row.work.tokens):
-            self.device.problem(f"{row.work.request_id} has too few blocks")
+            self.memory.problem(f"{row.work.request_id} has too few blocks")
         if tuple(row.work.tokens) != row.known[start : start + len(row.work.tokens)]:
-            self.device.problem(f"{row.work.request_id} computes other tokens than it has")
+            self.memory.problem(f"{row.work.request_id} computes other tokens than it has")
         for index in range(-(-start // size)):
             until = min((index + 1) * size, start)
-            digest, tokens = self.device.blocks.get(row.blocks[index], ("nothing", ()))
+            digest, tokens = self.memory.blocks.get(row.blocks[index], ("nothing", ()))
             if digest != row.digest or tokens[:until] != row.known[:until]:
-                self.device.problem(
+                self.memory.problem(
                     f"{row.work.request_id} reads KV that is not its own from block {row.blocks[index]}: "
                     f"of adapter {digest!r}, not {row.digest!r}, or of other tokens"
                 )
                 return
 
     def _check_whole(self, batch: StepBatch) -> None:
-        size, problem = self.device.block_size, self.device.problem
+        size, problem = self.memory.block_size, self.memory.problem
         slots = [work.slot for work in batch.sequences]
-        if slots != sorted(slots) or len({slot for slot in slots if slot >= 0}) > len(self.device.slots):
+        if slots != sorted(slots) or len({slot for slot in slots if slot >= 0}) > len(self.memory.slots):
             problem(f"a batch with the slots {slots}")
         written = [
             block
@@ -196,12 +206,12 @@ class FaultyExecutor(SimulatedExecutor):
             problem("two rows of a step write one KV block")
 
     def _finish_row(self, row: Row, sampled: Sampled | None) -> Sampled | None:
-        work, device = row.work, self.device
-        if work.slot >= 0 and device.slots[work.slot] != row.uid:
-            device.problem(f"slot {work.slot} was changed while a step read it")
-        size, until = device.block_size, work.start + len(work.tokens)
+        work, memory = row.work, self.memory
+        if work.slot >= 0 and memory.slots[work.slot] != row.uid:
+            memory.problem(f"slot {work.slot} was changed while a step read it")
+        size, until = memory.block_size, work.start + len(work.tokens)
         for index in range(work.start // size, -(-until // size)):
-            device.blocks[row.blocks[index]] = row.digest, row.known[: min((index + 1) * size, until)]
+            memory.blocks[row.blocks[index]] = row.digest, row.known[: min((index + 1) * size, until)]
         if sampled is None:
             return None
         if self._rng.random() < self._rates.failed_row:
@@ -211,6 +221,52 @@ class FaultyExecutor(SimulatedExecutor):
         if sampled.token == self._end_token:
             return sampled
         return Sampled(token_at(work.request_id, until - work.prompt_len))
+
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
+        return await self.loader.load(uid, name, path, retrying, stalled)
+
+    async def place(self, uid: int, slot: int) -> float:
+        memory, rng = self.memory, self._rng
+        losses = memory.generation()
+        if uid not in memory.cpu:
+            memory.problem(f"version {uid} is copied to a slot and is not on the CPU")
+        if slot in memory.writing:
+            memory.problem(f"slot {slot} is written twice at once")
+        self._check_unread(slot)
+        memory.writing.add(slot)
+        memory.slots[slot] = None
+        start = asyncio.get_running_loop().time()
+        try:
+            if rng.random() < self._rates.slow_copy:
+                await asyncio.sleep(rng.uniform(0.1, 3.0))
+            with self.disturbed(self._costs.slot.slowdown):
+                await self._slot.transfer(self._costs.adapter_nbytes(MAX_RANK))
+            if memory.generation() != losses:
+                raise EngineDead("planned: the device was lost")
+            if rng.random() < self._rates.failed_copy:
+                raise OSError("planned: the copy failed")
+        finally:
+            if memory.losses == losses:
+                memory.writing.discard(slot)
+        if uid not in memory.cpu:
+            memory.problem(f"version {uid} left the CPU while it was copied to a slot")
+        self._check_unread(slot)
+        memory.slots[slot] = uid
+        return asyncio.get_running_loop().time() - start
+
+    def _check_unread(self, slot: int) -> None:
+        if slot in self.memory.reading:
+            self.memory.problem(f"slot {slot} is written while a step reads it")
+
+    def drop(self, uid: int) -> None:
+        if uid not in self.memory.cpu and not self.memory.losses:
+            self.memory.problem(f"version {uid} is dropped, and is not there")
+        self.memory.cpu.pop(uid, None)
+
+    async def close(self) -> None:
+        await self.loader.close()
 
 
 def token_at(request_id: str, index: int) -> int:
@@ -225,24 +281,22 @@ class Found(NamedTuple):
 
 
 class FaultyLoader(BaseLoader[Found]):
-    """Retries, time limits and giving up are the real loader's; only the reads and the copies are made up,
-    in tasks of their own that go on when nobody waits for them any more, as a thread does."""
+    """Retries, time limits and giving up are the real loader's; only the reads are made up, in tasks of their
+    own that go on when nobody waits for them any more, as a thread does."""
 
     def __init__(
         self,
         costs: CostModel,
-        executor: FaultyExecutor,
+        memory: Memory,
         *,
         rates: Rates,
         rng: random.Random,
-        retries: int,
-        timeout: float | None,
+        lora: LoRAConfig,
         seed: int,
     ) -> None:
-        super().__init__(retries=retries, timeout=timeout, seed=seed)
+        super().__init__(retries=lora.load_retries, timeout=lora.load_timeout, seed=seed)
         self._costs = costs
-        self._executor = executor
-        self._device = executor.device
+        self._memory = memory
         self._rates = rates
         self._rng = rng
         self._seed = seed
@@ -259,7 +313,7 @@ class FaultyLoader(BaseLoader[Found]):
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
     async def _read(self, name: str, path: str, progress: Progress) -> Found:
-        losses = self._losses()
+        losses = self._memory.generation()
         reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
         reading.add_done_callback(lambda _: setattr(progress, "running", False))
         try:
@@ -269,14 +323,9 @@ class FaultyLoader(BaseLoader[Found]):
             reading.add_done_callback(self._forget)
             raise
         found = reading.result()
-        if self._losses() != losses:
+        if self._memory.generation() != losses:
             raise EngineDead("planned: the device was lost")
         return found
-
-    def _losses(self) -> int:
-        if self._device.lost:
-            raise EngineDead("planned: the device was lost")
-        return self._device.losses
 
     def _forget(self, reading: asyncio.Task[Found]) -> None:
         del self._left_behind[reading]
@@ -311,46 +360,9 @@ class FaultyLoader(BaseLoader[Found]):
         return Found(rank, self._costs.adapter_nbytes(rank), path)
 
     def _keep(self, uid: int, found: Found) -> None:
-        if uid in self._device.cpu:
-            self._device.problem(f"version {uid} was read twice")
-        self._device.cpu[uid] = found.digest
-
-    async def place(self, uid: int, slot: int) -> float:
-        device, rng = self._device, self._rng
-        losses = self._losses()
-        if uid not in device.cpu:
-            device.problem(f"version {uid} is copied to a slot and is not on the CPU")
-        if slot in device.writing:
-            device.problem(f"slot {slot} is written twice at once")
-        self._check_unread(slot)
-        device.writing.add(slot)
-        device.slots[slot] = None
-        start = asyncio.get_running_loop().time()
-        try:
-            if rng.random() < self._rates.slow_copy:
-                await asyncio.sleep(rng.uniform(0.1, 3.0))
-            await self._executor.copy(self._costs.adapter_nbytes(MAX_RANK))
-            if self._losses() != losses:
-                raise EngineDead("planned: the device was lost")
-            if rng.random() < self._rates.failed_copy:
-                raise OSError("planned: the copy failed")
-        finally:
-            if device.losses == losses:
-                device.writing.discard(slot)
-        if uid not in device.cpu:
-            device.problem(f"version {uid} left the CPU while it was copied to a slot")
-        self._check_unread(slot)
-        device.slots[slot] = uid
-        return asyncio.get_running_loop().time() - start
-
-    def _check_unread(self, slot: int) -> None:
-        if slot in self._device.reading:
-            self._device.problem(f"slot {slot} is written while a step reads it")
-
-    def drop(self, uid: int) -> None:
-        if uid not in self._device.cpu and not self._device.losses:
-            self._device.problem(f"version {uid} is dropped, and is not there")
-        self._device.cpu.pop(uid, None)
+        if uid in self._memory.cpu:
+            self._memory.problem(f"version {uid} was read twice")
+        self._memory.cpu[uid] = found.digest
 
     async def close(self) -> None:
         left = list(self._left_behind)

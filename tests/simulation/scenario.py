@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from simulation.checker import Call, Checker
-from simulation.faults import MAX_RANK, Device, FaultyExecutor, FaultyLoader, Rates
+from simulation.faults import MAX_RANK, FaultyDevice, Memory, Rates
 from support.hostile_policies import Failing, Hostile, Slow
 from support.lab_sim import MB, costs
 
@@ -77,17 +77,9 @@ class GuardedLoop(VirtualTimeLoop):
 class FaultyEngine(SimulatedEngine):
     def __init__(self, config: EngineConfig, policy: SchedulerPolicy, **parts: Any) -> None:
         super().__init__(config, MODEL, policy)
-        rates, rng = parts["rates"], parts["rng"]
         assert config.lora is not None
-        self._executor = FaultyExecutor(MODEL, end_token=self._end_token, **parts)
-        self._loader = FaultyLoader(  # type: ignore[assignment]
-            MODEL,
-            self._executor,
-            rates=rates,
-            rng=rng,
-            retries=config.lora.load_retries,
-            timeout=config.lora.load_timeout,
-            seed=config.seed,
+        self._device = FaultyDevice(
+            MODEL, end_token=self._end_token, lora=config.lora, seed=config.seed, **parts
         )
 
 
@@ -285,11 +277,11 @@ class Scenario:
         )
 
     async def _live(self) -> None:
-        device = Device(self.config.lora.max_loras, self.config.block_size, self.problem)  # type: ignore[union-attr]
+        memory = Memory(self.config.lora.max_loras, self.config.block_size, self.problem)  # type: ignore[union-attr]
         self.engine = engine = FaultyEngine(
             self.config,
             self.policy,
-            device=device,
+            memory=memory,
             rates=self.rates,
             rng=random.Random(f"faults {self.seed}"),
             restarts=self.restarts,
@@ -392,7 +384,7 @@ class Scenario:
                 self._jump(rng.choice([5.0, 90.0, 3600.0]))
                 return
             case "lose":
-                engine._executor.lose()  # type: ignore[attr-defined]
+                engine._device.lose()  # type: ignore[attr-defined]
                 return
             case "load":
                 known = rng.random() < 0.5
@@ -472,9 +464,9 @@ class Scenario:
 
     @property
     def killed(self) -> bool:
-        executor = self.engine._executor
-        assert isinstance(executor, FaultyExecutor)
-        return executor.killed
+        device = self.engine._device
+        assert isinstance(device, FaultyDevice)
+        return device.killed
 
     def _abort_all(self) -> None:
         for request in list(self.engine._core.requests.values()):

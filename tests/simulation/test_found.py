@@ -40,7 +40,7 @@ def ends_with(first: str, then: str, end: str) -> list[Any]:
             async def fail(batch: StepBatch) -> StepResult:
                 raise RuntimeError("planned")
 
-            engine._executor.execute = fail  # type: ignore[method-assign]
+            engine._device.execute = fail  # type: ignore[method-assign]
             with pytest.raises(EngineDead):
                 await engine.complete([0, 0])
         else:
@@ -80,7 +80,7 @@ def test_what_cannot_be_read_is_not_read_ahead() -> None:
 
     async def main() -> list[int]:
         async with SimulatedEngine(config(), costs(), load_policy("fcfs+lru+popular")) as engine:
-            engine.register_adapter("missing", "/missing")  # of which the loader knows nothing
+            engine.register_adapter("missing", "/missing")  # of which the device knows nothing
             failures = []
             for _ in range(2):
                 with pytest.raises(AdapterLoadError):
@@ -110,7 +110,7 @@ def test_loads_behind_an_unload_hear_of_it_too(end: str) -> None:
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_executor(stop: bool) -> None:
+def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_device(stop: bool) -> None:
     """It waited for ever, for nobody reported the copy's end."""
 
     async def main() -> None:
@@ -123,7 +123,7 @@ def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_executor(stop
             await asyncio.sleep(5.0)
             raise lost
 
-        engine._loader.place = place  # type: ignore[method-assign]
+        engine._device.place = place  # type: ignore[method-assign]
         request = asyncio.create_task(engine.complete([0], adapter="a"))
         await asyncio.sleep(3.0)
         unload = asyncio.create_task(engine.unload_adapter("a", force=True))
@@ -131,7 +131,7 @@ def test_an_unload_does_not_wait_for_a_copy_that_was_lost_with_the_executor(stop
         if stop:
             await engine.stop()
         else:
-            engine._stepper._executor_lost(lost)
+            engine._stepper._device_lost(lost)
         async with asyncio.timeout(60):
             await unload
         assert engine.state == ("stopped" if stop else "dead")
@@ -147,13 +147,13 @@ def test_a_pin_is_tried_again_though_nothing_else_happens() -> None:
     async def main() -> float:
         async with SimulatedEngine(config(), costs()) as engine:
             engine.add_adapters([AdapterShape("a", 8, 50 * MB)])
-            place = engine._loader.place
+            place = engine._device.place
 
             async def fail(uid: int, slot: int) -> float:
-                engine._loader.place = place  # type: ignore[method-assign]
+                engine._device.place = place  # type: ignore[method-assign]
                 raise OSError("planned")
 
-            engine._loader.place = fail  # type: ignore[method-assign]
+            engine._device.place = fail  # type: ignore[method-assign]
             with pytest.raises(AdapterLoadError):
                 await engine.complete([0], adapter="a")
             async with asyncio.timeout(60):
@@ -195,7 +195,7 @@ def test_pins_that_fail_together_leave_none() -> None:
                 await asyncio.sleep(1.0)
                 raise OSError("planned")
 
-            engine._loader.place = fail  # type: ignore[method-assign]
+            engine._device.place = fail  # type: ignore[method-assign]
             pins = [asyncio.create_task(engine.pin_adapter("a")) for _ in range(2)]
             async with asyncio.timeout(60):
                 errors = await asyncio.gather(*pins, return_exceptions=True)
@@ -216,9 +216,9 @@ def test_a_load_that_is_given_up_leaves_a_pinned_adapter_to_be_read_again() -> N
             async def restart() -> None:
                 await asyncio.sleep(5.0)
 
-            engine._executor.can_restart = True
-            engine._executor.restart = restart  # type: ignore[method-assign]
-            engine._stepper._executor_lost(EngineDead("planned: the device was lost"))
+            engine._device.can_restart = True
+            engine._device.restart = restart  # type: ignore[method-assign]
+            engine._stepper._device_lost(EngineDead("planned: the device was lost"))
             await asyncio.sleep(1.0)
             load = asyncio.create_task(engine.load_adapter("a"))
             await asyncio.sleep(1.0)

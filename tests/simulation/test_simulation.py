@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from simulation.faults import FaultyLoader
+from simulation.faults import FaultyDevice
 from simulation.scenario import Found, run
 
 from aioengine import events
@@ -67,16 +67,16 @@ def forget_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def write_two_slots(patch: pytest.MonkeyPatch) -> None:
-    """The loader writes an adapter to its slot, and over the next one."""
-    place = FaultyLoader.place
+    """The device writes an adapter to its slot, and over the next one."""
+    place = FaultyDevice.place
 
-    async def twice(loader: FaultyLoader, uid: int, slot: int) -> float:
-        seconds = await place(loader, uid, slot)
-        slots = loader._device.slots
+    async def twice(device: FaultyDevice, uid: int, slot: int) -> float:
+        seconds = await place(device, uid, slot)
+        slots = device.memory.slots
         slots[(slot + 1) % len(slots)] = uid
         return seconds
 
-    patch.setattr(FaultyLoader, "place", twice)
+    patch.setattr(FaultyDevice, "place", twice)
 
 
 def share_prefixes_between_adapters(patch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aioengine.executors.process.executor import ProcessExecutor
-from aioengine.runtime import assemble as build
+from aioengine.executors.process import workers
+
+WORKERS = {workers.WORKER_MODULE, "support.faulty_worker"}
 
 
 def worker_pids(of: int | None = None) -> list[int]:
@@ -21,10 +21,7 @@ def worker_pids(of: int | None = None) -> list[int]:
     found = []
     for child in psutil.Process(of).children(recursive=True):
         try:
-            if (
-                "aioengine.executors.process.worker" in child.cmdline()
-                and child.status() != psutil.STATUS_ZOMBIE
-            ):
+            if WORKERS.intersection(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child.pid)
         except psutil.NoSuchProcess:
             continue
@@ -73,6 +70,5 @@ async def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nothi
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are built with :mod:`support.worker_parts`."""
-    made = functools.partial(ProcessExecutor, parts="support.worker_parts")
-    monkeypatch.setattr(build, "ProcessExecutor", made)
+    """Workers run :mod:`support.faulty_worker`."""
+    monkeypatch.setattr(workers, "WORKER_MODULE", "support.faulty_worker")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from aioengine.adapters.retry import Backoff
+from aioengine.adapters.loader import Backoff
 
 MAX_RESTARTS = 5
 WINDOW_SECONDS = 600.0

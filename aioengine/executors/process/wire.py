@@ -36,8 +36,6 @@ class Start(_Message, frozen=True):
 
     number: int
     config: EngineConfig
-    parts: str
-    """The module with ``plan_parts`` and ``build_parts``."""
     rank: int
     size: int
     threads: int

@@ -2,13 +2,12 @@
 
 Started as ``python -m aioengine.executors.process.worker FD``. It ends when the other end of its socket FD
 does, whatever it is doing; nothing is left to clean up. The main thread reads what is asked for; steps run in
-one thread, copies in another, and each read in its own, as in the engine's process with the thread executor.
+one thread, copies in another, and each read in its own, as in the engine's process with the thread device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import socket
@@ -19,11 +18,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from aioengine.config import EngineConfig
+from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process.step_delta import StepDecoder
 from aioengine.executors.process.wire import (
     Add,
@@ -61,35 +60,6 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 0.05
 """The least time between two reports of how far the model is loaded."""
-
-
-class Plan(Protocol):
-    @property
-    def device(self) -> str: ...
-    @property
-    def num_blocks(self) -> int: ...
-
-
-class Built(Protocol):
-    @property
-    def runner(self) -> ModelRunner: ...
-    @property
-    def store(self) -> AdapterStore: ...
-
-
-class Parts(Protocol):
-    """The module that knows how to make a model; :mod:`aioengine.runtime.assemble` is the real one."""
-
-    def plan_parts(self, config: EngineConfig, shard: Shard) -> Plan: ...
-    def build_parts(
-        self,
-        config: EngineConfig,
-        progress: LoadProgress | None,
-        group: Group,
-        plan: Plan,
-        *,
-        tokenizer: bool,
-    ) -> Built: ...
 
 
 class Worker:
@@ -190,19 +160,20 @@ class _Model:
         share = request.threads or torch.get_num_threads() // request.size
         torch.set_num_threads(max(1, share))
         self._config = request.config
-        self._parts: Parts = importlib.import_module(request.parts)
         lora = request.config.lora
         self._shard = Shard(request.rank, request.size, lora is not None and lora.fully_sharded_loras)
-        self._plan = self._parts.plan_parts(request.config, self._shard)
-        self._group = _join(self._shard, self._plan.device, request.rendezvous)
-        return Planned(request.number, self._plan.num_blocks, plan_bytes(self._plan))
+        self._plan = plan_parts(request.config, self._shard)
+        memory = self._plan.memory
+        self._group = _join(self._shard, memory.device, request.rendezvous)
+        return Planned(request.number, memory.num_blocks, plan_bytes(memory))
 
     def build(self, request: Build, progress: LoadProgress) -> Done:
         began = time.perf_counter()
-        plan = msgspec.structs.replace(self._plan, num_blocks=request.num_blocks)
+        memory = msgspec.structs.replace(self._plan.memory, num_blocks=request.num_blocks)
+        plan = self._plan._replace(memory=memory)
         watch = progress if self._shard.rank == 0 else None
-        built = self._parts.build_parts(self._config, watch, self._group, plan, tokenizer=False)
-        self.runner, self.store = built.runner, built.store
+        built = build_parts(self._config, plan, self._group, watch)
+        self.runner, self.store = built
         return Done(request.number, time.perf_counter() - began)
 
     def step(self, request: Step) -> Stepped:

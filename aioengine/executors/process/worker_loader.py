@@ -11,10 +11,9 @@ from aioengine.adapters.loader import STOP_SECONDS, BaseLoader
 from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
-from aioengine.executors.process.wire import Add, Discard, Done, Drop, Finish, Keep, Place, Read, ReadDone
+from aioengine.executors.process.wire import Add, Discard, Done, Finish, Keep, Read, ReadDone
 
 if TYPE_CHECKING:
-    from aioengine.executors.process.executor import ProcessExecutor
     from aioengine.executors.process.workers import Call, Workers
 
 ADD_BYTES = 256 << 10
@@ -31,7 +30,7 @@ class _Found(NamedTuple):
 
 
 class WorkerLoader(BaseLoader[_Found]):
-    """Moves adapters by asking the executor's workers; reads and copies run there, beside the steps.
+    """Loads adapters by asking the workers, who read them beside the steps. Call ``use`` first.
 
     Several ranks read their shares, and none of them all of the file; so its digest is worked out here, in a
     thread. The arguments are those of :class:`~aioengine.adapters.loader.BaseLoader`.
@@ -39,7 +38,6 @@ class WorkerLoader(BaseLoader[_Found]):
 
     def __init__(
         self,
-        executor: ProcessExecutor,
         *,
         retries: int = 0,
         backoff: float = 0.1,
@@ -47,14 +45,19 @@ class WorkerLoader(BaseLoader[_Found]):
         seed: int = 0,
     ) -> None:
         super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed)
-        self._executor = executor
-        self._workers = executor.workers
+        self._workers: Workers
         self._digests = ReadThreads("aioengine-digest")
         self._given_up: dict[Call, Progress] = {}
         """Reads that nobody waits for and that have not ended in every worker."""
 
+    def use(self, workers: Workers) -> None:
+        """Ask these from now on. Reads that hung are gone with the processes of those before."""
+        for call in list(self._given_up):
+            self._ended(call)
+        self._workers = workers
+
     async def _read(self, name: str, path: str, progress: Progress) -> _Found:
-        workers = self._executor.workers
+        workers = self._workers
         reading = asked = workers.ask(lambda number: Read(number, name, path))
         reading.moved = progress.moved
         try:
@@ -103,23 +106,7 @@ class WorkerLoader(BaseLoader[_Found]):
             progress.running = False
 
     def _keep(self, uid: int, found: _Found) -> None:
-        self._executor.workers.tell(Keep(found.number, uid))
-
-    def _obstacle(self, path: str, reads: set[Progress]) -> str | None:
-        if self._workers is not self._executor.workers:  # those that hung are gone with their processes
-            for call in list(self._given_up):
-                self._ended(call)
-            self._workers = self._executor.workers
-        return super()._obstacle(path, reads)
-
-    async def place(self, uid: int, slot: int) -> float:
-        """CPU cache -> slot, on all ranks; returns the seconds that the slowest copy took."""
-        call = self._executor.workers.ask(lambda number: Place(number, uid, slot), patient=True)
-        return max(done.seconds for done in await call.of(Done))
-
-    def drop(self, uid: int) -> None:
-        """Free an adapter's CPU memory."""
-        self._executor.workers.tell(Drop(uid))
+        self._workers.tell(Keep(found.number, uid))
 
     async def close(self) -> None:
         """The workers take what they hold with them."""

@@ -35,6 +35,8 @@ from aioengine.executors.process.wire import (
 )
 from aioengine.info import LoadProgress
 
+WORKER_MODULE = "aioengine.executors.process.worker"
+"""What a worker process runs."""
 CLOSE_SECONDS = 5.0
 """Workers that have not ended by then are killed."""
 EXIT_SECONDS = 1.0
@@ -107,7 +109,6 @@ class Workers:
 
     Args:
         config: What each of them builds its share of; ``model`` is a path.
-        parts: The module with ``plan_parts`` and ``build_parts``.
         lost: Called once, with EngineDead, if a worker ends or a step fails after the start; by then all
             have been killed, and whatever was asked of them fails with the same error.
         progress: Told how far rank 0's weights are read.
@@ -117,14 +118,12 @@ class Workers:
         self,
         config: EngineConfig,
         *,
-        parts: str,
         lost: Callable[[EngineDead], None],
         progress: LoadProgress | None = None,
     ) -> None:
         self.size = config.tensor_parallel_size
         self.dead: AioEngineError | None = None
         self._config = config
-        self._parts = parts
         self._lost = lost
         self._progress = progress
         self._workers: list[_Worker] = []
@@ -202,7 +201,7 @@ class Workers:
         call = self._open(patient=False)
         threads = _threads(self.size)
         for worker in self._workers:
-            start = Start(call.number, self._config, self._parts, worker.rank, self.size, threads, meeting)
+            start = Start(call.number, self._config, worker.rank, self.size, threads, meeting)
             worker.writer.write(frame(start))
         return call
 
@@ -297,7 +296,7 @@ async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
                 sys.executable,
                 "-P",  # nothing in the current folder may stand in for a module
                 "-m",
-                "aioengine.executors.process.worker",
+                WORKER_MODULE,
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -1,4 +1,4 @@
-"""Steps of any shape, made up and given to a live engine's executor past its core."""
+"""Steps of any shape, made up and given to a live engine's device past its core."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 class Timing(NamedTuple):
     shape: StepShape
     seconds: float
-    """The executor's."""
+    """The device's."""
     waited: float
     """How long the threads of this process had to wait for a processor meanwhile, together."""
 
@@ -80,10 +80,10 @@ class DirectSteps:
     async def _execute(self, rows: Sequence[Row], block: int) -> Timing:
         batch = self._batch(rows, block)
         waits = Waits()
-        result = await self._engine.executor.execute(batch)
+        result = await self._engine.device.execute(batch)
         waited = waits.seconds()
         for work in batch.sequences:
-            self._engine.executor.forget(work.request_id)
+            self._engine.device.forget(work.request_id)
         return Timing(step_shape(batch), result.seconds, waited)
 
     def _batch(self, rows: Sequence[Row], block: int) -> StepBatch:

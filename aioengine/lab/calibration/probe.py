@@ -10,11 +10,11 @@ from typing import NamedTuple
 from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.errors import EngineDead
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
-from aioengine.step import StepBatch, StepResult
+from aioengine.step import LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 
 class ProbedStep(NamedTuple):
@@ -24,7 +24,7 @@ class ProbedStep(NamedTuple):
     start: float
     until: float
     seconds: float
-    """The executor's time; the rest until ``until`` is the engine's own."""
+    """The device's time; the rest until ``until`` is the engine's own."""
 
     @property
     def wall(self) -> float:
@@ -93,41 +93,52 @@ class Probe:
 
 
 class ProbedEngine(AsyncEngine):
-    """The live engine with a probe between it and its executor."""
+    """The live engine with a probe between it and its device."""
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         built = await super()._build(work, progress)
         self.probe = Probe()
-        self.executor = built.executor
-        return built._replace(executor=_ProbedExecutor(built.executor, self.probe))
+        self.device = built.device
+        return built._replace(device=_ProbedDevice(built.device, self.probe))
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:
         await super().start(progress=progress)
         self.add_listener(self.probe.handle)
 
 
-class _ProbedExecutor(Executor):
-    def __init__(self, executor: Executor, probe: Probe) -> None:
-        self.can_restart = executor.can_restart
-        self._executor = executor
+class _ProbedDevice(Device):
+    def __init__(self, device: Device, probe: Probe) -> None:
+        self.can_restart = device.can_restart
+        self._device = device
         self._probe = probe
 
     async def execute(self, batch: StepBatch) -> StepResult:
         loop = asyncio.get_running_loop()
         start = loop.time()
         self._probe.begins(start)
-        result = await self._executor.execute(batch)
+        result = await self._device.execute(batch)
         self._probe.ended(batch, start, result.seconds)
         return result
 
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
+        return await self._device.load(uid, name, path, retrying, stalled)
+
+    async def place(self, uid: int, slot: int) -> float:
+        return await self._device.place(uid, slot)
+
+    def drop(self, uid: int) -> None:
+        self._device.drop(uid)
+
     def forget(self, request_id: str) -> None:
-        self._executor.forget(request_id)
+        self._device.forget(request_id)
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:
-        self._executor.watch(lost)
+        self._device.watch(lost)
 
     async def restart(self) -> None:
-        await self._executor.restart()
+        await self._device.restart()
 
     async def close(self) -> None:
-        await self._executor.close()
+        await self._device.close()

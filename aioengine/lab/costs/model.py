@@ -121,7 +121,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError(f"device_memory={self.device_memory}: must be at least 1 byte")
 
     def step_seconds(self, shape: StepShape) -> float:
-        """The executor's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""
+        """The device's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""
         return StepTimes(self.steps)(shape)
 
     def adapter_nbytes(self, rank: int, modules: Sequence[str] = LORA_MODULES) -> int:

@@ -1,36 +1,38 @@
-"""The simulated executor and loader: they take the time that a cost model says, and compute nothing."""
+"""The simulated device: it takes the time that a cost model says, and computes nothing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import Sampled, StepBatch, StepResult
-
-if TYPE_CHECKING:
-    from aioengine.adapters.loader import LoadedAdapter
-    from aioengine.runtime.transfers import Retrying
+from aioengine.step import LoadedAdapter, Retrying, Sampled, Stalled, StepBatch, StepResult
 
 
-class SimulatedExecutor(Executor):
+class SimulatedDevice(Device):
     """Gives every sequence ``token``, and ``end_token`` where its output has the length that is known of
-    it (``lengths``, by request id; those that are not in it go on until ``max_tokens``)."""
+    it (``lengths``, by request id; those that are not in it go on until ``max_tokens``).
 
-    def __init__(self, costs: CostModel, *, token: int, end_token: int) -> None:
+    The adapters that it reads have a size and no contents (``shapes``, by name).
+    """
+
+    def __init__(self, costs: CostModel, *, token: int, end_token: int, max_rank: int) -> None:
         self.lengths: dict[str, int] = {}
+        self.shapes: dict[str, AdapterShape] = {}
         self._costs = costs
         self._step_seconds = StepTimes(costs.steps)
         self._token = Sampled(token)
         self._end = Sampled(end_token)
         self._processor = Processor()
+        self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
+        self._max_rank = max_rank
+        self._held: dict[int, int] = {}
+        """Bytes on the CPU by adapter uid."""
         self.disturbed = self._processor.disturbed
         """A context manager: steps take so many times as long while anybody is inside."""
 
@@ -48,38 +50,8 @@ class SimulatedExecutor(Executor):
             sampled.append(end if made == lengths.get(work.request_id) else token)
         return StepResult(sampled, took - overhead)
 
-    async def copy(self, nbytes: int) -> float:
-        """The copy of so many bytes into a slot; returns the seconds it took."""
-        with self.disturbed(self._costs.slot.slowdown):
-            return await self._slot.transfer(nbytes)
-
-    async def close(self) -> None:
-        pass
-
-
-class _Loaded(NamedTuple):
-    """The fields of :class:`~aioengine.adapters.loader.LoadedAdapter`, without what that imports."""
-
-    rank: int
-    nbytes: int
-    digest: str
-    seconds: float
-
-
-class SimulatedLoader:
-    """Reads adapters that have a size and no contents (``shapes``, by name)."""
-
-    def __init__(self, costs: CostModel, executor: SimulatedExecutor, *, max_rank: int) -> None:
-        self.shapes: dict[str, AdapterShape] = {}
-        self._costs = costs
-        self._executor = executor
-        self._max_rank = max_rank
-        self._disk = SharedStage(costs.disk)
-        self._held: dict[int, int] = {}
-        """Bytes on the CPU by adapter uid."""
-
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Callable[[], None]
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
     ) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
         can hold."""
@@ -87,7 +59,7 @@ class SimulatedLoader:
         if shape is None:
             raise AdapterLoadError("the workload has no adapter of this name", name=name, path=path)
         nbytes = self._costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
-        with self._executor.disturbed(self._costs.disk.slowdown):
+        with self.disturbed(self._costs.disk.slowdown):
             seconds = await self._disk.transfer(nbytes)
         if shape.rank > self._max_rank:
             raise AdapterTooLarge(
@@ -96,10 +68,11 @@ class SimulatedLoader:
                 path=path,
             )
         self._held[uid] = nbytes
-        return cast("LoadedAdapter", _Loaded(shape.rank, nbytes, name, seconds))
+        return LoadedAdapter(shape.rank, nbytes, name, seconds)
 
     async def place(self, uid: int, slot: int) -> float:
-        return await self._executor.copy(self._held[uid])
+        with self.disturbed(self._costs.slot.slowdown):
+            return await self._slot.transfer(self._held[uid])
 
     def drop(self, uid: int) -> None:
         del self._held[uid]

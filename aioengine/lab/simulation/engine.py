@@ -12,7 +12,7 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.model import CostModel
-from aioengine.lab.simulation.device import SimulatedExecutor, SimulatedLoader
+from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.runtime.assemble import Built
 from aioengine.schedulers import SchedulerPolicy
@@ -37,16 +37,14 @@ class SimulatedEngine(AsyncEngine):
         self._end_token = spec.vocab_size - 1
         self._spec = msgspec.structs.replace(spec, eos_token_ids=(self._end_token,))
         max_rank = 0 if config.lora is None else config.lora.max_lora_rank
-        self._executor = SimulatedExecutor(costs, token=TOKEN, end_token=self._end_token)
-        self._loader = SimulatedLoader(costs, self._executor, max_rank=max_rank)
+        self._device = SimulatedDevice(costs, token=TOKEN, end_token=self._end_token, max_rank=max_rank)
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         return Built(
             spec=self._spec,
             plan=self.costs.plan(self.config),
             tokenizer=None,
-            executor=self._executor,
-            loader=self._loader,
+            device=self._device,
             resolver=None,
             timer=asyncio.get_running_loop().time,
         )
@@ -54,13 +52,13 @@ class SimulatedEngine(AsyncEngine):
     def add_adapters(self, shapes: Iterable[AdapterShape]) -> None:
         """Register adapters that have a size and no contents."""
         for shape in shapes:
-            self._loader.shapes[shape.name] = shape
+            self._device.shapes[shape.name] = shape
             self.register_adapter(shape.name, f"/simulated/{shape.name}")
 
     def set_length(self, request_id: str, tokens: int) -> None:
         """Have the request's output end with its ``tokens``-th token, if it is allowed as many."""
-        self._executor.lengths[request_id] = tokens
+        self._device.lengths[request_id] = tokens
 
     def forget_length(self, request_id: str) -> None:
         """The request has ended."""
-        self._executor.lengths.pop(request_id, None)
+        self._device.lengths.pop(request_id, None)

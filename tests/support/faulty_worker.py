@@ -1,4 +1,4 @@
-"""What test workers build their models with: the real parts, that go wrong when asked to.
+"""A worker process for tests: the real one, with a model and a CPU cache that go wrong when asked to.
 
 An adapter "hang" takes a minute to read, and so does one "hang-1", on rank 1 alone; "fail-1", "memory-1" and
 "place-1" fail there, the last when it is put into a slot; "hang-end-1" and "fail-end-1" do so when the ranks
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from aioengine.errors import AdapterLoadError
-from aioengine.runtime import assemble as build
+from aioengine.executors.parts import Parts, build_parts
+from aioengine.executors.process import worker
 from aioengine.step import StepBatch, StepResult
-
-plan_parts = build.plan_parts
 
 BAD = [254, 7, 254]
 
@@ -66,10 +65,14 @@ class Runner:
         return result
 
 
-def build_parts(*args: Any, **options: Any) -> Any:
+def build_faulty_parts(config: Any, planned: Any, group: Any, progress: Any) -> Any:
     held = os.environ.get("AIOENGINE_TEST_START")
     while held is not None and Path(held).exists():
         time.sleep(0.01)
-    parts = build.build_parts(*args, **options)
-    store = Store(parts.store, args[2].shard.rank)
-    return parts._replace(runner=Runner(parts.runner), store=store)
+    parts = build_parts(config, planned, group, progress)
+    return Parts(Runner(parts.runner), Store(parts.store, group.shard.rank))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    worker.build_parts = build_faulty_parts
+    worker.main()

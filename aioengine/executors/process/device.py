@@ -1,4 +1,4 @@
-"""The process executor: the model in processes of its own, one for each tensor-parallel rank.
+"""The process device: the model in processes of its own, one for each tensor-parallel rank.
 
 The application and the model share no interpreter lock, and the engine outlives the model: workers that were
 lost can be started again.
@@ -13,36 +13,40 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from aioengine.config import EngineConfig
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AioEngineError, EngineDead
-from aioengine.executors.base import Executor
+from aioengine.executors.base import Device
 from aioengine.executors.process.restarts import RestartLimit
 from aioengine.executors.process.step_delta import StepEncoder
-from aioengine.executors.process.wire import Masks, Stepped
+from aioengine.executors.process.wire import Done, Drop, Masks, Place, Stepped
+from aioengine.executors.process.worker_loader import WorkerLoader
 from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.model import constraints
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import (
+    LoadedAdapter,
+    Retrying,
+    Sampled,
+    SequenceWork,
+    Stalled,
+    StepBatch,
+    StepResult,
+)
 
 logger = logging.getLogger("aioengine")
 
 
-class ProcessExecutor(Executor):
-    """``config.model`` is a path. ``parts`` names the module that the workers build the model with."""
+class ProcessDevice(Device):
+    """Steps, reads and copies in worker processes. ``config.model`` is a path."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        parts: str = "aioengine.runtime.assemble",
-        limit: RestartLimit | None = None,
-    ) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.can_restart = config.restart == "on-failure"
         self.workers: Workers
         """Those that run now; there from the first start on."""
         self._config = config
-        self._parts = parts
-        self._limit = RestartLimit() if limit is None else limit
+        lora = LoRAConfig() if config.lora is None else config.lora
+        self._loader = WorkerLoader(retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
+        self._limit = RestartLimit()
         self._lost: Callable[[EngineDead], None] | None = None
         self._steps = StepEncoder()
         self._num_blocks = 0
@@ -53,7 +57,7 @@ class ProcessExecutor(Executor):
 
         Raises ConfigError if the model cannot be had or does not fit, and EngineDead if a worker ends.
         """
-        self.workers = self._new_workers(progress)
+        self._renew_workers(progress)
         plan, self._num_blocks = await self.workers.start()
         return plan
 
@@ -98,6 +102,19 @@ class ProcessExecutor(Executor):
         workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
         return failed
 
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+    ) -> LoadedAdapter:
+        return await self._loader.load(uid, name, path, retrying, stalled)
+
+    async def place(self, uid: int, slot: int) -> float:
+        """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
+        call = self.workers.ask(lambda number: Place(number, uid, slot), patient=True)
+        return max(done.seconds for done in await call.of(Done))
+
+    def drop(self, uid: int) -> None:
+        self.workers.tell(Drop(uid))
+
     async def restart(self) -> None:
         """Again with nothing but the model in them. Raises EngineDead if that fails too often."""
         loop = asyncio.get_running_loop()
@@ -113,7 +130,7 @@ class ProcessExecutor(Executor):
             logger.warning("%s; the workers are started again in %.1f s", cause, wait)
             await asyncio.sleep(wait)
             self._steps = StepEncoder()
-            self.workers = self._new_workers(None)
+            self._renew_workers(None)
             try:
                 await self.workers.start(self._num_blocks)
             except AioEngineError as error:
@@ -123,11 +140,13 @@ class ProcessExecutor(Executor):
 
     async def close(self) -> None:
         await self.workers.close()
+        await self._loader.close()
         if self._guides is not None:
             self._guides.shutdown(wait=True)
 
-    def _new_workers(self, progress: LoadProgress | None) -> Workers:
-        return Workers(self._config, parts=self._parts, lost=self._report, progress=progress)
+    def _renew_workers(self, progress: LoadProgress | None) -> None:
+        self.workers = Workers(self._config, lost=self._report, progress=progress)
+        self._loader.use(self.workers)
 
     def _report(self, error: EngineDead) -> None:
         if self._lost is not None:

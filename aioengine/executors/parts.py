@@ -1,0 +1,108 @@
+"""Building what a device runs on: the model, and the memory for its adapters. Blocking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioengine.config import EngineConfig
+from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
+from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
+from aioengine.model.files.resolve import read_spec, resolve_model
+from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
+from aioengine.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from aioengine.adapters.store import AdapterStore
+    from aioengine.model.runner import ModelRunner
+
+
+class PartsPlan(NamedTuple):
+    """What is to be built."""
+
+    path: Path
+    """The model's folder or file."""
+    spec: ModelSpec
+    memory: MemoryPlan
+
+
+class Parts(NamedTuple):
+    """A model in this process, and the CPU cache for its adapters."""
+
+    runner: ModelRunner
+    store: AdapterStore
+
+
+def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress | None = None) -> PartsPlan:
+    """Plan what one rank's process allocates.
+
+    Raises ConfigError if the model cannot be had, is not supported, or this rank's share does not fit, or if
+    there are fewer devices than ranks.
+    """
+    device = resolve_device(config.device)
+    if device == "cuda" and shard.size > 1:
+        import torch  # only an engine that starts needs it
+
+        if shard.rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"tensor_parallel_size={shard.size}: there are {torch.cuda.device_count()} CUDA devices, and "
+                "every rank needs one; lower tensor_parallel_size"
+            )
+        torch.cuda.set_device(shard.rank)
+    path = resolve_model(config.model, progress)
+    spec = read_spec(path)
+    return PartsPlan(path, spec, plan_memory(spec, config, device=device))
+
+
+def build_parts(
+    config: EngineConfig,
+    planned: PartsPlan,
+    group: Group | None = None,
+    progress: LoadProgress | None = None,
+) -> Parts:
+    """Load the model, or the share of it that ``group`` gives to this rank, and allocate what is planned.
+
+    Raises ConfigError if the weights cannot be read.
+    """
+    import torch
+
+    from aioengine.adapters.store import AdapterStore
+    from aioengine.model.decode_graphs import DecodeLimits
+    from aioengine.model.runner import ModelRunner
+
+    plan = planned.memory
+    group = SoloGroup() if group is None else group
+    one_of_many = plan.device == "cuda" and group.shard.size > 1
+    device = f"cuda:{group.shard.rank}" if one_of_many else plan.device
+    graphs = plan.device == "cuda" and config.cuda_graphs
+    lora = config.lora
+    lora_dtype = getattr(torch, plan.lora_dtype)
+    max_rank, modules = (1, ()) if lora is None else (lora.max_lora_rank, lora.modules)
+    runner = ModelRunner(
+        planned.spec,
+        planned.path,
+        dtype=getattr(torch, plan.dtype),
+        device=device,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        max_loras=plan.num_slots,
+        max_lora_rank=max_rank,
+        lora_dtype=lora_dtype,
+        target_modules=modules,
+        quantization=config.quantization,
+        progress=progress,
+        group=group,
+        fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
+    )
+    store = AdapterStore(
+        planned.spec,
+        max_rank=max_rank,
+        target_modules=modules,
+        dtype=lora_dtype,
+        weights=runner.decoder.base_weight,
+        pin_memory=plan.device == "cuda",
+        allow_nonfinite=lora is not None and lora.allow_nonfinite,
+        shard=group.shard,
+    )
+    return Parts(runner, store)
