@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
@@ -220,6 +220,8 @@ class AsyncEngine:
         tenant: str | None = None,
         expected_tokens: int | None = None,
         cache_salt: str | None = None,
+        output: Sequence[int] = (),
+        replay: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request; yields whenever there is something new, and at the end.
 
@@ -237,6 +239,12 @@ class AsyncEngine:
                 ``max_tokens``.
             cache_salt: Requests share blocks of the prefix cache only with those of the same salt. Give
                 requests of people who must not learn of each other's prompts different ones.
+            output: Tokens that another engine has generated for this request and delivered: it goes on after
+                them as if it had made them, and yields what follows. Needs the seed that the other engine
+                had, if tokens are drawn.
+            replay: Decode the tokens of ``output`` again, one in each step, instead of computing them all at
+                once. Slower; the continuation's last bits are then those of an undisturbed run. With
+                ``logprobs`` it is always done, because those of ``output`` are needed too.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
@@ -255,13 +263,15 @@ class AsyncEngine:
             tenant=tenant,
             expected_tokens=expected_tokens,
             cache_salt=cache_salt,
+            output=output,
+            replay=replay,
         )
         stream = await self._submitter.submit(prompt, params, options, request_id)
         try:
             while True:
-                output = await stream.next()
-                yield output
-                if output.finished:
+                new = await stream.next()
+                yield new
+                if new.finished:
                     return
         finally:
             self._abandon(stream)
@@ -278,6 +288,8 @@ class AsyncEngine:
         tenant: str | None = None,
         expected_tokens: int | None = None,
         cache_salt: str | None = None,
+        output: Sequence[int] = (),
+        replay: bool = False,
     ) -> RequestOutput:
         """All of what :meth:`generate` would yield, in one output; with the same arguments and errors.
         It is cheaper: the caller is woken once, at the end."""
@@ -289,6 +301,8 @@ class AsyncEngine:
             tenant=tenant,
             expected_tokens=expected_tokens,
             cache_salt=cache_salt,
+            output=output,
+            replay=replay,
         )
         stream = await self._submitter.submit(prompt, params, options, request_id)
         try:

@@ -6,7 +6,7 @@ A message says what was wrong, where, and what to do about it. Adapter errors ca
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 Bound = Literal["server", "tenant", "adapter"]
 MAX_MESSAGE_BYTES = 2000
@@ -19,6 +19,10 @@ class AioEngineError(Exception):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_bounded(message, MAX_MESSAGE_BYTES))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross processes as they are: their constructors' arguments are not their ``args``."""
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(AioEngineError, ValueError):
@@ -107,3 +111,11 @@ def _bounded(text: str, limit: int) -> str:
     if len(data) <= limit:
         return data.decode()
     return data[: limit - 3].decode("utf-8", "ignore") + "..."
+
+
+def _restored(
+    cls: type[AioEngineError], args: tuple[Any, ...], fields: dict[str, Any]
+) -> AioEngineError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(fields)
+    return error

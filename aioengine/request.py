@@ -160,8 +160,15 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tenant: str | None = None
     expected_tokens: int | None = None
     cache_salt: str | None = None
+    output: Sequence[int] = ()
+    replay: bool = False
 
     def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "output", _tuple("output", self.output))
+        for token in self.output:
+            _check_int("output", token, low=0)
+        if not isinstance(self.replay, bool):
+            raise RequestInvalid(f"replay={self.replay!r}: must be True or False")
         check_text("adapter", self.adapter)
         check_text("tenant", self.tenant)
         check_text("cache_salt", self.cache_salt)

@@ -171,14 +171,14 @@ class Batcher:
         resumed = request.admitted is not None
         if not resumed:
             request.admitted = now
-            request.cached_tokens = request.computed
+            request.cached_tokens = min(request.computed, request.prompt_len)
         self._emit(
             events.RequestAdmitted(
                 time=now,
                 request_id=request.id,
                 adapter=label_of(request),
                 slot=None if request.adapter is None else request.adapter.slot,
-                cached_tokens=request.computed,
+                cached_tokens=request.computed if resumed else request.cached_tokens,
                 queue_seconds=now - request.arrival,
                 resumed=resumed,
             )

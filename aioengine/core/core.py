@@ -183,8 +183,11 @@ class Core:
         adapter: AdapterEntry | None = None,
         deadline: float | None = None,
         ticket: Ticket | None = None,
+        given: Sequence[int] = (),
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
+
+        ``given`` is output that another engine has made, not complete yet: the request goes on after it.
 
         ``adapter`` is the version that the adapter of ``options`` stands for, ``deadline`` the point in time
         of its deadline. ``ticket`` is its place among the waiting requests, if it has one; otherwise raises
@@ -204,6 +207,7 @@ class Core:
             seed=seed,
             deadline=deadline,
             options=options,
+            given=given,
         )
         request.ticket = ticket
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
@@ -256,7 +260,7 @@ class Core:
                 reason=reason,
                 error=error,
                 prompt_tokens=request.prompt_len,
-                output_tokens=request.output_tokens,
+                output_tokens=request.made_tokens,
                 seconds=now - request.arrival,
                 tenant=request.options.tenant,
                 worst_gap=request.worst_gap,
@@ -456,7 +460,7 @@ class Core:
                         seconds=now - request.arrival,
                     )
                 )
-            finish = self._finish_reason(request, sampled.token)
+            finish = self.finish_reason(request, sampled.token)
             if deliver is not None and deliver(request, sampled, finish == "stop"):
                 finish = "stop"
             if finish is not None:
@@ -468,7 +472,8 @@ class Core:
         if pacer is not None:
             pacer.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
 
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+    def finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        """Why the request ends with ``token``, its last one; None if it goes on."""
         params = request.params
         if token in params.stop_token_ids:
             return "stop"

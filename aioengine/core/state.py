@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Literal
 
@@ -109,6 +110,7 @@ class Request:
         "computed",
         "deadline",
         "first_token",
+        "given",
         "hashes",
         "id",
         "last_token",
@@ -137,6 +139,7 @@ class Request:
         seed: int,
         deadline: float | None,
         options: RequestOptions,
+        given: Sequence[int] = (),
     ) -> None:
         self.id = request_id
         self.adapter = adapter
@@ -149,8 +152,10 @@ class Request:
         """The time by which it must have ended."""
         self.options = options
         self.prompt_len = len(prompt)
-        self.tokens = list(prompt)
+        self.tokens = [*prompt, *given]
         """Prompt followed by output."""
+        self.given = len(given)
+        """How many tokens of the output came with the request: another engine has made them."""
         self.status = Status.WAITING
         self.ticket: Ticket | None = None
         """Its place among the waiting requests; None once it has run."""
@@ -175,6 +180,11 @@ class Request:
     @property
     def output_tokens(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def made_tokens(self) -> int:
+        """Output tokens that were generated here."""
+        return self.output_tokens - self.given
 
     @property
     def remaining(self) -> int:

@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from aioengine.core.state import Request
-from aioengine.request import FinishReason, RequestOutput, TokenLogprob
+from aioengine.errors import RequestInvalid
+from aioengine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from aioengine.step import Sampled
 
 if TYPE_CHECKING:
     from aioengine.model.text.detokenizer import TextStream
 
 
+class OutputText:
+    """The text of an output that grows token by token; empty if there is no tokenizer."""
+
+    def __init__(self, stream: TextStream | None, params: SamplingParams) -> None:
+        self.text = ""
+        self.stop: str | int | None = None
+        """The stop string, or the stop token, that was found."""
+        self._stream = stream
+        self._params = params
+        self._tokens = 0
+
+    def push(self, token: int, *, is_stop: bool) -> bool:
+        """Take in one token; True if the text now contains a stop string. ``is_stop``: the token ends
+        the output, and is no part of its text unless ``include_stop_str_in_output``."""
+        self._tokens += 1
+        if is_stop:
+            self.stop = token
+        if self._stream is None or (is_stop and not self._params.include_stop_str_in_output):
+            return False
+        early = self._tokens <= self._params.min_tokens
+        delta = self._stream.push([token], look=not early and not is_stop)
+        self.text += delta.text
+        if delta.stop is not None:
+            self.stop = delta.stop
+        return delta.stop is not None
+
+    def push_all(self, tokens: Sequence[int], ends: Collection[int]) -> None:
+        """Take in what has been delivered before. Raises RequestInvalid if it goes on after a stop string."""
+        for index, token in enumerate(tokens):
+            if self.push(token, is_stop=token in ends) and index < len(tokens) - 1:
+                raise RequestInvalid(f"output: token {index} completes a stop string, and more tokens follow")
+
+    def finish(self) -> bool:
+        """No token follows. True if only now a stop string is found."""
+        if self._stream is None or isinstance(self.stop, str):
+            return False
+        self.text += self._stream.finish()
+        if self._stream.stopped is not None:
+            self.stop = self._stream.stopped
+        return self._stream.stopped is not None
+
+
 class OutputStream:
     """Gathers tokens and text; what has gathered when the reader comes is one :class:`RequestOutput`.
 
-    So a slow reader costs no memory beyond its own output, and never holds up a step.
+    So a slow reader costs no memory beyond its own output, and never holds up a step. ``text`` has read the
+    output that the request came with. The reader does not hear of the first ``replayed`` tokens, which were
+    delivered before.
     """
 
-    def __init__(self, request: Request, text: TextStream | None) -> None:
+    def __init__(self, request: Request, text: OutputText, *, replayed: int = 0) -> None:
         self.request = request
-        self._text_stream = text
-        self._text = ""
-        self._text_seen = 0
-        self._tokens_seen = request.prompt_len
+        self._text = text
+        self._text_seen = len(text.text)
+        self._tokens_seen = request.prompt_len + request.given
+        self._replayed = replayed
         self._logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
-        self._stop: str | int | None = None
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._last_token: float | None = None
@@ -35,24 +80,18 @@ class OutputStream:
         self._ended = asyncio.Event()
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Take in one token; True if the text now contains a stop string. ``is_stop``: the token ends
-        the output, and is no part of its text unless ``include_stop_str_in_output``."""
+        """Take in one token; see :meth:`OutputText.push`."""
         self._last_token = now
-        self._ready.set()
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(sampled.logprob)
-        params = self.request.params
-        if is_stop:
-            self._stop = sampled.token
-        if self._text_stream is None or (is_stop and not params.include_stop_str_in_output):
-            return False
-        early = self.request.output_tokens <= params.min_tokens
-        delta = self._text_stream.push([sampled.token], look=not early and not is_stop)
-        self._text += delta.text
-        if delta.stop is not None:
-            self._stop = delta.stop
-            return True
-        return False
+        stopped = self._text.push(sampled.token, is_stop=is_stop)
+        if self._replayed > 0:
+            self._replayed -= 1
+            self._tokens_seen += 1
+            self._text_seen = len(self._text.text)
+        else:
+            self._ready.set()
+        return stopped
 
     def end(self, reason: str, error: Exception | None) -> None:
         """The request has ended; ``reason`` as in :class:`~aioengine.events.RequestEnded`."""
@@ -60,10 +99,8 @@ class OutputStream:
             self._error = error
         else:
             self._finish = "stop" if reason == "stop" else "length" if reason == "length" else "abort"
-            if self._text_stream is not None and not isinstance(self._stop, str):
-                self._text += self._text_stream.finish()
-                if self._text_stream.stopped is not None:  # seen only now that nothing follows
-                    self._stop, self._finish = self._text_stream.stopped, "stop"
+            if self._text.finish():
+                self._finish = "stop"
         self._ready.set()
         self._ended.set()
 
@@ -79,17 +116,17 @@ class OutputStream:
         if self._error is not None:
             raise self._error
         request = self.request
-        output = request.tokens[request.prompt_len :]
+        output, text = request.tokens[request.prompt_len :], self._text.text
         result = RequestOutput(
             request_id=request.id,
             adapter=None if request.adapter is None else request.adapter.label,
-            text_delta=self._text[self._text_seen :],
+            text_delta=text[self._text_seen :],
             token_ids_delta=request.tokens[self._tokens_seen :],
-            text=self._text,
+            text=text,
             token_ids=output,
             finished=self._finish is not None,
             finish_reason=self._finish,
-            stop_reason=self._stop,
+            stop_reason=self._text.stop,
             logprobs=None if self._logprobs is None else list(self._logprobs),
             prompt_token_ids=request.tokens[: request.prompt_len],
             prompt_logprobs=self._prompt(),
@@ -98,7 +135,7 @@ class OutputStream:
             first_token=request.first_token,
             last_token=self._last_token,
         )
-        self._text_seen = len(self._text)
+        self._text_seen = len(text)
         self._tokens_seen = len(request.tokens)
         return result
 

@@ -74,7 +74,7 @@ class Counters:
             requests_failed=n["requests_failed"],
             prompt_tokens=n["prompt_tokens"] + sum(r.prompt_len for r in live),
             cached_tokens=n["cached_tokens"],
-            output_tokens=n["output_tokens"] + sum(r.output_tokens for r in live),
+            output_tokens=n["output_tokens"] + sum(r.made_tokens for r in live),
             slot_loads=n["slot_loads"],
             slot_evictions=n["slot_evictions"],
             cpu_loads=n["cpu_loads"],

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from aioengine.core.state import AdapterEntry
+from aioengine.core.state import AdapterEntry, Request
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, check_text
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.loop import Stepper
-from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.continuation import check_output, replayed
+from aioengine.runtime.output_stream import OutputStream, OutputText
 from aioengine.runtime.text_work import CHAT, TextWork
 
 
@@ -65,6 +66,15 @@ class Submitter:
         ticket = self._reserve(options.tenant, adapter, arrival)
         try:
             tokens, entry = await self._prepare(prompt, tokens, params, adapter, request_id, due, ticket)
+            text = self._output_text(params)
+            given: Sequence[int] = ()
+            replay = options.replay or params.logprobs is not None
+            if options.output:
+                ends = self._ends(params)
+                self._check_output(options.output, tokens, params, ends)
+                if not replay:
+                    given = options.output
+                    await self._text_work.run(len(given), lambda: text.push_all(given, ends))
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if request_id in self._core.requests:
                 raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
@@ -72,8 +82,11 @@ class Submitter:
             ticket.leave()
             raise
         if params.min_tokens and not params.ignore_eos:  # so that the sampler knows what must not come yet
-            ends = (*params.stop_token_ids, *self._core.limits.eos_token_ids)
-            params = msgspec.structs.replace(params, stop_token_ids=ends)
+            params = msgspec.structs.replace(params, stop_token_ids=self._ends(params))
+        if options.output and replay:
+            vocab = self._parts.spec.vocab_size
+            constraint = replayed(options.output, params.constraint, vocab=vocab)
+            params = msgspec.structs.replace(params, constraint=constraint)
         request = self._core.add_request(
             request_id,
             tokens,
@@ -83,16 +96,47 @@ class Submitter:
             adapter=entry,
             deadline=due,
             ticket=ticket,
+            given=given,
         )
-        text = None
-        if self._parts.tokenizer is not None:
-            text = self._parts.tokenizer.text_stream(
-                params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
-            )
-        stream = OutputStream(request, text)
+        stream = OutputStream(request, text, replayed=len(options.output) - len(given))
         self._stepper.streams[request_id] = stream
+        self._end_if_complete(request, text)
         self._stepper.wake()
         return stream
+
+    def _output_text(self, params: SamplingParams) -> OutputText:
+        if self._parts.tokenizer is None:
+            return OutputText(None, params)
+        text = self._parts.tokenizer.text_stream(
+            params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
+        )
+        return OutputText(text, params)
+
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end an output."""
+        eos = () if params.ignore_eos else self._core.limits.eos_token_ids
+        return (*params.stop_token_ids, *eos)
+
+    def _check_output(
+        self, output: Sequence[int], prompt: list[int], params: SamplingParams, ends: tuple[int, ...]
+    ) -> None:
+        check_output(
+            output,
+            params,
+            prompt_len=len(prompt),
+            max_model_len=self._parts.plan.max_model_len,
+            vocab=self._parts.spec.vocab_size,
+            ends=frozenset(ends),
+        )
+
+    def _end_if_complete(self, request: Request, text: OutputText) -> None:
+        """End a request that came with all of its output."""
+        if request.given:
+            finish = self._core.finish_reason(request, request.tokens[-1])
+            if isinstance(text.stop, str):
+                finish = "stop"
+            if finish is not None:
+                self._core.end(request, finish, asyncio.get_running_loop().time())
 
     def _make_up_id(self) -> str:
         while True:
