@@ -7,14 +7,14 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineStopped
 from aioengine.events import Event
-from aioengine.info import AdapterInfo, EngineStats, LoadProgress
+from aioengine.info import AdapterInfo, EngineState, EngineStats, LoadProgress, SlotTable
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
 from aioengine.runtime.adapters import AdapterOps
@@ -22,18 +22,18 @@ from aioengine.runtime.assemble import Built, build, build_with_workers, choose_
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream
-from aioengine.runtime.stats import Counters
+from aioengine.runtime.stats import Counters, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
 
 if TYPE_CHECKING:
+    from aioengine.grammars.limits import GrammarLimits
+    from aioengine.grammars.service import Grammars
     from aioengine.metrics import EngineMetrics
     from aioengine.model.spec import ModelSpec
     from aioengine.model.text.tokenizer import Tokenizer
-
-EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
 
 E = TypeVar("E", bound=Event)
 
@@ -409,6 +409,12 @@ class AsyncEngine:
         self._check_started()
         return self._counters.snapshot(self._core)
 
+    def slots(self) -> SlotTable:
+        """The slots, and a number that tells whether anything in them has changed; cheaper than
+        :meth:`stats`."""
+        self._check_started()
+        return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
+
     def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Have every event delivered to ``listener``, on the loop; returns what removes it.
 
@@ -462,6 +468,24 @@ class AsyncEngine:
         """The folder or GGUF file that the model was read from; None if there is none."""
         self._check_running()
         return self._built.model_path
+
+    def grammars(self, limits: GrammarLimits | None = None) -> Grammars:
+        """A compiler of grammars for this model, which ends with the engine; see
+        :class:`~aioengine.guided.Guide`. Raises ConfigError if the model has no tokenizer."""
+        from aioengine.grammars.service import Grammars
+        from aioengine.grammars.zygote_process import Tokens
+
+        tokenizer, spec = self.tokenizer, self.model_spec
+        if tokenizer is None:
+            raise ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
+        grammars = Grammars(
+            lambda: Tokens(tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids)),
+            vocab=spec.vocab_size,
+            rows=self.config.max_num_seqs,
+            limits=limits,
+        )
+        self.at_stop(grammars.close)
+        return grammars
 
     @property
     def plan(self) -> MemoryPlan:

@@ -113,9 +113,7 @@ def _bounded(text: str, limit: int) -> str:
     return data[: limit - 3].decode("utf-8", "ignore") + "..."
 
 
-def _restored(
-    cls: type[AioEngineError], args: tuple[Any, ...], fields: dict[str, Any]
-) -> AioEngineError:
+def _restored(cls: type[AioEngineError], args: tuple[Any, ...], fields: dict[str, Any]) -> AioEngineError:
     error = cls.__new__(cls, *args)
     error.__dict__.update(fields)
     return error

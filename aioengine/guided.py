@@ -16,12 +16,10 @@ from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.grammars.fair_thread import FairThread
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_schema
-from aioengine.grammars.service import Grammars
-from aioengine.grammars.zygote_process import Tokens
 from aioengine.request import TokenConstraint
 
 if TYPE_CHECKING:
-    from aioengine.engine import AsyncEngine
+    from aioengine.client import EngineClient
 
 logger = logging.getLogger("aioengine.guided")
 
@@ -45,26 +43,18 @@ class Guide:
     EngineStopped.
     """
 
-    def __init__(self, engine: AsyncEngine, *, limits: GrammarLimits | None = None) -> None:
+    def __init__(self, engine: EngineClient, *, limits: GrammarLimits | None = None) -> None:
         try:
             import llguidance
         except ImportError as error:
             raise ConfigError("guided decoding needs llguidance: pip install 'aioengine[guided]'") from error
         if sys.platform == "win32":
             raise ConfigError("guided decoding needs processes that can be forked: Linux or macOS")
-        tokenizer = engine.tokenizer
-        if tokenizer is None:
+        if engine.tokenizer is None:
             raise ConfigError(f"guided decoding needs a tokenizer, and {engine.config.model} has none")
-        spec = engine.model_spec
         self._from = llguidance.LLMatcher
-        self._grammars = Grammars(
-            lambda: Tokens(tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids)),
-            vocab=spec.vocab_size,
-            rows=engine.config.max_num_seqs,
-            limits=limits,
-        )
+        self._grammars = engine.grammars(limits)
         self._thread = FairThread("aioengine-schemas", most=self._grammars.limits.max_queued)
-        engine.at_stop(self._grammars.close)
         engine.at_stop(self._thread.close)
 
     async def in_thread(self, work: Callable[[], T], tenant: str | None = None) -> T:

@@ -11,6 +11,8 @@ LoadProgress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``, in bytes: how far the loading of a model has got. It is called often, in
 the thread that loads."""
 
+EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
+
 AdapterLocation = Literal["disk", "loading", "cpu", "slot"]
 SlotStateName = Literal["FREE", "LOADING", "READY", "DRAINING"]
 
@@ -42,6 +44,15 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None
     running: int
     pinned: bool
+
+
+class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The slots as they stand now."""
+
+    version: int
+    """Counts up whenever an adapter has come to a slot or the CPU cache, or left it: as long as it is the
+    same, so is what is resident."""
+    slots: tuple[SlotInfo, ...]
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

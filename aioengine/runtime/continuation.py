@@ -23,7 +23,7 @@ def check_output(
     vocab: int,
     ends: Collection[int],
 ) -> None:
-    """Raises RequestInvalid for an output that no engine can have made. ``ends`` are the tokens that end it."""
+    """Raises RequestInvalid for an output that no engine can have made. ``ends``: the tokens that end it."""
     if len(output) > params.max_tokens:
         raise RequestInvalid(f"output: has {len(output)} tokens, more than max_tokens={params.max_tokens}")
     if prompt_len + len(output) > max_model_len:

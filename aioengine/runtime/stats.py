@@ -15,6 +15,8 @@ class Counters:
 
     def __init__(self) -> None:
         self._n: Counter[str] = Counter()
+        self.residency = 0
+        """Counts the changes of what is in slots and in the CPU cache."""
 
     def __call__(self, event: events.Event) -> None:
         n = self._n
@@ -30,10 +32,15 @@ class Counters:
                 n["output_tokens"] += event.output_tokens
             case events.AdapterPlaced():
                 n["slot_loads"] += 1
+                self.residency += 1
             case events.AdapterLoaded():
                 n["cpu_loads"] += 1
+                self.residency += 1
             case events.AdapterEvicted():
                 n[f"{event.level}_evictions"] += 1
+                self.residency += 1
+            case events.AdapterUnloaded() | events.EngineRestarted():
+                self.residency += 1
             case events.AdapterFailed():
                 n["load_failures"] += 1
 
@@ -47,17 +54,7 @@ class Counters:
         )
         live = core.requests.values()
         return EngineStats(
-            slots=tuple(
-                SlotInfo(
-                    index=slot.index,
-                    state=slot.state.value,
-                    adapter=None if slot.entry is None else slot.entry.label,
-                    version=None if slot.entry is None else slot.entry.version,
-                    running=0 if slot.entry is None else slot.entry.running,
-                    pinned=slot.entry is not None and slot.entry.pinned,
-                )
-                for slot in core.slots.slots
-            ),
+            slots=slot_infos(core),
             cpu_adapters=len(core.cpu.entries),
             cpu_capacity=core.cpu.capacity,
             adapters=len(core.residency.current),
@@ -83,3 +80,17 @@ class Counters:
             slot_hits=n["slot_hits"],
             slot_misses=n["slot_misses"],
         )
+
+
+def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
+    return tuple(
+        SlotInfo(
+            index=slot.index,
+            state=slot.state.value,
+            adapter=None if slot.entry is None else slot.entry.label,
+            version=None if slot.entry is None else slot.entry.version,
+            running=0 if slot.entry is None else slot.entry.running,
+            pinned=slot.entry is not None and slot.entry.pinned,
+        )
+        for slot in core.slots.slots
+    )

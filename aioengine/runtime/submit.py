@@ -14,8 +14,8 @@ from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, 
 from aioengine.request import Prompt, RequestOptions, SamplingParams, check_text
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import Built
-from aioengine.runtime.loop import Stepper
 from aioengine.runtime.continuation import check_output, replayed
+from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
 from aioengine.runtime.text_work import CHAT, TextWork
 

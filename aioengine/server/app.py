@@ -15,7 +15,7 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from aioengine import __version__
-from aioengine.engine import AsyncEngine
+from aioengine.client import EngineClient
 from aioengine.metrics.asgi import metrics_app
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
@@ -58,7 +58,7 @@ DRAIN_RETRY_AFTER = 5
 class ServerApp:
     """The application that :func:`create_app` makes."""
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
         # From here on no key is held, only their hashes.
         settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
@@ -206,7 +206,7 @@ class ServerApp:
                 self._idle.set()
 
 
-def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> ServerApp:
+def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> ServerApp:
     """An OpenAI-compatible ASGI application that serves ``engine``.
 
     Mount it under any prefix, or run it by itself. The engine stays the caller's, who starts and stops it;

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aioengine.adapters.names import NAME_RULE
-from aioengine.engine import AsyncEngine
+from aioengine.client import EngineClient
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
@@ -37,7 +37,7 @@ logger = logging.getLogger("aioengine.server")
 
 
 class Context:
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
         self.model_names = tuple(settings.served_model_names) or (engine.config.model_name,)

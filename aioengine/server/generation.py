@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from aioengine.engine import AsyncEngine
+from aioengine.client import EngineClient
 from aioengine.errors import DeadlineExceeded
 from aioengine.request import RequestOptions, RequestOutput, SamplingParams, TokenConstraint
 from aioengine.server.access_log import RequestRecord
@@ -76,7 +76,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: EngineClient,
         request_id: str,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],

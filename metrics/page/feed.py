@@ -18,8 +18,9 @@ from aioengine import events
 from aioengine.info import AdapterInfo, AdapterLocation, EngineStats, SlotInfo
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from aioengine.config import EngineConfig
-    from aioengine.metrics.collectors import EngineMetrics
 
 LOG_LENGTH = 1000
 """Adapter movements that a newcomer is told, and that a slow watcher can be behind."""
@@ -35,13 +36,19 @@ Kind = Literal[
 ]
 
 
+class ScrapedMetrics(Protocol):
+    @property
+    def registry(self) -> CollectorRegistry: ...
+    def expose(self, accept: str) -> tuple[bytes, str]: ...
+
+
 class WatchedEngine(Protocol):
-    """What is needed of an :class:`~aioengine.engine.AsyncEngine`."""
+    """What is needed of an :class:`~aioengine.engine.AsyncEngine`, or of a fleet."""
 
     config: EngineConfig
 
     @property
-    def metrics(self) -> EngineMetrics: ...
+    def metrics(self) -> ScrapedMetrics: ...
     def stats(self) -> EngineStats: ...
     def adapters(self) -> list[AdapterInfo]: ...
     def add_listener(self, listener: Callable[[events.Event], None]) -> Callable[[], None]: ...

@@ -37,9 +37,7 @@ async def outputs_of(
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
 @pytest.mark.parametrize("case", CASES)
-async def test_every_cut_is_exact(
-    case: str, replay: bool, tiny_text: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_every_cut_is_exact(case: str, replay: bool, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     params = SamplingParams(**{"max_tokens": 24, "ignore_eos": True, **CASES[case]})
     prompt = prompt_of(1, 21)
     async with make_engine(tiny_text) as first, make_engine(tiny_text) as second:
@@ -95,9 +93,7 @@ async def regex(engine: AsyncEngine) -> TokenConstraint:
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
 @pytest.mark.parametrize("make", [letters, regex])
-async def test_constraints_go_on(
-    make: Make, replay: bool, tiny_text: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_constraints_go_on(make: Make, replay: bool, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text) as first, make_engine(tiny_text) as second:
         params = [
             SamplingParams(max_tokens=24, temperature=1.0, seed=2, constraint=await make(engine))
@@ -126,9 +122,7 @@ async def test_stop_strings_over_the_cut(replay: bool, tiny_text: Tiny, make_eng
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["at once", "replayed"])
-async def test_a_complete_output_ends_at_once(
-    replay: bool, tiny_text: Tiny, make_engine: MakeEngine
-) -> None:
+async def test_a_complete_output_ends_at_once(replay: bool, tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text) as engine:
         whole = await engine.complete("Hello", greedy(9))
         rest = await outputs_of(engine, "Hello", greedy(9), output=whole.token_ids, replay=replay)

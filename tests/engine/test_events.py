@@ -7,7 +7,7 @@ import gc
 from typing import Any
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine
 from aioengine.errors import AdapterLoadError, ConfigError, EngineStopped
@@ -155,3 +155,19 @@ async def test_stats_after_the_stop_are_the_last(tiny: Tiny, make_engine: MakeEn
         last = engine.stats()
     assert engine.stats() == last
     assert last.requests_finished == 1
+
+
+async def test_the_slots_version_tells_whether_anything_moved(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        engine.register_adapter("rank-3", tiny.adapters["rank-3"])
+        empty = engine.slots()
+        assert {slot.state for slot in empty.slots} == {"FREE"}
+        await engine.complete(prompt_of(0, 5), greedy(3), adapter="rank-3")
+        after = engine.slots()
+        assert after.version > empty.version
+        assert [slot.adapter for slot in after.slots] == ["rank-3", None]
+        await engine.complete(prompt_of(1, 5), greedy(3), adapter="rank-3")
+        assert engine.slots() == after
+        await engine.unload_adapter("rank-3")
+        assert engine.slots().version > after.version
+        assert {slot.adapter for slot in engine.slots().slots} == {None}

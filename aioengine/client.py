@@ -1,0 +1,82 @@
+"""What a server needs of an engine: an AsyncEngine has it, and so has a fleet of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from aioengine.info import AdapterInfo, EngineState
+from aioengine.metrics.page.feed import WatchedEngine
+from aioengine.request import Prompt, RequestOutput, SamplingParams, TokenConstraint
+
+if TYPE_CHECKING:
+    from aioengine.grammars.limits import GrammarLimits
+    from aioengine.model.text.tokenizer import Tokenizer
+    from aioengine.runtime.text_work import TextWork
+
+
+class GrammarCompiler(Protocol):
+    """Makes constraints out of grammars in llguidance's form."""
+
+    limits: GrammarLimits
+
+    def check_size(self, text: str) -> None: ...
+    async def constraint(self, text: str, tenant: str | None) -> TokenConstraint: ...
+
+
+class ModelLimits(Protocol):
+    """The part of a :class:`~aioengine.memory_plan.MemoryPlan` that bounds requests."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+
+class EngineClient(WatchedEngine, Protocol):
+    """An engine as who serves it sees it; each method is described in ``AsyncEngine``."""
+
+    model_name: str
+    text_work: TextWork
+
+    @property
+    def state(self) -> EngineState: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def model_path(self) -> Path | None: ...
+    @property
+    def plan(self) -> ModelLimits: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
+        expected_tokens: int | None = None,
+        cache_salt: str | None = None,
+        output: Sequence[int] = (),
+        replay: bool = False,
+    ) -> AsyncGenerator[RequestOutput, None]: ...
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        pin: bool = False,
+        force_pin: bool = False,
+        replace: bool = False,
+    ) -> AdapterInfo: ...
+    async def unload_adapter(self, name: str, *, force: bool = False) -> None: ...
+    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo: ...
+    async def unpin_adapter(self, name: str) -> AdapterInfo: ...
+
+    def limit_waiting(self, max_waiting: Mapping[str, int]) -> None: ...
+    def grammars(self, limits: GrammarLimits | None = None) -> GrammarCompiler: ...
+    def at_stop(self, close: Callable[[], Awaitable[None]]) -> None: ...
