@@ -9,20 +9,23 @@ told apart by their base class).
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
-import msgspec
-
+from aioengine.schedulers.named import (
+    Supply,
+    build,
+    import_class,
+    options_text,
+    parse_named,
+    summary,
+    unknown,
+)
 from aioengine.schedulers.nearest import nearest
 from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
-from aioengine.schedulers.policy_file import import_file
 
 ENTRY_POINT_GROUP = "aioengine.schedulers"
 KINDS: dict[str, type[Part]] = {
@@ -105,10 +108,6 @@ def available_parts(kind: str) -> dict[str, PolicyInfo]:
     }
 
 
-Supply = Mapping[str, Callable[[], Any]]
-"""By the name of a constructor's parameter: what makes its value, for values that text cannot give."""
-
-
 def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) -> SchedulerPolicy:
     """Build the policy that ``spec`` names; see the module's docstring for the forms. ``supply`` makes
     values for constructor parameters that ``spec`` leaves out: ``future``, say, where a trace is replayed.
@@ -118,7 +117,8 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
     """
     supply = supply or {}
     if isinstance(spec, str):
-        tokens = [_parse_token(spec, token) for token in spec.split("+")]
+        known = _all_names()
+        tokens = [parse_named(f"policy {spec!r}", token, known) for token in spec.split("+")]
         if len(tokens) == 1:
             return _single(spec, *tokens[0], supply)
         return _from_tokens(spec, tokens, supply)
@@ -161,28 +161,12 @@ def compose(
 # Text
 
 
-def _parse_token(text: str, token: str) -> tuple[str, dict[str, Any]]:
-    """ "gdsf:x=1,y=2" -> ("gdsf", {"x": "1", "y": "2"}); "module:Class:x=1" likewise."""
-    name, _, rest = token.strip().partition(":")
-    first = rest.split(",")[0]
-    if rest and "=" not in first.partition(":")[0] and name not in _all_names():  # a dotted path
-        attribute, _, rest = rest.partition(":")
-        name = f"{name}:{attribute}"
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise ValueError(f"policy {text!r}: option {item!r} is not of the form name=value")
-        options[key.strip()] = value.strip()
-    return name, options
-
-
 def _single(text: str, name: str, options: dict[str, Any], supply: Supply) -> SchedulerPolicy:
     target = _installed("policy").get(name) or (name if ":" in name else None)
     if target is not None:
         found = _import(text, target)
         if issubclass(found, SchedulerPolicy):
-            policy = _build(text, found, options, supply)
+            policy = build(f"policy {text!r}", found, options, supply)
             assert isinstance(policy, SchedulerPolicy)
             return policy
     return _from_tokens(text, [(name, options)], supply)
@@ -221,13 +205,7 @@ def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
             return kind
     if having:
         raise ValueError(f"policy {text!r}: two parts of the kind {having[0]!r}, the second {name!r}")
-    raise ValueError(f"policy {text!r}: {_unknown(name, sorted(_all_names()))}")
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    hint = nearest(name, known)
-    names = ", ".join(known)
-    return f"there is no {name!r}{hint}; known are {names}, or give 'package.module:Class' or 'file.py:Class'"
+    raise ValueError(f"policy {text!r}: {unknown(name, _all_names())}")
 
 
 def _all_names() -> set[str]:
@@ -253,17 +231,7 @@ def _installed(kind: str) -> dict[str, str]:
 
 
 def _import(text: str, target: str) -> type[SchedulerPolicy | Part]:
-    module, _, attribute = target.partition(":")
-    try:
-        if module.endswith(".py"):
-            found = import_file(module, attribute)
-        else:
-            found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"policy {text!r}: cannot import {target}: {error}") from error
-    if not (inspect.isclass(found) and issubclass(found, (SchedulerPolicy, Part))):
-        raise ValueError(f"policy {text!r}: {target} is not a subclass of SchedulerPolicy, nor a part")
-    return found
+    return import_class(f"policy {text!r}", target, (SchedulerPolicy, Part), "SchedulerPolicy, nor a part")
 
 
 def _part(kind: str, given: str | Mapping[str, Any] | Part, supply: Supply) -> Part:
@@ -271,7 +239,7 @@ def _part(kind: str, given: str | Mapping[str, Any] | Part, supply: Supply) -> P
     if isinstance(given, base):
         return given
     if isinstance(given, str):
-        name, options = _parse_token(given, given)
+        name, options = parse_named(f"policy {given!r}", given, _all_names())
     elif isinstance(given, Mapping) and isinstance(given.get("name"), str):
         options = dict(given)
         name = options.pop("name")
@@ -280,53 +248,15 @@ def _part(kind: str, given: str | Mapping[str, Any] | Part, supply: Supply) -> P
     known = _installed(kind)
     target = known.get(name) or (name if ":" in name else None)
     if target is None:
-        raise ValueError(f"{kind}={name!r}: {_unknown(name, sorted(known))}")
+        raise ValueError(f"{kind}={name!r}: {unknown(name, known)}")
     found = _import(name, target)
     if not issubclass(found, base):
         raise ValueError(f"{kind}={name!r}: {target} is not a subclass of {base.__name__}")
-    part = _build(name, found, options, supply)
+    part = build(f"policy {name!r}", found, options, supply)
     assert isinstance(part, base)
     return part
 
 
-def _build(text: str, cls: type[Any], options: Mapping[str, Any], supply: Supply) -> Any:
-    """An instance, its options checked and converted by the types of its constructor."""
-    fields = _fields(cls)
-    for key in options:
-        if key not in fields:
-            hint = nearest(key, fields)
-            takes = ", ".join(fields) or "no options"
-            raise ValueError(f"policy {text!r}: unknown option {key!r}{hint}; it takes {takes}")
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        try:
-            values[key] = msgspec.convert(value, fields[key][0], strict=False)
-        except msgspec.ValidationError as error:
-            raise ValueError(f"policy {text!r}: option {key}={value!r}: {error}") from error
-    values |= {key: make() for key, make in supply.items() if key in fields and key not in values}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"policy {text!r}: {error}") from error
-
-
-def _fields(cls: type[Any]) -> dict[str, tuple[Any, Any]]:
-    """Constructor options: name -> (type, default)."""
-    if cls.__init__ is object.__init__:
-        return {}
-    hints = get_type_hints(cls.__init__)
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters}
-
-
 def _info(name: str, kind: str, cls: type[Any], where: str) -> PolicyInfo:
-    summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-    options = []
-    for option, (hint, default) in _fields(cls).items():
-        shown = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
-        shown = re.sub(r"[a-z_.]+\.([A-Z])", r"\1", shown)
-        options.append(
-            f"{option}: {shown}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
-        )
     bound = getattr(cls, "starvation_bound", "") if kind in ("policy", "order") else ""
-    return PolicyInfo(name, kind, summary, ", ".join(options), getattr(cls, "source", ""), bound, where)
+    return PolicyInfo(name, kind, summary(cls), options_text(cls), getattr(cls, "source", ""), bound, where)

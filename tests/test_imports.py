@@ -68,7 +68,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "lab": {"analysis", "calibration", "costs", "report", "runs", "simulation", "workload"},
     "metrics": {"collect", "families", "page"},
     "model": {"files", "parallel", "slots", "text"},
-    "schedulers": {"parts", "policies"},
+    "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
     "server": {"access", "messages", "openai", "responses", "transport"},
 }
 """Room -> the folders in it."""

@@ -1,0 +1,106 @@
+"""Classes that text names, with options: "vtc:input_weight=1", "package.module:Class:x=2"."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from aioengine.schedulers.nearest import nearest
+from aioengine.schedulers.policy_file import import_file
+
+Supply = Mapping[str, Callable[[], Any]]
+"""By the name of a constructor's parameter: what makes its value, for values that text cannot give."""
+
+
+def parse_named(what: str, token: str, known: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """ "gdsf:x=1,y=2" -> ("gdsf", {"x": "1", "y": "2"}); "module:Class:x=1" likewise.
+
+    Raises ValueError, which begins with ``what``, for an option without a value."""
+    name, _, rest = token.strip().partition(":")
+    first = rest.split(",")[0]
+    if rest and "=" not in first.partition(":")[0] and name not in known:  # a dotted path
+        attribute, _, rest = rest.partition(":")
+        name = f"{name}:{attribute}"
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ValueError(f"{what}: option {item!r} is not of the form name=value")
+        options[key.strip()] = value.strip()
+    return name, options
+
+
+def import_class(what: str, target: str, bases: tuple[type[Any], ...], kinds: str) -> type[Any]:
+    """The class at "module:Class" or "file.py:Class". Raises ValueError if it cannot be imported, or is no
+    subclass of one of ``bases``, which ``kinds`` names in words."""
+    module, _, attribute = target.partition(":")
+    try:
+        if module.endswith(".py"):
+            found = import_file(module, attribute)
+        else:
+            found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what}: cannot import {target}: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, bases)):
+        raise ValueError(f"{what}: {target} is not a subclass of {kinds}")
+    return found
+
+
+def unknown(name: str, known: Collection[str]) -> str:
+    """Says that there is no such name, which one comes near, and what can be given."""
+    hint = nearest(name, known)
+    names = ", ".join(sorted(known))
+    return f"there is no {name!r}{hint}; known are {names}, or give 'package.module:Class' or 'file.py:Class'"
+
+
+def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply) -> Any:
+    """An instance, its options checked and converted by the types of its constructor. Raises ValueError,
+    which begins with ``what``."""
+    fields = constructor_options(cls)
+    for key in options:
+        if key not in fields:
+            hint = nearest(key, fields)
+            takes = ", ".join(fields) or "no options"
+            raise ValueError(f"{what}: unknown option {key!r}{hint}; it takes {takes}")
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        try:
+            values[key] = msgspec.convert(value, fields[key][0], strict=False)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{what}: option {key}={value!r}: {error}") from error
+    values |= {key: make() for key, make in supply.items() if key in fields and key not in values}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def constructor_options(cls: type[Any]) -> dict[str, tuple[Any, Any]]:
+    """Constructor options: name -> (type, default)."""
+    if cls.__init__ is object.__init__:
+        return {}
+    hints = get_type_hints(cls.__init__)
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters}
+
+
+def options_text(cls: type[Any]) -> str:
+    """As in "max_wait: float = 1.0"; empty if it takes none."""
+    options = []
+    for option, (hint, default) in constructor_options(cls).items():
+        shown = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+        shown = re.sub(r"[a-z_.]+\.([A-Z])", r"\1", shown)
+        options.append(
+            f"{option}: {shown}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
+        )
+    return ", ".join(options)
+
+
+def summary(cls: type[Any]) -> str:
+    """The first paragraph of its docstring, on one line."""
+    return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")

@@ -1,0 +1,57 @@
+"""Routing and adapter placement over a fleet: the interface, the built-in policies, and what a door knows."""
+
+from aioengine.schedulers.policy import Location
+from aioengine.schedulers.routing.fleet import FleetState
+from aioengine.schedulers.routing.guard import PlacementGuard, RouterGuard
+from aioengine.schedulers.routing.interface import (
+    API_VERSION,
+    AdapterView,
+    FleetView,
+    Move,
+    PlacementPolicy,
+    ReplicaView,
+    Route,
+    RouteEvent,
+    RouteRequest,
+    RouterPolicy,
+)
+from aioengine.schedulers.routing.prefixes import PREFIX_BLOCK, prefix_hashes
+from aioengine.schedulers.routing.registry import (
+    DEFAULT_PLACEMENT,
+    DEFAULT_ROUTER,
+    RoutingInfo,
+    available_placements,
+    available_routers,
+    load_placement,
+    load_router,
+)
+from aioengine.schedulers.routing.replica import ReplicaLimits, Report, Tiers
+
+__all__ = [
+    "API_VERSION",
+    "DEFAULT_PLACEMENT",
+    "DEFAULT_ROUTER",
+    "PREFIX_BLOCK",
+    "AdapterView",
+    "FleetState",
+    "FleetView",
+    "Location",
+    "Move",
+    "PlacementGuard",
+    "PlacementPolicy",
+    "ReplicaLimits",
+    "ReplicaView",
+    "Report",
+    "Route",
+    "RouteEvent",
+    "RouteRequest",
+    "RouterGuard",
+    "RouterPolicy",
+    "RoutingInfo",
+    "Tiers",
+    "available_placements",
+    "available_routers",
+    "load_placement",
+    "load_router",
+    "prefix_hashes",
+]

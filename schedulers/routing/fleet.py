@@ -1,0 +1,390 @@
+"""FleetState: what a door knows of its fleet, and the view of it that policies are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from math import exp
+from types import MappingProxyType
+
+from aioengine.schedulers.routing.interface import (
+    AdapterView,
+    Move,
+    ReplicaView,
+    RouteEvent,
+    RouteEventKind,
+    RouteRequest,
+)
+from aioengine.schedulers.routing.prefixes import PrefixIndex
+from aioengine.schedulers.routing.replica import Replica, ReplicaLimits, Report, _Clock
+
+DEMAND_SECONDS = 60.0
+"""Time constant of the moving average of demand."""
+CHANGED_SHARE = 0.25
+"""A demand has changed when it is off by more than this share from what it was at the last plan."""
+NO_DEMAND = 1e-3
+"""Tokens a second that are as good as none."""
+
+
+class Demand:
+    """Tokens a second as an exponential moving average over events at any times: each adds its tokens over
+    the time constant, and all decay with it."""
+
+    __slots__ = ("_as_of", "_rate")
+
+    def __init__(self) -> None:
+        self._rate = self._as_of = 0.0
+
+    def add(self, tokens: float, now: float) -> None:
+        self._rate = self.at(now) + tokens / DEMAND_SECONDS
+        self._as_of = now
+
+    def at(self, now: float) -> float:
+        return self._rate * exp(min(self._as_of - now, 0.0) / DEMAND_SECONDS) if self._rate else 0.0
+
+
+class Adapter:
+    """An :class:`~aioengine.schedulers.routing.interface.AdapterView`."""
+
+    __slots__ = ("_clock", "_demand", "_holders", "_holders_changed", "_planned", "_targets", "name",
+                 "nbytes", "registered")  # fmt: skip
+
+    def __init__(self, name: str, clock: _Clock) -> None:
+        self.name = name
+        self.nbytes = 0
+        self.registered = False
+        self._clock = clock
+        self._demand = Demand()
+        self._holders: dict[str, None] = {}
+        self._targets: dict[str, None] = {}
+        self._holders_changed = False
+        self._planned = 0.0
+        """Demand when the last plan was made."""
+
+    @property
+    def demand(self) -> float:
+        return self._demand.at(self._clock.now)
+
+    @property
+    def holders(self) -> Set[str]:
+        return self._holders.keys()
+
+    @property
+    def target_holders(self) -> Set[str]:
+        return self._targets.keys()
+
+    def _hold(self, replica_id: str) -> None:
+        self._holders[replica_id] = None
+        self._holders_changed = True
+
+    def _release(self, replica_id: str) -> None:
+        self._holders.pop(replica_id, None)
+        self._holders_changed = True
+
+    def _changed(self) -> bool:
+        if self._holders_changed:
+            return True
+        demand = self.demand
+        return abs(demand - self._planned) > max(CHANGED_SHARE * self._planned, NO_DEMAND)
+
+    def _needed(self) -> bool:
+        """Whether there is anything to remember of it."""
+        return bool(self.registered or self._holders or self._targets) or self.demand >= NO_DEMAND
+
+    def _copy(self, clock: _Clock) -> Adapter:
+        found = Adapter(self.name, clock)
+        found.nbytes, found.registered = self.nbytes, self.registered
+        found._demand._rate, found._demand._as_of = self._demand._rate, self._demand._as_of
+        found._holders, found._targets = self._holders.copy(), self._targets.copy()
+        found._holders_changed, found._planned = self._holders_changed, self._planned
+        return found
+
+
+class View:
+    """A :class:`~aioengine.schedulers.routing.interface.FleetView`: live, or standing still."""
+
+    __slots__ = ("_accepting", "_adapters", "_changed", "_clock", "_demand", "_prefixes", "_replicas")
+
+    def __init__(
+        self,
+        clock: _Clock,
+        replicas: Mapping[str, Replica],
+        adapters: Mapping[str, Adapter],
+        demand: Demand,
+        prefixes: PrefixIndex | None,
+        changed: Collection[str] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._replicas: Mapping[str, ReplicaView] = MappingProxyType(replicas)
+        self._adapters: Mapping[str, AdapterView] = MappingProxyType(adapters)
+        self._accepting = tuple(replica for replica in replicas.values() if replica.accepting)
+        self._demand = demand
+        self._prefixes = prefixes
+        self._changed = changed
+
+    @property
+    def now(self) -> float:
+        return self._clock.now
+
+    @property
+    def replicas(self) -> Mapping[str, ReplicaView]:
+        return self._replicas
+
+    @property
+    def accepting(self) -> Sequence[ReplicaView]:
+        return self._accepting
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterView]:
+        return self._adapters
+
+    @property
+    def demand(self) -> float:
+        return self._demand.at(self._clock.now)
+
+    @property
+    def changed(self) -> Collection[str]:
+        if self._changed is not None:
+            return self._changed
+        return [name for name, found in self._adapters.items() if found._changed()]  # type: ignore[attr-defined]
+
+    def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
+        return {} if self._prefixes is None or not prefixes else self._prefixes.lookup(prefixes)
+
+
+class FleetState:
+    """The knowledge of one door: fed with what replicas report and with what the door does itself.
+
+    Nothing here waits or keeps time: ``clock`` is asked at every call, and whoever owns the state calls
+    :meth:`check` now and then. All calls must come from one thread; :meth:`snapshot` makes what another
+    may read.
+
+    Args:
+        clock: Seconds, from whenever; it must not go back.
+        silent_after: A replica that has not reported for so many seconds is not sent anything.
+        prefix_blocks: Blocks of prefixes that are remembered of each replica.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], *, silent_after: float = 3.0, prefix_blocks: int = 8192
+    ) -> None:
+        if not silent_after > 0:
+            raise ValueError(f"silent_after={silent_after!r}: must be more than 0 seconds")
+        self.listeners: list[Callable[[RouteEvent], None]] = []
+        """Each is told of every event; they must not raise."""
+        self._time = clock
+        self._silent_after = silent_after
+        self._clock = _Clock(clock())
+        self._replicas: dict[str, Replica] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._demand = Demand()
+        self._prefixes = PrefixIndex(prefix_blocks)
+        self._in_flight: dict[str, tuple[RouteRequest, str]] = {}
+        self._view = View(self._clock, self._replicas, self._adapters, self._demand, self._prefixes)
+
+    @property
+    def view(self) -> View:
+        """Live; its ``now`` is when it was asked for."""
+        self._tick()
+        return self._view
+
+    # Replicas
+
+    def join(self, replica_id: str, limits: ReplicaLimits) -> None:
+        """A replica is there, and holds nothing until it reports. One that was known by this id is
+        forgotten first. Raises ValueError for an empty id."""
+        if not replica_id:
+            raise ValueError("replica_id='': must not be empty")
+        if replica_id in self._replicas:
+            self.leave(replica_id)
+        now = self._tick()
+        self._replicas[replica_id] = Replica(replica_id, limits, self._clock)
+        self._prefixes.join(replica_id)
+        self._accepting_changed()
+        self._tell("replica_joined", now, None, replica_id)
+
+    def leave(self, replica_id: str) -> list[RouteRequest]:
+        """A replica is gone. Returns the requests that it had, which the door sends elsewhere or fails;
+        for none of them :meth:`ended` is to be called. Of an unknown replica, nothing is to be done."""
+        now = self._tick()
+        replica = self._replicas.pop(replica_id, None)
+        if replica is None:
+            return []
+        self._prefixes.leave(replica_id)
+        for adapter in self._adapters.values():
+            if replica_id in adapter._holders or replica_id in adapter._targets:
+                adapter._release(replica_id)
+                adapter._targets.pop(replica_id, None)
+        self._accepting_changed()
+        self._tell("replica_left", now, None, replica_id)
+        lost = [request for request, where in self._in_flight.values() if where == replica_id]
+        for request in lost:
+            del self._in_flight[request.request_id]
+            self._tell("failed", now, request, replica_id)
+        return lost
+
+    def drain(self, replica_id: str, draining: bool = True) -> None:
+        """Send it nothing more (or again). Raises KeyError for an unknown replica."""
+        now = self._tick()
+        self._replicas[replica_id].draining = draining
+        if self._decide(self._replicas[replica_id]) and draining:
+            self._tell("replica_draining", now, None, replica_id)
+
+    def report(self, replica_id: str, report: Report) -> None:
+        """What the replica says. Of an unknown one it is dropped: it may have left while this was on its
+        way. One older than the last is dropped too."""
+        now = self._tick()
+        replica = self._replicas.get(replica_id)
+        if replica is None or (report.sent_at < replica._report.sent_at and replica._offset is not None):
+            return
+        gained, lost = replica._take(report, now)
+        for name in gained:
+            self._adapter(name)._hold(replica_id)
+        for name in lost:
+            self._adapter(name)._release(replica_id)
+        self._decide(replica)
+
+    def check(self) -> list[str]:
+        """See who has been silent for too long; returns those found so now. To be called about as often as
+        replicas report."""
+        self._tick()
+        before = {replica_id for replica_id, replica in self._replicas.items() if replica.accepting}
+        return [i for i, replica in self._replicas.items() if self._decide(replica) and i in before]
+
+    # Adapters
+
+    def add_adapter(self, name: str, nbytes: int = 0) -> None:
+        """An adapter is registered with the fleet."""
+        adapter = self._adapter(name)
+        adapter.registered, adapter.nbytes = True, nbytes or adapter.nbytes
+
+    def remove_adapter(self, name: str) -> None:
+        """It is unregistered: it is forgotten as soon as no replica holds it."""
+        if name in self._adapters:
+            self._adapters[name].registered = False
+
+    # Requests
+
+    def sent(self, request: RouteRequest, replica_id: str) -> None:
+        """The door sends a request to a replica. Raises KeyError for an unknown replica."""
+        now = self._tick()
+        replica = self._replicas[replica_id]
+        expected = request.expected_tokens if request.expected_tokens is not None else request.max_tokens
+        tokens = request.prompt_tokens + expected
+        if not request.tried:
+            self._demand.add(tokens, now)
+        if request.adapter is not None:
+            adapter = self._adapter(request.adapter)
+            if not request.tried:  # the same tokens are not asked for twice
+                adapter._demand.add(tokens, now)
+            if replica._send(request):
+                adapter._hold(replica_id)
+        else:
+            replica._send(request)
+        if request.prefixes:
+            self._prefixes.add(replica_id, request.prefixes)
+        self._in_flight[request.request_id] = request, replica_id
+        self._tell("routed", now, request, replica_id)
+
+    def started(self, request_id: str) -> None:
+        """Its first token came."""
+        self._about("started", request_id)
+
+    def ended(self, request_id: str) -> None:
+        """It has ended, however. Of a request that is not in flight, nothing is to be done."""
+        self._finish("ended", request_id)
+
+    def failed(self, request_id: str) -> None:
+        """Its replica could not take it, or broke off; the replica itself may live."""
+        self._finish("failed", request_id)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have been sent and have not ended."""
+        return len(self._in_flight)
+
+    # Plans
+
+    def snapshot(self) -> View:
+        """The fleet as it stands, for a placement policy in another thread. What has changed since the last
+        snapshot is in its ``changed``; give it to :meth:`not_planned` if no plan comes of it."""
+        now = self._tick()
+        clock = _Clock(now)
+        changed = set()
+        for name, adapter in list(self._adapters.items()):
+            if adapter._changed():
+                changed.add(name)
+                adapter._planned, adapter._holders_changed = adapter.demand, False
+            elif not adapter._needed():
+                del self._adapters[name]
+        demand = Demand()
+        demand._rate, demand._as_of = self._demand._rate, self._demand._as_of
+        return View(
+            clock,
+            {name: replica._copy(clock) for name, replica in self._replicas.items()},
+            {name: adapter._copy(clock) for name, adapter in self._adapters.items()},
+            demand,
+            None,
+            frozenset(changed),
+        )
+
+    def not_planned(self, snapshot: View) -> None:
+        """No plan came of a snapshot: what had changed has changed still."""
+        for name in snapshot.changed:
+            if name in self._adapters:
+                self._adapters[name]._holders_changed = True
+
+    def planned(self, moves: Iterable[Move]) -> None:
+        """A plan is carried out: remember who should hold what."""
+        for move in moves:
+            if move.replica not in self._replicas:
+                continue
+            targets = self._adapter(move.adapter)._targets
+            if move.kind in ("load", "pin"):
+                targets[move.replica] = None
+            elif move.kind == "unload":
+                targets.pop(move.replica, None)
+
+    # Inside
+
+    def _tick(self) -> float:
+        now = self._clock.now = max(self._time(), self._clock.now)
+        return now
+
+    def _adapter(self, name: str) -> Adapter:
+        found = self._adapters.get(name)
+        if found is None:
+            found = self._adapters[name] = Adapter(name, self._clock)
+        return found
+
+    def _decide(self, replica: Replica) -> bool:
+        """Whether it may be sent anything; True if that has changed."""
+        accepting = not replica.draining and self._clock.now - replica._heard <= self._silent_after
+        if accepting == replica._accepting:
+            return False
+        replica._accepting = accepting
+        self._accepting_changed()
+        return True
+
+    def _accepting_changed(self) -> None:
+        self._view._accepting = tuple(r for r in self._replicas.values() if r._accepting)
+
+    def _finish(self, kind: RouteEventKind, request_id: str) -> None:
+        found = self._in_flight.pop(request_id, None)
+        if found is not None:
+            request, replica_id = found
+            if replica_id in self._replicas:
+                self._replicas[replica_id]._end()
+            self._tell(kind, self._tick(), request, replica_id)
+
+    def _about(self, kind: RouteEventKind, request_id: str) -> None:
+        found = self._in_flight.get(request_id)
+        if found is not None:
+            self._tell(kind, self._tick(), *found)
+
+    def _tell(
+        self, kind: RouteEventKind, now: float, request: RouteRequest | None, replica: str | None
+    ) -> None:
+        if self.listeners:
+            event = RouteEvent(kind, now, request, replica)
+            for listener in self.listeners:
+                listener(event)

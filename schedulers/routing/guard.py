@@ -1,0 +1,219 @@
+"""Asking a router or a placement policy, and not trusting the answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from aioengine.schedulers.routing.interface import (
+    FleetView,
+    Move,
+    PlacementPolicy,
+    Route,
+    RouteEvent,
+    RouteRequest,
+    RouterPolicy,
+)
+from aioengine.schedulers.routing.routers.least_loaded import LeastLoaded
+
+MAX_REPLICAS = 4096
+"""The most replicas in one answer that are looked at."""
+MAX_REASON = 200
+"""Characters of a reason that are kept."""
+FORGIVEN_AFTER = 1000
+"""Decisions in time, one after the other, that make earlier overruns forgotten."""
+NO_REPLICA = "no replica accepts requests now"
+
+Failed = Callable[[str, str], None]
+"""Told of a failure: its kind ("raised", "nonsense", "slow", "replaced") and what happened, in words."""
+
+
+class RouterGuard:
+    """Stands between a door and a router.
+
+    A router that raises or answers nonsense is passed over for that request, and ``safe`` decides. One that
+    takes longer than ``budget`` seconds ``max_overruns`` times is passed over for good. Nothing that a
+    router does raises here.
+
+    Args:
+        timer: Seconds, for measuring decisions. None: they are not measured.
+        failed: Told of every failure; they are counted in any case.
+    """
+
+    def __init__(
+        self,
+        router: RouterPolicy,
+        *,
+        safe: RouterPolicy | None = None,
+        timer: Callable[[], float] | None = None,
+        budget: float = 1e-3,
+        max_overruns: int = 100,
+        failed: Failed = lambda kind, text: None,
+    ) -> None:
+        self.router = router
+        self.name = type(router).__name__
+        self.failures: Counter[str] = Counter()
+        """By kind, as :data:`Failed` lists them."""
+        self.reasons: Counter[str] = Counter()
+        """Decisions by the reason that the router gave; rejected ones as "rejected"."""
+        self.seconds = 0.0
+        """What the last decision took."""
+        self._safe = safe if safe is not None else LeastLoaded()
+        self._timer = timer
+        self._budget = budget
+        self._max_overruns = max_overruns
+        self._report = failed
+        self._overruns = self._in_time = 0
+
+    def route(self, request: RouteRequest, view: FleetView) -> Route:
+        """A route whose replicas all accept requests and have not been tried; none, and a reason, if the
+        request is rejected or there is no such replica."""
+        start = self._timer() if self._timer is not None else 0.0
+        route = self._ask(self.router, request, view)
+        if route is None and self.router is not self._safe:
+            route = self._ask(self._safe, request, view)
+        if route is None:
+            route = Route(reject=NO_REPLICA, reason="no replica")
+        if self._timer is not None:
+            self._measure(self._timer() - start)
+        self.reasons["rejected" if route.reject is not None else route.reason] += 1
+        return route
+
+    def tell(self, event: RouteEvent) -> None:
+        """Pass an event on; what the router raises is counted."""
+        for router in {id(self._safe): self._safe, id(self.router): self.router}.values():
+            try:
+                router.on_event(event)
+            except Exception as error:
+                self._fail("raised", f"{type(router).__name__}.on_event: {type(error).__name__}: {error}")
+
+    def _ask(self, router: RouterPolicy, request: RouteRequest, view: FleetView) -> Route | None:
+        name = type(router).__name__
+        try:
+            answer = router.route(request, view)
+        except BaseException as error:
+            # A stray CancelledError is the router's own, for nothing is awaited here.
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            self._fail("raised", f"{name}: {type(error).__name__}: {error}")
+            return None
+        try:
+            route = _usable(answer, request, view)
+        except (TypeError, ValueError) as error:
+            self._fail("nonsense", f"{name}: {error}")
+            return None
+        if route is None and view.accepting and not _all_tried(request, view):
+            self._fail("nonsense", f"{name}: named no replica that can take the request, and no reason why")
+        return route
+
+    def _fail(self, kind: str, text: str) -> None:
+        self.failures[kind] += 1
+        self._report(kind, text)
+
+    def _measure(self, seconds: float) -> None:
+        self.seconds = seconds
+        if seconds <= self._budget:
+            self._in_time += 1
+            if self._in_time >= FORGIVEN_AFTER:
+                self._overruns = 0
+            return
+        self._in_time = 0
+        self._overruns += 1
+        self._fail("slow", f"{self.name} took {seconds * 1e3:.3g} ms, more than {self._budget * 1e3:g} ms")
+        if self._overruns >= self._max_overruns and self.router is not self._safe:
+            self.router = self._safe
+            self._fail("replaced", f"{self.name} was too slow {self._overruns} times: it is asked no more")
+
+
+class PlacementGuard:
+    """Stands between a fleet and a placement policy: nothing that the policy does raises here.
+
+    Args:
+        budget: Seconds for a plan; one that took longer is thrown away, because the fleet has moved on.
+        max_moves: The most moves of one plan that are carried out; the rest is left to the next.
+    """
+
+    def __init__(
+        self,
+        placement: PlacementPolicy,
+        *,
+        timer: Callable[[], float] | None = None,
+        budget: float = 5.0,
+        max_moves: int = 1000,
+        failed: Failed = lambda kind, text: None,
+    ) -> None:
+        self.placement = placement
+        self.name = type(placement).__name__
+        self.failures: Counter[str] = Counter()
+        self._timer = timer
+        self._budget = budget
+        self._max_moves = max_moves
+        self._report = failed
+
+    def plan(self, view: FleetView) -> Sequence[Move] | None:
+        """Moves that can be carried out, or None if no plan came of it."""
+        start = self._timer() if self._timer is not None else 0.0
+        try:
+            moves = _moves(self.placement.plan(view), view)
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            kind = "nonsense" if isinstance(error, _Nonsense) else "raised"
+            self._fail(kind, f"{self.name}: {type(error).__name__.lstrip('_')}: {error}")
+            return None
+        if self._timer is not None and (seconds := self._timer() - start) > self._budget:
+            self._fail("slow", f"{self.name} took {seconds:.3g} s, more than {self._budget:g} s")
+            return None
+        return moves[: self._max_moves]
+
+    def _fail(self, kind: str, text: str) -> None:
+        self.failures[kind] += 1
+        self._report(kind, text)
+
+
+class _Nonsense(ValueError):
+    """A plan that is none."""
+
+
+def _usable(answer: Any, request: RouteRequest, view: FleetView) -> Route | None:
+    """The route, less the replicas that cannot take the request; None if none is left."""
+    if type(answer) is not Route:
+        raise TypeError(f"route() returned {type(answer).__name__}, not Route")
+    replicas, reject, reason = answer
+    if type(reason) is not str:
+        raise TypeError(f"reason is {reason!r}, not a str")
+    if reject is not None:
+        if not isinstance(reject, str):
+            raise TypeError(f"reject is {reject!r}, not a str")
+        return Route((), reject[:MAX_REASON] or "rejected by the router", reason[:MAX_REASON])
+    if isinstance(replicas, str) or not isinstance(replicas, Collection) or len(replicas) > MAX_REPLICAS:
+        raise TypeError(f"replicas is {str(replicas)[:MAX_REASON]!r}, not a sequence of replica ids")
+    known, tried = view.replicas, request.tried
+    usable = []
+    for replica_id in replicas:
+        if type(replica_id) is not str:
+            raise TypeError(f"replicas contains {replica_id!r}, not a str")
+        found = known.get(replica_id)
+        if found is None:
+            raise ValueError(f"there is no replica {replica_id!r}")
+        if found.accepting and replica_id not in tried:
+            usable.append(replica_id)
+    return Route(usable, None, reason[:MAX_REASON]) if usable else None
+
+
+def _all_tried(request: RouteRequest, view: FleetView) -> bool:
+    return all(replica.replica_id in request.tried for replica in view.accepting)
+
+
+def _moves(answer: Any, view: FleetView) -> list[Move]:
+    if isinstance(answer, str) or not isinstance(answer, Collection):
+        raise _Nonsense(f"plan() returned {str(answer)[:MAX_REASON]!r}, not a sequence of Move")
+    for move in answer:
+        if type(move) is not Move or move.kind not in ("load", "unload", "pin", "unpin"):
+            raise _Nonsense(f"the plan contains {str(move)[:MAX_REASON]!r}, not a Move")
+        if move.replica not in view.replicas:
+            raise _Nonsense(f"there is no replica {move.replica!r}")
+        if move.adapter not in view.adapters:
+            raise _Nonsense(f"there is no adapter {move.adapter!r}")
+    return list(answer)

@@ -1,0 +1,242 @@
+"""The routing interface: what a router or a placement policy sees of a fleet, and what it answers.
+
+A fleet is several replicas of one engine behind a door. For every request the door asks a
+:class:`RouterPolicy` which replica it should go to; now and then it asks a :class:`PlacementPolicy` which
+adapters should live where. Both look at a :class:`FleetView`, which says what the door knows: that is never
+quite the present, and each replica's ``age`` says how old it is.
+
+This package is pure Python: no engine, no clock, no network. The same classes route in a live fleet and in
+the policy lab.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence, Set
+from typing import Literal, NamedTuple, Protocol
+
+from aioengine.schedulers.policy import Location
+
+API_VERSION = 1
+
+
+class RouteRequest(NamedTuple):
+    """A request as a router sees it."""
+
+    request_id: str
+    adapter: str | None
+    """None for the base model."""
+    prompt_tokens: int
+    max_tokens: int
+    expected_tokens: int | None = None
+    """Output tokens that its caller expects; None: nothing was said."""
+    tenant: str | None = None
+    priority: int = 0
+    """Higher is more urgent."""
+    deadline: float | None = None
+    """Seconds on the view's clock."""
+    prefixes: Sequence[int] = ()
+    """Chained hashes of the prompt's first blocks, as
+    :func:`~aioengine.schedulers.routing.prefixes.prefix_hashes` makes them; () if nobody looked."""
+    prefix_block: int = 256
+    """Tokens in each of these blocks."""
+    tried: Collection[str] = ()
+    """Replicas that have failed it already; a router must not name them."""
+
+
+class Route(NamedTuple):
+    """A router's answer: where a request may go, or why nowhere."""
+
+    replicas: Sequence[str] = ()
+    """Replica ids, the preferred one first. The door takes the next if one cannot be reached."""
+    reject: str | None = None
+    """Why no replica should take it (the caller is told); None: it is not rejected."""
+    reason: str = ""
+    """Why the first replica was preferred, in a word or two; metrics count decisions by it."""
+
+
+class ReplicaView(Protocol):
+    """A replica as far as the door knows, read-only and live.
+
+    What it reported last, plus what this door has sent it and heard back from it since. Counts are of
+    requests, ``*_tokens`` of tokens."""
+
+    @property
+    def replica_id(self) -> str: ...
+    @property
+    def accepting(self) -> bool:
+        """Whether requests may be sent to it: it is connected, it is heard of, and it is not draining."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since its last report was made, as far as can be told: clocks of two machines are not
+        compared, but delays beyond the shortest one seen are counted."""
+
+    @property
+    def waiting(self) -> int:
+        """Queued requests, those on their way to it included."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def max_running(self) -> int:
+        """Requests that it runs at once."""
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that it has still to compute, those on their way to it included."""
+
+    @property
+    def running_tokens(self) -> int:
+        """Tokens in the KV cache of running requests."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV cache holds in all."""
+
+    @property
+    def free_kv_tokens(self) -> int: ...
+    @property
+    def slots(self) -> int:
+        """Adapter slots on its device."""
+
+    @property
+    def cpu_loras(self) -> int:
+        """Adapters that its CPU cache holds, those in slots included."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots without an adapter."""
+
+    @property
+    def adapters_waiting(self) -> int:
+        """Distinct adapters with queued requests that are in no slot there."""
+
+    @property
+    def load_seconds(self) -> float | None:
+        """Measured seconds to read an adapter from disk to its CPU cache; None: not measured yet."""
+
+    @property
+    def slot_seconds(self) -> float | None:
+        """Measured seconds to copy an adapter into a slot."""
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Measured seconds of step time for each prompt token computed."""
+
+    def location(self, adapter: str) -> Location:
+        """Fastest place there that holds the adapter. LOADING too where a request for it has been sent and
+        the replica has not answered yet."""
+
+    def held(self, tier: Location) -> Collection[str]:
+        """Names of the adapters in SLOT, in CPU (and in no slot) or LOADING; () for DISK, all others."""
+
+    def waiting_for(self, adapter: str | None) -> int:
+        """Queued requests for this adapter (None: for the base model)."""
+
+
+class AdapterView(Protocol):
+    """An adapter in the fleet, read-only and live."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def demand(self) -> float:
+        """Tokens (prompt and expected output) asked of it a second: an exponential moving average."""
+
+    @property
+    def holders(self) -> Set[str]:
+        """Ids of replicas that have it in a slot or in the CPU cache, or are loading it."""
+
+    @property
+    def target_holders(self) -> Set[str]:
+        """Ids of replicas that should hold it, by the last plan; empty: no plan says."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a CPU cache; 0: not known yet."""
+
+
+class FleetView(Protocol):
+    """What a router may know. All of it is live and indexed: nothing is copied for the call."""
+
+    @property
+    def now(self) -> float: ...
+    @property
+    def replicas(self) -> Mapping[str, ReplicaView]:
+        """All that are known, by id, in order of joining."""
+
+    @property
+    def accepting(self) -> Sequence[ReplicaView]:
+        """Those that requests can be sent to, in order of joining."""
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterView]:
+        """By name: registered ones, and those that are held or asked for."""
+
+    @property
+    def demand(self) -> float:
+        """Tokens asked of the fleet a second, the base model's included."""
+
+    @property
+    def changed(self) -> Collection[str]:
+        """Adapters whose demand or holders have changed since the last plan."""
+
+    def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
+        """By replica id: how many of these leading blocks its KV cache probably has; those with none are
+        left out. The memory behind it is bounded, so it forgets."""
+
+
+RouteEventKind = Literal[
+    "routed", "started", "ended", "failed", "replica_joined", "replica_left", "replica_draining"
+]
+
+
+class RouteEvent(NamedTuple):
+    """Something that happened: "routed" (sent to a replica), "started" (its first token came), "ended"
+    (however), "failed" (the replica could not take it or was lost: it is routed again or ends), or a
+    replica joined, left (died, or not heard of for too long) or drains."""
+
+    kind: RouteEventKind
+    now: float
+    request: RouteRequest | None = None
+    """For the request events."""
+    replica: str | None = None
+
+
+class RouterPolicy(ABC):
+    """Base of all routers. ``route`` must be fast and synchronous, and must not change the view."""
+
+    source: str = ""
+    """The paper or project that it is from, in one line."""
+    worst_case: str = ""
+    """In words: the worst that it can do to a request or to the fleet."""
+
+    @abstractmethod
+    def route(self, request: RouteRequest, view: FleetView) -> Route:
+        """Choose where the request goes."""
+
+    def on_event(self, event: RouteEvent) -> None:  # noqa: B027 - optional hook
+        """Called for every event, in order."""
+
+
+class Move(NamedTuple):
+    """One step towards a plan: bring an adapter to a replica, or let it go."""
+
+    kind: Literal["load", "unload", "pin", "unpin"]
+    """"load": into the CPU cache. "unload": out of it as soon as nothing needs it. "pin": into a slot, to
+    stay. "unpin": it may be evicted again."""
+    adapter: str
+    replica: str
+
+
+class PlacementPolicy(ABC):
+    """Base of all placement policies: which adapters live where, and how many copies of each."""
+
+    source: str = ""
+    worst_case: str = ""
+
+    @abstractmethod
+    def plan(self, view: FleetView) -> Sequence[Move]:
+        """Say what should change. It is asked off the loop, on a view that stands still, and should look
+        at ``view.changed`` only: everything else is as the last plan left it."""

@@ -1,0 +1,109 @@
+"""Which replicas have probably cached which prompt prefixes: hashes, and a bounded index of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+PREFIX_BLOCK = 256
+"""Tokens that one hash stands for: coarser than a KV block, so that a long prompt has few."""
+MAX_HASHES = 64
+"""Leading blocks of a prompt that are looked at."""
+
+
+def prefix_hashes(
+    tokens: Sequence[int], adapter: str | None, *, salt: str | None = None, block: int = PREFIX_BLOCK
+) -> tuple[int, ...]:
+    """Chained 64-bit hashes of the first full blocks of a prompt: each stands for all tokens up to its end,
+    for the adapter and for the salt, because prefixes are shared within these only."""
+    parent = blake2b(repr((adapter, salt)).encode(), digest_size=8).digest()
+    found = []
+    for start in range(0, min(len(tokens) // block, MAX_HASHES) * block, block):
+        chunk = array("q", tokens[start : start + block]).tobytes()
+        parent = blake2b(parent + chunk, digest_size=8).digest()
+        found.append(int.from_bytes(parent, "little"))
+    return tuple(found)
+
+
+class PrefixIndex:
+    """Remembers the prefixes that went to each replica, the most recent ``blocks`` of each.
+
+    One table for all replicas: hash -> set of replicas as the bits of an integer. Looking up a prompt
+    costs one step for each of its blocks, whatever the number of replicas."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._bits: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+        self._where: dict[int, int] = {}
+        self._recent: dict[str, OrderedDict[int, None]] = {}
+
+    def join(self, replica: str) -> None:
+        """Begin with nothing of it."""
+        self.leave(replica)
+        used = set(self._bits.values())
+        bit = 1
+        while bit in used:
+            bit <<= 1
+        self._bits[replica] = bit
+        self._names[bit] = replica
+        self._recent[replica] = OrderedDict()
+
+    def leave(self, replica: str) -> None:
+        """Forget all of it."""
+        for digest in self._recent.pop(replica, ()):
+            self._forget(digest, self._bits[replica])
+        bit = self._bits.pop(replica, None)
+        if bit is not None:
+            del self._names[bit]
+
+    def add(self, replica: str, prefixes: Sequence[int]) -> None:
+        """These blocks have gone to the replica."""
+        recent, bit, where = self._recent[replica], self._bits[replica], self._where
+        # The last first: what is forgotten first is then the end of a prefix, not its beginning.
+        for digest in reversed(prefixes):
+            recent[digest] = None
+            recent.move_to_end(digest)
+            where[digest] = where.get(digest, 0) | bit
+        while len(recent) > self._blocks:
+            self._forget(recent.popitem(last=False)[0], bit)
+
+    def lookup(self, prefixes: Sequence[int]) -> Mapping[str, int]:
+        """By replica: how many leading blocks it has; those with none are left out."""
+        where = self._where
+        found: dict[str, int] = {}
+        having = -1
+        length = 0
+        for digest in prefixes:
+            now = where.get(digest, 0) & having
+            gone = having & ~now if length else 0
+            if gone:
+                found |= self._named(gone, length)
+            having = now
+            if not having:
+                break
+            length += 1
+        if having > 0:
+            found |= self._named(having, length)
+        return found
+
+    def __len__(self) -> int:
+        """Distinct hashes that are remembered."""
+        return len(self._where)
+
+    def _named(self, bits: int, length: int) -> dict[str, int]:
+        found = {}
+        while bits:
+            bit = bits & -bits
+            found[self._names[bit]] = length
+            bits ^= bit
+        return found
+
+    def _forget(self, digest: int, bit: int) -> None:
+        left = self._where[digest] & ~bit
+        if left:
+            self._where[digest] = left
+        else:
+            del self._where[digest]

@@ -1,0 +1,73 @@
+"""What routers have in common: whom they may name, how loaded they are, and a stable order by hash."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from hashlib import blake2b
+
+from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
+
+MAX_NAMED = 4
+"""Replicas in a route: the door takes the next if one fails, and asks again after the last."""
+_WAITING_WEIGHT = 4
+_KEYS = 16384
+_MASK = (1 << 64) - 1
+
+
+def candidates(request: RouteRequest, view: FleetView) -> Sequence[ReplicaView]:
+    """Replicas that the request may be sent to."""
+    if not request.tried:
+        return view.accepting
+    return [replica for replica in view.accepting if replica.replica_id not in request.tried]
+
+
+def load(replica: ReplicaView) -> int:
+    """Requests there; one that waits counts as four that run, as in vLLM's balancer between data-parallel
+    ranks, because it stands for work that has not begun."""
+    return _WAITING_WEIGHT * replica.waiting + replica.running
+
+
+def by_load(replicas: Collection[ReplicaView]) -> list[str]:
+    """Ids of the least loaded, the first first; equally loaded ones in the order given."""
+    return [replica.replica_id for replica in sorted(replicas, key=load)[:MAX_NAMED]]
+
+
+class RendezvousOrder:
+    """For each key an order of the replicas that looks random, and in which a replica that joins or leaves
+    moves no other (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", IEEE/ACM
+    Transactions on Networking 1998: highest random weight). The orders last asked for are kept."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, int] = {}
+        self._orders: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+
+    def of(self, key: str, view: FleetView) -> tuple[str, ...]:
+        """Ids of all replicas that are known, accepting or not."""
+        weights = self._weights
+        if weights.keys() != view.replicas.keys():
+            self._weights = weights = {name: _digest(name) for name in view.replicas}
+            self._orders.clear()
+        orders = self._orders
+        found = orders.get(key)
+        if found is not None:
+            orders.move_to_end(key)
+            return found
+        seed = _digest(key)
+        scores = {name: _mix(seed ^ weight) for name, weight in weights.items()}
+        found = orders[key] = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
+        if len(orders) > _KEYS:
+            orders.popitem(last=False)
+        return found
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _mix(value: int) -> int:
+    """Spread 64 bits over 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable
+    Pseudorandom Number Generators", OOPSLA 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
