@@ -50,7 +50,7 @@ clients: $(VENV)/.dev $(CLIENTS)/.installed
 	  --node-modules $(CURDIR)/$(CLIENTS)/node/node_modules $(ARGS)
 
 attack: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python benchmarks/attacks.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.attacks.run $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -68,11 +68,11 @@ docs: $(VENV)/.docs typecheck
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/workload.py --adapters 8 32 $(ARGS)
-	$(BIN)/python benchmarks/workload.py --rank 64 $(ARGS)
-	$(BIN)/python benchmarks/workload.py --quantization int8 $(ARGS)
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/scheduling.py
+	$(BIN)/python -m benchmarks.engine.workload --adapters 8 32 $(ARGS)
+	$(BIN)/python -m benchmarks.engine.workload --rank 64 $(ARGS)
+	$(BIN)/python -m benchmarks.engine.workload --quantization int8 $(ARGS)
+	$(BIN)/python -m benchmarks.kernels.cpu
+	$(BIN)/python -m benchmarks.policies.scheduling
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

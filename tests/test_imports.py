@@ -73,6 +73,17 @@ INNER_ROOMS: dict[str, set[str]] = {
 }
 """Room -> the folders in it."""
 
+BENCHMARKS: dict[str, set[str]] = {
+    "engine": set(),
+    "kernels": {"engine"},
+    "adapters": {"engine"},
+    "server": set(),
+    "policies": set(),
+    "attacks": set(),
+    "peers": {"engine"},
+}
+"""Folder of benchmarks -> the folders that it may import from, beside the package."""
+
 NO_TORCH = ("schedulers", "core", "metrics")
 FORBIDDEN: dict[str, set[str]] = {
     "core": {"torch", "asyncio", "time", "threading"},
@@ -113,7 +124,11 @@ def room(module: str) -> str:
 
 
 def imports(module: str) -> Iterator[Import]:
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return imports_of(MODULES[module])
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     hidden = {
         id(node)
         for test in ast.walk(tree)
@@ -126,7 +141,7 @@ def imports(module: str) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, runs) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: relative import in line {node.lineno}"
+            assert node.level == 0, f"{path}: relative import in line {node.lineno}"
             base = node.module or ""
             for alias in node.names:  # ``from a import b`` may name a module or something in it
                 deeper = f"{base}.{alias.name}"
@@ -155,10 +170,25 @@ def test_every_room_is_known() -> None:
 
 
 def test_rooms_are_not_crowded() -> None:
-    files = [path for folder in (*FOLDERS.values(), ROOT / "examples") for path in folder.rglob("*.py")]
+    files = [
+        path
+        for folder in (*FOLDERS.values(), ROOT / "benchmarks", ROOT / "examples")
+        for path in folder.rglob("*.py")
+    ]
     crowd = Counter(path.parent for path in files if path.name != "__init__.py")
     assert {str(folder): count for folder, count in crowd.items() if count > 16} == {}
     assert crowd[ROOT / "aioengine"] <= 12
+
+
+def test_benchmarks_have_rooms_too() -> None:
+    files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    rooms = {path.parent.name for path in files if path.name != "__init__.py"}
+    assert rooms == set(BENCHMARKS), "a new folder of benchmarks needs its place in BENCHMARKS"
+    for path in files:
+        for name, _ in imports_of(path):
+            if name.startswith("benchmarks."):
+                there = name.split(".")[1]
+                assert there in {path.parent.name, *BENCHMARKS[path.parent.name]}, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -1,7 +1,7 @@
 """Compiles the kernels for a GPU that need not be there, and reads what each would take of it.
 
-For tests and ``benchmarks/gpu.py --compile``; serving does not need it. Uses the ptxas that comes with
-triton.
+For tests and ``python -m benchmarks.kernels.gpu --compile``; serving does not need it. Uses the ptxas that
+comes with triton.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the kernels' work is cut into blocks: measured figures from a file, else rules that always hold.
 
-``python benchmarks/gpu.py --tune FILE`` measures on the GPU at hand and writes the file; the environment
-variable AIOENGINE_TRITON_TABLE names it. Nothing is measured while serving.
+``python -m benchmarks.kernels.gpu --tune FILE`` measures on the GPU at hand and writes the file; the
+environment variable AIOENGINE_TRITON_TABLE names it. Nothing is measured while serving.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def default_expand(key: Key) -> ExpandConfig:
 
 @functools.cache
 def measured(path: str | None) -> dict[str, ShrinkConfig | ExpandConfig]:
-    """The configurations in a file that ``benchmarks/gpu.py --tune`` wrote; none without a path.
+    """The configurations in a file that ``benchmarks.kernels.gpu --tune`` wrote; none without a path.
 
     Raises ValueError, naming the file and the entry, if it cannot be used.
     """
@@ -124,7 +124,7 @@ def measured(path: str | None) -> dict[str, ShrinkConfig | ExpandConfig]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}, named by {ENV}, is no table of kernel configurations: {error!r}; unset the variable, "
-            f"or write the file with: python benchmarks/gpu.py --tune {path}"
+            f"or write the file with: python -m benchmarks.kernels.gpu --tune {path}"
         ) from error
 
 

@@ -67,10 +67,15 @@ def test_plain_torch_serves_a_gpu_without_triton() -> None:
 
 def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
     pytest.importorskip("triton")
-    script = OPS[0].parents[2] / "benchmarks" / "gpu.py"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, env=environment, timeout=120
+        [sys.executable, "-m", "benchmarks.kernels.gpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=OPS[0].parents[2],
+        env=environment,
+        timeout=120,
     )
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr

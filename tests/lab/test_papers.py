@@ -83,7 +83,7 @@ async def test_the_same_file_in_the_lab_and_live(
 
 @pytest.fixture(scope="module")
 def papers() -> Callable[..., Any]:
-    found = runpy.run_path(str(ROOT / "benchmarks" / "papers.py"))["main"]
+    found = runpy.run_path(str(ROOT / "benchmarks" / "policies" / "papers.py"))["main"]
     assert callable(found)
     return found
 

@@ -10,13 +10,17 @@ from aioengine.model.spec import LORA_MODULES, ModelSpec
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def write_random_adapter(folder: Path, spec: ModelSpec, rank: int, *, seed: int) -> Path:
-    """A small random A and B for all seven linears of every layer, in the checkpoint's dtype."""
+def write_random_adapter(
+    folder: Path, spec: ModelSpec, rank: int, *, seed: int, dtype: str | None = None
+) -> Path:
+    """Writes small random A and B matrices for all seven linears of every layer; returns ``folder``.
+
+    ``dtype`` is torch's name for the dtype of the file; None means the checkpoint's.
+    """
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    dtype = getattr(torch, spec.dtype)
     tensors = {}
     for layer in range(spec.num_layers):
         for module in LORA_MODULES:
@@ -25,7 +29,7 @@ def write_random_adapter(folder: Path, spec: ModelSpec, rank: int, *, seed: int)
             key = f"base_model.model.model.layers.{layer}.{block}.{module}"
             for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
                 noise = torch.randn(*size, generator=generator) * 0.02
-                tensors[f"{key}.lora_{name}.weight"] = noise.to(dtype)
+                tensors[f"{key}.lora_{name}.weight"] = noise.to(getattr(torch, dtype or spec.dtype))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,6 +1,6 @@
 """How fast adapters get into a slot, against a plain copy of as many bytes by one thread.
 
-    python benchmarks/slot_writes.py
+    python -m benchmarks.adapters.slot_writes
 
 Every write is timed beside its copy, and medians are compared. Nothing of the model is loaded: a write's
 cost depends on shapes alone.

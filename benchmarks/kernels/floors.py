@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 from rich.table import Table
-from steps import Steps
 
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.cpu.structs import PHASES
 from aioengine.model.spec import LORA_MODULES, ModelSpec
+from benchmarks.kernels.steps import Steps
 
 LANES = 16
 READ_BYTES = 512 * 2**20

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from workload import write_random_adapter
 
 from aioengine.adapters.store import AdapterStore
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import LORA_MODULES

@@ -1,8 +1,8 @@
 """What it costs when there are more adapters than slots, on a live engine under a steady load.
 
-    python benchmarks/swapping.py cliff     TTFT and throughput with 4 .. 64 adapters over 8 slots
-    python benchmarks/swapping.py gaps      token gaps: 64 adapters over 8 slots, and all 64 in slots
-    python benchmarks/swapping.py cold      token gaps while a 150 MB adapter is read from a cold disk
+    python -m benchmarks.engine.swapping cliff     TTFT and throughput with 4 .. 64 adapters over 8 slots
+    python -m benchmarks.engine.swapping gaps      token gaps: 64 adapters over 8 slots, and all 64 in slots
+    python -m benchmarks.engine.swapping cold      token gaps while a 150 MB adapter is read from a cold disk
 
 Requests (128 random prompt tokens, 32 output tokens) arrive by a Poisson process at 60% of the rate that
 the engine can take with as many adapters as slots, measured first. Adapters are random, of rank 16, on
@@ -19,12 +19,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from openloop import Arrival, Measured, median, percentile, poisson, replay, write_adapters
 from rich.console import Console
 from rich.table import Table
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
+from benchmarks.engine.openloop import Arrival, Measured, median, percentile, poisson, replay, write_adapters
 
 MODEL = "smollm2-135m"
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
@@ -116,13 +117,10 @@ async def gaps(args: argparse.Namespace, adapters: dict[str, Path]) -> Table:
 
 async def cold(args: argparse.Namespace, folder: Path) -> Table:
     """Eight streams of the base model, with and without big adapters being read under them."""
-    import torch
-    from workload import write_random_adapter
-
     spec = read_spec(resolve_model(MODEL))
     paths = []
     for i in range(args.rounds):
-        paths.append(write_random_adapter(folder / f"big-{i}", spec, 128, seed=i, dtype=torch.float32))
+        paths.append(write_random_adapter(folder / f"big-{i}", spec, 128, seed=i, dtype="float32"))
     megabytes = (paths[0] / "adapter_model.safetensors").stat().st_size / 1e6
     table = new_table(f"base-model streams while adapters of {megabytes:.0f} MB are read", ("reads",))
     config = configuration(1, 8, rank=128)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from workload import write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.events import Event, StepFinished
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model import native, runner
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.files.weights import SINGLE
@@ -126,7 +126,7 @@ def _config(model: str, quantization: str, running: int) -> EngineConfig:
 
 async def start_table(model: str, quantization: str) -> Table:
     """From nothing to the first token, in processes of their own."""
-    command = [sys.executable, __file__, model, quantization]
+    command = [sys.executable, "-m", "benchmarks.kernels.whole", model, quantization]
     runs: list[dict[str, float]] = []
     for _ in range(RUNS):
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)

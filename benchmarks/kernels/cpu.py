@@ -1,8 +1,8 @@
 """Where the time of a step goes, and how it grows: tables of medians, on the CPU.
 
-    python benchmarks/kernels.py                      # everything, some minutes
-    python benchmarks/kernels.py profile adapters     # these tables only
-    python benchmarks/kernels.py batch --quantization none int8
+    python -m benchmarks.kernels.cpu                      # everything, some minutes
+    python -m benchmarks.kernels.cpu profile adapters     # these tables only
+    python -m benchmarks.kernels.cpu batch --quantization none int8
 
 ``profile``   a decode step by phase, beside what the machine's memory and arithmetic allow
 ``adapters``  a decode step with 1 to 32 distinct adapters in the batch
@@ -24,12 +24,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from floors import measure_floors, profile_table
 from rich.console import Console
 from rich.table import Table
-from steps import Steps, median_seconds
-from whole import engine_table, start_table
-from workload import cpu_name
+
+from benchmarks.engine.workload import cpu_name
+from benchmarks.kernels.floors import measure_floors, profile_table
+from benchmarks.kernels.steps import Steps, median_seconds
+from benchmarks.kernels.whole import engine_table, start_table
 
 CONTEXT = 160
 

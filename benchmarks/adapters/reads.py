@@ -1,6 +1,6 @@
 """How fast adapters get from disk to the CPU cache, against safetensors' own `load_file` on the same files.
 
-    python benchmarks/adapter_reads.py [--adapters 64] [--rank 16] [--rounds 5]
+    python -m benchmarks.adapters.reads [--adapters 64] [--rank 16] [--rounds 5]
 
 Reading an adapter means all of it: the file's bytes, their SHA-256, the check for NaN, the scaling into B and
 the order of a slot. The files are in the page cache; each is read both ways in turn, and the medians of
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from workload import write_random_adapter
 
 from aioengine.adapters.store import AdapterStore
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import LORA_MODULES
 

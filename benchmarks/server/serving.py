@@ -3,7 +3,7 @@
 The client is aiperf (https://github.com/ai-dynamo/aiperf), in an environment of its own:
 
     python -m venv aiperf && aiperf/bin/pip install aiperf
-    python benchmarks/serving.py --client aiperf/bin/aiperf [--rounds 3]
+    python -m benchmarks.server.serving --client aiperf/bin/aiperf [--rounds 3]
 
 64 requests at once, 128 prompt tokens and 64 greedy output tokens each, streamed; request i uses adapter
 i % 8 of 8 random rank-16 adapters. Each round starts a server, then a process that embeds the engine. Prefix
@@ -39,9 +39,9 @@ from pathlib import Path
 
 import psutil
 from tokenizers import Tokenizer
-from workload import write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 
 START_SECONDS = 120

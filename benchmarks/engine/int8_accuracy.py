@@ -1,6 +1,6 @@
 """How much bfloat16 and int8 change what the model says, against float32, on English text.
 
-    python benchmarks/int8_accuracy.py
+    python -m benchmarks.engine.int8_accuracy
 
 Every prefix of passages of this repository's documentation, as far as 64 tokens, is given to the model in
 float32, in bfloat16 and in int8. Prints how often the most likely next token is the same, and the
@@ -32,7 +32,7 @@ VARIANTS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"))
 def passages(tokenizer: Tokenizer, count: int) -> list[list[int]]:
     """Paragraphs of the documentation that are long enough, cut to ``LENGTH`` tokens."""
     found = []
-    for file in sorted((Path(__file__).parents[1] / "docs").glob("*.md")):
+    for file in sorted((Path(__file__).parents[2] / "docs").glob("*.md")):
         for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
             if paragraph[:1].isalpha() and len(ids := tokenizer.encode(paragraph)) >= LENGTH:
                 found.append(ids[:LENGTH])

@@ -1,12 +1,11 @@
 """What a scheduling decision costs: view, policy and the core's validation, without a model.
 
-    python benchmarks/scheduling.py                       # all policies, 100 .. 100,000 waiting
-    python benchmarks/scheduling.py --policies fcfs vtc --waiting 10000
-    python benchmarks/scheduling.py --policies fcfs vtc drr --waiting 10000 --slots 256 --tenants 1000
+    python -m benchmarks.policies.scheduling               # all policies, 100 .. 100,000 waiting
+    python -m benchmarks.policies.scheduling --policies fcfs vtc --waiting 10000
+    python -m benchmarks.policies.scheduling --policies vtc drr --waiting 10000 --slots 256 --tenants 1000
 
 A core with 1,000 registered adapters, 8 slots, 20 tenants and 256 running requests, all in steady decode.
-Every step
-a few requests end, as many are admitted, and as many arrive, so that the queue keeps its length.
+Every step a few requests end, as many are admitted, and as many arrive, so that the queue keeps its length.
 Printed are medians over the steps, in microseconds: ``policy`` is the call of the policy alone,
 ``decide`` adds the view and the core's validation of the decision, and ``schedule`` the forming of the
 batch as well, which grows with the number of running requests and not with that of waiting ones.

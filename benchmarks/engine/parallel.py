@@ -1,8 +1,8 @@
 """Time and bytes of a step on one and two ranks, half and fully sharded; and by counting, on more.
 
-    python benchmarks/parallel.py                    # about a minute on two idle cores
-    python benchmarks/parallel.py --kernels torch    # plain torch, instead of the compiled step
-    python benchmarks/parallel.py --count            # only the counting
+    python -m benchmarks.engine.parallel                    # about a minute on two idle cores
+    python -m benchmarks.engine.parallel --kernels torch    # plain torch, instead of the compiled step
+    python -m benchmarks.engine.parallel --count            # only the counting
 
 A random model of eight layers in bfloat16; as many threads in all, whatever the number of ranks. Medians.
 The ranks are processes on this machine, over gloo. The two ways of sharding take turns, step by step, in the

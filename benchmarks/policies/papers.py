@@ -1,8 +1,8 @@
 """Claims of three papers, run again in simulation: what comes out is printed, and nothing is asserted.
 
-    python benchmarks/papers.py slora        # throughput from 5 to 1,000 adapters
-    python benchmarks/papers.py chameleon    # p99 time to first token at high load, against S-LoRA
-    python benchmarks/papers.py vtc          # difference of service between two backlogged clients
+    python -m benchmarks.policies.papers slora        # throughput from 5 to 1,000 adapters
+    python -m benchmarks.policies.papers chameleon    # p99 time to first token at high load, against S-LoRA
+    python -m benchmarks.policies.papers vtc          # difference of service between two backlogged clients
 
 ``--quick`` runs a small part of each, in seconds. Setups and results: docs/lab-papers.md.
 """

@@ -1,10 +1,10 @@
 """The Triton kernels on a GPU: checked, timed, compared with plain torch; and tuned. Whole decode steps, too.
 
-    python benchmarks/gpu.py                        check every operation, then time it
-    python benchmarks/gpu.py --ranks 16 64 --adapters 1 8 32 --tokens 32 2048
-    python benchmarks/gpu.py --tune table.json      find block sizes for this GPU; serve with them by
+    python -m benchmarks.kernels.gpu                        check every operation, then time it
+    python -m benchmarks.kernels.gpu --ranks 16 64 --adapters 1 8 32 --tokens 32 2048
+    python -m benchmarks.kernels.gpu --tune table.json      find block sizes for this GPU; serve with them by
                                                     AIOENGINE_TRITON_TABLE=table.json
-    python benchmarks/gpu.py --compile 80 90        registers and shared memory; needs no GPU
+    python -m benchmarks.kernels.gpu --compile 80 90        registers and shared memory; needs no GPU
 
 Times are medians with a cold L2 cache, as in serving, where a layer's matrices were last read a step ago.
 Exits with 1 if a check fails and with 2 if there is no GPU.
@@ -25,7 +25,6 @@ from typing import NamedTuple, TypeVar
 import torch
 import triton
 import triton.testing
-from gpu_steps import check_layer, check_steps, layer_table, step_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -42,6 +41,7 @@ from aioengine.kernels.triton.table import (
     default_expand,
     default_shrink,
 )
+from benchmarks.kernels.gpu_steps import check_layer, check_steps, layer_table, step_table
 
 LINEARS = {
     "qkv": (4096, (4096, 1024, 1024)),

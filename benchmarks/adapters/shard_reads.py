@@ -1,6 +1,6 @@
 """What each rank reads of an adapter's file, and how long that takes, by the number of ranks and the mode.
 
-    python benchmarks/shard_reads.py [--rank 16] [--rounds 5]
+    python -m benchmarks.adapters.shard_reads [--rank 16] [--rounds 5]
 
 A random adapter on all seven linears of Llama-3.1-8B, in bfloat16; no model is needed. Bytes are what the
 reading thread was given by the system (Linux counts them). The ranks read one after the other, from the page
@@ -17,13 +17,13 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from parallel import LLAMA_8B
-from workload import write_random_adapter
 
 from aioengine.adapters.peft.digest import content_digest
 from aioengine.adapters.store import AdapterStore
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.parallel.group import Shard
 from aioengine.model.spec import LORA_MODULES
+from benchmarks.engine.parallel import LLAMA_8B
 
 
 def no_weights(layer: int, module: str) -> tuple[torch.Tensor, None]:

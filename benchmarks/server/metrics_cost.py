@@ -3,7 +3,7 @@
 "In the step" is what the step loop waits for; "beside it" is done on the event loop while the model
 computes.
 
-    python benchmarks/metrics_cost.py [--adapters 1000] [--running 256] [--slots 32] [--labels 100]
+    python -m benchmarks.server.metrics_cost [--adapters 1000] [--running 256] [--slots 32] [--labels 100]
 
 Prints the best and the median of many repetitions; asserts nothing.
 """

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from workload import write_random_adapter
-
 from aioengine import AsyncEngine, SamplingParams
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.spec import ModelSpec
 
 TICK = 0.005

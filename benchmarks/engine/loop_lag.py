@@ -1,6 +1,6 @@
 """How late the event loop is while the engine generates on the CPU: a 10 ms ticker beside a busy batch.
 
-    python benchmarks/loop_lag.py
+    python -m benchmarks.engine.loop_lag
 
 32 requests at once over 8 random rank-16 adapters in 4 slots, so that adapters are read and swapped all
 the time. Printed is by how much the ticks come too late, and the same for a loop with nothing to do.
@@ -16,10 +16,11 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 from rich.table import Table
-from workload import run_once, write_random_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
+from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
+from benchmarks.engine.workload import run_once
 
 TICK = 0.01
 

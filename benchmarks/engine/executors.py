@@ -1,9 +1,9 @@
 """The executors side by side: throughput, and how late the application's event loop is.
 
-    python benchmarks/executors.py                 # some three minutes on two idle cores
-    python benchmarks/executors.py --repeats 1     # one
+    python -m benchmarks.engine.executors                 # some three minutes on two idle cores
+    python -m benchmarks.engine.executors --repeats 1     # one
 
-The workload is that of benchmarks/workload.py: 32 requests at once, 128 random prompt tokens each, 64
+The workload is that of benchmarks/engine/workload.py: 32 requests at once, 128 random prompt tokens each, 64
 greedy output tokens. A coroutine on the application's loop asks to be woken every 5 ms and notes how late it
 is; then the same again while the application computes in pure Python in a thread, and holds the interpreter
 lock for it. The variants take turns; medians over the repeats are printed, of the lateness its median and
@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from workload import run_once
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.model.files.resolve import read_spec, resolve_model
+from benchmarks.engine.workload import run_once
 
 PERIOD = 0.005
 APPLICATION = {False: "idle", True: "burns the GIL"}

@@ -4,8 +4,8 @@ A bystander streams 100 tokens at a time, back to back; meanwhile one request co
 random tokens. Printed are the gaps between two tokens of the bystander before that and beside it, its
 time to the first token of a new stream beside it, and what the prompt took.
 
-    python benchmarks/long_prompt.py
-    python benchmarks/long_prompt.py --targets 0.1 0.2 3600 --prompt-tokens 4000
+    python -m benchmarks.engine.long_prompt
+    python -m benchmarks.engine.long_prompt --targets 0.1 0.2 3600 --prompt-tokens 4000
 
 Targets take turns, so that a drift of the machine's speed falls on all of them.
 """

@@ -1,0 +1,180 @@
+"""Attacks by what a request says or how it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from typing import Any
+
+from support import hostile_grammars as hostile
+
+from benchmarks.attacks.target import MODEL, Target, filled, key, statuses
+
+START = f'{{"model": "{MODEL}", "max_tokens": 2, "prompt": '
+
+
+async def guided(target: Target, *outputs: dict[str, Any], **fields: Any) -> str:
+    asks = [target.ask(structured_outputs=wanted, **fields) for wanted in outputs]
+    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+
+async def deep_schema(target: Target) -> str:
+    return await guided(target, {"json": json.loads(hostile.property_chain(1_000))})
+
+
+async def deep_rules(target: Target) -> str:
+    return await guided(target, {"grammar": hostile.rule_chain(3_000)})
+
+
+async def slow_compiles(target: Target) -> str:
+    """Eight whose clients leave after a second; then others ask for what shared a pool with them."""
+    schemas = [{"json": json.loads(hostile.multiples(7919 + 2 * i, 7907))} for i in range(8)]
+    leaving = [asyncio.create_task(guided(target, schema)) for schema in schemas]
+    await asyncio.wait(leaving, timeout=1)
+    for task in leaving:
+        task.cancel()
+    messages = [{"role": "user", "content": "Hi"}]
+    others = [
+        target.http.get("/metrics"),
+        target.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2}),
+        target.ask(structured_outputs={"regex": "[0-9]{3}"}),
+        target.ask(prompt="word " * 1000),
+    ]
+    began = time.monotonic()
+    answers = await asyncio.gather(*others)
+    return f"others: {statuses(answers)} in {time.monotonic() - began:.1f} s"
+
+
+async def many_properties(target: Target) -> str:
+    return await guided(target, {"json": json.loads(hostile.properties(9_000))})
+
+
+async def ambiguous(target: Target) -> str:
+    return await guided(target, {"grammar": hostile.AMBIGUOUS}, max_tokens=300)
+
+
+async def twenty_ambiguous(target: Target) -> str:
+    rule = 'start: e\ne: e e | e e e | e e e e | /[a-z]/ | /[a-z ]/ | /[^\\n]/ | "{}"'
+    grammars = [{"grammar": rule.replace("{}", "x" * i)} for i in range(1, 21)]
+    return await guided(target, *grammars, max_tokens=100)
+
+
+async def long_text(target: Target) -> str:
+    return statuses([await target.ask(prompt="a " * 3_500_000)])
+
+
+async def many_messages(target: Target) -> str:
+    messages = [{"role": "user", "content": ""}] * 270_000
+    return statuses([await target.post("/v1/chat/completions", {"messages": messages})])
+
+
+async def detokenize(target: Target) -> str:
+    return statuses([await target.post("/detokenize", {"tokens": [65] * 2_000_000})])
+
+
+async def nested_metadata(target: Target) -> str:
+    body = filled(START + '"x", "metadata": [', "[]", "]}")
+    return statuses([await target.post("/v1/completions", body)])
+
+
+async def nested_schema(target: Target) -> str:
+    start = (
+        START
+        + '"x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": ['
+    )
+    return statuses([await target.post("/v1/completions", filled(start, "[]", "]}}}}"))])
+
+
+async def many_ids(target: Target) -> str:
+    return statuses([await target.post("/v1/completions", filled(START + "[", "1", "]}"))])
+
+
+async def ignored_fields(target: Target) -> str:
+    start = START.replace("2,", "150,") + '"x", "ignore_eos": true, "stream": true, "metadata": ['
+    body = filled(start, "{}", "]}", 3_000_000)
+    return statuses(await asyncio.gather(*(target.post("/v1/completions", body) for _ in range(10))))
+
+
+async def pipelined(target: Target) -> str:
+    async def flood() -> None:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        with contextlib.suppress(OSError):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 13_900)
+            while await reader.read(2**18):
+                pass
+
+    floods = [asyncio.create_task(flood()) for _ in range(30)]
+    await asyncio.sleep(1)
+    began = time.monotonic()
+    status = statuses([await target.http.get("/health")])
+    took = time.monotonic() - began
+    await asyncio.wait(floods, timeout=3)
+    for task in floods:
+        task.cancel()
+    return f"/health {status} in {took:.2f} s"
+
+
+async def bodies_in_flight(target: Target) -> str:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+    async def stop_short() -> str:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            async with asyncio.timeout(8):
+                writer.write(head + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
+                await writer.drain()
+                return (await reader.readuntil(b"\r\n"))[9:12].decode()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+            return "held" if isinstance(error, TimeoutError) else "closed"
+        finally:
+            writer.transport.abort()
+
+    seen = await asyncio.gather(*(stop_short() for _ in range(150)))
+    return ", ".join(f"{word} ({seen.count(word)}x)" for word in sorted(set(seen)))
+
+
+async def long_prompt(target: Target) -> str:
+    ids = random.Random(0).choices(range(100, 40_000), k=8_000)
+    return statuses([await target.ask(prompt=ids, max_tokens=1)])
+
+
+async def tenant_flood(target: Target) -> str:
+    """1,500 requests of tenant a; who streams is tenant b."""
+    body = {"max_tokens": 200, "ignore_eos": True}
+    asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
+    flood = [asyncio.create_task(ask) for ask in asks]
+    await asyncio.sleep(6)
+    began = time.monotonic()
+    answer = await target.post("/v1/completions", body | {"prompt": "b", "max_tokens": 2}, headers=key("b"))
+    took = time.monotonic() - began
+    done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
+    for task in flood:
+        task.cancel()
+    await asyncio.wait(flood)
+    return f"a: 429 ({done.count(429)}x); b: {answer.status_code} in {took:.1f} s"
+
+
+async def cache_guesses(target: Target) -> str:
+    text = "The password of the database on the third floor of the tower is 'tortoise', said the man. " * 3
+    found = 0
+    for who in ("b", "a"):
+        answer = await target.post("/v1/completions", {"prompt": text, "max_tokens": 1}, headers=key(who))
+        found = answer.json()["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return f"cached_tokens {found}"
+
+
+async def paths_of_models(target: Target) -> str:
+    text = (await target.http.get("/v1/models")).text
+    return "absolute paths" if str(target.root) in text or '"root":"/' in text else "names"
+
+
+async def wrong_keys(target: Target) -> str:
+    before = len(target.served.lines)
+    asks = (target.http.get("/v1/models", headers=key("wrong")) for _ in range(2_000))
+    answers = await asyncio.gather(*asks, return_exceptions=True)
+    await asyncio.sleep(0.5)
+    lines = sum("401" in str(line) or "key" in str(line) for line in target.served.lines[before:])
+    return f"{statuses(answers)}; {lines} lines in the log"

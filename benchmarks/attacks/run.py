@@ -1,0 +1,169 @@
+"""What a request, or an adapter's folder, that is meant to do harm does to a client that streams beside it.
+
+A real server is started (SmolLM2-135M) and attacked; a bystander streams greedy completions of one prompt all
+the while. Printed is a Markdown table: the bystander's largest and 99th percentile gap between two events,
+what the attacker was answered, and how much memory the server and its children took; "before" are the
+values at commit e05b9fa, before any of this was looked after.
+
+    make attack
+    make attack ARGS="--only grammar prompt"
+
+The exit status is 1 if the bystander waited for more than a second, or got another text; or if the server
+took more memory than the attack is allowed, or ended. Needs tests/ on the path, for the bystander.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import math
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import psutil
+from support.bystander import bystander, memory
+
+from benchmarks.attacks import folders, requests
+from benchmarks.attacks.target import MODEL, Target, attacked
+
+LARGEST_GAP = 1.0
+"""Seconds."""
+AFTERWARDS = 1.0
+"""Seconds that are looked at after the attack."""
+
+
+class Attack(NamedTuple):
+    name: str
+    run: Callable[[Target], Awaitable[str]]
+    before: str
+    memory: int = 400
+    """MiB that it may take."""
+    keys: bool = False
+    """Whether the server has keys, of tenants a and b."""
+
+
+ATTACKS = [
+    Attack("A1 JSON schema of 1,000 levels (75 KB)", requests.deep_schema, "process ends with SIGSEGV"),
+    Attack("A1 Lark grammar, 3,000 rules deep (37 KB)", requests.deep_rules, "process ends with SIGSEGV"),
+    Attack(
+        "A1 8 automaton products, then chat, /metrics, ...",
+        requests.slow_compiles,
+        "no answers for minutes, +3.9 GB",
+        memory=1100,
+    ),
+    Attack("A1 JSON schema of 9,000 properties", requests.many_properties, "compiles for 11.5 s"),
+    Attack("A2 one ambiguous grammar", requests.ambiguous, "595 ms, p99 474 ms"),
+    Attack("A2 twenty worse ones", requests.twenty_ambiguous, "1,485 ms, p99 640 ms", memory=1100),
+    Attack("A3 prompt of 7 MB", requests.long_text, "16,276 ms"),
+    Attack("A3 chat of 270,000 messages", requests.many_messages, "12,786 ms"),
+    Attack("A3 /detokenize of 2 M ids", requests.detokenize, "900 ms"),
+    Attack("A4 `metadata` of 2.6 M lists", requests.nested_metadata, "3,337 ms"),
+    Attack("A4 the same as a schema", requests.nested_schema, "4,205 ms"),
+    Attack("A4 prompt of 4 M ids", requests.many_ids, "870 ms"),
+    Attack("A4 10 streams with 1 M ignored objects each", requests.ignored_fields, "+596 MB", memory=200),
+    Attack("A5 30 x 13,900 pipelined requests", requests.pipelined, "5,501 ms; /health in 20.6 s"),
+    Attack("A6 150 bodies that stop short of 8 MB", requests.bodies_in_flight, "+1,082 MB"),
+    Attack(
+        "A7 1,500 requests of another tenant",
+        requests.tenant_flood,
+        "429 at once for b, each time",
+        keys=True,
+    ),
+    Attack("A8 prompt of 8,000 tokens", requests.long_prompt, "4,900 ms"),
+    Attack("A9 what has another tenant sent?", requests.cache_guesses, "cached_tokens 32", keys=True),
+    Attack("A10 where are the adapters?", requests.paths_of_models, "absolute paths"),
+    Attack("A10 2,000 wrong keys", requests.wrong_keys, "401 and a log line each", keys=True),
+    Attack("B11 backtracking pattern in a config", folders.patterns, "for ever"),
+    Attack("B12 tensor of 40,000 dimensions (0.8 MB)", folders.many_dimensions, "5,596 ms"),
+    Attack("B13 `.bin` of 2 MB with 2 GB of zeros", folders.zip_bomb, "8,567 ms, +2 GB"),
+    Attack("B13 sparse `.bin` of 2 GB", folders.sparse_pickle, "1,795 ms, +4.1 GB"),
+    Attack("B14 8 GB behind a known header", folders.longer_than_its_header, "200 after 23.6 s, +8.2 GB"),
+    Attack("B14 half of a file with a known header", folders.half_a_file, '503 "unexpected RuntimeError"'),
+    Attack("B15 config of 4 MB", folders.large_config, "1,618 ms"),
+    Attack("B16 tensor of 2,000,001 dimensions", folders.many_empty_dimensions, "400, 6,000,299 bytes"),
+    Attack("B17 file swapped with a pipe", folders.pipe, "no answer"),
+]
+
+
+class Peak:
+    """The most that the server and its children held, beyond what they did before."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # begin VmHWM afresh
+        self._begin = memory(pid) + self._children()
+        self._most = 0
+
+    def _children(self) -> int:
+        total = 0
+        for child in psutil.Process(self._pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                total += child.memory_full_info().uss
+        return total
+
+    async def watch(self) -> None:
+        while True:
+            await asyncio.sleep(0.25)
+            self._most = max(self._most, memory(self._pid) + self._children())
+
+    def grown(self) -> int:
+        return max(self._most, memory(self._pid, "VmHWM") + self._children(), self._begin) - self._begin
+
+
+async def row(attack: Attack, target: Target) -> tuple[str, str]:
+    """Its row of the table, and what is wrong with it."""
+    peak = Peak(target.served.process.pid)
+    watching = asyncio.create_task(peak.watch())
+    wrong = ""
+    try:
+        async with bystander(target.served.url, model=MODEL, key="key-of-b", max_tokens=40) as seen:
+            try:
+                async with asyncio.timeout(60):
+                    answer = await attack.run(target)
+                await asyncio.sleep(AFTERWARDS)
+            except (httpx.HTTPError, OSError, TimeoutError) as error:
+                answer = wrong = f"no answer: {error!r}"
+        seen.check(LARGEST_GAP)
+    except (AssertionError, OSError, ValueError) as error:
+        wrong = str(error)
+    watching.cancel()
+    gaps = sorted(seen.gaps) or [math.nan]
+    grown = peak.grown() / 2**20
+    if grown > attack.memory:
+        wrong = f"took {grown:.0f} MiB"
+    cells = f"{gaps[-1] * 1e3:,.0f}", f"{gaps[len(gaps) * 99 // 100] * 1e3:,.0f}", answer, f"{grown:,.0f}"
+    return f"| {attack.name} | {attack.before} | {' | '.join(cells)} |", wrong
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[""], help="attacks with one of these words in the name")
+    only = parser.parse_args().only
+    wanted = [a for a in ATTACKS if any(word.lower() in a.name.lower() for word in only)]
+    print("| attack | before | largest gap, ms | p99, ms | answer | memory, MiB |\n|---|---|---|---|---|---|")
+    failures = []
+    for keys in (False, True):
+        flags = ("--api-key", "a:key-of-a", "--api-key", "b:key-of-b") if keys else ()
+        attacks = [attack for attack in wanted if attack.keys is keys]
+        if not attacks:
+            continue
+        async with attacked(*flags) as found:
+            await found.ask(structured_outputs={"regex": "warm"})
+            for attack in attacks:
+                line, wrong = await row(attack, found)
+                print(line, flush=True)
+                if wrong:
+                    failures.append(f"{attack.name}: {wrong}")
+                if found.served.process.returncode is not None:
+                    failures.append(f"{attack.name}: the server ended")
+                    break
+    print(*failures, sep="\n", file=sys.stderr)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

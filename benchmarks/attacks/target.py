@@ -1,0 +1,89 @@
+"""A real server under attack, and what attackers do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from support.server_process import Serving, serving
+
+MODEL = "smollm2-135m"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "adapters" / "sql"
+FLAGS = {
+    "--max-model-len": "8192",
+    "--kv-cache-memory": "1GiB",
+    "--max-body-bytes": "8388608",  # so that bodies of all sizes get past that bound
+    "--max-loras": "4",
+    "--max-lora-rank": "64",
+    "--dtype": "auto",
+}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TYPE = {"content-type": "application/json"}
+
+
+def key(who: str) -> dict[str, str]:
+    return {"authorization": f"Bearer key-of-{who}", **TYPE}
+
+
+class Target:
+    """A server under attack."""
+
+    def __init__(self, served: Serving, root: Path, http: httpx.AsyncClient) -> None:
+        self.served = served
+        self.root = root
+        """Its adapters' folders."""
+        self.http = http
+
+    async def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps({"model": MODEL, **body})
+        return await self.http.post(path, content=content, **options)
+
+    async def ask(self, **fields: Any) -> httpx.Response:
+        return await self.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, **fields})
+
+    async def load(self, name: str) -> str:
+        """Uses the adapter of that folder; returns the status."""
+        answer = await self.ask(model=name)
+        return f"{answer.status_code}, {len(answer.content):,} bytes"
+
+    def adapter(self, name: str, **config: Any) -> Path:
+        folder = Path(shutil.copytree(EXAMPLE, self.root / name))
+        settings = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(settings | config))
+        return folder
+
+
+@contextlib.asynccontextmanager
+async def attacked(*flags: str) -> AsyncIterator[Target]:
+    """Serves the model with ``flags`` added, and a folder for adapters."""
+    words = [word for pair in FLAGS.items() for word in pair]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        async with (
+            serving(MODEL, *words, "--adapter-root", folder, *flags) as served,
+            httpx.AsyncClient(
+                base_url=served.url,
+                headers=key("a"),
+                timeout=60,
+                trust_env=False,
+                limits=httpx.Limits(max_connections=None),
+            ) as http,
+        ):
+            yield Target(served, root, http)
+
+
+def filled(before: str, part: str, after: str, size: int = 8_000_000) -> bytes:
+    """JSON: many ``part``, with commas between, so that they make ``size`` bytes."""
+    return f"{before}{','.join([part] * (size // (len(part) + 1)))}{after}".encode()
+
+
+def statuses(answers: list[Any]) -> str:
+    """Statuses, and how often each."""
+    seen = [a.status_code if isinstance(a, httpx.Response) else type(a).__name__ for a in answers]
+    return ", ".join(f"{s} ({seen.count(s)}x)" if len(seen) > 1 else str(s) for s in dict.fromkeys(seen))
