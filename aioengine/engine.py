@@ -21,7 +21,6 @@ from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import Built, build, build_with_workers, choose_policy, core_limits
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
-from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.stats import Counters, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
@@ -274,7 +273,7 @@ class AsyncEngine:
                 if new.finished:
                     return
         finally:
-            self._abandon(stream)
+            self._stepper.abort(stream.request)
 
     async def complete(
         self,
@@ -308,11 +307,6 @@ class AsyncEngine:
         try:
             return await stream.last()
         finally:
-            self._abandon(stream)
-
-    def _abandon(self, stream: OutputStream) -> None:
-        """Its reader is gone: if the request has not ended, it does now."""
-        if self._core.requests.get(stream.request.id) is stream.request:
             self._stepper.abort(stream.request)
 
     async def abort(self, request_id: str) -> bool:

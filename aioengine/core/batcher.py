@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork
 
-_slot_of = attrgetter("slot")
+_Part = tuple[Request, SequenceWork]
 _remaining = attrgetter("remaining")
 
 
@@ -54,20 +54,20 @@ class Batcher:
 
     def form(
         self,
-        admit: Sequence[str],
-        requests: Mapping[str, Request],
+        admit: Sequence[Request],
         now: float,
         slot_ranks: Sequence[int] = (),
-    ) -> list[SequenceWork]:
+    ) -> tuple[list[Request], list[SequenceWork]]:
         """A token for each running request that decodes, then chunks of prompts: of running requests, and of
-        those of ``admit`` in the policy's order; sorted by slot.
+        those of ``admit`` in the policy's order; sorted by slot. Returns the requests and, in the same order,
+        what is computed of each.
 
         Without a pacer the running ones' chunks come first, in order of admission. With one, half is the
         oldest's, so that it gets on whatever comes; the rest goes to whoever has least left, so that a short
         prompt does not wait for long ones. The oldest, the shortest and the first newcomer get a chunk,
         however little time there is.
         """
-        work: list[SequenceWork] = []
+        work: list[_Part] = []
         preemptions = self.preemptions
         decodes: list[Request] = []
         prefills: deque[Request] = deque()
@@ -77,20 +77,20 @@ class Batcher:
         for request in decodes:
             # One of them may have been preempted by one before it.
             if request.status is Status.RUNNING and self._has_blocks(request, 1, now):
-                work.append(_work(request, 1))
+                work.append((request, _work(request, 1)))
                 room -= 1
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
         oldest = None
         if self.pacer is not None:
-            allowance = self.pacer.allowance(StepWork.of(work, slot_ranks), room)
+            allowance = self.pacer.allowance(StepWork.of((part for _, part in work), slot_ranks), room)
             if prefills:
                 oldest = prefills.popleft()
                 allowance.hold(oldest)
                 prefills = deque(sorted(prefills, key=_remaining))
         shortest, newcomer = GRAIN, GRAIN
-        for request in self._admissible(admit, requests):
+        for request in self._admissible(admit):
             while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
                 self._compute(prefills.popleft(), allowance, shortest, work, now)
                 shortest = 0
@@ -106,40 +106,36 @@ class Batcher:
             allowance.give_back()
             self._compute(oldest, allowance, GRAIN, work, now)
         if self.preemptions > preemptions:  # one in ``work`` may have lost its blocks to a later one
-            work = [w for w in work if requests[w.request_id].status is Status.RUNNING]
+            work = [part for part in work if part[0].status is Status.RUNNING]
         work.sort(key=_slot_of)
-        return work
+        return [request for request, _ in work], [part for _, part in work]
 
     def _compute(
-        self, request: Request, allowance: Allowance, at_least: int, work: list[SequenceWork], now: float
+        self, request: Request, allowance: Allowance, at_least: int, work: list[_Part], now: float
     ) -> None:
         """A chunk of its prompt, if there is one for it."""
         if request.status is Status.RUNNING:
             tokens = allowance.take(request, at_least)
             if tokens > 0 and self._has_blocks(request, tokens, now):
-                work.append(_work(request, tokens))
+                work.append((request, _work(request, tokens)))
 
     def _has_blocks(self, request: Request, tokens: int, now: float) -> bool:
         """Whether there are blocks for so many tokens more, or can be."""
         until = request.computed + tokens
         return until <= len(request.blocks) * self.blocks.block_size or self._grow(request, until, now)
 
-    def _admissible(self, admit: Sequence[str], requests: Mapping[str, Request]) -> Iterator[Request]:
+    def _admissible(self, admit: Sequence[Request]) -> Iterator[Request]:
         """Those that the policy may admit now; the others are refused."""
-        for request_id in admit:
-            request = requests.get(request_id)
-            if request is None:
-                self._refuse("admit_unknown_request", request_id)
-                continue
+        for request in admit:
             if request.status is not Status.WAITING:
-                self._refuse("admit_not_waiting", request_id)
+                self._refuse("admit_not_waiting", request.id)
                 continue
             entry = request.adapter
             if entry is not None and entry.location is not Location.SLOT:
-                self._refuse("admit_adapter_not_ready", request_id)
+                self._refuse("admit_adapter_not_ready", request.id)
                 continue
             if len(self.running) >= self.max_num_seqs:
-                self._refuse("admit_over_max_num_seqs", request_id)
+                self._refuse("admit_over_max_num_seqs", request.id)
                 continue
             yield request
 
@@ -237,6 +233,10 @@ class Batcher:
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.running -= 1
+
+
+def _slot_of(part: _Part) -> int:
+    return part[1].slot
 
 
 def _work(request: Request, tokens: int) -> SequenceWork:

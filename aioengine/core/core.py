@@ -8,6 +8,7 @@ run and adapter moves to start. The policy proposes, the core disposes: every in
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import isnan
 from typing import NamedTuple
@@ -73,9 +74,6 @@ class Step(NamedTuple):
     moves: Sequence[Move]
 
 
-Deliver = Callable[[Request, Sampled, bool], bool]
-
-
 class Core:
     """All methods are synchronous and must be called from one thread.
 
@@ -130,7 +128,10 @@ class Core:
         self._guard = PolicyGuard(
             policy,
             FCFS(),
-            self._emit,
+            requests=self.requests,
+            adapters=self.by_policy_name,
+            emit=self._emit,
+            refuse=self._refuse,
             timer=timer,
             budget=limits.policy_time_budget,
             max_overruns=limits.policy_max_overruns,
@@ -252,6 +253,9 @@ class Core:
             del self._deadlines[request.deadline, request.seq]
         self._tell("request_finished", now, request=request)
         del self.requests[request.id]
+        sink, request.sink = request.sink, None
+        if sink is not None:
+            sink.end(reason, error)
         self._emit(
             events.RequestEnded(
                 time=now,
@@ -338,10 +342,12 @@ class Core:
         self.placing.place_pinned(now)
         self._view.advance(now, self.step)
         decision = self._guard.decide(self._view)
-        for request_id in decision.preempt:
-            self._apply_preempt(request_id)
-        asked = (self.requests.get(request_id) for request_id in decision.admit)
-        admitting = {r.adapter.uid for r in asked if r is not None and r.adapter is not None}
+        for request in decision.preempt:
+            if request.status is Status.RUNNING:
+                self.batcher.preempt(request, now)
+            else:
+                self._refuse("preempt_not_running", request.id)
+        admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         for reason, item in self.placing.apply(decision, now, admitting):
             self._refuse(reason, item)
         batch = self._form_batch(decision.admit)
@@ -381,48 +387,36 @@ class Core:
             late += f"{request.output_tokens} of {request.params.max_tokens} tokens generated"
             self.end(request, "error", now, DeadlineExceeded(late))
 
-    def _apply_preempt(self, request_id: str) -> None:
-        request = self.requests.get(request_id)
-        if request is None or request.status is not Status.RUNNING:
-            self._refuse("preempt_not_running", request_id)
-        else:
-            self.batcher.preempt(request, self.now)
-
     # The batch
 
-    def _form_batch(self, admit: Sequence[str]) -> StepBatch | None:
+    def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
         if self.placing.any_closed:
-            admit = [request_id for request_id in admit if not self._is_closed(request_id)]
+            admit = [request for request in admit if not self.placing.is_closed(request.adapter)]
         ranks = self.slots.ranks()
-        work = self.batcher.form(admit, self.requests, self.now, ranks)
+        self._in_flight, work = self.batcher.form(admit, self.now, ranks)
         if not work:
             return None
         self.step += 1
-        requests = self.requests
-        self._in_flight = [requests[w.request_id] for w in work]
         used = {w.slot for w in work}
         for slot in self.slots.slots:
             if slot.index in used and slot.entry is not None:
                 slot.last_used = slot.entry.last_used = self.now
         return StepBatch(self.step, work, ranks)
 
-    def _is_closed(self, request_id: str) -> bool:
-        request = self.requests.get(request_id)
-        return request is not None and self.placing.is_closed(request.adapter)
-
     def step_finished(
-        self, batch: StepBatch, result: StepResult, now: float, deliver: Deliver | None = None
-    ) -> None:
-        """Take in a step's tokens, and end the requests that are done.
+        self, batch: StepBatch, result: StepResult, now: float
+    ) -> tuple[events.TokenInterval, ...]:
+        """Pass a step's tokens on to the requests' sinks, and end the requests that are done.
 
-        ``deliver(request, sampled, is_stop)`` is called for each new token; if it returns True, the
-        output's text has reached a stop string and the request ends there.
+        Returns the times between these tokens and the ones before.
         """
         self.learn(batch, result.seconds)
         requests, self._in_flight = self._in_flight, []
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
+        before: list[tuple[AdapterEntry | None, float]] = []
+        """For each token that is not a request's first: the adapter, and when the one before came."""
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not Status.RUNNING:
@@ -448,6 +442,7 @@ class Core:
             request.tokens.append(sampled.token)
             last, request.last_token = request.last_token, now
             if last is not None:
+                before.append((request.adapter, last))
                 if request.worst_gap is None or now - last > request.worst_gap:
                     request.worst_gap = now - last
             else:
@@ -461,10 +456,15 @@ class Core:
                     )
                 )
             finish = self.finish_reason(request, sampled.token)
-            if deliver is not None and deliver(request, sampled, finish == "stop"):
+            sink = request.sink
+            if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
                 finish = "stop"
             if finish is not None:
                 self.end(request, finish, now)
+        return tuple(
+            events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
+            for (entry, last), tokens in Counter(before).items()
+        )
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Take in what a step has taken; ``step_finished`` does it too."""

@@ -1,15 +1,16 @@
 """Asking the policy, and not trusting the answer.
 
-Here only the answer's form and the time it took are checked; whether each item is allowed is for the
-core to say when it applies it.
+Here the answer's form and the time it took are checked, and its names are looked up, once. Whether each item
+is allowed is for the core to say when it applies it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from aioengine import events
+from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
 
 MAX_ITEMS = 4096
@@ -18,20 +19,36 @@ FORGIVEN_AFTER = 1000
 """Decisions in time, one after the other, that make earlier overruns forgotten."""
 
 
+T = TypeVar("T")
+
+
+class Resolved(NamedTuple):
+    """A decision about the core's own records; what it names and nobody knows has been refused."""
+
+    admit: list[Request]
+    place: list[tuple[AdapterEntry, Place]]
+    prefetch: list[AdapterEntry]
+    preempt: list[Request]
+
+
 class PolicyGuard:
     """Stands between the core and a policy.
 
     A policy that raises or returns something else than a Decision is passed over for that step, and
     ``safe`` decides. One that takes longer than ``budget`` seconds ``max_overruns`` times is passed
     over for good. ``timer`` measures; without one there is no budget (the core itself has no clock).
+    ``requests`` are those that have not ended, by id; ``adapters`` those that the policy knows, by name.
     """
 
     def __init__(
         self,
         policy: SchedulerPolicy,
         safe: SchedulerPolicy,
-        emit: Callable[[events.Event], None],
         *,
+        requests: Mapping[str, Request],
+        adapters: Mapping[str, AdapterEntry],
+        emit: Callable[[events.Event], None],
+        refuse: Callable[[str, str], None],
         timer: Callable[[], float] | None,
         budget: float,
         max_overruns: int,
@@ -41,14 +58,17 @@ class PolicyGuard:
         self.seconds = 0.0
         """What the last decision took, with what was asked in the course of it."""
         self._safe = safe
+        self._requests = requests
+        self._adapters = adapters
         self._emit = emit
+        self._refuse = refuse
         self._timer = timer
         self._budget = budget
         self._max_overruns = max_overruns
         self._overruns = 0
         self._in_time = 0
 
-    def decide(self, view: SchedulerView) -> Decision:
+    def decide(self, view: SchedulerView) -> Resolved:
         self.seconds = 0.0
         start = self._timer() if self._timer is not None else 0.0
         try:
@@ -61,7 +81,33 @@ class PolicyGuard:
             decision = self._safe.schedule(view)
         if self._timer is not None:
             self._measure(view.now, self._timer() - start)
-        return decision
+        return self._resolve(decision)
+
+    def _resolve(self, decision: Decision) -> Resolved:
+        place: list[tuple[AdapterEntry, Place]] = []
+        for item in decision.place:
+            entry = self._adapters.get(item.adapter)
+            if entry is None:
+                self._refuse("place_unknown_adapter", str(item))
+            else:
+                place.append((entry, item))
+        return Resolved(
+            self._known(decision.admit, self._requests, "admit_unknown_request"),
+            place,
+            self._known(decision.prefetch, self._adapters, "prefetch_unknown_adapter"),
+            self._known(decision.preempt, self._requests, "preempt_not_running"),
+        )
+
+    def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
+        """What the names stand for; those that stand for nothing are refused."""
+        found: list[T] = []
+        for name in names:
+            item = known.get(name)
+            if item is None:
+                self._refuse(otherwise, name)
+            else:
+                found.append(item)
+        return found
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
         """The policy's order, as far as it makes sense."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from aioengine.core.guard import Resolved
 from aioengine.core.residency import Residency
 from aioengine.core.slots import Slot
 from aioengine.core.state import AdapterEntry
-from aioengine.schedulers.policy import Decision, Location, Place
+from aioengine.schedulers.policy import Location, Place
 
 WANT_PATIENCE_SECONDS = 1.0
 """Reads that were asked for by name start after those of the policy's decision; but before, once they have
@@ -50,28 +51,22 @@ class Placing:
         due = [_retry_at(entry) for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
         return min((at for at in due if at > now), default=None)
 
-    def apply(self, decision: Decision, now: float, admitting: set[int]) -> list[Refusal]:
+    def apply(self, decision: Resolved, now: float, admitting: set[int]) -> list[Refusal]:
         """Start what can be started of ``place`` and ``prefetch``, in order; ``admitting`` are the uids of
         adapters that the same decision admits requests to. Returns what was refused."""
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
         refused: list[Refusal] = []
-        for place in decision.place:
-            reason = self._place(place, now, admitting)
+        for entry, place in decision.place:
+            reason = self._place(entry, place, now, admitting)
             if reason is not None:
                 refused.append((reason, str(place)))
-        for name in decision.prefetch:
-            entry = self._residency.by_policy_name.get(name)
-            if entry is None:
-                refused.append(("prefetch_unknown_adapter", name))
-            elif entry.location is Location.DISK:
+        for entry in decision.prefetch:
+            if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
         self._residency.start_wanted(now, admitting)
         return refused
 
-    def _place(self, place: Place, now: float, admitting: set[int]) -> str | None:
-        entry = self._residency.by_policy_name.get(place.adapter)
-        if entry is None:
-            return "place_unknown_adapter"
+    def _place(self, entry: AdapterEntry, place: Place, now: float, admitting: set[int]) -> str | None:
         if entry.slot is not None:
             return "place_already_placed"
         if entry.location is not Location.CPU:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Literal
+from typing import Literal, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.waiting_room import Ticket
+from aioengine.events import EndReason
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
+from aioengine.step import Sampled
 
 
 class Status(Enum):
@@ -97,6 +99,17 @@ class AdapterEntry:
         return min(times) if times else None
 
 
+class Sink(Protocol):
+    """Receives a request's tokens as they come."""
+
+    def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
+        """Take in one token. ``is_stop``: it is a stop token, and so the last one. Returns True if the
+        output's text has reached a stop string: then the request ends here."""
+
+    def end(self, reason: EndReason, error: Exception | None) -> None:
+        """The request has ended; called once."""
+
+
 class Request:
     """A request from acceptance to its end."""
 
@@ -120,6 +133,7 @@ class Request:
         "prompt_logprobs",
         "seed",
         "seq",
+        "sink",
         "status",
         "ticket",
         "tokens",
@@ -157,6 +171,8 @@ class Request:
         self.given = len(given)
         """How many tokens of the output came with the request: another engine has made them."""
         self.status = Status.WAITING
+        self.sink: Sink | None = None
+        """Who gets its output; None once it has ended."""
         self.ticket: Ticket | None = None
         """Its place among the waiting requests; None once it has run."""
         self.computed = 0

@@ -14,14 +14,13 @@ from typing import Any
 
 from aioengine import events
 from aioengine.core import Core, DropMove
-from aioengine.core.state import Request
+from aioengine.core.state import Request, Status
 from aioengine.errors import AioEngineError, EngineDead, EngineStopped
 from aioengine.executors.base import Device
 from aioengine.runtime.idle_watch import IdleWatch
-from aioengine.runtime.intervals import LoopLagMeter, TokenIntervals
-from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.lag import LoopLagMeter
 from aioengine.runtime.transfers import AdapterMoves
-from aioengine.step import Sampled, StepBatch
+from aioengine.step import StepBatch
 
 logger = logging.getLogger("aioengine")
 
@@ -48,7 +47,6 @@ class Stepper:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.core = core
-        self.streams: dict[str, OutputStream] = {}
         self.listeners: list[Listener] = []
         self.dead: EngineDead | None = None
         self._device = device
@@ -58,7 +56,6 @@ class Stepper:
         self.give_up_load = self._moves.give_up
         self.waits: set[asyncio.Future[None]] = set()
         self._idle = IdleWatch(core)
-        self._intervals = TokenIntervals()
         self._lag = LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
         self._stopping = False
@@ -79,8 +76,9 @@ class Stepper:
 
     def abort(self, request: Request) -> None:
         """Its reader gets a last output with ``finish_reason="abort"``, if there still is one."""
-        self.core.end(request, "abort", asyncio.get_running_loop().time())
-        self.wake()
+        if request.status is not Status.ENDED:
+            self.core.end(request, "abort", asyncio.get_running_loop().time())
+            self.wake()
 
     def check_goes_on(self) -> None:
         """Raises EngineStopped or EngineDead if nothing that is asked for now will happen any more."""
@@ -151,12 +149,7 @@ class Stepper:
             await self._recover(error)
             return
         now = loop.time()
-
-        def deliver(request: Request, sampled: Sampled, is_stop: bool) -> bool:
-            self._intervals.token(request)
-            return self.streams[request.id].push(sampled, now, is_stop=is_stop)
-
-        self.core.step_finished(batch, result, now, deliver)
+        intervals = self.core.step_finished(batch, result, now)
         self.core.outbox.append(
             events.StepFinished(
                 time=now,
@@ -164,7 +157,7 @@ class Stepper:
                 seconds=result.seconds,
                 schedule_seconds=schedule_seconds,
                 policy_seconds=policy_seconds,
-                intervals=self._intervals.take(now),
+                intervals=intervals,
                 **_contents(batch),
             )
         )
@@ -268,9 +261,6 @@ class Stepper:
 
     def _deliver(self, event: events.Event) -> None:
         if isinstance(event, events.RequestEnded):
-            stream = self.streams.pop(event.request_id, None)
-            if stream is not None:
-                stream.end(event.reason, event.error)
             self._device.forget(event.request_id)
         elif isinstance(event, events.PolicyRefused):
             self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from aioengine.core.state import Request
 from aioengine.errors import RequestInvalid
+from aioengine.events import EndReason
 from aioengine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from aioengine.step import Sampled
 
@@ -93,12 +94,12 @@ class OutputStream:
             self._ready.set()
         return stopped
 
-    def end(self, reason: str, error: Exception | None) -> None:
-        """The request has ended; ``reason`` as in :class:`~aioengine.events.RequestEnded`."""
+    def end(self, reason: EndReason, error: Exception | None) -> None:
+        """The request has ended, as :class:`~aioengine.events.RequestEnded` says."""
         if reason == "error":
             self._error = error
         else:
-            self._finish = "stop" if reason == "stop" else "length" if reason == "length" else "abort"
+            self._finish = reason
             if self._text.finish():
                 self._finish = "stop"
         self._ready.set()

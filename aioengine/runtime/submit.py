@@ -98,8 +98,7 @@ class Submitter:
             ticket=ticket,
             given=given,
         )
-        stream = OutputStream(request, text, replayed=len(options.output) - len(given))
-        self._stepper.streams[request_id] = stream
+        stream = request.sink = OutputStream(request, text, replayed=len(options.output) - len(given))
         self._end_if_complete(request, text)
         self._stepper.wake()
         return stream

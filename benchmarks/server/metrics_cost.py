@@ -19,11 +19,8 @@ from collections.abc import Callable
 from prometheus_client import generate_latest
 
 from aioengine import events
-from aioengine.core.state import AdapterEntry, Request
 from aioengine.info import AdapterInfo, EngineStats, SlotInfo
 from aioengine.metrics import EngineMetrics
-from aioengine.request import SamplingParams
-from aioengine.runtime.intervals import TokenIntervals
 
 
 async def main() -> None:
@@ -35,11 +32,8 @@ async def main() -> None:
     args = parser.parse_args()
     names = [f"adapter-{index:04d}" for index in range(args.adapters)]
     metrics = prepared(names, args.slots, args.running, args.labels)
-    requests = running_requests(names[: args.slots], args.running)
 
     print(f"{args.adapters} adapters, {args.slots} slots, {args.running} running, {args.labels} labels")
-    for turnover in (0, 1, 8):
-        report(f"in the step: gaps between tokens, {turnover} come and go", interval_cost(requests, turnover))
     for turnover in (0, 1, 8):
         inside, beside = await step_cost(metrics, names[: args.slots], args.running, turnover)
         report(f"in the step: its events, {turnover} requests come and go", inside)
@@ -175,44 +169,6 @@ async def step_cost(
         inside.append(handled - start)
         beside.append(time.perf_counter() - handled)
     return inside, beside
-
-
-def running_requests(names: list[str], count: int) -> list[Request]:
-    entries = [AdapterEntry(uid, name, 1, "/adapters") for uid, name in enumerate(names)]
-    params = SamplingParams()
-    return [
-        Request(
-            f"request-{index}",
-            [1],
-            params,
-            adapter=entries[index * len(entries) // count],
-            seq=index,
-            arrival=0.0,
-            seed=0,
-            priority=0,
-            deadline=None,
-            tenant=None,
-        )
-        for index in range(count)
-    ]
-
-
-def interval_cost(requests: list[Request], turnover: int) -> list[float]:
-    """Seconds that the step loop takes to find out how long each request waited for its token."""
-    intervals = TokenIntervals()
-    clock = iter(range(10**6))
-
-    seconds = []
-    for _ in range(500):
-        step = next(clock)
-        away = step * turnover % len(requests)
-        tokens = requests[:away] + requests[away + turnover :]  # these have left, those before are back
-        start = time.perf_counter()
-        for request in tokens:
-            intervals.token(request)
-        intervals.take(step * 0.02)
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 def timed(function: Callable[[], object], repetitions: int) -> list[float]:

@@ -82,13 +82,6 @@ class Reading(Device):
     async def close(self) -> None: ...
 
 
-class Stream:
-    def push(self, *_: Any, **__: Any) -> bool:
-        return False
-
-    def end(self, *_: Any) -> None: ...
-
-
 class World:
     """When each request ended, and why."""
 
@@ -107,8 +100,8 @@ class World:
         if name not in core.residency.current:
             core.residency.publish(core.residency.declare(name, f"/adapters/{name}"), now)
         entry = core.residency.current[name]
-        core.add_request(name, [3, 4], SamplingParams(max_tokens=2), RequestOptions(), now, adapter=entry)
-        self.stepper.streams[name] = Stream()  # type: ignore[assignment]
+        params = SamplingParams(max_tokens=2)
+        core.add_request(name, [3, 4], params, RequestOptions(), now, adapter=entry)
         self.stepper.wake()
 
 

@@ -41,13 +41,6 @@ class Steady(Device):
     async def close(self) -> None: ...
 
 
-class Stream:
-    def push(self, *_: Any, **__: Any) -> bool:
-        return False
-
-    def end(self, *_: Any) -> None: ...
-
-
 def run(
     policy: SchedulerPolicy, main: Callable[[Stepper], Awaitable[None]], device: Device | None = None
 ) -> None:
@@ -67,7 +60,6 @@ def add(stepper: Stepper, request_id: str, adapter: str | None = None) -> None:
     now = asyncio.get_running_loop().time()
     params = SamplingParams(max_tokens=3)
     core.add_request(request_id, [3, 4], params, RequestOptions(), now, adapter=entry)
-    stepper.streams[request_id] = Stream()  # type: ignore[assignment]
     stepper.wake()
 
 

@@ -7,75 +7,84 @@ import threading
 import time
 from collections import Counter
 
-from support.core_sim import CoreSim
+from support.core_sim import LIMITS, CoreSim
 
-from aioengine.core.state import Request
 from aioengine.events import TokenInterval
-from aioengine.runtime.intervals import LoopLagMeter, TokenIntervals
+from aioengine.runtime.lag import LoopLagMeter
+from aioengine.schedulers import Decision, SchedulerView
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
-def requests(*adapters: str | None) -> list[Request]:
-    sim = CoreSim()
-    for name in {name for name in adapters if name is not None}:
+class Holding(FCFS):
+    """Lets everybody run but one."""
+
+    held: str | None = None
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        admit = [request_id for request_id in decision.admit if request_id != self.held]
+        running = [request.request_id for request in view.running if request.request_id == self.held]
+        return Decision(admit=admit, place=decision.place, prefetch=decision.prefetch, preempt=running)
+
+
+def sim_with(*adapters: str, policy: FCFS | None = None) -> CoreSim:
+    limits = LIMITS._replace(num_blocks=400, max_num_seqs=200, max_num_batched_tokens=400)
+    sim = CoreSim(limits, policy)
+    for name in adapters:
         sim.register(name)
-    return [sim.add(name) for name in adapters]
+        sim.add(name)
+    sim.run()  # the adapters are in slots after it
+    sim.now = 0.0
+    return sim
 
 
-def step(intervals: TokenIntervals, now: float, *who: Request) -> Counter[TokenInterval]:
-    """Tokens of one step; the intervals by adapter and seconds, however they are split up."""
-    for request in who:
-        intervals.token(request)
+def step(sim: CoreSim, now: float) -> Counter[TokenInterval]:
+    """A step that ends at ``now``: the intervals by adapter and seconds, however they are split up."""
+    sim.schedule()
+    sim.now = now
+    sim.finish_step()
     found: Counter[TokenInterval] = Counter()
-    for interval in intervals.take(now):
+    for interval in sim.intervals:
         found[interval._replace(tokens=0)] += interval.tokens
     return found
 
 
 def test_gaps_are_each_requests_own() -> None:
-    intervals = TokenIntervals()
-    base, a1, a2, b = requests(None, "a", "a", "b")
-    assert step(intervals, 1.0, base, a1) == {}  # the first tokens come after nothing
-    assert step(intervals, 2.0, base, a1, a2) == {
-        TokenInterval(None, 1.0, 0): 1,
-        TokenInterval("a", 1.0, 0): 1,
-    }
-    assert step(intervals, 4.0, base, a2, b) == {
-        TokenInterval(None, 2.0, 0): 1,
-        TokenInterval("a", 2.0, 0): 1,
-    }
-    # a1 was passed over for a step, as after a preemption.
-    assert step(intervals, 5.0, a1, a2, b) == {
+    policy = Holding()
+    sim = sim_with("a", "b", policy=policy)
+    sim.add(max_tokens=3)
+    a1 = sim.add("a", max_tokens=9)
+    assert step(sim, 1.0) == {}  # the first tokens come after nothing
+    sim.add("a", max_tokens=9)
+    assert step(sim, 2.0) == {TokenInterval(None, 1.0, 0): 1, TokenInterval("a", 1.0, 0): 1}
+    policy.held = a1.id
+    sim.add("b", max_tokens=9)
+    assert step(sim, 4.0) == {TokenInterval(None, 2.0, 0): 1, TokenInterval("a", 2.0, 0): 1}
+    policy.held = None
+    assert step(sim, 5.0) == {
         TokenInterval("a", 3.0, 0): 1,
         TokenInterval("a", 1.0, 0): 1,
         TokenInterval("b", 1.0, 0): 1,
     }
-    assert step(intervals, 6.0) == {}
 
 
 def test_equal_gaps_come_as_one_interval() -> None:
-    intervals = TokenIntervals()
-    many = requests(*["a"] * 50, *["b"] * 50)
-    step(intervals, 1.0, *many)
-    for request in many:
-        intervals.token(request)
-    assert intervals.take(1.5) == (TokenInterval("a", 0.5, 50), TokenInterval("b", 0.5, 50))
-
-
-def test_a_request_id_that_is_used_again_starts_anew() -> None:
-    intervals = TokenIntervals()
-    (first,), (second,) = requests("a"), requests("a")
-    assert first.id == second.id
-    step(intervals, 1.0, first)
-    assert step(intervals, 9.0, second) == {}
+    sim = sim_with("a", "b")
+    for name in ["a"] * 50 + ["b"] * 50:
+        sim.add(name, prompt=[7])
+    step(sim, 1.0)
+    step(sim, 1.5)
+    assert set(sim.intervals) == {TokenInterval("a", 0.5, 50), TokenInterval("b", 0.5, 50)}
+    assert len(sim.intervals) == 2
 
 
 def test_the_same_requests_again_and_again() -> None:
-    intervals = TokenIntervals()
-    who = requests("a", None, "a")
-    step(intervals, 1.0, *who)
-    for now in (1.5, 2.5, 4.5):
-        gap = {1.5: 0.5, 2.5: 1.0, 4.5: 2.0}[now]
-        assert step(intervals, now, *who) == {TokenInterval("a", gap, 0): 2, TokenInterval(None, gap, 0): 1}
+    sim = sim_with("a")
+    for name in ("a", None, "a"):
+        sim.add(name, max_tokens=9)
+    step(sim, 1.0)
+    for now, gap in ((1.5, 0.5), (2.5, 1.0), (4.5, 2.0)):
+        assert step(sim, now) == {TokenInterval("a", gap, 0): 2, TokenInterval(None, gap, 0): 1}
 
 
 async def test_loop_lag_is_what_a_blocked_loop_was_late_by() -> None:

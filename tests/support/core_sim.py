@@ -43,6 +43,8 @@ class CoreSim:
         self.on_cpu: set[int] = set()
         self.batch: StepBatch | None = None
         self.events: list[events.Event] = []
+        self.intervals: tuple[events.TokenInterval, ...] = ()
+        """Of the last step."""
         self.ended: dict[str, str] = {}
         self.count = 0
         self.sizes: dict[str, int] = {}
@@ -96,7 +98,7 @@ class CoreSim:
         sampled = [
             Sampled(next_token(list(work.history))) if work.sample else None for work in batch.sequences
         ]
-        self.core.step_finished(batch, StepResult(sampled, seconds), self.now)
+        self.intervals = self.core.step_finished(batch, StepResult(sampled, seconds), self.now)
         self.take_events()
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
