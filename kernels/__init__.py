@@ -7,14 +7,17 @@ from aioengine.kernels.backend import Backend, HeadNorms
 from aioengine.kernels.dispatch import available_backends, get_backend
 from aioengine.kernels.plan.attention import AttentionPlan, Span
 from aioengine.kernels.plan.lora import LoRABatch, Segment
+from aioengine.kernels.weight import PlainWeight, Weight
 
 __all__ = [
     "AttentionPlan",
     "Backend",
     "HeadNorms",
     "LoRABatch",
+    "PlainWeight",
     "Segment",
     "Span",
+    "Weight",
     "available_backends",
     "get_backend",
 ]

@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from aioengine.kernels.cpu.quantized import Packed
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.weight import Weight
 
 
 class HeadNorms(NamedTuple):
@@ -44,11 +44,8 @@ class Backend(Protocol):
         be recorded as a CUDA graph, and tokens whose cell is below 0 are padding that nothing is stored of.
         """
 
-    def linear(self, x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
-        """``x W^T + bias``: ``x`` [T, in], ``weight`` [out, in], ``bias`` [out]; returns [T, out].
-
-        Packed weights are for the backend ``cpu`` only.
-        """
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias``: ``x`` [T, in], ``weight`` [out, in], ``bias`` [out]; returns [T, out]."""
 
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """``hidden += delta`` in place, if there is one, and then its root-mean-square norm times ``weight``.

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms
-from aioengine.kernels.cpu.quantized import Packed
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.weight import Weight
 
 name = "reference"
 capturable = False
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``; see :class:`aioengine.kernels.backend.Backend`."""
-    assert isinstance(weight, Tensor)
-    y = x.float() @ weight.float().T
+    y = x.float() @ weight.rows(0, weight.n).float().T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

@@ -8,10 +8,8 @@ of ``B (A_i x_i)``. Fully sharded, A's outputs are exchanged, which are as long 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from aioengine.kernels import Backend, LoRABatch
-from aioengine.kernels.cpu.quantized import Packed
+from aioengine.kernels import Backend, LoRABatch, Weight
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.group import Group
 from aioengine.model.slots.pool import FusedLoRA
@@ -50,7 +48,7 @@ class AdaptedLinears:
     def embed(
         self,
         token_ids: Tensor,
-        weight: Tensor | Packed,
+        weight: Weight,
         first: int,
         pool: FusedLoRA | None,
         batch: LoRABatch,
@@ -58,14 +56,10 @@ class AdaptedLinears:
         """The embeddings [T, hidden] of ``token_ids`` [T]; ``weight`` begins with the token ``first``."""
         absent: Tensor | None = None
         if self._parallel:
-            rows = len(weight) if isinstance(weight, Tensor) else weight.n
             token_ids = token_ids - first
-            absent = (token_ids < 0) | (token_ids >= rows)
+            absent = (token_ids < 0) | (token_ids >= weight.n)
             token_ids = token_ids.masked_fill(absent, 0)
-        if not isinstance(weight, Tensor):
-            hidden = weight.gather(token_ids)
-        else:
-            hidden = F.embedding(token_ids, weight)
+        hidden = weight.gather(token_ids)
         if absent is not None:
             hidden.masked_fill_(absent[:, None], 0)
         if pool is not None and batch.segments:

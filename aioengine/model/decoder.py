@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch
-from aioengine.kernels.cpu.quantized import Packed
+from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch, PlainWeight, Weight
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
 from aioengine.model.kv_cache import KVCache
@@ -96,7 +95,8 @@ class Decoder:
         def linear(fused: str, has_bias: bool) -> Linear:
             shapes = [spec.linear(module) for module in FUSED_MODULES[fused]]
             n_out = sum(shape.out_features for shape in shapes)
-            return Linear(weight(n_out, shapes[0].in_features), empty(n_out) if has_bias else None)
+            matrix = PlainWeight(weight(n_out, shapes[0].in_features))
+            return Linear(matrix, empty(n_out) if has_bias else None)
 
         self.spec = spec
         """Of the rank's share."""
@@ -106,7 +106,7 @@ class Decoder:
         self.device = device
         self.kernels = kernels
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self.embed_tokens: Tensor | Packed = weight(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens: Weight = PlainWeight(weight(spec.vocab_size, spec.hidden_size))
         self.layers = [
             Layer(
                 input_norm=empty(spec.hidden_size),
@@ -121,8 +121,10 @@ class Decoder:
             for _ in range(spec.num_layers)
         ]
         self.norm = empty(spec.hidden_size)
-        tied = spec.tie_embeddings
-        self.head = Linear(self.embed_tokens if tied else weight(spec.vocab_size, spec.hidden_size), None)
+        head = self.embed_tokens
+        if not spec.tie_embeddings:
+            head = PlainWeight(weight(spec.vocab_size, spec.hidden_size))
+        self.head = Linear(head, None)
         self.nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
         """Bytes of the weights."""
 
@@ -132,10 +134,9 @@ class Decoder:
         The views cover the decoder's weights exactly once; a tied head appears as the embedding. To be
         called before they are packed.
         """
-        assert isinstance(self.embed_tokens, Tensor) and isinstance(self.head.weight, Tensor)
-        out = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}
+        out = {"model.embed_tokens.weight": _whole(self.embed_tokens), "model.norm.weight": self.norm}
         if not self.spec.tie_embeddings:
-            out["lm_head.weight"] = self.head.weight
+            out["lm_head.weight"] = _whole(self.head.weight)
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
             out[f"{prefix}.input_layernorm.weight"] = layer.input_norm
@@ -149,7 +150,7 @@ class Decoder:
                 for module in FUSED_MODULES[fused]:
                     rows = self.spec.linear(module).out_features
                     name = f"{prefix}.{block}.{module}"
-                    out[f"{name}.weight"] = linear.rows(row, row + rows)
+                    out[f"{name}.weight"] = linear.weight.rows(row, row + rows)
                     if linear.bias is not None:
                         out[f"{name}.bias"] = linear.bias[row : row + rows]
                     row += rows
@@ -161,8 +162,7 @@ class Decoder:
         Of several ranks, each has its part: ``partition.outputs`` and ``inputs`` say which.
         """
         if module in ("embed_tokens", "lm_head"):
-            weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
-            whole = weight if isinstance(weight, Tensor) else weight.rows(0, weight.n)
+            whole = _whole(self.embed_tokens if module == "embed_tokens" else self.head.weight)
             if module == "lm_head":
                 return whole[: _length(self.partition.outputs(module))], None
             return whole[: _length(self.partition.inputs(module))].T, None
@@ -171,7 +171,8 @@ class Decoder:
             for member in FUSED_MODULES[fused]:
                 end = row + self.spec.linear(member).out_features
                 if member == module:
-                    return linear.rows(row, end), None if linear.bias is None else linear.bias[row:end]
+                    bias = None if linear.bias is None else linear.bias[row:end]
+                    return linear.weight.rows(row, end), bias
                 row = end
         raise KeyError(module)
 
@@ -180,18 +181,19 @@ class Decoder:
         return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
 
     def linear_weights(self) -> list[Tensor]:
-        """Those that :meth:`pack` rearranges; the head's may be the embedding's too."""
+        """The plain weights, which :meth:`pack` rearranges; the head's may be the embedding's too."""
         linears = [linear for layer in self.layers for linear in self._linears(layer).values()]
-        return [linear.weight for linear in (*linears, self.head) if isinstance(linear.weight, Tensor)]
+        weights = [linear.weight for linear in (*linears, self.head)]
+        return [weight.data for weight in weights if isinstance(weight, PlainWeight)]
 
-    def pack(self, pack: Callable[[Tensor], Packed]) -> None:
-        """Rearrange the weights of all linears for the CPU library, one after the other."""
+    def pack(self, pack: Callable[[Tensor], Weight]) -> None:
+        """Store the weights of all linears in another form, one after the other."""
         for layer in self.layers:
             for linear in self._linears(layer).values():
                 self.nbytes += linear.pack(pack)
         tied = self.head.weight is self.embed_tokens
         if tied:
-            self.embed_tokens = self.norm  # or it would be kept beside its packed copy
+            self.embed_tokens = PlainWeight(self.norm)  # or it would be kept beside its packed copy
         self.nbytes += self.head.pack(pack)
         if tied:
             self.embed_tokens = self.head.weight
@@ -251,6 +253,10 @@ class Decoder:
         if not len(logits):
             return logits.new_empty(0, vocabulary)
         return self._group.all_gather(logits, dim=-1)[:, :vocabulary]
+
+
+def _whole(weight: Weight) -> Tensor:
+    return weight.rows(0, weight.n)
 
 
 def _length(part: slice) -> int:

@@ -1,4 +1,4 @@
-"""A linear layer's weights, plain or packed."""
+"""A linear layer: a weight in any form, and a bias."""
 
 from __future__ import annotations
 
@@ -7,27 +7,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aioengine.kernels.cpu.quantized import Packed
+from aioengine.kernels import PlainWeight, Weight
 
 
 @dataclass(slots=True)
 class Linear:
-    weight: Tensor | Packed
+    weight: Weight
     """[out, in]"""
     bias: Tensor | None
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Rows ``begin..end-1`` of the weight: a view, or a copy if it is packed."""
-        if isinstance(self.weight, Tensor):
-            return self.weight[begin:end]
-        return self.weight.rows(begin, end)
-
-    def pack(self, pack: Callable[[Tensor], Packed]) -> int:
-        """Rearranges the weight for the CPU library; what was a view of it no longer is.
+    def pack(self, pack: Callable[[Tensor], Weight]) -> int:
+        """Store the plain weight in another form; what was a view of it no longer is.
 
         Returns how many bytes it takes more than before; below zero if it takes fewer.
         """
-        assert isinstance(self.weight, Tensor)
+        assert isinstance(self.weight, PlainWeight)
         before = self.weight.nbytes
-        self.weight = pack(self.weight)
+        self.weight = pack(self.weight.data)
         return self.weight.nbytes - before

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from aioengine.kernels import LoRABatch
+from aioengine.kernels import LoRABatch, Weight
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.lora import segment_table
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
-from aioengine.kernels.cpu.quantized import Packed, QuantizedWeight
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
@@ -177,7 +177,7 @@ class NativeForward:
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
-        assert not isinstance(weight, Tensor)
+        assert isinstance(weight, (PackedWeight, QuantizedWeight))
         if name in ("o", "down") and self._decoder.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
         matrix = structs.Matrix(weight.data.data_ptr(), pointer(bias), weight.n, weight.k)
@@ -233,14 +233,14 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Tensor], Packed]:
+def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Tensor], Weight]:
     """Packs the decoder's linears: in place, or as int8 one after the other into memory of their own."""
     if quantization == "none":
-        return PackedWeight.pack_in_place
+        return PackedWeight.pack
     sizes = [weight.numel() for weight in decoder.linear_weights()]
     arena = Arena(sum(sizes), len(sizes))
 
-    def quantize(weight: Tensor) -> Packed:
+    def quantize(weight: Tensor) -> Weight:
         memory = arena.take(weight.numel())
         return QuantizedWeight.pack(weight, memory, int8_activations=has_int8_products())
 

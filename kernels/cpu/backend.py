@@ -6,12 +6,9 @@ of 16) is left to plain torch. Whole steps are one call where a model allows for
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from aioengine.kernels.cpu.layer import add_rms_norm, paged_attention, rope_store, silu_and_mul
 from aioengine.kernels.cpu.lora import lora_affine, lora_embed, lora_expand, lora_shrink
-from aioengine.kernels.cpu.quantized import Packed
-from aioengine.kernels.portable import plain
+from aioengine.kernels.portable.plain import linear
 
 name = "cpu"
 capturable = False
@@ -29,10 +26,3 @@ __all__ = [
     "rope_store",
     "silu_and_mul",
 ]
-
-
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
-    """``x W^T + bias``, with weights that may be packed or int8; see :class:`Backend`."""
-    if isinstance(weight, Tensor):
-        return plain.linear(x, weight, bias)
-    return weight.linear(x.contiguous(), bias)

@@ -28,18 +28,10 @@ class PackedWeight:
 
     @classmethod
     def pack(cls, weight: Tensor) -> PackedWeight:
-        """A packed copy of ``weight`` [n, k], contiguous."""
-        return cls._pack(weight, torch.empty(weight.numel(), dtype=weight.dtype))
-
-    @classmethod
-    def pack_in_place(cls, weight: Tensor) -> PackedWeight:
         """``weight`` [n, k], contiguous, in the memory that it has, which no longer holds it as it was."""
-        return cls._pack(weight, weight.view(-1))
-
-    @classmethod
-    def _pack(cls, weight: Tensor, data: Tensor) -> PackedWeight:
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
+        data = weight.view(-1)
         load().aio_pack(is_bf16(weight), weight.data_ptr(), data.data_ptr(), n, k, threads())
         return cls(data, n, k)
 
@@ -62,8 +54,9 @@ class PackedWeight:
         )
         return out
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + bias`` for ``x`` [T, k], contiguous: [T, n]."""
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k]: [T, n]."""
+        x = x.contiguous()
         y = torch.empty(len(x), self.n, dtype=x.dtype)
         load().aio_linear(
             *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), pointer(bias)),

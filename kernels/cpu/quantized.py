@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
 
 BLOCK = 64
@@ -41,12 +41,12 @@ class QuantizedWeight:
         return dtype in DTYPES and n % PANEL == 0 and k % PANEL == 0
 
     @classmethod
-    def pack(cls, weight: Tensor, memory: Tensor | None = None, *, int8_activations: bool) -> QuantizedWeight:
-        """The nearest int8 to ``weight`` [n, k], contiguous; in ``memory`` [n * k] (uint8), if given."""
+    def pack(cls, weight: Tensor, memory: Tensor, *, int8_activations: bool) -> QuantizedWeight:
+        """The nearest int8 to ``weight`` [n, k], contiguous, in ``memory`` [n * k] (uint8)."""
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
         packed = cls(
-            torch.empty(n * k, dtype=torch.int8) if memory is None else memory.view(torch.int8),
+            memory.view(torch.int8),
             torch.empty(n),
             torch.zeros(n, dtype=torch.int32),
             *(int8_activations, n, k, rotation(k) if int8_activations else 0, weight.dtype),
@@ -79,8 +79,9 @@ class QuantizedWeight:
         )
         return out
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + bias`` for ``x`` [T, k], contiguous: [T, n]."""
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k]: [T, n]."""
+        x = x.contiguous()
         y = torch.empty(len(x), self.n, dtype=x.dtype)
         load().aio_linear_int8(
             *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), self.scale.data_ptr()),
@@ -88,10 +89,6 @@ class QuantizedWeight:
             *(len(x), self.n, self.k, None, threads()),
         )
         return y
-
-
-Packed = PackedWeight | QuantizedWeight
-"""A weight as the library holds it."""
 
 
 def rotation(k: int) -> int:

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels.backend import HeadNorms
-from aioengine.kernels.cpu.quantized import Packed
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.portable.grouped import lora_affine, lora_embed, lora_expand, lora_shrink
 from aioengine.kernels.portable.sdpa import paged_attention
+from aioengine.kernels.weight import Weight
 
 name = "torch"
 capturable = False
@@ -30,10 +30,9 @@ __all__ = [
 ]
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``; see :class:`Backend`."""
-    assert isinstance(weight, Tensor)
-    return F.linear(x, weight, bias)
+    return weight.linear(x, bias)
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels import AttentionPlan, Span, get_backend, reference
+from aioengine.kernels import AttentionPlan, PlainWeight, Span, get_backend, reference
 from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.packed import PackedWeight
 
@@ -44,7 +44,7 @@ def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, b
     n, k = panels * 16, lanes * (4 // dtype.itemsize)
     generator = torch.Generator().manual_seed(rows * 1000 + n + k)
     x, w, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, k), (n, k), (n,)))
-    packed = PackedWeight.pack(w)
+    packed = PackedWeight.pack(w.clone())
     assert torch.equal(packed.rows(0, n), w)
     indices = torch.tensor([n - 1, 0, n // 2])
     assert torch.equal(packed.gather(indices), w[indices])
@@ -54,11 +54,12 @@ def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, b
     close(found, expected, scale=math.sqrt(k))
 
 
-def test_linear_of_the_backend_takes_weights_in_either_form() -> None:
+def test_linear_of_the_backends_takes_weights_in_either_form() -> None:
     x, weight, bias = torch.randn(5, 64)[:, ::2], torch.randn(48, 32), torch.randn(48)
     expected = F.linear(x, weight, bias)
-    for form in (weight, PackedWeight.pack(weight)):
-        close(get_backend("cpu", "cpu").linear(x, form, bias), expected)
+    for form in (PlainWeight(weight), PackedWeight.pack(weight.clone())):
+        for name in ("cpu", "reference"):
+            close(get_backend("cpu", name).linear(x, form, bias), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.layer_cases import Layer, LayerCase, close, run
 from torch.nn import functional as F
 
-from aioengine.kernels import AttentionPlan, Span, available_backends, get_backend
+from aioengine.kernels import AttentionPlan, PlainWeight, Span, available_backends, get_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else [n for n in available_backends("cpu") if n != "reference"]
@@ -98,9 +98,9 @@ def test_linear(device: str, name: str, dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 32), (48, 32), (48,)))
     for b in (None, bias):
         found = get_backend(device, name).linear(
-            x.to(device), weight.to(device), None if b is None else b.to(device)
+            x.to(device), PlainWeight(weight.to(device)), None if b is None else b.to(device)
         )
-        close([found.cpu()], [REFERENCE.linear(x, weight, b)])
+        close([found.cpu()], [REFERENCE.linear(x, PlainWeight(weight), b)])
 
 
 @every_backend
