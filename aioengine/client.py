@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aioengine.info import AdapterInfo, EngineState
-from aioengine.metrics.page.feed import WatchedEngine
+from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
 from aioengine.request import Prompt, RequestOutput, SamplingParams, TokenConstraint
 
 if TYPE_CHECKING:
     from aioengine.grammars.limits import GrammarLimits
+    from aioengine.metrics.collect.by_tenant import HttpMetrics
     from aioengine.model.text.tokenizer import Tokenizer
     from aioengine.runtime.text_work import TextWork
 
@@ -33,12 +34,23 @@ class ModelLimits(Protocol):
     def max_model_len(self) -> int: ...
 
 
+class ServerMetrics(ScrapedMetrics, Protocol):
+    """Metrics that a server adds to: it tells ``http`` of each of its answers."""
+
+    http: HttpMetrics
+
+
 class EngineClient(WatchedEngine, Protocol):
     """An engine as who serves it sees it; each method is described in ``AsyncEngine``."""
 
     model_name: str
     text_work: TextWork
+    closed_to_new: bool
 
+    @property
+    def degraded(self) -> bool: ...
+    @property
+    def metrics(self) -> ServerMetrics: ...
     @property
     def state(self) -> EngineState: ...
     @property

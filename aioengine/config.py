@@ -173,6 +173,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """After so many decisions over the budget, fcfs decides in the policy's place."""
     max_adapter_labels: int = 100
     """Adapters that get a metric label of their own; the rest are counted under "other"."""
+    max_tenant_labels: int = 100
+    """As many tenants do."""
     metrics_compat: MetricsCompat = "none"
     """"vllm" also exports the metrics that request routers read, under the names that vLLM gave them."""
     name: str = "default"
@@ -204,6 +206,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _integer(self, "tensor_parallel_size", low=1)
         _integer(self, "seed", low=0, high=2**63 - 1)
         _integer(self, "max_adapter_labels", low=0)
+        _integer(self, "max_tenant_labels", low=0)
         _integer(self, "policy_max_overruns", low=1)
         budget = self.policy_time_budget
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from aioengine import __version__
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
@@ -18,7 +19,14 @@ from aioengine.info import AdapterInfo, EngineState, EngineStats, LoadProgress, 
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
 from aioengine.runtime.adapters import AdapterOps
-from aioengine.runtime.assemble import Built, build, build_with_workers, choose_policy, core_limits
+from aioengine.runtime.assemble import (
+    Built,
+    build,
+    build_info,
+    build_with_workers,
+    choose_policy,
+    core_limits,
+)
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.stats import Counters, slot_infos
@@ -74,6 +82,9 @@ class AsyncEngine:
         self.model_name = config.model_name
         """What requests call the base model: the label ``model_name`` of what ``metrics_compat`` exports.
         A server sets it to the name that it serves."""
+        self.closed_to_new = False
+        """Set by a server that accepts nothing new while what it has accepted goes on: ``state`` is then
+        "draining"."""
         self._policy = choose_policy(config, policy)
         self._resolver = resolver
         self._state: EngineState = "new"
@@ -141,6 +152,9 @@ class AsyncEngine:
             engine=self.config.name,
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
+            max_tenant_labels=self.config.max_tenant_labels,
+            state=lambda: "degraded" if self.degraded else self.state,
+            build=build_info(__version__, built),
         )
         self._stepper.listeners += [self._counters, self._metrics.handle, self._event_streams]
         self._stepper.start()
@@ -443,7 +457,12 @@ class AsyncEngine:
         """Where it is in its life; only a "running" engine accepts requests."""
         if self._state == "running" and self._stepper.dead is not None:
             return "dead"
-        return self._state
+        return "draining" if self._state == "running" and self.closed_to_new else self._state
+
+    @property
+    def degraded(self) -> bool:
+        """The model's processes were lost and are being started again. Requests are accepted, and wait."""
+        return self.state == "running" and self._stepper.recovering
 
     @property
     def tokenizer(self) -> Tokenizer | None:

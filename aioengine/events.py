@@ -141,6 +141,14 @@ class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
     error: Exception
 
 
+class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
+    """Where an adapter is could not be found out; a name that the resolver does not know is no failure."""
+
+    adapter: str
+    reason: LoadFailure
+    error: Exception
+
+
 class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """This version is gone: nothing of it is held any more."""
 

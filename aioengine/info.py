@@ -68,7 +68,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests in the batch."""
     waiting: int
     waiting_for_adapter: int
-    """Those of ``waiting`` whose adapter is in no slot."""
+    """Those of ``waiting`` that have not run yet, and whose adapter is in no slot."""
+    waiting_preempted: int = 0
+    """Those of ``waiting`` that have run before, and were preempted."""
+    max_waiting: int | None = None
+    """None: there is no bound."""
+    max_running: int = 0
+    """Most requests in the batch."""
     kv_blocks: int
     kv_blocks_free: int
     block_size: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry
@@ -14,10 +14,12 @@ from prometheus_client.registry import Collector
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats
 from aioengine.metrics.collect.by_adapter import AdapterMetrics
+from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.collect.compat import vllm_gauges, vllm_load_seconds
 from aioengine.metrics.collect.on_loop import OnLoop
+from aioengine.metrics.collect.process import ProcessMetrics
 from aioengine.metrics.collect.residency import ResidencyTracker
-from aioengine.metrics.collect.snapshot import gauges
+from aioengine.metrics.collect.snapshot import engine_state, gauge, gauges
 from aioengine.metrics.collect.waits import AdapterWaits
 from aioengine.metrics.families import definitions as d
 from aioengine.metrics.families.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
@@ -42,6 +44,9 @@ class EngineMetrics(Collector):
         engine: Value of the label ``engine`` of every series.
         compat: "vllm" adds the series that request routers read.
         model_name: Returns the base model's name in requests, which routers read.
+        max_tenant_labels: Tenants that get a ``tenant`` label of their own.
+        state: Returns the engine's state; None: it is not exported.
+        build: The labels of ``aioengine_build_info``; None: it is not exported.
         clock: Unix time, for exemplars and for what carries the time as its value.
     """
 
@@ -54,6 +59,9 @@ class EngineMetrics(Collector):
         engine: str = "default",
         compat: Literal["none", "vllm"] = "none",
         model_name: Callable[[], str] = lambda: "",
+        max_tenant_labels: int = 100,
+        state: Callable[[], str] | None = None,
+        build: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
@@ -70,6 +78,12 @@ class EngineMetrics(Collector):
         self._residency = ResidencyTracker()
         self._waits = AdapterWaits(self._residency)
         self._requests = AdapterMetrics(max_adapter_labels, clock)
+        self._tenants = TenantMetrics(max_tenant_labels)
+        self.http = HttpMetrics(self._tenants)
+        """For the server that serves this engine."""
+        self._state = state
+        self._build = build
+        self._process: ProcessMetrics | None = None
         self._define_lora()
         self._define_engine()
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
@@ -86,6 +100,7 @@ class EngineMetrics(Collector):
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
             events.AdapterFailed: self._adapter_failed,
+            events.ResolverFailed: lambda e: self._resolver_failures.inc((e.reason,)),
             events.AdapterUnloaded: self._adapter_unloaded,
             events.PolicyRefused: lambda e: self._refusals.inc((e.reason,)),
             events.PolicyFailed: lambda e: self._policy_errors.inc(),
@@ -99,6 +114,11 @@ class EngineMetrics(Collector):
         """Asked at each scrape; for a program whose log may drop lines."""
         self.registry = CollectorRegistry()
         self.registry.register(self)
+
+    def export_process(self) -> None:
+        """Export the process's own metrics from now on. For a program that is the process, and only once:
+        in an application, they are the application's business."""
+        self._process = ProcessMetrics()
 
     def handle(self, event: events.Event) -> None:
         """Take in one event; kinds that no metric is made of are passed over."""
@@ -130,7 +150,8 @@ class EngineMetrics(Collector):
     def describe(self) -> Iterator[Metric]:
         """The same without series, so that a registry knows the names beforehand."""
         vllm = d.VLLM if self._compat == "vllm" else ()
-        return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm))
+        process = () if self._process is None else d.PROCESS
+        return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm, *process))
 
     def expose(self, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics, which has the exemplars, if the ``Accept``
@@ -144,12 +165,21 @@ class EngineMetrics(Collector):
         self._log_dropped.values[()] = self.dropped_log_lines()
         stats, adapters = self._snapshot(), self._adapters()
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
-        found += [metric.family(self.engine) for metric in (*self._metrics, *self._requests.metrics)]
+        by_name = (*self._requests.metrics, *self._tenants.metrics)
+        found += [metric.family(self.engine) for metric in (*self._metrics, *by_name)]
+        found += [*self.http.families(self.engine), *self._identity()]
+        if self._process is not None:
+            found += self._process.families(self.engine)
         if self._compat == "vllm":
             model = self._model_name()
             found += vllm_gauges(self.engine, model, stats, adapters, self._clock())
             found.append(vllm_load_seconds(self.engine, model, self._swap_seconds))
         return found
+
+    def _identity(self) -> Iterator[Family]:
+        yield engine_state(self.engine, self._state()) if self._state else gauge(self.engine, d.ENGINE_STATE)
+        build = [] if self._build is None else [tuple(self._build[label] for label in d.BUILD_INFO.labels)]
+        yield gauge(self.engine, d.BUILD_INFO, *((labels, 1.0) for labels in build))
 
     # Definitions
 
@@ -162,6 +192,7 @@ class EngineMetrics(Collector):
         self._prefetches = Counters(d.LORA_PREFETCH, ("used",), ("wasted",), ("late",))
         reasons = ("invalid", "too_large", "io", "internal")
         self._load_failures = Counters(d.LORA_LOAD_FAILURES, *((reason,) for reason in reasons))
+        self._resolver_failures = Counters(d.LORA_RESOLVER_FAILURES, ("invalid",), ("io",), ("internal",))
         self._slot_busy = Counters(d.LORA_SLOT_BUSY)
 
     def _define_engine(self) -> None:
@@ -208,6 +239,7 @@ class EngineMetrics(Collector):
     def _request_ended(self, event: events.RequestEnded) -> None:
         self._waits.ended(event)
         self._requests.ended(event)
+        self._tenants.ended(event)
 
     # Adapters
 

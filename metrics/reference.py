@@ -51,6 +51,9 @@ values are added to those of `other`: a sum over `adapter` never goes down. `rat
 alone, however, and sees such an addition as a jump of `other`; where that matters, set `max_adapter_labels`
 no lower than the number of adapters in use.
 
+The label `tenant` is bounded alike, by `max_tenant_labels` (100); an answer to nobody's key is `none`'s. The
+labels of `aioengine_http_responses_total` are of fixed sets: what no route is for is `other`.
+
 `aioengine_lora_slot_info` and `aioengine_lora_adapter_loaded` carry real names: there are at most
 `max_loras` and `max_cpu_loras` of them at a time.
 """
@@ -72,6 +75,9 @@ def reference() -> str:
             "## Series\n",
             "All of them also have the label `engine` (`EngineConfig.name`).\n",
             *_table(d.OWN),
+            "",
+            "`aioengine serve` also exports its process; an application has that from elsewhere:\n",
+            *_table(d.PROCESS),
             "",
             "## Buckets\n",
             "Upper bounds of the histograms' buckets:\n",

@@ -97,6 +97,8 @@ class EngineFlags:
     """vllm: export the metrics that request routers read as well."""
     max_adapter_labels: Annotated[int | None, _IN_MORE] = None
     """Adapters that get a metric label of their own."""
+    max_tenant_labels: Annotated[int | None, _IN_MORE] = None
+    """Tenants that get one."""
     name: Annotated[str | None, Parameter(group=_MORE_ENGINE, name="--engine-name")] = None
     """The label "engine" of its metrics."""
 

@@ -225,13 +225,16 @@ async def _serve(
 
     listen = flags.listen_settings()
     signals = Signals()
-    entrance = Entrance()  # before the model is loaded: a port in use is found out, and probes are answered
+    entrance = Entrance(
+        config.name
+    )  # before the model is loaded: a port in use is found out, and probes are answered
     async with recording.writer() as writer, contextlib.AsyncExitStack() as ending:
         url = await ending.enter_async_context(listening(entrance, listen))
         async with started(config, adapters, entrance.progress) as engine:
             if writer is not None:
                 writer.attach(engine)
             engine.metrics.dropped_log_lines = lambda: log.dropped
+            engine.metrics.export_process()
             app = create_app(engine, settings)
             await app.context.defaults()
             entrance.open(app)

@@ -19,6 +19,8 @@ class Device(ABC):
     loaded, adapters and KV, is gone.
     """
 
+    kernels: str = ""
+    """The kernels that compute the steps, as their names are shown."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 

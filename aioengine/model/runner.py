@@ -113,6 +113,16 @@ class ModelRunner:
         if fixed_decode is not None and self.decoder.kernels.capturable and self.group.shard.size == 1:
             self.decode_steps = self._record(fixed_decode, record)
 
+    @property
+    def kernels(self) -> str:
+        """What computes the steps, as it is shown: "cpu-avx512", "triton", "torch", ..."""
+        backend = self.decoder.kernels.name
+        if backend != "cpu":
+            return backend
+        from aioengine.kernels.cpu.build import levels
+
+        return f"cpu-{next(iter(levels()))}" + ("" if self.native is not None else " (torch steps)")
+
     def _choose_forward(
         self, block_size: int, quantization: Quantization
     ) -> tuple[Callable[[StepInputs], Tensor], Callable[[StepInputs], LastLayer]]:

@@ -43,7 +43,7 @@ class AdapterOps:
         self._stepper = stepper
         self._core = stepper.core
         self._residency = stepper.core.residency
-        self._resolution = Resolution(resolver, resolve_timeout)
+        self._resolution = Resolution(resolver, resolve_timeout, stepper.report)
         self._fetched: dict[str, str | None] = {}
         """Names whose folder had, or has, to be found: the "hf:" path, or None for the resolver's."""
         self._pins = Pins(stepper, max_loras)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,20 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | 
     if tokenizer is not None and chat_template is not None:
         tokenizer.use_chat_template(Path(chat_template))
     return tokenizer
+
+
+def build_info(version_: str, built: Built) -> dict[str, str]:
+    """What runs here, by the labels of the metric ``aioengine_build_info``."""
+    from importlib.metadata import version  # slow to import
+
+    return {
+        "version": version_,
+        "kernels": built.device.kernels,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "model_impl": "native",
+        "quantization": built.plan.quantization,
+    }
 
 
 def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:

@@ -6,10 +6,19 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 
+from aioengine import events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.hub import HubResolver
-from aioengine.errors import AdapterError, AdapterLoadError, AioEngineError, ConfigError
+from aioengine.errors import (
+    AdapterError,
+    AdapterInvalid,
+    AdapterLoadError,
+    AdapterNotFound,
+    AioEngineError,
+    ConfigError,
+)
 
 logger = logging.getLogger("aioengine")
 
@@ -35,14 +44,20 @@ class _Lookup:
 
 class Resolution:
     """Shares look-ups. A look-up that nobody waits for any more is cancelled; nothing is remembered.
-    None may take longer than ``timeout`` seconds from its turn on.
+    None may take longer than ``timeout`` seconds from its turn on. ``failed`` is told of each that fails.
 
     Tenants take turns in beginning one; a name that several wait for is looked up at the first turn of any.
     """
 
-    def __init__(self, resolver: AdapterResolver | None, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        resolver: AdapterResolver | None,
+        timeout: float | None = None,
+        failed: Callable[[events.ResolverFailed], None] = lambda event: None,
+    ) -> None:
         self._resolver = resolver
         self._timeout = timeout
+        self._failed = failed
         self._hub: HubResolver | None = None
         self._lookups: dict[Key, _Lookup] = {}
         self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
@@ -159,13 +174,23 @@ class Resolution:
                 del self._under_way[lookup.charged]
         for tenant in lookup.waiting:  # it was cancelled before its turn
             self._unqueue(lookup, tenant)
-        if not lookup.task.cancelled():
-            lookup.task.exception()  # seen, even if nobody waits
+        error = None if lookup.task.cancelled() else lookup.task.exception()  # seen, even if nobody waits
+        if isinstance(error, (AdapterError, ConfigError)) and not isinstance(error, AdapterNotFound):
+            self._failed(_failure(lookup.key[0], error))
         self._begin_next()
 
     def _forget(self, lookup: _Lookup) -> None:
         if self._lookups.get(lookup.key) is lookup:
             del self._lookups[lookup.key]
+
+
+def _failure(name: str, error: AdapterError | ConfigError) -> events.ResolverFailed:
+    reason: events.LoadFailure = "internal" if isinstance(error, ConfigError) else "io"
+    if isinstance(error, AdapterInvalid):
+        reason = "invalid"
+    return events.ResolverFailed(
+        time=asyncio.get_running_loop().time(), adapter=name, reason=reason, error=error
+    )
 
 
 def _folder(name: str, found: object) -> str:

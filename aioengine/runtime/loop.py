@@ -61,6 +61,8 @@ class Stepper:
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+        self.recovering = False
+        """The executor is being started again."""
         self._lost: EngineDead | None = None
         """That the device is lost, and not brought back yet."""
         device.watch(self._device_lost)
@@ -193,6 +195,7 @@ class Stepper:
         self._moves.device_lost(error)
         if not self._device.can_restart:
             raise error
+        self.recovering = True
         self.publish()
         restart = loop.create_task(self._device.restart(), name="aioengine-restart")
         restart.add_done_callback(lambda _: self._wake.set())
@@ -207,12 +210,15 @@ class Stepper:
             if not restart.done():
                 restart.cancel()
             await asyncio.wait([restart])
+            self.recovering = False
         if restart.cancelled():
             return
         restart.result()
         now = loop.time()
-        self.core.outbox.append(events.EngineRestarted(time=now, seconds=now - began, error=error))
-        self.publish()
+        logger.warning(
+            "the workers run again after %.1f s; %d requests wait", now - began, len(self.core.requests)
+        )
+        self.report(events.EngineRestarted(time=now, seconds=now - began, error=error))
 
     def _die(self, cause: Exception) -> None:
         if isinstance(cause, EngineDead):
@@ -274,9 +280,13 @@ class Stepper:
             except Exception:
                 logger.exception("an event listener failed on %s", type(event).__name__)
 
-    def _report_lag(self, seconds: float) -> None:
-        self.core.outbox.append(events.LoopLag(time=asyncio.get_running_loop().time(), seconds=seconds))
+    def report(self, event: events.Event) -> None:
+        """Have ``event``, of something outside the core, delivered after those that the core has left."""
+        self.core.outbox.append(event)
         self.publish()
+
+    def _report_lag(self, seconds: float) -> None:
+        self.report(events.LoopLag(time=asyncio.get_running_loop().time(), seconds=seconds))
 
     def _log_once(self, what: str, item: str) -> None:
         if what not in self._logged:

@@ -47,8 +47,9 @@ class Counters:
     def snapshot(self, core: Core) -> EngineStats:
         n = self._n
         queues = core.queues
+        preempted = core.room.returned
         blocked = sum(
-            len(entry.waiting)
+            len(entry.waiting) - (sum(r.ticket is None for r in entry.waiting) if preempted else 0)
             for entry in queues.heads.values()
             if entry is not None and entry.location is not Location.SLOT
         )
@@ -61,6 +62,9 @@ class Counters:
             running=len(core.running),
             waiting=len(queues),
             waiting_for_adapter=blocked,
+            waiting_preempted=preempted,
+            max_waiting=core.room.max_waiting,
+            max_running=core.limits.max_num_seqs,
             kv_blocks=core.blocks.num_blocks,
             kv_blocks_free=core.blocks.num_free,
             block_size=core.blocks.block_size,

@@ -45,6 +45,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     identity: Identity = Identity()
     admission: Admission | None = None
     """Set if its key has limits."""
+    route: str = "other"
+    """The route that the request is for, as the metrics call it."""
     counted: bool = False
     """It was refused for its key: such requests are counted, and logged together."""
 
@@ -63,7 +65,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         }
 
 
-_NOT_LOGGED = frozenset({"started", "identity", "admission", "counted"})
+_NOT_LOGGED = frozenset({"started", "identity", "admission", "counted", "route"})
 
 
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:

@@ -16,6 +16,7 @@ from litestar.datastructures import State
 
 from aioengine import __version__
 from aioengine.client import EngineClient
+from aioengine.errors import EngineStopped
 from aioengine.metrics.asgi import metrics_app
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
@@ -103,6 +104,8 @@ class ServerApp:
     def open(self) -> None:
         """Read the keys file again when it changes; the first request does so too. Needs a running loop."""
         self._gate.watch()
+        with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
+            self.context.engine.metrics.http.active = lambda: self._active
 
     def close(self) -> None:
         """End the live page's streams, which a server that shuts down would wait for."""
@@ -152,6 +155,7 @@ class ServerApp:
             if record.admission is not None:
                 tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
                 record.admission.end(tokens, time.monotonic())
+            self._count(record)
             log_request(record, quiet=record.counted or path in _PROBES or _is_page(path))
 
     async def _answer(
@@ -160,6 +164,7 @@ class ServerApp:
         if path not in _PROBES:
             self._gate.identify(scope, record)
         if _is_page(path):
+            record.route = PAGE_ROUTE
             self._gate.admit(PAGE_ROUTE, scope, record)
             await self._metrics(scope, receive, send)
             return
@@ -193,6 +198,11 @@ class ServerApp:
                 await self._routes(inner, body, send)  # type: ignore[arg-type]
         finally:
             body.release()
+
+    def _count(self, record: RequestRecord) -> None:
+        with contextlib.suppress(EngineStopped):  # not started yet
+            http = self.context.engine.metrics.http
+            http.responded(record.route, record.status, record.error, record.tenant)
 
     @contextlib.contextmanager
     def _counted(self) -> Any:

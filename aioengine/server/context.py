@@ -44,8 +44,6 @@ class Context:
         engine.model_name = self.model_names[0]
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
-        self.draining = False
-        """New requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
@@ -65,6 +63,15 @@ class Context:
         if wanted == "auto" and found is not None and (found / FILE_NAME).is_file():
             return read_sampling_defaults(found)
         return SamplingDefaults()
+
+    @property
+    def draining(self) -> bool:
+        """New requests are refused; set by whoever runs the server."""
+        return self.engine.closed_to_new
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self.engine.closed_to_new = value
 
     @property
     def max_body_bytes(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from aioengine.metrics.starting import starting_metrics
 from aioengine.server.app import ServerApp
 from aioengine.server.errors import ApiError
 from aioengine.server.generation import Receive
@@ -29,11 +30,13 @@ class Starting(msgspec.Struct):
 class Entrance:
     """Answers while the engine starts, and hands requests to ``app`` once it is opened.
 
-    Until then ``/health`` is 200, for the process is well, ``/ready`` is 503 and says what is going on, and
-    everything else is refused with 503 and a ``Retry-After``.
+    Until then ``/health`` is 200, for the process is well, ``/ready`` is 503 and says what is going on,
+    ``/metrics`` has the state and nothing else, and everything else is refused with 503 and a
+    ``Retry-After``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine_name: str = "default") -> None:
+        self._engine_name = engine_name
         self.app: ServerApp | None = None
         self._starting = Starting()
 
@@ -62,7 +65,10 @@ class Entrance:
         elif scope["type"] == "http":
             path = scope["path"]
             if path in ("/health", "/ready"):
-                await self._probe(200 if path == "/health" else 503, send)
+                body = msgspec.json.encode(self._starting)
+                await _whole(send, 200 if path == "/health" else 503, "application/json", body)
+            elif path == "/metrics":  # without a key: it says what the probes say
+                await _whole(send, 200, *starting_metrics(self._engine_name))
             else:
                 text = "the engine is still starting: see /ready"
                 error = ApiError(
@@ -70,8 +76,8 @@ class Entrance:
                 )
                 await send_error(send, error, path)
 
-    async def _probe(self, status: int, send: Send) -> None:
-        body = msgspec.json.encode(self._starting)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+async def _whole(send: Send, status: int, content_type: str, body: bytes) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

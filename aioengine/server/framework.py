@@ -87,7 +87,9 @@ def guard(gate: Gate) -> Any:
     # A coroutine: Litestar calls a plain function in a thread.
     async def check(connection: ASGIConnection[Any, Any, Any, Any], _handler: Any) -> None:
         scope = connection.scope
-        gate.admit(scope["path_template"], scope, scope["state"][RECORD])  # type: ignore[arg-type]
+        record: RequestRecord = scope["state"][RECORD]
+        record.route = scope["path_template"]
+        gate.admit(record.route, scope, record)  # type: ignore[arg-type]
 
     return check
 

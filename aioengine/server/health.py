@@ -13,7 +13,7 @@ from aioengine.server.context import Context
 
 class Health(msgspec.Struct):
     status: str
-    """The engine's state, or "draining"."""
+    """The engine's state; "degraded" while its processes, which were lost, are started again."""
 
 
 class Version(msgspec.Struct):
@@ -29,8 +29,9 @@ def health_routes(context: Context) -> list[HTTPRouteHandler]:
 
     @get("/ready", summary="200 while requests are accepted, 503 otherwise", sync_to_thread=False)
     def ready() -> Response[Health]:
-        state = "draining" if context.draining else context.engine.state
-        return Response(Health(state), status_code=200 if state == "running" else 503)
+        state = context.engine.state
+        shown = "degraded" if context.engine.degraded else state
+        return Response(Health(shown), status_code=200 if state == "running" else 503)
 
     @get("/version", summary="The server's version", sync_to_thread=False)
     def version() -> Version:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import get_args
 
@@ -9,6 +10,8 @@ from aioengine.info import AdapterInfo, EngineStats, SlotStateName
 from aioengine.metrics.families import definitions as d
 from aioengine.metrics.families.storage import Family, HistogramPoint, Labels
 
+STATES = ("starting", "ready", "draining", "degraded", "dead")
+_SHOWN = {"running": "ready", "stopping": "draining"}
 SLOT_STATES = tuple(state.lower() for state in get_args(SlotStateName))
 
 
@@ -37,9 +40,21 @@ def gauges(
         engine,
         d.REQUESTS_WAITING,
         (("adapter",), stats.waiting_for_adapter),
-        (("capacity",), stats.waiting - stats.waiting_for_adapter),
+        (("capacity",), stats.waiting - stats.waiting_for_adapter - stats.waiting_preempted),
+        (("preempted",), stats.waiting_preempted),
     )
     yield gauge(engine, d.KV_CACHE_USAGE, ((), kv_usage(stats)))
+    yield gauge(engine, d.KV_CACHE_BLOCKS, ((), stats.kv_blocks))
+    yield gauge(engine, d.REQUESTS_RUNNING_LIMIT, ((), stats.max_running))
+    bound = math.inf if stats.max_waiting is None else stats.max_waiting
+    yield gauge(engine, d.REQUESTS_WAITING_LIMIT, ((), bound))
+    yield gauge(engine, d.LORA_CPU_ADAPTERS_LIMIT, ((), stats.cpu_capacity))
+
+
+def engine_state(engine: str, now: str) -> Family:
+    """``now`` is an :data:`~aioengine.engine.EngineState`; an engine that was stopped is in no state."""
+    shown = _SHOWN.get(now, now)
+    return gauge(engine, d.ENGINE_STATE, *(((name,), float(name == shown)) for name in STATES))
 
 
 def loaded(adapters: list[AdapterInfo]) -> Iterator[tuple[Labels, float]]:

@@ -10,8 +10,11 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LONG = (30.0, 60.0, 120.0, 300.0, 600.0)
+"""As long as requests are let wait: a histogram must tell apart what is bad from what is worse."""
+REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, *_LONG)
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SWAP_SECONDS = (*STEP_SECONDS, *_LONG)
 DECISION_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
 COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
@@ -80,7 +83,7 @@ LORA_SWAP_SECONDS = Definition(
     "Stages of a swap: the read from disk to the CPU (disk); on the CPU, with requests waiting for the "
     "adapter, until a slot was there (cpu); the copy into the slot (slot).",
     ("stage",),
-    STEP_SECONDS,
+    SWAP_SECONDS,
 )
 LORA_SWAP_BYTES = Definition(
     "aioengine_lora_swap_bytes",
@@ -110,14 +113,34 @@ LORA_LOAD_FAILURES = Definition(
     ("reason",),
 )
 
+LORA_RESOLVER_FAILURES = Definition(
+    "aioengine_lora_resolver_failures",
+    "counter",
+    "Look-ups of adapters that failed before there was anything to load, such as an adapter_root that cannot "
+    "be read: invalid, io or internal. A name that does not exist is none.",
+    ("reason",),
+)
+LORA_CPU_ADAPTERS_LIMIT = Definition(
+    "aioengine_lora_cpu_adapters_limit", "gauge", "Most adapters that the CPU cache may hold."
+)
+
 # Requests
 
 REQUESTS_RUNNING = Definition("aioengine_requests_running", "gauge", "Requests in the batch.")
 REQUESTS_WAITING = Definition(
     "aioengine_requests_waiting",
     "gauge",
-    "Requests not running yet: their adapter is in no slot (adapter), or there is no room (capacity).",
+    "Requests not running yet: their adapter is in no slot (adapter), or there is no room (capacity); or not "
+    "running any more, for want of KV blocks or by the policy's decision (preempted).",
     ("reason",),
+)
+REQUESTS_RUNNING_LIMIT = Definition(
+    "aioengine_requests_running_limit", "gauge", "Most requests that may be in the batch (max_num_seqs)."
+)
+REQUESTS_WAITING_LIMIT = Definition(
+    "aioengine_requests_waiting_limit",
+    "gauge",
+    "Most requests that may wait (max_waiting); +Inf if there is no bound.",
 )
 REQUESTS_FINISHED = Definition(
     "aioengine_requests_finished",
@@ -181,6 +204,48 @@ REFUSED = Definition(
     ("bound",),
 )
 
+# Tenants
+
+TENANT_REQUESTS = Definition(
+    "aioengine_tenant_requests",
+    "counter",
+    "Requests of tenants that have ended; reason is stop, length, abort or error.",
+    ("tenant", "reason"),
+)
+TENANT_PROMPT_TOKENS = Definition(
+    "aioengine_tenant_prompt_tokens",
+    "counter",
+    "Prompt tokens of the tenant's requests that have ended.",
+    ("tenant",),
+)
+TENANT_GENERATION_TOKENS = Definition(
+    "aioengine_tenant_generation_tokens",
+    "counter",
+    "Tokens generated for the tenant's requests that have ended.",
+    ("tenant",),
+)
+TENANT_RESPONSES = Definition(
+    "aioengine_tenant_http_responses",
+    "counter",
+    "Answers of the HTTP server; the tenant is none for requests without a good key.",
+    ("tenant", "status"),
+)
+
+# The HTTP server
+
+HTTP_RESPONSES = Definition(
+    "aioengine_http_responses",
+    "counter",
+    "Answers of the HTTP server: the route, the status (499: the client went away; an error's also where it "
+    "came in the middle of a stream), and the error's code, empty if there was none.",
+    ("route", "status", "code"),
+)
+HTTP_ACTIVE = Definition(
+    "aioengine_http_requests_active",
+    "gauge",
+    "Requests to the HTTP server that have not been answered in full, without probes and pages.",
+)
+
 # Policy
 
 POLICY_DECISION = Definition(
@@ -242,6 +307,20 @@ KV_CACHE_USAGE = Definition(
     "gauge",
     "KV blocks that running requests hold, as a share of all (0 to 1).",
 )
+KV_CACHE_BLOCKS = Definition("aioengine_kv_cache_blocks", "gauge", "KV blocks that there are.")
+ENGINE_STATE = Definition(
+    "aioengine_engine_state",
+    "gauge",
+    "1 for the state that the engine is in: starting, ready, draining (it finishes what it has accepted), "
+    "degraded (the model's processes were lost and are being started again) or dead.",
+    ("state",),
+)
+BUILD_INFO = Definition(
+    "aioengine_build_info",
+    "gauge",
+    "1; the labels say what runs here.",
+    ("version", "kernels", "python", "torch", "model_impl", "quantization"),
+)
 EXECUTOR_RESTARTS = Definition(
     "aioengine_executor_restarts",
     "counter",
@@ -258,6 +337,23 @@ EVENT_LOOP_LAG = Definition(
     "How late the event loop runs a timer that is due; measured four times a second.",
     (),
     STEP_SECONDS,
+)
+
+# The process, under the names that all Prometheus clients use; exported by `aioengine serve`
+
+PROCESS_CPU = Definition("process_cpu_seconds", "counter", "User and system CPU time of the process.")
+PROCESS_START = Definition(
+    "process_start_time_seconds", "gauge", "Unix time at which the process was started."
+)
+PROCESS_RESIDENT = Definition(
+    "process_resident_memory_bytes", "gauge", "Memory of the process that is in RAM."
+)
+PROCESS_VIRTUAL = Definition("process_virtual_memory_bytes", "gauge", "Virtual memory of the process.")
+PROCESS_OPEN_FDS = Definition("process_open_fds", "gauge", "File descriptors that the process has open.")
+PROCESS_MAX_FDS = Definition("process_max_fds", "gauge", "File descriptors that the process may have open.")
+PROCESS_THREADS = Definition("process_threads", "gauge", "Threads of the process.")
+EVENT_LOOP_TASKS = Definition(
+    "aioengine_event_loop_tasks", "gauge", "Tasks of the event loop that have not ended."
 )
 
 # Under the names that routers read (metrics_compat="vllm")
@@ -298,9 +394,10 @@ VLLM_LORA_LOAD_SECONDS = Definition(
     "histogram",
     "Transitions of adapters: the read from disk to the CPU (load), and the copy into a slot (activate).",
     ("model_name", "transition"),
-    STEP_SECONDS,
+    SWAP_SECONDS,
 )
 
 ALL = tuple(value for value in globals().copy().values() if isinstance(value, Definition))
 VLLM = tuple(definition for definition in ALL if definition.name.startswith("vllm:"))
-OWN = tuple(definition for definition in ALL if definition not in VLLM)
+PROCESS = (*(d for d in ALL if d.name.startswith("process_")), EVENT_LOOP_TASKS)
+OWN = tuple(definition for definition in ALL if definition not in VLLM and definition not in PROCESS)

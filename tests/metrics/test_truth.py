@@ -16,6 +16,7 @@ from aioengine import AsyncEngine, EngineStats
 from aioengine import events as e
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.metrics import EngineMetrics
+from aioengine.metrics.families import definitions
 from aioengine.runtime.stats import Counters
 
 __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
@@ -24,9 +25,8 @@ __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
 def assert_true(found: Samples, record: list[e.Event]) -> None:
     """Every counter and histogram series is as the record says, and no other has a value."""
     truth = Truth(record).numbers
-    gauges = ("lora_slots", "lora_slot_info", "lora_adapter", "lora_cpu", "requests_running")
-    gauges += ("requests_waiting", "kv_cache")
-    summed = {k: v for k, v in found.items() if not k[0].startswith(tuple(f"aioengine_{g}" for g in gauges))}
+    gauges = {d.name for d in definitions.ALL if d.kind == "gauge"}
+    summed = {k: v for k, v in found.items() if k[0] not in gauges}
     wrong = {
         key: (summed.get(key), truth.get(key))
         for key in summed.keys() | truth.keys()

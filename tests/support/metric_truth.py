@@ -219,6 +219,10 @@ class Truth:
             self.count("prompt_tokens", event.prompt_tokens, adapter=label)
             self.count("generation_tokens", event.output_tokens, adapter=label)
             self.count("requests_finished", 1, adapter=label, reason=event.reason)
+            if event.tenant is not None:
+                self.count("tenant_requests", 1, tenant=event.tenant, reason=event.reason)
+                self.count("tenant_prompt_tokens", event.prompt_tokens, tenant=event.tenant)
+                self.count("tenant_generation_tokens", event.output_tokens, tenant=event.tenant)
         for index, event in self.numbered(e.StepFinished):
             for interval in event.intervals:
                 for _ in range(interval.tokens):

@@ -59,6 +59,7 @@ class ProcessDevice(Device):
         """
         self._renew_workers(progress)
         plan, self._num_blocks = await self.workers.start()
+        self.kernels = self.workers.kernels
         return plan
 
     @property

@@ -207,6 +207,8 @@ class ReadDone(_Message, frozen=True):
 class Done(_Message, frozen=True):
     number: int
     seconds: float
+    kernels: str = ""
+    """Of an answer to Build: what computes the steps."""
 
 
 class Failed(_Message, frozen=True):

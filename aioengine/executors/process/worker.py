@@ -174,7 +174,7 @@ class _Model:
         watch = progress if self._shard.rank == 0 else None
         built = build_parts(self._config, plan, self._group, watch)
         self.runner, self.store = built
-        return Done(request.number, time.perf_counter() - began)
+        return Done(request.number, time.perf_counter() - began, self.runner.kernels)
 
     def step(self, request: Step) -> Stepped:
         result = self.runner.execute(self._batches.decode(request))

@@ -126,6 +126,8 @@ class Workers:
         self._config = config
         self._lost = lost
         self._progress = progress
+        self.kernels = ""
+        """What computes the steps; known when they have started."""
         self._workers: list[_Worker] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
@@ -151,7 +153,8 @@ class Workers:
                 shutil.rmtree(folder)  # they have found each other
                 folder = None
             blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
-            await self.ask(lambda number: Build(number, blocks)).of(Done)
+            built = await self.ask(lambda number: Build(number, blocks)).of(Done)
+            self.kernels = built[0].kernels
         except BaseException:
             self._kill()
             await self.close()

@@ -1,0 +1,59 @@
+"""What the HTTP server answers, and who uses how much, by tenant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from aioengine import events
+from aioengine.metrics.collect.snapshot import gauge
+from aioengine.metrics.families import definitions as d
+from aioengine.metrics.families.labels import OTHER, TenantLabels
+from aioengine.metrics.families.storage import Counters, Family
+
+
+class TenantMetrics:
+    """Sums over the label ``tenant`` never go down: a tenant that loses its label is added to "other"."""
+
+    def __init__(self, max_labels: int) -> None:
+        self._labels = TenantLabels(max_labels, self._fold)
+        self._requests = Counters(d.TENANT_REQUESTS)
+        self._prompt = Counters(d.TENANT_PROMPT_TOKENS)
+        self._generation = Counters(d.TENANT_GENERATION_TOKENS)
+        self._responses = Counters(d.TENANT_RESPONSES)
+        self.metrics = (self._requests, self._prompt, self._generation, self._responses)
+
+    def _fold(self, label: str) -> None:
+        for metric in self.metrics:
+            metric.fold(label, OTHER)
+
+    def ended(self, event: events.RequestEnded) -> None:
+        if event.tenant is None:
+            return
+        label = self._labels.of(event.tenant)
+        self._requests.inc((label, event.reason))
+        self._prompt.inc((label,), event.prompt_tokens)
+        self._generation.inc((label,), event.output_tokens)
+
+    def responded(self, tenant: str | None, status: int) -> None:
+        if tenant is not None:
+            self._labels.used(tenant)
+        self._responses.inc((self._labels.of(tenant), str(status)))
+
+
+class HttpMetrics:
+    """Told of each answer by the server that serves the engine, on the event loop's thread."""
+
+    def __init__(self, tenants: TenantMetrics) -> None:
+        self._tenants = tenants
+        self._responses = Counters(d.HTTP_RESPONSES)
+        self.active: Callable[[], int] = int
+        """Asked at each scrape: requests that have not been answered in full."""
+
+    def responded(self, route: str, status: int, code: str | None, tenant: str | None) -> None:
+        """``route`` and ``code``, an error's, are of fixed sets. ``status`` is 499 if the client had gone."""
+        self._responses.inc((route, str(status), code or ""))
+        self._tenants.responded(tenant, status)
+
+    def families(self, engine: str) -> Iterator[Family]:
+        yield self._responses.family(engine)
+        yield gauge(engine, d.HTTP_ACTIVE, ((), self.active()))

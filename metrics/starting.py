@@ -1,0 +1,11 @@
+"""What can be said of an engine that does not run yet."""
+
+from __future__ import annotations
+
+from aioengine.metrics.collect.snapshot import engine_state
+from aioengine.metrics.families.exposition import TEXT, TextWriter
+
+
+def starting_metrics(engine: str) -> tuple[str, bytes]:
+    """The content type and the text of ``/metrics`` while the engine of this name starts."""
+    return TEXT, TextWriter().write([engine_state(engine, "starting")], openmetrics=False)
