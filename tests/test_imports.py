@@ -65,7 +65,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "cli": {"demo", "generate", "lab"},
     "executors": {"process"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
-    "lab": {"analysis", "calibration", "costs", "report", "runs", "simulation", "workload"},
+    "lab": {"analysis", "calibration", "costs", "fleet", "report", "runs", "simulation", "workload"},
     "metrics": {"collect", "families", "page"},
     "model": {"files", "parallel", "slots", "text"},
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},

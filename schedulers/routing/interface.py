@@ -224,8 +224,8 @@ class Move(NamedTuple):
     """One step towards a plan: bring an adapter to a replica, or let it go."""
 
     kind: Literal["load", "unload", "pin", "unpin"]
-    """"load": into the CPU cache. "unload": out of it as soon as nothing needs it. "pin": into a slot, to
-    stay. "unpin": it may be evicted again."""
+    """"load": into the CPU cache. "unload": it is not wanted there any more, and its replica may drop it.
+    "pin": into a slot, to stay. "unpin": it may be evicted again."""
     adapter: str
     replica: str
 

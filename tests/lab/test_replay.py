@@ -15,7 +15,8 @@ from support.engine_fixtures import MakeEngine, Tiny, make_engine, tiny, tiny_of
 from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, Kept, costs, play
 
 from aioengine.errors import ConfigError
-from aioengine.lab.runs.replay import Replayed, RunStalled, replay
+from aioengine.lab.runs.open_loop import Replayed, RunStalled
+from aioengine.lab.runs.replay import replay
 from aioengine.lab.workload.requests import AdapterShape, Arrival
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, load_policy
 

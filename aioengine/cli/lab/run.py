@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
 
 DEFAULT_OUT = Path("lab-run")
+_OWN = ("policy", "slots", "scale", "seed", "replicas", "router", "placement")
+"""Fields of an experiment."""
 _RUN = Group("Run", sort_key=7)
 
 
@@ -31,6 +33,12 @@ class RunFlags:
     """The rate of arrivals is multiplied by this (1)."""
     seed: int | None = None
     """Of all that is drawn: arrivals, adapters, lengths (0)."""
+    replicas: int | None = None
+    """Engines behind one door; without it there is one engine and no door."""
+    router: str | None = None
+    """As in aioengine policies, or my_router.py:MyRouter (affinity)."""
+    placement: str | None = None
+    """Which adapters should live on which replicas (none)."""
     out: Path = DEFAULT_OUT
     """Folder for the results."""
     experiment: Path | None = None
@@ -55,7 +63,7 @@ def run(
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
-    own = {name: getattr(flags, name) for name in ("policy", "slots", "scale", "seed")}
+    own = {name: getattr(flags, name) for name in _OWN}
     experiment = make_experiment(flags.experiment, workload or WorkloadFlags(), system or SystemFlags(), own)
     check_out(flags.out, "experiment.json")
     return _run(experiment, flags)
@@ -66,7 +74,7 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
     from aioengine.cli.lab.tables import print_summary
     from aioengine.lab.report.run_figures import PLOTS
     from aioengine.lab.report.run_page import write_report
-    from aioengine.lab.runs.replay import RunStalled
+    from aioengine.lab.runs.open_loop import RunStalled
     from aioengine.lab.runs.simulate import run
 
     try:

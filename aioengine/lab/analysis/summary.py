@@ -29,15 +29,17 @@ def summarize(folder: str | Path) -> dict[str, Any]:
     Units are in the names; a ``_share`` is between 0 and 1. What nothing was measured for is None.
     Raises ConfigError if a file is missing, or is none of a run's.
     """
-    found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), slots=slots_of(Path(folder))))
+    slots, replicas = slots_of(Path(folder)), replicas_of(Path(folder))
+    found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), slots=slots, replicas=replicas))
     return found
 
 
-def summarize_frames(frames: Frames, slots: int | None = None) -> dict[str, Any]:
+def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1) -> dict[str, Any]:
     """The same of frames, unrounded.
 
     Args:
-        slots: How many there were; by default, as many as were used.
+        slots: How many there were, on all replicas; by default, as many as were used.
+        replicas: How many engines took steps.
     """
     import polars as pl
 
@@ -74,8 +76,8 @@ def summarize_frames(frames: Frames, slots: int | None = None) -> dict[str, Any]
         "slo": _deadlines(requests),
         "hits": _hits(requests),
         "swaps": _swaps(frames),
-        "slots": _slot_use(frames, slots, seconds),
-        "engine": _engine(frames.samples),
+        "slots": _slot_use(frames, slots, seconds, replicas),
+        "engine": _engine(frames.samples, replicas),
         "fairness": _fairness(frames),
         "starvation": _starvation(requests),
         "preemptions": int(requests["preemptions"].sum()),
@@ -162,7 +164,7 @@ def _ahead(requests: pl.DataFrame, loads: pl.DataFrame) -> int:
     return count
 
 
-def _slot_use(frames: Frames, slots: int | None, seconds: float) -> dict[str, Any]:
+def _slot_use(frames: Frames, slots: int | None, seconds: float, replicas: int) -> dict[str, Any]:
     import polars as pl
 
     spans = frames.slots
@@ -175,12 +177,12 @@ def _slot_use(frames: Frames, slots: int | None, seconds: float) -> dict[str, An
         "slots": count,
         "ready_share": _ratio(math.fsum(ready["end"] - ready["ready"]), whole),
         "writing_share": _ratio(math.fsum(spans.select(written.alias("s"))["s"]), whole),
-        "busy_share": _ratio(int(spans["busy_steps"].sum()), count * steps),
+        "busy_share": _ratio(int(spans["busy_steps"].sum()) * replicas, count * steps),
         "stay_seconds": spread(ready["end"] - ready["ready"]),
     }
 
 
-def _engine(samples: pl.DataFrame) -> dict[str, Any]:
+def _engine(samples: pl.DataFrame, replicas: int) -> dict[str, Any]:
     steps = int(samples["steps"].sum())
     in_steps = math.fsum(samples["step_seconds"])
     lengths = samples["time"] - samples["time"].shift(1, fill_value=0.0)
@@ -192,7 +194,7 @@ def _engine(samples: pl.DataFrame) -> dict[str, Any]:
     return {
         "steps": steps,
         "mean_step_seconds": _ratio(in_steps, steps),
-        "stepping_share": _ratio(in_steps, last),
+        "stepping_share": _ratio(in_steps, last * replicas),
         "prefill_tokens": int(samples["prefill_tokens"].sum()),
         "decode_tokens": int(samples["decode_tokens"].sum()),
         "tokens_per_step": _ratio(int((samples["prefill_tokens"] + samples["decode_tokens"]).sum()), steps),
@@ -244,7 +246,17 @@ def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
 
 
 def slots_of(folder: Path) -> int | None:
-    """Of the run's experiment, where it is there."""
+    """Of all replicas of the run's experiment, where it is there."""
+    slots = _of_experiment(folder, "slots")
+    return None if slots is None else slots * replicas_of(folder)
+
+
+def replicas_of(folder: Path) -> int:
+    """Of the run's experiment; 1 where there is no fleet."""
+    return _of_experiment(folder, "replicas") or 1
+
+
+def _of_experiment(folder: Path, field: str) -> int | None:
     path = folder / "experiment.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -254,8 +266,8 @@ def slots_of(folder: Path) -> int | None:
         raise ConfigError(f"{path}: is not JSON: {error}") from error
     if isinstance(found, dict):
         found = found.get("experiment", found)
-        if isinstance(found, dict) and isinstance(found.get("slots"), int):
-            return int(found["slots"])
+        if isinstance(found, dict) and isinstance(found.get(field), int):
+            return int(found[field])
     return None
 
 

@@ -14,6 +14,10 @@ from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.schedulers.routing import DEFAULT_PLACEMENT, DEFAULT_ROUTER, load_placement, load_router
+
+MAX_REPLICAS = 1024
+"""All engines of a fleet are simulated in one process."""
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,12 +53,25 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """For the workload: arrivals, adapters, lengths."""
     sample_seconds: float = 1.0
     """Between two rows of samples.csv."""
+    replicas: int | None = None
+    """Engines behind one door, each as the fields above say; None: one engine and no door."""
+    router: str = DEFAULT_ROUTER
+    """Where the door sends a request; see :mod:`aioengine.schedulers.routing.registry`."""
+    placement: str = DEFAULT_PLACEMENT
+    """Which adapters should live on which replicas."""
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r}: must be an integer >= 0")
         if not self.sample_seconds > 0:
             raise ConfigError(f"sample_seconds={self.sample_seconds!r}: must be more than 0 seconds")
+        if self.replicas is not None and not 1 <= self.replicas <= MAX_REPLICAS:
+            raise ConfigError(f"replicas={self.replicas!r}: must be in 1..{MAX_REPLICAS}")
+        for name, load in (("router", load_router), ("placement", load_placement)):
+            try:
+                load(getattr(self, name))
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         slots, cpu_loras = self.slots, self.cpu_loras
         if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
             raise ConfigError(

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from aioengine.engine import AsyncEngine
-from aioengine.errors import AioEngineError, ConfigError, EngineDead, EngineStopped
+from aioengine.errors import AioEngineError, EngineDead, EngineStopped
 from aioengine.lab.calibration.live import LiveRequests
+from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
 from aioengine.lab.runs.recorder import Recorder
 from aioengine.lab.runs.rows import Sink
-from aioengine.lab.simulation.engine import TOKEN, SimulatedEngine
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.prompts import SimulatedRequests
 from aioengine.lab.workload.requests import Arrival, Workload
-from aioengine.request import SamplingParams
-
-STALL_SECONDS = 600.0
-"""After so long without a step or a move while requests wait, a run is given up."""
-
-Progress = Callable[[int, int | None, float], None]
-"""Told of: requests ended, of how many (None: not known), and seconds into the run."""
-
-
-class RunStalled(AioEngineError):
-    """The policy, or what the requests ask for, has brought the run to a standstill."""
-
-
-class Replayed(NamedTuple):
-    """What came of a workload."""
-
-    requests: int
-    finished: int
-    """Up to their last token."""
-    refused: int
-    """Never accepted."""
-    failed: int
-    """Accepted, and ended with an error: a deadline passed, say."""
-    seconds: float
-    """From the start to the end of the last request."""
 
 
 async def replay(
@@ -64,11 +40,9 @@ async def replay(
         total: How many requests there are, for ``progress``.
 
     Raises:
-        RunStalled: Nothing has moved for :data:`STALL_SECONDS` while requests wait.
+        RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait.
         ConfigError: ``sample_seconds`` is not more than 0.
     """
-    if not sample_seconds > 0:
-        raise ConfigError(f"sample_seconds={sample_seconds}: must be more than 0")
     if isinstance(engine, SimulatedEngine):
         engine.add_adapters(workload.adapters)
     else:
@@ -79,7 +53,7 @@ async def replay(
     return await _Replay(engine, workload, sink, seed, sample_seconds, progress, total).run()
 
 
-class _Replay:
+class _Replay(OpenLoop):
     def __init__(
         self,
         engine: AsyncEngine,
@@ -90,47 +64,34 @@ class _Replay:
         progress: Progress | None,
         total: int | None,
     ) -> None:
+        start = asyncio.get_running_loop().time()
+        ranks = {shape.name: shape.rank for shape in workload.adapters}
+        self._recorder = Recorder(engine, sink, start=start, ranks=ranks)
+        super().__init__(
+            self._recorder,
+            workload,
+            start=start,
+            sample_seconds=sample_seconds,
+            progress=progress,
+            total=total,
+        )
         self._engine = engine
-        self._requests: _SimulatedRequests | LiveRequests
+        self._requests: SimulatedRequests | LiveRequests
         if isinstance(engine, SimulatedEngine):
-            self._requests = _SimulatedRequests()
+            self._requests = SimulatedRequests(engine.model_spec.vocab_size)
         else:
             self._requests = LiveRequests(engine.model_spec, seed)
-        self._workload = workload
-        self._sample_seconds = sample_seconds
-        self._progress = progress
-        self._total = total
-        self._loop = asyncio.get_running_loop()
-        self._start = self._loop.time()
-        ranks = {shape.name: shape.rank for shape in workload.adapters}
-        self._recorder = Recorder(engine, sink, start=self._start, ranks=ranks)
-        self._finished = self._refused = self._failed = 0
 
     async def run(self) -> Replayed:
         remove = self._engine.add_listener(self._recorder)
         try:
-            async with asyncio.TaskGroup() as around:
-                watch = around.create_task(self._watch(), name="aioengine-lab-watch")
-                async with asyncio.TaskGroup() as requests:
-                    await self._send_all(requests)
-                watch.cancel()
-        except* AioEngineError as errors:
-            raise _first(errors) from None
+            await self.send_all()
         finally:
             remove()
         now = self._loop.time()
         self._recorder.close(now)
-        self._tell(now)
-        count = self._finished + self._refused + self._failed
-        return Replayed(count, self._finished, self._refused, self._failed, now - self._start)
-
-    async def _send_all(self, group: asyncio.TaskGroup) -> None:
-        loop, start = self._loop, self._start
-        for index, arrival in enumerate(self._workload):
-            wait = start + arrival.time - loop.time()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            group.create_task(self._send(f"r{index}", index, arrival))
+        self.tell(now)
+        return self.replayed()
 
     async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
         engine, recorder = self._engine, self._recorder
@@ -161,51 +122,9 @@ class _Replay:
             if isinstance(engine, SimulatedEngine):
                 engine.forget_length(request_id)
 
-    async def _watch(self) -> None:
-        """Sample at regular times, and see that something moves."""
-        loop, recorder, tick = self._loop, self._recorder, 0
-        while True:
-            tick += 1
-            await asyncio.sleep(self._start + tick * self._sample_seconds - loop.time())
-            now = loop.time()
-            recorder.sample(now)
-            self._tell(now)
-            if not recorder.under_way:
-                recorder.last_progress = now
-            elif now - recorder.last_progress > STALL_SECONDS:
-                stats = self._engine.stats()
-                raise RunStalled(
-                    f"at {now - self._start:g} s: no step and no move of an adapter has ended for "
-                    f"{STALL_SECONDS:g} s, while {stats.waiting} requests wait ({stats.waiting_for_adapter} "
-                    f"of them for an adapter) and {stats.running} run; see what the policy waits for"
-                )
-
-    def _tell(self, now: float) -> None:
-        if self._progress is not None:
-            self._progress(self._recorder.ended, self._total, now - self._start)
-
-
-class _SimulatedRequests:
-    """Prompts without content, cut from one list; the engine knows the outputs' lengths."""
-
-    def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._params: dict[int, SamplingParams] = {}
-
-    def prompt(self, _index: int, arrival: Arrival) -> list[int]:
-        if len(self._tokens) < arrival.prompt_tokens:
-            self._tokens = [TOKEN] * arrival.prompt_tokens
-        return self._tokens[: arrival.prompt_tokens]
-
-    def params(self, arrival: Arrival) -> SamplingParams:
-        allowed = arrival.output_tokens if arrival.max_tokens is None else arrival.max_tokens
-        known = self._params.get(allowed)
-        if known is None:
-            known = self._params[allowed] = SamplingParams(max_tokens=allowed)
-        return known
-
-
-def _first(errors: BaseExceptionGroup[AioEngineError]) -> AioEngineError:
-    """Of those that came at once, which are much the same."""
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    def _state(self) -> str:
+        stats = self._engine.stats()
+        return (
+            f"{stats.waiting} requests wait ({stats.waiting_for_adapter} of them for an adapter) and "
+            f"{stats.running} run"
+        )

@@ -15,15 +15,18 @@ import msgspec
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.fleet.replay import replay_on_fleet
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.files import CsvFiles
-from aioengine.lab.runs.replay import Progress, Replayed, replay
+from aioengine.lab.runs.open_loop import Progress, Replayed
+from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
 from aioengine.schedulers import SchedulerPolicy, load_policy
+from aioengine.schedulers.routing import load_placement, load_router
 
 
 class RunResult(NamedTuple):
@@ -62,10 +65,12 @@ def run(experiment: Experiment, out: str | Path, progress: Progress | None = Non
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))
         with CsvFiles(out) as files:
-            replayed = run_in_virtual_time(simulate(experiment, costs, workload, files, progress))
+            replayed, fleet = run_in_virtual_time(simulate(experiment, costs, workload, files, progress))
     except OSError as error:
         raise ConfigError(f"cannot write the run's files into {out}: {error.strerror or error}") from error
     summary = summarize(out)
+    if fleet is not None:
+        summary["fleet"] = fleet
     _write_json(out / "summary.json", summary)
     return RunResult(out, replayed, summary)
 
@@ -76,8 +81,10 @@ async def simulate(
     workload: Workload,
     sink: Sink,
     progress: Progress | None = None,
-) -> Replayed:
-    """The run itself, on a loop in virtual time."""
+) -> tuple[Replayed, dict[str, Any] | None]:
+    """The run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is one."""
+    if experiment.replicas is not None:
+        return await _simulate_fleet(experiment, costs, workload, sink, progress)
     policy = lab_policy(experiment.policy, workload, start=asyncio.get_running_loop().time())
     async with SimulatedEngine(experiment.engine_config(), costs, policy) as engine:
         replayed = await replay(
@@ -89,7 +96,41 @@ async def simulate(
             total=experiment.workload.limit,
         )
         engine.check_invariants()
-        return replayed
+        return replayed, None
+
+
+async def _simulate_fleet(
+    experiment: Experiment, costs: CostModel, workload: Workload, sink: Sink, progress: Progress | None
+) -> tuple[Replayed, dict[str, Any]]:
+    assert experiment.replicas is not None
+    start = asyncio.get_running_loop().time()
+
+    def make_engine() -> SimulatedEngine:
+        policy = lab_policy(experiment.policy, workload, start=start)
+        return SimulatedEngine(experiment.engine_config(), costs, policy)
+
+    found = await replay_on_fleet(
+        workload,
+        sink,
+        replicas=experiment.replicas,
+        make_engine=make_engine,
+        router=load_router(experiment.router),
+        placement=load_placement(experiment.placement),
+        sample_seconds=experiment.sample_seconds,
+        progress=progress,
+        total=experiment.workload.limit,
+    )
+    fleet = {
+        "replicas": experiment.replicas,
+        "router": experiment.router,
+        "placement": experiment.placement,
+        "requests_by_replica": found.requests_by_replica,
+        "migrations": found.migrations,
+        "rejected": found.rejected,
+        "failures": found.failures,
+        "moves": found.moves,
+    }
+    return found.replayed, fleet
 
 
 async def _start(experiment: Experiment, costs: CostModel) -> None:

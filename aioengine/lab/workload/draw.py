@@ -86,7 +86,9 @@ class OfferedWorkload(Workload):
             deadline = row.deadline
             if deadline is None and deadlines is not None:
                 deadline = deadlines.of(output)
-            yield Arrival(time, adapter, prompt, output, most, expected, tenant, priority, deadline)
+            yield Arrival(
+                time, adapter, prompt, output, most, expected, tenant, priority, deadline, row.prefix
+            )
 
     def _draw_adapters(self) -> tuple[AdapterShape, ...]:
         spec = self.spec

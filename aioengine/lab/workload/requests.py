@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+PREFIX_BLOCK = 512
+"""Tokens of a prompt that one number in ``Arrival.prefix`` stands for."""
+
 
 class AdapterShape(NamedTuple):
     """An adapter as far as scheduling is concerned."""
@@ -33,6 +36,9 @@ class Arrival(NamedTuple):
     priority: int = 0
     deadline: float | None = None
     """Seconds from arrival."""
+    prefix: tuple[int, ...] = ()
+    """What the prompt begins with, a number for each :data:`PREFIX_BLOCK` tokens: prompts are alike as far as
+    these are. (): it has no content."""
 
 
 class Workload(ABC):

@@ -1,11 +1,14 @@
 """Traces: files of requests, read row by row and never held.
 
-Two formats, told apart by their content, and either may be gzip:
+Three formats, told apart by their content, and each may be gzip:
 
 - CSV with the columns ``TIMESTAMP,ContextTokens,GeneratedTokens``, as the Azure LLM inference traces have
   them (Patel et al., "Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA 2024; code
   and conversation traces of 2023-11-16, published under CC-BY).
 - JSON lines with the fields of :class:`JsonRow`, as ``--record`` writes them.
+- JSON lines with the fields of :class:`MooncakeRow`, as the Mooncake traces have them (Qin et al.,
+  "Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving", FAST 2025): they say which
+  prompts begin alike.
 
 Rows must be in order of time. Every error is a ConfigError that names the file and the line.
 """
@@ -55,6 +58,17 @@ class JsonRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     expected_tokens: int | None = None
 
 
+class MooncakeRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line of a Mooncake trace."""
+
+    timestamp: float
+    """Milliseconds, from whenever."""
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...] = ()
+    """A number for each 512 tokens of the prompt: equal for equal beginnings."""
+
+
 class TraceRow(NamedTuple):
     """A request of a trace; None and UNSET: the trace does not say."""
 
@@ -68,6 +82,8 @@ class TraceRow(NamedTuple):
     deadline: float | None = None
     max_tokens: int | None = None
     expected_tokens: int | None = None
+    prefix: tuple[int, ...] = ()
+    """As ``Arrival.prefix``."""
 
 
 class TraceSummary(NamedTuple):
@@ -217,7 +233,7 @@ class _JsonParser:
         try:
             row = self._decoder.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ConfigError(_explain(error)) from error
+            raise ConfigError(_explain(error, JsonRow)) from error
         if not 0 <= row.time <= 1e11:
             raise ConfigError(f"time={row.time!r}: must be seconds >= 0")
         _check("prompt_tokens", row.prompt_tokens, low=1)
@@ -241,9 +257,28 @@ class _JsonParser:
         )
 
 
-def _parser(first: bytes) -> _CsvParser | _JsonParser:
+class _MooncakeParser:
+    def __init__(self) -> None:
+        self._decoder = msgspec.json.Decoder(MooncakeRow)
+
+    def __call__(self, raw: bytes) -> TraceRow:
+        try:
+            row = self._decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ConfigError(_explain(error, MooncakeRow)) from error
+        if not 0 <= row.timestamp <= 1e14:
+            raise ConfigError(f"timestamp={row.timestamp!r}: must be milliseconds >= 0")
+        _check("input_length", row.input_length, low=1)
+        _check("output_length", row.output_length, low=0)
+        if not all(0 <= number < 2**32 for number in row.hash_ids):
+            raise ConfigError("hash_ids: must be whole numbers from 0 to 2**32 - 1")
+        time = round(row.timestamp * 1e3) * 1000
+        return TraceRow(time, row.input_length, max(row.output_length, 1), prefix=row.hash_ids)
+
+
+def _parser(first: bytes) -> _CsvParser | _JsonParser | _MooncakeParser:
     if first.startswith(b"{"):
-        return _JsonParser()
+        return _MooncakeParser() if b'"input_length"' in first else _JsonParser()
     header = _text(first)
     if [name.strip() for name in header.split(",")] != CSV_HEADER.split(","):
         shown = header if len(header) <= 80 else f"{header[:80]}..."
@@ -272,10 +307,10 @@ def _check(name: str, tokens: int | None, *, low: int) -> None:
         raise ConfigError(f"{name}={tokens}: must be in {low}..{MAX_TOKENS}")
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, row: type[msgspec.Struct]) -> str:
     text = str(error)
     if "unknown field" not in text:
         return text
     name = text.split("`")[1]
-    fields = JsonRow.__struct_fields__
+    fields = row.__struct_fields__
     return f"unknown field {name!r}{nearest(name, fields)}; there are {', '.join(fields)}"

@@ -1,0 +1,111 @@
+"""What one engine of a fleet tells the doors about itself."""
+
+from __future__ import annotations
+
+from aioengine import events
+from aioengine.core.core import Core
+from aioengine.schedulers.policy import Location
+from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
+
+MEMORY = 0.1
+"""Weight of the newest measurement in the moving averages."""
+
+
+class ReplicaReporter:
+    """An event listener that can say at any time how the engine stands, at a cost that grows with what runs
+    and not with what waits."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._waiting: dict[str, int] = {}
+        """Prompt tokens of requests that have not been admitted yet."""
+        self._waiting_tokens = 0
+        self._load_seconds: float | None = None
+        self._slot_seconds: float | None = None
+        self._seconds_per_token: float | None = None
+        self.version = 0
+        """Counts the changes of what is in slots, in the CPU cache or on the way there."""
+        for request in core.queues.all:
+            self._wait(request.id, request.remaining)
+
+    @property
+    def limits(self) -> ReplicaLimits:
+        """What does not change."""
+        core = self._core
+        return ReplicaLimits(
+            slots=len(core.residency.slots.slots),
+            cpu_loras=core.cpu.capacity,
+            max_running=core.limits.max_num_seqs,
+            kv_tokens=core.blocks.num_blocks * core.blocks.block_size,
+        )
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.RequestAdded():
+                self._wait(event.request_id, event.prompt_tokens)
+            case events.RequestAdmitted() | events.RequestEnded():
+                self._waiting_tokens -= self._waiting.pop(event.request_id, 0)
+            case events.RequestPreempted():
+                request = self._core.requests.get(event.request_id)
+                if request is not None:
+                    self._wait(event.request_id, request.remaining)
+            case events.StepFinished():
+                if event.prefill_tokens > event.decode_tokens:
+                    seconds = event.seconds / (event.prefill_tokens + event.decode_tokens)
+                    self._seconds_per_token = _average(self._seconds_per_token, seconds)
+            case events.AdapterLoaded():
+                self._load_seconds = _average(self._load_seconds, event.seconds)
+                self.version += 1
+            case events.AdapterPlaced():
+                self._slot_seconds = _average(self._slot_seconds, event.seconds)
+                self.version += 1
+            case events.AdapterEvent() | events.EngineRestarted():
+                self.version += 1
+
+    def report(self, now: float, *, received: int, ended: int, tiers: bool = True) -> Report:
+        """How the engine stands.
+
+        Args:
+            now: The time on this replica's clock.
+            received: Requests of the door that it has taken in, over the channel that this goes through.
+            ended: Those of them that have ended.
+            tiers: Whether to say which adapters are where; False: as in the report before.
+        """
+        core = self._core
+        running = core.running.values()
+        waiting_for: dict[str | None, int] = {}
+        for entry in core.queues.heads.values():
+            name = None if entry is None else entry.label
+            waiting_for[name] = waiting_for.get(name, 0) + len(core.queues.queue_of(entry))
+        return Report(
+            sent_at=now,
+            received=received,
+            ended=ended,
+            waiting=len(core.queues),
+            running=len(running),
+            waiting_tokens=self._waiting_tokens
+            + sum(request.remaining for request in running if request.remaining > 1),
+            running_tokens=sum(request.computed for request in running),
+            free_kv_tokens=core.blocks.num_free * core.blocks.block_size,
+            waiting_for=waiting_for,
+            load_seconds=self._load_seconds,
+            slot_seconds=self._slot_seconds,
+            seconds_per_token=self._seconds_per_token,
+            tiers=self._tiers() if tiers else None,
+        )
+
+    def _tiers(self) -> Tiers:
+        """Of the current version of each adapter."""
+        found: dict[Location, list[str]] = {Location.SLOT: [], Location.CPU: [], Location.LOADING: []}
+        for entry in self._core.cpu.entries.values():
+            if not entry.retired:
+                found[entry.location].append(entry.label)
+        return Tiers(found[Location.SLOT], found[Location.CPU], found[Location.LOADING])
+
+    def _wait(self, request_id: str, tokens: int) -> None:
+        self._waiting_tokens += tokens - self._waiting.get(request_id, 0)
+        self._waiting[request_id] = tokens
+
+
+def _average(before: float | None, value: float) -> float:
+    return value if before is None else before + MEMORY * (value - before)

@@ -1,0 +1,1 @@
+"""Several engines behind a door, in virtual time."""

@@ -1,0 +1,41 @@
+"""What a simulated fleet is like beside its engines: how old knowledge is, and what goes wrong when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+FaultKind = Literal["kill", "start", "cut", "heal", "drain"]
+
+
+class Fault(NamedTuple):
+    """Something that happens to a replica: it is killed, started again with empty caches, cut off from the
+    door or reachable again, or drained."""
+
+    time: float
+    """Seconds from the start of the run."""
+    kind: FaultKind
+    replica: int
+    """Index, from 0."""
+
+
+class Conditions(NamedTuple):
+    """The defaults are those of replicas on one network that are well."""
+
+    report_seconds: float = 0.05
+    """Between two reports of a replica."""
+    delay: float = 0.001
+    """Seconds that a message takes, each way."""
+    report_delay: float = 0.0
+    """Seconds that reports take beyond ``delay``: knowledge that is old when it comes."""
+    detect_seconds: float = 0.05
+    """From a replica's death until the door knows of it."""
+    silent_after: float = 3.0
+    """Seconds without a report after which the door gives a replica up."""
+    skew: Mapping[int, float] = {}
+    """By index: how far a replica's clock is from the door's."""
+    migration_limit: int = 3
+    """How often a request is sent to another replica, at most."""
+    plan_seconds: float = 10.0
+    """Between two plans of the placement policy."""
+    faults: Sequence[Fault] = ()

@@ -1,0 +1,141 @@
+"""An open loop: every request of a workload is sent at its time, whatever became of those before it."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from aioengine.errors import AioEngineError, ConfigError
+from aioengine.lab.workload.requests import Arrival, Workload
+
+STALL_SECONDS = 600.0
+"""After so long without a step or a move while requests wait, a run is given up."""
+
+Progress = Callable[[int, int | None, float], None]
+"""Told of: requests ended, of how many (None: not known), and seconds into the run."""
+
+
+class RunStalled(AioEngineError):
+    """The policy, or what the requests ask for, has brought the run to a standstill."""
+
+
+class Replayed(NamedTuple):
+    """What came of a workload."""
+
+    requests: int
+    finished: int
+    """Up to their last token."""
+    refused: int
+    """Never accepted."""
+    failed: int
+    """Accepted, and ended with an error: a deadline passed, say."""
+    seconds: float
+    """From the start to the end of the last request."""
+
+
+class RunRecorder(Protocol):
+    """What records a run, of one engine or of a fleet."""
+
+    last_progress: float
+    """When a step or a move ended last."""
+
+    @property
+    def ended(self) -> int:
+        """Requests that have ended, the refused ones included."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a request that has not ended."""
+
+    def sample(self, now: float) -> None: ...
+
+
+class OpenLoop(ABC):
+    """Sends a workload and waits for all of it. No more of it is held than the requests that have not ended.
+
+    Raises ConfigError if ``sample_seconds`` is not more than 0.
+    """
+
+    def __init__(
+        self,
+        recorder: RunRecorder,
+        workload: Workload,
+        *,
+        start: float,
+        sample_seconds: float,
+        progress: Progress | None,
+        total: int | None,
+    ) -> None:
+        if not sample_seconds > 0:
+            raise ConfigError(f"sample_seconds={sample_seconds}: must be more than 0")
+        self._watched = recorder
+        self._workload = workload
+        self._start = start
+        self._sample_seconds = sample_seconds
+        self._progress = progress
+        self._total = total
+        self._loop = asyncio.get_running_loop()
+        self._finished = self._refused = self._failed = 0
+
+    @abstractmethod
+    async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
+        """Send one request, and count how it ends."""
+
+    @abstractmethod
+    def _state(self) -> str:
+        """How things stand, for who reads that nothing moves."""
+
+    async def send_all(self) -> None:
+        """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait."""
+        try:
+            async with asyncio.TaskGroup() as around:
+                watch = around.create_task(self._watch(), name="aioengine-lab-watch")
+                async with asyncio.TaskGroup() as requests:
+                    await self._send_each(requests)
+                watch.cancel()
+        except* AioEngineError as errors:
+            raise _first(errors) from None
+
+    def replayed(self) -> Replayed:
+        """What has come of it."""
+        count = self._finished + self._refused + self._failed
+        seconds = self._loop.time() - self._start
+        return Replayed(count, self._finished, self._refused, self._failed, seconds)
+
+    def tell(self, now: float) -> None:
+        """Report how far it is."""
+        if self._progress is not None:
+            self._progress(self._watched.ended, self._total, now - self._start)
+
+    async def _send_each(self, group: asyncio.TaskGroup) -> None:
+        loop, start = self._loop, self._start
+        for index, arrival in enumerate(self._workload):
+            wait = start + arrival.time - loop.time()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            group.create_task(self._send(f"r{index}", index, arrival))
+
+    async def _watch(self) -> None:
+        """Sample at regular times, and see that something moves."""
+        loop, recorder, tick = self._loop, self._watched, 0
+        while True:
+            tick += 1
+            await asyncio.sleep(self._start + tick * self._sample_seconds - loop.time())
+            now = loop.time()
+            recorder.sample(now)
+            self.tell(now)
+            if not recorder.under_way:
+                recorder.last_progress = now
+            elif now - recorder.last_progress > STALL_SECONDS:
+                raise RunStalled(
+                    f"at {now - self._start:g} s: no step and no move of an adapter has ended for "
+                    f"{STALL_SECONDS:g} s, while {self._state()}; see what the policy waits for"
+                )
+
+
+def _first(errors: BaseExceptionGroup[AioEngineError]) -> AioEngineError:
+    """Of those that came at once, which are much the same."""
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

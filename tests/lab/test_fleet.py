@@ -1,0 +1,172 @@
+"""Several engines behind a door, in virtual time: totals, deaths, partitions, old knowledge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.lab_sim import Fixed, Kept, config, costs
+
+from aioengine.errors import ConfigError
+from aioengine.lab.fleet.conditions import Conditions, Fault
+from aioengine.lab.fleet.replay import FleetReplayed, replay_on_fleet
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.simulate import run
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
+from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.schedulers.routing import available_routers, load_placement, load_router
+
+ADAPTERS = [AdapterShape(name, 8) for name in "abcdef"]
+
+
+def play_fleet(
+    workload: Workload,
+    conditions: Conditions | None = None,
+    *,
+    replicas: int = 3,
+    router: str = "affinity",
+    placement: str = "none",
+    **fields: Any,
+) -> tuple[FleetReplayed, Kept]:
+    kept = Kept()
+
+    async def main() -> FleetReplayed:
+        return await replay_on_fleet(
+            workload,
+            kept,
+            replicas=replicas,
+            make_engine=lambda: SimulatedEngine(config(**fields), costs()),
+            router=load_router(router),
+            placement=load_placement(placement),
+            conditions=conditions,
+        )
+
+    return run_in_virtual_time(main()), kept
+
+
+def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:
+    return Fixed(
+        [Arrival(every * i, "abcdef"[i * i % 6], 20, output, tenant=f"t{i % 4}") for i in range(count)],
+        ADAPTERS,
+    )
+
+
+@pytest.mark.parametrize("router", sorted(available_routers()))
+def test_every_router_serves_all(router: str) -> None:
+    found, kept = play_fleet(spread(), router=router)
+    assert found.replayed.finished == len(kept.requests) == 60
+    assert sum(found.requests_by_replica) == 60 and not found.failures
+    assert sum(row.output_tokens for row in kept.requests) == 60 * 40
+
+
+def test_a_killed_replica_loses_nothing() -> None:
+    """What it had goes on elsewhere, after what was delivered, and it comes back with empty caches."""
+    faults = [Fault(1.0, "kill", 0), Fault(2.0, "start", 0), Fault(2.5, "kill", 1)]
+    found, kept = play_fleet(spread(every=0.02), Conditions(faults=faults), router="round_robin")
+    assert found.replayed.finished == 60 and found.migrations > 5
+    assert sum(found.requests_by_replica) == 60 + found.migrations
+    assert {row.output_tokens for row in kept.requests} == {40}, "a token is missing, or was made twice"
+    assert all(
+        row.first_token is not None and row.arrival < row.first_token <= row.ended for row in kept.requests
+    )
+
+
+def test_a_partition_is_routed_around_and_heals() -> None:
+    faults = [Fault(1.0, "cut", 1), Fault(12.0, "heal", 1)]
+    conditions = Conditions(faults=faults, silent_after=2.0, detect_seconds=0.05)
+    found, kept = play_fleet(spread(400, every=0.05), conditions, router="round_robin")
+    assert found.replayed.finished == 400 and found.migrations > 0
+    longest = max(row.ended - row.arrival for row in kept.requests)
+    assert longest < 8.0, "it waited for the partition's end"
+    assert found.requests_by_replica[1] > 60, "it is used again afterwards"
+
+
+def test_a_short_cut_costs_no_migration() -> None:
+    conditions = Conditions(faults=[Fault(1.0, "cut", 1), Fault(1.5, "heal", 1)], silent_after=3.0)
+    found, _ = play_fleet(spread(), conditions, router="round_robin")
+    assert found.replayed.finished == 60 and found.migrations == 0
+
+
+def test_a_draining_replica_finishes_what_it_has() -> None:
+    found, _ = play_fleet(spread(), Conditions(faults=[Fault(1.0, "drain", 2)]), router="round_robin")
+    assert found.replayed.finished == 60 and found.migrations == 0
+    assert found.requests_by_replica[2] < 10
+
+
+def test_with_no_replica_left_requests_are_rejected() -> None:
+    faults = [Fault(1.0, "kill", index) for index in range(3)]
+    found, kept = play_fleet(spread(), Conditions(faults=faults))
+    assert found.rejected > 0
+    rejected = [row for row in kept.requests if row.error == "EngineOverloaded"]
+    assert len(rejected) == found.rejected
+    assert found.replayed.finished + len(rejected) == 60
+
+
+@pytest.mark.parametrize(("limit", "error"), [(2, "EngineDead"), (3, None)])
+def test_a_request_whose_replicas_die_is_given_up_in_the_end(limit: int, error: str | None) -> None:
+    faults = [fault for t in (1.0, 2.0, 3.0) for fault in (Fault(t, "kill", 0), Fault(t + 0.01, "start", 0))]
+    long = Fixed([Arrival(0.0, None, 20, 1000)])
+    found, kept = play_fleet(long, Conditions(faults=faults, migration_limit=limit), replicas=1)
+    assert kept.requests[0].error == error and found.migrations == limit
+
+
+@pytest.mark.parametrize("router", ["affinity", "least_loaded", "hrw"])
+def test_old_knowledge_and_skewed_clocks_do_no_harm(router: str) -> None:
+    """The door counts for itself: bursts are spread although reports are seconds old."""
+    burst = Fixed([Arrival(0.0, None, 50, 20) for _ in range(30)] + list(spread()), ADAPTERS)
+    old = Conditions(report_delay=1.5, skew={0: 3600.0, 1: -7200.0}, silent_after=5.0)
+    found, _ = play_fleet(burst, old, router=router)
+    assert found.replayed.finished == 90 and found.migrations == 0
+    assert max(found.requests_by_replica) < 60
+
+
+@pytest.mark.parametrize("placement", ["none", "hrw"])
+def test_plans_are_carried_out(placement: str) -> None:
+    found, _ = play_fleet(spread(220), placement=placement)
+    assert found.replayed.finished == 220
+    assert bool(found.moves.get("load")) == (placement != "none")
+
+
+def experiment(**fields: Any) -> Experiment:
+    workload = WorkloadSpec(
+        arrivals="gamma:rate=40,cv=3",
+        limit=150,
+        adapters=12,
+        popularity="zipf:1.0",
+        output_tokens="uniform:4..60",
+    )
+    return Experiment(**{"workload": workload, "slots": 2, "cpu_loras": 4, "replicas": 3, **fields})
+
+
+def test_the_summary_keeps_its_keys_and_gains_the_fleet(tmp_path: Path) -> None:
+    alone = run(experiment(replicas=None), tmp_path / "alone").summary
+    first = run(experiment(placement="hrw"), tmp_path / "a")
+    run(experiment(placement="hrw"), tmp_path / "b")
+    for name in ("summary.json", "requests.csv", "slots.csv", "moves.csv", "samples.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary == first.summary
+    assert summary.keys() - alone.keys() == {"fleet"} and alone.keys() <= summary.keys()
+    fleet = summary["fleet"]
+    assert (fleet["replicas"], fleet["router"], fleet["placement"]) == (3, "affinity", "hrw")
+    assert sum(fleet["requests_by_replica"]) == summary["requests_offered"] == 150
+    assert fleet["migrations"] == fleet["rejected"] == 0
+    assert summary["slots"]["slots"] == 6 and 0 < summary["slots"]["busy_share"] <= 1
+    assert 0 < summary["engine"]["stepping_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"replicas": 0}, r"replicas=0: must be in 1\.\."),
+        ({"router": "afinity"}, "did you mean 'affinity'"),
+        ({"placement": "demnd"}, "known are"),
+    ],
+)
+def test_bad_values_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        experiment(**fields)
