@@ -17,7 +17,7 @@ from aioengine.runtime.assemble import Built
 from aioengine.runtime.continuation import check_output, replayed
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
-from aioengine.runtime.text_work import CHAT, TextWork
+from aioengine.runtime.text_work import SHORT, TextWork
 
 
 class Submitter:
@@ -177,7 +177,7 @@ class Submitter:
             async with asyncio.timeout_at(due) as limit:
                 ticket.displaced = displaced
                 if tokens is None:
-                    tokens = await self._tokenize(prompt)
+                    tokens = await self._tokenize(prompt, ticket.tenant)
                     self._check_prompt(tokens, params)
                 entry = None if adapter is None else await self._adapters.acquire(adapter, ticket.tenant)
         except TimeoutError:
@@ -190,7 +190,7 @@ class Submitter:
             raise lost[0]
         return tokens, entry
 
-    async def _tokenize(self, prompt: Prompt) -> list[int]:
+    async def _tokenize(self, prompt: Prompt, owner: str | None) -> list[int]:
         if not isinstance(prompt, (str, list)):
             raise RequestInvalid(
                 f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
@@ -201,13 +201,14 @@ class Submitter:
             raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
         if isinstance(prompt, str):
             text = prompt
-            return await self._text_work.run(len(text), lambda: tokenizer.encode(text, limit=limit))
+            return await self._text_work.run(len(text), lambda: tokenizer.encode(text, limit=limit), owner)
         messages: Any = prompt
 
         def encode_chat() -> list[int]:
             return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
 
-        return await self._text_work.run(CHAT, encode_chat)
+        # Never on the loop: how long a template takes is up to the template.
+        return await self._text_work.run(SHORT + _size_of(messages), encode_chat, owner)
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         limit = self._parts.plan.max_model_len
@@ -237,3 +238,15 @@ def _token_ids(prompt: object, limit: int) -> list[int] | None:
     if isinstance(prompt, list) and len(prompt) > limit and type(prompt[0]) is int:
         raise PromptTooLong(len(prompt), limit)  # before they are looked at one by one
     return list(prompt) if isinstance(prompt, list) and set(map(type, prompt)) <= {int} else None
+
+
+def _size_of(messages: list[Any]) -> int:
+    """Characters of a chat's texts, or a guess at it; at least one for each message."""
+    size = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        size += 1
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            text = part.get("text") if isinstance(part, dict) else None
+            size += len(text) if isinstance(text, str) else 1
+    return size

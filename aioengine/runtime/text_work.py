@@ -4,43 +4,123 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from aioengine.errors import EngineStopped
 
 T = TypeVar("T")
+Owner = str | None
 
 SHORT = 1024
 """Characters, tokens or bytes that are worked on at once, on the loop, which takes about a millisecond."""
 
+LONG = 2**16
+"""Texts longer than that leave a thread to those that are not."""
+
 RATE = 2**20
 """Characters a second that a text is expected to take."""
 
-CHAT = 2**20
-"""What a chat counts as, whose text is not known before its template has run."""
+
+class _Waiter(NamedTuple):
+    ends: float
+    """When it would end if it ran alone."""
+    arrival: int
+    size: int
+    turn: asyncio.Future[None]
+    """Set when a thread is free for it."""
+
+
+class _Lane:
+    """Texts that wait for threads, by owner: start-time fair queueing (Goyal, Vin and Cheng, 1996).
+
+    An owner's next text starts, in virtual time, where its last one ended, or now if that is later; the one
+    that starts first is next. Virtual time is the start of the text that was begun last.
+    """
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._now = 0.0
+        self._starts: dict[Owner, float] = {}
+        """Of the next text of each owner who has one here."""
+        self._waiting: dict[Owner, list[_Waiter]] = {}
+        """Heaps; none is empty."""
+        self._here: Counter[Owner] = Counter()
+        """How many texts run or wait."""
+
+    def begin(self, owner: Owner, size: int) -> None:
+        """A text has a thread."""
+        self.running += 1
+        self._here[owner] += 1
+        self._charge(owner, size)
+
+    def end(self, owner: Owner) -> None:
+        self.running -= 1
+        self._left(owner)
+
+    def put(self, owner: Owner, waiter: _Waiter) -> None:
+        self._here[owner] += 1
+        heapq.heappush(self._waiting.setdefault(owner, []), waiter)
+
+    def take(self) -> bool:
+        """Begin the next one that still waits for its turn. False if there is none."""
+        while self._waiting:
+            owner = min(self._waiting, key=lambda owner: (self._start(owner), self._waiting[owner][0][:2]))
+            waiter = heapq.heappop(self._waiting[owner])
+            if not self._waiting[owner]:
+                del self._waiting[owner]
+            if waiter.turn.done():  # cancelled
+                self._left(owner)
+                continue
+            self.running += 1
+            self._charge(owner, waiter.size)
+            waiter.turn.set_result(None)
+            return True
+        return False
+
+    def fail(self, error: Exception) -> None:
+        for waiters in self._waiting.values():
+            for waiter in waiters:
+                if not waiter.turn.done():
+                    waiter.turn.set_exception(error)
+        self._waiting.clear()
+
+    def _start(self, owner: Owner) -> float:
+        return max(self._now, self._starts.get(owner, 0.0))
+
+    def _charge(self, owner: Owner, size: int) -> None:
+        self._now = self._start(owner)
+        self._starts[owner] = self._now + size
+
+    def _left(self, owner: Owner) -> None:
+        self._here[owner] -= 1
+        if not self._here[owner]:
+            del self._here[owner]
+            self._starts.pop(owner, None)
 
 
 class TextWork:
     """Runs functions whose time grows with a text's length.
 
-    Short ones run at once, on the loop. Long ones run in ``threads`` threads that nothing else uses, in the
-    order in which each would end if it ran alone, at ``RATE``: so that who sends long texts delays nobody's
-    shorter ones by more than those that are under way, and no flood of short ones delays a long one for ever.
+    Short ones run at once, on the loop. Longer ones run in ``threads`` threads that nothing else uses.
+    Owners have equal shares of these: whoever sends many or long texts delays another's by those that are
+    under way, and one of each other owner's. An owner's own are done in the order in which each would end if
+    it ran alone, at ``RATE``, so that no long one delays the shorter ones behind it, and no flood of short
+    ones delays a long one for ever. Texts over ``LONG`` have all threads but one.
     """
 
     def __init__(self, threads: int = 2) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="aioengine-text")
-        self._free = threads
+        self._count = threads
         self._jobs: set[Future[Any]] = set()
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
-        """A heap of (when it would end alone, order of arrival, set when a thread is free)."""
+        self._short, self._long = _Lane(), _Lane()
         self._arrivals = 0
         self._closed = False
 
-    async def run(self, size: int, work: Callable[[], T]) -> T:
+    async def run(self, size: int, work: Callable[[], T], owner: Owner = None) -> T:
         """``work()``, and what it raises; ``size`` is the length of its text.
 
         Cancelled while it runs in a thread, it goes on there, unheard. Raises EngineStopped after
@@ -48,14 +128,15 @@ class TextWork:
         """
         if size <= SHORT:
             return work()
-        await self._turn(size)
+        lane = self._long if size > LONG and self._count > 1 else self._short
+        await self._turn(lane, owner, size)
         job = self._threads.submit(work)
         loop = asyncio.get_running_loop()
         self._jobs.add(job)
 
         def ended(job: Future[T]) -> None:
             with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._ended, job)
+                loop.call_soon_threadsafe(self._ended, job, lane, owner)
 
         job.add_done_callback(ended)
         return await asyncio.wrap_future(job)
@@ -63,37 +144,43 @@ class TextWork:
     async def close(self) -> None:
         """Wait for what runs; what waits fails with EngineStopped."""
         self._closed = True
-        for _, _, turn in self._waiting:
-            if not turn.done():
-                turn.set_exception(EngineStopped("the engine was stopped while the text was to be tokenized"))
+        for lane in (self._short, self._long):
+            lane.fail(EngineStopped("the engine was stopped while the text was to be tokenized"))
         await asyncio.gather(*map(asyncio.wrap_future, self._jobs), return_exceptions=True)
         self._threads.shutdown(wait=True)
 
-    async def _turn(self, size: int) -> None:
+    async def _turn(self, lane: _Lane, owner: Owner, size: int) -> None:
         if self._closed:
             raise EngineStopped("the engine has been stopped")
-        if self._free:
-            self._free -= 1
+        if self._has_room(lane):
+            lane.begin(owner, size)
             return
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
         self._arrivals += 1
-        heapq.heappush(self._waiting, (loop.time() + size / RATE, self._arrivals, turn))
+        lane.put(owner, _Waiter(loop.time() + size / RATE, self._arrivals, size, turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
+                lane.end(owner)
                 self._pass_on()
             raise
 
-    def _ended(self, job: Future[Any]) -> None:
+    def _has_room(self, lane: _Lane) -> bool:
+        """Nothing waits while it could run, so what finds room is the first."""
+        if lane is self._long and self._long.running == self._count - 1:
+            return False
+        return self._short.running + self._long.running < self._count
+
+    def _ended(self, job: Future[Any], lane: _Lane, owner: Owner) -> None:
         self._jobs.discard(job)
+        lane.end(owner)
         self._pass_on()
 
     def _pass_on(self) -> None:
-        while self._waiting:
-            _, _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+        """A long one is first where none runs: short ones can take all threads but that."""
+        lanes = (self._short, self._long) if self._long.running else (self._long, self._short)
+        for lane in lanes:
+            while self._has_room(lane) and lane.take():
+                pass

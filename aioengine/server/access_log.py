@@ -24,6 +24,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     status: int = 0
     """499: the client went away before the answer was complete."""
     tenant: str | None = None
+    owner: str | None = None
+    """Whose shares it counts on: the tenant, or without keys whoever has the client's address."""
     adapter: str | None = None
     stream: bool = False
     completion_id: str | None = None
@@ -65,7 +67,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         }
 
 
-_NOT_LOGGED = frozenset({"started", "identity", "admission", "counted", "route"})
+_NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "counted", "route"})
 
 
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:

@@ -189,6 +189,7 @@ class ServerApp:
             receive,
             scope["headers"],
             self._bodies,
+            owner=record.owner,
             limit=self.context.max_body_bytes,
             timeout=self._settings.read_timeout,
         )

@@ -110,15 +110,26 @@ class Context:
         return (lambda _token: b"") if tokenizer is None else tokenizer.token_bytes
 
     async def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, limited: bool = True
+        self,
+        texts: Sequence[str],
+        *,
+        owner: str | None,
+        add_special_tokens: bool = True,
+        limited: bool = True,
     ) -> list[list[int]]:
-        """Token ids of each. Raises ApiError for a text that cannot fit, if it is ``limited`` so."""
+        """Token ids of each; owners take turns. Raises ApiError for a text that cannot fit, if it is
+        ``limited`` so."""
         encode = self._encoder(add_special_tokens, limited, field="prompt")
         work = self.engine.text_work
-        return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts])
+        return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts], owner)
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], variables: dict[str, Any], *, limited: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
+        *,
+        owner: str | None,
+        limited: bool = True,
     ) -> list[int]:
         """As :meth:`encode`, of what the chat template makes of messages whose content is text."""
         tokenizer = self.tokenizer
@@ -126,7 +137,7 @@ class Context:
         # Never on the loop: how long a template takes is up to the template.
         size = SHORT + sum(len(message["content"]) + 1 for message in messages)
         return await self.engine.text_work.run(
-            size, lambda: encode(tokenizer.render_chat(messages, **variables))
+            size, lambda: encode(tokenizer.render_chat(messages, **variables)), owner
         )
 
     def _encoder(self, add_special_tokens: bool, limited: bool, *, field: str) -> Callable[[str], list[int]]:
@@ -148,7 +159,9 @@ class Context:
             keep = max(self.engine.plan.max_model_len - room, 1)
         return [prompt[-keep:] if keep else [] for prompt in prompts]
 
-    async def texts_of(self, prompts: Sequence[list[int]], texts: list[str] | None) -> list[str]:
+    async def texts_of(
+        self, prompts: Sequence[list[int]], texts: list[str] | None, *, owner: str | None
+    ) -> list[str]:
         """Texts of prompts; those that they were given as, if that is how."""
         if texts is not None:
             return texts
@@ -159,7 +172,7 @@ class Context:
             return tokenizer.decode(known, skip_special_tokens=False)
 
         size = sum(map(len, prompts))
-        return await self.engine.text_work.run(size, lambda: [decode(prompt) for prompt in prompts])
+        return await self.engine.text_work.run(size, lambda: [decode(prompt) for prompt in prompts], owner)
 
     async def note_hidden_tools(self) -> None:
         """Warn, once, if the chat template does not show tools to the model."""
@@ -211,7 +224,7 @@ class Context:
         async def constrain() -> TokenConstraint:
             assert form is not None
             try:
-                made = await form.constraint(self.guide, record.tenant)
+                made = await form.constraint(self.guide, record.owner)
             except ConfigError as error:
                 raise RequestInvalid(str(error)) from error
             record.not_enforced = ", ".join(form.not_enforced) or None
@@ -225,7 +238,7 @@ class Context:
             adapter=record.adapter,
             priority=fields.priority or 0,
             deadline=self.settings.request_timeout,
-            tenant=record.tenant,
+            tenant=_of_shares(record, len(of_choices)),
             cache_salt=self._cache_salt(record.tenant, fields.cache_salt),
         )
         generation = Generation(
@@ -255,3 +268,12 @@ class Context:
         if self._guide is None:
             self._guide = Guide(self.engine)
         return self._guide
+
+
+def _of_shares(record: RequestRecord, choices: int) -> str | None:
+    """Whose shares of the engine a request's choices count on.
+
+    Without keys all who come from one address are one. There, requests for several choices count as
+    another's, so that a single one does not wait for hundreds of them.
+    """
+    return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner

@@ -176,7 +176,7 @@ _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
 _OVERLOADED = {
     None: "the engine is overloaded: pinned adapters hold every slot",
     "server": "the engine is overloaded: as many requests are waiting as it takes",
-    "tenant": "too many requests of your tenant are waiting; other tenants are served",
+    "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
     "adapter": "too many requests for this adapter are waiting; other adapters are served",
 }
 """By whose bound is reached."""

@@ -61,7 +61,8 @@ class JsonRequest(Request[Any, Any, Any]):
         if len(body) <= DECODED_AT_ONCE:
             return unknown.decode(body, field.annotation)
         work = self.scope["state"][TEXT_WORK]
-        return await work.run(len(body), lambda: unknown.decode(body, field.annotation))
+        owner = self.scope["state"][RECORD].owner
+        return await work.run(len(body), lambda: unknown.decode(body, field.annotation), owner)
 
 
 class Handled(Response[Any]):

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from aioengine.errors import EngineStopped
-from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.runtime.text_work import LONG, SHORT, TextWork
 
 
 async def test_short_texts_are_done_at_once_and_the_shortest_long_one_is_next() -> None:
@@ -113,3 +113,55 @@ async def test_errors_and_the_end() -> None:
     await closing
     with pytest.raises(EngineStopped):
         await work.run(SHORT + 1, lambda: "late")
+
+
+async def order_of(jobs: list[tuple[str, str, int]], *, threads: int) -> list[str]:
+    """(name, owner, size) each, asked for while all threads are busy: in which order they begin."""
+    work = TextWork(threads=threads)
+    go = threading.Event()
+    begun: list[str] = []
+    busy = [asyncio.create_task(work.run(SHORT + 1, lambda: go.wait(20), "x")) for _ in range(threads)]
+    await asyncio.sleep(0)
+    tasks = [
+        asyncio.create_task(work.run(size, lambda name=name: begun.append(name), owner))  # type: ignore[misc]
+        for name, owner, size in jobs
+    ]
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(*busy, *tasks)
+    await work.close()
+    return begun
+
+
+async def test_a_flood_of_one_owner_delays_no_other() -> None:
+    flood = [(f"a{i}", "a", 1_000_000) for i in range(50)]
+    order = await order_of([*flood, ("b", "b", 900_000), ("c", "c", 3000)], threads=1)
+    assert set(order[:3]) == {"a0", "b", "c"}
+    short = [(f"a{i}", "a", 5000) for i in range(400)]
+    order = await order_of([*short, ("b", "b", 1_000_000)], threads=1)
+    assert order.index("b") <= 1
+
+
+async def test_each_owner_has_an_equal_share_of_the_text() -> None:
+    jobs = [(f"a{i}", "a", 400_000) for i in range(10)] + [(f"b{i}", "b", 100_000) for i in range(40)]
+    order = await order_of(jobs, threads=1)
+    half = order[:25]
+    assert sum(name[0] == "a" for name in half) == pytest.approx(5, abs=1)
+
+
+async def test_long_texts_leave_a_thread_to_others() -> None:
+    work = TextWork(threads=2)
+    go = threading.Event()
+    begun: list[int] = []
+    long = [
+        asyncio.create_task(work.run(LONG + 1, lambda i=i: (begun.append(i), go.wait(20)), f"owner-{i}"))  # type: ignore[misc]
+        for i in range(4)
+    ]
+    await asyncio.sleep(0)
+    for _ in range(3):
+        assert await work.run(LONG, lambda: "done", "owner-0") == "done"
+    assert begun == [0]
+    go.set()
+    await asyncio.gather(*long)
+    assert begun == [0, 1, 2, 3]
+    await work.close()

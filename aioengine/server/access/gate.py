@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any
 
 from aioengine.errors import EngineStopped
+from aioengine.server.access.addresses import client_of
 from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
 from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, TenantLimits, hash_key
 from aioengine.server.access.keys_watch import KeysWatch
@@ -73,6 +74,7 @@ class Gate:
         except ApiError as error:
             raise self._refused(scope, record, error) from None
         record.tenant = record.identity.tenant
+        record.owner = record.tenant or f"client {client_of(scope)}"
 
     def admit(self, route: str, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
         """Let the request through to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
@@ -94,8 +96,7 @@ class Gate:
 
     def _refused(self, scope: MutableMapping[str, Any], record: RequestRecord, error: ApiError) -> ApiError:
         record.counted = True
-        client = scope.get("client")
-        return self._refusals.refuse(str(client[0]) if client else "unknown", error)
+        return self._refusals.refuse(client_of(scope), error)
 
     def _use_settings(self, settings: ServerSettings) -> None:
         """Keys from flags: the admins' have all scopes; the others have "adapters" if there are no admins."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 from collections import Counter, OrderedDict
-from ipaddress import IPv6Address, ip_address
 
 from aioengine.server.access.limits import Bucket
 from aioengine.server.errors import ApiError
@@ -29,11 +28,10 @@ class Refusals:
         self._counts: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
-    def refuse(self, client: str, error: ApiError) -> ApiError:
-        """What to answer to ``client`` in place of ``error``, a 401: that, or a 429."""
+    def refuse(self, address: str, error: ApiError) -> ApiError:
+        """What to answer to ``address`` in place of ``error``, a 401: that, or a 429."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        address = _network(client)
         self._note(address, loop)
         bucket = self._buckets.pop(address, None) or Bucket(PER_MINUTE)
         self._buckets[address] = bucket
@@ -87,14 +85,3 @@ class Refusals:
         )
         self._counts.clear()
         return True
-
-
-def _network(client: str) -> str:
-    """The address; of an IPv6 one the first 64 bits, since who has one has all that begin alike."""
-    try:
-        address = ip_address(client)
-    except ValueError:
-        return client[:64]
-    if address.version == 4 or address.ipv4_mapped:
-        return client
-    return f"{IPv6Address(int(address) >> 64 << 64)}/64"

@@ -43,9 +43,10 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
 
     @post("/v1/messages/count_tokens", status_code=200, responses=RESPONSES, summary="Tokens of a prompt")
     async def count_tokens(data: JSONBody[CountRequest], request: Request[Any, Any, Any]) -> Counted:
-        context.adapter_of(data.model, record_of(request).identity)
+        record = record_of(request)
+        context.adapter_of(data.model, record.identity)
         chat = prompt_of(data)
         plan = plan_tools(chat.tools, chat.tool_choice)
-        return Counted(len(await encode_messages(context, chat, plan)))
+        return Counted(len(await encode_messages(context, chat, plan, record.owner)))
 
     return [messages, count_tokens]

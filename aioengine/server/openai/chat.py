@@ -66,7 +66,7 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
     _refuse_unsupported(data)
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
     form = wanted_form(data, context.settings.schemas, data.response_format, tools)
-    prompt = await encode_messages(context, data, tools)
+    prompt = await encode_messages(context, data, tools, record.owner)
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
     if data.truncate_prompt_tokens is not None:
         [prompt] = context.truncated([prompt], data.truncate_prompt_tokens, asked)
@@ -88,13 +88,16 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
     return Chat(generation, [tools.parser(template) for _ in range(len(generation))])
 
 
-async def encode_messages(context: Context, data: ChatRequest, tools: ToolPlan) -> list[int]:
+async def encode_messages(
+    context: Context, data: ChatRequest, tools: ToolPlan, owner: str | None
+) -> list[int]:
     """The chat's prompt."""
     if tools.tools:
         await context.note_hidden_tools()
     return await context.encode_chat(
         to_template(data.messages),
         _variables(data, tools),
+        owner=owner,
         limited=data.truncate_prompt_tokens is None,
     )
 

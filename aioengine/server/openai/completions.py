@@ -48,7 +48,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             raise unsupported("suffix", "text can only be continued, not filled in")
         defaults = await context.defaults()
         max_tokens = defaults.bounded(DEFAULT_MAX_TOKENS) if data.max_tokens is None else data.max_tokens
-        prompts, texts = await _prompts(context, data)
+        prompts, texts = await _prompts(context, data, record.owner)
         if data.truncate_prompt_tokens is not None:
             prompts, texts = context.truncated(prompts, data.truncate_prompt_tokens, max_tokens), None
         context.check_prompts(prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
@@ -73,7 +73,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             ReplyOptions.of(data),
             len(generation),
             logprobs=_count(data.logprobs),
-            echoed=await context.texts_of(prompts, texts) if data.echo else None,
+            echoed=await context.texts_of(prompts, texts, owner=record.owner) if data.echo else None,
             token_bytes=context.token_bytes(),
         )
         stream = bool(data.stream)
@@ -96,7 +96,9 @@ def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
     return max((count for count in wanted if count is not None), default=None)
 
 
-async def _prompts(context: Context, data: CompletionRequest) -> tuple[list[list[int]], list[str] | None]:
+async def _prompts(
+    context: Context, data: CompletionRequest, owner: str | None
+) -> tuple[list[list[int]], list[str] | None]:
     """Token ids of each prompt, and their texts if that is what they were given as."""
     prompt = [data.prompt] if isinstance(data.prompt, str) else data.prompt
     if len(prompt) > context.settings.max_choices and not isinstance(prompt[0], int):
@@ -110,6 +112,7 @@ async def _prompts(context: Context, data: CompletionRequest) -> tuple[list[list
     if kinds == {str}:
         tokens = await context.encode(
             found,
+            owner=owner,
             add_special_tokens=data.add_special_tokens is not False,
             limited=data.truncate_prompt_tokens is None,
         )

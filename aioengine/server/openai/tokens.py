@@ -71,23 +71,24 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
     @post("/tokenize", status_code=200, responses=RESPONSES, summary="Text or messages to token ids")
     async def tokenize(data: JSONBody[TokenizeRequest], request: Request[Any, Any, Any]) -> Tokenized:
         _check_model(context, data.model, request)
+        owner = record_of(request).owner
         if (data.prompt is None) == (data.messages is None):
             raise ApiError(400, "prompt: either prompt or messages", param="prompt", code="invalid_value")
         if data.prompt is not None:
             special = data.add_special_tokens is not False
-            [tokens] = await context.encode([data.prompt], add_special_tokens=special)
+            [tokens] = await context.encode([data.prompt], owner=owner, add_special_tokens=special)
         else:
             variables = dict(data.chat_template_kwargs or {})
             variables["add_generation_prompt"] = data.add_generation_prompt is not False
             if data.tools:
                 variables["tools"] = tools_to_template(plan_tools(data.tools).tools)
             variables.pop("messages", None)
-            tokens = await context.encode_chat(to_template(data.messages or []), variables)
+            tokens = await context.encode_chat(to_template(data.messages or []), variables, owner=owner)
         strings = None
         if data.return_token_strs:
             token_bytes = context.token_bytes()
             work = context.engine.text_work
-            strings = await work.run(len(tokens), lambda: _strings(tokens, token_bytes))
+            strings = await work.run(len(tokens), lambda: _strings(tokens, token_bytes), owner)
         return Tokenized(
             count=len(tokens),
             max_model_len=context.engine.plan.max_model_len,
@@ -103,7 +104,10 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
             raise ApiError(400, f"tokens: at most {limit} of them", param="tokens", code="invalid_value")
         tokenizer = context.tokenizer
         work = context.engine.text_work
-        return Detokenized(await work.run(len(data.tokens), lambda: tokenizer.decode(data.tokens, False)))
+        owner = record_of(request).owner
+        return Detokenized(
+            await work.run(len(data.tokens), lambda: tokenizer.decode(data.tokens, False), owner)
+        )
 
     return [tokenizer_info, tokenize, detokenize]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
@@ -14,7 +15,8 @@ MIN_RATE = 16 * 1024
 FREE_BYTES = 64 * 1024
 """Of each body these are not counted, so that small requests are accepted whatever large ones hold."""
 BUDGET_BODIES = 32
-"""All bodies together may hold as much as this many of the largest."""
+"""All bodies together may hold as much as this many of the largest. One client's may hold half of what others
+leave, or one of the largest: so that a few clients cannot take it all."""
 RETRY_AFTER = 1
 
 
@@ -23,6 +25,21 @@ class BodyBudget:
 
     def __init__(self) -> None:
         self.held = 0
+        self._of: Counter[str | None] = Counter()
+
+    def hold(self, owner: str | None, more: int, *, largest: int) -> str | None:
+        """Count ``more`` bytes as held by ``owner``, where bodies have at most ``largest``. Says why not, if
+        there is no room."""
+        most, own = BUDGET_BODIES * largest, self._of[owner]
+        if more > 0 and self.held + more > most:
+            return "the server is receiving as many large requests as it can"
+        if more > 0 and own + more > max(largest, (most - (self.held - own)) // 2):
+            return "the server is receiving as many large requests of yours as it can"
+        self.held += more
+        self._of[owner] += more
+        if not self._of[owner]:
+            del self._of[owner]
+        return None
 
 
 class BoundedBody:
@@ -35,11 +52,13 @@ class BoundedBody:
         headers: Iterable[tuple[bytes, bytes]],
         budget: BodyBudget,
         *,
+        owner: str | None,
         limit: int,
         timeout: float,
     ) -> None:
         self._receive = receive
         self._budget = budget
+        self._owner = owner
         self._limit = limit
         self._timeout = timeout
         self._begin = asyncio.get_running_loop().time()
@@ -76,17 +95,21 @@ class BoundedBody:
 
     def release(self) -> None:
         """The body is no longer held; may be called again."""
-        self._budget.held -= self._held
+        self._budget.hold(self._owner, -self._held, largest=self._limit)
         self._held = 0
 
     def _hold(self) -> None:
         more = max(self._size - FREE_BYTES, 0) - self._held
-        if more and self._budget.held + more > BUDGET_BODIES * self._limit:
-            text = "the server is receiving as many large requests as it can; try again later"
+        why = self._budget.hold(self._owner, more, largest=self._limit)
+        if why is not None:
             raise ApiError(
-                503, text, type="server_error", code="overloaded", retry_after=RETRY_AFTER, close=True
+                503,
+                f"{why}; try again later",
+                type="server_error",
+                code="overloaded",
+                retry_after=RETRY_AFTER,
+                close=True,
             )
-        self._budget.held += more
         self._held += more
 
     def _too_large(self) -> ApiError:
