@@ -67,7 +67,8 @@ class _Server(uvicorn.Server):
 def bind(settings: ListenSettings) -> socket.socket:
     """Take the port; connections are refused until something listens on it. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # Where the protocol is 0, asyncio leaves Nagle's algorithm on, and answers wait for the client's ACK.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((settings.host, settings.port))

@@ -242,6 +242,22 @@ async def test_a_port_that_another_takes_after_it_was_bound(serve: Serve) -> Non
                     pass
 
 
+async def test_small_parts_of_an_answer_do_not_wait_for_each_other() -> None:
+    """asyncio turns Nagle's algorithm off only for sockets that say that they are TCP's."""
+    accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with bind(ListenSettings(port=0)) as bound:
+        async with await asyncio.start_server(connected, sock=bound):
+            _, writer = await asyncio.open_connection(*bound.getsockname())
+            assert await accepted
+            writer.close()
+
+
 @pytest.mark.parametrize("cut", [None, 60, -3])
 async def test_an_offer_of_another_protocol_is_declined(cut: int | None, serve: Serve) -> None:
     """As Java's client makes it with every request; the body comes all the same."""
