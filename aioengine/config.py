@@ -6,7 +6,6 @@ what is allowed, and what to do.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tomllib
@@ -16,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 import msgspec
 
+from aioengine.checks import check_integer, check_seconds
 from aioengine.errors import ConfigError
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, Quantization
 from aioengine.schedulers.nearest import nearest as nearest_name
@@ -70,7 +70,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if root is not None and (not isinstance(root, str) or not root or "\0" in root):
             raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
         if self.load_timeout is not None:
-            _positive(self, "load_timeout", "seconds, or None")
+            check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
         if self.max_cpu_lora_bytes is not None:
             value = parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
             set_(self, "max_cpu_lora_bytes", value)
@@ -208,9 +208,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _integer(self, "max_adapter_labels", low=0)
         _integer(self, "max_tenant_labels", low=0)
         _integer(self, "policy_max_overruns", low=1)
-        budget = self.policy_time_budget
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
-            raise ConfigError(f"policy_time_budget={budget!r}: must be more than 0 seconds")
+        check_seconds("policy_time_budget", self.policy_time_budget)
         for bound in ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter"):
             if getattr(self, bound) is not None:
                 _integer(self, bound, low=1)
@@ -218,7 +216,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if template is not None and (not isinstance(template, str) or not template or "\0" in template):
             raise ConfigError(f"chat_template={template!r}: must be a file's path, or None")
         if self.max_step_seconds is not None:
-            _positive(self, "max_step_seconds", "seconds, or None")
+            check_seconds("max_step_seconds", self.max_step_seconds, ", or None", finite=True)
         _boolean(self, "enable_prefix_caching")
         _boolean(self, "cuda_graphs")
         if self.executor == "thread" and self.tensor_parallel_size > 1:
@@ -336,18 +334,7 @@ def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source:
 
 
 def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:
-    value = getattr(config, field)
-    bound = f">= {low}" if high is None else f"in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{field}={value!r}: must be an integer {bound}")
-    if value < low or (high is not None and value > high):
-        raise ConfigError(f"{field}={value}: must be {bound}")
-
-
-def _positive(config: msgspec.Struct, field: str, unit: str) -> None:
-    value = getattr(config, field)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{field}={value!r}: must be more than 0 {unit}")
+    check_integer(field, getattr(config, field), low=low, high=high)
 
 
 def _boolean(config: msgspec.Struct, field: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from aioengine.checks import check_integer, check_number, check_seconds
 from aioengine.errors import RequestInvalid
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -111,9 +112,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
         _check_float("temperature", self.temperature, low=0.0, high=100.0)
         _check_int("top_k", self.top_k, low=0, high=2**63 - 1)
-        _check_float("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        _check_float("top_p", self.top_p, low=0.0, high=1.0, above=True)
         _check_float("min_p", self.min_p, low=0.0, high=1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
+        _check_float("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, above=True)
         _check_float("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
         _check_float("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         if self.seed is not None:
@@ -176,9 +177,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.expected_tokens is not None:
             _check_int("expected_tokens", self.expected_tokens, low=1)
         if self.deadline is not None:
-            number = isinstance(self.deadline, (int, float)) and not isinstance(self.deadline, bool)
-            if not number or not self.deadline > 0:
-                raise RequestInvalid(f"deadline={self.deadline!r}: must be more than 0 seconds from now")
+            check_seconds("deadline", self.deadline, " from now", error=RequestInvalid)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
@@ -254,16 +253,5 @@ def _checked_bias(bias: object) -> dict[int, float]:
     return checked
 
 
-def _check_int(field: str, value: object, *, low: int | None = None, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestInvalid(f"{field}={value!r}: must be an integer")
-    if (low is not None and value < low) or (high is not None and value > high):
-        bound = f">= {low}" if high is None else f"in {low}..{high}"
-        raise RequestInvalid(f"{field}={value}: must be {bound}")
-
-
-def _check_float(field: str, value: object, *, low: float, high: float, low_open: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RequestInvalid(f"{field}={value!r}: must be a finite number")
-    if value > high or value < low or (low_open and value == low):
-        raise RequestInvalid(f"{field}={value}: must be in {'(' if low_open else '['}{low}, {high}]")
+_check_int = functools.partial(check_integer, error=RequestInvalid)
+_check_float = functools.partial(check_number, error=RequestInvalid)

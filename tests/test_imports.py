@@ -21,6 +21,7 @@ FOLDERS = {
 }
 
 NEUTRAL = {
+    "aioengine.checks",
     "aioengine.config",
     "aioengine.errors",
     "aioengine.events",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakSet
 
+from aioengine.checks import check_integer
 from aioengine.errors import ConfigError
 from aioengine.events import Event, EventsLost
 
@@ -93,8 +94,7 @@ class EventStreams:
 
     def open(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
         """A stream of these types; of all, if none are given. Raises ConfigError for anything else."""
-        if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
-            raise ConfigError(f"buffer={buffer!r}: must be an integer >= 1")
+        check_integer("buffer", buffer, low=1)
         for kind in types:
             if not (isinstance(kind, type) and issubclass(kind, Event)):
                 raise ConfigError(f"events({kind!r}): must be a class of aioengine.events")

@@ -13,6 +13,7 @@ from ipaddress import ip_network
 import msgspec
 import uvicorn
 
+from aioengine.checks import check_number
 from aioengine.errors import ConfigError
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
@@ -40,9 +41,7 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for field in ("max_connections", "header_timeout", "keep_alive"):
-            value = getattr(self, field)
-            if not value > 0:
-                raise ConfigError(f"{field}={value!r}: must be more than 0")
+            check_number(field, getattr(self, field), low=0.0, above=True)
         for proxy in self.trusted_proxies:
             try:
                 ip_network(proxy)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from aioengine.checks import check_integer, check_seconds
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 
@@ -62,14 +63,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in ("max_body_bytes", "max_choices", "retry_after"):
             value = getattr(self, field)
-            if field == "max_body_bytes" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r}: must be an integer >= 1")
-        for field in ("read_timeout", "send_timeout"):
-            self._check_seconds(field)
-        if self.request_timeout is not None:
-            self._check_seconds("request_timeout")
+            if field != "max_body_bytes" or value is not None:
+                check_integer(field, value, low=1)
+        for field in ("read_timeout", "send_timeout", "request_timeout"):
+            value = getattr(self, field)
+            if field != "request_timeout" or value is not None:
+                check_seconds(field, value)
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
         if not self.generation_config:
@@ -79,11 +78,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.served_model_names:
             if not name:
                 raise ConfigError("served_model_names contains an empty name; remove it")
-
-    def _check_seconds(self, field: str) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(f"{field}={value!r}: must be more than 0 seconds")
 
 
 def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:

@@ -12,9 +12,10 @@ from typing import Any, Literal, Self
 
 import msgspec
 
+from aioengine.checks import check_integer, check_number
 from aioengine.config import EngineConfig, refuse_unknown
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, check
+from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
 from aioengine.memory_plan import MemoryPlan, plan_memory
 from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, RopeSpec
 
@@ -35,9 +36,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many times as long steps take meanwhile."""
 
     def __post_init__(self) -> None:
-        check("latency", self.latency, low=0.0)
-        check("bandwidth", self.bandwidth, low=0.0, above=True)
-        check("slowdown", self.slowdown, low=1.0)
+        check_number("latency", self.latency, low=0.0)
+        check_number("bandwidth", self.bandwidth, low=0.0, above=True)
+        check_number("slowdown", self.slowdown, low=1.0)
 
     def seconds(self, nbytes: float) -> float:
         """Of a move that has the stage to itself."""
@@ -64,8 +65,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         for field in self.__struct_fields__:
             value = getattr(self, field)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"model.{field}={value}: must be at least 1")
+            if type(value) is int:
+                check_integer(f"model.{field}", value, low=1)
 
     @classmethod
     def of(cls, spec: ModelSpec, dtype: str) -> Self:
@@ -116,9 +117,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ConfigError(_other_format(self.format))
-        check("step_overhead", self.step_overhead, low=0.0)
-        if self.device_memory < 1:
-            raise ConfigError(f"device_memory={self.device_memory}: must be at least 1 byte")
+        check_number("step_overhead", self.step_overhead, low=0.0)
+        check_integer("device_memory", self.device_memory, low=1)
 
     def step_seconds(self, shape: StepShape) -> float:
         """The device's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""

@@ -5,13 +5,13 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import msgspec
 
+from aioengine.checks import check_number
 from aioengine.errors import ConfigError
 from aioengine.step import StepBatch
 
@@ -94,7 +94,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             if isinstance(value, tuple):
                 _check_curve(f"steps.{field}", value)
             else:
-                check(f"steps.{field}", value, low=1 if field == "tile" else 0.0)
+                check_number(f"steps.{field}", value, low=1 if field == "tile" else 0.0)
         if any(after < before for (_, before), (_, after) in pairwise(self.linears)):
             raise ConfigError("steps.linears: falls; more tokens cannot take less time")
 
@@ -156,17 +156,11 @@ def significant(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def check(field: str, value: float, *, low: float, above: bool = False) -> None:
-    """Raises ConfigError that names the field."""
-    if not (math.isfinite(value) and (value > low if above else value >= low)):
-        raise ConfigError(f"{field}={value}: must be finite and {'more than' if above else 'at least'} {low}")
-
-
 def _check_curve(field: str, curve: Curve) -> None:
     if not curve:
         raise ConfigError(f"{field}=[]: must have a point")
     for x, y in curve:
-        check(f"{field}: {x}", x, low=0.0)
-        check(f"{field}: at {x:g}, seconds", y, low=0.0)
+        check_number(f"{field}: {x}", x, low=0.0)
+        check_number(f"{field}: at {x:g}, seconds", y, low=0.0)
     if any(after <= before for (before, _), (after, _) in pairwise(curve)):
         raise ConfigError(f"{field}: its points must be in order, each beyond the one before")

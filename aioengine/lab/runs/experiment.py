@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
+from aioengine.checks import check_integer, check_seconds
 from aioengine.config import EngineConfig, LoRAConfig, refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
@@ -61,12 +62,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Which adapters should live on which replicas."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r}: must be an integer >= 0")
-        if not self.sample_seconds > 0:
-            raise ConfigError(f"sample_seconds={self.sample_seconds!r}: must be more than 0 seconds")
-        if self.replicas is not None and not 1 <= self.replicas <= MAX_REPLICAS:
-            raise ConfigError(f"replicas={self.replicas!r}: must be in 1..{MAX_REPLICAS}")
+        check_integer("seed", self.seed, low=0)
+        check_seconds("sample_seconds", self.sample_seconds)
+        if self.replicas is not None:
+            check_integer("replicas", self.replicas, low=1, high=MAX_REPLICAS)
         for name, load in (("router", load_router), ("placement", load_placement)):
             try:
                 load(getattr(self, name))

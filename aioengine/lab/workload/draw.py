@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET
 
-from aioengine.errors import ConfigError
+from aioengine.checks import check_integer
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import Shares, draw_shape, parse_lengths, parse_ranks, parse_sizes
 from aioengine.lab.workload.popularity import make_popularity, parse_popularity
@@ -39,8 +39,7 @@ class OfferedWorkload(Workload):
     """
 
     def __init__(self, spec: WorkloadSpec, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"seed={seed!r}: must be a whole number")
+        check_integer("seed", seed)
         self.spec = spec
         self.seed = seed
         self._trace: TraceSummary | None = None

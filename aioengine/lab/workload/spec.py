@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import msgspec
 
+from aioengine.checks import check_integer, check_number
 from aioengine.config import refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
@@ -184,14 +184,8 @@ def _size(spec: msgspec.Struct, field: str) -> int | str:
 
 
 def _whole(spec: msgspec.Struct, field: str, *, low: int, high: int) -> None:
-    value = getattr(spec, field)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{field}={value!r}: must be a whole number in {low}..{high}")
+    check_integer(field, getattr(spec, field), low=low, high=high)
 
 
 def _number(spec: msgspec.Struct, field: str, *, low: float, high: float) -> None:
-    value = getattr(spec, field)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{field}={value!r}: must be a finite number")
-    if not low <= value <= high:
-        raise ConfigError(f"{field}={value!r}: must be in {low:g}..{high:g}")
+    check_number(field, getattr(spec, field), low=low, high=high)
