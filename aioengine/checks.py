@@ -54,6 +54,6 @@ def check_seconds(
 ) -> None:
     """Raise ``error``, naming ``field``, unless ``value`` is more than 0 and, if it must be, ``finite``;
     ``allowed`` ends the sentence."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and value > 0 and not (finite and value == math.inf)):
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
+    if wrong or (finite and value == math.inf):
         raise error(f"{field}={value!r}: must be more than 0 seconds{allowed}")

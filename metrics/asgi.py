@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, quote
 
 import msgspec
@@ -20,12 +19,17 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from aioengine.errors import EngineStopped
 from aioengine.metrics.page.feed import Feed, WatchedEngine, Watcher
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+from aioengine.metrics.page.plumbing import (
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    answer_no_http,
+    below_mount,
+    disconnected,
+    end_tasks,
+    respond,
+)
 
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""
@@ -79,24 +83,14 @@ class MetricsApp:
             stream.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1000})
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._http(scope, receive, send)
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            kind = (await receive())["type"]
-            await send({"type": f"{kind}.complete"})
-            if kind == "lifespan.shutdown":
-                self.close()
-                return
+        else:
+            await answer_no_http(scope, receive, send, self.close)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, root = _route(scope)
+        path, root = below_mount(scope)
+        path = path if root else path or "/"
         head = scope["method"] == "HEAD"
         asset = path.removeprefix("/assets/")
         found = path in ("/", "/metrics", "/events") or (asset != path and asset in self._files)
@@ -114,7 +108,7 @@ class MetricsApp:
         else:
             name = "page.html" if path == "/" else asset
             headers = [(b"content-type", _TYPES[Path(name).suffix]), (b"cache-control", b"no-cache")]
-            await _respond(send, 200, headers, self._files[name], head)
+            await respond(send, 200, [*headers, *_SECURITY], self._files[name], head=head)
 
     async def _metrics(self, scope: Scope, send: Send, head: bool) -> None:
         names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]")
@@ -138,13 +132,16 @@ class MetricsApp:
         headers = [(b"content-type", content_type.encode()), (b"vary", b"accept, accept-encoding")]
         if compress:
             headers.append((b"content-encoding", b"gzip"))
-        await _respond(send, 200, [*headers, (b"cache-control", b"no-store")], body, head)
+        headers = [*headers, (b"cache-control", b"no-store"), *_SECURITY]
+        await respond(send, 200, headers, body, head=head)
 
     async def _events(self, receive: Receive, send: Send, head: bool) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would collect the stream otherwise
+        start = {"type": "http.response.start", "status": 200, "headers": [*headers, *_SECURITY]}
         if head:
-            await _respond(send, 200, headers, None, head)
+            await send(start)
+            await send({"type": "http.response.body", "body": b""})
             return
         if self._closed or self.watching >= MAX_STREAMS:
             await _text(send, 503, "no more streams", head, [(b"retry-after", b"5")])
@@ -155,10 +152,10 @@ class MetricsApp:
         except EngineStopped as error:
             await _text(send, 503, str(error), head)
             return
-        gone = loop.create_task(_disconnected(receive), name="aioengine-page-client")
+        gone = loop.create_task(disconnected(receive), name="aioengine-page-client")
         self._streams.add(gone)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": [*headers, *_SECURITY]})
+            await send(start)
             await self._stream(watcher, send, gone)
             if gone.cancelled():  # by close(): the client is still there
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -167,7 +164,7 @@ class MetricsApp:
         finally:
             self._streams.discard(gone)
             watcher.close()
-            await _end(gone)
+            await end_tasks([gone])
 
     async def _stream(self, watcher: Watcher, send: Send, gone: asyncio.Task[None]) -> None:
         """Updates, until the client is gone or takes none for ``SEND_SECONDS``."""
@@ -186,7 +183,7 @@ class MetricsApp:
                         return
                     sending.result()
                 finally:
-                    await _end(sending)
+                    await end_tasks([sending])
             await asyncio.wait({gone}, timeout=self._feed.interval)
 
 
@@ -214,40 +211,10 @@ async def serve_page(engine: WatchedEngine, host: str = "127.0.0.1", port: int =
         yield url
 
 
-def _route(scope: Scope) -> tuple[str, str]:
-    """The path below the mount point, and that. Some servers leave the latter in the path, some do not."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "").rstrip("/")
-    if root and (path == root or path.startswith(f"{root}/")):
-        path = path[len(root) :]
-    return path if root else path or "/", root
-
-
 def _header(scope: Scope, name: bytes) -> str:
     return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name)
 
 
-async def _text(send: Send, status: int, text: str, head: bool, headers: Headers | None = None) -> None:
-    plain = [(b"content-type", b"text/plain; charset=utf-8"), *(headers or [])]
-    await _respond(send, status, plain, f"{text}\n".encode(), head)
-
-
-async def _respond(send: Send, status: int, headers: Headers, body: bytes | None, head: bool) -> None:
-    """``body`` None: of unknown length."""
-    length = [] if body is None else [(b"content-length", str(len(body)).encode())]
-    start = {"type": "http.response.start", "status": status, "headers": [*headers, *length, *_SECURITY]}
-    await send(start)
-    await send({"type": "http.response.body", "body": b"" if head or body is None else body})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _end(task: asyncio.Future[None]) -> None:
-    """Cancel it if it still runs, and wait until it is over, whatever came of it."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
+async def _text(send: Send, status: int, text: str, head: bool, headers: Headers = ()) -> None:
+    plain = [(b"content-type", b"text/plain; charset=utf-8"), *headers, *_SECURITY]
+    await respond(send, status, plain, f"{text}\n".encode(), head=head)

@@ -7,7 +7,6 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import MutableMapping
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from aioengine import __version__
 from aioengine.client import EngineClient
 from aioengine.errors import EngineStopped
 from aioengine.metrics.asgi import metrics_app
+from aioengine.metrics.page.plumbing import Message, Receive, Scope, Send, answer_no_http, below_mount
 from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
@@ -32,7 +32,6 @@ from aioengine.server.framework import (
     exception_handler,
     guard,
 )
-from aioengine.server.generation import Receive
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.messages.routes import messages_routes
@@ -44,10 +43,8 @@ from aioengine.server.openai.tokens import token_routes
 from aioengine.server.openapi import openapi_config
 from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
-from aioengine.server.streaming import Message, Send, send_error
+from aioengine.server.streaming import send_error
 from aioengine.server.transport.body import BodyBudget, BoundedBody
-
-Scope = MutableMapping[str, Any]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset({"/health", "/ready"})
@@ -116,14 +113,11 @@ class ServerApp:
         if scope["type"] == "http":
             self.open()
             await self._http(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await _lifespan(receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await answer_no_http(scope, receive, send, self.close)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = _below_mount(scope)
+        path, _ = below_mount(scope)
         record = RequestRecord(request_id=_request_id(scope), method=scope["method"], path=path[:200])
         started = False
 
@@ -243,15 +237,6 @@ def _is_page(path: str) -> bool:
     return path in _PAGE or path.startswith("/assets/")
 
 
-def _below_mount(scope: Scope) -> str:
-    """The path below the mount point; some frameworks leave that in the path, some do not."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "").rstrip("/")
-    if root and (path == root or path.startswith(f"{root}/")):
-        path = path[len(root) :]
-    return path
-
-
 def _request_id(scope: Scope) -> str:
     """The client's, if it is of a harmless form."""
     for name, value in scope["headers"]:
@@ -266,11 +251,3 @@ def _asks_first(scope: Scope) -> bool:
     """Whether the client waits to be told before it sends the body. If it is refused it sends none, and
     what it sends next could be taken for it."""
     return any(name == b"expect" for name, _ in scope["headers"])
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        kind = (await receive())["type"]
-        await send({"type": f"{kind}.complete"})
-        if kind == "lifespan.shutdown":
-            return

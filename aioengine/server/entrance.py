@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
-
 import msgspec
 
+from aioengine.metrics.page.plumbing import Receive, Scope, Send, respond
 from aioengine.metrics.starting import starting_metrics
 from aioengine.server.app import ServerApp
 from aioengine.server.errors import ApiError
-from aioengine.server.generation import Receive
-from aioengine.server.streaming import Send, send_error
+from aioengine.server.streaming import send_error
 
 RETRY_AFTER = 2
 """Seconds."""
@@ -59,25 +56,21 @@ class Entrance:
         if self.app is not None:
             self.app.close()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             path = scope["path"]
             if path in ("/health", "/ready"):
                 body = msgspec.json.encode(self._starting)
-                await _whole(send, 200 if path == "/health" else 503, "application/json", body)
+                status = 200 if path == "/health" else 503
+                await respond(send, status, [(b"content-type", b"application/json")], body)
             elif path == "/metrics":  # without a key: it says what the probes say
-                await _whole(send, 200, *starting_metrics(self._engine_name))
+                content_type, body = starting_metrics(self._engine_name)
+                await respond(send, 200, [(b"content-type", content_type.encode())], body)
             else:
                 text = "the engine is still starting: see /ready"
                 error = ApiError(
                     503, text, type="server_error", code="starting", retry_after=RETRY_AFTER, close=True
                 )
                 await send_error(send, error, path)
-
-
-async def _whole(send: Send, status: int, content_type: str, body: bytes) -> None:
-    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -12,13 +12,13 @@ import msgspec
 
 from aioengine.client import EngineClient
 from aioengine.errors import DeadlineExceeded
+from aioengine.metrics.page.plumbing import Receive, disconnected, end_tasks
 from aioengine.request import RequestOptions, RequestOutput, SamplingParams, TokenConstraint
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openai.api import PromptTokensDetails, Usage
 
 T = TypeVar("T")
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 MAX_SCORES = 2**18
@@ -207,7 +207,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises ClientDisconnected, and what ``work`` raises. ``receive`` is ASGI's, the body read.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    gone = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -215,19 +215,3 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         raise ClientDisconnected
     finally:
         await end_tasks([task, gone])
-
-
-async def end_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel those that still run, wait for all, and take note of their errors."""
-    for task in tasks:
-        task.cancel()
-    if any(not task.done() for task in tasks):
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if task.done() and not task.cancelled():
-            task.exception()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

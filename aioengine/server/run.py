@@ -15,6 +15,7 @@ import uvicorn
 
 from aioengine.checks import check_number
 from aioengine.errors import ConfigError
+from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import bounded_protocol
@@ -49,7 +50,7 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"trusted_proxies: {proxy!r} is no address or network: {error}") from error
 
 
-class _Server(uvicorn.Server):
+class _Server(EmbeddedServer):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listens = asyncio.Event()
@@ -57,10 +58,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listens.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # signals are the caller's
 
 
 def bind(settings: ListenSettings) -> socket.socket:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
+from aioengine.metrics.page.plumbing import Receive, Send, respond
 from aioengine.request import RequestOutput
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
-from aioengine.server.generation import Generation, Receive, together, while_connected
+from aioengine.server.generation import Generation, together, while_connected
 from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, StreamOptions, Usage
 from aioengine.server.settings import ServerSettings
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -130,7 +129,7 @@ class GenerationResponse:
         outputs = await self._generation.last_outputs()
         body = await self._formed(self._reply.whole, outputs, self._generation.usage)
         self._started = True
-        await send_response(send, 200, [(b"content-type", b"application/json")], body)
+        await respond(send, 200, [(b"content-type", b"application/json")], body)
 
     async def _stream(self, send: Send) -> None:
         writing = asyncio.Lock()  # one choice at a time; what the others have meanwhile gathers
@@ -168,12 +167,6 @@ class GenerationResponse:
             raise ClientDisconnected from error
 
 
-async def send_response(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": body})
-
-
 async def send_error(send: Send, error: ApiError, path: str) -> None:
     """Answer a request for ``path`` with an error, in the form that this path's clients know."""
-    await send_response(send, error.status, error.headers, error.body_for(path))
+    await respond(send, error.status, error.headers, error.body_for(path))

@@ -14,7 +14,9 @@ except ImportError as error:
     raise ImportError("serving the page needs uvicorn: pip install 'aioengine[server]'") from error
 
 
-class _Server(uvicorn.Server):
+class EmbeddedServer(uvicorn.Server):
+    """A server that leaves signals to the application around it."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -28,7 +30,7 @@ async def serve(app: Any, host: str, port: int, *, before_shutdown: Callable[[],
         # Connections inherit it. asyncio sets it itself only for sockets that name their protocol.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
-        server = _Server(config)
+        server = EmbeddedServer(config)
         task = asyncio.get_running_loop().create_task(
             server.serve(sockets=[listening]), name="aioengine-page-server"
         )

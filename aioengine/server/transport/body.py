@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
+from aioengine.metrics.page.plumbing import Receive
 from aioengine.server.errors import ApiError, ClientDisconnected
-from aioengine.server.generation import Receive
 
 MIN_RATE = 16 * 1024
 """Bytes a second that a body must come at, once its first ``timeout`` seconds have passed."""
