@@ -41,7 +41,6 @@ class AdapterStore:
         from aioengine.adapters.peft.pack import SlotOrder
 
         self._known = KnownContents()
-        self._spec = spec
         self._order = SlotOrder(SlotLayout(spec, max_rank, target_modules, shard), pin_memory)
         self._dtype = dtype
         self._weights = weights
@@ -61,21 +60,17 @@ class AdapterStore:
         from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
         from aioengine.adapters.peft.read import read_adapter
 
-        layout = self._order.layout
         packed = read_adapter(
             name,
             path,
-            self._spec,
-            max_rank=layout.max_rank,
-            target_modules=layout.modules,
+            self._order,
             dtype=self._dtype,
-            allow_nonfinite=self._allow_nonfinite,
             base_weight=self._embedding,
-            order=self._order,
             known=self._known,
+            allow_nonfinite=self._allow_nonfinite,
             progress=progress,
         )
-        return Draft(packed, layout, self._weights)
+        return Draft(packed, self._order.layout, self._weights)
 
     def finish(self, draft: Draft) -> AdapterImage:
         """What it comes to, with all that the ranks have added. Blocking. Raises AdapterInvalid."""

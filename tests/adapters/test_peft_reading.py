@@ -128,7 +128,7 @@ def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
     write(tmp_path, {f"{PREFIX}.lora_A.weight": a, f"{PREFIX}.lora_B.weight": b}, lora_alpha=5)
     script = """if True:
         import msgspec, os, sys, time, torch
-        from aioengine.adapters.peft.read import read_adapter
+        from aioengine.adapters.store import AdapterStore
         from aioengine.model.spec import ModelSpec
         def threads():
             return len(os.listdir("/proc/self/task"))
@@ -136,7 +136,8 @@ def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
         torch.set_num_threads(4)
         before = threads()
         for dtype in (torch.float32, torch.bfloat16):
-            read_adapter("a", sys.argv[1], spec, max_rank=16, target_modules=["q_proj"], dtype=dtype)
+            store = AdapterStore(spec, max_rank=16, target_modules=["q_proj"], dtype=dtype, weights=None)
+            store.read("a", sys.argv[1])
         deadline = time.monotonic() + 10
         while threads() != before:  # a thread that was joined is listed for a moment longer
             assert time.monotonic() < deadline, "reading"

@@ -13,8 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from aioengine.adapters.peft.fast_pack import KnownContents
+from aioengine.adapters.peft.pack import SlotOrder
 from aioengine.adapters.peft.read import PackedAdapter, read_adapter
 from aioengine.errors import AdapterError, AdapterInvalid
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -69,8 +72,12 @@ def make(
 
 
 def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
-    defaults = {"max_rank": 16, "target_modules": LORA_MODULES, "dtype": torch.float32}
-    return read_adapter("sql", folder, spec, **{**defaults, **options})
+    """As the CPU cache does, for a slot of rank 16 with the seven linears unless ``options`` say otherwise;
+    of the base model there is nothing to compare with unless ``base_weight`` is among them."""
+    max_rank, modules = options.pop("max_rank", 16), options.pop("target_modules", LORA_MODULES)
+    order = options.pop("order", None) or SlotOrder(SlotLayout(spec, max_rank, modules))
+    defaults = {"dtype": torch.float32, "known": KnownContents(), "base_weight": lambda _: torch.empty(0)}
+    return read_adapter("sql", folder, order, **{**defaults, **options})
 
 
 def peft_layers(folder: Path, tie: bool = False) -> dict[tuple[int, str], Any]:

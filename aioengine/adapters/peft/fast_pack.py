@@ -1,4 +1,4 @@
-"""Packing made short for the usual file: A and B of linears, in the slots' dtype already.
+"""Fast path for the usual file: A and B of linears, in the slots' dtype already.
 
 Adapters that were trained alike have the same configuration and the same header, and differ only in their
 data. Everything but the data is worked out once for them.
@@ -36,21 +36,20 @@ class Contents(NamedTuple):
     """Which parts of the tensors that is; empty: all of them."""
     parts: Mapping[str, Part]
     shortcut: Shortcut | None
-    """None: the file is not a usual one, or no order is wanted."""
+    """None: the file is not a usual one."""
 
     @classmethod
     def of(
-        cls, order: SlotOrder | None, dtype: torch.dtype, entries: Sequence[Entry],
+        cls, order: SlotOrder, dtype: torch.dtype, entries: Sequence[Entry],
         parts: Mapping[str, Part], layout: Layout,
     ) -> Contents:  # fmt: skip
         """``entries`` are the file's."""
         pieces: Sequence[tuple[int, int]] = [(0, sum(entry.nbytes for entry in entries))]
         cuts: dict[str, Cut] = {}
-        if order is not None and order.layout.shard.size > 1:
+        if order.layout.shard.size > 1:
             cuts = cuts_of(order.layout, parts, layout)
             entries, pieces = select(entries, cuts)
-        shortcut = None if order is None else Shortcut.of(order, dtype, entries, parts, layout)
-        return cls(layout, entries, pieces, cuts, parts, shortcut)
+        return cls(layout, entries, pieces, cuts, parts, Shortcut.of(order, dtype, entries, parts, layout))
 
 
 def cuts_of(slot: SlotLayout, parts: Mapping[str, Part], layout: Layout) -> dict[str, Cut]:

@@ -1,7 +1,5 @@
-"""From the tensors of a file to those of a slot: scaled, in the slots' dtype, in one piece of memory.
-
-That is memory in the order of a slot, if asked for. Otherwise, where the file has the slots' dtype already,
-the memory that it was read into is kept and B is scaled in it.
+"""From the tensors of a file to those of a slot: scaled, in the slots' dtype, in one piece of memory that is
+in the order of a slot.
 
 Everything works on pieces so small that torch stays in the calling thread: an OpenMP team per loader thread
 would fight for the cores with the model's step; on a busy machine, loads take several times as long.
@@ -11,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 import torch
@@ -21,7 +18,6 @@ from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Weights
-from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape, image_memory, serial_copies
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
@@ -44,7 +40,7 @@ class Packed(NamedTuple):
     biases: dict[Place, Tensor]
     nbytes: int
     rank: int
-    in_order: Tensor | None
+    in_order: Tensor
     shape: ImageShape | None = None
     computed: Mapping[Place, tuple[Tensor, Tensor]] = {}
 
@@ -76,7 +72,7 @@ class Packer:
         *,
         dtype: torch.dtype,
         allow_nonfinite: bool,
-        order: SlotOrder | None,
+        order: SlotOrder,
         cuts: Mapping[str, Cut],
     ) -> None:
         self._folder = folder
@@ -93,21 +89,11 @@ class Packer:
         targets = layout.targets
         self._factors = [1.0 if part.kind == "A" else targets[part.place].scaling for part in self._kept]
         self._same_dtype = all(source.dtype == dtype for source in self._sources)
-        buffer = weights.buffer if order is None and self._fits_in_place() else None
-        self.in_place = buffer is not None
-        """Whether packing changes the file's tensors."""
-        in_order: Tensor | None = None
-        if buffer is not None:
-            self._results, held = self._sources, buffer.nbytes
-        elif order is not None:
-            self._results, in_order = self._allocate_in_order(order)
-            held = in_order.nbytes
-        else:
-            self._results, held = self._allocate([tensor.shape for tensor in self._sources])
+        self._results, in_order = self._allocate(order)
         self._groups = _by_factor(self._results, self._factors) if self._same_dtype else {}
-        self._packed = self._assemble(held, in_order)
+        self._packed = self._assemble(in_order)
 
-    def check(self, base_weight: Callable[[str], Tensor] | None) -> None:
+    def check(self, base_weight: Callable[[str], Tensor]) -> None:
         """What concerns the values as they are in the file. Raises AdapterInvalid."""
         if not self._allow_nonfinite:
             self._largest = largest_magnitude(self._weights.runs)
@@ -121,13 +107,11 @@ class Packer:
         if self._layout.tied:
             self._check_tied()
 
-    def pack(self, helper: Executor | None) -> Packed:
-        """Scale and convert; ``helper`` does a part of it. Raises AdapterInvalid on overflow of the dtype."""
-        if self.in_place:
-            _scale(self._groups, helper)
-        elif self._same_dtype:
+    def pack(self) -> Packed:
+        """Scale and convert. Raises AdapterInvalid on overflow of the dtype."""
+        if self._same_dtype:
             torch._foreach_copy_(_all_pieces(self._results), _all_pieces(self._sources))
-            _scale(self._groups, None)
+            _scale(self._groups)
         else:
             for source, factor, result in zip(self._sources, self._factors, self._results, strict=True):
                 _convert(source, factor, result)
@@ -136,12 +120,10 @@ class Packer:
 
     # -- what is checked ---------------------------------------------------------------------
 
-    def _check_base(self, key: str, module: str, base_weight: Callable[[str], Tensor] | None) -> None:
+    def _check_base(self, key: str, module: str, base_weight: Callable[[str], Tensor]) -> None:
         """PEFT saves an adapted embedding's base weights along; they must be those that are served."""
         without = "save the adapter with save_pretrained(..., save_embedding_layers=False)"
         where = f"{self._file}: {key!r}: the file carries base-model weights"
-        if base_weight is None:
-            self._folder.invalid(f"{where}, and there are none to compare with; {without}")
         saved, base = self._weights.tensors[key], base_weight(module)
         same = base.shape == saved.shape and all(
             torch.equal(ours.to("cpu", saved.dtype), theirs)
@@ -180,17 +162,7 @@ class Packer:
 
     # -- memory ------------------------------------------------------------------------------
 
-    def _fits_in_place(self) -> bool:
-        """Whether the file's memory holds what is kept in the slots' dtype, and little more."""
-        return self._same_dtype and all(part.kind != "base" for part in self._keys)
-
-    def _allocate(self, shapes: Sequence[torch.Size]) -> tuple[list[Tensor], int]:
-        sizes = [shape.numel() for shape in shapes]
-        buffer = Buffer(sum(sizes) * self._dtype.itemsize)
-        parts = torch.split(buffer.tensor.view(self._dtype), sizes)
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], buffer.nbytes
-
-    def _allocate_in_order(self, order: SlotOrder) -> tuple[list[Tensor], Tensor]:
+    def _allocate(self, order: SlotOrder) -> tuple[list[Tensor], Tensor]:
         """Biases are no part of a slot as they are, and get memory of their own."""
         results = {
             index: torch.empty(self._sources[index].shape, dtype=self._dtype)
@@ -213,7 +185,7 @@ class Packer:
             results[index] = share.view(self._sources[index].shape)
         return [results[index] for index in range(len(self._kept))], data
 
-    def _assemble(self, held: int, in_order: Tensor | None) -> Packed:
+    def _assemble(self, in_order: Tensor) -> Packed:
         by_kind: dict[str, dict[Place, Tensor]] = {"A": {}, "B": {}, "bias": {}}
         for part, result in zip(self._kept, self._results, strict=True):
             by_kind[part.kind][part.place] = result
@@ -222,7 +194,7 @@ class Packer:
             tensors={place: (by_kind["A"][place], by_kind["B"][place]) for place in self._layout.targets},
             magnitudes=magnitudes,
             biases=by_kind["bias"],
-            nbytes=held + sum(magnitude.nbytes for magnitude in magnitudes.values()),
+            nbytes=in_order.nbytes + sum(magnitude.nbytes for magnitude in magnitudes.values()),
             rank=max(target.rank for target in self._layout.targets.values()),
             in_order=in_order,
         )
@@ -293,24 +265,11 @@ def _by_factor(tensors: Sequence[Tensor], factors: Sequence[float]) -> dict[floa
     return groups
 
 
-def _scale(groups: Mapping[float, list[Tensor]], helper: Executor | None) -> None:
-    """``tensor *= factor`` each, computed in float32 and rounded once; ``helper`` does half of it."""
-
-    def multiply(group: list[Tensor], factor: Tensor) -> None:
-        torch._foreach_mul_(group, factor)
-
-    others: list[Future[None]] = []
+def _scale(groups: Mapping[float, list[Tensor]]) -> None:
+    """``tensor *= factor`` each, computed in float32 and rounded once."""
     for factor, group in groups.items():
         # As a tensor, because a number would be rounded to the group's dtype first.
-        scalar = torch.tensor(factor, dtype=torch.float32)
-        if helper is None:
-            multiply(group, scalar)
-            continue
-        if len(group) > 1:
-            others.append(helper.submit(multiply, group[1::2], scalar))
-        multiply(group[::2], scalar)
-    for other in others:
-        other.result()
+        torch._foreach_mul_(group, torch.tensor(factor, dtype=torch.float32))
 
 
 def _convert(source: Tensor, factor: float, target: Tensor) -> None:

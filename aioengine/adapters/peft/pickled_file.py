@@ -87,7 +87,7 @@ class PickledFile:
             else:
                 flat = data.tensor[begin : begin + len(span)].view(tensor.dtype)
             tensors[key] = flat.as_strided(tensor.shape, tensor.stride, flat.storage_offset())
-        return Weights(tensors, None, list(tensors.values()))
+        return Weights(tensors, list(tensors.values()))
 
     # -- the archive -------------------------------------------------------------------------
 

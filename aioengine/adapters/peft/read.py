@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,7 +35,6 @@ from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape
-from aioengine.model.spec import ModelSpec
 
 _BIN_BYTES_BESIDE = 8 << 20
 """What a ``torch.save`` file may hold beside its tensors: names, headers, alignment, and unused data."""
@@ -77,30 +76,24 @@ class PackedAdapter:
 def read_adapter(
     name: str,
     path: str | Path,
-    spec: ModelSpec,
+    order: SlotOrder,
     *,
-    max_rank: int,
-    target_modules: Sequence[str],
     dtype: torch.dtype,
+    base_weight: Callable[[str], Tensor],
+    known: KnownContents,
     allow_nonfinite: bool = False,
-    base_weight: Callable[[str], Tensor] | None = None,
-    order: SlotOrder | None = None,
-    known: KnownContents | None = None,
     progress: Progress | None = None,
 ) -> PackedAdapter:
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
     Args:
-        max_rank: the rank that a slot holds (``max_lora_rank``).
-        target_modules: what slots hold, by the names in ``TARGETABLE_MODULES``.
+        order: The slot, in whose order the tensors are laid out, so that no copy is needed to make its image.
+            If it holds a rank's share, that is what is read, checked and returned.
         dtype: of the returned tensors; the scaling is folded into B in float32 and rounded once.
-        allow_nonfinite: accept NaN and infinity in the weights.
         base_weight: the base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
-            saves it along with an adapter on it; with this it is compared and left out, else refused.
-        order: Lay the tensors out as in a slot, so that no copy is needed to make its image. If the slot
-            holds a rank's share, that is what is read, checked and returned.
-        known: Spares looking at a header that was looked at before, for the same ``spec``, ``max_rank``,
-            ``target_modules``, ``dtype`` and ``order``.
+            saves it along with an adapter on it; it is compared with this and left out.
+        known: Spares looking at a header that was looked at before, for the same ``order`` and ``dtype``.
+        allow_nonfinite: accept NaN and infinity in the weights.
         progress: Told of each call on the folder's files.
 
     Raises:
@@ -110,9 +103,7 @@ def read_adapter(
     """
     folder = AdapterFolder(name, str(path), progress)
     folder.check()
-    reader = _Reader(
-        folder, spec, max_rank, target_modules, dtype, allow_nonfinite, base_weight, order, known
-    )
+    reader = _Reader(folder, order, dtype, base_weight, known, allow_nonfinite)
     try:
         packed, digest = reader.read()
     except AdapterInvalid:
@@ -145,14 +136,11 @@ def _read_config(folder: AdapterFolder) -> bytes:
 @dataclass(frozen=True, slots=True)
 class _Reader:
     folder: AdapterFolder
-    spec: ModelSpec
-    max_rank: int
-    target_modules: Sequence[str]
+    order: SlotOrder
     dtype: torch.dtype
+    base_weight: Callable[[str], Tensor]
+    known: KnownContents
     allow_nonfinite: bool
-    base_weight: Callable[[str], Tensor] | None
-    order: SlotOrder | None
-    known: KnownContents | None
 
     def read(self) -> tuple[Packed, str]:
         config_bytes = _read_config(self.folder)
@@ -169,7 +157,7 @@ class _Reader:
     @property
     def _shared(self) -> bool:
         """Whether a rank's share is wanted."""
-        return self.order is not None and self.order.layout.shard.size > 1
+        return self.order.layout.shard.size > 1
 
     def _safetensors(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         header = SafetensorsHeader.read(self.folder, file)
@@ -178,8 +166,9 @@ class _Reader:
         # file is empty or too large for LoRA weights that fit: nearly always it is refused then, and needs no
         # memory.
         contents: Contents | None = None
-        max_rank = min(self.max_rank, config.max_rank)
-        if not 0 < header.data_bytes <= max_data_bytes(self.spec, max_rank, self.target_modules):
+        slot = self.order.layout
+        max_rank = min(slot.max_rank, config.max_rank)
+        if not 0 < header.data_bytes <= max_data_bytes(slot.spec, max_rank, slot.modules):
             contents = self._contents(file, config, header)
         if self._shared:
             return self._share(file, header, contents or self._contents(file, config, header))
@@ -192,10 +181,7 @@ class _Reader:
                 hashing.result()
                 return packed
             weights = tensors_of(buffer, contents.entries)
-            packer = self._packer(file, contents.layout, contents.parts, weights, {})
-            if packer.in_place:
-                hashing.result()
-            packed = packer.pack(helper)
+            packed = self._packer(file, contents.layout, contents.parts, weights, {}).pack()
             hashing.result()
             return packed
 
@@ -210,15 +196,14 @@ class _Reader:
         packed = self._shortcut(contents, buffer)
         if packed is None:
             weights = tensors_of(buffer, contents.entries)
-            packed = self._packer(file, contents.layout, contents.parts, weights, contents.cuts).pack(None)
+            packed = self._packer(file, contents.layout, contents.parts, weights, contents.cuts).pack()
         return packed
 
     def _shortcut(self, contents: Contents, buffer: Buffer) -> Packed | None:
-        if contents.shortcut is None or self.order is None:
+        if contents.shortcut is None:
             return None
-        pin_memory = self.order.pin_memory
         return contents.shortcut.pack(
-            buffer.tensor, allow_nonfinite=self.allow_nonfinite, pin_memory=pin_memory
+            buffer.tensor, allow_nonfinite=self.allow_nonfinite, pin_memory=self.order.pin_memory
         )
 
     def _pickled(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
@@ -236,28 +221,24 @@ class _Reader:
         digest.update(buffer.view)
         weights = pickled.views(buffer)
         cuts: Mapping[str, Cut] = {}
-        if self._shared and self.order is not None:  # a file that cannot be read in parts
+        if self._shared:  # a file that cannot be read in parts
             cuts = cuts_of(self.order.layout, parts, layout)
             tensors = {key: contiguous(cuts[key].of(tensor)) for key, tensor in weights.tensors.items()}
-            weights = Weights(tensors, None, list(tensors.values()))
-        packer = self._packer(file, layout, parts, weights, cuts)
-        with ThreadPoolExecutor(1) as helper:
-            return packer.pack(helper)
+            weights = Weights(tensors, list(tensors.values()))
+        return self._packer(file, layout, parts, weights, cuts).pack()
 
     def _layout(self, config: PeftLoraConfig) -> Layout:
-        return Layout(
-            self.folder, config, self.spec, max_rank=self.max_rank, target_modules=self.target_modules
-        )
+        slot = self.order.layout
+        return Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
 
     def _contents(self, file: OpenFile, config: PeftLoraConfig, header: SafetensorsHeader) -> Contents:
         key = (config, header.raw, header.data_bytes)
-        contents = None if self.known is None else self.known.get(key)
+        contents = self.known.get(key)
         if contents is None:
             layout, entries = self._layout(config), header.entries(self.folder, file)
             parts = layout.parts(file.name, {e.key: e.shape for e in entries})
             contents = Contents.of(self.order, self.dtype, entries, parts, layout)
-            if self.known is not None:
-                self.known.put(key, contents)
+            self.known.put(key, contents)
         return contents
 
     def _packer(

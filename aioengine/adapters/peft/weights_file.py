@@ -32,8 +32,6 @@ class Weights:
     """The tensors of a file, of any mix of float32, float16 and bfloat16."""
 
     tensors: dict[str, Tensor]
-    buffer: Buffer | None
-    """What they are views of, contiguous and aligned, so that they may be changed in place."""
     runs: Sequence[Tensor]
     """The same values as few flat tensors, for what is quicker over all of them."""
 
@@ -147,12 +145,11 @@ def tensors_of(buffer: Buffer, entries: Sequence[Entry]) -> Weights:
     """The data of a safetensors file as tensors: views of ``buffer``, where alignment allows it."""
     tensors: dict[str, Tensor] = {}
     runs: list[Tensor] = []
-    aligned = True
     for dtype, group in groupby(entries, key=lambda entry: entry.dtype):
         run, size = list(group), dtype.itemsize
         begin, end = run[0].begin, run[-1].begin + run[-1].nbytes
         if begin % size:  # behind an odd number of 16-bit values: allowed, though no library writes it
-            flat, aligned = torch.frombuffer(bytearray(buffer.view[begin:end]), dtype=dtype), False
+            flat = torch.frombuffer(bytearray(buffer.view[begin:end]), dtype=dtype)
         else:
             flat = buffer.tensor[begin:end].view(dtype)
         runs.append(flat)
@@ -160,7 +157,7 @@ def tensors_of(buffer: Buffer, entries: Sequence[Entry]) -> Weights:
         for entry in run:
             stride, offset = _strides(entry.shape), origin + entry.begin // size
             tensors[entry.key] = flat.as_strided(entry.shape, stride, offset)
-    return Weights(tensors, buffer if aligned else None, runs)
+    return Weights(tensors, runs)
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
