@@ -146,10 +146,14 @@ def unsupported(field: str, why: str) -> ApiError:
     return ApiError(400, f"{field}: {why}", param=field, code="unsupported_parameter")
 
 
-def _shortened(text: str, limit: int = 2000) -> str:
+_LONGEST = 2000
+"""Characters of a message."""
+
+
+def _shortened(text: str) -> str:
     """Without the middle of what is longer: a message may quote what a client has sent."""
-    half = limit // 2
-    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `\$(?P<path>[^`]*)`$", re.DOTALL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from sortedcontainers import SortedList
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 
 class WaitingIndex:
-    """By adapter, and within it by group: the waiting requests in order of (key, arrival).
+    """By adapter: the waiting requests in order of (key, arrival).
 
     Fed by ``on_event``; a change costs O(log waiting). Where the view knows another number of waiting
     requests for an adapter than the events told (the policy came late, or a version was superseded and
@@ -28,18 +28,13 @@ class WaitingIndex:
 
     Args:
         key: Must not change while a request waits.
-        group: As above.
     """
 
-    def __init__(
-        self,
-        key: Callable[[RequestView], Any],
-        group: Callable[[RequestView], Hashable] = lambda request: None,
-    ) -> None:
-        self._key, self._group = key, group
-        self._queues: dict[str | None, dict[Any, SortedList[Entry]]] = {}
-        self._sizes: dict[str | None, int] = {}
-        self._where: dict[str, tuple[str | None, Any, Entry]] = {}
+    def __init__(self, key: Callable[[RequestView], Any]) -> None:
+        self._key = key
+        self._queues: dict[str | None, SortedList[Entry]] = {}
+        """By adapter; none is empty."""
+        self._where: dict[str, tuple[str | None, Entry]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -55,42 +50,29 @@ class WaitingIndex:
         elif event.kind in ("request_admitted", "request_finished"):
             self._remove(request.request_id)
 
-    def groups(self, view: SchedulerView, adapter: str | None) -> Mapping[Any, SortedList[Entry]]:
-        """The requests that wait for ``adapter`` by group; no group is empty."""
+    def in_order(self, view: SchedulerView, adapter: str | None) -> Iterator[Entry]:
+        """The requests that wait for ``adapter``."""
         waiting = view.waiting_for(adapter)
-        if len(waiting) != self._sizes.get(adapter, 0):
-            for queue in list(self._queues.get(adapter, {}).values()):
-                for entry in list(queue):
-                    self._remove(entry.request.request_id)
+        if len(waiting) != len(self._queues.get(adapter, ())):
+            for entry in list(self._queues.get(adapter, ())):
+                self._remove(entry.request.request_id)
             for request in waiting:
                 self._remove(request.request_id)
                 self._add(adapter, request)
-        return self._queues.get(adapter, {})
-
-    def in_order(self, view: SchedulerView, adapter: str | None) -> Iterator[Entry]:
-        """The requests that wait for ``adapter``, if there is only one group."""
-        for queue in self.groups(view, adapter).values():
-            return iter(queue)
-        return iter(())
+        return iter(self._queues.get(adapter, ()))
 
     def _add(self, adapter: str | None, request: RequestView) -> None:
         entry = Entry(self._key(request), request.arrival, self._count, request)
         self._count += 1
-        group = self._group(request)
-        self._queues.setdefault(adapter, {}).setdefault(group, SortedList()).add(entry)
-        self._sizes[adapter] = self._sizes.get(adapter, 0) + 1
-        self._where[request.request_id] = (adapter, group, entry)
+        self._queues.setdefault(adapter, SortedList()).add(entry)
+        self._where[request.request_id] = (adapter, entry)
 
     def _remove(self, request_id: str) -> None:
         found = self._where.pop(request_id, None)
         if found is None:
             return
-        adapter, group, entry = found
-        queue = self._queues[adapter][group]
+        adapter, entry = found
+        queue = self._queues[adapter]
         queue.remove(entry)
-        self._sizes[adapter] -= 1
         if not queue:
-            del self._queues[adapter][group]
-            if not self._queues[adapter]:
-                del self._queues[adapter]
-                del self._sizes[adapter]
+            del self._queues[adapter]
