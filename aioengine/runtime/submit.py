@@ -208,7 +208,7 @@ class Submitter:
             return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
 
         # Never on the loop: how long a template takes is up to the template.
-        return await self._text_work.run(SHORT + _size_of(messages), encode_chat, owner)
+        return await self._text_work.run(SHORT + _size_of(messages, limit), encode_chat, owner)
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         limit = self._parts.plan.max_model_len
@@ -240,13 +240,26 @@ def _token_ids(prompt: object, limit: int) -> list[int] | None:
     return list(prompt) if isinstance(prompt, list) and set(map(type, prompt)) <= {int} else None
 
 
-def _size_of(messages: list[Any]) -> int:
-    """Characters of a chat's texts, or a guess at it; at least one for each message."""
+def _size_of(messages: list[Any], limit: int) -> int:
+    """Characters of a chat's texts, or a guess at it; at least one for each message.
+
+    Raises RequestInvalid if there are more messages, or parts of one, than a prompt has tokens: a template's
+    work grows with them, whatever is in them.
+    """
     size = 0
-    for message in messages:
+    for message in messages[: limit + 1]:
         content = message.get("content") if isinstance(message, dict) else None
-        size += 1
-        for part in content if isinstance(content, list) else [{"text": content}]:
+        parts = content if isinstance(content, list) else [{"text": content}]
+        if len(parts) > limit:
+            raise RequestInvalid(
+                f"a message has {len(parts)} parts, and at most {limit} are taken: join them"
+            )
+        for part in parts:
             text = part.get("text") if isinstance(part, dict) else None
             size += len(text) if isinstance(text, str) else 1
+        size += 1
+    if len(messages) > limit:
+        raise RequestInvalid(
+            f"{len(messages)} messages: at most {limit} are taken, as many as tokens of a prompt"
+        )
     return size

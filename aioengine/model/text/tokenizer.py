@@ -1,7 +1,4 @@
-"""Text to token ids and back: ``tokenizer.json`` through the tokenizers library, chat through jinja2.
-
-Chat templates come with the model and are untrusted: they run in jinja2's immutable sandbox.
-"""
+"""Text to token ids and back: ``tokenizer.json`` through the tokenizers library."""
 
 from __future__ import annotations
 
@@ -9,18 +6,14 @@ import functools
 import json
 import secrets
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
+from aioengine.model.text.chat_template import ChatTemplate
 from aioengine.model.text.detokenizer import Detokenizer, TextStream
 from aioengine.model.text.text_per_token import text_per_token
 from aioengine.model.text.token_bytes import TokenBytes
@@ -40,7 +33,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens or {})
         self._chat_template = chat_template
-        self._compiled: jinja2.Template | None = None
+        self._compiled: ChatTemplate | None = None
         self._token_bytes: TokenBytes | None = None
         self._text_per_token = text_per_token(tokenizer)
 
@@ -131,7 +124,7 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
-        """The prompt for the assistant's next turn.
+        """The prompt for the assistant's next turn; other threads go on meanwhile.
 
         ``variables`` are the template's: ``tools`` (JSON schemas of functions), ``enable_thinking`` and
         whatever else it looks at; ``add_generation_prompt=False`` leaves the next turn's opening out, and
@@ -139,10 +132,10 @@ class Tokenizer:
         with.
 
         Raises :class:`~aioengine.errors.RequestInvalid` if there is no usable template, a message is
-        malformed, or the template refuses the messages.
+        malformed, or the template refuses the messages, or takes more than its bounds with them (see
+        :mod:`aioengine.model.text.chat_template`).
         """
         _check_messages(messages)
-        template = self._template()
         if variables.pop("continue_final_message", False):
             mark = secrets.token_hex(16)
             last = {**messages[-1], "content": _marked(messages[-1]["content"], mark)}
@@ -153,19 +146,14 @@ class Tokenizer:
                 )
             return text[: text.rindex(mark)]
         variables = {"add_generation_prompt": True, **self._special_tokens, **variables}
-        try:
-            return template.render({**variables, "messages": messages})
-        except Exception as error:  # untrusted template code: a TypeError is as possible as its own
-            raise RequestInvalid(
-                f"the chat template refused the messages: {type(error).__name__}: {error}"
-            ) from error
+        return self._template().render({**variables, "messages": messages})
 
     def use_chat_template(self, path: Path) -> None:
         """Take another chat template, before the first chat is rendered. Raises
         :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
         try:
             self._chat_template = path.read_text(encoding="utf-8")
-            self._compiled = _environment().from_string(self._chat_template)
+            self._compiled = ChatTemplate(self._chat_template)
         except (OSError, ValueError) as error:
             raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
         except (jinja2.TemplateError, RecursionError) as error:
@@ -205,12 +193,12 @@ class Tokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def _template(self) -> jinja2.Template:
+    def _template(self) -> ChatTemplate:
         if self._chat_template is None:
             raise RequestInvalid("the model has no chat template; give the prompt as text or token ids")
         if self._compiled is None:
             try:
-                self._compiled = _environment().from_string(self._chat_template)
+                self._compiled = ChatTemplate(self._chat_template)
             except (jinja2.TemplateError, RecursionError) as error:
                 raise RequestInvalid(
                     f"the model's chat template does not compile: {error}; give the prompt as text"
@@ -283,49 +271,3 @@ def _chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}``: marks the assistant's text for training; no effect."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that transformers renders chat templates in."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own escapes HTML characters.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

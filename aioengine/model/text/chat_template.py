@@ -1,0 +1,166 @@
+"""Chat templates through jinja2.
+
+They come with the model and are untrusted: they run in jinja2's immutable sandbox. How far their loops go
+depends on what a client sends, so the time and the text of one rendering are bounded. A rendering holds the
+interpreter; a long one lets go of it at short intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from aioengine.errors import RequestInvalid
+
+MAX_SECONDS = 1.0
+"""Of processor time that one rendering may take. 2,048 messages and 128 tools take a fiftieth of it with the
+templates of common models."""
+MAX_TEXT = 2**25
+"""Characters that a template may write."""
+AT_A_STRETCH = 0.002
+"""Seconds for which a rendering holds the interpreter, as far as jinja2 can be interrupted."""
+LET_GO = 0.0005
+"""Seconds for which it then waits, so that other threads take it."""
+LOOK_AGAIN = 32
+"""Steps of a template between two looks at the clock."""
+
+
+class ChatTemplate:
+    """A compiled chat template. Safe to share between threads.
+
+    Raises jinja2.TemplateError, RecursionError if the source cannot be compiled.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._environment = _Environment()
+        self._template = self._environment.from_string(source)
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """The template's text. Raises :class:`~aioengine.errors.RequestInvalid` if the template fails, or
+        takes more than ``MAX_SECONDS`` or ``MAX_TEXT``."""
+        budget = self._environment.current.budget = _Budget()
+        parts: list[str] = []
+        try:
+            for part in self._template.generate(variables):
+                budget.write(part)
+                parts.append(part)
+        except RequestInvalid:
+            raise
+        except Exception as error:  # untrusted template code: a TypeError is as possible as its own
+            raise RequestInvalid(
+                f"the chat template refused the messages: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self._environment.current.budget = None
+        return "".join(parts)
+
+
+class _Budget:
+    """Of one rendering, in one thread."""
+
+    def __init__(self) -> None:
+        self._end = time.thread_time() + MAX_SECONDS
+        self._steps = 0
+        self._text = 0
+        self._held_since = time.perf_counter()
+
+    def write(self, part: str) -> None:
+        self._text += len(part)
+        if self._text > MAX_TEXT:
+            raise RequestInvalid(
+                f"the chat template makes more than {MAX_TEXT} characters of these messages and tools; send "
+                "fewer"
+            )
+        self.step()
+
+    def step(self) -> None:
+        self._steps += 1
+        if self._steps % LOOK_AGAIN:
+            return
+        if time.perf_counter() - self._held_since > AT_A_STRETCH:
+            if time.thread_time() > self._end:
+                raise RequestInvalid(
+                    f"the chat template takes more than {MAX_SECONDS:g} s for these messages and tools; send "
+                    "fewer"
+                )
+            time.sleep(LET_GO)
+            self._held_since = time.perf_counter()
+
+
+class _Current(threading.local):
+    budget: _Budget | None = None
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The environment that transformers renders chat templates in. Whatever a template looks up counts as a
+    step of its rendering."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        self.current = _Current()
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self._step()
+        return super().getitem(obj, argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self._step()
+        return super().getattr(obj, attribute)
+
+    def call(self, /, *args: Any, **kwargs: Any) -> Any:
+        self._step()
+        return super().call(*args, **kwargs)
+
+    def _step(self) -> None:
+        budget = self.current.budget
+        if budget is not None:
+            budget.step()
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}...{% endgeneration %}``: marks the assistant's text for training; no effect."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own escapes HTML characters.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
