@@ -13,7 +13,7 @@ from aioengine import __version__
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
-from aioengine.errors import ConfigError, EngineStopped
+from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
 from aioengine.info import AdapterInfo, EngineState, EngineStats, LoadProgress, SlotTable
 from aioengine.memory_plan import MemoryPlan
@@ -82,8 +82,8 @@ class AsyncEngine:
         self.model_name = config.model_name
         """What requests call the base model: the label ``model_name`` of what ``metrics_compat`` exports.
         A server sets it to the name that it serves."""
-        self.closed_to_new = False
-        """Set by a server that accepts nothing new while what it has accepted goes on: ``state`` is then
+        self.leaving = False
+        """Set by a server that is about to end, or finishes what it has accepted: ``state`` is then
         "draining"."""
         self._policy = choose_policy(config, policy)
         self._resolver = resolver
@@ -144,6 +144,8 @@ class AsyncEngine:
             text_work=self.text_work,
             check_running=self._check_running,
         )
+        self.build = build_info(__version__, built)
+        """What runs here: the labels of the metric ``aioengine_build_info``."""
         self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
@@ -154,7 +156,7 @@ class AsyncEngine:
             model_name=lambda: self.model_name,
             max_tenant_labels=self.config.max_tenant_labels,
             state=lambda: "degraded" if self.degraded else self.state,
-            build=build_info(__version__, built),
+            build=self.build,
         )
         self._stepper.listeners += [self._counters, self._metrics.handle, self._event_streams]
         self._stepper.start()
@@ -457,12 +459,22 @@ class AsyncEngine:
         """Where it is in its life; only a "running" engine accepts requests."""
         if self._state == "running" and self._stepper.dead is not None:
             return "dead"
-        return "draining" if self._state == "running" and self.closed_to_new else self._state
+        return "draining" if self._state == "running" and self.leaving else self._state
 
     @property
     def degraded(self) -> bool:
         """The model's processes were lost and are being started again. Requests are accepted, and wait."""
         return self.state == "running" and self._stepper.recovering
+
+    def step_age(self) -> float:
+        """Seconds since the step that runs now began; 0 if none does."""
+        self._check_started()
+        return self._stepper.step_age()
+
+    async def until_dead(self) -> EngineDead:
+        """Wait until the engine is dead, and return why. If it is stopped instead, this does not return."""
+        self._check_started()
+        return await self._stepper.until_dead()
 
     @property
     def tokenizer(self) -> Tokenizer | None:

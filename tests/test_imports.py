@@ -63,7 +63,7 @@ ROOMS: dict[str, set[str]] = {
 
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
-    "cli": {"demo", "generate", "lab"},
+    "cli": {"demo", "generate", "lab", "serving"},
     "executors": {"process"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
     "lab": {"analysis", "calibration", "costs", "fleet", "report", "runs", "simulation", "workload"},

@@ -65,6 +65,10 @@ class ServerFlags:
     """Host name that requests may be addressed to. Without keys, on a loopback address: localhost."""
     grace_seconds: float = 30.0
     """How long accepted requests may take to finish after SIGTERM."""
+    drain_delay: float = 0.0
+    """After SIGTERM, how long /ready says no while requests are still accepted: for load balancers."""
+    keep_dead: Annotated[bool, Parameter(group=_SERVER, negative="")] = False
+    """Go on answering 503 when the engine is dead; by default the process ends, with status 1."""
     log_format: Literal["text", "json"] = "text"
     """A line for each request, on standard error."""
 
@@ -108,6 +112,8 @@ class ServerFlags:
     """Seconds after which a client that takes nothing is let go."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
     """Seconds that a connection may be idle."""
+    stuck_step_seconds: Annotated[float, _IN_MORE] = 120.0
+    """A step that runs for longer makes /health 503, and lets systemd's watchdog starve."""
 
     def settings(self) -> ServerSettings:
         """Raises ConfigError."""
@@ -135,6 +141,7 @@ class ServerFlags:
             request_timeout=self.request_timeout or None,
             read_timeout=self.read_timeout,
             send_timeout=self.send_timeout,
+            stuck_step_seconds=self.stuck_step_seconds,
             reword=in_flags,
         )
 
@@ -187,8 +194,9 @@ def serve(
     a second one does not. With --adapter-root, adapters can be loaded over HTTP out of that folder.
     """
     flags = server or ServerFlags()
-    if not flags.grace_seconds >= 0:
-        raise ConfigError(f"--grace-seconds {flags.grace_seconds}: must be 0 or more")
+    for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
+        if not seconds >= 0:
+            raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
     engine_flags = engine or EngineFlags()
     settings = flags.settings()
     config = engine_flags.engine_config()
@@ -219,9 +227,11 @@ async def _serve(
     log: BackgroundFile,
 ) -> int:
     from aioengine.cli.progress import started
+    from aioengine.cli.serving.lifetime import serve_to_the_end
+    from aioengine.cli.serving.startup import tell_what_runs
     from aioengine.server.app import create_app
     from aioengine.server.entrance import Entrance
-    from aioengine.server.run import Signals, listening, serve_until_told
+    from aioengine.server.run import Signals, listening
 
     listen = flags.listen_settings()
     signals = Signals()
@@ -240,11 +250,12 @@ async def _serve(
             entrance.open(app)
             try:
                 _tell(url, flags, settings)
+                tell_what_runs(engine)
                 with signals.handled():
-                    finished = await serve_until_told(app, signals, flags.grace_seconds)
+                    finished = await serve_to_the_end(engine, app, signals, flags)
+                dead = engine.state == "dead"
                 if not finished:  # so that what is cut off says so, as its last event
                     await engine.stop()
-                dead = engine.state == "dead"
             finally:
                 await ending.aclose()  # connections end before the engine
     logger.info("stopped")

@@ -10,7 +10,9 @@ import msgspec
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: time, level, logger, message, and a request's fields, if it is of a request."""
+    """An object a line: time, level, logger, message, and a request's fields, if it is of a request.
+
+    Other records may bring fields in an attribute ``data``, which the text has in the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -20,6 +22,7 @@ class JsonFormatter(logging.Formatter):
         }
         fields = getattr(record, "fields", None)
         entry |= {"message": "request", **fields} if fields else {"message": record.getMessage()}
+        entry |= getattr(record, "data", {})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry, enc_hook=str).decode()

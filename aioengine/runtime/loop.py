@@ -58,6 +58,8 @@ class Stepper:
         self._idle = IdleWatch(core)
         self._lag = LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
+        self._died = asyncio.Event()
+        self._step_began: float | None = None
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -88,6 +90,16 @@ class Stepper:
             raise self.dead
         if self._stopping:
             raise EngineStopped("the engine was stopped before it happened")
+
+    def step_age(self) -> float:
+        """Seconds since the step that runs now began; 0 if none does."""
+        began = self._step_began
+        return 0.0 if began is None else asyncio.get_running_loop().time() - began
+
+    async def until_dead(self) -> EngineDead:
+        await self._died.wait()
+        assert self.dead is not None
+        return self.dead
 
     async def all_ended(self) -> None:
         """Wait until every accepted request has ended."""
@@ -145,11 +157,15 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
+        self._step_began = loop.time()
         try:
             result = await self._device.execute(batch)
         except EngineDead as error:
+            self._step_began = None
             await self._recover(error)
             return
+        finally:
+            self._step_began = None
         now = loop.time()
         intervals = self.core.step_finished(batch, result, now)
         self.core.outbox.append(
@@ -226,6 +242,7 @@ class Stepper:
         else:
             self.dead = EngineDead(f"the engine failed: {type(cause).__name__}: {cause}")
             self.dead.__cause__ = cause
+        self._died.set()
         self._end_all(self.dead)
         self.core.step_lost()
         self._moves.fail_waiting(self.dead)

@@ -41,6 +41,7 @@ from aioengine.server.openai.completions import completion_routes
 from aioengine.server.openai.models import model_routes
 from aioengine.server.openai.tokens import token_routes
 from aioengine.server.openapi import openapi_config
+from aioengine.server.pace import Pace
 from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import send_error
@@ -64,6 +65,7 @@ class ServerApp:
         self._settings = settings
         self._metrics = metrics_app(engine)
         self._bodies = BodyBudget()
+        self._pace = Pace(settings.retry_after)
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,8 +97,14 @@ class ServerApp:
 
     async def drain(self) -> None:
         """Refuse new requests with 503 from now on, and wait until the accepted ones are answered."""
+        self.leave()
         self.context.draining = True
         await self._idle.wait()
+
+    def leave(self) -> None:
+        """``/ready`` is 503 from now on, and everything is accepted as before: those who send requests here
+        are to find others first."""
+        self.context.engine.leaving = True
 
     def open(self) -> None:
         """Read the keys file again when it changes; the first request does so too. Needs a running loop."""
@@ -127,11 +135,14 @@ class ServerApp:
                 started = True
                 record.status = message["status"]
                 tags = [(b"x-request-id", record.request_id.encode())]
+                headers = message["headers"]
+                if record.error == "engine_overloaded":
+                    headers = [*(h for h in headers if h[0] != b"retry-after"), self._come_back()]
                 if record.not_enforced is not None:
                     tags.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))
                 if record.status >= 400 and _asks_first(scope):
                     tags.append((b"connection", b"close"))
-                message = {**message, "headers": [*message["headers"], *tags]}
+                message = {**message, "headers": [*headers, *tags]}
             await send(message)
 
         try:
@@ -194,7 +205,13 @@ class ServerApp:
         finally:
             body.release()
 
+    def _come_back(self) -> tuple[bytes, bytes]:
+        waiting = self.context.engine.stats().waiting
+        return b"retry-after", str(self._pace.retry_after(waiting, time.monotonic())).encode()
+
     def _count(self, record: RequestRecord) -> None:
+        if record.output_tokens is not None and record.status == 200:
+            self._pace.answered(time.monotonic())
         with contextlib.suppress(EngineStopped):  # not started yet
             http = self.context.engine.metrics.http
             http.responded(record.route, record.status, record.error, record.tenant)

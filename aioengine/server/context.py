@@ -44,6 +44,8 @@ class Context:
         engine.model_name = self.model_names[0]
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
+        self.draining = False
+        """New requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
@@ -65,13 +67,12 @@ class Context:
         return SamplingDefaults()
 
     @property
-    def draining(self) -> bool:
-        """New requests are refused; set by whoever runs the server."""
-        return self.engine.closed_to_new
-
-    @draining.setter
-    def draining(self, value: bool) -> None:
-        self.engine.closed_to_new = value
+    def stuck(self) -> bool:
+        """A step has run for longer than any should."""
+        engine = self.engine
+        return (
+            engine.state in ("running", "draining") and engine.step_age() > self.settings.stuck_step_seconds
+        )
 
     @property
     def max_body_bytes(self) -> int:

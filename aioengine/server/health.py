@@ -13,7 +13,8 @@ from aioengine.server.context import Context
 
 class Health(msgspec.Struct):
     status: str
-    """The engine's state; "degraded" while its processes, which were lost, are started again."""
+    """The engine's state; "degraded" while its processes, which were lost, are started again; "stuck" if a
+    step has run for longer than any should."""
 
 
 class Version(msgspec.Struct):
@@ -21,9 +22,11 @@ class Version(msgspec.Struct):
 
 
 def health_routes(context: Context) -> list[HTTPRouteHandler]:
-    @get("/health", summary="200 while the engine works, 503 when it is dead", sync_to_thread=False)
+    @get("/health", summary="200 while the engine works, 503 when it is dead or stuck", sync_to_thread=False)
     def health() -> Response[Health]:
         state = context.engine.state
+        if context.stuck:
+            return Response(Health("stuck"), status_code=503)
         alive = state not in ("dead", "stopping", "stopped")
         return Response(Health(state), status_code=200 if alive else 503)
 

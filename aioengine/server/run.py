@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from ipaddress import ip_network
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -24,6 +25,7 @@ logger = logging.getLogger("aioengine.server")
 
 _BACKLOG = 2048
 FLUSH_SECONDS = 5
+DRAIN_LOG_SECONDS = 5.0
 
 
 class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,18 +152,45 @@ class Signals:
         (self.drain if first else self.abort).set()
 
 
-async def serve_until_told(app: ServerApp, signals: Signals, grace_seconds: float) -> bool:
+async def serve_until_told(
+    app: ServerApp, signals: Signals, grace_seconds: float, *, drain_delay: float = 0.0
+) -> bool:
     """Wait for a signal, then drain. False if accepted requests were still being answered when the grace
-    was over, or a second signal came."""
+    was over, or a second signal came.
+
+    For ``drain_delay`` seconds after the signal ``/ready`` is 503 while requests are accepted still, so that
+    a load balancer that asks for it sends them elsewhere before they are refused.
+    """
     await signals.drain.wait()
-    draining = asyncio.ensure_future(app.drain())
     aborted = asyncio.ensure_future(signals.abort.wait())
+    draining: asyncio.Future[None] | None = None
     try:
-        await asyncio.wait({draining, aborted}, timeout=grace_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not draining.done():
-            logger.warning("%d requests are cut off", app.active)
-        return draining.done()
+        if drain_delay:
+            app.leave()
+            logger.info("not ready from now on; requests are accepted for another %g s", drain_delay)
+            await asyncio.wait({aborted}, timeout=drain_delay)
+        draining = asyncio.ensure_future(app.drain())
+        await asyncio.sleep(0)
+        return await _drained(app, draining, aborted, grace_seconds)
     finally:
-        for task in (draining, aborted):
+        tasks: list[asyncio.Future[Any]] = [aborted] if draining is None else [aborted, draining]
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({draining, aborted})
+        await asyncio.wait(tasks)
+
+
+async def _drained(
+    app: ServerApp, draining: asyncio.Future[None], aborted: asyncio.Future[Any], seconds: float
+) -> bool:
+    """Log how many requests are left, from time to time."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while not draining.done() and not aborted.done() and (left := end - loop.time()) > 0:
+        if app.active:
+            logger.info("draining: %d requests are left, which have %.0f s", app.active, left)
+        await asyncio.wait(
+            {draining, aborted}, timeout=min(left, DRAIN_LOG_SECONDS), return_when=asyncio.FIRST_COMPLETED
+        )
+    if not draining.done():
+        logger.warning("%d requests are cut off", app.active)
+    return draining.done()

@@ -55,7 +55,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     send_timeout: float = 60.0
     """Seconds after which a client that takes none of its answer is let go."""
     retry_after: int = 1
-    """The ``Retry-After`` of answers 429 and 503, in seconds."""
+    """The least ``Retry-After`` of answers 429 and 503, in seconds. Where requests are refused because too
+    many wait, it is as long as it takes to answer those, at the rate of the last minute."""
+    stuck_step_seconds: float = 120.0
+    """A step that runs for longer is taken for stuck: ``/health`` is then 503, and no watchdog is fed."""
     reword: Callable[[str], str] | None = None
     """What the engine's errors say to clients: made of their text, in which configuration fields have their
     names in Python ("LoRAConfig.max_lora_rank"). ``aioengine serve`` names its flags instead."""
@@ -65,7 +68,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if field != "max_body_bytes" or value is not None:
                 check_integer(field, value, low=1)
-        for field in ("read_timeout", "send_timeout", "request_timeout"):
+        for field in ("read_timeout", "send_timeout", "request_timeout", "stuck_step_seconds"):
             value = getattr(self, field)
             if field != "request_timeout" or value is not None:
                 check_seconds(field, value)

@@ -1,0 +1,1 @@
+"""What ``aioengine serve`` does beside serving: telling systemd and the log, and ending in order."""

@@ -1,0 +1,63 @@
+"""From the first request to the last: signals, systemd, and an engine that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from aioengine.cli.serving.systemd import Systemd
+from aioengine.engine import AsyncEngine
+from aioengine.server.app import ServerApp
+from aioengine.server.run import Signals, serve_until_told
+
+logger = logging.getLogger("aioengine.server")
+
+LINGER_SECONDS = 2.0
+"""How long a server with a dead engine stays, so that those it fails are told, and probes see it."""
+
+
+class Ends(Protocol):
+    """How a server ends; see the flags of ``aioengine serve``."""
+
+    @property
+    def grace_seconds(self) -> float: ...
+    @property
+    def drain_delay(self) -> float: ...
+    @property
+    def keep_dead(self) -> bool: ...
+
+
+async def serve_to_the_end(engine: AsyncEngine, app: ServerApp, signals: Signals, ends: Ends) -> bool:
+    """Serve until a signal says to end and what was accepted is answered, or the engine is dead.
+
+    Returns False if requests were cut off. Tells systemd about it, if that has started this process.
+    """
+    systemd = Systemd()
+    systemd.tell("READY=1", "STATUS=serving")
+    feeding = asyncio.ensure_future(systemd.feed(lambda: engine.state != "dead" and not app.context.stuck))
+    told = asyncio.ensure_future(_told(systemd, app, signals, ends))
+    died = asyncio.ensure_future(engine.until_dead())
+    try:
+        await asyncio.wait({told, died}, return_when=asyncio.FIRST_COMPLETED)
+        if not told.done():
+            logger.error("the engine is dead: %s", died.result())
+            systemd.tell(f"STATUS=the engine is dead: {died.result()}"[:500].replace("\n", " "))
+            await asyncio.wait({told}, timeout=None if ends.keep_dead else LINGER_SECONDS)
+        if not told.done():
+            logger.error("ending, because the engine is dead (--keep-dead would stay)")
+        return told.done() and told.result()
+    finally:
+        systemd.tell("STOPPING=1")
+        for task in (feeding, told, died):
+            task.cancel()
+        await asyncio.wait({feeding, told, died})
+
+
+async def _told(systemd: Systemd, app: ServerApp, signals: Signals, ends: Ends) -> bool:
+    waiting = asyncio.ensure_future(signals.drain.wait())
+    waiting.add_done_callback(lambda _: systemd.tell("STOPPING=1", "STATUS=draining"))
+    try:
+        return await serve_until_told(app, signals, ends.grace_seconds, drain_delay=ends.drain_delay)
+    finally:
+        waiting.cancel()

@@ -1,0 +1,30 @@
+"""How soon a refused request may come again: as long as the queue takes at the rate of late."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+WINDOW_SECONDS = 60.0
+LONGEST_SECONDS = 120
+
+
+class Pace:
+    """Remembers when requests were answered in the last minute, at most ``most`` of them."""
+
+    def __init__(self, least: int, most: int = 1000) -> None:
+        self._least = least
+        self._times: deque[float] = deque(maxlen=most)
+
+    def answered(self, now: float) -> None:
+        self._times.append(now)
+
+    def retry_after(self, waiting: int, now: float) -> int:
+        """Seconds until ``waiting`` requests are answered, between ``least`` and ``LONGEST_SECONDS``."""
+        times = self._times
+        while times and times[0] < now - WINDOW_SECONDS:
+            times.popleft()
+        if not times:  # nothing is known: most likely a server that has just begun
+            return self._least
+        rate = len(times) / max(now - times[0], 1.0)
+        return max(self._least, min(math.ceil(waiting / rate), LONGEST_SECONDS))
