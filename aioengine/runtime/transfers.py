@@ -32,7 +32,9 @@ def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
     if times & (times - 1) == 0:
         text = str(error)
         again = f" (failed {times} times)" if times > 1 else ""
-        logger.warning("not loaded: %s%s", text if text.isprintable() else repr(text), again)
+        data = {"adapter": name, "path": error.path, "reason": error.reason, "times": times}
+        shown = text if text.isprintable() else repr(text)
+        logger.warning("not loaded: %s%s", shown, again, extra={"data": data})
 
 
 class AdapterMoves:

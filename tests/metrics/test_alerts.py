@@ -14,6 +14,7 @@ from support.promql import asked, series_names
 
 from aioengine.info import EngineStats
 from aioengine.metrics import EngineMetrics
+from aioengine.metrics.families import definitions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "metrics" / "alerts"
@@ -67,7 +68,7 @@ def test_an_alert_that_always_or_never_fires_is_noticed(
 def test_rules_use_what_is_exported() -> None:
     zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
-    known = set(series_names(metrics.registry.collect()))
+    known = {"up", *series_names(metrics.registry.collect())}
     for rule in RULES:  # recorded ones are known to the rules after them
         assert asked(rule["expr"]).metrics <= known, rule
         if "record" in rule:
@@ -84,3 +85,18 @@ def test_alerts_say_what_is_wrong_and_what_to_do(alert: dict[str, Any]) -> None:
 def test_every_alert_is_in_the_documentation() -> None:
     page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(Aioengine\w+)`", page, flags=re.MULTILINE)) == {a["alert"] for a in ALERTS}
+
+
+def test_the_runbook_has_a_section_for_every_alert() -> None:
+    page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    assert {section.split()[0] for section in sections} == {alert["alert"] for alert in ALERTS}
+    for section in sections:
+        assert all(f"**{part}:**" in section for part in ("Means", "Look at", "Do")), section
+
+
+def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
+    page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    exported = {definition.exposed for definition in definitions.ALL}
+    asked_for = set(re.findall(r"`((?:aioengine|process)_\w+)", page))
+    assert asked_for and asked_for <= exported
