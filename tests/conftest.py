@@ -1,5 +1,17 @@
-"""For all tests: one compute thread, because tiny tensors only lose by sharing the work; and no time limit on
-generated examples, which would say more of the machine than of the code."""
+"""For all tests: one compute thread, no time limit on generated examples, and timed tests apart.
+
+One thread, because tiny tensors only lose by sharing the work. No limit, because it would say more of the
+machine than of the code. ``--timed`` picks or leaves out the tests that look at the clock, so that they can
+run when nothing else does; they are tried up to three times, since noise only ever makes things slower.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests start share the cores as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from hypothesis import settings
@@ -7,3 +19,25 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+TIMED_FOLDER = Path(__file__).parent / "attacks"
+"""Its tests watch a client that must not wait for more than a second."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--timed", choices=("with", "only", "without"), default="with", help="tests of time")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the timed tests, and keeps those that ``--timed`` asks for."""
+    for item in items:
+        if TIMED_FOLDER in item.path.parents:
+            item.add_marker("timed")
+        if item.get_closest_marker("timed"):
+            item.add_marker(pytest.mark.flaky(reruns=2))
+    wanted = config.getoption("timed")
+    if wanted == "with":
+        return
+    kept = [item for item in items if bool(item.get_closest_marker("timed")) == (wanted == "only")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept

@@ -272,6 +272,7 @@ def test_public_names_are_where_the_package_says() -> None:
         _ = aioengine.AsyncEngin  # type: ignore[attr-defined]
 
 
+@pytest.mark.timed
 def test_import_is_light() -> None:
     """Best of three: the machine may be busy, the import must not be."""
     assert min(_import_seconds() for _ in range(3)) < 0.3

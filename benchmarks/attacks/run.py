@@ -20,12 +20,11 @@ import contextlib
 import math
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import psutil
-from support.bystander import bystander, memory
+from support.bystander import bystander, forget_peak, memory
 
 from benchmarks.attacks import folders, requests
 from benchmarks.attacks.target import MODEL, Target, attacked
@@ -94,7 +93,7 @@ class Peak:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # begin VmHWM afresh
+        forget_peak(pid)
         self._begin = memory(pid) + self._children()
         self._most = 0
 

@@ -196,6 +196,7 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
         await task
 
 
+@pytest.mark.timed
 async def test_waiting_for_the_threads_is_short_and_not_for_what_hung_before(hanging: Hanging) -> None:
     threads = ReadThreads("load")
     task = asyncio.create_task(threads.run(hanging))

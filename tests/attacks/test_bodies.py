@@ -5,14 +5,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
+import pytest
+import pytest_asyncio
 from support.bystander import bystander, memory
 from support.engine_fixtures import Tiny
-from support.server_process import serving
+from support.server_process import Serving, serving
 
 SIZE = 8_000_000
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tiny_text: Tiny) -> AsyncIterator[Serving]:
+    async with serving(tiny_text.model, "--served-model-name", "tiny") as server:
+        yield server
 
 
 def client(url: str) -> httpx.AsyncClient:
@@ -43,12 +52,8 @@ def bodies() -> Iterator[bytes]:
     yield b"\xff" * SIZE
 
 
-async def test_bodies_hold_up_nobody(tiny_text: Tiny) -> None:
-    async with (
-        serving(tiny_text.model, "--served-model-name", "tiny") as server,
-        client(server.url) as http,
-        bystander(server.url) as seen,
-    ):
+async def test_bodies_hold_up_nobody(server: Serving) -> None:
+    async with client(server.url) as http, bystander(server.url) as seen:
         for body in bodies():
             answer = await http.post("/v1/completions", content=body)
             assert answer.status_code in (200, 400, 413), (body[:200], answer.text)
@@ -56,15 +61,12 @@ async def test_bodies_hold_up_nobody(tiny_text: Tiny) -> None:
     seen.check()
 
 
-async def test_ignored_fields_are_not_kept_while_an_answer_is_streamed(tiny_text: Tiny) -> None:
+async def test_ignored_fields_are_not_kept_while_an_answer_is_streamed(server: Serving) -> None:
     body = {"model": "tiny", "prompt": "Hello", "max_tokens": 450, "ignore_eos": True, "stream": True}
     start = json.dumps(body)[:-1] + ', "metadata": ['
     sent = filled(start, "{}", "]}", 60_000)
     large = start + '"' + "x" * 1_000_000 + '"]}'
-    async with (
-        serving(tiny_text.model, "--served-model-name", "tiny") as server,
-        client(server.url) as http,
-    ):
+    async with client(server.url) as http:
         first = await http.post("/v1/completions", content=json.dumps({**body, "stream": False}))
         assert first.status_code == 200
         before = memory(server.process.pid)

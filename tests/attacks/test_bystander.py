@@ -11,7 +11,7 @@ from support.engine_fixtures import Tiny
 from support.server_process import serving
 
 
-async def test_a_server_that_stands_still_is_noticed(tiny_text: Tiny) -> None:
+async def test_a_server_that_stands_still_or_goes_away_is_noticed(tiny_text: Tiny) -> None:
     async with serving(tiny_text.model, "--served-model-name", "tiny") as server:
         async with bystander(server.url) as quiet:
             await asyncio.sleep(0.2)
@@ -24,10 +24,6 @@ async def test_a_server_that_stands_still_is_noticed(tiny_text: Tiny) -> None:
         with pytest.raises(AssertionError, match="waited"):
             seen.check()
         assert 0 < memory(server.process.pid) <= memory(server.process.pid, "VmHWM")
-
-
-async def test_a_server_that_goes_away_is_noticed(tiny_text: Tiny) -> None:
-    async with serving(tiny_text.model, "--served-model-name", "tiny") as server:
         async with bystander(server.url) as seen:
             server.process.kill()
             await server.process.wait()

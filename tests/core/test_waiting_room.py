@@ -116,6 +116,7 @@ def test_nobody_makes_way_in_vain() -> None:
     assert [r for r in sim.core.queues.all if r.adapter is not None] == waiting
 
 
+@pytest.mark.timed
 def test_a_place_costs_the_same_however_many_are_taken() -> None:
     def seconds(waiting: int, times: int = 2000) -> float:
         room = WaitingRoom(max_waiting=waiting, max_per_adapter=waiting)

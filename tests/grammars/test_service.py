@@ -148,6 +148,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_a_hostile_grammar_compiles_or_is_refused_and_nobody_notices(name: str) -> None:
     async with grammars() as service:
@@ -196,6 +197,7 @@ async def test_a_refusal_says_what_was_exceeded(text: str, limits: dict[str, Any
             await service.constraint(from_json(text), None)
 
 
+@pytest.mark.timed
 async def test_long_compiles_hold_up_neither_short_ones_nor_each_others_tenants() -> None:
     async with grammars() as service:
         await service.constraint(from_regex("warm"), None)

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU, or TRITON_INTERPRET=1 as test_triton.py sets it",
 )
 
+EXAMPLES = 100 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 10
+"""``make fuzz`` has many, since the interpreter takes a second for each."""
 REFERENCE = get_backend("cpu", "reference")
 MIXED = [(-1, 3), (0, 1), (1, 5), (3, 37), (4, 2)]
 """Base tokens, a single token, a few, several tiles; slot 2 is not used."""
@@ -122,7 +124,7 @@ def small_cases(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(case=small_cases(), split=st.sampled_from([1, 2, 8]), block_r=st.sampled_from([16, 32]))
 def test_any_batch_with_small_blocks(case: Case, split: int, block_r: int) -> None:
     check(case, run(case, SHRINK._replace(split_k=split), EXPAND._replace(block_r=block_r)))

@@ -79,6 +79,7 @@ async def test_a_client_that_goes_away_with_requests_in_line(serve: Serve) -> No
         assert seen.count("abort") == 1 and served.engine.stats().running == 0
 
 
+@pytest.mark.timed
 async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(serve: Serve) -> None:
     async with serve(max_model_len=500) as served:
         expected = (await served.engine.complete("Hello", greedy(400))).text

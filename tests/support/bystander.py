@@ -78,6 +78,11 @@ def memory(pid: int, field: str = "VmRSS") -> int:
     raise AssertionError(f"{field} is not in /proc/{pid}/status")
 
 
+def forget_peak(pid: int) -> None:
+    """Makes "VmHWM" of a process begin again at what it holds now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
 def _stream_until_told(url: str, model: str, key: str, prompt: str, max_tokens: str) -> None:
     """The process's own part: standard library only, so that it starts at once."""
     body = {"model": model, "prompt": prompt, "max_tokens": int(max_tokens), "temperature": 0}
