@@ -161,9 +161,13 @@ class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
-    """The policy raised or returned no Decision; the built-in safe policy decided this step."""
+    """The policy raised or returned no Decision. Where it was asked for one, the built-in safe policy
+    decided in its place."""
 
     error: str
+    call: Literal["schedule", "cpu_victims", "on_event"] = "schedule"
+    traceback: str | None = None
+    """Of the first failure of this policy; None for those that follow."""
 
 
 class PolicyOverran(Event, frozen=True, kw_only=True, gc=False):

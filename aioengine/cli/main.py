@@ -4,6 +4,7 @@ Exit codes:
     0    everything asked for was done
     1    the command ran, but some of it failed (requests, or output that cannot be written)
     2    nothing was run: wrong usage, wrong configuration, or it does not fit the machine
+    3    a run of the lab is not valid: its policy failed, and another one decided in its place
     130  interrupted
     141  whoever read the output has gone (128 + SIGPIPE, as with other tools)
 """
@@ -160,6 +161,7 @@ def _build_group(group: str, examples: str) -> App:
     app = App(
         name=group,
         help=help_,
+        help_flags=[*HELP_FLAGS, HELP_ALL],
         help_epilogue=f"Examples:\n{examples}\n\nFlags of a command: aioengine {group} COMMAND --help",
     )
     for name, lines in commands.items():

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
+EXIT_NOT_VALID = 3
 
 GRACE_SECONDS = 3.0
 """A cancelled command that takes longer than this to unwind is not waited for."""

@@ -6,12 +6,15 @@ is allowed is for the core to say when it applies it.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
+
+_Call = Literal["schedule", "cpu_victims", "on_event"]
 
 MAX_ITEMS = 4096
 """The most items in one field of a decision; the core's checks take time too."""
@@ -66,6 +69,7 @@ class PolicyGuard:
         self._budget = budget
         self._max_overruns = max_overruns
         self._overruns = 0
+        self._has_failed = False
         self._in_time = 0
 
     def decide(self, view: SchedulerView) -> Resolved:
@@ -77,7 +81,7 @@ class PolicyGuard:
             # A stray CancelledError is the policy's own, for nothing is awaited here.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            self._failed(view.now, f"{self.name}: {type(error).__name__}: {error}")
+            self._failed(view.now, "schedule", error)
             decision = self._safe.schedule(view)
         if self._timer is not None:
             self._measure(view.now, self._timer() - start)
@@ -118,7 +122,7 @@ class PolicyGuard:
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            self._failed(view.now, f"{self.name}.cpu_victims: {type(error).__name__}: {error}")
+            self._failed(view.now, "cpu_victims", error)
         if self._timer is not None:
             self._measure(view.now, self._timer() - start)
         return names
@@ -131,11 +135,14 @@ class PolicyGuard:
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            text = f"{self.name}.on_event: {type(error).__name__}: {error}"
-            self._failed(event.now, text)
+            self._failed(event.now, "on_event", error)
 
-    def _failed(self, now: float, error: str) -> None:
-        self._emit(events.PolicyFailed(time=now, error=error))
+    def _failed(self, now: float, call: _Call, error: BaseException) -> None:
+        where = self.name if call == "schedule" else f"{self.name}.{call}"
+        text = f"{where}: {type(error).__name__}: {error}"
+        trace = None if self._has_failed else "".join(traceback.format_exception(error))
+        self._has_failed = True
+        self._emit(events.PolicyFailed(time=now, error=text, call=call, traceback=trace))
 
     def _measure(self, now: float, seconds: float) -> None:
         self.seconds += seconds

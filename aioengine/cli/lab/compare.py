@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment, numbers
-from aioengine.cli.process import EXIT_FAILED, process
+from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class CompareFlags:
     """Repeat this comparison.json, or vary this experiment.json; flags change it."""
     rank_by: str = "ttft_seconds.p99"
     """The figure that policies are ranked by."""
+    allow_fallback: Annotated[bool, Parameter(negative="")] = False
+    """Rank policies that failed as well, though others decided in their place."""
 
 
 def compare(
@@ -72,8 +74,8 @@ def compare(
         raise ConfigError(f"--jobs {jobs}: must be at least 1")
     comparison = make_comparison(flags, workload or WorkloadFlags(), system or SystemFlags())
     check_out(flags.out, "comparison.json")
-    found = _compare(comparison, flags.out, jobs)
-    return _conclude(found, flags)
+    found = _compare(comparison, flags.out, jobs, flags.allow_fallback)
+    return _conclude(found, comparison, flags)
 
 
 def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: SystemFlags) -> Comparison:
@@ -144,7 +146,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _compare(comparison: Comparison, out: Path, jobs: int) -> Compared:
+def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool) -> Compared:
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.runs.comparison import compare
 
@@ -169,21 +171,34 @@ def _compare(comparison: Comparison, out: Path, jobs: int) -> Compared:
             done = ended + sum(under_way.values())
             show(done, len(tasks), f"{ended:,} of {len(tasks):,} runs, {tasks[found.key].out.name}")
 
-        return compare(comparison, out, jobs=jobs, report=report, stopping=lambda: stop)
+        return compare(
+            comparison,
+            out,
+            jobs=jobs,
+            allow_fallback=allow_fallback,
+            report=report,
+            say=lambda text: print(f"aioengine: {text}", file=sys.stderr),
+            stopping=lambda: stop,
+        )
 
 
-def _conclude(found: Compared, flags: CompareFlags) -> int:
+def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> int:
     """Print the rankings and the failures, and write the report."""
     from aioengine.cli.lab.progress import progress
     from aioengine.cli.lab.tables import print_rankings
     from aioengine.lab.report.compare_page import load_compare, write_compare_report
+    from aioengine.lab.runs.simulate import ageing_text
 
     for failure in found.failures:
-        print(f"aioengine: run {failure.folder} failed: {failure.error}", file=sys.stderr)
+        said = failure.error if failure.invalid else f"failed: {failure.error}"
+        print(f"aioengine: run {failure.folder}: {said}", file=sys.stderr)
     if len(found.failures) < found.results.height:
         print_rankings(load_compare(flags.out, flags.rank_by))
+        print(ageing_text(comparison.policies, comparison.experiment.ageing))
         with progress("drawing") as show:
             page = write_compare_report(flags.out, flags.rank_by, lambda: show(0, None, "figures"))
         print(f"report: {page}")
     print(f"files:  {flags.out}")
+    if any(failure.invalid for failure in found.failures):
+        return EXIT_NOT_VALID
     return EXIT_FAILED if found.failures else 0

@@ -67,7 +67,11 @@ class WorkloadFlags:
     lengths: Annotated[str | None, _MORE_WORKLOAD] = None
     """What policies are told of them: known, hidden:max=4096 or predicted:error=0.5."""
     deadline: Annotated[str | None, _MORE_WORKLOAD] = None
-    """Seconds from arrival, or proportional:0.5+0.05 with seconds for each token."""
+    """As --timeout."""
+    timeout: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Requests are given up after so many seconds, or proportional:0.5+0.05 with seconds for each token."""
+    slo: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Requests should end in this time (same form as --timeout); measured, not enforced."""
 
 
 @Parameter(name="*", group=_SYSTEM)
@@ -88,6 +92,10 @@ class SystemFlags:
     """Tokens computed in one step (2048)."""
     max_model_len: Annotated[int | None, _MORE_SYSTEM] = None
     """Longest prompt plus output, in tokens."""
+    on_too_long: Annotated[str | None, _MORE_SYSTEM] = None
+    """What becomes of requests that are longer: reject, truncate (the prompt) or fail (reject)."""
+    ageing: Annotated[bool | None, _MORE_SYSTEM] = None
+    """Whether policies serve who has waited for max_wait out of turn (yes)."""
     block_size: Annotated[int | None, _MORE_SYSTEM] = None
     """Tokens in a KV block (16)."""
     kv_cache_memory: Annotated[str | None, _MORE_SYSTEM] = None
@@ -99,7 +107,7 @@ class SystemFlags:
     max_concurrent_loads: Annotated[int | None, _MORE_SYSTEM] = None
     """Adapters that are read from disk at once (2)."""
     enable_prefix_caching: Annotated[bool | None, _MORE_SYSTEM] = None
-    """Share the KV blocks of equal prefixes: prompts have no content, so all are equal."""
+    """Share the KV blocks of equal prefixes; the lab's prompts have none in common."""
     sample_seconds: Annotated[float | None, _MORE_SYSTEM] = None
     """Simulated time between two rows of samples.csv (1)."""
 

@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
-from aioengine.cli.process import EXIT_FAILED
+from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
@@ -45,6 +45,8 @@ class RunFlags:
     """Repeat the run of this experiment.json; flags change it."""
     report: Annotated[bool, Parameter(negative="--no-report")] = True
     """Draw figures and write report.html."""
+    allow_fallback: Annotated[bool, Parameter(negative="")] = False
+    """Take the run for valid though the policy failed and another one decided in its place."""
 
 
 def run(
@@ -74,6 +76,7 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
     from aioengine.cli.lab.tables import print_summary
     from aioengine.lab.report.run_figures import PLOTS
     from aioengine.lab.report.run_page import write_report
+    from aioengine.lab.runs.comparison import invalid_text
     from aioengine.lab.runs.open_loop import RunStalled
     from aioengine.lab.runs.simulate import run
 
@@ -83,6 +86,7 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
                 experiment,
                 flags.out,
                 lambda done, total, now: show(done, total, f"{done:,} requests, {now:,.0f} s simulated"),
+                lambda text: print(f"aioengine: {text}", file=sys.stderr),
             )
     except RunStalled as error:
         print(f"aioengine: {error}", file=sys.stderr)
@@ -94,4 +98,11 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
             page = write_report(flags.out, lambda: show(next(drawn), len(PLOTS), "figures"))
         print(f"report: {page}")
     print(f"files:  {flags.out}")
-    return 0
+    policy = result.summary["policy"]
+    if policy["valid"] or flags.allow_fallback:
+        return 0
+    print(f"aioengine: this run is {invalid_text(policy)}", file=sys.stderr)
+    if policy["traceback"] is not None:
+        print(policy["traceback"], end="", file=sys.stderr)
+    print("aioengine: with --allow-fallback it counts all the same", file=sys.stderr)
+    return EXIT_NOT_VALID

@@ -292,5 +292,5 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, float |
         if isinstance(value, Mapping):
             if not key.endswith(("_by_reason", "_by_adapter")):
                 yield from _flat(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, (int, float)):
+        elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             yield prefix + key, value

@@ -7,10 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from aioengine.lab.runs.recorder import Recorder
+from aioengine.lab.runs.recorder import Recorder, due
 from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
 from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.requests import Arrival
+from aioengine.lab.workload.requests import Arrival, Objective
 
 
 class FleetRecorder:
@@ -18,12 +18,20 @@ class FleetRecorder:
     throughout: those of the second replica follow those of the first."""
 
     def __init__(
-        self, sink: Sink, *, start: float, ranks: Mapping[str, int], slots: int, delay: float
+        self,
+        sink: Sink,
+        *,
+        start: float,
+        ranks: Mapping[str, int],
+        slots: int,
+        delay: float,
+        objective: Objective | None = None,
     ) -> None:
         self.ended = 0
         self._sink = sink
         self._start = start
         self._ranks = ranks
+        self._objective = objective
         self._slots = slots
         self._delay = delay
         """Seconds that a message of a replica takes to the door."""
@@ -62,6 +70,11 @@ class FleetRecorder:
         for recorder in self._recorders.values():
             recorder.last_progress = now
 
+    @property
+    def since_token(self) -> int:
+        """Of the replica that has gone the longest without."""
+        return max((r.since_token for r in self._recorders.values()), default=0)
+
     def expect(self, request_id: str, arrival: Arrival) -> None:
         self._arrivals[request_id] = arrival
         self._attempts[request_id] = []
@@ -91,7 +104,7 @@ class FleetRecorder:
                 worst_gap=max(gaps, default=None),
                 reason="error" if error is not None else last.reason,
                 error=None if error is None else type(error).__name__,
-                deadline=None if arrival.deadline is None else arrival.time + arrival.deadline,
+                deadline=due(arrival, self._objective),
             )
         )
         return True
@@ -130,7 +143,7 @@ class FleetRecorder:
             cached_tokens=0,
             preemptions=0,
             worst_gap=None,
-            deadline=None if arrival.deadline is None else arrival.time + arrival.deadline,
+            deadline=due(arrival, self._objective),
             rank=0 if arrival.adapter is None else self._ranks.get(arrival.adapter, 0),
             error=type(error).__name__,
         )

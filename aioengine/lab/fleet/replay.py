@@ -66,6 +66,7 @@ async def replay_on_fleet(
         ranks={shape.name: shape.rank for shape in workload.adapters},
         slots=0 if lora is None else lora.max_loras,
         delay=conditions.delay,
+        objective=workload.objective,
     )
     fleet = SimulatedFleet(replicas, make_engine, router, placement, conditions, watch=recorder.watch)
     async with fleet:

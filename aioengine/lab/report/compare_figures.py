@@ -100,13 +100,14 @@ def draw_ranking(compare: Compare, theme: Theme) -> Figure:
             end = mean if high is None else high
             _value(axes, measure.text(mean), (end, row), theme, xytext=(9, 0), textcoords="offset points")
         axes.set_yticks(range(table.height), [policy_label(name) for name in table["policy"]])
-        axes.set(ylim=(max(table.height, 1) - 0.4, -0.6), xlim=(0, None))
+        axes.set(ylim=(max(table.height, 1) - 0.4, -0.6))
         axes.margins(x=0.12)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.set_title(setting_text(compare, slots, scale), loc="left")
         _unit_axis(axes.xaxis, measure)
     panels[-1].set_xlabel(_axis_label(measure))
+    panels[-1].set_xlim(left=0)  # shared: only now are all marks there that it has to hold
     return figure
 
 

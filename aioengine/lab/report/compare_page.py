@@ -21,6 +21,7 @@ from aioengine.lab.report.run_page import (
 )
 from aioengine.lab.report.style import change_text
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
+from aioengine.lab.runs.simulate import ageing_text
 
 COLUMNS = (
     "ttft_seconds.mean",
@@ -92,7 +93,9 @@ def write_compare_report(
         failures=[Failure(*row) for row in failed],
         rankings=list(rankings(compare)),
         details=list(_details(compare)),
-        note=_note(compare, len(comparison.seeds)),
+        note=_note(
+            compare, len(comparison.seeds), ageing_text(comparison.policies, comparison.experiment.ageing)
+        ),
         drawn=drawn,
         parameters=list(parameter_rows(msgspec.to_builtins(comparison))),
         versions=versions_text(read_json(compare.folder / "comparison.json")),
@@ -185,12 +188,16 @@ def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]
     return text, "good" if (change < 0) == (measure.better == "lower") else "bad"
 
 
-def _note(compare: Compare, seeds: int) -> str:
+def _note(compare: Compare, seeds: int, ageing: str) -> str:
     if seeds == 1:
-        return "One seed: there are no intervals, and places may be chance. With --seeds 5 there are."
+        return (
+            f"One seed: there are no intervals, and places may be chance. With --seeds 5 there are. "
+            f"{ageing[0].upper()}{ageing[1:]}."
+        )
     return (
         "± is half of a 95% interval of the mean over the seeds (Student's t). Policies share a place (1=) "
         "if the interval of their difference to the best of them, paired by seed, includes 0; bold is who "
         f"has the first place alone. In colour: the difference to {compare.policies[0]}, where its interval "
-        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp)."
+        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp). "
+        f"{ageing[0].upper()}{ageing[1:]}."
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,15 +17,13 @@ from aioengine.errors import ConfigError
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.pool import Report, Task, run_all
-from aioengine.lab.runs.simulate import check_policy
+from aioengine.lab.runs.simulate import ageing_text, fitting, too_long_text
 from aioengine.lab.workload.extra import needs_extra
 
 if TYPE_CHECKING:
     import polars as pl
-
-Policy = str | dict[str, Any]
 
 KEYS = ("policy", "slots", "scale")
 """What a setting is told apart by, next to the seed."""
@@ -76,6 +73,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Failure(NamedTuple):
     folder: str
     error: str
+    invalid: bool = False
+    """It came to its end, but the policy did not make all of its decisions."""
 
 
 class Compared(NamedTuple):
@@ -84,24 +83,26 @@ class Compared(NamedTuple):
     failures: list[Failure]
 
 
-def policy_label(policy: Policy) -> str:
-    """What a policy is called in results: its text, or its table as JSON."""
-    return policy if isinstance(policy, str) else json.dumps(policy, sort_keys=True)
-
-
 def compare(
     comparison: Comparison,
     out: str | Path,
     *,
     jobs: int = 1,
+    allow_fallback: bool = False,
     report: Callable[[Report], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compared:
     """Do all runs, ``jobs`` at a time in processes of their own, and write what they gave into ``out``.
 
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
     run below ``runs``, where those of an earlier comparison are removed. A run that fails leaves its error in
-    the results, and the others go on.
+    the results, and the others go on. A run in which the policy did not make every decision is invalid: it
+    leaves an error too, and no figures, for they would be another policy's.
+
+    Args:
+        allow_fallback: Take the figures of invalid runs as well.
+        say: Told before any run begins what about the comparison one should know.
 
     Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
     trace, a policy or the folder cannot be used, KeyboardInterrupt if ``stopping()``.
@@ -116,10 +117,12 @@ def compare(
         if report is not None:
             report(found)
 
-    load_costs(comparison.experiment.preset)  # what no run can do without is known before any begins
-    comparison.experiment.open_workload()
-    for policy in comparison.policies:
-        check_policy(policy)
+    # What no run can do without is known before any begins.
+    experiment = comparison.experiment
+    _, too_long = fitting(experiment, load_costs(experiment.preset))
+    if too_long.requests:
+        say(too_long_text(experiment, too_long))
+    ageing_text(comparison.policies, experiment.ageing)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "comparison.json").exists():  # else what is below "runs" is somebody else's
@@ -129,16 +132,30 @@ def compare(
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
     run_all(tasks, jobs, heard, stopping)
-    results = _results(tasks, ended)
+    failures = list(_failures(tasks, ended, allow_fallback))
+    results = _results(tasks, ended, failures)
     results.write_csv(out / "results.csv")
     results.write_parquet(out / "results.parquet")
     estimates(results).write_csv(out / "estimates.csv")
-    failures = [
-        Failure(task.out.name, ended[task.key].error or "")
-        for task in tasks
-        if ended[task.key].kind == "failed"
-    ]
     return Compared(results, failures)
+
+
+def _failures(tasks: list[Task], ended: dict[int, Report], allow_fallback: bool) -> Iterator[Failure]:
+    for task in tasks:
+        found = ended[task.key]
+        policy = (found.summary or {}).get("policy", {})
+        if found.kind == "failed":
+            yield Failure(task.out.name, found.error or "")
+        elif not (policy["valid"] or allow_fallback):
+            yield Failure(task.out.name, invalid_text(policy), invalid=True)
+
+
+def invalid_text(policy: Mapping[str, Any]) -> str:
+    """Why a run is not valid, of the part of its summary that says so."""
+    return (
+        f"not valid: {policy['name']} failed {policy['failures']:,} times, and the built-in safe policy made "
+        f"{policy['fallback_steps']:,} decisions in its place; first: {policy['reason']}"
+    )
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -177,12 +194,14 @@ def load_results(folder: str | Path) -> pl.DataFrame:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def _results(tasks: list[Task], ended: dict[int, Report]) -> pl.DataFrame:
+def _results(tasks: list[Task], ended: dict[int, Report], failures: list[Failure]) -> pl.DataFrame:
     with needs_extra():
         import polars as pl
     rows = []
+    errors = {failure.folder: failure.error for failure in failures}
     for task in tasks:
-        found = ended[task.key]
+        error = errors.get(task.out.name)
+        summary = (ended[task.key].summary or {}) if error is None else {}
         rows.append(
             {
                 "policy": policy_label(task.experiment.policy),
@@ -190,9 +209,9 @@ def _results(tasks: list[Task], ended: dict[int, Report]) -> pl.DataFrame:
                 "scale": float(task.experiment.workload.scale),
                 "seed": task.experiment.seed,
                 "folder": task.out.name,
-                "error": found.error,
+                "error": error,
                 # Counts too: a column is of one type, whatever run it is that has no value.
-                **{k: None if v is None else float(v) for k, v in flatten(found.summary or {}).items()},
+                **{k: None if v is None else float(v) for k, v in flatten(summary).items()},
             }
         )
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -20,6 +20,14 @@ from aioengine.schedulers.routing import DEFAULT_PLACEMENT, DEFAULT_ROUTER, load
 MAX_REPLICAS = 1024
 """All engines of a fleet are simulated in one process."""
 
+Policy = str | dict[str, Any]
+"""As ``EngineConfig.policy``."""
+
+
+def policy_label(policy: Policy) -> str:
+    """What a policy is called in results: its text, or its table as JSON."""
+    return policy if isinstance(policy, str) else json.dumps(policy, sort_keys=True)
+
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run: the same experiment gives the same files, byte for byte.
@@ -28,7 +36,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     workload: WorkloadSpec
-    policy: str | dict[str, Any] = "fcfs"
+    policy: Policy = "fcfs"
     """As ``EngineConfig.policy``; in the lab "oracle", and any policy or part whose constructor takes
     ``future``, is given the arrivals to come."""
     preset: str = "llama3-8b-h100"
@@ -48,7 +56,14 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kv_cache_memory: int | str | None = None
     """None: what the preset's device has free."""
     enable_prefix_caching: bool = False
-    """Traces have no content: with it, all prompts would be prefixes of one another."""
+    """The lab's prompts have no prefix in common, so there is nothing to be had from it."""
+    on_too_long: Literal["reject", "truncate", "fail"] = "reject"
+    """What becomes of requests whose prompt and output are longer than the model's context: the engine gets
+    them as they are (it refuses a prompt that does not fit and ends an output where the context ends), or
+    their prompts are cut until they fit, or the run is refused with a ConfigError before it begins."""
+    ageing: bool = True
+    """Whether policies serve who has waited for ``max_wait`` out of turn. Without it what tells orders apart
+    is seen undiluted, and requests may starve."""
     max_waiting: int | None = None
     seed: int = 0
     """For the workload: arrivals, adapters, lengths."""

@@ -13,6 +13,9 @@ from aioengine.lab.workload.requests import Arrival, Workload
 STALL_SECONDS = 600.0
 """After so long without a step or a move while requests wait, a run is given up."""
 
+MOST_WITHOUT_TOKEN = 10_000
+"""And after so many steps and moves in which no request had a token."""
+
 Progress = Callable[[int, int | None, float], None]
 """Told of: requests ended, of how many (None: not known), and seconds into the run."""
 
@@ -40,6 +43,10 @@ class RunRecorder(Protocol):
 
     last_progress: float
     """When a step or a move ended last."""
+
+    @property
+    def since_token(self) -> int:
+        """Steps and moves that have ended since a request had a token, or ended."""
 
     @property
     def ended(self) -> int:
@@ -88,7 +95,8 @@ class OpenLoop(ABC):
         """How things stand, for who reads that nothing moves."""
 
     async def send_all(self) -> None:
-        """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait."""
+        """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait, or nothing came
+        of :data:`MOST_WITHOUT_TOKEN` steps and moves."""
         try:
             async with asyncio.TaskGroup() as around:
                 watch = around.create_task(self._watch(), name="aioengine-lab-watch")
@@ -129,10 +137,14 @@ class OpenLoop(ABC):
             if not recorder.under_way:
                 recorder.last_progress = now
             elif now - recorder.last_progress > STALL_SECONDS:
-                raise RunStalled(
-                    f"at {now - self._start:g} s: no step and no move of an adapter has ended for "
-                    f"{STALL_SECONDS:g} s, while {self._state()}; see what the policy waits for"
-                )
+                raise self._stalled(now, f"no step and no move of an adapter ended for {STALL_SECONDS:g} s")
+            elif recorder.since_token > MOST_WITHOUT_TOKEN:
+                count = f"{recorder.since_token:,} steps and moves of adapters"
+                raise self._stalled(now, f"no request had a token in the last {count}")
+
+    def _stalled(self, now: float, what: str) -> RunStalled:
+        at = now - self._start
+        return RunStalled(f"at {at:g} s: {what}, while {self._state()}; see what the policy waits for")
 
 
 def _first(errors: BaseExceptionGroup[AioEngineError]) -> AioEngineError:

@@ -11,7 +11,7 @@ from typing import Any
 from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
-from aioengine.lab.workload.requests import Arrival
+from aioengine.lab.workload.requests import Arrival, Objective
 
 BASE = "(base)"
 """The base model in ``Sample.service``; no adapter can have this name."""
@@ -47,18 +47,30 @@ class Recorder:
     Args:
         start: What the engine's clock reads when the run's reads 0.
         ranks: By adapter.
+        objective: The workload's.
     """
 
-    def __init__(self, engine: AsyncEngine, sink: Sink, *, start: float, ranks: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        sink: Sink,
+        *,
+        start: float,
+        ranks: Mapping[str, int],
+        objective: Objective | None = None,
+    ) -> None:
         self.ended = 0
         """Requests that have ended, the refused ones included."""
         self.last_progress = start
         """When a step or a move ended last."""
+        self.since_token = 0
+        """Steps and moves that have ended since a request had a token, or ended."""
         self._core = engine._core  # how far each request has come is in no event
         self._engine = engine
         self._sink = sink
         self._start = start
         self._ranks = ranks
+        self._objective = objective
         self._expected: dict[str, Arrival] = {}
         self._requests: dict[str, _Request] = {}
         self._reads: dict[_Version, float] = {}
@@ -122,7 +134,7 @@ class Recorder:
                 cached_tokens=0,
                 preemptions=0,
                 worst_gap=None,
-                deadline=_deadline(arrival),
+                deadline=due(arrival, self._objective),
                 rank=self._rank(arrival.adapter),
                 error=type(error).__name__,
             )
@@ -146,6 +158,7 @@ class Recorder:
 
     def _first_token(self, event: events.FirstToken) -> None:
         request = self._requests.get(event.request_id)
+        self.since_token = 0
         if request is not None:
             request.first_token = event.time - self._start
 
@@ -154,6 +167,7 @@ class Recorder:
         if request is None:  # it came before the recorder
             return
         self.ended += 1
+        self.since_token = 0
         if request.first_token is not None:
             self._serve(request, event.prompt_tokens - request.cached_tokens + event.output_tokens)
         arrival = request.arrival
@@ -173,7 +187,7 @@ class Recorder:
                 cached_tokens=request.cached_tokens,
                 preemptions=request.preemptions,
                 worst_gap=event.worst_gap,
-                deadline=None if arrival is None else _deadline(arrival),
+                deadline=None if arrival is None else due(arrival, self._objective),
                 rank=self._rank(event.adapter),
                 error=None if event.error is None else type(event.error).__name__,
             )
@@ -227,6 +241,7 @@ class Recorder:
         self, stage: str, event: events.AdapterEvent, start: float, nbytes: int, error: str | None = None
     ) -> None:
         self.last_progress = event.time
+        self.since_token += 1
         end = event.time - self._start
         self._sink.move(Move(stage, event.adapter, start - self._start, end, nbytes, error))
 
@@ -244,6 +259,7 @@ class Recorder:
 
     def _step(self, event: events.StepFinished) -> None:
         self.last_progress = event.time
+        self.since_token = 0 if event.decode_tokens else self.since_token + 1
         totals, spans = self._totals, self._spans
         totals.steps += 1
         totals.seconds += event.seconds
@@ -287,6 +303,12 @@ class Recorder:
             self._close_span(slot, now)
 
 
+def due(arrival: Arrival, objective: Objective | None) -> float | None:
+    """When a request should have ended: by the workload's objective, or else by its own deadline."""
+    seconds = arrival.deadline if objective is None else objective(arrival.output_tokens)
+    return None if seconds is None else arrival.time + seconds
+
+
 @dataclass(slots=True)
 class _Totals:
     steps: int = 0
@@ -294,7 +316,3 @@ class _Totals:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     adapters: int = 0
-
-
-def _deadline(arrival: Arrival) -> float | None:
-    return None if arrival.deadline is None else arrival.time + arrival.deadline

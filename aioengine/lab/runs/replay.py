@@ -40,7 +40,8 @@ async def replay(
         total: How many requests there are, for ``progress``.
 
     Raises:
-        RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait.
+        RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait, or nothing came of
+            ``MOST_WITHOUT_TOKEN`` steps and moves.
         ConfigError: ``sample_seconds`` is not more than 0.
     """
     if isinstance(engine, SimulatedEngine):
@@ -66,7 +67,7 @@ class _Replay(OpenLoop):
     ) -> None:
         start = asyncio.get_running_loop().time()
         ranks = {shape.name: shape.rank for shape in workload.adapters}
-        self._recorder = Recorder(engine, sink, start=start, ranks=ranks)
+        self._recorder = Recorder(engine, sink, start=start, ranks=ranks, objective=workload.objective)
         super().__init__(
             self._recorder,
             workload,
@@ -124,7 +125,8 @@ class _Replay(OpenLoop):
 
     def _state(self) -> str:
         stats = self._engine.stats()
+        slots = ", ".join(f"{slot.adapter or 'empty'} ({slot.state})" for slot in stats.slots[:8])
         return (
             f"{stats.waiting} requests wait ({stats.waiting_for_adapter} of them for an adapter) and "
-            f"{stats.running} run"
+            f"{stats.running} run; slots: {slots}{', ...' if len(stats.slots) > 8 else ''}"
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +17,23 @@ from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.fleet.replay import replay_on_fleet
-from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.files import CsvFiles
 from aioengine.lab.runs.open_loop import Progress, Replayed
+from aioengine.lab.runs.policy_record import PolicyRecord, PolicyWatch
 from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.context import TooLong, Truncated, count_too_long
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
 from aioengine.schedulers import SchedulerPolicy, load_policy
+from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.routing import load_placement, load_router
+
+NEVER = 1e12
+"""Seconds; nobody waits so long."""
 
 
 class RunResult(NamedTuple):
@@ -37,7 +44,12 @@ class RunResult(NamedTuple):
     """What summary.json holds."""
 
 
-def run(experiment: Experiment, out: str | Path, progress: Progress | None = None) -> RunResult:
+def run(
+    experiment: Experiment,
+    out: str | Path,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> RunResult:
     """Simulate an experiment, and write what happened into the folder ``out``.
 
     The files are experiment.json (all parameters, the cost model, and the versions: enough to repeat the
@@ -47,6 +59,7 @@ def run(experiment: Experiment, out: str | Path, progress: Progress | None = Non
     Args:
         progress: Told every ``sample_seconds`` of simulated time: requests ended, of how many (None:
             not known), simulated seconds.
+        say: Told before the run begins what about the workload one should know.
 
     Raises:
         ConfigError: The preset, the trace or the output folder cannot be used, or the plan does not fit.
@@ -59,20 +72,51 @@ def run(experiment: Experiment, out: str | Path, progress: Progress | None = Non
 
     out = Path(out)
     costs = load_costs(experiment.preset)
-    workload = experiment.open_workload()
+    workload, too_long = fitting(experiment, costs)
+    if too_long.requests:
+        say(too_long_text(experiment, too_long))
+    watch = PolicyWatch()
     run_in_virtual_time(_start(experiment, costs))  # what cannot run leaves an earlier run's files alone
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "experiment.json", _description(experiment, workload, costs))
         with CsvFiles(out) as files:
-            replayed, fleet = run_in_virtual_time(simulate(experiment, costs, workload, files, progress))
+            replayed, fleet = run_in_virtual_time(
+                simulate(experiment, costs, workload, files, progress, watch)
+            )
     except OSError as error:
         raise ConfigError(f"cannot write the run's files into {out}: {error.strerror or error}") from error
-    summary = summarize(out)
+    summary = {**summarize(out), "policy": _policy(experiment, watch.record())}
+    summary["too_long"] = {**too_long._asdict(), "on_too_long": experiment.on_too_long}
     if fleet is not None:
         summary["fleet"] = fleet
     _write_json(out / "summary.json", summary)
     return RunResult(out, replayed, summary)
+
+
+def fitting(experiment: Experiment, costs: CostModel) -> tuple[Workload, TooLong]:
+    """The workload as the experiment wants it, and how much of it is longer than the model's context.
+
+    Raises ConfigError if something is and ``on_too_long`` is "fail", and what
+    :meth:`Experiment.open_workload` raises.
+    """
+    workload = experiment.open_workload()
+    found = count_too_long(workload, costs.plan(experiment.engine_config()).max_model_len)
+    if found.requests and experiment.on_too_long == "fail":
+        raise ConfigError(f"on_too_long='fail': {found}")
+    if found.requests and experiment.on_too_long == "truncate":
+        return Truncated(workload, found.limit), found
+    return workload, found
+
+
+def too_long_text(experiment: Experiment, found: TooLong) -> str:
+    """What is said before a run in which requests are too long."""
+    done = (
+        "their prompts are cut"
+        if experiment.on_too_long == "truncate"
+        else "prompts that do not fit are refused, other outputs end where the context ends"
+    )
+    return f"{found}: {done} (--on-too-long reject|truncate|fail)"
 
 
 async def simulate(
@@ -81,12 +125,19 @@ async def simulate(
     workload: Workload,
     sink: Sink,
     progress: Progress | None = None,
+    watch: PolicyWatch | None = None,
 ) -> tuple[Replayed, dict[str, Any] | None]:
-    """The run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is one."""
+    """The run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is one.
+
+    ``watch`` hears what becomes of the policy, on all replicas.
+    """
+    spec = experiment.policy if experiment.ageing else without_ageing(experiment.policy)
     if experiment.replicas is not None:
-        return await _simulate_fleet(experiment, costs, workload, sink, progress)
-    policy = lab_policy(experiment.policy, workload, start=asyncio.get_running_loop().time())
+        return await _simulate_fleet(experiment, spec, costs, workload, sink, progress, watch)
+    policy = lab_policy(spec, workload, start=asyncio.get_running_loop().time())
     async with SimulatedEngine(experiment.engine_config(), costs, policy) as engine:
+        if watch is not None:
+            engine.add_listener(watch)
         replayed = await replay(
             engine,
             workload,
@@ -100,14 +151,23 @@ async def simulate(
 
 
 async def _simulate_fleet(
-    experiment: Experiment, costs: CostModel, workload: Workload, sink: Sink, progress: Progress | None
+    experiment: Experiment,
+    spec: Policy,
+    costs: CostModel,
+    workload: Workload,
+    sink: Sink,
+    progress: Progress | None,
+    watch: PolicyWatch | None,
 ) -> tuple[Replayed, dict[str, Any]]:
     assert experiment.replicas is not None
     start = asyncio.get_running_loop().time()
 
     def make_engine() -> SimulatedEngine:
-        policy = lab_policy(experiment.policy, workload, start=start)
-        return SimulatedEngine(experiment.engine_config(), costs, policy)
+        policy = lab_policy(spec, workload, start=start)
+        engine = SimulatedEngine(experiment.engine_config(), costs, policy)
+        if watch is not None:
+            engine.add_listener(watch)
+        return engine
 
     found = await replay_on_fleet(
         workload,
@@ -137,6 +197,33 @@ async def _start(experiment: Experiment, costs: CostModel) -> None:
     """Start the engine, and end it again: raises what keeps it from running."""
     async with SimulatedEngine(experiment.engine_config(), costs, check_policy(experiment.policy)):
         pass
+
+
+def without_ageing(spec: Policy) -> Policy:
+    """The same policy, in which waiting alone takes nobody out of turn. Raises PolicyError if it has no
+    ``max_wait`` to be told so."""
+    policy = check_policy(spec)
+    if not isinstance(policy, Composed):
+        text = f"policy {policy_label(spec)!r} with ageing=False: {type(policy).__name__} has no max_wait"
+        raise PolicyError(f"{text}; leave out --no-ageing, or give it an option of its own")
+    if isinstance(spec, dict):
+        return {**spec, "max_wait": NEVER}
+    return f"{spec}{',' if ':' in spec.rsplit('+', 1)[-1] else ':'}max_wait={NEVER}"
+
+
+def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
+    """Which policies serve who has waited for so long out of turn. Raises PolicyError if there is no such
+    policy, or one that cannot do without where ``ageing`` is False."""
+    waits = {}
+    for spec in policies:
+        policy = check_policy(spec if ageing else without_ageing(spec))
+        wait = policy.max_wait if isinstance(policy, Composed) else math.inf
+        waits[policy_label(spec)] = "none" if wait >= NEVER else f"after {wait:g} s"
+    if len(set(waits.values())) == 1:
+        text = f"{next(iter(waits.values()))} in all policies"
+    else:
+        text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
+    return f"ageing (who has waited so long is served out of turn): {text}"
 
 
 def check_policy(spec: str | dict[str, Any]) -> SchedulerPolicy:
@@ -177,6 +264,10 @@ def _description(experiment: Experiment, workload: Workload, costs: CostModel) -
         "workload": workload.describe(),
         "costs": msgspec.to_builtins(costs),
     }
+
+
+def _policy(experiment: Experiment, record: PolicyRecord) -> dict[str, Any]:
+    return {"name": policy_label(experiment.policy), **record._asdict(), "valid": record.valid}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from aioengine.lab.workload.distributions import Shares, draw_shape, parse_lengt
 from aioengine.lab.workload.popularity import make_popularity, parse_popularity
 from aioengine.lab.workload.predictions import parse_deadline, parse_view
 from aioengine.lab.workload.random_streams import Weighted, stable_number, stream
-from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
+from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.spec_text import parse_shares
 from aioengine.lab.workload.traces import LengthSample, TraceRow, TraceSummary, read_trace, scan_trace
@@ -57,6 +57,10 @@ class OfferedWorkload(Workload):
     def adapters(self) -> Sequence[AdapterShape]:
         return self._adapters
 
+    @property
+    def objective(self) -> Objective | None:
+        return None if self.spec.slo is None else parse_deadline("slo", self.spec.slo).of
+
     def describe(self) -> dict[str, Any]:
         """The fields of the spec, and the seed."""
         return {**msgspec.to_builtins(self.spec), "seed": self.seed}
@@ -66,7 +70,8 @@ class OfferedWorkload(Workload):
         chosen = _Choices(spec, seed, self._names, self._tenants)
         view = parse_view("lengths", spec.lengths)
         views = stream(seed, "predictions")
-        deadlines = None if spec.deadline is None else parse_deadline("deadline", spec.deadline)
+        limit = spec.deadline if spec.timeout is None else spec.timeout
+        deadlines = None if limit is None else parse_deadline("deadline", limit)
         for time, row in islice(self._drafts(), spec.limit):
             if spec.seconds is not None and time > spec.seconds:
                 return

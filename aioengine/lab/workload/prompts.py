@@ -10,8 +10,7 @@ EMPTY = 0
 
 
 class SimulatedRequests:
-    """Prompts without content are cut from one list; those with content share what their ``prefix`` shares.
-    The engine knows the outputs' lengths.
+    """Prompts that share what their ``prefix`` shares, and nothing else. The engine knows the outputs' lengths.
 
     Args:
         vocab_size: Tokens are below it, and the last one is never in a prompt.
@@ -22,20 +21,25 @@ class SimulatedRequests:
         self._tokens: list[int] = []
         self._params: dict[int, SamplingParams] = {}
 
-    def prompt(self, _index: int, arrival: Arrival) -> list[int]:
-        """``prompt_tokens`` token ids."""
+    def prompt(self, index: int, arrival: Arrival) -> list[int]:
+        """``prompt_tokens`` token ids, for the workload's request number ``index``."""
         length = arrival.prompt_tokens
         if len(self._tokens) < length:
             self._tokens = [EMPTY] * length
         tokens = self._tokens[:length]
-        for index, block in enumerate(arrival.prefix):
-            # A block's number is written into its first tokens, in digits; digit 0 of a block is never 0.
-            start = index * PREFIX_BLOCK
-            number = block + 1
-            for place in range(start, min(start + 4, length)):
-                number, digit = divmod(number, self._base)
-                tokens[place] = digit + 1
+        for place, block in enumerate(arrival.prefix):
+            self._write(tokens, place * PREFIX_BLOCK, block)
+        own = len(arrival.prefix) * PREFIX_BLOCK
+        self._write(tokens, own, index)
+        if own + 4 < length:
+            tokens[own + 4] = EMPTY + 1  # so that a request's number is no block's
         return tokens
+
+    def _write(self, tokens: list[int], start: int, number: int) -> None:
+        """A number from ``start`` on, in four digits that are no EMPTY."""
+        for place in range(start, min(start + 4, len(tokens))):
+            number, digit = divmod(number, self._base)
+            tokens[place] = digit + 1
 
     def params(self, arrival: Arrival) -> SamplingParams:
         """That allow what the arrival does."""

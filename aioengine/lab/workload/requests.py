@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 PREFIX_BLOCK = 512
 """Tokens of a prompt that one number in ``Arrival.prefix`` stands for."""
+
+Objective = Callable[[int], float]
 
 
 class AdapterShape(NamedTuple):
@@ -35,7 +37,7 @@ class Arrival(NamedTuple):
     tenant: str | None = None
     priority: int = 0
     deadline: float | None = None
-    """Seconds from arrival."""
+    """Seconds from arrival, after which the engine gives it up; policies see it."""
     prefix: tuple[int, ...] = ()
     """What the prompt begins with, a number for each :data:`PREFIX_BLOCK` tokens: prompts are alike as far as
     these are. (): it has no content."""
@@ -48,6 +50,12 @@ class Workload(ABC):
     @abstractmethod
     def adapters(self) -> Sequence[AdapterShape]:
         """All that may be asked for, asked for or not."""
+
+    @property
+    def objective(self) -> Objective | None:
+        """In how many seconds from its arrival a request should end, by its output tokens; it is measured and
+        not enforced. None: requests are measured by their deadlines."""
+        return None
 
     @abstractmethod
     def __iter__(self) -> Iterator[Arrival]: ...

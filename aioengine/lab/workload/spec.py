@@ -77,7 +77,13 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What policies are told of the outputs' lengths: "known", "hidden:max=4096" (all they see is that
     ``max_tokens``), or "predicted:error=0.5" (hidden, and a prediction that is off by a lognormal factor)."""
     deadline: float | str | None = None
-    """Seconds from arrival, or "proportional:0.5+0.05": 0.5 s, and 0.05 s for each token of output."""
+    """When the engine gives a request up: seconds from arrival, or "proportional:0.5+0.05": 0.5 s, and
+    0.05 s for each token of output. Policies see it."""
+    timeout: float | str | None = None
+    """The same as ``deadline``, under the name that goes with ``slo``; one of the two at most."""
+    slo: float | str | None = None
+    """When a request should have ended, in the same form. It is measured (``slo`` in the summary) and not
+    enforced; None: what is given up after ``deadline`` or ``timeout`` is measured by it."""
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -107,10 +113,16 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 parse_lengths(field, _size(self, field))
         _text(self, "lengths")
         parse_view("lengths", self.lengths)
-        if self.deadline is not None:
-            if isinstance(self.deadline, bool) or not isinstance(self.deadline, (int, float, str)):
-                raise ConfigError(f"deadline={self.deadline!r}: must be seconds, text, or None")
-            parse_deadline("deadline", self.deadline)
+        for field in ("deadline", "timeout", "slo"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float, str, type(None))):
+                raise ConfigError(f"{field}={value!r}: must be seconds, text, or None")
+            if value is not None:
+                parse_deadline(field, value)
+        if self.deadline is not None and self.timeout is not None:
+            raise ConfigError(
+                f"timeout={self.timeout!r} with deadline={self.deadline!r}: give one of the two"
+            )
 
     def _check_source(self) -> None:
         if self.trace is None and self.arrivals is None:

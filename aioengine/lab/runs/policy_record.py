@@ -1,0 +1,58 @@
+"""Whether the policy that a run is named after really decided in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aioengine import events
+
+
+class PolicyRecord(NamedTuple):
+    """What became of the policy under test."""
+
+    steps: int
+    """Steps of the model in the run."""
+    fallback_steps: int
+    """Decisions that the built-in safe policy made in its place."""
+    failures: int
+    """Calls of the policy that raised, or whose answer was none."""
+    reason: str | None = None
+    """The first of what went wrong."""
+    traceback: str | None = None
+
+    @property
+    def valid(self) -> bool:
+        """Whether every decision and every order of eviction was the policy's own, and it heard all events.
+        Otherwise the figures of the run are those of another policy."""
+        return self.failures == 0 and self.fallback_steps == 0
+
+
+class PolicyWatch:
+    """A listener that counts where the policy was passed over."""
+
+    def __init__(self) -> None:
+        self._steps = self._fallback = self._failures = 0
+        self._is_replaced = False
+        self._reason: str | None = None
+        self._traceback: str | None = None
+
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.StepFinished):
+            self._steps += 1
+            self._fallback += self._is_replaced
+        elif isinstance(event, events.PolicyFailed):
+            self._failures += 1
+            self._fallback += event.call == "schedule"
+            self._note(event.error, event.traceback)
+        elif isinstance(event, events.PolicyOverran):
+            self._failures += 1
+            self._note(f"a decision took {event.seconds:.4f} s, the budget is {event.budget:g} s", None)
+        elif isinstance(event, events.PolicyReplaced):
+            self._is_replaced = True
+
+    def _note(self, reason: str, traceback: str | None) -> None:
+        if self._reason is None:
+            self._reason, self._traceback = reason, traceback
+
+    def record(self) -> PolicyRecord:
+        return PolicyRecord(self._steps, self._fallback, self._failures, self._reason, self._traceback)
