@@ -15,7 +15,7 @@ from aioengine.lab.analysis.statistics import estimate, paired
 from aioengine.lab.report.compare_figures import draw_ranking
 from aioengine.lab.report.compare_page import load_compare
 from aioengine.lab.report.style import LIGHT
-from aioengine.lab.runs.replay import RunStalled
+from aioengine.lab.runs.open_loop import RunStalled
 from aioengine.lab.runs.simulate import ageing_text, run, without_ageing
 
 POLICIES = '''
@@ -158,8 +158,8 @@ def test_requests_longer_than_the_context(tmp_path: Path) -> None:
     assert 0 < rejected["requests_refused"] <= found["requests"] < 20 and found["limit"] == 256
     assert said == [
         f"{found['requests']} of 20 requests are longer than the model's context of 256 tokens (the longest "
-        f"has {found['longest']}): prompts that do not fit are refused, other outputs end where the context ends"
-        " (--on-too-long reject|truncate|fail)"
+        f"has {found['longest']}): prompts that do not fit are refused, other outputs end where the context "
+        "ends (--on-too-long reject|truncate|fail)"
     ]
     cut = run(experiment(**fields, on_too_long="truncate"), tmp_path / "truncate").summary
     assert cut["requests_finished"] == 20 and cut["output_tokens"] == 80

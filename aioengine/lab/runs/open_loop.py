@@ -95,8 +95,8 @@ class OpenLoop(ABC):
         """How things stand, for who reads that nothing moves."""
 
     async def send_all(self) -> None:
-        """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait, or nothing came
-        of :data:`MOST_WITHOUT_TOKEN` steps and moves."""
+        """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait, or
+        nothing came of :data:`MOST_WITHOUT_TOKEN` steps and moves."""
         try:
             async with asyncio.TaskGroup() as around:
                 watch = around.create_task(self._watch(), name="aioengine-lab-watch")

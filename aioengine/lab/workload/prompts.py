@@ -10,7 +10,9 @@ EMPTY = 0
 
 
 class SimulatedRequests:
-    """Prompts that share what their ``prefix`` shares, and nothing else. The engine knows the outputs' lengths.
+    """Prompts that share what their ``prefix`` shares, and nothing else.
+
+    The engine knows how long outputs are.
 
     Args:
         vocab_size: Tokens are below it, and the last one is never in a prompt.
