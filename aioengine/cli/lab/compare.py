@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
+from aioengine.cli.help import FOLDED
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment, numbers
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
 from aioengine.errors import ConfigError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUT = Path("lab-compare")
 _COMPARE = Group("Comparison", sort_key=4)
+_MORE = Group(f"{FOLDED} of the comparison", sort_key=24)
 _SEVERAL = Parameter(group=_COMPARE, negative="", metavar="A,B,...")
 
 
@@ -47,7 +49,7 @@ class CompareFlags:
     """Repeat this comparison.json, or vary this experiment.json; flags change it."""
     rank_by: str = "ttft_seconds.p99"
     """The figure that policies are ranked by."""
-    allow_fallback: Annotated[bool, Parameter(negative="")] = False
+    allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
     """Rank policies that failed as well, though others decided in their place."""
 
 

@@ -85,6 +85,12 @@ class SystemFlags:
     """Adapters in the CPU cache, those in slots included (64)."""
     max_lora_rank: int | None = None
     """Rank that every slot is sized for (64)."""
+    replicas: int | None = None
+    """Engines behind one door; without it there is one engine and no door."""
+    router: Annotated[str | None, _MORE_SYSTEM] = None
+    """As in aioengine policies, or my_router.py:MyRouter (affinity)."""
+    placement: Annotated[str | None, _MORE_SYSTEM] = None
+    """Which adapters should live on which replicas (none)."""
 
     max_num_seqs: Annotated[int | None, _MORE_SYSTEM] = None
     """Requests that run at once (64)."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
+from aioengine.cli.help import FOLDED
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
 
 DEFAULT_OUT = Path("lab-run")
-_OWN = ("policy", "slots", "scale", "seed", "replicas", "router", "placement")
+_OWN = ("policy", "slots", "scale", "seed")
 """Fields of an experiment."""
 _RUN = Group("Run", sort_key=7)
+_MORE = Group(f"{FOLDED} of the run", sort_key=24)
 
 
 @Parameter(name="*", group=_RUN)
@@ -33,19 +35,13 @@ class RunFlags:
     """The rate of arrivals is multiplied by this (1)."""
     seed: int | None = None
     """Of all that is drawn: arrivals, adapters, lengths (0)."""
-    replicas: int | None = None
-    """Engines behind one door; without it there is one engine and no door."""
-    router: str | None = None
-    """As in aioengine policies, or my_router.py:MyRouter (affinity)."""
-    placement: str | None = None
-    """Which adapters should live on which replicas (none)."""
     out: Path = DEFAULT_OUT
     """Folder for the results."""
     experiment: Path | None = None
     """Repeat the run of this experiment.json; flags change it."""
     report: Annotated[bool, Parameter(negative="--no-report")] = True
     """Draw figures and write report.html."""
-    allow_fallback: Annotated[bool, Parameter(negative="")] = False
+    allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
     """Take the run for valid though the policy failed and another one decided in its place."""
 
 

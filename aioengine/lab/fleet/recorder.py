@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from aioengine.events import Event
 from aioengine.lab.runs.recorder import Recorder, due
 from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -26,12 +27,14 @@ class FleetRecorder:
         slots: int,
         delay: float,
         objective: Objective | None = None,
+        listener: Callable[[Event], None] | None = None,
     ) -> None:
         self.ended = 0
         self._sink = sink
         self._start = start
         self._ranks = ranks
         self._objective = objective
+        self._listener = listener
         self._slots = slots
         self._delay = delay
         """Seconds that a message of a replica takes to the door."""
@@ -44,9 +47,11 @@ class FleetRecorder:
     def watch(self, engine: SimulatedEngine, index: int) -> Callable[[], None]:
         """Record this engine's events, as those of replica ``index``; returns what ends it."""
         sink = _ReplicaSink(self, self._slots * index)
-        recorder = Recorder(engine, sink, start=self._start, ranks=self._ranks)
+        recorder = Recorder(engine, sink, start=self._start, ranks=self._ranks, objective=self._objective)
         self._recorders[index] = recorder
         remove = engine.add_listener(recorder)
+        if self._listener is not None:
+            engine.add_listener(self._listener)
 
         def unwatch() -> None:
             remove()

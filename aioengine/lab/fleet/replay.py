@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from aioengine.errors import AioEngineError
+from aioengine.events import Event
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.fleet.door import SimulatedFleet
 from aioengine.lab.fleet.recorder import FleetRecorder
@@ -47,12 +48,14 @@ async def replay_on_fleet(
     progress: Progress | None = None,
     total: int | None = None,
     look: Callable[[SimulatedFleet], Any] = lambda fleet: None,
+    listener: Callable[[Event], None] | None = None,
 ) -> FleetReplayed:
     """Start a fleet, send every request at its time, wait for all of them, and stop the fleet.
 
     Args:
         make_engine: Makes the engine of one replica.
         look: Is shown the fleet when it has started, and again before it is stopped.
+        listener: Hears the events of all replicas' engines.
 
     Raises what :func:`aioengine.lab.runs.replay.replay` raises.
     """
@@ -67,6 +70,7 @@ async def replay_on_fleet(
         slots=0 if lora is None else lora.max_loras,
         delay=conditions.delay,
         objective=workload.objective,
+        listener=listener,
     )
     fleet = SimulatedFleet(replicas, make_engine, router, placement, conditions, watch=recorder.watch)
     async with fleet:

@@ -164,10 +164,7 @@ async def _simulate_fleet(
 
     def make_engine() -> SimulatedEngine:
         policy = lab_policy(spec, workload, start=start)
-        engine = SimulatedEngine(experiment.engine_config(), costs, policy)
-        if watch is not None:
-            engine.add_listener(watch)
-        return engine
+        return SimulatedEngine(experiment.engine_config(), costs, policy)
 
     found = await replay_on_fleet(
         workload,
@@ -176,6 +173,7 @@ async def _simulate_fleet(
         make_engine=make_engine,
         router=load_router(experiment.router),
         placement=load_placement(experiment.placement),
+        listener=watch,
         sample_seconds=experiment.sample_seconds,
         progress=progress,
         total=experiment.workload.limit,
