@@ -66,8 +66,8 @@ class ServerFlags:
     grace_seconds: float = 30.0
     """How long accepted requests may take to finish after SIGTERM."""
     drain_delay: float = 0.0
-    """After SIGTERM, how long /ready says no while requests are still accepted: for load balancers."""
-    keep_dead: Annotated[bool, Parameter(group=_SERVER, negative="")] = False
+    """After SIGTERM, how long /ready says no while requests are accepted."""
+    keep_dead: Annotated[bool, Parameter(group=_MORE, negative="")] = False
     """Go on answering 503 when the engine is dead; by default the process ends, with status 1."""
     log_format: Literal["text", "json"] = "text"
     """A line for each request, on standard error."""
