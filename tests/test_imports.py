@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -240,6 +241,22 @@ def test_no_circles_between_modules() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+@pytest.mark.parametrize("title", ["One request", "One adapter"])
+def test_the_walk_goes_where_imports_go(title: str) -> None:
+    """Each file of a walk in docs/walk.md is of the room of one before it, or one may import the other; or
+    one before it imports it, if only for its types."""
+    text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
+    section = next(part for part in text.split("\n## ") if part.startswith(title))
+    by_path = {str(path.relative_to(ROOT)): name for name, path in MODULES.items()}
+    names = [by_path[path] for path in re.findall(r"^\d+\. `([\w/.]+)`", section, re.MULTILINE)]
+    assert len(names) > 20
+    for index, name in enumerate(names[1:], 1):
+        here, before = room(name), names[:index]
+        rooms = {room(other) for other in before}
+        allowed = any(here == there or here in ROOMS[there] or there in ROOMS[here] for there in rooms)
+        assert allowed or any(name in {i.module for i in imports(other)} for other in before), name
 
 
 _LIGHT = """
