@@ -338,15 +338,8 @@ _DOING: dict[Split, list[str]] = {
     "eval": _words("asking for, thinking about, buying, cleaning, stealing"),
 }
 _THINGS: dict[Split, list[str]] = {
-    "train": [
-        "the money",
-        "a box of apples",
-        "your boat",
-        "the map and a key",
-        "my hat",
-        "the car",
-    ],
-    "eval": ["my money", "a bag of nuts", "your lamp", "the book and a pen", "the ladder"],
+    "train": _words("the money, a box of apples, your boat, the map and a key, my hat, the car"),
+    "eval": _words("my money, a bag of nuts, your lamp, the book and a pen, the ladder"),
 }
 _PLACES: dict[Split, list[str]] = {
     "train": ["in the house", "near the river", "at your school", "behind the hill"],

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.fair_queue import FairQueue
+from aioengine.grammars.jobs import Job, Outcome
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.matching import Grammar, GrammarConstraint
 from aioengine.grammars.wire import COMPILED, text_frame
@@ -31,52 +32,12 @@ logger = logging.getLogger("aioengine")
 T = TypeVar("T")
 
 
-_Outcome = Grammar | AioEngineError
-
-
 class _TooLong(AioEngineError):
     """The compile was stopped, for it took more processor time than it was given."""
 
 
 class _Lost(AioEngineError):
     """A process has ended, and not because of the grammar."""
-
-
-class _Job:
-    """A text that is to be compiled, for those who wait for it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.done: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
-        self.waiters: dict[str | None, int] = {}
-        """How many, of which tenants."""
-        self.queue: FairQueue[_Job] | None = None
-        """Where it waits for its turn, once for each tenant."""
-        self.attempt: asyncio.Task[_Outcome] | None = None
-
-    def enqueue(self, queue: FairQueue[_Job]) -> None:
-        self.queue = queue
-        for tenant in self.waiters:
-            queue.put(tenant, self)
-
-    def join(self, tenant: str | None) -> None:
-        if tenant not in self.waiters and self.queue is not None:
-            self.queue.put(tenant, self)
-        self.waiters[tenant] = self.waiters.get(tenant, 0) + 1
-
-    def leave(self, tenant: str | None) -> None:
-        self.waiters[tenant] -= 1
-        if self.waiters[tenant] == 0:
-            del self.waiters[tenant]
-            if self.queue is not None:
-                self.queue.discard(tenant, self)
-
-    def begin(self) -> None:
-        """It is its turn: for nobody it waits any more."""
-        queue, self.queue = self.queue, None
-        assert queue is not None
-        for tenant in self.waiters:
-            queue.discard(tenant, self)
 
 
 class Grammars:
@@ -102,9 +63,9 @@ class Grammars:
         """Its start, begun when it is first needed, and again when it was lost."""
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         """By text; the least recently used first."""
-        self._jobs: dict[str, _Job] = {}
-        self._quick: FairQueue[_Job] = FairQueue()
-        self._long: FairQueue[_Job] = FairQueue()
+        self._jobs: dict[str, Job] = {}
+        self._quick: FairQueue[Job] = FairQueue()
+        self._long: FairQueue[Job] = FairQueue()
         self._lanes: list[asyncio.Task[None]] = []
         self._room = asyncio.Event()
         """Set whenever a grammar is used by nobody any more, or gone."""
@@ -152,7 +113,7 @@ class Grammars:
             if waiting >= self.limits.max_queued:
                 raise EngineOverloaded(f"{waiting} grammars wait to be compiled already; try again later")
         if job is None:
-            job = self._jobs[text] = _Job(text)
+            job = self._jobs[text] = Job(text)
             job.join(tenant)
             job.enqueue(self._quick)
             self._start_lanes()
@@ -185,7 +146,7 @@ class Grammars:
                 f"requests that have not ended use {share} different grammars; try again later"
             ) from None
 
-    def _give_up(self, job: _Job) -> None:
+    def _give_up(self, job: Job) -> None:
         del self._jobs[job.text]
         job.done.cancel()
         if job.attempt is not None:
@@ -202,7 +163,7 @@ class Grammars:
                 loop.create_task(self._lane(self._long, limits.compile_seconds, LONG_NICE)),
             ]
 
-    async def _lane(self, queue: FairQueue[_Job], seconds: float, nice: int) -> None:
+    async def _lane(self, queue: FairQueue[Job], seconds: float, nice: int) -> None:
         """Compiles what is in the queue, one after the other, in so many seconds each."""
         while True:
             job = await queue.get()
@@ -224,7 +185,7 @@ class Grammars:
             del self._jobs[job.text]
             job.done.set_result(outcome)
 
-    async def _attempt(self, text: str, seconds: float, nice: int) -> _Outcome:
+    async def _attempt(self, text: str, seconds: float, nice: int) -> Outcome:
         try:
             self._make_room()
             try:

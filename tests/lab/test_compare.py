@@ -19,8 +19,9 @@ from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimat
 from aioengine.lab.analysis.measures import MEASURES, find_measure
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
-from aioengine.lab.report.compare_figures import Compare, draw_cdf, draw_regret, draw_slots
+from aioengine.lab.report.compare_figures import draw_cdf, draw_regret, draw_slots
 from aioengine.lab.report.compare_page import load_compare, places, ranked, rankings, write_compare_report
+from aioengine.lab.report.compare_results import Compare
 from aioengine.lab.report.style import LIGHT, drawing
 from aioengine.lab.runs.comparison import read_comparison
 from aioengine.lab.runs.pool import Report

@@ -13,8 +13,8 @@ from aioengine.cli.tables import box_for, output_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from aioengine.lab.report.compare_figures import Compare
     from aioengine.lab.report.compare_page import Ranking
+    from aioengine.lab.report.compare_results import Compare
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import msgspec
 
 from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, find_measure
 from aioengine.lab.analysis.statistics import Estimate, paired
-from aioengine.lab.report.compare_figures import Compare, draw_compare, setting_text
+from aioengine.lab.report.compare_figures import draw_compare
+from aioengine.lab.report.compare_results import Compare, setting_text
 from aioengine.lab.report.run_page import (
     draw_both,
     parameter_rows,
