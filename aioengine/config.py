@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import msgspec
 
@@ -255,14 +255,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
         """Build from plain data (a parsed TOML file, say); unknown fields are refused by name."""
-        refuse_unknown(cls, values, source)
         lora = values.get("lora")
         if isinstance(lora, Mapping):
             refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
-        try:
-            return msgspec.convert(dict(values), cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {_explain(error)}") from error
+        return from_plain(cls, values, source)
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -318,6 +314,19 @@ def nearest(value: object, allowed: Collection[Any]) -> str:
         around.append(min((a for a in allowed if a > value), default=None))
         return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
     return nearest_name(str(value), [str(a) for a in allowed])
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def from_plain(cls: type[S], values: Mapping[str, Any], source: str) -> S:
+    """A struct from plain data. Raises ConfigError, which begins with ``source``; unknown fields are refused
+    by name."""
+    refuse_unknown(cls, values, source)
+    try:
+        return msgspec.convert(dict(values), cls)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
 
 
 def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:

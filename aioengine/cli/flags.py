@@ -7,12 +7,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from aioengine.cli.help import FOLDED
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import Device, DType, EngineConfig, ExecutorName, LoRAConfig, MetricsCompat, Restart
 from aioengine.errors import ConfigError
 from aioengine.model.files.hub import PREFIX
 from aioengine.model.spec import Quantization
@@ -24,7 +24,6 @@ _LORA = Group("Adapters", sort_key=11)
 _MORE_ENGINE = Group(f"{FOLDED} engine flags", sort_key=30)
 _MORE_LORA = Group(f"{FOLDED} adapter flags", sort_key=31)
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
 _IN_LORA, _IN_MORE, _IN_MORE_LORA = (Parameter(group=g) for g in (_LORA, _MORE_ENGINE, _MORE_LORA))
 _MODULES = Parameter(group=_LORA, metavar="NAME=PATH", consume_multiple=True, negative="")
 _TARGETS = Parameter(group=_MORE_LORA, consume_multiple=True, negative="")
@@ -39,7 +38,7 @@ class EngineFlags:
     """Model folder, GGUF file, Hub id, or smollm2-135m (the default)."""
     config: Path | None = None
     """TOML file with the fields of EngineConfig; flags override it."""
-    device: Literal["auto", "cpu", "cuda"] | None = None
+    device: Device | None = None
     """Where the model runs."""
     max_num_seqs: int | None = None
     """Requests that run at once (64)."""
@@ -59,11 +58,11 @@ class EngineFlags:
     max_cpu_loras: Annotated[int | None, _IN_LORA] = None
     """Adapters in the CPU cache (as many as slots)."""
 
-    executor: Annotated[Literal["thread", "process"] | None, _IN_MORE] = None
+    executor: Annotated[ExecutorName | None, _IN_MORE] = None
     """Where the model runs: in this process, or in others."""
     tensor_parallel_size: Annotated[int | None, _IN_MORE] = None
     """Processes that share the model (1); needs --executor process."""
-    restart: Annotated[Literal["never", "on-failure"] | None, _IN_MORE] = None
+    restart: Annotated[Restart | None, _IN_MORE] = None
     """on-failure: start the model's processes again when one is lost."""
     dtype: Annotated[DType | None, _IN_MORE] = None
     """Compute dtype."""
@@ -93,7 +92,7 @@ class EngineFlags:
     """Seconds that one decision of the policy may take."""
     policy_max_overruns: Annotated[int | None, _IN_MORE] = None
     """After so many decisions over the budget, fcfs decides."""
-    metrics_compat: Annotated[Literal["none", "vllm"] | None, _IN_MORE] = None
+    metrics_compat: Annotated[MetricsCompat | None, _IN_MORE] = None
     """vllm: export the metrics that request routers read as well."""
     max_adapter_labels: Annotated[int | None, _IN_MORE] = None
     """Adapters that get a metric label of their own."""

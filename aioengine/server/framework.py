@@ -13,10 +13,12 @@ from litestar.response import Response
 
 from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord
+from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, ErrorBody, to_api_error
+from aioengine.server.generation import Generation
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.settings import ServerSettings
-from aioengine.server.streaming import GenerationResponse, send_error
+from aioengine.server.streaming import GenerationResponse, Reply, send_error
 
 RECORD = "aioengine_record"
 """Under this key ``scope["state"]`` holds the request's RequestRecord."""
@@ -66,11 +68,22 @@ class JsonRequest(Request[Any, Any, Any]):
 
 
 class Handled(Response[Any]):
-    """A response that is sent by an ASGI application of its own."""
+    """A response that is sent by an ASGI application of its own: what is generated, in a route's format."""
 
-    def __init__(self, app: GenerationResponse) -> None:
+    def __init__(
+        self,
+        context: Context,
+        generation: Generation,
+        reply: Reply,
+        *,
+        stream: bool | None,
+        record: RequestRecord,
+    ) -> None:
         super().__init__(content=None)
-        self._app = app
+        settings = context.settings
+        self._app = GenerationResponse(
+            generation, reply, stream=bool(stream), settings=settings, record=record
+        )
 
     def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **_kwargs: Any) -> Any:
         request.scope["state"][BODY].release()  # it has become tokens

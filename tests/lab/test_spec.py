@@ -174,7 +174,7 @@ def test_what_a_row_says_wins(tmp_path: Path) -> None:
     assert found[0] == Arrival(0.0, "sql", 5, 10, 4096, 10, "alice", 9, 2.5)
     assert found[1][1:6] == (None, 5, 7, 7, 3)
     assert found[2].adapter in ("adapter-000", "adapter-001") and found[2].tenant in ("tenant-0", "tenant-1")
-    assert found[2][-2:] == (1, 8.0)
+    assert (found[2].priority, found[2].deadline) == (1, 8.0)
     assert found[3].adapter == "adapter-001" and found[3].tenant == "tenant-1"
     own = msgspec.structs.replace(spec, popularity="tenant")
     assert [a.adapter for a in OfferedWorkload(own, 0)][0::3] == ["sql", "adapter-001"]

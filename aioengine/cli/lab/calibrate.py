@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import DEFAULT_MODEL, DType
+from aioengine.cli.flags import DEFAULT_MODEL
+from aioengine.config import DType
 
 if TYPE_CHECKING:
     from aioengine.lab.costs.model import CostModel

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import DEFAULT_MODEL, DType
+from aioengine.cli.flags import DEFAULT_MODEL
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, make_experiment, numbers
 from aioengine.cli.process import EXIT_FAILED
+from aioengine.config import DType
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from aioengine.checks import check_integer, check_seconds
-from aioengine.config import EngineConfig, LoRAConfig, refuse_unknown
+from aioengine.config import EngineConfig, LoRAConfig, from_plain, refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
@@ -136,14 +136,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
         """Raises ConfigError that names ``source`` and the field."""
-        refuse_unknown(cls, values, source)
         workload = values.get("workload")
         if isinstance(workload, Mapping):
             refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
-        try:
-            return msgspec.convert(dict(values), cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {error.__cause__ or error}") from error
+        return from_plain(cls, values, source)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import msgspec
 
 from aioengine.checks import check_integer, check_number
-from aioengine.config import refuse_unknown
+from aioengine.config import from_plain
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes
@@ -156,11 +156,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:
         """From plain data, as ``msgspec.to_builtins`` gives it. Raises ConfigError, which begins with
         ``source``; unknown fields are refused by name."""
-        refuse_unknown(cls, values, source)
-        try:
-            return msgspec.convert(dict(values), cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {error}") from error
+        return from_plain(cls, values, source)
 
     def tenant_weights(self) -> list[float]:
         """Each tenant's share of the requests; they add up to 1."""

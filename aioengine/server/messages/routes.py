@@ -17,7 +17,6 @@ from aioengine.server.messages.read import prompt_of, to_chat
 from aioengine.server.messages.reply import MessagesReply
 from aioengine.server.openai.chat import encode_messages, start_chat
 from aioengine.server.openai.tools import plan_tools
-from aioengine.server.streaming import GenerationResponse
 
 
 class Counted(msgspec.Struct):
@@ -34,12 +33,7 @@ def messages_routes(context: Context) -> list[HTTPRouteHandler]:
         reply = MessagesReply(
             chat.generation.reply_id, data.model, chat.parsers[0], data.stop_sequences or ()
         )
-        stream = bool(data.stream)
-        return Handled(
-            GenerationResponse(
-                chat.generation, reply, stream=stream, settings=context.settings, record=record
-            )
-        )
+        return Handled(context, chat.generation, reply, stream=data.stream, record=record)
 
     @post("/v1/messages/count_tokens", status_code=200, responses=RESPONSES, summary="Tokens of a prompt")
     async def count_tokens(data: JSONBody[CountRequest], request: Request[Any, Any, Any]) -> Counted:

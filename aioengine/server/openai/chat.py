@@ -20,7 +20,7 @@ from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.sampling import sampling_params
 from aioengine.server.openai.tools import ToolParser, ToolPlan, plan_tools
-from aioengine.server.streaming import GenerationResponse, ReplyOptions
+from aioengine.server.streaming import ReplyOptions
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
 
@@ -40,12 +40,7 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
             with_logprobs=bool(data.logprobs),
             echoed=_echoed(data.messages[-1]) if data.echo else "",
         )
-        stream = bool(data.stream)
-        return Handled(
-            GenerationResponse(
-                chat.generation, reply, stream=stream, settings=context.settings, record=record
-            )
-        )
+        return Handled(context, chat.generation, reply, stream=data.stream, record=record)
 
     return [chat_completions]
 

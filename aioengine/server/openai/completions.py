@@ -32,7 +32,7 @@ from aioengine.server.openai.logprobs import (
     prompt_logprobs,
 )
 from aioengine.server.openai.sampling import sampling_params
-from aioengine.server.streaming import DONE, GenerationResponse, ReplyOptions, event
+from aioengine.server.streaming import DONE, ReplyOptions, event
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -76,10 +76,7 @@ def completion_routes(context: Context) -> list[HTTPRouteHandler]:
             echoed=await context.texts_of(prompts, texts, owner=record.owner) if data.echo else None,
             token_bytes=context.token_bytes(),
         )
-        stream = bool(data.stream)
-        return Handled(
-            GenerationResponse(generation, reply, stream=stream, settings=context.settings, record=record)
-        )
+        return Handled(context, generation, reply, stream=data.stream, record=record)
 
     return [completions]
 

@@ -15,7 +15,6 @@ from aioengine.server.openai.chat import start_chat
 from aioengine.server.responses.api import ResponsesRequest
 from aioengine.server.responses.read import to_chat
 from aioengine.server.responses.reply import ResponsesReply
-from aioengine.server.streaming import GenerationResponse
 
 
 def responses_routes(context: Context) -> list[HTTPRouteHandler]:
@@ -26,11 +25,6 @@ def responses_routes(context: Context) -> list[HTTPRouteHandler]:
         record = record_of(request)
         chat = await start_chat(context, to_chat(data), record, prefix="resp_")
         reply = ResponsesReply(chat.generation.reply_id, data, chat.parsers[0])
-        stream = bool(data.stream)
-        return Handled(
-            GenerationResponse(
-                chat.generation, reply, stream=stream, settings=context.settings, record=record
-            )
-        )
+        return Handled(context, chat.generation, reply, stream=data.stream, record=record)
 
     return [responses]
