@@ -15,6 +15,7 @@
 #   make docs         the documentation site, in build/site
 #   make bench        tokens per second with and without adapters, where the time of a step goes and how it grows,
 #                     and what a scheduling decision costs
+#   make lock         uv.lock for the dependencies that pyproject.toml names
 #   make clean        remove the environments and everything that was built
 #
 # PYTHON=python3.12 picks the interpreter, which must be 3.11 or newer. ARGS are passed on to the command.
@@ -32,7 +33,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz clients attack lint typecheck docs bench clean
+.PHONY: demo test fuzz clients attack lint typecheck docs bench lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -79,6 +80,10 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.engine.workload --quantization int8 $(ARGS)
 	$(BIN)/python -m benchmarks.kernels.cpu
 	$(BIN)/python -m benchmarks.policies.scheduling
+
+lock: $(VENV)/.dev
+	$(PIP) install uv
+	$(BIN)/uv lock
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
