@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aioengine.lab.report.run_page import write_report
     from aioengine.lab.runs.comparison import Comparison, compare, estimates, load_results
     from aioengine.lab.runs.experiment import Experiment
-    from aioengine.lab.runs.frames import Frames, load_frames
+    from aioengine.lab.runs.rows import Frames, load_frames
     from aioengine.lab.runs.simulate import run
     from aioengine.lab.workload.spec import WorkloadSpec
 
@@ -50,7 +50,7 @@ _HOMES = {
     "Comparison": "runs.comparison",
     "CostModel": "costs.model",
     "Experiment": "runs.experiment",
-    "Frames": "runs.frames",
+    "Frames": "runs.rows",
     "WorkloadSpec": "workload.spec",
     "available_presets": "costs.presets",
     "by_client": "analysis.fairness",
@@ -59,7 +59,7 @@ _HOMES = {
     "estimates": "runs.comparison",
     "jain": "analysis.fairness",
     "load_costs": "costs.presets",
-    "load_frames": "runs.frames",
+    "load_frames": "runs.rows",
     "load_results": "runs.comparison",
     "run": "runs.simulate",
     "service_gap": "analysis.fairness",

@@ -15,8 +15,8 @@ from support.lab_sim import config, costs
 
 from aioengine.errors import AioEngineError, ConfigError, PolicyError
 from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.runs.files import CsvFiles
 from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.rows import CsvFiles
 from aioengine.lab.runs.simulate import lab_policy, run
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -202,5 +202,5 @@ def most_held(requests: int, folder: Path) -> int:
 
 def test_memory_does_not_grow_with_the_trace(tmp_path: Path) -> None:
     most_held(200, tmp_path)  # what is imported and cached once
-    small, large = (most_held(requests, tmp_path) for requests in (1000, 4000))
+    small, large = (most_held(requests, tmp_path) for requests in (500, 2000))
     assert large < small * 1.1

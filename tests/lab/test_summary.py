@@ -13,8 +13,8 @@ from support.lab_files import REQUESTS, SAMPLES, request, sample, write_files
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.fairness import BASE, by_client, jain, max_min, service_gap
 from aioengine.lab.analysis.summary import flatten, summarize
-from aioengine.lab.runs.frames import load_frames
 from aioengine.lab.runs.recorder import BASE as RECORDED_BASE
+from aioengine.lab.runs.rows import load_frames
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aioengine.lab.runs.frames import FILES
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, SlotSpan
+from aioengine.lab.runs.rows import FILES, Move, RequestRecord, Sample, SlotSpan
 
 
 def request(name: str, adapter: str | None, arrival: float, **fields: Any) -> RequestRecord:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
-from aioengine.lab.runs.frames import Frames, load_frames
+from aioengine.lab.runs.rows import Frames, load_frames
 
 if TYPE_CHECKING:
     import polars as pl

@@ -24,7 +24,7 @@ from aioengine.lab.report.style import (
     seconds_text,
     thousands_axis,
 )
-from aioengine.lab.runs.frames import load_frame
+from aioengine.lab.runs.rows import load_frame
 
 if TYPE_CHECKING:
     import polars as pl

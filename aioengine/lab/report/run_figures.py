@@ -27,7 +27,7 @@ from aioengine.lab.report.style import (
     thousands_axis,
 )
 from aioengine.lab.report.timeline import draw_timeline
-from aioengine.lab.runs.frames import Frames, load_frames
+from aioengine.lab.runs.rows import Frames, load_frames
 
 if TYPE_CHECKING:
     import polars as pl

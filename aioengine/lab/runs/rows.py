@@ -1,8 +1,21 @@
-"""What is recorded of a run, live or simulated: rows that are written out as they come."""
+"""Rows that are recorded of a run, live or simulated: written to CSV files, and read back as data frames."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import csv
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args, get_type_hints
+
+from aioengine.errors import ConfigError
+from aioengine.lab.workload.extra import needs_extra
+
+if TYPE_CHECKING:
+    import polars as pl
+
+DIGITS = 9
+"""Times are written to the nanosecond."""
 
 
 class RequestRecord(NamedTuple):
@@ -83,3 +96,114 @@ class Sink(Protocol):
     def span(self, record: SlotSpan) -> None: ...
     def move(self, record: Move) -> None: ...
     def sample(self, record: Sample) -> None: ...
+
+
+FILES: Mapping[str, type[Any]] = {
+    "requests": RequestRecord,
+    "slots": SlotSpan,
+    "moves": Move,
+    "samples": Sample,
+}
+"""Name of a file without ".csv" -> the type of its rows."""
+
+
+class CsvFiles:
+    """A :class:`Sink` that writes a CSV file for each kind of row, so that memory does not grow with the run.
+
+    The first line has the names of the columns. None becomes an empty field.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files: list[IO[str]] = []
+        self._requests, self._spans, self._moves, self._samples = (
+            self._open(folder / f"{name}.csv", kind._fields) for name, kind in FILES.items()
+        )
+
+    def _open(self, path: Path, fields: Sequence[str]) -> Any:
+        file = path.open("w", encoding="utf-8", newline="")
+        self._files.append(file)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(fields)
+        return writer
+
+    def request(self, record: RequestRecord) -> None:
+        self._requests.writerow(_rounded(record))
+
+    def span(self, record: SlotSpan) -> None:
+        self._spans.writerow(_rounded(record))
+
+    def move(self, record: Move) -> None:
+        self._moves.writerow(_rounded(record))
+
+    def sample(self, record: Sample) -> None:
+        self._samples.writerow(_rounded(record))
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _rounded(record: Sequence[Any]) -> list[Any]:
+    return [round(value, DIGITS) if type(value) is float else value for value in record]
+
+
+class Frames(NamedTuple):
+    """The rows of a run: a frame for each file, a column for each field of its record type."""
+
+    requests: pl.DataFrame
+    """:class:`RequestRecord`, in order of their ends."""
+    slots: pl.DataFrame
+    """:class:`SlotSpan`."""
+    moves: pl.DataFrame
+    """:class:`Move`."""
+    samples: pl.DataFrame
+    """:class:`Sample`."""
+
+
+def load_frames(folder: str | Path) -> Frames:
+    """Reads the four files that a run wrote to ``folder``.
+
+    Raises ConfigError if a file is missing, or was not written by the lab.
+    """
+    return Frames(*(load_frame(folder, name) for name in FILES))
+
+
+def load_frame(folder: str | Path, name: str) -> pl.DataFrame:
+    """Reads one file: "requests", "slots", "moves" or "samples". Raises ConfigError as above."""
+    with needs_extra():
+        import polars as pl
+    path = Path(folder) / f"{name}.csv"
+    columns = _columns(FILES[name])
+    kinds: dict[type, Any] = {int: pl.Int64, float: pl.Float64, str: pl.String}
+    schema = {column: kinds[kind] for column, kind in columns.items()}
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = file.readline().rstrip("\r\n")
+        if header != ",".join(columns):
+            raise ConfigError(f"{path}: no file of a run: columns {header!r}, not {','.join(columns)!r}")
+        return pl.read_csv(path, schema=schema)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: no such file; 'aioengine lab run --out {folder}' would write it"
+        ) from error
+    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _columns(record: type[Any]) -> dict[str, type]:
+    """Names of the fields, with their types without None."""
+    return {name: _plain(hint) for name, hint in get_type_hints(record).items()}
+
+
+def _plain(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    assert isinstance(hint, type)
+    return hint

@@ -18,11 +18,10 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.fleet.replay import replay_on_fleet
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
-from aioengine.lab.runs.files import CsvFiles
 from aioengine.lab.runs.open_loop import Progress, Replayed
 from aioengine.lab.runs.policy_record import PolicyRecord, PolicyWatch
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Sink
+from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.context import TooLong, Truncated, count_too_long
