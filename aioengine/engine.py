@@ -15,7 +15,7 @@ from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
-from aioengine.info import AdapterInfo, EngineState, EngineStats, LoadProgress, SlotTable
+from aioengine.info import AdapterInfo, EngineLoad, EngineState, EngineStats, LoadProgress, SlotTable
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
 from aioengine.runtime.adapters import AdapterOps
@@ -29,7 +29,7 @@ from aioengine.runtime.assemble import (
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
-from aioengine.runtime.stats import Counters, slot_infos
+from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
@@ -388,6 +388,28 @@ class AsyncEngine:
         self._check_lora()
         await self._adapters.unload(name, force=force)
 
+    async def prepare_adapter(
+        self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
+    ) -> AdapterInfo:
+        """Make the next version of an adapter ready without letting requests use it: they do after
+        :meth:`commit_adapter`, and :meth:`discard_adapter` drops it. So several engines can change at once.
+
+        Arguments and errors are those of ``load_adapter(..., replace=True)``. With ``read=False`` it is read
+        when a request first needs it."""
+        self._check_lora()
+        return await self._adapters.prepare(name, path, read=read)
+
+    def commit_adapter(self, name: str) -> AdapterInfo:
+        """Let new requests use the version that was prepared; those accepted before finish on the old one.
+        Raises AdapterNotFound if none was."""
+        self._check_lora()
+        return self._adapters.commit(name)
+
+    def discard_adapter(self, name: str) -> None:
+        """Drop the version that was prepared, if one was."""
+        self._check_lora()
+        self._adapters.discard(name)
+
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
         """Bring it to a slot and keep it there whatever happens. Returns when it is in its slot: if none
         is idle, one is closed to new requests and taken when those that run in it have ended.
@@ -418,6 +440,16 @@ class AsyncEngine:
         """The engine as it stands now; after its stop, as it stood at the end."""
         self._check_started()
         return self._counters.snapshot(self._core)
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is, for routers; cheaper than :meth:`stats`."""
+        self._check_started()
+        return engine_load(self._core, self._stepper.step_age())
+
+    def resident(self) -> list[AdapterInfo]:
+        """The adapters in slots, in the CPU cache, and on their way to it, however many are registered."""
+        self._check_started()
+        return list(self._adapters.resident())
 
     def slots(self) -> SlotTable:
         """The slots, and a number that tells whether anything in them has changed; cheaper than

@@ -55,6 +55,24 @@ class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
     slots: tuple[SlotInfo, ...]
 
 
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What a router needs to know of an engine, as it stands now."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    """Prompt tokens that are still to be computed."""
+    running_tokens: int
+    """Tokens of running requests that are in the KV cache."""
+    kv_tokens: int
+    """Tokens that the KV cache holds in all."""
+    kv_tokens_free: int
+    waiting_for: dict[str | None, int]
+    """Waiting requests by adapter (None: the base model); those without any are left out."""
+    step_age: float
+    """Seconds since the step that runs now began; 0 if none does."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine as it stands now; counters count from its start."""
 

@@ -55,7 +55,8 @@ ROOMS: dict[str, set[str]] = {
         "runtime",
         "schedulers",
     },
-    "cli": {"engine", "grammars", "memory_plan", "model", "schedulers", "server", "lab"},
+    "fleet": {"engine", "grammars", "memory_plan", "metrics", "model", "runtime", "schedulers", "server"},
+    "cli": {"engine", "fleet", "grammars", "memory_plan", "model", "schedulers", "server", "lab"},
     "server": {"adapters", "engine", "grammars", "metrics", "runtime", "schedulers"},
     "lab": {"core", "engine", "executors", "memory_plan", "metrics", "runtime", "schedulers"},
 }
@@ -64,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
 
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
-    "cli": {"demo", "generate", "lab", "serving"},
+    "cli": {"demo", "fleet", "generate", "lab", "serving"},
     "executors": {"process"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
     "lab": {"analysis", "calibration", "costs", "fleet", "report", "runs", "simulation", "workload"},

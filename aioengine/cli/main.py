@@ -48,6 +48,9 @@ COMMANDS = {
   aioengine demo
   aioengine demo --requests 24 --max-tokens 64
   aioengine demo | cat                            plain lines instead of the live view""",
+    "fleet": """\
+  aioengine fleet status
+  aioengine fleet drain k3x9q2ab""",
     "generate": """\
   aioengine generate "How many users are there?" --chat --adapter path/to/sql
   aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
@@ -69,8 +72,20 @@ COMMANDS = {
   aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
   aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
-"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "keys"
-and "lab" are groups of their own."""
+"""The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "fleet",
+"keys" and "lab" are groups of their own."""
+
+FLEET_COMMANDS = {
+    "status": """\
+  aioengine fleet status
+  RAY_ADDRESS=head:6379 aioengine fleet status""",
+    "adapters": """\
+  aioengine fleet adapters""",
+    "drain": """\
+  aioengine fleet drain k3x9q2ab
+  aioengine fleet drain k3x9q2ab --undo""",
+}
+"""The commands for fleets: ``name`` is the function ``name`` in ``aioengine.cli.fleet.command``."""
 
 KEYS_COMMANDS = {
     "new": """\
@@ -113,6 +128,11 @@ _ROOMS = {"demo", "generate"}
 """Commands with a room of their own, where they are in the file ``command``."""
 
 GROUPS = {
+    "fleet": (
+        FLEET_COMMANDS,
+        "aioengine.cli.fleet.command:",
+        "Look at a fleet, and drain replicas.",
+    ),
     "keys": (KEYS_COMMANDS, "aioengine.cli.keys:", "Make and check the API keys of a server."),
     "lab": (
         LAB_COMMANDS,

@@ -17,6 +17,7 @@ from cyclopts import Group, Parameter
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
+from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED
@@ -28,7 +29,11 @@ from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from aioengine.config import EngineConfig
+    from aioengine.fleet.client import FleetClient
+    from aioengine.fleet.config import FleetConfig
     from aioengine.server.run import ListenSettings
 
 KEY_VARIABLE = "AIOENGINE_API_KEYS"
@@ -186,12 +191,13 @@ def serve(
     server: ServerFlags | None = None,
     engine: EngineFlags | None = None,
     recording: RecordFlags | None = None,
+    fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
-    "model" in a request is the base model's name or an adapter's. SIGTERM lets accepted requests finish;
-    a second one does not. With --adapter-root, adapters can be loaded over HTTP out of that folder.
+    "model" in a request is the base model's name or an adapter's. SIGTERM lets accepted requests finish, a
+    second one does not. With --adapter-root, adapters can be loaded over HTTP.
     """
     flags = server or ServerFlags()
     for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
@@ -207,6 +213,10 @@ def serve(
     for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; take another")
+    replicas = (fleet or FleetFlags()).fleet_config(config, adapters)
+    record = recording or RecordFlags()
+    if replicas is not None and record.record is not None:
+        raise ConfigError("--record: records one engine's requests, and with --replicas there are several")
     level = common.log_level if common is not None and common.log_level is not None else "info"
     try:
         import aioengine.server.run
@@ -215,7 +225,7 @@ def serve(
     del aioengine
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
-        return run(_serve(config, adapters, settings, flags, recording or RecordFlags(), log))
+        return run(_serve(config, adapters, settings, flags, record, log, replicas))
 
 
 async def _serve(
@@ -225,37 +235,46 @@ async def _serve(
     flags: ServerFlags,
     recording: RecordFlags,
     log: BackgroundFile,
+    replicas: FleetConfig | None,
 ) -> int:
+    from aioengine.cli.fleet.started import started_fleet
     from aioengine.cli.progress import started
     from aioengine.cli.serving.lifetime import serve_to_the_end
     from aioengine.cli.serving.startup import tell_what_runs
+    from aioengine.engine import AsyncEngine
     from aioengine.server.app import create_app
     from aioengine.server.entrance import Entrance
     from aioengine.server.run import Signals, listening
 
     listen = flags.listen_settings()
     signals = Signals()
-    entrance = Entrance(
-        config.name
-    )  # before the model is loaded: a port in use is found out, and probes are answered
+    # Before the model is loaded: a port in use is found out, and probes are answered.
+    entrance = Entrance(config.name)
     async with recording.writer() as writer, contextlib.AsyncExitStack() as ending:
         url = await ending.enter_async_context(listening(entrance, listen))
-        async with started(config, adapters, entrance.progress) as engine:
-            if writer is not None:
-                writer.attach(engine)
-            engine.metrics.dropped_log_lines = lambda: log.dropped
-            engine.metrics.export_process()
-            app = create_app(engine, settings)
+        opened: AbstractAsyncContextManager[AsyncEngine | FleetClient]
+        if replicas is None:
+            opened = started(config, adapters, entrance.progress)
+        else:
+            opened = started_fleet(replicas, entrance.progress)
+        async with opened as client:
+            if isinstance(client, AsyncEngine):
+                if writer is not None:
+                    writer.attach(client)
+                client.metrics.dropped_log_lines = lambda: log.dropped
+                client.metrics.export_process()
+            app = create_app(client, settings)
             await app.context.defaults()
             entrance.open(app)
             try:
                 _tell(url, flags, settings)
-                tell_what_runs(engine)
+                if isinstance(client, AsyncEngine):
+                    tell_what_runs(client)
                 with signals.handled():
-                    finished = await serve_to_the_end(engine, app, signals, flags)
-                dead = engine.state == "dead"
+                    finished = await serve_to_the_end(client, app, signals, flags)
+                dead = client.state == "dead"
                 if not finished:  # so that what is cut off says so, as its last event
-                    await engine.stop()
+                    await client.stop()
             finally:
                 await ending.aclose()  # connections end before the engine
     logger.info("stopped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from itertools import islice
 
@@ -52,6 +52,8 @@ class AdapterOps:
         """What ends the load under way, by name."""
         self._unloads: Counter[str] = Counter()
         """Names that are waited for in order to unload them."""
+        self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
+        """By name: the version that is to be committed, and the path that it was given by."""
         stepper.listeners.append(self._forget_lost)
 
     # Finding
@@ -215,7 +217,39 @@ class AdapterOps:
             where = await self._resolution.locate(name, source or self._fetched[name])
         return self._residency.declare(name, where)
 
-    async def _load(self, entry: AdapterEntry, *, pin: bool) -> None:
+    # Replacing in two steps
+
+    async def prepare(self, name: str, path: str | os.PathLike[str] | None, *, read: bool) -> AdapterInfo:
+        source = None if path is None else checked_path(name, path)
+        async with self._locks.hold(name), self._until_unloaded(name):
+            self.discard(name)
+            entry = await self._new_version(name, source)
+            if read:
+                await self._load(entry, pin=False, publish=False)
+            self._prepared[name] = entry, source
+        return adapter_info(entry)
+
+    def commit(self, name: str) -> AdapterInfo:
+        entry, source = self._prepared.pop(name, (None, None))
+        if entry is None:
+            raise AdapterNotFound("no version of it was prepared", name=name)
+        old = self._residency.current.get(name)
+        entry.pinned = old is not None and old.pinned
+        self._residency.publish(entry, _now())
+        if source is not None:
+            self._fetched.pop(name, None)
+            if source.startswith(PREFIX):
+                self._fetched[name] = source
+        self._stepper.wake()
+        return self.info(name)
+
+    def discard(self, name: str) -> None:
+        entry, _ = self._prepared.pop(name, (None, None))
+        if entry is not None:
+            self._residency.retire(entry, _now())
+            self._stepper.wake()
+
+    async def _load(self, entry: AdapterEntry, *, pin: bool, publish: bool = True) -> None:
         """Read it; publish it if it is a new version that turns out to be good. It takes over the pin."""
         new = self._residency.current.get(entry.label) is not entry
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -230,7 +264,7 @@ class AdapterOps:
             old = self._residency.current.get(entry.label)
             if new and (error is not None or done.cancelled()):
                 self._residency.retire(entry, _now())
-            elif new:
+            elif new and publish:
                 entry.pinned = old is not None and old.pinned
                 self._residency.publish(entry, _now())
             if error is None and not done.cancelled():
@@ -351,6 +385,10 @@ class AdapterOps:
             for name, path in self._fetched.items()
             if path is not None and not self.is_registered(name)
         ]
+
+    def resident(self) -> Sequence[AdapterInfo]:
+        """Those that hold memory, or are about to."""
+        return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
 
     def info(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""

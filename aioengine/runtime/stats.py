@@ -6,7 +6,7 @@ from collections import Counter
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.info import EngineStats, SlotInfo
+from aioengine.info import EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
 
@@ -97,4 +97,23 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             pinned=slot.entry is not None and slot.entry.pinned,
         )
         for slot in core.slots.slots
+    )
+
+
+def engine_load(core: Core, step_age: float) -> EngineLoad:
+    waiting_for: dict[str | None, int] = {}
+    for entry in core.queues.heads.values():
+        name = None if entry is None else entry.label
+        waiting_for[name] = waiting_for.get(name, 0) + len(core.queues.queue_of(entry))
+    live = core.requests.values()
+    block = core.blocks.block_size
+    return EngineLoad(
+        running=len(core.running),
+        waiting=len(core.queues),
+        waiting_tokens=sum(max(r.prompt_len - r.computed, 0) for r in live),
+        running_tokens=sum(r.computed for r in core.running.values()),
+        kv_tokens=core.blocks.num_blocks * block,
+        kv_tokens_free=core.blocks.num_free * block,
+        waiting_for=waiting_for,
+        step_age=step_age,
     )

@@ -208,7 +208,7 @@ class Submitter:
             return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
 
         # Never on the loop: how long a template takes is up to the template.
-        return await self._text_work.run(SHORT + _size_of(messages, limit), encode_chat, owner)
+        return await self._text_work.run(SHORT + size_of(messages, limit), encode_chat, owner)
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         limit = self._parts.plan.max_model_len
@@ -240,7 +240,7 @@ def _token_ids(prompt: object, limit: int) -> list[int] | None:
     return list(prompt) if isinstance(prompt, list) and set(map(type, prompt)) <= {int} else None
 
 
-def _size_of(messages: list[Any], limit: int) -> int:
+def size_of(messages: list[Any], limit: int) -> int:
     """Characters of a chat's texts, or a guess at it; at least one for each message.
 
     Raises RequestInvalid if there are more messages, or parts of one, than a prompt has tokens: a template's

@@ -7,7 +7,8 @@ import logging
 from typing import Protocol
 
 from aioengine.cli.serving.systemd import Systemd
-from aioengine.engine import AsyncEngine
+from aioengine.errors import EngineDead
+from aioengine.info import EngineState
 from aioengine.server.app import ServerApp
 from aioengine.server.run import Signals, serve_until_told
 
@@ -15,6 +16,14 @@ logger = logging.getLogger("aioengine.server")
 
 LINGER_SECONDS = 2.0
 """How long a server with a dead engine stays, so that those it fails are told, and probes see it."""
+
+
+class Served(Protocol):
+    """An engine, or a fleet of them."""
+
+    @property
+    def state(self) -> EngineState: ...
+    async def until_dead(self) -> EngineDead: ...
 
 
 class Ends(Protocol):
@@ -28,7 +37,7 @@ class Ends(Protocol):
     def keep_dead(self) -> bool: ...
 
 
-async def serve_to_the_end(engine: AsyncEngine, app: ServerApp, signals: Signals, ends: Ends) -> bool:
+async def serve_to_the_end(engine: Served, app: ServerApp, signals: Signals, ends: Ends) -> bool:
     """Serve until a signal says to end and what was accepted is answered, or the engine is dead.
 
     Returns False if requests were cut off. Tells systemd about it, if that has started this process.

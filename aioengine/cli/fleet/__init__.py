@@ -1,0 +1,1 @@
+"""Fleets of replicas from the command line."""

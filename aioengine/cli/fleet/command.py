@@ -1,0 +1,114 @@
+"""``aioengine fleet``: a look at a fleet that runs, and what can be done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.info import AdapterInfo
+
+AppName = Annotated[str, Parameter(name="--app-name")]
+
+
+def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
+    """Print the replicas of a fleet: how busy they are, and what is in their slots.
+
+    Joins the cluster that RAY_ADDRESS names, or the one that runs on this machine.
+    """
+    from rich.table import Table
+
+    from aioengine.cli.tables import box_for, output_console
+
+    rows = _described(app_name)
+    console = output_console()
+    table = Table(title=f"Fleet {app_name}", title_justify="left", box=box_for(console))
+    for name in ("replica", "state", "process", "node"):
+        table.add_column(name)
+    for name in ("running", "waiting", "KV free"):
+        table.add_column(name, justify="right")
+    table.add_column("slots")
+    for row in rows:
+        table.add_row(
+            row["replica"],
+            row["state"],
+            str(row["pid"]),
+            row["node"],
+            str(row["running"]),
+            str(row["waiting"]),
+            f"{row['kv_free']:.0%}",
+            " ".join(name or "-" for name in row["slots"]),
+        )
+    console.print(table)
+    return 0
+
+
+def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
+    """Print the adapters of a fleet, and which replica has each in a slot or in its CPU cache."""
+    from rich.table import Table
+
+    from aioengine.cli.tables import box_for, output_console
+
+    rows = _described(app_name)
+    found: dict[str, dict[str, AdapterInfo]] = {}
+    for row in rows:
+        for info in row["adapters"]:
+            found.setdefault(info.name, {})[row["replica"]] = info
+    console = output_console()
+    table = Table(title=f"Adapters of {app_name}", title_justify="left", box=box_for(console))
+    for name in ("adapter", "rank", "path", "pinned", *[row["replica"] for row in rows]):
+        table.add_column(name)
+    for name, where in sorted(found.items()):
+        best = max(where.values(), key=lambda info: info.rank)
+        pinned = "yes" if any(info.pinned for info in where.values()) else ""
+        places = [_place(where.get(row["replica"])) for row in rows]
+        table.add_row(name, str(best.rank or ""), best.path, pinned, *places)
+    console.print(table)
+    return 0
+
+
+def drain(
+    replica: str,
+    *,
+    undo: Annotated[bool, Parameter(negative="")] = False,
+    app_name: AppName = "aioengine",
+    common: CommonFlags | None = None,
+) -> int:
+    """Have a replica take no new requests; those accepted finish.
+
+    Args:
+        replica: Its name, as ``aioengine fleet status`` prints it.
+        undo: Have it take requests again.
+    """
+    from aioengine.config import nearest
+
+    names = [row["replica"] for row in _described(app_name)]
+    if replica not in names:
+        there = ", ".join(names)
+        raise ConfigError(f"replica {replica!r} is not there{nearest(replica, names)}; there are: {there}")
+    _call(app_name, "drain", not undo, to=replica)
+    print(f"replica {replica} {'takes requests again' if undo else 'drains'}")
+    return 0
+
+
+def _place(info: AdapterInfo | None) -> str:
+    return "" if info is None or info.location == "disk" else info.location
+
+
+def _described(app_name: str) -> Sequence[dict[str, Any]]:
+    from aioengine.fleet.cluster import existing_fleet
+
+    handle = existing_fleet(app_name)
+    rows: list[dict[str, Any]] = handle.broadcast("describe").results(timeout_s=10)
+    return sorted(rows, key=lambda row: str(row["replica"]))
+
+
+def _call(app_name: str, method: str, *arguments: Any, to: str) -> None:
+    from aioengine.fleet.cluster import existing_fleet
+
+    existing_fleet(app_name).options(method_name=method).remote(*arguments, to=to).result(timeout_s=10)

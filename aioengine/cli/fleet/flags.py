@@ -1,0 +1,53 @@
+"""Flags of ``aioengine serve`` that make it a fleet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.help import FOLDED
+from aioengine.config import EngineConfig
+from aioengine.errors import ConfigError
+from aioengine.fleet.config import FleetConfig
+
+_SERVER = Group("Server", sort_key=5)
+_IN_MORE = Parameter(group=Group(f"{FOLDED} fleet flags", sort_key=28))
+
+
+@Parameter(name="*", group=_SERVER)
+@dataclass(frozen=True, kw_only=True)
+class FleetFlags:
+    replicas: int | None = None
+    """Engines behind this server, on Ray (RAY_ADDRESS, or started here)."""
+    router: Annotated[str | None, _IN_MORE] = None
+    """Which replica a request goes to (affinity)."""
+    placement: Annotated[str | None, _IN_MORE] = None
+    """Which adapters are brought where beforehand (none)."""
+    cpus_per_replica: Annotated[int | None, _IN_MORE] = None
+    """CPUs, and threads, of each replica (1)."""
+    migration_limit: Annotated[int | None, _IN_MORE] = None
+    """How often a request may lose its replica and go on at another one (3)."""
+    registry: Annotated[str | None, _IN_MORE] = None
+    """Folder or URL where the fleet's adapters are written down."""
+    app_name: Annotated[str | None, _IN_MORE] = None
+    """Name of the Serve application (aioengine)."""
+
+    def fleet_config(self, engine: EngineConfig, adapters: dict[str, str]) -> FleetConfig | None:
+        """None: one engine in this process. Raises ConfigError."""
+        given: dict[str, Any] = {
+            "replicas": self.replicas,
+            "router": self.router,
+            "placement": self.placement,
+            "cpus_per_replica": self.cpus_per_replica,
+            "migration_limit": self.migration_limit,
+            "registry": self.registry,
+            "name": self.app_name,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            return None
+        if self.replicas is None:
+            raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: is of a fleet; add --replicas")
+        return FleetConfig(engine=engine, adapters=adapters, **given)

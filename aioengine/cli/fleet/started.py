@@ -1,0 +1,130 @@
+"""Starting a fleet for a server, and ending it without leaving a process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from aioengine.errors import ConfigError
+from aioengine.fleet.config import FleetConfig
+from aioengine.info import LoadProgress
+
+if TYPE_CHECKING:
+    from aioengine.fleet.client import FleetClient
+
+T = TypeVar("T")
+
+logger = logging.getLogger("aioengine.fleet")
+
+
+@asynccontextmanager
+async def started_fleet(config: FleetConfig, progress: LoadProgress) -> AsyncIterator[FleetClient]:
+    """A running fleet behind a client. At this door's end, or if anything fails, what it started ends:
+    Ray itself, if it was started here; the replicas, if this was their last door.
+
+    Raises ConfigError, before anything is started if it can be known by then.
+    """
+    from aioengine.fleet import cluster
+    from aioengine.fleet.deployment import make_client, plan_replica, replica_application
+
+    cluster.require_ray()
+    where = cluster.address()
+    if where is None:
+        cluster.check_cpus(config.replicas, config.cpus_per_replica)
+    else:
+        cluster.check_address(where)
+    planned, plan = await asyncio.to_thread(
+        plan_replica, config, share=config.replicas if where is None else None
+    )
+    with _EndedBySigterm() as sigterm:
+        progress("starting Ray", 0, 1)
+        ray = await _to_its_end(lambda: cluster.connect(config.replicas * config.cpus_per_replica))
+        sigterm.listen()
+        client: FleetClient | None = None
+        joined: cluster.Door | None = None
+        try:
+            progress("starting replicas", 0, config.replicas)
+            joined = await _to_its_end(
+                lambda: cluster.open_door(config, lambda: replica_application(planned))
+            )
+            client = await make_client(config, joined.handle, plan)
+            await client.start()
+        except BaseException:
+            await _end(client, joined, ray)
+            raise
+    try:
+        yield client
+    finally:
+        await _end(client, joined, ray)
+
+
+async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
+    """To the end, however often it is cancelled."""
+    from aioengine.fleet.cluster import Cluster, Door
+
+    async def end() -> None:
+        if client is not None:
+            await client.stop()
+        if isinstance(ray, Cluster):
+            if isinstance(joined, Door) and not ray.own:
+                await asyncio.to_thread(joined.close)
+            await asyncio.to_thread(ray.close)
+
+    task = asyncio.ensure_future(end())
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
+
+
+async def _to_its_end(work: Callable[[], T]) -> T:
+    """``work()`` in a thread. If this is cancelled it goes on to its end, and is undone by the caller: so the
+    result of a cancelled call is lost only if it failed."""
+    task: Awaitable[T] = asyncio.ensure_future(asyncio.to_thread(work))
+    cancelled = False
+    while True:
+        try:
+            found = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+            continue
+        break
+    if cancelled:
+        close = getattr(found, "close", None)
+        if close is not None:
+            await asyncio.to_thread(close)
+        raise asyncio.CancelledError
+    return found
+
+
+class _EndedBySigterm:
+    """Until the server handles signals itself, SIGTERM cancels the task, so that it can clean up."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._told = False
+
+    def listen(self) -> None:
+        """Again after Ray has been started, for it takes the signal for itself."""
+        self._loop.remove_signal_handler(signal.SIGTERM)
+        self._loop.add_signal_handler(signal.SIGTERM, self._stop)
+
+    def __enter__(self) -> Self:
+        self.listen()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._loop.remove_signal_handler(signal.SIGTERM)
+        if self._told and isinstance(error, asyncio.CancelledError):
+            raise ConfigError("stopped by SIGTERM before the fleet had started")
+
+    def _stop(self) -> None:
+        self._told = True
+        self._task.cancel()

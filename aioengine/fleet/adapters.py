@@ -1,0 +1,279 @@
+"""Adapters of a fleet: what is done to one is done on every replica, or on none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from aioengine.errors import AdapterError, AdapterNotFound, AioEngineError, ConfigError, EngineStopped
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.members import Member, Members
+from aioengine.fleet.registry import Entry, registry_actor
+from aioengine.info import AdapterInfo
+from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
+
+logger = logging.getLogger("aioengine.fleet")
+
+_SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
+SYNC_SECONDS = 60.0
+
+
+class FleetAdapters:
+    def __init__(self, config: FleetConfig, members: Members) -> None:
+        self._config = config
+        self._members = members
+        self._entries: dict[str, Entry] = {
+            name: Entry(name, path, 0) for name, path in config.adapters.items()
+        }
+        """As the registry had them when this door last looked or changed something."""
+        self._registry: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._placement = PlacementGuard(load_placement(config.placement), timer=time.perf_counter)
+
+    async def start(self) -> None:
+        self._registry = registry_actor(self._config.name, self._config.registry)
+        await self._look()
+        for name in self._entries:
+            self._members.state.add_adapter(name)
+        self._members.on_join = self._joined
+        for member in list(self._members.members.values()):
+            await self._sync(member)
+        if self._config.placement != "none":
+            self._spawn(self._plan())
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def all(self) -> list[AdapterInfo]:
+        """Each once, at the fastest place that has it."""
+        found: dict[str, AdapterInfo] = {}
+        for member in self._members.members.values():
+            for info in member.residency.adapters:
+                best = found.get(info.name)
+                if best is None or _SPEED[info.location] > _SPEED[best.location]:
+                    found[info.name] = info
+        for entry in self._entries.values():
+            if entry.name not in found:
+                found[entry.name] = AdapterInfo(
+                    name=entry.name,
+                    version=max(entry.version, 1),
+                    path=entry.path,
+                    rank=0,
+                    bytes=0,
+                    digest=entry.digest,
+                    location="disk",
+                    slot=None,
+                    pinned=entry.pinned,
+                    running=0,
+                    waiting=0,
+                )
+        return list(found.values())
+
+    async def load(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None,
+        *,
+        pin: bool,
+        force_pin: bool,
+        replace: bool,
+    ) -> AdapterInfo:
+        """Have every replica know it. One reads and validates it now, all that hold it if it is replaced.
+
+        A replacement happens everywhere or nowhere: all replicas that hold the adapter read the new version,
+        and only when each has it do new requests get it; when this returns, no replica admits the old one. If
+        one fails, the old one stays everywhere, and its error is raised."""
+        where = None if path is None else os.fspath(path)
+        async with self._changing(name) as members:
+            known = self._entries.get(name)
+            if replace and (known is not None or where is not None):
+                info = await self._replace(name, where, members)
+            else:
+                if where is not None and known is not None and known.path == where:
+                    where = None
+                info = await self._add(name, where, members)
+            if pin:
+                info = await self._pin(name, members, force_pin)
+            before = 0 if known is None else known.version
+            entry = Entry(name, info.path, before + 1, info.digest, pin or bool(known and known.pinned))
+            await self._put(entry)
+            return info
+
+    async def unload(self, name: str, *, force: bool) -> None:
+        async with self._changing(name) as members:
+            answers = await self._ask_all(members, "unload", name=name, force=force)
+            errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+            was_known = self._entries.pop(name, None) is not None
+            await self._registry.remove.remote(name)
+            self._members.state.remove_adapter(name)
+            others = [error for error in errors if not isinstance(error, AdapterNotFound)]
+            if others:
+                raise others[0]
+            if errors and len(errors) == len(answers) and not was_known:
+                raise errors[0]
+
+    async def pin(self, name: str, *, force: bool) -> AdapterInfo:
+        async with self._changing(name) as members:
+            info = await self._pin(name, members, force)
+            await self._note(name, info, pinned=True)
+            return info
+
+    async def unpin(self, name: str) -> AdapterInfo:
+        async with self._changing(name) as members:
+            answers = await self._ask_all(members, "unpin", name=name)
+            info = _first(answers)
+            await self._note(name, info, pinned=False)
+            return info
+
+    # Steps
+
+    async def _add(self, name: str, where: str | None, members: Sequence[Member]) -> AdapterInfo:
+        first = self._holders(name, members)[:1] or members[:1]
+        version = self._next_version(name)
+        info = _first([await self._ask(first[0], "load", name=name, path=where, version=version)])
+        others = [member for member in members if member is not first[0]]
+        await self._ask_all(others, "register", name=name, path=info.path, version=version)
+        return info
+
+    async def _replace(self, name: str, where: str | None, members: Sequence[Member]) -> AdapterInfo:
+        holders = self._holders(name, members) or members[:1]
+        others = [member for member in members if member not in holders]
+        answers = await self._ask_all(holders, "prepare", name=name, path=where)
+        answers += await self._ask_all(others, "prepare", name=name, path=where, read=False)
+        errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+        if errors:
+            await self._ask_all(members, "discard", name=name)
+            raise errors[0]
+        committed = await self._ask_all(members, "commit", name=name, version=self._next_version(name))
+        return _first(committed)
+
+    async def _pin(self, name: str, members: Sequence[Member], force: bool) -> AdapterInfo:
+        before = {
+            member.channel.replica
+            for member in members
+            if any(info.name == name and info.pinned for info in member.residency.adapters)
+        }
+        answers = await self._ask_all(members, "pin", name=name, force=force)
+        errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+        if errors:
+            fresh = [member for member in members if member.channel.replica not in before]
+            await self._ask_all(fresh, "unpin", name=name)
+            raise errors[0]
+        return _first(answers)
+
+    def _holders(self, name: str, members: Sequence[Member]) -> list[Member]:
+        return [m for m in members if any(info.name == name for info in m.residency.adapters)]
+
+    def _next_version(self, name: str) -> int:
+        known = self._entries.get(name)
+        return 1 if known is None else known.version + 1
+
+    async def _note(self, name: str, info: AdapterInfo, *, pinned: bool) -> None:
+        known = self._entries.get(name)
+        version = 1 if known is None else max(known.version, 1)
+        await self._put(Entry(name, info.path, version, info.digest, pinned))
+
+    async def _put(self, entry: Entry) -> None:
+        self._entries[entry.name] = entry
+        self._members.state.add_adapter(entry.name)
+        await self._registry.put.remote(entry)
+        for member in list(self._members.members.values()):  # one may have come meanwhile
+            await self._ask(member, "sync", entries=[entry])
+
+    async def _look(self) -> None:
+        for entry in await self._registry.entries.remote():
+            self._entries[entry.name] = entry
+
+    @asynccontextmanager
+    async def _changing(self, name: str) -> AsyncIterator[list[Member]]:
+        """One change of an adapter at a time, whichever door asks for it."""
+        owner = f"{self._members.door}-{id(asyncio.current_task())}"
+        await self._registry.begin.remote(name, owner)
+        try:
+            await self._look()
+            members = list(self._members.members.values())
+            if not members:
+                raise EngineStopped("the fleet has no replica now; try again later")
+            yield members
+        finally:
+            await self._registry.end.remote(name, owner)
+
+    # Asking replicas
+
+    async def _ask(self, member: Member, action: str, **arguments: Any) -> Any:
+        """A replica's answer, or the error that it met; None if the replica is lost: when it is back, it gets
+        what the registry has."""
+        call = self._members.handle.options(method_name="adapter")
+        try:
+            return await call.remote(action, arguments, to=member.channel.replica)
+        except AioEngineError:
+            raise
+        except Exception as error:
+            logger.warning("replica %s did not %s: %s", member.channel.replica, action, type(error).__name__)
+            return None
+
+    async def _ask_all(self, members: Sequence[Member], action: str, **arguments: Any) -> list[Any]:
+        return list(await asyncio.gather(*[self._ask(m, action, **arguments) for m in members]))
+
+    # Replicas that come, and plans
+
+    def _joined(self, member: Member) -> None:
+        self._spawn(self._sync(member))
+
+    async def _sync(self, member: Member) -> None:
+        entries = [entry for entry in self._entries.values() if entry.version > 0]
+        if entries:
+            member.ready = False
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SYNC_SECONDS):
+                    answer = await self._ask(member, "sync", entries=entries)
+                    if isinstance(answer, AioEngineError):
+                        logger.warning("replica %s: %s", member.channel.replica, answer)
+        member.ready = True
+
+    async def _plan(self) -> None:
+        loop = asyncio.get_running_loop()
+        state = self._members.state
+        while True:
+            await asyncio.sleep(self._config.placement_seconds)
+            view = state.snapshot()
+            moves = await loop.run_in_executor(None, self._placement.plan, view)
+            if moves is None:
+                state.not_planned(view)
+                continue
+            state.planned(moves)
+            for move in moves:
+                await self._move(move)
+
+    async def _move(self, move: Move) -> None:
+        """ "unload" is left to the CPU cache, which lets go of what is used least."""
+        member = self._members.members.get(move.replica)
+        if member is None or move.kind == "unload":
+            return
+        answer = await self._ask(member, move.kind, name=move.adapter)
+        if isinstance(answer, (AdapterError, ConfigError)):
+            logger.warning("placement: %s on %s: %s", move.kind, move.replica, answer)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _first(answers: Sequence[Any]) -> AdapterInfo:
+    """The first answer of a replica that lives. Raises the first error instead, if there is one."""
+    for answer in answers:
+        if isinstance(answer, AioEngineError):
+            raise answer
+    for answer in answers:
+        if isinstance(answer, AdapterInfo):
+            return answer
+    raise EngineStopped("the replicas that were asked are lost; try again later")

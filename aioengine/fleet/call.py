@@ -1,0 +1,113 @@
+"""A request as the door holds it: what has come of it so far, whichever replicas it came from."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aioengine.errors import AioEngineError
+from aioengine.fleet.wire import Delta, unpack_error
+from aioengine.request import FinishReason, RequestOptions, RequestOutput, SamplingParams, TokenLogprob
+from aioengine.schedulers.routing import RouteRequest
+
+
+class Call:
+    """Gathers deltas, for one reader. ``params`` has a seed."""
+
+    def __init__(
+        self,
+        key: int,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        options: RequestOptions,
+        now: float,
+    ) -> None:
+        self.key = key
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.options = options
+        self.arrival = now
+        self.deadline = None if options.deadline is None else now + options.deadline
+        self.route: RouteRequest | None = None
+        """What the router was last asked."""
+        self.replica: str | None = None
+        """Where it runs."""
+        self.tried: frozenset[str] = frozenset()
+        self.migrations = 0
+        """How often it went on elsewhere after it had begun."""
+        self.tokens: list[int] = list(options.output)
+        self.ended = False
+        """Nothing more comes of it."""
+        self._text = ""
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
+        self._cached_tokens: int | None = None
+        self._first: float | None = None
+        self._last: float | None = None
+        self._finish: FinishReason | None = None
+        self._stop: str | int | None = None
+        self._error: AioEngineError | None = None
+        self._text_seen = 0
+        self._tokens_seen = len(self.tokens)
+        self._ready = asyncio.Event()
+
+    @property
+    def begun(self) -> bool:
+        return len(self.tokens) > len(self.options.output)
+
+    def take(self, delta: Delta, now: float) -> None:
+        """What a replica says of it."""
+        if delta.tokens:
+            self.tokens += delta.tokens
+            self._last = now
+            if self._first is None:
+                self._first = now
+        self._text += delta.text
+        if self._logprobs is not None:
+            self._logprobs += delta.logprobs
+        if delta.prompt_logprobs is not None and self._prompt_logprobs is None:
+            self._prompt_logprobs = delta.prompt_logprobs
+        if self._cached_tokens is None:
+            self._cached_tokens = delta.cached_tokens
+        if delta.error:
+            self.fail(unpack_error(delta.error))
+        elif delta.finish is not None:
+            self.finish(delta.finish, delta.stop)
+        self._ready.set()
+
+    def finish(self, reason: FinishReason, stop: str | int | None = None) -> None:
+        self._finish, self._stop, self.ended = reason, stop, True
+        self._ready.set()
+
+    def fail(self, error: AioEngineError) -> None:
+        self._error, self.ended = error, True
+        self._ready.set()
+
+    async def next(self) -> RequestOutput:
+        """Wait for something new. Raises the error that it ended with, if it did."""
+        await self._ready.wait()
+        self._ready.clear()
+        if self._error is not None:
+            raise self._error
+        output = RequestOutput(
+            request_id=self.request_id,
+            adapter=self.options.adapter,
+            text_delta=self._text[self._text_seen :],
+            token_ids_delta=self.tokens[self._tokens_seen :],
+            text=self._text,
+            token_ids=self.tokens[:],
+            finished=self._finish is not None,
+            finish_reason=self._finish,
+            stop_reason=self._stop,
+            logprobs=None if self._logprobs is None else self._logprobs[:],
+            prompt_token_ids=self.prompt,
+            prompt_logprobs=self._prompt_logprobs,
+            cached_tokens=self._cached_tokens or 0,
+            arrival=self.arrival,
+            first_token=self._first,
+            last_token=self._last,
+        )
+        self._text_seen = len(self._text)
+        self._tokens_seen = len(self.tokens)
+        return output

@@ -1,0 +1,100 @@
+"""The door's side of the channel to one replica: one long stream of frames down, batches of orders up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from aioengine.fleet.call import Call
+from aioengine.fleet.wire import Frame, Order, decode_frame, encode_orders
+
+logger = logging.getLogger("aioengine.fleet")
+
+
+class Channel:
+    """Begins at once. ``frame(channel, frame)`` is called for each frame, ``lost(channel, why)`` once, when
+    nothing will come any more; not after :meth:`close`.
+
+    ``handle`` is Serve's, of the deployment of replicas.
+    """
+
+    def __init__(
+        self,
+        handle: Any,
+        replica: str,
+        door: str,
+        *,
+        frame: Callable[[Channel, Frame], None],
+        lost: Callable[[Channel, str], None],
+    ) -> None:
+        self.replica = replica
+        self.calls: dict[int, Call] = {}
+        """What runs there, by key."""
+        self.heard = asyncio.get_running_loop().time()
+        self.leaving = False
+        """Serve has taken it out: it gets nothing new, and is closed when its calls have ended."""
+        self._handle = handle
+        self._door = door
+        self._frame = frame
+        self._lost = lost
+        self._orders: list[Order] = []
+        self._wake = asyncio.Event()
+        self._stream: Any = None
+        self._closed = False
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._guarded(self._read()), name=f"aioengine-channel-{replica}"),
+            loop.create_task(self._guarded(self._send()), name=f"aioengine-orders-{replica}"),
+        ]
+
+    def send(self, order: Order) -> None:
+        """It goes with the next batch, in order."""
+        self._orders.append(order)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop listening: the replica aborts what it runs for this door."""
+        self._closed = True
+        if self._stream is not None:
+            with suppress(Exception):
+                self._stream.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    async def ended(self) -> None:
+        """Wait until its tasks are over, after :meth:`close`."""
+        await asyncio.wait(self._tasks)
+
+    async def _guarded(self, work: Any) -> None:
+        try:
+            await work
+            why = "its channel ended"
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # Ray's errors of all kinds mean the same here: the replica is lost
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not self._closed:
+            self._closed = True
+            self._lost(self, why)
+
+    async def _read(self) -> None:
+        call = self._handle.options(stream=True, method_name="channel")
+        self._stream = call.remote(self._door, to=self.replica)
+        loop = asyncio.get_running_loop()
+        async for data in self._stream:
+            self.heard = loop.time()
+            frame = decode_frame(data)
+            if frame.hello is not None and frame.hello.replica != self.replica:
+                raise LookupError(f"replica {frame.hello.replica} answered in its place")
+            self._frame(self, frame)
+
+    async def _send(self) -> None:
+        submit = self._handle.options(method_name="submit")
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            orders, self._orders = self._orders, []
+            await submit.remote(self._door, encode_orders(orders), to=self.replica)

@@ -1,0 +1,293 @@
+"""FleetClient: a fleet of replicas that is used as one engine is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioengine.errors import ConfigError, EngineDead, EngineStopped, PromptTooLong, RequestInvalid
+from aioengine.events import Event
+from aioengine.fleet.adapters import FleetAdapters
+from aioengine.fleet.call import Call
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.grammars import FleetGrammars, SentGrammar
+from aioengine.fleet.members import Members
+from aioengine.fleet.metrics import FleetMetrics
+from aioengine.info import AdapterInfo, EngineState, EngineStats
+from aioengine.memory_plan import MemoryPlan
+from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams, check_text
+from aioengine.runtime.submit import size_of
+from aioengine.runtime.text_work import SHORT, TextWork
+
+if TYPE_CHECKING:
+    from aioengine.grammars.limits import GrammarLimits
+    from aioengine.model.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("aioengine.fleet")
+
+
+class FleetClient:
+    """Sends requests to the replicas of ``handle``, and is an :class:`~aioengine.client.EngineClient`.
+
+    Args:
+        config: What the replicas were deployed with.
+        handle: Serve's, of their deployment.
+        plan: A replica's.
+        model_path: Where the model's tokenizer is on this machine.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        handle: Any,
+        plan: MemoryPlan,
+        model_path: Path | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.fleet_config = config
+        self.config = config.engine
+        self.model_name = config.engine.model_name
+        self.text_work = TextWork()
+        self.leaving = False
+        """New requests are refused; set by whoever serves the fleet."""
+        self.plan = plan
+        self.model_path = model_path
+        self.tokenizer = tokenizer
+        self.members = Members(config, handle, door=uuid.uuid4().hex[:12])
+        self.metrics = FleetMetrics(self.members)
+        self._adapters = FleetAdapters(config, self.members)
+        self._keys = count()
+        self._seeds = random.Random(config.engine.seed)
+        self._ids: dict[str, Call] = {}
+        self._state: EngineState = "new"
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+
+    # Life cycle
+
+    async def start(self, within: float = 120.0) -> None:
+        """Wait until every replica has been heard of. Raises EngineStopped if one is not in time."""
+        self._state = "starting"
+        self.members.start()
+        self.metrics.start()
+        await self.members.complete(within)
+        await self._adapters.start()
+        self._state = "running"
+
+    async def stop(self) -> None:
+        """End what runs, with EngineStopped. The replicas stay."""
+        if self._state == "stopped":
+            return
+        self._state = "stopped"
+        await self._adapters.stop()
+        await self.members.stop(EngineStopped("the server was stopped before the request finished"))
+        for close in self._closers:
+            await close()
+        await self.text_work.close()
+
+    def at_stop(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Have ``close()`` awaited when this stops."""
+        self._closers.append(close)
+
+    @property
+    def state(self) -> EngineState:
+        """ "running" while there is a replica that takes requests."""
+        if self._state == "running" and not self.members.state.view.accepting:
+            return "starting"
+        return "draining" if self._state == "running" and self.leaving else self._state
+
+    @property
+    def degraded(self) -> bool:
+        """A replica is lost and has not come back yet. Requests go to the others."""
+        return self.state == "running" and len(self.members.members) < self.fleet_config.replicas
+
+    def step_age(self) -> float:
+        """Of the replica that is best off: as long as one goes on, the fleet does."""
+        statuses = [member.status for member in self.members.members.values()]
+        return min((status.step_age for status in statuses if status is not None), default=0.0)
+
+    async def until_dead(self) -> EngineDead:
+        """Does not return: replicas that are lost come back, or others in their place."""
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    # Requests
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
+        expected_tokens: int | None = None,
+        cache_salt: str | None = None,
+        output: Sequence[int] = (),
+        replay: bool = False,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As ``AsyncEngine.generate``. If its replica is lost it goes on at another one; after
+        ``migration_limit`` of them it raises EngineDead."""
+        self._check_running()
+        options = RequestOptions(
+            adapter=adapter,
+            priority=priority,
+            deadline=deadline,
+            tenant=tenant,
+            expected_tokens=expected_tokens,
+            cache_salt=cache_salt,
+            output=output,
+            replay=replay,
+        )
+        call = await self._accept(prompt, params, options, request_id)
+        try:
+            await self.members.place(call)
+            while True:
+                new = await call.next()
+                yield new
+                if new.finished:
+                    return
+        finally:
+            self._ids.pop(call.request_id, None)
+            self.members.abandon(call)
+
+    async def complete(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
+        """The last output of :meth:`generate`."""
+        async for output in self.generate(prompt, params, **options):
+            last = output
+        return last
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request; its reader gets a last output with ``finish_reason="abort"``."""
+        call = self._ids.pop(request_id, None)
+        if call is None:
+            return False
+        self.members.abandon(call)
+        call.finish("abort")
+        return True
+
+    async def _accept(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        options: RequestOptions,
+        request_id: str | None,
+    ) -> Call:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
+        if params.constraint is not None and not isinstance(params.constraint, SentGrammar):
+            raise RequestInvalid(
+                f"constraint={params.constraint!r}: it cannot leave this process; use Guide(client)"
+            )
+        check_text("request_id", request_id)
+        now = asyncio.get_running_loop().time()
+        key = next(self._keys)
+        request_id = f"request-{key}" if request_id is None else request_id
+        if request_id in self._ids:
+            raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
+        if params.seed is None:  # drawn now, so that whichever replica goes on draws the same tokens
+            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
+        tokens = await self._tokens(prompt, options.tenant)
+        call = Call(key, request_id, tokens, params, options, now)
+        self._ids[request_id] = call
+        return call
+
+    async def _tokens(self, prompt: Prompt, tenant: str | None) -> list[int]:
+        limit = self.plan.max_model_len
+        if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
+            if len(prompt) > limit:
+                raise PromptTooLong(len(prompt), limit)
+            return list(prompt)  # type: ignore[arg-type]
+        if not isinstance(prompt, (str, list)):
+            raise RequestInvalid(
+                f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
+            )
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise RequestInvalid("the model has no tokenizer.json: give the prompt as a list of token ids")
+        if isinstance(prompt, str):
+            encode = partial(tokenizer.encode, prompt, limit=limit)
+            return await self.text_work.run(len(prompt), encode, tenant)
+        messages: Any = prompt
+
+        def encode_chat() -> list[int]:
+            return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
+
+        return await self.text_work.run(SHORT + size_of(messages, limit), encode_chat, tenant)
+
+    def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
+        """As ``AsyncEngine.limit_waiting``; each replica gets its share of the bound, rounded up."""
+        self.members.limit_waiting(max_waiting)
+
+    def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
+        """Checks grammars' sizes; they are compiled where the request runs."""
+        if self.tokenizer is None:
+            raise ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
+        return FleetGrammars(limits)
+
+    # Adapters
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        pin: bool = False,
+        force_pin: bool = False,
+        replace: bool = False,
+    ) -> AdapterInfo:
+        """As ``AsyncEngine.load_adapter``, for the whole fleet; see
+        :meth:`aioengine.fleet.adapters.FleetAdapters.load`."""
+        self._check_lora()
+        return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
+
+    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
+        """From every replica. Raises AdapterNotFound if none knows it."""
+        self._check_lora()
+        await self._adapters.unload(name, force=force)
+
+    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
+        """On every replica, or on none."""
+        self._check_lora()
+        return await self._adapters.pin(name, force=force)
+
+    async def unpin_adapter(self, name: str) -> AdapterInfo:
+        self._check_lora()
+        return await self._adapters.unpin(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every registered adapter, at the fastest place that holds it."""
+        return self._adapters.all()
+
+    # Watching
+
+    def stats(self) -> EngineStats:
+        """The replicas' together; the slots one replica's after the other's."""
+        return self.members.stats()
+
+    def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """No events come from replicas: who watches reads :meth:`stats` and :meth:`adapters`."""
+        return lambda: None
+
+    def _check_running(self) -> None:
+        if self._state != "running":
+            raise EngineStopped(f"the fleet accepts nothing: it is {self._state}")
+
+    def _check_lora(self) -> None:
+        self._check_running()
+        if self.config.lora is None:
+            raise ConfigError("lora=None: this fleet was configured without adapters")

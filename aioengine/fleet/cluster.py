@@ -1,0 +1,263 @@
+"""Ray for a fleet: found, started or joined, and ended without leaving anything behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.registry import NAMESPACE, registry_actor
+
+logger = logging.getLogger("aioengine.fleet")
+
+RAY_VERSION = (2, 60)
+INSTALL = "pip install 'aioengine[fleet]'"
+TRANSPORT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""What Serve reads when it is imported, the same in all processes of a fleet: calls go by gRPC, and on the
+loops of the door and the replica."""
+_LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Workers that are nicer than everything else starve on a busy machine."""
+_TOKEN = Path.home() / ".ray" / "auth_token"
+CONNECT_SECONDS = 5.0
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Hardly anything goes through it."""
+
+
+def require_ray() -> None:
+    """Raises ConfigError, with the command that installs it, if Ray is missing or of another version."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"a fleet needs Ray, which is not installed: {INSTALL}")
+    version = importlib.metadata.version("ray")
+    if tuple(int(part) for part in version.split(".")[:2]) != RAY_VERSION:
+        wanted = ".".join(map(str, RAY_VERSION))
+        raise ConfigError(f"Ray {version} is installed, and a fleet needs {wanted}: {INSTALL}")
+    if importlib.util.find_spec("ray.serve") is None or importlib.util.find_spec("starlette") is None:
+        raise ConfigError(f"a fleet needs Ray Serve, which is not installed: {INSTALL}")
+
+
+def check_cpus(replicas: int, cpus_each: int) -> None:
+    """Raises ConfigError if so many replicas need more CPUs than this machine has."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if replicas * cpus_each > cpus:
+        raise ConfigError(
+            f"replicas={replicas}: {replicas * cpus_each} CPUs are needed (cpus_per_replica={cpus_each}), "
+            f"and this machine has {cpus}; lower replicas, or join a Ray cluster with RAY_ADDRESS"
+        )
+
+
+def address() -> str | None:
+    """The cluster that ``RAY_ADDRESS`` names; None if a cluster of one's own is to be started."""
+    found = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if found in ("", "local") else found
+
+
+def check_address(where: str) -> None:
+    """Raises ConfigError if nothing answers there."""
+    if where == "auto" or "://" in where:
+        return
+    host, _, port = where.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
+            "unset RAY_ADDRESS to start Ray on this machine"
+        ) from error
+
+
+class Cluster:
+    """A connection to Ray. ``own``: this process has started it, and ends it."""
+
+    def __init__(self, own: bool) -> None:
+        self.own = own
+
+    def close(self) -> None:
+        """End the connection; with it, Ray and every process of it, if this process has started it."""
+        import ray
+
+        ray.shutdown()
+
+
+def connect(cpus: int | None = None) -> Cluster:
+    """Start Ray on this machine, with as many ``cpus`` for replicas, or join ``RAY_ADDRESS``. Blocks.
+
+    Raises ConfigError if it cannot be had; nothing is left running then.
+    """
+    require_ray()
+    where = address()
+    os.environ.update(TRANSPORT)
+    if where is None:
+        os.environ.update(_LOCAL)
+    else:
+        check_address(where)
+    import ray
+
+    if ray.is_initialized():  # the application's own
+        return Cluster(own=False)
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "namespace": NAMESPACE,
+    }
+    try:
+        if where is None:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **common,
+            )
+        else:
+            ray.init(address=where, **common)
+    except Exception as error:
+        ray.shutdown()
+        text = _first_line(error)
+        what = (
+            "Ray cannot be started" if where is None else f"RAY_ADDRESS={where}: the cluster cannot be joined"
+        )
+        raise ConfigError(f"{what}: {text}") from error
+    return Cluster(own=where is None)
+
+
+def existing_fleet(name: str) -> Any:
+    """Serve's handle of the replicas of a fleet that runs. Blocks. Raises ConfigError if there is none."""
+    require_ray()
+    os.environ.update({**TRANSPORT, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"})  # it waits for results
+    where = address() or "auto"
+    check_address(where)
+    if _TOKEN.is_file():  # a cluster that was started on this machine asks for it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+    from ray import serve
+
+    try:
+        if not ray.is_initialized():
+            ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise ConfigError(
+            f"no fleet is found: {_first_line(error)}; set RAY_ADDRESS to its cluster's address"
+        ) from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    applications = serve.status().applications
+    if name not in applications:
+        there = ", ".join(applications) or "none"
+        raise ConfigError(f"the cluster has no fleet {name!r} (it has: {there}); --app-name names another")
+    return serve.get_deployment_handle("EngineReplica", name)
+
+
+class Door:
+    """A door's hold on the replicas that it has deployed, or found. ``handle`` is Serve's."""
+
+    def __init__(self, config: FleetConfig, handle: Any, registry: Any) -> None:
+        self.handle = handle
+        self._config = config
+        self._registry = registry
+        self._name = uuid.uuid4().hex
+
+    def open(self) -> Self:
+        import ray
+
+        ray.get(self._registry.join.remote(self._name))
+        return self
+
+    def close(self) -> None:
+        """The last door takes the replicas with it. Blocks."""
+        import ray
+        from ray import serve
+
+        if ray.get(self._registry.leave.remote(self._name)) == 0:
+            serve.delete(self._config.name)
+            ray.kill(self._registry)
+
+
+def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
+    """Have ``application`` run, unless it does already, and wait until its replicas are up. Blocks.
+
+    Raises ConfigError if they do not come up, with what Serve says of it; then nothing of it is left. Also if
+    replicas of another configuration have this name.
+    """
+    import ray
+    from ray import serve
+
+    _check_cluster(config)
+    registry = registry_actor(config.name, config.registry)
+    wanted = msgspec.json.encode(config)
+    found = ray.get(registry.configure.remote(wanted))
+    if found != wanted:
+        differs = _differences(msgspec.json.decode(found), msgspec.json.decode(wanted))
+        raise ConfigError(
+            f"another door runs the fleet {config.name!r} with another configuration ({differs}); give this "
+            "one the same, or another name (--app-name)"
+        )
+    if config.name in serve.status().applications:
+        return Door(config, serve.get_deployment_handle("EngineReplica", config.name), registry).open()
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+    try:
+        handle = serve.run(application(), name=config.name, route_prefix=None)
+    except Exception as error:
+        why = _why(config.name) or str(error)
+        serve.delete(config.name, _blocking=False)
+        ray.kill(registry)
+        raise ConfigError(f"the fleet did not come up: {why}") from error
+    return Door(config, handle, registry).open()
+
+
+def _check_cluster(config: FleetConfig) -> None:
+    """Raises ConfigError if the cluster has too few CPUs for the replicas."""
+    import ray
+
+    needed, there = config.replicas * config.cpus_per_replica, ray.cluster_resources().get("CPU", 0)
+    if there < needed:
+        raise ConfigError(
+            f"replicas={config.replicas}: {needed} CPUs are needed (cpus_per_replica="
+            f"{config.cpus_per_replica}), and the Ray cluster has {there:g}; lower replicas, or add nodes"
+        )
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:
+    """The fields in which two configurations differ, with both values."""
+    found = []
+    for name, value in one.items():
+        new = other.get(name)
+        if isinstance(value, dict) and isinstance(new, dict) and name != "adapters":
+            inner = _differences(value, new, f"{prefix}{name}.")
+            found += [inner] if inner else []
+        elif value != new:
+            found.append(f"{prefix}{name}: {value!r} there, {new!r} here")
+    return ", ".join(found)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _why(name: str) -> str:
+    """What Serve knows of replicas that fail; the last line of their errors."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    if application is None:
+        return ""
+    found = []
+    for deployment, status in application.deployments.items():
+        lines = [line.strip() for line in status.message.splitlines() if line.strip()]
+        if lines:
+            found.append(f"{deployment}: {lines[-1][:500]}")
+    return "; ".join(found)

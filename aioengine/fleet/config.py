@@ -1,0 +1,133 @@
+"""What a fleet needs to know before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from aioengine.config import EngineConfig, refuse_unknown
+from aioengine.errors import ConfigError
+
+CONFIG_VARIABLE = "AIOENGINE_CONFIG"
+
+
+class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A fleet of ``replicas`` engines of one configuration.
+
+    In a TOML file the engine's fields stand at the top, as in ``EngineConfig.from_toml``; those of the fleet
+    are in the table ``[fleet]``, and ``[adapters]`` has a line ``name = "path"`` for each adapter.
+
+    Raises ConfigError on construction if a value is out of range, or there is no such router.
+    """
+
+    engine: EngineConfig
+    replicas: int = 1
+    router: str = "affinity"
+    """A router by name; ``aioengine policies`` lists them."""
+    placement: str = "none"
+    """Which adapters are brought where, apart from requests that need them; by name."""
+    adapters: dict[str, str] = {}
+    """Name -> path of the adapters that every replica knows from its start."""
+    served_model_names: tuple[str, ...] = ()
+    """What requests call the base model, where Serve runs the door."""
+    name: str = "aioengine"
+    """The Serve application's."""
+    cpus_per_replica: int = 1
+    """Also the number of its threads."""
+    migration_limit: int = 3
+    """How often a request that has begun may lose its replica and go on at another one."""
+    replay: bool | None = None
+    """A request that goes on decodes again what was delivered before, and so has the same last bits. None:
+    where that matters, which is in any dtype but float32."""
+    heartbeat_seconds: float = 0.5
+    """A replica is heard of at least this often."""
+    silent_seconds: float = 3.0
+    """A replica that is not heard of for longer is left alone, and its requests go elsewhere."""
+    step_seconds: float = 120.0
+    """A replica whose model takes longer for one step counts as hung."""
+    replica_wait_seconds: float = 30.0
+    """How long a request waits for a replica when there is none."""
+    placement_seconds: float = 5.0
+    """Between two plans of ``placement``."""
+    registry: str | None = None
+    """Folder (any fsspec URL) where the registry of adapters is kept, so that it outlives Ray's head."""
+
+    def __post_init__(self) -> None:
+        for field, low in (("replicas", 1), ("cpus_per_replica", 1), ("migration_limit", 0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{field}={value!r}: must be an integer >= {low}")
+        for field in ("heartbeat_seconds", "silent_seconds", "step_seconds", "placement_seconds"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"{field}={value!r}: must be more than 0 seconds")
+        if self.silent_seconds < 2 * self.heartbeat_seconds:
+            raise ConfigError(
+                f"silent_seconds={self.silent_seconds}: must be at least two heartbeats "
+                f"(heartbeat_seconds={self.heartbeat_seconds})"
+            )
+        if not self.name:
+            raise ConfigError("name='': must not be empty")
+        check_policies(self.router, self.placement)
+
+    @property
+    def replays(self) -> bool:
+        """``replay`` with its default filled in."""
+        return self.engine.dtype != "float32" if self.replay is None else self.replay
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Raises ConfigError."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+        return cls.from_dict(values, source=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
+        """From plain data as in a TOML file. Raises ConfigError."""
+        engine = {key: value for key, value in values.items() if key not in ("fleet", "adapters")}
+        fleet, adapters = values.get("fleet", {}), values.get("adapters", {})
+        for name, table in (("fleet", fleet), ("adapters", adapters)):
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"{source}: {name}={table!r}: must be a table [{name}]")
+        refuse_unknown(cls, fleet, f"{source}, table fleet")
+        try:
+            return msgspec.convert(
+                {"engine": EngineConfig.from_dict(engine, source=source), "adapters": adapters, **fleet}, cls
+            )
+        except msgspec.ValidationError as error:
+            cause = error.__cause__
+            text = str(cause) if isinstance(cause, ConfigError) else str(error)
+            raise ConfigError(f"{source}, table fleet: {text}") from error
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """From the file that ``AIOENGINE_CONFIG`` names. Raises ConfigError."""
+        path = os.environ.get(CONFIG_VARIABLE)
+        if not path:
+            raise ConfigError(
+                f"{CONFIG_VARIABLE} is not set: it must name a TOML file with the fields of EngineConfig, "
+                "and a table [fleet]"
+            )
+        return cls.from_toml(path)
+
+
+def check_policies(router: str, placement: str) -> None:
+    """Raises ConfigError if one cannot be had; the message names the nearest."""
+    from aioengine.schedulers.routing import load_placement, load_router
+
+    try:
+        load_router(router)
+        load_placement(placement)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

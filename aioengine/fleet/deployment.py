@@ -1,0 +1,154 @@
+"""The fleet as a Serve application."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioengine.config import format_bytes
+from aioengine.errors import ConfigError
+from aioengine.fleet.cluster import TRANSPORT, require_ray
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.replica import EngineReplica
+from aioengine.memory_plan import MemoryPlan, available_memory, plan_from_config, resolve_device
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from aioengine.fleet.client import FleetClient
+
+MAX_STREAMS = 10_000
+"""Calls that a replica takes at once: one for each door, and those that are short."""
+START_TRIES = 2
+"""How often Serve begins a replica that does not come up; then the fleet has failed, and says why."""
+
+
+def encode_config(config: FleetConfig) -> bytes:
+    """The same for equal configurations."""
+    return msgspec.json.encode(config)
+
+
+def replica_application(config: FleetConfig) -> Application:
+    """Replicas alone, for a door that is a process of its own."""
+    return _replicas(config)
+
+
+def fleet_application(config: FleetConfig) -> Application:
+    """Replicas, and a door that Serve runs behind its proxy. Raises ConfigError."""
+    require_ray()
+    from ray import serve
+
+    door = serve.deployment(
+        serve.ingress()(Door),  # its ASGI application is made when it has started
+        name="Door",
+        num_replicas=1,
+        max_ongoing_requests=MAX_STREAMS,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(TRANSPORT)}},
+        logging_config=_quiet(),
+    )
+    return door.bind(config, _replicas(config))
+
+
+def _replicas(config: FleetConfig) -> Any:
+    require_ray()
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from aioengine.fleet.obey import ROUTER_PATH
+
+    threads = str(config.cpus_per_replica)
+    options: dict[str, Any] = {
+        "num_cpus": config.cpus_per_replica,
+        "runtime_env": {"env_vars": {**TRANSPORT, "OMP_NUM_THREADS": threads}},
+    }
+    if config.engine.device == "cuda":
+        options["num_gpus"] = 1
+    deployment = serve.deployment(
+        EngineReplica,
+        name="EngineReplica",
+        num_replicas=config.replicas,
+        max_ongoing_requests=MAX_STREAMS,
+        health_check_period_s=1.0,
+        health_check_timeout_s=max(5.0, config.silent_seconds),
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=30.0,
+        ray_actor_options=options,
+        max_constructor_retry_count=START_TRIES * config.replicas,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER_PATH),
+        logging_config=_quiet(),
+    )
+    return deployment.bind(config, hashlib.sha256(encode_config(config)).hexdigest())
+
+
+def _quiet() -> Any:
+    """A line for each call would be one for each step."""
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(enable_access_log=False, log_level="WARNING")
+
+
+def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[FleetConfig, MemoryPlan]:
+    """A replica's memory plan, and the configuration with the KV cache that it comes to.
+
+    ``share``: replicas that come to this machine, each of which gets as much of what is free; None: one.
+    Raises ConfigError if it does not fit.
+    """
+    device = resolve_device(config.engine.device)
+    free = available_memory(device)
+    if share is not None and share > 1 and device == "cpu":
+        plan_from_config(config.engine, available_bytes=sys.maxsize)  # any other fault is found here
+        try:
+            plan = plan_from_config(config.engine, available_bytes=free // share)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{share} replicas do not fit into the {format_bytes(free)} that are free; of one: {error}"
+            ) from error
+    else:
+        plan = plan_from_config(config.engine)
+    kv_bytes = plan.num_blocks * plan.block_bytes
+    engine = msgspec.structs.replace(config.engine, kv_cache_memory=kv_bytes)
+    return msgspec.structs.replace(config, engine=engine), plan
+
+
+async def make_client(config: FleetConfig, handle: Any, plan: MemoryPlan | None = None) -> FleetClient:
+    """A client that is not started yet; reads the model's description and its tokenizer."""
+    import asyncio
+
+    from aioengine.fleet.client import FleetClient
+    from aioengine.model.files.resolve import resolve_model
+    from aioengine.runtime.assemble import load_tokenizer
+
+    def read() -> tuple[MemoryPlan, Path, Any]:
+        found = plan if plan is not None else plan_replica(config)[1]
+        path = resolve_model(config.engine.model)
+        return found, path, load_tokenizer(path, config.engine.chat_template)
+
+    found, path, tokenizer = await asyncio.to_thread(read)
+    return FleetClient(config, handle, found, path, tokenizer)
+
+
+class Door:
+    """The server of ``aioengine serve``, run by Serve: the deployment's class."""
+
+    async def __init__(self, config: FleetConfig, replicas: Any) -> None:  # type: ignore[misc] # Serve awaits it
+        from aioengine.server.app import create_app
+        from aioengine.server.settings import ServerSettings
+
+        self._client = await make_client(config, replicas)
+        await self._client.start()
+        self._app = create_app(
+            self._client, ServerSettings(served_model_names=tuple(config.served_model_names))
+        )
+        await self._app.context.defaults()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_app"):
+            self._app.close()
+            await self._client.stop()

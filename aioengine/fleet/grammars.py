@@ -1,0 +1,36 @@
+"""Guided decoding through a fleet: the grammar's text travels, and is compiled where its request runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aioengine.errors import RequestInvalid
+from aioengine.grammars.limits import GrammarLimits
+
+
+class SentGrammar:
+    """Stands for a constraint until its request has come to a replica."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def allowed(self, output: Sequence[int]) -> bytes:
+        raise RequestInvalid("this constraint belongs to a fleet: an engine needs one of its own Guide")
+
+
+class FleetGrammars:
+    """A :class:`~aioengine.client.GrammarCompiler`."""
+
+    def __init__(self, limits: GrammarLimits | None) -> None:
+        self.limits = GrammarLimits() if limits is None else limits
+
+    def check_size(self, text: str) -> None:
+        """Raises RequestInvalid if it has too many characters."""
+        most = self.limits.max_characters
+        if len(text) > most:
+            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are compiled")
+
+    async def constraint(self, text: str, tenant: str | None) -> SentGrammar:
+        """What is wrong with the grammar is found out by the replica, as the request's error."""
+        self.check_size(text)
+        return SentGrammar(text)

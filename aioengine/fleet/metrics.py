@@ -1,0 +1,196 @@
+"""One scrape for the whole fleet: every replica's series with a label ``replica``, and the door's own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from aioengine.fleet.members import Members
+from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
+from aioengine.metrics.families.exposition import TextWriter
+
+SCRAPE_SECONDS = 3.0
+"""A replica that takes longer is left out of a scrape."""
+DOOR = "door"
+"""The value of ``replica`` in the door's own series."""
+_TEXT = "text/plain"
+_SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{)?")
+_BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
+
+
+class FleetMetrics:
+    """Scraped from any thread but the loop's; has what a server needs of an engine's metrics."""
+
+    def __init__(self, members: Members) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Everything(self))
+        self._own = CollectorRegistry()
+        self._own.register(_Door(members))
+        self._members = members
+        self._engine = members.config.engine.name
+        self._tenants = TenantMetrics(members.config.engine.max_adapter_labels)
+        self.http = HttpMetrics(self._tenants)
+        self._writer = TextWriter()
+        self._seconds = Histogram(
+            "aioengine_fleet_route_seconds",
+            "Time that a routing decision took.",
+            ["replica"],
+            registry=self._own,
+            buckets=_BUCKETS,
+        ).labels(DOOR)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """The text of a scrape and its content type. Raises TimeoutError if the door's loop is too busy."""
+        encode, content_type = choose_encoder(accept)
+        kind = "application/openmetrics-text" if "openmetrics" in content_type else _TEXT
+        took, self._members.route_seconds = self._members.route_seconds, []
+        for seconds in took:
+            self._seconds.observe(seconds)
+        served = [*self.http.families(self._engine), *[m.family(self._engine) for m in self._tenants.metrics]]
+        door = self._writer.write(served, openmetrics=kind != _TEXT).decode()
+        texts = [("", encode(self._own).decode()), (DOOR, door), *self.scraped(kind)]
+        return _merged(texts, openmetrics=kind != _TEXT).encode(), content_type
+
+    def scraped(self, accept: str) -> list[tuple[str, str]]:
+        """(replica, text) of those that answer."""
+        assert self._loop is not None
+        asked = asyncio.run_coroutine_threadsafe(self._scrape(accept), self._loop)
+        return asked.result(SCRAPE_SECONDS + 2)
+
+    async def _scrape(self, accept: str) -> list[tuple[str, str]]:
+        call = self._members.handle.options(method_name="scrape")
+
+        async def one(replica: str) -> tuple[str, str] | None:
+            try:
+                async with asyncio.timeout(SCRAPE_SECONDS):
+                    return replica, await call.remote(accept, to=replica)
+            except Exception:  # it is lost, or does not answer: its age and its absence say so
+                return None
+
+        found = await asyncio.gather(*[one(replica) for replica in list(self._members.members)])
+        return [each for each in found if each is not None]
+
+
+class _Everything(Collector):
+    def __init__(self, metrics: FleetMetrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        text, _ = self._metrics.expose(_TEXT)
+        yield from text_string_to_metric_families(text.decode())
+
+
+class _Door(Collector):
+    """What the door knows, read when it is asked for."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def collect(self) -> Iterator[Metric]:
+        members = self._members
+        labels = ["replica"]
+        yield _counter(
+            "aioengine_fleet_decisions", "Routing decisions by reason.", "reason", dict(members.guard.reasons)
+        )
+        yield _counter(
+            "aioengine_fleet_router_failures",
+            "What the router got wrong.",
+            "kind",
+            dict(members.guard.failures),
+        )
+        yield _counter(
+            "aioengine_fleet_migrations",
+            "Requests that went on at another replica, by what became of theirs.",
+            "cause",
+            dict(members.migrations),
+        )
+        yield _counter("aioengine_fleet_losses", "Replicas that were lost.", "cause", dict(members.losses))
+        views = dict(members.state.view.replicas)
+        up = GaugeMetricFamily("aioengine_fleet_replica_up", "1 if it takes requests.", labels=labels)
+        age = GaugeMetricFamily(
+            "aioengine_fleet_knowledge_age_seconds", "Age of its last report.", labels=labels
+        )
+        sent = GaugeMetricFamily(
+            "aioengine_fleet_replica_requests", "Its requests of this door.", labels=labels
+        )
+        for replica, view in views.items():
+            up.add_metric([replica], float(view.accepting))
+            age.add_metric([replica], view.age)
+            member = members.members.get(replica)
+            sent.add_metric([replica], 0 if member is None else len(member.channel.calls))
+        yield up
+        yield age
+        yield sent
+        had = GaugeMetricFamily(
+            "aioengine_fleet_adapter_copies", "Replicas that hold it.", labels=["adapter", *labels]
+        )
+        wanted = GaugeMetricFamily(
+            "aioengine_fleet_adapter_copies_wanted",
+            "Replicas that should, by the plan.",
+            labels=["adapter", *labels],
+        )
+        for name, adapter in list(members.state.view.adapters.items()):
+            if adapter.holders:
+                had.add_metric([name, DOOR], len(adapter.holders))
+            if adapter.target_holders:
+                wanted.add_metric([name, DOOR], len(adapter.target_holders))
+        yield had
+        yield wanted
+
+
+def _counter(name: str, help_: str, label: str, values: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(name, help_, labels=[label, "replica"])
+    for value, number in values.items():
+        family.add_metric([value, DOOR], number)
+    return family
+
+
+def _merged(texts: list[tuple[str, str]], *, openmetrics: bool) -> str:
+    """Scrapes as one: the format wants each metric's samples in one group. A text whose replica is "" has its
+    labels already."""
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for replica, text in texts:
+        label = f'replica="{replica}"'
+        metric = ""
+        for line in text.splitlines():
+            if line.startswith("# EOF") or not line:
+                continue
+            if line.startswith("# "):
+                _, kind, name, *_ = line.split(" ", 3)
+                if name != metric:
+                    metric = name
+                    samples.setdefault(metric, [])
+                    heads.setdefault(metric, [])
+                if line not in heads[metric] and not any(h.startswith(f"# {kind} ") for h in heads[metric]):
+                    heads[metric].append(line)
+                continue
+            samples.setdefault(metric, []).append(_labelled(line, label) if replica else line)
+    lines = [line for metric in samples for line in (*heads.get(metric, ()), *samples[metric])]
+    if openmetrics:
+        lines.append("# EOF")
+    return "\n".join(lines) + "\n"
+
+
+def _labelled(line: str, label: str) -> str:
+    found = _SAMPLE.match(line)
+    if found is None:
+        return line
+    rest = line[found.end() :]
+    if found[2] is None:
+        return f"{found[1]}{{{label}}}{rest}"
+    return f"{found[1]}{{{label}{'' if rest.startswith('}') else ','}{rest}"

@@ -1,0 +1,28 @@
+"""A Serve request router that sends each call where its caller says: routing is the door's business."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.request_router import RequestRouter
+
+from aioengine.fleet.discovery import replicas_changed
+
+ROUTER_PATH = f"{__name__}:ObeyingRouter"
+
+
+class ObeyingRouter(RequestRouter):  # type: ignore[misc] # Ray has no types for it
+    """Takes the replica that the keyword ``to`` names; any, if it names none.
+
+    Ray sends this class by value, with copies of the module's own variables: state has to be elsewhere."""
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        super().update_replicas(replicas)
+        replicas_changed(self.app_name, {replica.replica_id.unique_id for replica in replicas})
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: Any = None
+    ) -> list[list[Any]]:
+        to = None if pending_request is None else pending_request.kwargs.get("to")
+        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == to]
+        return [named or list(candidate_replicas)]

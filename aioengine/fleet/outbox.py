@@ -1,0 +1,62 @@
+"""A replica's side of the channel to one door: the requests that it runs for it, and what is new of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import suppress
+
+from aioengine.fleet.wire import Delta
+
+
+class Outbox:
+    """Gathers deltas until the channel takes them: all that one step has brought go in one frame."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Requests that came from the door so far."""
+        self.ended = 0
+        self._deltas: list[Delta] = []
+        self._filled = asyncio.Event()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    def begin(self, key: int, work: Coroutine[None, None, None]) -> None:
+        """Run a request; ``work`` puts what comes of it."""
+        self.received += 1
+        task = self._tasks[key] = asyncio.get_running_loop().create_task(
+            work, name=f"aioengine-request-{key}"
+        )
+        task.add_done_callback(lambda _: self._end(key))
+
+    def abort(self, key: int) -> None:
+        """Of a request that has ended, nothing is to be done."""
+        task = self._tasks.get(key)
+        if task is not None:
+            task.cancel()
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        self._filled.set()
+
+    def take(self) -> list[Delta]:
+        self._filled.clear()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    async def filled(self, seconds: float) -> None:
+        """Wait until there is something, but not for longer than that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._filled.wait()
+
+    async def close(self) -> None:
+        """Abort all of the door's requests, and wait until they have ended."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _end(self, key: int) -> None:
+        del self._tasks[key]
+        self.ended += 1

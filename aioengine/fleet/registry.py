@@ -1,0 +1,124 @@
+"""The fleet's registry of adapters: an actor that outlives doors and, with a checkpoint, Ray's head."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+
+logger = logging.getLogger("aioengine.fleet")
+
+NAMESPACE = "aioengine"
+LEASE_SECONDS = 600.0
+"""A door that began to change an adapter and was lost holds up others for no longer."""
+_FILE = "adapters.json"
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An adapter as the fleet knows it."""
+
+    name: str
+    path: str
+    """A folder or a URL, as it was given."""
+    version: int
+    """Counts up with every load and replacement."""
+    digest: str = ""
+    """SHA-256 of its files, as the replica that read it reports it."""
+    pinned: bool = False
+
+
+class AdapterRegistry:
+    """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept."""
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self._file = None if checkpoint is None else f"{checkpoint.rstrip('/')}/{_FILE}"
+        self._entries: dict[str, Entry] = {}
+        self._leases: dict[str, tuple[str, float]] = {}
+        self._doors: set[str] = set()
+        self._config: bytes | None = None
+        if self._file is not None:
+            self._entries = {entry.name: entry for entry in _read(self._file)}
+
+    async def configure(self, config: bytes) -> bytes:
+        """The configuration of the fleet: the first one that anybody has brought."""
+        if self._config is None:
+            self._config = config
+        return self._config
+
+    async def join(self, door: str) -> None:
+        """A door is there; it says so when it goes."""
+        self._doors.add(door)
+
+    async def leave(self, door: str) -> int:
+        """How many doors are left."""
+        self._doors.discard(door)
+        return len(self._doors)
+
+    async def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    async def begin(self, name: str, owner: str) -> None:
+        """Wait until nobody else changes the adapter; then ``owner`` may, until :meth:`end`."""
+        loop = asyncio.get_running_loop()
+        while True:
+            holder = self._leases.get(name)
+            if holder is None or holder[0] == owner or loop.time() > holder[1]:
+                break
+            await asyncio.sleep(0.05)
+        self._leases[name] = owner, loop.time() + LEASE_SECONDS
+
+    async def end(self, name: str, owner: str) -> None:
+        if self._leases.get(name, ("", 0.0))[0] == owner:
+            del self._leases[name]
+
+    async def put(self, entry: Entry) -> None:
+        """It is so from now on, and written down if there is a checkpoint."""
+        self._entries[entry.name] = entry
+        await self._write()
+
+    async def remove(self, name: str) -> None:
+        self._entries.pop(name, None)
+        await self._write()
+
+    async def _write(self) -> None:
+        if self._file is not None:
+            await asyncio.to_thread(_write, self._file, msgspec.json.encode(list(self._entries.values())))
+
+
+def _read(url: str) -> list[Entry]:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    if not system.exists(path):
+        return []
+    data: bytes = system.cat_file(path)
+    return msgspec.json.decode(data, type=list[Entry])
+
+
+def _write(url: str, data: bytes) -> None:
+    """Under another name first, so that no half of it is ever read."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    system.makedirs(path.rpartition("/")[0], exist_ok=True)
+    system.pipe_file(f"{path}.new", data)
+    system.mv(f"{path}.new", path)
+
+
+def registry_actor(application: str, checkpoint: str | None) -> Any:
+    """The actor of an application, made if there is none yet."""
+    import ray
+
+    actor = ray.remote(AdapterRegistry)
+    return actor.options(
+        name=f"{application}-registry",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_task_retries=3,
+        num_cpus=0,
+        max_concurrency=1000,
+    ).remote(checkpoint)

@@ -1,0 +1,298 @@
+"""EngineReplica: one engine in a process of its own, and its side of the channels to the doors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aioengine import events
+from aioengine.engine import AsyncEngine
+from aioengine.errors import AioEngineError, EngineDead, EngineStopped
+from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.outbox import Outbox
+from aioengine.fleet.registry import Entry
+from aioengine.fleet.wire import (
+    Abort,
+    Delta,
+    Frame,
+    Hello,
+    LimitWaiting,
+    Residency,
+    Status,
+    Submit,
+    decode_orders,
+    encode_frame,
+    pack_error,
+)
+from aioengine.grammars.service import Grammars
+from aioengine.info import AdapterInfo
+from aioengine.request import SamplingParams
+
+logger = logging.getLogger("aioengine.fleet")
+
+STATUS_SECONDS = 0.05
+"""The shortest time between two reports to a door."""
+_SMOOTHING = 0.2
+
+
+class EngineReplica:
+    """The deployment's class. Serve makes it; every method is called over a handle. ``to``, which most of
+    them take, is for the request router alone: it names the replica that shall answer."""
+
+    async def __init__(self, config: FleetConfig, digest: str) -> None:  # type: ignore[misc] # Serve awaits it
+        import torch
+
+        torch.set_num_threads(config.cpus_per_replica)
+        self._config = config
+        self._digest = digest
+        self._draining = False
+        self._boxes: dict[str, Outbox] = {}
+        self._grammars: Grammars | None = None
+        self._speed = _Speed()
+        self._versions: dict[str, int] = {}
+        """By adapter: the version that it has in the registry."""
+        self.engine = AsyncEngine(config.engine)
+        await self.engine.start()
+        self.engine.add_listener(self._speed)
+        for name, path in config.adapters.items():
+            self.engine.register_adapter(name, path)
+
+    # Channels
+
+    async def channel(self, door: str, to: str | None = None) -> AsyncIterator[bytes]:
+        """All that a door is told, as encoded frames, until it stops listening: then its requests end."""
+        before = self._boxes.pop(door, None)
+        if before is not None:
+            await before.close()
+        box = self._boxes[door] = Outbox()
+        loop = asyncio.get_running_loop()
+        residency, due = -1, 0.0
+        try:
+            yield encode_frame(Frame(hello=self._hello()))
+            while True:
+                frame = Frame(deltas=box.take())
+                now = loop.time()
+                version = self.engine.slots().version
+                if now >= due or version != residency:
+                    due = now + STATUS_SECONDS
+                    frame.status = self._status(box, now)
+                    if version != residency:
+                        residency = version
+                        frame.residency = Residency(list(self.engine.slots().slots), self.engine.resident())
+                yield encode_frame(frame)
+                await box.filled(self._config.heartbeat_seconds)
+        finally:
+            if self._boxes.get(door) is box:
+                del self._boxes[door]
+            await box.close()
+
+    async def submit(self, door: str, orders: bytes, to: str | None = None) -> None:
+        """What a door wants done. Raises LookupError if there is no channel to it."""
+        box = self._boxes.get(door)
+        if box is None:
+            raise LookupError(f"no channel to door {door}")
+        for order in decode_orders(orders):
+            match order:
+                case Submit():
+                    box.begin(order.key, self._run(box, order))
+                case Abort():
+                    box.abort(order.key)
+                case LimitWaiting():
+                    self.engine.limit_waiting(order.max_waiting)
+
+    async def _run(self, box: Outbox, order: Submit) -> None:
+        try:
+            if self._draining:
+                raise EngineStopped("the replica is draining")
+            params = await self._params(order)
+            seen = len(order.options.output)
+            scored = False
+            options = order.options
+            async for output in self.engine.generate(
+                order.prompt,
+                params,
+                adapter=options.adapter,
+                request_id=order.request_id,
+                priority=options.priority,
+                deadline=options.deadline,
+                tenant=options.tenant,
+                expected_tokens=options.expected_tokens,
+                cache_salt=options.cache_salt,
+                output=options.output,
+                replay=options.replay,
+            ):
+                delta = Delta(order.key, output.token_ids_delta, output.text_delta)
+                delta.finish, delta.stop = output.finish_reason, output.stop_reason
+                delta.cached_tokens = output.cached_tokens
+                if output.logprobs is not None:
+                    delta.logprobs = output.logprobs[seen:]
+                    seen = len(output.logprobs)
+                if output.prompt_logprobs is not None and not scored:
+                    delta.prompt_logprobs, scored = output.prompt_logprobs, True
+                box.put(delta)
+        except Exception as error:
+            if not isinstance(error, AioEngineError):
+                logger.exception("request %s failed unexpectedly", order.request_id)
+            box.put(Delta(order.key, error=pack_error(error)))
+
+    async def _params(self, order: Submit) -> SamplingParams:
+        constraint = None
+        if order.grammar is not None:
+            if self._grammars is None:
+                self._grammars = self.engine.grammars()
+            constraint = await self._grammars.constraint(order.grammar, order.options.tenant)
+        return SamplingParams(**order.params, constraint=constraint)
+
+    def _hello(self) -> Hello:
+        lora = self._config.engine.lora
+        return Hello(
+            replica=_own_id(),
+            pid=os.getpid(),
+            node=platform.node(),
+            slots=0 if lora is None else len(self.engine.slots().slots),
+            cpu_loras=0 if lora is None else lora.cpu_capacity,
+            max_running=self._config.engine.max_num_seqs,
+            kv_tokens=self.engine.load().kv_tokens,
+            digest=self._digest,
+        )
+
+    def _status(self, box: Outbox, now: float) -> Status:
+        load = self.engine.load()
+        return Status(
+            sent_at=now,
+            received=box.received,
+            ended=box.ended,
+            waiting=load.waiting,
+            running=load.running,
+            waiting_tokens=load.waiting_tokens,
+            running_tokens=load.running_tokens,
+            free_kv_tokens=load.kv_tokens_free,
+            waiting_for=list(load.waiting_for.items()),
+            load_seconds=self._speed.load,
+            slot_seconds=self._speed.slot,
+            seconds_per_token=self._speed.token,
+            step_age=load.step_age,
+            draining=self._draining,
+            state=self.engine.state,
+        )
+
+    # Adapters
+
+    async def adapter(self, action: str, arguments: dict[str, Any], to: str | None = None) -> Any:
+        """One of the engine's methods for adapters, by name. Returns its answer, or the error that it raised:
+        Ray would wrap it."""
+        calls: dict[str, Callable[..., Awaitable[Any]]] = {
+            "load": self.engine.load_adapter,
+            "unload": self.engine.unload_adapter,
+            "pin": self.engine.pin_adapter,
+            "unpin": self.engine.unpin_adapter,
+            "register": self._register,
+            "prepare": self.engine.prepare_adapter,
+            "commit": self._commit,
+            "discard": self._discard,
+            "sync": self._sync,
+        }
+        version = arguments.pop("version", None)
+        try:
+            answer = await calls[action](**arguments)
+            if version is not None:
+                self._versions[arguments["name"]] = version
+            return answer
+        except AioEngineError as error:
+            return error
+
+    async def _register(self, name: str, path: str) -> AdapterInfo:
+        return self.engine.register_adapter(name, path)
+
+    async def _commit(self, name: str) -> AdapterInfo:
+        return self.engine.commit_adapter(name)
+
+    async def _discard(self, name: str) -> None:
+        self.engine.discard_adapter(name)
+
+    async def _sync(self, entries: list[Entry]) -> None:
+        """Know the registry's adapters in the versions that it has."""
+        for entry in entries:
+            if self._versions.get(entry.name, 0) < entry.version:
+                await self.engine.prepare_adapter(entry.name, entry.path, read=False)
+                self.engine.commit_adapter(entry.name)
+                self._versions[entry.name] = entry.version
+            if entry.pinned:
+                await self.engine.pin_adapter(entry.name)
+
+    # Watching
+
+    async def scrape(self, accept: str, to: str | None = None) -> str:
+        """The engine's metrics, as text."""
+        text, _ = await asyncio.to_thread(self.engine.metrics.expose, accept)
+        return text.decode()
+
+    async def describe(self, to: str | None = None) -> dict[str, Any]:
+        """For people: how it is."""
+        load = self.engine.load()
+        return {
+            "replica": _own_id(),
+            "pid": os.getpid(),
+            "node": platform.node(),
+            "state": "draining" if self._draining else self.engine.state,
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_free": load.kv_tokens_free / max(load.kv_tokens, 1),
+            "slots": [slot.adapter for slot in self.engine.slots().slots],
+            "adapters": self.engine.adapters(),
+        }
+
+    async def drain(self, draining: bool = True, to: str | None = None) -> None:
+        """Take no new requests (or take them again); those accepted finish."""
+        self._draining = draining
+
+    async def check_health(self) -> None:
+        """Serve asks this; what it raises has the replica replaced."""
+        if self.engine.state == "dead":
+            raise EngineDead("the engine has failed")
+        took = self.engine.step_age()
+        if took > self._config.step_seconds:
+            raise EngineDead(f"a step has taken {took:.0f} s: the model hangs")
+
+    async def stop(self) -> None:
+        for box in list(self._boxes.values()):
+            await box.close()
+        await self.engine.stop()
+
+    async def __del__(self) -> None:
+        """Serve awaits this when it lets the replica go."""
+        if hasattr(self, "engine"):
+            await self.stop()
+
+
+def _own_id() -> str:
+    from ray import serve
+
+    return str(serve.get_replica_context().replica_id.unique_id)
+
+
+class _Speed:
+    """Moving averages of what loads, copies and prompt tokens take, in seconds."""
+
+    def __init__(self) -> None:
+        self.load: float | None = None
+        self.slot: float | None = None
+        self.token: float | None = None
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.AdapterLoaded():
+                self.load = _smooth(self.load, event.seconds)
+            case events.AdapterPlaced():
+                self.slot = _smooth(self.slot, event.seconds)
+            case events.StepFinished() if event.prefill_tokens > 0:
+                tokens = event.prefill_tokens + event.decode_tokens
+                self.token = _smooth(self.token, event.seconds / tokens)
+
+
+def _smooth(before: float | None, value: float) -> float:
+    return value if before is None else before + _SMOOTHING * (value - before)

@@ -1,0 +1,149 @@
+"""What travels between a door and a replica: MessagePack, in frames that gather what is new.
+
+Upstream go lists of :data:`Order`; downstream come :class:`Frame`, one for each step that had something for
+the door, and at least one in each heartbeat.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from aioengine.errors import AioEngineError
+from aioengine.info import AdapterInfo, SlotInfo
+from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
+
+_DEFAULTS = msgspec.structs.asdict(SamplingParams())
+
+
+class Submit(msgspec.Struct, tag="submit", array_like=True):
+    """Run a request. ``key`` is the door's number for it."""
+
+    key: int
+    request_id: str
+    prompt: list[int]
+    params: dict[str, Any]
+    options: RequestOptions
+    grammar: str | None = None
+    """The text that its constraint is made of."""
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    key: int
+
+
+class LimitWaiting(msgspec.Struct, tag="limit", array_like=True):
+    max_waiting: dict[str, int]
+
+
+Order = Submit | Abort | LimitWaiting
+
+
+class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What is new of one request."""
+
+    key: int
+    tokens: list[int] = []
+    text: str = ""
+    finish: FinishReason | None = None
+    stop: str | int | None = None
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: bytes = b""
+    """A pickled error; nothing follows."""
+
+
+class Residency(msgspec.Struct, array_like=True):
+    """What a replica holds; sent when it has changed."""
+
+    slots: list[SlotInfo]
+    adapters: list[AdapterInfo]
+
+
+class Status(msgspec.Struct, array_like=True):
+    """How a replica is; the fields of ``aioengine.schedulers.routing.Report``, but for ``tiers``."""
+
+    sent_at: float
+    received: int
+    ended: int
+    waiting: int
+    running: int
+    waiting_tokens: int
+    running_tokens: int
+    free_kv_tokens: int
+    waiting_for: list[tuple[str | None, int]]
+    load_seconds: float | None
+    slot_seconds: float | None
+    seconds_per_token: float | None
+    step_age: float
+    draining: bool
+    state: str
+    """The engine's."""
+
+
+class Hello(msgspec.Struct, array_like=True):
+    """The first thing that is heard of a replica."""
+
+    replica: str
+    pid: int
+    node: str
+    slots: int
+    cpu_loras: int
+    max_running: int
+    kv_tokens: int
+    digest: str
+    """Of the configuration."""
+
+
+class Frame(msgspec.Struct, array_like=True, omit_defaults=True):
+    deltas: list[Delta] = []
+    status: Status | None = None
+    residency: Residency | None = None
+    hello: Hello | None = None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_orders = msgspec.msgpack.Decoder(list[Order])
+_frames = msgspec.msgpack.Decoder(Frame)
+
+
+def encode_orders(orders: Sequence[Order]) -> bytes:
+    return _encoder.encode(orders)
+
+
+def decode_orders(data: bytes) -> list[Order]:
+    return _orders.decode(data)
+
+
+def encode_frame(frame: Frame) -> bytes:
+    return _encoder.encode(frame)
+
+
+def decode_frame(data: bytes) -> Frame:
+    return _frames.decode(data)
+
+
+def pack_params(params: SamplingParams) -> dict[str, Any]:
+    """The fields that differ from their defaults; the constraint goes another way."""
+    return {
+        name: value
+        for name, value in msgspec.structs.asdict(params).items()
+        if name != "constraint" and value != _DEFAULTS[name]
+    }
+
+
+def pack_error(error: Exception) -> bytes:
+    """As it is, if it is one of ours; else in words."""
+    if not isinstance(error, AioEngineError):
+        error = AioEngineError(f"the replica failed: {type(error).__name__}: {error}")
+    return pickle.dumps(error)
+
+
+def unpack_error(data: bytes) -> AioEngineError:
+    error = pickle.loads(data)  # a replica is as trusted as the door: it unpickles what Ray brings, too
+    assert isinstance(error, AioEngineError)
+    return error

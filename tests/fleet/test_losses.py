@@ -1,0 +1,87 @@
+"""Replicas that die or hang while they stream."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from support.engine_fixtures import Tiny
+from support.fleet_process import FleetServer, fleet_server, needs_ray, until
+
+needs_ray()
+
+STREAMS = 32
+TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_text: Tiny) -> Iterator[FleetServer]:
+    adapter = f"a={tiny_text.adapters['a']}"
+    with fleet_server(tiny_text.model, "--lora-modules", adapter, "--router", "least_loaded") as server:
+        yield server
+
+
+def request(index: int) -> dict[str, Any]:
+    """Greedy, drawn, with penalties, with log-probabilities, with an adapter: in turns."""
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": index},
+        {"temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.3, "seed": index},
+        {"temperature": 0, "logprobs": 1},
+    ]
+    return {
+        "model": "a" if index % 3 == 0 else "tiny",
+        "prompt": f"prompt {index}",
+        "max_tokens": TOKENS,
+        **sampling[index % 4],
+        "extra_body": {"ignore_eos": True, "return_token_ids": True},
+    }
+
+
+async def streamed(client: openai.AsyncOpenAI, index: int, seen: list[int]) -> list[int]:
+    tokens: list[int] = []
+    async for part in await client.completions.create(**request(index), stream=True):
+        if part.choices:
+            tokens += part.choices[0].token_ids or []  # type: ignore[attr-defined]
+            seen[index] = len(tokens)
+    return tokens
+
+
+async def disturbed(fleet: FleetServer, number: signal.Signals) -> None:
+    """All streams twice: undisturbed, and with a signal for one replica in the middle."""
+    await asyncio.to_thread(until, fleet.healthy, 90)
+    client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0, timeout=120)
+    seen = [0] * STREAMS
+    expected = await asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
+    assert {len(tokens) for tokens in expected} == {TOKENS}
+    migrations = fleet.metric("aioengine_fleet_migrations_total")
+    seen = [0] * STREAMS
+    streams = asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
+    while min(seen) < 10:
+        await asyncio.sleep(0.005)
+        assert not streams.done()
+    os.kill(fleet.replicas()[0].pid, number)
+    assert await streams == expected
+    assert fleet.metric("aioengine_fleet_migrations_total") - migrations >= STREAMS / 4
+    await client.close()
+
+
+async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer) -> None:
+    await disturbed(fleet, signal.SIGKILL)
+
+
+async def test_a_hung_replica(fleet: FleetServer) -> None:
+    """Nothing raises: only the silence tells."""
+    await disturbed(fleet, signal.SIGSTOP)
+
+
+def test_requests_go_on_while_one_is_away(fleet: FleetServer) -> None:
+    until(fleet.healthy, 90)
+    os.kill(fleet.replicas()[0].pid, signal.SIGKILL)
+    for index in range(20):
+        assert fleet.complete(f"short {index}", max_tokens=2)["finish_reason"]

@@ -1,0 +1,109 @@
+"""What is wrong with a fleet is said before anything of it is started."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.engine_fixtures import Tiny
+
+from aioengine import EngineConfig
+from aioengine.cli.main import main
+from aioengine.errors import ConfigError
+from aioengine.fleet import FleetConfig
+from aioengine.fleet.cluster import check_address, check_cpus, require_ray
+from aioengine.fleet.config import CONFIG_VARIABLE
+
+
+def config(**fields: Any) -> FleetConfig:
+    return FleetConfig(engine=EngineConfig(model="tiny"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"replicas": 0}, "replicas=0: must be an integer >= 1"),
+        ({"router": "afinity"}, "did you mean 'affinity'"),
+        ({"placement": "hrv"}, "did you mean 'hrw'"),
+        ({"migration_limit": -1}, "migration_limit=-1"),
+        ({"silent_seconds": 0.6}, "two heartbeats"),
+        ({"name": ""}, "name=''"),
+    ],
+)
+def test_fields(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        config(**fields)
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text('model = "m"\nmax_num_seqs = 8\n[fleet]\nreplicas = 3\n[adapters]\nsql = "x/sql"\n')
+    found = FleetConfig.from_toml(path)
+    assert (found.replicas, found.engine.max_num_seqs, found.adapters) == (3, 8, {"sql": "x/sql"})
+    path.write_text('model = "m"\n[fleet]\nreplica = 3\n')
+    with pytest.raises(ConfigError, match=r"table fleet: unknown field 'replica'.*replicas"):
+        FleetConfig.from_toml(path)
+    path.write_text('model = "m"\n[fleet]\nreplicas = 0\n')
+    with pytest.raises(ConfigError, match=r"table fleet: replicas=0"):
+        FleetConfig.from_toml(path)
+
+
+def test_the_application_needs_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    import aioengine.fleet
+
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="AIOENGINE_CONFIG is not set"):
+        _ = aioengine.fleet.app
+
+
+def test_more_replicas_than_cpus() -> None:
+    with pytest.raises(ConfigError, match=r"replicas=5000: 10000 CPUs.*RAY_ADDRESS"):
+        check_cpus(5000, 2)
+
+
+def test_an_address_that_does_not_answer() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: nothing answers there.*ray start"):
+            check_address(where)
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Ray, which is not installed: pip install 'aioengine\[fleet\]'"):
+        require_ray()
+
+
+def test_another_version_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.3")
+    with pytest.raises(ConfigError, match=r"Ray 2\.9\.3 is installed, and a fleet needs 2\.60: pip install"):
+        require_ray()
+
+
+def test_the_command_refuses(
+    tiny_text: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    model = str(tiny_text.model)
+    before = dict(os.environ)
+
+    def refused(*flags: str) -> str:
+        assert main(["serve", "--model", model, "--port", "0", "--max-model-len", "100", *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "must be an integer >= 1" in refused("--replicas", "0")
+    assert "did you mean 'affinity'" in refused("--replicas", "1", "--router", "afinity")
+    assert "--router: is of a fleet; add --replicas" in refused("--router", "affinity")
+    assert "CPUs are needed" in refused("--replicas", "4000")
+    memory = refused("--replicas", "1", "--kv-cache-memory", "900000GiB")
+    assert "too little" in memory
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "RAY_ADDRESS=127.0.0.1:1: nothing answers there" in refused("--replicas", "1")
+    assert {k for k in os.environ if k.startswith("RAY_")} - set(before) <= {"RAY_ADDRESS"}

@@ -1,0 +1,161 @@
+"""A fleet of two replicas on Ray that nothing goes wrong with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from support.engine_fixtures import Tiny
+from support.fleet_process import FleetServer, command_line, fleet_server, needs_ray, until
+from support.tiny_models import build_adapter
+
+needs_ray()
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_text: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter root with "a" (another's copy is to replace it) and, by the registry, nothing else."""
+    root = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(tiny_text.adapters["a"], root / "a")
+    build_adapter(tiny_text.model, root / "b", seed=5)
+    shutil.copytree(root / "b", root / "broken")
+    (root / "broken" / "adapter_model.safetensors").write_bytes(b"not this")
+    return root
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_text: Tiny, adapters: Path) -> Iterator[FleetServer]:
+    with fleet_server(tiny_text.model, "--router", "affinity", "--adapter-root", str(adapters)) as server:
+        yield server
+
+
+def test_two_processes_answer_as_one_engine(fleet: FleetServer, tiny_text: Tiny) -> None:
+    assert len(fleet.replicas()) == 2
+    prompt = [5, 6, 7, 8]
+    found = fleet.complete(prompt, max_tokens=12, ignore_eos=True)
+    assert found["token_ids"] == tiny_text.expected(prompt, 12)
+    adapted = fleet.complete(prompt, max_tokens=12, ignore_eos=True, model="a")
+    assert adapted["token_ids"] == tiny_text.expected(prompt, 12, "a")
+
+
+async def test_many_streams_use_both_replicas(fleet: FleetServer, tiny_text: Tiny) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0)
+
+    async def stream(seed: int) -> str:
+        parts = await client.completions.create(
+            model="tiny", prompt=f"prompt {seed}", max_tokens=60, seed=seed, temperature=0.7, stream=True
+        )
+        return "".join([part.choices[0].text async for part in parts if part.choices])
+
+    before = _finished_by_replica(fleet)
+    texts = await asyncio.gather(*[stream(seed) for seed in range(24)])
+    again = await asyncio.gather(*[stream(seed) for seed in range(24)])
+    assert texts == again, "a seed's draws do not depend on the replica"
+    after = _finished_by_replica(fleet)
+    assert len(after) == 2
+    for replica, number in after.items():
+        assert number - before.get(replica, 0) >= 4, "neither replica was left idle"
+    await client.close()
+
+
+def _finished_by_replica(fleet: FleetServer) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for line in fleet.metrics().splitlines():
+        if line.startswith("aioengine_request_ttft_seconds_count{"):
+            replica = re.search(r'replica="([^"]+)"', line)
+            assert replica is not None
+            found[replica[1]] = found.get(replica[1], 0) + float(line.rsplit(" ", 1)[1])
+    return found
+
+
+def test_every_sample_says_whose_it_is(fleet: FleetServer) -> None:
+    samples = [line for line in fleet.metrics().splitlines() if line and not line.startswith("#")]
+    replicas = {match[1] for line in samples if (match := re.search(r'[{,]replica="([^"]+)"', line))}
+    assert all(re.search(r'[{,]replica="[^"]+"', line) for line in samples)
+    assert len(replicas) == 3, "two, and the door"
+    for name in ("aioengine_kv_cache_usage_ratio", "aioengine_fleet_route_seconds_count"):
+        assert any(line.startswith(name) for line in samples), name
+
+
+def test_errors_are_those_of_one_engine(fleet: FleetServer) -> None:
+    with fleet.client() as client:
+
+        def post(**fields: Any) -> httpx.Response:
+            return client.post("/v1/completions", json={"model": "tiny", "prompt": "x", **fields})
+
+        unknown = post(model="nobody")
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["code"] == "model_not_found"
+        assert post(prompt="y" * 2000).json()["error"]["code"] == "context_length_exceeded"
+        assert post(model="broken").status_code in (400, 503)
+        bad = post(guided_regex="(", max_tokens=5)
+        assert bad.status_code == 400, bad.text
+        good = post(guided_regex="[a-c]{4}z", max_tokens=20, temperature=1.0)
+        assert re.fullmatch("[a-c]{4}z", good.json()["choices"][0]["text"])
+
+
+async def test_a_client_that_leaves_ends_its_request(fleet: FleetServer) -> None:
+    async with httpx.AsyncClient(base_url=fleet.url, trust_env=False) as client:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 490, "ignore_eos": True, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            async for _ in answer.aiter_lines():
+                break
+    await asyncio.to_thread(until, lambda: fleet.metric("aioengine_requests_running") == 0, 10)
+
+
+def test_replaced_everywhere_or_nowhere(fleet: FleetServer, tiny_text: Tiny, adapters: Path) -> None:
+    prompt = [9, 8, 7]
+    old = tiny_text.expected(prompt, 8, "a")
+
+    def answers() -> set[tuple[int, ...]]:
+        return {
+            tuple(fleet.complete(prompt, max_tokens=8, ignore_eos=True, model="swap")["token_ids"])
+            for _ in range(6)
+        }
+
+    with fleet.client() as client:
+
+        def load(path: str, **fields: Any) -> httpx.Response:
+            return client.post(
+                "/v1/load_lora_adapter", json={"lora_name": "swap", "lora_path": path, **fields}
+            )
+
+        assert load("a").status_code == 200
+        assert answers() == {tuple(old)}
+        refused = load("broken", load_inplace=True)
+        assert refused.status_code == 400, refused.text
+        assert answers() == {tuple(old)}, "a version that one replica cannot read is used by none"
+        assert load("b", load_inplace=True).status_code == 200
+        new = Tiny(tiny_text.model, {"b": adapters / "b"}).expected(prompt, 8, "b")
+        assert answers() == {tuple(new)} != {tuple(old)}
+        models = {card["id"] for card in client.get("/v1/models").json()["data"]}
+        assert {"tiny", "swap"} <= models
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "swap"}).status_code == 200
+        gone = client.post("/v1/completions", json={"model": "swap", "prompt": "x"})
+        assert gone.status_code == 404
+
+
+def test_sigterm_leaves_no_process(fleet: FleetServer) -> None:
+    """The last test of this fleet."""
+    processes = [psutil.Process(fleet.process.pid), *fleet.processes()]
+    assert any("EngineReplica" in command_line(process) for process in processes)
+    fleet.process.send_signal(signal.SIGTERM)
+    fleet.process.wait(60)
+    assert fleet.process.returncode == 0, fleet.log
+    left = [process for process in processes if process.is_running() and process.status() != "zombie"]
+    assert [command_line(process) for process in left] == []
+
+
+def test_json_of_logs_is_not_broken_by_ray(fleet: FleetServer) -> None:
+    assert "Traceback" not in fleet.log
+    assert json.dumps(fleet.log)
