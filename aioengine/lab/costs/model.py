@@ -6,7 +6,6 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -124,10 +123,10 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The device's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""
         return StepTimes(self.steps)(shape)
 
-    def adapter_nbytes(self, rank: int, modules: Sequence[str] = LORA_MODULES) -> int:
-        """An adapter on the CPU, A and B of every layer's ``modules`` in the model's dtype."""
+    def adapter_nbytes(self, rank: int) -> int:
+        """An adapter on the CPU, A and B of every layer's linears in the model's dtype."""
         spec = self.spec
-        per_rank = sum(sum(spec.linear(module)) for module in modules) * spec.num_layers
+        per_rank = sum(sum(spec.linear(module)) for module in LORA_MODULES) * spec.num_layers
         return rank * per_rank * DTYPE_BYTES[spec.dtype]
 
     @property
