@@ -8,7 +8,9 @@ from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
 
 MEMORY = 0.1
-"""Weight of the newest measurement in the moving averages."""
+"""Weight of the newest measurement in the moving averages of loads."""
+TOKENS_REMEMBERED = 16384
+"""So many are as much as the moving average of a token's time knows of the past."""
 
 
 class ReplicaReporter:
@@ -51,8 +53,10 @@ class ReplicaReporter:
                     self._wait(event.request_id, request.remaining)
             case events.StepFinished():
                 if event.prefill_tokens > event.decode_tokens:
-                    seconds = event.seconds / (event.prefill_tokens + event.decode_tokens)
-                    self._seconds_per_token = _average(self._seconds_per_token, seconds)
+                    tokens = event.prefill_tokens + event.decode_tokens
+                    # By tokens, and not by steps: a short step is mostly overhead.
+                    share = tokens / (tokens + TOKENS_REMEMBERED)
+                    self._seconds_per_token = _average(self._seconds_per_token, event.seconds / tokens, share)
             case events.AdapterLoaded():
                 self._load_seconds = _average(self._load_seconds, event.seconds)
                 self.version += 1
@@ -107,5 +111,5 @@ class ReplicaReporter:
         self._waiting[request_id] = tokens
 
 
-def _average(before: float | None, value: float) -> float:
-    return value if before is None else before + MEMORY * (value - before)
+def _average(before: float | None, value: float, share: float = MEMORY) -> float:
+    return value if before is None else before + share * (value - before)

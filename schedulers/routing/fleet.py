@@ -45,12 +45,15 @@ class Demand:
 class Adapter:
     """An :class:`~aioengine.schedulers.routing.interface.AdapterView`."""
 
-    __slots__ = ("_clock", "_demand", "_holders", "_holders_changed", "_planned", "_targets", "name",
-                 "nbytes", "registered")  # fmt: skip
+    __slots__ = (
+        "_clock", "_demand", "_holders", "_holders_changed", "_planned", "_targets", "in_flight", "name",
+        "nbytes", "registered",
+    )  # fmt: skip
 
     def __init__(self, name: str, clock: _Clock) -> None:
         self.name = name
         self.nbytes = 0
+        self.in_flight = 0
         self.registered = False
         self._clock = clock
         self._demand = Demand()
@@ -88,11 +91,13 @@ class Adapter:
 
     def _needed(self) -> bool:
         """Whether there is anything to remember of it."""
-        return bool(self.registered or self._holders or self._targets) or self.demand >= NO_DEMAND
+        if self.registered or self.in_flight or self._holders or self._targets:
+            return True
+        return self.demand >= NO_DEMAND
 
     def _copy(self, clock: _Clock) -> Adapter:
         found = Adapter(self.name, clock)
-        found.nbytes, found.registered = self.nbytes, self.registered
+        found.nbytes, found.registered, found.in_flight = self.nbytes, self.registered, self.in_flight
         found._demand._rate, found._demand._as_of = self._demand._rate, self._demand._as_of
         found._holders, found._targets = self._holders.copy(), self._targets.copy()
         found._holders_changed, found._planned = self._holders_changed, self._planned
@@ -218,7 +223,7 @@ class FleetState:
         self._tell("replica_left", now, None, replica_id)
         lost = [request for request, where in self._in_flight.values() if where == replica_id]
         for request in lost:
-            del self._in_flight[request.request_id]
+            self._forget(request)
             self._tell("failed", now, request, replica_id)
         return lost
 
@@ -265,9 +270,12 @@ class FleetState:
     # Requests
 
     def sent(self, request: RouteRequest, replica_id: str) -> None:
-        """The door sends a request to a replica. Raises KeyError for an unknown replica."""
+        """The door sends a request to a replica. Raises KeyError for an unknown replica, ValueError for a
+        request that is in flight already."""
         now = self._tick()
         replica = self._replicas[replica_id]
+        if request.request_id in self._in_flight:
+            raise ValueError(f"request {request.request_id!r} is in flight already")
         expected = request.expected_tokens if request.expected_tokens is not None else request.max_tokens
         tokens = request.prompt_tokens + expected
         if not request.tried:
@@ -276,6 +284,7 @@ class FleetState:
             adapter = self._adapter(request.adapter)
             if not request.tried:  # the same tokens are not asked for twice
                 adapter._demand.add(tokens, now)
+            adapter.in_flight += 1
             if replica._send(request):
                 adapter._hold(replica_id)
         else:
@@ -369,12 +378,19 @@ class FleetState:
         self._view._accepting = tuple(r for r in self._replicas.values() if r._accepting)
 
     def _finish(self, kind: RouteEventKind, request_id: str) -> None:
-        found = self._in_flight.pop(request_id, None)
+        found = self._in_flight.get(request_id)
         if found is not None:
             request, replica_id = found
+            self._forget(request)
             if replica_id in self._replicas:
                 self._replicas[replica_id]._end()
             self._tell(kind, self._tick(), request, replica_id)
+
+    def _forget(self, request: RouteRequest) -> None:
+        """It is in flight no more."""
+        del self._in_flight[request.request_id]
+        if request.adapter is not None:
+            self._adapters[request.adapter].in_flight -= 1
 
     def _about(self, kind: RouteEventKind, request_id: str) -> None:
         found = self._in_flight.get(request_id)

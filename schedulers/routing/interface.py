@@ -124,6 +124,11 @@ class ReplicaView(Protocol):
     def seconds_per_token(self) -> float | None:
         """Measured seconds of step time for each prompt token computed."""
 
+    @property
+    def queue_seconds(self) -> float:
+        """Seconds of computing before a request that is sent now: ``waiting_tokens``, and a token for each
+        running request, at the measured speed (until there is one, at a guess)."""
+
     def location(self, adapter: str) -> Location:
         """Fastest place there that holds the adapter. LOADING too where a request for it has been sent and
         the replica has not answered yet."""
@@ -143,6 +148,10 @@ class AdapterView(Protocol):
     @property
     def demand(self) -> float:
         """Tokens (prompt and expected output) asked of it a second: an exponential moving average."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests for it that this door has sent and that have not ended."""
 
     @property
     def holders(self) -> Set[str]:
@@ -168,7 +177,8 @@ class FleetView(Protocol):
 
     @property
     def accepting(self) -> Sequence[ReplicaView]:
-        """Those that requests can be sent to, in order of joining."""
+        """Those that requests can be sent to, in order of joining; another object whenever a replica joins,
+        leaves, or changes between accepting and not."""
 
     @property
     def adapters(self) -> Mapping[str, AdapterView]:

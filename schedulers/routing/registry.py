@@ -31,6 +31,7 @@ _ROUTERS = {
 _PLACEMENTS = {
     "none": f"{_HERE}.placement.none:NoPlacement",
     "hrw": f"{_HERE}.placement.hrw:RendezvousPlacement",
+    "demand": f"{_HERE}.placement.demand:DemandPlacement",
 }
 
 

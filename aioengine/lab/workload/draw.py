@@ -22,6 +22,8 @@ from aioengine.lab.workload.traces import LengthSample, TraceRow, TraceSummary, 
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
+CONVERSATIONS = 2**16
+"""So many are remembered, those with the latest requests."""
 
 
 class _Draft(NamedTuple):
@@ -162,6 +164,7 @@ class _Choices:
             form = parse_popularity("popularity", spec.popularity)
             self._popularity = make_popularity(form, len(adapters), spec.tenants, seed)
         self._base_share = spec.base_share
+        self._conversations: dict[int, str | None] = {}
         self._priorities: Shares | None = None
         if spec.priority is not None:
             self._priorities = Shares(parse_shares("priority", spec.priority, low=-(2**63), high=2**63))
@@ -177,10 +180,21 @@ class _Choices:
             adapter = self._adapters[self._popularity.draw(time, index)]
             if self._base_rng.random() < self._base_share:
                 adapter = None
+            if row.prefix:  # prompts that begin alike are one conversation, and that stays with its adapter
+                adapter = self._conversation(row.prefix[0], adapter)
         if row.adapter is not UNSET:
             adapter = row.adapter
         priority = 0 if self._priorities is None else self._priorities.draw(self._priority_rng)
         return adapter, tenant, priority if row.priority is None else row.priority
+
+    def _conversation(self, number: int, adapter: str | None) -> str | None:
+        """The adapter that its first request was given."""
+        known = self._conversations
+        adapter = known.pop(number, adapter)
+        known[number] = adapter
+        if len(known) > CONVERSATIONS:
+            del known[next(iter(known))]
+        return adapter
 
     def _tenant(self, row: TraceRow) -> tuple[str | None, int]:
         """Its name, and whose adapters it has."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Set
+from itertools import islice
 from math import ceil
+from operator import attrgetter
 
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing.interface import (
+    AdapterView,
     FleetView,
     ReplicaView,
     Route,
@@ -19,7 +23,9 @@ DEFAULT_TOKEN_SECONDS = 1e-4
 DEFAULT_LOAD_SECONDS = 0.25
 DEFAULT_SLOT_SECONDS = 0.02
 """Taken while nothing has been measured."""
-MAX_HOLDERS = 8
+CROWDING = 0.05
+"""Of the time that a request runs, how much longer that is in a full batch than alone."""
+MAX_HOLDERS = 4
 """Holders whose cost is reckoned in full: those with the shortest queues."""
 FRESH_SECONDS = 1.0
 """Knowledge of this age is as good as new; each second beyond counts as a second of waiting."""
@@ -27,6 +33,9 @@ SHRINK = 0.7
 """The number of homes falls when this share of fewer homes' capacity would do."""
 SERVICE_MEMORY = 0.02
 """Weight of the newest request in the moving average of how long requests run."""
+
+
+_ID, _QUEUE = attrgetter("replica_id"), attrgetter("queue_seconds")
 
 
 class Affinity(RouterPolicy):
@@ -39,7 +48,8 @@ class Affinity(RouterPolicy):
 
     Args:
         margin: How many times a load is counted where a new copy would be made; 1: only once.
-        homes: Share of a replica's time that one adapter may ask for before it gets another home.
+        homes: Share of a replica's time, or of the requests that it runs at once, that one adapter may ask
+            for before it gets another home.
     """
 
     source = (
@@ -69,32 +79,30 @@ class Affinity(RouterPolicy):
         found = candidates(request, view)
         if not found:
             return Route()
-        token = {replica.replica_id: replica.seconds_per_token or DEFAULT_TOKEN_SECONDS for replica in found}
-        queues = {r.replica_id: (r.waiting_tokens + r.running) * token[r.replica_id] for r in found}
+        queues: dict[str, float] = dict(zip(map(_ID, found), map(_QUEUE, found), strict=True))
+        by_queue = sorted(queues, key=queues.__getitem__)
         cached = view.cached_blocks(request.prefixes)
+        near = [*by_queue[:2], *(i for i in cached if i in queues)]
         name = request.adapter
         if name is None:
-            costs = {
-                r.replica_id: self._queue(r, queues[r.replica_id])
-                + _prefill(request, cached.get(r.replica_id, 0)) * token[r.replica_id]
-                for r in found
-            }
-            return _answer(costs, "base")
+            return _answer({i: self._cost(request, view.replicas[i], cached) for i in near}, "base")
         adapter = view.adapters.get(name)
-        holders = () if adapter is None else [i for i in adapter.holders if i in queues]
-        if len(holders) > MAX_HOLDERS:
-            holders = sorted(holders, key=queues.__getitem__)[:MAX_HOLDERS]
-        homes = self._homes_of(name, view, queues, token)
-        shortest = sorted(queues, key=queues.__getitem__)[:2]
+        holding: Set[str] = frozenset() if adapter is None else adapter.holders
+        homes = self._homes_of(name, adapter, view, queues)
+        if len(holding) <= MAX_HOLDERS:
+            near += [i for i in holding if i in queues]
+        else:
+            near += islice((i for i in by_queue if i in holding), MAX_HOLDERS)
         costs = {}
-        for replica_id in dict.fromkeys((*holders, *homes, *shortest, *(i for i in cached if i in queues))):
+        for replica_id in {*homes, *near}:
             replica = view.replicas[replica_id]
-            cost = self._queue(replica, queues[replica_id])
-            cost += _prefill(request, cached.get(replica_id, 0)) * token[replica_id]
-            cost += self._load(replica, name, at_home=replica_id in homes)
-            costs[replica_id] = cost
-        best = min(costs, key=costs.__getitem__)
-        return _answer(costs, "holder" if best in holders else "home" if best in homes else "spill")
+            cost = self._cost(request, replica, cached)
+            costs[replica_id] = cost + self._load(replica, name, at_home=replica_id in homes)
+        route = _answer(costs, "spill")
+        best = route.replicas[0]
+        if best in holding:
+            return route._replace(reason="holder")
+        return route._replace(reason="home") if best in homes else route
 
     def on_event(self, event: RouteEvent) -> None:
         if event.request is None:
@@ -106,14 +114,19 @@ class Affinity(RouterPolicy):
             if start is not None and event.kind == "ended":
                 self._service += SERVICE_MEMORY * (event.now - start - self._service)
 
-    def _queue(self, replica: ReplicaView, seconds: float) -> float:
-        """Seconds before its first step: what is to be computed first (``seconds``), and those that must end
-        first because as many run as may."""
-        over = replica.waiting + replica.running + 1 - replica.max_running
-        if over > 0:
-            seconds += over * self._service / replica.max_running
+    def _cost(self, request: RouteRequest, replica: ReplicaView, cached: Mapping[str, int]) -> float:
+        """Seconds before its first token, less the load of its adapter: what is computed first, its own
+        prompt, and those that must end first because as many run as may."""
+        seconds = replica.queue_seconds
+        share = (replica.waiting + replica.running + 1) / replica.max_running
+        # The more run at once, the slower each; and beyond as many as may, some must end first.
+        seconds += self._service * (CROWDING * share if share <= 1.0 else CROWDING + share - 1.0)
         stale = replica.age - FRESH_SECONDS
-        return seconds + stale if stale > 0 else seconds
+        if stale > 0:
+            seconds += stale
+        blocks = cached.get(replica.replica_id, 0)
+        tokens = max(request.prompt_tokens - blocks * request.prefix_block, 1)
+        return seconds + tokens * (replica.seconds_per_token or DEFAULT_TOKEN_SECONDS)
 
     def _load(self, replica: ReplicaView, adapter: str, *, at_home: bool) -> float:
         where = replica.location(adapter)
@@ -130,39 +143,40 @@ class Affinity(RouterPolicy):
         return slot + disk * (1.0 if at_home else self._margin)
 
     def _homes_of(
-        self, name: str, view: FleetView, queues: dict[str, float], token: dict[str, float]
-    ) -> tuple[str, ...]:
+        self, name: str, adapter: AdapterView | None, view: FleetView, queues: Mapping[str, float]
+    ) -> Collection[str]:
         """Replicas that should hold it: those of the plan, or as many as it needs, the first by hash of
         those that hold it, then of the others."""
-        adapter = view.adapters.get(name)
-        if adapter is not None and adapter.target_holders:
-            planned = tuple(i for i in adapter.target_holders if i in queues)
+        order = self._order.of(name, view)
+        if adapter is None:
+            return list(islice((i for i in order if i in queues), 1))
+        if adapter.target_holders:
+            planned = [i for i in adapter.target_holders if i in queues]
             if planned:
                 return planned
-        count = 1
-        if adapter is not None:
-            # Of one replica's time, how much the adapter asks for; all are taken to be as fast as the first.
-            share = adapter.demand * next(iter(token.values())) / self._home_share
-            count = max(ceil(share), 1)
-            before = self._homes.get(name, 1)
-            if count < before and share > SHRINK * (before - 1):
-                count = before
-            if count > 1:
-                self._homes[name] = count
-            else:
-                self._homes.pop(name, None)
-        having = () if adapter is None else adapter.holders
-        order = [i for i in self._order.of(name, view) if i in queues]
-        held = [i for i in order if i in having]
-        if len(held) < count:  # else a copy more would be one too many
-            held += [i for i in order if i not in having][: count - len(held)]
-        return tuple(held[:count])
+        count, holding = self._count(name, adapter, view), adapter.holders
+        homes = list(islice((i for i in order if i in holding and i in queues), count)) if holding else []
+        if len(homes) < count:  # else a copy more would be one too many
+            homes += islice((i for i in order if i in queues and i not in holding), count - len(homes))
+        return homes
 
-
-def _prefill(request: RouteRequest, cached: int) -> int:
-    """Tokens of the prompt that are to be computed where so many blocks are cached."""
-    return max(request.prompt_tokens - cached * request.prefix_block, 1)
+    def _count(self, name: str, adapter: AdapterView, view: FleetView) -> int:
+        """How many homes it needs, by the time that its tokens take or by its requests that run at once; all
+        replicas are taken to be as fast, and as large, as the first."""
+        first = view.accepting[0]
+        share = adapter.demand * (first.seconds_per_token or DEFAULT_TOKEN_SECONDS)
+        share = max(share, adapter.in_flight / first.max_running) / self._home_share
+        if share <= SHRINK:
+            self._homes.pop(name, None)
+            return 1
+        count, before = max(ceil(share), 1), self._homes.get(name, 1)
+        if count < before and share > SHRINK * (before - 1):
+            count = before
+        if count > 1:
+            self._homes[name] = count
+        return count
 
 
 def _answer(costs: dict[str, float], reason: str) -> Route:
-    return Route(sorted(costs, key=costs.__getitem__)[:MAX_NAMED], reason=reason)
+    # Equal ones by name, so that the same knowledge gives the same route.
+    return Route(sorted(costs, key=lambda i: (costs[i], i))[:MAX_NAMED], reason=reason)

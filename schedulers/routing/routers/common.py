@@ -13,6 +13,8 @@ MAX_NAMED = 4
 _WAITING_WEIGHT = 4
 _KEYS = 16384
 _MASK = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: Knuth's multiplicative hashing."""
 
 
 def candidates(request: RouteRequest, view: FleetView) -> Sequence[ReplicaView]:
@@ -39,22 +41,25 @@ class RendezvousOrder:
     Transactions on Networking 1998: highest random weight). The orders last asked for are kept."""
 
     def __init__(self) -> None:
+        self._seen: Sequence[ReplicaView] | None = None
         self._weights: dict[str, int] = {}
         self._orders: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def of(self, key: str, view: FleetView) -> tuple[str, ...]:
         """Ids of all replicas that are known, accepting or not."""
-        weights = self._weights
-        if weights.keys() != view.replicas.keys():
-            self._weights = weights = {name: _digest(name) for name in view.replicas}
-            self._orders.clear()
+        if view.accepting is not self._seen:  # it is another whenever a replica joins or leaves
+            self._seen = view.accepting
+            if self._weights.keys() != view.replicas.keys():
+                self._weights = {name: _digest(name) for name in view.replicas}
+                self._orders.clear()
         orders = self._orders
         found = orders.get(key)
         if found is not None:
             orders.move_to_end(key)
             return found
         seed = _digest(key)
-        scores = {name: _mix(seed ^ weight) for name, weight in weights.items()}
+        # The high bits of a product depend on all bits of its factors.
+        scores = {name: ((seed ^ weight) * _ODD) & _MASK for name, weight in self._weights.items()}
         found = orders[key] = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
         if len(orders) > _KEYS:
             orders.popitem(last=False)
@@ -63,11 +68,3 @@ class RendezvousOrder:
 
 def _digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _mix(value: int) -> int:
-    """Spread 64 bits over 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable
-    Pseudorandom Number Generators", OOPSLA 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)

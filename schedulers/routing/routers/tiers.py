@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing.interface import FleetView, ReplicaView, Route, RouteRequest, RouterPolicy
 from aioengine.schedulers.routing.routers.common import MAX_NAMED, candidates
@@ -35,12 +37,15 @@ class Tiers(RouterPolicy):
         if not found:
             return Route()
         lora, queue, kv = self._weights
+        adapter = request.adapter
+        known = None if adapter is None else view.adapters.get(adapter)
+        holders: Set[str] = frozenset() if known is None else known.holders
         waiting = [replica.waiting for replica in found]
         longest = max(waiting)
         spread = longest - min(waiting)
         scored = []
         for replica, here in zip(found, waiting, strict=True):
-            score = lora * _place(replica, request.adapter)
+            score = lora * (1.0 if adapter is None else _place(replica, adapter, holders))
             score += queue * ((longest - here) / spread if spread else 1.0)
             score += kv * replica.free_kv_tokens / max(replica.kv_tokens, 1)
             scored.append((score, replica.replica_id))
@@ -48,12 +53,10 @@ class Tiers(RouterPolicy):
         return Route([replica_id for _, replica_id in scored[:MAX_NAMED]], reason="score")
 
 
-def _place(replica: ReplicaView, adapter: str | None) -> float:
-    if adapter is None:
-        return 1.0
-    where = replica.location(adapter)
-    if where is Location.SLOT:
+def _place(replica: ReplicaView, adapter: str, holders: Set[str]) -> float:
+    here = replica.replica_id in holders
+    if here and replica.location(adapter) is Location.SLOT:
         return 1.0
     if replica.free_slots:
         return 0.8
-    return 0.0 if where is Location.DISK else 0.6
+    return 0.6 if here else 0.0
