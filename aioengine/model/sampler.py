@@ -241,6 +241,14 @@ def _blocks(x: Tensor) -> Tensor:
     return x.view(len(x), -1, _BLOCK)
 
 
+def _mass(x: Tensor) -> Tensor:
+    """The sum of e^x of each row of ``x`` [N, vocab]: [N] float64.
+
+    Block by block: torch adds up a row that is alone, and long, in as many parts as there are threads.
+    """
+    return _blocks(x).exp().sum(dim=-1).double().sum(dim=-1)
+
+
 def _largest(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """topk(width) by way of the blocks with the largest maxima, which hold all of the largest."""
     if x.shape[1] < 4 * width * _BLOCK:
@@ -273,7 +281,7 @@ def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[f
         plain = [not _is_filtered(params[i], vocab) for i in pending]
         if width < vocab and any(plain):  # no filter: the mass is known, and most draws are near the top
             unfiltered = _sent(torch.tensor(plain), x)
-            mass = torch.where(unfiltered, sub.exp().sum(dim=-1).double(), mass)
+            mass = torch.where(unfiltered, _mass(sub), mass)
             known |= unfiltered & (target * mass < ends[:, -1])
         target *= mass
         rank = torch.minimum((ends <= target[:, None]).sum(dim=-1), keep - 1)
@@ -298,7 +306,7 @@ def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingPara
     # top-p's mass is a share of what top-k left.
     total = ends.gather(1, limit.clamp(max=width).long()[:, None] - 1)[:, 0]
     if width < vocab and max(limits) == vocab:
-        total = torch.where(limit == vocab, x.exp().sum(dim=-1).double(), total)
+        total = torch.where(limit == vocab, _mass(x), total)
 
     # A token is in the nucleus if the more likely ones do not reach top_p yet; the first always is.
     nucleus = 1 + (ends[:, :-1] < (top_p * total)[:, None]).sum(dim=-1)

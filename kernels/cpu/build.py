@@ -25,7 +25,7 @@ COMPILE_SECONDS = 300
 """It takes some 15 of one core's; more where others work too."""
 FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
+    *("-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"),
 )
 SANITIZE = "AIOENGINE_CPU_SANITIZE"
 """Environment variable: 1 compiles with sanitizers, for tests. Their libraries must be preloaded."""

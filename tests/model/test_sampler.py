@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioengine.model import sampler
 from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample, uniform
 from aioengine.request import SamplingParams
@@ -164,6 +165,27 @@ def test_draw_depends_on_seed_and_output_index_only() -> None:
     assert token(3, 5, 2) == token(3, 9, 2)
     assert len({token(3, 5, i) for i in range(20)}) > 15
     assert len({token(s, 5, 0) for s in range(20)}) > 15
+
+
+def test_draws_on_the_edge_between_two_tokens_do_not_depend_on_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which side of an edge a draw is on depends on the last bits of the row's sum, of very many tokens."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(1, 2**16, generator=generator)
+    weights = (logits[0] - logits.max()).exp().double().sort(descending=True).values
+    edges = (weights.cumsum(0) / weights.sum())[:40].tolist()
+    monkeypatch.setattr(sampler, "uniform", lambda seed, index: edges[seed])
+    params, threads = SamplingParams(temperature=1.0), torch.get_num_threads()
+    rows = [row(params, seed=seed) for seed in range(len(edges))]
+    try:
+        torch.set_num_threads(2)
+        together = tokens(logits.expand(len(rows), -1).contiguous(), rows)
+        assert [tokens(logits, [one])[0] for one in rows] == together
+        torch.set_num_threads(1)
+        assert [tokens(logits, [one])[0] for one in rows] == together
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_top_k_of_one_is_greedy_even_among_equals() -> None:

@@ -10,8 +10,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define AIO_EXPORT extern "C" __attribute__((visibility("default")))
@@ -40,6 +42,28 @@ static inline void store(uint32_t* p, vu v) { std::memcpy(p, &v, sizeof v); }
 
 static inline vu splat(uint32_t x) { return vu{} + x; }
 static inline vf splatf(float x) { return vf{} + x; }
+
+// a * b + c, rounded once where the CPU can do that. Compilers may not do it by themselves (-ffp-contract=off in build.py):
+// they would here and not there, so that a row's bits depended on how many rows are computed with it.
+static inline vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b), std::memcpy(z, &c, sizeof c);
+  for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  std::memcpy(&c, z, sizeof c);
+  return c;
+#elif defined(__aarch64__)
+  float32x4_t x[4], y[4], z[4];
+  std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b), std::memcpy(z, &c, sizeof c);
+  for (int i = 0; i < 4; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+  std::memcpy(&c, z, sizeof c);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
 
 static inline float bits_to_float(uint32_t u) {
   float f;
@@ -87,9 +111,8 @@ struct Bf16 {
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-    acc += (vf)(a << 16) * (vf)(b << 16);
-    acc += (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
-    return acc;
+    acc = multiply_add((vf)(a << 16), (vf)(b << 16), acc);
+    return multiply_add((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
 #endif
   }
 
@@ -99,6 +122,12 @@ struct Bf16 {
     vh h;
     std::memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+  }
+  // As if stored and loaded.
+  static inline vf round16(vf v) {
+    elem stored[LANES];
+    store16(stored, v);
+    return load16(stored);
   }
   static inline void store16(elem* p, vf v) {
 #if defined(__AVX512BF16__)
@@ -124,8 +153,9 @@ struct F32 {
 
   static inline float widen(elem e) { return e; }
   static inline elem narrow(float f) { return f; }
-  static inline vf dot(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
+  static inline vf dot(vf acc, vu a, vu b) { return multiply_add((vf)a, (vf)b, acc); }
   static inline vf load16(const elem* p) { return loadf(p); }
+  static inline vf round16(vf v) { return v; }
   static inline void store16(elem* p, vf v) { storef(p, v); }
 };
 
@@ -151,17 +181,14 @@ static inline vf exp_negative(vf x) {
   const vi tiny = (vi)(x < low);
   x = (vf)(((vi)x & ~tiny) | ((vi)low & tiny));
   const vf magic = splatf(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = x * 1.44269504f + magic;
+  const vf shifted = multiply_add(x, splatf(1.44269504f), magic);
   const vf n = shifted - magic;
-  vf r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  vf r = multiply_add(n, splatf(-0.693359375f), x);
+  r = multiply_add(n, splatf(2.12194440e-4f), r);
+  constexpr float FACTORS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   vf p = splatf(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  for (const float factor : FACTORS) p = multiply_add(p, r, splatf(factor));
+  p = multiply_add(p * r, r, r) + 1.0f;
   const vi exponent = ((vi)shifted - (vi)magic) << 23;
   return (vf)(((vi)p + exponent) & ~tiny);
 }

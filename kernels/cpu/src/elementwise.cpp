@@ -19,7 +19,7 @@ void norm_row(const typename T::elem* x, const typename T::elem* weight, typenam
   long i = 0;
   for (; i + LANES <= size; i += LANES) {
     const vf v = T::load16(x + i);
-    squares += v * v;
+    squares = multiply_add(v, v, squares);
   }
   for (; i < size; i++) rest += T::widen(x[i]) * T::widen(x[i]);
   const float scale = 1.0f / std::sqrt((sum(squares) + rest) / float(size) + eps);

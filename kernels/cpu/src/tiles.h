@@ -175,6 +175,9 @@ void tile(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* del
     }
     if (delta != nullptr && delta->slice[p] >= 0) {
       const uint32_t* h = delta->h + row * delta->h_stride + delta->slice[p];
+      // As where it is added to stored results, because which of the two it is depends on a row's neighbours.
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] = Out::round16(y[r]);
       for (long k = 0; k < delta->lanes; k++) {
         const vu b = load(delta->b + p * delta->panel + k * LANES);
 #pragma GCC unroll 8

@@ -7,10 +7,30 @@ namespace aio {
 
 #if defined(__GNUC__) && (__GNUC__ >= 12 || defined(__clang__))
 #define AIO_SHUFFLE 1
+// The lanes of two vectors that have even numbers, and those that have odd ones.
+inline __attribute__((always_inline)) void part(vu a, vu b, vu& even, vu& odd) {
+  even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
 // Lanes 0..7 of 16 rows (`stride` lanes apart) as 8 vectors of 16 rows: two 8 x 8 transpositions side by side.
 inline __attribute__((always_inline)) void transpose8(const uint32_t* b, long stride, vu (&out)[8]) {
   typedef uint32_t half __attribute__((vector_size(32)));
   vu v[8], t[8], u[8];
+#if defined(__AVX512F__)
+  if (stride == 8) {  // rows adjoin: whole vectors, of which lanes 0, 4, 2, 6 and so on are parted from the others
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) part(load(b + 2 * i * LANES), load(b + (2 * i + 1) * LANES), v[i], v[4 + i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) part(v[2 * i], v[2 * i + 1], t[i / 2 * 4 + i % 2], t[i / 2 * 4 + 2 + i % 2]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const int lane = i / 2 + i % 2 * 2;
+      part(t[2 * i], t[2 * i + 1], out[lane], out[lane + 4]);
+    }
+    return;
+  }
+#endif
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     half low, high;
@@ -55,12 +75,6 @@ inline __attribute__((always_inline)) void transpose_groups(const V (&v)[4], V (
   out[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   out[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
   out[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-
-// The lanes of two vectors that have even numbers, and those that have odd ones.
-inline __attribute__((always_inline)) void part(vu a, vu b, vu& even, vu& odd) {
-  even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 // Lanes 0..3 of 16 rows as 4 vectors of 16 rows.

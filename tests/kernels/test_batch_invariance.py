@@ -1,0 +1,68 @@
+"""A token's logits are the same bits in any company: in any batch, chunk, slot, and number of threads."""
+
+from __future__ import annotations
+
+import functools
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.invariant_steps import InvariantSteps, make_sequences, random_steps
+from support.tiny_models import build_model
+from torch import Tensor
+
+from aioengine.kernels.cpu import build, shared_library
+from aioengine.model.spec import Quantization
+
+pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+LEVELS = sorted({next(iter(build.levels())), "generic"})
+
+
+@functools.cache
+def model(family: str) -> Path:
+    return build_model(Path(tempfile.mkdtemp()), family)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The engine's own library is the one for this instruction set."""
+    flags = build.levels()[request.param]
+    monkeypatch.setattr(build, "levels", lambda: {request.param: flags})
+    shared_library.load.cache_clear()
+    yield request.param
+    shared_library.load.cache_clear()
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("level", "_threads")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")],
+)
+def test_logits_do_not_depend_on_the_batch(
+    dtype: torch.dtype, quantization: Quantization, family: str
+) -> None:
+    steps = InvariantSteps(model(family), dtype, "cpu", quantization)
+    assert steps.runner.native is not None
+    sequences = make_sequences(0)
+    torch.set_num_threads(1)
+    alone = [steps.alone(sequence) for sequence in sequences]
+    seen = 0
+
+    def found(sequence: int, token: int, logits: Tensor) -> None:
+        nonlocal seen
+        seen += 1
+        assert torch.equal(logits, alone[sequence][token]), (sequences[sequence].adapter, token, seen)
+
+    random_steps(steps, sequences, random.Random(1), 120, torch.set_num_threads, found)
+    assert seen > 200
