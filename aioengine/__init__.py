@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aioengine.adapters.resolvers.hub import HubResolver
     from aioengine.config import EngineConfig, LoRAConfig
     from aioengine.engine import AsyncEngine
-    from aioengine.info import AdapterInfo, EngineStats, SlotInfo
+    from aioengine.info import AdapterInfo, EngineInfo, EngineStats, SlotInfo
     from aioengine.request import RequestOutput, SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "AsyncEngine",
     "ChainResolver",
     "EngineConfig",
+    "EngineInfo",
     "EngineStats",
     "FilesystemResolver",
     "FsspecResolver",
@@ -43,6 +44,7 @@ _HOMES = {
     "AsyncEngine": ".engine",
     "ChainResolver": ".adapters.resolvers.base",
     "EngineConfig": ".config",
+    "EngineInfo": ".info",
     "EngineStats": ".info",
     "FilesystemResolver": ".adapters.resolvers.filesystem",
     "FsspecResolver": ".adapters.resolvers.fsspec",

@@ -125,6 +125,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: Quantization = "none"
     """"int8" keeps the linears' weights as int8, with a scale for each output, and where the CPU has
     instructions for it multiplies them by int8 activations. CPU only."""
+    batch_invariant: Literal["auto"] | bool = "auto"
+    """Whether a request's tokens must be the same bits in any batch (docs/determinism.md). "auto": where it
+    can be had, which is in the compiled CPU step. True: nowhere else; the engine does not start if it cannot
+    be had."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
@@ -192,6 +196,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"quantization={self.quantization!r}: only the CPU kernels have it; set device='cpu', or "
                 "quantization='none'"
+            )
+        if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "auto":
+            raise ConfigError(f"batch_invariant={self.batch_invariant!r}: must be 'auto', True or False")
+        if self.batch_invariant is True and self.device == "cuda":
+            raise ConfigError(
+                "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the "
+                "batch; set device='cpu', or batch_invariant='auto'"
             )
         _choice(self, "executor", get_args(ExecutorName))
         _choice(self, "restart", get_args(Restart))

@@ -15,17 +15,26 @@ from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
-from aioengine.info import AdapterInfo, EngineLoad, EngineState, EngineStats, LoadProgress, SlotTable
+from aioengine.info import (
+    AdapterInfo,
+    EngineInfo,
+    EngineLoad,
+    EngineState,
+    EngineStats,
+    LoadProgress,
+    SlotTable,
+)
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import (
     Built,
     build,
-    build_info,
+    build_labels,
     build_with_workers,
     choose_policy,
     core_limits,
+    engine_info,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
@@ -127,6 +136,7 @@ class AsyncEngine:
         self._work = work
         self._built: Built = built
         self._plan = built.plan
+        self._info = engine_info(__version__, built)
         self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer)
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
@@ -144,7 +154,7 @@ class AsyncEngine:
             text_work=self.text_work,
             check_running=self._check_running,
         )
-        self.build = build_info(__version__, built)
+        self.build = build_labels(self._info)
         """What runs here: the labels of the metric ``aioengine_build_info``."""
         self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
@@ -258,7 +268,8 @@ class AsyncEngine:
                 them as if it had made them, and yields what follows. Needs the seed that the other engine
                 had, if tokens are drawn.
             replay: Decode the tokens of ``output`` again, one in each step, instead of computing them all at
-                once. Slower; the continuation's last bits are then those of an undisturbed run. With
+                once. Slower; the continuation's last bits are then those of an undisturbed run, as they are
+                without it where ``info.batch_invariant`` is true. With
                 ``logprobs`` it is always done, because those of ``output`` are needed too.
 
         Raises:
@@ -549,6 +560,12 @@ class AsyncEngine:
         """What was allocated."""
         self._check_started()
         return self._plan
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs here."""
+        self._check_started()
+        return self._info
 
     def check_invariants(self) -> None:
         """Assert the core's invariants; for tests and for the suspicious."""

@@ -1,4 +1,4 @@
-"""Snapshots that an application can ask for: :class:`AdapterInfo` and :class:`EngineStats`."""
+"""What an application can ask an engine for: :class:`EngineInfo`, :class:`AdapterInfo`, and so on."""
 
 from __future__ import annotations
 
@@ -35,6 +35,20 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
     running: int
     waiting: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs here; it does not change while the engine lives."""
+
+    version: str
+    kernels: str
+    """What computes the steps: "cpu-avx512_bf16", "triton", "torch", ..."""
+    python: str
+    torch: str
+    model_impl: str
+    quantization: str
+    batch_invariant: bool
+    """Whether a request's tokens are the same bits in any batch (docs/determinism.md)."""
 
 
 class SlotInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,10 +60,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     ``temperature=0`` (the default) is greedy. The filters apply in this order: logit bias, penalties,
     constraint, temperature, top-k, top-p, min-p. With ``seed`` the random draws depend on the seed and
-    the position alone, whatever else is in the batch; without it a seed is drawn for each request. (The
-    logits' last bits depend on the shape of the batch, as in every engine whose matrix products do: a
-    draw that falls on the very edge between two tokens may go either way, rarely in float32, more often
-    in bfloat16.)
+    the position alone, whatever else is in the batch; without it a seed is drawn for each request. The
+    logits do not depend on the batch either where ``engine.info.batch_invariant`` is true
+    (docs/determinism.md); elsewhere their last bits do, and a draw that falls on the very edge between two
+    tokens may go either way.
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """

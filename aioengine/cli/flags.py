@@ -68,6 +68,8 @@ class EngineFlags:
     """Compute dtype."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
     """"int8": the linears' weights as int8. CPU only."""
+    batch_invariant: Annotated[bool | None, _IN_MORE] = None
+    """Refuse to start where a request's tokens depend on its batch."""
     chat_template: Annotated[str | None, _IN_MORE] = None
     """File with a chat template in Jinja, in place of the model's own."""
     max_model_len: Annotated[int | None, _IN_MORE] = None

@@ -21,6 +21,8 @@ class Device(ABC):
 
     kernels: str = ""
     """The kernels that compute the steps, as their names are shown."""
+    variance: str | None = None
+    """Why a token's bits depend on its batch; None: they do not."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 

@@ -91,6 +91,7 @@ def build_parts(
         lora_dtype=lora_dtype,
         target_modules=modules,
         quantization=config.quantization,
+        batch_invariant=config.batch_invariant is True,
         progress=progress,
         group=group,
         fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,

@@ -28,7 +28,7 @@ class ThreadDevice(Device):
         self.store = loader.store
         """The CPU cache."""
         self._loader = loader
-        self.kernels = runner.kernels
+        self.kernels, self.variance = runner.kernels, runner.variance
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 

@@ -50,12 +50,13 @@ class ModelRunner:
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the
-    linears' weights are kept; ``progress`` is told how far the weights are read. With ``fixed_decode``,
-    decode steps within these limits are recorded and played back if the kernels allow for it, by ``record``
+    linears' weights are kept; ``batch_invariant`` demands that bits do not depend on the batch; ``progress``
+    is told how far the weights are read. With ``fixed_decode``, decode steps within these limits are recorded
+    and played back if the kernels allow for it, by ``record``
     (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share of the model, and all
     ranks must be built and execute the same steps; only rank 0 samples.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
-    divided, or if they cannot be quantized here.
+    divided, if they cannot be quantized here, or if ``batch_invariant`` cannot be had.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ModelRunner:
         sample: Sampler | None = None,
         kernels: str | None = None,
         quantization: Quantization = "none",
+        batch_invariant: bool = False,
         progress: LoadProgress | None = None,
         group: Group | None = None,
         fixed_decode: DecodeLimits | None = None,
@@ -106,7 +108,13 @@ class ModelRunner:
         )
         self.native: NativeForward | None = None
         """The compiled step, where there is one."""
+        self.variance: str | None = None
+        """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
         self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
+        if batch_invariant and self.variance is not None:
+            raise ConfigError(
+                f"batch_invariant=True: {self.variance}; set batch_invariant='auto' to go without"
+            )
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
@@ -135,9 +143,18 @@ class ModelRunner:
             if quantization != "none" and self.group.shard.size > 1:
                 reason = f"tensor_parallel_size={self.group.shard.size}"
             if reason is None:
+                if self.group.shard.size > 2:
+                    self.variance = (
+                        "the order in which more than two ranks add up their parts depends on how long "
+                        f"these are (tensor_parallel_size={self.group.shard.size})"
+                    )
                 self.native = NativeForward(self.decoder, self.kv_cache, self.lora_slots, quantization)
                 return self.native.forward, self.native.layers_forward
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
+        self.variance = (
+            "the linears are torch's, whose order of sums depends on the batch, "
+            f"since the compiled CPU step (docs/kernels.md) does not cover {reason}"
+        )
         if quantization != "none":
             raise ConfigError(
                 f"quantization={quantization!r}: only the compiled CPU step has it, which needs a C++ "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from aioengine.executors.base import Device
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process.device import ProcessDevice
 from aioengine.executors.thread import ThreadDevice
-from aioengine.info import LoadProgress
+from aioengine.info import EngineInfo, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
@@ -31,6 +32,8 @@ from aioengine.step import StepBatch
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("aioengine")
 
 CPU_STEP_SECONDS = 0.2
 """``max_step_seconds`` on a CPU, unless it is given. There the shorter chunks cost next to nothing; a GPU
@@ -135,18 +138,28 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | 
     return tokenizer
 
 
-def build_info(version_: str, built: Built) -> dict[str, str]:
-    """What runs here, by the labels of the metric ``aioengine_build_info``."""
+def engine_info(version_: str, built: Built) -> EngineInfo:
+    """What runs here; logs it, too."""
     from importlib.metadata import version  # slow to import
 
-    return {
-        "version": version_,
-        "kernels": built.device.kernels,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "model_impl": "native",
-        "quantization": built.plan.quantization,
-    }
+    variance = built.device.variance
+    invariance = "on" if variance is None else f"off ({variance})"
+    logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
+    return EngineInfo(
+        version=version_,
+        kernels=built.device.kernels,
+        python=platform.python_version(),
+        torch=version("torch"),
+        model_impl="native",
+        quantization=built.plan.quantization,
+        batch_invariant=variance is None,
+    )
+
+
+def build_labels(info: EngineInfo) -> dict[str, str]:
+    """The labels of the metric ``aioengine_build_info``."""
+    fields = msgspec.structs.asdict(info)
+    return {**fields, "batch_invariant": "true" if info.batch_invariant else "false"}
 
 
 def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:

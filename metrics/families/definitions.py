@@ -319,7 +319,7 @@ BUILD_INFO = Definition(
     "aioengine_build_info",
     "gauge",
     "1; the labels say what runs here.",
-    ("version", "kernels", "python", "torch", "model_impl", "quantization"),
+    ("version", "kernels", "python", "torch", "model_impl", "quantization", "batch_invariant"),
 )
 EXECUTOR_RESTARTS = Definition(
     "aioengine_executor_restarts",

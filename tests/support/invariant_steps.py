@@ -47,7 +47,7 @@ class InvariantSteps:
         return [Sampled(0) for _ in rows]
 
     def place(self, slot: int, adapter: int) -> None:
-        """Fills a slot: the same adapter always gets the same matrices; its neighbours' rest is left there."""
+        """Fills a slot; the same adapter always gets the same matrices."""
         self._in_slot[slot] = adapter
         generator = torch.Generator().manual_seed(adapter)
         slots, rank = self.runner.lora_slots, RANKS[adapter]
@@ -57,7 +57,9 @@ class InvariantSteps:
                 a = pool.a[slot].view(len(pool.modules), MAX_RANK, -1)
                 a.zero_()[:, :rank] = 0.1 * torch.randn(a[:, :rank].shape, generator=generator)
                 for b in pool.b:
-                    b[slot].zero_()[:, :rank] = 0.1 * torch.randn(b[slot, :, :rank].shape, generator=generator)
+                    b[slot].zero_()[:, :rank] = 0.1 * torch.randn(
+                        b[slot, :, :rank].shape, generator=generator
+                    )
 
     def slot_of(self, adapter: int) -> int:
         return -1 if adapter < 0 else self._in_slot.index(adapter)
@@ -113,8 +115,10 @@ def random_steps(
     set_threads: Callable[[int], None],
     found: Callable[[int, int, Tensor], None],
 ) -> None:
-    """Random arrivals, chunks, preemptions, swaps, shared prefixes and threads: tells ``found(sequence, token,
-    logits)`` after each chunk."""
+    """Steps with random arrivals, chunks, preemptions, swaps, shared prefixes and threads.
+
+    Tells ``found(sequence, token, logits)`` after each chunk.
+    """
     free = list(range(BLOCKS))
     rng.shuffle(free)
     live: list[Live] = []

@@ -59,7 +59,7 @@ class ProcessDevice(Device):
         """
         self._renew_workers(progress)
         plan, self._num_blocks = await self.workers.start()
-        self.kernels = self.workers.kernels
+        self.kernels, self.variance = self.workers.kernels, self.workers.variance
         return plan
 
     @property

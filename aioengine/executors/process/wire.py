@@ -209,6 +209,8 @@ class Done(_Message, frozen=True):
     seconds: float
     kernels: str = ""
     """Of an answer to Build: what computes the steps."""
+    variance: str | None = None
+    """Of an answer to Build: why a token's bits depend on its batch."""
 
 
 class Failed(_Message, frozen=True):

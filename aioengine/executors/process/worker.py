@@ -174,7 +174,8 @@ class _Model:
         watch = progress if self._shard.rank == 0 else None
         built = build_parts(self._config, plan, self._group, watch)
         self.runner, self.store = built
-        return Done(request.number, time.perf_counter() - began, self.runner.kernels)
+        runner = self.runner
+        return Done(request.number, time.perf_counter() - began, runner.kernels, runner.variance)
 
     def step(self, request: Step) -> Stepped:
         result = self.runner.execute(self._batches.decode(request))

@@ -128,6 +128,8 @@ class Workers:
         self._progress = progress
         self.kernels = ""
         """What computes the steps; known when they have started."""
+        self.variance: str | None = None
+        """Why a token's bits depend on its batch; known when they have started."""
         self._workers: list[_Worker] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
@@ -154,7 +156,7 @@ class Workers:
                 folder = None
             blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
             built = await self.ask(lambda number: Build(number, blocks)).of(Done)
-            self.kernels = built[0].kernels
+            self.kernels, self.variance = built[0].kernels, built[0].variance
         except BaseException:
             self._kill()
             await self.close()

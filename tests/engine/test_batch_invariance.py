@@ -1,0 +1,96 @@
+"""Whole engines: a request's tokens and log-probabilities are the same bits alone and in a crowd."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, prompt_of
+
+from aioengine import AsyncEngine, RequestOutput, SamplingParams
+from aioengine.errors import ConfigError
+from aioengine.kernels.cpu import build
+
+pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+COMPILED = {"block_size": 16, "batch_invariant": True, "max_loras": 3, "max_cpu_loras": 16}
+KINDS = [
+    SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3),
+    SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, seed=7, logprobs=1),
+    SamplingParams(max_tokens=9, ignore_eos=True, temperature=0.8, top_p=0.9, seed=8, prompt_logprobs=2),
+]
+REQUESTS = [
+    (name, length, kind)
+    for kind in range(len(KINDS))
+    for name, length in zip((None, *ADAPTERS), range(3, 93, 9), strict=True)
+]
+"""Adapter, length of the prompt, kind."""
+PATHS: dict[str, dict[str, Any]] = {
+    "whole-prompts": {},
+    "chunked": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+    "preempted": {"max_num_seqs": 6, "max_model_len": 128},
+}
+
+
+async def answer(engine: AsyncEngine, request: tuple[str | None, int, int]) -> RequestOutput:
+    name, length, kind = request
+    return await engine.complete(prompt_of(length % 4, length), KINDS[kind], adapter=name)
+
+
+def bits(output: RequestOutput) -> Sequence[object]:
+    return output.token_ids, output.logprobs, output.prompt_logprobs
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+async def test_a_crowd_changes_no_bit(quantization: str, tiny: Tiny, make_engine: MakeEngine) -> None:
+    fields = {**COMPILED, "dtype": "bfloat16", "quantization": quantization}
+    async with make_engine(tiny, **fields, enable_prefix_caching=False) as engine:
+        for name, folder in tiny.adapters.items():
+            engine.register_adapter(name, folder)
+        alone = [bits(await answer(engine, request)) for request in REQUESTS]
+        assert engine.info.batch_invariant
+    for path, more in PATHS.items():
+        if path == "preempted":  # not much more than one request of the full length
+            more = {**more, "kv_cache_memory": 10 * 16 * 384}
+        async with make_engine(tiny, **{**fields, **more}) as engine:
+            for name, folder in tiny.adapters.items():
+                engine.register_adapter(name, folder)
+            rng = random.Random(path)
+
+            async def arrive(request: tuple[str | None, int, int], after: int) -> Sequence[object]:
+                for _ in range(after):
+                    await asyncio.sleep(0)
+                return bits(await answer(engine, request))
+
+            for _ in range(2):  # the second time through the prefix cache
+                together = await asyncio.gather(*(arrive(r, rng.randrange(200)) for r in REQUESTS))
+                for request, found, expected in zip(REQUESTS, together, alone, strict=True):
+                    assert found == expected, f"{path}: {request}"
+            stats = engine.stats()
+        assert stats.slot_loads > len(ADAPTERS), "adapters were swapped"
+        assert (stats.preemptions > 0) == (path == "preempted")
+        assert stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"batch_invariant": "yes"}, r"batch_invariant='yes': must be 'auto', True or False"),
+        ({"batch_invariant": True, "device": "cuda"}, r"batch_invariant=True: .*cuBLAS.*device='cpu'"),
+    ],
+)
+def test_settings_that_cannot_be(
+    fields: dict[str, Any], why: str, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        make_engine(tiny, **fields)
+
+
+async def test_a_path_that_cannot_have_it_says_why(tiny: Tiny, make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match=r"batch_invariant=True: .*torch's.*block_size 4.*'auto'"):
+        async with make_engine(tiny, batch_invariant=True, block_size=4):
+            pass
+    async with make_engine(tiny, block_size=4) as engine:
+        assert not engine.info.batch_invariant
