@@ -124,17 +124,21 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._aside: torch.cuda.Stream | None = None
+        """For all warm-up runs: cuBLAS keeps a workspace for each stream that it has seen, for ever."""
 
     def __call__(self, step: Step) -> Step:
         """Runs ``step`` once, which compiles kernels, and records it."""
         with torch.cuda.device(self._device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._aside is None:
+                self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            current, aside = torch.cuda.current_stream(), self._aside
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 step()
             current.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, aside, capture_error_mode="thread_local"):
                 step()
         return graph.replay

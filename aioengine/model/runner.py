@@ -199,11 +199,21 @@ class ModelRunner:
                 self.lora_slots.before_step()
             with torch.inference_mode():
                 logits, asking = self._logits(batch, scored)
+                if self.lora_slots is not None:
+                    self.lora_slots.after_step()
                 if asking and self.group.shard.rank == 0:
                     rows = [batch.sequences[i] for i in asking]
                     for i, token in zip(asking, self._sample(logits, rows), strict=True):
                         sampled[i] = token
+                else:
+                    self._wait()
         return StepResult(sampled, time.perf_counter() - began, scored)
+
+    def _wait(self) -> None:
+        """For a step from which nothing is read back: until the device has finished it. So a step's time is
+        its own, and what it reads may be written when it has returned."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _logits(self, batch: StepBatch, scored: dict[int, list[TokenLogprob]]) -> tuple[Tensor, list[int]]:
         """The logits of the sequences that ask for a token, and their indices. Fills in ``scored``."""

@@ -10,8 +10,7 @@ smallest n. Tokens are ranked by descending probability, equals by ascending id,
 so a draw lands near the top, where few edges between tokens lie that a rounding could move it across.
 
 On a GPU the host waits for nothing but tokens that were chosen: once for all rows, and once more for those
-that are not a plain argmax, unless a draw has to look at more tokens than usual, meets equal logits, or is
-constrained.
+that are not a plain argmax, unless a draw has to look at more tokens than usual or is constrained.
 """
 
 from __future__ import annotations
@@ -261,6 +260,14 @@ def _largest(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return values, best.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
 
 
+def _by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Descending ``values`` [N, width] and their ``ids``, with the ids of equal values ascending: topk leaves
+    their order open."""
+    ids, order = ids.sort(dim=-1)
+    values, places = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, places)
+
+
 def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
     """Filter each row of ``x`` [N, vocab] (logits <= 0) and draw by inverse CDF in rank order.
 
@@ -272,7 +279,7 @@ def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[f
     pending, width = list(range(len(params))), min(_FIRST_CANDIDATES, vocab)
     while pending:
         sub = _rows(x, pending)
-        values, ids = _largest(sub, width)
+        values, ids = _by_id(*_largest(sub, width))
         ends = values.double().exp_().cumsum(dim=-1)
         keep, known = _kept(sub, values, ends, [params[i] for i in pending])
         target = _sent(torch.tensor([draws[i] for i in pending], dtype=torch.float64), x)
@@ -285,7 +292,10 @@ def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[f
             known |= unfiltered & (target * mass < ends[:, -1])
         target *= mass
         rank = torch.minimum((ends <= target[:, None]).sum(dim=-1), keep - 1)
-        chosen = _tokens_of_ranks(sub, values, ids, rank, known)
+        if width < vocab:  # of equals at the end there may be more, with smaller ids
+            known &= values.gather(1, rank[:, None])[:, 0] > values[:, -1]
+        found = torch.stack([ids.gather(1, rank[:, None])[:, 0], known]).tolist()
+        chosen = [token if is_known else None for token, is_known in zip(*found, strict=True)]
         _assign(tokens, pending, [0 if token is None else token for token in chosen])
         pending = [i for i, token in zip(pending, chosen, strict=True) if token is None]
         width = min(width * 8, vocab)
@@ -314,22 +324,3 @@ def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingPara
     keep = torch.minimum(torch.minimum(nucleus, likely), limit.long()).clamp_(min=1, max=width)
     known = (limit <= width) | ((limit == vocab) & (keep < width))
     return keep, known
-
-
-def _tokens_of_ranks(x: Tensor, values: Tensor, ids: Tensor, rank: Tensor, known: Tensor) -> list[int | None]:
-    """The id of each row's token of that rank, None where that is not ``known``; among equal logits, ids
-    ascend with the rank.
-
-    topk leaves the order of equals open, and which of them it returns, so they are looked up.
-    """
-    value = values.gather(1, rank[:, None])
-    equal = (values == value).sum(dim=-1)
-    tied = (equal > 1) | ((value[:, 0] == values[:, -1]) & (values.shape[1] < x.shape[1]))
-    among = rank - (values > value).sum(dim=-1)
-    found = torch.stack([ids.gather(1, rank[:, None])[:, 0], among, tied, known]).tolist()
-    tokens: list[int | None] = []
-    for i, (token, place, is_tied, is_known) in enumerate(zip(*found, strict=True)):
-        if is_tied and is_known:
-            token = int((x[i] == value[i]).nonzero()[place, 0])
-        tokens.append(token if is_known else None)
-    return tokens

@@ -175,7 +175,7 @@ class Steps:
         work = []
         for i in range(batch):
             slot = i * adapters // batch if adapters else -1
-            table = range(i * self._blocks, (i + 1) * self._blocks)
+            table = list(range(i * self._blocks, (i + 1) * self._blocks))
             work.append(SequenceWork("", slot, [i], self._context, table, True, SamplingParams(), 0, [], 0))
         logits = steps.run(work, [self._rank] * self.slots.max_loras)
         assert logits is not None

@@ -310,6 +310,14 @@ def test_the_host_asks_for_tokens_once_for_each_way_of_choosing(monkeypatch: pyt
     sample(logits, [greedy, random, greedy, random, random, greedy])
     assert asked == ["tolist"] * 2
     asked.clear()
+    tied = torch.randn(64, 131072, generator=torch.Generator().manual_seed(1)).mul(4).bfloat16()
+    limited = [row(SamplingParams(temperature=0.7, top_k=50, top_p=0.95), seed=s) for s in range(64)]
+    values = tied.float().topk(50).values
+    assert (values[:, 1:] == values[:, :-1]).any(dim=-1).sum() > 50  # so many rows have equal logits
+    asked.clear()
+    sample(tied, limited)
+    assert asked == ["tolist"] * 2
+    asked.clear()
     sample(logits, [penalised, greedy, penalised, greedy, greedy, greedy])
     assert asked == ["tolist"] * 2
 

@@ -19,6 +19,9 @@ class SlotCopier(Protocol):
     def before_step(self) -> None:
         """Orders a step that is about to be enqueued after all writes that have returned."""
 
+    def after_step(self) -> None:
+        """Orders writes that come after a step that has just been enqueued."""
+
 
 class SerialCopier:
     """For slots in CPU memory. Steps that read other slots go on in the other cores.
@@ -44,6 +47,9 @@ class SerialCopier:
     def before_step(self) -> None:
         return
 
+    def after_step(self) -> None:
+        return
+
 
 def _views(slot: Tensor, pieces: tuple[Piece, ...]) -> list[Tensor]:
     wide = {dtype: slot.view(dtype) for dtype in {piece.dtype for piece in pieces}}
@@ -61,8 +67,8 @@ class StreamCopier:
     Images should be page-locked, or the copies are not asynchronous. A write returns when the device has
     finished it, known by an event on which the calling thread sleeps. That thread is never the step's:
     a step is ordered after finished writes by its stream, without the host waiting.
-    The other order needs nothing: a slot is written only when the tokens of the last step that read it
-    have come back.
+    In the other direction a write's stream waits for the step that was enqueued last: a request that was
+    aborted leaves its slot idle while the device may still read it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,9 +77,12 @@ class StreamCopier:
         # The pool was zeroed on the stream that is current now.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._written: torch.cuda.Event | None = None
+        self._stepped = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        """Recorded after each step; before the first one, waiting for it is waiting for nothing."""
 
     def write(self, slot: Tensor, image: AdapterImage, *, zero: bool) -> None:
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._stream.wait_event(self._stepped)
         with torch.cuda.stream(self._stream):
             if zero:
                 slot.zero_()
@@ -89,3 +98,6 @@ class StreamCopier:
     def before_step(self) -> None:
         if self._written is not None:
             torch.cuda.current_stream(self._device).wait_event(self._written)
+
+    def after_step(self) -> None:
+        self._stepped.record(torch.cuda.current_stream(self._device))

@@ -109,6 +109,10 @@ class LoRASlots:
         """To be called by the thread that is about to enqueue a step."""
         self._copier.before_step()
 
+    def after_step(self) -> None:
+        """Orders writes after a step that has just been enqueued; called on the step's thread and stream."""
+        self._copier.after_step()
+
     def write(self, slot: int, image: AdapterImage) -> None:
         """Puts an adapter into a slot, and zeroes what another left of the slot that this does not cover.
 
