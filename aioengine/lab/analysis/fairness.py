@@ -24,7 +24,7 @@ MAX_PAIRED_CLIENTS = 64
 
 
 class ServiceGap(NamedTuple):
-    """The largest difference of service that two clients came to have while both had requests waiting."""
+    """The largest difference in service between two clients while both had requests waiting."""
 
     tokens: int
     clients: tuple[str, str] | None
@@ -34,7 +34,7 @@ class ServiceGap(NamedTuple):
 
 
 def jain(values: Iterable[float]) -> float | None:
-    """Jain's index: 1 where all values are equal, 1/n where one has everything; None without any.
+    """Computes Jain's index: 1 if all values are equal, 1/n if one client has everything; None without any.
 
     R. Jain, D. Chiu, W. Hawe: A quantitative measure of fairness and discrimination for resource allocation
     in shared computer systems, DEC-TR-301, 1984 (arXiv cs/9809099).
@@ -45,7 +45,7 @@ def jain(values: Iterable[float]) -> float | None:
 
 
 def max_min(values: Iterable[float]) -> float | None:
-    """The largest over the smallest value; None where the smallest is 0, or there is none."""
+    """Divides the largest value by the smallest; None if the smallest is 0 or there are no values."""
     values = list(values)
     return max(values) / min(values) if values and min(values) > 0 else None
 

@@ -14,7 +14,7 @@ BOOTSTRAP_FROM = 5
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and the interval that holds the true one with a confidence of 95%."""
+    """A mean over seeds, with its 95% confidence interval."""
 
     mean: float
     low: float | None
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Student's t interval of the mean; ValueError without a value."""
+    """Computes the mean and its 95% Student's t interval. Raises ValueError if there are no values."""
     count = len(values)
     if not count:
         raise ValueError("no values")

@@ -35,7 +35,7 @@ def summarize(folder: str | Path) -> dict[str, Any]:
 
 
 def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1) -> dict[str, Any]:
-    """The same of frames, unrounded.
+    """Computes the same figures from data frames, without rounding them.
 
     Args:
         slots: How many there were, on all replicas; by default, as many as were used.
@@ -86,7 +86,7 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
 
 
 def spread(values: pl.Series) -> dict[str, float | None]:
-    """Mean, p50, p90, p99 and maximum of what is not null; percentiles are interpolated."""
+    """Computes mean, p50, p90, p99 and maximum of values that are not null; percentiles are interpolated."""
     values = values.drop_nulls()
     quantiles = {f"p{p}": values.quantile(p / 100, "linear") for p in (50, 90, 99)}
     # fsum's result does not depend on the order of its terms, nor on how the column lies in memory.
@@ -246,13 +246,13 @@ def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
 
 
 def slots_of(folder: Path) -> int | None:
-    """Of all replicas of the run's experiment, where it is there."""
+    """Number of slots of all replicas, from the run's experiment; None if that file is missing."""
     slots = _of_experiment(folder, "slots")
     return None if slots is None else slots * replicas_of(folder)
 
 
 def replicas_of(folder: Path) -> int:
-    """Of the run's experiment; 1 where there is no fleet."""
+    """Number of replicas in the run's experiment; 1 without a fleet."""
     return _of_experiment(folder, "replicas") or 1
 
 

@@ -94,11 +94,11 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def slot_rank(self) -> int:
-        """The smallest size of slots that has room for all."""
+        """Returns the smallest slot rank that fits all adapters."""
         return min(rank for rank in ALLOWED_RANKS if rank >= max(self.ranks))
 
     def names(self, rank: int) -> list[str]:
-        """Of the adapters of a rank."""
+        """Names of the adapters of one rank."""
         return [f"rank-{rank}-{i}" for i in range(max(self.adapters))]
 
     def parts(self, longest: int) -> list[Part]:

@@ -51,7 +51,7 @@ class Probe:
         """Moves under way: when they began, by stage, adapter and version."""
 
     def begins(self, now: float) -> None:
-        """A step begins."""
+        """Notes that a step begins."""
         if self._last is not None:
             shape, start, seconds = self._last
             self.steps.append(ProbedStep(shape, start, now, seconds))
@@ -62,11 +62,11 @@ class Probe:
         self._last = (step_shape(batch), start, seconds)
 
     def pause(self) -> None:
-        """Nothing is asked of the engine for a while: the next step does not follow the last one."""
+        """Notes a pause: the next step does not follow the last one at once."""
         self._last = None
 
     async def grow(self, count: int) -> None:
-        """Wait for so many more steps."""
+        """Waits until this many more steps have been recorded."""
         until = len(self.steps) + count
         while len(self.steps) < until:
             self._grown.clear()

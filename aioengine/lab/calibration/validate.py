@@ -41,7 +41,7 @@ DISTURBED = 0.05
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What is compared. A mean over no requests is 0."""
+    """Figures of a run that are compared. A mean over no requests is 0."""
 
     output_tokens_per_second: float
     """From the start to the end of the last request."""
@@ -80,7 +80,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def worst(self) -> float:
-        """The largest error, without its sign."""
+        """Largest absolute error."""
         return max(abs(error) for one in self.comparisons for error in one.error.values())
 
     def rows(self) -> list[tuple[str, str, float, float, float]]:

@@ -40,7 +40,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         check_number("slowdown", self.slowdown, low=1.0)
 
     def seconds(self, nbytes: float) -> float:
-        """Of a move that has the stage to itself."""
+        """Returns the duration of a move that has the stage to itself."""
         return self.latency + nbytes / self.bandwidth
 
 
@@ -74,7 +74,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return msgspec.convert({**values, "dtype": dtype}, cls)
 
     def spec(self) -> ModelSpec:
-        """As the engine wants it; no token ends a sequence."""
+        """Returns the engine's model specification, without an end-of-sequence token."""
         values = msgspec.structs.asdict(self)
         return ModelSpec(rms_norm_eps=1e-5, rope=RopeSpec(), **values)
 
@@ -89,7 +89,7 @@ class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a simulated device takes for everything, and how much it holds.
+    """How long a simulated device takes for each operation, and how much memory it has.
 
     In steady state a step begins ``step_seconds + step_overhead`` after the one before.
     """

@@ -177,7 +177,7 @@ A10G = DeviceFigures(
 
 
 def estimates() -> list[CostModel]:
-    """Those that come with aioengine as presets."""
+    """Computes the cost models that aioengine ships as presets."""
     return [
         estimate("llama3-8b-h100", "one H100 SXM 80 GB", LLAMA3_8B, H100_SXM),
         estimate("llama3-8b-a10g", "one A10G 24 GB", LLAMA3_8B, A10G),

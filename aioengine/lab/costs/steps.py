@@ -99,7 +99,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError("steps.linears: falls; more tokens cannot take less time")
 
     def rounded(self) -> Self:
-        """Every number of seconds as :func:`significant` has it."""
+        """Returns a copy with every number of seconds rounded by :func:`significant`."""
         rounded: dict[str, Any] = {}
         for field in self.__struct_fields__:
             value = getattr(self, field)
@@ -137,7 +137,7 @@ class StepTimes:
 
 
 def in_tiles(tokens: int, tile: int) -> int:
-    """How many tokens are paid for."""
+    """Rounds a number of tokens up to whole tiles, which is what a step pays for."""
     return tokens if tokens <= tile else -(-tokens // tile) * tile
 
 
@@ -152,7 +152,7 @@ def curve_at(curve: Curve, x: float) -> float:
 
 
 def significant(value: float) -> float:
-    """To four digits: more would pretend to an accuracy that no timing has."""
+    """Rounds to four significant digits; timings are not more accurate."""
     return float(f"{value:.4g}")
 
 

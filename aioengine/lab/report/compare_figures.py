@@ -366,7 +366,7 @@ PLOTS = (
 
 
 def draw_compare(compare: Compare, theme: Theme = LIGHT) -> Iterator[Drawn]:
-    """Each figure that there is something to show in."""
+    """Draws each figure for which there are data."""
     for plot in PLOTS:
         if plot.applies(compare):
             yield draw(plot.name, plot.caption, theme, partial(plot.draw, compare, theme))

@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """A table: best first."""
+    """A table of policies, best first."""
 
     title: str
     heads: list[str]
@@ -66,7 +66,9 @@ class Ranking(NamedTuple):
 
 
 def load_compare(folder: str | Path, rank_by: str = DEFAULT_RANKING) -> Compare:
-    """What a comparison has left in ``folder``. Raises ConfigError if it is none, or for ``rank_by``."""
+    """Reads the results of a comparison from ``folder``.
+
+    Raises ConfigError if the folder has none, or if ``rank_by`` names no figure."""
     measure = find_measure(rank_by)
     results = load_results(folder)
     return Compare(Path(folder), results, estimates(results), measure)

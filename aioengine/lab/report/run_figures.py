@@ -47,14 +47,14 @@ LEVELS = (("slot", "in a slot"), ("cpu", "on the CPU"), ("loading", "being loade
 
 
 class Run(NamedTuple):
-    """What figures are drawn from."""
+    """The results of a run, as the figures need them."""
 
     frames: Frames
     summary: dict[str, Any]
 
     @property
     def end(self) -> float:
-        """Of the run, in seconds; above 0."""
+        """End of the run, in seconds; more than 0."""
         ends = [self.frames.samples["time"].max(), self.frames.requests["ended"].max()]
         return max([float(end) for end in ends if end is not None], default=0.0) or 1.0  # type: ignore[arg-type]
 
@@ -365,12 +365,12 @@ PLOTS = (
 
 
 def draw_run(run: Run, theme: Theme = LIGHT) -> Iterator[Drawn]:
-    """All figures, one at a time."""
+    """Draws all figures, one at a time."""
     for plot in PLOTS:
         yield draw(plot.name, plot.caption, theme, partial(plot.draw, run, theme))
 
 
 def load_run(folder: str | Path) -> Run:
-    """Raises ConfigError if it is none."""
+    """Reads a run from its folder. Raises ConfigError if the folder has no run."""
     frames = load_frames(folder)
     return Run(frames, summarize_frames(frames, slots_of(Path(folder))))

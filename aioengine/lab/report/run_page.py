@@ -67,7 +67,7 @@ def write_report(folder: str | Path, progress: Callable[[], None] | None = None)
 def draw_both(
     draw_all: Callable[[Theme], Iterator[Drawn]], progress: Callable[[], None] | None = None
 ) -> list[tuple[Drawn, Drawn]]:
-    """Each figure for light and for dark pages."""
+    """Draws each figure twice: for light and for dark pages."""
     both = []
     for pair in zip(draw_all(LIGHT), draw_all(DARK), strict=True):
         both.append(pair)
@@ -77,7 +77,7 @@ def draw_both(
 
 
 def write_files(folder: Path, page: str, drawn: Iterable[Drawn]) -> Path:
-    """The page and its figures. Raises ConfigError."""
+    """Writes the page and its figures. Raises ConfigError if that fails."""
     path = folder / "report.html"
     try:
         (folder / "figures").mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def write_files(folder: Path, page: str, drawn: Iterable[Drawn]) -> Path:
 
 @cache
 def template(name: str) -> Template:
-    """Everything that is put into a page is escaped."""
+    """Loads a page template, which escapes all values that are put into it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -106,7 +106,7 @@ def template(name: str) -> Template:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConfigError."""
+    """Reads a JSON file. Raises ConfigError if it is missing or malformed."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -69,7 +69,7 @@ THEMES = (LIGHT, DARK)
 
 @contextmanager
 def drawing(theme: Theme) -> Iterator[None]:
-    """Inside, figures are made in the theme, whatever the user's own settings are."""
+    """Context in which figures are drawn in the theme, independent of the user's matplotlib settings."""
     with needs_extra():
         import matplotlib
     settings: Any = {  # its keys are typed as literals, all of them
@@ -139,7 +139,7 @@ def new_figure(
 
 
 def footnote(figure: Figure, text: str, theme: Theme) -> None:
-    """What must be known to read the figure, below it."""
+    """Writes a note below the figure."""
     lines = _wrapped(text, NOTE_SIZE, "normal")
     figure.supxlabel(lines, x=MARGIN, ha="left", fontsize=NOTE_SIZE, color=theme.muted)
 
@@ -167,7 +167,7 @@ def _wrapped(text: str, size: float, weight: str) -> str:
 
 
 class Drawn(NamedTuple):
-    """A figure on its way into files and pages."""
+    """A drawn figure: its PNG data, and the text that pages show with it."""
 
     name: str
     title: str
@@ -223,7 +223,7 @@ def text_on(color: str, theme: Theme) -> str:
 
 
 def say(axes: Axes, text: str) -> None:
-    """What stands in axes that have nothing to show."""
+    """Writes a text into axes that have no data."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
@@ -263,7 +263,7 @@ class Scale(NamedTuple):
 
 
 def digits_scale(value: float, digits: int, factor: float = 1, unit: str = "") -> Scale:
-    """That which writes the value with so many digits, or more where it has more before the point."""
+    """Returns the scale that writes this many digits, or all digits before the decimal point."""
     exponent = int(f"{value * factor:.{digits - 1}e}".partition("e")[2])
     return Scale(factor, max(digits - 1 - exponent, 0) if value else 0, unit)
 
@@ -287,18 +287,18 @@ def share_text(share: float | None) -> str:
 
 
 def change_text(change: float) -> str:
-    """By how much something is more, as a share of it: "+84%", "−0.4%", "±0%"."""
+    """Formats a relative change: "+84%", "−0.4%", "±0%"."""
     text = share_text(abs(change))
     return "±0%" if text in ("0%", "0.0%") else f"{'+' if change > 0 else '−'}{text}"
 
 
 def policy_label(policy: str) -> str:
-    """A policy's name that fits; of one in a file, without the folders."""
+    """Shortens a policy's name so that it fits; a path loses its folders."""
     return shorten(policy.rpartition("/")[2], 26)
 
 
 def shorten(name: str, width: int = 18) -> str:
-    """A name that fits; its end is what tells "adapter-012" from others, so the middle goes."""
+    """Shortens a name by its middle, since the end tells "adapter-012" from others."""
     name = "".join(char if char.isprintable() else "?" for char in name)
     if len(name) <= width:
         return name

@@ -93,7 +93,7 @@ def compare(
     say: Callable[[str], None] = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compared:
-    """Do all runs, ``jobs`` at a time in processes of their own, and write what they gave into ``out``.
+    """Does all runs in separate processes, ``jobs`` at a time, and writes their results to ``out``.
 
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
     run below ``runs``, where those of an earlier comparison are removed. A run that fails leaves its error in
@@ -159,7 +159,7 @@ def invalid_text(policy: Mapping[str, Any]) -> str:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """As JSON that :func:`read_comparison` reads, with the versions that it was made with."""
+    """Writes the comparison as JSON for :func:`read_comparison`, with the libraries' versions."""
     data = {
         "aioengine": version("aioengine"),
         "python": platform.python_version(),
@@ -169,7 +169,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def read_comparison(path: str | Path) -> Comparison:
-    """Raises ConfigError, which names the file and what is wrong with it."""
+    """Reads a comparison. Raises ConfigError, which names the file and the fault."""
     try:
         data = msgspec.json.decode(Path(path).read_bytes())
         if not isinstance(data, dict) or "comparison" not in data:

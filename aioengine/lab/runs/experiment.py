@@ -95,7 +95,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         self.engine_config()
 
     def open_workload(self) -> Workload:
-        """Raises ConfigError for a trace that cannot be used, or an adapter that no slot can hold."""
+        """Opens the workload. Raises ConfigError for an unusable trace, or an adapter that fits no slot."""
         workload = OfferedWorkload(self.workload, self.seed)
         largest = max(workload.adapters, key=lambda shape: shape.rank, default=None)
         if largest is not None and largest.rank > self.max_lora_rank:
@@ -106,7 +106,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return workload
 
     def engine_config(self) -> EngineConfig:
-        """Of the engine that is simulated."""
+        """Returns the configuration of the simulated engine."""
         return EngineConfig(
             model=self.preset,
             max_model_len=self.max_model_len,
@@ -128,14 +128,14 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, defaults included."""
+        """Returns the experiment as plain data, with defaults filled in."""
         values = msgspec.to_builtins(self)
         assert isinstance(values, dict)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
-        """Raises ConfigError that names ``source`` and the field."""
+        """Makes an experiment from plain data. Raises ConfigError, which names ``source`` and the field."""
         workload = values.get("workload")
         if isinstance(workload, Mapping):
             refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
@@ -143,7 +143,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """From the ``experiment.json`` that a run has left, or a JSON file with the fields of this struct."""
+        """Reads ``experiment.json`` of a run, or a JSON file with the fields of this struct."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:

@@ -109,7 +109,7 @@ class Recorder:
     # Requests
 
     def expect(self, request_id: str, arrival: Arrival) -> None:
-        """This request comes now."""
+        """Announces a request before it is sent."""
         self._expected[request_id] = arrival
 
     def refused(self, request_id: str, now: float, error: Exception) -> bool:

@@ -19,7 +19,7 @@ DIGITS = 9
 
 
 class RequestRecord(NamedTuple):
-    """One request, at its end. Times are seconds from the start of the run; None: it did not come to it."""
+    """One request, at its end. Times are seconds from the start of the run; None: it did not get that far."""
 
     request_id: str
     adapter: str | None
