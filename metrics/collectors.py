@@ -121,7 +121,7 @@ class EngineMetrics(Collector):
         self._process = ProcessMetrics()
 
     def handle(self, event: events.Event) -> None:
-        """Take in one event; kinds that no metric is made of are passed over."""
+        """Counts one event; kinds that no metric needs are ignored."""
         self._pending.append(event)
         if not self._applying:
             self._applying = self._on_loop.soon(self._apply)
@@ -140,15 +140,15 @@ class EngineMetrics(Collector):
     # Ways out
 
     def families(self) -> list[Family]:
-        """Everything as it stands now."""
+        """Returns all metric families with their current values."""
         return self._on_loop.call(self._families)
 
     def collect(self) -> Iterator[Metric]:
-        """As ``prometheus_client`` wants it."""
+        """Returns the families in the form that ``prometheus_client`` expects of a collector."""
         return map(to_metric, self.families())
 
     def describe(self) -> Iterator[Metric]:
-        """The same without series, so that a registry knows the names beforehand."""
+        """Returns the families without series, so that a registry knows their names in advance."""
         vllm = d.VLLM if self._compat == "vllm" else ()
         process = () if self._process is None else d.PROCESS
         return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm, *process))

@@ -15,7 +15,7 @@ from aioengine.metrics.families.storage import Family
 
 
 class HasMetrics(Protocol):
-    """An engine that runs."""
+    """A running engine."""
 
     @property
     def metrics(self) -> EngineMetrics: ...

@@ -68,7 +68,7 @@ llm-d's. `model_name` is the base model's name in requests:
 
 
 def reference() -> str:
-    """The page, in Markdown."""
+    """Writes the reference page in Markdown."""
     return "\n".join(
         [
             _INTRO,

@@ -14,7 +14,7 @@ from aioengine.info import AdapterInfo
 
 
 class Traceable(Protocol):
-    """An engine that runs."""
+    """A running engine."""
 
     def add_listener(self, listener: Callable[[events.Event], None]) -> Callable[[], None]: ...
     def adapters(self) -> list[AdapterInfo]: ...

@@ -41,7 +41,7 @@ class TenantMetrics:
 
 
 class HttpMetrics:
-    """Told of each answer by the server that serves the engine, on the event loop's thread."""
+    """Counts HTTP answers. The server that serves the engine reports each, on the event loop's thread."""
 
     def __init__(self, tenants: TenantMetrics) -> None:
         self._tenants = tenants

@@ -11,7 +11,7 @@ PrefetchResult = Literal["used", "wasted", "late"]
 
 
 class Lookup(NamedTuple):
-    """One look into one cache level."""
+    """Result of one look into one cache level."""
 
     level: Level
     hit: bool
@@ -51,7 +51,7 @@ class Version:
         return self.absent_since is None
 
     def absent(self, now: float) -> float:
-        """Seconds that it has been in no slot, all told: the difference between two moments is a wait."""
+        """Total seconds for which it was in no slot: the difference between two moments is a wait."""
         return self.absent_seconds + (0.0 if self.absent_since is None else now - self.absent_since)
 
     def wait_begins(self, now: float) -> None:
@@ -77,11 +77,11 @@ class ResidencyTracker:
         self._versions: dict[tuple[str, int], Version] = {}
 
     def current(self, adapter: str, now: float) -> Version:
-        """What a request that arrives now gets."""
+        """Returns the version that a request gets if it arrives now."""
         return self._at((adapter, self._current.get(adapter, 0)), now)
 
     def rank(self, adapter: str, version: int) -> int:
-        """0 if it has not been read."""
+        """Rank of the adapter; 0 if it has not been read."""
         found = self._versions.get((adapter, version))
         return 0 if found is None else found.rank
 
@@ -107,7 +107,7 @@ class ResidencyTracker:
         version.check_blocked(event.time)
 
     def placing(self, event: events.AdapterPlacing) -> float | None:
-        """Seconds that requests have waited for a slot for it; None if none waits."""
+        """Returns how long requests have waited for a slot for it, in seconds; None if none waits."""
         version = self._of(event)
         version.copying = True
         since, version.blocked_since = version.blocked_since, None
@@ -142,7 +142,7 @@ class ResidencyTracker:
             version.early = False
 
     def unloaded(self, event: events.AdapterUnloaded) -> bool:
-        """Whether the name stands for no adapter any more."""
+        """Returns whether the name no longer stands for an adapter."""
         self._versions.pop((event.adapter, event.version), None)
         if self._current.get(event.adapter) == event.version:
             del self._current[event.adapter]

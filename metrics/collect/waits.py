@@ -16,7 +16,7 @@ class _Live:
 
 
 class AdapterWaits:
-    """Follows the requests for adapters from arrival to end, each at O(1) an event.
+    """Follows requests for adapters from arrival to end, in O(1) for each event.
 
     A request's wait is the time that its adapter was in no slot between its arrival and its first
     admission; what an adapter's version has been absent in all is kept by :class:`Version`.
@@ -33,7 +33,7 @@ class AdapterWaits:
             version.wait_begins(event.time)
 
     def admitted(self, event: events.RequestAdmitted) -> float | None:
-        """The wait, in seconds; None if it has no adapter or had been admitted before."""
+        """Returns the wait in seconds; None without an adapter, or if the request was admitted before."""
         live = self._live.get(event.request_id)
         if live is None:
             return None

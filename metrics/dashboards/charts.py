@@ -35,12 +35,12 @@ class Chart(NamedTuple):
 
 
 def rate(counter: str, by: str, where: str = "") -> str:
-    """Per second, summed over everything but the labels ``by``."""
+    """Builds a rate per second, summed over all labels except ``by``."""
     return f"sum by ({by}) (rate({counter}{{{HERE}{where}}}[$__rate_interval]))"
 
 
 def quantiles(histogram: str, by: str, where: str = "") -> list[Query]:
-    """Median and 99th percentile for each combination of the labels ``by``."""
+    """Builds the median and the 99th percentile for each combination of the labels ``by``."""
     buckets = rate(f"{histogram}_bucket", f"le, {by}", where)
     label = " ".join(f"{{{{{name.strip()}}}}}" for name in by.split(","))
     return [Query(f"histogram_quantile({q}, {buckets})", f"{label} p{q * 100:g}") for q in (0.5, 0.99)]

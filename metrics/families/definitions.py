@@ -31,13 +31,13 @@ class Definition(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What the name ends in, if that is a unit: seconds, bytes or ratio."""
+        """Unit at the end of the name, if there is one: seconds, bytes or ratio."""
         last = self.name.rsplit("_", 1)[-1]
         return last if last in ("seconds", "bytes", "ratio") else ""
 
     @property
     def exposed(self) -> str:
-        """The name in queries."""
+        """Name of the metric in queries."""
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
 

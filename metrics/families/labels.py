@@ -41,7 +41,7 @@ class BoundedLabels:
         return label
 
     def used(self, name: str) -> None:
-        """Count a request for ``name``; it may earn it a label."""
+        """Counts a request for ``name``, which may give the name a label of its own."""
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         if name in self._labels or self._limit == 0:
             return
@@ -55,7 +55,7 @@ class BoundedLabels:
                 self._give(name)
 
     def gone(self, name: str) -> None:
-        """The name stands for nothing any more: its label goes."""
+        """Frees the label of a name that is no longer in use."""
         self._uses.pop(name, None)
         if name in self._labels:
             self._take(name)
@@ -79,7 +79,7 @@ class AdapterLabels(BoundedLabels):
         super().__init__(limit, folded, nobody=BASE, kind="adapter")
 
     def unloaded(self, adapter: str) -> None:
-        """The name stands for no adapter any more: its label goes."""
+        """Frees the label of a name that no longer stands for an adapter."""
         self.gone(adapter)
 
 

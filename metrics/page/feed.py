@@ -43,7 +43,7 @@ class ScrapedMetrics(Protocol):
 
 
 class WatchedEngine(Protocol):
-    """What is needed of an :class:`~aioengine.engine.AsyncEngine`, or of a fleet."""
+    """What the feed needs of an :class:`~aioengine.engine.AsyncEngine`, or of a fleet."""
 
     config: EngineConfig
 
@@ -68,7 +68,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter, without its path: that is nobody's business on a web page."""
+    """One adapter, without its path, which a web page must not show."""
 
     name: str
     version: int
@@ -82,7 +82,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Update(msgspec.Struct, omit_defaults=True):
-    """What one message says. Times are seconds on the engine's clock."""
+    """Content of one message. Times are seconds on the engine's clock."""
 
     time: float
     full: bool = False
@@ -152,7 +152,7 @@ class Feed:
                 self._log.append((self._tick + 1, entry))
 
     def collect(self, now: float) -> None:
-        """Bring the copy up to date, unless it was just now."""
+        """Updates the copy, unless that was done a moment ago."""
         age = now - self._collected
         if self._tick and age < (self.interval / 2 if self._changed else QUIET_SECONDS):
             return
@@ -243,7 +243,7 @@ class Watcher:
         self._spoken = 0.0
 
     def next(self, now: float) -> Update | None:
-        """What it has not been told yet; None if there is nothing to say."""
+        """Returns the changes since the last call; None if there are none."""
         self._seen, update = self._feed.newer_than(self._seen, now)
         if update is None and now - self._spoken >= HEARTBEAT_SECONDS:
             update = Update(time=now)

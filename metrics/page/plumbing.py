@@ -53,7 +53,7 @@ async def disconnected(receive: Receive) -> None:
 
 
 async def end_tasks(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel those that still run, wait for all, and take note of their errors."""
+    """Cancels the tasks that still run, waits for all, and retrieves their errors."""
     for task in tasks:
         task.cancel()
     if any(not task.done() for task in tasks):
