@@ -45,7 +45,8 @@ def require_ray() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) != RAY_VERSION:
         wanted = ".".join(map(str, RAY_VERSION))
         raise ConfigError(f"Ray {version} is installed, and a fleet needs {wanted}: {INSTALL}")
-    if importlib.util.find_spec("ray.serve") is None or importlib.util.find_spec("starlette") is None:
+    # Not find_spec("ray.serve"): that imports ray, which reads the environment then.
+    if importlib.util.find_spec("starlette") is None:
         raise ConfigError(f"a fleet needs Ray Serve, which is not installed: {INSTALL}")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +146,33 @@ def test_replaced_everywhere_or_nowhere(fleet: FleetServer, tiny_text: Tiny, ada
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "swap"}).status_code == 200
         gone = client.post("/v1/completions", json={"model": "swap", "prompt": "x"})
         assert gone.status_code == 404
+
+
+def test_the_commands(fleet: FleetServer) -> None:
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return subprocess.run(
+            [sys.executable, "-m", "aioengine", "fleet", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=clean,
+        )
+
+    fleet.complete("x", max_tokens=1, model="a")
+    status = command("status").stdout
+    names = re.findall(r"^ *(\w{8}) +running", status, re.MULTILINE)
+    assert len(names) == 2, status
+    assert re.search(r"^ *a .*\bslot\b", command("adapters").stdout, re.MULTILINE)
+    assert "drains" in command("drain", names[0]).stdout
+    until(lambda: fleet.metric("aioengine_fleet_replica_up", replica=names[0]) == 0, 10)
+    for index in range(4):
+        fleet.complete(f"elsewhere {index}", max_tokens=2)
+    command("drain", names[0], "--undo")
+    until(fleet.healthy, 10)
+    refused = command("drain", "nobody")
+    assert refused.returncode == 2 and names[1] in refused.stderr
 
 
 def test_sigterm_leaves_no_process(fleet: FleetServer) -> None:

@@ -1,0 +1,175 @@
+"""What a fleet costs, and how it gets over a loss: `aioengine serve --replicas` beside `aioengine serve`.
+
+    python -m benchmarks.server.fleet [--model smollm2-135m] [--rounds 3] [--streams 8 32] [--kill-streams 64]
+
+One engine's own server and a fleet of one replica, each with one thread, in turns: tokens a second and the
+processor time of a token (the door's process alone; with one engine, engine and server are one process). Then
+a fleet of two: the time until it serves, the first new token after `kill -9` of a replica in the middle of
+streams, after SIGSTOP of one, and the time from SIGTERM until no process is left. The client runs on the same
+machine. Prints; asserts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import httpx
+import psutil
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
+START_SECONDS = 300
+
+
+class Server:
+    """``aioengine serve`` in a process of its own."""
+
+    def __init__(self, model: str, *flags: str) -> None:
+        began = time.monotonic()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        command = [sys.executable, "-m", "aioengine", "serve", "--model", model, "--port", "0"]
+        command += ["--max-model-len", "1024", "--kv-cache-memory", "512MiB", "--no-enable-prefix-caching"]
+        self.process = subprocess.Popen(
+            [*command, *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+        )
+        self.url = self._url(began)
+        self.start_seconds = time.monotonic() - began
+        self.own = psutil.Process(self.process.pid)
+
+    def _url(self, began: float) -> str:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"serving at (http://\S+)", line):
+                return found[1]
+            if time.monotonic() - began > START_SECONDS:
+                break
+        raise SystemExit("the server did not start")
+
+    def tree(self) -> list[psutil.Process]:
+        return [self.own, *self.own.children(recursive=True)]
+
+    def replicas(self) -> list[psutil.Process]:
+        return [p for p in self.tree() if any("EngineReplica" in word for word in p.cmdline())]
+
+    def stop(self) -> float:
+        """Seconds until no process of it is left."""
+        tree = self.tree()
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)
+        _, left = psutil.wait_procs(tree, timeout=30)
+        for process in left:
+            print(f"  left behind: {process}")
+            process.kill()
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def served(model: str, *flags: str) -> Iterator[Server]:
+    server = Server(model, *flags)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+async def stream(client: httpx.AsyncClient, index: int, tokens: int, at: list[float]) -> None:
+    """Times of the tokens are appended to ``at``."""
+    prompt = [1000 + (index * 131 + i * 7) % 20000 for i in range(PROMPT_TOKENS)]
+    body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                at.append(time.monotonic())
+
+
+async def load(url: str, streams: int, tokens: int) -> list[list[float]]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+        times: list[list[float]] = [[] for _ in range(streams)]
+        await asyncio.gather(*[stream(client, i, tokens, times[i]) for i in range(streams)])
+    return times
+
+
+def throughput(server: Server, streams: int) -> tuple[float, float]:
+    """(tokens a second, microseconds of the server's own process for a token)."""
+    before, began = sum(server.own.cpu_times()[:2]), time.monotonic()
+    asyncio.run(load(server.url, streams, OUTPUT_TOKENS))
+    seconds = time.monotonic() - began
+    used = sum(server.own.cpu_times()[:2]) - before
+    tokens = streams * OUTPUT_TOKENS
+    return tokens / seconds, used / tokens * 1e6
+
+
+async def loss(server: Server, streams: int, number: signal.Signals) -> str:
+    """What happens to the streams when one of two replicas gets a signal. Which of them were on it is seen by
+    their pauses: the longer half."""
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, trust_env=False) as client:
+        times: list[list[float]] = [[] for _ in range(streams)]
+        tasks = [asyncio.create_task(stream(client, i, 160, times[i])) for i in range(streams)]
+        while min(map(len, times)) < 20:  # noqa: ASYNC110 - the streams append
+            await asyncio.sleep(0.01)
+        at = time.monotonic()
+        os.kill(server.replicas()[0].pid, number)
+        await asyncio.gather(*tasks)
+    pauses = []
+    for each in times:
+        gaps = [(later - earlier, later - at) for earlier, later in pairwise(each) if later > at]
+        pauses.append(max(gaps, default=(0.0, 0.0)))
+    moved = sorted(pauses)[streams // 2 :]
+    first, last = min(back for _, back in moved), max(back for _, back in moved)
+    whole = sum(len(each) == 160 for each in times)
+    return (
+        f"{whole} of {streams} streams complete; the first that moved goes on after {first:.2f} s, the last "
+        f"after {last:.2f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--kill-streams", type=int, default=64)
+    given = parser.parse_args()
+    names = ("--served-model-name", "m")
+    with served(given.model, *names) as plain, served(given.model, *names, "--replicas", "1") as fleet:
+        print("| streams | server | tokens/s | us/token of its own process |\n|---|---|---|---|")
+        for streams in given.streams:
+            found: dict[str, list[tuple[float, float]]] = {"one engine": [], "fleet of one": []}
+            for _ in range(given.rounds):
+                found["one engine"].append(throughput(plain, streams))
+                found["fleet of one"].append(throughput(fleet, streams))
+            for name, rows in found.items():
+                rate, used = (statistics.median(column) for column in zip(*rows, strict=True))
+                print(f"| {streams} | {name} | {rate:.0f} | {used:.0f} |", flush=True)
+    with served(given.model, *names, "--replicas", "2", "--router", "least_loaded") as fleet:
+        print(f"a fleet of two serves after {fleet.start_seconds:.1f} s")
+        print("kill -9:", asyncio.run(loss(fleet, given.kill_streams, signal.SIGKILL)), flush=True)
+        while len(fleet.replicas()) < 2:
+            time.sleep(0.5)
+        time.sleep(5)
+        print("SIGSTOP:", asyncio.run(loss(fleet, given.kill_streams, signal.SIGSTOP)), flush=True)
+        print(f"SIGTERM: no process is left after {fleet.stop():.1f} s")
+
+
+if __name__ == "__main__":
+    main()
