@@ -35,13 +35,13 @@ from aioengine.runtime.assemble import (
     choose_policy,
     core_limits,
     engine_info,
+    warm_up,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
-from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
 
 if TYPE_CHECKING:
@@ -143,7 +143,6 @@ class AsyncEngine:
         self._stepper = Stepper(self._core, built.device, timer=built.timer)
         self._adapters = AdapterOps(
             self._stepper,
-            built.plan.num_slots,
             built.resolver,
             None if self.config.lora is None else self.config.lora.load_timeout,
         )
@@ -220,7 +219,7 @@ class AsyncEngine:
         self._check_running()
         self._state = "draining"
         try:
-            await self._stepper.all_ended()
+            await self._stepper.until(lambda: not self._core.requests)
         except asyncio.CancelledError:
             if self._state == "draining":
                 self._state = "running"

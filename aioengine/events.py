@@ -149,6 +149,14 @@ class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
     error: Exception
 
 
+class AdapterPinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """It is to be in a slot, and to stay there."""
+
+
+class AdapterUnpinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """It may be evicted again."""
+
+
 class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """This version is gone: nothing of it is held any more."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Protocol
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
+from aioengine.core.guard import Tell
 from aioengine.core.pacing import GRAIN, Allowance, Pacer, StepWork
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import Request, Status, label_of
@@ -17,10 +17,6 @@ from aioengine.step import SequenceWork
 
 _Part = tuple[Request, SequenceWork]
 _remaining = attrgetter("remaining")
-
-
-class Tell(Protocol):
-    def __call__(self, kind: str, now: float, *, request: Request) -> None: ...
 
 
 class Batcher:

@@ -23,8 +23,8 @@ from aioengine.core.guard import PolicyGuard
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.placing import Placing
 from aioengine.core.queues import RequestQueues
-from aioengine.core.residency import Move, Residency
-from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
+from aioengine.core.residency import Residency
+from aioengine.core.state import AdapterEntry, Move, Request, Status, label_of, location_name
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
@@ -291,7 +291,7 @@ class Core:
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
-        """Its read was given up, and nobody is told: the engine stops, or it is unloaded."""
+        """Its read was given up, and nobody is told: the engine stops."""
         self.residency.load_cancelled(entry)
 
     def adapter_load_stalled(self, entry: AdapterEntry) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry, Request
@@ -23,6 +23,20 @@ FORGIVEN_AFTER = 1000
 
 
 T = TypeVar("T")
+
+
+class Tell(Protocol):
+    """Tells the policy what happened to a request, or to the adapter that it knows by this name."""
+
+    def __call__(
+        self,
+        kind: str,
+        now: float,
+        *,
+        request: Request | None = None,
+        adapter: str | None = None,
+        was: str | None = None,
+    ) -> None: ...
 
 
 class Resolved(NamedTuple):

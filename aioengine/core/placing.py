@@ -40,7 +40,7 @@ class Placing:
         self._closed.clear()
         for entry in self._residency.cpu.entries.values():
             if _waits_for_slot(entry) and now >= _retry_at(entry):
-                slot = self._residency.choose_slot(self._slots.superseded())
+                slot = self._slots.choose(self._slots.superseded())
                 if slot is not None:
                     self._residency.start_copy(entry, slot, now)
                 elif (busy := self._slots.least_busy(self._closed)) is not None:
@@ -74,7 +74,7 @@ class Placing:
                 self._residency.start_load(entry, now, admitting)
             return None
         if place.slot is None:
-            slot = self._residency.choose_slot(admitting)
+            slot = self._slots.choose(admitting)
             if slot is None:
                 return "place_no_slot"
         else:

@@ -7,43 +7,16 @@ through ``loaded``, ``load_failed``, ``placed`` and ``place_failed``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 from aioengine import events
 from aioengine.core.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.failures import Failures
+from aioengine.core.guard import Tell
+from aioengine.core.pins import Pins
 from aioengine.core.slots import Slot, SlotTable
-from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterError
+from aioengine.core.state import AdapterEntry, CopyMove, DropMove, LoadMove, Move, StopMove
+from aioengine.errors import AdapterError, EngineOverloaded
 from aioengine.schedulers.policy import Location
-
-
-class LoadMove(NamedTuple):
-    """Read an adapter from disk into CPU memory."""
-
-    entry: AdapterEntry
-
-
-class CopyMove(NamedTuple):
-    """Copy an adapter from CPU memory into a slot."""
-
-    entry: AdapterEntry
-    slot: int
-
-
-class DropMove(NamedTuple):
-    """Free an adapter's CPU memory."""
-
-    entry: AdapterEntry
-
-
-Move = LoadMove | CopyMove | DropMove
-
-
-class Tell(Protocol):
-    """Tells the policy of something that happened to the adapter that it knows by ``adapter``."""
-
-    def __call__(self, kind: str, now: float, *, adapter: str, was: str | None = None) -> None: ...
 
 
 class Residency:
@@ -63,6 +36,7 @@ class Residency:
         self.failures = Failures()
         self.current: dict[str, AdapterEntry] = {}
         """Published entries by name: what new requests get."""
+        self.pins = Pins(num_slots, self.current, emit)
         self.by_policy_name: dict[str, AdapterEntry] = {}
         """Every entry that requests may be waiting or running on, superseded ones included."""
         self.entries: dict[int, AdapterEntry] = {}
@@ -78,19 +52,23 @@ class Residency:
 
     # Registration
 
-    def declare(self, name: str, path: str) -> AdapterEntry:
-        """A new version of ``name`` that nobody can ask for until it is published."""
+    def declare(self, name: str, path: str, *, found: bool = False) -> AdapterEntry:
+        """A new version of ``name`` that nobody can ask for until it is published, which happens at the
+        latest when it has been read, unless it is ``held``. ``found``: its path was looked up."""
         version = self._last_version.get(name, 0) + 1
         self._last_version[name] = version
-        entry = AdapterEntry(self._next_uid, name, version, path)
+        entry = AdapterEntry(self._next_uid, name, version, path, found=found)
         self._next_uid += 1
         self.entries[entry.uid] = entry
         return entry
 
     def publish(self, entry: AdapterEntry, now: float) -> None:
-        """Give new requests this version; the one before it, if any, only finishes what it has."""
+        """Give new requests this version, and the pin of the one before it, which only finishes what it
+        has."""
+        assert self._is_candidate(entry)
         old = self.current.get(entry.name)
         if old is not None:
+            self.pins.hand_over(old, entry, now)
             self.retire(old, now)
         self.current[entry.name] = entry
         self.by_policy_name[entry.name] = entry
@@ -109,7 +87,8 @@ class Residency:
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Take no new requests on it; it is freed when those accepted have ended (see ``sweep``)."""
         entry.retired = True
-        entry.pinned = False
+        if entry.pinned:
+            self.pins.unpin(entry, now)
         self.forget_want(entry)
         self._retired[entry.uid] = entry
         if self.current.get(entry.name) is entry:
@@ -120,10 +99,12 @@ class Residency:
             self._tell("adapter_retired", now, adapter=entry.name, was=entry.label)
 
     def sweep(self, now: float) -> None:
-        """Free every retired adapter that nothing uses any more."""
+        """Free every retired adapter that nothing uses any more, and give up reads of such."""
         for entry in list(self._retired.values()):
-            moving = entry.location is Location.LOADING or self._copying(entry)
-            if entry.waiting or entry.running or moving:
+            if entry.location is Location.LOADING and not entry.waiting:
+                self.load_cancelled(entry)
+                self._moves.append(StopMove(entry))
+            if entry.waiting or entry.running or self._copying(entry):
                 continue
             if entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
@@ -142,16 +123,45 @@ class Residency:
         """Reads that may be started now."""
         return self._max_loads - self._loads
 
-    def want(self, entry: AdapterEntry, now: float) -> None:
-        """Bring it to the CPU cache as soon as there is room, though no request waits for it. If it is being
-        read already it may be that there is no room when it arrives, and it has to be read again."""
+    def want(self, entry: AdapterEntry, now: float, *, pin: bool = False) -> None:
+        """Bring it to the CPU cache as soon as there is room, though no request waits for it, and pin it
+        there. If it is being read already it may be that there is no room when it arrives, and it has to be
+        read again. ``entry.error`` says if it failed."""
         if entry.location is Location.DISK or entry.location is Location.LOADING:
+            entry.error = None
             entry.wanted_since = now
+            entry.pin_when_read = pin
             self._wanted[entry.uid] = entry
+            self._refuse_shut_out(now)
+        elif pin:
+            self._pin(entry, now)
 
     def forget_want(self, entry: AdapterEntry) -> None:
         entry.wanted_since = None
+        entry.pin_when_read = False
         self._wanted.pop(entry.uid, None)
+
+    def _pin(self, entry: AdapterEntry, now: float) -> None:
+        entry.error = None
+        self.pins.pin(entry, now)
+        self._refuse_shut_out(now)
+
+    def _refuse_shut_out(self, now: float) -> None:
+        """When pinned adapters fill the CPU cache, nothing else will ever be read into it: what is wanted
+        fails."""
+        pinned = [entry.label for entry in self.cpu.entries.values() if entry.pinned]
+        if len(pinned) < self.cpu.capacity:
+            return
+        todo = f"({', '.join(pinned)}); unpin one, or raise LoRAConfig.max_cpu_loras"
+        for entry in list(self._wanted.values()):
+            if entry.location is Location.DISK and not entry.pinned:
+                self.forget_want(entry)
+                entry.error = EngineOverloaded(
+                    f"adapter {entry.label!r} ({entry.path}) cannot be loaded, because pinned adapters fill "
+                    f"the CPU cache {todo}"
+                )
+                if self._is_candidate(entry):
+                    self.retire(entry, now)
 
     def start_wanted(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
         """Begin the reads that were asked for at least ``waited`` seconds ago, as far as there is room."""
@@ -164,7 +174,7 @@ class Residency:
         its slot; returns why not, if not."""
         if entry.location is not Location.DISK:
             return "already_loaded"
-        if entry.read_failed and entry.needed_since is None:
+        if entry.error is not None and entry.needed_since is None:
             return "failed_before"  # or a policy that reads ahead would have it tried without pause
         if self._loads >= self._max_loads:
             return "loads_at_limit"
@@ -199,12 +209,13 @@ class Residency:
         it does so itself, and is read again when there is room for what is now known to be its size."""
         assert entry.location is Location.LOADING
         self.failures.forget(entry.label)
-        entry.read_failed = False
+        entry.error = None
         if entry.stalled:
             entry.stalled = False
             if not self.cpu.fits(entry) and not self._make_room(entry, now, set()):
                 entry.location = Location.DISK
                 self._moves.append(DropMove(entry))
+                self._refuse_shut_out(now)
                 return
             self.cpu.add(entry)
         else:
@@ -224,21 +235,29 @@ class Residency:
             )
         )
         if self.cpu.resize(entry) or self._make_room(entry, now, set()):
+            pin = entry.pin_when_read
             self.forget_want(entry)
-            if self.is_known(entry):
+            if self._is_candidate(entry) and not entry.held:
+                self.publish(entry, now)
+            elif self.is_known(entry):
                 self._tell("adapter_loaded", now, adapter=entry.name)
+            if pin:
+                self._pin(entry, now)
         else:
             self._evict_cpu(entry, now)
+            self._refuse_shut_out(now)
 
     def load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:
         self.load_cancelled(entry)
         self.forget_want(entry)
-        entry.read_failed = True
         if isinstance(error, AdapterError) and len(entry.waiting):  # what is loaded by name is always read
             self.failures.add(entry.label, error, now)
         self._failed(entry, now, error, reason)
+        lost = entry.found and not entry.pinned and reason in ("io", "invalid")
+        if self._is_candidate(entry) or (lost and not entry.retired):
+            self.retire(entry, now)
 
     def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         """It was read, and cannot be kept."""
@@ -261,38 +280,18 @@ class Residency:
         for entry in self.entries.values():
             if entry.location is Location.LOADING:
                 self.load_cancelled(entry)
-                self._want_pinned(entry, now)
         for entry in list(self.cpu.entries.values()):
             if self._copying(entry) and entry.slot is not None:
                 self.slots.cancel(self.slots.slots[entry.slot])
             elif entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
             self._evict_cpu(entry, now)
-            self._want_pinned(entry, now)
+        for entry in self.current.values():
+            if entry.pinned and entry.wanted_since is None:
+                self.want(entry, now)
         self._moves.clear()
 
-    def _want_pinned(self, entry: AdapterEntry, now: float) -> None:
-        if entry.pinned and entry.wanted_since is None:
-            self.want(entry, now)
-
     # CPU -> slot
-
-    def choose_slot(self, keep: set[int]) -> Slot | None:
-        """A free slot, else the least recently used idle one that is not pinned and whose adapter (by
-        uid) is not in ``keep``; those that nobody waits for first."""
-        free = self.slots.free_slot()
-        if free is not None:
-            return free
-        idle = [
-            s
-            for s in self.slots.slots
-            if s.idle and s.entry is not None and not s.entry.pinned and s.entry.uid not in keep
-        ]
-        return min(
-            idle,
-            key=lambda s: (s.entry is not None and len(s.entry.waiting) > 0, s.last_used),
-            default=None,
-        )
 
     def start_copy(self, entry: AdapterEntry, slot: Slot, now: float) -> None:
         """Begin a copy into a slot that is free or idle."""
@@ -306,6 +305,7 @@ class Residency:
 
     def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
         assert entry.slot is not None
+        entry.error = None
         self.slots.activate(self.slots.slots[entry.slot], now)
         entry.slot_seconds = seconds
         entry.last_used = now
@@ -330,16 +330,7 @@ class Residency:
     def evict_slot(self, slot: Slot, now: float) -> None:
         entry = self.slots.release(slot)
         entry.last_used = max(entry.last_used, slot.last_used)
-        self._emit(
-            events.AdapterEvicted(
-                time=now,
-                adapter=entry.label,
-                version=entry.version,
-                level="slot",
-                slot=slot.index,
-                nbytes=entry.nbytes,
-            )
-        )
+        self._emit(_evicted(entry, now, slot.index))
         self._tell("adapter_evicted", now, adapter=entry.name)
 
     # Common
@@ -362,6 +353,10 @@ class Residency:
             assert outside == (entry.uid not in self.cpu.entries)
             assert entry.running == 0 or entry.location is Location.SLOT
 
+    def _is_candidate(self, entry: AdapterEntry) -> bool:
+        """It has not been published yet, and is to be."""
+        return not entry.retired and self.current.get(entry.label) is not entry
+
     def is_known(self, entry: AdapterEntry) -> bool:
         """Whether the policy knows of it: not so if it was never published."""
         return self.by_policy_name.get(entry.name) is entry
@@ -376,18 +371,10 @@ class Residency:
         self._moves.append(DropMove(entry))
         if self.is_known(entry):
             self._tell("adapter_dropped", now, adapter=entry.name)
-        self._emit(
-            events.AdapterEvicted(
-                time=now,
-                adapter=entry.label,
-                version=entry.version,
-                level="cpu",
-                slot=None,
-                nbytes=entry.nbytes,
-            )
-        )
+        self._emit(_evicted(entry, now, None))
 
     def _failed(self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure) -> None:
+        entry.error = error
         self._emit(
             events.AdapterFailed(
                 time=now,
@@ -397,3 +384,15 @@ class Residency:
                 error=error,
             )
         )
+
+
+def _evicted(entry: AdapterEntry, now: float, slot: int | None) -> events.AdapterEvicted:
+    """From a slot, or else from the CPU cache."""
+    return events.AdapterEvicted(
+        time=now,
+        adapter=entry.label,
+        version=entry.version,
+        level="cpu" if slot is None else "slot",
+        slot=slot,
+        nbytes=entry.nbytes,
+    )

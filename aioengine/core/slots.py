@@ -90,8 +90,22 @@ class SlotTable:
         """The rank in each usable slot, 0 elsewhere."""
         return [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
 
-    def free_slot(self) -> Slot | None:
-        return next((s for s in self.slots if s.entry is None), None)
+    def choose(self, keep: set[int]) -> Slot | None:
+        """A free slot, else the least recently used idle one that is not pinned and whose adapter (by
+        uid) is not in ``keep``; those that nobody waits for first."""
+        free = next((s for s in self.slots if s.entry is None), None)
+        if free is not None:
+            return free
+        idle = [
+            s
+            for s in self.slots
+            if s.idle and s.entry is not None and not s.entry.pinned and s.entry.uid not in keep
+        ]
+        return min(
+            idle,
+            key=lambda s: (s.entry is not None and len(s.entry.waiting) > 0, s.last_used),
+            default=None,
+        )
 
     def check(self) -> None:
         held = [s.entry.uid for s in self.slots if s.entry is not None]

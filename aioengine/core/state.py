@@ -1,10 +1,10 @@
-"""The records that the core keeps: one for each request and one for each adapter version."""
+"""The records that the core keeps: of each request, each adapter version, and each move of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.waiting_room import Ticket
@@ -27,6 +27,9 @@ class AdapterEntry:
         "copy_failed",
         "digest",
         "disk_seconds",
+        "error",
+        "found",
+        "held",
         "label",
         "last_tenant",
         "last_used",
@@ -34,9 +37,9 @@ class AdapterEntry:
         "name",
         "nbytes",
         "path",
+        "pin_when_read",
         "pinned",
         "rank",
-        "read_failed",
         "retired",
         "running",
         "slot",
@@ -48,7 +51,7 @@ class AdapterEntry:
         "wanted_since",
     )
 
-    def __init__(self, uid: int, name: str, version: int, path: str) -> None:
+    def __init__(self, uid: int, name: str, version: int, path: str, *, found: bool = False) -> None:
         self.uid = uid
         self.label = name
         """The name that it was registered under."""
@@ -56,6 +59,10 @@ class AdapterEntry:
         """What policies call it: the registered name, or "name@version" once it is superseded."""
         self.version = version
         self.path = path
+        self.found = found
+        """Its folder was looked up. If it cannot be read any more, the next request looks for it anew."""
+        self.held = False
+        """It is published when somebody says so, and not when it has been read."""
         self.location = Location.DISK
         self.slot: int | None = None
         """The slot that holds it or is being written with it."""
@@ -72,8 +79,11 @@ class AdapterEntry:
         self.last_used = 0.0
         self.wanted_since: float | None = None
         """Set while a load was asked for by name, and not by a waiting request."""
-        self.read_failed = False
-        """Its last read failed: it is read again when somebody needs it, and not just in case."""
+        self.pin_when_read = False
+        """That load asked for a pin as well."""
+        self.error: Exception | None = None
+        """What its last read or copy failed with; None once one has succeeded or was asked for again. While
+        there is one, it is read when somebody needs it, and not just in case."""
         self.stalled = False
         """Its read is under way and makes no progress: it counts neither as a load nor for the CPU cache."""
         self.copy_failed: float | None = None
@@ -97,6 +107,34 @@ class AdapterEntry:
         """Since when somebody has been waiting for it to be on the CPU; None if nobody is."""
         times = [t for t in (self.oldest_arrival, self.wanted_since) if t is not None]
         return min(times) if times else None
+
+
+class LoadMove(NamedTuple):
+    """Read an adapter from disk into CPU memory."""
+
+    entry: AdapterEntry
+
+
+class StopMove(NamedTuple):
+    """Give up the read under way: nobody needs the adapter any more, and it may take for ever."""
+
+    entry: AdapterEntry
+
+
+class CopyMove(NamedTuple):
+    """Copy an adapter from CPU memory into a slot."""
+
+    entry: AdapterEntry
+    slot: int
+
+
+class DropMove(NamedTuple):
+    """Free an adapter's CPU memory."""
+
+    entry: AdapterEntry
+
+
+Move = LoadMove | StopMove | CopyMove | DropMove
 
 
 class Sink(Protocol):

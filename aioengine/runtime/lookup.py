@@ -19,6 +19,8 @@ from aioengine.errors import (
     AioEngineError,
     ConfigError,
 )
+from aioengine.runtime.loop import Stepper
+from aioengine.runtime.transfers import log_failure
 
 logger = logging.getLogger("aioengine")
 
@@ -50,14 +52,11 @@ class Resolution:
     """
 
     def __init__(
-        self,
-        resolver: AdapterResolver | None,
-        timeout: float | None = None,
-        failed: Callable[[events.ResolverFailed], None] = lambda event: None,
+        self, stepper: Stepper, resolver: AdapterResolver | None, timeout: float | None = None
     ) -> None:
+        self._stepper = stepper
         self._resolver = resolver
         self._timeout = timeout
-        self._failed = failed
         self._hub: HubResolver | None = None
         self._lookups: dict[Key, _Lookup] = {}
         self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
@@ -69,9 +68,15 @@ class Resolution:
         """Whether the resolver may be asked for this name."""
         return self._resolver is not None and is_plain_name(name)
 
-    async def locate(self, name: str, source: str | None = None, tenant: Tenant = None) -> str:
+    async def locate(
+        self,
+        name: str,
+        source: str | None = None,
+        tenant: Tenant = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> str:
         """The absolute path of the adapter's folder: what the resolver answers, or the local copy of
-        ``source``, a path that begins with "hf:".
+        ``source``, a path that begins with "hf:". ``check`` raises when the caller needs it no more.
 
         Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; what it should
         not raise becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
@@ -86,8 +91,13 @@ class Resolution:
             lookup.task = asyncio.get_running_loop().create_task(ask, name=f"aioengine-resolve-{name}")
             lookup.task.add_done_callback(lambda task: self._ended(lookup))
         self._join(lookup, tenant)
+
+        def ended() -> bool:
+            check()
+            return lookup.task.done() or self._closed is not None
+
         try:
-            await asyncio.wait([lookup.task])  # unlike await, leaves the task alone when we are cancelled
+            await self._stepper.until(ended, name)
         finally:
             self._leave(lookup, tenant)
         if self._closed is not None:
@@ -117,8 +127,9 @@ class Resolution:
         """Whoever waits, or asks later, gets ``error``."""
         self._closed = error
         self._queues.clear()
-        for lookup in self._lookups.values():
+        for lookup in list(self._lookups.values()):
             lookup.task.cancel()
+            self._stepper.ask_again(lookup.key[0])
 
     def _from_hub(self) -> HubResolver:
         if self._hub is None:
@@ -176,7 +187,12 @@ class Resolution:
             self._unqueue(lookup, tenant)
         error = None if lookup.task.cancelled() else lookup.task.exception()  # seen, even if nobody waits
         if isinstance(error, (AdapterError, ConfigError)) and not isinstance(error, AdapterNotFound):
-            self._failed(_failure(lookup.key[0], error))
+            self._stepper.report(_failure(lookup.key[0], error))
+        if isinstance(error, (AdapterInvalid, AdapterLoadError)):
+            failures = self._stepper.core.residency.failures
+            failures.add(lookup.key[0], error, asyncio.get_running_loop().time())
+            log_failure(failures, lookup.key[0], error)
+        self._stepper.ask_again(lookup.key[0])
         self._begin_next()
 
     def _forget(self, lookup: _Lookup) -> None:

@@ -13,17 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 from aioengine import events
-from aioengine.core import Core, DropMove
+from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
-from aioengine.errors import AioEngineError, EngineDead, EngineStopped
+from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
-from aioengine.runtime.idle_watch import IdleWatch
 from aioengine.runtime.lag import LoopLagMeter
 from aioengine.runtime.transfers import AdapterMoves
+from aioengine.runtime.waits import Waits
+from aioengine.schedulers.policy import Location
 from aioengine.step import StepBatch
 
 logger = logging.getLogger("aioengine")
 
+IDLE_WARNING_SECONDS = 5.0
 POLICY_RETRY_SECONDS = 0.05
 """How soon a policy is asked again that admitted nothing although nothing runs and nothing loads."""
 
@@ -33,10 +35,7 @@ Listener = Callable[[events.Event], None]
 class Stepper:
     """Drives a core with a device.
 
-    ``listeners`` are called for every event, in order. ``loaded`` holds, by adapter uid, what to call
-    when its load has ended (with the error, or None); ``give_up_load`` ends one that nobody needs any
-    more. ``waits`` are the futures of those who wait for something else to happen to an adapter: when
-    the engine ends, they get the error.
+    ``listeners`` are called for every event, in order.
     """
 
     def __init__(
@@ -52,9 +51,7 @@ class Stepper:
         self._device = device
         self._timer = timer
         self._moves = AdapterMoves(core, device, changed=self._moved)
-        self.loaded = self._moves.loaded
-        self.give_up_load = self._moves.give_up
-        self.waits: set[asyncio.Future[None]] = set()
+        self._waits = Waits()
         self._idle = IdleWatch(core)
         self._lag = LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
@@ -75,6 +72,9 @@ class Stepper:
 
     def wake(self) -> None:
         """Have the core asked again; call after every change to it."""
+        if self.dead is not None:
+            self._free_retired()
+            return
         self.publish()
         self._wake.set()
 
@@ -101,20 +101,19 @@ class Stepper:
         assert self.dead is not None
         return self.dead
 
-    async def all_ended(self) -> None:
-        """Wait until every accepted request has ended."""
-        ended = asyncio.Event()
+    async def until(self, happened: Callable[[], bool], adapter: str | None = None) -> None:
+        """Wait until ``happened()``. It is asked at once, and again after each event of this adapter, or, if
+        there is none, after the end of each request.
 
-        def listen(_event: events.Event) -> None:
-            if not self.core.requests:
-                ended.set()
+        Raises what it raises, and EngineStopped or EngineDead if the engine ends before.
+        """
+        if not happened():
+            self.check_goes_on()
+            await self._waits.until(happened, adapter)
 
-        self.listeners.append(listen)
-        try:
-            if self.core.requests:
-                await ended.wait()
-        finally:
-            self.listeners.remove(listen)
+    def ask_again(self, adapter: str) -> None:
+        """Ask those who wait for something to happen to this adapter; for what is no event."""
+        self._waits.ask(adapter)
 
     async def stop(self) -> None:
         """End what has not ended with EngineStopped, and wait for what cannot be interrupted."""
@@ -124,7 +123,9 @@ class Stepper:
         moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
         await asyncio.wait([moves] if self._task is None else [moves, self._task])
         self._lag.stop()
-        self._fail_waits(EngineStopped("the engine was stopped before it happened"))
+        self._free_retired()
+        self._waits.fail(EngineStopped("the engine was stopped before it happened"))
+        await asyncio.sleep(0)  # who waited may have versions to give up
         self._free_retired()
 
     # The loop
@@ -208,7 +209,7 @@ class Stepper:
         began = loop.time()
         self._lost = None
         self.core.device_lost(began, error)
-        self._moves.device_lost(error)
+        self._moves.device_lost()
         if not self._device.can_restart:
             raise error
         self.recovering = True
@@ -245,28 +246,20 @@ class Stepper:
         self._died.set()
         self._end_all(self.dead)
         self.core.step_lost()
-        self._moves.fail_waiting(self.dead)
-        self._fail_waits(self.dead)
         self._free_retired()
-
-    def _fail_waits(self, error: AioEngineError) -> None:
-        for future in self.waits:
-            if not future.done():
-                future.set_exception(error)
+        self._waits.fail(self.dead)
 
     def _free_retired(self) -> None:
         """For those who wait for an adapter to be gone: nothing will be scheduled any more."""
         self.core.residency.sweep(asyncio.get_running_loop().time())
         for move in self.core.residency.take_moves():
-            if isinstance(move, DropMove):
+            if isinstance(move, (DropMove, StopMove)):
                 self._moves.start(move)
         self.publish()
 
-    def _moved(self) -> None:
-        if self.dead is None:
-            self.wake()
-        else:
-            self._free_retired()
+    def _moved(self, adapter: str) -> None:
+        self.wake()
+        self._waits.ask(adapter)
 
     def _end_all(self, error: Exception) -> None:
         now = asyncio.get_running_loop().time()
@@ -291,6 +284,7 @@ class Stepper:
             self._log_once("the policy failed; fcfs decides in its place", event.error)
         elif isinstance(event, events.PolicyReplaced):
             logger.warning("%s; fcfs decides from now on", event.reason)
+        self._waits.heard(event)
         for listener in list(self.listeners):
             try:
                 listener(event)
@@ -309,6 +303,42 @@ class Stepper:
         if what not in self._logged:
             self._logged.add(what)
             logger.warning("%s (first: %s; said once, counted always)", what, item)
+
+
+class IdleWatch:
+    """Notices a policy that leaves requests waiting although nothing is in the way.
+
+    Says so in the log, once for each such time, and does nothing about it: what is asked for may be
+    what the policy is meant to do."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._since: float | None = None
+        self._said = False
+
+    def look(self, now: float, *, idle: bool) -> None:
+        """``idle``: no batch was formed and no adapter is moving. To be called after every decision."""
+        if not idle or not self._core.queues:
+            self._since, self._said = None, False
+            return
+        if self._since is None:
+            self._since = now
+        seconds = now - self._since
+        if self._said or seconds < IDLE_WARNING_SECONDS:
+            return
+        self._said = True
+        heads = self._core.queues.heads.values()
+        cold = sum(len(e.waiting) for e in heads if e is not None and e.location is not Location.SLOT)
+        waiting = len(self._core.queues)
+        logger.warning(
+            "policy %s has started nothing for %.0f s: %d requests wait (%d that could run, %d whose "
+            "adapters are in no slot), nothing runs and no adapter is moving",
+            self._core.policy_name,
+            seconds,
+            waiting,
+            waiting - cold,
+            cold,
+        )
 
 
 def _contents(batch: StepBatch) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move
+from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, StopMove
 from aioengine.core.failures import Failures
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import (
@@ -16,9 +16,7 @@ from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
     AdapterTooLarge,
-    AioEngineError,
     EngineDead,
-    EngineStopped,
 )
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
@@ -38,13 +36,10 @@ def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
 
 
 class AdapterMoves:
-    """``changed`` is called after every report to the core.
+    """Carries out the core's moves. ``changed`` is called, with the adapter's name, after every report
+    to the core."""
 
-    ``loaded`` holds, by adapter uid, what to call when its load has ended (with the error, or None).
-    """
-
-    def __init__(self, core: Core, device: Device, changed: Callable[[], None]) -> None:
-        self.loaded: dict[int, Callable[[AioEngineError | None], None]] = {}
+    def __init__(self, core: Core, device: Device, changed: Callable[[str], None]) -> None:
         self._core = core
         self._device = device
         self._changed = changed
@@ -64,21 +59,14 @@ class AdapterMoves:
             case LoadMove(entry):
                 name = f"aioengine-load-{entry.label}"
                 self._reads[entry.uid] = self._spawn(self._load(entry), name, self._loads)
+            case StopMove(entry):
+                self._reads.pop(entry.uid).cancel()
             case CopyMove(entry, slot):
                 self._spawn(self._copy(entry, slot), f"aioengine-copy-{entry.label}", self._copies)
 
-    def give_up(self, entry: AdapterEntry) -> None:
-        """Nobody needs what is being read any more: it is not waited for, however long it takes."""
-        if entry.location is Location.LOADING:
-            task = self._reads.pop(entry.uid, None)
-            if task is not None:
-                task.cancel()
-            self._core.adapter_load_cancelled(entry)
-            self._changed()
-
     async def stop(self) -> None:
         """Give up the loads, one of which may hang, and wait for the copies, which cannot be
-        interrupted. Who waits for a load gets EngineStopped."""
+        interrupted."""
         for task in self._loads:
             task.cancel()
         while self.under_way:
@@ -89,23 +77,12 @@ class AdapterMoves:
         for slot in self._core.slots.slots:
             if slot.loading:  # the copy was lost with the device
                 self._core.slots.cancel(slot)
-        self.fail_waiting(EngineStopped("the engine was stopped while the adapter was loading"))
 
-    def device_lost(self, error: AioEngineError) -> None:
-        """Forget what is under way; call after ``core.device_lost``. Who waits for an adapter that is not
-        read again gets ``error``."""
+    def device_lost(self) -> None:
+        """Forget what is under way; call after ``core.device_lost``."""
         for task in self._loads | self._copies:
             task.cancel()
         self._reads.clear()
-        entries = self._core.residency.entries
-        for uid in list(self.loaded):
-            if uid not in entries or entries[uid].wanted_since is None:
-                self.loaded.pop(uid)(error)
-
-    def fail_waiting(self, error: AioEngineError) -> None:
-        """Nothing more will be loaded."""
-        while self.loaded:
-            self.loaded.pop(next(iter(self.loaded)))(error)
 
     @staticmethod
     def _spawn(
@@ -118,7 +95,6 @@ class AdapterMoves:
 
     async def _load(self, entry: AdapterEntry) -> None:
         loop = asyncio.get_running_loop()
-        failure: AioEngineError | None = None
 
         def retrying(attempt: int, seconds: float, error: AdapterError) -> None:
             self._core.outbox.append(
@@ -131,21 +107,20 @@ class AdapterMoves:
                     error=error,
                 )
             )
-            self._changed()
+            self._changed(entry.label)
 
         task = asyncio.current_task()
 
         def stalled() -> None:
             if self._reads.get(entry.uid) is task:  # else it was given up, and has not been cancelled yet
                 self._core.adapter_load_stalled(entry)
-                self._changed()
+                self._changed(entry.label)
 
         try:
             done = await self._device.load(entry.uid, entry.label, entry.path, retrying, stalled)
         except EngineDead:
             return  # the device was lost, and that is dealt with as a whole
         except AdapterError as error:
-            failure = error
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
             log_failure(self._core.residency.failures, entry.label, error)
         except Exception as error:
@@ -156,7 +131,7 @@ class AdapterMoves:
             failure.__cause__ = error
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
-            failure = self._core.adapter_loaded(
+            too_large = self._core.adapter_loaded(
                 entry,
                 loop.time(),
                 rank=done.rank,
@@ -164,14 +139,10 @@ class AdapterMoves:
                 digest=done.digest,
                 seconds=done.seconds,
             )
-            if failure is not None:
-                log_failure(self._core.residency.failures, entry.label, failure)
+            if too_large is not None:
+                log_failure(self._core.residency.failures, entry.label, too_large)
         self._reads.pop(entry.uid, None)
-        if failure is not None or entry.location is not Location.DISK:  # else it is read again later
-            callback = self.loaded.pop(entry.uid, None)
-            if callback is not None:
-                callback(failure)
-        self._changed()
+        self._changed(entry.label)
 
     async def _copy(self, entry: AdapterEntry, slot: int) -> None:
         loop = asyncio.get_running_loop()
@@ -190,7 +161,7 @@ class AdapterMoves:
             self._core.adapter_place_failed(entry, loop.time(), failure)
         else:
             self._core.adapter_placed(entry, loop.time(), seconds)
-        self._changed()
+        self._changed(entry.label)
 
 
 def _load_failure(error: AdapterError) -> events.LoadFailure:

@@ -27,7 +27,8 @@ LOG_LENGTH = 1000
 TOMBSTONES = 1000
 """Unloaded adapters remembered; a watcher further behind is told everything anew."""
 QUIET_SECONDS = 1.0
-"""How often the state is read when no event says that it changed (pinning causes none)."""
+"""How often the state is read when no event says that it changed; to declare an adapter on the Hub causes
+none."""
 HEARTBEAT_SECONDS = 5.0
 """After so long without news a watcher is told the time, so that it knows the line is up."""
 

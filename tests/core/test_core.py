@@ -238,7 +238,7 @@ def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
     sim = CoreSim()
     pinned = sim.register("p")
     sim.core.residency.want(pinned, sim.now)
-    pinned.pinned = True
+    sim.core.residency.pins.pin(pinned, sim.now)
     for _ in range(3):
         sim.settle()
     assert pinned.location is Location.SLOT

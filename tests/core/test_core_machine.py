@@ -32,7 +32,8 @@ class CoreMachine(RuleBasedStateMachine):
     )
     def start(self, seed: int, hostile: bool, blocks: int, max_bytes: int | None, bounded: bool) -> None:
         self.hostile = hostile
-        self.unpublished: list[AdapterEntry] = []
+        self.versions: list[AdapterEntry] = []
+        """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes)
         if bounded:
@@ -168,16 +169,24 @@ class CoreMachine(RuleBasedStateMachine):
     def replace(self, name: str) -> None:
         self.sim.register(name)
 
-    @rule(name=st.sampled_from(NAMES), give_up=st.booleans())
-    def load_a_version_that_is_never_published(self, name: str, give_up: bool) -> None:
+    @rule(name=st.sampled_from(NAMES), found=st.booleans(), pin=st.booleans(), give_up=st.booleans())
+    def load_a_version_that_is_published_once_it_is_read(
+        self, name: str, found: bool, pin: bool, give_up: bool
+    ) -> None:
         residency = self.sim.core.residency
-        entry = residency.declare(name, "/elsewhere")
-        residency.want(entry, self.sim.now)
-        self.unpublished.append(entry)
+        entry = residency.declare(name, "/elsewhere", found=found)
+        residency.want(entry, self.sim.now, pin=pin and self.may_pin(name))
+        self.versions.append(entry)
         if give_up:
-            for abandoned in self.unpublished:
-                residency.retire(abandoned, self.sim.now)
-            self.unpublished.clear()
+            for version in self.versions:
+                if not version.retired and residency.current.get(name) is not version:
+                    residency.retire(version, self.sim.now)
+            self.versions.clear()
+
+    def may_pin(self, name: str) -> bool:
+        """One slot is left for the others."""
+        entries = self.sim.core.residency.entries.values()
+        return all(e.label == name for e in entries if e.pinned or e.pin_when_read)
 
     @rule(name=st.sampled_from(NAMES))
     def unload(self, name: str) -> None:
@@ -187,15 +196,17 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), pinned=st.booleans())
     def pin(self, name: str, pinned: bool) -> None:
-        current = self.sim.core.residency.current
-        if name in current and not any(e.pinned for e in current.values() if e.label != name):
-            current[name].pinned = pinned
+        entry = self.sim.core.residency.current.get(name)
+        if entry is not None and not pinned:
+            self.sim.core.residency.pins.unpin(entry, self.sim.now)
+        elif entry is not None and self.may_pin(name):
+            self.sim.core.residency.pins.pin(entry, self.sim.now)
 
-    @rule(name=st.sampled_from(NAMES))
-    def want(self, name: str) -> None:
+    @rule(name=st.sampled_from(NAMES), pin=st.booleans())
+    def want(self, name: str, pin: bool) -> None:
         entry = self.sim.core.residency.current.get(name)
         if entry is not None:
-            self.sim.core.residency.want(entry, self.sim.now)
+            self.sim.core.residency.want(entry, self.sim.now, pin=pin and self.may_pin(name))
 
     @invariant()
     def holds(self) -> None:

@@ -121,7 +121,7 @@ def test_what_does_not_fit_beside_the_pinned_says_so() -> None:
     sim = CoreSim(BOUNDED)
     have(sim, p=2000, b=1800)
     bring(sim, "p")
-    entry_of(sim, "p").pinned = True
+    sim.core.residency.pins.pin(entry_of(sim, "p"), sim.now)
     sim.add("b")
     sim.run()
     (failed,) = sim.of(events.AdapterFailed)
@@ -201,7 +201,7 @@ def test_what_must_stay_is_no_candidate() -> None:
         sim.core.residency.want(entry_of(sim, name), sim.now)
         sim.schedule()
         sim.finish_load()
-    entry_of(sim, "pinned").pinned = True
+    sim.core.residency.pins.pin(entry_of(sim, "pinned"), sim.now)
     sim.add("running", max_tokens=40)
     for _ in range(4):
         sim.settle()
@@ -243,7 +243,6 @@ def test_a_version_that_was_read_before_it_was_published_is_told_of_after_the_ol
     sim.core.residency.want(new, sim.now)
     sim.schedule()
     sim.finish_load()
-    sim.core.residency.publish(new, sim.now)
     assert policy.told == [("loaded", "a", None), ("retired", "a@1", "a"), ("loaded", "a", None)]
 
 
@@ -252,20 +251,17 @@ def test_versions_that_were_given_up_leave_first_and_the_policy_is_not_asked_abo
     sim = CoreSim(BOUNDED, policy)
     have(sim, a=900, b=2900)
     bring(sim, "a")
-    unpublished = [sim.core.residency.declare("a", "/elsewhere") for _ in range(2)]
-    for entry in unpublished:
-        sim.core.residency.want(entry, sim.now)
-        sim.schedule()
-        sim.finish_load()
+    unpublished = sim.core.residency.declare("a", "/elsewhere")
+    sim.core.residency.want(unpublished, sim.now)
     sim.core.residency.want(entry_of(sim, "b"), sim.now)
     sim.schedule()
-    for entry in unpublished:
-        sim.core.residency.retire(entry, sim.now)
+    sim.core.residency.retire(unpublished, sim.now)
+    sim.finish_load()
     sim.finish_load()
     sim.core.check()
     assert on_cpu(sim) == "b"
     evicted = [e.version for e in sim.of(events.AdapterEvicted)]  # type: ignore[attr-defined]
-    assert evicted == [2, 3, 1]
+    assert evicted == [2, 1]
     assert policy.asked == []
 
 
@@ -309,7 +305,7 @@ def test_a_pinned_adapter_whose_copy_fails_is_not_copied_again_without_pause() -
     sim = CoreSim()
     sim.register("p")
     bring(sim, "p")
-    entry_of(sim, "p").pinned = True
+    sim.core.residency.pins.pin(entry_of(sim, "p"), sim.now)
     for _ in range(5):
         sim.schedule()
         if sim.copies:

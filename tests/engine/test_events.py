@@ -17,10 +17,12 @@ from aioengine.events import (
     AdapterFailed,
     AdapterLoaded,
     AdapterLoading,
+    AdapterPinned,
     AdapterPlaced,
     AdapterPlacing,
     AdapterRegistered,
     AdapterUnloaded,
+    AdapterUnpinned,
     Event,
     EventsLost,
     FirstToken,
@@ -57,6 +59,28 @@ async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> No
     assert all(e.seconds > 0 for e in found if isinstance(e, (AdapterLoaded, AdapterPlaced)))
     (failed,) = (e for e in found if isinstance(e, AdapterFailed))
     assert (failed.adapter, failed.reason) == ("bad", "io")
+
+
+async def test_pins_are_told_of_and_a_new_version_takes_them_over(
+    tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    async with make_engine(tiny) as engine:
+        events = engine.events(AdapterPinned, AdapterUnpinned)
+        await engine.load_adapter("x", tiny.adapters["rank-3"], pin=True)
+        await engine.pin_adapter("x")
+        await engine.load_adapter("x", tiny.adapters["rank-4"], replace=True)
+        await engine.unpin_adapter("x")
+        await engine.unpin_adapter("x")
+        await engine.pin_adapter("x")
+        await engine.unload_adapter("x")
+    assert [(type(e), e.version) async for e in events if not isinstance(e, EventsLost)] == [
+        (AdapterPinned, 1),
+        (AdapterUnpinned, 1),
+        (AdapterPinned, 2),
+        (AdapterUnpinned, 2),
+        (AdapterPinned, 2),
+        (AdapterUnpinned, 2),
+    ]
 
 
 async def test_types_choose(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.core_sim import LIMITS
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.steady_device import Steady
 
 from aioengine import AdapterResolver, AsyncEngine, EngineConfig, FilesystemResolver, LoRAConfig
+from aioengine.core import Core
 from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
@@ -25,6 +28,8 @@ from aioengine.errors import (
 )
 from aioengine.events import AdapterLoading, AdapterRegistered
 from aioengine.runtime import lookup as resolution
+from aioengine.runtime.loop import Stepper
+from aioengine.schedulers.policies.fcfs import FCFS
 
 
 class Gated(AdapterResolver):
@@ -292,7 +297,8 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
 
     async def go() -> None:
         resolver = Answers()
-        shared = resolution.Resolution(resolver)
+        stepper = Stepper(Core(LIMITS, FCFS()), Steady())
+        shared = resolution.Resolution(stepper, resolver)
         waiting: list[tuple[str, str, asyncio.Task[str]]] = []
         for kind, number, tenant in ops:
             name = f"n{number}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.core_sim import LIMITS
+from support.steady_device import Steady
 
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
@@ -16,29 +17,10 @@ from aioengine.events import AdapterRetrying, Event, RequestEnded
 from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
-from aioengine.runtime.idle_watch import IDLE_WARNING_SECONDS
-from aioengine.runtime.loop import Stepper
+from aioengine.runtime.loop import IDLE_WARNING_SECONDS, Stepper
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import LoadedAdapter, Sampled, StepBatch, StepResult
-
-
-class Steady(Device):
-    """Every step takes 10 ms, a copy no time at all; there is nothing to read."""
-
-    async def execute(self, batch: StepBatch) -> StepResult:
-        await asyncio.sleep(0.01)
-        return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
-
-    async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
-        raise AdapterLoadError("not there", name=name, path=path)
-
-    async def place(self, uid: int, slot: int) -> float:
-        return 0.0
-
-    def drop(self, uid: int) -> None: ...
-
-    async def close(self) -> None: ...
+from aioengine.step import LoadedAdapter
 
 
 def run(

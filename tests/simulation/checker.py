@@ -203,9 +203,9 @@ class Checker:
             "the CPU cache is not empty"
         )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"
-        assert not stepper.loaded and not stepper.waits and not stepper._moves.under_way
+        assert not len(stepper._waits) and not stepper._moves.under_way
         assert not engine._adapters._loading and not engine._adapters._unloads
-        assert not engine._adapters._pins._claims and not engine._adapters._pins._waits
+        assert not core.residency.pins._claims
 
     def check_tasks(self) -> None:
         names = {task.get_name() for task in asyncio.all_tasks()} - {"main", "scenario"}

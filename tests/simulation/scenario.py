@@ -482,6 +482,7 @@ class Scenario:
         except EngineDead:
             assert self.killed
             return
+        await asyncio.sleep(0)  # reads that were given up end
         self.checker.check_empty()
 
     async def _within(self, work: Awaitable[None], what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove
+from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.errors import AdapterLoadError, EngineDead
 from aioengine.request import RequestOptions, SamplingParams
@@ -84,6 +84,8 @@ class CoreSim:
             match move:
                 case LoadMove(entry):
                     self.loads.append(entry)
+                case StopMove(entry):
+                    self.loads.remove(entry)
                 case CopyMove(entry, slot):
                     assert entry.uid in self.on_cpu, "a copy of what is not in CPU memory"
                     self.copies.append((entry, slot))

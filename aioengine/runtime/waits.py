@@ -1,0 +1,68 @@
+"""Callers that wait until something has happened in the core."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from aioengine import events
+from aioengine.errors import AioEngineError
+
+Condition = Callable[[], bool]
+
+
+class Waits:
+    """Asks each condition again when an event may have made it true.
+
+    A condition is about one adapter, by name, or, under None, about the requests that have not ended. So an
+    event costs as much as there are callers that wait for its adapter, and not as there are callers in all.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    async def until(self, happened: Condition, adapter: str | None) -> None:
+        """Wait until ``happened()``, which is false now. Raises what it raises, or what :meth:`fail` is
+        given."""
+        waiting = self._waiting.setdefault(adapter, {})
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting[done] = happened
+        try:
+            await done
+        finally:
+            del waiting[done]
+            if not waiting and self._waiting.get(adapter) is waiting:
+                del self._waiting[adapter]
+
+    def heard(self, event: events.Event) -> None:
+        """Ask those whom this event may concern."""
+        if not self._waiting:
+            return
+        if isinstance(event, events.AdapterPinned):  # a pin may shut out any other adapter
+            for adapter in list(self._waiting):
+                self.ask(adapter)
+        elif isinstance(event, events.AdapterEvent):
+            self.ask(event.adapter)
+        elif isinstance(event, events.RequestEnded):
+            self.ask(None)
+
+    def ask(self, adapter: str | None) -> None:
+        """Ask those who wait for something to happen to this adapter."""
+        for done, happened in list(self._waiting.get(adapter, {}).items()):
+            if done.done():
+                continue
+            try:
+                if happened():
+                    done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+    def fail(self, error: AioEngineError) -> None:
+        """Nothing will happen any more."""
+        for waiting in self._waiting.values():
+            for done in waiting:
+                if not done.done():
+                    done.set_exception(error)

@@ -1,0 +1,89 @@
+"""Waiting for something to happen to an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from support.core_sim import LIMITS
+from support.steady_device import Steady
+
+from aioengine.core import Core
+from aioengine.errors import EngineDead, EngineStopped
+from aioengine.lab.simulation.clock import VirtualTimeLoop
+from aioengine.runtime.loop import Stepper
+from aioengine.schedulers.policies.fcfs import FCFS
+
+
+def run(main: Callable[[Stepper], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        stepper = Stepper(Core(LIMITS, FCFS()), Steady())
+        stepper.start()
+        await main(stepper)
+        await stepper.stop()
+        assert not len(stepper._waits)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(whole())
+
+
+def test_a_condition_is_asked_at_the_events_of_its_adapter_only() -> None:
+    asked: list[str] = []
+
+    def waits_for(name: str, stepper: Stepper) -> asyncio.Task[None]:
+        def is_registered() -> bool:
+            asked.append(name)
+            return name in stepper.core.residency.current
+
+        return asyncio.create_task(stepper.until(is_registered, name))
+
+    async def main(stepper: Stepper) -> None:
+        a, b = waits_for("a", stepper), waits_for("b", stepper)
+        await asyncio.sleep(1)
+        assert asked == ["a", "b"], "at once, and nobody asks again while nothing happens"
+        residency = stepper.core.residency
+        residency.publish(residency.declare("a", "/a"), 0.0)
+        stepper.wake()
+        await a
+        assert asked == ["a", "b", "a"] and not b.done()
+        b.cancel()
+        await asyncio.wait([b])
+
+    run(main)
+
+
+def test_what_a_condition_raises_is_raised_where_it_is_waited_for() -> None:
+    async def main(stepper: Stepper) -> None:
+        def known() -> bool:
+            if "a" in stepper.core.residency.current:
+                raise KeyError("a")
+            return False
+
+        waiting = asyncio.create_task(stepper.until(known, "a"))
+        await asyncio.sleep(0)
+        residency = stepper.core.residency
+        residency.publish(residency.declare("a", "/a"), 0.0)
+        stepper.wake()
+        with pytest.raises(KeyError):
+            await waiting
+
+    run(main)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_waits_end_with_the_engine(dies: bool) -> None:
+    async def main(stepper: Stepper) -> None:
+        waiting = asyncio.create_task(stepper.until(lambda: False, "a"))
+        await asyncio.sleep(0)
+        if dies:
+            stepper._device_lost(EngineDead("gone"))
+        else:
+            await stepper.stop()
+        with pytest.raises(EngineDead if dies else EngineStopped):
+            await waiting
+        with pytest.raises(EngineDead if dies else EngineStopped):
+            await stepper.until(lambda: False, "a")
+        await stepper.until(lambda: True, "a")
+
+    run(main)
