@@ -66,6 +66,7 @@ ROOMS: dict[str, set[str]] = {
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
     "cli": {"demo", "fleet", "generate", "lab", "serving"},
+    "core": {"adapters"},
     "executors": {"process"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
     "lab": {"analysis", "calibration", "costs", "fleet", "report", "runs", "simulation", "workload"},

@@ -16,14 +16,14 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict
 
 from aioengine import events
+from aioengine.core.adapters.cpu_cache import least_recently_used
+from aioengine.core.adapters.placing import Placing
+from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
-from aioengine.core.cpu_cache import least_recently_used
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.pacing import Pacer, StepWork
-from aioengine.core.placing import Placing
 from aioengine.core.queues import RequestQueues
-from aioengine.core.residency import Residency
 from aioengine.core.state import AdapterEntry, Move, Request, Status, label_of, location_name
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from aioengine.core.adapters.residency import Residency
+from aioengine.core.adapters.slots import Slot
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
-from aioengine.core.residency import Residency
-from aioengine.core.slots import Slot
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
 from aioengine.schedulers.policy import Location, SlotState
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from aioengine import events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, StopMove
-from aioengine.core.failures import Failures
+from aioengine.core.adapters.failures import Failures
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import (
     AdapterError,

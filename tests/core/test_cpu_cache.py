@@ -8,7 +8,7 @@ import pytest
 from support.core_sim import LIMITS, CoreSim
 
 from aioengine import events
-from aioengine.core.placing import PIN_RETRY_SECONDS
+from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers import Decision, Location, Place, PolicyEvent, SchedulerPolicy, SchedulerView

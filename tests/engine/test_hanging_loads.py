@@ -13,7 +13,7 @@ from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader
 from aioengine.adapters.read_threads import Progress
 from aioengine.core import Core
-from aioengine.core.failures import LONGEST_SECONDS, Failures
+from aioengine.core.adapters.failures import LONGEST_SECONDS, Failures
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
 from aioengine.executors.base import Device

@@ -67,6 +67,8 @@ def replay_gauges(record: list[e.Event]) -> dict[str, float]:
                 cpu.remove((event.adapter, event.version))
             case e.AdapterFailed() if event.reason != "internal":
                 cpu.remove((event.adapter, event.version))
+            case e.AdapterUnloaded():  # its read was given up
+                cpu.discard((event.adapter, event.version))
     return {"running": len(running), "waiting": len(waiting), "cpu": len(cpu)}
 
 

@@ -10,7 +10,7 @@ from simulation.scenario import GuardedLoop
 from support.lab_sim import DISK, MB, SLOT, config, costs
 
 from aioengine import SamplingParams
-from aioengine.core.placing import PIN_RETRY_SECONDS
+from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
 from aioengine.errors import AdapterLoadError, AdapterNotFound, EngineDead, EngineOverloaded, EngineStopped
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aioengine import events
-from aioengine.core.cpu_cache import CpuCache, Order, least_recently_used
-from aioengine.core.failures import Failures
+from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
+from aioengine.core.adapters.failures import Failures
+from aioengine.core.adapters.pins import Pins
+from aioengine.core.adapters.slots import Slot, SlotTable
 from aioengine.core.guard import Tell
-from aioengine.core.pins import Pins
-from aioengine.core.slots import Slot, SlotTable
 from aioengine.core.state import AdapterEntry, CopyMove, DropMove, LoadMove, Move, StopMove
 from aioengine.errors import AdapterError, EngineOverloaded
 from aioengine.schedulers.policy import Location

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from aioengine.core.adapters.residency import Residency
+from aioengine.core.adapters.slots import Slot
 from aioengine.core.guard import Resolved
-from aioengine.core.residency import Residency
-from aioengine.core.slots import Slot
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, Place
 

@@ -1,0 +1,1 @@
+"""Where adapter versions are, what is pinned, and which moves to start."""
