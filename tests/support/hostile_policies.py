@@ -75,7 +75,8 @@ class Failing(SchedulerPolicy):
 
     def fail(self) -> None:
         if self.rng.random() < self.rate:
-            raise self.rng.choice(self.ERRORS)
+            planned = self.rng.choice(self.ERRORS)
+            raise type(planned)(*planned.args)  # a new one: tracebacks gather in one that is raised again
 
 
 class Slow(SchedulerPolicy):
