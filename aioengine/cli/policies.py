@@ -17,6 +17,7 @@ def policies(*, common: CommonFlags | None = None) -> int:
     from aioengine.cli.tables import output_console
     from aioengine.schedulers import available_parts, available_policies
     from aioengine.schedulers.registry import KINDS
+    from aioengine.schedulers.routing import available_placements, available_routers
 
     console = output_console()
     whole = [info for info in available_policies().values() if info.kind == "policy"]
@@ -47,6 +48,22 @@ def policies(*, common: CommonFlags | None = None) -> int:
             for detail in details[1:]:
                 text.append(f"\n{detail}", style="dim")
             table.add_row(Text(f"  {info.name}", style="bold"), text)
+        console.print(Text(title, style="bold underline"))
+        console.print(table)
+        console.print()
+    for title, of_fleet in (
+        ("routers, of a fleet", available_routers()),
+        ("placement of adapters, of a fleet", available_placements()),
+    ):
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for found in of_fleet.values():
+            text = Text(found.summary)
+            if found.options:
+                text.append(f"\noptions: {found.options}", style="dim")
+            text.append(f"\nworst case: {found.worst_case}\nfrom: {found.source}", style="dim")
+            table.add_row(Text(f"  {found.name}", style="bold"), text)
         console.print(Text(title, style="bold underline"))
         console.print(table)
         console.print()

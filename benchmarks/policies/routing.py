@@ -124,7 +124,7 @@ def traces(args: argparse.Namespace) -> Table:
         for seed in range(args.seeds)
     ]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for trace, router, seed in track(jobs, "simulating", Console(stderr=True)):
+    for trace, router, seed in track(jobs, "simulating", console=Console(stderr=True)):
         found.setdefault((trace, router), []).append(_play(args, trace, router, seed))
     for (trace, router), runs in found.items():
         base = found[trace, args.routers[0]]

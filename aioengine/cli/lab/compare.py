@@ -37,6 +37,12 @@ class CompareFlags:
     """Numbers of adapter slots (8)."""
     scale: Annotated[list[str] | None, _SEVERAL] = None
     """Factors of the rate of arrivals (1)."""
+    router: Annotated[list[str] | None, _SEVERAL] = None
+    """Routers of a fleet, each with each policy; needs --replicas."""
+    replicas: int | None = None
+    """Engines behind one door."""
+    placement: str | None = None
+    """Which adapters should live on which replicas (none)."""
     seeds: int | None = None
     """So many runs of each setting, for intervals (3)."""
     seed: int | None = None
@@ -97,7 +103,10 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
         "policy": policies[0] if policies else None,
         "slots": slots[0] if slots else None,
         "scale": scales[0] if scales else None,
+        "replicas": flags.replicas,
+        "placement": flags.placement,
     }
+    routers = split_policies(flags.router) if flags.router else []
     experiment = make_experiment(file, workload, system, own)
     seeds = flags.seeds
     if seeds is not None and seeds < 1:
@@ -114,14 +123,17 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
             slots=slots or before.slots,
             scales=scales or before.scales,
             seeds=seed_list,
+            routers=routers or before.routers,
         )
-    default = ["fcfs", "vllm+lru"] if file is None else [experiment.policy]
+    # Where routers are compared, the engines are alike unless it is said otherwise.
+    default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
     return Comparison(
         experiment=experiment,
         policies=[*(policies or default)],
         slots=slots or [experiment.slots],
         scales=scales or [experiment.workload.scale],
         seeds=seed_list,
+        routers=routers,
     )
 
 

@@ -41,33 +41,50 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Of the arrival rate: WorkloadSpec.scale."""
     seeds: list[int]
     """The same seeds for every policy, so that all are offered the same arrivals."""
+    routers: list[str] = []
+    """Of a fleet: each with each policy. []: the experiment's."""
 
     def __post_init__(self) -> None:
         for name in ("policies", "slots", "scales", "seeds"):
             values = getattr(self, name)
             if not values:
                 raise ConfigError(f"Comparison.{name}=[]: must have at least one value")
-            labels = [policy_label(value) if name == "policies" else str(value) for value in values]
-            twice = sorted({label for label in labels if labels.count(label) > 1})
-            if twice:
-                raise ConfigError(f"Comparison.{name}: {', '.join(twice)} is given twice")
+            _refuse_twice(name, [policy_label(v) if name == "policies" else str(v) for v in values])
+        _refuse_twice("routers", self.routers)
+        if self.routers and self.experiment.replicas is None:
+            raise ConfigError("Comparison.routers: there is no fleet to route in; give replicas")
 
     def tasks(self, out: Path) -> list[Task]:
         """The runs, each with a folder below ``out``; the seeds of a setting follow each other.
 
         Raises ConfigError if one of them cannot be.
         """
-        grid = itertools.product(self.scales, self.slots, self.policies, self.seeds)
+        routers = self.routers or [self.experiment.router]
+        grid = itertools.product(self.scales, self.slots, self.policies, routers, self.seeds)
         tasks = []
-        for key, (scale, slots, policy, seed) in enumerate(grid):
+        for key, (scale, slots, policy, router, seed) in enumerate(grid):
             workload = msgspec.structs.replace(self.experiment.workload, scale=scale)
             experiment = msgspec.structs.replace(
-                self.experiment, workload=workload, slots=slots, policy=policy, seed=seed
+                self.experiment, workload=workload, slots=slots, policy=policy, router=router, seed=seed
             )
-            plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", policy_label(policy)).strip("_.")[:40]
+            plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", self.label(experiment)).strip("_.")[:40]
             name = f"{key:04d}-{plain}-slots={slots}-scale={scale:g}-seed={seed}"
             tasks.append(Task(key, experiment, out / "runs" / name))
         return tasks
+
+    def label(self, experiment: Experiment) -> str:
+        """What a run's policy is called in results: where routers are compared, theirs, with the policy's
+        name only if there are several."""
+        policy = policy_label(experiment.policy)
+        if not self.routers:
+            return policy
+        return experiment.router if len(self.policies) == 1 else f"{policy} @ {experiment.router}"
+
+
+def _refuse_twice(name: str, labels: list[str]) -> None:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(f"Comparison.{name}: {', '.join(twice)} is given twice")
 
 
 class Failure(NamedTuple):
@@ -133,7 +150,7 @@ def compare(
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
     run_all(tasks, jobs, heard, stopping)
     failures = list(_failures(tasks, ended, allow_fallback))
-    results = _results(tasks, ended, failures)
+    results = _results(tasks, ended, failures, comparison.label)
     results.write_csv(out / "results.csv")
     results.write_parquet(out / "results.parquet")
     estimates(results).write_csv(out / "estimates.csv")
@@ -194,7 +211,12 @@ def load_results(folder: str | Path) -> pl.DataFrame:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def _results(tasks: list[Task], ended: dict[int, Report], failures: list[Failure]) -> pl.DataFrame:
+def _results(
+    tasks: list[Task],
+    ended: dict[int, Report],
+    failures: list[Failure],
+    label: Callable[[Experiment], str],
+) -> pl.DataFrame:
     with needs_extra():
         import polars as pl
     rows = []
@@ -204,7 +226,7 @@ def _results(tasks: list[Task], ended: dict[int, Report], failures: list[Failure
         summary = (ended[task.key].summary or {}) if error is None else {}
         rows.append(
             {
-                "policy": policy_label(task.experiment.policy),
+                "policy": label(task.experiment),
                 "slots": task.experiment.slots,
                 "scale": float(task.experiment.workload.scale),
                 "seed": task.experiment.seed,

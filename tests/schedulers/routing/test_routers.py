@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.fleet_cases import Fleet, request
@@ -10,6 +11,8 @@ from support.fleet_cases import Fleet, request
 from aioengine.schedulers.routing import (
     DEFAULT_ROUTER,
     Move,
+    Route,
+    RouterGuard,
     RouterPolicy,
     Tiers,
     available_placements,
@@ -189,3 +192,19 @@ class TestAffinity:
         fleet.now += 2.9
         fleet.report("r1", Tiers(slot=["a"]))
         assert router.route(request(), fleet.state.view).replicas[0] == "r1"
+
+
+def test_the_router_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/policies.md, "Write a router", word for word."""
+    text = (Path(__file__).parents[3] / "docs" / "policies.md").read_text(encoding="utf-8")
+    block = text.split("<!-- router: the test-suite runs this block -->\n```python\n")[1].split("```")[0]
+    (tmp_path / "my_router.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    router = load_router("my_router.py:FewestAdapters")
+    fleet = Fleet(3)
+    fleet.report("r1", Tiers(cpu=["a"]))
+    guard = RouterGuard(router)
+    assert guard.route(request(), fleet.state.view) == Route(["r1"], reason="holder")
+    fleet.report("r0", waiting=2, waiting_for={"x": 1, "y": 1})
+    assert guard.route(request(adapter="new"), fleet.state.view).replicas[-1] == "r0"
+    assert not guard.failures

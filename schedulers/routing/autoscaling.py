@@ -1,0 +1,96 @@
+"""How many replicas a fleet should have: by the work that waits, and not by the number of requests."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple
+
+from aioengine.schedulers.routing.interface import FleetView, ReplicaView
+
+
+class Scaling(NamedTuple):
+    """A wish for a number of replicas, and why."""
+
+    replicas: int
+    reason: str
+
+
+class WaitingWork:
+    """Adds replicas when the work that waits is more than ``target`` seconds of what the fleet can do, and
+    takes them away when what is left would still be less than ``low`` times that, for ``cool_down`` seconds
+    on end.
+
+    Work is seconds of computing that wait (prompt tokens at the measured speed), and seconds of loading and
+    of waiting for slots for the adapters that wait. Growth is at once and by at most a factor of 2 each
+    ``settle`` seconds, because a new replica takes time before it helps.
+
+    Args:
+        least: Replicas that there are always; 0: the fleet sleeps when nothing is asked of it.
+        most: Replicas that there are at most.
+        target: Seconds of work that may wait on each replica.
+        low: Share of ``target`` below which one replica less is enough.
+        cool_down: Seconds for which that must be so.
+        settle: Seconds between two steps of growth.
+
+    Raises ValueError if a value is out of range.
+    """
+
+    def __init__(
+        self,
+        least: int = 1,
+        most: int = 8,
+        target: float = 1.0,
+        low: float = 0.3,
+        cool_down: float = 60.0,
+        settle: float = 10.0,
+    ) -> None:
+        if not 0 <= least <= most or most < 1:
+            raise ValueError(f"least={least}, most={most}: must be 0 <= least <= most, and most at least 1")
+        if not 0 < target < float("inf"):
+            raise ValueError(f"target={target}: must be more than 0 seconds")
+        if not 0 < low < 1:
+            raise ValueError(f"low={low}: must be between 0 and 1")
+        if not (cool_down >= 0 and settle >= 0):
+            raise ValueError(f"cool_down={cool_down}, settle={settle}: must be at least 0 seconds")
+        self._least, self._most = least, most
+        self._target, self._low = target, low
+        self._cool_down, self._settle = cool_down, settle
+        self._grown: float | None = None
+        self._calm_since: float | None = None
+
+    def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
+        """How many there should be.
+
+        Args:
+            now: How many there are, those that are being started included.
+            waiting: Requests that wait at the door because no replica is there.
+        """
+        bounded = min(max(now, self._least), self._most)
+        if now == 0:
+            return Scaling(max(bounded, 1), "requests wait") if waiting else Scaling(bounded, "nothing to do")
+        work = sum(_work(replica) for replica in view.accepting)
+        busy = any(replica.running or replica.waiting for replica in view.accepting)
+        need = ceil(work / self._target)
+        if need > now:
+            self._calm_since = None
+            if self._grown is not None and view.now - self._grown < self._settle:
+                return Scaling(bounded, "growing")
+            self._grown = view.now
+            return Scaling(min(max(min(need, 2 * now), self._least), self._most), "work waits")
+        left = now - 1
+        calm = work < self._low * self._target * left if left else not busy and not waiting
+        if not calm:
+            self._calm_since = None
+            return Scaling(bounded, "enough")
+        if self._calm_since is None:
+            self._calm_since = view.now
+        if view.now - self._calm_since < self._cool_down:
+            return Scaling(bounded, "cooling down")
+        self._calm_since = view.now
+        return Scaling(min(max(left, self._least), self._most), "idle")
+
+
+def _work(replica: ReplicaView) -> float:
+    """Seconds of work that wait on a replica."""
+    each = (replica.load_seconds or 0.0) + (replica.slot_seconds or 0.0)
+    return replica.queue_seconds + replica.adapters_waiting * each
