@@ -93,10 +93,11 @@ async def stream(client: httpx.AsyncClient, index: int, tokens: int, at: list[fl
     """Times of the tokens are appended to ``at``."""
     prompt = [1000 + (index * 131 + i * 7) % 20000 for i in range(PROMPT_TOKENS)]
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    body["return_token_ids"] = True  # a part may have no text yet
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         async for line in answer.aiter_lines():
-            if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
-                at.append(time.monotonic())
+            for choice in json.loads(line[6:]).get("choices", ()) if line.startswith("data: {") else ():
+                at += [time.monotonic()] * len(choice.get("token_ids") or ())
 
 
 async def load(url: str, streams: int, tokens: int) -> list[list[float]]:
