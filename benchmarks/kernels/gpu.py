@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from aioengine.kernels import Backend, LoRABatch, get_backend
 from aioengine.kernels.triton import lora
 from aioengine.kernels.triton.table import (
+    ORDER,
     SHORT,
     ExpandConfig,
     Key,
@@ -197,7 +198,8 @@ def add_lora(backend: Backend, p: Problem, y: Tensor) -> None:
 
 
 def tune(args: argparse.Namespace, device: str, timer: Timer) -> dict[str, dict[str, int]]:
-    """The best configuration found for every rank, width and phase that is asked for."""
+    """The best configuration found for every rank, width and phase that is asked for. Prompts are summed in
+    the order of decoding, which is tuned first."""
     dtype: torch.dtype = getattr(torch, args.dtype)
     bits, found = 8 * dtype.itemsize, {}
     cases = [
@@ -213,19 +215,27 @@ def tune(args: argparse.Namespace, device: str, timer: Timer) -> dict[str, dict[
         longest = max(s.stop - s.start for s in p.batch.segments)
         shrink = partial(lora.shrink, p.x, p.a, p.batch, len(p.b))
         key = Key.of("shrink", bits, rank, p.a.shape[2], longest)
-        found[str(key)] = descend(default_shrink(key), shrink, timer)._asdict()
+        found[str(key)] = descend(_ordered(default_shrink(key), key, found), key, shrink, timer)._asdict()
         expand = partial(lora.expand, h, p.b, y, p.offsets, p.batch)
         key = Key.of("expand", bits, rank, y.shape[1], longest)
-        found[str(key)] = descend(default_expand(key), expand, timer)._asdict()
+        found[str(key)] = descend(_ordered(default_expand(key), key, found), key, expand, timer)._asdict()
     return found
 
 
-def descend(start: Config, run: Callable[[Config], object], timer: Timer) -> Config:
+def _ordered(start: Config, key: Key, found: Mapping[str, Mapping[str, int]]) -> Config:
+    """``start`` with what the order of sums depends on as it was found for decoding."""
+    decode = found.get(str(key._replace(phase="decode")))
+    return start if decode is None else start._replace(**{field: decode[field] for field in ORDER[key.op]})
+
+
+def descend(start: Config, key: Key, run: Callable[[Config], object], timer: Timer) -> Config:
     """Halves and doubles one field after the other as long as that is faster by 1% at least."""
     best, least, improved = start, timer(partial(run, start)), True
     while improved:
         improved = False
         for field in start._fields:
+            if key.phase == "prefill" and field in ORDER[key.op]:
+                continue
             value = getattr(best, field)
             low = SHORT if field.startswith("block_") else 1
             high = {"num_stages": 6, "num_warps": 8, "split_k": 32}.get(field, 256)

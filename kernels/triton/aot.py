@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aioengine.kernels.triton.attention import default_config, rows_of_prompts
+from aioengine.kernels.triton.attention import PART, default_config, rows_of_prompts
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
@@ -112,8 +112,8 @@ def variants() -> list[Variant]:
 def of_shrink(dtype: str, config: ShrinkConfig) -> Iterator[Variant]:
     """With the inputs whole, and split."""
     blocks = {"BLOCK_M": config.block_m, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k}
-    for split in sorted({1, config.split_k}):
-        constants = (*blocks.items(), ("SPLIT_K", split))
+    for split in sorted({0, int(config.split_k > 1)}):
+        constants = (*blocks.items(), ("PARTS", config.split_k), ("SPLIT", split))
         yield Variant("shrink", dtype, constants, config.num_warps, config.num_stages)
 
 
@@ -127,7 +127,7 @@ def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[V
     for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), (rows_of_prompts(bits), 1)]):
         block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits)
         constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
-        constants |= {"BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim)}
+        constants |= {"BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim), "PART": PART}
         yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
 
 
@@ -193,7 +193,7 @@ _POINTERS = {
     **dict.fromkeys(("partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
 _FLOATS = ("eps", "scale")
-_ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride")
+_ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts")
 
 
 def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:

@@ -16,8 +16,9 @@ from aioengine.kernels.triton.query_tiles import FEW_ROWS, MANY_ROWS, QueryTiles
 _PROGRAMS = 256
 """Keys are split if there were fewer programs: about two for each multiprocessor of a large GPU."""
 _MAX_SPLITS = 16
-_KEYS_OF_A_SPLIT = 128
-"""At least, of the longest tile."""
+PART = 512
+"""Keys that are attended to on their own, before they are joined with those before them: a fixed number,
+because bits depend on it. A program computes one part or several."""
 
 
 class AttentionConfig(NamedTuple):
@@ -26,7 +27,7 @@ class AttentionConfig(NamedTuple):
     block_n: int
     """Keys at a time."""
     splits: int
-    """Parts that the keys are cut into, a power of two."""
+    """Programs that share the parts of the keys, a power of two."""
     num_warps: int
     num_stages: int
 
@@ -36,7 +37,7 @@ def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> A
     splits = 1
     if tiles.block_m == FEW_ROWS:
         programs = len(tiles.table) * kv_heads
-        wanted = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-tiles.longest // _KEYS_OF_A_SPLIT))
+        wanted = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-tiles.longest // PART))
         splits = power_of_two(wanted)
     return default_config(head_dim, bits, splits)
 
@@ -81,14 +82,15 @@ def attend(
     _, block_size, kv_heads, d = keys.shape
     block_n, splits, num_warps, num_stages = config
     block_d = max(16, power_of_two(d))
-    parts = len(tiles.table) * kv_heads * splits if splits > 1 else 0
+    most_parts = -(-tiles.longest // PART)
+    parts = len(tiles.table) * kv_heads * most_parts if splits > 1 else 0
     scratch = out.new_empty(parts * tiles.block_m * (block_d + 2), dtype=torch.float32)
     partials, stats = scratch[: parts * tiles.block_m * block_d], scratch[parts * tiles.block_m * block_d :]
     with on(qkv.device):
         attention_kernel[len(tiles.table), kv_heads, splits](
             *(qkv, keys, values, plan.tables, tiles.table, out, partials, stats),
             plan.derive(QueryTiles).arrivals(len(tiles.table) * kv_heads),
-            *(qkv.stride(0), plan.tables.stride(0), window or 0, d**-0.5 * math.log2(math.e)),
+            *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0, d**-0.5 * math.log2(math.e)),
             GROUP=qkv.shape[1] // kv_heads - 2,
             D=d,
             BLOCK_SIZE=block_size,
@@ -96,6 +98,7 @@ def attend(
             BLOCK_M=tiles.block_m,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
+            PART=PART,
             num_warps=num_warps,
             num_stages=num_stages,
         )

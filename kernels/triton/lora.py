@@ -32,7 +32,8 @@ from aioengine.kernels.triton.table import (
 )
 
 _PROGRAMS = 128
-"""Inputs are split if a shrink had fewer programs: about as many as a large GPU has multiprocessors."""
+"""The parts of the inputs go to programs of their own if a shrink had fewer than this: about as many as a
+large GPU has multiprocessors. Bits do not depend on it."""
 
 
 def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
@@ -59,19 +60,20 @@ def shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int, config: Shrink
     plan = batch.derive(TilePlan)
     tiles = plan.tiles(config.block_m)
     columns = n_slices * -(-max_rank // config.block_r)
-    split = config.split_k if columns * len(tiles) < _PROGRAMS else 1
-    outputs = columns * len(tiles) if split > 1 else 0
+    split = config.split_k > 1 and columns * len(tiles) < _PROGRAMS
+    programs, outputs = (config.split_k, columns * len(tiles)) if split else (1, 0)
     x, a = _adjoining(x), _adjoining(a)
     with on(x.device):
-        shrink_kernel[columns * split, len(tiles)](
+        shrink_kernel[columns * programs, len(tiles)](
             *(x, a, h, tiles),
-            x.new_empty(outputs * split * config.block_m * config.block_r, dtype=torch.float32),
+            x.new_empty(outputs * programs * config.block_m * config.block_r, dtype=torch.float32),
             plan.arrivals(outputs),
             *(x.stride(0), a.stride(0), n_in, n_slices, max_rank),
             BLOCK_M=config.block_m,
             BLOCK_R=config.block_r,
             BLOCK_K=config.block_k,
-            SPLIT_K=split,
+            PARTS=config.split_k,
+            SPLIT=split,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -23,6 +23,9 @@ AFFINE_COLUMNS = 128
 EMBED_RANKS = 64
 """Columns and ranks that a program of the kernels that only move and scale takes, of ``SHORT`` tokens."""
 
+ORDER = {"shrink": ("block_k", "split_k"), "expand": ("block_r",)}
+"""What the order of sums depends on."""
+
 _SMALLEST, _LARGEST = 16, 512
 """Of a block. Tensor cores work on 16 rows; masks fill up what a rank or a tile lacks."""
 
@@ -33,7 +36,7 @@ class ShrinkConfig(NamedTuple):
     block_r: int
     block_k: int
     split_k: int
-    """Parts that the inputs are cut into, if there would be few programs otherwise."""
+    """Parts that the inputs are cut into, each summed for itself."""
     num_warps: int
     num_stages: int
     """Blocks of A and x in flight at once."""
@@ -91,7 +94,12 @@ def _chosen(
 ) -> ShrinkConfig | ExpandConfig:
     key = Key.of(op, bits, rank, width, SHORT if decode else SHORT + 1)
     default = default_shrink(key) if op == "shrink" else default_expand(key)
-    return measured(path).get(str(key), default)
+    found = measured(path).get(str(key), default)
+    if decode:
+        return found
+    # What the order of sums depends on is that of decoding: a token's bits are the same in a prompt.
+    same = _chosen(op, bits, rank, width, True, path)
+    return found._replace(**{field: getattr(same, field) for field in ORDER[op]})
 
 
 def default_shrink(key: Key) -> ShrinkConfig:
@@ -99,9 +107,10 @@ def default_shrink(key: Key) -> ShrinkConfig:
     block_m = 16 if key.phase == "decode" else 64
     block_r = min(64, max(_SMALLEST, key.rank))
     rows = block_m + block_r
-    block_k = (256 if rows <= 32 else 128 if rows <= 80 else 64) * 16 // key.bits
+    block_k = 128 * 16 // key.bits
     split_k = 8 if key.width >= 8 * block_k else 1
-    return ShrinkConfig(block_m, block_r, block_k, split_k, 8 if rows * key.bits > 80 * 16 else 4, 3)
+    stages = 6 if rows <= 32 else 3 if rows <= 80 else 2
+    return ShrinkConfig(block_m, block_r, block_k, split_k, 8 if rows * key.bits > 80 * 16 else 4, stages)
 
 
 def default_expand(key: Key) -> ExpandConfig:

@@ -17,7 +17,7 @@ from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expa
 
 OPS = [
     Path(__file__).with_name(name)
-    for name in ("test_triton_ops.py", "test_layer_ops.py", "test_played_steps.py")
+    for name in ("test_triton_ops.py", "test_triton_order.py", "test_layer_ops.py", "test_played_steps.py")
 ]
 
 
@@ -107,7 +107,7 @@ def table_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_measured_table_replaces_the_defaults_where_it_has_an_entry(table_file: Path) -> None:
-    shrink, expand = ShrinkConfig(32, 16, 512, 4, 8, 5), ExpandConfig(16, 256, 32, 2, 3)
+    shrink, expand = ShrinkConfig(32, 16, 512, 4, 8, 5), ExpandConfig(16, 256, 16, 2, 3)
     configs = {
         str(Key.of("shrink", 16, 16, 4096, 1)): shrink._asdict(),
         str(Key.of("expand", 16, 16, 6144, 40)): expand._asdict(),
@@ -119,6 +119,21 @@ def test_a_measured_table_replaces_the_defaults_where_it_has_an_entry(table_file
     assert shrink_config(32, 16, 4096, 1) != shrink
     assert expand_config(16, 16, 8192, 17) == expand
     assert expand_config(16, 16, 8193, 17) != expand
+
+
+def test_prompts_are_summed_as_decoding_is(table_file: Path) -> None:
+    """Whatever a table says of the two: what the order of sums depends on is decoding's."""
+    configs: dict[str, object] = {}
+    for phase, longest, size in (("decode", 1, 64), ("prefill", 40, 32)):
+        shrink, expand = ShrinkConfig(64, 16, size, size // 8, 8, 5), ExpandConfig(64, 256, size, 2, 3)
+        configs[str(Key.of("shrink", 16, 64, 4096, longest))] = shrink._asdict()
+        configs[str(Key.of("expand", 16, 64, 4096, longest))] = expand._asdict()
+        assert phase in str(Key.of("shrink", 16, 64, 4096, longest))
+    table_file.write_text(json.dumps({"configs": configs}))
+    for rank, bits in ((64, 16), (512, 32), (16, 16), (8, 32)):
+        prompt, decode = (shrink_config(bits, rank, 4096, longest) for longest in (17, 16))
+        assert (prompt.block_k, prompt.split_k) == (decode.block_k, decode.split_k)
+        assert expand_config(bits, rank, 4096, 17).block_r == expand_config(bits, rank, 4096, 16).block_r
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,17 @@ from aioengine.kernels.triton.jit.product import add_dot
 
 
 @triton.jit
+def join(highest, total, acc, part_highest, part_total, part_acc):
+    """The state of an online softmax with that of the keys that follow."""
+    higher = tl.maximum(highest, part_highest)
+    zero = tl.where(higher == float("-inf"), 0.0, higher)
+    decay = tl.exp2(highest - zero)
+    part_decay = tl.exp2(part_highest - zero)
+    acc = acc * decay[:, None] + part_acc * part_decay[:, None]
+    return higher, total * decay + part_total * part_decay, acc
+
+
+@triton.jit
 def attention_kernel(
     qkv_ptr,  # [T, heads + 2 * kv_heads, D], rows q_stride apart
     keys_ptr,  # [cells, kv_heads, D], contiguous
@@ -16,9 +27,10 @@ def attention_kernel(
     tables_ptr,  # [sequences, table_stride] blocks
     tiles_ptr,  # [tiles, 4] sequence, first row, tokens (0: padding, the row becomes 0), first position
     out_ptr,  # [T, heads, D], contiguous
-    partials_ptr,  # [tiles, kv_heads, SPLITS, BLOCK_M, BLOCK_D] float32; nothing if SPLITS is 1
-    stats_ptr,  # [tiles, kv_heads, SPLITS, 2, BLOCK_M] float32: the largest score, the sum of weights
+    partials_ptr,  # [tiles, kv_heads, most_parts, BLOCK_M, BLOCK_D] float32; nothing if SPLITS is 1
+    stats_ptr,  # [tiles, kv_heads, most_parts, 2, BLOCK_M] float32: the largest score, the sum of weights
     arrivals_ptr,  # [tiles, kv_heads] zeros, before and after
+    most_parts,  # that any tile has
     q_stride,
     table_stride,
     window,  # 0: all keys
@@ -30,12 +42,14 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,  # at least the tokens of a tile times GROUP
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least D
+    PART: tl.constexpr,  # keys of a part, a multiple of BLOCK_N
 ):
-    """A program: one tile with all query heads of one key head, and one of SPLITS parts of the keys.
+    """A program: one tile with all query heads of one key head, and its share of the parts of the keys.
 
-    Online softmax over BLOCK_N keys at a time: FlashAttention (Dao et al., 2022, arXiv:2205.14135); parts of
-    the keys as in Flash-Decoding (Dao et al., 2023), and the last program to come adds them up, always in
-    the same order. Grid: (tiles, key heads, SPLITS).
+    Online softmax over BLOCK_N keys at a time: FlashAttention (Dao et al., 2022, arXiv:2205.14135). Parts of
+    the keys as in Flash-Decoding (Dao et al., 2023), but of fixed length, so that bits do not depend on how
+    many programs (SPLITS) share them. They are joined in their order, by the program itself or, if there are
+    several, by the last one to come. Grid: (tiles, key heads, SPLITS).
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -63,13 +77,23 @@ def attention_kernel(
 
     stop = position + tokens
     start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0) // BLOCK_N * BLOCK_N
-    length = tl.cdiv(tl.cdiv(stop - start, BLOCK_N), SPLITS) * BLOCK_N
-    begin = start + split * length
+    first_part = start // PART
+    count = tl.cdiv(stop, PART) - first_part
+    share = tl.cdiv(count, SPLITS)
+    begin = tl.maximum((first_part + split * share) * PART, start)
+    end = tl.minimum((first_part + (split + 1) * share) * PART, stop)
+    output = tile * kv_heads + kv_head
+    size: tl.constexpr = BLOCK_M * BLOCK_D
+    parts = partials_ptr + output.to(tl.int64) * most_parts * size + m[:, None] * BLOCK_D + d[None, :]
+    stats = stats_ptr + output.to(tl.int64) * most_parts * (2 * BLOCK_M) + m
     table_at = tables_ptr + sequence * table_stride
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for at in range(begin, tl.minimum(begin + length, stop), BLOCK_N):
+    part_highest = highest
+    part_total = total
+    part_acc = acc
+    for at in range(begin, end, BLOCK_N):
         key = at + n
         # What lies beyond the sequence's end may be anything, NaN too: it is not read.
         there = (key < stop)[:, None] & (d < D)[None, :]
@@ -81,39 +105,36 @@ def attention_kernel(
         scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale
         seen = (key[None, :] <= last[:, None]) & (key[None, :] >= first[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        higher = tl.maximum(part_highest, tl.max(scores, axis=1))
         zero = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
-        decay = tl.exp2(highest - zero)
+        decay = tl.exp2(part_highest - zero)
         weights = tl.exp2(scores - zero[:, None])
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = add_dot(acc * decay[:, None], weights.to(v.dtype), v)
-        highest = higher
+        part_total = part_total * decay + tl.sum(weights, axis=1)
+        part_acc = add_dot(part_acc * decay[:, None], weights.to(v.dtype), v)
+        part_highest = higher
+        if ((at + BLOCK_N) % PART == 0) | (at + BLOCK_N >= end):  # a part ends
+            if SPLITS > 1:
+                i = at // PART - first_part
+                tl.store(parts + i * size, part_acc)
+                tl.store(stats + i * 2 * BLOCK_M, part_highest)
+                tl.store(stats + (i * 2 + 1) * BLOCK_M, part_total)
+            else:
+                highest, total, acc = join(highest, total, acc, part_highest, part_total, part_acc)
+            part_highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            part_total = tl.zeros((BLOCK_M,), tl.float32)
+            part_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     if SPLITS > 1:
-        output = tile * kv_heads + kv_head
-        size: tl.constexpr = BLOCK_M * BLOCK_D
-        part = partials_ptr + output.to(tl.int64) * (SPLITS * size) + m[:, None] * BLOCK_D + d[None, :]
-        stats = stats_ptr + output.to(tl.int64) * (SPLITS * 2 * BLOCK_M) + m
-        tl.store(part + split * size, acc)
-        tl.store(stats + split * 2 * BLOCK_M, highest)
-        tl.store(stats + (split * 2 + 1) * BLOCK_M, total)
         tl.debug_barrier()  # every thread has stored, before one of them says so
         arrived = tl.atomic_add(arrivals_ptr + output, 1, sem="acq_rel", scope="gpu")
         if arrived != SPLITS - 1:
             return
-        highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for i in range(SPLITS):  # past the L1 cache, which does not see what other programs stored
-            its_highest = tl.load(stats + i * 2 * BLOCK_M, cache_modifier=".cg")
-            higher = tl.maximum(highest, its_highest)
-            zero = tl.where(higher == float("-inf"), 0.0, higher)
-            decay = tl.exp2(highest - zero)
-            its_decay = tl.exp2(its_highest - zero)
-            total = total * decay + tl.load(stats + (i * 2 + 1) * BLOCK_M, cache_modifier=".cg") * its_decay
-            its_acc = tl.load(part + i * size, cache_modifier=".cg")
-            acc = acc * decay[:, None] + its_acc * its_decay[:, None]
-            highest = higher
+        for i in range(count):
+            # Past the L1 cache, which does not see what other programs stored.
+            part_highest = tl.load(stats + i * 2 * BLOCK_M, cache_modifier=".cg")
+            part_total = tl.load(stats + (i * 2 + 1) * BLOCK_M, cache_modifier=".cg")
+            part_acc = tl.load(parts + i * size, cache_modifier=".cg")
+            highest, total, acc = join(highest, total, acc, part_highest, part_total, part_acc)
         tl.store(arrivals_ptr + output, 0)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -20,7 +20,9 @@ def add_product(acc, rows, weights):
 def add_dot(acc, a, b):
     """``acc + a @ b``, accumulated in float32, on tensor cores for 16-bit dtypes; float32 is not rounded to
     TF32."""
-    if _INTERPRETED:  # whose dot takes the bits of a bfloat16 for an integer
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    if _INTERPRETED:
+        # Its dot takes the bits of a bfloat16 for an integer, and leaves the order of sums to a library that
+        # goes by shapes; in float64 the order does not matter.
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64)
+        return wide.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

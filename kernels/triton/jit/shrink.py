@@ -14,7 +14,7 @@ def shrink_kernel(
     a_ptr,  # [S, n * R, in], slots slot_stride apart
     h_ptr,  # [T, n, R], contiguous
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
-    partials_ptr,  # [tiles, n * rank blocks, SPLIT_K, BLOCK_M, BLOCK_R] float32; nothing if SPLIT_K is 1
+    partials_ptr,  # [tiles, n * rank blocks, PARTS, BLOCK_M, BLOCK_R] float32; nothing unless SPLIT
     arrivals_ptr,  # [tiles, n * rank blocks] zeros, before and after
     x_stride,
     slot_stride,
@@ -24,18 +24,22 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,  # at least the tokens of a tile
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """A program: one tile of tokens, BLOCK_R ranks of a slice, and one of SPLIT_K parts of the inputs.
+    """A program: one tile of tokens, BLOCK_R ranks of a slice, and all PARTS of the inputs, or, with SPLIT,
+    one of them.
 
-    Of the programs that share an output, the one that comes last adds the parts up, always in the same
-    order, so that equal launches give equal bits: the "semaphore" of split-K in CUTLASS, without atomic
-    sums. Grid: (n * rank blocks * SPLIT_K, tiles).
+    Parts are summed each for itself and then added up in their order, whoever computes them, so that bits do
+    not depend on SPLIT. Of the programs that share an output, the one that comes last adds them up: the
+    "semaphore" of split-K in CUTLASS, without atomic sums. Grid: (n * rank blocks, times PARTS with SPLIT,
+    tiles).
     """
     tile = tl.program_id(1)
-    columns = tl.num_programs(0) // SPLIT_K
-    column = tl.program_id(0) // SPLIT_K
-    split = tl.program_id(0) % SPLIT_K
+    programs: tl.constexpr = PARTS if SPLIT else 1
+    columns = tl.num_programs(0) // programs
+    column = tl.program_id(0) // programs
+    mine = tl.program_id(0) % programs
     rank_blocks = columns // n_slices
     j = column // rank_blocks
     slot = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
@@ -51,37 +55,45 @@ def shrink_kernel(
     h_at = h_ptr + token[:, None] * (n_slices * max_rank) + j * max_rank + r[None, :]
     stored = (m < tokens)[:, None] & (r < max_rank)[None, :]
     if (column % rank_blocks) * BLOCK_R >= rank:  # beyond this adapter's rank
-        if split == 0:
+        if mine == 0:
             tl.store(h_at, tl.zeros((BLOCK_M, BLOCK_R), h_ptr.dtype.element_ty), mask=stored)
         return
 
     k = tl.arange(0, BLOCK_K)
-    length = tl.cdiv(n_in, BLOCK_K * SPLIT_K) * BLOCK_K
-    begin = split * length
+    blocks = tl.cdiv(n_in, BLOCK_K * PARTS)  # of a part
     x_at = x_ptr + token[:, None] * x_stride + k[None, :]
     a_at = a_ptr + slot * slot_stride + (j * max_rank + r)[:, None] * n_in + k[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(begin, tl.minimum(begin + length, n_in), BLOCK_K):
+    end = tl.minimum((mine + PARTS // programs) * blocks, tl.cdiv(n_in, BLOCK_K))
+    for block in range(mine * blocks, end):
+        start = block * BLOCK_K
         inside = (k < n_in - start)[None, :]
         x = tl.load(x_at + start, mask=inside & (m < tokens)[:, None], other=0.0)
         a = tl.load(a_at + start, mask=inside & (r < rank)[:, None], other=0.0)
         acc = add_product(acc, x, a)
+        # One loop over all parts, or the loads of the next would wait for the last of this.
+        if programs < PARTS:
+            whole = (block + 1) % blocks == 0
+            total += tl.where(whole, acc, 0.0)
+            acc = tl.where(whole, 0.0, acc)
+    total += acc
 
-    if SPLIT_K > 1:
+    if SPLIT:
         output = tile * columns + column
         size: tl.constexpr = BLOCK_M * BLOCK_R
-        part = partials_ptr + output.to(tl.int64) * (SPLIT_K * size)
-        part += m[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        tl.store(part + split * size, acc)
+        sums = partials_ptr + output.to(tl.int64) * (PARTS * size)
+        sums += m[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        tl.store(sums + mine * size, total)
         tl.debug_barrier()  # every thread has stored, before one of them says so
         arrived = tl.atomic_add(arrivals_ptr + output, 1, sem="acq_rel", scope="gpu")
-        if arrived != SPLIT_K - 1:
+        if arrived != PARTS - 1:
             return
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for i in range(SPLIT_K):  # past the L1 cache, which does not see what other programs stored
-            acc += tl.load(part + i * size, cache_modifier=".cg")
+        total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for i in range(PARTS):  # past the L1 cache, which does not see what other programs stored
+            total += tl.load(sums + i * size, cache_modifier=".cg")
         tl.store(arrivals_ptr + output, 0)
 
     # A token that is not finite makes NaN of zero rows, too; h is zero there all the same.
-    acc = tl.where((r < rank)[None, :], acc, 0.0)
-    tl.store(h_at, acc.to(h_ptr.dtype.element_ty), mask=stored)
+    total = tl.where((r < rank)[None, :], total, 0.0)
+    tl.store(h_at, total.to(h_ptr.dtype.element_ty), mask=stored)
