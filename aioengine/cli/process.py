@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -99,11 +100,20 @@ class Process:
         them."""
         if ending.line is not None:
             interactive = os.isatty(2)
-            if interactive:  # a live view may have hidden the cursor, and "^C" stands in the line
-                os.write(2, _SHOW_CURSOR + b"\n")
-            with suppress(OSError):
-                os.write(2, f"aioengine: {ending.line}\n".encode())
+            # A live view may have hidden the cursor, and "^C" stands in the line.
+            before = _SHOW_CURSOR + b"\n" if interactive else b""
+            _write_at_once(2, before + f"aioengine: {ending.line}\n".encode())
         os._exit(ending.code)
+
+
+def _write_at_once(fd: int, line: bytes) -> None:
+    """Write a short line, unless nobody takes it now: a terminal that is stopped, a pipe that nobody reads.
+    What has room for anything has room for a line."""
+    with suppress(OSError):
+        writable = select.poll()
+        writable.register(fd, select.POLLOUT)
+        if writable.poll(0):
+            os.write(fd, line)
 
 
 class _GuardedFile(io.FileIO):

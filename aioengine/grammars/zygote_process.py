@@ -7,8 +7,10 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 from array import array
 from itertools import count
+from typing import IO
 
 from aioengine.errors import ConfigError
 from aioengine.grammars.limits import GrammarLimits
@@ -60,6 +62,7 @@ class ZygoteProcess:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         places = Places(num_places, width)
+        said = tempfile.TemporaryFile()  # noqa: SIM115 # a file never blocks who writes to it
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
@@ -70,12 +73,15 @@ class ZygoteProcess:
                     str(theirs.fileno()),
                     str(places.file),
                     stdin=asyncio.subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
                     pass_fds=[theirs.fileno(), places.file],
                     env=_environment(),
                 )
         except BaseException as error:
             ours.close()
             places.close()
+            said.close()
             if isinstance(error, OSError):
                 raise ConfigError(f"guided decoding's process could not be started: {error}") from error
             raise
@@ -86,10 +92,12 @@ class ZygoteProcess:
         except TimeoutError:
             why = f"its process did not start within {START_SECONDS:g} s"
         except (EOFError, OSError) as error:
-            why = f"its process ended while it started ({error})"
+            why = f"its process ended while it started ({_last_line(said) or error})"
         except BaseException:
             await zygote.close()
             raise
+        finally:
+            said.close()
         if why:
             await zygote.close()
             raise ConfigError(f"guided decoding cannot be had for this model: {why}")
@@ -159,6 +167,11 @@ class ZygoteProcess:
             self._process.kill()
             await self._process.wait()
         self.places.close()
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 500))
+    return file.read().decode(errors="replace").strip().rpartition("\n")[2]
 
 
 async def read_text(connection: socket.socket) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 
 from aioengine.server.access.auth import Identity
 from aioengine.server.access.limits import Admission
-from aioengine.server.errors import ErrorDetail
+from aioengine.server.errors import ApiError, ErrorDetail
 
 logger = logging.getLogger("aioengine.server.access")
 
@@ -49,6 +50,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """Set if its key has limits."""
     route: str = "other"
     """The route that the request is for, as the metrics call it."""
+    ended: asyncio.Future[ApiError] | None = None
+    """Done when its key is no longer good; None if it has none."""
     counted: bool = False
     """It was refused for its key: such requests are counted, and logged together."""
 
@@ -67,7 +70,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         }
 
 
-_NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "counted", "route"})
+_NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "ended", "counted", "route"})
 
 
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:

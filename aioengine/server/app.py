@@ -32,6 +32,7 @@ from aioengine.server.framework import (
     exception_handler,
     guard,
 )
+from aioengine.server.generation import until_ended
 from aioengine.server.health import health_routes
 from aioengine.server.known_fields import UnknownFields
 from aioengine.server.messages.routes import messages_routes
@@ -157,9 +158,7 @@ class ServerApp:
             record.refused(api_error.detail)
             await send_error(tagged_send, api_error, path)
         finally:
-            if record.admission is not None:
-                tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
-                record.admission.end(tokens, time.monotonic())
+            self._gate.leave(record, time.monotonic())
             self._count(record)
             log_request(record, quiet=record.counted or path in _PROBES or _is_page(path))
 
@@ -171,7 +170,7 @@ class ServerApp:
         if _is_page(path):
             record.route = PAGE_ROUTE
             self._gate.admit(PAGE_ROUTE, scope, record)
-            await self._metrics(scope, receive, send)
+            await until_ended(self._metrics(scope, receive, send), record.ended)
             return
         # The mount point goes: routes are matched below it.
         inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}

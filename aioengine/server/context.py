@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
@@ -53,7 +52,7 @@ class Context:
     async def defaults(self) -> SamplingDefaults:
         """What requests get that name none. Read once, and logged. Raises ConfigError if it is not right."""
         if self._defaults is None:
-            self._defaults = await asyncio.to_thread(self._read_defaults)
+            self._defaults = await self.engine.text_work.run(SHORT + 1, self._read_defaults)
             given = " ".join(f"{name}={value:g}" for name, value in self._defaults.given().items())
             logger.info("defaults of requests, by generation_config.json: %s", given or "none")
         return self._defaults
@@ -180,7 +179,7 @@ class Context:
         if self._tools_noted:
             return
         self._tools_noted = True
-        if not await asyncio.to_thread(lambda: self.tokenizer.shows_tools):
+        if not await self.engine.text_work.run(SHORT + 1, lambda: self.tokenizer.shows_tools):
             logger.warning(
                 "the model's chat template does not show tools to the model, so that it cannot know them; "
                 "give another one with --chat-template"

@@ -14,6 +14,7 @@ from aioengine.client import EngineClient
 from aioengine.errors import DeadlineExceeded
 from aioengine.metrics.page.plumbing import Receive, disconnected, end_tasks
 from aioengine.request import RequestOptions, RequestOutput, SamplingParams, TokenConstraint
+from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openai.api import PromptTokensDetails, Usage
@@ -21,6 +22,8 @@ from aioengine.server.openai.api import PromptTokensDetails, Usage
 T = TypeVar("T")
 
 
+SCORE_BYTES = 64
+"""Of an answer, for each log-probability in it."""
 MAX_SCORES = 2**18
 """Log-probabilities of prompts that one request may ask for: prompt tokens x (1 + the most likely ones)."""
 MAX_SCORES_HELD = 2**21
@@ -156,6 +159,12 @@ class Generation:
             await stream.aclose()
             self._note()
 
+    async def beside_the_loop(self, work: Callable[[], T]) -> T:
+        """``work()``, which puts log-probabilities of the prompts into the answer's form, in a thread and by
+        turns with others."""
+        size = SHORT + self.scored * SCORE_BYTES
+        return await self._engine.text_work.run(size, work, self._options.tenant)
+
     async def last_outputs(self) -> list[RequestOutput]:
         """The last output of every choice; if one fails the others are aborted."""
 
@@ -201,17 +210,38 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await end_tasks(tasks)
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """``work``'s result, unless the client disconnects first: then ``work`` is cancelled and waited for.
+async def while_connected(
+    receive: Receive, work: Coroutine[Any, Any, T], ended: asyncio.Future[ApiError] | None
+) -> T:
+    """``work``'s result, unless the client disconnects or ``ended`` is done first: then ``work`` is cancelled
+    and waited for.
 
-    Raises ClientDisconnected, and what ``work`` raises. ``receive`` is ASGI's, the body read.
+    Raises ClientDisconnected, what ``ended`` has, and what ``work`` raises. ``receive`` is ASGI's, the body
+    read.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnected(receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone, *_given(ended)}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if ended is not None and ended.done():
+            raise ended.result()
         raise ClientDisconnected
     finally:
         await end_tasks([task, gone])
+
+
+async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[ApiError] | None) -> None:
+    """Do ``work``, and break it off when ``ended`` is done. Raises what it raises."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, *_given(ended)}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        await end_tasks([task])
+
+
+def _given(future: asyncio.Future[T] | None) -> tuple[asyncio.Future[T], ...]:
+    return () if future is None else (future,)

@@ -110,7 +110,7 @@ class GenerationResponse:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             with self._generation.claimed():
-                await while_connected(receive, self._answer(send))
+                await while_connected(receive, self._answer(send), self._record.ended)
         except Exception as error:
             api_error = to_api_error(error, self._settings)
             self._record.refused(api_error.detail)
@@ -152,7 +152,7 @@ class GenerationResponse:
     async def _formed(self, form: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._generation.scored <= FORMED_IN_THREAD:
             return form(*args, **kwargs)
-        return await asyncio.to_thread(form, *args, **kwargs)
+        return await self._generation.beside_the_loop(lambda: form(*args, **kwargs))
 
     async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
         try:

@@ -463,6 +463,46 @@ async def test_changes_are_read_and_broken_files_are_not(
     assert not any("sk-plain" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("change", ["gone", "expired", "scope", "model"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_key_that_is_revoked_ends_its_requests(
+    change: str, stream: bool, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
+    file = tmp_path / "keys.toml"
+    mine, other = {"KEY": "mine", "tenant": "t"}, {"KEY": "other", "tenant": "t"}
+    file.write_text(keys_text(mine, other))
+    long = {**OK, "max_tokens": 100, "ignore_eos": True, "stream": stream, "n": 40}
+    async with serve(settings={"keys_file": str(file)}, max_num_seqs=1) as served:
+
+        def requests() -> int:
+            return served.engine.stats().running + served.engine.stats().waiting
+
+        async def ask(key: str) -> str:
+            async with served.http.stream(
+                "POST", "/v1/completions", json=long, headers=bearer(key)
+            ) as answer:
+                lines = [line async for line in answer.aiter_lines() if line]
+                return f"{answer.status_code} {lines[-2:]}"
+
+        asks = [asyncio.create_task(ask("mine")), asyncio.create_task(ask("other"))]
+        await until(lambda: requests() > 70)
+        changed: dict[str, list[dict[str, Any]]] = {
+            "gone": [],
+            "expired": [{**mine, "expires": datetime.now(UTC) - timedelta(seconds=1)}],
+            "scope": [{**mine, "scopes": ["metrics"]}],
+            "model": [{**mine, "base_model": False}],
+        }
+        file.write_text(keys_text(*changed[change], other))
+        async with asyncio.timeout(20):
+            end = await asks[0]
+        await until(lambda: requests() <= 40)
+        assert not asks[1].done(), "others go on"
+        asks[1].cancel()
+        assert "the API key" in end and ("[DONE]" in end or end.startswith("401")), end
+    await asyncio.gather(*asks, return_exceptions=True)
+
+
 def test_keys_beside_the_file_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="/nowhere"):
         ServerFlags(keys=Path("/nowhere")).settings()

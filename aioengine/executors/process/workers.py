@@ -33,6 +33,7 @@ from aioengine.executors.process.wire import (
     frame,
     read_report,
 )
+from aioengine.executors.process.worker_output import WorkerOutput
 from aioengine.info import LoadProgress
 
 WORKER_MODULE = "aioengine.executors.process.worker"
@@ -97,8 +98,10 @@ class _Worker:
         process: asyncio.subprocess.Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        output: WorkerOutput,
     ) -> None:
         self.rank = rank
+        self.output = output
         self.process = process
         self.reader = reader
         self.writer = writer
@@ -183,7 +186,9 @@ class Workers:
                 await asyncio.wait(late, timeout=CLOSE_SECONDS)
         for listener in self._listeners:
             listener.cancel()
-        await asyncio.gather(*self._listeners, return_exceptions=True)
+        await asyncio.gather(
+            *self._listeners, *(worker.output.ended() for worker in self._workers), return_exceptions=True
+        )
         self._workers.clear()
         self._listeners.clear()
 
@@ -295,6 +300,7 @@ class Workers:
 
 async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
     ours, theirs = socket.socketpair()
+    output = WorkerOutput(rank)
     try:
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -304,20 +310,24 @@ async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
                 WORKER_MODULE,
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
+                stdout=output.inlet,
+                stderr=output.inlet,
                 pass_fds=[theirs.fileno()],
                 env=environment,
             )
     except BaseException:
         ours.close()
+        output.close()
         raise
     try:
+        await output.follow()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
     except BaseException:
         ours.close()
         process.kill()
         await process.wait()
         raise
-    return _Worker(rank, process, reader, writer)
+    return _Worker(rank, process, reader, writer, output)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

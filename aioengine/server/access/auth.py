@@ -52,6 +52,8 @@ class Identity(NamedTuple):
     """What its requests count on."""
     expires: float | None = None
     """Unix time."""
+    key: str | None = None
+    """The key's hash; None if there is none."""
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -86,6 +88,7 @@ class Authenticator:
                 AllowedModels(entry.adapters, entry.base_model),
                 meters(entry),
                 None if entry.expires is None else entry.expires.timestamp(),
+                entry.hash,
             )
             for entry in entries
         }
@@ -98,14 +101,19 @@ class Authenticator:
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Identity:
         """Whose key is in a request's headers. Raises ApiError if it is none, and one is asked for."""
         key = _presented(headers)
-        found = None if key is None else self._known.get(hash_key(key))
-        if found is not None and (found.expires is None or time.time() < found.expires):
+        found = None if key is None else self.of_hash(hash_key(key))
+        if found is not None:
             return found
         if self._anybody is not None:
             return self._anybody
         if key is None:
             raise refusal("You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
         raise refusal("Incorrect API key provided.")
+
+    def of_hash(self, key: str) -> Identity | None:
+        """Whose key has this hash; None if it is not known, or has expired."""
+        found = self._known.get(key)
+        return found if found is not None and (found.expires is None or time.time() < found.expires) else None
 
 
 def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from hashlib import blake2b
 from typing import Any
 
 from aioengine.errors import EngineStopped
 from aioengine.server.access.addresses import client_of
 from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
-from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, TenantLimits, hash_key
+from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, Scope, TenantLimits, hash_key
 from aioengine.server.access.keys_watch import KeysWatch
 from aioengine.server.access.limits import Admission, Meter
 from aioengine.server.access.refusals import Refusals
@@ -36,14 +38,17 @@ class Gate:
         """Tenants' bounds on waiting requests that are still to be told."""
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._refusals = Refusals()
+        self._secret = secrets.token_bytes(16)
         self._meters: dict[tuple[str, str], Meter] = {}
         self._task: asyncio.Task[None] | None = None
         self._watch: KeysWatch | None = None
+        self._open: dict[int, tuple[RequestRecord, Collection[Scope]]] = {}
+        """Requests with keys that are being answered, and the scopes of which they need one."""
         self._missing_scope_code = "insufficient_scope"
         if settings.keys_file is None:
             self._use_settings(settings)
         else:
-            self._watch = KeysWatch(settings.keys_file, self._use_file)
+            self._watch = KeysWatch(settings.keys_file, self._use_file, self._end_revoked)
 
     @property
     def is_open(self) -> bool:
@@ -74,7 +79,11 @@ class Gate:
         except ApiError as error:
             raise self._refused(scope, record, error) from None
         record.tenant = record.identity.tenant
-        record.owner = record.tenant or f"client {client_of(scope)}"
+        record.owner = record.tenant or f"client-{self._pseudonym(client_of(scope))}"
+
+    def _pseudonym(self, address: str) -> str:
+        """Of an address, which whoever may read the metrics need not know."""
+        return blake2b(address.encode(), key=self._secret, digest_size=6).hexdigest()
 
     def admit(self, route: str, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
         """Let the request through to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
@@ -93,6 +102,32 @@ class Gate:
             )
         if route in LIMITED and record.identity.meters:
             record.admission = Admission(record.identity.meters, time.monotonic())
+        if record.identity.key is not None:
+            record.ended = asyncio.get_running_loop().create_future()
+            self._open[id(record)] = record, needed
+
+    def leave(self, record: RequestRecord, now: float) -> None:
+        """The request has been answered, or refused; belongs after each."""
+        self._open.pop(id(record), None)
+        if record.admission is not None:
+            tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
+            record.admission.end(tokens, now)
+
+    def _end_revoked(self) -> None:
+        """Requests whose keys have gone, or may no longer do what they do, end."""
+        for record, needed in list(self._open.values()):
+            assert record.identity.key is not None and record.ended is not None
+            found = self._auth.of_hash(record.identity.key)
+            if found is None:
+                why = "the API key was revoked, or has expired, while the request was answered"
+            elif needed and not any(map(found.may, needed)):
+                why = "the API key lost the scope for this while the request was answered"
+            elif record.completion_id is not None and not found.models.allow(record.adapter):
+                why = "the API key lost the model while the request was answered"
+            else:
+                continue
+            if not record.ended.done():
+                record.ended.set_result(ApiError(401, why, code="invalid_api_key"))
 
     def _refused(self, scope: MutableMapping[str, Any], record: RequestRecord, error: ApiError) -> ApiError:
         record.counted = True

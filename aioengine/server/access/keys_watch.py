@@ -20,12 +20,15 @@ class KeysWatch:
     """Reads ``path`` at once, and gives its content to ``use``; raises ConfigError if that cannot be done.
 
     While :meth:`run` runs, each change is given to ``use`` within about ``POLL_SECONDS``. A file that is
-    broken or gone leaves the keys as they were, and the log says why.
+    broken or gone leaves the keys as they were, and the log says why. ``then`` is called after each look.
     """
 
-    def __init__(self, path: str, use: Callable[[KeysFile], None]) -> None:
+    def __init__(
+        self, path: str, use: Callable[[KeysFile], None], then: Callable[[], None] = lambda: None
+    ) -> None:
         self._path = Path(path)
         self._use = use
+        self._then = then
         self._seen: tuple[int, ...] | None = None
         self._complaint = ""
         use(self._read())
@@ -46,6 +49,7 @@ class KeysWatch:
                         self._use(found)
                         self._complaint = ""
                         logger.info("read %s again: %d keys", self._path, len(found.keys))
+                self._then()
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
 

@@ -1,0 +1,63 @@
+"""What workers write to their standard streams: lines of the engine's log.
+
+A worker that inherited them would wait, in the middle of a step, for whoever reads them; and nobody may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+MAX_LINE = 2000
+"""Bytes; the rest of a longer one is another line."""
+
+logger = logging.getLogger("aioengine.workers")
+
+
+class WorkerOutput:
+    """A pipe that is one worker's standard output and error."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._outlet, self.inlet = os.pipe()
+        self._task: asyncio.Task[None] | None = None
+
+    async def follow(self) -> None:
+        """Log what comes, from now until the worker has ended. Closes the inlet, which is the worker's now."""
+        os.close(self.inlet)
+        loop = asyncio.get_running_loop()
+        lines = asyncio.StreamReader(limit=MAX_LINE)
+        pipe = os.fdopen(self._outlet, "rb", buffering=0)
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), pipe)
+        self._task = loop.create_task(self._log(lines, transport), name=f"aioengine-output-{self._rank}")
+
+    def close(self) -> None:
+        """If there is no worker."""
+        os.close(self.inlet)
+        os.close(self._outlet)
+
+    async def ended(self) -> None:
+        """Wait until everything is logged; the worker must have ended."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=1.0)  # what it has started may still have the pipe
+            self._task.cancel()
+
+    async def _log(self, lines: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
+        rest = b""
+        try:
+            while part := await lines.read(MAX_LINE):
+                *whole, rest = (rest + part).split(b"\n")
+                for line in whole:
+                    self._tell(line)
+                if len(rest) > MAX_LINE:
+                    self._tell(rest)
+                    rest = b""
+            self._tell(rest)
+        finally:
+            transport.close()
+
+    def _tell(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            logger.warning("worker %d: %s", self._rank, text)
