@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from aioengine.grammars.places import Places
 from aioengine.grammars.wire import AFRESH, ASK, FORGET, GO_ON, MASK
 
+MAX_LOSSES = 2
+"""A row whose grammar's process was lost that often, not by the grammar's doing as far as is known, fails."""
 SLOW_SECONDS = 0.005
 """Steps do not wait for a row whose last mask took longer than that."""
 PATIENCE_SECONDS = 60.0
@@ -70,6 +72,8 @@ class Grammar:
         """Those that follow it now, and their tenants."""
         self.failure: str | None = None
         """Why it is of no use any more."""
+        self.is_lost = False
+        """Its process has ended, and not because of the grammar."""
         self._connection = connection
         self._places = places
         self._wall_seconds = wall_seconds
@@ -84,15 +88,21 @@ class Grammar:
         self._is_cut_off = False
         self._ended = threading.Event()
 
-    def follow(self, tenant: str | None) -> GrammarConstraint:
-        """A constraint of its own for one request."""
+    def follow(self, tenant: str | None, replace: Callable[[GrammarConstraint], None]) -> GrammarConstraint:
+        """A constraint of its own for one request. ``replace`` is called, on any thread, when its grammar is
+        lost."""
+        constraint = GrammarConstraint(self.text, replace)
+        self.join(constraint, tenant)
+        return constraint
+
+    def join(self, constraint: GrammarConstraint, tenant: str | None) -> None:
+        """From now on this is what it follows."""
         with self._lock:
             row = self._next_row
             self._next_row += 1
             self.rows[row] = tenant
-        constraint = GrammarConstraint(self, row)
         weakref.finalize(constraint, self._drop, row)
-        return constraint
+        constraint.use(self, row)
 
     def fail(self, why: str) -> None:
         """It is of no use any more; its process, if that still runs, is ended."""
@@ -103,9 +113,10 @@ class Grammar:
             self._kill()
             self._connection.close()
 
-    def process_ended(self, why: str) -> None:
+    def process_ended(self, why: str, *, is_lost: bool = False) -> None:
         """What is still to be written to places by it never will be."""
         with self._lock:
+            self.is_lost = is_lost and self.failure is None
             self.fail(why)
             for ask in self._asks.values():
                 self._places.give_back(ask.place)
@@ -207,13 +218,30 @@ class Grammar:
 class GrammarConstraint:
     """A :class:`~aioengine.request.StartedConstraint` that follows one request's output with a parser."""
 
-    def __init__(self, grammar: Grammar, row: int) -> None:
-        self._grammar = grammar
-        self._row = row
-        self._known: list[int] | None = []
-        """The output as the parser has it; None: it has to begin afresh."""
-        self._ask: _Ask | None = None
-        self._seconds = 0.0
+    def __init__(self, text: str, replace: Callable[[GrammarConstraint], None]) -> None:
+        self.text = text
+        self._replace = replace
+        self._lock = threading.Lock()
+        self._losses = 0
+        self._there = threading.Event()
+        """Set while there is a grammar to follow, or a reason why there is none."""
+
+    def use(self, grammar: Grammar, row: int) -> None:
+        """Follow it from the beginning of the output."""
+        with self._lock:
+            self._grammar = grammar
+            self._row = row
+            self._known: list[int] | None = []
+            """The output as the parser has it; None: it has to begin afresh."""
+            self._ask: _Ask | None = None
+            self._seconds = 0.0
+            self._why = ""
+        self._there.set()
+
+    def give_up(self, why: str) -> None:
+        """There is no other grammar in place of the one that was lost."""
+        self._why = why
+        self._there.set()
 
     @property
     def slow(self) -> bool:
@@ -221,6 +249,25 @@ class GrammarConstraint:
 
     def begin(self, output: Sequence[int]) -> None:
         """Raises ValueError if the grammar's process has ended."""
+        if self._is_there(0.0):
+            with self._lock:
+                self._begin(output)
+
+    def _is_there(self, seconds: float) -> bool:
+        """Whether there is a grammar, within so many seconds. One that was lost is asked for anew: a process
+        may be killed for what others do."""
+        if not self._there.wait(seconds):
+            return False
+        if self._why:
+            raise ValueError(self._why)
+        if not self._grammar.is_lost or self._losses >= MAX_LOSSES:
+            return True
+        self._losses += 1
+        self._there.clear()
+        self._replace(self)
+        return self._is_there(seconds)
+
+    def _begin(self, output: Sequence[int]) -> None:
         known = self._known
         if self._ask is not None and known == output:
             return
@@ -233,10 +280,18 @@ class GrammarConstraint:
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         """Raises ValueError if ``output`` does not conform, or the parser gives up."""
-        self.begin(output)
-        ask = self._ask
-        if ask is None or not self._grammar.collect(ask, seconds):
+        if not self._is_there(seconds):
             return None
+        try:
+            with self._lock:
+                self._begin(output)
+            ask = self._ask
+            if ask is None or not self._grammar.collect(ask, seconds):
+                return None
+        except ValueError:
+            if self._grammar.is_lost and self._losses < MAX_LOSSES:
+                return None
+            raise
         self._seconds = ask.seconds
         if ask.why:
             self._known = self._ask = None

@@ -25,14 +25,8 @@ import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.grammars.alternatives import are_disjoint, types
+from aioengine.grammars.limits import MAX_COMPARED, MAX_DEPTH, MAX_SCHEMAS, check_properties
 from aioengine.grammars.references import References
-
-MAX_DEPTH = 64
-"""Bound on how deep a schema is nested. References do not count: each is written once, at the top."""
-MAX_SCHEMAS = 20_000
-"""Bound on the schemas within a schema, those behind references included."""
-MAX_COMPARED = 5_000
-"""Bound on the pairs of alternatives of ``oneOf`` that are compared; beyond it they count as overlapping."""
 
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
@@ -382,6 +376,7 @@ def _names(schema: Schema) -> dict[str, None]:
     names = dict.fromkeys(_dict(schema, "properties"))
     if isinstance(required, list):
         names.update(dict.fromkeys(name for name in required if isinstance(name, str)))
+    check_properties(names)
     return names
 
 
@@ -389,6 +384,8 @@ def _dict(schema: Schema, key: str) -> dict[str, Any]:
     value = schema.get(key, {})
     if not isinstance(value, dict):
         raise RequestInvalid(f"the schema's {key} must be an object")
+    if key in ("properties", "patternProperties"):
+        check_properties(value)
     return value
 
 

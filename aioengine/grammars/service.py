@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
+from aioengine.grammars.endings import OF_ITS_DOING, Lost, TooLong, compile_error, mask_error
 from aioengine.grammars.fair_queue import FairQueue
 from aioengine.grammars.jobs import Job, Outcome
 from aioengine.grammars.limits import GrammarLimits, MiB
@@ -30,14 +30,6 @@ _STOPPED = "the engine was stopped, and guided decoding with it"
 logger = logging.getLogger("aioengine")
 
 T = TypeVar("T")
-
-
-class _TooLong(AioEngineError):
-    """The compile was stopped, for it took more processor time than it was given."""
-
-
-class _Lost(AioEngineError):
-    """A process has ended, and not because of the grammar."""
 
 
 class Grammars:
@@ -70,6 +62,7 @@ class Grammars:
         self._room = asyncio.Event()
         """Set whenever a grammar is used by nobody any more, or gone."""
         self._watch: asyncio.TimerHandle | None = None
+        self._replacing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     @property
@@ -101,7 +94,30 @@ class Grammars:
             grammar = await self._compiled(text, tenant)
         else:
             self._kept.move_to_end(text)
-        return grammar.follow(tenant)
+        return grammar.follow(tenant, self._replacer(tenant))
+
+    def _replacer(self, tenant: str | None) -> Callable[[GrammarConstraint], None]:
+        """What finds another grammar for a constraint whose own is lost; called on any thread."""
+        loop = asyncio.get_running_loop()
+
+        async def replace(constraint: GrammarConstraint) -> None:
+            try:
+                grammar = await self._compiled(constraint.text, tenant)
+            except AioEngineError as error:
+                constraint.give_up(str(error))
+            else:
+                grammar.join(constraint, tenant)
+
+        def begin(constraint: GrammarConstraint) -> None:
+            task = loop.create_task(replace(constraint), name="aioengine-grammars")
+            self._replacing.add(task)
+            task.add_done_callback(self._replacing.discard)
+
+        def call(constraint: GrammarConstraint) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the engine gone
+                loop.call_soon_threadsafe(begin, constraint)
+
+        return call
 
     async def _compiled(self, text: str, tenant: str | None) -> Grammar:
         await self._share(tenant)
@@ -177,10 +193,10 @@ class Grammars:
                 continue
             outcome = job.attempt.result()
             job.attempt = None
-            if isinstance(outcome, _TooLong) and queue is self._quick:
+            if isinstance(outcome, TooLong) and queue is self._quick:
                 job.enqueue(self._long)
                 continue
-            if isinstance(outcome, _TooLong):
+            if isinstance(outcome, TooLong):
                 outcome = RequestInvalid(str(outcome))
             del self._jobs[job.text]
             job.done.set_result(outcome)
@@ -190,9 +206,9 @@ class Grammars:
             self._make_room()
             try:
                 return await self._compile(text, seconds, nice)
-            except _Lost:
+            except Lost:
                 return await self._compile(text, seconds, nice)
-        except _Lost as error:
+        except Lost as error:
             return EngineOverloaded(f"{error}; try again later")
         except AioEngineError as error:
             return error
@@ -203,14 +219,14 @@ class Grammars:
             return AioEngineError(f"the grammar could not be compiled: {type(error).__name__}: {error}")
 
     async def _compile(self, text: str, seconds: float, nice: int) -> Grammar:
-        """Raises RequestInvalid, ConfigError, _TooLong, _Lost, OSError."""
+        """Raises RequestInvalid, ConfigError, TooLong, Lost, OSError."""
         zygote = await self._live_zygote()
         try:
             child = zygote.fork(self.limits, compile_seconds=seconds, nice=nice)
         except OSError as error:
             if zygote.alive:
                 raise
-            raise _Lost("the process that compiles grammars was lost") from error
+            raise Lost("the process that compiles grammars was lost") from error
         is_kept = False
         try:
             memory = await self._follow(child, text, seconds)
@@ -243,7 +259,7 @@ class Grammars:
                     why = await read_text(child.connection)
                 except (EOFError, ConnectionError):
                     status = await child.exited
-                    raise _compile_error(status, seconds, limits) from None
+                    raise compile_error(status, seconds, limits) from None
         except TimeoutError:
             raise RequestInvalid(
                 f"the grammar takes more than {limits.compile_wall_seconds:g} s to compile (machine busy?)"
@@ -272,7 +288,8 @@ class Grammars:
         self._kept[grammar.text] = grammar
 
         def ended(status: asyncio.Future[int | None]) -> None:
-            grammar.process_ended(_mask_error(status.result(), self.limits))
+            found = status.result()
+            grammar.process_ended(mask_error(found, self.limits), is_lost=found not in OF_ITS_DOING)
             self._remove(grammar)
 
         child.exited.add_done_callback(ended)
@@ -351,26 +368,8 @@ class Grammars:
             if not start.cancelled() and start.exception() is None:
                 await start.result().close()
         self._room.set()
-
-
-def _compile_error(status: int | None, seconds: float, limits: GrammarLimits) -> AioEngineError:
-    if status in (-signal.SIGPROF, -signal.SIGXCPU):
-        return _TooLong(f"the grammar takes more than {seconds:g} s of processor time to compile")
-    if status == -signal.SIGABRT:
-        return RequestInvalid(f"the grammar takes more than {limits.memory // MiB} MiB to compile")
-    if status in (-signal.SIGSEGV, -signal.SIGBUS):
-        return RequestInvalid("the grammar is nested too deeply to be compiled: its compiler's stack is full")
-    return _Lost(f"the process that compiled the grammar was lost (status {status})")
-
-
-def _mask_error(status: int | None, limits: GrammarLimits) -> str:
-    if status == -signal.SIGPROF:
-        return f"the grammar takes more than {limits.mask_seconds:g} s of processor time for a token"
-    if status == -signal.SIGABRT:
-        return f"the grammar takes more than {limits.memory // MiB} MiB"
-    if status in (-signal.SIGSEGV, -signal.SIGBUS):
-        return "the grammar is nested too deeply: its parser's stack is full"
-    return "the process that follows the grammar was lost; try again"
+        if self._replacing:
+            await asyncio.wait(self._replacing)
 
 
 async def _in_own_thread(work: Callable[[], T]) -> T:

@@ -222,7 +222,7 @@ async def while_connected(
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnected(receive))
     try:
-        await asyncio.wait({task, gone, *_given(ended)}, return_when=asyncio.FIRST_COMPLETED)
+        await _first_of(task, gone, ended)
         if task.done():
             return task.result()
         if ended is not None and ended.done():
@@ -236,12 +236,13 @@ async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[Api
     """Do ``work``, and break it off when ``ended`` is done. Raises what it raises."""
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, *_given(ended)}, return_when=asyncio.FIRST_COMPLETED)
+        await _first_of(task, ended)
         if task.done():
             task.result()
     finally:
         await end_tasks([task])
 
 
-def _given(future: asyncio.Future[T] | None) -> tuple[asyncio.Future[T], ...]:
-    return () if future is None else (future,)
+async def _first_of(*futures: asyncio.Future[Any] | None) -> None:
+    given = [future for future in futures if future is not None]
+    await asyncio.wait(given, return_when=asyncio.FIRST_COMPLETED)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import psutil
@@ -281,6 +281,14 @@ async def _poll_for_ever(constraint: Any) -> None:
         await asyncio.sleep(0.01)
 
 
+async def mask(constraint: Any, output: Sequence[int] = ()) -> bytes:
+    """What is allowed, while the loop goes on."""
+    async with asyncio.timeout(20):
+        while (found := constraint.poll(list(output), 0.01)) is None:
+            await asyncio.sleep(0.01)
+    return bytes(found)
+
+
 # Ends
 
 
@@ -343,15 +351,23 @@ async def test_compiles_give_way_to_the_engine() -> None:
         compiling.cancel()
 
 
-async def test_a_killed_child_harms_only_its_rows() -> None:
+async def test_a_killed_child_is_replaced_and_its_rows_go_on() -> None:
     async with grammars() as service:
         first = await service.constraint(from_regex("ab"), None)
-        [process] = zygote().children()
+        assert await mask(first, tokens("a"))
         second = await service.constraint(from_regex("cd"), None)
-        process.kill()
+        for _ in range(2):
+            expected = await mask(first, tokens("a"))
+            for process in zygote().children():
+                process.kill()
+            await until(lambda: first._grammar.is_lost and second._grammar.is_lost)
+            assert await mask(first, tokens("a")) == expected
+            assert await mask(second)
+        for process in zygote().children():
+            process.kill()
+        await until(lambda: first._grammar.is_lost)
         with pytest.raises(ValueError, match="lost"):
-            await _poll_for_ever(first)
-        assert second.allowed([])
+            await mask(first, tokens("ab"))
         assert (await service.constraint(from_regex("ab"), None)).allowed([]), "it is compiled again"
 
 
@@ -361,10 +377,20 @@ async def test_a_killed_zygote_is_replaced() -> None:
         compiling = asyncio.create_task(service.constraint(from_json(hostile.properties(1000)), None))
         await asyncio.sleep(0.02)
         zygote().kill()
-        with pytest.raises(ValueError, match="lost"):
-            await _poll_for_ever(first)
+        assert await mask(first)
         await compiling
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
+
+
+async def test_a_grammar_that_cannot_be_had_again_fails_its_rows() -> None:
+    async with grammars() as service:
+        first = await service.constraint(from_regex("ab"), None)
+        [process] = zygote().children()
+        closing = asyncio.create_task(service.close())
+        process.kill()
+        with pytest.raises(ValueError, match=r"stopped|lost"):
+            await _poll_for_ever(first)
+        await closing
 
 
 async def test_those_who_wait_learn_that_it_is_closed() -> None:

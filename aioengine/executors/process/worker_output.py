@@ -24,7 +24,7 @@ class WorkerOutput:
         self._task: asyncio.Task[None] | None = None
 
     async def follow(self) -> None:
-        """Log what comes, from now until the worker has ended. Closes the inlet, which is the worker's now."""
+        """Log what comes, until the worker has ended. Closes the inlet, which is the worker's now."""
         os.close(self.inlet)
         loop = asyncio.get_running_loop()
         lines = asyncio.StreamReader(limit=MAX_LINE)
