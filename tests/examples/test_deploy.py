@@ -120,7 +120,7 @@ def test_the_unit_starts_the_program_and_lets_it_drain() -> None:
     assert program.endswith("/bin/aioengine")
     flags = server_flags(arguments)
     assert int(service["TimeoutStopSec"]) >= flags.grace_seconds + 10
-    assert str(flags.api_key_file).endswith("/" + service["LoadCredential"].partition(":")[0])
+    assert str(flags.keys).endswith("/" + service["LoadCredential"].partition(":")[0])
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")

@@ -1,0 +1,75 @@
+"""Numbers that are none, or that no machine has, in every field of every request that takes a number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import inspect
+from support.server_fixtures import MODEL, Serve
+
+from aioengine.server.messages.api import CountRequest, MessagesRequest
+from aioengine.server.openai.chat_api import ChatRequest
+from aioengine.server.openai.completions_api import CompletionRequest
+from aioengine.server.openai.tokens import DetokenizeRequest, TokenizeRequest
+from aioengine.server.responses.api import ResponsesRequest
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+REQUESTS: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {
+    "/v1/chat/completions": (ChatRequest, {"model": MODEL, "messages": MESSAGES, "max_tokens": 2}),
+    "/v1/completions": (CompletionRequest, {"model": MODEL, "prompt": "Hi", "max_tokens": 2}),
+    "/v1/responses": (ResponsesRequest, {"model": MODEL, "input": "Hi", "max_output_tokens": 2}),
+    "/v1/messages": (MessagesRequest, {"model": MODEL, "messages": MESSAGES, "max_tokens": 2}),
+    "/v1/messages/count_tokens": (CountRequest, {"model": MODEL, "messages": MESSAGES}),
+    "/tokenize": (TokenizeRequest, {"prompt": "Hi"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
+}
+ODD = [
+    *map(str, (2**62, -(2**62), 2**63, 2**64, -(2**64), 2**31, -1, -(10**300))),
+    "9" * 5000,
+    *("1e308", "-1e308", "1e400", "5e-324", "-0.0", "0.1", "NaN", "Infinity", "-Infinity", '"NaN"', '"1"'),
+    *("true", "[]", "{}", "[null]", "[1e308]", '{"1": 1e400}', '{"-1": 0}', "[" * 2000 + "null" + "]" * 2000),
+]
+
+
+def numeric_fields(struct: type[msgspec.Struct]) -> Iterator[str]:
+    """Names of fields whose values are numbers, or hold some."""
+
+    def has_numbers(info: inspect.Type) -> bool:
+        if isinstance(info, (inspect.IntType, inspect.FloatType, inspect.AnyType)):
+            return True
+        if isinstance(info, inspect.UnionType):
+            return any(map(has_numbers, info.types))
+        if isinstance(info, inspect.Metadata):
+            return has_numbers(info.type)
+        if isinstance(info, inspect.ListType):
+            return has_numbers(info.item_type)
+        return isinstance(info, inspect.DictType)
+
+    found = inspect.type_info(struct)
+    assert isinstance(found, inspect.StructType)
+    return (field.encode_name for field in found.fields if has_numbers(field.type))
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+async def test_odd_values_are_refused_or_harmless(path: str, serve: Serve) -> None:
+    struct, base = REQUESTS[path]
+    async with serve() as served:
+        headers = {"content-type": "application/json"}
+        for field in numeric_fields(struct):
+            for odd in ODD:
+                rest = msgspec.json.encode({k: v for k, v in base.items() if k != field}).decode()
+                body = f'{rest[:-1]}{"," if len(rest) > 2 else ""}"{field}":{odd}}}'
+                began = time.thread_time()
+                answer = await served.http.post(path, content=body, headers=headers)
+                assert answer.status_code in (200, 400), (body[:300], answer.status_code, answer.text[:300])
+                assert time.thread_time() - began < 1.0, body[:300]
+                if answer.status_code == 400:
+                    assert len(answer.content) < 3000 and answer.json()["error"]["message"], body[:300]
+        assert served.app.active == 0
+        served.engine.check_invariants()
+        answer = await served.http.post(path, json=base)
+        assert answer.status_code == 200
