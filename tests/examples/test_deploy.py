@@ -20,7 +20,6 @@ from support.tiny_models import build_model
 
 from aioengine import AsyncEngine
 from aioengine.cli.main import build_app
-from aioengine.cli.serve import KEY_VARIABLE
 from aioengine.config import EngineConfig
 from aioengine.server.app import create_app
 from aioengine.server.settings import ServerSettings
@@ -73,7 +72,11 @@ def test_they_find_each_other() -> None:
     assert port["targetPort"] in [port["name"] for port in CONTAINER["ports"]]
     mounted = {mount["name"] for mount in CONTAINER["volumeMounts"]}
     assert mounted == {volume["name"] for volume in POD["spec"]["volumes"]}
-    assert KEY_VARIABLE in [variable["name"] for variable in CONTAINER["env"]]
+    keys = server_flags(CONTAINER["args"]).keys
+    [mount] = [mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "keys"]
+    assert keys is not None and str(keys.parent) == mount["mountPath"]
+    [volume] = [volume for volume in POD["spec"]["volumes"] if volume["name"] == "keys"]
+    assert [item["path"] for item in volume["secret"]["items"]] == [keys.name]
 
 
 def test_the_pod_has_time_to_drain() -> None:
