@@ -1,4 +1,7 @@
-"""How ``aioengine serve`` writes its log: lines for people, or JSON for machines."""
+"""How ``aioengine serve`` writes its log: lines for people, or JSON for machines.
+
+Warnings and errors name flags where the engine names fields of its configuration.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,19 @@ import sys
 from datetime import UTC, datetime
 
 import msgspec
+
+from aioengine.cli.flags import in_flags
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level and message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # the library's name
+        record.message = _worded(record, record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -21,11 +37,18 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
         }
         fields = getattr(record, "fields", None)
-        entry |= {"message": "request", **fields} if fields else {"message": record.getMessage()}
-        entry |= getattr(record, "data", {})
+        entry |= (
+            {"message": "request", **fields} if fields else {"message": _worded(record, record.getMessage())}
+        )
+        data = getattr(record, "data", {})
+        entry |= {k: _worded(record, v) if isinstance(v, str) else v for k, v in data.items()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry, enc_hook=str).decode()
+
+
+def _worded(record: logging.LogRecord, text: str) -> str:
+    return in_flags(text) if record.levelno >= logging.WARNING else text
 
 
 def configure_logging(form: str, level: str) -> None:
@@ -34,7 +57,7 @@ def configure_logging(form: str, level: str) -> None:
     if form == "json":
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        handler.setFormatter(TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     for chatty in ("httpx", "httpcore", "asyncio"):

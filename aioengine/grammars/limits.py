@@ -47,7 +47,7 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     may have its share of them: half if there is one tenant, a third each if there are two, ..."""
     max_queued: int = 32
     """Grammars that one tenant may have waiting to be compiled."""
-    room_seconds: float = 10.0
+    room_seconds: float = 0.5
     """How long a compile waits (in wall time) for requests to end if there are too many processes."""
 
 

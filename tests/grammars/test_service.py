@@ -254,6 +254,18 @@ async def test_few_are_kept_and_those_in_use_are_not_dropped() -> None:
         assert await service.constraint(from_regex("one more"), None)
 
 
+async def test_a_tenant_with_its_share_in_use_is_refused_soon_and_others_are_not() -> None:
+    async with grammars(GrammarLimits(max_grammars=8)) as service:
+        used = [await service.constraint(from_regex(f"used{i}"), "a") for i in range(4)]
+        refused = asyncio.create_task(_outcome(service, from_regex("one more"), "a"))
+        began = time.monotonic()
+        assert await service.constraint(from_regex("other"), "b")
+        assert await service.constraint(from_regex("used0"), "a"), "what is there can be used"
+        assert await refused is EngineOverloaded
+        assert time.monotonic() - began < 5
+        assert all(constraint.allowed([]) for constraint in used)
+
+
 async def test_all_together_take_bounded_memory() -> None:
     async with grammars(GrammarLimits(total_memory=24 * MiB)) as service:
         small = await service.constraint(from_regex("small"), None)
