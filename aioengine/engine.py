@@ -550,7 +550,9 @@ class AsyncEngine:
             vocab=spec.vocab_size,
             rows=self.config.max_num_seqs,
             limits=limits,
+            told=self.metrics.grammars.compiled,
         )
+        self.metrics.grammars.count(lambda: grammars.kept)
         self.at_stop(grammars.close)
         return grammars
 

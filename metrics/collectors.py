@@ -16,6 +16,7 @@ from aioengine.info import AdapterInfo, EngineStats
 from aioengine.metrics.collect.by_adapter import AdapterMetrics
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.collect.compat import vllm_gauges, vllm_load_seconds
+from aioengine.metrics.collect.grammars import GrammarMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.process import ProcessMetrics
 from aioengine.metrics.collect.residency import ResidencyTracker
@@ -81,6 +82,8 @@ class EngineMetrics(Collector):
         self._tenants = TenantMetrics(max_tenant_labels)
         self.http = HttpMetrics(self._tenants)
         """For the server that serves this engine."""
+        self.grammars = GrammarMetrics()
+        """For what compiles this engine's grammars."""
         self._state = state
         self._build = build
         self._process: ProcessMetrics | None = None
@@ -167,7 +170,7 @@ class EngineMetrics(Collector):
         found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
         by_name = (*self._requests.metrics, *self._tenants.metrics)
         found += [metric.family(self.engine) for metric in (*self._metrics, *by_name)]
-        found += [*self.http.families(self.engine), *self._identity()]
+        found += [*self.http.families(self.engine), *self.grammars.families(self.engine), *self._identity()]
         if self._process is not None:
             found += self._process.families(self.engine)
         if self._compat == "vllm":

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 
-from aioengine.errors import AioEngineError, RequestInvalid
+from aioengine.errors import AioEngineError, EngineOverloaded, RequestInvalid
 from aioengine.grammars.limits import GrammarLimits, MiB
+
+
+class TooMuch(RequestInvalid):
+    """The grammar takes more than its limits."""
 
 
 class TooLong(AioEngineError):
@@ -20,9 +24,9 @@ def compile_error(status: int | None, seconds: float, limits: GrammarLimits) -> 
     if status in (-signal.SIGPROF, -signal.SIGXCPU):
         return TooLong(f"the grammar takes more than {seconds:g} s of processor time to compile")
     if status == -signal.SIGABRT:
-        return RequestInvalid(f"the grammar takes more than {limits.memory // MiB} MiB to compile")
+        return TooMuch(f"the grammar takes more than {limits.memory // MiB} MiB to compile")
     if status in (-signal.SIGSEGV, -signal.SIGBUS):
-        return RequestInvalid("the grammar is nested too deeply to be compiled: its compiler's stack is full")
+        return TooMuch("the grammar is nested too deeply to be compiled: its compiler's stack is full")
     return Lost(f"the process that compiled the grammar was lost (status {status})")
 
 
@@ -38,3 +42,14 @@ def mask_error(status: int | None, limits: GrammarLimits) -> str:
     if status in (-signal.SIGSEGV, -signal.SIGBUS):
         return "the grammar is nested too deeply: its parser's stack is full"
     return "the process that follows the grammar was lost; try again"
+
+
+def outcome_name(found: object) -> str:
+    """What a compile came to, as metrics call it."""
+    if isinstance(found, TooMuch):
+        return "limit"
+    if isinstance(found, RequestInvalid):
+        return "invalid"
+    if isinstance(found, EngineOverloaded):
+        return "overloaded"
+    return "failed" if isinstance(found, AioEngineError) else "compiled"

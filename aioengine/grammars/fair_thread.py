@@ -69,3 +69,12 @@ class FairThread:
             if not done.done():
                 done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
         self._pool.shutdown(wait=False)
+
+
+async def in_own_thread(work: Callable[[], T]) -> T:
+    """In a thread that is there for nothing else, and that nobody waits for who is cancelled."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="aioengine-grammars")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    finally:
+        pool.shutdown(wait=False)

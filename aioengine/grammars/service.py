@@ -7,12 +7,19 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
-from aioengine.grammars.endings import OF_ITS_DOING, Lost, TooLong, compile_error, mask_error
+from aioengine.grammars.endings import (
+    OF_ITS_DOING,
+    Lost,
+    TooLong,
+    TooMuch,
+    compile_error,
+    mask_error,
+    outcome_name,
+)
 from aioengine.grammars.fair_queue import FairQueue
+from aioengine.grammars.fair_thread import in_own_thread
 from aioengine.grammars.jobs import Job, Outcome
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.matching import Grammar, GrammarConstraint
@@ -29,8 +36,6 @@ _STOPPED = "the engine was stopped, and guided decoding with it"
 
 logger = logging.getLogger("aioengine")
 
-T = TypeVar("T")
-
 
 class Grammars:
     """Compiles grammars and keeps them, each in a process of its own.
@@ -39,15 +44,23 @@ class Grammars:
         tokens: Makes what the processes need to know of the model's tokens; called in a thread.
         vocab: The size of the model's vocabulary.
         rows: Requests that may be in one step.
+        told: Told of each compile: its outcome (see :func:`outcome_name`) and seconds of wall time.
 
     Nothing is started before it is needed. All methods are called on one loop.
     """
 
     def __init__(
-        self, tokens: Callable[[], Tokens], *, vocab: int, rows: int, limits: GrammarLimits | None = None
+        self,
+        tokens: Callable[[], Tokens],
+        *,
+        vocab: int,
+        rows: int,
+        limits: GrammarLimits | None = None,
+        told: Callable[[str, float], None] = lambda outcome, seconds: None,
     ) -> None:
         self.limits = GrammarLimits() if limits is None else limits
         self._make_tokens = tokens
+        self._told = told
         self._tokens: Tokens | None = None
         self._num_places = 2 * rows + 8  # as many again: a row that has ended may still be written
         self._width = -(-vocab // 32) * 4 + 64
@@ -64,6 +77,11 @@ class Grammars:
         self._watch: asyncio.TimerHandle | None = None
         self._replacing: set[asyncio.Task[None]] = set()
         self._is_closed = False
+
+    @property
+    def kept(self) -> int:
+        """Compiled grammars, each with its process."""
+        return len(self._kept)
 
     @property
     def waiting(self) -> int:
@@ -181,9 +199,11 @@ class Grammars:
 
     async def _lane(self, queue: FairQueue[Job], seconds: float, nice: int) -> None:
         """Compiles what is in the queue, one after the other, in so many seconds each."""
+        loop = asyncio.get_running_loop()
         while True:
             job = await queue.get()
             job.begin()
+            began = loop.time()
             job.attempt = asyncio.create_task(self._attempt(job.text, seconds, nice))
             try:
                 await asyncio.wait([job.attempt])
@@ -197,8 +217,11 @@ class Grammars:
                 job.enqueue(self._long)
                 continue
             if isinstance(outcome, TooLong):
-                outcome = RequestInvalid(str(outcome))
+                outcome = TooMuch(str(outcome))
             del self._jobs[job.text]
+            self._told(outcome_name(outcome), loop.time() - began)
+            if isinstance(outcome, TooMuch):
+                outcome = RequestInvalid(str(outcome))
             job.done.set_result(outcome)
 
     async def _attempt(self, text: str, seconds: float, nice: int) -> Outcome:
@@ -261,7 +284,7 @@ class Grammars:
                     status = await child.exited
                     raise compile_error(status, seconds, limits) from None
         except TimeoutError:
-            raise RequestInvalid(
+            raise TooMuch(
                 f"the grammar takes more than {limits.compile_wall_seconds:g} s to compile (machine busy?)"
             ) from None
         if not is_good:
@@ -279,7 +302,7 @@ class Grammars:
             logger.warning("the process that compiles grammars was lost; it is started again")
             await before.result().close()
         if self._tokens is None:
-            self._tokens = await _in_own_thread(self._make_tokens)
+            self._tokens = await in_own_thread(self._make_tokens)
         return await ZygoteProcess.start(self._tokens, self._num_places, self._width)
 
     # Keeping
@@ -370,12 +393,3 @@ class Grammars:
         self._room.set()
         if self._replacing:
             await asyncio.wait(self._replacing)
-
-
-async def _in_own_thread(work: Callable[[], T]) -> T:
-    """In a thread that is there for nothing else, and that nobody waits for who is cancelled."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="aioengine-grammars")
-    try:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
-    finally:
-        pool.shutdown(wait=False)

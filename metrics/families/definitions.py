@@ -326,6 +326,23 @@ EXECUTOR_RESTARTS = Definition(
     "counter",
     "Times that the model's processes were lost and started again.",
 )
+GRAMMAR_COMPILES = Definition(
+    "aioengine_grammar_compiles",
+    "counter",
+    "Grammars compiled for guided decoding, by outcome: compiled, invalid (malformed or not supported), "
+    "limit (it took too much), overloaded (no room), failed.",
+    ("outcome",),
+)
+GRAMMAR_COMPILE = Definition(
+    "aioengine_grammar_compile_seconds",
+    "histogram",
+    "Time of a compile, waiting for its turn left out.",
+    (),
+    REQUEST_SECONDS,
+)
+GRAMMARS_KEPT = Definition(
+    "aioengine_grammars_kept", "gauge", "Compiled grammars that are kept, each in a process of its own."
+)
 LOG_DROPPED = Definition(
     "aioengine_log_dropped",
     "counter",

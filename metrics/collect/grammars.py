@@ -1,0 +1,34 @@
+"""Guided decoding: what compiles of grammars come to, and how many are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from aioengine.metrics.collect.snapshot import gauge
+from aioengine.metrics.families import definitions as d
+from aioengine.metrics.families.storage import Counters, Family, Histograms
+
+OUTCOMES = ("compiled", "invalid", "limit", "overloaded", "failed")
+
+
+class GrammarMetrics:
+    """Told of each compile on the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._compiles = Counters(d.GRAMMAR_COMPILES, *((outcome,) for outcome in OUTCOMES))
+        self._seconds = Histograms(d.GRAMMAR_COMPILE)
+        self._kept: list[Callable[[], int]] = []
+
+    def compiled(self, outcome: str, seconds: float) -> None:
+        """``outcome`` is one of ``OUTCOMES``."""
+        self._compiles.inc((outcome,))
+        self._seconds.at().observe(seconds)
+
+    def count(self, kept: Callable[[], int]) -> None:
+        """Ask ``kept`` at each scrape how many grammars there are, beside those of others."""
+        self._kept.append(kept)
+
+    def families(self, engine: str) -> Iterator[Family]:
+        yield self._compiles.family(engine)
+        yield self._seconds.family(engine)
+        yield gauge(engine, d.GRAMMARS_KEPT, ((), float(sum(kept() for kept in self._kept))))
