@@ -84,8 +84,12 @@ class FleetRecorder:
         self._arrivals[request_id] = arrival
         self._attempts[request_id] = []
 
-    def settled(self, request_id: str, now: float, error: Exception | None) -> bool:
-        """The request has ended for its caller: write its row. False if no replica had accepted it."""
+    def settled(
+        self, request_id: str, now: float, error: Exception | None, tokens: int | None = None
+    ) -> bool:
+        """The request has ended for its caller: write its row. False if no replica had accepted it.
+
+        ``tokens`` is how many its caller has; a replica that was cut off may have made more."""
         arrival = self._arrivals.pop(request_id)
         attempts = self._attempts.pop(request_id)
         self.ended += 1
@@ -98,7 +102,7 @@ class FleetRecorder:
         self._sink.request(
             last._replace(
                 prompt_tokens=first.prompt_tokens,
-                output_tokens=sum(record.output_tokens for record in attempts),
+                output_tokens=sum(record.output_tokens for record in attempts) if tokens is None else tokens,
                 arrival=arrival.time,
                 admitted=next((r.admitted for r in attempts if r.admitted is not None), None),
                 first_token=None if first_token is None else first_token + self._delay,

@@ -128,8 +128,9 @@ class _Loop(OpenLoop):
         recorder.expect(request_id, arrival)
         fleet.set_length(request_id, arrival.output_tokens)
         failed: AioEngineError | None = None
+        tokens: int | None = None
         try:
-            await fleet.complete(
+            output = await fleet.complete(
                 self._requests.prompt(index, arrival),
                 self._requests.params(arrival),
                 adapter=arrival.adapter,
@@ -139,11 +140,12 @@ class _Loop(OpenLoop):
                 tenant=arrival.tenant,
                 expected_tokens=arrival.expected_tokens,
             )
+            tokens = len(output.token_ids)
         except AioEngineError as error:
             failed = error
         finally:
             fleet.forget_length(request_id)
-        accepted = recorder.settled(request_id, self._loop.time(), failed)
+        accepted = recorder.settled(request_id, self._loop.time(), failed, tokens)
         if failed is None:
             self._finished += 1
         elif accepted:

@@ -1,0 +1,95 @@
+"""Fleets to which everything happens, by seed: every request ends once, and with exactly its tokens.
+
+``AIOENGINE_FLEET_SEEDS=1000`` runs as many seeds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from support.lab_sim import MB, Fixed, Kept, config, costs
+
+from aioengine.lab.costs.model import Stage
+from aioengine.lab.fleet.conditions import Conditions, Fault
+from aioengine.lab.fleet.replay import FleetReplayed, replay_on_fleet
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape, Arrival
+from aioengine.schedulers.routing import available_placements, available_routers, load_placement, load_router
+
+SEEDS = int(os.environ.get("AIOENGINE_FLEET_SEEDS", "12"))
+MODEL = costs(disk=Stage(latency=0.05, bandwidth=MB), slot=Stage(latency=0.02, bandwidth=10 * MB))
+END = 6.0
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_seed(seed: int) -> None:
+    rng = random.Random(seed)
+    replicas = rng.randint(1, 4)
+    arrivals = _arrivals(rng)
+    conditions = Conditions(
+        report_seconds=rng.choice([0.02, 0.1]),
+        delay=rng.choice([0.0, 0.001, 0.1]),
+        report_delay=rng.choice([0.0, 0.5]),
+        detect_seconds=rng.choice([0.0, 0.05, 0.5]),
+        silent_after=rng.choice([1.5, 3.0]),
+        skew={index: rng.choice([0.0, 1e4, -1e4]) for index in range(replicas)},
+        migration_limit=rng.choice([0, 3, 100]),
+        plan_seconds=rng.choice([0.5, 10.0]),
+        faults=_faults(rng, replicas),
+    )
+    router = rng.choice(sorted(available_routers()))
+    placement = rng.choice(sorted(available_placements()))
+    kept = Kept()
+
+    async def main() -> FleetReplayed:
+        return await replay_on_fleet(
+            Fixed(arrivals, [AdapterShape(name, 8) for name in "abcd"]),
+            kept,
+            replicas=replicas,
+            make_engine=lambda: SimulatedEngine(config(max_num_seqs=4), MODEL),
+            router=load_router(router),
+            placement=load_placement(placement),
+            conditions=conditions,
+        )
+
+    found = run_in_virtual_time(main())
+    assert not found.failures, found.failures
+    assert sorted(row.request_id for row in kept.requests) == sorted(f"r{i}" for i in range(len(arrivals)))
+    for row in kept.requests:
+        arrival = arrivals[int(row.request_id[1:])]
+        assert row.error in (None, "EngineOverloaded", "EngineDead")
+        if row.error is None:
+            assert row.output_tokens == arrival.output_tokens, row
+            assert row.first_token is not None and row.arrival <= row.first_token <= row.ended + 1e-9
+    assert found.replayed.finished == sum(row.error is None for row in kept.requests)
+    if not conditions.faults:
+        assert found.replayed.finished == len(arrivals) and found.migrations == 0
+
+
+def _arrivals(rng: random.Random) -> list[Arrival]:
+    times = sorted(rng.uniform(0.0, END) for _ in range(rng.randint(5, 40)))
+    return [
+        Arrival(
+            time,
+            rng.choice([None, "a", "b", "c", "d"]),
+            rng.randint(1, 60),
+            rng.randint(1, 30),
+            tenant=rng.choice([None, "x", "y"]),
+        )
+        for time in times
+    ]
+
+
+def _faults(rng: random.Random, replicas: int) -> list[Fault]:
+    """None for one seed in four; what is cut is healed in the end, so that all can end."""
+    if rng.random() < 0.25:
+        return []
+    kinds = ("kill", "start", "cut", "heal", "drain")
+    faults = [
+        Fault(rng.uniform(0.0, 1.5 * END), rng.choice(kinds), rng.randrange(replicas))
+        for _ in range(rng.randint(1, 10))
+    ]
+    return [*faults, *(Fault(2.0 * END, "heal", index) for index in range(replicas))]
