@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+import msgspec
+
 from aioengine import __version__
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
@@ -353,6 +355,27 @@ class AsyncEngine:
         """
         self._check_started()
         self._core.room.max_of_tenant = dict(max_waiting)
+
+    def change_limits(
+        self,
+        *,
+        max_waiting: int | None,
+        max_waiting_per_tenant: int | None,
+        max_waiting_per_adapter: int | None,
+    ) -> None:
+        """Take other bounds on waiting requests than ``config`` has; it is replaced, and what waits already
+        is let alone. Raises ConfigError, and changes nothing, if one of them is not acceptable."""
+        self._check_started()
+        self.config = msgspec.structs.replace(
+            self.config,
+            max_waiting=max_waiting,
+            max_waiting_per_tenant=max_waiting_per_tenant,
+            max_waiting_per_adapter=max_waiting_per_adapter,
+        )
+        room = self._core.room
+        room.max_waiting = max_waiting
+        room.max_per_tenant = max_waiting_per_tenant
+        room.max_per_adapter = max_waiting_per_adapter
 
     # Adapters
 

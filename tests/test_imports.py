@@ -65,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
 
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
-    "cli": {"demo", "fleet", "generate", "lab", "serving"},
+    "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
     "core": {"adapters"},
     "executors": {"process"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
@@ -73,7 +73,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "metrics": {"collect", "families", "page"},
     "model": {"files", "parallel", "slots", "text"},
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
-    "server": {"access", "messages", "openai", "responses", "transport"},
+    "server": {"access", "debug", "messages", "openai", "responses", "transport"},
 }
 """Room -> the folders in it."""
 

@@ -17,6 +17,8 @@ from aioengine.errors import ConfigError
 from aioengine.model.files.hub import PREFIX
 from aioengine.model.spec import Quantization
 
+OTHER_TABLES = ("server", "fleet")
+"""Tables of the configuration file that are not the engine's."""
 DEFAULT_MODEL = "smollm2-135m"
 
 _ENGINE = Group("Engine", sort_key=10)
@@ -186,8 +188,9 @@ def _read(path: Path | None) -> tuple[dict[str, Any], str]:
     if path is None:
         return {}, "flags"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), f"{path} and flags"
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+    return {name: value for name, value in values.items() if name not in OTHER_TABLES}, f"{path} and flags"

@@ -20,6 +20,7 @@ from contextlib import suppress
 from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
 from aioengine.cli.common import CommonFlags
+from aioengine.cli.config.sources import use_sources
 from aioengine.cli.flags import in_flags
 from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
@@ -44,6 +45,9 @@ _EXAMPLES = """\
   aioengine plan --model path/to/model --max-loras 8 --max-lora-rank 16"""
 
 COMMANDS = {
+    "config": """\
+  aioengine config check --config server.toml
+  aioengine config schema > aioengine.schema.json""",
     "demo": """\
   aioengine demo
   aioengine demo --requests 24 --max-tokens 64
@@ -67,6 +71,9 @@ COMMANDS = {
     "policies": """\
   aioengine policies
   aioengine generate "Hello" --policy edf+gdsf+lookahead""",
+    "top": """\
+  aioengine top
+  aioengine top --url http://replica-3:8000 --every 5""",
     "serve": """\
   aioengine serve --lora-modules sql=path/to/sql
   aioengine serve --model path/to/model --adapter-root adapters/ --api-key-file keys.txt
@@ -99,6 +106,17 @@ KEYS_COMMANDS = {
 }
 """The commands for keys: ``name`` is the function ``name`` in ``aioengine.cli.keys``."""
 
+CONFIG_COMMANDS = {
+    "check": """\
+  aioengine config check --config server.toml --port 9000""",
+    "show": """\
+  AIOENGINE_MAX_LORAS=8 aioengine config show --config server.toml""",
+    "schema": """\
+  aioengine config schema > aioengine.schema.json""",
+}
+"""The commands for configurations: ``name`` is the function ``name`` in
+``aioengine.cli.config.commands``."""
+
 LAB_COMMANDS = {
     "run": """\
   aioengine lab run --trace azure_code.csv --adapters 200 --popularity zipf:1.0 --out results
@@ -128,6 +146,11 @@ _ROOMS = {"demo", "generate"}
 """Commands with a room of their own, where they are in the file ``command``."""
 
 GROUPS = {
+    "config": (
+        CONFIG_COMMANDS,
+        "aioengine.cli.config.commands:",
+        "Check, show and describe a server's configuration.",
+    ),
     "fleet": (
         FLEET_COMMANDS,
         "aioengine.cli.fleet.command:",
@@ -210,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif tokens[0] in GROUPS and (not tokens[1:] or tokens[1] in (*HELP_FLAGS, HELP_ALL)):
             for name in GROUPS[tokens[0]][0]:
                 app[tokens[0]][name]
+        use_sources(app, tokens)
         command, bound, _ = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +16,7 @@ from cyclopts import Group, Parameter
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
+from aioengine.cli.config.reload import Reloader
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
@@ -169,6 +170,11 @@ class ServerFlags:
         return given or (*_LOCAL_NAMES, self.host)
 
 
+def server_fields() -> tuple[str, ...]:
+    """The fields of ``[server]`` in a configuration file: the flags' names, with underscores."""
+    return tuple(field.name for field in fields(ServerFlags))
+
+
 def _keys(flag: str, given: Sequence[str] | None, variable: str, file: Path | None) -> Mapping[str, str]:
     """Key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
     keys = parse_keys(given or [], source=f"--{flag}")
@@ -223,9 +229,10 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
     del aioengine
+    reloader = Reloader(engine_flags, DEFAULT_MAX_WAITING)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
-        return run(_serve(config, adapters, settings, flags, record, log, replicas))
+        return run(_serve(config, adapters, settings, flags, record, log, reloader, replicas))
 
 
 async def _serve(
@@ -235,6 +242,7 @@ async def _serve(
     flags: ServerFlags,
     recording: RecordFlags,
     log: BackgroundFile,
+    reloader: Reloader,
     replicas: FleetConfig | None,
 ) -> int:
     from aioengine.cli.fleet.started import started_fleet
@@ -271,7 +279,7 @@ async def _serve(
                 if isinstance(client, AsyncEngine):
                     tell_what_runs(client)
                 with signals.handled():
-                    finished = await serve_to_the_end(client, app, signals, flags)
+                    finished = await serve_to_the_end(client, app, signals, flags, reloader)
                 dead = client.state == "dead"
                 if not finished:  # so that what is cut off says so, as its last event
                     await client.stop()

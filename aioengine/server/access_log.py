@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from aioengine.server.errors import ApiError, ErrorDetail
 logger = logging.getLogger("aioengine.server.access")
 
 
-class RequestRecord(msgspec.Struct, kw_only=True):
+class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """Filled in while a request is handled. Holds neither prompts, answers nor keys."""
 
     request_id: str
@@ -52,6 +53,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """The route that the request is for, as the metrics call it."""
     ended: asyncio.Future[ApiError] | None = None
     """Done when its key is no longer good; None if it has none."""
+    so_far: Callable[[], int] = int
+    """How many tokens the answer has, while it is being made."""
     counted: bool = False
     """It was refused for its key: such requests are counted, and logged together."""
 
@@ -70,7 +73,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         }
 
 
-_NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "ended", "counted", "route"})
+_NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "ended", "counted", "route", "so_far"})
 
 
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:

@@ -22,6 +22,7 @@ from aioengine.server.access.gate import Gate
 from aioengine.server.access.scopes import PAGE_ROUTE, check_routes
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.context import Context
+from aioengine.server.debug.routes import debug_routes
 from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.framework import (
     BODY,
@@ -80,6 +81,7 @@ class ServerApp:
                 *adapter_routes(context),
                 *token_routes(context),
                 *health_routes(context),
+                *debug_routes(context),
             ],
             request_class=JsonRequest,
             state=State({UNKNOWN_FIELDS: UnknownFields(ignore=settings.ignore_unknown_fields)}),
@@ -199,7 +201,7 @@ class ServerApp:
         )
         inner["state"] |= {BODY: body, TEXT_WORK: self.context.engine.text_work}
         try:
-            with self._counted():
+            with self._counted(record):
                 await self._routes(inner, body, send)  # type: ignore[arg-type]
         finally:
             body.release()
@@ -216,12 +218,15 @@ class ServerApp:
             http.responded(record.route, record.status, record.error, record.tenant)
 
     @contextlib.contextmanager
-    def _counted(self) -> Any:
+    def _counted(self, record: RequestRecord) -> Any:
+        self.context.open_requests.add(record)
         self._active += 1
         self._idle.clear()
         try:
             yield
         finally:
+            self.context.open_requests.discard(record)
+            record.so_far = int  # it would hold the answer
             self._active -= 1
             if self._active == 0:
                 self._idle.set()

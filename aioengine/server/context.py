@@ -43,6 +43,8 @@ class Context:
         engine.model_name = self.model_names[0]
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
+        self.open_requests: set[RequestRecord] = set()
+        """Those that have not been answered in full, without probes and pages."""
         self.draining = False
         """New requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None

@@ -109,6 +109,7 @@ class Generation:
         """Log-probabilities of the prompts that are wanted."""
         self._scores = scores
         record.prompt_tokens = sum(map(len, prompts))
+        record.so_far = self._output_tokens
 
     def __len__(self) -> int:
         return len(self._params)
@@ -191,10 +192,13 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(cached),
         )
 
+    def _output_tokens(self) -> int:
+        return sum(len(output.token_ids) for output in self._last if output is not None)
+
     def _note(self) -> None:
         outputs = [output for output in self._last if output is not None]
         record = self._record
-        record.output_tokens = sum(len(output.token_ids) for output in outputs)
+        record.output_tokens = self._output_tokens()
         record.ttft = min((o.ttft for o in outputs if o.ttft is not None), default=None)
         record.finish_reason = ",".join(sorted({o.finish_reason for o in outputs if o.finish_reason})) or None
 

@@ -128,9 +128,11 @@ async def listening(
 
 
 class Signals:
-    """SIGTERM and SIGINT as events: the first asks to drain, the second to give up."""
+    """SIGTERM and SIGINT as events: the first asks to drain, the second to give up. SIGHUP sets ``reload``,
+    which whoever acts on it clears."""
 
     def __init__(self) -> None:
+        self.reload = asyncio.Event()
         self.drain = asyncio.Event()
         self.abort = asyncio.Event()
 
@@ -140,10 +142,11 @@ class Signals:
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
             loop.add_signal_handler(number, self._received, number)
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
         try:
             yield
         finally:
-            for number in numbers:
+            for number in (*numbers, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def _received(self, number: int) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Protocol
 
+from aioengine.cli.config.reload import Reloader
 from aioengine.cli.serving.systemd import Systemd
+from aioengine.engine import AsyncEngine
 from aioengine.errors import EngineDead
 from aioengine.info import EngineState
 from aioengine.server.app import ServerApp
@@ -37,7 +40,9 @@ class Ends(Protocol):
     def keep_dead(self) -> bool: ...
 
 
-async def serve_to_the_end(engine: Served, app: ServerApp, signals: Signals, ends: Ends) -> bool:
+async def serve_to_the_end(
+    engine: Served, app: ServerApp, signals: Signals, ends: Ends, reloader: Reloader
+) -> bool:
     """Serve until a signal says to end and what was accepted is answered, or the engine is dead.
 
     Returns False if requests were cut off. Tells systemd about it, if that has started this process.
@@ -47,6 +52,7 @@ async def serve_to_the_end(engine: Served, app: ServerApp, signals: Signals, end
     feeding = asyncio.ensure_future(systemd.feed(lambda: engine.state != "dead" and not app.context.stuck))
     told = asyncio.ensure_future(_told(systemd, app, signals, ends))
     died = asyncio.ensure_future(engine.until_dead())
+    reloading = asyncio.ensure_future(_reload(systemd, engine, signals, reloader))
     try:
         await asyncio.wait({told, died}, return_when=asyncio.FIRST_COMPLETED)
         if not told.done():
@@ -58,9 +64,9 @@ async def serve_to_the_end(engine: Served, app: ServerApp, signals: Signals, end
         return told.done() and told.result()
     finally:
         systemd.tell("STOPPING=1")
-        for task in (feeding, told, died):
+        for task in (feeding, told, died, reloading):
             task.cancel()
-        await asyncio.wait({feeding, told, died})
+        await asyncio.wait({feeding, told, died, reloading})
 
 
 async def _told(systemd: Systemd, app: ServerApp, signals: Signals, ends: Ends) -> bool:
@@ -70,3 +76,15 @@ async def _told(systemd: Systemd, app: ServerApp, signals: Signals, ends: Ends) 
         return await serve_until_told(app, signals, ends.grace_seconds, drain_delay=ends.drain_delay)
     finally:
         waiting.cancel()
+
+
+async def _reload(systemd: Systemd, engine: Served, signals: Signals, reloader: Reloader) -> None:
+    while True:
+        await signals.reload.wait()
+        signals.reload.clear()
+        systemd.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if isinstance(engine, AsyncEngine):
+            await reloader.reload(engine)
+        else:
+            logger.warning("a fleet's configuration is not read again: that takes a restart")
+        systemd.tell("READY=1")

@@ -10,6 +10,7 @@ _ANY: tuple[Scope, ...] = SCOPES
 _OPEN: tuple[Scope, ...] = ()
 _GENERATE: tuple[Scope, ...] = ("generate",)
 _ADAPTERS: tuple[Scope, ...] = ("adapters",)
+_ADMIN: tuple[Scope, ...] = ("admin",)
 _METRICS: tuple[Scope, ...] = ("metrics",)
 
 PAGE_ROUTE = "/metrics"
@@ -31,6 +32,9 @@ ROUTES: Mapping[str, tuple[Scope, ...]] = {
     "/v1/models/{model}": ("generate", "adapters"),
     "/v1/load_lora_adapter": _ADAPTERS,
     "/v1/unload_lora_adapter": _ADAPTERS,
+    "/debug/requests": _ADMIN,
+    "/debug/adapters": _ADMIN,
+    "/debug/stacks": _ADMIN,
     "/version": _ANY,
     "/docs": _ANY,
     "/docs/openapi.json": _ANY,

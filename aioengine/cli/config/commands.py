@@ -1,0 +1,117 @@
+"""``aioengine config``: check, show and describe the configuration of a server.
+
+One TOML file has everything: the fields of EngineConfig at its top, the adapters' in ``[lora]``, and the
+flags of ``aioengine serve`` in ``[server]``. Environment variables (``AIOENGINE_`` and a flag's name) go
+before the file, and flags before both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import EngineFlags, check_folders
+from aioengine.cli.serve import ServerFlags
+from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.errors import ConfigError
+from aioengine.model.files.resolve import read_spec, resolve_model
+
+_SECRET = ("api_key", "admin_key")
+
+
+def check(
+    *,
+    server: ServerFlags | None = None,
+    engine: EngineFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Check a configuration as serve would, with all of its paths, and start nothing."""
+    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
+    config = engine_flags.engine_config()
+    flags.settings()
+    flags.listen_settings()
+    check_folders(engine_flags.adapters())
+    if config.lora is not None and config.lora.adapter_root is not None:
+        root = Path(config.lora.adapter_root).expanduser()
+        if not root.is_dir():
+            raise ConfigError(f"LoRAConfig.adapter_root={str(root)!r}: there is no such folder")
+    path = Path(config.model).expanduser()
+    looks_like_a_path = path.is_absolute() or config.model.startswith((".", "~"))
+    if looks_like_a_path or path.exists():  # what is on the Hub is fetched at the start, not now
+        read_spec(resolve_model(config.model))
+    print("the configuration is good")
+    return 0
+
+
+def show(
+    *,
+    server: ServerFlags | None = None,
+    engine: EngineFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Print the effective configuration as TOML: the file, the environment and the flags together.
+
+    What has its default is a comment; keys are left out.
+    """
+    flags = server or ServerFlags()
+    config = (engine or EngineFlags()).engine_config()
+    values = {name: getattr(config, name) for name in config.__struct_fields__ if name != "lora"}
+    _print_table(values, dict(zip(EngineConfig.__struct_fields__[1:], _defaults(EngineConfig), strict=True)))
+    if config.lora is not None:
+        print("\n[lora]")
+        own = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
+        _print_table(own, {name: getattr(LoRAConfig(), name) for name in LoRAConfig.__struct_fields__})
+    print("\n[server]")
+    given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    _print_table(
+        {name: value for name, value in given.items() if name not in _SECRET},
+        {field.name: field.default for field in dataclasses.fields(ServerFlags)},
+    )
+    return 0
+
+
+def schema(*, common: CommonFlags | None = None) -> int:
+    """Print the JSON Schema of the configuration file, for editors."""
+    print(msgspec.json.format(msgspec.json.encode(file_schema()), indent=2).decode())
+    return 0
+
+
+def file_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a configuration file."""
+    (engine, flags), parts = msgspec.json.schema_components(
+        (EngineConfig, ServerFlags), schema_hook=_path_schema, ref_template="#/$defs/{name}"
+    )
+    del engine, flags
+    fields = parts.pop("EngineConfig")
+    fields["properties"]["server"] = {"$ref": "#/$defs/ServerFlags"}
+    fields["properties"]["fleet"] = {"type": "object"}
+    fields["required"] = []
+    parts["ServerFlags"]["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields, "$defs": parts}
+
+
+def _path_schema(kind: type) -> dict[str, Any]:
+    if kind is Path:
+        return {"type": "string"}
+    raise NotImplementedError(kind)
+
+
+def _defaults(kind: type[msgspec.Struct]) -> list[Any]:
+    return [
+        field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        for field in msgspec.structs.fields(kind)
+        if not field.required
+    ]
+
+
+def _print_table(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is None:
+            continue
+        text = msgspec.json.encode(value, enc_hook=str).decode()
+        same = name in defaults and defaults[name] == value
+        print(f"{'# ' if same else ''}{name} = {text}")

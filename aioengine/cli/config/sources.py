@@ -1,0 +1,71 @@
+"""Where flags come from that are not on the command line: the environment, then the file's ``[server]``.
+
+The file's other tables are the engine's, which reads them with the flags: see ``cli/flags.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+from cyclopts.config import Dict, Env
+
+from aioengine.config import nearest
+from aioengine.errors import ConfigError
+
+PREFIX = "AIOENGINE_"
+_CONFIGURED = (("serve",), ("config", "check"), ("config", "show"))
+"""Commands that take the configuration of a server."""
+
+
+def use_sources(app: App, tokens: Sequence[str]) -> None:
+    """Have the command that ``tokens`` call take its flags from the environment and the file, too.
+
+    A flag goes before its variable, and that before the file. Raises ConfigError for a ``[server]`` that is
+    no table, or has a field that is no flag of ``aioengine serve``.
+    """
+    path = next((names for names in _CONFIGURED if tuple(tokens[: len(names)]) == names), None)
+    if path is None:
+        return
+    command = app
+    for name in path:
+        command = command[name]
+    sources: list[Any] = [Env(PREFIX, command=False)]
+    file = _config_file(tokens[len(path) :])
+    table = {} if file is None else server_table(file)
+    if table:
+        for name in reversed(path):  # as cyclopts has it: below the names of the commands
+            table = {name: table}
+        sources.append(Dict(table, source=f"[server] of {file}"))
+    command.config = tuple(sources)
+
+
+def _config_file(tokens: Sequence[str]) -> str | None:
+    for index, token in enumerate(tokens):
+        if token.startswith("--config="):
+            return token.partition("=")[2]
+        if token == "--config" and index + 1 < len(tokens):
+            return tokens[index + 1]
+    return os.environ.get(f"{PREFIX}CONFIG") or None
+
+
+def server_table(file: str) -> dict[str, Any]:
+    """Empty also if the file cannot be read: that is said where the engine's part is read."""
+    from aioengine.cli.serve import server_fields  # imports much
+
+    try:
+        table = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("server", {})
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: server={table!r}: must be a table [server]")
+    known = server_fields()
+    for name in table:
+        if name not in known:
+            near = nearest(name, known)
+            raise ConfigError(f"{file}: [server] has no field {name!r}{near}; see `aioengine config schema`")
+    return {name.replace("_", "-"): value for name, value in table.items()}

@@ -1,0 +1,1 @@
+"""What a server is doing at this moment, for those who run it."""
