@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+from aioengine import __version__
 from aioengine.cli.common import CommonFlags
 from aioengine.errors import ConfigError
 
@@ -58,6 +59,7 @@ def top(
 def look(url: str, key: str | None) -> dict[str, Any]:
     """What ``/debug/requests`` answers. Raises ConfigError if it does not."""
     request = urllib.request.Request(f"{url.rstrip('/')}/debug/requests")
+    request.add_header("user-agent", f"aioengine/{__version__}")
     if key:
         request.add_header("authorization", f"Bearer {key}")
     try:

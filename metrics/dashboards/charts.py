@@ -236,3 +236,165 @@ ENGINE = [
         [Query(rate("aioengine_preemptions_total", "engine"), "{{engine}}")],
     ),
 ]
+
+
+SERVICE = [
+    Chart(
+        "Answers by status",
+        "Answers of the HTTP server per second; 499 is a client that went away.",
+        units.RequestsPerSecond,
+        [Query(rate("aioengine_http_responses_total", "status"), "{{status}}")],
+        stacked=True,
+    ),
+    Chart(
+        "Errors and refusals by code",
+        "Answers with an error's code, per second.",
+        units.RequestsPerSecond,
+        [Query(rate("aioengine_http_responses_total", "code", ',code!=""'), "{{code}}")],
+    ),
+    Chart(
+        "Request duration",
+        "From arrival to the end, of all adapters together.",
+        units.Seconds,
+        quantiles("aioengine_request_e2e_seconds", "engine"),
+    ),
+    Chart(
+        "Tokens by tenant",
+        "Tokens generated for the requests that have ended, per second.",
+        units.CountsPerSecond,
+        [Query(rate("aioengine_tenant_generation_tokens_total", "tenant"), "{{tenant}}")],
+        stacked=True,
+    ),
+    Chart(
+        "Answers by tenant",
+        "Per second, by status.",
+        units.RequestsPerSecond,
+        [Query(rate("aioengine_tenant_http_responses_total", "tenant, status"), "{{tenant}} {{status}}")],
+    ),
+    Chart(
+        "Engine state",
+        "1 for the state that each engine is in.",
+        units.Short,
+        [
+            Query(
+                f"sum by (instance, engine, state) (aioengine_engine_state{{{HERE}}}) > 0",
+                "{{instance}} {{state}}",
+            ),
+            Query(
+                f"sum by (instance) (aioengine_http_requests_active{{{HERE}}})", "{{instance}} open requests"
+            ),
+        ],
+    ),
+]
+
+LIMITS = [
+    Chart(
+        "Queue and batch against their limits",
+        "Shares of max_waiting and max_num_seqs.",
+        units.PercentUnit,
+        [
+            Query(
+                f"sum by (instance, engine) (aioengine_requests_waiting{{{HERE}}})"
+                f" / sum by (instance, engine) (aioengine_requests_waiting_limit{{{HERE}}})",
+                "{{engine}} waiting",
+            ),
+            Query(
+                f"aioengine_requests_running{{{HERE}}} / aioengine_requests_running_limit{{{HERE}}}",
+                "{{engine}} running",
+            ),
+            Query(
+                f"aioengine_lora_cpu_adapters{{{HERE}}} / aioengine_lora_cpu_adapters_limit{{{HERE}}}",
+                "{{engine}} CPU cache",
+            ),
+        ],
+        top=1.0,
+    ),
+    Chart(
+        "Pinned adapters",
+        "Adapters that are kept in a slot.",
+        units.Short,
+        [Query(f'count by (adapter) (aioengine_lora_adapter_loaded{{{HERE},pinned="true"}})', "{{adapter}}")],
+    ),
+    Chart(
+        "Prefix cache",
+        "Share of the prompts' tokens that the prefix cache supplied.",
+        units.PercentUnit,
+        [
+            Query(
+                rate("aioengine_prompt_cached_tokens_total", "engine")
+                + " / clamp_min("
+                + rate("aioengine_prompt_tokens_total", "engine")
+                + ", 1e-6)",
+                "{{engine}}",
+            )
+        ],
+    ),
+    Chart(
+        "Failures of loads and look-ups",
+        "Adapters that could not be loaded, and look-ups that failed, per second.",
+        units.CountsPerSecond,
+        [
+            Query(rate("aioengine_lora_load_failures_total", "reason"), "load {{reason}}"),
+            Query(rate("aioengine_lora_resolver_failures_total", "reason"), "look-up {{reason}}"),
+        ],
+    ),
+    Chart(
+        "Restarts of the model's processes",
+        "Each of them failed what was running.",
+        units.Short,
+        [
+            Query(
+                f"sum by (engine) (increase(aioengine_executor_restarts_total{{{HERE}}}[$__rate_interval]))",
+                "{{engine}}",
+            )
+        ],
+    ),
+    Chart(
+        "What runs",
+        "1 for each version with its kernels.",
+        units.Short,
+        [
+            Query(
+                f"count by (version, kernels, torch) (aioengine_build_info{{{HERE}}})",
+                "{{version}} {{kernels}} torch {{torch}}",
+            )
+        ],
+    ),
+]
+
+PROCESS = [
+    Chart(
+        "Resident memory",
+        "Of the server's process; the model's, if it has its own, are not in it.",
+        units.BytesIEC,
+        [Query(f"process_resident_memory_bytes{{{HERE}}}", "{{instance}}")],
+    ),
+    Chart(
+        "Processor time",
+        "Cores that the process keeps busy.",
+        units.Short,
+        [Query(rate("process_cpu_seconds_total", "instance"), "{{instance}}")],
+    ),
+    Chart(
+        "File descriptors, threads and tasks",
+        "What grows and does not shrink again, leaks.",
+        units.Short,
+        [
+            Query(f"process_open_fds{{{HERE}}}", "{{instance}} descriptors"),
+            Query(f"process_threads{{{HERE}}}", "{{instance}} threads"),
+            Query(f"aioengine_event_loop_tasks{{{HERE}}}", "{{instance}} tasks"),
+        ],
+    ),
+    Chart(
+        "Age of the process",
+        "Seconds since it was started; back at 0, it was started again.",
+        units.Seconds,
+        [Query(f"time() - process_start_time_seconds{{{HERE}}}", "{{instance}}")],
+    ),
+    Chart(
+        "Log lines lost",
+        "Per second: nobody took the earlier ones.",
+        units.CountsPerSecond,
+        [Query(rate("aioengine_log_dropped_total", "instance"), "{{instance}}")],
+    ),
+]

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from charts import ADAPTERS, ENGINE, FREE, HERE, REQUESTS, SUMMARY, Chart
+from charts import ADAPTERS, ENGINE, FREE, HERE, LIMITS, PROCESS, REQUESTS, SERVICE, SUMMARY, Chart
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, statetimeline, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
@@ -65,7 +65,15 @@ def build() -> models.Dashboard:
     for chart in SUMMARY:
         board.with_panel(_stat(chart))
     board.with_row(dashboard.Row("Slots and adapters")).with_panel(_slot_timeline())
-    for title, charts in (("", ADAPTERS), ("Requests", REQUESTS), ("Engine", ENGINE)):
+    rows = (
+        ("", ADAPTERS),
+        ("Service", SERVICE),
+        ("Requests", REQUESTS),
+        ("Engine", ENGINE),
+        ("Limits and failures", LIMITS),
+        ("Process", PROCESS),
+    )
+    for title, charts in rows:
         if title:
             board.with_row(dashboard.Row(title))
         for chart in charts:

@@ -41,7 +41,9 @@ def server_flags(arguments: list[str]) -> Any:
     return bound.arguments["server"]
 
 
-@pytest.mark.parametrize("kind", ["ConfigMap", "Deployment", "Service"])
+@pytest.mark.parametrize(
+    "kind", ["ConfigMap", "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service"]
+)
 def test_manifests_fit_the_schema_of_kubernetes(kind: str) -> None:
     kubernetes_validate.validate(MANIFESTS[kind], kubernetes_validate.latest_version(), strict=True)
 
@@ -77,6 +79,10 @@ def test_they_find_each_other() -> None:
     assert keys is not None and str(keys.parent) == mount["mountPath"]
     [volume] = [volume for volume in POD["spec"]["volumes"] if volume["name"] == "keys"]
     assert [item["path"] for item in volume["secret"]["items"]] == [keys.name]
+    assert not POD["spec"]["enableServiceLinks"]
+    assert MANIFESTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    scaled = MANIFESTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (scaled["kind"], scaled["name"]) == ("Deployment", MANIFESTS["Deployment"]["metadata"]["name"])
 
 
 def test_the_pod_has_time_to_drain() -> None:
@@ -122,8 +128,9 @@ def test_the_unit_starts_the_program_and_lets_it_drain() -> None:
     program, *arguments = shlex.split(service["ExecStart"])
     assert program.endswith("/bin/aioengine")
     flags = server_flags(arguments)
-    assert int(service["TimeoutStopSec"]) >= flags.grace_seconds + 10
+    assert int(service["TimeoutStopSec"]) >= flags.drain_delay + flags.grace_seconds + 10
     assert str(flags.keys).endswith("/" + service["LoadCredential"].partition(":")[0])
+    assert service["Type"] == "notify" and int(service["WatchdogSec"]) > 0
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")

@@ -34,6 +34,7 @@ MADE_BY_EXPRESSIONS = {"row"}
 def exported() -> set[str]:
     zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
+    metrics.export_process()
     return set(series_names(metrics.registry.collect()))
 
 

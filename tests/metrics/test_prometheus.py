@@ -146,11 +146,15 @@ async def work(engine: AsyncEngine) -> int:
     """One request after the other, so that adapters take each other's slots; returns their number."""
     names = ["json", "sql", "pirate", "json", "json", None, "sql"]
     for name in names:
-        await engine.complete([3, 4, 5], SamplingParams(max_tokens=4, ignore_eos=True), adapter=name)
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        await engine.complete([3, 4, 5], params, adapter=name, tenant="alice")
+        engine.metrics.http.responded("/v1/completions", 200, None, "alice")
+    engine.metrics.http.responded("/v1/completions", 404, "model_not_found", "alice")
     return len(names)
 
 
 async def test_prometheus_knows_what_the_engine_knows(engine: AsyncEngine, tmp_path: Path) -> None:
+    engine.metrics.export_process()
     with serve_metrics(engine, 0) as exporter:
         async with prometheus(tmp_path, exporter.port) as server:
             await server.wait('aioengine_lora_slots{state="free"}', lambda s: [v for _, v in s] == [2])
@@ -217,7 +221,11 @@ async def dashboard_has_data(server: Prometheus) -> None:
             assert "$" not in expr.replace('"0$1"', "")
             if not await server.query(expr):
                 empty.add((panel["title"], target["refId"]))
-    assert empty == {("Policy refusals and errors", "A"), ("Slot timeline: adapter by slot", "B")}
+    assert empty == {
+        ("Policy refusals and errors", "A"),
+        ("Slot timeline: adapter by slot", "B"),
+        ("Pinned adapters", "A"),
+    }
 
 
 async def an_emptied_slot_is_free(server: Prometheus, engine: AsyncEngine) -> None:

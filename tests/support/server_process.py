@@ -47,7 +47,8 @@ async def serving(model: Path | str, *flags: str, **environment: str) -> AsyncIt
     small = [
         part for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in flags for part in pair
     ]
-    arguments = ["serve", "--model", str(model), "--port", "0", "--log-format", "json", *small, *flags]
+    port = [] if "--port" in flags else ["--port", "0"]
+    arguments = ["serve", "--model", str(model), *port, "--log-format", "json", *small, *flags]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
