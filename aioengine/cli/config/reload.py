@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from aioengine.cli.config.sources import server_table
+from aioengine.cli.config.file import server_table
 from aioengine.cli.flags import EngineFlags
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError

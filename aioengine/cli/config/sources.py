@@ -6,14 +6,13 @@ The file's other tables are the engine's, which reads them with the flags: see `
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cyclopts import App
 from cyclopts.config import Dict, Env
 
+from aioengine.cli.config.file import server_table
 from aioengine.config import nearest
 from aioengine.errors import ConfigError
 
@@ -36,7 +35,7 @@ def use_sources(app: App, tokens: Sequence[str]) -> None:
         command = command[name]
     sources: list[Any] = [Env(PREFIX, command=False)]
     file = _config_file(tokens[len(path) :])
-    table = {} if file is None else server_table(file)
+    table = {} if file is None else _flags(file)
     if table:
         for name in reversed(path):  # as cyclopts has it: below the names of the commands
             table = {name: table}
@@ -53,17 +52,11 @@ def _config_file(tokens: Sequence[str]) -> str | None:
     return os.environ.get(f"{PREFIX}CONFIG") or None
 
 
-def server_table(file: str) -> dict[str, Any]:
-    """Empty also if the file cannot be read: that is said where the engine's part is read."""
+def _flags(file: str) -> dict[str, Any]:
+    """The table ``[server]``, by the names of flags."""
     from aioengine.cli.serve import server_fields  # imports much
 
-    try:
-        table = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("server", {})
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(table, dict):
-        raise ConfigError(f"{file}: server={table!r}: must be a table [server]")
-    known = server_fields()
+    table, known = server_table(file), server_fields()
     for name in table:
         if name not in known:
             near = nearest(name, known)
