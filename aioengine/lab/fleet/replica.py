@@ -16,7 +16,7 @@ from aioengine.request import RequestOutput, SamplingParams
 from aioengine.schedulers.routing import Move, ReplicaLimits, Report
 
 IDLE_REPORTS = 20
-"""A replica that does nothing reports every so many times only."""
+"""A replica that does nothing reports every so many times only, and so often that it is not given up."""
 
 
 class ReplicaLost(Exception):
@@ -70,6 +70,8 @@ class SimulatedReplica:
         self._told_version = -1
         self._last: tuple[Any, ...] = ()
         self._quiet = 0
+        often = conditions.silent_after / 4 / conditions.report_seconds
+        self._most_quiet = max(min(IDLE_REPORTS, int(often)), 1)
         engine.add_listener(self._reporter)
         engine.add_listener(self._on_event)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -203,7 +205,7 @@ class SimulatedReplica:
         core = self.engine._core
         state = (self._reporter.version, len(core.requests), self._received, self._ended, self._channel)
         self._quiet += 1
-        if state == self._last and not core.requests and self._quiet < IDLE_REPORTS:
+        if state == self._last and not core.requests and self._quiet < self._most_quiet:
             return None
         self._last, self._quiet = state, 0
         tiers = self._reporter.version != self._told_version
