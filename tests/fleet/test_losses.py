@@ -54,7 +54,7 @@ async def streamed(client: openai.AsyncOpenAI, index: int, seen: list[int]) -> l
 
 async def disturbed(fleet: FleetServer, number: signal.Signals) -> None:
     """All streams twice: undisturbed, and with a signal for one replica in the middle."""
-    await asyncio.to_thread(until, fleet.healthy, 90)
+    await asyncio.to_thread(until, fleet.healthy, 120)
     client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0, timeout=120)
     seen = [0] * STREAMS
     expected = await asyncio.gather(*[streamed(client, i, seen) for i in range(STREAMS)])
@@ -75,13 +75,13 @@ async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer) -> None:
     await disturbed(fleet, signal.SIGKILL)
 
 
-async def test_a_hung_replica(fleet: FleetServer) -> None:
-    """Nothing raises: only the silence tells."""
-    await disturbed(fleet, signal.SIGSTOP)
-
-
 def test_requests_go_on_while_one_is_away(fleet: FleetServer) -> None:
-    until(fleet.healthy, 90)
+    until(fleet.healthy, 120)
     os.kill(fleet.replicas()[0].pid, signal.SIGKILL)
     for index in range(20):
         assert fleet.complete(f"short {index}", max_tokens=2)["finish_reason"]
+
+
+async def test_a_hung_replica(fleet: FleetServer) -> None:
+    """Nothing raises: only the silence tells."""
+    await disturbed(fleet, signal.SIGSTOP)
