@@ -1,4 +1,7 @@
-"""AsyncEngine: the engine as an asyncio application embeds it."""
+"""AsyncEngine: the engine as an asyncio application embeds it.
+
+The file is long because it is the public API in one place, most of it docstrings; ``runtime`` does the work.
+"""
 
 from __future__ import annotations
 

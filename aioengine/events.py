@@ -29,6 +29,9 @@ class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
     tenant: str | None
     location: Literal["disk", "loading", "cpu", "slot"] | None = None
     """Where its adapter was when it arrived; None for the base model."""
+    priority: int = 0
+    deadline: float | None = None
+    """The time by which it must have ended."""
 
 
 class RequestRefused(Event, frozen=True, kw_only=True, gc=False):

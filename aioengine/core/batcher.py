@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
@@ -15,7 +15,9 @@ from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork
 
-_Part = tuple[Request, SequenceWork]
+_Part = tuple[int, Request, SequenceWork]
+"""A request in the batch: its slot, itself, and what is computed of it."""
+_slot_of = itemgetter(0)
 _remaining = attrgetter("remaining")
 
 
@@ -73,14 +75,14 @@ class Batcher:
         for request in decodes:
             # One of them may have been preempted by one before it.
             if request.status is Status.RUNNING and self._has_blocks(request, 1, now):
-                work.append((request, _work(request, 1)))
+                work.append(_part(request, 1))
                 room -= 1
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
         oldest = None
         if self.pacer is not None:
-            allowance = self.pacer.allowance(StepWork.of((part for _, part in work), slot_ranks), room)
+            allowance = self.pacer.allowance(StepWork.of((part for _, _, part in work), slot_ranks), room)
             if prefills:
                 oldest = prefills.popleft()
                 allowance.hold(oldest)
@@ -102,9 +104,9 @@ class Batcher:
             allowance.give_back()
             self._compute(oldest, allowance, GRAIN, work, now)
         if self.preemptions > preemptions:  # one in ``work`` may have lost its blocks to a later one
-            work = [part for part in work if part[0].status is Status.RUNNING]
+            work = [part for part in work if part[1].status is Status.RUNNING]
         work.sort(key=_slot_of)
-        return [request for request, _ in work], [part for _, part in work]
+        return [request for _, request, _ in work], [part for _, _, part in work]
 
     def _compute(
         self, request: Request, allowance: Allowance, at_least: int, work: list[_Part], now: float
@@ -113,7 +115,7 @@ class Batcher:
         if request.status is Status.RUNNING:
             tokens = allowance.take(request, at_least)
             if tokens > 0 and self._has_blocks(request, tokens, now):
-                work.append((request, _work(request, tokens)))
+                work.append(_part(request, tokens))
 
     def _has_blocks(self, request: Request, tokens: int, now: float) -> bool:
         """Whether there are blocks for so many tokens more, or can be."""
@@ -231,19 +233,16 @@ class Batcher:
             request.adapter.running -= 1
 
 
-def _slot_of(part: _Part) -> int:
-    return part[1].slot
-
-
-def _work(request: Request, tokens: int) -> SequenceWork:
+def _part(request: Request, tokens: int) -> _Part:
     start = request.computed
     entry = request.adapter
     score = 0
     if request.prompt_logprobs is not None and request.unscored:
         score = max(0, min(tokens, request.prompt_len - 1 - start))
-    return SequenceWork(
+    slot = -1 if entry is None or entry.slot is None else entry.slot
+    work = SequenceWork(
         request.id,
-        -1 if entry is None or entry.slot is None else entry.slot,
+        slot,
         request.tokens[start : start + tokens],
         start,
         request.blocks,
@@ -254,3 +253,4 @@ def _work(request: Request, tokens: int) -> SequenceWork:
         request.prompt_len,
         score,
     )
+    return slot, request, work

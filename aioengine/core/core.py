@@ -3,6 +3,9 @@
 No I/O, no clock, no torch. Events go in (a request is added or aborted, an adapter is on the CPU or in
 its slot, a load failed, a step finished), each with ``now``; ``schedule(now)`` answers with a batch to
 run and adapter moves to start. The policy proposes, the core disposes: every invariant is kept here.
+
+The file is long because it is the one way in: each event has its method here, and the parts (batcher, queues,
+residency, guard) do the work.
 """
 
 from __future__ import annotations
@@ -225,6 +228,8 @@ class Core:
                 prompt_tokens=len(prompt),
                 tenant=options.tenant,
                 location=None if adapter is None else location_name(adapter),
+                priority=options.priority,
+                deadline=deadline,
             )
         )
         self._tell("request_added", now, request=request)

@@ -94,7 +94,6 @@ class TraceWriter:
         if self._detach is not None:
             raise RuntimeError("a TraceWriter is attached once")
         self._loop = asyncio.get_running_loop()
-        self._engine = engine
         self._unix = time.time() - self._loop.time()
         self._closed = asyncio.Event()
         # A daemon, so that a disk that hangs does not keep the process from its end.
@@ -153,15 +152,14 @@ class TraceWriter:
                 self._take_ended()
 
     def _added(self, event: events.RequestAdded) -> None:
-        request = self._engine._core.requests.get(event.request_id)  # None if it has just been aborted
-        due = None if request is None else request.deadline
+        due = event.deadline
         row = RecordedRow(
             time=round(self._unix + event.time, 6),
             adapter=event.adapter,
             prompt_tokens=event.prompt_tokens,
             output_tokens=None,
             tenant=event.tenant,
-            priority=0 if request is None else request.options.priority,
+            priority=event.priority,
             deadline=None if due is None else round(due - event.time, 6),
         )
         self._rows.append(row)
