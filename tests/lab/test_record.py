@@ -56,7 +56,8 @@ async def test_a_recording_is_a_trace(tiny: Tiny, make_engine: MakeEngine, tmp_p
     assert [shape.name for shape in workload.adapters][-1] == "sql"
     played = list(workload)
     assert [arrival[1:4] for arrival in played] == [("sql", 3, 9), (None, 2, 2)]
-    assert played[0][-3:] == ("alice", 3, first["deadline"])
+    arrival = played[0]
+    assert (arrival.tenant, arrival.priority, arrival.deadline) == ("alice", 3, first["deadline"])
 
 
 async def test_what_the_engines_stop_ends_is_recorded(
