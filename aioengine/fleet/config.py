@@ -44,7 +44,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How often a request that has begun may lose its replica and go on at another one."""
     replay: bool | None = None
     """A request that goes on decodes again what was delivered before, and so has the same last bits. None:
-    where that matters, which is in any dtype but float32."""
+    in any dtype but float32. Replicas whose bits do not depend on the batch (``batch_invariant``) need not,
+    and never do."""
     heartbeat_seconds: float = 0.5
     """A replica is heard of at least this often."""
     silent_seconds: float = 3.0

@@ -123,7 +123,8 @@ class EngineReplica:
                 expected_tokens=options.expected_tokens,
                 cache_salt=options.cache_salt,
                 output=options.output,
-                replay=options.replay,
+                # Where bits do not depend on the batch, computing them all at once gives the same.
+                replay=options.replay and not self.engine.info.batch_invariant,
             ):
                 delta = Delta(order.key, output.token_ids_delta, output.text_delta)
                 delta.finish, delta.stop = output.finish_reason, output.stop_reason
