@@ -330,3 +330,29 @@ def test_a_failed_load_fails_its_requests_once_and_the_next_request_tries_again(
     second = sim.add("bad")
     sim.run()
     assert sim.ended[second.id] == "length"
+
+
+class GivesAway(SchedulerPolicy):
+    """Places one adapter in slot 0, and admits nobody."""
+
+    name = "a"
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        return Decision(place=[Place(self.name, 0)])
+
+
+def test_whose_slot_the_policy_gives_away_leaves_the_cache_too_whoever_waits_for_it() -> None:
+    """Or the newcomer waits for room in the cache, and who was there first for the slot's adapter to run."""
+    policy = GivesAway()
+    sim = CoreSim(LIMITS._replace(num_slots=1, cpu_capacity=1), policy)
+    have(sim, a=1000, b=1000)
+    sim.add("a", tenant="x")
+    for _ in range(3):
+        sim.settle()
+    assert entry_of(sim, "a").location is Location.SLOT
+    sim.now += 1.0
+    sim.add("b", tenant="y")  # later: by itself it makes nobody go who was asked for earlier
+    policy.name = "b"
+    for _ in range(3):
+        sim.settle()
+    assert entry_of(sim, "b").location is Location.SLOT and on_cpu(sim) == "b"

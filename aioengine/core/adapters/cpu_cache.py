@@ -100,7 +100,9 @@ class CpuCache:
             path=entry.path,
         )
 
-    def victims(self, newcomer: AdapterEntry, now: float, keep: set[int]) -> list[AdapterEntry] | None:
+    def victims(
+        self, newcomer: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
+    ) -> list[AdapterEntry] | None:
         """Those who go so that ``newcomer`` fits, the first first; None if too many must stay.
 
         It may be in the cache already, and then only its bytes can be in the way.
@@ -108,7 +110,8 @@ class CpuCache:
         Adapters that are unloaded go first. Then those outside the slots, then those in idle slots;
         within each, those nobody waits for before those that only later requests wait for; and among
         equals the order decides. Those in slots whose uid is in ``keep``, because this step admits to
-        them, stay.
+        them, stay. So do those that earlier requests wait for, unless their tenant has more than its
+        share, or the adapter is ``offered``: the policy gives its slot to the newcomer.
         """
         here = newcomer.uid in self.entries
         size = 0 if here else self._reserved(newcomer)
@@ -123,7 +126,7 @@ class CpuCache:
                 continue
             needed = entry.needed_since
             earlier = needed is not None and needed <= limit
-            if earlier:
+            if earlier and entry is not offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:
                     continue

@@ -71,7 +71,7 @@ class Placing:
             return "place_already_placed"
         if entry.location is not Location.CPU:
             if entry.location is Location.DISK:
-                self._residency.start_load(entry, now, admitting)
+                self._residency.start_load(entry, now, admitting, self._offered(place))
             return None
         if place.slot is None:
             slot = self._slots.choose(admitting)
@@ -86,6 +86,12 @@ class Placing:
                 return reason
         self._residency.start_copy(entry, slot, now)
         return None
+
+    def _offered(self, place: Place) -> AdapterEntry | None:
+        """Whose slot the policy gives away: it may leave the CPU cache for the newcomer too, or one would
+        wait for the other for ever."""
+        known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
+        return self._slots.slots[place.slot].entry if known and place.slot is not None else None
 
 
 def _waits_for_slot(entry: AdapterEntry) -> bool:

@@ -169,16 +169,18 @@ class Residency:
             if entry.wanted_since is not None and now - entry.wanted_since >= waited:
                 self.start_load(entry, now, keep)
 
-    def start_load(self, entry: AdapterEntry, now: float, keep: set[int]) -> str | None:
+    def start_load(
+        self, entry: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
+    ) -> str | None:
         """Begin a read, making room if needed but not by taking an adapter (by uid) in ``keep`` out of
-        its slot; returns why not, if not."""
+        its slot; returns why not, if not. ``offered`` may go whoever waits for it."""
         if entry.location is not Location.DISK:
             return "already_loaded"
         if entry.error is not None and entry.needed_since is None:
             return "failed_before"  # or a policy that reads ahead would have it tried without pause
         if self._loads >= self._max_loads:
             return "loads_at_limit"
-        if not self.cpu.fits(entry) and not self._make_room(entry, now, keep):
+        if not self.cpu.fits(entry) and not self._make_room(entry, now, keep, offered):
             return "cpu_cache_full"
         self.cpu.add(entry)
         entry.location = Location.LOADING
@@ -187,8 +189,10 @@ class Residency:
         self._emit(events.AdapterLoading(time=now, adapter=entry.label, version=entry.version))
         return None
 
-    def _make_room(self, entry: AdapterEntry, now: float, keep: set[int]) -> bool:
-        victims = self.cpu.victims(entry, now, keep)
+    def _make_room(
+        self, entry: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
+    ) -> bool:
+        victims = self.cpu.victims(entry, now, keep, offered)
         for victim in victims or ():
             if victim.slot is not None:
                 self.evict_slot(self.slots.slots[victim.slot], now)
