@@ -78,9 +78,9 @@ def test_a_configuration_arrives_whole() -> None:
     config = EngineConfig(
         model="/m", kv_cache_memory="1GiB", lora=LoRAConfig(target_modules=["q_proj"], max_loras=7)
     )
-    start = Start(0, config, "parts", 1, 2, 3, "/somewhere")
+    start = Start(0, config, 1, 2, 3, "/somewhere")
     assert requests.decode(frame(start)[4:]) == start
-    bare = Start(0, EngineConfig(model="/m", lora=None), "parts", 0, 1, 0, "")
+    bare = Start(0, EngineConfig(model="/m", lora=None), 0, 1, 0, "")
     assert requests.decode(frame(bare)[4:]) == bare
 
 

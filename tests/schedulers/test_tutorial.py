@@ -68,7 +68,7 @@ def test_the_other_blocks_run() -> None:
 
 
 def test_every_refusal_of_the_core_is_documented() -> None:
-    files = (DOC.parents[1] / "aioengine" / "core").glob("*.py")
+    files = (DOC.parents[1] / "aioengine" / "core").rglob("*.py")
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     reasons = set(re.findall(r'"((?:admit|place|prefetch|preempt)_[a-z_]+)"', source))
     assert len(reasons) >= 14

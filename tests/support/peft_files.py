@@ -76,7 +76,8 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     of the base model there is nothing to compare with unless ``base_weight`` is among them."""
     max_rank, modules = options.pop("max_rank", 16), options.pop("target_modules", LORA_MODULES)
     order = options.pop("order", None) or SlotOrder(SlotLayout(spec, max_rank, modules))
-    defaults = {"dtype": torch.float32, "known": KnownContents(), "base_weight": lambda _: torch.empty(0)}
+    known = options.pop("known", None) or KnownContents()
+    defaults = {"dtype": torch.float32, "known": known, "base_weight": lambda _: torch.empty(0)}
     return read_adapter("sql", folder, order, **{**defaults, **options})
 
 

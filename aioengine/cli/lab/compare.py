@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,12 +37,6 @@ class CompareFlags:
     """Numbers of adapter slots (8)."""
     scale: Annotated[list[str] | None, _SEVERAL] = None
     """Factors of the rate of arrivals (1)."""
-    router: Annotated[list[str] | None, _SEVERAL] = None
-    """Routers of a fleet, each with each policy; needs --replicas."""
-    replicas: int | None = None
-    """Engines behind one door."""
-    placement: str | None = None
-    """Which adapters should live on which replicas (none)."""
     seeds: int | None = None
     """So many runs of each setting, for intervals (3)."""
     seed: int | None = None
@@ -103,10 +97,10 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
         "policy": policies[0] if policies else None,
         "slots": slots[0] if slots else None,
         "scale": scales[0] if scales else None,
-        "replicas": flags.replicas,
-        "placement": flags.placement,
     }
-    routers = split_policies(flags.router) if flags.router else []
+    routers = split_policies([system.router]) if system.router else []
+    if routers:
+        system = replace(system, router=routers[0])
     experiment = make_experiment(file, workload, system, own)
     seeds = flags.seeds
     if seeds is not None and seeds < 1:

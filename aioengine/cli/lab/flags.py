@@ -88,7 +88,7 @@ class SystemFlags:
     replicas: int | None = None
     """Engines behind one door; without it there is one engine and no door."""
     router: Annotated[str | None, _MORE_SYSTEM] = None
-    """As in aioengine policies, or my_router.py:MyRouter (affinity)."""
+    """As in aioengine policies, or my_router.py:MyRouter (affinity); lab compare takes several: a,b."""
     placement: Annotated[str | None, _MORE_SYSTEM] = None
     """Which adapters should live on which replicas (none)."""
 

@@ -24,7 +24,7 @@ from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.context import TooLong, Truncated, count_too_long
+from aioengine.lab.workload.context import COUNTED, TooLong, Truncated, count_too_long
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
 from aioengine.schedulers import SchedulerPolicy, load_policy
@@ -100,10 +100,11 @@ def fitting(experiment: Experiment, costs: CostModel) -> tuple[Workload, TooLong
     :meth:`Experiment.open_workload` raises.
     """
     workload = experiment.open_workload()
-    found = count_too_long(workload, costs.plan(experiment.engine_config()).max_model_len)
+    limit = costs.plan(experiment.engine_config()).max_model_len
+    found = count_too_long(workload, limit, None if experiment.on_too_long == "fail" else COUNTED)
     if found.requests and experiment.on_too_long == "fail":
         raise ConfigError(f"on_too_long='fail': {found}")
-    if found.requests and experiment.on_too_long == "truncate":
+    if experiment.on_too_long == "truncate":
         return Truncated(workload, found.limit), found
     return workload, found
 

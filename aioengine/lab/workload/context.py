@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Workload
@@ -13,6 +14,7 @@ class TooLong(NamedTuple):
 
     requests: int
     of: int
+    """As many were looked at."""
     longest: int
     """Tokens of prompt and output."""
     limit: int
@@ -25,10 +27,13 @@ class TooLong(NamedTuple):
         )
 
 
-def count_too_long(workload: Workload, limit: int) -> TooLong:
-    """Read through the workload once. ``limit``: tokens of prompt and output together."""
+COUNTED = 100_000
+
+
+def count_too_long(workload: Workload, limit: int, first: int | None = COUNTED) -> TooLong:
+    """Read through the workload once, or its ``first`` requests. ``limit``: tokens of prompt and output."""
     too_long = total = longest = 0
-    for arrival in workload:
+    for arrival in islice(workload, first):
         tokens = arrival.prompt_tokens + arrival.output_tokens
         total += 1
         too_long += tokens > limit
