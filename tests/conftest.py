@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-TIMED_FOLDER = Path(__file__).parent / "attacks"
-"""Its tests watch a client that must not wait for more than a second."""
+TIMED = [Path(__file__).parent / part for part in ("attacks", "fleet", "examples/test_proxies.py")]
+"""Their tests watch clients that must not wait for long, or processes that must come up in time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the timed tests, and keeps those that ``--timed`` asks for."""
     for item in items:
-        if TIMED_FOLDER in item.path.parents:
+        if any(part in (item.path, *item.path.parents) for part in TIMED):
             item.add_marker("timed")
         if item.get_closest_marker("timed"):
             item.add_marker(pytest.mark.flaky(reruns=2))
