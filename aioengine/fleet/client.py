@@ -211,7 +211,7 @@ class FleetClient:
         if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
             if len(prompt) > limit:
                 raise PromptTooLong(len(prompt), limit)
-            return list(prompt)  # type: ignore[arg-type]
+            return list(prompt)  # type: ignore[arg-type] # all of them are ints
         if not isinstance(prompt, (str, list)):
             raise RequestInvalid(
                 f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"

@@ -74,6 +74,32 @@ async def test_a_crowd_changes_no_bit(quantization: str, tiny: Tiny, make_engine
         assert stats.cached_tokens > 0
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+async def test_a_request_goes_on_elsewhere_without_a_replay(
+    quantization: str, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    """What one engine decoded, another one computes at once as part of a prompt."""
+    fields = {**COMPILED, "dtype": "bfloat16", "quantization": quantization}
+    kinds = [
+        SamplingParams(max_tokens=24, ignore_eos=True),
+        SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, seed=7),
+        SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.8, seed=8, repetition_penalty=1.2),
+    ]
+    name = next(iter(tiny.adapters))
+    async with make_engine(tiny, **fields) as first, make_engine(tiny, **fields) as second:
+        for engine in (first, second):
+            engine.register_adapter(name, tiny.adapters[name])
+        for params in kinds:
+            for length in (5, 40):
+                prompt = prompt_of(1, length)
+                whole = (await first.complete(prompt, params, adapter=name)).token_ids
+                for cut in (1, 9, 23):
+                    rest = await second.complete(
+                        prompt, params, adapter=name, output=whole[:cut], replay=False
+                    )
+                    assert rest.token_ids == whole
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [

@@ -28,6 +28,7 @@ class TooLong(NamedTuple):
 
 
 COUNTED = 100_000
+"""Requests that are looked at before a run, so that a workload of millions begins soon."""
 
 
 def count_too_long(workload: Workload, limit: int, first: int | None = COUNTED) -> TooLong:
