@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None) -> int:
     """Print the memory that an engine with these settings takes; reads no weights.
 
-    Exits with 2, naming the knob to turn, if it does not fit.
+    Exits with 2, naming the knob to turn, if it does not fit, or if --batch-invariant cannot be had.
     """
     from aioengine.cli.progress import load_progress
     from aioengine.memory_plan import plan_from_config
+    from aioengine.model.coverage import planned_variance
+    from aioengine.model.files.resolve import read_spec, resolve_model
     from aioengine.schedulers import load_policy
 
     config = (engine or EngineFlags()).engine_config()
@@ -28,11 +30,15 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
         raise PolicyError(str(error)) from error
     with load_progress() as progress:
         found = plan_from_config(config, progress=progress)
-    _print(found, config.model)
+        spec = read_spec(resolve_model(config.model))
+        variance = planned_variance(
+            config, spec, device=found.device, dtype=found.dtype, lora_dtype=found.lora_dtype
+        )
+    _print(found, config.model, variance)
     return 0
 
 
-def _print(found: MemoryPlan, model: str) -> None:
+def _print(found: MemoryPlan, model: str, variance: str | None) -> None:
     from rich.table import Table
 
     from aioengine.cli.tables import box_for, output_console
@@ -59,3 +65,5 @@ def _print(found: MemoryPlan, model: str) -> None:
         f"KV cache: {found.num_blocks * found.block_size:,} tokens"
     )
     console.print(table)
+    invariance = "on" if variance is None else f"off: {variance}"
+    console.print(f"batch invariance {invariance}", highlight=False, soft_wrap=True)

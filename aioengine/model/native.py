@@ -15,7 +15,7 @@ from torch import Tensor
 from aioengine.kernels import LoRABatch, Weight
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.lora import segment_table
-from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, pointer
+from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
@@ -24,40 +24,18 @@ from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import StepExchange, between
 from aioengine.model.slots.pool import FusedLoRA, LoRASlots
-from aioengine.model.spec import ModelSpec, Quantization
-
-_SPAN = 16
-"""Block sizes and head dimensions must be multiples of this: the lanes of a vector."""
-
-
-def not_covered(spec: ModelSpec, dtype: torch.dtype, block_size: int, slots: LoRASlots | None) -> str | None:
-    """Why the library cannot run this model, or this rank's share of one, with these settings; None if it
-    can."""
-    if dtype not in DTYPES:
-        return f"dtype {dtype}"
-    if slots is not None and slots.dtype != dtype:
-        return f"lora_dtype {slots.dtype} beside dtype {dtype}"
-    if block_size % _SPAN:
-        return f"block_size {block_size}, no multiple of {_SPAN}"
-    if spec.head_dim % _SPAN:
-        return f"head_dim {spec.head_dim}, no multiple of {_SPAN}"
-    widths = (spec.vocab_size, spec.hidden_size, spec.intermediate_size)
-    if any(width % PANEL for width in widths):
-        return f"vocabulary, hidden or intermediate size of {widths}, not all multiples of {PANEL}"
-    if slots is not None and slots.layout.shard.fully_sharded:
-        share = spec.hidden_size // slots.layout.shard.size
-        if share % PANEL:
-            return f"a rank's share of the hidden size, {share}, no multiple of {PANEL}"
-    return None
+from aioengine.model.spec import Quantization
 
 
 class NativeForward:
-    """Packs a decoder's weights, and runs its steps. ``forward`` is :meth:`Decoder.forward`'s equal."""
+    """Packs a decoder's weights, and runs its steps. ``forward`` is :meth:`Decoder.forward`'s equal.
+
+    The model and the settings must be covered: see :mod:`aioengine.model.coverage`.
+    """
 
     def __init__(
         self, decoder: Decoder, cache: KVCache, slots: LoRASlots | None, quantization: Quantization = "none"
     ) -> None:
-        assert not_covered(decoder.spec, decoder.dtype, cache.block_size, slots) is None
         decoder.pack(_packing(decoder, quantization))
         self._decoder, self._slots = decoder, slots
         self._library = load()

@@ -19,7 +19,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
-from aioengine.model import constraints
+from aioengine.model import constraints, coverage
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.files.weights import load_weights
 from aioengine.model.kv_cache import KVCache
@@ -111,10 +111,8 @@ class ModelRunner:
         self.variance: str | None = None
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
         self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
-        if batch_invariant and self.variance is not None:
-            raise ConfigError(
-                f"batch_invariant=True: {self.variance}; set batch_invariant='auto' to go without"
-            )
+        if batch_invariant:
+            coverage.check_invariant(self.variance)
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
@@ -136,31 +134,30 @@ class ModelRunner:
     ) -> tuple[Callable[[StepInputs], Tensor], Callable[[StepInputs], LastLayer]]:
         """``forward`` and ``layers_forward`` of the compiled step where there is one, else the decoder's."""
         reason: str | None = f"backend {self.decoder.kernels.name!r}"
+        slots = self.lora_slots
         if self.decoder.kernels.name == "cpu":
-            from aioengine.model.native import NativeForward, not_covered
+            reason = coverage.not_covered(
+                self.decoder.spec,
+                dtype=_name(self.dtype),
+                lora_dtype=None if slots is None else _name(slots.dtype),
+                block_size=block_size,
+                quantization=quantization,
+                shard=self.group.shard,
+            )
+        self.variance = coverage.variance(reason, self.group.shard.size)
+        if reason is None:
+            from aioengine.model.native import NativeForward
 
-            reason = not_covered(self.decoder.spec, self.dtype, block_size, self.lora_slots)
-            if quantization != "none" and self.group.shard.size > 1:
-                reason = f"tensor_parallel_size={self.group.shard.size}"
-            if reason is None:
-                if self.group.shard.size > 2:
-                    self.variance = (
-                        "the order in which more than two ranks add up their parts depends on how long "
-                        f"these are (tensor_parallel_size={self.group.shard.size})"
-                    )
-                self.native = NativeForward(self.decoder, self.kv_cache, self.lora_slots, quantization)
-                return self.native.forward, self.native.layers_forward
+            self.native = NativeForward(self.decoder, self.kv_cache, slots, quantization)
+            return self.native.forward, self.native.layers_forward
+        if self.decoder.kernels.name == "cpu":
             logger.info("the compiled CPU step does not cover %s; steps run through torch", reason)
-        self.variance = (
-            "the linears are torch's, whose order of sums depends on the batch, "
-            f"since the compiled CPU step (docs/kernels.md) does not cover {reason}"
-        )
         if quantization != "none":
             raise ConfigError(
                 f"quantization={quantization!r}: only the compiled CPU step has it, which needs a C++ "
                 f"compiler (docs/kernels.md) and does not cover {reason}; set quantization='none'"
             )
-        decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, self.lora_slots
+        decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, slots
         # Not through self: memory in a reference cycle would not be free when the runner is gone.
         return (
             lambda inputs: decoder.forward(inputs, kv_cache, lora_slots),
@@ -283,3 +280,7 @@ class ModelRunner:
         affine = self.lora_slots.has_affine if self.lora_slots is not None else ()
         slots = [batch.sequences[i].slot for i in sequences]
         return LoRABatch(slots, counts, ranks, self.device, slot_affine=affine)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -76,6 +76,15 @@ def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Pa
     return path
 
 
+def obstacle() -> str | None:
+    """Why there will be no library, as far as that is known without compiling it."""
+    try:
+        _compiler()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
 def levels() -> dict[str, tuple[str, ...]]:
     """The instruction sets that the kernels can be compiled for here, best first, with compiler flags."""
     found: dict[str, tuple[str, ...]] = {}

@@ -163,6 +163,22 @@ def test_plan(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "│" not in line  # it is no terminal
 
 
+def test_plan_says_whether_tokens_depend_on_the_batch(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ["plan", "--model", str(model), "--kv-cache-memory", "1MiB", "--device", "cpu"]
+    monkeypatch.setattr("aioengine.kernels.cpu.build.obstacle", lambda: None)
+    assert main([*plan, "--batch-invariant"]) == 0
+    assert "batch invariance on" in capsys.readouterr().out
+    assert main([*plan, "--block-size", "8"]) == 0
+    assert "batch invariance off: " in (out := capsys.readouterr().out) and "block_size 8" in out
+    assert main([*plan, "--block-size", "8", "--batch-invariant"]) == 2
+    assert "batch_invariant=True" in capsys.readouterr().err
+    monkeypatch.setattr("aioengine.kernels.cpu.build.obstacle", lambda: "no C++ compiler is found")
+    assert main(plan) == 0
+    assert "no C++ compiler is found" in capsys.readouterr().out
+
+
 def test_plan_that_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), "--kv-cache-memory", "900TiB"]) == 2
     assert "kv_cache_memory" in capsys.readouterr().err

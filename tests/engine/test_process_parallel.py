@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from support.failure_harness import error_of, until
 from support.process_harness import NothingLeft, worker_pids
 from support.tiny_models import ALL_MODULES, build_adapter
 
+from aioengine import SamplingParams
 from aioengine.errors import AdapterLoadError, EngineDead
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
@@ -45,6 +46,28 @@ async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
         assert info.location == "slot" and info.bytes > 0
         engine.check_invariants()
     await nothing_left.check()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+async def test_a_crowd_changes_no_bit_on_two_ranks(tiny: Tiny, make_engine: MakeEngine) -> None:
+    kinds = [SamplingParams(max_tokens=9, ignore_eos=True, logprobs=2, temperature=t, seed=3) for t in (0, 1)]
+    names = ("rank-3", "qv-only", "patterns")
+    requests = [(length, name, kind) for length in (5, 40) for name in (None, *names) for kind in kinds]
+    async with make_engine(
+        tiny, executor="process", tensor_parallel_size=2, dtype="bfloat16", block_size=16,
+        batch_invariant=True, enable_prefix_caching=False, max_num_batched_tokens=32,
+    ) as engine:  # fmt: skip
+        for name in names:
+            engine.register_adapter(name, tiny.adapters[name])
+
+        async def answer(length: int, name: str | None, kind: SamplingParams) -> Sequence[object]:
+            out = await engine.complete(prompt_of(length, length), kind, adapter=name)
+            return out.token_ids, out.logprobs
+
+        alone = [await answer(*request) for request in requests]
+        loads = engine.stats().slot_loads
+        assert await asyncio.gather(*(answer(*request) for request in requests)) == alone
+        assert engine.stats().slot_loads > loads, "adapters were swapped"
 
 
 @pytest.fixture(scope="session")

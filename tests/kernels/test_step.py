@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
-from aioengine.model import native
+from aioengine.model import coverage
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.runner import ModelRunner
 from aioengine.model.spec import Quantization
@@ -105,7 +105,7 @@ def test_so_is_one_operation_by_operation(
     dtype: torch.dtype, sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it runs where the library does not cover a whole step."""
-    monkeypatch.setattr(native, "not_covered", lambda *_: "this test")
+    monkeypatch.setattr(coverage, "not_covered", lambda *_, **__: "this test")
     ranks = (64, 5, 16, 33)
     expected = Run(torch.float32, "torch", ranks)(sequences)
     found = Run(dtype, "cpu", ranks, whole=False)(sequences)

@@ -1,0 +1,104 @@
+"""What the compiled CPU step covers, and where tokens do not depend on their batch. No torch here, so that
+``aioengine plan`` can say it before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+
+from aioengine.config import EngineConfig
+from aioengine.errors import ConfigError
+from aioengine.model.parallel.group import Shard
+from aioengine.model.parallel.partition import Partition
+from aioengine.model.spec import ModelSpec, Quantization
+
+PANEL = 16
+"""What sizes must be multiples of: the lanes of a vector, and the outputs that weights are packed by."""
+DTYPES = ("bfloat16", "float32")
+
+
+def not_covered(
+    spec: ModelSpec,
+    *,
+    dtype: str,
+    lora_dtype: str | None,
+    block_size: int,
+    quantization: Quantization = "none",
+    shard: Shard,
+) -> str | None:
+    """Why the compiled step cannot run this model, or this rank's share of one, with these settings; None if
+    it can. ``lora_dtype`` is None without adapters."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype}"
+    if lora_dtype not in (None, dtype):
+        return f"lora_dtype {lora_dtype} beside dtype {dtype}"
+    if block_size % PANEL:
+        return f"block_size {block_size}, no multiple of {PANEL}"
+    if spec.head_dim % PANEL:
+        return f"head_dim {spec.head_dim}, no multiple of {PANEL}"
+    widths = (spec.vocab_size, spec.hidden_size, spec.intermediate_size)
+    if any(width % PANEL for width in widths):
+        return f"vocabulary, hidden or intermediate size of {widths}, not all multiples of {PANEL}"
+    if lora_dtype is not None and shard.fully_sharded:
+        share = spec.hidden_size // shard.size
+        if share % PANEL:
+            return f"a rank's share of the hidden size, {share}, no multiple of {PANEL}"
+    if quantization != "none" and shard.size > 1:
+        return f"tensor_parallel_size={shard.size}"
+    return None
+
+
+def variance(reason: str | None, ranks: int) -> str | None:
+    """Why a token's bits depend on its batch; None: they do not (docs/determinism.md). ``reason``: why
+    there is no compiled step, if there is none."""
+    if reason is not None:
+        return (
+            "the linears are torch's, whose order of sums depends on the batch, "
+            f"since the compiled CPU step (docs/kernels.md) does not cover {reason}"
+        )
+    if ranks > 2:
+        return (
+            "the order in which more than two ranks add up their parts depends on how long these are "
+            f"(tensor_parallel_size={ranks})"
+        )
+    return None
+
+
+def check_invariant(found: str | None) -> None:
+    """For ``batch_invariant=True``: raises ConfigError if there is a ``variance``."""
+    if found is not None:
+        raise ConfigError(f"batch_invariant=True: {found}; set batch_invariant='auto' to go without")
+
+
+def planned_variance(
+    config: EngineConfig, spec: ModelSpec, *, device: str, dtype: str, lora_dtype: str
+) -> str | None:
+    """The ``variance`` that an engine will have, with ``auto`` settings resolved to these; compiles and loads
+    nothing.
+
+    Raises ConfigError if ``config`` demands that there is none.
+    """
+    from aioengine.kernels.cpu.build import obstacle
+    from aioengine.kernels.dispatch import ENV
+
+    backend, missing = os.environ.get(ENV, "cpu"), obstacle()
+    if backend == "cpu" and missing is not None:
+        backend = f"torch ({missing})"
+    lora, size = config.lora, config.tensor_parallel_size
+    shard = Shard(0, size, lora is not None and lora.fully_sharded_loras)
+    if device != "cpu":
+        reason: str | None = f"device {device}"
+    elif backend != "cpu":
+        reason = f"backend {backend}"
+    else:
+        reason = not_covered(
+            Partition(spec, shard).local,
+            dtype=dtype,
+            lora_dtype=None if lora is None else lora_dtype,
+            block_size=config.block_size,
+            quantization=config.quantization,
+            shard=shard,
+        )
+    found = variance(reason, size)
+    if config.batch_invariant is True:
+        check_invariant(found)
+    return found
