@@ -68,6 +68,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
     "core": {"adapters"},
     "executors": {"process"},
+    "fleet": {"door"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
     "lab": {"analysis", "calibration", "costs", "fleet", "report", "runs", "simulation", "workload"},
     "metrics": {"collect", "families", "page"},

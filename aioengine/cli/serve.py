@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from aioengine.config import EngineConfig
-    from aioengine.fleet.client import FleetClient
     from aioengine.fleet.config import FleetConfig
+    from aioengine.fleet.door.client import FleetClient
     from aioengine.server.run import ListenSettings
 
 KEY_VARIABLE = "AIOENGINE_API_KEYS"

@@ -19,7 +19,7 @@ from aioengine.memory_plan import MemoryPlan, available_memory, plan_from_config
 if TYPE_CHECKING:
     from ray.serve import Application
 
-    from aioengine.fleet.client import FleetClient
+    from aioengine.fleet.door.client import FleetClient
 
 MAX_STREAMS = 10_000
 """Calls that a replica takes at once: one for each door, and those that are short."""
@@ -58,7 +58,7 @@ def _replicas(config: FleetConfig) -> Any:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    from aioengine.fleet.obey import ROUTER_PATH
+    from aioengine.fleet.door.obey import ROUTER_PATH
 
     threads = str(config.cpus_per_replica)
     options: dict[str, Any] = {
@@ -118,7 +118,7 @@ async def make_client(config: FleetConfig, handle: Any, plan: MemoryPlan | None 
     """A client that is not started yet; reads the model's description and its tokenizer."""
     import asyncio
 
-    from aioengine.fleet.client import FleetClient
+    from aioengine.fleet.door.client import FleetClient
     from aioengine.model.files.resolve import resolve_model
     from aioengine.runtime.assemble import load_tokenizer
 

@@ -14,7 +14,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.info import LoadProgress
 
 if TYPE_CHECKING:
-    from aioengine.fleet.client import FleetClient
+    from aioengine.fleet.door.client import FleetClient
 
 T = TypeVar("T")
 

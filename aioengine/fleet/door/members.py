@@ -18,10 +18,10 @@ from aioengine.errors import (
     EngineOverloaded,
     EngineStopped,
 )
-from aioengine.fleet.call import Call
-from aioengine.fleet.channel import Channel
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.grammars import SentGrammar
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.channel import Channel
+from aioengine.fleet.door.grammars import SentGrammar
 from aioengine.fleet.wire import (
     Abort,
     Delta,
@@ -99,7 +99,7 @@ class Members:
     # Life cycle
 
     def start(self) -> None:
-        from aioengine.fleet.discovery import watch_replicas
+        from aioengine.fleet.door.discovery import watch_replicas
 
         loop = self._loop = asyncio.get_running_loop()
 

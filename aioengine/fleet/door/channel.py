@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from aioengine.fleet.call import Call
+from aioengine.fleet.door.call import Call
 from aioengine.fleet.wire import Frame, Order, decode_frame, encode_orders
 
 logger = logging.getLogger("aioengine.fleet")

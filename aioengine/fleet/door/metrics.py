@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from aioengine.fleet.members import Members
+from aioengine.fleet.door.members import Members
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.families.exposition import TextWriter
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aioengine.errors import AdapterError, AdapterNotFound, AioEngineError, ConfigError, EngineStopped
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.members import Member, Members
+from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, registry_actor
 from aioengine.info import AdapterInfo
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement

@@ -17,12 +17,12 @@ import msgspec
 
 from aioengine.errors import ConfigError, EngineDead, EngineStopped, PromptTooLong, RequestInvalid
 from aioengine.events import Event
-from aioengine.fleet.adapters import FleetAdapters
-from aioengine.fleet.call import Call
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.grammars import FleetGrammars, SentGrammar
-from aioengine.fleet.members import Members
-from aioengine.fleet.metrics import FleetMetrics
+from aioengine.fleet.door.adapters import FleetAdapters
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
+from aioengine.fleet.door.members import Members
+from aioengine.fleet.door.metrics import FleetMetrics
 from aioengine.info import AdapterInfo, EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams, check_text
@@ -251,7 +251,7 @@ class FleetClient:
         replace: bool = False,
     ) -> AdapterInfo:
         """As ``AsyncEngine.load_adapter``, for the whole fleet; see
-        :meth:`aioengine.fleet.adapters.FleetAdapters.load`."""
+        :meth:`aioengine.fleet.door.adapters.FleetAdapters.load`."""
         self._check_lora()
         return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve.request_router import RequestRouter
 
-from aioengine.fleet.discovery import replicas_changed
+from aioengine.fleet.door.discovery import replicas_changed
 
 ROUTER_PATH = f"{__name__}:ObeyingRouter"
 

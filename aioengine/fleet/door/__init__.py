@@ -1,0 +1,1 @@
+"""A door of the fleet: what sends requests to replicas, and knows how they are."""
