@@ -142,7 +142,7 @@ class AsyncEngine:
         self._built: Built = built
         self._plan = built.plan
         self._info = engine_info(__version__, built)
-        self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer)
+        self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs)
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(self._core, built.device, timer=built.timer)

@@ -89,6 +89,16 @@ class EngineOverloaded(AioEngineError):
         self.bound = bound
 
 
+class RequestRejected(AioEngineError):
+    """The scheduling policy has rejected the request before it ran, to serve others in time; try again later.
+
+    ``reason`` is the policy's."""
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = _bounded(reason, _MAX_REASON_BYTES)
+
+
 class DeadlineExceeded(AioEngineError):
     """The request's deadline passed before it finished."""
 

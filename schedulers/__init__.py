@@ -5,6 +5,7 @@ from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import (
     API_VERSION,
     AdapterView,
+    CostsView,
     Decision,
     Location,
     Place,
@@ -23,6 +24,7 @@ __all__ = [
     "API_VERSION",
     "AdapterView",
     "Composed",
+    "CostsView",
     "Decision",
     "Location",
     "Ordering",

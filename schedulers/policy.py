@@ -13,9 +13,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-API_VERSION = 1
+API_VERSION = 2
+"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``SchedulerView.costs``. Policies that
+were written for version 1 run unchanged."""
 
 
 class SlotState(StrEnum):
@@ -77,6 +79,12 @@ class RequestView(Protocol):
     def computed_tokens(self) -> int:
         """Tokens whose KV is in the cache; 0 while waiting."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """While it waits: prompt tokens that the prefix cache would spare it if it were admitted now (0 while
+        its adapter has never been read). The first look at a prompt costs as much as hashing it. Once it has
+        been admitted: those that the cache has spared it."""
+
 
 class SlotView(Protocol):
     """A device slot, read-only and live."""
@@ -137,6 +145,33 @@ class AdapterView(Protocol):
         """How long its last copy into a slot took."""
 
 
+class CostsView(Protocol):
+    """What things take, in seconds: as measured in the engine, as modelled in the lab. None: not known yet.
+
+    An engine begins to measure its steps when a policy first looks at ``view.costs``.
+    """
+
+    def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
+        """A step in which ``tokens`` requests generate a token each.
+
+        Args:
+            ranks: The rank of each distinct adapter in the step; the tokens are spread evenly over them.
+                Empty: all are the base model's.
+            context: Tokens before it whose keys and values each of them reads.
+        """
+
+    def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
+        """All steps that it takes to compute ``tokens`` of a prompt, alone, after ``cached`` that are there.
+
+        Args:
+            rank: Of its adapter; 0: the base model.
+        """
+
+    def load(self, adapter: str, stage: Literal["disk", "slot"]) -> float | None:
+        """Moving an adapter from disk to the CPU ("disk"), or from the CPU into a slot ("slot"), with the
+        stage to itself. In the engine: what it took last, else what others took on average."""
+
+
 class SchedulerView(Protocol):
     """What a policy may know. All of it is live and indexed: nothing is copied for the call."""
 
@@ -190,6 +225,10 @@ class SchedulerView(Protocol):
     def load_room(self) -> int:
         """Reads from disk that may be started now."""
 
+    @property
+    def costs(self) -> CostsView:
+        """What steps and moves take."""
+
 
 class WaitingView(Protocol):
     """Waiting requests in arrival order."""
@@ -223,6 +262,12 @@ class Decision(NamedTuple):
     """Adapters to bring from disk to the CPU cache."""
     preempt: Sequence[str] = ()
     """Request ids to take off the batch; they lose their KV and wait again."""
+    reject: Sequence[tuple[str, str]] = ()
+    """(request id, reason) of waiting requests to end with ``RequestRejected``. Only such as never ran: who
+    has had a part of the output is served to the end."""
+    merge: Sequence[str] = ()
+    """Adapters to merge into the base model's weights. No engine has a merged mode yet: every item is
+    refused."""
 
 
 class PolicyEvent(NamedTuple):

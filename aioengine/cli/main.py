@@ -31,11 +31,12 @@ from aioengine.errors import (
     EngineDead,
     EngineOverloaded,
     EngineStopped,
+    RequestRejected,
 )
 
 EXIT_OK, EXIT_REFUSED = 0, 2
 
-_WHILE_RUNNING = (DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped)
+_WHILE_RUNNING = (DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped, RequestRejected)
 """What ends a command that had begun; any other error of ours says why it did not begin."""
 
 _EXAMPLES = """\

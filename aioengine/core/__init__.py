@@ -1,6 +1,7 @@
 """The pure core: a state machine without I/O, clock or torch."""
 
-from aioengine.core.core import Core, CoreLimits, Step
+from aioengine.core.core import Core, Step
+from aioengine.core.limits import CoreLimits
 from aioengine.core.state import CopyMove, DropMove, LoadMove, Move, StopMove
 
 __all__ = ["CopyMove", "Core", "CoreLimits", "DropMove", "LoadMove", "Move", "Step", "StopMove"]

@@ -138,18 +138,9 @@ class Batcher:
             yield request
 
     def _start(self, request: Request, now: float) -> bool:
-        """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache.
-
-        At least one token is always left to compute, because its logits are needed, and so are all that
-        stand before prompt tokens whose log-probability is wanted.
-        """
+        """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache."""
         blocks = self.blocks
-        if blocks.prefix_caching:
-            request.hashes = blocks.hash_blocks(request.cache_key, request.tokens, request.hashes)
-        needless = len(request.tokens) - 1
-        if request.unscored:
-            needless = len(request.prompt_logprobs or ())
-        shared = blocks.match(request.hashes, needless)
+        shared = request.find_cached(blocks)
         new = blocks.blocks_for(len(request.tokens)) - len(shared)
         if not blocks.can_allocate(new, shared):
             return False
@@ -219,7 +210,7 @@ class Batcher:
         if full <= request.committed or not self.blocks.prefix_caching:
             return
         if full > len(request.hashes):
-            request.hashes = self.blocks.hash_blocks(request.cache_key, request.tokens, request.hashes)
+            request.hash_blocks(self.blocks)
         for index in range(request.committed, full):
             self.blocks.commit(request.blocks[index], request.hashes[index])
         request.committed = full

@@ -24,7 +24,9 @@ from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
+from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
+from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Move, Request, Status, label_of, location_name
@@ -37,37 +39,12 @@ from aioengine.errors import (
     DeadlineExceeded,
     EngineOverloaded,
     RequestInvalid,
+    RequestRejected,
 )
 from aioengine.request import FinishReason, RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerPolicy
+from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
 from aioengine.step import Sampled, StepBatch, StepResult
-
-
-class CoreLimits(NamedTuple):
-    """The sizes that a core is built with."""
-
-    num_slots: int
-    cpu_capacity: int
-    max_loads: int
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    prefix_caching: bool = True
-    max_waiting: int | None = None
-    max_waiting_per_tenant: int | None = None
-    max_waiting_per_adapter: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    seed: int = 0
-    policy_time_budget: float = 0.02
-    policy_max_overruns: int = 20
-    cpu_max_bytes: int | None = None
-    max_step_seconds: float | None = None
-    """None: steps may take any time."""
-    pair_tokens: float = 1e-4
-    """What a pair of a query and a key costs, in tokens, for a first guess of what steps take."""
 
 
 class Step(NamedTuple):
@@ -81,9 +58,10 @@ class Core:
     """All methods are synchronous and must be called from one thread.
 
     What happened is left in ``outbox``, a list of :class:`~aioengine.events.Event`, for the caller to
-    take. ``timer`` measures the policy's decisions; the core itself has no clock. At most one batch is
-    in flight: each batch that ``schedule`` returns must come back through ``step_finished`` before
-    ``schedule`` is called again.
+    take. ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` is what policies
+    are told of times, where these are known beforehand; else they are measured. At most one batch is in
+    flight: each batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule``
+    is called again.
     """
 
     def __init__(
@@ -92,6 +70,7 @@ class Core:
         policy: SchedulerPolicy,
         *,
         timer: Callable[[], float] | None = None,
+        costs: CostsView | None = None,
     ) -> None:
         self.limits = limits
         self.outbox: list[events.Event] = []
@@ -139,7 +118,8 @@ class Core:
             budget=limits.policy_time_budget,
             max_overruns=limits.policy_max_overruns,
         )
-        self._view = CoreView(self.residency, self.queues, self.batcher)
+        self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
+        self._view = CoreView(self.residency, self.queues, self.batcher, costs or self._costs)
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
@@ -212,6 +192,7 @@ class Core:
             deadline=deadline,
             options=options,
             given=given,
+            cache=self.blocks,
         )
         request.ticket = ticket
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
@@ -347,6 +328,8 @@ class Core:
         self.placing.place_pinned(now)
         self._view.advance(now, self.step)
         decision = self._guard.decide(self._view)
+        for request, why in decision.reject:
+            self._reject(request, why, now)
         for request in decision.preempt:
             if request.status is Status.RUNNING:
                 self.batcher.preempt(request, now)
@@ -357,6 +340,14 @@ class Core:
             self._refuse(reason, item)
         batch = self._form_batch(decision.admit)
         return Step(batch, self.residency.take_moves())
+
+    def _reject(self, request: Request, reason: str, now: float) -> None:
+        """End a request by the policy's decision, if it has never run."""
+        if request.status is not Status.WAITING or request.admitted is not None:
+            self._refuse("reject_already_started", request.id)
+            return
+        text = f"request {request.id!r} was rejected: {reason or 'the scheduling policy gives no reason'}"
+        self.end(request, "error", now, RequestRejected(f"{text}; try again later", reason=reason))
 
     def step_lost(self) -> None:
         """The batch in flight will not come back: what its ended requests hold is released."""
@@ -473,9 +464,9 @@ class Core:
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Take in what a step has taken; ``step_finished`` does it too."""
-        pacer = self.batcher.pacer
-        if pacer is not None:
-            pacer.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
+        learner = self._costs.learner
+        if learner is not None:
+            learner.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
 
     def finish_reason(self, request: Request, token: int) -> FinishReason | None:
         """Why the request ends with ``token``, its last one; None if it goes on."""

@@ -46,6 +46,7 @@ class Resolved(NamedTuple):
     place: list[tuple[AdapterEntry, Place]]
     prefetch: list[AdapterEntry]
     preempt: list[Request]
+    reject: list[tuple[Request, str]]
 
 
 class PolicyGuard:
@@ -102,6 +103,15 @@ class PolicyGuard:
         return self._resolve(decision)
 
     def _resolve(self, decision: Decision) -> Resolved:
+        for name in decision.merge:
+            self._refuse("merge_not_supported", name)
+        reject: list[tuple[Request, str]] = []
+        for request_id, reason in decision.reject:
+            request = self._requests.get(request_id)
+            if request is None:
+                self._refuse("reject_unknown_request", request_id)
+            else:
+                reject.append((request, reason))
         place: list[tuple[AdapterEntry, Place]] = []
         for item in decision.place:
             entry = self._adapters.get(item.adapter)
@@ -114,6 +124,7 @@ class PolicyGuard:
             place,
             self._known(decision.prefetch, self._adapters, "prefetch_unknown_adapter"),
             self._known(decision.preempt, self._requests, "preempt_not_running"),
+            reject,
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
@@ -182,7 +193,15 @@ def _well_formed(answer: Any) -> Decision:
         place=[_place(item) for item in _items("place", answer.place)],
         prefetch=_strings("prefetch", answer.prefetch),
         preempt=_strings("preempt", answer.preempt),
+        reject=[_rejection(item) for item in _items("reject", answer.reject)],
+        merge=_strings("merge", answer.merge),
     )
+
+
+def _rejection(item: Any) -> tuple[str, str]:
+    if isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
+        return item
+    raise TypeError(f"reject contains {item!r}, not a tuple of a request id and a reason")
 
 
 def _place(item: Any) -> Place:

@@ -93,6 +93,11 @@ class Pacer:
         first = max_step_seconds / _FIRST_TOKENS
         self._coefficients = [first * tokens for tokens in in_tokens]
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a step has been measured."""
+        return self._steps > 0
+
     def seconds(self, work: StepWork) -> float:
         """What a step is expected to take."""
         return sum(map(float.__mul__, self._coefficients, map(float, work)))

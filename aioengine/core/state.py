@@ -7,6 +7,7 @@ from enum import Enum, auto
 from typing import Literal, NamedTuple, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
+from aioengine.core.blocks import BlockManager
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
@@ -156,12 +157,14 @@ class Request:
         "admitted",
         "arrival",
         "blocks",
+        "cache",
         "cached_tokens",
         "committed",
         "computed",
         "deadline",
         "first_token",
         "given",
+        "hashed_for",
         "hashes",
         "id",
         "last_token",
@@ -192,6 +195,7 @@ class Request:
         deadline: float | None,
         options: RequestOptions,
         given: Sequence[int] = (),
+        cache: BlockManager | None = None,
     ) -> None:
         self.id = request_id
         self.adapter = adapter
@@ -216,8 +220,12 @@ class Request:
         self.computed = 0
         """Tokens whose KV is in ``blocks``."""
         self.blocks: list[int] = []
+        self.cache = cache
+        """Where ``blocks`` are from."""
         self.hashes: list[bytes] = []
         """Prefix-cache identities of the full blocks of ``tokens``, as far as known."""
+        self.hashed_for = b""
+        """The ``cache_key`` that they were worked out with."""
         self.committed = 0
         """How many of ``blocks``, from the first, the prefix cache knows."""
         self.cached_tokens = 0
@@ -259,6 +267,25 @@ class Request:
         salt = self.options.cache_salt
         return b"%d:%b%b" % (len(content), content, b"" if salt is None else salt.encode())
 
+    def hash_blocks(self, cache: BlockManager) -> list[bytes]:
+        """Brings ``hashes`` up to date with ``tokens``, and with the adapter's content, which may be another
+        when it has been read again."""
+        key = self.cache_key
+        known = self.hashes if key == self.hashed_for else []
+        self.hashes, self.hashed_for = cache.hash_blocks(key, self.tokens, known), key
+        return self.hashes
+
+    def find_cached(self, cache: BlockManager) -> list[int]:
+        """The blocks of the prefix cache that it would share if it were admitted now.
+
+        At least one token is always left to compute, because its logits are needed, and so are all that
+        stand before prompt tokens whose log-probability is wanted.
+        """
+        if not cache.prefix_caching or (self.adapter is not None and not self.adapter.digest):
+            return []
+        needless = len(self.prompt_logprobs or ()) if self.unscored else len(self.tokens) - 1
+        return cache.match(self.hash_blocks(cache), needless)
+
 
 class CoreRequestView:
     """The read-only :class:`~aioengine.schedulers.policy.RequestView` of a request."""
@@ -282,6 +309,14 @@ class CoreRequestView:
     def adapter(self) -> str | None:
         entry: AdapterEntry | None = self._r.adapter
         return None if entry is None else entry.name
+
+    @property
+    def cached_tokens(self) -> int:
+        request: Request = self._r
+        cache = request.cache
+        if request.status is not Status.WAITING or cache is None:
+            return request.cached_tokens
+        return min(len(request.find_cached(cache)) * cache.block_size, request.prompt_len)
 
     @property
     def expected_tokens(self) -> int:

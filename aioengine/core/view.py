@@ -13,7 +13,7 @@ from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, CoreRequestView, Request
-from aioengine.schedulers.policy import Location, SlotState
+from aioengine.schedulers.policy import CostsView, Location, SlotState
 
 
 class CoreSlotView:
@@ -123,6 +123,7 @@ class CoreView:
     __slots__ = (
         "_adapters",
         "_batcher",
+        "_costs",
         "_now",
         "_queues",
         "_residency",
@@ -131,10 +132,13 @@ class CoreView:
         "_waiting_adapters",
     )
 
-    def __init__(self, residency: Residency, queues: RequestQueues, batcher: Batcher) -> None:
+    def __init__(
+        self, residency: Residency, queues: RequestQueues, batcher: Batcher, costs: CostsView
+    ) -> None:
         self._residency = residency
         self._queues = queues
         self._batcher = batcher
+        self._costs = costs
         self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
         self._adapters = _Adapters(residency.by_policy_name)
         self._waiting_adapters = _WaitingAdapters(queues)
@@ -206,3 +210,7 @@ class CoreView:
     @property
     def load_room(self) -> int:
         return self._residency.load_room
+
+    @property
+    def costs(self) -> CostsView:
+        return self._costs

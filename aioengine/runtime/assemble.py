@@ -28,7 +28,7 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
 from aioengine.request import SamplingParams
-from aioengine.schedulers import SchedulerPolicy, load_policy
+from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
 from aioengine.step import SequenceWork, StepBatch
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Built(NamedTuple):
     """What decisions, and the event loop's lag, are measured with."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Steps that were taken while it started, and their seconds."""
+    costs: CostsView | None = None
+    """What policies are told of times; None: they are measured."""
 
 
 def build(

@@ -18,6 +18,7 @@ from aioengine.errors import (
     EngineOverloaded,
     EngineStopped,
     RequestInvalid,
+    RequestRejected,
 )
 from aioengine.server.settings import ServerSettings
 
@@ -233,6 +234,10 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
                 type="rate_limit_error",
                 code="engine_overloaded",
                 retry_after=retry_after,
+            )
+        case RequestRejected():
+            return ApiError(
+                429, str(error), type="rate_limit_error", code="request_rejected", retry_after=retry_after
             )
         case DeadlineExceeded():
             return ApiError(504, str(error), type="timeout_error", code="deadline_exceeded", retry=False)

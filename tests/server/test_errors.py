@@ -8,8 +8,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.engine_fixtures import greedy
-from support.server_fixtures import MODEL, Serve, until
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.server_fixtures import MODEL, Serve, served_by, until
+
+from aioengine.schedulers import Decision, SchedulerView
+from aioengine.schedulers.policies.fcfs import FCFS
 
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
 
@@ -137,6 +140,27 @@ async def test_overload_says_when_to_come_back(serve: Serve) -> None:
         assert caught.value.code == "engine_overloaded"
         waiting.cancel()
         await running.aclose()
+
+
+class RejectsAll(FCFS):
+    """Takes nobody in."""
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        return Decision(reject=[(request.request_id, "it would be late") for request in view.waiting])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_the_policy_rejects_is_told_when_to_come_back(
+    tiny_text: Tiny, make_engine: MakeEngine, stream: bool
+) -> None:
+    async with (
+        make_engine(tiny_text, RejectsAll()) as engine,
+        served_by(engine, settings={"retry_after": 7}) as served,
+    ):
+        with pytest.raises(openai.RateLimitError, match="it would be late") as caught:
+            await served.client.completions.create(model=MODEL, prompt="x", stream=stream)
+        assert caught.value.response.headers["retry-after"] == "7"
+        assert caught.value.code == "request_rejected"
 
 
 async def test_overload_says_whose_it_is(serve: Serve) -> None:

@@ -31,6 +31,8 @@ class Hostile(SchedulerPolicy):
             place=[Place(rng.choice(names), rng.choice([None, 0, 1, 5])) for _ in range(rng.randint(0, 4))],
             prefetch=rng.choices(names, k=rng.randint(0, 3)),
             preempt=rng.choices(ids, k=rng.choice([0, 0, 0, 1, 2])),
+            reject=[(rng.choice(ids), "hostile") for _ in range(rng.choice([0, 0, 0, 0, 1]))],
+            merge=rng.choices(names, k=rng.choice([0, 0, 0, 1])),
         )
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:

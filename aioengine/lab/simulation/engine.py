@@ -12,6 +12,7 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.model import CostModel
+from aioengine.lab.costs.view import ModelledCosts
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.runtime.assemble import Built
@@ -47,6 +48,7 @@ class SimulatedEngine(AsyncEngine):
             device=self._device,
             resolver=None,
             timer=asyncio.get_running_loop().time,
+            costs=ModelledCosts(self.costs, self._device.shapes, self.config.max_num_batched_tokens),
         )
 
     def add_adapters(self, shapes: Iterable[AdapterShape]) -> None:

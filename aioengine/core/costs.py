@@ -1,0 +1,69 @@
+"""What steps and moves take, as far as it has been measured: the ``view.costs`` of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Literal
+
+from aioengine.core.limits import CoreLimits
+from aioengine.core.pacing import Pacer, StepWork
+from aioengine.core.state import AdapterEntry
+
+_ADAPTER_TOKENS = 8
+"""As in ``StepWork``: an adapter in a step costs its rank times this, and times its tokens."""
+
+
+class MeasuredCosts:
+    """The :class:`~aioengine.schedulers.policy.CostsView` of an engine.
+
+    Steps are estimated by the model that sizes prompts' chunks, which learns from every step. An engine that
+    sizes none begins to learn when a policy first asks.
+
+    Args:
+        adapters: Those that the policy knows, by the name that it knows them by.
+        pacer: The engine's, if it has one.
+    """
+
+    def __init__(self, adapters: Mapping[str, AdapterEntry], limits: CoreLimits, pacer: Pacer | None) -> None:
+        self.learner = pacer
+        """What learns from steps; None: nobody has asked."""
+        self._adapters = adapters
+        self._limits = limits
+
+    def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
+        share = tokens / len(ranks) if ranks else 0.0
+        work = StepWork(1, tokens, 0.0, tokens * context, round(sum(ranks) * (share + _ADAPTER_TOKENS)))
+        return self._seconds([work])
+
+    def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
+        chunk = self._limits.max_num_batched_tokens
+        return self._seconds(_chunks(tokens, rank, cached, chunk))
+
+    def load(self, adapter: str, stage: Literal["disk", "slot"]) -> float | None:
+        entry = self._adapters.get(adapter)
+        if entry is None:
+            return None
+        own = _took(entry, stage)
+        if own is not None:
+            return own
+        known = [took for other in self._adapters.values() if (took := _took(other, stage)) is not None]
+        return fmean(known) if known else None
+
+    def _seconds(self, work: Iterable[StepWork]) -> float | None:
+        if self.learner is None:
+            self.learner = Pacer(1.0, self._limits.pair_tokens)
+        if not self.learner.has_learned:
+            return None
+        return sum(map(self.learner.seconds, work))
+
+
+def _chunks(tokens: int, rank: int, cached: int, chunk: int) -> Iterable[StepWork]:
+    for start in range(0, tokens, chunk):
+        count = min(chunk, tokens - start)
+        pairs = count * (cached + start + count / 2)
+        yield StepWork(1, count, pairs, 0, rank * (count + _ADAPTER_TOKENS))
+
+
+def _took(entry: AdapterEntry, stage: Literal["disk", "slot"]) -> float | None:
+    return entry.disk_seconds if stage == "disk" else entry.slot_seconds

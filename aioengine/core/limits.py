@@ -1,0 +1,31 @@
+"""The sizes that a core is built with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class CoreLimits(NamedTuple):
+    """The sizes that a core is built with."""
+
+    num_slots: int
+    cpu_capacity: int
+    max_loads: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    prefix_caching: bool = True
+    max_waiting: int | None = None
+    max_waiting_per_tenant: int | None = None
+    max_waiting_per_adapter: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    policy_time_budget: float = 0.02
+    policy_max_overruns: int = 20
+    cpu_max_bytes: int | None = None
+    max_step_seconds: float | None = None
+    """None: steps may take any time."""
+    pair_tokens: float = 1e-4
+    """What a pair of a query and a key costs, in tokens, for a first guess of what steps take."""

@@ -1,0 +1,184 @@
+"""What version 2 of the policy interface adds: cached tokens, rejections, and what things take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from support.core_sim import LIMITS, CoreSim
+from support.lab_sim import costs
+
+from aioengine import events
+from aioengine.core import Core
+from aioengine.errors import RequestRejected
+from aioengine.lab.costs.view import ModelledCosts
+from aioengine.lab.workload.requests import AdapterShape
+from aioengine.schedulers import API_VERSION, Decision, SchedulerPolicy, SchedulerView
+from aioengine.schedulers.policies.fcfs import FCFS
+
+Extra = Callable[[SchedulerView], Decision]
+
+
+class With(SchedulerPolicy):
+    """fcfs, with what ``extra`` decides beside it."""
+
+    def __init__(self, extra: Extra) -> None:
+        self.inner = FCFS()
+        self.extra = extra
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        extra = self.extra(view)
+        return self.inner.schedule(view)._replace(reject=extra.reject, merge=extra.merge)
+
+
+def refusals(sim: CoreSim) -> list[tuple[str, str]]:
+    return [(e.reason, e.item) for e in sim.events if isinstance(e, events.PolicyRefused)]
+
+
+def test_the_version_is_2() -> None:
+    assert API_VERSION == 2
+
+
+def test_a_waiting_request_that_is_rejected_ends_with_the_reason() -> None:
+    sim = CoreSim(policy=With(lambda view: Decision(reject=[("r1", "too late"), ("ghost", "")])))
+    sim.add()
+    sim.add()
+    sim.run()
+    assert sim.ended == {"r1": "error", "r2": "length"}
+    [end] = [e for e in sim.events if isinstance(e, events.RequestEnded) and e.request_id == "r1"]
+    assert isinstance(end.error, RequestRejected)
+    assert end.error.reason == "too late"
+    assert "'r1'" in str(end.error) and "too late" in str(end.error)
+    assert ("reject_unknown_request", "ghost") in refusals(sim)
+
+
+def test_nobody_who_ran_is_rejected_not_even_after_a_preemption() -> None:
+    asked: list[tuple[str, str]] = []
+    sim = CoreSim(policy=With(lambda view: Decision(reject=asked)))
+    request = sim.add(max_tokens=6)
+    sim.settle()
+    asked.append(("r1", "while it runs"))
+    sim.settle()
+    sim.core.batcher.preempt(request, sim.now)
+    sim.run()
+    assert sim.ended == {"r1": "length"}
+    assert set(refusals(sim)) == {("reject_already_started", "r1")}
+
+
+@pytest.mark.parametrize("reject", [["r1"], [("r1", 3)], "r1", [("r1", "a", "b")]])
+def test_a_malformed_rejection_is_the_policy_s_failure(reject: object) -> None:
+    sim = CoreSim(policy=With(lambda view: Decision(reject=reject)))  # type: ignore[arg-type]
+    sim.add()
+    sim.run()
+    assert sim.ended == {"r1": "length"}
+    [first, *_] = [e for e in sim.events if isinstance(e, events.PolicyFailed)]
+    assert "reject" in first.error
+
+
+def test_merging_is_refused_by_name() -> None:
+    sim = CoreSim(policy=With(lambda view: Decision(merge=["a"])))
+    sim.register("a")
+    sim.add("a")
+    sim.run()
+    assert set(refusals(sim)) == {("merge_not_supported", "a")}
+    assert sim.ended == {"r1": "length"}
+
+
+def test_cached_tokens_are_those_that_admission_finds() -> None:
+    seen: dict[str, int] = {}
+
+    def look(view: SchedulerView) -> Decision:
+        seen.update((request.request_id, request.cached_tokens) for request in view.waiting)
+        return Decision()
+
+    sim = CoreSim(LIMITS._replace(num_blocks=100), With(look))
+    prompt = [5, 6, 7, 8] * 3
+    for adapter in ("a", "b"):
+        sim.register(adapter)
+    for adapter, own, cached in (
+        (None, prompt, 0),
+        (None, prompt, 8),  # the last token is always left to compute
+        (None, [*prompt, 9], 12),
+        (None, [*prompt[:6], 1, 1, 1], 4),
+        ("a", prompt, 0),  # another's are not found
+        ("a", prompt, 8),
+    ):
+        request = sim.add(adapter, prompt=own, max_tokens=1)
+        sim.run()
+        assert (seen[request.id], request.cached_tokens, request.view.cached_tokens) == (cached,) * 3
+
+
+def test_an_adapter_that_comes_back_with_other_contents_shares_nothing_with_before() -> None:
+    """Its folder was changed in place, while a request for it waited and somebody had looked at that."""
+    sim = CoreSim(LIMITS._replace(num_blocks=100), With(lambda view: Decision()))
+    entry = sim.register("a")
+    prompt = [5, 6, 7, 8, 9]
+    sim.add("a", prompt=prompt, max_tokens=1)
+    sim.run()
+    request = sim.add("a", prompt=prompt, max_tokens=1)
+    assert request.view.cached_tokens == 4
+    entry.digest = "other"
+    assert request.view.cached_tokens == 0
+    sim.run()
+    assert request.cached_tokens == 0
+
+
+def test_no_prefix_is_looked_for_where_none_is_kept() -> None:
+    sim = CoreSim(LIMITS._replace(prefix_caching=False))
+    for _ in range(2):
+        request = sim.add(prompt=[5] * 9)
+        assert request.view.cached_tokens == 0
+        assert not request.hashes
+        sim.run()
+
+
+def test_costs_are_measured_from_when_they_are_asked_for() -> None:
+    found: list[float | None] = []
+
+    def ask(view: SchedulerView) -> Decision:
+        found.append(view.costs.step(1))
+        return Decision()
+
+    sim = CoreSim(policy=With(ask))
+    sim.add(max_tokens=30)
+    while sim.core.requests:
+        batch = sim.schedule()
+        assert batch is not None
+        sim.finish_step(seconds=0.02)
+    assert found[0] is None
+    assert found[-1] == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_policy_that_asks_for_no_costs_pays_for_none() -> None:
+    sim = CoreSim()
+    sim.add()
+    sim.run()
+    assert sim.core._costs.learner is None
+
+
+def test_loads_cost_what_they_took_or_what_others_took() -> None:
+    sim = CoreSim()
+    for name in ("a", "b", "c"):
+        sim.register(name)
+    costs = sim.core._view.costs
+    assert costs.load("a", "disk") is None
+    sim.add("a")
+    sim.run()
+    assert (costs.load("a", "disk"), costs.load("a", "slot")) == (0.1, 0.01)
+    assert costs.load("b", "disk") == 0.1, "what others took"
+    assert costs.load("ghost", "disk") is None
+
+
+def test_modelled_costs_are_the_models() -> None:
+    model = costs(step_overhead=0.001)
+    view = ModelledCosts(model, {"a": AdapterShape("a", 8, 1_000_000)}, chunk=100)
+    assert view.step(4, (8, 8)) == pytest.approx(0.011)
+    assert view.prefill(250) == pytest.approx(3 * 0.011), "in three steps"
+    assert view.load("a", "disk") == pytest.approx(0.51)
+    assert view.load("a@1", "slot") == pytest.approx(0.251)
+    assert view.load("b", "slot") is None
+
+
+def test_a_core_tells_the_costs_that_it_is_given() -> None:
+    model = ModelledCosts(costs(), {}, chunk=100)
+    assert Core(LIMITS, FCFS(), costs=model)._view.costs is model
