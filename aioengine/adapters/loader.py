@@ -21,22 +21,24 @@ if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
 STALL_SECONDS = 1.0
-"""A read that waits so long for one call on its files, or to be tried again, gives its place to another."""
+"""A read that has waited this long for one file operation, or for its next retry, gives its place to
+another."""
 IMPATIENT_SECONDS = 0.1
-"""The same while another read hangs: where one does there are more, and each would hold up the others."""
+"""The same limit while another read hangs: hanging reads come in groups, and each would delay the rest."""
 MAX_HANGING = 64
-"""While so many reads hang, no further one is started: each keeps a thread."""
+"""Maximum number of hanging reads; each keeps a thread, so no read is started beyond it."""
 MAX_HANGING_ON_MOUNT = 32
-"""While so many of one mount hang, no further one of that mount is started."""
+"""Maximum number of hanging reads on one mount; no further read of that mount is started beyond it."""
 GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.005
-"""Such waiting is rare, and not worth being told by threads and processes."""
+"""Interval of polling. Such waits are rare, so polling is simpler than notifications from threads and
+processes."""
 STOP_SECONDS = 1.0
 """How long ``close`` waits for reads that were not given up; they take milliseconds."""
 
 
 class ReadAdapter(Protocol):
-    """What a read delivers."""
+    """Result of a read."""
 
     @property
     def rank(self) -> int: ...
@@ -59,7 +61,7 @@ class Backoff:
     Args:
         retries: How often to try again; 0 for never.
         base: Seconds.
-        seed: The waits are the same for the same seed.
+        seed: The same seed gives the same waits.
     """
 
     def __init__(self, retries: int, base: float, *, seed: int = 0) -> None:
@@ -72,8 +74,9 @@ class Backoff:
         return self._base * float(2 ** (failed - 1)) * self._rng.uniform(0.5, 1.0)
 
     async def run(self, attempt: Callable[[], Awaitable[T]], retrying: Retrying) -> T:
-        """The first result of ``attempt``. Waits on the loop's clock, holds nothing meanwhile, and can be
-        cancelled. Raises an AdapterError once a read failed for good, or ``retries`` times more."""
+        """Call ``attempt`` until it succeeds, and return its result. Waits on the loop's clock, holds nothing
+        while it waits, and can be cancelled. Raises the AdapterError of a permanent failure, or of the last
+        retry."""
         failed = 0
         while True:
             try:
@@ -120,11 +123,11 @@ class BaseLoader(ABC, Generic[R]):
         self._timeout = timeout
         self._grace = grace
         self._open: dict[Progress, str] = {}
-        """Reads that may not have ended, and what they read."""
+        """Reads that may still run, with the folder that each reads."""
         self._stuck: set[Progress] = set()
-        """Those of them that make no progress."""
+        """The reads among them that make no progress."""
         self._left: set[Progress] = set()
-        """Those of them that nobody waits for."""
+        """The reads among them that were abandoned."""
 
     async def load(
         self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
@@ -171,7 +174,7 @@ class BaseLoader(ABC, Generic[R]):
     # Reads that hang
 
     async def _until_unobstructed(self, name: str, path: str) -> None:
-        """Waits for reads that were left; raises AdapterLoadError if they still hang after ``grace``."""
+        """Wait for abandoned reads; raises AdapterLoadError if they still hang after ``grace``."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._grace
         while (reason := self._obstacle(path, self._stuck | self._left)) is not None:
@@ -180,7 +183,7 @@ class BaseLoader(ABC, Generic[R]):
             await asyncio.sleep(POLL_SECONDS)
 
     def _obstacle(self, path: str, reads: set[Progress]) -> str | None:
-        """Why no read of this folder is to be started while ``reads`` have not ended, if so."""
+        """The reason why no read of this folder may start while ``reads`` run; None if it may."""
         if not reads:
             return None
         self._open = {read: where for read, where in self._open.items() if read.running}
@@ -200,8 +203,8 @@ class BaseLoader(ABC, Generic[R]):
         return None
 
     def _watch(self, progress: Progress, stalled: Stalled) -> Callable[[], None]:
-        """Calls ``stalled`` once if the read waits for too long; returns what ends that. A read that is left
-        is watched for as long as it goes on."""
+        """Call ``stalled`` once if the read waits for too long; returns a function that stops the watch. An
+        abandoned read is watched until it ends."""
         loop = asyncio.get_running_loop()
         told = ended = False
         timer: asyncio.TimerHandle
@@ -233,12 +236,12 @@ class BaseLoader(ABC, Generic[R]):
 
     @abstractmethod
     async def _read(self, name: str, path: str, progress: Progress) -> R:
-        """One attempt, which tells ``progress`` when it has ended, even if nobody waits for it any more. If
-        it is cancelled, nothing may be left of what it delivers later."""
+        """Read once, and tell ``progress`` at the end, even if the read was abandoned. After a cancellation,
+        a late result must be dropped."""
 
     @abstractmethod
     def _keep(self, uid: int, found: R) -> None:
-        """Into the CPU cache."""
+        """Put the adapter into the CPU cache."""
 
 
 class AdapterLoader(BaseLoader["AdapterImage"]):
@@ -303,7 +306,7 @@ def _mounts(paths: Sequence[str]) -> list[str]:
 
 
 def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadError | None:
-    """What to raise for it, if it says that there is no memory."""
+    """Convert an out-of-memory error into an AdapterLoadError; None for any other error."""
     if not _is_out_of_memory(error):
         return None
     return AdapterLoadError(

@@ -1,4 +1,4 @@
-"""What an adapter may be called, and where it may be said to be."""
+"""Rules for the names and paths of adapters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a let
 
 
 def checked_path(name: str, path: str | os.PathLike[str]) -> str:
-    """The absolute path; one that begins with "hf:" as it is. Raises AdapterInvalid; ConfigError if the
-    Hub is asked for without ``huggingface_hub``."""
+    """Return the absolute path; a path that begins with "hf:" is returned unchanged. Raises AdapterInvalid;
+    ConfigError if the Hub is asked for without ``huggingface_hub``."""
     try:
         where = os.fspath(path)
     except TypeError:

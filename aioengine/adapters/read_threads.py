@@ -1,4 +1,4 @@
-"""Blocking reads in threads that may be left behind.
+"""Runs blocking reads in threads that can be abandoned.
 
 A read from a network mount whose server is gone may never return, and nothing can interrupt it. The
 threads of ``concurrent.futures``, asyncio's included, are joined when the interpreter exits, and anyio's
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 
 class Progress:
-    """How far a read has come: its thread is inside the context for each call on a file that may not return,
-    and others look at it."""
+    """Progress of a read. Its thread enters the context around each file operation that may hang; other
+    threads watch it."""
 
     calls = 0
-    """How many have returned."""
+    """Number of operations that have returned."""
     waiting = True
-    """Whether it is in one. While it computes it is not; before the first one it is taken to be."""
+    """Whether the read is inside an operation. False while it computes; True before the first operation."""
     running = False
-    """Whether there is an attempt that has not ended."""
+    """Whether an attempt is under way."""
 
     def __enter__(self) -> None:
         self.waiting = True
@@ -38,22 +38,23 @@ class Progress:
         self.moved()
 
     def moved(self) -> None:
-        """A call has returned."""
+        """Record that an operation has returned."""
         self.calls += 1
 
 
 class ReadThreads:
-    """All methods are called on one event loop. How many reads run at once is for the caller to bound."""
+    """Threads for blocking reads. All methods are called on one event loop; the caller bounds how many reads
+    run at once."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._number = itertools.count()
         self._running: dict[int, asyncio.Future[None]] = {}
         self._abandoned: dict[int, float] = {}
-        """When each was given up."""
+        """When each abandoned read was given up."""
 
     async def run(self, read: Callable[[], T]) -> T:
-        """The result of ``read()``, or what it raises. If it is cancelled, the thread is abandoned."""
+        """Run ``read()`` and return its result. If the call is cancelled, the thread is abandoned."""
         number = next(self._number)
         try:
             return await self._start(number, read)
@@ -63,7 +64,7 @@ class ReadThreads:
             raise
 
     def start(self, read: Callable[[], T]) -> asyncio.Future[T]:
-        """Begins ``read()``, whose result anybody may wait for. Whoever cancels the future drops it."""
+        """Start ``read()`` and return a future of its result. Cancelling the future drops the result."""
         return self._start(next(self._number), read)
 
     def _start(self, number: int, read: Callable[[], T]) -> asyncio.Future[T]:
@@ -100,8 +101,8 @@ class ReadThreads:
         return result
 
     async def wait(self, seconds: float) -> None:
-        """Until every thread has ended; but for so long at most, and for none that was given up so long
-        ago."""
+        """Wait until every thread has ended, but at most ``seconds``, and not for threads that were given up
+        earlier than that."""
         now = asyncio.get_running_loop().time()
         fresh = [
             ended
@@ -113,7 +114,7 @@ class ReadThreads:
 
 
 def _for_the_loop(error: BaseException) -> Exception:
-    """What a task may raise without ending its loop, being taken for a cancellation, or not raising."""
+    """Convert exceptions that a future cannot carry (StopIteration) or that would end the loop."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     wrapped = RuntimeError(f"the read raised {type(error).__name__}: {error}")

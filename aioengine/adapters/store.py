@@ -1,4 +1,4 @@
-"""The CPU adapter cache's memory: adapters by uid. Who comes and goes is the core's decision."""
+"""Memory of the CPU adapter cache, by uid. The core decides which adapters enter and leave."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class AdapterStore:
-    """``weights`` gives the base model's linears, which DoRA needs; ``dtype`` is that of the slots.
+    """The adapters in the CPU cache. ``weights`` gives the base model's linears, which DoRA needs; ``dtype``
+    is the slots' dtype.
 
-    With a ``shard`` of several, it reads and keeps that share of every adapter, as the slots of its rank hold
-    it, and ``weights`` gives what the rank has.
+    With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
     """
 
     def __init__(
@@ -48,15 +48,16 @@ class AdapterStore:
         self._images: dict[int, AdapterImage] = {}
 
     def read(self, name: str, path: str, progress: Progress | None = None) -> AdapterImage:
-        """Read and validate an adapter, by one process that holds everything. Blocking: called in a loader
-        thread, and keeps nothing.
+        """Read and validate an adapter in a process that holds whole adapters. Blocks, so it is called in a
+        loader thread. Does not store the result.
 
         Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
         """
         return self.finish(self.begin(name, path, progress))
 
     def begin(self, name: str, path: str, progress: Progress | None = None) -> Draft:
-        """:meth:`read`, as far as a rank gets alone: the others may have to add to it. Raises alike."""
+        """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
+        Raises as :meth:`read`."""
         from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
         from aioengine.adapters.peft.read import read_adapter
 
@@ -73,7 +74,7 @@ class AdapterStore:
         return Draft(packed, self._order.layout, self._weights)
 
     def finish(self, draft: Draft) -> AdapterImage:
-        """What it comes to, with all that the ranks have added. Blocking. Raises AdapterInvalid."""
+        """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
         from aioengine.adapters.peft.dora import output_affine
         from aioengine.model.slots.image import build_image
 
@@ -82,7 +83,7 @@ class AdapterStore:
         return build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
 
     def _embedding(self, module: str) -> torch.Tensor:
-        """[vocabulary, hidden], or the tokens that the rank has."""
+        """Return the embedding [vocabulary, hidden], or the rank's rows of it."""
         weight, _ = self._weights(NO_LAYER, module)
         return weight.T if module == "embed_tokens" else weight
 

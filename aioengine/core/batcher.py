@@ -1,4 +1,4 @@
-"""Forming batches: who runs, over how many tokens, in which KV blocks."""
+"""Forms batches: which requests run, over how many tokens, in which KV blocks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork
 
 _Part = tuple[int, Request, SequenceWork]
-"""A request in the batch: its slot, itself, and what is computed of it."""
+"""A request in the batch: its slot, the request, and the range of tokens to compute."""
 _slot_of = itemgetter(0)
 _remaining = attrgetter("remaining")
 
 
 class Batcher:
-    """Owns the running requests and the KV blocks. ``emit``, ``tell`` and ``refuse`` report: an event,
-    an event for the policy, and a refused item of its decision."""
+    """The running requests and their KV blocks. ``emit`` takes an event, ``tell`` an event for the policy,
+    and ``refuse`` a refused item of its decision."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class Batcher:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pacer = pacer
-        """None: steps may take any time."""
+        """None if the time of a step is not bounded."""
         self.running: dict[int, Request] = {}
-        """By ``seq``, in order of admission."""
+        """The running requests by ``seq``, in order of admission."""
         self.preemptions = 0
         self._emit = emit
         self._tell = tell
@@ -56,14 +56,14 @@ class Batcher:
         now: float,
         slot_ranks: Sequence[int] = (),
     ) -> tuple[list[Request], list[SequenceWork]]:
-        """A token for each running request that decodes, then chunks of prompts: of running requests, and of
-        those of ``admit`` in the policy's order; sorted by slot. Returns the requests and, in the same order,
-        what is computed of each.
+        """Form a batch: a token for each running request that decodes, then chunks of prompts of running
+        requests and of those in ``admit``, in the policy's order; sorted by slot. Returns the requests and,
+        in the same order, the range of tokens to compute of each.
 
-        Without a pacer the running ones' chunks come first, in order of admission. With one, half is the
-        oldest's, so that it gets on whatever comes; the rest goes to whoever has least left, so that a short
-        prompt does not wait for long ones. The oldest, the shortest and the first newcomer get a chunk,
-        however little time there is.
+        Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
+        tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
+        tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
+        first newcomer get a chunk, however little time there is.
         """
         work: list[_Part] = []
         preemptions = self.preemptions
@@ -111,19 +111,19 @@ class Batcher:
     def _compute(
         self, request: Request, allowance: Allowance, at_least: int, work: list[_Part], now: float
     ) -> None:
-        """A chunk of its prompt, if there is one for it."""
+        """Add a chunk of its prompt, if the budget allows one."""
         if request.status is Status.RUNNING:
             tokens = allowance.take(request, at_least)
             if tokens > 0 and self._has_blocks(request, tokens, now):
                 work.append(_part(request, tokens))
 
     def _has_blocks(self, request: Request, tokens: int, now: float) -> bool:
-        """Whether there are blocks for so many tokens more, or can be."""
+        """Whether blocks for this many more tokens are free, or can be made free."""
         until = request.computed + tokens
         return until <= len(request.blocks) * self.blocks.block_size or self._grow(request, until, now)
 
     def _admissible(self, admit: Sequence[Request]) -> Iterator[Request]:
-        """Those that the policy may admit now; the others are refused."""
+        """Return the requests that may be admitted now; the others are refused."""
         for request in admit:
             if request.status is not Status.WAITING:
                 self._refuse("admit_not_waiting", request.id)
@@ -172,9 +172,9 @@ class Batcher:
         return True
 
     def _grow(self, request: Request, tokens: int, now: float) -> bool:
-        """Give a running request blocks for ``tokens``; False if it had to be preempted itself.
+        """Give a running request blocks for ``tokens``; returns False if the request itself was preempted.
 
-        While there are none, the last arrived of the tenant that has most blocks is preempted.
+        While no blocks are free, the latest arrival of the tenant with the most blocks is preempted.
         """
         new = self.blocks.blocks_for(tokens) - len(request.blocks)
         while new > 0 and not self.blocks.can_allocate(new):
@@ -194,7 +194,8 @@ class Batcher:
         return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) for r in requests))
 
     def preempt(self, request: Request, now: float) -> None:
-        """RUNNING -> WAITING by recompute: its KV goes (full blocks stay findable), its output stays."""
+        """Move a request from RUNNING to WAITING. Its KV blocks are freed (full blocks stay in the prefix
+        cache), its output stays."""
         self.preemptions += 1
         del self.running[request.seq]
         self.release(request)
@@ -204,7 +205,7 @@ class Batcher:
         self._tell("request_preempted", now, request=request)
 
     def advance(self, request: Request, tokens: int) -> None:
-        """Count ``tokens`` as computed, and make its newly completed blocks findable."""
+        """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache."""
         request.computed += tokens
         full = request.computed // self.blocks.block_size
         if full <= request.committed or not self.blocks.prefix_caching:

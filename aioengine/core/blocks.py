@@ -4,9 +4,9 @@ A block holds the keys and values of ``block_size`` tokens in every layer (pagin
 "Efficient Memory Management for LLM Serving with PagedAttention", 2023). A *full* block can be shared:
 its identity is the hash of everything it depends on, which is the adapter's content, all earlier
 tokens, and its own tokens, and of the salt that its request came with. Blocks of different adapters, or of
-different contents of one adapter, can therefore never be mistaken for each other, and no request finds out
-what one with another salt has sent. Freed blocks keep their contents until they are reused, the
-least recently freed first.
+different contents of one adapter, can therefore never be confused, and a request learns nothing about prompts
+sent with another salt. Freed blocks keep their contents until they are reused, the least recently freed
+first.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody references (their cached contents may still be found)."""
+        """Number of blocks that no sequence references; their contents may still be cached."""
         return len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def hash_blocks(self, key: bytes, tokens: Sequence[int], known: Sequence[bytes]) -> list[bytes]:
-        """The chained hashes of all full blocks of ``tokens``; ``known`` is a prefix already hashed.
+        """Return the chained hashes of all full blocks of ``tokens``; ``known`` is a prefix that is already
+        hashed.
 
-        ``key`` stands for all else that two sequences must have in common to share blocks."""
+        ``key`` stands for everything else that two sequences must share to share blocks."""
         hashes = list(known)
         parent = hashes[-1] if hashes else blake2b(key, digest_size=16).digest()
         for start in range(len(hashes) * self.block_size, len(tokens), self.block_size):
@@ -52,7 +53,7 @@ class BlockManager:
         return hashes
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
-        """Cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens."""
+        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens."""
         if not self.prefix_caching:
             return []
         found: list[int] = []
@@ -64,7 +65,7 @@ class BlockManager:
         return found
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
-        """Whether ``new`` fresh blocks are there beside ``shared`` ones taken from the cache."""
+        """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
         revived = sum(1 for block in shared if self._refs[block] == 0)
         return len(self._free) - revived >= new
 
@@ -87,7 +88,7 @@ class BlockManager:
         return [*shared, *fresh]
 
     def commit(self, block: int, digest: bytes) -> None:
-        """Make a block that is full and computed findable (if no equal one is already)."""
+        """Enter a full, computed block in the prefix cache, unless an equal one is there."""
         if self.prefix_caching and digest not in self._block_of and self._hash_of[block] is None:
             self._hash_of[block] = digest
             self._block_of[digest] = block
@@ -104,13 +105,13 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
 
     def forget(self) -> None:
-        """What the blocks held is gone; nobody may hold one."""
+        """Forget all contents; no block may be referenced."""
         assert len(self._free) == self.num_blocks
         self._hash_of = [None] * self.num_blocks
         self._block_of.clear()
 
     def referenced(self, blocks: Sequence[int]) -> bool:
-        """Whether somebody holds each of them."""
+        """Whether each of them is referenced."""
         return all(self._refs[block] > 0 for block in blocks)
 
     def check(self, held: Sequence[Sequence[int]]) -> None:

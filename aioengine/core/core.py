@@ -48,7 +48,7 @@ from aioengine.step import Sampled, StepBatch, StepResult
 
 
 class Step(NamedTuple):
-    """What to do next: a batch to run (None: nothing can run now), and moves to start."""
+    """Result of ``schedule``: a batch to run (None if nothing can run now), and moves to start."""
 
     batch: StepBatch | None
     moves: Sequence[Move]

@@ -22,9 +22,9 @@ from aioengine.errors import AdapterInvalid
 
 ALL_LINEAR = "all-linear"
 MAX_PATTERNS = 2048
-"""Of a field. A model of 126 layers has 882 linears."""
+"""Maximum number of patterns in one field; a model of 126 layers has 882 linears."""
 MAX_EXPRESSIONS = 64
-"""Of those, the ones that are more than a module's name."""
+"""Maximum number of patterns that are more than a plain module name."""
 
 # Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
 # loftq, lora_ga) subtract their start from the base weights, which the adapter file does not carry.
@@ -143,17 +143,18 @@ class PeftLoraConfig:
     rank_patterns: tuple[tuple[Pattern, int], ...]
     alpha_patterns: tuple[tuple[Pattern, float], ...]
     target_modules: Pattern | frozenset[str] | None
-    """A regex for the whole name, names or name endings, or None: every linear of the layers."""
+    """A regular expression for the whole name, a list of names or name endings, or None for every linear of
+    the layers."""
     exclude_modules: Pattern | frozenset[str]
     layers: frozenset[int]
     """The layers that ``target_modules`` is limited to; empty = all."""
     layer_patterns: tuple[Pattern, ...]
     use_dora: bool
-    """Each adapted module has a magnitude per output (arXiv:2402.09353)."""
+    """Whether each adapted module has a magnitude for each output (arXiv:2402.09353)."""
     lora_bias: bool
     """Each B has a bias."""
     ensure_weight_tying: bool
-    """Embeddings that are tied get one adapter."""
+    """Whether tied embeddings share one adapter."""
 
     def targets(self, module: str) -> bool:
         """Whether the configuration puts an adapter on the linear called ``module``."""
@@ -268,8 +269,8 @@ Invalid = Callable[[str], NoReturn]
 
 
 def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
-    """A value of the shape that any of PEFT's fields has: nothing is built of what is nested deeper, nor of
-    fields that are not used, because that takes the interpreter lock (and the garbage collector)."""
+    """Type of any field that PEFT writes. Deeper nesting and unused fields are skipped without building
+    objects, because building them would hold the interpreter lock."""
     try:
         return _VALUE.decode(text)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -277,7 +278,7 @@ def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
 
 
 def _is_set(text: msgspec.Raw) -> bool:
-    """Whether a field says something: null, false, 0 and empty things do not."""
+    """Whether a field has an effect: null, false, 0 and empty values have none."""
     try:
         return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
     except (msgspec.MsgspecError, UnicodeError):
@@ -358,7 +359,7 @@ def _regex(
 
 
 def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple[Pattern, ...]:
-    """Each is matched against each module."""
+    """Check the number of patterns: each is matched against each module."""
     if len(patterns) > MAX_PATTERNS or sum(not pattern.plain for pattern in patterns) > MAX_EXPRESSIONS:
         invalid(f"{field}: more than {MAX_PATTERNS} patterns, or {MAX_EXPRESSIONS} that are more than a name")
     return tuple(patterns)

@@ -1,4 +1,5 @@
-"""The identity of an adapter's content, for ranks that read but shares of it. No torch is imported."""
+"""Digest of an adapter's content, for tensor-parallel ranks that each read only their share. Does not import
+torch."""
 
 from __future__ import annotations
 
@@ -9,19 +10,19 @@ from typing import NamedTuple
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 
 _PIECE_BYTES = 4 << 20
-"""Reading and hashing release the interpreter lock, which each piece has to get back."""
+"""Size of one read. Reading and hashing release the interpreter lock, and each piece has to take it again."""
 
 
 class ContentDigest(NamedTuple):
     digest: str
     """As in :class:`aioengine.adapters.peft.read.PackedAdapter`."""
     version: str
-    """As in :class:`aioengine.adapters.peft.folder.AdapterFolder`: of the files that it is the digest of."""
+    """Version of the hashed files, as in :class:`aioengine.adapters.peft.folder.AdapterFolder`."""
 
 
 def content_digest(name: str, path: str, unwanted: Event) -> ContentDigest:
-    """Of the adapter in the folder ``path``, valid or not. Blocks; once it is ``unwanted``, it soon ends,
-    and what it returns means nothing.
+    """Compute the digest of the adapter in the folder ``path``, whether it is valid or not. Blocks. Once
+    ``unwanted`` is set it ends soon, and the result has no meaning.
 
     Raises AdapterLoadError if a file is missing, cannot be read, or changed while it was read.
     """

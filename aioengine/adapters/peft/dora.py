@@ -1,11 +1,12 @@
-"""What DoRA and ``lora_bias`` do to a linear's outputs, worked out once when an adapter is loaded.
+"""Gain and shift that DoRA and ``lora_bias`` apply to a linear's outputs, computed once when an adapter is
+loaded.
 
 DoRA (Liu et al., 2024, https://arxiv.org/abs/2402.09353) gives every row of the adapted weight a trained
 length m: ``y = bias + m / |W + BA| * (W + BA) x``, where |.| is the norm of each row. With
 ``scale = m / |W + BA|`` and y the output of the linear with LoRA and the base bias b, that is
 ``y + (scale - 1) * y + (1 - scale) * b``: a gain and a shift for each output, which is all that a slot holds.
-The bias that ``lora_bias`` trains is one more shift. The gain is kept less 1, because trained scales are
-close to 1, where a bfloat16 would round it away.
+The bias that ``lora_bias`` trains is one more shift. The slot stores ``scale - 1``, because trained scales
+are close to 1 and bfloat16 would round the difference away.
 
 The norm is over whole rows. Under tensor parallelism a rank has those of the outputs that it computes; but
 where a linear is split over its inputs, it has a part of each row: their squares are added up over the
@@ -25,13 +26,15 @@ from aioengine.errors import AdapterInvalid
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 
 BaseWeights = Callable[[int, str], tuple[Tensor, Tensor | None]]
-"""``weights(layer, module)``: the base model's weight [out, in] and bias [out]; what a rank has of them."""
+"""``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's share of
+them."""
 
 _CUDA_ELEMENTS = 1 << 24
 
 
 class OutputAdapter(Protocol):
-    """What :func:`output_affine` reads of an :class:`aioengine.adapters.peft.read.PackedAdapter`."""
+    """The fields that :func:`output_affine` reads of an
+    :class:`aioengine.adapters.peft.read.PackedAdapter`."""
 
     @property
     def name(self) -> str: ...
@@ -56,13 +59,13 @@ class Rows(NamedTuple):
     """The rows of an adapted weight, on the CPU."""
 
     squares: Tensor
-    """[out] the sum of each one's squares, in float32."""
+    """Sum of squares of each row [out], in float32."""
     bias: Tensor | None
-    """[out] the base model's."""
+    """The base model's bias [out]."""
 
 
 def rows_of(adapter: OutputAdapter, weights: BaseWeights, key: tuple[int, str]) -> Rows:
-    """For a (layer, module); of as much of the rows as ``weights`` has."""
+    """Compute the rows of a (layer, module), or the part of them that ``weights`` has."""
     weight, bias = weights(*key)
     total = squares(weight, *(adapter.computed.get(key) or adapter.tensors[key]))
     return Rows(total.cpu(), None if bias is None else bias.cpu())
@@ -76,7 +79,7 @@ def output_affine(
 ) -> dict[tuple[int, str], Tensor]:
     """Gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
-    ``known`` gives the rows of which ``weights`` has but a part.
+    ``known`` gives the rows that ``weights`` has only partly.
     Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
     """
     known = known or {}
@@ -109,8 +112,8 @@ def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The sum of squares of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
 
     ``weight`` [out, in], ``a`` [r, in], ``b`` [out, r]. With w and b a row of each, the square is
-    ``w.w + 2 b.(A w) + b.(A A^T) b``, so that nothing of the weight's size is built: the weight is gone
-    through in tiles.
+    ``w.w + 2 b.(A w) + b.(A A^T) b``, so no temporary of the weight's size is needed: the weight is read in
+    tiles.
     """
     a, b = a.to(weight.device, torch.float32), b.to(weight.device, torch.float32)
     total = (_products(b, _products(a, a)) * b).sum(1)
@@ -123,8 +126,8 @@ def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y.T`` for ``x`` [n, k] and ``y`` [m, k] with a small m.
 
-    On a CPU as products with vectors, which BLAS does in the calling thread. For a product of matrices it
-    takes a team of OpenMP threads, which would fight for the cores with the model's step.
+    On a CPU it uses matrix-vector products, which BLAS computes in the calling thread. A matrix product would
+    start a team of OpenMP threads that competes with the model's step for the cores.
     """
     if x.is_cuda:
         return x @ y.T
@@ -132,7 +135,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _tiles(weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Covers a matrix in the order of its memory (an embedding comes transposed)."""
+    """Yield tiles that cover a matrix in the order of its memory (an embedding comes transposed)."""
     n_out, n_in = weight.shape
     size = _CUDA_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
     if weight.stride(1) == 1:

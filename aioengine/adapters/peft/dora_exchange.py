@@ -1,4 +1,5 @@
-"""An adapter that has been read, while the ranks that hold its shares still need something of each other."""
+"""An adapter that has been read, before the tensor-parallel ranks have exchanged their parts of DoRA's
+norms."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _FLOAT = torch.float32.itemsize
 
 class Draft:
     """Where the inputs of a linear are split, a rank has a part of each row of the weight, and DoRA needs the
-    rows' norms. So it says the sum of the squares of its parts, and gets the sum over all ranks.
+    rows' norms. Each rank therefore offers the sum of squares of its parts and receives the sum over all
+    ranks.
 
     Whatever the ranks, all draft the same rows of one adapter, in the same order.
     """
@@ -30,26 +32,26 @@ class Draft:
 
     @property
     def nbytes(self) -> int:
-        """Of what it comes to."""
+        """Size of the finished adapter in bytes."""
         assert self.packed.in_order is not None, "it was read for a slot"
         return self.packed.in_order.nbytes
 
     @property
     def squares(self) -> bytes:
-        """This rank's part, to be added by every rank, this one too; empty if there is nothing to add."""
+        """This rank's sums, which every rank adds, this one included; empty if there is nothing to add."""
         data = bytearray(len(self._total) * _FLOAT)
         if data:
             torch.cat([part.squares for part in self._parts.values()], out=_floats(data))
         return bytes(data)
 
     def add(self, begin: int, squares: bytes) -> None:
-        """What a rank's ``squares`` are from byte ``begin`` on. All ranks get them in the same order, so that
-        they have equal sums."""
+        """Add a rank's ``squares`` from byte ``begin`` on. All ranks add in the same order, so their sums are
+        equal bit for bit."""
         values = _floats(bytearray(squares))
         self._total[begin // _FLOAT :][: len(values)] += values
 
     def rows(self) -> dict[tuple[int, str], Rows]:
-        """The rows, whole, by (layer, module); once all has been added."""
+        """The complete rows by (layer, module), once every rank's part has been added."""
         totals = self._total.split_with_sizes(self._sizes)
         items = zip(self._parts.items(), totals, strict=True)
         return {key: part._replace(squares=total) for (key, part), total in items}

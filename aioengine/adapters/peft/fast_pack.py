@@ -1,7 +1,7 @@
-"""Fast path for the usual file: A and B of linears, in the slots' dtype already.
+"""Fast path for plain A/B files that are already in the slots' dtype.
 
 Adapters that were trained alike have the same configuration and the same header, and differ only in their
-data. Everything but the data is worked out once for them.
+data. So everything but the data is computed once for all of them.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from aioengine.model.spec import NO_LAYER
 
 
 class Contents(NamedTuple):
-    """What a safetensors file holds, by its header, and what is read of it."""
+    """Contents of a safetensors file by its header, and which parts of it are read."""
 
     layout: Layout
     entries: Sequence[Entry]
-    """What is read, as it lies in memory."""
+    """The tensors that are read, in memory order."""
     pieces: Sequence[tuple[int, int]]
-    """Where it comes from, in that order: offsets and lengths in the file's data, in bytes."""
+    """Their offsets and lengths in the file's data, in bytes, in the same order."""
     cuts: Mapping[str, Cut]
-    """Which parts of the tensors that is; empty: all of them."""
+    """Which part of each tensor is read; empty if the tensors are read whole."""
     parts: Mapping[str, Part]
     shortcut: Shortcut | None
-    """None: the file is not a usual one."""
+    """None if the file does not qualify for the fast path."""
 
     @classmethod
     def of(
         cls, order: SlotOrder, dtype: torch.dtype, entries: Sequence[Entry],
         parts: Mapping[str, Part], layout: Layout,
     ) -> Contents:  # fmt: skip
-        """``entries`` are the file's."""
+        """Build it from the ``entries`` of a file."""
         pieces: Sequence[tuple[int, int]] = [(0, sum(entry.nbytes for entry in entries))]
         cuts: dict[str, Cut] = {}
         if order.layout.shard.size > 1:
@@ -53,7 +53,7 @@ class Contents(NamedTuple):
 
 
 def cuts_of(slot: SlotLayout, parts: Mapping[str, Part], layout: Layout) -> dict[str, Cut]:
-    """What the rank of ``slot`` needs of the tensors of an adapter, by key."""
+    """Which part of each tensor the rank of ``slot`` needs, by key."""
     return {key: cut_of(slot, part, dora=layout.dora, tied=layout.tied) for key, part in parts.items()}
 
 
@@ -78,10 +78,10 @@ class KnownContents:
 
 
 class Shortcut:
-    """From the data of a file to that of an image, in one copy.
+    """Copies a file's data to a slot image in one pass.
 
-    Both are cut into the same pieces, so small that torch stays in the calling thread; ``_places`` says which
-    of the image's pieces each of the file's is.
+    Both are cut into the same pieces, small enough that torch stays in the calling thread; ``_places`` maps
+    each piece of the file to its piece of the image.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Shortcut:
         cls, order: SlotOrder, dtype: torch.dtype, entries: Sequence[Entry], parts: Mapping[str, Part],
         layout: Layout,
     ) -> Shortcut | None:  # fmt: skip
-        """None for a file that needs more than copying and scaling."""
+        """Build it for a file; None if the file needs more than copying and scaling."""
         usual = all(
             entry.dtype == dtype
             and parts[entry.key].kind in ("A", "B")
@@ -139,8 +139,8 @@ class Shortcut:
         return cls(order.layout, dtype, entries, parts, layout) if usual else None
 
     def pack(self, data: Tensor, *, allow_nonfinite: bool, pin_memory: bool) -> Packed | None:
-        """``data`` [bytes that were read] in the order of a slot, B scaled. None if there is something about
-        the values that must be looked at more closely."""
+        """``data`` [bytes that were read] in the order of a slot, B scaled. None if the values need the full
+        checks."""
         dtype = self._shape.dtype
         flat = data.view(dtype)
         if not allow_nonfinite:
@@ -159,7 +159,7 @@ class Shortcut:
 
 
 class _Views(Mapping[Place, tuple[Tensor, Tensor]]):
-    """A and B by place, made when they are asked for."""
+    """A and B by place, created on demand."""
 
     def __init__(self, image: Tensor, where: Mapping[Place, Sequence[tuple[int, tuple[int, ...]]]]) -> None:
         self._image = image

@@ -35,14 +35,14 @@ _TRANSIENT_NAMES = (
 _TRANSIENT = frozenset(getattr(errno, name) for name in _TRANSIENT_NAMES if hasattr(errno, name))
 
 _PIECE_BYTES = 32 << 20
-"""What is read in one call: so much comes within a second of any disk that works."""
+"""Bytes read in one call: any working disk delivers this much within a second."""
 _LOOK_AT = 100
 COPY_SECONDS = 10.0
-"""A file that was written so recently and is too short may still be on its way."""
+"""A file that is too short and was written this recently may still be being copied."""
 
 
 class _Version(NamedTuple):
-    """What tells one content of a file from another without reading it."""
+    """Version of a file's content, known without reading it."""
 
     device: int
     inode: int
@@ -76,14 +76,14 @@ class OpenFile:
         )
 
     def seek(self, offset: int) -> None:
-        """What is read next begins at this byte of the file."""
+        """Continue reading at this byte of the file."""
         try:
             self._raw.seek(offset)
         except OSError as error:
             raise self._folder.unreadable(self.name, error) from error
 
     def read(self, size: int) -> bytearray:
-        """Exactly the next ``size`` bytes. Raises AdapterLoadError, also if the file ends before."""
+        """Read exactly the next ``size`` bytes. Raises AdapterLoadError, also if the file ends early."""
         data = bytearray(size)
         self.read_into(memoryview(data))
         return data
@@ -126,11 +126,11 @@ class AdapterFolder:
 
     @property
     def version(self) -> str:
-        """What tells the content of the files that were opened from another, without reading it."""
+        """Version of the opened files' content, known without reading it."""
         return repr(sorted((file, *version) for file, version in self._versions.items()))
 
     def weights_file(self) -> str:
-        """The name of the file with the weights, be it there or not."""
+        """The name of the weights file, whether it exists or not."""
         with self.progress:
             safetensors = os.path.lexists(self._join(SAFETENSORS_FILE))
             return BIN_FILE if not safetensors and os.path.lexists(self._join(BIN_FILE)) else SAFETENSORS_FILE
@@ -158,9 +158,9 @@ class AdapterFolder:
     def check_unchanged(self) -> None:
         """Raises AdapterLoadError if a file that was read is not the same any more.
 
-        Called at the end, it says that what was read of all files existed at one time: a configuration is
-        not paired with another version's weights. (A change within the clock tick of the file system that
-        keeps the size goes unnoticed.)
+        Called at the end, it proves that all parts that were read existed at the same time, so a
+        configuration is never paired with the weights of another version. (A change within the clock tick of
+        the file system that keeps the size goes unnoticed.)
         """
         for file, version in self._versions.items():
             try:
@@ -202,13 +202,13 @@ class AdapterFolder:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file, but not a pipe that nobody writes to, which would block for ever; what was opened is for
-    the caller to see, because anything may have been put in the place of what a path named before."""
+    """Open a file without blocking, even if it is a pipe that nobody writes to. The caller checks what was
+    opened, because the path may have been replaced since it was last looked at."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
 def why_no_adapter(path: str) -> str:
-    """Says of a folder without a configuration what it seems to be instead. Looks at few of its entries."""
+    """Describe what a folder without a configuration seems to be instead. Looks at few of its entries."""
     try:
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in islice(entries, _LOOK_AT))

@@ -1,5 +1,4 @@
-"""From the tensors of a file to those of a slot: scaled, in the slots' dtype, in one piece of memory that is
-in the order of a slot.
+"""Converts a file's tensors to a slot's: scaled, in the slots' dtype, in one buffer in the order of a slot.
 
 Everything works on pieces so small that torch stays in the calling thread: an OpenMP team per loader thread
 would fight for the cores with the model's step; on a busy machine, loads take several times as long.
@@ -33,7 +32,7 @@ class SlotOrder(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What :class:`aioengine.adapters.peft.read.PackedAdapter` says of the same fields."""
+    """Packed tensors; the fields are those of :class:`aioengine.adapters.peft.read.PackedAdapter`."""
 
     tensors: Mapping[Place, tuple[Tensor, Tensor]]
     magnitudes: dict[Place, Tensor]
@@ -94,7 +93,7 @@ class Packer:
         self._packed = self._assemble(in_order)
 
     def check(self, base_weight: Callable[[str], Tensor]) -> None:
-        """What concerns the values as they are in the file. Raises AdapterInvalid."""
+        """Check the values as they are in the file. Raises AdapterInvalid."""
         if not self._allow_nonfinite:
             self._largest = largest_magnitude(self._weights.runs)
             if not math.isfinite(self._largest):
@@ -121,7 +120,8 @@ class Packer:
     # -- what is checked ---------------------------------------------------------------------
 
     def _check_base(self, key: str, module: str, base_weight: Callable[[str], Tensor]) -> None:
-        """PEFT saves an adapted embedding's base weights along; they must be those that are served."""
+        """Check the base weights that PEFT saves with an adapted embedding: they must equal the served
+        model's."""
         without = "save the adapter with save_pretrained(..., save_embedding_layers=False)"
         where = f"{self._file}: {key!r}: the file carries base-model weights"
         saved, base = self._weights.tensors[key], base_weight(module)
@@ -136,7 +136,7 @@ class Packer:
             )
 
     def _check_tied(self) -> None:
-        """With ``ensure_weight_tying`` the file has lm_head's adapter twice, and both must say the same."""
+        """Check that both copies of lm_head's adapter, which ``ensure_weight_tying`` saves, are equal."""
         weights, keys = self._weights.tensors, self._keys
         for ours, theirs in (("A", "B"), ("B", "A")):
             head = weights[keys[Part((NO_LAYER, "lm_head"), ours)]]
@@ -163,7 +163,7 @@ class Packer:
     # -- memory ------------------------------------------------------------------------------
 
     def _allocate(self, order: SlotOrder) -> tuple[list[Tensor], Tensor]:
-        """Biases are no part of a slot as they are, and get memory of their own."""
+        """Allocate the buffers. Biases are not part of a slot as they are, so they get their own."""
         results = {
             index: torch.empty(self._sources[index].shape, dtype=self._dtype)
             for index, part in enumerate(self._kept)
@@ -200,12 +200,13 @@ class Packer:
         )
 
     def _held(self, key: str) -> Tensor:
-        """What the slot holds of what was read."""
+        """Return the part of what was read that the slot holds."""
         tensor, cut = self._weights.tensors[key], self._cuts.get(key)
         return tensor if cut is None else contiguous(tensor[cut.held])
 
     def _computed(self) -> dict[Place, tuple[Tensor, Tensor]]:
-        """A and B of DoRA as they were read, where not all of that is held; converted as those are."""
+        """Return DoRA's A and B as they were read, where the slot holds only a part of them; converted
+        alike."""
         if not self._cuts:
             return {}
         found: dict[Place, tuple[Tensor, Tensor]] = {}
@@ -224,7 +225,7 @@ class Packer:
         return found
 
     def _magnitudes(self) -> dict[Place, Tensor]:
-        """In float32 and in memory of their own: they stay on the CPU, and are small."""
+        """Convert to float32 in separate memory: magnitudes are small and stay on the CPU."""
         magnitudes = {}
         for part, key in self._keys.items():
             if part.kind == "magnitude":
@@ -234,7 +235,7 @@ class Packer:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """Itself if it is, else a copy."""
+    """Return the tensor itself if it is contiguous, else a copy."""
     if tensor.is_contiguous():
         return tensor
     copied = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -244,7 +245,7 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Flat pieces, none of which makes torch go parallel."""
+    """Split into flat pieces, each too small for torch to start threads."""
     flat = tensor.reshape(-1)
     return torch.split(flat, _SERIAL_ELEMENTS) if flat.numel() else ()
 

@@ -18,10 +18,11 @@ import re2
 MAX_LENGTH = 1000
 """Characters of one expression; those that training tools write have up to 600."""
 _MAX_MEMORY = 1 << 16
-"""Of RE2 for one expression, in bytes: bounds its states, and so the time of a match."""
+"""RE2's memory for one expression, in bytes. It bounds the number of states, and so the time of a match."""
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[.-])*\$?", re.ASCII)
-"""What ``re`` matches as fast as it compares; some tools write one for each module."""
+"""Expressions that are plain names. They are compared directly, because some tools write one for each
+module."""
 _CLASS_ESCAPES = frozenset("dDwWsStnrfva")
 _ESCAPES = _CLASS_ESCAPES | frozenset("bBA")
 _FLAGS = re.compile(r"\(\?([aimsu]+)\)")
@@ -62,7 +63,7 @@ class Pattern:
             raise PatternError(f"has {len(text)} characters, more than {MAX_LENGTH}")
         self._key = before + text + after, whole
         self.plain = _PLAIN.fullmatch(text) is not None
-        """Whether it is no more than a name."""
+        """Whether it is a plain name."""
         compiled: _Compiled = re.compile(self._key[0]) if self.plain else _compile(self._key[0])
         self._find = compiled.fullmatch if whole else compiled.match
 
@@ -143,7 +144,7 @@ def _escape(char: str, known: frozenset[str]) -> str:
 
 
 def _class(text: str, begin: int, out: list[str]) -> int:
-    """Translate the character class that begins there; returns where it ends."""
+    """Translate the character class that begins at a position; returns its end."""
     at = begin + 1
     out.append("[")
     if text.startswith("^", at):
@@ -168,7 +169,7 @@ def _class(text: str, begin: int, out: list[str]) -> int:
 
 
 def _group(text: str, at: int, out: list[str], names: set[str]) -> int:
-    """Translate the ``(?...`` that begins there; returns where it ends."""
+    """Translate the ``(?...`` group that begins at a position; returns its end."""
     if comment := _COMMENT.match(text, at):
         return comment.end()
     if named := _NAMED.match(text, at):

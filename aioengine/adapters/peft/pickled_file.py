@@ -1,9 +1,9 @@
-"""``torch.save`` files without unpickling them: which tensors they hold, and where their data is.
+"""Reads ``torch.save`` files without unpickling them: which tensors they hold, and where their data lies.
 
 Such a file is a zip archive whose records are stored as they are: ``data.pkl`` describes the tensors, and
-``data/N`` is a tensor's memory. Only a dict of dense tensors can be read: the few pickle operations that
-write one are interpreted here, nothing is imported or called, and nothing is allocated that the description
-asks for. (``torch.load(weights_only=True)`` runs no code either, but it inflates compressed records and lets
+``data/N`` is a tensor's memory. Only a dict of dense tensors can be read: the few pickle operations that it
+needs are interpreted here. Nothing is imported or called, and no size in the file makes it allocate memory.
+(``torch.load(weights_only=True)`` runs no code either, but it inflates compressed records and lets
 ``bytearray(10**11)`` allocate that much.)
 """
 
@@ -23,7 +23,7 @@ from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 
 _MAX_DIRECTORY_BYTES = 1 << 20
-"""Of the archive's directory, and of ``data.pkl``: an adapter of 4,000 tensors has half of it."""
+"""Bound on the archive's directory and on ``data.pkl``; an adapter of 4,000 tensors needs half of it."""
 _MAX_DIMS = 8
 _MAX_STACK = 10_000
 """A dict is written in batches of 1,000 items."""
@@ -32,19 +32,19 @@ _MARK = object()
 
 
 class PickledTensor(NamedTuple):
-    """A tensor of a file: a view of a part of a record."""
+    """A tensor in a file: a view of part of a record."""
 
     storage: str
     """The record, ``data/N``."""
     dtype: torch.dtype
     offset: int
-    """Of its first element in the record."""
+    """Offset of its first element in the record."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
     @property
     def elements(self) -> int:
-        """How many elements of the record it reaches over."""
+        """Number of the record's elements that it spans."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
@@ -67,7 +67,7 @@ class PickledFile:
             self._refuse(f"describes its tensors in {pickle.file_size} bytes")
         self.tensors = self._tensors(self._record(pickle))
         self._begins: dict[str, int] = {}
-        """Where the records begin that the tensors are in: offsets in the file, in bytes."""
+        """Offsets in the file, in bytes, of the records that hold the tensors."""
         for key, tensor in self.tensors.items():
             record = records.get(f"{root}data/{tensor.storage}")
             size = tensor.dtype.itemsize
@@ -76,7 +76,7 @@ class PickledFile:
             self._begins.setdefault(tensor.storage, self._begin(record))
 
     def views(self, data: Buffer) -> Weights:
-        """The tensors, given all bytes of the file."""
+        """Return the tensors as views of ``data``, which holds the whole file."""
         tensors = {}
         for key, tensor in self.tensors.items():
             size = tensor.dtype.itemsize
@@ -107,7 +107,7 @@ class PickledFile:
         return {record.filename: record for record in records}
 
     def _begin(self, record: zipfile.ZipInfo) -> int:
-        """Where a record's data begins: behind a header of its own (APPNOTE.TXT 4.3.7)."""
+        """Find the start of a record's data, which follows a header of its own (APPNOTE.TXT 4.3.7)."""
         begin = record.header_offset + 30
         if 30 <= begin <= self._file.size:
             self._file.seek(record.header_offset)
@@ -150,15 +150,15 @@ class PickledFile:
 
 
 class _Foreign(Exception):
-    """Something that a dict of dense tensors does not need."""
+    """The file holds something that a dict of dense tensors does not need."""
 
 
 class _TooMuch(Exception):
-    """More was to be read at once than the directory of an adapter's file has."""
+    """The file asks for a larger read than the directory of an adapter's file needs."""
 
 
 class _Bounded(io.RawIOBase):
-    """The file as ``zipfile`` reads its directory: in few reads, each as long as the file says."""
+    """File wrapper for ``zipfile`` that bounds each read, because the file itself states the lengths."""
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
@@ -188,14 +188,15 @@ class _Bounded(io.RawIOBase):
 
 
 class _Global(NamedTuple):
-    """Something that the file wants to call."""
+    """A callable that the pickle names."""
 
     module: str
     name: str
 
 
 def _interpret(pickle: bytes) -> object:
-    """What the pickle describes, made of str, int, bool, None, tuple, dict, _Global and PickledTensor.
+    """Interpret the pickle; the result is made of str, int, bool, None, tuple, dict, _Global and
+    PickledTensor.
 
     Raises _Foreign for an operation or a call that a dict of tensors does not need, and whatever else comes
     of malformed bytes. Keys are str, so that no hash is taken of what a file has nested.
@@ -287,7 +288,7 @@ def _storage(described: tuple[Any, ...]) -> _Storage:
 
 
 def _call(function: Any, arguments: tuple[Any, ...]) -> object:
-    """A tensor, a parameter as the tensor that it is, or an empty dict."""
+    """Carry out one of the allowed calls: a tensor, a parameter (as its tensor), or an empty dict."""
     match function, arguments:
         case _Global("collections", "OrderedDict"), ():
             return {}

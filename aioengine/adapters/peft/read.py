@@ -37,7 +37,7 @@ from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape
 
 _BIN_BYTES_BESIDE = 8 << 20
-"""What a ``torch.save`` file may hold beside its tensors: names, headers, alignment, and unused data."""
+"""Bytes that a ``torch.save`` file may hold beside its tensors: names, headers, alignment, unused data."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +52,7 @@ class PackedAdapter:
     """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" of a share,
     of which not all has been read; see :func:`aioengine.adapters.peft.digest.content_digest`."""
     nbytes: int
-    """The memory that it holds."""
+    """Its memory in bytes."""
     tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
     """(layer, module) -> (A [r, in], B [out, r]); B holds the scaling, so that delta = B @ A.
 
@@ -68,9 +68,9 @@ class PackedAdapter:
     shape: ImageShape | None = None
     """The shape of that image, where it is known."""
     computed: Mapping[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Of a share with DoRA: A and B as its norms need them, where that is more than ``tensors`` has."""
+    """For a rank's share with DoRA: A and B as the norms need them, where ``tensors`` has less."""
     version: str = ""
-    """What tells the content of the files from another without reading it; see :class:`AdapterFolder`."""
+    """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
 
 def read_adapter(
@@ -87,12 +87,13 @@ def read_adapter(
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
     Args:
-        order: The slot, in whose order the tensors are laid out, so that no copy is needed to make its image.
-            If it holds a rank's share, that is what is read, checked and returned.
+        order: The slot whose order the tensors are laid out in, so that its image needs no further copy. If
+            it holds a rank's share, only the share is read, checked and returned.
         dtype: of the returned tensors; the scaling is folded into B in float32 and rounded once.
         base_weight: the base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves it along with an adapter on it; it is compared with this and left out.
-        known: Spares looking at a header that was looked at before, for the same ``order`` and ``dtype``.
+        known: Headers that were parsed before, for the same ``order`` and ``dtype``; they are not parsed
+            again.
         allow_nonfinite: accept NaN and infinity in the weights.
         progress: Told of each call on the folder's files.
 
@@ -186,7 +187,7 @@ class _Reader:
             return packed
 
     def _share(self, file: OpenFile, header: SafetensorsHeader, contents: Contents) -> Packed:
-        """The tensors' parts are read into memory one behind the other, as if there were no others."""
+        """Read the tensors' parts into memory one after another."""
         buffer = Buffer(sum(length for _, length in contents.pieces))
         end = 0
         for offset, length in contents.pieces:
@@ -261,7 +262,7 @@ class _Reader:
 
 
 def _read_and_hash(file: OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:
-    """Fill ``view`` from ``file``, while ``helper``, of one thread, hashes what is there; done when all is.
+    """Fill ``view`` from ``file`` while ``helper``, a pool of one thread, hashes what has arrived.
 
     Two small pieces are hashed while the large last one is read. That one is hashed in one go, and has been
     begun when this returns: the helper needs the interpreter lock to begin a piece, which it gets while this

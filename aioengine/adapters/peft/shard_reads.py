@@ -1,7 +1,7 @@
-"""Which parts of a file's tensors a rank reads, and which of those its slots hold.
+"""Decides which parts of a file's tensors a rank reads, and which of those its slots hold.
 
-They are the same, but where a value depends on more than what is held: the norms of DoRA, and the comparison
-of tied adapters. All ranks together read every value, so it is enough that each checks what it reads.
+The two differ only where a value depends on more than the held part: DoRA's norms, and the comparison of tied
+adapters. All ranks together read every value, so it is enough that each checks what it reads.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ _ALL = slice(None)
 
 
 class Cut(NamedTuple):
-    """Of a tensor [rows, columns] or [rows]."""
+    """Part of a tensor [rows, columns] or [rows]."""
 
     rows: slice
-    """Those that are read."""
+    """The rows that are read."""
     columns: slice = _ALL
     held: slice = _ALL
-    """Of the rows that are read."""
+    """Which of the rows that are read the slot holds."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What is read, as a view."""
+        """Return the part that is read, as a view."""
         return tensor[self.rows] if tensor.dim() == 1 else tensor[self.rows, self.columns]
 
 
 class Selection(NamedTuple):
-    """What is read of a safetensors file's data."""
+    """Parts of a safetensors file's data that are read."""
 
     entries: list[Entry]
-    """The tensors' parts, as they lie one behind the other once they have been read."""
+    """The tensors' parts, one after another, as they lie in memory after the read."""
     pieces: list[tuple[int, int]]
-    """Where they come from, in that order: offsets and lengths in the data, in bytes."""
+    """Their offsets and lengths in the data, in bytes, in the same order."""
 
 
 def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
-    """What the rank of ``slot`` needs of an adapter's tensor, in an adapter with these properties.
+    """Which part of a tensor the rank of ``slot`` needs, in an adapter with these properties.
 
-    The norms of DoRA are of whole rows of B A for the outputs that the rank computes; or, where a linear is
-    split over its inputs, of all outputs for the inputs that it has.
+    DoRA's norms need whole rows of B A for the outputs that the rank computes or, where a linear is split
+    over its inputs, all rows for the inputs that the rank has.
     """
     module = part.place[1]
     share, partition = slot.share(module), slot.partition
@@ -63,7 +63,7 @@ def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:
 
 
 def select(entries: Sequence[Entry], cuts: Mapping[str, Cut]) -> Selection:
-    """``entries`` are those of the whole file; ``cuts`` are by key."""
+    """Select what is read: ``entries`` are those of the whole file, ``cuts`` the parts by key."""
     found: list[Entry] = []
     pieces: list[tuple[int, int]] = []
     end = 0

@@ -1,4 +1,5 @@
-"""Which weights an adapter's file must hold, by configuration and base model, and which key is which.
+"""Derives from configuration and base model which weights an adapter's file must hold, and which key is which
+tensor.
 
 PEFT's key formats (``get_peft_model_state_dict``): the adapter's name is normally removed from the keys, but
 files written by hand keep it (``lora_A.default.weight``), and some tools drop ``base_model.model.``.
@@ -20,7 +21,7 @@ Place = tuple[int, str]
 """(layer, module), embeddings under ``NO_LAYER``."""
 
 _MATCH_SECONDS = 2.0
-"""Of computing, for all patterns of a configuration and all modules; they normally take milliseconds."""
+"""Time limit for matching all patterns of a configuration against all modules; normally milliseconds."""
 
 _PARENT = {module: "mlp" if module[:-5] in ("gate", "up", "down") else "self_attn" for module in LORA_MODULES}
 _EMBEDDING_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
@@ -31,7 +32,7 @@ _KEY = re.compile(
     re.ASCII,
 )
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-"""What torch.compile, activation checkpointing and FSDP put into the names of modules."""
+"""Prefixes that torch.compile, activation checkpointing and FSDP insert into module names."""
 _MAGNITUDES = dict.fromkeys(
     (
         "lora_magnitude_vector",
@@ -79,7 +80,7 @@ _FOREIGN_KEYS = (
 
 
 def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]) -> int:
-    """What the tensors of an adapter that fits take in a file at most, without base weights saved along."""
+    """Compute the largest size in a file of an adapter that fits, without saved base weights."""
     elements = 0
     for module in target_modules:
         linear = spec.linear(module)
@@ -99,13 +100,13 @@ class Target(NamedTuple):
     """An adapted module."""
 
     name: str
-    """In the base model, as PEFT's patterns see it."""
+    """Its name in the base model, which PEFT's patterns are matched against."""
     rank: int
     scaling: float
     linear: LinearShape
 
     def shape(self, kind: str) -> tuple[int, ...]:
-        """The shape of a part; a base weight is [vocabulary, hidden] for both embeddings."""
+        """Return the shape of a part; a base weight is [vocabulary, hidden] for both embeddings."""
         match kind:
             case "A":
                 return self.rank, self.linear.in_features
@@ -144,7 +145,7 @@ class Layout:
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
         self.dora = config.use_dora
         self.targets: dict[Place, Target] = {}
-        """In the order of the tensors of a packed adapter."""
+        """The targets, in the order of a packed adapter's tensors."""
         self._add(NO_LAYER, {module: spec.linear(module) for module in EMBEDDING_MODULES})
         linears = {module: spec.linear(module) for module in LORA_MODULES}
         began = time.thread_time()
@@ -175,7 +176,7 @@ class Layout:
                 self.targets[layer, module] = Target(name, rank, config.scaling(name, rank), linear)
 
     def parts(self, file: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
-        """Each key's part, once keys, shapes, configuration and slots are known to agree.
+        """Check that keys, shapes, configuration and slots agree, and return each key's part.
 
         Raises AdapterInvalid.
         """
@@ -199,7 +200,7 @@ class Layout:
         return parts
 
     def _usual_keys(self) -> dict[str, Part]:
-        """The keys that nearly every tensor of nearly every file has: a look-up instead of a match."""
+        """Keys that nearly all files use, so that a look-up replaces matching."""
         keys: dict[str, Part] = {}
         for place, target in self.targets.items():
             if place[0] != NO_LAYER and place[1] in self._modules:
@@ -263,7 +264,7 @@ class Layout:
 
 
 def _name(layer: int, module: str) -> str:
-    """The module's name in the base model, which PEFT's patterns are matched against."""
+    """Return the module's name in the base model, which PEFT's patterns are matched against."""
     if layer == NO_LAYER:
         return _EMBEDDING_NAMES[module]
     return f"model.layers.{layer}.{_PARENT[module]}.{module}"

@@ -33,7 +33,7 @@ class Weights:
 
     tensors: dict[str, Tensor]
     runs: Sequence[Tensor]
-    """The same values as few flat tensors, for what is quicker over all of them."""
+    """The same values as few flat tensors, for operations that are faster over all of them at once."""
 
 
 class Entry(NamedTuple):
@@ -51,12 +51,13 @@ class SafetensorsHeader:
     name -> {dtype, shape, data_offsets}, then the data, which the offsets cover without gaps."""
 
     raw: bytes
-    """The file up to the data."""
+    """The bytes of the file before the data."""
     data_bytes: int
 
     @classmethod
     def read(cls, folder: AdapterFolder, file: OpenFile) -> SafetensorsHeader:
-        """Raises AdapterInvalid for a file that is too short, or a header too long for an adapter."""
+        """Read the header. Raises AdapterInvalid for a file that is too short, or a header too long for an
+        adapter."""
         prefix = file.read(min(file.size, 8))
         length = int.from_bytes(prefix, "little")
         if file.size < 8 or length > file.size - 8:
@@ -71,7 +72,7 @@ class SafetensorsHeader:
         return cls(bytes(prefix + file.read(length)), file.size - 8 - length)
 
     def entries(self, folder: AdapterFolder, file: OpenFile) -> list[Entry]:
-        """The tensors by offset, checked to cover the data exactly. Raises AdapterInvalid."""
+        """Return the tensors sorted by offset, checked to cover the data exactly. Raises AdapterInvalid."""
         if self.raw.count(b":") > _MAX_COLONS:
             folder.invalid(f"{file.name}: a header with so many entries is no LoRA adapter's")
         try:
@@ -142,7 +143,7 @@ _DECODER = msgspec.json.Decoder(_Described)
 
 
 def tensors_of(buffer: Buffer, entries: Sequence[Entry]) -> Weights:
-    """The data of a safetensors file as tensors: views of ``buffer``, where alignment allows it."""
+    """Return the data of a safetensors file as tensors: views of ``buffer`` where alignment allows it."""
     tensors: dict[str, Tensor] = {}
     runs: list[Tensor] = []
     for dtype, group in groupby(entries, key=lambda entry: entry.dtype):

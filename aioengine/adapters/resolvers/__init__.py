@@ -1,1 +1,1 @@
-"""Resolvers: from the name of an adapter that is not registered to a local folder."""
+"""Resolvers: find the folder of an adapter that nobody registered, by its name."""

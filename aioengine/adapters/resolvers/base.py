@@ -1,4 +1,4 @@
-"""Where adapters come from that nobody registered: resolvers turn a name into a folder.
+"""Resolvers turn the name of an adapter that nobody registered into a local folder.
 
 The engine asks its resolver when a request, or ``load_adapter`` without a path, names an adapter that is
 not registered; the folder that it answers with is registered under that name and read as any other.
@@ -21,20 +21,20 @@ from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 T = TypeVar("T")
 
 WEIGHTS_FILES = (SAFETENSORS_FILE, BIN_FILE)
-"""The first that is there is the one that is read."""
+"""Names of weights files; the first that exists is read."""
 ADAPTER_FILES = (CONFIG_FILE, *WEIGHTS_FILES)
 MAX_THREADS = 256
-"""Look-ups of one resolver under way at once, with those that hang and nobody waits for any more. There is
-one for each name at the most; further names are refused."""
+"""Maximum look-ups of one resolver at once, abandoned ones included. There is at most one for each name;
+further names are refused."""
 
 
 class AdapterResolver(ABC):
-    """Implement ``resolve``; it is called on the event loop, so it must not block (see
+    """Base of all resolvers. Implement ``resolve``; it is called on the event loop, so it must not block (see
     :class:`BlockingResolver`)."""
 
     @abstractmethod
     async def resolve(self, name: str) -> str | os.PathLike[str]:
-        """The folder of the adapter ``name``, in PEFT format.
+        """Return the folder of the adapter ``name``, in PEFT format.
 
         It is called once at a time for each name, however many requests wait, and is cancelled when none
         does any more, or when it has taken ``LoRAConfig.load_timeout`` seconds. Names obey the rule for
@@ -46,9 +46,9 @@ class AdapterResolver(ABC):
 
 
 class BlockingResolver(AdapterResolver):
-    """Base of the resolvers that wait for disks and networks: ``find`` runs in a thread of its own, and
-    one that hangs holds up nobody but who waits for it. When those who wait give up, it goes on, and who asks
-    for the name again meanwhile gets its result."""
+    """Base of resolvers that wait for disks and networks. ``find`` runs in a thread of its own, so a look-up
+    that hangs delays only the requests that wait for it. If they give up, the look-up goes on, and a later
+    request for the same name gets its result."""
 
     def __init__(self) -> None:
         self._threads = ReadThreads("aioengine-resolve")
@@ -62,7 +62,7 @@ class BlockingResolver(AdapterResolver):
         return await self._in_thread(name, name, lambda: self.find(name))
 
     async def _in_thread(self, name: str, what: str, find: Callable[[], Path]) -> Path:
-        """``find()``, or what is under way for ``what``."""
+        """Run ``find()``, or join the look-up that is under way for ``what``."""
         found = self._under_way.get(what)
         if found is None or found.get_loop() is not asyncio.get_running_loop():
             if len(self._under_way) >= MAX_THREADS:
@@ -86,8 +86,8 @@ class BlockingResolver(AdapterResolver):
 class ChainResolver(AdapterResolver):
     """Asks one resolver after the other; the first that has the adapter wins.
 
-    An error that is not AdapterNotFound ends the search: whether that one had it cannot be known, and to
-    go on could serve another adapter under this name.
+    Any error but AdapterNotFound ends the search: it is unknown whether that resolver has the adapter, and
+    going on could serve a different adapter under this name.
     """
 
     def __init__(self, resolvers: Sequence[AdapterResolver]) -> None:
@@ -106,8 +106,8 @@ class ChainResolver(AdapterResolver):
 
 
 async def within(seconds: float | None, name: str, look_up: Awaitable[T]) -> T:
-    """The result of ``look_up``, in which the adapter ``name`` is sought. Raises AdapterLoadError if it takes
-    longer; None: whatever it takes."""
+    """Await ``look_up``, which searches for the adapter ``name``. Raises AdapterLoadError after ``seconds``;
+    None waits for ever."""
     try:
         async with asyncio.timeout(seconds) as limit:
             return await look_up
@@ -131,7 +131,8 @@ def is_plain_name(name: str) -> bool:
 
 
 def too_large(file: str, size: int, max_bytes: int) -> str | None:
-    """Why a file of an adapter is not fetched, if so. ``max_bytes`` is the bound on weights."""
+    """Return the reason why a file of an adapter is too large to fetch, or None. ``max_bytes`` bounds the
+    weights."""
     limit, todo = (
         (max_bytes, "; raise max_bytes if it is right") if file != CONFIG_FILE else (MAX_CONFIG_BYTES, "")
     )

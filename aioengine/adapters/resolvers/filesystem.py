@@ -13,10 +13,10 @@ from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 class FilesystemResolver(BlockingResolver):
     """The adapter "team/sql" is the folder ``root/team/sql``; folders that come later are found too.
 
-    Nothing outside ``root`` is ever named: no absolute path, no "..", and no symbolic link, of a folder
-    on the way or of an adapter's file, that leads out of it. Links are followed when a name is resolved,
-    and what is registered is the folder behind them. Somebody who may write in ``root`` could put a link
-    in a file's place after that: so ``root`` must be writable only for those who may add adapters.
+    Nothing outside ``root`` can be reached: not by an absolute path, not by "..", and not by a symbolic link,
+    whether of a folder or of an adapter's file. Links are followed when a name is resolved, and what is
+    registered is the folder behind them. Anyone who can write in ``root`` could replace a file by a link
+    after that, so ``root`` must be writable only for those who may add adapters.
 
     Raises ConfigError if ``root`` is not a folder.
     """

@@ -26,7 +26,7 @@ class _Remote(NamedTuple):
     path: str
     size: int
     stamp: str
-    """Another one for other content."""
+    """A text that changes with the content."""
 
 
 class FsspecResolver(BlockingResolver):
@@ -34,19 +34,19 @@ class FsspecResolver(BlockingResolver):
 
     ``url`` is anything that fsspec knows ("s3://bucket/adapters" with s3fs installed, "gs://", "memory://").
     An adapter's two files are fetched into a folder of ``cache_dir`` that is named after the objects' ETags
-    (where there are none, after what else tells that an object has changed). So each resolve asks for their
-    state only, changed objects are fetched anew into another folder, and an adapter that is being served
-    keeps its own. A folder is complete or not there: it is filled under another name and then renamed, and
-    several processes can share one cache. When it has grown beyond ``max_cache_bytes``, what was resolved
-    least recently is deleted, but nothing that was within the last ten minutes. An adapter whose copy is
-    gone when it must be read again fails its requests, and is fetched anew for the next.
+    (where there are none, after what else tells that an object has changed). So a resolve only asks for the
+    objects' state; changed objects are fetched into another folder, and an adapter that is being served keeps
+    its own. A folder is complete or not there: it is filled under another name and then renamed, and several
+    processes can share one cache. When it has grown beyond ``max_cache_bytes``, what was resolved least
+    recently is deleted, but nothing that was within the last ten minutes. If the copy is gone when an adapter
+    must be read again, its requests fail and the next one fetches it anew.
 
     Args:
         url: Where the adapters are.
         cache_dir: ``$XDG_CACHE_HOME/aioengine/adapters`` if None.
         storage_options: For the filesystem: credentials, endpoint, ...
         max_bytes: The largest weights file that is fetched; bytes, or text such as "2GiB".
-        max_cache_bytes: What all copies in ``cache_dir`` may take; None for any amount.
+        max_cache_bytes: Bound on all copies in ``cache_dir``; None for no bound.
 
     Raises ConfigError if fsspec, or what it needs for this kind of URL, is not installed.
     """
@@ -94,7 +94,7 @@ class FsspecResolver(BlockingResolver):
         return folder
 
     def _look(self, name: str) -> list[_Remote]:
-        """The adapter's objects as they are now."""
+        """Return the adapter's objects as they are now."""
         self._fs.invalidate_cache()  # of listings, which would hide changes
         where = f"{self._url}/{name}"
         config = self._info(name, CONFIG_FILE)
@@ -126,7 +126,7 @@ class FsspecResolver(BlockingResolver):
         return self._copies.path(_key(where), _key(content))
 
     def _fetch(self, name: str, where: str, remote: list[_Remote], folder: Path) -> None:
-        """Fill ``folder``, if no other process is quicker."""
+        """Download into ``folder``, unless another process does so first."""
         staging = self._copies.staging(folder)
         try:
             for found in remote:
@@ -151,7 +151,7 @@ class FsspecResolver(BlockingResolver):
 
 
 def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> bool:
-    """False if there are more than ``limit`` bytes, of which so many are copied then."""
+    """Copy up to ``limit`` bytes. Returns False if there are more."""
     left = limit
     while piece := source.read(_PIECE):
         left -= len(piece)
@@ -166,5 +166,5 @@ def _key(text: str) -> str:
 
 
 def _public(url: str) -> str:
-    """Without the credentials that a URL may have, for messages."""
+    """Return the URL without credentials, for messages."""
     return re.sub(r"//[^/@]*@", "//", url)

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 HUB_SECONDS = 10.0
-"""For the Hub to say what a repository holds."""
+"""Time limit for listing a repository on the Hub."""
 
 
 class HubResolver(BlockingResolver):
     """The adapter "owner/name", or "hf:owner/name", is that repository on the Hub (extra ``hub``).
 
-    Only the adapter's files are downloaded, into the cache of ``huggingface_hub``, which is enough when
-    the Hub cannot be reached.
+    Only the adapter's files are downloaded, into the cache of ``huggingface_hub``; the cached files are used
+    when the Hub cannot be reached.
 
     Args:
-        owners: Whose repositories may be asked for. None: anybody's; then whoever can name an adapter
-            in a request can have any repository downloaded.
+        owners: Owners whose repositories are allowed. None allows all owners; then anyone who can name an
+            adapter in a request can make the server download any repository.
         revision: Branch, tag or commit, for names that have none.
-        cache_dir: In place of the cache that ``HF_HOME`` names.
-        token: In place of the one that is stored or in ``HF_TOKEN``.
+        cache_dir: Cache folder, instead of the one that ``HF_HOME`` names.
+        token: Access token, instead of the stored one or ``HF_TOKEN``.
         local_files_only: Never ask the Hub.
         max_bytes: The largest weights file that is downloaded; bytes, or text such as "2GiB".
 
@@ -126,7 +126,8 @@ class HubResolver(BlockingResolver):
         )
 
     def _download(self, name: str, repo: HubId, path: str) -> Path:
-        """If the Hub does not tell how large the files are, what is in the cache is all that there is."""
+        """Download the adapter's files. If the Hub cannot be asked for their sizes, only the cache is
+        used."""
         from huggingface_hub import HfApi, errors  # optional
 
         try:
@@ -149,7 +150,7 @@ class HubResolver(BlockingResolver):
         return folder
 
     def _check_sizes(self, name: str, path: str, info: ModelInfo) -> None:
-        """Raises AdapterInvalid for a file that is too large."""
+        """Check the files' sizes. Raises AdapterInvalid for one that is too large."""
         for file in info.siblings or ():
             if file.rfilename not in ADAPTER_FILES:
                 continue
@@ -162,7 +163,7 @@ class HubResolver(BlockingResolver):
 
 
 def parse_hub_path(name: str, path: str) -> HubId:
-    """The repository that a path "hf:owner/name[@revision]" means. Raises AdapterInvalid."""
+    """Parse a path "hf:owner/name[@revision]". Raises AdapterInvalid."""
     hub_id = parse_hub_id(path)
     if hub_id is None:
         raise AdapterInvalid(

@@ -1,4 +1,4 @@
-"""A folder of copies of remote adapters, that several processes share: who was used least recently goes."""
+"""A folder with copies of remote adapters, shared by several processes; evicts the least recently used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 KEEP_SECONDS = 600.0
-"""What was asked for within this time stays, whatever the bound: somebody is about to read it."""
+"""Copies that were asked for within this time are kept even beyond the bound, because they are about to be
+read."""
 STALE_SECONDS = 86400.0
 """An unfinished copy this old was left by a process that was killed."""
 UNFINISHED = ".part-"
@@ -33,7 +34,7 @@ class LocalCopies:
     used last is its folder's modification time. All methods block.
 
     Args:
-        max_bytes: How much the copies may take together; None for any.
+        max_bytes: Bound on the size of all copies; None for no bound.
     """
 
     def __init__(self, root: Path, max_bytes: int | None) -> None:
@@ -41,11 +42,11 @@ class LocalCopies:
         self._max_bytes = max_bytes
 
     def path(self, adapter: str, version: str) -> Path:
-        """Where the copy of an adapter's version is, if it is there. Both are keys."""
+        """Return the path of an adapter version's copy, or None. Both arguments are keys."""
         return self.root / adapter / version
 
     def use(self, folder: Path) -> bool:
-        """Whether the copy is there; if so, it was used now."""
+        """Mark the copy as used now. Returns whether it exists."""
         try:
             os.utime(folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -55,13 +56,13 @@ class LocalCopies:
         return True
 
     def staging(self, folder: Path) -> Path:
-        """An empty folder beside ``folder``, to be filled and renamed to it."""
+        """Create an empty folder beside ``folder``, to be filled and then renamed to it."""
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
 
     def prune(self, *, keep: Path) -> None:
-        """Delete what was used least recently until the bound is kept, but not ``keep``. What cannot be
-        deleted stays."""
+        """Delete the least recently used copies, but not ``keep``, until the bound holds. Copies that cannot
+        be deleted stay."""
         now = time.time()
         if self._max_bytes is None:
             return

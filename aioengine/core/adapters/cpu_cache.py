@@ -1,14 +1,14 @@
-"""The CPU adapter cache's accounting: who is in, and who may be asked to leave.
+"""Accounting of the CPU adapter cache: which adapters are in it, and which may be evicted.
 
 Adapters in slots stay in the cache too, so that a slot can be given up without a copy back.
 
-What somebody waits for is not evicted under him, with one exception that keeps the cache fair: whoever
-has waited longer may take the place of an adapter that is needed only by later requests. Without the
-exception, a few busy adapters could keep a cold one out for ever. And a tenant that has less than its share
-of the places may take one of a tenant that has more, however long that one has waited.
+An adapter that a request waits for is not evicted, with one exception that keeps the cache fair: a request
+that has waited longer may take the place of an adapter that only later requests need. Without the exception,
+a few busy adapters could keep a cold one out for ever. A tenant with less than its share of the places may
+also take one from a tenant with more, however long the latter has waited.
 
-An adapter's size is known once it has been read. Its next read reserves that much beforehand; the first
-one reserves a place, and room for its bytes is made when it has arrived.
+An adapter's size is known after its first read. Later reads reserve that size beforehand; the first one
+reserves only a place, and room for its bytes is made when it arrives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers.policy import Location
 
 Order = Callable[[Sequence[AdapterEntry]], Sequence[AdapterEntry]]
-"""Who of those that may go alike goes first."""
+"""Which of several equally evictable adapters goes first."""
 
 
 def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
@@ -36,17 +36,17 @@ class CpuCache:
         self.capacity = capacity
         self.max_bytes = max_bytes
         self.entries: dict[int, AdapterEntry] = {}
-        """Resident, or being read, by uid."""
+        """Adapters that are resident or being read, by uid."""
         self.used_bytes = 0
         self._counted: dict[int, int] = {}
-        """What each counts for in ``used_bytes``."""
+        """Bytes that each counts for in ``used_bytes``."""
         self._largest: int | None = None
-        """Of those; None when it has to be looked for."""
+        """The largest of those; None when it must be computed again."""
         self._order = order
 
     @property
     def room(self) -> int:
-        """Adapters that can be added without anybody leaving, each as large as the largest there is."""
+        """Number of adapters that fit without an eviction, each as large as the largest known one."""
         places = self.capacity - len(self.entries)
         if self.max_bytes is None:
             return places
@@ -56,12 +56,12 @@ class CpuCache:
 
     @property
     def bytes_room(self) -> int:
-        """Only where ``max_bytes`` is not None."""
+        """Bytes that are free. Only meaningful where ``max_bytes`` is not None."""
         assert self.max_bytes is not None
         return self.max_bytes - self.used_bytes
 
     def fits(self, entry: AdapterEntry) -> bool:
-        """Whether it can be added now."""
+        """Whether the adapter can be added now without an eviction."""
         return not self._lacking(entry, self._reserved(entry))
 
     def add(self, entry: AdapterEntry) -> None:
@@ -70,7 +70,7 @@ class CpuCache:
         self._count(entry, self._reserved(entry))
 
     def resize(self, entry: AdapterEntry) -> bool:
-        """Count it for what it takes, as has turned out; returns whether ``max_bytes`` is kept."""
+        """Set the adapter's size, now that it is known; returns whether ``max_bytes`` still holds."""
         self._count(entry, entry.nbytes)
         return self.max_bytes is None or self.used_bytes <= self.max_bytes
 
@@ -80,14 +80,14 @@ class CpuCache:
         self._largest = None
 
     def pinned_bytes(self, besides: AdapterEntry) -> int:
-        """What stays for as long as somebody wants it to."""
+        """Bytes of pinned adapters."""
         return sum(e.nbytes for e in self.entries.values() if e.pinned and e is not besides)
 
     def can_ever_hold(self, entry: AdapterEntry, nbytes: int) -> bool:
         return self.max_bytes is None or nbytes + self.pinned_bytes(entry) <= self.max_bytes
 
     def refusal(self, entry: AdapterEntry, nbytes: int) -> AdapterTooLarge | None:
-        """Why it can never be kept, if it cannot."""
+        """The reason why the adapter can never be kept; None if it can."""
         if self.can_ever_hold(entry, nbytes):
             return None
         pinned = self.pinned_bytes(entry)
@@ -103,15 +103,15 @@ class CpuCache:
     def victims(
         self, newcomer: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
     ) -> list[AdapterEntry] | None:
-        """Those who go so that ``newcomer`` fits, the first first; None if too many must stay.
+        """Adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now.
 
-        It may be in the cache already, and then only its bytes can be in the way.
+        The newcomer may be in the cache already; then only its bytes can be too many.
 
-        Adapters that are unloaded go first. Then those outside the slots, then those in idle slots;
-        within each, those nobody waits for before those that only later requests wait for; and among
-        equals the order decides. Those in slots whose uid is in ``keep``, because this step admits to
-        them, stay. So do those that earlier requests wait for, unless their tenant has more than its
-        share, or the adapter is ``offered``: the policy gives its slot to the newcomer.
+        Adapters that are unloaded go first. Then adapters outside the slots, then those in idle slots; in
+        each group, adapters that no request waits for come before those that only later requests wait for;
+        ``Order`` decides among equals. Adapters in slots whose uid is in ``keep`` stay, because this step
+        admits requests to them. Adapters that earlier requests wait for stay too, unless their tenant has
+        more than its share, or the adapter is ``offered``: the policy gives its slot to the newcomer.
         """
         here = newcomer.uid in self.entries
         size = 0 if here else self._reserved(newcomer)
@@ -161,11 +161,12 @@ class CpuCache:
         return set().union(*(uids for uids in places.values() if len(uids) > share))
 
     def _reserved(self, entry: AdapterEntry) -> int:
-        """What can never fit is read all the same, and fails when its size is known."""
+        """Bytes to reserve. An adapter that can never fit is read all the same, and fails when its size is
+        known."""
         return entry.nbytes if self.can_ever_hold(entry, entry.nbytes) else 0
 
     def _lacking(self, newcomer: AdapterEntry, nbytes: int, places: int = 0) -> bool:
-        """Whether it does not fit with ``nbytes`` more and ``places`` fewer than there are now."""
+        """Whether the cache lacks room after ``nbytes`` more and ``places`` fewer."""
         here = newcomer.uid in self.entries
         if not here and len(self.entries) - places >= self.capacity:
             return True

@@ -1,4 +1,4 @@
-"""Which adapters failed lately, and when they are worth another attempt."""
+"""Recent failures of adapters, and when each may be tried again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from aioengine.errors import AdapterError
 FIRST_SECONDS = 0.5
 LONGEST_SECONDS = 30.0
 MAX_NAMES = 1024
-"""Those that failed longest ago are forgotten first, and tried at once."""
+"""Maximum number of remembered names. The oldest failures are forgotten first; those adapters are tried again
+at once."""
 
 
 class _Failure(NamedTuple):
@@ -19,8 +20,8 @@ class _Failure(NamedTuple):
 
 
 class Failures:
-    """By name, so that a folder that is found anew is remembered. After one failure another attempt may
-    follow at once; from the second on in a row there is a pause, which doubles each time."""
+    """Failures by name, so that they are remembered even if the folder is looked up again. After one failure
+    a retry may follow at once; from the second in a row on there is a pause, which doubles each time."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, _Failure] = {}
@@ -34,16 +35,16 @@ class Failures:
         self._by_name[name] = _Failure(count, error, now + pause)
 
     def times(self, name: str) -> int:
-        """How often in a row it has failed."""
+        """Number of failures in a row."""
         failure = self._by_name.get(name)
         return 0 if failure is None else failure.times
 
     def forget(self, name: str) -> None:
-        """It has been read."""
+        """Forget the failures of an adapter that has been read."""
         self._by_name.pop(name, None)
 
     def check(self, name: str, now: float) -> None:
-        """Raises its last error again, if the pause is not over."""
+        """Raise its last error again if its pause is not over."""
         failure = self._by_name.get(name)
         if failure is None or now >= failure.until:
             return

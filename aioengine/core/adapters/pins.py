@@ -1,4 +1,4 @@
-"""Pinned adapters: how many there may be, and for whom one is pinned.
+"""Pinned adapters: how many there may be, and which callers hold a pin.
 
 The core places a pinned adapter in a slot as soon as one is idle, and never takes it out.
 """
@@ -15,10 +15,11 @@ from aioengine.errors import ConfigError
 
 @dataclass
 class _Claim:
-    """What all callers share who are having a name pinned at the moment."""
+    """State shared by all callers that are pinning the same name at the moment."""
 
     settled: bool
-    """It was pinned before them, or one of them has succeeded: then it stays pinned if the others fail."""
+    """Whether the name was pinned before, or one caller has succeeded: then it stays pinned if the others
+    fail."""
     count: int = 0
 
 
@@ -72,13 +73,13 @@ class Pins:
         self._set(entry, True, now)
 
     def unpin(self, entry: AdapterEntry, now: float) -> None:
-        """Let it be evicted again, whoever has it pinned."""
+        """Remove the pin, whoever holds it."""
         if entry.label in self._claims:
             self._claims[entry.label].settled = False
         self._set(entry, False, now)
 
     def hand_over(self, old: AdapterEntry, new: AdapterEntry, now: float) -> None:
-        """``new`` replaces ``old``, and is pinned if that is."""
+        """Transfer the pin of ``old`` to ``new``, which replaces it."""
         if old.pinned:
             self._set(old, False, now)
             self._set(new, True, now)

@@ -1,4 +1,5 @@
-"""Which adapters go to slots and into the CPU cache: what the policy asks for, checked; what is pinned."""
+"""Starts moves of adapters into slots and the CPU cache: what the policy asks for, after checks, and what is
+pinned."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, Place
 
 WANT_PATIENCE_SECONDS = 1.0
-"""Reads that were asked for by name start after those of the policy's decision; but before, once they have
-waited so long, or a policy that always has something to read would keep them out."""
+"""Reads that callers asked for by name start after those of the policy's decision, but before them once they
+have waited this long. Otherwise a policy that always has something to read would keep them out."""
 PIN_RETRY_SECONDS = 1.0
-"""How soon a pinned adapter whose copy into a slot failed is copied again, at the earliest."""
+"""Pause before a pinned adapter whose copy into a slot failed is copied again."""
 
 Refusal = tuple[str, str]
 """(reason, item) of an item of a decision that would break an invariant."""
@@ -27,7 +28,7 @@ class Placing:
         self._closed: set[int] = set()
 
     def is_closed(self, entry: AdapterEntry | None) -> bool:
-        """Whether its slot admits nothing, because a pinned adapter waits for it."""
+        """Whether its slot admits no requests because a pinned adapter waits for it."""
         return entry is not None and entry.uid in self._closed
 
     @property
@@ -35,8 +36,9 @@ class Placing:
         return bool(self._closed)
 
     def place_pinned(self, now: float) -> None:
-        """A pinned adapter goes to a slot as soon as one can be had, asked for or not. If none is idle, one
-        is closed: it admits nothing until it is, or steady traffic would keep the adapter out for ever."""
+        """Place pinned adapters as soon as slots are available, whether requests ask for them or not. If no
+        slot is idle, one is closed to new requests until it is idle; otherwise steady traffic would keep the
+        adapter out for ever."""
         self._closed.clear()
         for entry in self._residency.cpu.entries.values():
             if _waits_for_slot(entry) and now >= _retry_at(entry):
@@ -47,7 +49,7 @@ class Placing:
                     self._closed.add(busy)
 
     def next_retry(self, now: float) -> float | None:
-        """When a pinned adapter is due again whose copy has failed; None if there is none."""
+        """Time of the next retry of a pinned adapter whose copy failed; None if there is none."""
         due = [_retry_at(entry) for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
         return min((at for at in due if at > now), default=None)
 
@@ -88,8 +90,8 @@ class Placing:
         return None
 
     def _offered(self, place: Place) -> AdapterEntry | None:
-        """Whose slot the policy gives away: it may leave the CPU cache for the newcomer too, or one would
-        wait for the other for ever."""
+        """Adapters whose slot the policy gives away. They may also leave the CPU cache for the newcomer;
+        otherwise the two could wait for each other for ever."""
         known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
         return self._slots.slots[place.slot].entry if known and place.slot is not None else None
 
@@ -99,7 +101,8 @@ def _waits_for_slot(entry: AdapterEntry) -> bool:
 
 
 def _retry_at(entry: AdapterEntry) -> float:
-    """When a pinned adapter may be copied, or a copy that always fails would be tried again without pause."""
+    """Time when a pinned adapter may be copied, so that a copy that always fails is not retried without
+    pause."""
     return 0.0 if entry.copy_failed is None else entry.copy_failed + PIN_RETRY_SECONDS
 
 

@@ -35,10 +35,10 @@ class Residency:
         self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
         self.failures = Failures()
         self.current: dict[str, AdapterEntry] = {}
-        """Published entries by name: what new requests get."""
+        """Published entries by name; new requests use these."""
         self.pins = Pins(num_slots, self.current, emit)
         self.by_policy_name: dict[str, AdapterEntry] = {}
-        """Every entry that requests may be waiting or running on, superseded ones included."""
+        """All entries that requests may wait for or run on, superseded ones included."""
         self.entries: dict[int, AdapterEntry] = {}
         self._retired: dict[int, AdapterEntry] = {}
         self._wanted: dict[int, AdapterEntry] = {}
@@ -53,8 +53,8 @@ class Residency:
     # Registration
 
     def declare(self, name: str, path: str, *, found: bool = False) -> AdapterEntry:
-        """A new version of ``name`` that nobody can ask for until it is published, which happens at the
-        latest when it has been read, unless it is ``held``. ``found``: its path was looked up."""
+        """Declare a new version of ``name``. No request can use it until it is published, which happens at
+        the latest when it has been read, unless it is ``held``. ``found``: whether its path was looked up."""
         version = self._last_version.get(name, 0) + 1
         self._last_version[name] = version
         entry = AdapterEntry(self._next_uid, name, version, path, found=found)
@@ -63,8 +63,8 @@ class Residency:
         return entry
 
     def publish(self, entry: AdapterEntry, now: float) -> None:
-        """Give new requests this version, and the pin of the one before it, which only finishes what it
-        has."""
+        """Let new requests use this version, and give it its predecessor's pin; the predecessor only finishes
+        its accepted requests."""
         assert self._is_candidate(entry)
         old = self.current.get(entry.name)
         if old is not None:
@@ -85,7 +85,7 @@ class Residency:
         )
 
     def retire(self, entry: AdapterEntry, now: float) -> None:
-        """Take no new requests on it; it is freed when those accepted have ended (see ``sweep``)."""
+        """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
         entry.retired = True
         if entry.pinned:
             self.pins.unpin(entry, now)
@@ -99,7 +99,7 @@ class Residency:
             self._tell("adapter_retired", now, adapter=entry.name, was=entry.label)
 
     def sweep(self, now: float) -> None:
-        """Free every retired adapter that nothing uses any more, and give up reads of such."""
+        """Free every retired adapter that nothing uses any more, and cancel its reads."""
         for entry in list(self._retired.values()):
             if entry.location is Location.LOADING and not entry.waiting:
                 self.load_cancelled(entry)
@@ -120,13 +120,13 @@ class Residency:
 
     @property
     def load_room(self) -> int:
-        """Reads that may be started now."""
+        """Number of reads that may be started now."""
         return self._max_loads - self._loads
 
     def want(self, entry: AdapterEntry, now: float, *, pin: bool = False) -> None:
-        """Bring it to the CPU cache as soon as there is room, though no request waits for it, and pin it
-        there. If it is being read already it may be that there is no room when it arrives, and it has to be
-        read again. ``entry.error`` says if it failed."""
+        """Bring it to the CPU cache as soon as there is room, although no request waits for it, and pin it
+        there. If it is already being read, there may be no room when it arrives, and it is then read again.
+        ``entry.error`` tells whether it failed."""
         if entry.location is Location.DISK or entry.location is Location.LOADING:
             entry.error = None
             entry.wanted_since = now
@@ -147,8 +147,8 @@ class Residency:
         self._refuse_shut_out(now)
 
     def _refuse_shut_out(self, now: float) -> None:
-        """When pinned adapters fill the CPU cache, nothing else will ever be read into it: what is wanted
-        fails."""
+        """Fail wanted adapters when pinned adapters fill the CPU cache, because nothing else could ever be
+        read into it."""
         pinned = [entry.label for entry in self.cpu.entries.values() if entry.pinned]
         if len(pinned) < self.cpu.capacity:
             return
@@ -172,8 +172,8 @@ class Residency:
     def start_load(
         self, entry: AdapterEntry, now: float, keep: set[int], offered: AdapterEntry | None = None
     ) -> str | None:
-        """Begin a read, making room if needed but not by taking an adapter (by uid) in ``keep`` out of
-        its slot; returns why not, if not. ``offered`` may go whoever waits for it."""
+        """Begin a read, evicting others if needed, but no adapter whose uid is in ``keep`` from its slot.
+        Returns the reason if it cannot begin. ``offered`` may be evicted even if requests wait for it."""
         if entry.location is not Location.DISK:
             return "already_loaded"
         if entry.error is not None and entry.needed_since is None:
@@ -200,7 +200,7 @@ class Residency:
         return victims is not None
 
     def load_stalled(self, entry: AdapterEntry) -> None:
-        """The read under way makes no progress. It goes on, and another may be started in its place."""
+        """Note that a read makes no progress. It goes on, but another may start in its place."""
         assert entry.location is Location.LOADING and not entry.stalled
         entry.stalled = True
         self._loads -= 1
@@ -209,8 +209,9 @@ class Residency:
     def loaded(
         self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
     ) -> None:
-        """It has arrived; others leave if ``max_bytes`` would be exceeded. If not enough can leave now,
-        it does so itself, and is read again when there is room for what is now known to be its size."""
+        """Take in an adapter that has been read; others are evicted if ``max_bytes`` would be exceeded. If
+        too few can be evicted now, it is dropped, and read again when there is room for its size, which is
+        now known."""
         assert entry.location is Location.LOADING
         self.failures.forget(entry.label)
         entry.error = None
@@ -264,12 +265,12 @@ class Residency:
             self.retire(entry, now)
 
     def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:
-        """It was read, and cannot be kept."""
+        """Fail an adapter that was read and is too large to keep."""
         self.load_failed(entry, now, error, "too_large")
         self._moves.append(DropMove(entry))
 
     def load_cancelled(self, entry: AdapterEntry) -> None:
-        """The read under way has ended without a result."""
+        """Note that a read was cancelled."""
         assert entry.location is Location.LOADING
         entry.location = Location.DISK
         if entry.stalled:
@@ -279,8 +280,8 @@ class Residency:
             self.cpu.remove(entry)
 
     def device_lost(self, now: float) -> None:
-        """Everything that was read is gone from CPU and slots, and of the moves under way nothing more will
-        be heard. What was asked for by name, and what is pinned, is read again."""
+        """Forget everything in the CPU cache, in slots and under way, because the device's processes are
+        gone. Adapters that were asked for by name, and pinned ones, are read again."""
         for entry in self.entries.values():
             if entry.location is Location.LOADING:
                 self.load_cancelled(entry)
@@ -358,11 +359,11 @@ class Residency:
             assert entry.running == 0 or entry.location is Location.SLOT
 
     def _is_candidate(self, entry: AdapterEntry) -> bool:
-        """It has not been published yet, and is to be."""
+        """Whether it waits to be published."""
         return not entry.retired and self.current.get(entry.label) is not entry
 
     def is_known(self, entry: AdapterEntry) -> bool:
-        """Whether the policy knows of it: not so if it was never published."""
+        """Whether the policy knows of it, which is false if it was never published."""
         return self.by_policy_name.get(entry.name) is entry
 
     def _copying(self, entry: AdapterEntry) -> bool:
@@ -391,7 +392,7 @@ class Residency:
 
 
 def _evicted(entry: AdapterEntry, now: float, slot: int | None) -> events.AdapterEvicted:
-    """From a slot, or else from the CPU cache."""
+    """Build the event of an eviction from a slot, or else from the CPU cache."""
     return events.AdapterEvicted(
         time=now,
         adapter=entry.label,

@@ -33,7 +33,7 @@ class Slot:
 
     @property
     def idle(self) -> bool:
-        """It holds an adapter that no running request uses."""
+        """Whether it holds an adapter that no running request uses."""
         return self.entry is not None and not self.loading and self.entry.running == 0
 
 
@@ -70,7 +70,7 @@ class SlotTable:
 
     @property
     def all_pinned(self) -> bool:
-        """Every slot holds, or is being written with, a pinned adapter."""
+        """Whether every slot holds, or is receiving, a pinned adapter."""
         held = [s.entry for s in self.slots if s.entry is not None and s.entry.pinned]
         return 0 < len(self.slots) == len(held)
 
