@@ -104,7 +104,7 @@ class Core:
         self.blocks = self.batcher.blocks
         self.running = self.batcher.running
         self.requests: dict[str, Request] = {}
-        """Accepted and not ended."""
+        """Requests that are accepted and have not ended."""
         self.now = 0.0
         self.step = 0
         self._guard = PolicyGuard(
@@ -125,7 +125,7 @@ class Core:
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         self._zombies: list[Request] = []
-        """Ended while in flight: what they hold is released when the step comes back."""
+        """Requests that ended while in flight; what they hold is released when the step comes back."""
 
     @property
     def preemptions(self) -> int:
@@ -137,15 +137,15 @@ class Core:
 
     @property
     def policy_seconds(self) -> float:
-        """What the policy took of the last ``schedule``; 0 without a ``timer``."""
+        """Seconds that the policy took in the last ``schedule``; 0 without a ``timer``."""
         return self._guard.seconds
 
     # Events in: requests
 
     def reserve(self, tenant: str | None, adapter: str | None, now: float) -> Ticket:
-        """Take a place among the waiting requests for one that ``add_request`` will be given.
+        """Reserve a waiting place for a later ``add_request``.
 
-        Another tenant's request may lose its place for it: see :mod:`aioengine.core.waiting_room`.
+        Another tenant's request may be displaced for it: see :mod:`aioengine.core.waiting_room`.
 
         Raises EngineOverloaded if there is none.
         """
@@ -223,7 +223,8 @@ class Core:
         now: float,
         error: Exception | None = None,
     ) -> None:
-        """End a request; its blocks and its claim on the slot go now, or with the step in flight."""
+        """End a request; its blocks and its claim on the slot are released now, or when the step in flight
+        comes back."""
         if request.status is Status.ENDED:
             return
         if request.status is Status.WAITING:
@@ -277,17 +278,17 @@ class Core:
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
-        """Its read was given up, and nobody is told: the engine stops."""
+        """Note that a read was cancelled because the engine stops; no request is told."""
         self.residency.load_cancelled(entry)
 
     def adapter_load_stalled(self, entry: AdapterEntry) -> None:
-        """Its read makes no progress: its place is given to another, while it goes on."""
+        """Note that a read makes no progress: it goes on, but another may start in its place."""
         self.residency.load_stalled(entry)
 
     def adapter_load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:
-        """The requests that wait for this adapter fail with ``error``; nobody else is touched."""
+        """Fail the requests that wait for this adapter with ``error``; no other request is affected."""
         self.residency.load_failed(entry, now, error, reason)
         self._fail_waiting(entry, now, error)
 
@@ -304,7 +305,8 @@ class Core:
             self.end(request, "error", now, error)
 
     def _fail_shut_out(self, now: float) -> None:
-        """When pinned adapters hold every slot, the requests for all others can never run: they fail."""
+        """Fail the requests for all other adapters when pinned adapters hold every slot, because they could
+        never run."""
         if not self.slots.all_pinned:
             return
         for entry in list(self.queues.heads.values()):
@@ -350,15 +352,16 @@ class Core:
         self.end(request, "error", now, RequestRejected(f"{text}; try again later", reason=reason))
 
     def step_lost(self) -> None:
-        """The batch in flight will not come back: what its ended requests hold is released."""
+        """Note that the batch in flight is lost: what its ended requests hold is released."""
         self._in_flight = []
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
 
     def device_lost(self, now: float, error: Exception) -> None:
-        """All that was computed and loaded is gone. Running requests fail with ``error``, the others wait
-        on; adapters are on disk again. No batch and no move that is under way may be reported later."""
+        """Forget everything that was computed and loaded. Running requests fail with ``error``, waiting ones
+        keep waiting, and adapters are on disk again. No batch or move that is under way may be reported
+        later."""
         self.now = max(self.now, now)
         self.step_lost()
         for request in list(self.running.values()):
@@ -367,12 +370,12 @@ class Core:
         self.residency.device_lost(now)
 
     def next_due(self) -> float | None:
-        """When ``schedule`` must be called even if nothing else happens."""
+        """The time when ``schedule`` must be called even if nothing else happens."""
         due = [at for at in (self.next_deadline(), self.placing.next_retry(self.now)) if at is not None]
         return min(due, default=None)
 
     def next_deadline(self) -> float | None:
-        """The first at which a request ends, if it has not by then."""
+        """The earliest deadline of a request."""
         return self._deadlines.peekitem(0)[0][0] if self._deadlines else None
 
     def expire(self, now: float) -> None:
@@ -412,7 +415,7 @@ class Core:
             self.batcher.release(request)
         self._zombies = []
         before: list[tuple[AdapterEntry | None, float]] = []
-        """For each token that is not a request's first: the adapter, and when the one before came."""
+        """For each token but a request's first: the adapter, and the time of the token before."""
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not Status.RUNNING:
@@ -469,7 +472,7 @@ class Core:
             learner.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
 
     def finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        """Why the request ends with ``token``, its last one; None if it goes on."""
+        """Return why the request ends with ``token``; None if it goes on."""
         params = request.params
         if token in params.stop_token_ids:
             return "stop"
@@ -491,8 +494,8 @@ class Core:
         self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
 
     def _cpu_order(self, entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
-        """The policy's order of leaving the CPU cache; those that it does not name, by their last use.
-        Versions that were never published, of which it does not know, go before all."""
+        """Return the policy's order of eviction from the CPU cache; adapters that it does not name follow by
+        last use. Versions that were never published, which it does not know, go first."""
         in_order = least_recently_used(entries)
         unknown = [entry for entry in in_order if not self.residency.is_known(entry)]
         rest = {entry.name: entry for entry in in_order if self.residency.is_known(entry)}

@@ -1,7 +1,7 @@
-"""Asking the policy, and not trusting the answer.
+"""Asks the policy for decisions, and validates them.
 
-Here the answer's form and the time it took are checked, and its names are looked up, once. Whether each item
-is allowed is for the core to say when it applies it.
+The guard checks a decision's form and its time, and resolves its names once. The core checks whether each
+item is allowed when it applies it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from aioengine.schedulers.policy import Decision, Place, PolicyEvent, SchedulerP
 _Call = Literal["schedule", "cpu_victims", "on_event"]
 
 MAX_ITEMS = 4096
-"""The most items in one field of a decision; the core's checks take time too."""
+"""Maximum number of items in one field of a decision, because the core's checks take time too."""
 FORGIVEN_AFTER = 1000
-"""Decisions in time, one after the other, that make earlier overruns forgotten."""
+"""After this many decisions in time in a row, earlier overruns are forgotten."""
 
 
 T = TypeVar("T")
 
 
 class Tell(Protocol):
-    """Tells the policy what happened to a request, or to the adapter that it knows by this name."""
+    """Callback that tells the policy what happened to a request, or to the adapter of this name."""
 
     def __call__(
         self,
@@ -40,7 +40,7 @@ class Tell(Protocol):
 
 
 class Resolved(NamedTuple):
-    """A decision about the core's own records; what it names and nobody knows has been refused."""
+    """A decision with its names resolved to the core's records; unknown names have been refused."""
 
     admit: list[Request]
     place: list[tuple[AdapterEntry, Place]]
@@ -52,10 +52,10 @@ class Resolved(NamedTuple):
 class PolicyGuard:
     """Stands between the core and a policy.
 
-    A policy that raises or returns something else than a Decision is passed over for that step, and
-    ``safe`` decides. One that takes longer than ``budget`` seconds ``max_overruns`` times is passed
-    over for good. ``timer`` measures; without one there is no budget (the core itself has no clock).
-    ``requests`` are those that have not ended, by id; ``adapters`` those that the policy knows, by name.
+    If a policy raises or returns something other than a Decision, ``safe`` decides that step. If it takes
+    longer than ``budget`` seconds ``max_overruns`` times, ``safe`` replaces it for good. ``timer`` measures;
+    without one there is no budget (the core itself has no clock). ``requests`` are those that have not ended,
+    by id; ``adapters`` those that the policy knows, by name.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PolicyGuard:
         self.policy = policy
         self.name = type(policy).__name__
         self.seconds = 0.0
-        """What the last decision took, with what was asked in the course of it."""
+        """Seconds of the last decision, including calls made in the course of it."""
         self._safe = safe
         self._requests = requests
         self._adapters = adapters
@@ -128,7 +128,7 @@ class PolicyGuard:
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
-        """What the names stand for; those that stand for nothing are refused."""
+        """Resolve names to records; unknown names are refused."""
         found: list[T] = []
         for name in names:
             item = known.get(name)
@@ -139,7 +139,7 @@ class PolicyGuard:
         return found
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
-        """The policy's order, as far as it makes sense."""
+        """Ask for the policy's order of eviction; invalid entries are dropped."""
         start = self._timer() if self._timer is not None else 0.0
         names: list[str] = []
         try:
@@ -220,7 +220,7 @@ def _strings(field: str, items: Any) -> list[str]:
 
 
 def _items(field: str, items: Any) -> Collection[Any]:
-    """Refuses what has no length (it might never end) and what is longer than any use of it."""
+    """Refuse a field without a length (it might never end), and one longer than ``MAX_ITEMS``."""
     if isinstance(items, str) or not isinstance(items, Collection):
         raise TypeError(f"{field} is {items!r}, not a sequence")
     if len(items) > MAX_ITEMS:

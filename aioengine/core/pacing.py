@@ -1,9 +1,9 @@
-"""How many prompt tokens go into a step, so that those who wait for its end do not wait long.
+"""Bounds the time of a step by limiting how many prompt tokens go into it.
 
-Everybody in a step gets the next token when the whole step is done, and a newcomer waits for its end, too: a
-long prompt that is computed in one piece holds up all of them. So prompts are cut into chunks that take about
-``max_step_seconds``, by what steps have taken so far. The chunks become smaller as the context behind them
-grows, as more sequences decode beside them, and as the machine becomes slower.
+All requests in a step get their next token when the whole step is done, and new requests wait for its end
+too, so a long prompt computed in one piece delays all of them. Prompts are therefore cut into chunks that
+take about ``max_step_seconds``, judged by the times of earlier steps. The chunks become smaller as the
+context behind them grows, as more sequences decode beside them, and as the machine becomes slower.
 """
 
 from __future__ import annotations
@@ -18,36 +18,38 @@ from aioengine.step import SequenceWork
 GRAIN = 16
 """Chunks are multiples of this, and never smaller: kernels compute tokens in tiles of 8 or 16."""
 ALONE = 2.0
-"""A step in which nobody decodes may take so many times as long: nobody but a newcomer waits for its end."""
+"""Factor on the bound for a step without decodes: only a new request waits for its end."""
 LEAST_SHARE = 1 / 3
-"""Chunks may always take this part of the time of the decodes beside them, however long those take."""
+"""Chunks may always take this share of the time of the decodes beside them, however long those take."""
 _ADAPTER_TOKENS = 8
-"""An adapter in a step costs its rank times this, and times its tokens."""
+"""Tokens added per adapter in a step: an adapter costs its rank times (its tokens + this)."""
 _FIRST_TOKENS = 64
-"""The largest first step; later ones are at most twice as large as the largest so far."""
+"""Tokens in the first step at most; each later step may double the largest so far."""
 _FIRST_DECODE_PAIRS = 3.0
-"""Pairs that cost as much as one of a decode, whose keys are read for one query alone: a first guess."""
+"""First estimate of how many prefill pairs cost as much as one decode pair, whose keys are read for a single
+query."""
 _FIRST_RANK = 0.004
-"""What a rank of an adapter adds to a token's cost: a first guess."""
+"""First estimate of what one rank of an adapter adds to a token's cost."""
 _RISE, _FALL = 0.5, 0.2
-"""What part of a deviation upwards and downwards is believed at once: better too small a chunk."""
+"""Share of an upward and of a downward deviation that is learned at once. Upward is larger, because too small
+a chunk is the safer error."""
 _BELIEVED = 4.0
 """A step that takes more than this many times what was expected (the machine was suspended, say) counts as
 one that takes this many."""
 _COMMON = 0.5
-"""What part of a deviation is put down to the machine as a whole."""
+"""Share of a deviation that is attributed to the machine as a whole."""
 
 
 class StepWork(NamedTuple):
-    """What a step's time is made of."""
+    """The quantities that determine a step's time."""
 
     steps: int = 1
     tokens: int = 0
-    """All that are computed; those whose log-probabilities are asked for count twice."""
+    """Tokens computed; those whose log-probabilities are asked for count twice."""
     pairs: float = 0.0
-    """Of queries and keys in prompts' chunks."""
+    """Query-key pairs in chunks of prompts."""
     decode_pairs: int = 0
-    """Of a single query each and its keys."""
+    """Query-key pairs of decodes."""
     ranks: int = 0
     """For each adapter, its rank times its tokens plus 8."""
 
@@ -80,8 +82,8 @@ class Pacer:
     moves them far. There is no clock here, and equal measurements give equal chunks.
 
     Args:
-        max_step_seconds: What a step in which somebody decodes should take at most.
-        pair_tokens: What a pair of a query and a key costs, in tokens, to begin with.
+        max_step_seconds: Target time of a step that has decodes.
+        pair_tokens: First estimate of the cost of a query-key pair, in tokens.
     """
 
     def __init__(self, max_step_seconds: float, pair_tokens: float) -> None:
@@ -99,11 +101,11 @@ class Pacer:
         return self._steps > 0
 
     def seconds(self, work: StepWork) -> float:
-        """What a step is expected to take."""
+        """Predict a step's seconds."""
         return sum(map(float.__mul__, self._coefficients, map(float, work)))
 
     def learn(self, work: StepWork, seconds: float) -> None:
-        """Take in what a step has taken."""
+        """Learn from a step's time."""
         if not 0 < seconds < math.inf:
             return
         terms = [c * x for c, x in zip(self._coefficients, work, strict=True)]
@@ -123,7 +125,8 @@ class Pacer:
         self._largest = max(self._largest, work.tokens)
 
     def allowance(self, decodes: StepWork, tokens: int) -> Allowance:
-        """What there is for prompts in a step with these decodes, and room for so many tokens more."""
+        """Return the allowance for prompts in a step with these decodes and room for this many more
+        tokens."""
         taken = self.seconds(decodes)
         target = self.max_step_seconds * (1.0 if decodes.tokens else ALONE)
         grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
@@ -133,7 +136,8 @@ class Pacer:
 
 
 class Allowance:
-    """Tokens and seconds that chunks of prompts may take in one step; without ``coefficients``, any time."""
+    """Tokens and seconds that chunks of prompts may take in one step; without ``coefficients`` the time is
+    not bounded."""
 
     def __init__(
         self, tokens: int, seconds: float = math.inf, coefficients: Sequence[float] | None = None
@@ -149,8 +153,8 @@ class Allowance:
         return self._tokens > 0 and (at_least > 0 or self._seconds >= GRAIN * self._coefficients[1])
 
     def take(self, request: Request, at_least: int) -> int:
-        """How many tokens of the request are computed; ``at_least`` so many, if it and the step have them,
-        however little time there is."""
+        """Return how many of the request's tokens to compute. It is ``at_least`` that many, if the request
+        and the step have them, however little time is left."""
         count = min(request.remaining, self._tokens)
         if self.paced:
             each, half = self._costs(request)
@@ -163,7 +167,7 @@ class Allowance:
         return count
 
     def hold(self, request: Request) -> None:
-        """Lay aside half of it for this request, or less if it needs less."""
+        """Reserve half of it for this request, or less if it needs less."""
         tokens = min(request.remaining, (self._tokens + 1) // 2)
         each, half = self._costs(request)
         seconds = min(request.remaining * (each + half * request.remaining), self._seconds / 2)
@@ -172,7 +176,7 @@ class Allowance:
         self._seconds -= seconds
 
     def give_back(self) -> None:
-        """What was held is there again, with what nobody took."""
+        """Return what was reserved to the rest."""
         self._tokens += self._held[0]
         self._seconds += self._held[1]
 

@@ -1,4 +1,4 @@
-"""All waiting requests in order of arrival, and those of each adapter."""
+"""Queues of waiting requests: all in order of arrival, and those of each adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class RequestQueues:
         self.all: ArrivalQueue[Request] = ArrivalQueue()
         self.base: ArrivalQueue[Request] = ArrivalQueue()
         self.heads: SortedDict[int, AdapterEntry | None] = SortedDict()
-        """By the ``seq`` of its oldest waiting request: each adapter waited for (None: the base model)."""
+        """Adapters that requests wait for (None: the base model), by the ``seq`` of the oldest waiting
+        request."""
         self._head_of: dict[int, int] = {}
 
     def queue_of(self, adapter: AdapterEntry | None) -> ArrivalQueue[Request]:

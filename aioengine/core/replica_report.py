@@ -1,4 +1,4 @@
-"""What one engine of a fleet tells the doors about itself."""
+"""Reports of one engine in a fleet to the doors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
 MEMORY = 0.1
 """Weight of the newest measurement in the moving averages of loads."""
 TOKENS_REMEMBERED = 16384
-"""So many are as much as the moving average of a token's time knows of the past."""
+"""Window, in tokens, of the moving average of a token's time."""
 
 
 class ReplicaReporter:
-    """An event listener that can say at any time how the engine stands, at a cost that grows with what runs
-    and not with what waits."""
+    """An event listener that reports the engine's state at any time. Its cost grows with the number of
+    running requests, not with the number of waiting ones."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -32,7 +32,7 @@ class ReplicaReporter:
 
     @property
     def limits(self) -> ReplicaLimits:
-        """What does not change."""
+        """The limits, which do not change."""
         core = self._core
         return ReplicaLimits(
             slots=len(core.residency.slots.slots),
@@ -67,13 +67,13 @@ class ReplicaReporter:
                 self.version += 1
 
     def report(self, now: float, *, received: int, ended: int, tiers: bool = True) -> Report:
-        """How the engine stands.
+        """Report the engine's state.
 
         Args:
             now: The time on this replica's clock.
-            received: Requests of the door that it has taken in, over the channel that this goes through.
-            ended: Those of them that have ended.
-            tiers: Whether to say which adapters are where; False: as in the report before.
+            received: Number of the door's requests received over the report's channel.
+            ended: Number of those that have ended.
+            tiers: Whether to include where the adapters are; False means unchanged since the last report.
         """
         core = self._core
         running = core.running.values()
@@ -99,7 +99,7 @@ class ReplicaReporter:
         )
 
     def _tiers(self) -> Tiers:
-        """Of the current version of each adapter."""
+        """List where the current version of each adapter is."""
         found: dict[Location, list[str]] = {Location.SLOT: [], Location.CPU: [], Location.LOADING: []}
         for entry in self._core.cpu.entries.values():
             if not entry.retired:

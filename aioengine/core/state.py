@@ -1,4 +1,4 @@
-"""The records that the core keeps: of each request, each adapter version, and each move of one."""
+"""The core's records of requests, adapter versions, and adapter moves."""
 
 from __future__ import annotations
 
@@ -57,13 +57,14 @@ class AdapterEntry:
         self.label = name
         """The name that it was registered under."""
         self.name = name
-        """What policies call it: the registered name, or "name@version" once it is superseded."""
+        """Its name for policies: the registered name, or "name@version" once it is superseded."""
         self.version = version
         self.path = path
         self.found = found
-        """Its folder was looked up. If it cannot be read any more, the next request looks for it anew."""
+        """Whether its folder was found by the resolver. If it cannot be read any more, the next request asks
+        the resolver again."""
         self.held = False
-        """It is published when somebody says so, and not when it has been read."""
+        """Whether it is published only on demand, and not when it has been read."""
         self.location = Location.DISK
         self.slot: int | None = None
         """The slot that holds it or is being written with it."""
@@ -72,23 +73,24 @@ class AdapterEntry:
         self.digest = ""
         self.pinned = False
         self.retired = False
-        """Unloaded or replaced: takes no new requests, and goes when those accepted have ended."""
+        """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
+        have ended."""
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_tenant: str | None = None
-        """Whose request was admitted last."""
+        """The tenant whose request was admitted last."""
         self.last_used = 0.0
         self.wanted_since: float | None = None
-        """Set while a load was asked for by name, and not by a waiting request."""
+        """Set while a caller, and not a waiting request, asks for a load."""
         self.pin_when_read = False
-        """That load asked for a pin as well."""
+        """Whether that load asked for a pin as well."""
         self.error: Exception | None = None
-        """What its last read or copy failed with; None once one has succeeded or was asked for again. While
-        there is one, it is read when somebody needs it, and not just in case."""
+        """Error of its last read or copy; None once one has succeeded or was asked for again. While it is
+        set, the adapter is read only on demand, never prefetched."""
         self.stalled = False
-        """Its read is under way and makes no progress: it counts neither as a load nor for the CPU cache."""
+        """Whether its read makes no progress: then it counts neither as a load nor for the CPU cache."""
         self.copy_failed: float | None = None
-        """When a copy of it into a slot failed last."""
+        """Time of the last failed copy into a slot."""
         self.disk_seconds: float | None = None
         self.slot_seconds: float | None = None
 
@@ -99,13 +101,13 @@ class AdapterEntry:
 
     @property
     def wanted_by(self) -> str | None:
-        """The tenant whose request has waited longest for it, or ran on it last."""
+        """The tenant whose request has waited longest for it or, if none waits, ran on it last."""
         head = self.waiting.head
         return self.last_tenant if head is None else head.options.tenant
 
     @property
     def needed_since(self) -> float | None:
-        """Since when somebody has been waiting for it to be on the CPU; None if nobody is."""
+        """Time since when a request or caller has waited for it to be in the CPU cache; None if none does."""
         times = [t for t in (self.oldest_arrival, self.wanted_since) if t is not None]
         return min(times) if times else None
 
@@ -117,7 +119,7 @@ class LoadMove(NamedTuple):
 
 
 class StopMove(NamedTuple):
-    """Give up the read under way: nobody needs the adapter any more, and it may take for ever."""
+    """Cancel the read under way, because the adapter is no longer needed."""
 
     entry: AdapterEntry
 
@@ -142,8 +144,8 @@ class Sink(Protocol):
     """Receives a request's tokens as they come."""
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Take in one token. ``is_stop``: it is a stop token, and so the last one. Returns True if the
-        output's text has reached a stop string: then the request ends here."""
+        """Take one token. ``is_stop``: it is a stop token, and so the last one. Returns True if the text has
+        reached a stop string, which ends the request."""
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """The request has ended; called once."""
@@ -211,10 +213,10 @@ class Request:
         self.tokens = [*prompt, *given]
         """Prompt followed by output."""
         self.given = len(given)
-        """How many tokens of the output came with the request: another engine has made them."""
+        """Number of output tokens that came with the request, generated by another engine."""
         self.status = Status.WAITING
         self.sink: Sink | None = None
-        """Who gets its output; None once it has ended."""
+        """Receiver of its output; None once it has ended."""
         self.ticket: Ticket | None = None
         """Its place among the waiting requests; None once it has run."""
         self.computed = 0
@@ -232,7 +234,7 @@ class Request:
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.admitted: float | None = None
         self.prompt_logprobs: list[TokenLogprob] | None = None if params.prompt_logprobs is None else []
-        """Those of the second token, the third, ..., as far as they are computed."""
+        """Log-probabilities of the second prompt token, the third, ..., as far as they are computed."""
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.worst_gap: float | None = None
@@ -261,8 +263,9 @@ class Request:
 
     @property
     def cache_key(self) -> bytes:
-        """What cached KV must agree in beside the tokens: the adapter's content, on which it depends, and the
-        caller's salt. The first one's length comes before it, so that no two pairs have one key."""
+        """Key that cached KV must share beside the tokens: the adapter's content, on which it depends, and
+        the caller's salt. The first part is preceded by its length, so that no two pairs have the same
+        key."""
         content = b"" if self.adapter is None else self.adapter.digest.encode()
         salt = self.options.cache_salt
         return b"%d:%b%b" % (len(content), content, b"" if salt is None else salt.encode())
@@ -325,12 +328,12 @@ class CoreRequestView:
 
 
 def label_of(request: Request) -> str | None:
-    """The name of its adapter as it was registered; None for the base model."""
+    """Return the registered name of its adapter; None for the base model."""
     return None if request.adapter is None else request.adapter.label
 
 
 def location_name(entry: AdapterEntry) -> Literal["disk", "loading", "cpu", "slot"]:
-    """Its location in the words of the public API."""
+    """Return its location in the words of the public API."""
     match entry.location:
         case Location.DISK:
             return "disk"

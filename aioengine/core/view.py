@@ -146,7 +146,7 @@ class CoreView:
         self._step = 0
 
     def advance(self, now: float, step: int) -> None:
-        """For the core, before a policy looks."""
+        """Set the time; the core calls it before it asks a policy."""
         self._now, self._step = now, step
 
     @property

@@ -1,9 +1,9 @@
-"""The bounds on waiting requests: whom they let in, whom they refuse, and who makes way for whom.
+"""Bounds on waiting requests: which are accepted, which are refused, and which are displaced.
 
-A bound over all tenants is shared fairly. When it is reached, the newcomer of a tenant that has fewer
-waiting requests takes the place of the newest one of the tenant that has most, so nobody who fills the queue
-shuts the others out. With one tenant, as where nobody names any, newcomers are refused. Every change costs
-the same, however many wait.
+A bound over all tenants is shared fairly. When it is reached, a new request of a tenant with fewer waiting
+requests displaces the newest one of the tenant with the most, so a tenant that fills the queue cannot shut
+the others out. With a single tenant, or none named, new requests are refused. Every change takes constant
+time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Tenant = str | None
 
 
 class Ticket:
-    """A request's place among those that wait: from before its prompt is tokenized until it first runs."""
+    """A request's waiting place, held from before its prompt is tokenized until it first runs."""
 
     __slots__ = ("_room", "adapter", "displaced", "tenant")
 
@@ -25,19 +25,19 @@ class Ticket:
         self.tenant = tenant
         self.adapter = adapter
         self.displaced: Callable[[EngineOverloaded, float], None] = lambda error, now: None
-        """Called with the reason and the time when the place goes to another tenant's request."""
+        """Called with the reason and the time when another tenant's request displaces this one."""
         self._room = room
 
     def leave(self) -> None:
-        """Give the place back; may be called again."""
+        """Give the place back; safe to call again."""
         self._room.leave(self)
 
 
 class WaitingRoom:
     """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter.
 
-    None is no bound. Preempted requests that wait again count in all, but nobody displaces them: their
-    callers have had the first tokens.
+    None is no bound. Preempted requests count in all, but are never displaced, because their callers already
+    have the first tokens.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class WaitingRoom:
         self.max_per_tenant = max_per_tenant
         self.max_per_adapter = max_per_adapter
         self.max_of_tenant: Mapping[str, int] = {}
-        """Bounds of single tenants, which go before ``max_per_tenant``; may be replaced at any time."""
+        """Bounds of single tenants, which take precedence over ``max_per_tenant``; may be replaced at any
+        time."""
         self.returned = 0
         """Preempted requests that wait again."""
         self._all = _Places()
@@ -130,7 +131,7 @@ class _Places:
         self._most = max(self._most, len(own))
 
     def remove(self, ticket: Ticket) -> bool:
-        """Whether it was here."""
+        """Remove a ticket; returns whether it was here."""
         own = self._of.get(ticket.tenant)
         if own is None or ticket not in own:
             return False
@@ -144,7 +145,8 @@ class _Places:
         return True
 
     def to_displace(self, tenant: Tenant) -> Ticket | None:
-        """The newest of the tenant that has most, if ``tenant`` would still have no more than it."""
+        """Return the newest ticket of the tenant with the most, if ``tenant`` would still have no more than
+        that tenant."""
         if self.count(tenant) + 1 >= self._most:
             return None
         return next(reversed(self._of[next(reversed(self._having[self._most]))]))
@@ -165,7 +167,7 @@ class _Places:
 
 
 def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound) -> Ticket:
-    """Whose place goes to the newcomer's request. EngineOverloaded if it is nobody's."""
+    """Choose the ticket that the new request displaces. Raises EngineOverloaded if there is none."""
     ticket = places.to_displace(newcomer)
     if ticket is None:
         raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound)

@@ -1,1 +1,1 @@
-"""Devices, and what they are built from: they run model steps off the event loop's thread."""
+"""Devices, which run model steps off the event loop's thread, and their parts."""

@@ -1,4 +1,4 @@
-"""Device: where model steps run and where adapters are held. Never on the event loop's thread."""
+"""Device: runs model steps and holds adapters, never on the event loop's thread."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Device(ABC):
     """
 
     kernels: str = ""
-    """The kernels that compute the steps, as their names are shown."""
+    """Names of the kernels that compute the steps, for display."""
     variance: str | None = None
-    """Why a token's bits depend on its batch; None: they do not."""
+    """Reason why a token's bits depend on its batch; None if they do not."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
@@ -51,7 +51,7 @@ class Device(ABC):
         """Note that a request has ended: it is in no further batch, and its id may be used again."""
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:  # noqa: B027 # a device that cannot be lost
-        """Have ``lost`` called, on the loop, when the device is lost, be there a step in flight or not."""
+        """Call ``lost`` on the loop when the device is lost, whether a step is in flight or not."""
 
     async def restart(self) -> None:
         """Start again with the model and nothing else. Only where ``can_restart``, and after a loss.

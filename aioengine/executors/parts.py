@@ -1,4 +1,4 @@
-"""Building what a device runs on: the model, and the memory for its adapters. Blocking."""
+"""Builds a device's parts: the model, and the memory for its adapters. Blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PartsPlan(NamedTuple):
-    """What is to be built."""
+    """Plan of what to build."""
 
     path: Path
     """The model's folder or file."""

@@ -25,7 +25,8 @@ from aioengine.schedulers.policy import Location
 
 
 class AdapterOps:
-    """All methods run on the event loop; those that wait can be cancelled at any point."""
+    """The operations on adapters. All methods run on the event loop; those that wait can be cancelled at any
+    point."""
 
     def __init__(
         self,
@@ -39,14 +40,14 @@ class AdapterOps:
         self._pins = stepper.core.residency.pins
         self._resolution = Resolution(stepper, resolver, resolve_timeout)
         self._fetched: dict[str, str | None] = {}
-        """Names whose folder had, or has, to be found: the "hf:" path, or None for the resolver's."""
+        """Names whose folder is found by a look-up: the "hf:" path, or None for the resolver."""
         self._locks = NameLocks()
         self._loading: set[str] = set()
-        """Names of which a version is being looked up or read for a caller."""
+        """Names with a version that is being looked up or read for a caller."""
         self._unloads: Counter[str] = Counter()
-        """Names that are waited for in order to unload them."""
+        """Names that are being unloaded."""
         self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
-        """By name: the version that is to be committed, and the path that it was given by."""
+        """Prepared versions by name, with the path that each was given by."""
 
     # Finding
 
@@ -54,14 +55,14 @@ class AdapterOps:
         return name in self._residency.current
 
     def find(self, name: str) -> AdapterEntry:
-        """The current version. Raises AdapterNotFound."""
+        """Return the current version. Raises AdapterNotFound."""
         entry = self._residency.current.get(name)
         if entry is None:
             raise self._not_found(name)
         return entry
 
     def check_known(self, name: str) -> None:
-        """Raises AdapterNotFound for what is not registered and cannot be asked for."""
+        """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
         if name in self._residency.current or name in self._fetched:
             return
         good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
@@ -69,7 +70,7 @@ class AdapterOps:
             raise self._not_found(name)
 
     def check_worth_a_try(self, name: str) -> None:
-        """Raises again, for a while, what an adapter failed with that has failed more than once in a row."""
+        """Raise the last error of an adapter again, while its pause after several failures lasts."""
         entry = self._residency.current.get(name)
         if entry is None or entry.location is Location.DISK:
             self._residency.failures.check(name, _now())
@@ -77,9 +78,9 @@ class AdapterOps:
     async def acquire(
         self, name: str, tenant: str | None = None, check: Callable[[], None] = lambda: None
     ) -> AdapterEntry:
-        """The current version; if there is none, what the resolver finds for ``tenant`` is registered.
+        """Return the current version; if there is none, register what the resolver finds for ``tenant``.
 
-        Raises what :meth:`Resolution.locate` raises, of which ``check`` is an argument.
+        ``check`` is an argument of :meth:`Resolution.locate`, whose errors it raises.
         """
         entry = self._residency.current.get(name)
         if entry is not None:
@@ -123,7 +124,7 @@ class AdapterOps:
         return entry
 
     def _registered_path(self, name: str) -> str | None:
-        """As it was given; None if the name is free."""
+        """Return the path as it was given; None if the name is free."""
         entry = self._residency.current.get(name)
         return self._fetched.get(name) or (None if entry is None else entry.path)
 
@@ -148,7 +149,8 @@ class AdapterOps:
 
     @contextmanager
     def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
-        """Counts ``name`` as pinned; if the block fails, it is not, unless others have it pinned too."""
+        """Context that counts ``name`` as pinned; if the block fails, the pin is removed, unless other
+        callers hold one."""
         self._pins.claim(name, force=force)
         failed = True
         try:
@@ -159,7 +161,8 @@ class AdapterOps:
             self._stepper.wake()
 
     def _is_in_slot(self, name: str) -> bool:
-        """Or not pinned any more. Raises AdapterNotFound if it is unloaded, or what its copy failed with."""
+        """Whether it is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or the
+        error of its copy."""
         entry = self._residency.current.get(name)
         if entry is None:
             raise AdapterNotFound("it was unloaded while it waited for a slot", name=name)
@@ -185,7 +188,7 @@ class AdapterOps:
         self._found_at(name, source)
 
     def _found_at(self, name: str, source: str | None) -> None:
-        """Note the path that the current version was given by, if it was given by one."""
+        """Note the path that the current version was given by, if any."""
         if source is not None:
             self._fetched.pop(name, None)
             if source.startswith(PREFIX):
@@ -193,7 +196,8 @@ class AdapterOps:
 
     @contextmanager
     def _under_way(self, name: str) -> Iterator[None]:
-        """While a version is looked up or read. Raises AdapterLoadError if the name is being unloaded."""
+        """Context in which a version is looked up or read. Raises AdapterLoadError if the name is being
+        unloaded."""
         self._check_not_unloaded(name)
         self._loading.add(name)
         try:
@@ -202,12 +206,14 @@ class AdapterOps:
             self._loading.discard(name)
 
     def _check_not_unloaded(self, name: str) -> None:
-        """An unload does not wait for loads, which may hang; they fail with AdapterLoadError."""
+        """Raise AdapterLoadError if the name is being unloaded: an unload does not wait for loads, which may
+        hang."""
         if name in self._unloads:
             raise AdapterLoadError("it was unloaded while it was being loaded", name=name)
 
     async def _new_version(self, name: str, source: str | None) -> AdapterEntry:
-        """Not published; ``source`` None: from where the registered one is, looked up again if need be."""
+        """Declare a version without publishing it. With ``source`` None it comes from the registered path,
+        looked up again if necessary."""
         if source is None and name not in self._fetched:
             return self._residency.declare(name, self.find(name).path)
         if source is not None and not source.startswith(PREFIX):
@@ -218,7 +224,7 @@ class AdapterOps:
         return self._residency.declare(name, where, found=True)
 
     async def _read(self, entry: AdapterEntry, *, pin: bool) -> None:
-        """Have it read, and wait until it is in the CPU cache and, unless it is held, published."""
+        """Ask for a read, and wait until it is in the CPU cache and, unless it is held, published."""
 
         def is_read() -> bool:
             if entry.location is Location.CPU or entry.location is Location.SLOT:
@@ -288,7 +294,7 @@ class AdapterOps:
 
     @asynccontextmanager
     async def _loads_ended(self, name: str) -> AsyncIterator[None]:
-        """The name's lock; loads that are under way or wait for it fail."""
+        """Take the name's lock; loads that are under way or wait for it fail."""
         self._unloads[name] += 1
         self._stepper.ask_again(name)
         try:
@@ -325,7 +331,7 @@ class AdapterOps:
         ]
 
     def resident(self) -> Sequence[AdapterInfo]:
-        """Those that hold memory, or are about to."""
+        """Return the adapters that hold memory, or are about to."""
         return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
 
     def info(self, name: str) -> AdapterInfo:
@@ -336,7 +342,7 @@ class AdapterOps:
         return adapter_info(self.find(name))
 
     def close(self, error: AioEngineError) -> None:
-        """The engine stops: nothing more is looked up, and whoever waits for that gets ``error``."""
+        """Stop all look-ups; callers that wait for one get ``error``."""
         self._resolution.close(error)
 
 
@@ -357,7 +363,7 @@ def adapter_info(entry: AdapterEntry) -> AdapterInfo:
 
 
 def _not_fetched(name: str, path: str) -> AdapterInfo:
-    """Declared, and nothing of it is here yet."""
+    """Whether it is declared but nothing of it is here yet."""
     return AdapterInfo(
         name=name,
         version=0,
@@ -377,7 +383,7 @@ def _now() -> float:
 
 
 class NameLocks:
-    """A lock for each name, that exists only while somebody holds it or waits for it."""
+    """A lock for each name, which exists only while it is held or waited for."""
 
     def __init__(self) -> None:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}

@@ -1,4 +1,4 @@
-"""Putting an engine's parts together: blocking, so it runs in a thread. Imports torch."""
+"""Builds an engine's parts. Blocks, so it runs in a thread. Imports torch."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ logger = logging.getLogger("aioengine")
 _WARM_UP_PROMPT = 32
 _WARM_UP_PARAMS = (SamplingParams(), SamplingParams(temperature=1.0))
 CPU_STEP_SECONDS = 0.2
-"""``max_step_seconds`` on a CPU, unless it is given. There the shorter chunks cost next to nothing; a GPU
-computes as many tokens as a step may have in less, and is idle between two steps."""
+"""Default of ``max_step_seconds`` on a CPU, where shorter chunks cost almost nothing. A GPU computes a full
+step in less time, and would be idle between shorter ones."""
 
 
 class Built(NamedTuple):
-    """What an engine is put together from."""
+    """The parts of an engine."""
 
     spec: ModelSpec
     plan: MemoryPlan
@@ -54,7 +54,7 @@ class Built(NamedTuple):
     model_path: Path | None = None
     """The model's folder or file; None if there is no model."""
     timer: Callable[[], float] = time.perf_counter
-    """What decisions, and the event loop's lag, are measured with."""
+    """Clock that measures decisions and the event loop's lag."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Steps that were taken while it started, and their seconds."""
     costs: CostsView | None = None
@@ -64,7 +64,7 @@ class Built(NamedTuple):
 def build(
     config: EngineConfig, resolver: AdapterResolver | None, progress: LoadProgress | None = None
 ) -> Built:
-    """Everything that takes time when an engine starts. Raises ConfigError, as :func:`plan_parts`, and
+    """Do everything that takes time when an engine starts. Raises ConfigError as :func:`plan_parts` does, and
     if ``adapter_root`` is no folder."""
     lora = LoRAConfig() if config.lora is None else config.lora
     chosen = _choose_resolver(config, resolver)
@@ -81,8 +81,8 @@ async def build_with_workers(
     progress: LoadProgress | None,
     work: ThreadPoolExecutor,
 ) -> Built:
-    """As :func:`build`, with the model in processes of its own; what blocks is done in ``work``. Raises
-    EngineDead, too, if one of them ends."""
+    """As :func:`build`, with the model in separate processes; blocking work is done in ``work``. Also raises
+    EngineDead if one of the processes ends."""
     loop = asyncio.get_running_loop()
     chosen = await loop.run_in_executor(work, _choose_resolver, config, resolver)
     path = await loop.run_in_executor(work, resolve_model, config.model, progress)
@@ -102,11 +102,11 @@ async def build_with_workers(
 
 
 async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, float]]:
-    """Take an engine's first steps, so that threads, kernels and memory are there when somebody waits.
+    """Run an engine's first steps, so that threads, kernels and memory are ready before the first request.
 
-    They are a prompt and a token after it, for a greedy and a sampled request that nobody hears of, and leave
-    keys and values in blocks that nothing refers to. Returns the steps and their seconds.
-    Raises what the device raises.
+    They compute a prompt and one more token, for a greedy and a sampled request that no listener hears of,
+    and write to blocks that nothing refers to. Returns the steps and their seconds. Raises what the device
+    raises.
     """
     tokens = min(_WARM_UP_PROMPT, plan.max_model_len - 1)
     width = -(-(tokens + 1) // plan.block_size)
@@ -138,7 +138,7 @@ async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, flo
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
-    """Raises ConfigError if ``adapter_root`` is no folder."""
+    """Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder."""
     if config.lora is None:
         return None
     root = config.lora.adapter_root
@@ -147,7 +147,7 @@ def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> 
 
 
 def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> SchedulerPolicy:
-    """The instance, or else the one that ``config.policy`` names. Raises PolicyError."""
+    """Return the given policy, or else the one that ``config.policy`` names. Raises PolicyError."""
     if policy is None:
         try:
             return load_policy(config.policy)
@@ -159,7 +159,7 @@ def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> Sched
 
 
 def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | None:
-    """The tokenizer that comes with a model folder or GGUF file; None if there is none.
+    """Load the tokenizer of a model folder or GGUF file; None if it has none.
 
     ``chat_template`` is a file that takes the place of the model's own. Raises ConfigError if it cannot be
     read or is no template.
@@ -180,7 +180,7 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | 
 
 
 def engine_info(version_: str, built: Built) -> EngineInfo:
-    """What runs here; logs it, too."""
+    """Describe what runs here, and log it."""
     from importlib.metadata import version  # slow to import
 
     variance = built.device.variance

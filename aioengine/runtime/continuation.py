@@ -1,8 +1,8 @@
-"""Going on with a request whose first tokens another engine has generated and delivered.
+"""Continues a request whose first tokens another engine has generated and delivered.
 
-Normally they are computed at once, as a preempted request's are. To replay them means to decode them again,
-one in each step: a constraint leaves the sampler no other choice, so that all else (draws, penalties, the
-shapes of the steps) is as it was the first time.
+Normally these tokens are computed in one piece, like a preempted request's. A replay decodes them again, one
+a step: a constraint leaves the sampler no other choice, so everything else (draws, penalties, shapes of the
+steps) is as it was the first time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def check_output(
     vocab: int,
     ends: Collection[int],
 ) -> None:
-    """Raises RequestInvalid for an output that no engine can have made. ``ends``: the tokens that end it."""
+    """Check that an engine can have made this output. ``ends`` are the tokens that end an output. Raises
+    RequestInvalid."""
     if len(output) > params.max_tokens:
         raise RequestInvalid(f"output: has {len(output)} tokens, more than max_tokens={params.max_tokens}")
     if prompt_len + len(output) > max_model_len:
@@ -39,7 +40,8 @@ def check_output(
 
 
 def replayed(output: Sequence[int], constraint: TokenConstraint | None, *, vocab: int) -> TokenConstraint:
-    """A constraint that allows ``output`` alone, token by token, and after it what ``constraint`` does."""
+    """Build a constraint that allows only ``output``, token by token, and afterwards what ``constraint``
+    allows."""
     if constraint is not None and hasattr(constraint, "begin"):
         return _ReplayedStarted(output, cast(StartedConstraint, constraint), vocab)
     return _Replayed(output, constraint, vocab)

@@ -1,4 +1,4 @@
-"""Events for those who would rather read them than be called."""
+"""Streams of events, for callers who prefer an async iterator to a callback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aioengine.events import Event, EventsLost
 E = TypeVar("E", bound=Event)
 
 BUFFER = 10_000
-"""Events that are kept for a reader who is behind."""
+"""Number of events kept for a reader that is behind."""
 
 
 class EventStream(Generic[E]):
@@ -38,7 +38,7 @@ class EventStream(Generic[E]):
         self._open = True
 
     def offer(self, event: Event) -> None:
-        """Take it in, if it is of a wanted type."""
+        """Add the event if its type is wanted."""
         if not self._open or not isinstance(event, self._types):
             return
         if len(self._events) >= self._buffer:
@@ -48,7 +48,7 @@ class EventStream(Generic[E]):
         self._ready.set()
 
     def end(self) -> None:
-        """Nothing follows."""
+        """Mark the end of the stream."""
         self._open = False
         self._ready.set()
 
@@ -68,7 +68,7 @@ class EventStream(Generic[E]):
             await self._ready.wait()
 
     async def aclose(self) -> None:
-        """Take in nothing more, and forget what was not read."""
+        """Stop the stream, and drop unread events."""
         self._events.clear()
         self._lost = 0
         self.end()
@@ -110,7 +110,7 @@ class EventStreams:
             stream.offer(event)
 
     def end(self) -> None:
-        """Nothing follows, for those that are opened later neither."""
+        """End all streams; streams opened later end at once."""
         self._ended = True
         for stream in self._streams:
             stream.end()

@@ -1,4 +1,4 @@
-"""Measuring how late the event loop runs its timers."""
+"""Measures how late the event loop runs its timers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ LAG_INTERVAL_SECONDS = 0.25
 
 
 class LoopLagMeter:
-    """Tells ``report`` four times a second how late, in seconds, the event loop ran a timer.
+    """Reports, four times a second, how late in seconds the event loop ran a timer.
 
-    A timer and no task: there is nothing to cancel and wait for when the engine stops.
+    It is a timer and not a task, so there is nothing to cancel and await when the engine stops.
     """
 
     def __init__(self, report: Callable[[float], None], timer: Callable[[], float]) -> None:

@@ -1,4 +1,4 @@
-"""Where adapters are that are not registered yet: asked once for each name, however many wait."""
+"""Looks up adapters that are not registered yet, once for each name, however many requests wait."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from aioengine.runtime.transfers import log_failure
 logger = logging.getLogger("aioengine")
 
 MAX_LOOKUPS = 128
-"""Look-ups under way at once. A tenant's further names wait while it has as many of them under way as are
-left for others: so one alone has half of them, and seven who take what they can leave places for others."""
+"""Maximum look-ups under way at once. A tenant's next name waits while the tenant has as many look-ups under
+way as places are left; so a single tenant can take half of the places, and some always remain for others."""
 
 Tenant = str | None
 Key = tuple[str, str | None]
@@ -39,16 +39,17 @@ class _Lookup:
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it may begin."""
         self.charged: Tenant = None
-        """Whose turn it was."""
+        """The tenant whose turn it took."""
         self.waiting: dict[Tenant, int] = {}
-        """How many wait for it, by tenant."""
+        """Number of waiting callers, by tenant."""
 
 
 class Resolution:
-    """Shares look-ups. A look-up that nobody waits for any more is cancelled; nothing is remembered.
-    None may take longer than ``timeout`` seconds from its turn on. ``failed`` is told of each that fails.
+    """Shared look-ups.
 
-    Tenants take turns in beginning one; a name that several wait for is looked up at the first turn of any.
+    A look-up that no caller waits for any more is cancelled; results are not cached. None may take longer
+    than ``timeout`` seconds once it has begun. ``failed`` is called for each that fails. Tenants take turns
+    in starting look-ups; a name that several tenants wait for starts at the first turn of any of them.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Resolution:
         self._hub: HubResolver | None = None
         self._lookups: dict[Key, _Lookup] = {}
         self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
-        """What each tenant waits for and has not begun, in the order of turns; none is empty."""
+        """Look-ups that each tenant waits for and that have not begun, in the order of turns; none is
+        empty."""
         self._under_way: dict[Tenant, int] = {}
         self._closed: AioEngineError | None = None
 
@@ -75,11 +77,11 @@ class Resolution:
         tenant: Tenant = None,
         check: Callable[[], None] = lambda: None,
     ) -> str:
-        """The absolute path of the adapter's folder: what the resolver answers, or the local copy of
-        ``source``, a path that begins with "hf:". ``check`` raises when the caller needs it no more.
+        """Find the absolute path of the adapter's folder: the resolver's answer, or the local copy of
+        ``source``, a path that begins with "hf:". ``check`` raises when the caller no longer needs it.
 
-        Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; what it should
-        not raise becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
+        Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
+        exception becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
         """
         if self._closed is not None:
             raise self._closed
@@ -124,7 +126,7 @@ class Resolution:
         return _folder(name, found)
 
     def close(self, error: AioEngineError) -> None:
-        """Whoever waits, or asks later, gets ``error``."""
+        """Fail all current and later callers with ``error``."""
         self._closed = error
         self._queues.clear()
         for lookup in list(self._lookups.values()):
@@ -154,7 +156,7 @@ class Resolution:
             lookup.task.cancel()
 
     def _begin_next(self) -> None:
-        """Begin as many as there is room for."""
+        """Start as many look-ups as there is room for."""
         while True:
             free = MAX_LOOKUPS - sum(self._under_way.values())
             able = (item for item in self._queues.items() if self._under_way.get(item[0], 0) < free)

@@ -1,4 +1,4 @@
-"""The step loop: asks the core what to do, has it done, and tells everybody what happened.
+"""The step loop: asks the core what to do, runs it, and reports what happened.
 
 One task, woken by events and asleep when there is nothing to do. The core is touched on the event
 loop's thread only; model steps, reads and copies run elsewhere and are awaited.
@@ -27,7 +27,7 @@ logger = logging.getLogger("aioengine")
 
 IDLE_WARNING_SECONDS = 5.0
 POLICY_RETRY_SECONDS = 0.05
-"""How soon a policy is asked again that admitted nothing although nothing runs and nothing loads."""
+"""Pause before a policy is asked again that admitted nothing although nothing runs or loads."""
 
 Listener = Callable[[events.Event], None]
 
@@ -61,9 +61,9 @@ class Stepper:
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self.recovering = False
-        """The executor is being started again."""
+        """Whether the device is being restarted."""
         self._lost: EngineDead | None = None
-        """That the device is lost, and not brought back yet."""
+        """The loss of the device, until it is restarted."""
         device.watch(self._device_lost)
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class Stepper:
         self._lag.start()
 
     def wake(self) -> None:
-        """Have the core asked again; call after every change to it."""
+        """Make the loop ask the core again; call after every change to it."""
         if self.dead is not None:
             self._free_retired()
             return
@@ -79,13 +79,13 @@ class Stepper:
         self._wake.set()
 
     def abort(self, request: Request) -> None:
-        """Its reader gets a last output with ``finish_reason="abort"``, if there still is one."""
+        """End a request; its reader, if any, gets a last output with ``finish_reason="abort"``."""
         if request.status is not Status.ENDED:
             self.core.end(request, "abort", asyncio.get_running_loop().time())
             self.wake()
 
     def check_goes_on(self) -> None:
-        """Raises EngineStopped or EngineDead if nothing that is asked for now will happen any more."""
+        """Raise EngineStopped or EngineDead if the loop has ended or is ending."""
         if self.dead is not None:
             raise self.dead
         if self._stopping:
@@ -102,21 +102,21 @@ class Stepper:
         return self.dead
 
     async def until(self, happened: Callable[[], bool], adapter: str | None = None) -> None:
-        """Wait until ``happened()``. It is asked at once, and again after each event of this adapter, or, if
-        there is none, after the end of each request.
+        """Wait until ``happened()`` is true.
 
-        Raises what it raises, and EngineStopped or EngineDead if the engine ends before.
+        It is called at once, and again after each event of this adapter or, without an adapter, after the end
+        of each request. Raises what it raises, and EngineStopped or EngineDead if the engine ends first.
         """
         if not happened():
             self.check_goes_on()
             await self._waits.until(happened, adapter)
 
     def ask_again(self, adapter: str) -> None:
-        """Ask those who wait for something to happen to this adapter; for what is no event."""
+        """Check the callers that wait for something about this adapter, after a change that is no event."""
         self._waits.ask(adapter)
 
     async def stop(self) -> None:
-        """End what has not ended with EngineStopped, and wait for what cannot be interrupted."""
+        """End all requests with EngineStopped, and wait for work that cannot be interrupted."""
         self._stopping = True
         self._end_all(EngineStopped("the engine was stopped before the request finished"))
         self.wake()
@@ -183,7 +183,7 @@ class Stepper:
         self.publish()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until something happens, or something is due."""
+        """Sleep until something happens or is due."""
         due = self.core.next_due()
         timeout = None if due is None else max(due - loop.time(), 0.0)
         if self.core.queues and not self._moves.under_way:
@@ -191,7 +191,7 @@ class Stepper:
         await self._woken(timeout)
 
     async def _woken(self, within: float | None) -> None:
-        """Waits for ``wake``, but not for more seconds than that."""
+        """Wait for ``wake``, at most this many seconds."""
         try:
             async with asyncio.timeout(within):
                 await self._wake.wait()
@@ -203,8 +203,8 @@ class Stepper:
         self._wake.set()
 
     async def _recover(self, error: EngineDead) -> None:
-        """Fail what was running, and start the device again; others wait meanwhile, and may be added, be
-        aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
+        """Fail the running requests and restart the device. Other requests wait meanwhile; they may be added,
+        be aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._lost = None
@@ -250,7 +250,7 @@ class Stepper:
         self._waits.fail(self.dead)
 
     def _free_retired(self) -> None:
-        """For those who wait for an adapter to be gone: nothing will be scheduled any more."""
+        """Free retired adapters, for callers that wait for it, because nothing will be scheduled any more."""
         self.core.residency.sweep(asyncio.get_running_loop().time())
         for move in self.core.residency.take_moves():
             if isinstance(move, (DropMove, StopMove)):
@@ -269,7 +269,7 @@ class Stepper:
     # Events out
 
     def publish(self) -> None:
-        """Deliver the events that the core has left."""
+        """Deliver the events in the core's outbox."""
         while self.core.outbox:
             batch, self.core.outbox = self.core.outbox, []
             for event in batch:
@@ -292,7 +292,7 @@ class Stepper:
                 logger.exception("an event listener failed on %s", type(event).__name__)
 
     def report(self, event: events.Event) -> None:
-        """Have ``event``, of something outside the core, delivered after those that the core has left."""
+        """Deliver ``event``, which comes from outside the core, after those in the core's outbox."""
         self.core.outbox.append(event)
         self.publish()
 
@@ -306,10 +306,9 @@ class Stepper:
 
 
 class IdleWatch:
-    """Notices a policy that leaves requests waiting although nothing is in the way.
+    """Detects a policy that leaves requests waiting although nothing prevents them from running.
 
-    Says so in the log, once for each such time, and does nothing about it: what is asked for may be
-    what the policy is meant to do."""
+    It logs each such period once and does nothing else, because the policy may intend it."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -317,7 +316,7 @@ class IdleWatch:
         self._said = False
 
     def look(self, now: float, *, idle: bool) -> None:
-        """``idle``: no batch was formed and no adapter is moving. To be called after every decision."""
+        """Check after a decision. ``idle`` means that no batch was formed and no adapter is moving."""
         if not idle or not self._core.queues:
             self._since, self._said = None, False
             return
@@ -342,7 +341,7 @@ class IdleWatch:
 
 
 def _contents(batch: StepBatch) -> dict[str, Any]:
-    """The fields of StepFinished that say what was in the step."""
+    """Build the fields of StepFinished that describe the step's contents."""
     slots: set[int] = set()
     tokens = decode = 0
     for work in batch.sequences:

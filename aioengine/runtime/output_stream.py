@@ -22,14 +22,14 @@ class OutputText:
     def __init__(self, stream: TextStream | None, params: SamplingParams) -> None:
         self.text = ""
         self.stop: str | int | None = None
-        """The stop string, or the stop token, that was found."""
+        """The stop string or stop token that was found."""
         self._stream = stream
         self._params = params
         self._tokens = 0
 
     def push(self, token: int, *, is_stop: bool) -> bool:
-        """Take in one token; True if the text now contains a stop string. ``is_stop``: the token ends
-        the output, and is no part of its text unless ``include_stop_str_in_output``."""
+        """Add one token; returns True if the text now contains a stop string. ``is_stop``: the token ends the
+        output and is not part of its text, unless ``include_stop_str_in_output``."""
         self._tokens += 1
         if is_stop:
             self.stop = token
@@ -43,13 +43,13 @@ class OutputText:
         return delta.stop is not None
 
     def push_all(self, tokens: Sequence[int], ends: Collection[int]) -> None:
-        """Take in what has been delivered before. Raises RequestInvalid if it goes on after a stop string."""
+        """Add tokens that were delivered before. Raises RequestInvalid if they go on after a stop string."""
         for index, token in enumerate(tokens):
             if self.push(token, is_stop=token in ends) and index < len(tokens) - 1:
                 raise RequestInvalid(f"output: token {index} completes a stop string, and more tokens follow")
 
     def finish(self) -> bool:
-        """No token follows. True if only now a stop string is found."""
+        """Finish the text. Returns True if this reveals a stop string."""
         if self._stream is None or isinstance(self.stop, str):
             return False
         self.text += self._stream.finish()
@@ -59,11 +59,12 @@ class OutputText:
 
 
 class OutputStream:
-    """Gathers tokens and text; what has gathered when the reader comes is one :class:`RequestOutput`.
+    """Collects tokens and text; everything collected since the reader's last visit becomes one
+    :class:`RequestOutput`.
 
-    So a slow reader costs no memory beyond its own output, and never holds up a step. ``text`` has read the
-    output that the request came with. The reader does not hear of the first ``replayed`` tokens, which were
-    delivered before.
+    So a slow reader costs no memory beyond its own output, and never delays a step. ``text`` already holds
+    the output that the request came with. The first ``replayed`` tokens were delivered before and are not
+    passed on.
     """
 
     def __init__(self, request: Request, text: OutputText, *, replayed: int = 0) -> None:
@@ -81,7 +82,7 @@ class OutputStream:
         self._ended = asyncio.Event()
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Take in one token; see :meth:`OutputText.push`."""
+        """Add one token; see :meth:`OutputText.push`."""
         self._last_token = now
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(sampled.logprob)
@@ -95,7 +96,7 @@ class OutputStream:
         return stopped
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
-        """The request has ended, as :class:`~aioengine.events.RequestEnded` says."""
+        """End the stream, with the fields of :class:`~aioengine.events.RequestEnded`."""
         if reason == "error":
             self._error = error
         else:
@@ -106,12 +107,12 @@ class OutputStream:
         self._ended.set()
 
     async def last(self) -> RequestOutput:
-        """Wait for the end, without being woken for each token. Raises as :meth:`next` does."""
+        """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
         await self._ended.wait()
         return await self.next()
 
     async def next(self) -> RequestOutput:
-        """Wait for something new. Raises the error that the request ended with, if it did."""
+        """Wait for new output. Raises the error that the request ended with, if any."""
         await self._ready.wait()
         self._ready.clear()
         if self._error is not None:
@@ -141,7 +142,8 @@ class OutputStream:
         return result
 
     def _prompt(self) -> list[TokenLogprob | None] | None:
-        """The prompt's log-probabilities when all are known; made once, because prompts may be long."""
+        """Return the prompt's log-probabilities once all are known. They are built once, because prompts may
+        be long."""
         known = self.request.prompt_logprobs
         if self._prompt_logprobs is None and known is not None and not self.request.unscored:
             self._prompt_logprobs = [None, *known]

@@ -1,4 +1,4 @@
-"""Running totals, counted from events, and the snapshot that contains them."""
+"""Keeps running totals of events, and takes snapshots."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from aioengine.schedulers.policy import Location
 
 
 class Counters:
-    """An event listener; ``snapshot`` adds the state of the core to what it has counted."""
+    """An event listener that counts; ``snapshot`` adds the core's state to the counts."""
 
     def __init__(self) -> None:
         self._n: Counter[str] = Counter()
         self.residency = 0
-        """Counts the changes of what is in slots and in the CPU cache."""
+        """Number of changes to the contents of slots and CPU cache."""
 
     def __call__(self, event: events.Event) -> None:
         n = self._n

@@ -1,4 +1,4 @@
-"""From what a caller asks for to an accepted request: checks, tokens, the adapter, the stream."""
+"""Turns a caller's arguments into an accepted request: checks, tokens, adapter, stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aioengine.runtime.text_work import SHORT, TextWork
 
 
 class Submitter:
-    """``check_running`` raises if the engine accepts nothing (any more)."""
+    """Accepts requests. ``check_running`` raises if the engine does not accept any."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Submitter:
         options: RequestOptions,
         request_id: str | None,
     ) -> OutputStream:
-        """Have the core accept a request; see ``AsyncEngine.generate`` for arguments and errors."""
+        """Check a request and add it to the core; see ``AsyncEngine.generate`` for arguments and errors."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
@@ -112,7 +112,7 @@ class Submitter:
         return OutputText(text, params)
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
-        """The tokens that end an output."""
+        """Return the tokens that end an output."""
         eos = () if params.ignore_eos else self._core.limits.eos_token_ids
         return (*params.stop_token_ids, *eos)
 
@@ -129,7 +129,7 @@ class Submitter:
         )
 
     def _end_if_complete(self, request: Request, text: OutputText) -> None:
-        """End a request that came with all of its output."""
+        """End a request whose given output is already complete."""
         if request.given:
             finish = self._core.finish_reason(request, request.tokens[-1])
             if isinstance(text.stop, str):
@@ -145,8 +145,8 @@ class Submitter:
                 return request_id
 
     def _reserve(self, tenant: str | None, adapter: str | None, now: float) -> Ticket:
-        """A place among the waiting requests, which it takes before its prompt is tokenized and its adapter
-        looked for. EngineOverloaded if there is none."""
+        """Reserve a waiting place, before the prompt is tokenized and the adapter looked up. Raises
+        EngineOverloaded if there is none."""
         try:
             return self._core.reserve(tenant, adapter, now)
         finally:
@@ -162,9 +162,9 @@ class Submitter:
         due: float | None,
         ticket: Ticket,
     ) -> tuple[list[int], AdapterEntry | None]:
-        """(prompt's tokens, version of the adapter): a registered one, or else what the resolver finds.
+        """Return the prompt's tokens and the adapter's version, registered or found by the resolver.
 
-        Gives up when the request is due, or another takes its place.
+        Gives up at the request's deadline, or when another request displaces it.
         """
         lost: list[EngineOverloaded] = []
 
@@ -223,7 +223,7 @@ class Submitter:
             raise RequestInvalid(f"prompt token {bad} is outside the vocabulary 0..{vocab - 1}")
 
     def _check_params(self, params: SamplingParams) -> None:
-        """What only the model can tell."""
+        """Check the parameters that depend on the model."""
         vocab = self._parts.spec.vocab_size
         for field, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in tokens:
@@ -234,17 +234,17 @@ class Submitter:
 
 
 def _token_ids(prompt: object, limit: int) -> list[int] | None:
-    """A copy of a prompt that is token ids; None for a text or chat messages."""
+    """Copy a prompt of token ids; None for a text or chat messages."""
     if isinstance(prompt, list) and len(prompt) > limit and type(prompt[0]) is int:
         raise PromptTooLong(len(prompt), limit)  # before they are looked at one by one
     return list(prompt) if isinstance(prompt, list) and set(map(type, prompt)) <= {int} else None
 
 
 def size_of(messages: list[Any], limit: int) -> int:
-    """Characters of a chat's texts, or a guess at it; at least one for each message.
+    """Count or estimate the characters of a chat's texts, at least one for each message.
 
-    Raises RequestInvalid if there are more messages, or parts of one, than a prompt has tokens: a template's
-    work grows with them, whatever is in them.
+    Raises RequestInvalid if there are more messages, or parts of a message, than a prompt can have tokens,
+    because a template's work grows with their number.
     """
     size = 0
     for message in messages[: limit + 1]:

@@ -1,4 +1,4 @@
-"""Where text is turned into tokens and back: short texts on the loop, long ones in threads of their own."""
+"""Runs tokenization and detokenization: short texts on the loop, long ones in separate threads."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ T = TypeVar("T")
 Owner = str | None
 
 SHORT = 1024
-"""Characters, tokens or bytes that are worked on at once, on the loop, which takes about a millisecond."""
+"""Size (characters, tokens or bytes) up to which work is done on the loop, in about a millisecond."""
 
 LONG = 2**16
-"""Texts longer than that leave a thread to those that are not."""
+"""Size above which texts leave one thread free for shorter ones."""
 
 RATE = 2**20
-"""Characters a second that a text is expected to take."""
+"""Expected speed in characters a second."""
 
 
 class _Waiter(NamedTuple):
     ends: float
-    """When it would end if it ran alone."""
+    """Virtual time at which it would end if it ran alone."""
     arrival: int
     size: int
     turn: asyncio.Future[None]
@@ -35,7 +35,7 @@ class _Waiter(NamedTuple):
 
 
 class _Lane:
-    """Texts that wait for threads, by owner: start-time fair queueing (Goyal, Vin and Cheng, 1996).
+    """Queue of texts that wait for threads, by owner: start-time fair queueing (Goyal, Vin and Cheng, 1996).
 
     An owner's next text starts, in virtual time, where its last one ended, or now if that is later; the one
     that starts first is next. Virtual time is the start of the text that was begun last.
@@ -45,14 +45,14 @@ class _Lane:
         self.running = 0
         self._now = 0.0
         self._starts: dict[Owner, float] = {}
-        """Of the next text of each owner who has one here."""
+        """Start tag of the next text of each owner with texts here."""
         self._waiting: dict[Owner, list[_Waiter]] = {}
         """Heaps; none is empty."""
         self._here: Counter[Owner] = Counter()
-        """How many texts run or wait."""
+        """Number of texts that run or wait."""
 
     def begin(self, owner: Owner, size: int) -> None:
-        """A text has a thread."""
+        """Note that a text has a thread."""
         self.running += 1
         self._here[owner] += 1
         self._charge(owner, size)
@@ -66,7 +66,7 @@ class _Lane:
         heapq.heappush(self._waiting.setdefault(owner, []), waiter)
 
     def take(self) -> bool:
-        """Begin the next one that still waits for its turn. False if there is none."""
+        """Start the next waiting text. Returns False if there is none."""
         while self._waiting:
             owner = min(self._waiting, key=lambda owner: (self._start(owner), self._waiting[owner][0][:2]))
             waiter = heapq.heappop(self._waiting[owner])
@@ -106,10 +106,10 @@ class TextWork:
     """Runs functions whose time grows with a text's length.
 
     Short ones run at once, on the loop. Longer ones run in ``threads`` threads that nothing else uses.
-    Owners have equal shares of these: whoever sends many or long texts delays another's by those that are
-    under way, and one of each other owner's. An owner's own are done in the order in which each would end if
-    it ran alone, at ``RATE``, so that no long one delays the shorter ones behind it, and no flood of short
-    ones delays a long one for ever. Texts over ``LONG`` have all threads but one.
+    Owners have equal shares of these: an owner's text waits at most for those that already run and for one of
+    each other owner, whoever sends many or long texts. An owner's own texts are done in the order in which
+    each would end if it ran alone at ``RATE``, so a long one does not delay the shorter ones behind it, and a
+    flood of short ones does not delay a long one for ever. Texts over ``LONG`` have all threads but one.
     """
 
     def __init__(self, threads: int = 2) -> None:
@@ -121,10 +121,10 @@ class TextWork:
         self._closed = False
 
     async def run(self, size: int, work: Callable[[], T], owner: Owner = None) -> T:
-        """``work()``, and what it raises; ``size`` is the length of its text.
+        """Run ``work()`` and return its result; ``size`` is the length of its text.
 
-        Cancelled while it runs in a thread, it goes on there, unheard. Raises EngineStopped after
-        :meth:`close`.
+        If the call is cancelled while ``work`` runs in a thread, it goes on there and its result is dropped.
+        Raises EngineStopped after :meth:`close`.
         """
         if size <= SHORT:
             return work()
@@ -142,7 +142,7 @@ class TextWork:
         return await asyncio.wrap_future(job)
 
     async def close(self) -> None:
-        """Wait for what runs; what waits fails with EngineStopped."""
+        """Wait for running work; waiting work fails with EngineStopped."""
         self._closed = True
         for lane in (self._short, self._long):
             lane.fail(EngineStopped("the engine was stopped while the text was to be tokenized"))
@@ -168,7 +168,8 @@ class TextWork:
             raise
 
     def _has_room(self, lane: _Lane) -> bool:
-        """Nothing waits while it could run, so what finds room is the first."""
+        """Whether a thread is free. Nothing waits while it could run, so a text that finds room is the
+        first."""
         if lane is self._long and self._long.running == self._count - 1:
             return False
         return self._short.running + self._long.running < self._count
@@ -179,7 +180,8 @@ class TextWork:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """A long one is first where none runs: short ones can take all threads but that."""
+        """Start the next text. A long one comes first if none runs: short ones may use every thread but that
+        one."""
         lanes = (self._short, self._long) if self._long.running else (self._long, self._short)
         for lane in lanes:
             while self._has_room(lane) and lane.take():

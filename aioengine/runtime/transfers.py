@@ -1,4 +1,4 @@
-"""Adapter moves: started when the core says so, carried out beside the steps, and reported back to it."""
+"""Carries out the core's adapter moves beside the steps, and reports back to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("aioengine")
 
 
 def log_failure(failures: Failures, name: str, error: AdapterError) -> None:
-    """Logs the 1st, 2nd, 4th, 8th, ... failure in a row, so that one adapter does not fill the log."""
+    """Log the 1st, 2nd, 4th, 8th, ... failure in a row, so that one adapter does not fill the log."""
     times = failures.times(name)
     if times & (times - 1) == 0:
         text = str(error)
@@ -65,8 +65,7 @@ class AdapterMoves:
                 self._spawn(self._copy(entry, slot), f"aioengine-copy-{entry.label}", self._copies)
 
     async def stop(self) -> None:
-        """Give up the loads, one of which may hang, and wait for the copies, which cannot be
-        interrupted."""
+        """Cancel the loads, one of which may hang, and wait for the copies, which cannot be interrupted."""
         for task in self._loads:
             task.cancel()
         while self.under_way:
@@ -79,7 +78,7 @@ class AdapterMoves:
                 self._core.slots.cancel(slot)
 
     def device_lost(self) -> None:
-        """Forget what is under way; call after ``core.device_lost``."""
+        """Forget the moves under way; call after ``core.device_lost``."""
         for task in self._loads | self._copies:
             task.cancel()
         self._reads.clear()

@@ -1,4 +1,4 @@
-"""Callers that wait until something has happened in the core."""
+"""Lets callers wait until something has happened in the core."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Condition = Callable[[], bool]
 
 
 class Waits:
-    """Asks each condition again when an event may have made it true.
+    """Checks each condition again when an event may have made it true.
 
-    A condition is about one adapter, by name, or, under None, about the requests that have not ended. So an
-    event costs as much as there are callers that wait for its adapter, and not as there are callers in all.
+    A condition concerns one adapter, by name, or under None the requests that have not ended. So the cost of
+    an event grows with the callers that wait for its adapter, not with all callers.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,8 @@ class Waits:
         return sum(map(len, self._waiting.values()))
 
     async def until(self, happened: Condition, adapter: str | None) -> None:
-        """Wait until ``happened()``, which is false now. Raises what it raises, or what :meth:`fail` is
-        given."""
+        """Wait until ``happened()``, which is false now. Raises what it raises, or the error given to
+        :meth:`fail`."""
         waiting = self._waiting.setdefault(adapter, {})
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting[done] = happened
@@ -38,7 +38,7 @@ class Waits:
                 del self._waiting[adapter]
 
     def heard(self, event: events.Event) -> None:
-        """Ask those whom this event may concern."""
+        """Check the callers that this event may concern."""
         if not self._waiting:
             return
         if isinstance(event, events.AdapterPinned):  # a pin may shut out any other adapter
@@ -50,7 +50,7 @@ class Waits:
             self.ask(None)
 
     def ask(self, adapter: str | None) -> None:
-        """Ask those who wait for something to happen to this adapter."""
+        """Check the callers that wait for something about this adapter."""
         for done, happened in list(self._waiting.get(adapter, {}).items()):
             if done.done():
                 continue
@@ -61,7 +61,7 @@ class Waits:
                 done.set_exception(error)
 
     def fail(self, error: AioEngineError) -> None:
-        """Nothing will happen any more."""
+        """Fail all callers."""
         for waiting in self._waiting.values():
             for done in waiting:
                 if not done.done():

@@ -13,7 +13,7 @@ __all__ = ["ServerApp", "ServerSettings", "create_app", "parse_keys"]
 
 
 def __getattr__(name: str) -> Any:
-    """The application is imported when it is asked for: it needs Litestar."""
+    """Import the application on first access, because it needs Litestar."""
     if name not in ("ServerApp", "create_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

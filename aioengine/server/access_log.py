@@ -1,4 +1,4 @@
-"""One line for each request: what was asked, by whom, and what it took."""
+"""The access log: one line for each request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("aioengine.server.access")
 
 
 class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
-    """Filled in while a request is handled. Holds neither prompts, answers nor keys."""
+    """Record of one request, filled in while it is handled. Holds neither prompts, answers nor keys."""
 
     request_id: str
     method: str
@@ -27,7 +27,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """499: the client went away before the answer was complete."""
     tenant: str | None = None
     owner: str | None = None
-    """Whose shares it counts on: the tenant, or without keys whoever has the client's address."""
+    """The owner whose shares it counts on: the tenant or, without keys, the client's address."""
     adapter: str | None = None
     stream: bool = False
     completion_id: str | None = None
@@ -38,10 +38,10 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """Seconds from arrival to the first token."""
     finish_reason: str | None = None
     not_enforced: str | None = None
-    """What the answer's JSON schema asks for and is not held to."""
+    """Requirements of the answer's JSON schema that are not enforced."""
     error: str | None = None
     param: str | None = None
-    """The field that a refusal is about."""
+    """The field that caused a refusal."""
     reason: str | None = None
     """Why the request was refused, as the client was told, in at most 200 characters."""
     seconds: float = 0.0
@@ -50,13 +50,13 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     admission: Admission | None = None
     """Set if its key has limits."""
     route: str = "other"
-    """The route that the request is for, as the metrics call it."""
+    """The route, as named in the metrics."""
     ended: asyncio.Future[ApiError] | None = None
-    """Done when its key is no longer good; None if it has none."""
+    """Done when its key becomes invalid; None without a key."""
     so_far: Callable[[], int] = int
-    """How many tokens the answer has, while it is being made."""
+    """Returns the number of the answer's tokens so far."""
     counted: bool = False
-    """It was refused for its key: such requests are counted, and logged together."""
+    """Whether it was refused for its key: such requests are counted and logged together."""
 
     def refused(self, detail: ErrorDetail) -> None:
         self.error = detail.code or detail.type
@@ -64,7 +64,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         self.reason = detail.message[:200]
 
     def fields(self) -> dict[str, Any]:
-        """What is known, for a structured log."""
+        """The known fields, for a structured log."""
         found = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _NOT_LOGGED}
         return {
             name: round(value, 6) if isinstance(value, float) else value
@@ -90,6 +90,6 @@ def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
 
 
 def _plain(value: object) -> str:
-    """In one word of one line, whatever a client has put into it."""
+    """Return the value as one word on one line, whatever a client has put into it."""
     text = str(value)
     return text if text.isprintable() and " " not in text else repr(text)

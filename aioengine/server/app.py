@@ -1,4 +1,4 @@
-"""The ASGI application: what every request goes through before and after its route."""
+"""The ASGI application: the steps that every request passes before and after its route."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset({"/health", "/ready"})
 _PAGE = frozenset({"", "/", "/metrics", "/events"})
 DRAIN_RETRY_AFTER = 5
-"""Seconds; by then another replica, or this one started again, may be there."""
+"""Seconds until another replica, or this one after a restart, may be ready."""
 
 
 class ServerApp:
@@ -105,12 +105,12 @@ class ServerApp:
         await self._idle.wait()
 
     def leave(self) -> None:
-        """``/ready`` is 503 from now on, and everything is accepted as before: those who send requests here
-        are to find others first."""
+        """Make ``/ready`` answer 503 from now on, but accept everything as before, so that load balancers can
+        move their traffic first."""
         self.context.engine.leaving = True
 
     def open(self) -> None:
-        """Read the keys file again when it changes; the first request does so too. Needs a running loop."""
+        """Start to watch the keys file; the first request does so too. Needs a running loop."""
         self._gate.watch()
         with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
             self.context.engine.metrics.http.active = lambda: self._active
@@ -235,8 +235,8 @@ class ServerApp:
 def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> ServerApp:
     """An OpenAI-compatible ASGI application that serves ``engine``.
 
-    Mount it under any prefix, or run it by itself. The engine stays the caller's, who starts and stops it;
-    both must be on the same event loop. Logging is not configured: each request is one record of the
+    Mount it under any prefix, or run it by itself. The caller keeps owning the engine, and starts and stops
+    it; both must be on the same event loop. Logging is not configured: each request is one record of the
     logger ``aioengine.server.access``, with its details in ``record.fields``.
 
     Raises ConfigError if the engine's ``adapter_root`` is not a folder.
@@ -254,12 +254,12 @@ def _without_body(send: Send) -> Send:
 
 
 def _is_page(path: str) -> bool:
-    """Whether the metrics' application answers it."""
+    """Whether the metrics application answers it."""
     return path in _PAGE or path.startswith("/assets/")
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's, if it is of a harmless form."""
+    """Return the client's id if its form is harmless."""
     for name, value in scope["headers"]:
         if name.lower() == b"x-request-id":
             text: str = value.decode("latin-1")
@@ -269,6 +269,6 @@ def _request_id(scope: Scope) -> str:
 
 
 def _asks_first(scope: Scope) -> bool:
-    """Whether the client waits to be told before it sends the body. If it is refused it sends none, and
-    what it sends next could be taken for it."""
+    """Whether the client sent ``Expect: 100-continue``. If it is refused it sends no body, and its next
+    request could be mistaken for the body."""
     return any(name == b"expect" for name, _ in scope["headers"])

@@ -1,4 +1,4 @@
-"""What every route needs: the engine, the settings, and the way from names and texts to both."""
+"""Context of every route: the engine, the settings, and the conversion of names and texts."""
 
 from __future__ import annotations
 
@@ -44,15 +44,16 @@ class Context:
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
         self.open_requests: set[RequestRecord] = set()
-        """Those that have not been answered in full, without probes and pages."""
+        """Open requests, without probes and pages."""
         self.draining = False
-        """New requests are refused; set by whoever runs the server."""
+        """Whether new requests are refused; set by whoever runs the server."""
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
 
     async def defaults(self) -> SamplingDefaults:
-        """What requests get that name none. Read once, and logged. Raises ConfigError if it is not right."""
+        """Default sampling parameters. They are read once and logged. Raises ConfigError if they are not
+        valid."""
         if self._defaults is None:
             self._defaults = await self.engine.text_work.run(SHORT + 1, self._read_defaults)
             given = " ".join(f"{name}={value:g}" for name, value in self._defaults.given().items())
@@ -69,7 +70,7 @@ class Context:
 
     @property
     def stuck(self) -> bool:
-        """A step has run for longer than any should."""
+        """Whether a step has run for longer than any should."""
         engine = self.engine
         return (
             engine.state in ("running", "draining") and engine.step_age() > self.settings.stuck_step_seconds
@@ -77,15 +78,15 @@ class Context:
 
     @property
     def max_body_bytes(self) -> int:
-        """By default what the longest prompt can need: 64 bytes of JSON for each token, and 1 MiB for all
-        that comes with it, such as schemas and tools."""
+        """Bound on bodies. The default suits the longest prompt: 64 bytes of JSON for each token, and 1 MiB
+        for the rest, such as schemas and tools."""
         return self.settings.max_body_bytes or 2**20 + 64 * self.engine.plan.max_model_len
 
     def adapter_of(self, model: str, identity: Identity) -> str | None:
-        """The adapter that a request's ``model`` stands for; None for the base model.
+        """Return the adapter that a request's ``model`` names; None for the base model.
 
-        Raises ApiError, the same as for a model that does not exist, if ``identity`` may not use it: whether
-        it does exist is not looked at.
+        If ``identity`` may not use it, raises the same ApiError as for an unknown model, without checking
+        whether it exists.
         """
         is_base = model in self.model_names or (
             model == self.engine.config.model and not self.settings.served_model_names
@@ -100,14 +101,14 @@ class Context:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ApiError if the model has none."""
+        """Return the tokenizer. Raises ApiError if the model has none."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ApiError(400, f"{self.model_names[0]} has no tokenizer: it takes and gives token ids only")
         return tokenizer
 
     def token_bytes(self) -> TokenBytes:
-        """For the length of a request, whatever the engine's state becomes meanwhile."""
+        """Return the table of token bytes, which stays valid for a request whatever happens to the engine."""
         tokenizer = self.engine.tokenizer
         return (lambda _token: b"") if tokenizer is None else tokenizer.token_bytes
 
@@ -119,8 +120,8 @@ class Context:
         add_special_tokens: bool = True,
         limited: bool = True,
     ) -> list[list[int]]:
-        """Token ids of each; owners take turns. Raises ApiError for a text that cannot fit, if it is
-        ``limited`` so."""
+        """Tokenize each text; owners take turns. If ``limited``, raises ApiError for a text that cannot
+        fit."""
         encode = self._encoder(add_special_tokens, limited, field="prompt")
         work = self.engine.text_work
         return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts], owner)
@@ -133,7 +134,7 @@ class Context:
         owner: str | None,
         limited: bool = True,
     ) -> list[int]:
-        """As :meth:`encode`, of what the chat template makes of messages whose content is text."""
+        """Render messages by the chat template, and tokenize the result as :meth:`encode` does."""
         tokenizer = self.tokenizer
         encode = self._encoder(False, limited, field="messages")
         # Never on the loop: how long a template takes is up to the template.
@@ -155,7 +156,8 @@ class Context:
         return encode
 
     def truncated(self, prompts: Sequence[list[int]], keep: int, max_tokens: int | None) -> list[list[int]]:
-        """The last ``keep`` tokens of each; -1: what leaves room for ``max_tokens``, or for one."""
+        """Keep the last ``keep`` tokens of each; -1 keeps as many as leave room for ``max_tokens``, or for
+        one."""
         if keep < 0:
             room = 1 if max_tokens is None else max_tokens
             keep = max(self.engine.plan.max_model_len - room, 1)
@@ -164,7 +166,7 @@ class Context:
     async def texts_of(
         self, prompts: Sequence[list[int]], texts: list[str] | None, *, owner: str | None
     ) -> list[str]:
-        """Texts of prompts; those that they were given as, if that is how."""
+        """Return the prompts' texts: the given ones, or the decoded token ids."""
         if texts is not None:
             return texts
         tokenizer = self.tokenizer
@@ -177,7 +179,7 @@ class Context:
         return await self.engine.text_work.run(size, lambda: [decode(prompt) for prompt in prompts], owner)
 
     async def note_hidden_tools(self) -> None:
-        """Warn, once, if the chat template does not show tools to the model."""
+        """Warn once if the chat template does not show tools to the model."""
         if self._tools_noted:
             return
         self._tools_noted = True
@@ -190,7 +192,7 @@ class Context:
     def check_prompts(
         self, prompts: Sequence[list[int]], n: int, *, field: str, max_tokens: int | None = None
     ) -> None:
-        """Raises ApiError for what the engine could not take, with the code that clients know."""
+        """Raise ApiError for prompts that the engine cannot take, with the code that clients know."""
         limit = self.engine.plan.max_model_len
         if len(prompts) * n > self.settings.max_choices:
             raise ApiError(
@@ -220,7 +222,8 @@ class Context:
         *,
         prefix: str,
     ) -> Generation:
-        """The generation of ``n`` choices for each prompt, still to be prepared. ``prefix`` begins its id."""
+        """Build the generation of ``n`` choices for each prompt, which is still to be prepared. Its id begins
+        with ``prefix``."""
         of_choices = [for_choice(params, choice) for _ in prompts for choice in range(fields.n or 1)]
 
         async def constrain() -> TokenConstraint:
@@ -259,23 +262,23 @@ class Context:
         return generation
 
     def _cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
-        """Of the tenant and the salt that is asked for: as JSON, so that nobody can ask for another
-        tenant's."""
+        """Combine the tenant and the requested salt as JSON, so that no client can construct another tenant's
+        salt."""
         owner = None if self.settings.share_prefix_cache else tenant
         return None if owner is None and asked is None else msgspec.json.encode((owner, asked)).decode()
 
     @property
     def guide(self) -> Guide:
-        """Raises ConfigError if guided decoding cannot be had."""
+        """Return the guide. Raises ConfigError if guided decoding is not available."""
         if self._guide is None:
             self._guide = Guide(self.engine)
         return self._guide
 
 
 def _of_shares(record: RequestRecord, choices: int) -> str | None:
-    """Whose shares of the engine a request's choices count on.
+    """Return the owners whose shares a request's choices count on.
 
-    Without keys all who come from one address are one. There, requests for several choices count as
-    another's, so that a single one does not wait for hundreds of them.
+    Without keys, all clients of one address are one owner; there, requests for several choices count for a
+    separate owner, so that a single request does not wait for hundreds of choices.
     """
     return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner

@@ -19,17 +19,16 @@ class Starting(msgspec.Struct):
 
     status: str = "starting"
     stage: str | None = None
-    """What takes the time now."""
+    """The stage that is under way."""
     done: int = 0
     total: int = 0
 
 
 class Entrance:
-    """Answers while the engine starts, and hands requests to ``app`` once it is opened.
+    """Answers while the engine starts, and passes requests to ``app`` once it is opened.
 
-    Until then ``/health`` is 200, for the process is well, ``/ready`` is 503 and says what is going on,
-    ``/metrics`` has the state and nothing else, and everything else is refused with 503 and a
-    ``Retry-After``.
+    Until then ``/health`` answers 200, because the process is well; ``/ready`` answers 503 with the current
+    stage; ``/metrics`` has only the state; everything else is refused with 503 and a ``Retry-After``.
     """
 
     def __init__(self, engine_name: str = "default") -> None:
@@ -42,7 +41,7 @@ class Entrance:
         self._starting = Starting(stage=stage, done=done, total=total)
 
     def open(self, app: ServerApp) -> None:
-        """From now on requests are ``app``'s."""
+        """Pass all requests to ``app`` from now on."""
         app.open()
         self.app = app
 

@@ -29,7 +29,7 @@ class ErrorDetail(msgspec.Struct, kw_only=True):
     message: str
     type: str
     param: str | None = None
-    """The request's field that is to blame."""
+    """The request's field that caused it."""
     code: str | None = None
 
 
@@ -43,7 +43,7 @@ class MessagesError(msgspec.Struct, kw_only=True):
 
 
 class MessagesErrorBody(msgspec.Struct, tag_field="type", tag="error"):
-    """As Anthropic's API writes errors."""
+    """An error in the form of Anthropic's API."""
 
     error: MessagesError
 
@@ -64,9 +64,9 @@ class ApiError(Exception):
 
     Args:
         retry_after: Seconds after which it may be sent again.
-        retry: False tells OpenAI's client not to send it again by itself, as it does on 5xx.
+        retry: False tells OpenAI's client not to retry by itself, as it does on 5xx.
         close: The connection is closed, too.
-        challenge: How to prove who one is.
+        challenge: Value of ``WWW-Authenticate``.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ApiError(Exception):
         return msgspec.json.encode(ErrorBody(self.detail))
 
     def body_for(self, path: str) -> bytes:
-        """The body in the form of the API that ``path`` belongs to."""
+        """Return the body in the form of the API that ``path`` belongs to."""
         if path.startswith("/v1/responses"):
             return msgspec.json.encode(ErrorBody(_for_responses(self.detail)))
         if not path.startswith("/v1/messages"):
@@ -152,7 +152,7 @@ _LONGEST = 2000
 
 
 def _shortened(text: str) -> str:
-    """Without the middle of what is longer: a message may quote what a client has sent."""
+    """Shorten a long message in the middle, because it may quote what a client has sent."""
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
@@ -162,7 +162,7 @@ _FIELD = re.compile(r"(?:missing required|contains unknown) field `([^`]*)`")
 
 
 def validation_error(error: msgspec.ValidationError) -> ApiError:
-    """msgspec's error with the field's path as ``param``."""
+    """Convert msgspec's error, with the field's path as ``param``."""
     text = _shortened(str(error))
     found = _PATH.match(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
@@ -188,7 +188,7 @@ _OVERLOADED = {
 
 
 def to_api_error(error: BaseException, settings: ServerSettings) -> ApiError:
-    """What a client is told about an error; what is not the client's doing is logged."""
+    """Convert an exception to the client's error; internal errors are logged."""
     if isinstance(error, ApiError):
         return error
     found = _api_error(error, settings.retry_after)
@@ -252,5 +252,5 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
 
 
 def _reason(error: AdapterError) -> str:
-    """Without the adapter's path, which is the server's business."""
+    """Return the reason without the adapter's path, which clients need not know."""
     return f"adapter {error.name!r}: {error.reason}"

@@ -1,4 +1,4 @@
-"""Where the routes meet Litestar: strict decoding, plain ASGI responses, errors in OpenAI's form."""
+"""Adapts the routes to Litestar: strict decoding, plain ASGI responses, errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import GenerationResponse, Reply, send_error
 
 RECORD = "aioengine_record"
-"""Under this key ``scope["state"]`` holds the request's RequestRecord."""
+"""Key of the request's RequestRecord in ``scope["state"]``."""
 TEXT_WORK = "aioengine_text_work"
-"""And under this one the engine's TextWork."""
+"""Key of the engine's TextWork there."""
 BODY = "aioengine_body"
-"""And under this one its BoundedBody, if it is a POST."""
+"""Key of the BoundedBody of a POST there."""
 UNKNOWN_FIELDS = "aioengine_unknown_fields"
-"""Under this key the application's state holds its UnknownFields."""
+"""Key of the UnknownFields in the application's state."""
 
 DECODED_AT_ONCE = 64 * 1024
-"""Bytes of a body that is decoded on the loop, which takes two milliseconds at most."""
+"""Size up to which a body is decoded on the loop, in two milliseconds at most."""
 
 _STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 RESPONSES: dict[int, ResponseSpec] = {
@@ -40,8 +40,8 @@ RESPONSES: dict[int, ResponseSpec] = {
 
 
 class JsonRequest(Request[Any, Any, Any]):
-    """Decodes the body straight into the type of the handler's ``data``, and keeps neither of them: an
-    answer may take minutes, and many may be on their way."""
+    """Request that decodes its body straight into the type of the handler's ``data`` and keeps neither,
+    because an answer may take minutes and many may be open."""
 
     _unread: bytes | None = None
 
@@ -68,7 +68,7 @@ class JsonRequest(Request[Any, Any, Any]):
 
 
 class Handled(Response[Any]):
-    """A response that is sent by an ASGI application of its own: what is generated, in a route's format."""
+    """A response sent by a separate ASGI application: generated output in a route's format."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ _NOT_SERVED = {
     "vector_stores": "no files are kept",
     "videos": "the model reads and writes text",
 }
-"""Parts of OpenAI's API that this server does not have, and what to do instead."""
+"""Parts of OpenAI's API that this server lacks, and what to do instead."""
 
 
 def _not_found(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The engine requests behind one API request, and what is known of them when they have ended."""
+"""The engine requests behind one API request, and their results."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 
 SCORE_BYTES = 64
-"""Of an answer, for each log-probability in it."""
+"""Bytes of an answer for each log-probability in it."""
 MAX_SCORES = 2**18
-"""Log-probabilities of prompts that one request may ask for: prompt tokens x (1 + the most likely ones)."""
+"""Maximum log-probabilities of prompts in one request: prompt tokens x (1 + most likely ones)."""
 MAX_SCORES_HELD = 2**21
-"""And all unanswered requests together, of some 120 bytes each; one tenant may have half of them."""
+"""Maximum for all open requests together, at about 120 bytes each; one tenant may have half of them."""
 
 
 class Scores:
-    """How many log-probabilities of prompts are wanted by requests that have not been answered."""
+    """Count of prompt log-probabilities that open requests ask for."""
 
     def __init__(self, retry_after: int) -> None:
         self._retry_after = retry_after
@@ -39,7 +39,7 @@ class Scores:
 
     @contextmanager
     def claimed(self, tenant: str | None, count: int) -> Iterator[None]:
-        """Raises ApiError if there are too many."""
+        """Context that counts them. Raises ApiError if there are too many."""
         if count > MAX_SCORES:
             raise ApiError(
                 400,
@@ -74,7 +74,7 @@ class Generation:
         prompts: Token ids, one list for each prompt.
         params: One for each choice, ``n`` for the first prompt, then ``n`` for the second, ...
         options: Of all choices.
-        constrain: Makes a constraint for one choice; None: they are free.
+        constrain: Builds a constraint for one choice; None if the choices are unconstrained.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Generation:
         self._constrain = constrain
         self._last: list[RequestOutput | None] = [None] * len(params)
         self.reply_id = reply_id or request_id
-        """What the client knows it as."""
+        """The id that the client knows it by."""
         self.scored = sum(
             len(self._prompt(index)) * (1 + own.prompt_logprobs)
             for index, own in enumerate(params)

@@ -42,7 +42,7 @@ class ProcessDevice(Device):
     def __init__(self, config: EngineConfig) -> None:
         self.can_restart = config.restart == "on-failure"
         self.workers: Workers
-        """Those that run now; there from the first start on."""
+        """The workers that run now; set from the first start on."""
         self._config = config
         lora = LoRAConfig() if config.lora is None else config.lora
         self._loader = WorkerLoader(retries=lora.load_retries, timeout=lora.load_timeout, seed=config.seed)
@@ -86,8 +86,9 @@ class ProcessDevice(Device):
         return StepResult(sampled, max(answer.seconds for answer in answers), answers[0].scored)
 
     async def _constraints(self, batch: StepBatch, workers: Workers) -> dict[int, str]:
-        """Tell the workers, which compute meanwhile, what the constraints of the batch allow; returns why
-        those that failed did, by index. They are objects of this process, so a thread of it asks them."""
+        """Send the workers, which compute meanwhile, the masks of the batch's constraints; returns the errors
+        of those that failed, by index. Constraints are objects of this process, so one of its threads asks
+        them."""
         rows = enumerate(batch.sequences)
         places = [i for i, row in rows if row.sample and row.params.constraint is not None]
         if not places:
@@ -117,7 +118,7 @@ class ProcessDevice(Device):
         self.workers.tell(Drop(uid))
 
     async def restart(self) -> None:
-        """Again with nothing but the model in them. Raises EngineDead if that fails too often."""
+        """Start the workers again with only the model. Raises EngineDead if that fails too often."""
         loop = asyncio.get_running_loop()
         cause: AioEngineError | None = self.workers.dead
         while True:

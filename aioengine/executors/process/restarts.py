@@ -1,4 +1,4 @@
-"""How often, and how soon, what was lost is started again."""
+"""Limits how often, and how soon, lost workers are started again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FIRST_WAIT_SECONDS = 0.5
 
 
 class RestartLimit:
-    """At most ``most`` within ``window`` seconds: the first at once, the others after growing waits."""
+    """At most ``most`` restarts within ``window`` seconds: the first at once, the others after growing
+    waits."""
 
     def __init__(self, most: int = MAX_RESTARTS, window: float = WINDOW_SECONDS) -> None:
         self.most = most
@@ -21,7 +22,7 @@ class RestartLimit:
         self._backoff = Backoff(0, FIRST_WAIT_SECONDS)
 
     def next(self, now: float) -> float | None:
-        """Count one more; seconds to wait before it, or None if there were too many."""
+        """Count one more restart. Returns the seconds to wait before it, or None if there were too many."""
         while self._times and self._times[0] <= now - self.window:
             self._times.popleft()
         before = len(self._times)

@@ -1,4 +1,4 @@
-"""Steps on the wire: what is new of each request, against what the workers know of it already.
+"""Encodes steps as differences from what the workers already know of each request.
 
 The core's batches are whole: each row has its request's full history and block table. The engine's side
 keeps a copy of what it has sent; the workers' side puts the same rows together again.
@@ -26,12 +26,12 @@ class _Sent:
     def __init__(self, key: int) -> None:
         self.key = key
         self.tokens = 0
-        """How much of its history."""
+        """Number of its tokens that were sent."""
         self.blocks: list[int] = []
 
 
 class StepEncoder:
-    """The engine's side. A request that has ended must be forgotten before its id is used again."""
+    """Encoder on the engine's side. An ended request must be forgotten before its id is used again."""
 
     def __init__(self) -> None:
         self._sent: dict[str, _Sent] = {}
@@ -39,13 +39,13 @@ class StepEncoder:
         self._ended: list[int] = []
 
     def forget(self, request_id: str) -> None:
-        """It has ended; the workers are told with the next step."""
+        """Note that a request has ended; the workers are told with the next step."""
         sent = self._sent.pop(request_id, None)
         if sent is not None:
             self._ended.append(sent.key)
 
     def encode(self, batch: StepBatch) -> Step:
-        """Counts as sent. Its ``number`` is to be filled in."""
+        """Encode a step, which then counts as sent. The caller fills in its ``number``."""
         opened: list[Opened] = []
         work = [self._work(row, opened) for row in batch.sequences]
         ended, self._ended = self._ended, []
@@ -77,7 +77,7 @@ def _opened(key: int, row: SequenceWork) -> Opened:
 
 
 def _same(known: list[int], table: Sequence[int]) -> int:
-    """How long their common beginning is. A table only grows, until the request is preempted."""
+    """Length of the common prefix. A table only grows until the request is preempted."""
     if known == table:
         return len(known)
     if len(known) < len(table) and table[: len(known)] == known:
@@ -86,7 +86,7 @@ def _same(known: list[int], table: Sequence[int]) -> int:
 
 
 class SentMasks:
-    """The masks of the step that runs, which come after it."""
+    """Masks of the running step, which arrive after the step itself."""
 
     def __init__(self) -> None:
         self._latest = Masks(-1, {})
@@ -98,24 +98,24 @@ class SentMasks:
             self._came.notify_all()
 
     def of(self, step: int) -> dict[int, bytes]:
-        """By index in the step; waits for them."""
+        """Return the masks by index in the step; waits for them."""
         with self._came:
             self._came.wait_for(lambda: self._latest.step == step)
             return self._latest.found
 
 
 class SentConstraint:
-    """A constraint that the engine asks: its answer is what the engine sends."""
+    """Stand-in for a constraint that lives in the engine's process; its masks arrive by message."""
 
     slow = False
 
     def __init__(self, masks: SentMasks) -> None:
         self._masks = masks
         self.step = self.index = 0
-        """The step that runs, and where in it this is."""
+        """The running step, and the request's index in it."""
 
     def begin(self, output: Sequence[int]) -> None:
-        """The engine has done that."""
+        """Do nothing: the engine has done it."""
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         return self._masks.of(self.step).get(self.index)
@@ -137,14 +137,14 @@ class _Known:
 
 
 class StepDecoder:
-    """A worker's side."""
+    """Decoder on a worker's side."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
         self.masks = SentMasks()
 
     def __len__(self) -> int:
-        """Requests that are kept."""
+        """Number of requests that are known."""
         return len(self._known)
 
     def decode(self, step: Step) -> StepBatch:

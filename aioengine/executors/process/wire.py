@@ -1,7 +1,7 @@
-"""What an engine and its workers say to each other: msgspec messages in msgpack, each with its length first.
+"""Messages between an engine and its workers: msgspec structs in msgpack, each preceded by its length.
 
-Both ends are of one version of the package, so the format is nobody else's business. A message
-grows with what is new: a request's tokens and blocks are sent once (see ``step_delta``).
+Both ends have the same version of the package, so the format is private. A message grows only with what is
+new: a request's tokens and blocks are sent once (see ``step_delta``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aioengine.step import Sampled
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
-"""Of one message."""
+"""Maximum bytes of one message."""
 
 
 class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -32,7 +32,7 @@ class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Start(_Message, frozen=True):
-    """Say what you would allocate; answered with Planned."""
+    """Asks what the worker would allocate; answered with Planned."""
 
     number: int
     config: EngineConfig
@@ -45,7 +45,7 @@ class Start(_Message, frozen=True):
 
 
 class Build(_Message, frozen=True):
-    """Load the model; answered with Done."""
+    """Asks the worker to load the model; answered with Done."""
 
     number: int
     num_blocks: int
@@ -56,7 +56,7 @@ class Opened(msgspec.Struct, array_like=True, frozen=True):
     """A request that the workers have not seen before."""
 
     key: int
-    """What stands for it from now on."""
+    """Number that stands for the request from now on."""
     request_id: str
     params: dict[str, Any]
     """The sampling parameters that are not the defaults; never the constraint."""
@@ -72,14 +72,14 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     slot: int
     start: int
     count: int
-    """Compute so many tokens from position ``start``."""
+    """Number of tokens to compute from position ``start``."""
     sample: bool
     tokens: list[int]
-    """What to append to its history before that."""
+    """Tokens to append to its history first."""
     kept_blocks: int
-    """How many of the blocks in its table, from the first, stay as they were."""
+    """Number of leading blocks in its table that stay as they were."""
     blocks: list[int]
-    """What follows them."""
+    """Blocks that follow them."""
     score: int = 0
     """As in ``SequenceWork``."""
 
@@ -101,7 +101,7 @@ class Masks(_Message, frozen=True):
 
     step: int
     found: dict[int, bytes]
-    """By index in ``work``: the tokens that its constraint allows; without those that are late."""
+    """Allowed tokens by index in ``work``; late ones are left out."""
 
 
 class Read(_Message, frozen=True):
@@ -113,8 +113,8 @@ class Read(_Message, frozen=True):
 
 
 class Add(_Message, frozen=True):
-    """To what was read as ``number``: what a rank's ``squares`` are from byte ``begin`` on. All ranks get all
-    of it in the same order."""
+    """Adds a rank's ``squares`` from byte ``begin`` on to the read ``number``. All ranks receive the same
+    parts in the same order."""
 
     number: int
     begin: int
@@ -122,7 +122,7 @@ class Add(_Message, frozen=True):
 
 
 class Finish(_Message, frozen=True):
-    """All has been added to what was read as ``read``; answered with Done or Failed."""
+    """Finishes the read ``read``, to which everything has been added; answered with Done or Failed."""
 
     number: int
     read: int
@@ -159,7 +159,7 @@ class Place(_Message, frozen=True):
 
 
 class Planned(_Message, frozen=True):
-    """All ranks have found each other. ``plan`` is the memory plan in msgpack."""
+    """The plan, once all ranks have found each other. ``plan`` is the memory plan in msgpack."""
 
     number: int
     num_blocks: int
@@ -167,7 +167,7 @@ class Planned(_Message, frozen=True):
 
 
 class Progress(_Message, frozen=True):
-    """How far the model's files are read; see ``LoadProgress``."""
+    """Progress of reading the model's files; see ``LoadProgress``."""
 
     stage: str
     done: int
@@ -184,7 +184,7 @@ class Stepped(_Message, frozen=True):
 
 
 class Reading(_Message, frozen=True):
-    """The read ``number`` goes on; said from time to time."""
+    """Says from time to time that the read ``number`` goes on."""
 
     number: int
 
@@ -192,15 +192,15 @@ class Reading(_Message, frozen=True):
 class ReadDone(_Message, frozen=True):
     number: int
     rank: int
-    """The adapter's."""
+    """The adapter's rank."""
     nbytes: int
-    """Of the share that is kept."""
+    """Bytes of the share that is kept."""
     digest: str
-    """Of the content; "" if not all of it was read, because there are several ranks."""
+    """Digest of the content; "" if only a rank's share was read."""
     version: str
-    """What tells the files' content from another, without reading it."""
+    """Version of the files' content, known without reading it."""
     squares: bytes
-    """What is to be added on every rank before it can be finished; all ranks say as much. Empty: nothing, it
+    """Sums that every rank must add before the read can be finished; equally long on all ranks. Empty if it
     is finished."""
 
 
@@ -208,13 +208,13 @@ class Done(_Message, frozen=True):
     number: int
     seconds: float
     kernels: str = ""
-    """Of an answer to Build: what computes the steps."""
+    """In an answer to Build: names of the kernels."""
     variance: str | None = None
-    """Of an answer to Build: why a token's bits depend on its batch."""
+    """In an answer to Build: the reason why a token's bits depend on its batch."""
 
 
 class Failed(_Message, frozen=True):
-    """What ``number`` asked for has failed, and nothing else."""
+    """The request ``number`` has failed; the worker goes on."""
 
     number: int
     error: WireError
@@ -227,12 +227,12 @@ class Broken(_Message, frozen=True):
 
 
 class WireError(msgspec.Struct, array_like=True, frozen=True):
-    """An exception, with everything that the package's own carry."""
+    """An exception, with all fields of the package's own errors."""
 
     type: str
     text: str
     fields: dict[str, Any] | None = None
-    """Of an ``AioEngineError``; None for another one."""
+    """Fields of an ``AioEngineError``; None for other exceptions."""
     trace: str = ""
 
     @classmethod
@@ -246,7 +246,7 @@ class WireError(msgspec.Struct, array_like=True, frozen=True):
         return cls(name, str(error), None, trace)
 
     def error(self) -> Exception:
-        """The same again; :class:`WorkerError` for one that is not of :mod:`aioengine.errors`."""
+        """Rebuild the exception; a :class:`WorkerError` for one that is not of :mod:`aioengine.errors`."""
         if self.fields is None:
             error: Exception = WorkerError(f"{self.type}: {self.text}" if self.text else self.type)
             error.add_note(f"in the worker:\n{self.trace}")
@@ -259,7 +259,7 @@ class WireError(msgspec.Struct, array_like=True, frozen=True):
 
 
 class WorkerError(Exception):
-    """An exception of another kind than the package's own was raised in a worker."""
+    """A worker raised an exception that is not one of the package's own."""
 
 
 Request = Start | Build | Step | Masks | Read | Add | Finish | Keep | Discard | Drop | Place
@@ -272,7 +272,7 @@ reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
 def frame(message: Request | Report) -> bytes:
-    """The bytes that go over the wire."""
+    """Encode a message for the wire."""
     body = _encoder.encode(message)
     if len(body) > MAX_BYTES:
         raise ValueError(f"a message of {len(body):,} bytes: at most {MAX_BYTES:,} can be sent")
@@ -284,20 +284,21 @@ def plan_bytes(plan: object) -> msgspec.Raw:
 
 
 async def read_report(reader: StreamReader) -> Report:
-    """Raises asyncio.IncompleteReadError at the end, and msgspec.MsgspecError for what is no report."""
+    """Read one report. Raises asyncio.IncompleteReadError at the end of the stream, and msgspec.MsgspecError
+    for malformed data."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     return reports.decode(await reader.readexactly(length))
 
 
 def read_request(connection: socket.socket) -> Request | None:
-    """Blocks. None at the end."""
+    """Read one request. Blocks. Returns None at the end of the stream."""
     head = _receive(connection, _LENGTH.size)
     body = None if head is None else _receive(connection, *_LENGTH.unpack(head))
     return None if body is None else requests.decode(body)
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray | None:
-    """Exactly so many bytes; None if the other end goes before."""
+    """Receive exactly ``size`` bytes; None if the other end closes before."""
     data = bytearray(count)
     view, got = memoryview(data), 0
     while got < count:

@@ -1,8 +1,8 @@
 """A worker: one rank of the model in a process of its own.
 
-Started as ``python -m aioengine.executors.process.worker FD``. It ends when the other end of its socket FD
-does, whatever it is doing; nothing is left to clean up. The main thread reads what is asked for; steps run in
-one thread, copies in another, and each read in its own, as in the engine's process with the thread device.
+Started as ``python -m aioengine.executors.process.worker FD``. It exits when the other end of its socket FD
+closes, whatever it is doing, and leaves nothing to clean up. The main thread receives requests; steps run in
+one thread, copies in another, and each read in its own, as with the thread device.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
 PROGRESS_SECONDS = 0.05
-"""The least time between two reports of how far the model is loaded."""
+"""Minimum time between two reports of the load's progress."""
 
 
 class Worker:
-    """``connection`` is the engine's socket."""
+    """A worker process. ``connection`` is the engine's socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -74,7 +74,7 @@ class Worker:
         self._reads = WorkerReads(self._send)
 
     def run(self) -> NoReturn:
-        """Do what is asked until the engine is gone."""
+        """Serve requests until the engine is gone."""
         with contextlib.suppress(OSError):
             while (request := read_request(self._connection)) is not None:
                 self._dispatch(request)
@@ -145,7 +145,7 @@ class Worker:
 
 
 class _Model:
-    """This rank's share of the model, used by the step thread; its parts are there after ``build``."""
+    """This rank's share of the model, used by the step thread; its parts exist after ``build``."""
 
     runner: ModelRunner
     store: AdapterStore
@@ -185,7 +185,7 @@ class _Model:
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:
-    """Returns when all ranks are there and the file ``rendezvous`` is needed no more."""
+    """Wait until all ranks have joined and the file ``rendezvous`` is no longer needed."""
     if shard.size == 1:
         return SoloGroup()
     import torch
@@ -206,7 +206,7 @@ def _join(shard: Shard, device: str, rendezvous: str) -> Group:
 
 
 def _exit() -> NoReturn:
-    """Wait for no thread: a read may hang, and the others may be in a collective."""
+    """Exit without waiting for threads: a read may hang, and others may be in a collective."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -214,12 +214,13 @@ def _exit() -> NoReturn:
 
 
 def _leave_ending_to_the_engine() -> None:
-    """It may have to drain first when Ctrl-C, or a service manager, reaches all of its processes; a worker
-    ends with it. On Linux the kernel sees to that, even if this process's threads are stuck, or a fork of
-    the engine's process keeps the socket open.
+    """Ignore signals, so that only the engine decides when the worker ends.
 
-    A group of its own does for Ctrl-C. A session of its own would get as much of the processors as the rest
-    of the engine (sched(7), autogroup): compiles of grammars could not give way to it by being nice."""
+    The engine may have to drain first when Ctrl-C, or a service manager, signals all of its processes. On
+    Linux the kernel ends a worker with its engine, even if the worker's threads are stuck, or a fork of the
+    engine keeps the socket open. A process group of its own shields it from Ctrl-C. A session of its own
+    would get as much of the processors as the rest of the engine (sched(7), autogroup): compiles of grammars
+    could not give way to it by being nice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.setpgid(0, 0)

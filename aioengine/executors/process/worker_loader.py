@@ -1,4 +1,5 @@
-"""Adapters in the workers' memory: each rank reads and holds its share, and all of them do or none."""
+"""Loads adapters into the workers' memory: each rank reads and holds its share; either all ranks hold an
+adapter, or none does."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from aioengine.executors.process.workers import Call, Workers
 
 ADD_BYTES = 256 << 10
-"""What ranks have to add goes in pieces of so many bytes, each to all ranks: the loop stays free."""
+"""Size of the pieces in which the ranks' sums are sent, so that the loop stays free."""
 
 
 class _Found(NamedTuple):
-    """What all ranks have read. ``nbytes`` is the sum of their shares."""
+    """Result of a read on all ranks. ``nbytes`` is the sum of their shares."""
 
     number: int
     rank: int
@@ -30,10 +31,10 @@ class _Found(NamedTuple):
 
 
 class WorkerLoader(BaseLoader[_Found]):
-    """Loads adapters by asking the workers, who read them beside the steps. Call ``use`` first.
+    """Loads adapters through the workers, which read them beside the steps. Call ``use`` first.
 
-    Several ranks read their shares, and none of them all of the file; so its digest is worked out here, in a
-    thread. The arguments are those of :class:`~aioengine.adapters.loader.BaseLoader`.
+    With several ranks, none reads the whole file, so the digest is computed here, in a thread. The arguments
+    are those of :class:`~aioengine.adapters.loader.BaseLoader`.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class WorkerLoader(BaseLoader[_Found]):
         self._workers: Workers
         self._digests = ReadThreads("aioengine-digest")
         self._given_up: dict[Call, Progress] = {}
-        """Reads that nobody waits for and that have not ended in every worker."""
+        """Abandoned reads that have not ended in every worker."""
 
     def use(self, workers: Workers) -> None:
-        """Ask these from now on. Reads that hung are gone with the processes of those before."""
+        """Use these workers from now on. Hanging reads ended with the processes of the workers before."""
         for call in list(self._given_up):
             self._ended(call)
         self._workers = workers
@@ -85,7 +86,7 @@ class WorkerLoader(BaseLoader[_Found]):
     async def _read_and_digest(
         self, reading: Call, name: str, path: str, size: int
     ) -> tuple[list[ReadDone], ContentDigest]:
-        """Raises what goes wrong first."""
+        """Read and compute the digest at the same time. Raises the first error of the two."""
         if size == 1:
             answers = await reading.of(ReadDone)
             return answers, ContentDigest(answers[0].digest, answers[0].version)
@@ -109,12 +110,12 @@ class WorkerLoader(BaseLoader[_Found]):
         self._workers.tell(Keep(found.number, uid))
 
     async def close(self) -> None:
-        """The workers take what they hold with them."""
+        """Close. The workers free what they hold when they exit."""
         await self._digests.wait(STOP_SECONDS)
 
 
 async def _add(workers: Workers, number: int, squares: Sequence[bytes]) -> None:
-    """Have every rank add up what all of them have found."""
+    """Let every rank add up the sums of all ranks."""
     for part in squares:
         for begin in range(0, len(part), ADD_BYTES):
             workers.tell(Add(number, begin, part[begin : begin + ADD_BYTES]))

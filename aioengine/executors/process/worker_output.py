@@ -1,6 +1,6 @@
-"""What workers write to their standard streams: lines of the engine's log.
+"""Copies what workers write to their standard streams into the engine's log.
 
-A worker that inherited them would wait, in the middle of a step, for whoever reads them; and nobody may.
+A worker that inherited the engine's streams could block in the middle of a step, if nobody reads them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import logging
 import os
 
 MAX_LINE = 2000
-"""Bytes; the rest of a longer one is another line."""
+"""Maximum bytes of a line; a longer one is split."""
 
 logger = logging.getLogger("aioengine.workers")
 
 
 class WorkerOutput:
-    """A pipe that is one worker's standard output and error."""
+    """A pipe that serves as one worker's standard output and error."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -24,7 +24,8 @@ class WorkerOutput:
         self._task: asyncio.Task[None] | None = None
 
     async def follow(self) -> None:
-        """Log what comes, until the worker has ended. Closes the inlet, which is the worker's now."""
+        """Log the output until the worker has ended. Closes the inlet here, because the worker owns it
+        now."""
         os.close(self.inlet)
         loop = asyncio.get_running_loop()
         lines = asyncio.StreamReader(limit=MAX_LINE)
@@ -33,7 +34,7 @@ class WorkerOutput:
         self._task = loop.create_task(self._log(lines, transport), name=f"aioengine-output-{self._rank}")
 
     def close(self) -> None:
-        """If there is no worker."""
+        """Close the pipe if no worker was started."""
         os.close(self.inlet)
         os.close(self._outlet)
 

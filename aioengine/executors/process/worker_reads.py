@@ -1,4 +1,4 @@
-"""A worker's reads: adapters on their way from the disk to the CPU cache. Each is in a thread of its own."""
+"""A worker's reads of adapters from disk to the CPU cache, each in a thread of its own."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 TELL_SECONDS = 0.05
-"""How often, at the most, a read says that it goes on."""
+"""Minimum time between two reports that a read goes on."""
 
 
 class _Told(Progress):
-    """Says so to the engine."""
+    """Progress that reports to the engine."""
 
     def __init__(self, send: Callable[[Report], None], number: int) -> None:
         self._send = send
@@ -51,8 +51,8 @@ class _Told(Progress):
 class WorkerReads:
     """Its methods are called by the main thread; ``send`` is called by any.
 
-    What has been read waits here, by the number of its read, until it is kept or discarded. What is discarded
-    while a thread works on it is forgotten when that returns.
+    Finished reads wait here, by number, until they are kept or discarded. A read that is discarded while its
+    thread runs is forgotten when the thread returns.
     """
 
     def __init__(self, send: Callable[[Report], None]) -> None:

@@ -1,4 +1,4 @@
-"""The worker processes of one engine, from their start to their end: if one is lost, all are ended."""
+"""The worker processes of one engine, from start to end: if one is lost, all are ended."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from aioengine.executors.process.worker_output import WorkerOutput
 from aioengine.info import LoadProgress
 
 WORKER_MODULE = "aioengine.executors.process.worker"
-"""What a worker process runs."""
+"""Module that a worker process runs."""
 CLOSE_SECONDS = 5.0
-"""Workers that have not ended by then are killed."""
+"""Time after which workers that have not ended are killed."""
 EXIT_SECONDS = 1.0
 """How long to wait for the exit status of a worker whose connection has ended."""
 BLAME_SECONDS = 0.1
-"""When a rank fails in a step, another one may have died before, of which this is the consequence."""
+"""Time to wait for another rank's death, which may be the cause when a rank fails in a step."""
 
 A = TypeVar("A", bound=Answer)
 

@@ -1,4 +1,4 @@
-"""Clients by their addresses."""
+"""Identifies clients by their addresses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 
 def client_of(scope: MutableMapping[str, Any]) -> str:
-    """Who sends a request, as :func:`network_of` has it; behind a trusted proxy, that proxy's client."""
+    """Identify the client of a request by its network; behind a trusted proxy, the proxy's client."""
     client = scope.get("client")
     return network_of(str(client[0])) if client else "unknown"
 
 
 def network_of(client: str) -> str:
-    """The address; of an IPv6 one the first 64 bits, since who has one has all that begin alike."""
+    """Return the address, or the first 64 bits of an IPv6 address, because one client owns all addresses of
+    such a network."""
     try:
         address = ip_address(client)
     except ValueError:

@@ -1,4 +1,4 @@
-"""API keys: who is asking, and for what."""
+"""API keys: identify the client, and what it may use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AllowedModels:
         self._patterns = re.compile("|".join(patterns)) if patterns and not self._all else None
 
     def allow(self, adapter: str | None) -> bool:
-        """Whether it is among them; None is the base model."""
+        """Whether the adapter is allowed; None is the base model."""
         if adapter is None:
             return self._base_model
         if self._all or adapter in self._names:
@@ -42,18 +42,18 @@ class AllowedModels:
 
 
 class Identity(NamedTuple):
-    """Who is asking."""
+    """The client that sends a request."""
 
     tenant: str | None = None
-    """None if no key was asked for, or none that is known was given."""
+    """Its tenant; None without a known key."""
     scopes: frozenset[str] = frozenset()
     models: AllowedModels = AllowedModels()
     meters: tuple[Meter, ...] = ()
-    """What its requests count on."""
+    """The meters that its requests count on."""
     expires: float | None = None
     """Unix time."""
     key: str | None = None
-    """The key's hash; None if there is none."""
+    """The key's hash; None without a key."""
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -62,8 +62,8 @@ class Identity(NamedTuple):
 class Authenticator:
     """Knows keys by their hashes.
 
-    A key is looked up by its hash. How long that takes may tell something of the hashes, but nobody can
-    choose a key by the hash that it is to have.
+    A key is looked up by its hash. The time of the look-up may reveal something about the hashes, but nobody
+    can construct a key with a chosen hash.
 
     Keys come as ``Authorization: Bearer KEY``; as ``x-api-key: KEY``, which is what Anthropic's clients send;
     or as the password of Basic, which is what a browser can send for the live page.
@@ -71,7 +71,7 @@ class Authenticator:
     Args:
         entries: The keys.
         meters: A key's meters.
-        anybody: Who is let in without a key; None: nobody.
+        anybody: Identity of clients without a key; None if a key is required.
     """
 
     def __init__(
@@ -95,11 +95,12 @@ class Authenticator:
 
     @property
     def is_open(self) -> bool:
-        """Anybody is let in, if not to everything."""
+        """Whether clients without a key are accepted, at least for some routes."""
         return self._anybody is not None
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Identity:
-        """Whose key is in a request's headers. Raises ApiError if it is none, and one is asked for."""
+        """Identify the client by the key in its headers. Raises ApiError without a valid key where one is
+        required."""
         key = _presented(headers)
         found = None if key is None else self.of_hash(hash_key(key))
         if found is not None:
@@ -111,7 +112,7 @@ class Authenticator:
         raise refusal("Incorrect API key provided.")
 
     def of_hash(self, key: str) -> Identity | None:
-        """Whose key has this hash; None if it is not known, or has expired."""
+        """Return the identity whose key has this hash; None if it is unknown or expired."""
         found = self._known.get(key)
         return found if found is not None and (found.expires is None or time.time() < found.expires) else None
 
@@ -145,8 +146,7 @@ def refusal(message: str) -> ApiError:
 
 
 def check_host(headers: Iterable[tuple[bytes, bytes]], allowed: frozenset[str]) -> None:
-    """Raises ApiError if the request is addressed to a host that is not ``allowed``; all are if that is
-    empty."""
+    """Raise ApiError if the request's Host is not in ``allowed``; an empty ``allowed`` allows all."""
     if not allowed:
         return
     host = next((value for name, value in headers if name.lower() == b"host"), b"").decode("latin-1")

@@ -26,16 +26,16 @@ _WITHOUT_ADMIN = frozenset(SCOPES) - {"admin"}
 
 
 class Gate:
-    """Lets requests in by their key, its scopes and its limits. Raises ConfigError if the keys file cannot
-    be used.
+    """Admits requests by their key, its scopes and its limits.
 
-    ``limit_waiting`` is told each tenant's bound on waiting requests, whenever these have changed.
+    Raises ConfigError if the keys file is not valid. ``limit_waiting`` is called with each tenant's bound on
+    waiting requests whenever the bounds change.
     """
 
     def __init__(self, settings: ServerSettings, limit_waiting: Callable[[Mapping[str, int]], None]) -> None:
         self._limit_waiting = limit_waiting
         self._new_bounds: Mapping[str, int] | None = None
-        """Tenants' bounds on waiting requests that are still to be told."""
+        """Tenants' bounds on waiting requests that must still be passed on."""
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._refusals = Refusals()
         self._secret = secrets.token_bytes(16)
@@ -43,7 +43,7 @@ class Gate:
         self._task: asyncio.Task[None] | None = None
         self._watch: KeysWatch | None = None
         self._open: dict[int, tuple[RequestRecord, Collection[Scope]]] = {}
-        """Requests with keys that are being answered, and the scopes of which they need one."""
+        """Open requests with keys, and the scopes of which each needs one."""
         self._missing_scope_code = "insufficient_scope"
         if settings.keys_file is None:
             self._use_settings(settings)
@@ -56,8 +56,8 @@ class Gate:
         return self._auth.is_open
 
     def watch(self) -> None:
-        """Read the keys file again when it changes, from now on until :meth:`close`; and tell the bounds that
-        it has. Belongs before each request."""
+        """Watch the keys file from now on until :meth:`close`, and pass on its bounds. Call before each
+        request."""
         if self._new_bounds is not None:
             with contextlib.suppress(EngineStopped):  # not started yet: the next request tells it
                 self._limit_waiting(self._new_bounds)
@@ -71,8 +71,8 @@ class Gate:
         self._refusals.close()
 
     def identify(self, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
-        """Write into ``record`` who sends the request. Raises ApiError for a host that is not allowed, and
-        without a good key where one is asked for."""
+        """Identify the client and write it into ``record``. Raises ApiError for a Host that is not allowed,
+        and without a valid key where one is required."""
         check_host(scope["headers"], self._allowed_hosts)
         try:
             record.identity = self._auth.identify(scope["headers"])
@@ -82,11 +82,11 @@ class Gate:
         record.owner = record.tenant or f"client-{self._pseudonym(client_of(scope))}"
 
     def _pseudonym(self, address: str) -> str:
-        """Of an address, which whoever may read the metrics need not know."""
+        """Return a pseudonym of an address, because readers of the metrics need not know the address."""
         return blake2b(address.encode(), key=self._secret, digest_size=6).hexdigest()
 
     def admit(self, route: str, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
-        """Let the request through to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
+        """Admit the request to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
         has none of the scopes, or no room within its limits."""
         needed = ROUTES[route]
         if needed and not any(map(record.identity.may, needed)):
@@ -107,14 +107,14 @@ class Gate:
             self._open[id(record)] = record, needed
 
     def leave(self, record: RequestRecord, now: float) -> None:
-        """The request has been answered, or refused; belongs after each."""
+        """Note that a request was answered or refused; call after each."""
         self._open.pop(id(record), None)
         if record.admission is not None:
             tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
             record.admission.end(tokens, now)
 
     def _end_revoked(self) -> None:
-        """Requests whose keys have gone, or may no longer do what they do, end."""
+        """End open requests whose keys were removed or lost the scope."""
         for record, needed in list(self._open.values()):
             assert record.identity.key is not None and record.ended is not None
             found = self._auth.of_hash(record.identity.key)
@@ -134,14 +134,15 @@ class Gate:
         return self._refusals.refuse(client_of(scope), error)
 
     def _use_settings(self, settings: ServerSettings) -> None:
-        """Keys from flags: the admins' have all scopes; the others have "adapters" if there are no admins."""
+        """Use keys from flags: admin keys have all scopes; other keys have "adapters" if there is no admin
+        key."""
         self._missing_scope_code = "admin_key_required"
         scopes = _WITHOUT_ADMIN - {"adapters"} if settings.admin_keys else _WITHOUT_ADMIN
         anybody = None if settings.api_keys else Identity(scopes=scopes)
         self._auth = Authenticator(_entries(settings, scopes), lambda _entry: (), anybody)
 
     def _use_file(self, file: KeysFile) -> None:
-        """Keys from a file. Meters go on where they were."""
+        """Use keys from a file. Existing meters keep their counts."""
         before, self._meters = self._meters, {}
         now = time.monotonic()
 

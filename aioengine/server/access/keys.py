@@ -33,24 +33,24 @@ _Count = Annotated[int, Meta(ge=1, le=2**53)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one key may use; None is no limit."""
+    """Limits of one key; None is no limit."""
 
     max_concurrent: _Count | None = None
-    """Requests that are being answered at once."""
+    """Open requests at once."""
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
     """Prompt and output tokens together."""
 
 
 class TenantLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all keys of a tenant together may use."""
+    """Limits on all keys of a tenant together."""
 
     max_waiting: _Count | None = None
     """Requests that wait in the engine, in place of ``EngineConfig.max_waiting_per_tenant``."""
 
 
 class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One key. A tenant may have several, so that a new one is in use before the old one goes."""
+    """One key. A tenant may have several, so that a new key can be in use before the old one is removed."""
 
     hash: str
     """"sha256:" and the 64 hexadecimal digits of the key's SHA-256."""
@@ -62,7 +62,7 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     base_model: bool = True
     """Whether the key may use the base model by itself."""
     expires: Annotated[datetime, Meta(tz=True)] | None = None
-    """From then on the key is not known."""
+    """Time from which on the key is invalid."""
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All keys, and by tenant the limits that its keys share."""
+    """All keys, and the limits that a tenant's keys share."""
 
     keys: tuple[KeyEntry, ...]
     tenants: dict[str, TenantLimits] = {}
@@ -106,7 +106,8 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
-    """The content of a keys file. Raises ConfigError, which names ``source`` and the place, never a hash."""
+    """Parse the content of a keys file. Raises ConfigError, which names ``source`` and the place, never a
+    hash."""
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{source}: has more than {MAX_FILE_BYTES} bytes")
     try:
@@ -126,7 +127,7 @@ def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
 
 
 def read_keys_file(path: Path) -> KeysFile:
-    """Raises ConfigError if it cannot be read, or is not right."""
+    """Read a keys file. Raises ConfigError if it cannot be read or is not valid."""
     source = f"keys file {path}"
     try:
         with path.open("rb") as file:
@@ -137,7 +138,7 @@ def read_keys_file(path: Path) -> KeysFile:
 
 
 def _tables(values: Mapping[str, Any]) -> Iterable[tuple[str, type[msgspec.Struct], Mapping[str, Any]]]:
-    """The tables below the file's own, as far as they are tables."""
+    """Yield the tables below the top level."""
     keys, tenants = values.get("keys"), values.get("tenants")
     for i, entry in enumerate(keys if isinstance(keys, list) else ()):
         if isinstance(entry, dict):
@@ -150,10 +151,10 @@ def _tables(values: Mapping[str, Any]) -> Iterable[tuple[str, type[msgspec.Struc
 
 
 def new_key() -> str:
-    """A key of 256 random bits."""
+    """Generate a key of 256 random bits."""
     return f"aio-{secrets.token_urlsafe(32)}"
 
 
 def hash_key(key: str | bytes) -> str:
-    """What stands for ``key`` in a keys file."""
+    """Return the hash that stands for ``key`` in a keys file."""
     return f"sha256:{hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()}"

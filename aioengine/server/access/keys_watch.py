@@ -1,4 +1,4 @@
-"""Reading the keys file, and reading it again when it has changed."""
+"""Reads the keys file, and reads it again when it changes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ POLL_SECONDS = 1.0
 
 
 class KeysWatch:
-    """Reads ``path`` at once, and gives its content to ``use``; raises ConfigError if that cannot be done.
+    """Watches the keys file. Reads ``path`` at once and passes its content to ``use``; raises ConfigError if
+    that fails.
 
-    While :meth:`run` runs, each change is given to ``use`` within about ``POLL_SECONDS``. A file that is
-    broken or gone leaves the keys as they were, and the log says why. ``then`` is called after each look.
+    While :meth:`run` runs, each change is passed to ``use`` within about ``POLL_SECONDS``. A broken or
+    missing file leaves the keys as they were, and the log says why. ``then`` is called after each check.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class KeysWatch:
         use(self._read())
 
     async def run(self) -> None:
-        """Look until cancelled, in a thread of its own: files may be slow, and shared pools full."""
+        """Check until cancelled, in a separate thread, because files may be slow and shared pools full."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-keys")
         try:

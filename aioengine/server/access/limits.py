@@ -1,4 +1,4 @@
-"""Limits at the door: requests at once, requests and tokens per minute."""
+"""Limits on clients: concurrent requests, requests and tokens per minute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aioengine.server.access.keys import Limits
 from aioengine.server.errors import ApiError
 
 _LONGEST_GUESS = 60
-"""Seconds; the most that ``Retry-After`` says where only a guess can be made."""
+"""Maximum of an estimated ``Retry-After``, in seconds."""
 
 
 class Bucket:
@@ -32,7 +32,8 @@ class Bucket:
         return max(0.0, 1 - self._filled(now)) * 60 / self.per_minute
 
     def take(self, amount: int, now: float) -> None:
-        """More than there is becomes a debt, which has to fill up before anything can be taken again."""
+        """Take an amount. More than is there becomes a debt, which must fill up before anything can be taken
+        again."""
         self._level, self._at = self._filled(now) - amount, now
 
     def _filled(self, now: float) -> float:
@@ -40,12 +41,12 @@ class Bucket:
 
 
 class Meter:
-    """What one key or one tenant uses. ``name`` is what it is called in an error."""
+    """Usage of one key or tenant. ``name`` is its name in errors."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name = name
         self.active = 0
-        """Requests that are being answered."""
+        """Number of open requests."""
         self._mean_seconds = 1.0
         self._limits = Limits()
         self._requests: Bucket | None = None
@@ -53,13 +54,13 @@ class Meter:
         self.limit(limits, 0.0)
 
     def limit(self, limits: Limits, now: float) -> None:
-        """Other limits from now on."""
+        """Change the limits."""
         self._limits = limits
         self._requests = _resized(self._requests, limits.requests_per_minute, now)
         self._tokens = _resized(self._tokens, limits.tokens_per_minute, now)
 
     def check(self, now: float) -> None:
-        """Raises ApiError (429) if no request may begin."""
+        """Raise ApiError (429) if no request may begin."""
         most = self._limits.max_concurrent
         if most is not None and self.active >= most:
             wait = min(math.ceil(self._mean_seconds / most), _LONGEST_GUESS)
@@ -69,7 +70,7 @@ class Meter:
         self.check_tokens(now)
 
     def check_tokens(self, now: float) -> None:
-        """Raises ApiError (429) if no tokens are left."""
+        """Raise ApiError (429) if no tokens are left."""
         if self._tokens is not None and (seconds := self._tokens.wait(now)):
             raise self._refusal(f"{self._tokens.per_minute} tokens per minute", seconds)
 
@@ -107,7 +108,7 @@ def _resized(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucke
 
 
 class Admission:
-    """One request on its meters. Raises ApiError (429) if one of them has no room; then none has counted it.
+    """One request on its meters. Raises ApiError (429) if one of them has no room; then none counts it.
 
     Tokens are charged when they are known: the prompt's before it runs, the output's at the end.
     """
@@ -122,13 +123,14 @@ class Admission:
         self._charged = 0
 
     def charge_prompt(self, tokens: int, now: float) -> None:
-        """Raises ApiError (429) if others have taken all tokens since the request came."""
+        """Charge the prompt's tokens. Raises ApiError (429) if other requests have used up the allowance
+        since it arrived."""
         for meter in self._meters:
             meter.check_tokens(now)
         self._charge(tokens, now)
 
     def end(self, tokens: int, now: float) -> None:
-        """``tokens``: prompt and output together."""
+        """End the request. ``tokens`` counts prompt and output together."""
         self._charge(tokens, now)
         for meter in self._meters:
             meter.end(now - self._begun)

@@ -1,4 +1,4 @@
-"""Requests without a good key: how many a client may send, and how they are logged."""
+"""Limits and logs requests without a valid key."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from aioengine.server.errors import ApiError
 logger = logging.getLogger("aioengine.server")
 
 PER_MINUTE = 60
-"""Refusals with 401 that an address may have in a minute; beyond it they are 429."""
+"""Number of 401 answers per address and minute; further ones are 429."""
 MAX_ADDRESSES = 4096
-"""Addresses that are remembered; then the one that was refused longest ago is forgotten."""
+"""Maximum number of addresses; beyond it the one refused longest ago is forgotten."""
 LOG_SECONDS = 60.0
 
 
 class Refusals:
-    """Counts refusals by client address. A good key is never refused, whatever its address has done:
-    keys cannot be guessed, so what is limited is the work and the log, not the luck."""
+    """Counts refusals by client address. A valid key is never refused, whatever its address has sent: keys
+    cannot be guessed, so the limit protects processor time and the log, not the keys."""
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
@@ -29,7 +29,7 @@ class Refusals:
         self._timer: asyncio.TimerHandle | None = None
 
     def refuse(self, address: str, error: ApiError) -> ApiError:
-        """What to answer to ``address`` in place of ``error``, a 401: that, or a 429."""
+        """Return the answer to ``address``: ``error``, a 401, or a 429 in its place."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._note(address, loop)
@@ -51,14 +51,14 @@ class Refusals:
         )
 
     def close(self) -> None:
-        """Log what has been counted."""
+        """Log the remaining counts."""
         if self._timer is not None:
             self._timer.cancel()
             self._tell()
             self._timer = None
 
     def _note(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
-        """The first is logged at once; those of the following ``LOG_SECONDS`` in one line."""
+        """Count a refusal. The first is logged at once, those of the next ``LOG_SECONDS`` in one line."""
         if self._timer is None:
             logger.warning("refused a request from %s: no valid API key", address)
             self._timer = loop.call_later(LOG_SECONDS, self._due)
@@ -72,7 +72,7 @@ class Refusals:
         self._timer = asyncio.get_running_loop().call_later(LOG_SECONDS, self._due) if told else None
 
     def _tell(self) -> bool:
-        """False if there was nothing to tell."""
+        """Log the counted refusals. Returns False if there were none."""
         if not self._counts:
             return False
         [(address, most)] = self._counts.most_common(1)

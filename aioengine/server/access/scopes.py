@@ -1,4 +1,4 @@
-"""Which scope a request takes, by its route: one table for all of them."""
+"""Table of the scope that each route requires."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ADMIN: tuple[Scope, ...] = ("admin",)
 _METRICS: tuple[Scope, ...] = ("metrics",)
 
 PAGE_ROUTE = "/metrics"
-"""The row for everything that the metrics' application answers: the live page shows what the metrics say."""
+"""The row for all routes of the metrics application, including the live page."""
 
 ROUTES: Mapping[str, tuple[Scope, ...]] = {
     "/health": _OPEN,
@@ -40,14 +40,14 @@ ROUTES: Mapping[str, tuple[Scope, ...]] = {
     "/docs/openapi.json": _ANY,
     "/docs/{path}": _ANY,
 }
-"""Route -> the scopes of which a key needs one ("admin" includes all); none: no key is asked for."""
+"""Route -> scopes, of which a key needs one ("admin" includes all); empty if no key is required."""
 
 LIMITED = frozenset(route for route, scopes in ROUTES.items() if scopes == _GENERATE)
 """The routes that count against a key's limits."""
 
 
 def check_routes(routes: Iterable[str]) -> None:
-    """Raises RuntimeError for a route that the table does not have: nobody has said who may use it."""
+    """Raise RuntimeError for a route that is missing in the table."""
     missing = sorted(set(routes) - ROUTES.keys())
     if missing:
         raise RuntimeError(f"no scope is given for {', '.join(missing)}: add it to {__name__}.ROUTES")

@@ -1,1 +1,1 @@
-"""What a server is doing at this moment, for those who run it."""
+"""The state of a running server at this moment, for operators."""

@@ -19,11 +19,11 @@ from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
 
 MOST_TASKS = 1000
-"""Tasks whose stacks are written out; more would hold up the loop."""
+"""Maximum number of tasks whose stacks are written; more would delay the loop."""
 
 
 class OpenRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A request that has not been answered in full."""
+    """An open request."""
 
     request_id: str
     route: str
@@ -35,7 +35,7 @@ class OpenRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_tokens: int | None = None
     output_tokens: int = 0
     status: int = 0
-    """0: nothing has been sent yet."""
+    """HTTP status; 0 if nothing has been sent yet."""
 
 
 class Now(msgspec.Struct, kw_only=True):
@@ -94,7 +94,7 @@ def _open(record: RequestRecord) -> OpenRequest:
 
 
 def _stacks() -> str:
-    """Every thread's, and every task's of this loop."""
+    """Return the stacks of all threads, and of all tasks of this loop."""
     text = io.StringIO()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
