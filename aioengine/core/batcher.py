@@ -138,7 +138,8 @@ class Batcher:
             yield request
 
     def _start(self, request: Request, now: float) -> bool:
-        """WAITING -> RUNNING with blocks for all its known tokens, as many as possible from the cache."""
+        """Move a request from WAITING to RUNNING with blocks for all its known tokens, as many as possible
+        from the prefix cache."""
         blocks = self.blocks
         shared = request.find_cached(blocks)
         new = blocks.blocks_for(len(request.tokens)) - len(shared)

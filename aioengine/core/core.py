@@ -57,9 +57,9 @@ class Step(NamedTuple):
 class Core:
     """All methods are synchronous and must be called from one thread.
 
-    What happened is left in ``outbox``, a list of :class:`~aioengine.events.Event`, for the caller to
-    take. ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` is what policies
-    are told of times, where these are known beforehand; else they are measured. At most one batch is in
+    Events are appended to ``outbox``, a list of :class:`~aioengine.events.Event`, which the caller empties.
+    ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` is what policies are
+    told of times, where these are known beforehand; else they are measured. At most one batch is in
     flight: each batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule``
     is called again.
     """
@@ -466,7 +466,7 @@ class Core:
         )
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
-        """Take in what a step has taken; ``step_finished`` does it too."""
+        """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
         if learner is not None:
             learner.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)

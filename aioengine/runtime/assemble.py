@@ -56,7 +56,7 @@ class Built(NamedTuple):
     timer: Callable[[], float] = time.perf_counter
     """Clock that measures decisions and the event loop's lag."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
-    """Steps that were taken while it started, and their seconds."""
+    """Warm-up steps taken at start, and their seconds."""
     costs: CostsView | None = None
     """What policies are told of times; None: they are measured."""
 
@@ -138,7 +138,7 @@ async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, flo
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
-    """Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder."""
+    """Choose the resolver. Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder."""
     if config.lora is None:
         return None
     root = config.lora.adapter_root

@@ -56,8 +56,8 @@ class SafetensorsHeader:
 
     @classmethod
     def read(cls, folder: AdapterFolder, file: OpenFile) -> SafetensorsHeader:
-        """Read the header. Raises AdapterInvalid for a file that is too short, or a header too long for an
-        adapter."""
+        """Read the header. Read the header. Raises AdapterInvalid for a file that is too short, or a header
+        too long for an adapter."""
         prefix = file.read(min(file.size, 8))
         length = int.from_bytes(prefix, "little")
         if file.size < 8 or length > file.size - 8:

@@ -29,8 +29,8 @@ further names are refused."""
 
 
 class AdapterResolver(ABC):
-    """Base of all resolvers. Implement ``resolve``; it is called on the event loop, so it must not block (see
-    :class:`BlockingResolver`)."""
+    """Base of all resolvers. Base of all resolvers. Implement ``resolve``; it is called on the event loop, so
+    it must not block (see :class:`BlockingResolver`)."""
 
     @abstractmethod
     async def resolve(self, name: str) -> str | os.PathLike[str]:
