@@ -25,7 +25,7 @@ from aioengine.schedulers.policy import Location
 
 
 class AdapterOps:
-    """The operations on adapters. The operations on adapters. All methods run on the event loop; those that
+    """The operations on adapters. All methods run on the event loop; those that
     wait can be cancelled at any point."""
 
     def __init__(

@@ -138,7 +138,7 @@ async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, flo
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
-    """Choose the resolver. Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder."""
+    """Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder."""
     if config.lora is None:
         return None
     root = config.lora.adapter_root

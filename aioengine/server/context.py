@@ -101,7 +101,7 @@ class Context:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer. Return the tokenizer. Raises ApiError if the model has none."""
+        """Return the tokenizer. Raises ApiError if the model has none."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ApiError(400, f"{self.model_names[0]} has no tokenizer: it takes and gives token ids only")

@@ -39,7 +39,7 @@ class Scores:
 
     @contextmanager
     def claimed(self, tenant: str | None, count: int) -> Iterator[None]:
-        """Context that counts them. Context that counts them. Raises ApiError if there are too many."""
+        """Context that counts them. Raises ApiError if there are too many."""
         if count > MAX_SCORES:
             raise ApiError(
                 400,

@@ -56,7 +56,7 @@ class SafetensorsHeader:
 
     @classmethod
     def read(cls, folder: AdapterFolder, file: OpenFile) -> SafetensorsHeader:
-        """Read the header. Read the header. Raises AdapterInvalid for a file that is too short, or a header
+        """Read the header. Raises AdapterInvalid for a file that is too short, or a header
         too long for an adapter."""
         prefix = file.read(min(file.size, 8))
         length = int.from_bytes(prefix, "little")

@@ -29,7 +29,7 @@ further names are refused."""
 
 
 class AdapterResolver(ABC):
-    """Base of all resolvers. Base of all resolvers. Implement ``resolve``; it is called on the event loop, so
+    """Base of all resolvers. Implement ``resolve``; it is called on the event loop, so
     it must not block (see :class:`BlockingResolver`)."""
 
     @abstractmethod

@@ -63,7 +63,7 @@ PROGRESS_SECONDS = 0.05
 
 
 class Worker:
-    """A worker process. A worker process. ``connection`` is the engine's socket."""
+    """A worker process. ``connection`` is the engine's socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
