@@ -118,14 +118,15 @@ class Generation:
         return self._prompts[index * len(self._prompts) // len(self._params)]
 
     def claimed(self) -> AbstractContextManager[None]:
-        """Claims memory for the log-probabilities of the prompts. Raises ApiError if others have too much."""
+        """Context that claims memory for the prompts' log-probabilities. Raises ApiError if other requests
+        hold too much."""
         if self._scores is None or not self.scored:
             return nullcontext()
         return self._scores.claimed(self._options.tenant, self.scored)
 
     async def prepare(self) -> None:
-        """Have the constraints made, before outputs are asked for. Raises what that raises, and
-        DeadlineExceeded; if it is cancelled nothing goes on."""
+        """Build the constraints, before outputs are requested. Raises their errors and DeadlineExceeded. A
+        cancellation stops all of it."""
         if self._constrain is None:
             return
         loop = asyncio.get_running_loop()
@@ -161,13 +162,13 @@ class Generation:
             self._note()
 
     async def beside_the_loop(self, work: Callable[[], T]) -> T:
-        """``work()``, which puts log-probabilities of the prompts into the answer's form, in a thread and by
-        turns with others."""
+        """Run ``work()``, which formats the prompts' log-probabilities, in a thread and in turns with other
+        requests."""
         size = SHORT + self.scored * SCORE_BYTES
         return await self._engine.text_work.run(size, work, self._options.tenant)
 
     async def last_outputs(self) -> list[RequestOutput]:
-        """The last output of every choice; if one fails the others are aborted."""
+        """Return the last output of every choice; if one fails the others are aborted."""
 
         async def last(index: int) -> RequestOutput:
             async for output in self.outputs(index):
@@ -178,7 +179,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """A prompt counts once, however many choices it has."""
+        """Sum the usage. A prompt counts once, however many choices it has."""
         outputs = [output for output in self._last if output is not None]
         prompt = sum(map(len, self._prompts))
         completion = sum(len(output.token_ids) for output in outputs)
@@ -204,7 +205,8 @@ class Generation:
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results; when one fails, or this is cancelled, the others are cancelled and waited for."""
+    """Run all and return their results. When one fails, or the call is cancelled, the others are cancelled
+    and awaited."""
     if len(coroutines) == 1:
         return [await coroutines[0]]
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
@@ -217,8 +219,8 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 async def while_connected(
     receive: Receive, work: Coroutine[Any, Any, T], ended: asyncio.Future[ApiError] | None
 ) -> T:
-    """``work``'s result, unless the client disconnects or ``ended`` is done first: then ``work`` is cancelled
-    and waited for.
+    """Return the result of ``work``, unless the client disconnects or ``ended`` is done first: then ``work``
+    is cancelled and awaited.
 
     Raises ClientDisconnected, what ``ended`` has, and what ``work`` raises. ``receive`` is ASGI's, the body
     read.
@@ -237,7 +239,7 @@ async def while_connected(
 
 
 async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[ApiError] | None) -> None:
-    """Do ``work``, and break it off when ``ended`` is done. Raises what it raises."""
+    """Run ``work``, and cancel it when ``ended`` is done, whose error is then raised."""
     task = asyncio.ensure_future(work)
     try:
         await _first_of(task, ended)

@@ -1,4 +1,4 @@
-"""Fields of a request that its type does not have: which one may have been meant, or going on without."""
+"""Handles unknown fields of requests: suggests the field that was meant, or ignores them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from aioengine.server.transport.bounded_json import decode
 logger = logging.getLogger("aioengine.server")
 
 MAX_LOGGED_NAMES = 64
-"""So many ignored names are logged; clients make them up."""
+"""Maximum number of ignored names that are logged, because clients can invent names."""
 _UNKNOWN = re.compile(
     r"^Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL
 )
 _PLACE = re.compile(r"\.([^.\[]+)|\[[^\]]*\]")
 _SUCCESSORS = dict.fromkeys(("guided_json", "guided_regex", "guided_choice"), "structured_outputs")
-"""Older names that are still taken, and what they are called today."""
+"""Older names that are still accepted, and their current names."""
 
 
 class UnknownFields:
-    """What becomes of fields that a type does not have: refused, or with ``ignore`` left out."""
+    """Policy for unknown fields: they are refused or, with ``ignore``, left out."""
 
     def __init__(self, *, ignore: bool) -> None:
         self._ignore = ignore
@@ -66,14 +66,14 @@ def _refusal(error: msgspec.ValidationError, type_: Any, path: str, name: str) -
 
 
 def _parts(info: inspect.Type) -> tuple[inspect.Type, ...]:
-    """The types that a value of this one may have, unions and constraints taken apart."""
+    """Return the types that a value may have, with unions and constraints resolved."""
     if isinstance(info, inspect.UnionType):
         return tuple(part for member in info.types for part in _parts(member))
     return _parts(info.type) if isinstance(info, inspect.Metadata) else (info,)
 
 
 def _structs_at(info: inspect.Type, path: str) -> Iterator[inspect.StructType]:
-    """The structs that msgspec's ``path`` (such as ``.tools[...].function``) may lead to."""
+    """Return the structs that msgspec's ``path`` (such as ``.tools[...].function``) may lead to."""
     reached = list(_parts(info))
     for step in _PLACE.finditer(path):
         following: list[inspect.Type] = []
@@ -87,7 +87,7 @@ def _structs_at(info: inspect.Type, path: str) -> Iterator[inspect.StructType]:
 
 
 def _only_known(value: bytes | msgspec.Raw, info: inspect.Type, path: str, dropped: set[str]) -> msgspec.Raw:
-    """JSON without the fields that are not known; what cannot have any is passed on as it is."""
+    """Remove unknown fields from JSON; values that cannot have any are passed on unchanged."""
     raw = msgspec.Raw(value)
     first = bytes(memoryview(raw)[:64]).lstrip()[:1]
     structs = [part for part in _parts(info) if isinstance(part, inspect.StructType)]

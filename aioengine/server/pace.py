@@ -1,4 +1,4 @@
-"""How soon a refused request may come again: as long as the queue takes at the rate of late."""
+"""Estimates ``Retry-After``: the time that the queue takes at the recent rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LONGEST_SECONDS = 120
 
 
 class Pace:
-    """Remembers when requests were answered in the last minute, at most ``most`` of them."""
+    """Times of the answers in the last minute, at most ``most`` of them."""
 
     def __init__(self, least: int, most: int = 1000) -> None:
         self._least = least
@@ -20,7 +20,8 @@ class Pace:
         self._times.append(now)
 
     def retry_after(self, waiting: int, now: float) -> int:
-        """Seconds until ``waiting`` requests are answered, between ``least`` and ``LONGEST_SECONDS``."""
+        """Estimate the seconds until ``waiting`` requests are answered, between ``least`` and
+        ``LONGEST_SECONDS``."""
         times = self._times
         while times and times[0] < now - WINDOW_SECONDS:
             times.popleft()

@@ -1,4 +1,4 @@
-"""Running a server until it is told to end, and ending it without losing what was accepted."""
+"""Runs a server until it is told to stop, and stops it without losing accepted requests."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DRAIN_LOG_SECONDS = 5.0
 
 
 class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a server listens, and what it allows to a connection; times are in seconds."""
+    """Where a server listens, and the limits of a connection; times are in seconds."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
     trusted_proxies: Sequence[str] = ()
-    """Addresses and networks of proxies: a request from one of them comes from the client that its
-    ``X-Forwarded-For`` names. From anybody else that header says nothing."""
+    """Addresses and networks of proxies. A request from one of them counts for the client that its
+    ``X-Forwarded-For`` names; from other senders that header is ignored."""
     max_connections: int = 4096
     header_timeout: float = 10.0
     keep_alive: float = 75.0
@@ -63,7 +63,7 @@ class _Server(EmbeddedServer):
 
 
 def bind(settings: ListenSettings) -> socket.socket:
-    """Take the port; connections are refused until something listens on it. Raises ConfigError."""
+    """Bind the port; connections are refused until something listens on it. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Where the protocol is 0, asyncio leaves Nagle's algorithm on, and answers wait for the client's ACK.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -88,9 +88,9 @@ async def listening(
 ) -> AsyncIterator[str]:
     """Serve ``app`` on this loop while the context lasts; yields the URL, without a final slash.
 
-    Leaves signals and logging alone. At the end connections are closed; what is still being answered is
-    cut off. ``bound`` is what :func:`bind` gave; it is closed at the end. Raises ConfigError if the port
-    cannot be had.
+    Leaves signals and logging alone. At the end connections are closed, and open answers are cut off.
+    ``bound`` is a socket of :func:`bind`; it is closed at the end. Raises ConfigError if the port is not
+    available.
     """
     with bind(settings) if bound is None else bound as bound:
         config = uvicorn.Config(
@@ -128,8 +128,8 @@ async def listening(
 
 
 class Signals:
-    """SIGTERM and SIGINT as events: the first asks to drain, the second to give up. SIGHUP sets ``reload``,
-    which whoever acts on it clears."""
+    """SIGTERM and SIGINT as events: the first asks to drain, the second to give up. SIGHUP sets ``reload``;
+    its handler clears it."""
 
     def __init__(self) -> None:
         self.reload = asyncio.Event()
@@ -158,11 +158,11 @@ class Signals:
 async def serve_until_told(
     app: ServerApp, signals: Signals, grace_seconds: float, *, drain_delay: float = 0.0
 ) -> bool:
-    """Wait for a signal, then drain. False if accepted requests were still being answered when the grace
-    was over, or a second signal came.
+    """Wait for a signal, then drain. Returns False if accepted requests were still open when the grace period
+    ended or a second signal came.
 
-    For ``drain_delay`` seconds after the signal ``/ready`` is 503 while requests are accepted still, so that
-    a load balancer that asks for it sends them elsewhere before they are refused.
+    For ``drain_delay`` seconds after the signal ``/ready`` answers 503 while requests are still accepted, so
+    that load balancers can move their traffic before requests are refused.
     """
     await signals.drain.wait()
     aborted = asyncio.ensure_future(signals.abort.wait())
@@ -185,7 +185,7 @@ async def serve_until_told(
 async def _drained(
     app: ServerApp, draining: asyncio.Future[None], aborted: asyncio.Future[Any], seconds: float
 ) -> bool:
-    """Log how many requests are left, from time to time."""
+    """Log from time to time how many requests are left."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while not draining.done() and not aborted.done() and (left := end - loop.time()) > 0:

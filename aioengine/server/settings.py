@@ -1,4 +1,4 @@
-"""What a server allows, and whom."""
+"""Settings of a server: its limits and keys."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from aioengine.grammars.schemas import SchemaOptions
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits and keys of one server; every value that is not acceptable raises ConfigError."""
+    """Limits and keys of one server. An invalid value raises ConfigError."""
 
     served_model_names: Sequence[str] = ()
     """Names of the base model in requests; the first is the one in answers. Empty: the engine's
     ``config.model``."""
     api_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
-    """Key -> tenant. Empty: anybody is let in. See :func:`parse_keys`."""
+    """Key -> tenant. Empty: no key is required. See :func:`parse_keys`."""
     admin_keys: Mapping[str, str] = msgspec.field(default_factory=dict)
-    """Key -> tenant. Only these may load and unload adapters; they may do all that ``api_keys`` may.
-    Empty: whoever is let in may."""
+    """Key -> tenant. Only these may load and unload adapters; they may also do all that ``api_keys`` may.
+    Empty: every client may."""
     keys_file: str | None = None
     """A TOML file with the hash, tenant, scopes, adapters and limits of each key, in place of ``api_keys``
     and ``admin_keys``; it is read again when it changes. See :mod:`aioengine.server.access.keys`."""
@@ -42,26 +42,25 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``max_tokens`` are from: "auto" is the model's ``generation_config.json``, if it has one; "none" is the
     API's own; anything else a file of that form, or a folder with one."""
     default_max_tokens: int | None = None
-    """For chat requests that name none; None: whatever the context has room for."""
+    """For chat requests that give none; None: as many as the context has room for."""
     ignore_unknown_fields: bool = False
-    """Leave out fields of requests that are not known, which are refused otherwise; each name is logged
-    once."""
+    """Ignore unknown fields of requests, which are refused otherwise; each name is logged once."""
     schemas: SchemaOptions = SchemaOptions()
-    """How JSON schemas are read and JSON is written, where a request does not say."""
+    """Defaults of how JSON schemas are read and JSON is written."""
     request_timeout: float | None = 600.0
-    """Seconds from arrival by which a generation must have ended; None: no bound."""
+    """Maximum seconds from arrival to the end of a generation; None: no bound."""
     read_timeout: float = 30.0
-    """Seconds that a client may take between two parts of its request's body."""
+    """Maximum seconds between two parts of a request's body."""
     send_timeout: float = 60.0
-    """Seconds after which a client that takes none of its answer is let go."""
+    """Seconds after which a client that reads nothing of its answer is disconnected."""
     retry_after: int = 1
-    """The least ``Retry-After`` of answers 429 and 503, in seconds. Where requests are refused because too
-    many wait, it is as long as it takes to answer those, at the rate of the last minute."""
+    """Minimum ``Retry-After`` of answers 429 and 503, in seconds. If requests are refused because too many
+    wait, it is the time to answer those at the rate of the last minute."""
     stuck_step_seconds: float = 120.0
-    """A step that runs for longer is taken for stuck: ``/health`` is then 503, and no watchdog is fed."""
+    """A step that runs longer counts as stuck: ``/health`` then answers 503, and the watchdog is not fed."""
     reword: Callable[[str], str] | None = None
-    """What the engine's errors say to clients: made of their text, in which configuration fields have their
-    names in Python ("LoRAConfig.max_lora_rank"). ``aioengine serve`` names its flags instead."""
+    """Rewrites the engine's error messages for clients. The messages name configuration fields as in Python
+    ("LoRAConfig.max_lora_rank"); ``aioengine serve`` replaces these by its flags."""
 
     def __post_init__(self) -> None:
         for field in ("max_body_bytes", "max_choices", "retry_after"):
@@ -84,10 +83,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:
-    """Key -> tenant from ``KEY`` or ``TENANT:KEY``.
+    """Parse ``KEY`` or ``TENANT:KEY`` to key -> tenant.
 
-    A key without a tenant gets one that is made from the key's digest, so that metrics and logs can tell
-    tenants apart without holding keys. Errors name ``source`` and never the key.
+    A key without a tenant gets one made from the key's digest, so that metrics and logs can distinguish
+    tenants without holding keys. Errors name ``source`` and never the key.
     """
     keys: dict[str, str] = {}
     for entry in entries:

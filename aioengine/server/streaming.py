@@ -1,4 +1,4 @@
-"""Running a generation and sending its answer, whole or as server-sent events."""
+"""Runs a generation and sends its answer, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _EVENT_HEADERS = [
 
 
 FORMED_IN_THREAD = 256
-"""Log-probabilities of prompts; more of them at once are put into JSON in a thread."""
+"""Number of prompt log-probabilities above which JSON is encoded in a thread."""
 
 
 class ReplyOptions(NamedTuple):
-    """What a request wants to be told beside the text, without the request, which may be large."""
+    """The request's options for the reply, kept without the request itself, which may be large."""
 
     model: str
     include_usage: bool
@@ -46,7 +46,7 @@ class ReplyOptions(NamedTuple):
         return cls(fields.model, usage, continuous, bool(fields.return_token_ids), fields.prompt_logprobs)
 
     def usage_so_far(self, output: RequestOutput) -> Usage | None:
-        """A choice's, if it is wanted with each chunk."""
+        """A choice's usage so far, if each chunk should report it."""
         if not self.continuous_usage:
             return None
         prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
@@ -59,10 +59,10 @@ class ReplyOptions(NamedTuple):
 
 
 class Reply(Protocol):
-    """Puts a generation's outputs into an endpoint's format: JSON, or server-sent events of it."""
+    """Formats a generation's outputs for an endpoint: as JSON, or as server-sent events of JSON."""
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        """A choice's next part; None if there is nothing to tell. Called in order for each choice."""
+        """Format a choice's next part; None if there is nothing to send. Called in order for each choice."""
 
     def last_events(self, usage: Usage) -> bytes:
         """The end of the stream."""
@@ -87,8 +87,8 @@ class GenerationResponse:
     """An ASGI application that answers one request.
 
     The status is decided by the first output: until then every error is an error response, afterwards
-    it is the stream's last event. A client that is slow gets fewer and larger parts, because the engine
-    gathers what has not been read; one that takes nothing for ``send_timeout`` is let go.
+    it is the stream's last event. A slow client gets fewer and larger parts, because the engine collects
+    unread output; one that reads nothing for ``send_timeout`` is disconnected.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What ``/v1/messages`` takes. Its field names are Anthropic's, and vLLM's beyond those."""
+"""Request types of ``/v1/messages``. Field names are Anthropic's; additional ones are vLLM's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from aioengine.server.openai.chat_api import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS,
 
 
 class Block(msgspec.Struct, kw_only=True):
-    """A part of a content: "text", a call ("tool_use") or what it gave ("tool_result"). "thinking" and
-    "redacted_thinking" are passed over. Fields beyond these, such as ``cache_control``, are ignored."""
+    """A part of a content: "text", a call ("tool_use") or its result ("tool_result"). "thinking" and
+    "redacted_thinking" are skipped. Fields beyond these, such as ``cache_control``, are ignored."""
 
     type: str
     text: str | None = None
@@ -33,7 +33,7 @@ class MessageParam(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class MessagesTool(msgspec.Struct, kw_only=True):
-    """A function. Tools of Anthropic's own have another ``type``, and are refused."""
+    """A function. Anthropic's own tools have another ``type`` and are refused."""
 
     name: FunctionText
     type: str | None = None
@@ -61,11 +61,11 @@ class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class Thinking(msgspec.Struct, kw_only=True):
     type: str
-    """Only "disabled": whether a model thinks is its template's business."""
+    """Only "disabled", because the chat template decides whether a model thinks."""
 
 
 class CountRequest(msgspec.Struct, kw_only=True):
-    """What makes a prompt. Other fields are ignored."""
+    """The fields that determine a prompt. Other fields are ignored."""
 
     model: str
     """The base model's name, or an adapter's."""
@@ -85,7 +85,7 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
     stream: bool | None = None
     output_config: OutputConfig | None = None
-    """A JSON schema that the answer is held to."""
+    """A JSON schema that the answer must conform to."""
     thinking: Thinking | None = None
 
     # vLLM's

@@ -1,4 +1,4 @@
-"""From a request for a message to the chat that answers it."""
+"""Converts a request for a message to a chat request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def to_chat(data: MessagesRequest) -> ChatRequest:
 
 
 def prompt_of(data: CountRequest) -> ChatRequest:
-    """The chat as far as it makes the prompt. Raises ApiError for what is not supported."""
+    """Convert the part of a request that determines the prompt. Raises ApiError for what is not supported."""
     choice = data.tool_choice
     parallel = None
     if choice is not None and choice.disable_parallel_tool_use is not None:
@@ -76,7 +76,7 @@ def _messages(data: CountRequest) -> Iterator[Message]:
 
 
 def _of_user(blocks: list[Block], where: str) -> Iterator[Message]:
-    """What tools gave comes as messages of their own, in order, between the texts."""
+    """Convert a user's turn. Results of tools become separate messages, in order, between the texts."""
     texts: list[str] = []
     for i, block in enumerate(blocks):
         if block.type != "tool_result":

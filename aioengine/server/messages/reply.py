@@ -1,4 +1,4 @@
-"""A chat's outputs as a message: a list of texts and calls, whole or as events."""
+"""Formats a chat's outputs as a message: a list of texts and calls, whole or as events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class MessagesReply:
-    """Every block is begun, told and ended before the next one."""
+    """The reply of a message. Every block is started, filled and stopped before the next one."""
 
     def __init__(
         self, message_id: str, model: str, parser: ToolParser | None, stop_sequences: Sequence[str]
@@ -29,7 +29,7 @@ class MessagesReply:
         self._parser = parser
         self._stop_sequences = frozenset(stop_sequences)
         self._blocks = 0
-        """How many have ended."""
+        """Number of blocks that have ended."""
         self._begun = self._in_text = self._called = False
         self._last: RequestOutput | None = None
 
@@ -118,7 +118,7 @@ def _tool_use(call: ToolCall, arguments: bytes) -> dict[str, Any]:
 
 
 def _usage(prompt: int, cached: int, output: int) -> dict[str, int]:
-    """``input_tokens`` are those that were not in the cache."""
+    """Build the usage. ``input_tokens`` counts those that were not in the cache."""
     return {
         "input_tokens": prompt - cached,
         "cache_read_input_tokens": cached,

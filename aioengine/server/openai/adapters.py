@@ -23,11 +23,11 @@ from aioengine.server.framework import RESPONSES, record_of
 
 class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     lora_name: str | None = None
-    """What requests call it."""
+    """The adapter's name in requests."""
     lora_path: str | None = None
     """Its folder, relative to the server's adapter root or absolute within it."""
     load_inplace: bool | None = None
-    """Put it in the place of the one of this name; requests accepted before finish on that."""
+    """Replace the adapter of this name; requests that were accepted before finish on the old version."""
 
 
 class UnloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -124,5 +124,5 @@ def _allowed(resolver: FilesystemResolver | None) -> FilesystemResolver:
 
 
 def _relative(path: str, root: Path) -> str:
-    """Below ``root``; what is not comes out with ".." parts, which the resolver refuses."""
+    """Return the path relative to ``root``. A path outside gets ".." parts, which the resolver refuses."""
     return os.path.relpath(path, root) if os.path.isabs(path) else path.removeprefix("./").rstrip("/")

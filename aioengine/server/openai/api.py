@@ -1,4 +1,4 @@
-"""Types that more than one endpoint uses. Their field names are OpenAI's, and vLLM's beyond those."""
+"""Types that several endpoints share. Field names are OpenAI's; additional ones are vLLM's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 StopString = Annotated[str, Meta(max_length=256)]
 Name = Annotated[str, Meta(max_length=256)]
 Ignored = msgspec.Raw
-"""Of a field that is accepted and has no effect: its value is passed over, nothing is made of it."""
+"""Type of a field that is accepted and has no effect: its value is skipped, not decoded."""
 
 MAX_NAMED_TOKENS = 1024
-"""Entries of ``logit_bias`` and of ``stop_token_ids``. Every step looks at them, so they cost everybody."""
+"""Maximum entries of ``logit_bias`` and of ``stop_token_ids``. Every step processes them, so they cost all
+requests."""
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -29,7 +30,7 @@ class Usage(msgspec.Struct, kw_only=True):
 
 class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
-    """Those whose keys and values were in the prefix cache."""
+    """Tokens whose keys and values were in the prefix cache."""
 
 
 class PromptLogprob(msgspec.Struct, gc=False):
@@ -41,9 +42,9 @@ class PromptLogprob(msgspec.Struct, gc=False):
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
-    """A last chunk with the usage."""
+    """Whether a last chunk reports the usage."""
     continuous_usage_stats: bool | None = None
-    """Beside ``include_usage``: every chunk has its choice's usage so far."""
+    """With ``include_usage``: every chunk reports its choice's usage so far."""
     include_obfuscation: bool | None = None
     """Ignored."""
 
@@ -53,8 +54,8 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
-    """The schema is enforced, whatever it is. True: undeclared properties are left out even if the server
-    allows them."""
+    """The schema is enforced either way. True excludes undeclared properties even if the server allows
+    them."""
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -72,21 +73,21 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     grammar: str | None = None
     """In Lark's notation."""
     disable_any_whitespace: bool | None = None
-    """For ``json``: compact, or not. If it is not given, the server decides."""
+    """For ``json``: whether the output is compact. The server's default if not given."""
     disable_additional_properties: bool | None = None
-    """For ``json``: only declared properties, or also others. If it is not given, the server decides."""
+    """For ``json``: whether only declared properties are allowed. The server's default if not given."""
 
 
 class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What the requests of both completion endpoints have in common."""
+    """Fields that both completion endpoints share."""
 
     model: str
     """The base model's name, or an adapter's."""
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     best_of: int | None = None
-    """Only what ``n`` is."""
+    """Must equal ``n``."""
     max_tokens: Count | None = None
-    """0 with ``prompt_logprobs``, or ``echo`` for a completion: the prompt alone is looked at."""
+    """0 with ``prompt_logprobs``, or with ``echo`` for a completion, evaluates only the prompt."""
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     """1 if it is not given; 0 is greedy."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -98,7 +99,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_NAMED_TOKENS)]
         | None
     ) = None
-    """Token id -> what is added to its logit."""
+    """Token id -> value added to its logit."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -110,16 +111,17 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_NAMED_TOKENS)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
-    """Until so many tokens are generated nothing ends the answer."""
+    """Minimum number of generated tokens before anything can end the answer."""
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
-    """Keep so many of the prompt's last tokens; -1: as many as the context has room for."""
+    """Keep only this many last tokens of the prompt; -1 keeps as many as the context has room for."""
     prompt_logprobs: Logprobs | None = None
-    """Not with ``stream``: log-probabilities of the prompt's tokens and of this many most likely ones."""
+    """Return log-probabilities of the prompt's tokens and of this many most likely ones. Not with
+    ``stream``."""
     return_token_ids: bool | None = None
-    """Beside the text, the ids of the prompt's and the answer's tokens."""
+    """Also return the token ids of the prompt and the answer."""
     request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$")] | None = None
-    """What the answer's id ends with."""
+    """End of the answer's id."""
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     """For scheduling policies that look at it; higher is more urgent."""

@@ -46,17 +46,17 @@ def chat_routes(context: Context) -> list[HTTPRouteHandler]:
 
 
 class Chat(NamedTuple):
-    """The assistant's next turn on its way."""
+    """The assistant's next turn while it is generated."""
 
     generation: Generation
     parsers: list[ToolParser | None]
-    """One for each choice; None where calls of tools are not looked for."""
+    """A parser for each choice; None where tool calls are not parsed."""
 
 
 async def start_chat(context: Context, data: ChatRequest, record: RequestRecord, *, prefix: str) -> Chat:
-    """The generation of a chat's answers, whichever API asked for it. ``prefix`` begins its id.
+    """Build the generation of a chat's answers, for any of the APIs.
 
-    Raises ApiError and RequestInvalid for what cannot be.
+    Its id begins with ``prefix``. Raises ApiError and RequestInvalid for requests that cannot be served.
     """
     _refuse_unsupported(data)
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
@@ -86,7 +86,7 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
 async def encode_messages(
     context: Context, data: ChatRequest, tools: ToolPlan, owner: str | None
 ) -> list[int]:
-    """The chat's prompt."""
+    """Tokenize the chat's prompt."""
     if tools.tools:
         await context.note_hidden_tools()
     return await context.encode_chat(
@@ -98,7 +98,7 @@ async def encode_messages(
 
 
 def to_template(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: content as one text, arguments of calls as objects.
+    """Convert messages to the form of chat templates: content as one text, arguments of calls as objects.
 
     Raises ApiError for content that is not text.
     """
@@ -174,12 +174,12 @@ def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
 
 
 def _echoed(message: Message) -> str:
-    """What stands before an answer with ``echo``."""
+    """Return the text that precedes an answer with ``echo``."""
     return _text(message, "messages[-1]") if message.role == "assistant" else ""
 
 
 def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
-    """Tools as chat templates take them: without what was not given."""
+    """Convert tools to the form of chat templates, without absent fields."""
     return [
         {
             "type": "function",

@@ -1,4 +1,4 @@
-"""What ``/v1/chat/completions`` takes and gives."""
+"""Request and response types of ``/v1/chat/completions``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from aioengine.server.openai.completions_api import FinishReason
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048
-"""Of one message."""
+"""Maximum parts of one message."""
 MAX_TOOLS = 128
-"""And calls in one message. These three are OpenAI's bounds; a template's work grows with each."""
+"""Maximum tools, and calls in one message. These three are OpenAI's bounds; a template's work grows with
+each."""
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -34,7 +35,7 @@ class ContentPart(msgspec.Struct, kw_only=True):
 class FunctionCall(msgspec.Struct, kw_only=True):
     name: str
     arguments: str
-    """JSON; in a request, nothing is {}."""
+    """JSON; an empty text in a request means {}."""
 
 
 class ToolCall(msgspec.Struct, kw_only=True):
@@ -49,7 +50,7 @@ class Message(msgspec.Struct, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     refusal: str | None = None
-    """What the assistant said in place of content."""
+    """The assistant's refusal, instead of content."""
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -72,7 +73,7 @@ class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="
 
 
 class CustomTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="custom"):
-    """Refused: its input is free text, which the server does not look for."""
+    """Refused, because its input is free text, which the server does not parse."""
 
     custom: Any = None
 
@@ -101,7 +102,7 @@ class Allowed(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class AllowedTools(
     msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
 ):
-    """Only some of the tools, by name; the model is shown no others."""
+    """Restricts the tools by name; the model sees no others."""
 
     allowed_tools: Allowed
 
@@ -112,7 +113,7 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools | Na
 class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
-    """Wins over ``max_tokens``."""
+    """Takes precedence over ``max_tokens``."""
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
@@ -125,9 +126,9 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     """Whether the opening of the assistant's next turn follows the messages; true if it is not given."""
     continue_final_message: bool | None = None
-    """The answer goes on with the last message, and no turn is opened."""
+    """Whether the answer continues the last message instead of opening a new turn."""
     echo: bool | None = None
-    """A last message that is the assistant's stands before the answer, in its content."""
+    """Whether the answer's content begins with the last message, if that is the assistant's."""
     verbosity: Literal["low", "medium", "high"] | None = None
     """Has no effect."""
     reasoning_effort: Any = None

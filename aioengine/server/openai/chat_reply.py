@@ -1,4 +1,4 @@
-"""A chat's outputs in OpenAI's format."""
+"""Formats a chat's outputs in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from aioengine.server.streaming import DONE, ReplyOptions, event
 
 
 class _Choice:
-    """How far a choice has been told."""
+    """Progress of a choice's reply."""
 
     def __init__(self, parser: ToolParser | None) -> None:
         self.parser = parser
@@ -38,8 +38,8 @@ class _Choice:
 
 
 class ChatReply:
-    """``parsers`` has one for each choice, None where calls of tools are not looked for; ``echoed`` stands
-    before every answer."""
+    """The reply of a chat. ``parsers`` has one parser for each choice, or is None where tool calls are not
+    parsed; ``echoed`` precedes every answer."""
 
     def __init__(
         self,
@@ -138,7 +138,8 @@ class ChatReply:
 
 
 def parse_output(parser: ToolParser | None, text: str, output: RequestOutput) -> Parsed:
-    """What has become certain of an answer with ``text``, the next of it; all of it, if it has ended."""
+    """Parse the next ``text`` of an answer, and return the part that has become certain; all of the rest once
+    it has ended."""
     if parser is None:
         return Parsed(text)
     parsed = parser.push(text)

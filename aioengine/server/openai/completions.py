@@ -86,7 +86,7 @@ def _count(logprobs: int | bool | None) -> int | None:
 
 
 def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
-    """How many log-probabilities of the prompt the engine has to find."""
+    """Return the number of prompt log-probabilities that the engine must compute."""
     wanted = [data.prompt_logprobs]
     if data.echo:
         wanted += [_count(data.logprobs), 0 if max_tokens == 0 else None]
@@ -96,7 +96,7 @@ def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
 async def _prompts(
     context: Context, data: CompletionRequest, owner: str | None
 ) -> tuple[list[list[int]], list[str] | None]:
-    """Token ids of each prompt, and their texts if that is what they were given as."""
+    """Return the token ids of each prompt, and the texts if the prompts were given as text."""
     prompt = [data.prompt] if isinstance(data.prompt, str) else data.prompt
     if len(prompt) > context.settings.max_choices and not isinstance(prompt[0], int):
         raise ApiError(400, f"prompt: at most {context.settings.max_choices} prompts", param="prompt")
@@ -127,18 +127,18 @@ async def _prompts(
 
 
 class _Choice:
-    """How far a choice has been told."""
+    """Progress of a choice's reply."""
 
     def __init__(self, prompt: str | None) -> None:
         self.prompt = prompt
-        """What is to be told before its answer."""
+        """Data to send before its answer."""
         self.logprobs = 0
         self.offsets = TextOffsets(begin=len(prompt or ""))
         self.begun = False
 
 
 class CompletionReply:
-    """``echoed`` has the texts of the prompts if they are wanted before the answers."""
+    """The reply of a completion. ``echoed`` has the prompts' texts if they precede the answers."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class CompletionReply:
         return choice
 
     def _begin(self, choice: CompletionChoice, told: _Choice, output: RequestOutput) -> None:
-        """Add to a choice's first part what is the prompt's."""
+        """Add the prompt's part to a choice's first chunk."""
         options = self._options
         if told.prompt is not None:
             choice.text = told.prompt + choice.text

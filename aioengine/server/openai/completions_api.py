@@ -1,4 +1,4 @@
-"""What ``/v1/completions`` takes and gives."""
+"""Request and response types of ``/v1/completions``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CompletionRequest(GenerationFields, kw_only=True, forbid_unknown_fields=Tr
     """Log-probabilities of each token and of this many most likely ones; true is 1, false is null."""
     response_format: ResponseFormat | None = None
     echo: bool | None = None
-    """The prompt stands before the answer, in the text and in the log-probabilities."""
+    """Whether the prompt precedes the answer, in the text and in the log-probabilities."""
     add_special_tokens: bool | None = None
-    """To prompts that are text; true if it is not given."""
+    """Whether special tokens are added to text prompts; true if not given."""
     suffix: str | None = None
     """Only null or empty."""
 

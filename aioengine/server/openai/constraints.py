@@ -1,4 +1,4 @@
-"""What an answer must conform to: ``response_format``, ``structured_outputs``, ``tool_choice``."""
+"""Derives an answer's form from ``response_format``, ``structured_outputs`` and ``tool_choice``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aioengine.server.openai.tools import ToolPlan
 
 
 class Compile(Protocol):
-    """A method of Guide's."""
+    """A method of Guide."""
 
     def __call__(
         self, guide: Guide, wanted: Any, /, *, tenant: str | None
@@ -25,13 +25,13 @@ class Compile(Protocol):
 
 
 class Form:
-    """A form that an answer is held to.
+    """A form that an answer must conform to.
 
     Args:
         param: The request's field that asks for it.
-        compile: Makes a choice's constraint out of it.
-        write: Gives what ``compile`` takes, and what is not enforced of it. Called once, in a thread. Raises
-            RequestInvalid.
+        compile: Builds a choice's constraint.
+        write: Returns the input of ``compile``, and the requirements that are not enforced. Called once, in a
+            thread. Raises RequestInvalid.
         blame: ``param``, more exactly, by the reason for which ``compile`` refused it; None: ``param``.
     """
 
@@ -49,7 +49,7 @@ class Form:
         self._written: tuple[Any, Sequence[str]] | None = None
 
     async def constraint(self, guide: Guide, tenant: str | None) -> TokenConstraint:
-        """A constraint for one choice. Raises ApiError that names the field."""
+        """Build a constraint for one choice. Raises an ApiError that names the field."""
         try:
             return await self._compile(guide, (await self._once_written(guide, tenant))[0], tenant=tenant)
         except RequestInvalid as error:
@@ -65,7 +65,7 @@ class Form:
 
     @property
     def not_enforced(self) -> Sequence[str]:
-        """Known once there is a constraint."""
+        """Requirements that are not enforced; known once a constraint was built."""
         return () if self._written is None else self._written[1]
 
 
@@ -75,7 +75,8 @@ def wanted_form(
     response_format: ResponseFormat | None = None,
     tools: ToolPlan | None = None,
 ) -> Form | None:
-    """The form of a request's answers; None if they are free. Raises ApiError if there are two."""
+    """Return the form of a request's answers; None if they are unconstrained. Raises ApiError if the request
+    asks for two forms."""
     found: dict[str, Form] = {}
     if response_format is not None and response_format.type != "text":
         found["response_format"] = _of_format(response_format, options)

@@ -1,4 +1,4 @@
-"""A model's own sampling defaults: what requests get that name none."""
+"""A model's own sampling defaults, for requests that give none."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
-    """Bound on the output of requests that name none."""
+    """Bound on the output of requests that give none."""
 
     def given(self) -> dict[str, Any]:
-        """Those that the file has."""
+        """Return the defaults that the file contains."""
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
     def bounded(self, max_tokens: int) -> int:
-        """The default ``max_tokens`` within ``max_new_tokens``."""
+        """Limit the default ``max_tokens`` to ``max_new_tokens``."""
         return max_tokens if self.max_new_tokens is None else min(max_tokens, self.max_new_tokens)
 
 
 def read_sampling_defaults(where: Path) -> SamplingDefaults:
-    """Of ``where``, the file or the folder that has it. Raises ConfigError if it cannot be read, or a value
-    cannot be."""
+    """Read the defaults from ``where``, a file or its folder. Raises ConfigError if it cannot be read, or a
+    value is not valid."""
     path = where / FILE_NAME if where.is_dir() else where
     try:
         return msgspec.json.decode(path.read_bytes(), type=SamplingDefaults)

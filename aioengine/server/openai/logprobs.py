@@ -19,10 +19,10 @@ TokenBytes = Callable[[int], bytes]
 
 
 class TextOffsets:
-    """Where tokens begin in a text, which is theirs: ``text`` if it is known, else what they say.
+    """Offsets of tokens in their text: in ``text`` if it is known, else in the decoded tokens.
 
-    A known text need not have what a tokenizer adds: a token at the beginning, or a space before the first
-    word. A character of several tokens belongs to the last of them.
+    A known text may lack what a tokenizer adds: a token at the beginning, or a space before the first word. A
+    character of several tokens belongs to the last of them.
     """
 
     def __init__(self, text: str | None = None, begin: int = 0) -> None:
@@ -31,7 +31,7 @@ class TextOffsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, data: bytes) -> int:
-        """The offset of the next token, whose bytes these are."""
+        """Return the offset of the next token, whose bytes are given."""
         begin, new = self._end, self._decoder.decode(data)
         if self._text is None or self._text.startswith(new, begin):
             self._end += len(new)
@@ -41,8 +41,8 @@ class TextOffsets:
 
 
 def new_logprobs(output: RequestOutput, since: int) -> Sequence[TokenLogprob]:
-    """Those from the ``since``-th token on, without that of a token that ended the output: it is no part
-    of the text."""
+    """Return the log-probabilities from the ``since``-th token on, without a token that ended the output,
+    which is not part of the text."""
     entries = output.logprobs or []
     end = len(entries)
     if output.finished and isinstance(output.stop_reason, int):
@@ -53,7 +53,7 @@ def new_logprobs(output: RequestOutput, since: int) -> Sequence[TokenLogprob]:
 def completion_logprobs(
     entries: Sequence[TokenLogprob], token_bytes: TokenBytes, offsets: TextOffsets
 ) -> CompletionLogprobs:
-    """Of tokens of the answer; ``offsets`` has taken those before them."""
+    """Format log-probabilities of the answer's tokens; ``offsets`` has consumed the tokens before them."""
     result = CompletionLogprobs([], [], [], [])
     for entry in entries:
         _add(result, entry.token_id, entry, len(entry.top), token_bytes, offsets)
@@ -63,7 +63,8 @@ def completion_logprobs(
 def echoed_logprobs(
     output: RequestOutput, count: int, text: str, token_bytes: TokenBytes
 ) -> CompletionLogprobs:
-    """Of the prompt, whose text this is, with at most ``count`` of the most likely tokens."""
+    """Format the log-probabilities of the prompt with this text, with at most ``count`` of the most likely
+    tokens."""
     result, offsets = CompletionLogprobs([], [], [], []), TextOffsets(text)
     token_bytes = functools.cache(token_bytes)  # a prompt and what may follow it have few tokens, often
     entries = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
@@ -75,8 +76,8 @@ def echoed_logprobs(
 def prompt_logprobs(
     output: RequestOutput, count: int, token_bytes: TokenBytes
 ) -> list[dict[str, PromptLogprob] | None]:
-    """Of the prompt in vLLM's format: for each token but the first, it and the ``count`` most likely ones by
-    token id."""
+    """Format the prompt's log-probabilities as vLLM does: for each token but the first, itself and the
+    ``count`` most likely ones, by token id."""
     token_bytes = functools.cache(token_bytes)
     return [
         None if entry is None else _encoded(_ranked(entry, count, token_bytes))
@@ -130,8 +131,8 @@ def _add(
 
 
 def _encoded(value: Any) -> Any:
-    """For values of which there can be very many: JSON of each, so that neither the interpreter nor the
-    garbage collector is busy with all of them at once."""
+    """Encode each value to JSON by itself, because there may be very many, and objects for all of them would
+    occupy the interpreter and the garbage collector."""
     return msgspec.Raw(_encode(value))
 
 
@@ -140,5 +141,5 @@ def _text(data: bytes) -> str:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's API writes -9999 for it."""
+    """Replace infinity, which JSON lacks, by -9999 as OpenAI's API does."""
     return max(logprob, -9999.0)

@@ -1,1 +1,1 @@
-"""OpenAI's ``/v1/responses``, without state: nothing is kept from one request to the next."""
+"""OpenAI's ``/v1/responses``, stateless: nothing is kept between requests."""

@@ -1,4 +1,4 @@
-"""What ``/v1/responses`` takes. Its field names are OpenAI's, and vLLM's beyond those."""
+"""Request types of ``/v1/responses``. Field names are OpenAI's; additional ones are vLLM's."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Content = str | Annotated[list[Part], Meta(max_length=MAX_PARTS)]
 
 
 class Item(msgspec.Struct, kw_only=True):
-    """A message, a call ("function_call") or what it gave ("function_call_output"). "reasoning" is passed
-    over. Fields beyond these, as in answers that clients send back, are ignored."""
+    """A message, a call ("function_call") or its result ("function_call_output"). "reasoning" is skipped.
+    Fields beyond these, as in answers that clients send back, are ignored."""
 
     type: str = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
@@ -71,7 +71,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class Reasoning(msgspec.Struct, kw_only=True):
     effort: str | None = None
-    """Only null or "none": whether a model reasons is its template's business."""
+    """Only null or "none", because the chat template decides whether a model reasons."""
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -96,7 +96,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         ]
         | None
     ) = None
-    """Sent back."""
+    """Returned unchanged in the answer."""
 
     # vLLM's
     top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
@@ -116,7 +116,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     # Accepted, and without effect on the answer
     include: Ignored = msgspec.field(default_factory=msgspec.Raw)
     max_tool_calls: Ignored = msgspec.field(default_factory=msgspec.Raw)
-    """Of tools that run in the server, of which there are none."""
+    """Limit for tools that run in the server; there are none, so it has no effect."""
     prompt_cache_key: Ignored = msgspec.field(default_factory=msgspec.Raw)
     prompt_cache_retention: Ignored = msgspec.field(default_factory=msgspec.Raw)
     safety_identifier: Ignored = msgspec.field(default_factory=msgspec.Raw)

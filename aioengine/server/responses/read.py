@@ -1,4 +1,4 @@
-"""From a request for a response to the chat that answers it."""
+"""Converts a request for a response to a chat request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TEXTS = frozenset(("input_text", "output_text", "text"))
 
 
 def to_chat(data: ResponsesRequest) -> ChatRequest:
-    """Raises ApiError for what is not supported."""
+    """Convert a request to a chat. Raises ApiError for what is not supported."""
     _refuse_unsupported(data)
     return ChatRequest(
         model=data.model,
@@ -76,8 +76,8 @@ def _refuse_unsupported(data: ResponsesRequest) -> None:
 
 
 def _messages(data: ResponsesRequest) -> Iterator[Message]:
-    """One system message for the instructions and the system messages that the input begins with, because
-    many templates take no more than one."""
+    """Combine the instructions and the input's leading system messages into one system message, because many
+    templates accept only one."""
     items = [Item(role="user", content=data.input)] if isinstance(data.input, str) else data.input
     start = 0
     system = [] if data.instructions is None else [data.instructions]
@@ -90,7 +90,7 @@ def _messages(data: ResponsesRequest) -> Iterator[Message]:
 
 
 def _turns(items: Sequence[Item], start: int) -> Iterator[Message]:
-    """Calls belong to the assistant's message before them, if there is one."""
+    """Group calls with the assistant's message before them, if there is one."""
     turn: Message | None = None
     for i in range(start, len(items)):
         item, where = items[i], f"input[{i}]"

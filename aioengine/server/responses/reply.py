@@ -1,4 +1,4 @@
-"""A chat's outputs as a response: a list of messages and calls, whole or as events."""
+"""Formats a chat's outputs as a response: a list of messages and calls, whole or as events."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ResponsesReply:
-    """Events are numbered from 0. Every item is begun, told and ended before the next one."""
+    """The reply of a response. Events are numbered from 0. Every item is started, filled and ended before the
+    next one."""
 
     def __init__(self, response_id: str, request: ResponsesRequest, parser: ToolParser | None) -> None:
         self._parser = parser
         self._next = 0
         self._items: list[dict[str, Any]] = []
-        """Those that have ended."""
+        """Items that have ended."""
         self._open: dict[str, Any] | None = None
-        """A message that has begun."""
+        """The message that has begun."""
         self._ended: str | None = None
         """Why the answer ended."""
         text = request.text

@@ -1,4 +1,4 @@
-"""Bounds on a request's body: how large it is, how long it takes to come, and what all of them hold."""
+"""Bounds on request bodies: size, time to arrive, and memory of all bodies together."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from aioengine.metrics.page.plumbing import Receive
 from aioengine.server.errors import ApiError, ClientDisconnected
 
 MIN_RATE = 16 * 1024
-"""Bytes a second that a body must come at, once its first ``timeout`` seconds have passed."""
+"""Minimum rate of a body in bytes a second, after its first ``timeout`` seconds."""
 FREE_BYTES = 64 * 1024
-"""Of each body these are not counted, so that small requests are accepted whatever large ones hold."""
+"""Bytes of each body that are not counted, so that small requests are accepted whatever large ones hold."""
 BUDGET_BODIES = 32
-"""All bodies together may hold as much as this many of the largest. One client's may hold half of what others
-leave, or one of the largest: so that a few clients cannot take it all."""
+"""The budget of all bodies together, in bodies of the largest size. One client's may hold half of what others
+leave, or one of the largest size, so that a few clients cannot take it all."""
 RETRY_AFTER = 1
 
 
 class BodyBudget:
-    """Bytes that bodies hold which are being received, or worked on before their answer begins."""
+    """Bytes held by bodies that are being received, or processed before their answer begins."""
 
     def __init__(self) -> None:
         self.held = 0
         self._of: Counter[str | None] = Counter()
 
     def hold(self, owner: str | None, more: int, *, largest: int) -> str | None:
-        """Count ``more`` bytes as held by ``owner``, where bodies have at most ``largest``. Says why not, if
-        there is no room."""
+        """Count ``more`` bytes as held by ``owner``; a body has at most ``largest`` bytes. Returns the reason
+        if there is no room."""
         most, own = BUDGET_BODIES * largest, self._of[owner]
         if more > 0 and self.held + more > most:
             return "the server is receiving as many large requests as it can"
@@ -94,7 +94,7 @@ class BoundedBody:
         return message
 
     def release(self) -> None:
-        """The body is no longer held; may be called again."""
+        """Release the body's bytes; safe to call again."""
         self._budget.hold(self._owner, -self._held, largest=self._limit)
         self._held = 0
 

@@ -1,8 +1,8 @@
-"""Decoding JSON that a client has sent, with a bound on what is made of it.
+"""Decodes a client's JSON with a bound on the objects that are built from it.
 
-Making Python objects of a body holds the interpreter, and each list or object that is made brings the
-garbage collector's next run nearer, which looks at all of them: a megabyte of ``[[],[],...]`` takes the
-time of a hundred megabytes of text. So these are counted in the bytes, before anything is made of them.
+Building Python objects holds the interpreter lock, and each list or object brings the garbage collector's
+next run nearer, which visits all of them: a megabyte of ``[[],[],...]`` takes as long as a hundred megabytes
+of text. So lists and objects are counted in the bytes before anything is built.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STRING = re.compile(rb'"[^"]*"')
 
 
 def decode(body: bytes, type_: Any) -> Any:
-    """``body`` as a ``type_``, and strictly: "1" is no number.
+    """Decode ``body`` as a ``type_``, strictly: "1" is not a number.
 
     Raises ApiError if it holds too many values, and msgspec's errors.
     """
@@ -37,7 +37,7 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
 
 
 def _check_counts(body: bytes) -> None:
-    """In time that is linear in the body's length, and mostly that of a search for a byte."""
+    """Count lists, objects and strings, in time linear in the body's length."""
     if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS:
         return
     # There are as many of these characters, but they may be in texts. A backslash in JSON begins a pair.

@@ -17,16 +17,16 @@ HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 256
 URL_BYTES = 8 * 1024
 SLICE = 16 * 1024
-"""Bytes that the parser gets at a time, where each few of them may be a header or a chunk of a body."""
+"""Maximum bytes that the parser gets at a time, because every few of them may be a header or a chunk."""
 INPUT_BYTES = 64 * 1024
-"""A connection that is behind by more than this is not read from."""
+"""A connection with more unparsed bytes than this is not read from."""
 HELD_BYTES = 128 * 2**20
 """Bound on what all connections together have sent ahead of their turn."""
 LEFT_BYTES = 64 * 2**20
-"""So much of a body that was refused is thrown away, so that a client which sends it to its end before it
-reads gets its answer; beyond it the connection is closed."""
+"""Bytes of a refused body that are read and dropped, so that a client that sends it to the end before it
+reads still gets its answer; beyond it the connection is closed."""
 LINGER_SECONDS = 5.0
-"""And for so long, where the connection is to be closed."""
+"""Seconds for which they are read and dropped if the connection is to be closed."""
 
 
 class _Limits(NamedTuple):
@@ -40,11 +40,11 @@ def bounded_protocol(
     """A protocol class for ``uvicorn.Config(http=...)``.
 
     Args:
-        max_connections: Beyond so many open ones, new connections are answered with 503 and closed.
+        max_connections: Maximum open connections; further ones are answered with 503 and closed.
         header_timeout: Seconds from a connection's beginning, or from a request's first byte, to the end
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
-        is_busy: Whether requests are being answered whose steps a flood of small ones must not slow down.
+        is_busy: Whether requests are open whose steps a flood of small requests must not slow down.
     """
 
     class BoundedProtocol(_BoundedProtocol):
@@ -55,7 +55,7 @@ def bounded_protocol(
 
 
 class _Transport:
-    """The transport as uvicorn sees it, which closes and pauses where the protocol says."""
+    """The transport as uvicorn sees it; the protocol decides when it closes and pauses."""
 
     def __init__(self, transport: asyncio.Transport, protocol: _BoundedProtocol) -> None:
         self._protocol = protocol
@@ -80,9 +80,9 @@ class _Transport:
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """What arrives is kept in ``_input`` and given to the parser in slices that end where a request may
-    end. So there is one request of a connection at a time: the next is parsed when it is answered, in a
-    turn of its own."""
+    """Protocol that keeps incoming bytes in ``_input`` and gives them to the parser in slices that end where
+    a request may end. So a connection has one request at a time: the next is parsed in a separate turn, once
+    the first is answered."""
 
     limits: _Limits
     turns: Turns
@@ -93,16 +93,16 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._real: asyncio.Transport
         self._input = b""
         self._at = 0
-        """So much of ``_input`` has been parsed; of that the last bytes are kept, in which the end of a
-        request may begin."""
+        """Number of bytes of ``_input`` that were parsed; the last ones are kept, because the end of a
+        request may begin in them."""
         self._held = 0
         """Bytes that ``turns.held`` counts for this connection."""
         self.lingers = False
-        """The answer has been written; what arrives is thrown away."""
+        """Whether the answer has been written and incoming bytes are dropped."""
         self._is_full = self._is_paused = self._is_upgraded = False
         self._header_bytes = self._left_bytes = 0
         self._body_left = 0
-        """Bytes of the body that are to come, where its length is known."""
+        """Bytes of the body that are still to come, if its length is known."""
         self._timer: asyncio.TimerHandle | None = None
 
     # The connection
@@ -126,8 +126,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         return self.lingers or self._real.is_closing()
 
     def close(self) -> None:
-        """Close the connection; but if the client still sends, not before it can have read the answer:
-        bytes that nobody has read would have the answer thrown away."""
+        """Close the connection, but if the client still sends, not before it can have read the answer:
+        closing with unread bytes would make the kernel drop the answer."""
         cycle = self.cycle
         if self._left or (cycle is not None and cycle.more_body):
             self._linger()
@@ -148,7 +148,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _left(self) -> int:
-        """Bytes that have not been parsed."""
+        """Number of unparsed bytes."""
         return len(self._input) - self._at
 
     def data_received(self, data: bytes) -> None:
@@ -182,12 +182,12 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _is_blocked(self) -> bool:
-        """Nothing more is parsed: the body's reader is behind, or a request is being answered."""
+        """Whether parsing pauses: the body's reader is behind, or a request is being answered."""
         cycle = self.cycle
         return self._is_full or (cycle is not None and not (cycle.more_body or cycle.response_complete))
 
     def _size_of_part(self) -> int:
-        """Of what the parser gets next, which holds the end of one request at most."""
+        """Size of the next slice for the parser, which holds the end of one request at most."""
         if self._body_left:
             return min(self._body_left, 4 * SLICE, self._left)
         found = self._input.find(b"\r\n\r\n", max(self._at - 3, 0), self._at + SLICE)

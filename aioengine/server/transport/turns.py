@@ -1,4 +1,4 @@
-"""Turns on the event loop, for connections that have something to be parsed."""
+"""Gives connections with unparsed bytes their turns on the event loop."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Protocol
 PER_PASS = 16
 SECONDS = 0.005
 PATIENCE = 0.1
-"""Seconds for which connections may wait in line before the line is taken for a flood."""
+"""Seconds of a non-empty queue after which it counts as a flood."""
 
 
 class Connection(Protocol):
     loop: asyncio.AbstractEventLoop
     has_asked: bool
-    """It is in line; only :class:`Turns` writes it."""
+    """Whether it is in the queue; only :class:`Turns` writes it."""
 
     def take_turn(self) -> None:
         """Parse one request, or one slice of a body."""
 
 
 class Turns:
-    """In one pass of the loop so many connections have a turn as ``PER_PASS`` and ``SECONDS`` allow, each
-    one; the others wait in line. So what arrives at once, from however many connections, cannot hold up
-    what else the loop has to do.
+    """Queue of connections. In one pass of the loop, as many connections have a turn as ``PER_PASS`` and
+    ``SECONDS`` allow, one each; the others wait. So data that arrives at once, from however many connections,
+    cannot delay the loop's other work.
 
-    A line that has not been empty for ``PATIENCE`` seconds is a flood: the loop would never be idle, and
-    each time that the thread of the model's steps needs the interpreter it would wait for it. Then, while
-    ``is_busy()``, each pass is followed by a rest as long as the pass took with the answers that it led to,
-    so that half of the time stays for the steps.
+    A queue that has not been empty for ``PATIENCE`` seconds is a flood: the loop would never be idle, and the
+    thread of the model's steps would wait for the interpreter lock each time that it needs it. Then, while
+    ``is_busy()``, each pass is followed by a rest as long as the pass and its answers took, so that half of
+    the time remains for the steps.
     """
 
     def __init__(self, is_busy: Callable[[], bool], timer: Callable[[], float] = time.perf_counter) -> None:
@@ -41,13 +41,13 @@ class Turns:
         self._left = PER_PASS
         self._is_scheduled = False
         self._waited_since: float | None = None
-        """Since when the line has not been empty."""
+        """Time since when the queue has not been empty."""
         self._pass_began = 0.0
         self.held = 0
-        """Bytes that connections keep until they have a turn."""
+        """Bytes that waiting connections hold."""
 
     def ask(self, connection: Connection) -> None:
-        """A turn for ``connection``: at once if nobody waits for one."""
+        """Give ``connection`` a turn, at once if no other waits."""
         if self._line or self._left == 0:
             self.ask_later(connection)
             return
@@ -56,7 +56,7 @@ class Turns:
         connection.take_turn()
 
     def ask_later(self, connection: Connection) -> None:
-        """A turn for ``connection`` in one of the loop's next passes."""
+        """Give ``connection`` a turn in one of the loop's next passes."""
         if not connection.has_asked:
             connection.has_asked = True
             self._line.append(connection)
