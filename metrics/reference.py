@@ -32,7 +32,8 @@ histograms add up its events. `engine.add_listener` gives an application the sam
 - **Several engines in one scrape**: give each another `EngineConfig.name`, the label `engine` of its
   series, and serve `combined_registry(engine_a, engine_b)`.
 - **Traces** (extra `otel`): `aioengine.metrics.tracing.trace_requests(engine, tracer_provider)` makes a
-  span of each request, with the children `queue`, `adapter_wait`, `prefill` and `decode`.
+  span of each request, with the children `queue`, `adapter_wait`, `prefill` and `decode`; see
+  [monitoring.md](monitoring.md#traces).
 
 Metrics may be read from any thread. A scrape takes its snapshot on the event loop, between two of the loop's
 callbacks, so that its numbers belong to one moment; it fails if the loop does not answer within 5 seconds.

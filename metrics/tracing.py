@@ -10,7 +10,7 @@ from typing import Protocol
 from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider, set_span_in_context
 
 from aioengine import events
-from aioengine.info import AdapterInfo
+from aioengine.info import AdapterInfo, EngineStats
 
 
 class Traceable(Protocol):
@@ -18,6 +18,7 @@ class Traceable(Protocol):
 
     def add_listener(self, listener: Callable[[events.Event], None]) -> Callable[[], None]: ...
     def adapters(self) -> list[AdapterInfo]: ...
+    def stats(self) -> EngineStats: ...
 
 
 def trace_requests(
@@ -28,14 +29,21 @@ def trace_requests(
     The span ``aioengine.request`` is a child of the span that is current where the request is made. Its
     own children are ``queue`` (waiting to be admitted; once more after a preemption), ``adapter_wait``
     (that part of the waiting in which the adapter was in no slot), ``prefill`` (admission to first
-    token) and ``decode`` (first token to the end). Requests that are under way already are passed over.
+    token) and ``decode`` (first token to the end). The last two name the steps that they took, from
+    ``aioengine.first_step`` to ``aioengine.last_step``: events and logs have the same numbers. Requests that
+    are under way already are passed over.
 
     ``clock`` is the engine's; None means the running loop's.
     """
     if clock is None:
         clock = asyncio.get_running_loop().time
     versions = {info.name: info.version for info in engine.adapters()}
-    tracer = RequestTracer(tracer_provider.get_tracer("aioengine"), versions, offset=time.time() - clock())
+    tracer = RequestTracer(
+        tracer_provider.get_tracer("aioengine"),
+        versions,
+        offset=time.time() - clock(),
+        step=engine.stats().steps + 1,
+    )
     remove = engine.add_listener(tracer.handle)
 
     def stop() -> None:
@@ -54,18 +62,23 @@ class _Trace:
         """Its adapter's name and version."""
         self.stage: Span | None = None
         self.wait: Span | None = None
+        self.computes = False
+        """The open stage is one of steps, not of waiting."""
         self.generating = False
         """It has had its first token."""
 
 
 class RequestTracer:
-    """Turns events into spans. ``offset`` is Unix time less the events' clock, in seconds."""
+    """Turns events into spans. ``offset`` is Unix time less the events' clock, in seconds; ``step`` is the
+    number of the engine's next step."""
 
-    def __init__(self, tracer: Tracer, versions: dict[str, int], *, offset: float) -> None:
+    def __init__(self, tracer: Tracer, versions: dict[str, int], *, offset: float, step: int = 1) -> None:
         self._tracer = tracer
         self._versions = versions
         self._offset = offset
         self._traces: dict[str, _Trace] = {}
+        self._step = step
+        """The step that runs, or is next."""
         self._waiting: dict[tuple[str, int], dict[str, _Trace]] = {}
         """By adapter and version: the traces of the requests that wait to be admitted."""
 
@@ -81,6 +94,8 @@ class RequestTracer:
                 self._first_token(event)
             case events.RequestEnded():
                 self._ended(event)
+            case events.StepFinished():
+                self._step = event.step + 1
             case events.AdapterRegistered():
                 self._versions[event.adapter] = event.version
             case events.AdapterUnloaded():
@@ -169,14 +184,21 @@ class RequestTracer:
         trace = self._traces.pop(request_id, None)
         if trace is not None:
             self._unqueue(request_id, trace, now)
-            if trace.stage is not None:
-                trace.stage.end(self._unix_ns(now))
+            self._end_stage(trace, now)
         return trace
 
     def _stage(self, trace: _Trace, name: str, now: float) -> None:
-        if trace.stage is not None:
-            trace.stage.end(self._unix_ns(now))
+        self._end_stage(trace, now)
         trace.stage = self._child(trace, name, now)
+        trace.computes = name != "queue"
+        if trace.computes:
+            trace.stage.set_attribute("aioengine.first_step", self._step)
+
+    def _end_stage(self, trace: _Trace, now: float) -> None:
+        if trace.stage is not None:
+            if trace.computes:
+                trace.stage.set_attribute("aioengine.last_step", self._step)
+            trace.stage.end(self._unix_ns(now))
 
     def _begin_wait(self, trace: _Trace, now: float) -> None:
         if trace.wait is None:

@@ -56,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
         "schedulers",
     },
     "fleet": {"engine", "grammars", "memory_plan", "metrics", "model", "runtime", "schedulers", "server"},
-    "cli": {"engine", "fleet", "grammars", "memory_plan", "model", "schedulers", "server", "lab"},
+    "cli": {"engine", "fleet", "grammars", "memory_plan", "metrics", "model", "schedulers", "server", "lab"},
     "server": {"adapters", "engine", "grammars", "metrics", "runtime", "schedulers"},
     "lab": {"core", "engine", "executors", "memory_plan", "metrics", "runtime", "schedulers"},
 }

@@ -26,6 +26,7 @@ from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serve_log import configure_logging
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
+from aioengine.metrics.otlp import check_endpoint
 from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
 
@@ -118,6 +119,8 @@ class ServerFlags:
     """Seconds after which a client that takes nothing is let go."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
     """Seconds that a connection may be idle."""
+    otlp_endpoint: Annotated[str | None, _IN_MORE] = None
+    """URL of an OpenTelemetry collector that gets the traces of requests, such as http://localhost:4318."""
     stuck_step_seconds: Annotated[float, _IN_MORE] = 120.0
     """A step that runs for longer makes /health 503, and lets systemd's watchdog starve."""
 
@@ -125,6 +128,8 @@ class ServerFlags:
         """Raises ConfigError."""
         if self.keys is not None:  # found out now, not when the model has been loaded
             read_keys_file(self.keys)
+        if self.otlp_endpoint is not None:
+            check_endpoint(self.otlp_endpoint)
         keys = _keys("api-key", self.api_key, KEY_VARIABLE, self.api_key_file)
         admin_keys = _keys("admin-key", self.admin_key, ADMIN_KEY_VARIABLE, self.admin_key_file)
         return ServerSettings(
@@ -219,7 +224,7 @@ def serve(
     for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; take another")
-    replicas = (fleet or FleetFlags()).fleet_config(config, adapters)
+    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, flags.otlp_endpoint)
     record = recording or RecordFlags()
     if replicas is not None and record.record is not None:
         raise ConfigError("--record: records one engine's requests, and with --replicas there are several")
@@ -249,6 +254,7 @@ async def _serve(
     from aioengine.cli.progress import started
     from aioengine.cli.serving.lifetime import serve_to_the_end
     from aioengine.cli.serving.startup import tell_what_runs
+    from aioengine.cli.serving.traces import trace_engine, tracing
     from aioengine.engine import AsyncEngine
     from aioengine.server.app import create_app
     from aioengine.server.entrance import Entrance
@@ -258,20 +264,26 @@ async def _serve(
     signals = Signals()
     # Before the model is loaded: a port in use is found out, and probes are answered.
     entrance = Entrance(config.name)
-    async with recording.writer() as writer, contextlib.AsyncExitStack() as ending:
+    async with (
+        recording.writer() as writer,
+        tracing(flags.otlp_endpoint, config.name) as traces,
+        contextlib.AsyncExitStack() as ending,
+    ):
         url = await ending.enter_async_context(listening(entrance, listen))
         opened: AbstractAsyncContextManager[AsyncEngine | FleetClient]
         if replicas is None:
             opened = started(config, adapters, entrance.progress)
         else:
-            opened = started_fleet(replicas, entrance.progress)
+            opened = started_fleet(replicas, entrance.progress, traces)
         async with opened as client:
             if isinstance(client, AsyncEngine):
                 if writer is not None:
                     writer.attach(client)
                 client.metrics.dropped_log_lines = lambda: log.dropped
                 client.metrics.export_process()
-            app = create_app(client, settings)
+                if traces is not None:
+                    trace_engine(client, traces)
+            app = create_app(client, settings, tracer_provider=traces)
             await app.context.defaults()
             entrance.open(app)
             try:

@@ -13,6 +13,7 @@ import msgspec
 
 from aioengine.config import EngineConfig, refuse_unknown
 from aioengine.errors import ConfigError
+from aioengine.metrics.otlp import check_endpoint
 
 CONFIG_VARIABLE = "AIOENGINE_CONFIG"
 
@@ -56,6 +57,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How long a request waits for a replica when there is none."""
     placement_seconds: float = 5.0
     """Between two plans of ``placement``."""
+    otlp_endpoint: str | None = None
+    """URL of the OpenTelemetry collector that doors and replicas send their spans to; None: the one that
+    OpenTelemetry's own variables name, if they do."""
     registry: str | None = None
     """Folder (any fsspec URL) where the registry of adapters is kept, so that it outlives Ray's head."""
 
@@ -75,6 +79,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if not self.name:
             raise ConfigError("name='': must not be empty")
+        if self.otlp_endpoint is not None:
+            check_endpoint(self.otlp_endpoint)
         check_policies(self.router, self.placement)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from aioengine.fleet.cluster import TRANSPORT, require_ray
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.replica import EngineReplica
 from aioengine.memory_plan import MemoryPlan, available_memory, plan_from_config, resolve_device
+from aioengine.metrics.otlp import end_tracing, otlp_provider
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
     from ray.serve import Application
 
     from aioengine.fleet.door.client import FleetClient
@@ -114,10 +117,13 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
     return msgspec.structs.replace(config, engine=engine), plan
 
 
-async def make_client(config: FleetConfig, handle: Any, plan: MemoryPlan | None = None) -> FleetClient:
+async def make_client(
+    config: FleetConfig,
+    handle: Any,
+    plan: MemoryPlan | None = None,
+    tracer_provider: TracerProvider | None = None,
+) -> FleetClient:
     """A client that is not started yet; reads the model's description and its tokenizer."""
-    import asyncio
-
     from aioengine.fleet.door.client import FleetClient
     from aioengine.model.files.resolve import resolve_model
     from aioengine.runtime.assemble import load_tokenizer
@@ -128,7 +134,7 @@ async def make_client(config: FleetConfig, handle: Any, plan: MemoryPlan | None 
         return found, path, load_tokenizer(path, config.engine.chat_template)
 
     found, path, tokenizer = await asyncio.to_thread(read)
-    return FleetClient(config, handle, found, path, tokenizer)
+    return FleetClient(config, handle, found, path, tokenizer, tracer_provider)
 
 
 class Door:
@@ -138,10 +144,13 @@ class Door:
         from aioengine.server.app import create_app
         from aioengine.server.settings import ServerSettings
 
-        self._client = await make_client(config, replicas)
+        self._traces = otlp_provider(config.otlp_endpoint)
+        self._client = await make_client(config, replicas, tracer_provider=self._traces)
         await self._client.start()
         self._app = create_app(
-            self._client, ServerSettings(served_model_names=tuple(config.served_model_names))
+            self._client,
+            ServerSettings(served_model_names=tuple(config.served_model_names)),
+            tracer_provider=self._traces,
         )
         await self._app.context.defaults()
 
@@ -152,3 +161,5 @@ class Door:
         if hasattr(self, "_app"):
             self._app.close()
             await self._client.stop()
+            if self._traces is not None:
+                await end_tracing(self._traces)

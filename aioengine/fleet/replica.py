@@ -30,6 +30,7 @@ from aioengine.fleet.wire import (
 )
 from aioengine.grammars.service import Grammars
 from aioengine.info import AdapterInfo
+from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
 
 logger = logging.getLogger("aioengine.fleet")
@@ -58,6 +59,11 @@ class EngineReplica:
         self.engine = AsyncEngine(config.engine)
         await self.engine.start()
         self.engine.add_listener(self._speed)
+        self._traces = otlp_provider(config.otlp_endpoint, resource={"service.instance.id": _own_id()})
+        if self._traces is not None:
+            from aioengine.metrics.tracing import trace_requests
+
+            trace_requests(self.engine, self._traces)
         for name, path in config.adapters.items():
             self.engine.register_adapter(name, path)
 
@@ -105,6 +111,15 @@ class EngineReplica:
                     self.engine.limit_waiting(order.max_waiting)
 
     async def _run(self, box: Outbox, order: Submit) -> None:
+        if self._traces is None:
+            await self._generate(box, order)
+            return
+        from aioengine.metrics.remote_spans import carried
+
+        with carried(order.trace):
+            await self._generate(box, order)
+
+    async def _generate(self, box: Outbox, order: Submit) -> None:
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
@@ -263,6 +278,8 @@ class EngineReplica:
         for box in list(self._boxes.values()):
             await box.close()
         await self.engine.stop()
+        if self._traces is not None:
+            await end_tracing(self._traces)
 
     async def __del__(self) -> None:
         """Serve awaits this when it lets the replica go."""

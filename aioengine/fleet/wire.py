@@ -29,6 +29,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     options: RequestOptions
     grammar: str | None = None
     """The text that its constraint is made of."""
+    trace: dict[str, str] = {}
+    """Headers that name the span that it belongs to, in W3C's form; empty: it is not traced."""
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):

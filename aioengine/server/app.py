@@ -7,7 +7,7 @@ import contextlib
 import re
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from litestar import Litestar
@@ -49,6 +49,11 @@ from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import send_error
 from aioengine.server.transport.body import BodyBudget, BoundedBody
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from aioengine.metrics.remote_spans import HttpSpans
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset({"/health", "/ready"})
 _PAGE = frozenset({"", "/", "/metrics", "/events"})
@@ -59,7 +64,9 @@ DRAIN_RETRY_AFTER = 5
 class ServerApp:
     """The application that :func:`create_app` makes."""
 
-    def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: EngineClient, settings: ServerSettings, tracer_provider: TracerProvider | None = None
+    ) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
         # From here on no key is held, only their hashes.
         settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
@@ -68,6 +75,7 @@ class ServerApp:
         self._metrics = metrics_app(engine)
         self._bodies = BodyBudget()
         self._pace = Pace(settings.retry_after)
+        self._spans = None if tracer_provider is None else _http_spans(tracer_provider)
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -123,13 +131,23 @@ class ServerApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             self.open()
-            await self._http(scope, receive, send)
+            path, _ = below_mount(scope)
+            record = RequestRecord(request_id=_request_id(scope), method=scope["method"], path=path[:200])
+            with self._span(path, scope, record):
+                await self._http(path, record, scope, receive, send)
         else:
             await answer_no_http(scope, receive, send, self.close)
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, _ = below_mount(scope)
-        record = RequestRecord(request_id=_request_id(scope), method=scope["method"], path=path[:200])
+    def _span(
+        self, path: str, scope: Scope, record: RequestRecord
+    ) -> contextlib.AbstractContextManager[None]:
+        if self._spans is None or path in _PROBES or _is_page(path):
+            return contextlib.nullcontext()
+        return self._spans.request(scope["headers"], record)
+
+    async def _http(
+        self, path: str, record: RequestRecord, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         started = False
 
         async def tagged_send(message: Message) -> None:
@@ -232,16 +250,31 @@ class ServerApp:
                 self._idle.set()
 
 
-def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> ServerApp:
+def create_app(
+    engine: EngineClient,
+    settings: ServerSettings | None = None,
+    *,
+    tracer_provider: TracerProvider | None = None,
+) -> ServerApp:
     """An OpenAI-compatible ASGI application that serves ``engine``.
 
     Mount it under any prefix, or run it by itself. The caller keeps owning the engine, and starts and stops
     it; both must be on the same event loop. Logging is not configured: each request is one record of the
     logger ``aioengine.server.access``, with its details in ``record.fields``.
 
+    With a ``tracer_provider`` (extra ``otel``) each request that is no probe is a span, the child of the one
+    that its header ``traceparent`` names. The engine's own spans become its children; they are made by
+    :func:`aioengine.metrics.tracing.trace_requests`.
+
     Raises ConfigError if the engine's ``adapter_root`` is not a folder.
     """
-    return ServerApp(engine, ServerSettings() if settings is None else settings)
+    return ServerApp(engine, ServerSettings() if settings is None else settings, tracer_provider)
+
+
+def _http_spans(provider: TracerProvider) -> HttpSpans:
+    from aioengine.metrics.remote_spans import HttpSpans
+
+    return HttpSpans(provider)
 
 
 def _without_body(send: Send) -> Send:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from support.engine_fixtures import Tiny
 from support.fleet_process import FleetServer, command_line, fleet_server, needs_ray, until
+from support.otlp_collector import Collector, collector
 from support.tiny_models import build_adapter
 
 needs_ray()
@@ -37,8 +38,15 @@ def adapters(tiny_text: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(tiny_text: Tiny, adapters: Path) -> Iterator[FleetServer]:
-    with fleet_server(tiny_text.model, "--router", "affinity", "--adapter-root", str(adapters)) as server:
+def traces() -> Iterator[Collector]:
+    with collector() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_text: Tiny, adapters: Path, traces: Collector) -> Iterator[FleetServer]:
+    flags = ["--router", "affinity", "--adapter-root", str(adapters), "--otlp-endpoint", traces.url]
+    with fleet_server(tiny_text.model, *flags, OTEL_BSP_SCHEDULE_DELAY="200") as server:
         yield server
 
 
@@ -49,6 +57,23 @@ def test_two_processes_answer_as_one_engine(fleet: FleetServer, tiny_text: Tiny)
     assert found["token_ids"] == tiny_text.expected(prompt, 12)
     adapted = fleet.complete(prompt, max_tokens=12, ignore_eos=True, model="a")
     assert adapted["token_ids"] == tiny_text.expected(prompt, 12, "a")
+
+
+def test_one_trace_from_the_door_to_the_step(fleet: FleetServer, traces: Collector) -> None:
+    trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with fleet.client() as client:
+        body = {"model": "a", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+        headers = {"traceparent": f"00-{trace}-{caller}-01"}
+        assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    (http,) = traces.wait_for("POST /v1/completions", trace)
+    (call,) = traces.wait_for("aioengine.fleet.request", trace)
+    (sent,) = traces.wait_for("aioengine.fleet.attempt", trace)
+    (request,) = traces.wait_for("aioengine.request", trace)
+    (decode,) = traces.wait_for("decode", trace)
+    parents = [http.parent, call.parent, sent.parent, request.parent, decode.parent]
+    assert parents == [caller, http.id, call.id, sent.id, request.id]
+    assert request.resource["service.instance.id"] == sent.attributes["aioengine.replica"]
+    assert int(str(decode.attributes["aioengine.last_step"])) > 0
 
 
 async def test_many_streams_use_both_replicas(fleet: FleetServer, tiny_text: Tiny) -> None:

@@ -34,7 +34,9 @@ class FleetFlags:
     app_name: Annotated[str | None, _IN_MORE] = None
     """Name of the Serve application (aioengine)."""
 
-    def fleet_config(self, engine: EngineConfig, adapters: dict[str, str]) -> FleetConfig | None:
+    def fleet_config(
+        self, engine: EngineConfig, adapters: dict[str, str], otlp_endpoint: str | None = None
+    ) -> FleetConfig | None:
         """None: one engine in this process. Raises ConfigError."""
         given: dict[str, Any] = {
             "replicas": self.replicas,
@@ -50,4 +52,4 @@ class FleetFlags:
             return None
         if self.replicas is None:
             raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: is of a fleet; add --replicas")
-        return FleetConfig(engine=engine, adapters=adapters, **given)
+        return FleetConfig(engine=engine, adapters=adapters, otlp_endpoint=otlp_endpoint, **given)

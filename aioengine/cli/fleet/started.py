@@ -14,6 +14,8 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.info import LoadProgress
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from aioengine.fleet.door.client import FleetClient
 
 T = TypeVar("T")
@@ -22,7 +24,9 @@ logger = logging.getLogger("aioengine.fleet")
 
 
 @asynccontextmanager
-async def started_fleet(config: FleetConfig, progress: LoadProgress) -> AsyncIterator[FleetClient]:
+async def started_fleet(
+    config: FleetConfig, progress: LoadProgress, tracer_provider: TracerProvider | None = None
+) -> AsyncIterator[FleetClient]:
     """A running fleet behind a client. At this door's end, or if anything fails, what it started ends:
     Ray itself, if it was started here; the replicas, if this was their last door.
 
@@ -51,7 +55,7 @@ async def started_fleet(config: FleetConfig, progress: LoadProgress) -> AsyncIte
             joined = await _to_its_end(
                 lambda: cluster.open_door(config, lambda: replica_application(planned))
             )
-            client = await make_client(config, joined.handle, plan)
+            client = await make_client(config, joined.handle, plan, tracer_provider)
             await client.start()
         except BaseException:
             await _end(client, joined, ray)

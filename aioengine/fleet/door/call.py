@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from aioengine.errors import AioEngineError
 from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.request import FinishReason, RequestOptions, RequestOutput, SamplingParams, TokenLogprob
 from aioengine.schedulers.routing import RouteRequest
+
+if TYPE_CHECKING:
+    from aioengine.metrics.remote_spans import CallSpans
 
 
 class Call:
@@ -37,6 +41,8 @@ class Call:
         self.migrations = 0
         """How often it went on elsewhere after it had begun."""
         self.tokens: list[int] = list(options.output)
+        self.spans: CallSpans | None = None
+        """Set if it is traced."""
         self.ended = False
         """Nothing more comes of it."""
         self._text = ""

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioengine.errors import ConfigError, EngineDead, EngineStopped, PromptTooLong, RequestInvalid
+from aioengine.errors import (
+    AioEngineError,
+    ConfigError,
+    EngineDead,
+    EngineStopped,
+    PromptTooLong,
+    RequestInvalid,
+)
 from aioengine.events import Event
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
@@ -30,6 +37,8 @@ from aioengine.runtime.submit import size_of
 from aioengine.runtime.text_work import SHORT, TextWork
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.model.text.tokenizer import Tokenizer
 
@@ -44,6 +53,7 @@ class FleetClient:
         handle: Serve's, of their deployment.
         plan: A replica's.
         model_path: Where the model's tokenizer is on this machine.
+        tracer_provider: Requests are traced if there is one; it stays the caller's.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class FleetClient:
         plan: MemoryPlan,
         model_path: Path | None,
         tokenizer: Tokenizer | None,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         self.fleet_config = config
         self.config = config.engine
@@ -66,6 +77,7 @@ class FleetClient:
         self.members = Members(config, handle, door=uuid.uuid4().hex[:12])
         self.metrics = FleetMetrics(self.members)
         self._adapters = FleetAdapters(config, self.members)
+        self._tracer_provider = tracer_provider
         self._keys = count()
         self._seeds = random.Random(config.engine.seed)
         self._ids: dict[str, Call] = {}
@@ -151,6 +163,7 @@ class FleetClient:
             replay=replay,
         )
         call = await self._accept(prompt, params, options, request_id)
+        failed: AioEngineError | None = None
         try:
             await self.members.place(call)
             while True:
@@ -158,9 +171,14 @@ class FleetClient:
                 yield new
                 if new.finished:
                     return
+        except AioEngineError as error:
+            failed = error
+            raise
         finally:
             self._ids.pop(call.request_id, None)
             self.members.abandon(call)
+            if call.spans is not None:
+                call.spans.end(failed)
 
     async def complete(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -203,6 +221,10 @@ class FleetClient:
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         tokens = await self._tokens(prompt, options.tenant)
         call = Call(key, request_id, tokens, params, options, now)
+        if self._tracer_provider is not None:
+            from aioengine.metrics.remote_spans import CallSpans
+
+            call.spans = CallSpans(self._tracer_provider, request_id, options.adapter)
         self._ids[request_id] = call
         return call
 

@@ -227,6 +227,7 @@ class Members:
                 replay=options.replay or (resumed and self.config.replays),
             ),
             constraint.text if isinstance(constraint, SentGrammar) else None,
+            {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
         )
         self.state.sent(request, replica)
         call.replica = replica
@@ -365,6 +366,8 @@ class Members:
     def _again(self, call: Call, replica: str, how: str) -> None:
         """Have it go on at another replica, or fail."""
         call.replica = None
+        if call.spans is not None:
+            call.spans.lost(how)
         call.tried = call.tried | {replica}
         if call.begun:
             call.migrations += 1

@@ -1,0 +1,108 @@
+"""Sending spans to an OpenTelemetry collector (extra ``otel``)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+logger = logging.getLogger("aioengine")
+
+FLUSH_SECONDS = 3.0
+"""How long the last spans may take to be sent; a collector may be gone."""
+SERVICE_NAME = "aioengine"
+PROTOCOL = "http/protobuf"
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_TRACES_PATH = "/v1/traces"
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raises ConfigError unless it is an http or https URL."""
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"otlp_endpoint={endpoint!r}: must be the URL of a collector, such as http://localhost:4318"
+        )
+
+
+def otlp_wanted(endpoint: str | None) -> bool:
+    """Whether spans are to be sent: ``endpoint`` is given, or one of OpenTelemetry's variables names one and
+    none of them turns traces off."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    if os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
+        return False
+    return endpoint is not None or any(os.environ.get(name) for name in _ENDPOINTS)
+
+
+def otlp_provider(
+    endpoint: str | None = None, *, resource: dict[str, str] | None = None
+) -> TracerProvider | None:
+    """A provider whose spans go to a collector over HTTP, in batches from a thread; None if none are wanted.
+
+    Whoever gets it calls :func:`end_tracing` in the end.
+
+    Args:
+        endpoint: The collector's URL; the path ``/v1/traces`` is added if it has none. None: the one that
+            ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` or ``OTEL_EXPORTER_OTLP_ENDPOINT`` names. OpenTelemetry's
+            other variables (headers, certificates, sampler, sizes of batches, resource) have their effect.
+        resource: What made the spans; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` go before it.
+
+    Raises:
+        ConfigError: for a URL that is none, for a protocol other than HTTP, or without the packages.
+    """
+    if not otlp_wanted(endpoint):
+        return None
+    for name in _PROTOCOLS:
+        if os.environ.get(name, PROTOCOL) != PROTOCOL:
+            raise ConfigError(
+                f"{name}={os.environ[name]!r}: only {PROTOCOL} is spoken, on port 4318 as a rule"
+            )
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise ConfigError(f"traces need more packages: pip install 'aioengine[otel]' ({error})") from error
+    if endpoint is not None:
+        check_endpoint(endpoint)
+        if urlsplit(endpoint).path in ("", "/"):
+            endpoint = endpoint.rstrip("/") + _TRACES_PATH
+    own = {"service.name": SERVICE_NAME, **(resource or {})}
+    named = Resource.create().attributes
+    if os.environ.get("OTEL_SERVICE_NAME") or "service.name" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    ):
+        own["service.name"] = str(named["service.name"])
+    made = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
+    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    return made
+
+
+async def end_tracing(provider: TracerProvider, within: float = FLUSH_SECONDS) -> None:
+    """Send what is left, for that many seconds at most."""
+    loop, sent = asyncio.get_running_loop(), asyncio.Event()
+
+    def end() -> None:
+        provider.shutdown()
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(sent.set)
+
+    # A daemon, because nothing ends the exporter's tries before their own time is over.
+    threading.Thread(target=end, name="aioengine-last-spans", daemon=True).start()
+    try:
+        async with asyncio.timeout(within):
+            await sent.wait()
+    except TimeoutError:
+        logger.warning("the last spans could not be sent within %g s", within)

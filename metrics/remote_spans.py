@@ -1,0 +1,132 @@
+"""Spans that go from process to process, in the form of W3C Trace Context (extra ``otel``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from opentelemetry import context, propagate
+from opentelemetry.trace import (
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    TracerProvider,
+    format_trace_id,
+    set_span_in_context,
+)
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Answered(Protocol):
+    """What is known of an HTTP request when it has been answered."""
+
+    request_id: str
+    method: str
+    path: str
+    route: str
+    status: int
+    tenant: str | None
+    adapter: str | None
+    error: str | None
+    reason: str | None
+    trace_id: str | None
+
+
+class HttpSpans:
+    """The server's side: a span of each HTTP request, the child of the one that its ``traceparent`` names."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._tracer = provider.get_tracer("aioengine")
+
+    @contextmanager
+    def request(self, headers: Headers, record: Answered) -> Iterator[None]:
+        """The span is the current one inside, and ``record.trace_id`` says which trace it belongs to; it is
+        named after what the record has at the end."""
+        carrier = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+        span = self._tracer.start_span(
+            record.method, context=propagate.extract(carrier), kind=SpanKind.SERVER
+        )
+        record.trace_id = format_trace_id(span.get_span_context().trace_id)
+        token = context.attach(set_span_in_context(span))
+        try:
+            yield
+        finally:
+            context.detach(token)
+            _describe(span, record)
+            span.end()
+
+
+def _describe(span: Span, record: Answered) -> None:
+    span.update_name(f"{record.method} {record.route}")
+    span.set_attributes(
+        {
+            "http.request.method": record.method,
+            "http.route": record.route,
+            "http.response.status_code": record.status,
+            "url.path": record.path,
+            "aioengine.request_id": record.request_id,
+        }
+    )
+    for name, value in (
+        ("aioengine.tenant", record.tenant),
+        ("aioengine.adapter", record.adapter),
+        ("error.type", record.error),
+    ):
+        if value is not None:
+            span.set_attribute(name, value)
+    if record.status >= 500:
+        span.set_status(Status(StatusCode.ERROR, record.reason))
+
+
+class CallSpans:
+    """A door's side: a span of each request to the fleet, with a child for each replica that it was sent to.
+
+    It is a child of the span that is current where it is made.
+    """
+
+    def __init__(self, provider: TracerProvider, request_id: str, adapter: str | None) -> None:
+        self._tracer = provider.get_tracer("aioengine")
+        attributes = {"aioengine.request_id": request_id}
+        if adapter is not None:
+            attributes["aioengine.adapter"] = adapter
+        self._root = self._tracer.start_span("aioengine.fleet.request", attributes=attributes)
+        self._sent: Span | None = None
+
+    def sent(self, replica: str, delivered: int) -> dict[str, str]:
+        """It goes to ``replica``, after ``delivered`` of its tokens; returns what to tell the replica."""
+        self._sent = self._tracer.start_span(
+            "aioengine.fleet.attempt",
+            context=set_span_in_context(self._root),
+            kind=SpanKind.CLIENT,
+            attributes={"aioengine.replica": replica, "aioengine.delivered_tokens": delivered},
+        )
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier, context=set_span_in_context(self._sent))
+        return carrier
+
+    def lost(self, how: str) -> None:
+        """Its replica is lost, or has refused it."""
+        if self._sent is not None:
+            self._sent.set_status(Status(StatusCode.ERROR, how))
+            self._sent.end()
+            self._sent = None
+
+    def end(self, error: BaseException | None = None) -> None:
+        if error is not None:
+            self._root.set_status(Status(StatusCode.ERROR, str(error)))
+        for span in (self._sent, self._root):
+            if span is not None:
+                span.end()
+
+
+@contextmanager
+def carried(carrier: Mapping[str, str]) -> Iterator[None]:
+    """What is done inside belongs to the span that came with ``carrier``."""
+    token = context.attach(propagate.extract(carrier))
+    try:
+        yield
+    finally:
+        context.detach(token)
