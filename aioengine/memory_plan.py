@@ -127,7 +127,11 @@ def plan_memory(
     lora = config.lora
     lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
     max_model_len = resolve_max_model_len(config, spec)
-    slot = None if lora is None else SlotLayout(spec, lora.max_lora_rank, lora.modules, shard)
+    slot = (
+        None
+        if lora is None
+        else SlotLayout(spec, lora.max_lora_rank, spec.targets(lora.target_modules), shard)
+    )
     by_module, affine_bytes = _slot_bytes(slot, DTYPE_BYTES[lora_dtype])
     adapter_bytes = sum(by_module.values()) + affine_bytes
     block_bytes = config.block_size * local.kv_bytes_per_token(DTYPE_BYTES[dtype])

@@ -78,7 +78,8 @@ def build_parts(
     graphs = plan.device == "cuda" and config.cuda_graphs
     lora = config.lora
     lora_dtype = getattr(torch, plan.lora_dtype)
-    max_rank, modules = (1, ()) if lora is None else (lora.max_lora_rank, lora.modules)
+    modules: tuple[str, ...] = () if lora is None else planned.spec.targets(lora.target_modules)
+    max_rank = 1 if lora is None else lora.max_lora_rank
     runner = ModelRunner(
         planned.spec,
         planned.path,

@@ -11,7 +11,7 @@ from aioengine.model.spec import ModelSpec
 
 
 class KVCache:
-    """Per layer, keys and values as ``[num_blocks, block_size, kv_heads, head_dim]``.
+    """Per layer, keys and values as ``[num_blocks, block_size, heads, dim]``, by :meth:`ModelSpec.kv_shapes`.
 
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
@@ -27,14 +27,19 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-
+        shapes = [
+            (num_blocks, block_size, heads, dim)
+            for layer in spec.kv_shapes()
+            for heads, dim in (layer[:2], layer[2:])
+        ]
         if device.type == "cpu":
-            size, count = math.prod(shape) * dtype.itemsize, 2 * spec.num_layers
-            arena = Arena(count * size, count)
-            tensors = [arena.take(size).view(dtype).view(shape) for _ in range(count)]
+            sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+            arena = Arena(sum(sizes), len(sizes))
+            tensors = [
+                arena.take(size).view(dtype).view(shape) for size, shape in zip(sizes, shapes, strict=True)
+            ]
         else:
-            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * spec.num_layers)]
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.k, self.v = tensors[::2], tensors[1::2]
 
     @property

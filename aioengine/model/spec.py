@@ -5,9 +5,12 @@ No torch in this module: ``aioengine plan`` and the policy lab use it without lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
+
+from aioengine.errors import ConfigError
 
 Quantization = Literal["none", "int8"]
 
@@ -24,6 +27,18 @@ TARGETABLE_MODULES = LORA_MODULES + EMBEDDING_MODULES
 NO_LAYER = -1
 """The layer under which tables by (layer, module) hold :data:`EMBEDDING_MODULES`."""
 
+FUSED_MODULES = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The linears of a layer and the modules that each fuses, in the order of its output columns."""
+
+_OUTER = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+
+ModelImpl = Literal["auto", "native", "transformers"]
+
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -36,6 +51,19 @@ SUPPORTED_ARCHITECTURES = {
 class LinearShape(NamedTuple):
     in_features: int
     out_features: int
+
+
+class KVShape(NamedTuple):
+    """What a layer keeps of a token."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @property
+    def elements(self) -> int:
+        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +86,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One decoder-only transformer of the Llama family."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"]
+    family: str
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -107,6 +135,55 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             "lm_head": LinearShape(h, self.vocab_size),
         }[module]
 
+    def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
+        """The modules that slots hold if ``LoRAConfig.target_modules`` is ``asked``; None: the usual ones.
+
+        Raises :class:`ConfigError` for a name that this model does not have.
+        """
+        chosen = set(LORA_MODULES if asked is None else asked)
+        if unknown := sorted(chosen - set(TARGETABLE_MODULES)):
+            allowed = ", ".join(TARGETABLE_MODULES)
+            raise ConfigError(f"target_modules: {unknown} cannot be targeted; allowed: {allowed}")
+        return tuple(module for module in TARGETABLE_MODULES if module in chosen)
+
+    def layers_with(self, module: str) -> int:
+        """In how many layers an adapter may target a module; 1 if it is outside of them."""
+        return 1 if module in EMBEDDING_MODULES else self.num_layers
+
+    def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        """The linears of a layer with the modules that each fuses; those outside of layers: ``NO_LAYER``."""
+        return {name: (name,) for name in EMBEDDING_MODULES} if layer == NO_LAYER else FUSED_MODULES
+
+    def adaptable(self) -> Iterator[tuple[int, str]]:
+        """(layer, module) of all that an adapter may target, those outside of layers first."""
+        yield from ((NO_LAYER, module) for module in EMBEDDING_MODULES)
+        yield from ((layer, module) for layer in range(self.num_layers) for module in LORA_MODULES)
+
+    def module_name(self, layer: int, module: str) -> str:
+        """What PEFT calls a module: its path in the Hugging Face model."""
+        if layer == NO_LAYER:
+            return _OUTER[module]
+        block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        return f"model.layers.{layer}.{block}.{module}"
+
+    def find_module(self, name: str) -> tuple[int, str] | None:
+        """The (layer, module) that :meth:`module_name` gives this name, for any number of layers."""
+        if name in _OUTER.values():
+            return NO_LAYER, name.rpartition(".")[2]
+        prefix, _, rest = name.partition("model.layers.")
+        number, _, path = rest.partition(".")
+        module = path.rpartition(".")[2]
+        if prefix or module not in LORA_MODULES or not number.isdecimal() or len(number) > 6:
+            return None
+        layer = int(number)
+        return (layer, module) if name == self.module_name(layer, module) else None
+
+    def kv_shapes(self) -> tuple[KVShape, ...]:
+        """What each layer's cache holds of a token."""
+        return (
+            KVShape(self.num_kv_heads, self.head_dim, self.num_kv_heads, self.head_dim),
+        ) * self.num_layers
+
     def window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
 
@@ -126,4 +203,4 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.q_size / linears
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        return 2 * self.num_layers * self.kv_size * dtype_bytes
+        return sum(shape.elements for shape in self.kv_shapes()) * dtype_bytes

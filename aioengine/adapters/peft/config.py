@@ -156,8 +156,9 @@ class PeftLoraConfig:
     ensure_weight_tying: bool
     """Whether tied embeddings share one adapter."""
 
-    def targets(self, module: str) -> bool:
-        """Whether the configuration puts an adapter on the linear called ``module``."""
+    def targets(self, module: str, *, linear: bool = True) -> bool:
+        """Whether the configuration puts an adapter on what is called ``module``: a ``linear``, or else an
+        embedding or the head, which "all-linear" leaves out."""
         excluded = self.exclude_modules
         if isinstance(excluded, Pattern):
             if excluded.matches(module):
@@ -165,7 +166,7 @@ class PeftLoraConfig:
         elif _named_by(module, excluded):
             return False
         if self.target_modules is None:
-            return module.startswith("model.layers.")
+            return linear
         if isinstance(self.target_modules, Pattern):
             return self.target_modules.matches(module)
         if module in self.target_modules:

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from aioengine.adapters.peft.config import MERGE, PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.errors import AdapterTooLarge
-from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, LinearShape, ModelSpec
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
 
 Place = tuple[int, str]
 """(layer, module), embeddings under ``NO_LAYER``."""
@@ -23,14 +23,7 @@ Place = tuple[int, str]
 _MATCH_SECONDS = 2.0
 """Time limit for matching all patterns of a configuration against all modules; normally milliseconds."""
 
-_PARENT = {module: "mlp" if module[:-5] in ("gate", "up", "down") else "self_attn" for module in LORA_MODULES}
-_EMBEDDING_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?"
-    r"(?:model\.layers\.(0|[1-9][0-9]{0,5})\.(self_attn|mlp)\.(\w+)|model\.(embed_tokens)|(lm_head))"
-    r"\.((?:lora_|base_layer\.).+)",
-    re.ASCII,
-)
+_KEY = re.compile(r"(?:base_model\.model\.)?([\w.]{1,300}?)\.((?:lora_|base_layer\.).+)", re.ASCII)
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """Prefixes that torch.compile, activation checkpointing and FSDP insert into module names."""
 _MAGNITUDES = dict.fromkeys(
@@ -84,7 +77,7 @@ def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]
     elements = 0
     for module in target_modules:
         linear = spec.linear(module)
-        copies = 1 if module in EMBEDDING_MODULES else spec.num_layers
+        copies = spec.layers_with(module)
         elements += copies * (max_rank * sum(linear) + 2 * linear.out_features)
     return 4 * elements
 
@@ -101,6 +94,7 @@ class Target(NamedTuple):
 
     name: str
     """Its name in the base model, which PEFT's patterns are matched against."""
+    module: str
     rank: int
     scaling: float
     linear: LinearShape
@@ -113,9 +107,7 @@ class Target(NamedTuple):
             case "B":
                 return self.linear.out_features, self.rank
             case "base":
-                vocabulary_first = (
-                    self.linear if self.name == _EMBEDDING_NAMES["embed_tokens"] else self.linear[::-1]
-                )
+                vocabulary_first = self.linear if self.module == "embed_tokens" else self.linear[::-1]
                 return tuple(vocabulary_first)
         return (self.linear.out_features,)
 
@@ -140,18 +132,19 @@ class Layout:
         self._spec = spec
         self._modules = tuple(target_modules)
         self.tied = (
-            config.ensure_weight_tying and spec.tie_embeddings and config.targets("model.embed_tokens")
+            config.ensure_weight_tying
+            and spec.tie_embeddings
+            and (NO_LAYER, "embed_tokens") in spec.adaptable()
+            and config.targets(spec.module_name(NO_LAYER, "embed_tokens"), linear=False)
         )
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
         self.dora = config.use_dora
         self.targets: dict[Place, Target] = {}
         """The targets, in the order of a packed adapter's tensors."""
-        self._add(NO_LAYER, {module: spec.linear(module) for module in EMBEDDING_MODULES})
-        linears = {module: spec.linear(module) for module in LORA_MODULES}
         began = time.thread_time()
-        for layer in range(spec.num_layers):
-            self._add(layer, linears)
-            if time.thread_time() - began > _MATCH_SECONDS:
+        for index, (layer, module) in enumerate(spec.adaptable()):
+            self._add(layer, module)
+            if index % 8 == 0 and time.thread_time() - began > _MATCH_SECONDS:
                 folder.invalid(
                     f"{CONFIG_FILE}: its patterns take more than {_MATCH_SECONDS:g} s to match; name the "
                     "modules instead"
@@ -167,13 +160,13 @@ class Layout:
                     path=folder.path,
                 )
 
-    def _add(self, layer: int, modules: Mapping[str, LinearShape]) -> None:
-        config = self._config
-        for module, linear in modules.items():
-            name = _name(layer, module)
-            if config.targets(name) or (self.tied and module == "lm_head"):
-                rank = config.rank(name)
-                self.targets[layer, module] = Target(name, rank, config.scaling(name, rank), linear)
+    def _add(self, layer: int, module: str) -> None:
+        config, name = self._config, self._spec.module_name(layer, module)
+        if config.targets(name, linear=module not in EMBEDDING_MODULES) or (
+            self.tied and module == "lm_head"
+        ):
+            rank, linear = config.rank(name), self._spec.linear(module)
+            self.targets[layer, module] = Target(name, module, rank, config.scaling(name, rank), linear)
 
     def parts(self, file: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
         """Check that keys, shapes, configuration and slots agree, and return each key's part.
@@ -210,16 +203,7 @@ class Layout:
         return keys
 
     def _part(self, file: str, key: str) -> Part:
-        match = _KEY.fullmatch(_WRAPPERS.sub("", key))
-        if match is None:
-            self._foreign(file, key)
-        number, parent, linear, embedding, head, rest = match.groups()
-        layer, module = (NO_LAYER, embedding or head) if number is None else (int(number), linear)
-        kind = _EMBEDDING_PARTS.get(rest) if embedding else _LINEAR_PARTS.get(rest)
-        if layer == NO_LAYER and rest == _BASE_WEIGHT:
-            kind = "base"
-        if kind is None or _PARENT.get(module) != parent:
-            self._foreign(file, key)
+        layer, module, kind = self._find(_WRAPPERS.sub("", key)) or self._foreign(file, key)
         if layer >= self._spec.num_layers:
             self._folder.invalid(
                 f"{file}: {key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
@@ -231,18 +215,37 @@ class Layout:
                 f"{module} to LoRAConfig.target_modules"
             )
         if (layer, module) not in self.targets:
-            self._folder.invalid(f"{file}: {key!r}: {CONFIG_FILE} does not target {_name(layer, module)}")
+            self._folder.invalid(
+                f"{file}: {key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
+            )
         if kind == "bias" and not self._config.lora_bias:
             self._folder.invalid(f"{file}: {key!r}: a bias, but {CONFIG_FILE} does not set lora_bias")
         if kind == "magnitude" and not self._config.use_dora:
             self._folder.invalid(f"{file}: {key!r}: of DoRA, but {CONFIG_FILE} does not set use_dora")
         return Part((layer, module), kind)
 
+    def _find(self, key: str) -> tuple[int, str, str] | None:
+        """The layer, the module, and the kind of part that a key names."""
+        match = _KEY.fullmatch(key)
+        place = None if match is None else self._spec.find_module(match[1])
+        if match is None or place is None:
+            return None
+        kind = (_EMBEDDING_PARTS if place[1] == "embed_tokens" else _LINEAR_PARTS).get(match[2])
+        if place[1] in EMBEDDING_MODULES and match[2] == _BASE_WEIGHT:
+            kind = "base"
+        return None if kind is None else (*place, kind)
+
+    @property
+    def _example(self) -> str:
+        """The name of a linear."""
+        places = self._spec.adaptable()
+        return next((self._spec.module_name(*p) for p in places if p[1] not in EMBEDDING_MODULES), "<linear>")
+
     def _foreign(self, file: str, key: str) -> NoReturn:
         reason = next(
             (reason for part, reason in _FOREIGN_KEYS if part in key),
-            "unknown key; expected 'base_model.model.model.layers.<layer>.<self_attn|mlp>.<module>."
-            "lora_<A|B>.weight' with a module of " + ", ".join(LORA_MODULES),
+            f"unknown key; expected keys such as 'base_model.model.{self._example}.lora_<A|B>.weight' with "
+            f"a module of {', '.join(self._spec.targets(None))}",
         )
         self._folder.invalid(f"{file}: {key[:200]!r}: {reason}")
 
@@ -261,10 +264,3 @@ class Layout:
                     "the adapter again with PEFT"
                 )
             self._folder.invalid(f"{file}: {found!r} has no matching {_PART_NAMES[missing[0]]}")
-
-
-def _name(layer: int, module: str) -> str:
-    """Return the module's name in the base model, which PEFT's patterns are matched against."""
-    if layer == NO_LAYER:
-        return _EMBEDDING_NAMES[module]
-    return f"model.layers.{layer}.{_PARENT[module]}.{module}"

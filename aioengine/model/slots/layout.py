@@ -15,18 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from aioengine.errors import ConfigError
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.parallel.partition import SPLIT_INPUTS, Partition
-from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, TARGETABLE_MODULES, LinearShape, ModelSpec
+from aioengine.model.spec import FUSED_MODULES, NO_LAYER, LinearShape, ModelSpec
 
-FUSED_MODULES = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-"""The linears of a layer and the modules that each fuses, in the order of its output columns."""
+__all__ = ["FUSED_MODULES", "FusedPlace", "Place", "Share", "SlotLayout"]
 
 
 class Place(NamedTuple):
@@ -77,20 +70,15 @@ class FusedPlace(NamedTuple):
 
 
 class SlotLayout:
-    """The layout of a slot for ``modules`` (of ``TARGETABLE_MODULES``), each with room for ``max_rank``.
+    """The layout of a slot for ``modules`` (by :meth:`ModelSpec.targets`), each with room for ``max_rank``.
 
     Raises :class:`ConfigError` for a module that cannot be targeted, and as :class:`Partition`.
     """
 
     def __init__(self, spec: ModelSpec, max_rank: int, modules: Iterable[str], shard: Shard = SOLO) -> None:
-        targets = set(modules)
-        if unknown := sorted(targets - set(TARGETABLE_MODULES)):
-            raise ConfigError(
-                f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(TARGETABLE_MODULES)}"
-            )
         self.spec = spec
         self.max_rank = max_rank
-        self.modules = tuple(m for m in TARGETABLE_MODULES if m in targets)
+        self.modules = spec.targets(tuple(modules))
         self.partition = Partition(spec, shard)
         self.shard = shard
         self._shapes = {module: self._shape(module) for module in self.modules}
@@ -144,16 +132,14 @@ class SlotLayout:
         return Share((slice(rank, None, size), inputs), outputs, outputs)
 
     def _fused_places(self) -> Iterable[FusedPlace]:
-        for module in self.modules:
-            if module in EMBEDDING_MODULES:
-                yield FusedPlace(NO_LAYER, module, (module,), (0,), (self._first_of_b(module),))
-        for layer in range(self.spec.num_layers):
-            for name, members in FUSED_MODULES.items():
+        local, targeted = self.partition.local, set(self.modules)
+        for layer in (NO_LAYER, *range(self.spec.num_layers)):
+            for name, members in self.spec.fused(layer).items():
                 columns, column = {}, 0
                 for module in members:
                     columns[module] = column
-                    column += self.partition.local.linear(module).out_features
-                held = tuple(m for m in members if m in self.modules)
+                    column += local.linear(module).out_features
+                held = tuple(m for m in members if m in targeted)
                 if held:
                     begins = tuple(columns[m] for m in held)
                     b_begins = tuple(columns[m] + self._first_of_b(m) for m in held)
@@ -167,15 +153,12 @@ class SlotLayout:
     @property
     def matrix_elements_by_module(self) -> dict[str, int]:
         """One slot's A and B elements by module: layers x max_rank x (in + out), unless it is a share."""
-        return {m: self._layers(m) * self._shapes[m].elements for m in self.modules}
+        return {m: self.spec.layers_with(m) * self._shapes[m].elements for m in self.modules}
 
     @property
     def affine_elements(self) -> int:
         """One slot's elements for DoRA and biases: two for every output of every module."""
         return self.elements - self.matrix_elements
-
-    def _layers(self, module: str) -> int:
-        return 1 if module in EMBEDDING_MODULES else self.spec.num_layers
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SlotLayout):
