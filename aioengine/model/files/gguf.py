@@ -122,7 +122,7 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     layers = _uniform(file, f"{arch}.block_count")
     window = int(file.get(f"{arch}.attention.sliding_window", 0) or 0)
     return ModelSpec(
-        family="mistral" if arch == "llama" and window else arch,  # type: ignore[arg-type]
+        family="mistral" if arch == "llama" and window else arch,
         vocab_size=int(_tensor(file, "token_embd.weight").shape[1]),
         hidden_size=hidden,
         num_layers=layers,
