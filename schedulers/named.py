@@ -1,4 +1,4 @@
-"""Classes that text names, with options: "vtc:input_weight=1", "package.module:Class:x=2"."""
+"""Builds classes named by text, with options: "vtc:input_weight=1", "package.module:Class:x=2"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aioengine.schedulers.nearest import nearest
 from aioengine.schedulers.policy_file import import_file
 
 Supply = Mapping[str, Callable[[], Any]]
-"""By the name of a constructor's parameter: what makes its value, for values that text cannot give."""
+"""Factories by the name of a constructor's parameter, for values that text cannot express."""
 
 
 def parse_named(what: str, token: str, known: Collection[str]) -> tuple[str, dict[str, Any]]:
@@ -36,8 +36,8 @@ def parse_named(what: str, token: str, known: Collection[str]) -> tuple[str, dic
 
 
 def import_class(what: str, target: str, bases: tuple[type[Any], ...], kinds: str) -> type[Any]:
-    """The class at "module:Class" or "file.py:Class". Raises ValueError if it cannot be imported, or is no
-    subclass of one of ``bases``, which ``kinds`` names in words."""
+    """Import the class at "module:Class" or "file.py:Class". Raises ValueError if it cannot be imported, or
+    is not a subclass of one of ``bases``, which ``kinds`` names in words."""
     module, _, attribute = target.partition(":")
     try:
         if module.endswith(".py"):
@@ -52,15 +52,15 @@ def import_class(what: str, target: str, bases: tuple[type[Any], ...], kinds: st
 
 
 def unknown(name: str, known: Collection[str]) -> str:
-    """Says that there is no such name, which one comes near, and what can be given."""
+    """Describe an unknown name: the nearest known one, and the valid ones."""
     hint = nearest(name, known)
     names = ", ".join(sorted(known))
     return f"there is no {name!r}{hint}; known are {names}, or give 'package.module:Class' or 'file.py:Class'"
 
 
 def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply) -> Any:
-    """An instance, its options checked and converted by the types of its constructor. Raises ValueError,
-    which begins with ``what``."""
+    """Build an instance; its options are checked and converted by the types of its constructor. Raises
+    ValueError, which begins with ``what``."""
     fields = constructor_options(cls)
     for key in options:
         if key not in fields:
@@ -81,7 +81,7 @@ def build(what: str, cls: type[Any], options: Mapping[str, Any], supply: Supply)
 
 
 def constructor_options(cls: type[Any]) -> dict[str, tuple[Any, Any]]:
-    """Constructor options: name -> (type, default)."""
+    """Return the constructor's options: name -> (type, default)."""
     if cls.__init__ is object.__init__:
         return {}
     hints = get_type_hints(cls.__init__)
@@ -90,7 +90,7 @@ def constructor_options(cls: type[Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def options_text(cls: type[Any]) -> str:
-    """As in "max_wait: float = 1.0"; empty if it takes none."""
+    """Describe the options as in "max_wait: float = 1.0"; empty if it takes none."""
     options = []
     for option, (hint, default) in constructor_options(cls).items():
         shown = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
@@ -102,5 +102,5 @@ def options_text(cls: type[Any]) -> str:
 
 
 def summary(cls: type[Any]) -> str:
-    """The first paragraph of its docstring, on one line."""
+    """Return the first paragraph of its docstring on one line."""
     return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")

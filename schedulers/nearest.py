@@ -1,4 +1,4 @@
-"""The known name that a mistyped one comes nearest to."""
+"""Finds the known name that is nearest to a mistyped one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'lru'?)", or nothing if none comes near."""
+    """Return " (did you mean 'lru'?)", or "" if no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

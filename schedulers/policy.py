@@ -1,9 +1,9 @@
 """The scheduler policy interface: what a policy sees, and what it answers.
 
 A policy is asked once before every model step. It looks at a :class:`SchedulerView` and returns a
-:class:`Decision`: whom to admit, which adapters to place in slots, what to prefetch into the CPU cache
-and whom to preempt. The engine's core checks every item, refuses what would break an invariant, clamps
-to the budgets, and carries the rest out; a policy can be wrong but cannot do harm.
+:class:`Decision`: which requests to admit, which adapters to place in slots, which to prefetch into the CPU
+cache, and which requests to preempt. The engine's core checks every item, refuses what would break an
+invariant, clamps to the budgets, and carries the rest out; a policy can be wrong but cannot do harm.
 
 This module, like all of ``aioengine.schedulers``, is pure Python: no torch, no engine, no clock.
 """
@@ -69,7 +69,7 @@ class RequestView(Protocol):
     def max_tokens(self) -> int: ...
     @property
     def expected_tokens(self) -> int:
-        """How long its caller expects the output to be; ``max_tokens`` where nothing was said."""
+        """Output tokens that the caller expects; ``max_tokens`` if the caller gave no number."""
 
     @property
     def output_tokens(self) -> int:
@@ -81,9 +81,9 @@ class RequestView(Protocol):
 
     @property
     def cached_tokens(self) -> int:
-        """While it waits: prompt tokens that the prefix cache would spare it if it were admitted now (0 while
-        its adapter has never been read). The first look at a prompt costs as much as hashing it. Once it has
-        been admitted: those that the cache has spared it."""
+        """While it waits: prompt tokens that the prefix cache would save if it were admitted now (0 while its
+        adapter has never been read). The first look at a prompt costs as much as hashing it. After admission:
+        those that the cache has saved."""
 
 
 class SlotView(Protocol):
@@ -101,7 +101,7 @@ class SlotView(Protocol):
 
     @property
     def last_used(self) -> float:
-        """When a batch last used it; the time it was filled if none has."""
+        """Time of its last use by a batch, or else the time when it was filled."""
 
     @property
     def pinned(self) -> bool: ...
@@ -138,15 +138,15 @@ class AdapterView(Protocol):
     def last_used(self) -> float: ...
     @property
     def disk_seconds(self) -> float | None:
-        """How long its last read from disk to the CPU took."""
+        """Seconds of its last read from disk to the CPU."""
 
     @property
     def slot_seconds(self) -> float | None:
-        """How long its last copy into a slot took."""
+        """Seconds of its last copy into a slot."""
 
 
 class CostsView(Protocol):
-    """What things take, in seconds: as measured in the engine, as modelled in the lab. None: not known yet.
+    """Costs in seconds, measured in the engine and modelled in the lab. None if not known yet.
 
     An engine begins to measure its steps when a policy first looks at ``view.costs``.
     """
@@ -173,7 +173,7 @@ class CostsView(Protocol):
 
 
 class SchedulerView(Protocol):
-    """What a policy may know. All of it is live and indexed: nothing is copied for the call."""
+    """The state that a policy sees. It is live and indexed: nothing is copied for the call."""
 
     @property
     def now(self) -> float: ...
@@ -214,8 +214,8 @@ class SchedulerView(Protocol):
 
     @property
     def cpu_room(self) -> int:
-        """Adapters that the CPU cache can take in without another leaving (the core can make more room
-        by evicting). Where its bytes are bounded, each is counted as large as the largest in it."""
+        """Adapters that the CPU cache can take without an eviction (the core can make more room by evicting).
+        Where its bytes are bounded, each is counted as large as the largest in it."""
 
     @property
     def cpu_bytes_room(self) -> int | None:
@@ -227,7 +227,7 @@ class SchedulerView(Protocol):
 
     @property
     def costs(self) -> CostsView:
-        """What steps and moves take."""
+        """Costs of steps and moves."""
 
 
 class WaitingView(Protocol):
@@ -261,10 +261,10 @@ class Decision(NamedTuple):
     prefetch: Sequence[str] = ()
     """Adapters to bring from disk to the CPU cache."""
     preempt: Sequence[str] = ()
-    """Request ids to take off the batch; they lose their KV and wait again."""
+    """Request ids to preempt; they lose their KV and wait again."""
     reject: Sequence[tuple[str, str]] = ()
-    """(request id, reason) of waiting requests to end with ``RequestRejected``. Only such as never ran: who
-    has had a part of the output is served to the end."""
+    """(request id, reason) of waiting requests to end with ``RequestRejected``. Only requests that never ran:
+    one that has delivered output is served to the end."""
     merge: Sequence[str] = ()
     """Adapters to merge into the base model's weights. No engine has a merged mode yet: every item is
     refused."""
@@ -287,7 +287,7 @@ class PolicyEvent(NamedTuple):
     adapter: str | None = None
     """The adapter concerned; None for a request to the base model."""
     was: str | None = None
-    """For "adapter_retired": what it was called before."""
+    """For "adapter_retired": its name before."""
 
 
 class SchedulerPolicy(ABC):
@@ -306,11 +306,11 @@ class SchedulerPolicy(ABC):
         """Called for every event, in order."""
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
-        """Who leaves the CPU cache first, when room is needed there.
+        """Order of eviction from the CPU cache, when room is needed there.
 
-        Optional; asked only then, so it must be as fast as ``schedule``. ``candidates`` may all go, the
-        least recently used first: none is pinned, running, being read or copied, or waited for by
-        somebody who has waited longer than the one who needs the room. Those that are not named in the
-        answer go last, in that order.
+        Optional; asked only then, so it must be as fast as ``schedule``. All ``candidates`` may be evicted;
+        they come least recently used first. None is pinned, running, being read or copied, or needed by a
+        request that has waited longer than the one that needs the room. Candidates that the answer does not
+        name go last, in that order.
         """
         return ()

@@ -15,7 +15,7 @@ from aioengine.schedulers.nearest import nearest
 
 
 def import_file(path: str, attribute: str) -> Any:
-    """What the Python file defines under this name; ``path`` is relative to the working directory.
+    """Return what the Python file defines under this name; ``path`` is relative to the working directory.
 
     The file is run once, and again when it has changed. Raises ImportError if there is none or it fails,
     AttributeError if it does not define the name.

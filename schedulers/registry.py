@@ -89,8 +89,8 @@ class PolicyInfo(NamedTuple):
 
 
 def available_policies() -> dict[str, PolicyInfo]:
-    """What can stand alone as a policy, by name: whole policies, and every part with the other parts
-    at their defaults. A package whose entry point cannot be imported is left out."""
+    """Return all policies by name: whole policies, and every part combined with the other parts' defaults. A
+    package whose entry point cannot be imported is left out."""
     found: dict[str, PolicyInfo] = {}
     for name, target in _installed("policy").items():
         found[name] = _info(name, "policy", _import(name, target), target)
@@ -102,15 +102,16 @@ def available_policies() -> dict[str, PolicyInfo]:
 
 
 def available_parts(kind: str) -> dict[str, PolicyInfo]:
-    """The parts of a kind ("order", "replace", "prefetch" or "preempt"), by name."""
+    """Return the parts of a kind ("order", "replace", "prefetch" or "preempt"), by name."""
     return {
         name: _info(name, kind, _import(name, target), target) for name, target in _installed(kind).items()
     }
 
 
 def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) -> SchedulerPolicy:
-    """Build the policy that ``spec`` names; see the module's docstring for the forms. ``supply`` makes
-    values for constructor parameters that ``spec`` leaves out: ``future``, say, where a trace is replayed.
+    """Build the policy that ``spec`` names; see the module's docstring for the forms. ``supply`` has
+    factories for constructor parameters that ``spec`` leaves out, such as ``future`` where a trace is
+    replayed.
 
     Raises ValueError if there is none of this name, it cannot be imported, or an option is unknown or
     out of range.
@@ -142,7 +143,7 @@ def compose(
     max_wait: float = 1.0,
     supply: Supply | None = None,
 ) -> Composed:
-    """A policy out of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or
+    """Compose a policy of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or
     as an instance. Left out: order fcfs, replace lru, prefetch lookahead (or what the order prefers),
     preempt none. Raises ValueError as :func:`load_policy` does.
     """
@@ -189,7 +190,7 @@ def _from_tokens(text: str, tokens: list[tuple[str, dict[str, Any]]], supply: Su
 
 
 def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
-    """The first kind that has a part of this name and none yet."""
+    """Return the first kind that has a part of this name and is still free."""
     if ":" in name:
         found = _import(text, name)
         for kind, base in KINDS.items():
@@ -216,7 +217,7 @@ def _all_names() -> set[str]:
 
 
 def _installed(kind: str) -> dict[str, str]:
-    """Names and targets of a kind (or "policy"): the built-in ones, then those of entry points."""
+    """Yield names and targets of a kind (or "policy"): the built-in ones, then those of entry points."""
     found = dict(_POLICIES if kind == "policy" else _PARTS[kind])
     base = SchedulerPolicy if kind == "policy" else KINDS[kind]
     for point in entry_points(group=ENTRY_POINT_GROUP):

@@ -1,9 +1,9 @@
 """The four dimensions of a composed policy, each a small class that can be varied alone.
 
-- :class:`Ordering`: who goes first.
+- :class:`Ordering`: which request goes first.
 - :class:`Replacement`: which idle adapter gives up its slot, and which one leaves the CPU cache.
 - :class:`Prefetch`: which adapters to bring from disk to the CPU.
-- :class:`Preemption`: who is taken off the batch.
+- :class:`Preemption`: which requests leave the batch.
 
 :mod:`aioengine.schedulers.parts.compose` puts them together. Parts may keep state, fed by ``on_event``; they
 must not assume that what they proposed was carried out (the events say what was).
@@ -30,22 +30,22 @@ class Part(ABC):  # noqa: B024 - its children have the abstract methods
     """Base of the parts."""
 
     source: str = ""
-    """The paper or project that it is from, in one line."""
+    """The paper or project that it comes from, in one line."""
 
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""
 
 
 class Ordering(Part):
-    """Who goes first, among requests and among the adapters that have to be brought in.
+    """The order of requests, and of the adapters to bring in.
 
-    ``key`` is the one required method; a smaller key goes first, equal keys in order of arrival. The
-    other methods are derived from it, and may be overridden where there is a quicker way or the order
-    depends on what was chosen before.
+    ``key`` is the one required method; a smaller key goes first, equal keys in order of arrival. The other
+    methods are derived from it. Override them where there is a faster way, or where the order depends on
+    earlier choices.
     """
 
     starvation_bound: str = "none"
-    """Of the ordering alone: how long a request whose adapter is in a slot can be passed over."""
+    """Worst case of the ordering alone: how long a request whose adapter is in a slot can be passed over."""
     take_after: float | None = None
     """Seconds after which an idle slot may be taken although later requests wait for its adapter;
     None leaves it to the policy's ``max_wait``."""
@@ -53,23 +53,23 @@ class Ordering(Part):
     """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
 
     sharing: Literal["none", "one", "equal"] = "none"
-    """What tenants are sure of where there are several: nothing; one sequence and one slot, for which others'
-    requests are preempted; or equal shares of both, which then go before the ordering."""
+    """Guarantee for each of several tenants: nothing; one sequence and one slot, for which other tenants'
+    requests are preempted; or equal shares of both, which take precedence over the ordering."""
 
     default_prefetch: str = "lookahead"
-    """The prefetch that goes with it if none is named."""
+    """The prefetch to use with it if none is named."""
 
     @abstractmethod
     def key(self, request: RequestView, view: SchedulerView) -> Any:
-        """Anything that compares with the keys of other requests."""
+        """Return the sort key, comparable with the keys of other requests."""
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        """The first ``limit`` waiting requests for these adapters (None: the base model), in order."""
+        """Return the first ``limit`` waiting requests for these adapters (None: the base model), in order."""
         waiting = chain.from_iterable(map(view.waiting_for, names))
         return nsmallest(limit, waiting, key=lambda r: (self.key(r, view), r.arrival))
 
     def adapter_key(self, view: SchedulerView, name: str) -> Any:
-        """The key of the first of an adapter's waiting requests."""
+        """Return the key of the first of an adapter's waiting requests."""
         return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
 
     def may_go_first(self, request: RequestView) -> bool:
@@ -77,7 +77,7 @@ class Ordering(Part):
         return True
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
-        """Adapters that are waited for and that no slot holds, in the order to bring them in."""
+        """Yield adapters that requests wait for and that no slot holds, in the order to bring them in."""
         names = (n for n in view.waiting_adapters if n is not None and is_cold(view, n))
         return iter(sorted(names, key=lambda name: self.adapter_key(view, name)))
 
@@ -87,10 +87,10 @@ class Replacement(Part):
 
     @abstractmethod
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
-        """What keeping ``adapter`` in ``slot`` is worth: the lowest goes first."""
+        """Value of keeping ``adapter`` in ``slot``; the lowest is evicted first."""
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
-        """What keeping it in the CPU cache is worth, likewise; by default, the time of its last use."""
+        """Value of keeping it in the CPU cache; by default, the time of its last use."""
         return adapter.last_used
 
 
@@ -100,16 +100,16 @@ class Prefetch(Part):
 
     @abstractmethod
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
-        """At most ``view.load_room`` names. ``cold`` yields the adapters that are waited for and that
-        no slot holds, the most urgent first; it is lazy, so take no more than needed."""
+        """Return at most ``view.load_room`` names. ``cold`` yields the adapters that requests wait for and
+        that no slot holds, the most urgent first; it is lazy, so take no more than needed."""
 
 
 class Preemption(Part):
-    """Who is taken off the batch, beyond what a lack of KV blocks forces on the core."""
+    """Which requests leave the batch, beyond those that the core preempts for lack of KV blocks."""
 
     @abstractmethod
     def choose(self, view: SchedulerView) -> Sequence[str]:
-        """Request ids."""
+        """Return the ids of the requests to preempt."""
 
 
 def is_cold(view: SchedulerView, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Requests by client: who waits for what since when, and who runs."""
+"""Tracks requests by client: what each waits for and since when, and what it runs."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Waiting(NamedTuple):
 
 
 class Client:
-    """What one client has waiting and running."""
+    """The waiting and running requests of one client."""
 
     __slots__ = ("first", "heads", "held", "in_slots", "name", "open", "queues", "running", "runs_on")
 
     def __init__(self, name: Hashable) -> None:
         self.name = name
         self.queues: dict[Adapter, SortedList[Waiting]] = {}
-        """By adapter, in order of arrival; none is empty."""
+        """Queues by adapter, in order of arrival; none is empty."""
         self.heads: SortedList[tuple[Waiting, Adapter]] = SortedList(key=lambda head: head[0][:2])
-        """The first of each queue, the oldest first."""
+        """The first request of each queue, the oldest first."""
         self.first: Waiting | None = None
-        """The first of all that wait."""
+        """The first of all its waiting requests."""
         self.running: dict[str, RequestView] = {}
-        """By id, in order of admission."""
+        """Running requests by id, in order of admission."""
         self.runs_on: dict[Adapter, int] = {}
         """Running requests by adapter."""
         self.held = 0
         """Slots whose adapters it uses."""
         self.open = self.in_slots = 0
-        """How many of its queues are of adapters that admit, and of adapters in slots."""
+        """Number of its queues whose adapters admit, and whose adapters are in slots."""
 
     @property
     def uses_adapters(self) -> bool:
@@ -57,7 +57,7 @@ class Client:
         return len(self.queues) > self.in_slots + (None in self.queues)
 
     def waiting_for(self, names: AbstractSet[Adapter]) -> Iterator[Waiting]:
-        """Its waiting requests for these adapters, in order of arrival."""
+        """Yield its waiting requests for these adapters, in order of arrival."""
         queues = self.queues
         if len(queues) <= len(names):
             found = [queue for name, queue in queues.items() if name in names]
@@ -66,7 +66,8 @@ class Client:
         return iter(found[0]) if len(found) == 1 else merge(*found)
 
     def cold(self, in_slots: AbstractSet[Adapter]) -> Iterator[tuple[Waiting, str]]:
-        """(first request, adapter) for each adapter that it waits for and no slot holds, the oldest first."""
+        """Yield (first request, adapter) for each adapter that it waits for and no slot holds, the oldest
+        first."""
         for head, name in self.heads:
             if name is not None and name not in in_slots:
                 yield head, name
@@ -111,11 +112,11 @@ class Client:
 class Clients:
     """All clients that have requests, by name, and the order of their turns.
 
-    Fed by ``on_event``; a change costs O(log waiting), and that of a slot O(log clients) for each who waits
-    for its adapter. ``sync`` reads everything anew if the policy has not heard of all that happened.
+    Fed by ``on_event``; a change costs O(log waiting), and a change of a slot O(log clients) for each client
+    that waits for its adapter. ``sync`` reads everything again if the policy has missed events.
 
     Args:
-        client_of: Whose a request is; asked once for each.
+        client_of: Returns the client of a request; called once for each.
     """
 
     def __init__(self, client_of: Callable[[RequestView], Hashable]) -> None:
@@ -131,19 +132,19 @@ class Clients:
         self._waiting_for: dict[Adapter, dict[Client, None]] = {}
         self._running_on: dict[Adapter, dict[Client, None]] = {}
         self.ready: SortedList[Client] = SortedList(key=rank)
-        """Those that have a request that could be admitted, the one that has the fewest running first."""
+        """Clients with a request that could be admitted, the one with the fewest running requests first."""
         self.cold: SortedList[Client] = SortedList(key=_slot_rank)
-        """Those that wait for an adapter in no slot, the one that has the fewest slots first."""
+        """Clients that wait for an adapter in no slot, the one with the fewest slots first."""
         self.using_adapters = 0
-        """How many wait for adapters or run on some."""
+        """Number of clients that wait for adapters or run on some."""
         self.running_counts: dict[int, int] = {}
-        """How many clients have that many running requests; none that have no request."""
+        """Number of clients by their number of running requests, without clients that have no request."""
         self.holding: dict[int, dict[Client, None]] = {}
-        """Those that have requests, by how many slots they use."""
+        """Clients with requests, by the number of slots that they use."""
         self.open: set[Adapter] = set()
         self.in_slots: dict[Adapter, None] = {}
         self.idle: dict[Adapter, None] = {}
-        """Adapters in slots that nobody runs on."""
+        """Adapters in slots without running requests."""
         self._slots: list[Adapter] = []
 
     @property
@@ -152,19 +153,20 @@ class Clients:
         return len(self.by_name) > 1
 
     def of(self, request: RequestView) -> Client:
-        """Whose request it is."""
+        """Return the client of a request."""
         return self._live[request.request_id][0]
 
     def users(self, adapter: Adapter) -> Iterable[Client]:
-        """Who runs on an adapter; if nobody does, the one who began to wait for it first."""
+        """Return the clients that run on an adapter or, if none does, the one that has waited for it
+        longest."""
         return self._running_on.get(adapter) or islice(self._waiting_for.get(adapter, ()), 1)
 
     def waiting_for(self, adapter: Adapter) -> Iterable[Client]:
-        """Who waits for an adapter."""
+        """Return the clients that wait for an adapter."""
         return self._waiting_for.get(adapter, ())
 
     def set_slots(self, adapters: Sequence[Adapter]) -> None:
-        """Say what is in each slot (None: nothing)."""
+        """Set the contents of each slot (None: nothing)."""
         if adapters == self._slots:
             return
         self._slots = list(adapters)
@@ -188,7 +190,7 @@ class Clients:
                 self.idle[adapter] = None
 
     def set_open(self, adapters: AbstractSet[Adapter]) -> None:
-        """Say whose requests can be admitted (None: the base model's)."""
+        """Set the adapters whose requests can be admitted (None: the base model)."""
         if adapters == self.open:
             return
         before, self.open = self.open, set(adapters)
@@ -277,7 +279,7 @@ class Clients:
             self._hold_list(client, -1)
 
     def _hold(self, adapter: Adapter, client: Client, more: int) -> None:
-        """Count the slot of ``adapter`` for those of its users whom an event of ``client`` may concern."""
+        """Update the count of ``adapter``'s slot for the users that an event of ``client`` may concern."""
         running = self._running_on.get(adapter)
         if running is None:
             for user in self.users(adapter):
@@ -316,7 +318,7 @@ class Clients:
 
     @contextmanager
     def _moving(self, clients: Iterable[Client]) -> Iterator[None]:
-        """Keep the orders right while something of these clients changes."""
+        """Context that keeps the orders correct while these clients change."""
         clients = dict.fromkeys(clients)
         for client in clients:
             self._list(client, -1)
@@ -341,14 +343,15 @@ class Clients:
                 del self.holding[client.held]
 
     def in_slots_of_who_has_more(self, than: int) -> Iterator[Adapter]:
-        """Adapters in slots that are used by who uses more slots than that, beginning with who uses most."""
+        """Yield adapters in slots whose users have more than ``slots`` slots, beginning with the client that
+        has the most."""
         for held in sorted((held for held in self.holding if held > than), reverse=True):
             for client in self.holding[held]:
                 yield from (name for name in client.runs_on if name in self.in_slots)
 
 
 def rank(client: Client) -> tuple[int, float, int]:
-    """(running requests, arrival of the first that waits, its number): the order of turns."""
+    """Return (running requests, arrival of the first waiting one, its number), the order of turns."""
     first = client.first
     assert first is not None
     return len(client.running), first.arrival, first.number

@@ -22,20 +22,20 @@ from aioengine.schedulers.policy import (
 )
 
 SCAN_LIMIT = 256
-"""Cold adapters that one decision looks at; those further back have their turn when these have moved."""
+"""Maximum cold adapters that one decision examines; the rest follow when these have moved."""
 STAY = 2.0
-"""In units of ``max_wait``: how long an adapter keeps its slot before the slot may be closed. Without it,
-an overload, in which everybody has waited long, would close slots as soon as they are filled."""
+"""In units of ``max_wait``: how long an adapter keeps its slot before the slot may be closed. Without it, an
+overload, in which all requests have waited long, would close slots as soon as they are filled."""
 SLOT_BOUND = (
     "for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras older "
     "adapters that wait too, and once more"
 )
 FILL_LIMIT = 32
-"""Waiting requests of a closed slot that one decision looks at."""
+"""Maximum waiting requests of a closed slot that one decision examines."""
 
 
 class Composed(SchedulerPolicy):
-    """A policy out of four parts, with ageing.
+    """A policy composed of four parts, with ageing.
 
     Requests whose adapter is in no slot are skipped, not waited for; the others are admitted in the
     ordering's order. A cold adapter gets a free slot, or an idle one that nobody waits for, chosen by
@@ -66,7 +66,7 @@ class Composed(SchedulerPolicy):
         self._shares = None if order.sharing == "none" else Shares(order, max_wait)
         self._take_after = max_wait if order.take_after is None else order.take_after
         self._placed: dict[str, float] = {}
-        """When each adapter in a slot was put there, the last one last."""
+        """Time at which each adapter was placed in its slot, in order."""
         self._close_after = max_wait if order.close_after is None else order.close_after
         if self._close_after == inf:
             self.starvation_bound = "none"
@@ -128,8 +128,8 @@ class Composed(SchedulerPolicy):
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
 
     def _by_urgency(self, view: SchedulerView) -> Iterator[tuple[str, AdapterView, float | None]]:
-        """(name, adapter, arrival of its oldest request) of the cold adapters: the aged ones by age, then
-        all others in the ordering's order. Lazy."""
+        """Yield (name, adapter, arrival of its oldest request) of the cold adapters: aged ones by age, then
+        the others in the ordering's order."""
         aged: set[str] = set()
         adapters, now = view.adapters, view.now
         for name in view.waiting_adapters:
@@ -149,7 +149,7 @@ class Composed(SchedulerPolicy):
                 yield name, adapter, adapter.oldest_arrival
 
     def _settling(self, view: SchedulerView) -> set[str | None]:
-        """Adapters whose busy slots are not closed yet, because they came only a short time ago."""
+        """Return adapters whose busy slots are not closed yet, because they were placed only recently."""
         if self.max_wait == 0:
             return set()
         since = view.now - STAY * self.max_wait
@@ -159,8 +159,8 @@ class Composed(SchedulerPolicy):
     def _assign_slots(
         self, view: SchedulerView
     ) -> tuple[list[Place], list[str], set[str | None], SlotPool | None]:
-        """(slots for the cold adapters, adapters to read because there is a slot that they could have,
-        adapters whose slots are closed for the sake of cold ones, what is left of the slots)."""
+        """Assign slots. Returns the slots for cold adapters, the adapters to read because a slot is
+        available, the adapters whose slots are closed for cold ones, and the remaining slots."""
         place: list[Place] = []
         read: list[str] = []
         closed: set[str | None] = set()
@@ -193,7 +193,7 @@ class Composed(SchedulerPolicy):
 
 
 def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None]) -> list[str | None]:
-    """Whose requests may be admitted: the base model's, and of the adapters that keep their slots."""
+    """Return the adapters whose requests may be admitted: the base model, and those that keep their slots."""
     slots = view.slots
     leaving = closed | {slots[p.slot].adapter for p in place if p.slot is not None}
     usable = (SlotState.READY, SlotState.DRAINING)
@@ -204,8 +204,8 @@ def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None
 def _fill(
     view: SchedulerView, closed: set[str | None], tokens_left: dict[str | None, int]
 ) -> list[RequestView]:
-    """Requests for closed slots that end before what runs there does, so that nobody waits longer for the
-    slot because of them."""
+    """Return requests for closed slots that end before the running ones do, so that they delay no other
+    request."""
     fitting = [
         request
         for name in closed

@@ -14,8 +14,8 @@ from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 
 class FixedKeyOrdering(Ordering):
-    """Smallest ``fixed_key`` first, equal ones in order of arrival. A decision costs what it admits:
-    the waiting requests are kept sorted, and not looked through."""
+    """Smallest ``fixed_key`` first, equal ones in order of arrival. The cost of a decision grows with what it
+    admits, because the waiting requests are kept sorted."""
 
     def __init__(self) -> None:
         self._index = WaitingIndex(self.fixed_key)

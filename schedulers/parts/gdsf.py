@@ -1,4 +1,4 @@
-"""GreedyDual-Size-Frequency: keep what is used often, dear to load and small."""
+"""GreedyDual-Size-Frequency: keeps adapters that are used often, costly to load, and small."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class _Stay(NamedTuple):
 
 
 class GreedyDual:
-    """The values of what is in one place: H = L + max(1, uses since it came) * worth, L as of its last use.
+    """Values of the adapters in one place: H = L + max(1, uses since it came) * worth, with L as of its last
+    use.
 
-    L rises to the H of what leaves, if that was scored since its last use: one that was turned out for
-    another reason (a slot closed for somebody who has waited too long) says nothing about worth.
+    L rises to the H of an evicted adapter, if it was scored since its last use. One that was evicted for
+    another reason (its slot was closed for a request that has waited too long) says nothing about worth.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class GreedyDual:
 
 
 class GDSF(Replacement):
-    """Frequency times load cost over size, plus an inflation that makes what is no longer used go.
+    """Frequency times load cost over size, plus an inflation term that lets unused adapters go.
 
     H = L + frequency * cost / size, with L as of the adapter's last use. The lowest H goes, and L rises
     to it, so that those used since then are ahead of those that were not. Slots and CPU cache each have

@@ -1,4 +1,4 @@
-"""Least frequently used, with counts that fade; and the counting, which other parts use as well."""
+"""Least frequently used with fading counts; other parts use the counts too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, SchedulerView, SlotView
 
 MAX_NAMES = 16384
-"""Names that are counted; beyond that the least frequent one is forgotten."""
+"""Maximum number of counted names; beyond it the least frequent one is forgotten."""
 
 
 class DecayedCounts:
-    """How often each name was counted, each time weighing half as much after ``half_life`` seconds.
+    """Counts of names, in which each count weighs half as much after ``half_life`` seconds.
 
     What is kept is log2(sum of 2^(t_i / half_life)) over the times t_i. As all counts fade at the same
     rate, this need not be touched as time passes, and neither does the order.

@@ -1,4 +1,4 @@
-"""Queue-driven prefetch: read ahead what the queue will ask for next."""
+"""Queue-driven prefetch: reads what the queue will need next."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from aioengine.schedulers.policy import Location, SchedulerView
 
 
 class Lookahead(Prefetch):
-    """Bring the next ``k`` adapters that are waited for to the CPU, the most urgent first.
+    """Brings the next ``k`` adapters that requests wait for to the CPU, the most urgent first.
 
     Args:
-        k: How many of the adapters that no slot holds to look at; those on the CPU already count.
+        k: Number of adapters outside the slots to consider; those already on the CPU count.
     """
 
     source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"

@@ -1,4 +1,4 @@
-"""Least recently used: the idle adapter that no batch has used for longest gives up its slot."""
+"""Least recently used: the idle adapter that was unused for the longest time gives up its slot."""
 
 from __future__ import annotations
 

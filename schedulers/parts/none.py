@@ -9,14 +9,14 @@ from aioengine.schedulers.policy import SchedulerView
 
 
 class NoPrefetch(Prefetch):
-    """Read an adapter only when there is a slot for it."""
+    """Reads an adapter only when a slot is available."""
 
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         return ()
 
 
 class NoPreemption(Preemption):
-    """Let everybody finish."""
+    """Lets every running request finish."""
 
     def choose(self, view: SchedulerView) -> Sequence[str]:
         return ()

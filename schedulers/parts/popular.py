@@ -1,4 +1,4 @@
-"""Prefetch of what was most requested so far, into room that nobody needs."""
+"""Prefetches the most requested adapters into free room."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerView
 
 
 class Popular(Lookahead):
-    """First what is waited for, as lookahead does; then what was requested most, if there is room.
+    """Reads what requests wait for, as lookahead does, and then the most requested adapters, if there is
+    room.
 
     An adapter's popularity is its request rate, faded: the sum over its requests of
-    2^(-age / half_life). It is read on this ground only when all that is waited for has been seen to,
-    and only into free room of the CPU cache: nothing is evicted for a guess.
+    2^(-age / half_life). It is read for its popularity only when no waiting request needs a read, and only
+    into free room of the CPU cache: nothing is evicted for a guess.
 
     Args:
-        k: How many of the adapters that are waited for and that no slot holds to look at.
-        top: How many of the most requested adapters to keep on the CPU.
+        k: Number of adapters outside the slots that requests wait for to consider.
+        top: Number of most requested adapters to keep on the CPU.
         half_life: Seconds after which a request counts half; 0: it counts in full for ever.
     """
 

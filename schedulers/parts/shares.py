@@ -1,10 +1,10 @@
 """Shares of slots, sequences and KV blocks between tenants, for :mod:`aioengine.schedulers.parts.compose`.
 
-With n tenants that want some, a tenant's share is an n-th of them, at least one. A tenant that has less than
-its share and waits may have what another has beyond its own, at once: running requests of the tenant that has
-most, the last admitted first, are preempted for it. A preempted request keeps its output and its turn, and
-what the prefix cache still holds of its KV. So that this cannot turn into mere recomputing, the next
-preemption comes only after twice the steps that computing the last one's tokens again takes.
+With n tenants that want some, each tenant's share is an n-th, at least one. A tenant that has less than its
+share and waits gets what another has beyond its share at once: running requests of the tenant with the most,
+the last admitted first, are preempted for it. A preempted request keeps its output and its turn, and what the
+prefix cache still holds of its KV. So that this cannot turn into mere recomputing, the next preemption comes
+only after twice the steps that computing the last one's tokens again takes.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from aioengine.schedulers.policy import (
 )
 
 SCAN_LIMIT = 128
-"""Cold adapters that one decision looks at, each once for each tenant that waits for it."""
+"""Maximum cold adapters that one decision examines, each once for each tenant that waits for it."""
 LOOKAHEAD = 32
-"""How many it looks at where no slot is to be had."""
+"""Maximum that it examines where no slot is available."""
 TENANTS_LIMIT, OLDEST = 32, 4
 """Tenants that it looks at, and adapters that were waited for longest, whose tenants it looks at besides."""
 LOOKS = 24
-"""Slots that it looks at for one of them before it looks at all, which only turns by age need."""
+"""Slots that it examines for one of them before it examines all, which only turns by age need."""
 MAKE_WAY_LIMIT = 2
-"""For how many of them it looks through the slots that others have."""
+"""Number of them for which it examines the slots of other tenants."""
 
 
 class SlotChanges(NamedTuple):
-    """What is to become of the slots."""
+    """Decision about the slots."""
 
     place: list[Place]
     read: list[str]
-    """Adapters to read, because there is a slot that they could have."""
+    """Adapters to read, because a slot is available for them."""
     closed: set[str | None]
-    """Adapters whose slots admit nobody, so that they become idle."""
+    """Adapters whose slots admit no requests, so that they become idle."""
     preempt: list[str]
-    """Requests that must leave their slots at once."""
+    """Requests to preempt at once."""
     cold: list[str]
-    """Adapters that wait for a slot, as far as was looked, in turn."""
+    """Examined adapters that wait for a slot, in the order of turns."""
 
 
 class _Held(NamedTuple):
-    """A slot that others could have."""
+    """A slot that other adapters could get."""
 
     slot: SlotView
     name: str
     users: tuple[Client, ...]
-    """Who runs in it or waits for its adapter."""
+    """Clients that run in it or wait for its adapter."""
 
 
 class _Counts(dict[Client, int]):
-    """Numbers of clients, which are changed for the time of a decision."""
+    """Counts of clients that change during a decision."""
 
     def __init__(self, of: Callable[[Client], int]) -> None:
         self._of = of
@@ -76,7 +76,7 @@ class _Counts(dict[Client, int]):
 
 
 class _Spare:
-    """Free slots, and idle ones whose adapters nobody waits for, the least valued first."""
+    """Free slots, and idle ones whose adapters no request waits for, the least valuable first."""
 
     def __init__(
         self, view: SchedulerView, replace: Replacement, names: Sequence[str | None], clients: Clients
@@ -92,7 +92,7 @@ class _Spare:
         return bool(self._free or self._unwanted)
 
     def take(self) -> int:
-        """Its index; only if there is one."""
+        """Return its index; only if there is one."""
         if self._free:
             return self._free.pop()
         slot = self._unwanted.pop()
@@ -113,7 +113,7 @@ class _Spare:
 
 
 class Shares:
-    """Gives tenants what ``order.sharing`` says that they are sure of."""
+    """Gives tenants the guarantees of ``order.sharing``."""
 
     def __init__(self, order: Ordering, max_wait: float) -> None:
         self.clients = Clients(lambda request: request.tenant)
@@ -121,7 +121,7 @@ class Shares:
         self._max_wait = max_wait
         self._equal = order.sharing == "equal"
         self._next_step = 0
-        """Before it, nobody is preempted."""
+        """No request is preempted before this time."""
         self._asked: set[str] = set()
         """Adapters whose reads the last decision asked for."""
 
@@ -130,9 +130,9 @@ class Shares:
     def admit(
         self, view: SchedulerView, names: Sequence[str | None], seqs: int, gone: Sequence[str]
     ) -> tuple[list[RequestView], list[str]]:
-        """(requests to admit for these adapters, whom to preempt for the first of them).
+        """Return the requests to admit for these adapters, and those to preempt for the first of them.
 
-        ``seqs`` are the free sequences once those in ``gone`` are preempted.
+        ``seqs`` counts the free sequences once those in ``gone`` are preempted.
         """
         self.clients.set_open(set(names))
         if self._equal:
@@ -146,7 +146,8 @@ class Shares:
         return chosen[: max(0, seqs + len(victims))], victims
 
     def _in_turn(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
-        """Each time the oldest request of the tenant that has the fewest running, these counted."""
+        """Yield each time the oldest request of the tenant with the fewest running ones, the yielded ones
+        included."""
         ranked = iter(self.clients.ready)
         following = next(ranked, None)
         heap: list[tuple[int, float, int, Iterator[Waiting]]] = []
@@ -168,7 +169,7 @@ class Shares:
         return chosen
 
     def _of_who_has_none(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
-        """The oldest request of each tenant that has none running, if its ordering lets it go first."""
+        """Yield the oldest request of each tenant without a running one, if the ordering lets it go first."""
         found: list[Waiting] = []
         for client in takewhile(lambda client: not client.running, self.clients.ready):
             assert client.first is not None
@@ -182,9 +183,9 @@ class Shares:
     def _make_room(
         self, view: SchedulerView, request: RequestView, seqs: int, gone: Sequence[str]
     ) -> list[str]:
-        """Whom to preempt so that ``request`` can be admitted.
+        """Return the requests to preempt so that ``request`` can be admitted.
 
-        Nobody if it fits, if its tenant has its share, or if it takes more than what others have too much.
+        Empty if it fits, if its tenant has its share, or if it needs more than the others have beyond theirs.
         """
         need = -(-(request.prompt_tokens + request.output_tokens) // view.block_size)
         blocks = view.free_blocks
@@ -238,7 +239,7 @@ class Shares:
     def assign_slots(
         self, view: SchedulerView, replace: Replacement, settling: set[str | None]
     ) -> SlotChanges:
-        """Slots for cold adapters, by turns: first those of the tenant that has the fewest slots."""
+        """Assign slots to cold adapters in turns: first those of the tenant with the fewest slots."""
         changes = SlotChanges([], [], set(), [], [])
         names = [slot.adapter for slot in view.slots]
         self.clients.set_slots(names)
@@ -301,9 +302,9 @@ class Shares:
         return max(1, sum(not slot.pinned for slot in view.slots) // users)
 
     def _cold(self, view: SchedulerView) -> Iterator[tuple[Client, Waiting, str]]:
-        """(tenant, its oldest request, adapter) of the adapters in no slot, each once.
+        """Yield (tenant, its oldest request, adapter) of the adapters in no slot, each once:
 
-        Each time the oldest of the tenant that has the fewest slots, those given counted.
+        each time the oldest of the tenant with the fewest slots, assigned ones included.
         """
         in_slots = self.clients.in_slots.keys()
         candidates = dict.fromkeys(islice(self.clients.cold, TENANTS_LIMIT))
@@ -342,7 +343,8 @@ class Shares:
         settling: set[str | None],
         taken: set[str],
     ) -> _Held | None:
-        """The slot that a tenant's adapter may have: an idle one, else that in which least was computed."""
+        """Choose the slot for a tenant's adapter: an idle one, else the one in which the least was
+        computed."""
         aged = view.now - entry.arrival >= self._max_wait
         may_preempt = view.step >= self._next_step
         clients = self.clients
@@ -389,18 +391,18 @@ class Shares:
         return min(able, key=lambda o: o.slot.last_used, default=None)
 
     def _empty(self, view: SchedulerView, found: _Held) -> list[str]:
-        """Preempt whoever runs in a slot."""
+        """Preempt the requests that run in a slot."""
         if found.slot.running == 0:
             return []
         return self._preempt(view, [r for r in view.running if r.adapter == found.name])
 
 
 def _slot_of(view: SchedulerView, adapter: AdapterView) -> SlotView | None:
-    """The slot that it could give up."""
+    """Return the slot that it could give up."""
     slot = None if adapter.slot is None else view.slots[adapter.slot]
     return slot if slot is not None and slot.state is SlotState.READY and not slot.pinned else None
 
 
 def _can_be_read(view: SchedulerView, adapter: AdapterView) -> bool:
-    """Whether the CPU cache has room for it as it is."""
+    """Whether the CPU cache has room for it without an eviction."""
     return view.cpu_room > 0 and lacking(view, adapter) <= 0

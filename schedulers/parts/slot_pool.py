@@ -13,24 +13,23 @@ from aioengine.schedulers.policy import AdapterView, Location, SchedulerView, Sl
 
 
 class _Wanted(NamedTuple):
-    """A slot that is busy, or waited for, or both."""
+    """A slot that is busy, or whose adapter requests wait for, or both."""
 
     slot: SlotView
     name: str
     adapter: AdapterView
     oldest: float
-    """When the first of those who wait for its adapter arrived; inf if nobody does."""
+    """Arrival of the first request that waits for its adapter; inf if none does."""
 
 
 class SlotPool:
-    """The slots of one decision that may still be given away.
+    """The slots of one decision that can still be assigned.
 
-    An overload asks for a slot for each of many cold adapters, so whether there is one is answered
-    without going through the slots again: there is, if the latest arrival that one is waited for by
-    comes after.
+    An overload asks for a slot for each of many cold adapters. So the answer does not examine the slots
+    again: one is available if the latest of the oldest waiting requests arrived after.
 
     Args:
-        settling: Adapters whose slots are not to be closed yet.
+        settling: Adapters whose slots must not be closed yet.
     """
 
     def __init__(self, view: SchedulerView, replace: Replacement, settling: set[str | None]) -> None:
@@ -62,7 +61,7 @@ class SlotPool:
         self._closable = _Candidates(closable, self._sort_by_end)
 
     def has_any(self, before: float | None, *, may_take: bool, may_close: bool) -> bool:
-        """Whether there is a slot for an adapter that has been waited for since ``before``."""
+        """Whether there is a slot for an adapter that requests have waited for since ``before``."""
         return (
             self._spare > 0
             or (may_close and self._closable.has(before))
@@ -70,12 +69,12 @@ class SlotPool:
         )
 
     def has_idle(self, before: float | None) -> bool:
-        """Whether there is a free slot, or an idle one that nobody waits for or (given ``before``) only
-        those who came later."""
+        """Whether there is a free slot, or an idle one that no request waits for or (given ``before``) only
+        later requests."""
         return self._spare > 0 or self._idle.has(before)
 
     def take_unwanted(self) -> SlotView | None:
-        """A free slot, else the idle one that nobody waits for and that the replacement values least."""
+        """Take a free slot, else the least valuable idle one that no request waits for."""
         slot = next(self._unwanted, None)
         self._spare -= slot is not None
         return slot
@@ -83,8 +82,8 @@ class SlotPool:
     def make_way(
         self, adapter: AdapterView, oldest: float | None, *, take: bool, close: bool
     ) -> Iterator[tuple[str, SlotView]]:
-        """(who has it, slot): one for the adapter, idle or to be closed; more than one if what must leave
-        the CPU cache before it can be read takes that. ``oldest``: when its first request arrived."""
+        """Return (holder, slot) of a slot for the adapter, idle or to be closed; several if more adapters
+        must leave the CPU cache before it can be read. ``oldest`` is the arrival of its first request."""
         missing = lacking(self._view, adapter)
         while True:
             # Idle, if only later requests wait for it; else the one that will be idle soonest.
@@ -105,7 +104,7 @@ class SlotPool:
         return tokens_left(self._view)
 
     def _by_score(self, slots: Iterable[tuple[SlotView, AdapterView]]) -> Iterator[SlotView]:
-        """Lazily, so that nothing is scored when no slot is asked for."""
+        """Sort lazily, so that nothing is scored when no slot is needed."""
         view, score = self._view, self._replace.score
         yield from (s for s, _ in sorted(slots, key=lambda pair: (score(view, *pair), pair[0].index)))
 
@@ -137,7 +136,7 @@ class _Candidates:
         return self._latest > before
 
     def first(self, before: float | None) -> _Wanted | None:
-        """The first that only requests after ``before`` wait for."""
+        """Return the first that only requests after ``before`` wait for."""
         if before is None or not self.has(before):
             return None
         if self._sort is not None:
@@ -157,13 +156,14 @@ class _Candidates:
 
 
 def lacking(view: SchedulerView, adapter: AdapterView) -> int:
-    """Bytes that must leave the CPU cache before the adapter can be read, as far as its size is known."""
+    """Return the bytes that must leave the CPU cache before the adapter can be read, as far as its size is
+    known."""
     room = view.cpu_bytes_room
     return 0 if room is None or adapter.location is not Location.DISK else adapter.bytes - room
 
 
 def tokens_left(view: SchedulerView) -> dict[str | None, int]:
-    """By adapter: the most tokens that one of its running requests has left to generate."""
+    """Return by adapter the most tokens that one of its running requests has left to generate."""
     left: dict[str | None, int] = {}
     for request in view.running:
         name, tokens = request.adapter, request.max_tokens - request.output_tokens

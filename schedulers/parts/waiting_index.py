@@ -1,4 +1,4 @@
-"""Waiting requests kept sorted by a key of one's own, so that no decision has to look at them all."""
+"""Keeps waiting requests sorted by a custom key, so that no decision has to examine them all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 
 class Entry(NamedTuple):
-    """Compares by key, then arrival; ``number`` is unique, so that requests are never compared."""
+    """Entry that compares by key, then arrival; ``number`` is unique, so that requests are never compared."""
 
     key: Any
     arrival: float
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 
 class WaitingIndex:
-    """By adapter: the waiting requests in order of (key, arrival).
+    """The waiting requests by adapter, in order of (key, arrival).
 
     Fed by ``on_event``; a change costs O(log waiting). Where the view knows another number of waiting
     requests for an adapter than the events told (the policy came late, or a version was superseded and
@@ -33,7 +33,7 @@ class WaitingIndex:
     def __init__(self, key: Callable[[RequestView], Any]) -> None:
         self._key = key
         self._queues: dict[str | None, SortedList[Entry]] = {}
-        """By adapter; none is empty."""
+        """Entries by adapter; none is empty."""
         self._where: dict[str, tuple[str | None, Entry]] = {}
         self._count = 0
 
@@ -51,7 +51,7 @@ class WaitingIndex:
             self._remove(request.request_id)
 
     def in_order(self, view: SchedulerView, adapter: str | None) -> Iterator[Entry]:
-        """The requests that wait for ``adapter``."""
+        """Yield the requests that wait for ``adapter``, in order."""
         waiting = view.waiting_for(adapter)
         if len(waiting) != len(self._queues.get(adapter, ())):
             for entry in list(self._queues.get(adapter, ())):

@@ -1,4 +1,4 @@
-"""Chameleon: lanes for requests of different size, and a cache that knows what a miss costs."""
+"""Chameleon: lanes for requests of different size, and a cache that weighs the cost of a miss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView
 
 SCAN_LIMIT = 1024
-"""Waiting requests that one decision looks at, the oldest first."""
+"""Maximum waiting requests that one decision examines, the oldest first."""
 FIRST_CLUSTERING = 16
 """Requests seen before the lanes are formed for the first time; until then there is one. They are formed
 again after as many more, then after twice as many, and so on up to ``refresh``."""
 ENOUGH = 0.1
-"""No more lanes are made once they leave this part of the variance of the sizes."""
+"""No more lanes are added once they leave only this share of the variance of the sizes."""
 
 
 class ChameleonOrder(Arrival):
@@ -38,17 +38,17 @@ class ChameleonOrder(Arrival):
     nobody is left waiting go to the others, again the smallest first. Who has waited for ``age``
     seconds goes before all that.
 
-    From the paper differ: shares are of ``max_num_seqs`` and not of memory, whose use the core guards;
-    they follow the load instead of a latency target; the output is predicted by the caller, if at all;
-    the number of lanes is the least that explains nine tenths of the variance (the paper takes the
-    lowest variance, which is always that of the most lanes); an adapter that is in no slot holds up
-    nobody, so there is nothing to bypass and nobody is thrown out.
+    Differences from the paper: shares are of ``max_num_seqs`` and not of memory, which the core guards; they
+    follow the load instead of a latency target; the caller may predict the output; the number of lanes is the
+    smallest that explains nine tenths of the variance (the paper takes the lowest variance, which the most
+    lanes always have); an adapter in no slot delays no other request, so there is nothing to bypass and no
+    request is squashed.
 
     Args:
         queues: Most lanes.
         refresh: Requests between two clusterings.
         window: Recent requests that are clustered.
-        age: Seconds for which a request may be put off in favour of later ones.
+        age: Seconds for which a request may be delayed in favour of later ones.
         input_weight, output_weight: The 0.4 and 0.6 above.
     """
 
@@ -78,7 +78,7 @@ class ChameleonOrder(Arrival):
         self.input_weight = input_weight
         self.output_weight = output_weight
         self.borders: list[float] = []
-        """Between the lanes, ascending."""
+        """Borders between the lanes, ascending."""
         self.load = [1.0]
         """Work seen in each lane."""
         self._recent: deque[tuple[int, int, str | None]] = deque(maxlen=window)
@@ -155,7 +155,7 @@ class ChameleonOrder(Arrival):
 
 
 class _Largest(NamedTuple):
-    """What sizes are measured by."""
+    """The largest values, which sizes are normalized by."""
 
     input: int
     output: int
@@ -164,7 +164,8 @@ class _Largest(NamedTuple):
 
 
 def _bytes_of(view: SchedulerView, name: str | None) -> int:
-    """0 for the base model, and for an adapter that has not been read or is gone."""
+    """Return the adapter's bytes; 0 for the base model, and for an adapter that has not been read or is
+    gone."""
     adapter = None if name is None else view.adapters.get(name)
     return 0 if adapter is None else adapter.bytes
 
@@ -210,7 +211,7 @@ def shares(load: Sequence[float], places: int) -> list[int]:
 
 
 class _Scale(NamedTuple):
-    """What the adapters in slots are measured by, as of one decision."""
+    """Normalization of the adapters in slots, for one decision."""
 
     now: float
     most_used: float
@@ -220,7 +221,7 @@ class _Scale(NamedTuple):
 
 
 class ChameleonCache(Replacement):
-    """What is used often, was used lately, and is large, hence slow to load, stays.
+    """Keeps adapters that are used often, were used lately, and are large, hence slow to load.
 
     score = 0.45 frequency + 0.10 recency + 0.45 size, each between 0 and 1 among the adapters in slots:
     admitted requests (faded by half every ``half_life`` seconds) over those of the most used; last use,

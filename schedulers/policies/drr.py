@@ -38,10 +38,10 @@ class DRR(Arrival):
             raise ValueError(f"quantum={quantum}: must be >= 1 token")
         self.quantum = quantum
         self._deficits: OrderedDict[Flow, int] = OrderedDict()
-        """In the order of turns; the last has its turn now."""
+        """Flows in the order of turns; the last has its turn now."""
         self._plan: list[_Turn] = []
         self._fewer: set[Flow] = set()
-        """Those that may have lost their last request since the last decision."""
+        """Flows that may have lost their last request since the last decision."""
 
     def admit(self, view: SchedulerView, names: Sequence[Flow], limit: int) -> Sequence[RequestView]:
         self._enlist(view, names)
@@ -56,7 +56,7 @@ class DRR(Arrival):
         return chosen
 
     def on_event(self, event: PolicyEvent) -> None:
-        """Carry the plan out as far as it was admitted; what was left out of it is not charged."""
+        """Carry out the part of the plan that was admitted; the rest is not charged."""
         if event.kind in ("request_admitted", "request_finished"):
             self._fewer.add(event.adapter)
         elif event.kind == "adapter_retired":
@@ -78,7 +78,7 @@ class DRR(Arrival):
         del self._plan[:done]
 
     def _enlist(self, view: SchedulerView, names: Sequence[Flow]) -> None:
-        """Forget who is not waited for any more; newcomers go to the end of the round."""
+        """Forget flows without waiting requests; new ones join at the end of the round."""
         for flow in self._fewer:
             if flow in self._deficits and not _is_waited_for(view, flow):
                 del self._deficits[flow]
@@ -91,7 +91,7 @@ class DRR(Arrival):
             self._deficits.move_to_end(now)
 
     def _turns(self, view: SchedulerView, names: Sequence[Flow]) -> Iterator[_Turn]:
-        """What would happen if everything proposed were admitted. Ends when nothing is left."""
+        """Yield the turns as if every proposed request were admitted. Ends when nothing is left."""
         able = set(names)
         deficits = OrderedDict((f, d) for f, d in self._deficits.items() if f in able)
         queues: dict[Flow, Iterator[RequestView]] = {}
@@ -139,7 +139,7 @@ class _Turn(NamedTuple):
     request_id: str | None = None
     request: RequestView | None = None
     ends: bool = False
-    """Nobody waits for it any more."""
+    """Whether no request waits for it any more."""
 
 
 def _cost(request: RequestView) -> int:

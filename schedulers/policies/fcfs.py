@@ -15,7 +15,7 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
 class Arrival(Ordering):
-    """In order of arrival. Costs what it yields: nothing grows with the length of the queues."""
+    """Order of arrival. The cost does not grow with the length of the queues."""
 
     starvation_bound = "those who arrived before it"
     source = "first come, first served"
@@ -36,7 +36,7 @@ class Arrival(Ordering):
 
 
 class FairArrival(Arrival):
-    """In order of arrival among the requests of a tenant, and by equal shares between tenants.
+    """Order of arrival among the requests of a tenant, and equal shares between tenants.
 
     The next request admitted is the oldest of the tenant that has the fewest running; the next adapter
     brought in is one of the tenant that has the fewest slots. Requests without a tenant are one tenant's.

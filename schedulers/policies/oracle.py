@@ -1,4 +1,4 @@
-"""The clairvoyant policy, which others are measured against where a trace is replayed."""
+"""The clairvoyant policy, a yardstick for others when a trace is replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotView
 
 
 class Belady(Replacement):
-    """The idle adapter whose next use lies furthest in the future goes; for replayed traces only.
+    """Evicts the idle adapter whose next use lies furthest in the future; for replayed traces only.
 
     score = -(time of the next use): now if somebody waits for the adapter, else its next arrival in
     ``future``, infinity if there is none. For slots filled on demand by one request after the other, no
@@ -40,7 +40,7 @@ class Belady(Replacement):
             self._arrivals.setdefault(name, []).append(arrival + start)
 
     def next_use(self, name: str, now: float) -> float:
-        """When the adapter is next asked for after ``now``; infinity if it is not."""
+        """Return the time of the adapter's next request after ``now``; infinity if there is none."""
         arrivals = self._arrivals.get(name, [])
         index = bisect_right(arrivals, now)
         return arrivals[index] if index < len(arrivals) else inf

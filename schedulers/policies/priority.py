@@ -25,7 +25,7 @@ class Priority(FixedKeyOrdering):
 
 
 class PreemptLower(Preemption):
-    """When the batch is full, take the lowest-priority, youngest request off it for a higher one.
+    """When the batch is full, preempts the youngest request of the lowest priority for a higher one.
 
     "Full" means no free sequence, or not enough free KV blocks for the one that waits. Only a strictly
     lower priority makes way, only for a request whose adapter is in a slot (or the base model), and only
@@ -69,7 +69,7 @@ class PreemptLower(Preemption):
         return chosen
 
     def _candidates(self, view: SchedulerView) -> Iterator[RequestView]:
-        """What waits and could run now, the highest priority first."""
+        """Yield waiting requests that could run now, the highest priority first."""
         usable = (SlotState.READY, SlotState.DRAINING)
         names = [None, *(slot.adapter for slot in view.slots if slot.state in usable)]
         return (entry.request for entry in merge(*(self._index.in_order(view, name) for name in names)))

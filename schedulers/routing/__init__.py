@@ -1,4 +1,5 @@
-"""Routing and adapter placement over a fleet: the interface, the built-in policies, and what a door knows."""
+"""Routing and adapter placement over a fleet: the interface, the built-in policies, and a door's state of the
+fleet."""
 
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing.fleet import FleetState

@@ -1,4 +1,4 @@
-"""How many replicas a fleet should have: by the work that waits, and not by the number of requests."""
+"""Decides how many replicas a fleet should have, by waiting work and not by the number of requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aioengine.schedulers.routing.interface import FleetView, ReplicaView
 
 
 class Scaling(NamedTuple):
-    """A wish for a number of replicas, and why."""
+    """A wanted number of replicas, and the reason."""
 
     replicas: int
     reason: str
@@ -25,11 +25,11 @@ class WaitingWork:
     ``settle`` seconds, because a new replica takes time before it helps.
 
     Args:
-        least: Replicas that there are always; 0: the fleet sleeps when nothing is asked of it.
-        most: Replicas that there are at most.
+        least: Minimum number of replicas; 0 lets the fleet scale to zero.
+        most: Maximum number of replicas.
         target: Seconds of work that may wait on each replica.
         low: Share of ``target`` below which one replica less is enough.
-        cool_down: Seconds for which that must be so.
+        cool_down: Seconds for which that must hold.
         settle: Seconds between two steps of growth.
 
     Raises ValueError if a value is out of range.
@@ -59,10 +59,10 @@ class WaitingWork:
         self._calm_since: float | None = None
 
     def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
-        """How many there should be.
+        """Return the wanted number of replicas.
 
         Args:
-            now: How many there are, those that are being started included.
+            now: Replicas now, starting ones included.
             waiting: Requests that wait at the door because no replica is there.
         """
         bounded = min(max(now, self._least), self._most)
@@ -91,6 +91,6 @@ class WaitingWork:
 
 
 def _work(replica: ReplicaView) -> float:
-    """Seconds of work that wait on a replica."""
+    """Return the seconds of work that wait on a replica."""
     each = (replica.load_seconds or 0.0) + (replica.slot_seconds or 0.0)
     return replica.queue_seconds + replica.adapters_waiting * each

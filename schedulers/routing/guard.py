@@ -1,4 +1,4 @@
-"""Asking a router or a placement policy, and not trusting the answer."""
+"""Asks routers and placement policies, and validates their answers."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from aioengine.schedulers.routing.interface import (
 from aioengine.schedulers.routing.routers.least_loaded import LeastLoaded
 
 MAX_REPLICAS = 4096
-"""The most replicas in one answer that are looked at."""
+"""Maximum replicas of one answer that are examined."""
 MAX_REASON = 200
 """Characters of a reason that are kept."""
 FORGIVEN_AFTER = 1000
-"""Decisions in time, one after the other, that make earlier overruns forgotten."""
+"""After this many decisions in time in a row, earlier overruns are forgotten."""
 NO_REPLICA = "no replica accepts requests now"
 
 Failed = Callable[[str, str], None]
-"""Told of a failure: its kind ("raised", "nonsense", "slow", "replaced") and what happened, in words."""
+"""Callback for a failure: its kind ("raised", "nonsense", "slow", "replaced") and a description."""
 
 
 class RouterGuard:
     """Stands between a door and a router.
 
-    A router that raises or answers nonsense is passed over for that request, and ``safe`` decides. One that
-    takes longer than ``budget`` seconds ``max_overruns`` times is passed over for good. Nothing that a
-    router does raises here.
+    If a router raises or answers nonsense, ``safe`` decides for that request. If it takes longer than
+    ``budget`` seconds ``max_overruns`` times, ``safe`` replaces it for good. No fault of a router raises
+    here.
 
     Args:
         timer: Seconds, for measuring decisions. None: they are not measured.
-        failed: Told of every failure; they are counted in any case.
+        failed: Called for every failure; failures are counted in any case.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RouterGuard:
         self.reasons: Counter[str] = Counter()
         """Decisions by the reason that the router gave; rejected ones as "rejected"."""
         self.seconds = 0.0
-        """What the last decision took."""
+        """Seconds of the last decision."""
         self._safe = safe if safe is not None else LeastLoaded()
         self._timer = timer
         self._budget = budget
@@ -67,8 +67,8 @@ class RouterGuard:
         self._overruns = self._in_time = 0
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
-        """A route whose replicas all accept requests and have not been tried; none, and a reason, if the
-        request is rejected or there is no such replica."""
+        """Return a route whose replicas all accept requests and have not been tried; an empty one with a
+        reason if the request is rejected or no such replica exists."""
         start = self._timer() if self._timer is not None else 0.0
         route = self._ask(self.router, request, view)
         if route is None and self.router is not self._safe:
@@ -81,7 +81,7 @@ class RouterGuard:
         return route
 
     def tell(self, event: RouteEvent) -> None:
-        """Pass an event on; what the router raises is counted."""
+        """Pass an event on; exceptions of the router are counted."""
         for router in {id(self._safe): self._safe, id(self.router): self.router}.values():
             try:
                 router.on_event(event)
@@ -130,7 +130,7 @@ class PlacementGuard:
     """Stands between a fleet and a placement policy: nothing that the policy does raises here.
 
     Args:
-        budget: Seconds for a plan; one that took longer is thrown away, because the fleet has moved on.
+        budget: Seconds for a plan; a slower plan is dropped, because the fleet has changed since.
         max_moves: The most moves of one plan that are carried out; the rest is left to the next.
     """
 
@@ -152,7 +152,7 @@ class PlacementGuard:
         self._report = failed
 
     def plan(self, view: FleetView) -> Sequence[Move] | None:
-        """Moves that can be carried out, or None if no plan came of it."""
+        """Return moves that can be carried out, or None if there is no plan."""
         start = self._timer() if self._timer is not None else 0.0
         try:
             moves = _moves(self.placement.plan(view), view)
@@ -173,7 +173,7 @@ class PlacementGuard:
 
 
 class _Nonsense(ValueError):
-    """A plan that is none."""
+    """The answer is not a valid plan."""
 
 
 def _usable(answer: Any, request: RouteRequest, view: FleetView) -> Route | None:

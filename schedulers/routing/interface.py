@@ -1,9 +1,9 @@
-"""The routing interface: what a router or a placement policy sees of a fleet, and what it answers.
+"""The routing interface: how routers and placement policies see a fleet, and what they answer.
 
 A fleet is several replicas of one engine behind a door. For every request the door asks a
 :class:`RouterPolicy` which replica it should go to; now and then it asks a :class:`PlacementPolicy` which
-adapters should live where. Both look at a :class:`FleetView`, which says what the door knows: that is never
-quite the present, and each replica's ``age`` says how old it is.
+adapters should live where. Both see a :class:`FleetView`, the door's knowledge, which is never quite up to
+date: each replica's ``age`` says how old it is.
 
 This package is pure Python: no engine, no clock, no network. The same classes route in a live fleet and in
 the policy lab.
@@ -45,7 +45,7 @@ class RouteRequest(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A router's answer: where a request may go, or why nowhere."""
+    """A router's answer: the replicas for a request, or the reason why there is none."""
 
     replicas: Sequence[str] = ()
     """Replica ids, the preferred one first. The door takes the next if one cannot be reached."""

@@ -1,4 +1,4 @@
-"""Which replicas have probably cached which prompt prefixes: hashes, and a bounded index of them."""
+"""Estimates which replicas have cached which prompt prefixes: hashes, and a bounded index of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PrefixIndex:
         self._recent: dict[str, OrderedDict[int, None]] = {}
 
     def join(self, replica: str) -> None:
-        """Begin with nothing of it."""
+        """Add a replica with no prefixes."""
         self.leave(replica)
         used = set(self._bits.values())
         bit = 1
@@ -52,7 +52,7 @@ class PrefixIndex:
         self._recent[replica] = OrderedDict()
 
     def leave(self, replica: str) -> None:
-        """Forget all of it."""
+        """Forget a replica's prefixes."""
         for digest in self._recent.pop(replica, ()):
             self._forget(digest, self._bits[replica])
         bit = self._bits.pop(replica, None)
@@ -60,7 +60,7 @@ class PrefixIndex:
             del self._names[bit]
 
     def add(self, replica: str, prefixes: Sequence[int]) -> None:
-        """These blocks have gone to the replica."""
+        """Note that these blocks were sent to the replica."""
         recent, bit, where = self._recent[replica], self._bits[replica], self._where
         # The last first: what is forgotten first is then the end of a prefix, not its beginning.
         for digest in reversed(prefixes):
@@ -71,7 +71,7 @@ class PrefixIndex:
             self._forget(recent.popitem(last=False)[0], bit)
 
     def lookup(self, prefixes: Sequence[int]) -> Mapping[str, int]:
-        """By replica: how many leading blocks it has; those with none are left out."""
+        """Return by replica how many leading blocks it has; replicas with none are left out."""
         where = self._where
         found: dict[str, int] = {}
         having = -1

@@ -1,4 +1,4 @@
-"""What is known of one replica: its last report, corrected by what was sent and heard since."""
+"""A door's knowledge of one replica: its last report, corrected by messages sent and received since."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OFFSET_DRIFT = 1e-4
 
 
 class ReplicaLimits(NamedTuple):
-    """What does not change while a replica lives."""
+    """The limits of a replica, which do not change while it lives."""
 
     slots: int
     cpu_loras: int

@@ -16,7 +16,7 @@ SEGMENTS = (0.7, 1.0, 1.4, 64.0)
 PRICES = (0.0, 1.0, 4.0, 16.0)
 """...in loads of an adapter."""
 KEEP = 1e-3
-"""The least share of an adapter's demand that is worth a copy."""
+"""Minimum share of an adapter's demand that is worth a copy."""
 
 
 class _Arc(NamedTuple):
