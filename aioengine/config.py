@@ -40,6 +40,9 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: int | str | None = None
     """A second bound on the CPU cache: bytes, or text such as "2GiB"; None: only ``max_cpu_loras``."""
+    max_held_lora_bytes: int | str = "1GiB"
+    """Host memory that the files of adapters may take that were given in memory, or uploaded: bytes, or
+    text. They are kept beside the CPU cache, because there is no disk to read them from again."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: DType = "auto"
@@ -74,6 +77,8 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.max_cpu_lora_bytes is not None:
             value = parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
             set_(self, "max_cpu_lora_bytes", value)
+        held = parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
+        set_(self, "max_held_lora_bytes", held)
         _choice(self, "max_lora_rank", ALLOWED_RANKS)
         _choice(self, "lora_dtype", get_args(DType))
         _boolean(self, "fully_sharded_loras")
@@ -105,6 +110,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def cpu_capacity(self) -> int:
         """``max_cpu_loras`` with its default filled in."""
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def held_bytes(self) -> int:
+        """``max_held_lora_bytes`` as a number."""
+        return parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
 
     @property
     def modules(self) -> tuple[str, ...]:

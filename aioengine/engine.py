@@ -18,7 +18,7 @@ from aioengine import __version__
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import EngineConfig
 from aioengine.core import Core
-from aioengine.errors import ConfigError, EngineDead, EngineStopped
+from aioengine.errors import AdapterInvalid, ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
 from aioengine.info import (
     AdapterInfo,
@@ -43,6 +43,7 @@ from aioengine.runtime.assemble import (
     warm_up,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
+from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
@@ -50,6 +51,9 @@ from aioengine.runtime.text_work import TextWork
 from aioengine.schedulers import SchedulerPolicy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aioengine.adapters.peft.held import BytesLike
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.grammars.service import Grammars
     from aioengine.metrics import EngineMetrics
@@ -151,6 +155,9 @@ class AsyncEngine:
             built.resolver,
             None if self.config.lora is None else self.config.lora.load_timeout,
         )
+        self._held = HeldAdapters(
+            self._adapters, work, 0 if self.config.lora is None else self.config.lora.held_bytes
+        )
         self._submitter = Submitter(
             self._stepper,
             self._adapters,
@@ -215,6 +222,7 @@ class AsyncEngine:
         await self._built.device.close()
         await self.text_work.close()  # or else the next line would hold up the loop
         self._work.shutdown(wait=True)
+        self._held.close()
         del self._built, self._work, self._submitter
         self._state = "stopped"
 
@@ -396,6 +404,8 @@ class AsyncEngine:
         name: str,
         path: str | os.PathLike[str] | None = None,
         *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: object = None,
         pin: bool = False,
         force_pin: bool = False,
         replace: bool = False,
@@ -409,12 +419,50 @@ class AsyncEngine:
         be left out for a name that is registered or that the resolver has; a resolver's adapter that is
         replaced is resolved again.
 
+        With ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) it comes from
+        memory, and no file is written: the tensors have the names, shapes and dtypes that PEFT saves
+        (``get_peft_model_state_dict``), on any device. They are copied once, and may be changed when this
+        returns. The copy stays in host memory until this version is gone, because it is read again after the
+        adapter has left the CPU cache; ``LoRAConfig.max_held_lora_bytes`` bounds all such copies together.
+
         Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
         an unknown name; ConfigError if ``pin`` would leave no slot for the others; EngineOverloaded if
         pinned adapters fill the CPU cache.
         """
         self._check_lora()
-        return await self._adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
+        if tensors is None and config is None:
+            return await self._adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
+        if tensors is None or config is None or path is not None:
+            raise AdapterInvalid("give either a path, or tensors and their config", name=str(name))
+        return await self._held.load_tensors(
+            name, tensors, config, pin=pin, replace=replace, force_pin=force_pin
+        )
+
+    async def load_adapter_state(
+        self,
+        name: str,
+        model: object,
+        *,
+        adapter_name: str | None = None,
+        pin: bool = False,
+        replace: bool = True,
+    ) -> AdapterInfo:
+        """Load the adapter of a live ``peft.PeftModel`` as it stands now: :meth:`load_adapter` with its
+        tensors and configuration. ``adapter_name`` is PEFT's; None: the active one. By default it becomes
+        the next version of ``name``, if there is one. The model must not be trained meanwhile.
+
+        Raises AdapterInvalid for another object, and what :meth:`load_adapter` raises.
+        """
+        self._check_lora()
+        return await self._held.load_state(name, model, adapter_name, pin=pin, replace=replace)
+
+    async def load_adapter_files(
+        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from the content of ``adapter_config.json`` and ``adapter_model.safetensors``, as
+        :meth:`load_adapter` does from tensors: for what comes over a network."""
+        self._check_lora()
+        return await self._held.load_files(name, config, memoryview(weights), pin=pin, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Take no new requests for it, wait for those accepted (with ``force``: abort them), and free

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from aioengine.errors import AdapterError
 from aioengine.request import SamplingParams, TokenLogprob
 
@@ -65,6 +67,16 @@ class StepResult(NamedTuple):
     """Wall time of the step."""
     scored: Mapping[int, Sequence[TokenLogprob]] = {}
     """By index in ``StepBatch.sequences``: the answers to ``score``, where that is not 0."""
+
+
+class HeldFiles(msgspec.Struct, array_like=True, frozen=True):
+    """An adapter's files where there is no folder; see :mod:`aioengine.adapters.peft.held`. Crosses to other
+    processes of this machine and user."""
+
+    config: bytes
+    """``adapter_config.json``"""
+    weights: str
+    """Where ``adapter_model.safetensors`` can be opened, for as long as somebody holds it."""
 
 
 class LoadedAdapter(NamedTuple):

@@ -19,6 +19,7 @@ from aioengine.step import LoadedAdapter, Retrying, Stalled
 
 if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
+    from aioengine.step import HeldFiles
 
 STALL_SECONDS = 1.0
 """A read that has waited this long for one file operation, or for its next retry, gives its place to
@@ -130,9 +131,15 @@ class BaseLoader(ABC, Generic[R]):
         """The reads among them that were abandoned."""
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
-        """Read an adapter from disk into the CPU cache.
+        """Read an adapter from disk, or from ``files``, into the CPU cache.
 
         Raises the adapter errors of the format's reader; AdapterLoadError also if it takes too long, if an
         earlier read of this folder or too many others hang, or if there is no memory for it.
@@ -145,7 +152,7 @@ class BaseLoader(ABC, Generic[R]):
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
-                found = await self._backoff.run(lambda: self._attempt(name, path, progress), retrying)
+                found = await self._backoff.run(lambda: self._attempt(name, path, progress, files), retrying)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -162,11 +169,11 @@ class BaseLoader(ABC, Generic[R]):
         seconds = time.perf_counter() - start
         return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds)
 
-    async def _attempt(self, name: str, path: str, progress: Progress) -> R:
+    async def _attempt(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> R:
         progress.running = progress.waiting = True
         self._open[progress] = path
         try:
-            return await self._read(name, path, progress)
+            return await self._read(name, path, progress, files)
         except asyncio.CancelledError:
             self._left.add(progress)
             raise
@@ -235,7 +242,7 @@ class BaseLoader(ABC, Generic[R]):
         return end
 
     @abstractmethod
-    async def _read(self, name: str, path: str, progress: Progress) -> R:
+    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> R:
         """Read once, and tell ``progress`` at the end, even if the read was abandoned. After a cancellation,
         a late result must be dropped."""
 
@@ -262,10 +269,10 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self.store = store
         self._threads = ReadThreads("aioengine-load")
 
-    async def _read(self, name: str, path: str, progress: Progress) -> AdapterImage:
+    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> AdapterImage:
         def read() -> AdapterImage:
             try:
-                return self.store.read(name, path, progress)
+                return self.store.read(name, path, progress, files)
             finally:
                 progress.running = False
 

@@ -22,14 +22,19 @@ def checked_path(name: str, path: str | os.PathLike[str]) -> str:
         where = None
     if not isinstance(where, str) or not where or "\0" in where:
         raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
-    if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
-        raise AdapterInvalid(f"a name is {NAME_RULE_TEXT}", name=str(name), path=where)
+    check_name(name, where)
     if not where.startswith(PREFIX):
         return os.path.abspath(os.path.expanduser(where))
     parse_hub_path(name, where)
     if not has_hub():
         raise ConfigError(f"adapter {name!r} ({where}): needs pip install 'aioengine[hub]'")
     return where
+
+
+def check_name(name: str, path: str) -> None:
+    """Raises AdapterInvalid for what no adapter can be called."""
+    if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
+        raise AdapterInvalid(f"a name is {NAME_RULE_TEXT}", name=str(name), path=path)
 
 
 def check_same_path(name: str, registered: str, path: str) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aioengine.adapters.peft.dora_exchange import Draft
     from aioengine.adapters.read_threads import Progress
     from aioengine.model.slots.image import AdapterImage
+    from aioengine.step import HeldFiles
 
 
 class AdapterStore:
@@ -47,15 +48,19 @@ class AdapterStore:
         self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
 
-    def read(self, name: str, path: str, progress: Progress | None = None) -> AdapterImage:
+    def read(
+        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
+    ) -> AdapterImage:
         """Read and validate an adapter in a process that holds whole adapters. Blocks, so it is called in a
         loader thread. Does not store the result.
 
         Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
         """
-        return self.finish(self.begin(name, path, progress))
+        return self.finish(self.begin(name, path, progress, files))
 
-    def begin(self, name: str, path: str, progress: Progress | None = None) -> Draft:
+    def begin(
+        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
+    ) -> Draft:
         """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
         Raises as :meth:`read`."""
         from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
@@ -70,6 +75,7 @@ class AdapterStore:
             known=self._known,
             allow_nonfinite=self._allow_nonfinite,
             progress=progress,
+            files=files,
         )
         return Draft(packed, self._order.layout, self._weights)
 

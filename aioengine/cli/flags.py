@@ -113,6 +113,8 @@ class EngineFlags:
     """What adapters may target; by default the seven linears of a layer."""
     max_cpu_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
     """A second bound on the CPU cache: bytes, or text such as 2GiB."""
+    max_held_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
+    """What adapters may take that are uploaded, and not read from disk."""
     max_concurrent_loads: Annotated[int | None, _IN_MORE_LORA] = None
     """Adapters that are read from disk at once."""
     load_retries: Annotated[int | None, _IN_MORE_LORA] = None

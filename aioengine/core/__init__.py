@@ -2,6 +2,16 @@
 
 from aioengine.core.core import Core, Step
 from aioengine.core.limits import CoreLimits
-from aioengine.core.state import CopyMove, DropMove, LoadMove, Move, StopMove
+from aioengine.core.state import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 
-__all__ = ["CopyMove", "Core", "CoreLimits", "DropMove", "LoadMove", "Move", "Step", "StopMove"]
+__all__ = [
+    "CopyMove",
+    "Core",
+    "CoreLimits",
+    "DropMove",
+    "LoadMove",
+    "Move",
+    "ReleaseMove",
+    "Step",
+    "StopMove",
+]

@@ -12,13 +12,27 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
-from aioengine.step import Sampled
+from aioengine.step import HeldFiles, Sampled
 
 
 class Status(Enum):
     WAITING = auto()
     RUNNING = auto()
     ENDED = auto()
+
+
+class AdapterFiles(Protocol):
+    """An adapter's files in memory."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def files(self) -> HeldFiles: ...
+    def share(self) -> AdapterFiles:
+        """The same files for another version; each is released on its own."""
+
+    def release(self) -> None:
+        """Free them; nothing that reads them has more to expect."""
 
 
 class AdapterEntry:
@@ -29,6 +43,7 @@ class AdapterEntry:
         "digest",
         "disk_seconds",
         "error",
+        "files",
         "found",
         "held",
         "label",
@@ -52,7 +67,16 @@ class AdapterEntry:
         "wanted_since",
     )
 
-    def __init__(self, uid: int, name: str, version: int, path: str, *, found: bool = False) -> None:
+    def __init__(
+        self,
+        uid: int,
+        name: str,
+        version: int,
+        path: str,
+        *,
+        found: bool = False,
+        files: AdapterFiles | None = None,
+    ) -> None:
         self.uid = uid
         self.label = name
         """The name that it was registered under."""
@@ -63,6 +87,8 @@ class AdapterEntry:
         self.found = found
         """Whether its folder was found by the resolver. If it cannot be read any more, the next request asks
         the resolver again."""
+        self.files = files
+        """What is read in place of a folder, for an adapter that was given in memory."""
         self.held = False
         """Whether it is published only on demand, and not when it has been read."""
         self.location = Location.DISK
@@ -137,7 +163,13 @@ class DropMove(NamedTuple):
     entry: AdapterEntry
 
 
-Move = LoadMove | StopMove | CopyMove | DropMove
+class ReleaseMove(NamedTuple):
+    """Free the files of a version that is gone and was given in memory."""
+
+    files: AdapterFiles
+
+
+Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove
 
 
 class Sink(Protocol):

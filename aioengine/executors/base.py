@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
-from aioengine.step import LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 
 class Device(ABC):
@@ -32,9 +32,15 @@ class Device(ABC):
 
     @abstractmethod
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
-        """Read an adapter from disk into the CPU cache.
+        """Read an adapter from disk, or from ``files``, into the CPU cache.
 
         Raises AdapterInvalid, AdapterTooLarge or AdapterLoadError.
         """

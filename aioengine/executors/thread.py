@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.executors.base import Device
-from aioengine.step import LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
@@ -37,9 +37,15 @@ class ThreadDevice(Device):
         return await loop.run_in_executor(self._step_thread, self.runner.execute, batch)
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
-        return await self._loader.load(uid, name, path, retrying, stalled)
+        return await self._loader.load(uid, name, path, retrying, stalled, files)
 
     async def place(self, uid: int, slot: int) -> float:
         loop = asyncio.get_running_loop()

@@ -11,7 +11,7 @@ from itertools import islice
 
 from aioengine.adapters.names import NAME_RULE, check_same_path, checked_path
 from aioengine.adapters.resolvers.base import AdapterResolver
-from aioengine.core.state import AdapterEntry, location_name
+from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import (
     AdapterLoadError,
     AdapterNotFound,
@@ -21,6 +21,8 @@ from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import PREFIX
 from aioengine.runtime.lookup import Resolution
 from aioengine.runtime.loop import Stepper
+from aioengine.runtime.stats import adapter_info, not_fetched
+from aioengine.runtime.waits import NameLocks
 from aioengine.schedulers.policy import Location
 
 
@@ -65,6 +67,9 @@ class AdapterOps:
         """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
         if name in self._residency.current or name in self._fetched:
             return
+        if isinstance(name, str) and "@" in name:
+            self._version(name)
+            return
         good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
         if not good or not self._resolution.can_resolve(name):
             raise self._not_found(name)
@@ -85,6 +90,8 @@ class AdapterOps:
         entry = self._residency.current.get(name)
         if entry is not None:
             return entry
+        if "@" in name:
+            return self._version(name)
         self.check_known(name)
         source = self._fetched.get(name)
         where = await self._resolution.locate(name, source, tenant, check)
@@ -95,6 +102,23 @@ class AdapterOps:
             raise self._not_found(name)
         self._fetched[name] = source
         return self._publish(name, where, found=True)
+
+    def _version(self, name: str) -> AdapterEntry:
+        """The version that "name@version" stands for, if it lives: the current one, or one that was replaced
+        and still has requests. Raises AdapterNotFound."""
+        label, _, version = name.rpartition("@")
+        current = self.find(label)
+        if version == str(current.version):
+            return current
+        entry = self._residency.by_policy_name.get(name)
+        if entry is None:
+            raise AdapterNotFound(
+                f"this version does not live: the current one is {current.version}, and one that was "
+                "replaced "
+                "goes when its last request has ended",
+                name=name,
+            )
+        return entry
 
     def _not_found(self, name: str) -> AdapterNotFound:
         current = self._residency.current
@@ -138,11 +162,16 @@ class AdapterOps:
         pin: bool,
         replace: bool,
         force_pin: bool = False,
+        held: AdapterFiles | None = None,
     ) -> AdapterInfo:
+        """``held``: what is read in place of a folder; ``path`` is then only what it is called."""
         with self._claimed(name, force=force_pin) if pin else nullcontext():
             async with self._locks.hold(name):
                 with self._under_way(name):
-                    await self._load_version(name, path, pin=pin, replace=replace)
+                    if held is None:
+                        await self._load_version(name, path, pin=pin, replace=replace)
+                    else:
+                        await self._load_held(name, held, str(path), pin=pin, replace=replace)
             if pin:
                 await self._stepper.until(lambda: self._is_in_slot(name), name)
         return self.info(name)
@@ -187,6 +216,17 @@ class AdapterOps:
         await self._read(entry, pin=pin)
         self._found_at(name, source)
 
+    async def _load_held(self, name: str, held: AdapterFiles, path: str, *, pin: bool, replace: bool) -> None:
+        known = self._registered_path(name)
+        if known is not None and not replace:
+            check_same_path(name, known, path)
+        await self._read(self._residency.declare(name, path, files=held), pin=pin)
+        self._fetched.pop(name, None)
+
+    def holds(self, held: AdapterFiles) -> bool:
+        """Whether a version has these files."""
+        return any(entry.files is held for entry in self._residency.entries.values())
+
     def _found_at(self, name: str, source: str | None) -> None:
         """Note the path that the current version was given by, if any."""
         if source is not None:
@@ -215,7 +255,9 @@ class AdapterOps:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
         looked up again if necessary."""
         if source is None and name not in self._fetched:
-            return self._residency.declare(name, self.find(name).path)
+            current = self.find(name)
+            files = None if current.files is None else current.files.share()
+            return self._residency.declare(name, current.path, files=files)
         if source is not None and not source.startswith(PREFIX):
             return self._residency.declare(name, source)
         where = await self._resolution.locate(
@@ -325,7 +367,7 @@ class AdapterOps:
     def list(self) -> list[AdapterInfo]:
         registered = [adapter_info(entry) for entry in self._residency.current.values()]
         return registered + [
-            _not_fetched(name, path)
+            not_fetched(name, path)
             for name, path in self._fetched.items()
             if path is not None and not self.is_registered(name)
         ]
@@ -338,7 +380,7 @@ class AdapterOps:
         """Raises AdapterNotFound."""
         path = self._fetched.get(name)
         if path is not None and not self.is_registered(name):
-            return _not_fetched(name, path)
+            return not_fetched(name, path)
         return adapter_info(self.find(name))
 
     def close(self, error: AioEngineError) -> None:
@@ -346,58 +388,5 @@ class AdapterOps:
         self._resolution.close(error)
 
 
-def adapter_info(entry: AdapterEntry) -> AdapterInfo:
-    return AdapterInfo(
-        name=entry.label,
-        version=entry.version,
-        path=entry.path,
-        rank=entry.rank,
-        bytes=entry.nbytes,
-        digest=entry.digest,
-        location=location_name(entry),
-        slot=entry.slot if entry.location is Location.SLOT else None,
-        pinned=entry.pinned,
-        running=entry.running,
-        waiting=len(entry.waiting),
-    )
-
-
-def _not_fetched(name: str, path: str) -> AdapterInfo:
-    """Whether it is declared but nothing of it is here yet."""
-    return AdapterInfo(
-        name=name,
-        version=0,
-        path=path,
-        rank=0,
-        bytes=0,
-        location="disk",
-        slot=None,
-        pinned=False,
-        running=0,
-        waiting=0,
-    )
-
-
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-class NameLocks:
-    """A lock for each name, which exists only while it is held or waited for."""
-
-    def __init__(self) -> None:
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-
-    @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
-        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
-        self._locks[name] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks[name]
-            if users == 1:
-                del self._locks[name]
-            else:
-                self._locks[name] = (lock, users - 1)

@@ -1,4 +1,4 @@
-"""Keeps running totals of events, and takes snapshots."""
+"""Keeps running totals of events, and describes the engine and its adapters as they stand now."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections import Counter
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.info import EngineLoad, EngineStats, SlotInfo
+from aioengine.core.state import AdapterEntry, location_name
+from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
 
@@ -116,4 +117,36 @@ def engine_load(core: Core, step_age: float) -> EngineLoad:
         kv_tokens_free=core.blocks.num_free * block,
         waiting_for=waiting_for,
         step_age=step_age,
+    )
+
+
+def adapter_info(entry: AdapterEntry) -> AdapterInfo:
+    return AdapterInfo(
+        name=entry.label,
+        version=entry.version,
+        path=entry.path,
+        rank=entry.rank,
+        bytes=entry.nbytes,
+        digest=entry.digest,
+        location=location_name(entry),
+        slot=entry.slot if entry.location is Location.SLOT else None,
+        pinned=entry.pinned,
+        running=entry.running,
+        waiting=len(entry.waiting),
+    )
+
+
+def not_fetched(name: str, path: str) -> AdapterInfo:
+    """Declared, and nothing of it is here yet."""
+    return AdapterInfo(
+        name=name,
+        version=0,
+        path=path,
+        rank=0,
+        bytes=0,
+        location="disk",
+        slot=None,
+        pinned=False,
+        running=0,
+        waiting=0,
     )

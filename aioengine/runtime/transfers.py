@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aioengine import events
-from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, StopMove
+from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import (
@@ -59,6 +59,8 @@ class AdapterMoves:
             case LoadMove(entry):
                 name = f"aioengine-load-{entry.label}"
                 self._reads[entry.uid] = self._spawn(self._load(entry), name, self._loads)
+            case ReleaseMove(files):
+                files.release()
             case StopMove(entry):
                 self._reads.pop(entry.uid).cancel()
             case CopyMove(entry, slot):
@@ -116,7 +118,8 @@ class AdapterMoves:
                 self._changed(entry.label)
 
         try:
-            done = await self._device.load(entry.uid, entry.label, entry.path, retrying, stalled)
+            files = None if entry.files is None else entry.files.files
+            done = await self._device.load(entry.uid, entry.label, entry.path, retrying, stalled, files)
         except EngineDead:
             return  # the device was lost, and that is dealt with as a whole
         except AdapterError as error:

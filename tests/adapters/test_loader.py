@@ -91,7 +91,7 @@ class FakeStore:
         self.reads = reads
         self.kept: dict[int, Any] = {}
 
-    def read(self, name: str, path: str, progress: Any) -> Any:
+    def read(self, name: str, path: str, progress: Any, files: Any) -> Any:
         self.reads.get(name, lambda: None)()
         return SimpleNamespace(rank=4, nbytes=10, digest=name)
 

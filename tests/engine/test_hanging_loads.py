@@ -43,7 +43,7 @@ class Loader(BaseLoader[Found]):
         self._pieces = pieces
         self.tasks: set[asyncio.Task[Found]] = set()
 
-    async def _read(self, name: str, path: str, progress: Progress) -> Found:
+    async def _read(self, name: str, path: str, progress: Progress, files: Any) -> Found:
         self.reads.append(name)
         task = asyncio.get_running_loop().create_task(self._thread(name, progress))
         self.tasks.add(task)
@@ -67,7 +67,9 @@ class Reading(Device):
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Any, stalled: Any, files: Any = None
+    ) -> LoadedAdapter:
         return await self._loader.load(uid, name, path, retrying, stalled)
 
     async def place(self, uid: int, slot: int) -> float:

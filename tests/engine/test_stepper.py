@@ -98,7 +98,9 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
     class Flaky(Steady):
         reads = 0
 
-        async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
+        async def load(
+            self, uid: int, name: str, path: str, retrying: Any, stalled: Any, files: Any = None
+        ) -> LoadedAdapter:
             return await Backoff(3, 100.0).run(self.read, retrying)
 
         async def read(self) -> LoadedAdapter:

@@ -14,7 +14,16 @@ from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, 
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.transfers import SharedStage
-from aioengine.step import LoadedAdapter, Retrying, Sampled, SequenceWork, Stalled, StepBatch, StepResult
+from aioengine.step import (
+    HeldFiles,
+    LoadedAdapter,
+    Retrying,
+    Sampled,
+    SequenceWork,
+    Stalled,
+    StepBatch,
+    StepResult,
+)
 
 MAX_RANK = 16
 VOCABULARY = 997
@@ -223,9 +232,15 @@ class FaultyDevice(SimulatedDevice):
         return Sampled(token_at(work.request_id, until - work.prompt_len))
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
-        return await self.loader.load(uid, name, path, retrying, stalled)
+        return await self.loader.load(uid, name, path, retrying, stalled, files)
 
     async def place(self, uid: int, slot: int) -> float:
         memory, rng = self.memory, self._rng
@@ -305,14 +320,20 @@ class FaultyLoader(BaseLoader[Found]):
         """Reads that were given up."""
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
         loop = asyncio.get_running_loop()
         start = loop.time()
-        done = await super().load(uid, name, path, retrying, stalled)
+        done = await super().load(uid, name, path, retrying, stalled, files)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
-    async def _read(self, name: str, path: str, progress: Progress) -> Found:
+    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> Found:
         losses = self._memory.generation()
         reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
         reading.add_done_callback(lambda _: setattr(progress, "running", False))

@@ -15,6 +15,7 @@ from support.engine_fixtures import Tiny, greedy, prompt_of
 from aioengine import AsyncEngine
 from aioengine.adapters.read_threads import Progress
 from aioengine.adapters.store import AdapterStore
+from aioengine.step import HeldFiles
 
 STREAMS: tuple[str | None, ...] = (None, "good", "other", "good")
 LENGTH = 40
@@ -107,7 +108,9 @@ class Reads:
         self.count: dict[str, int] = {}
         original = AdapterStore.read
 
-        def read(store: AdapterStore, name: str, path: str, progress: Progress) -> object:
+        def read(
+            store: AdapterStore, name: str, path: str, progress: Progress, files: HeldFiles | None
+        ) -> object:
             self.count[name] = self.count.get(name, 0) + 1
             self.before.get(name, lambda: None)()
             return original(store, name, path, progress)

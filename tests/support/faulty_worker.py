@@ -30,14 +30,14 @@ class Store:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def begin(self, name: str, path: str, progress: Any) -> Any:
+    def begin(self, name: str, path: str, progress: Any, files: Any) -> Any:
         if name == "hang" or name == f"hang-{self._rank}":
             time.sleep(60)
         if name == f"fail-{self._rank}":
             raise AdapterLoadError("a rank's disk is broken", name=name, path=path)
         if name == f"memory-{self._rank}":
             raise MemoryError
-        return self._store.begin(name, path, progress)
+        return self._store.begin(name, path, progress, files)
 
     def finish(self, draft: Any) -> Any:
         name = draft.packed.name

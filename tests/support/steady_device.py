@@ -17,7 +17,9 @@ class Steady(Device):
         await asyncio.sleep(0.01)
         return StepResult([Sampled(5) if work.sample else None for work in batch.sequences], 0.01)
 
-    async def load(self, uid: int, name: str, path: str, retrying: Any, stalled: Any) -> LoadedAdapter:
+    async def load(
+        self, uid: int, name: str, path: str, retrying: Any, stalled: Any, files: Any = None
+    ) -> LoadedAdapter:
         raise AdapterLoadError("not there", name=name, path=path)
 
     async def place(self, uid: int, slot: int) -> float:

@@ -7,7 +7,9 @@ import hashlib
 from threading import Event
 from typing import NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.peft.held import folder_of
+from aioengine.step import HeldFiles
 
 _PIECE_BYTES = 4 << 20
 """Size of one read. Reading and hashing release the interpreter lock, and each piece has to take it again."""
@@ -20,13 +22,13 @@ class ContentDigest(NamedTuple):
     """Version of the hashed files, as in :class:`aioengine.adapters.peft.folder.AdapterFolder`."""
 
 
-def content_digest(name: str, path: str, unwanted: Event) -> ContentDigest:
-    """Compute the digest of the adapter in the folder ``path``, whether it is valid or not. Blocks. Once
-    ``unwanted`` is set it ends soon, and the result has no meaning.
+def content_digest(name: str, path: str, unwanted: Event, files: HeldFiles | None = None) -> ContentDigest:
+    """Compute the digest of the adapter in the folder ``path``, or of ``files`` in its place, whether it is
+    valid or not. Blocks. Once ``unwanted`` is set it ends soon, and the result has no meaning.
 
     Raises AdapterLoadError if a file is missing, cannot be read, or changed while it was read.
     """
-    folder = AdapterFolder(name, path)
+    folder = folder_of(name, path, files)
     folder.check()
     digest = hashlib.sha256()
     piece = memoryview(bytearray(_PIECE_BYTES))

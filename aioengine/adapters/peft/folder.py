@@ -57,10 +57,12 @@ class _Version(NamedTuple):
 class OpenFile:
     """A file of the folder; ``size`` in bytes, as it was when it was opened."""
 
-    def __init__(self, folder: AdapterFolder, name: str, raw: io.FileIO, status: os.stat_result) -> None:
+    def __init__(
+        self, folder: AdapterFolder, name: str, raw: io.FileIO | io.BytesIO, *, size: int, written: float
+    ) -> None:
         self.name = name
-        self.size = status.st_size
-        self._written = status.st_mtime
+        self.size = size
+        self._written = written
         self._folder = folder
         self._raw = raw
 
@@ -153,7 +155,7 @@ class AdapterFolder:
             if not stat.S_ISREG(status.st_mode):
                 self.failed(f"{file} is not a regular file")
             self._versions[file] = _Version.of(status)
-            yield OpenFile(self, file, raw, status)
+            yield OpenFile(self, file, raw, size=status.st_size, written=status.st_mtime)
 
     def check_unchanged(self) -> None:
         """Raises AdapterLoadError if a file that was read is not the same any more.

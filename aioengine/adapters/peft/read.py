@@ -26,6 +26,7 @@ from aioengine.adapters.peft.folder import (
     AdapterFolder,
     OpenFile,
 )
+from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
 from aioengine.adapters.peft.pickled_file import PickledFile
 from aioengine.adapters.peft.shard_reads import Cut
@@ -35,6 +36,7 @@ from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
 from aioengine.model.slots.image import ImageShape
+from aioengine.step import HeldFiles
 
 _BIN_BYTES_BESIDE = 8 << 20
 """Bytes that a ``torch.save`` file may hold beside its tensors: names, headers, alignment, unused data."""
@@ -83,6 +85,7 @@ def read_adapter(
     known: KnownContents,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    files: HeldFiles | None = None,
 ) -> PackedAdapter:
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
@@ -96,13 +99,14 @@ def read_adapter(
             again.
         allow_nonfinite: accept NaN and infinity in the weights.
         progress: Told of each call on the folder's files.
+        files: What is read in place of a folder.
 
     Raises:
         AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
         AdapterInvalid: malformed, unsupported, or made for another base model.
         AdapterTooLarge: a module's rank exceeds ``max_rank``.
     """
-    folder = AdapterFolder(name, str(path), progress)
+    folder = folder_of(name, str(path), files, progress)
     folder.check()
     reader = _Reader(folder, order, dtype, base_weight, known, allow_nonfinite)
     try:

@@ -25,6 +25,8 @@ _MAX_COLONS = 8 * _MAX_TENSORS
 """A tensor's description has four. Decoding holds the interpreter lock for about a microsecond for each."""
 _MAX_DIMS = 8
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What a header calls them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

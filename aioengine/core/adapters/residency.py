@@ -14,7 +14,16 @@ from aioengine.core.adapters.failures import Failures
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
 from aioengine.core.guard import Tell
-from aioengine.core.state import AdapterEntry, CopyMove, DropMove, LoadMove, Move, StopMove
+from aioengine.core.state import (
+    AdapterEntry,
+    AdapterFiles,
+    CopyMove,
+    DropMove,
+    LoadMove,
+    Move,
+    ReleaseMove,
+    StopMove,
+)
 from aioengine.errors import AdapterError, EngineOverloaded
 from aioengine.schedulers.policy import Location
 
@@ -52,12 +61,15 @@ class Residency:
 
     # Registration
 
-    def declare(self, name: str, path: str, *, found: bool = False) -> AdapterEntry:
+    def declare(
+        self, name: str, path: str, *, found: bool = False, files: AdapterFiles | None = None
+    ) -> AdapterEntry:
         """Declare a new version of ``name``. No request can use it until it is published, which happens at
-        the latest when it has been read, unless it is ``held``. ``found``: whether its path was looked up."""
+        the latest when it has been read, unless it is ``held``. ``found``: whether its path was looked up;
+        ``files``: what is read in place of a folder."""
         version = self._last_version.get(name, 0) + 1
         self._last_version[name] = version
-        entry = AdapterEntry(self._next_uid, name, version, path, found=found)
+        entry = AdapterEntry(self._next_uid, name, version, path, found=found, files=files)
         self._next_uid += 1
         self.entries[entry.uid] = entry
         return entry
@@ -112,6 +124,8 @@ class Residency:
                 self._evict_cpu(entry, now)
             del self._retired[entry.uid]
             del self.entries[entry.uid]
+            if entry.files is not None:
+                self._moves.append(ReleaseMove(entry.files))
             if self.is_known(entry):
                 del self.by_policy_name[entry.name]
             self._emit(events.AdapterUnloaded(time=now, adapter=entry.label, version=entry.version))
@@ -294,7 +308,7 @@ class Residency:
         for entry in self.current.values():
             if entry.pinned and entry.wanted_since is None:
                 self.want(entry, now)
-        self._moves.clear()
+        self._moves = [move for move in self._moves if isinstance(move, ReleaseMove)]
 
     # CPU -> slot
 

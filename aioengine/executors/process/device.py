@@ -24,6 +24,7 @@ from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.model import constraints
 from aioengine.step import (
+    HeldFiles,
     LoadedAdapter,
     Retrying,
     Sampled,
@@ -105,9 +106,15 @@ class ProcessDevice(Device):
         return failed
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
-        return await self._loader.load(uid, name, path, retrying, stalled)
+        return await self._loader.load(uid, name, path, retrying, stalled, files)
 
     async def place(self, uid: int, slot: int) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""

@@ -17,7 +17,7 @@ import msgspec
 from aioengine import errors
 from aioengine.config import EngineConfig
 from aioengine.request import TokenLogprob
-from aioengine.step import Sampled
+from aioengine.step import HeldFiles, Sampled
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
@@ -110,6 +110,8 @@ class Read(_Message, frozen=True):
     number: int
     name: str
     path: str
+    files: HeldFiles | None = None
+    """What is read in place of a folder."""
 
 
 class Add(_Message, frozen=True):

@@ -13,6 +13,7 @@ from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.process.wire import Add, Discard, Done, Finish, Keep, Read, ReadDone
+from aioengine.step import HeldFiles
 
 if TYPE_CHECKING:
     from aioengine.executors.process.workers import Call, Workers
@@ -57,12 +58,12 @@ class WorkerLoader(BaseLoader[_Found]):
             self._ended(call)
         self._workers = workers
 
-    async def _read(self, name: str, path: str, progress: Progress) -> _Found:
+    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> _Found:
         workers = self._workers
-        reading = asked = workers.ask(lambda number: Read(number, name, path))
+        reading = asked = workers.ask(lambda number: Read(number, name, path, files))
         reading.moved = progress.moved
         try:
-            answers, content = await self._read_and_digest(reading, name, path, workers.size)
+            answers, content = await self._read_and_digest(reading, name, path, workers.size, files)
             first = answers[0]
             if any((a.rank, a.version) != (first.rank, content.version) for a in answers):
                 raise AdapterLoadError(
@@ -84,7 +85,7 @@ class WorkerLoader(BaseLoader[_Found]):
         return _Found(reading.number, first.rank, sum(a.nbytes for a in answers), content.digest)
 
     async def _read_and_digest(
-        self, reading: Call, name: str, path: str, size: int
+        self, reading: Call, name: str, path: str, size: int, files: HeldFiles | None
     ) -> tuple[list[ReadDone], ContentDigest]:
         """Read and compute the digest at the same time. Raises the first error of the two."""
         if size == 1:
@@ -93,7 +94,7 @@ class WorkerLoader(BaseLoader[_Found]):
         unwanted = Event()
         both = (
             asyncio.ensure_future(reading.of(ReadDone)),
-            asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted))),
+            asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted, files))),
         )
         try:
             return await asyncio.gather(*both)

@@ -66,7 +66,9 @@ class WorkerReads:
     def read(self, request: Read, store: AdapterStore) -> None:
         def work() -> None:
             try:
-                draft = store.begin(request.name, request.path, _Told(self._send, request.number))
+                draft = store.begin(
+                    request.name, request.path, _Told(self._send, request.number), request.files
+                )
                 squares = draft.squares
                 image = None if squares else store.finish(draft)
             except BaseException as error:

@@ -14,7 +14,7 @@ from aioengine.executors.base import Device
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
-from aioengine.step import LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 
 class ProbedStep(NamedTuple):
@@ -121,9 +121,15 @@ class _ProbedDevice(Device):
         return result
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
-        return await self._device.load(uid, name, path, retrying, stalled)
+        return await self._device.load(uid, name, path, retrying, stalled, files)
 
     async def place(self, uid: int, slot: int) -> float:
         return await self._device.place(uid, slot)

@@ -10,7 +10,7 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import LoadedAdapter, Retrying, Sampled, Stalled, StepBatch, StepResult
+from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Sampled, Stalled, StepBatch, StepResult
 
 
 class SimulatedDevice(Device):
@@ -51,7 +51,13 @@ class SimulatedDevice(Device):
         return StepResult(sampled, took - overhead)
 
     async def load(
-        self, uid: int, name: str, path: str, retrying: Retrying, stalled: Stalled
+        self,
+        uid: int,
+        name: str,
+        path: str,
+        retrying: Retrying,
+        stalled: Stalled,
+        files: HeldFiles | None = None,
     ) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
         can hold."""

@@ -1,0 +1,282 @@
+"""Adapters that are given in memory: tensors, or the content of files. No folder is written.
+
+What is given becomes what ``save_pretrained`` would have written, in anonymous memory (``memfd_create``): it
+is read and checked as a folder is, by every rank that needs it, and again after the adapter has left the CPU
+cache or the workers were lost. The giver may change the tensors as soon as the adapter is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import io
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioengine.adapters.peft.folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    SAFETENSORS_FILE,
+    AdapterFolder,
+    OpenFile,
+)
+from aioengine.adapters.read_threads import Progress
+from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.step import HeldFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BytesLike = bytes | bytearray | memoryview
+
+MAX_HELD = 256
+"""Adapters that an engine holds so: each keeps a file descriptor."""
+_PIECE_BYTES = 64 << 20
+_ALIGN = 8
+
+
+class HeldAdapter:
+    """Owns the memory of an adapter's files until it is released or collected. ``path`` is what errors and
+    ``AdapterInfo`` call it; no file system has it."""
+
+    def __init__(self, name: str, path: str, config: bytes, descriptor: int, nbytes: int) -> None:
+        self.name = name
+        self.path = path
+        self.nbytes = nbytes
+        self.files = HeldFiles(config, f"/proc/{os.getpid()}/fd/{descriptor}")
+        self._descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+    @property
+    def alive(self) -> bool:
+        return self._close.alive
+
+    def release(self) -> None:
+        """Free the memory; may be called again."""
+        self._close()
+
+    def share(self) -> HeldAdapter:
+        """The same memory under another owner. Raises AdapterLoadError if there are too many open files."""
+        with _full(self.name, self.path):
+            return HeldAdapter(self.name, self.path, self.files.config, os.dup(self._descriptor), self.nbytes)
+
+
+class HeldFolder(AdapterFolder):
+    """The files as if they were in a folder."""
+
+    def __init__(self, name: str, path: str, files: HeldFiles, progress: Progress | None = None) -> None:
+        super().__init__(name, path, progress)
+        self._files = files
+
+    def check(self) -> None:
+        pass
+
+    def weights_file(self) -> str:
+        return SAFETENSORS_FILE
+
+    @contextmanager
+    def open(self, file: str) -> Iterator[OpenFile]:
+        if file == CONFIG_FILE:
+            size = len(self._files.config)
+            yield OpenFile(self, file, io.BytesIO(self._files.config), size=size, written=0.0)
+        else:
+            with super().open(file) as opened:
+                yield opened
+
+    def _join(self, file: str) -> str:
+        return self._files.weights
+
+
+def folder_of(
+    name: str, path: str, files: HeldFiles | None, progress: Progress | None = None
+) -> AdapterFolder:
+    """The folder at ``path``, or ``files`` in its place."""
+    return AdapterFolder(name, path, progress) if files is None else HeldFolder(name, path, files, progress)
+
+
+def hold_tensors(
+    name: str, path: str, tensors: Mapping[str, Tensor], config: object, *, room: int
+) -> HeldAdapter:
+    """Copy ``tensors``, named as PEFT names them in a file, and the configuration. Blocking.
+
+    Args:
+        path: What errors call it.
+        config: A ``peft.LoraConfig``, or a mapping of its fields.
+        room: Bytes that the tensors may take.
+
+    Raises:
+        AdapterInvalid: what is given has another form.
+        AdapterLoadError: there is no room for it.
+    """
+    text = _config_text(name, path, config)
+    entries = _entries(name, path, tensors)
+    total = sum(tensor.nbytes for _, tensor in entries)
+    _check_room(name, path, total, room)
+    header = _header(entries)
+    descriptor = _memory(name, path)
+    held = HeldAdapter(name, path, text, descriptor, len(header) + total)
+    with _full(name, path):
+        _write(descriptor, memoryview(header))
+        for _, tensor in entries:
+            _write_tensor(descriptor, tensor)
+    _seal(descriptor)
+    return held
+
+
+def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:
+    """Copy the content of ``adapter_config.json`` and ``adapter_model.safetensors``. Blocking. Raises as
+    :func:`hold_tensors`."""
+    if len(config) > MAX_CONFIG_BYTES:
+        raise AdapterInvalid(
+            f"{CONFIG_FILE}: {len(config)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path
+        )
+    _check_room(name, path, len(weights), room)
+    descriptor = _memory(name, path)
+    held = HeldAdapter(name, path, config, descriptor, len(weights))
+    with _full(name, path):
+        _write(descriptor, weights)
+    _seal(descriptor)
+    return held
+
+
+def _config_text(name: str, path: str, config: object) -> bytes:
+    """As PEFT writes it: sets as sorted lists, enumerations as their values."""
+    to_dict = getattr(config, "to_dict", None)
+    fields = to_dict() if callable(to_dict) else config
+    if not isinstance(fields, Mapping):
+        raise AdapterInvalid(
+            f"config={type(config).__name__}: expected a peft.LoraConfig, or a dict of its fields",
+            name=name,
+            path=path,
+        )
+
+    try:
+        text = msgspec.json.encode(_plain(fields))
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise AdapterInvalid(f"config: cannot be written as JSON: {error}", name=name, path=path) from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise AdapterInvalid(f"config: {len(text)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """A part of PEFT's configuration as its own files have it."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return _plain(vars(value))
+    return value
+
+
+def _entries(name: str, path: str, tensors: object) -> list[tuple[str, Tensor]]:
+    """Sorted, the widest first, so that each is aligned."""
+    import torch
+
+    from aioengine.adapters.peft.weights_file import DTYPE_NAMES
+
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise AdapterInvalid(
+            "tensors: expected a dict of PEFT's names to tensors, as get_peft_model_state_dict returns it",
+            name=name,
+            path=path,
+        )
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise AdapterInvalid(
+                f"tensors[{str(key)[:200]!r}]: expected a torch.Tensor under a str, found "
+                f"{type(tensor).__name__} under {type(key).__name__}",
+                name=name,
+                path=path,
+            )
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+            raise AdapterInvalid(
+                f"tensors[{key[:200]!r}]: {tensor.dtype} on {tensor.device} ({tensor.layout}) is not "
+                "supported; "
+                f"expected a dense tensor of {', '.join(str(dtype) for dtype in DTYPE_NAMES)}",
+                name=name,
+                path=path,
+            )
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
+
+def _header(entries: list[tuple[str, Tensor]]) -> bytes:
+    from aioengine.adapters.peft.weights_file import DTYPE_NAMES
+
+    described: dict[str, object] = {}
+    end = 0
+    for key, tensor in entries:
+        begin, end = end, end + tensor.nbytes
+        described[key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = msgspec.json.encode(described)
+    text += b" " * (-len(text) % _ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _check_room(name: str, path: str, nbytes: int, room: int) -> None:
+    if nbytes > room:
+        raise AdapterLoadError(
+            f"it takes {nbytes:,} bytes, and LoRAConfig.max_held_lora_bytes has room for {max(room, 0):,} "
+            "more; "
+            "unload adapters that were given in memory, raise it, or load this one from a folder",
+            name=name,
+            path=path,
+        )
+
+
+def _memory(name: str, path: str) -> int:
+    """The descriptor of an empty anonymous file."""
+    if not hasattr(os, "memfd_create"):
+        raise AdapterLoadError(
+            "adapters can be given in memory on Linux only: save it with save_pretrained and load the folder",
+            name=name,
+            path=path,
+        )
+    with _full(name, path):
+        return os.memfd_create("aioengine-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+@contextmanager
+def _full(name: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterLoadError(
+            f"there is no memory, or no file descriptor, to hold it: {error.strerror}", name=name, path=path
+        ) from error
+
+
+def _write_tensor(descriptor: int, tensor: Tensor) -> None:
+    """From where it is, if that is in order on the CPU."""
+    here = tensor.detach().to("cpu").contiguous()
+    if here.nbytes:
+        memory = (ctypes.c_char * here.nbytes).from_address(here.data_ptr())
+        _write(descriptor, memoryview(memory).cast("B"))
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    """All of it. Releases the interpreter lock; in pieces, so that a signal need not wait for all."""
+    done = 0
+    while done < len(data):
+        done += os.write(descriptor, data[done : done + _PIECE_BYTES])
+
+
+def _seal(descriptor: int) -> None:
+    """Nobody can change it any more."""
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)

@@ -1,0 +1,120 @@
+"""Loading adapters that are given in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from aioengine.adapters.names import check_name
+from aioengine.adapters.peft.held import MAX_HELD, HeldAdapter, hold_files, hold_tensors
+from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.info import AdapterInfo
+from aioengine.runtime.adapters import AdapterOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class HeldAdapters:
+    """Copies what is given in ``work``, a thread, and has it loaded. ``most`` bytes of such copies may
+    live."""
+
+    def __init__(self, adapters: AdapterOps, work: ThreadPoolExecutor, most: int) -> None:
+        self._adapters = adapters
+        self._work = work
+        self._most = most
+        self._given = 0
+        self._living: WeakSet[HeldAdapter] = WeakSet()
+        self._coming: list[int] = []
+        """Sizes of those that are being copied."""
+
+    async def load_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        config: object,
+        *,
+        pin: bool,
+        replace: bool,
+        force_pin: bool = False,
+    ) -> AdapterInfo:
+        nbytes = _nbytes(tensors)
+        held = await self._hold(
+            name, nbytes, lambda path, room: hold_tensors(name, path, tensors, config, room=room)
+        )
+        return await self._load(name, held, pin=pin, replace=replace, force_pin=force_pin)
+
+    async def load_state(
+        self, name: str, model: object, adapter_name: str | None, *, pin: bool, replace: bool
+    ) -> AdapterInfo:
+        peft: Any = sys.modules.get("peft")  # who has such a model has imported it
+        if peft is None or not isinstance(model, peft.PeftModel):
+            raise AdapterInvalid(f"model={type(model).__name__}: expected a peft.PeftModel", name=str(name))
+        live: Any = model
+        active = live.active_adapter if adapter_name is None else adapter_name
+        if active not in live.peft_config:
+            raise AdapterInvalid(
+                f"adapter_name={active!r}: the model has {', '.join(live.peft_config)}", name=str(name)
+            )
+        # Embeddings of the base model are not the adapter's, and to look for them may take a network.
+        state = peft.get_peft_model_state_dict(live, adapter_name=active, save_embedding_layers=False)
+        return await self.load_tensors(name, state, live.peft_config[active], pin=pin, replace=replace)
+
+    async def load_files(
+        self, name: str, config: bytes, weights: memoryview, *, pin: bool, replace: bool
+    ) -> AdapterInfo:
+        held = await self._hold(
+            name, len(weights), lambda path, room: hold_files(name, path, config, weights, room=room)
+        )
+        return await self._load(name, held, pin=pin, replace=replace, force_pin=False)
+
+    async def _load(
+        self, name: str, held: HeldAdapter, *, pin: bool, replace: bool, force_pin: bool
+    ) -> AdapterInfo:
+        try:
+            return await self._adapters.load(
+                name, held.path, pin=pin, replace=replace, force_pin=force_pin, held=held
+            )
+        except BaseException:
+            if not self._adapters.holds(held):
+                held.release()  # and not when whoever keeps the error lets go of it
+            raise
+
+    def close(self) -> None:
+        """Free all of it: the engine has stopped."""
+        for held in self._living:
+            held.release()
+
+    async def _hold(self, name: str, nbytes: int, hold: Callable[[str, int], HeldAdapter]) -> HeldAdapter:
+        self._given += 1
+        path = f"memory:{self._given}"
+        check_name(name, path)
+        living = [held for held in self._living if held.alive]
+        count = len(living) + len(self._coming)
+        if count >= MAX_HELD:
+            raise AdapterLoadError(
+                f"{count} adapters that were given in memory live, as many as can: unload some, or load "
+                "this one "
+                "from a folder",
+                name=name,
+                path=path,
+            )
+        room = self._most - sum(held.nbytes for held in living) - sum(self._coming)
+        self._coming.append(nbytes)
+        try:
+            # If the caller is cancelled, the copy ends by itself and is freed.
+            held = await asyncio.get_running_loop().run_in_executor(self._work, hold, path, room)
+        finally:
+            self._coming.remove(nbytes)
+        self._living.add(held)
+        return held
+
+
+def _nbytes(tensors: object) -> int:
+    """Of what are tensors; what is not is refused later."""
+    values = tensors.values() if isinstance(tensors, Mapping) else ()
+    return sum(getattr(tensor, "nbytes", 0) for tensor in values)
