@@ -17,7 +17,7 @@ def policies(*, common: CommonFlags | None = None) -> int:
     from aioengine.cli.tables import output_console
     from aioengine.schedulers import available_parts, available_policies
     from aioengine.schedulers.registry import KINDS
-    from aioengine.schedulers.routing import available_placements, available_routers
+    from aioengine.schedulers.routing import available_autoscalers, available_placements, available_routers
 
     console = output_console()
     whole = [info for info in available_policies().values() if info.kind == "policy"]
@@ -54,6 +54,7 @@ def policies(*, common: CommonFlags | None = None) -> int:
     for title, of_fleet in (
         ("routers, of a fleet", available_routers()),
         ("placement of adapters, of a fleet", available_placements()),
+        ("number of replicas, of a fleet", available_autoscalers()),
     ):
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)

@@ -25,6 +25,9 @@ class ReplicaReporter:
         self._load_seconds: float | None = None
         self._slot_seconds: float | None = None
         self._seconds_per_token: float | None = None
+        self._service_seconds: float | None = None
+        self._queued: dict[str, float] = {}
+        """Seconds that each admitted request had waited."""
         self.version = 0
         """Counts the changes of what is in slots, in the CPU cache or on the way there."""
         for request in core.queues.all:
@@ -45,8 +48,14 @@ class ReplicaReporter:
         match event:
             case events.RequestAdded():
                 self._wait(event.request_id, event.prompt_tokens)
-            case events.RequestAdmitted() | events.RequestEnded():
+            case events.RequestAdmitted():
                 self._waiting_tokens -= self._waiting.pop(event.request_id, 0)
+                self._queued.setdefault(event.request_id, event.queue_seconds)
+            case events.RequestEnded():
+                self._waiting_tokens -= self._waiting.pop(event.request_id, 0)
+                queued = self._queued.pop(event.request_id, None)
+                if queued is not None and event.output_tokens:
+                    self._service_seconds = _average(self._service_seconds, event.seconds - queued)
             case events.RequestPreempted():
                 request = self._core.requests.get(event.request_id)
                 if request is not None:
@@ -95,6 +104,7 @@ class ReplicaReporter:
             load_seconds=self._load_seconds,
             slot_seconds=self._slot_seconds,
             seconds_per_token=self._seconds_per_token,
+            service_seconds=self._service_seconds,
             tiers=self._tiers() if tiers else None,
         )
 

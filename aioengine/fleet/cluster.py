@@ -224,10 +224,11 @@ def _check_cluster(config: FleetConfig) -> None:
     """Raises ConfigError if the cluster has too few CPUs for the replicas."""
     import ray
 
-    needed, there = config.replicas * config.cpus_per_replica, ray.cluster_resources().get("CPU", 0)
+    most = config.bounds[1]
+    needed, there = most * config.cpus_per_replica, ray.cluster_resources().get("CPU", 0)
     if there < needed:
         raise ConfigError(
-            f"replicas={config.replicas}: {needed} CPUs are needed (cpus_per_replica="
+            f"replicas={most}: {needed} CPUs are needed (cpus_per_replica="
             f"{config.cpus_per_replica}), and the Ray cluster has {there:g}; lower replicas, or add nodes"
         )
 

@@ -14,6 +14,7 @@ import msgspec
 from aioengine.config import EngineConfig, refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
+from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 CONFIG_VARIABLE = "AIOENGINE_CONFIG"
 
@@ -33,6 +34,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A router by name; ``aioengine policies`` lists them."""
     placement: str = "none"
     """Which adapters are brought where, apart from requests that need them; by name."""
+    autoscale: str | None = None
+    """Scaling policy by name, with its bounds: "waiting_work:least=1,most=4". ``replicas`` are there at
+    first. None: there are always as many."""
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
     served_model_names: tuple[str, ...] = ()
@@ -81,7 +85,21 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError("name='': must not be empty")
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
-        check_policies(self.router, self.placement)
+        check_policies(self.router, self.placement, self.autoscale)
+        if not max(self.bounds[0], 1) <= self.replicas <= self.bounds[1]:
+            least, most = self.bounds
+            raise ConfigError(
+                f"replicas={self.replicas}: must be within the bounds of autoscale={self.autoscale!r}, "
+                f"which are {least} and {most}, and at least 1 at first"
+            )
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """How many replicas there are at least and at most."""
+        if self.autoscale is None:
+            return self.replicas, self.replicas
+        policy = load_autoscaler(self.autoscale)
+        return policy.least, policy.most
 
     @property
     def replays(self) -> bool:
@@ -129,12 +147,12 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return cls.from_toml(path)
 
 
-def check_policies(router: str, placement: str) -> None:
+def check_policies(router: str, placement: str, autoscale: str | None = None) -> None:
     """Raises ConfigError if one cannot be had; the message names the nearest."""
-    from aioengine.schedulers.routing import load_placement, load_router
-
     try:
         load_router(router)
         load_placement(placement)
+        if autoscale is not None:
+            load_autoscaler(autoscale)
     except ValueError as error:
         raise ConfigError(str(error)) from error

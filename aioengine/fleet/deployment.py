@@ -70,21 +70,43 @@ def _replicas(config: FleetConfig) -> Any:
     }
     if config.engine.device == "cuda":
         options["num_gpus"] = 1
+    number: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.autoscale is not None:
+        number = {"autoscaling_config": _autoscaling(config)}
     deployment = serve.deployment(
         EngineReplica,
         name="EngineReplica",
-        num_replicas=config.replicas,
+        **number,
         max_ongoing_requests=MAX_STREAMS,
         health_check_period_s=1.0,
         health_check_timeout_s=max(5.0, config.silent_seconds),
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=30.0,
         ray_actor_options=options,
-        max_constructor_retry_count=START_TRIES * config.replicas,
+        max_constructor_retry_count=START_TRIES * config.bounds[1],
         request_router_config=RequestRouterConfig(request_router_class=ROUTER_PATH),
         logging_config=_quiet(),
     )
     return deployment.bind(config, hashlib.sha256(encode_config(config)).hexdigest())
+
+
+def _autoscaling(config: FleetConfig) -> Any:
+    """Serve's own delays are 0: the policy has its own."""
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    from aioengine.fleet.autoscaling import METRICS_SECONDS, POLICY_PATH
+
+    least, most = config.bounds
+    return AutoscalingConfig(
+        min_replicas=least,
+        initial_replicas=config.replicas,
+        max_replicas=most,
+        metrics_interval_s=METRICS_SECONDS,
+        look_back_period_s=2 * METRICS_SECONDS,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(policy_function=POLICY_PATH, policy_kwargs={"spec": config.autoscale}),
+    )
 
 
 def _quiet() -> Any:

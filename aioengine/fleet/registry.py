@@ -108,7 +108,8 @@ def _write(url: str, data: bytes) -> None:
 
 
 def registry_actor(application: str, checkpoint: str | None) -> Any:
-    """The actor of an application, made if there is none yet."""
+    """The actor of an application, made if there is none yet. It runs on Ray's head node, so that no other
+    node's death ends it."""
     import ray
 
     actor = ray.remote(AdapterRegistry)
@@ -120,5 +121,6 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
         max_restarts=-1,
         max_task_retries=3,
         num_cpus=0,
+        resources={"node:__internal_head__": 0.001},
         max_concurrency=1000,
     ).remote(checkpoint)

@@ -32,6 +32,7 @@ from aioengine.grammars.service import Grammars
 from aioengine.info import AdapterInfo
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
+from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -191,6 +192,7 @@ class EngineReplica:
             load_seconds=self._speed.load,
             slot_seconds=self._speed.slot,
             seconds_per_token=self._speed.token,
+            service_seconds=self._speed.service,
             step_age=load.step_age,
             draining=self._draining,
             state=self.engine.state,
@@ -274,6 +276,24 @@ class EngineReplica:
         if took > self._config.step_seconds:
             raise EngineDead(f"a step has taken {took:.0f} s: the model hangs")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this for the scaling policy, of whose :class:`~aioengine.fleet.autoscaling.Load` these
+        are the fields."""
+        load = self.engine.load()
+        slots = {slot.adapter for slot in self.engine.slots().slots}
+        waiting = {name for name in load.waiting_for if name is not None}
+        return {
+            "waiting": load.waiting,
+            "running": load.running,
+            "max_running": self._config.engine.max_num_seqs,
+            "queue_seconds": (load.waiting_tokens + load.running)
+            * (self._speed.token or GUESSED_SECONDS_PER_TOKEN),
+            "adapters_waiting": len(waiting - slots),
+            "load_seconds": self._speed.load or 0.0,
+            "slot_seconds": self._speed.slot or 0.0,
+            "service_seconds": self._speed.service or 0.0,
+        }
+
     async def stop(self) -> None:
         for box in list(self._boxes.values()):
             await box.close()
@@ -294,9 +314,13 @@ def _own_id() -> str:
 
 
 class _Speed:
-    """Moving averages of what loads, copies and prompt tokens take, in seconds."""
+    """Moving averages of what loads, copies, prompt tokens and requests take, in seconds."""
 
     def __init__(self) -> None:
+        self.service: float | None = None
+        """From a request's admission to its end."""
+        self._queued: dict[str, float] = {}
+        """Seconds that each admitted request had waited."""
         self.load: float | None = None
         self.slot: float | None = None
         self.token: float | None = None
@@ -307,6 +331,12 @@ class _Speed:
                 self.load = _smooth(self.load, event.seconds)
             case events.AdapterPlaced():
                 self.slot = _smooth(self.slot, event.seconds)
+            case events.RequestAdmitted():
+                self._queued.setdefault(event.request_id, event.queue_seconds)
+            case events.RequestEnded():
+                queued = self._queued.pop(event.request_id, None)
+                if queued is not None and event.output_tokens:
+                    self.service = _smooth(self.service, event.seconds - queued)
             case events.StepFinished() if event.prefill_tokens > 0:
                 tokens = event.prefill_tokens + event.decode_tokens
                 self.token = _smooth(self.token, event.seconds / tokens)

@@ -81,6 +81,7 @@ class Status(msgspec.Struct, array_like=True):
     load_seconds: float | None
     slot_seconds: float | None
     seconds_per_token: float | None
+    service_seconds: float | None
     step_age: float
     draining: bool
     state: str

@@ -2,6 +2,7 @@
 fleet."""
 
 from aioengine.schedulers.policy import Location
+from aioengine.schedulers.routing.autoscaling import Scaling, ScalingPolicy
 from aioengine.schedulers.routing.fleet import FleetState
 from aioengine.schedulers.routing.guard import PlacementGuard, RouterGuard
 from aioengine.schedulers.routing.interface import (
@@ -21,8 +22,10 @@ from aioengine.schedulers.routing.registry import (
     DEFAULT_PLACEMENT,
     DEFAULT_ROUTER,
     RoutingInfo,
+    available_autoscalers,
     available_placements,
     available_routers,
+    load_autoscaler,
     load_placement,
     load_router,
 )
@@ -49,9 +52,13 @@ __all__ = [
     "RouterGuard",
     "RouterPolicy",
     "RoutingInfo",
+    "Scaling",
+    "ScalingPolicy",
     "Tiers",
+    "available_autoscalers",
     "available_placements",
     "available_routers",
+    "load_autoscaler",
     "load_placement",
     "load_router",
     "prefix_hashes",

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from aioengine.schedulers.routing.interface import FleetView, ReplicaView
+
+class ReplicaLoad(Protocol):
+    """The part of a :class:`~aioengine.schedulers.routing.interface.ReplicaView` that says how busy it is."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def max_running(self) -> int: ...
+    @property
+    def queue_seconds(self) -> float: ...
+    @property
+    def adapters_waiting(self) -> int: ...
+    @property
+    def load_seconds(self) -> float | None: ...
+    @property
+    def slot_seconds(self) -> float | None: ...
+    @property
+    def service_seconds(self) -> float | None: ...
+
+
+class ScalingView(Protocol):
+    """What a scaling policy sees; a :class:`~aioengine.schedulers.routing.interface.FleetView` is one."""
+
+    @property
+    def now(self) -> float: ...
+    @property
+    def accepting(self) -> Sequence[ReplicaLoad]: ...
 
 
 class Scaling(NamedTuple):
@@ -15,14 +45,36 @@ class Scaling(NamedTuple):
     reason: str
 
 
-class WaitingWork:
+class ScalingPolicy(ABC):
+    """Base of all policies that say how many replicas there should be. ``least`` and ``most`` are its bounds:
+    what it answers lies between them."""
+
+    source: str = ""
+    """The paper or project that it is from, in one line."""
+    worst_case: str = ""
+    """In words: the worst that it can do to the fleet."""
+    least: int = 1
+    most: int = 1
+
+    @abstractmethod
+    def replicas(self, view: ScalingView, now: int, *, waiting: int = 0) -> Scaling:
+        """Return the wanted number of replicas. Called every second or more often.
+
+        Args:
+            now: Replicas now, starting ones included.
+            waiting: Requests that wait at the door because no replica is there.
+        """
+
+
+class WaitingWork(ScalingPolicy):
     """Adds replicas when the work that waits is more than ``target`` seconds of what the fleet can do, and
     takes them away when what is left would still be less than ``low`` times that, for ``cool_down`` seconds
     on end.
 
-    Work is seconds of computing that wait (prompt tokens at the measured speed), and seconds of loading and
-    of waiting for slots for the adapters that wait. Growth is at once and by at most a factor of 2 each
-    ``settle`` seconds, because a new replica takes time before it helps.
+    Work is seconds of computing that wait (prompt tokens at the measured speed), seconds of loading and of
+    waiting for slots for the adapters that wait, and, for requests beyond those that may run at once, the
+    time until others have ended. Growth is at once and by at most a factor of 2 each ``settle`` seconds,
+    because a new replica takes time before it helps.
 
     Args:
         least: Minimum number of replicas; 0 lets the fleet scale to zero.
@@ -34,6 +86,9 @@ class WaitingWork:
 
     Raises ValueError if a value is out of range.
     """
+
+    source = "own"
+    worst_case = "has twice as many replicas as needed for one cool-down after a burst that has ended"
 
     def __init__(
         self,
@@ -52,20 +107,14 @@ class WaitingWork:
             raise ValueError(f"low={low}: must be between 0 and 1")
         if not (cool_down >= 0 and settle >= 0):
             raise ValueError(f"cool_down={cool_down}, settle={settle}: must be at least 0 seconds")
-        self._least, self._most = least, most
+        self.least, self.most = least, most
         self._target, self._low = target, low
         self._cool_down, self._settle = cool_down, settle
         self._grown: float | None = None
         self._calm_since: float | None = None
 
-    def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
-        """Return the wanted number of replicas.
-
-        Args:
-            now: Replicas now, starting ones included.
-            waiting: Requests that wait at the door because no replica is there.
-        """
-        bounded = min(max(now, self._least), self._most)
+    def replicas(self, view: ScalingView, now: int, *, waiting: int = 0) -> Scaling:
+        bounded = min(max(now, self.least), self.most)
         if now == 0:
             return Scaling(max(bounded, 1), "requests wait") if waiting else Scaling(bounded, "nothing to do")
         work = sum(_work(replica) for replica in view.accepting)
@@ -76,7 +125,7 @@ class WaitingWork:
             if self._grown is not None and view.now - self._grown < self._settle:
                 return Scaling(bounded, "growing")
             self._grown = view.now
-            return Scaling(min(max(min(need, 2 * now), self._least), self._most), "work waits")
+            return Scaling(min(max(min(need, 2 * now), self.least), self.most), "work waits")
         left = now - 1
         calm = work < self._low * self._target * left if left else not busy and not waiting
         if not calm:
@@ -87,10 +136,12 @@ class WaitingWork:
         if view.now - self._calm_since < self._cool_down:
             return Scaling(bounded, "cooling down")
         self._calm_since = view.now
-        return Scaling(min(max(left, self._least), self._most), "idle")
+        return Scaling(min(max(left, self.least), self.most), "idle")
 
 
-def _work(replica: ReplicaView) -> float:
+def _work(replica: ReplicaLoad) -> float:
     """Return the seconds of work that wait on a replica."""
     each = (replica.load_seconds or 0.0) + (replica.slot_seconds or 0.0)
-    return replica.queue_seconds + replica.adapters_waiting * each
+    beyond = max(replica.waiting + replica.running - replica.max_running, 0)
+    turns = beyond / replica.max_running * (replica.service_seconds or 0.0)
+    return replica.queue_seconds + replica.adapters_waiting * each + turns

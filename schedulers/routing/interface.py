@@ -125,6 +125,10 @@ class ReplicaView(Protocol):
         """Measured seconds of step time for each prompt token computed."""
 
     @property
+    def service_seconds(self) -> float | None:
+        """Measured seconds from a request's admission to its end; None: none has ended yet."""
+
+    @property
     def queue_seconds(self) -> float:
         """Seconds of computing before a request that is sent now: ``waiting_tokens``, and a token for each
         running request, at the measured speed (until there is one, at a guess)."""

@@ -1,8 +1,8 @@
-"""Finding routers and placement policies by name, and building them with options.
+"""Finding routers, placement and scaling policies by name, and building them with options.
 
 Named as scheduler policies are: "affinity", "affinity:margin=0.5", "package.module:Class",
 "my_router.py:MyRouter". Installed packages add to the built-in names through the entry point groups
-``aioengine.routers`` and ``aioengine.placements``.
+``aioengine.routers``, ``aioengine.placements`` and ``aioengine.autoscalers``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from aioengine.schedulers.named import build, import_class, options_text, parse_named, summary, unknown
+from aioengine.schedulers.routing.autoscaling import ScalingPolicy
 from aioengine.schedulers.routing.interface import PlacementPolicy, RouterPolicy
 
 DEFAULT_ROUTER = "affinity"
@@ -33,10 +34,11 @@ _PLACEMENTS = {
     "hrw": f"{_HERE}.placement.hrw:RendezvousPlacement",
     "demand": f"{_HERE}.placement.demand:DemandPlacement",
 }
+_AUTOSCALERS = {"waiting_work": f"{_HERE}.autoscaling:WaitingWork"}
 
 
 class RoutingInfo(NamedTuple):
-    """What ``aioengine policies`` shows of a router or a placement policy."""
+    """What ``aioengine policies`` shows of a router, a placement or a scaling policy."""
 
     name: str
     summary: str
@@ -58,6 +60,11 @@ def available_placements() -> dict[str, RoutingInfo]:
     return _available("placement")
 
 
+def available_autoscalers() -> dict[str, RoutingInfo]:
+    """The policies for the number of replicas, by name."""
+    return _available("autoscaler")
+
+
 def load_router(spec: str) -> RouterPolicy:
     """Build the router that ``spec`` names; see the module's docstring for the forms.
 
@@ -76,6 +83,13 @@ def load_placement(spec: str) -> PlacementPolicy:
     return found
 
 
+def load_autoscaler(spec: str) -> ScalingPolicy:
+    """Build the scaling policy that ``spec`` names. Raises ValueError as :func:`load_router` does."""
+    found = _load("autoscaler", spec)
+    assert isinstance(found, ScalingPolicy)
+    return found
+
+
 class _Kind(NamedTuple):
     base: type[Any]
     built_in: dict[str, str]
@@ -85,6 +99,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "router": _Kind(RouterPolicy, _ROUTERS, "aioengine.routers"),
     "placement": _Kind(PlacementPolicy, _PLACEMENTS, "aioengine.placements"),
+    "autoscaler": _Kind(ScalingPolicy, _AUTOSCALERS, "aioengine.autoscalers"),
 }
 
 

@@ -55,6 +55,7 @@ class Report(NamedTuple):
     load_seconds: float | None = None
     slot_seconds: float | None = None
     seconds_per_token: float | None = None
+    service_seconds: float | None = None
     tiers: Tiers | None = None
     """None: as in the report before."""
 
@@ -149,6 +150,10 @@ class Replica:
     @property
     def seconds_per_token(self) -> float | None:
         return self._report.seconds_per_token
+
+    @property
+    def service_seconds(self) -> float | None:
+        return self._report.service_seconds
 
     def location(self, adapter: str) -> Location:
         found = self._tiers.get(adapter)

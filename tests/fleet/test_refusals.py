@@ -32,6 +32,9 @@ def config(**fields: Any) -> FleetConfig:
         ({"migration_limit": -1}, "migration_limit=-1"),
         ({"silent_seconds": 0.6}, "two heartbeats"),
         ({"name": ""}, "name=''"),
+        ({"autoscale": "waiting"}, "did you mean 'waiting_work'"),
+        ({"autoscale": "waiting_work:most=0"}, "least=1, most=0"),
+        ({"autoscale": "waiting_work:most=2", "replicas": 3}, "replicas=3: must be within the bounds"),
     ],
 )
 def test_fields(fields: dict[str, Any], match: str) -> None:

@@ -97,10 +97,10 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def fleet_server(model: Path, *flags: str, **environment: str) -> Iterator[FleetServer]:
-    """Two replicas of ``model``, in float32. All of it is killed at the end if it still runs."""
+def fleet_server(model: Path, *flags: str, replicas: int = 2, **environment: str) -> Iterator[FleetServer]:
+    """Replicas of ``model``, in float32. All of it is killed at the end if it still runs."""
     command = [sys.executable, "-m", "aioengine", "serve", "--model", str(model), "--port", "0", *SMALL]
-    command += ["--dtype", "float32", "--served-model-name", "tiny", "--replicas", "2", *flags]
+    command += ["--dtype", "float32", "--served-model-name", "tiny", "--replicas", str(replicas), *flags]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**clean, **environment})
     started: list[psutil.Process] = []

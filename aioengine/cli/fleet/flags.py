@@ -25,6 +25,8 @@ class FleetFlags:
     """Which replica a request goes to (affinity)."""
     placement: Annotated[str | None, _IN_MORE] = None
     """Which adapters are brought where beforehand (none)."""
+    autoscale: Annotated[str | None, _IN_MORE] = None
+    """Replicas by the work that waits: waiting_work:least=1,most=4 (as many as --replicas, always)."""
     cpus_per_replica: Annotated[int | None, _IN_MORE] = None
     """CPUs, and threads, of each replica (1)."""
     migration_limit: Annotated[int | None, _IN_MORE] = None
@@ -42,6 +44,7 @@ class FleetFlags:
             "replicas": self.replicas,
             "router": self.router,
             "placement": self.placement,
+            "autoscale": self.autoscale,
             "cpus_per_replica": self.cpus_per_replica,
             "migration_limit": self.migration_limit,
             "registry": self.registry,

@@ -37,16 +37,15 @@ async def started_fleet(
 
     cluster.require_ray()
     where = cluster.address()
+    most = config.bounds[1]
     if where is None:
-        cluster.check_cpus(config.replicas, config.cpus_per_replica)
+        cluster.check_cpus(most, config.cpus_per_replica)
     else:
         cluster.check_address(where)
-    planned, plan = await asyncio.to_thread(
-        plan_replica, config, share=config.replicas if where is None else None
-    )
+    planned, plan = await asyncio.to_thread(plan_replica, config, share=most if where is None else None)
     with _EndedBySigterm() as sigterm:
         progress("starting Ray", 0, 1)
-        ray = await _to_its_end(lambda: cluster.connect(config.replicas * config.cpus_per_replica))
+        ray = await _to_its_end(lambda: cluster.connect(most * config.cpus_per_replica))
         sigterm.listen()
         client: FleetClient | None = None
         joined: cluster.Door | None = None

@@ -112,15 +112,16 @@ class FleetClient:
 
     @property
     def state(self) -> EngineState:
-        """ "running" while there is a replica that takes requests."""
-        if self._state == "running" and not self.members.state.view.accepting:
+        """ "running" while there is a replica that takes requests, or none because none is needed."""
+        members = self.members
+        if self._state == "running" and not members.state.view.accepting and not members.asleep:
             return "starting"
         return "draining" if self._state == "running" and self.leaving else self._state
 
     @property
     def degraded(self) -> bool:
         """A replica is lost and has not come back yet. Requests go to the others."""
-        return self.state == "running" and len(self.members.members) < self.fleet_config.replicas
+        return self.state == "running" and self.members.missing > 0
 
     def step_age(self) -> float:
         """Of the replica that is best off: as long as one goes on, the fleet does."""

@@ -91,7 +91,9 @@ class Members:
         """Set, and replaced, whenever a replica comes or goes."""
         self._known: set[str] = set()
         """Those that Serve says there are."""
-        self._limits: dict[str, int] = {}
+        self._max_waiting: dict[str, int] = {}
+        self._waking = False
+        """A call waits for a replica to be started."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unwatch: Callable[[], None] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,16 +112,18 @@ class Members:
         self._spawn(self._watch())
 
     async def complete(self, within: float) -> None:
-        """Wait until as many replicas as are configured have said hello. Raises EngineStopped."""
+        """Wait until as many replicas as are configured have said hello; where their number changes, until
+        one has. Raises EngineStopped."""
+        wanted = self.config.replicas if self.config.autoscale is None else 1
         try:
             async with asyncio.timeout(within):
                 # The first call makes Serve's router, which then says which replicas there are.
                 await self.handle.options(method_name="describe").remote()
-                while len(self.members) < self.config.replicas:
+                while len(self.members) < wanted:
                     await self._change()
         except TimeoutError:
             raise EngineStopped(
-                f"{len(self.members)} of {self.config.replicas} replicas were heard of within {within:g} s"
+                f"{len(self.members)} of {wanted} replicas were heard of within {within:g} s"
             ) from None
 
     async def stop(self, error: AioEngineError) -> None:
@@ -135,6 +139,17 @@ class Members:
             await channel.ended()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    @property
+    def asleep(self) -> bool:
+        """There is no replica because nothing is asked of the fleet; the next request wakes it."""
+        return self.config.autoscale is not None and not self._known
+
+    @property
+    def missing(self) -> int:
+        """Replicas that there should be, and that are not heard of."""
+        wanted = self.config.replicas if self.config.autoscale is None else len(self._known)
+        return max(wanted - len(self.members), 0)
 
     # Requests
 
@@ -169,6 +184,9 @@ class Members:
                         f"request {call.request_id!r}: its deadline passed before a replica came"
                     )
                 raise EngineStopped("no replica of the fleet takes requests now; try again later")
+            if self.asleep and not self._waking:
+                self._waking = True
+                self._spawn(self._wake())
             try:
                 async with asyncio.timeout(due - now):
                     await self._change()
@@ -186,11 +204,26 @@ class Members:
             channel.send(Abort(call.key))
             self._close_if_left(channel)
 
+    async def _wake(self) -> None:
+        """A call that waits for a replica: Serve starts one for it."""
+        try:
+            async with asyncio.timeout(self.config.replica_wait_seconds):
+                await self.handle.options(method_name="describe").remote()
+        except Exception as error:
+            logger.warning("no replica has come: %s", type(error).__name__)
+        finally:
+            self._waking = False
+
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        share = max(self.config.replicas, 1)
-        self._limits = {tenant: -(-limit // share) for tenant, limit in max_waiting.items()}
-        for channel in self._channels.values():
-            channel.send(LimitWaiting(self._limits))
+        self._max_waiting = dict(max_waiting)
+        self._share_limits(list(self._channels.values()))
+
+    def _share_limits(self, channels: list[Channel]) -> None:
+        """Each replica gets its share of the bounds, rounded up."""
+        share = self.config.replicas if self.config.autoscale is None else max(len(self.members), 1)
+        limits = {tenant: -(-limit // share) for tenant, limit in self._max_waiting.items()}
+        for channel in channels:
+            channel.send(LimitWaiting(limits))
 
     def _route_request(self, call: Call) -> RouteRequest:
         if call.route is None or call.route.tried != call.tried:
@@ -271,8 +304,9 @@ class Members:
         self.members[channel.replica] = Member(channel, hello)
         limits = ReplicaLimits(hello.slots, hello.cpu_loras, hello.max_running, hello.kv_tokens)
         self.state.join(channel.replica, limits)
-        if self._limits:
-            channel.send(LimitWaiting(self._limits))
+        if self._max_waiting:
+            fixed = self.config.autoscale is None
+            self._share_limits([channel] if fixed else [m.channel for m in self.members.values()])
         logger.info("replica %s is there (process %d on %s)", channel.replica, hello.pid, hello.node)
         self.on_join(self.members[channel.replica])
         self._tell_change()
@@ -308,6 +342,7 @@ class Members:
                 status.load_seconds,
                 status.slot_seconds,
                 status.seconds_per_token,
+                status.service_seconds,
                 tiers,
             ),
         )

@@ -1,0 +1,55 @@
+"""The number of replicas, as Ray Serve asks for it: a scaling policy that runs in Serve's controller."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any, NamedTuple
+
+from aioengine.schedulers.routing import load_autoscaler
+
+POLICY_PATH = f"{__name__}:ServeAutoscaler"
+METRICS_SECONDS = 0.5
+"""Between two reports of a replica to Serve's controller."""
+
+
+class Load(NamedTuple):
+    """A replica's :class:`~aioengine.schedulers.routing.autoscaling.ReplicaLoad`, as its reports give it."""
+
+    waiting: float = 0
+    running: float = 0
+    max_running: float = 1
+    queue_seconds: float = 0
+    adapters_waiting: float = 0
+    load_seconds: float = 0
+    slot_seconds: float = 0
+    service_seconds: float = 0
+
+
+class Fleet(NamedTuple):
+    now: float
+    accepting: list[Any]
+
+
+class ServeAutoscaler:
+    """Asks the scaling policy that ``spec`` names, with what replicas reported: means over two reports.
+
+    Serve makes it, and calls it some ten times a second with its ``AutoscalingContext``.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self._policy = load_autoscaler(spec)
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """How many replicas there should be, and what Serve shows of the reason."""
+        loads: dict[Any, dict[str, float]] = {}
+        for name, by_replica in (context.aggregated_metrics or {}).items():
+            for replica, value in by_replica.items():
+                loads.setdefault(replica, {})[name] = value
+        view = Fleet(
+            context.current_time,
+            [Load(**{k: v for k, v in load.items() if k in Load._fields}) for load in loads.values()],
+        )
+        # Calls that wait at the doors for a replica that answers: one is enough to wake a fleet that sleeps.
+        waiting = 0 if loads else ceil(context.total_queued_requests or 0)
+        found = self._policy.replicas(view, context.target_num_replicas, waiting=waiting)
+        return found.replicas, {"reason": found.reason}

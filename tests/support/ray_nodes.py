@@ -1,0 +1,65 @@
+"""Two Ray nodes on this machine, of one CPU each, to which ``aioengine serve --replicas`` is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+from support.fleet_process import command_line
+
+
+class Nodes:
+    """``address`` is the head's. Nothing in this process is connected to it."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args=_NODE)
+        self._second: Any = None
+
+    def restart_head(self) -> None:
+        """As a head that was lost and started again: nothing that Ray knew is left."""
+        self.shutdown()
+        self.__init__()  # type: ignore[misc]
+
+    def add_second(self) -> None:
+        self._second = self._cluster.add_node(**_NODE)
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def kill_second(self) -> None:
+        """Its raylet and all that runs there are gone at once."""
+        self._cluster.remove_node(self._second, allow_graceful=False)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+    def replicas(self) -> dict[int, int]:
+        """Processes of replicas that have started, and the node of each: the process that started it."""
+        found = psutil.Process().children(recursive=True)
+        return {p.pid: p.ppid() for p in found if "EngineReplica" in command_line(p)}
+
+
+@contextlib.contextmanager
+def ray_nodes() -> Iterator[Nodes]:
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    nodes = Nodes()
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
