@@ -72,6 +72,8 @@ _PARTS: dict[str, dict[str, str]] = {
     },
 }
 
+_BUILT_IN = set(_POLICIES).union(*_PARTS.values())
+
 
 class PolicyInfo(NamedTuple):
     """What ``aioengine policies`` shows of a policy or part."""
@@ -118,7 +120,7 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
     """
     supply = supply or {}
     if isinstance(spec, str):
-        known = _all_names()
+        known = _all_names(spec)
         tokens = [parse_named(f"policy {spec!r}", token, known) for token in spec.split("+")]
         if len(tokens) == 1:
             return _single(spec, *tokens[0], supply)
@@ -163,7 +165,7 @@ def compose(
 
 
 def _single(text: str, name: str, options: dict[str, Any], supply: Supply) -> SchedulerPolicy:
-    target = _installed("policy").get(name) or (name if ":" in name else None)
+    target = _target("policy", name)
     if target is not None:
         found = _import(text, target)
         if issubclass(found, SchedulerPolicy):
@@ -197,10 +199,11 @@ def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
             if issubclass(found, base) and kind not in taken:
                 return kind
         raise ValueError(f"policy {text!r}: {name} is no part, or one of its kind is given already")
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name == name:
-            _import(text, point.value)  # raises if it is broken
-    having = [kind for kind in KINDS if name in _installed(kind)]
+    if name not in _BUILT_IN:
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            if point.name == name:
+                _import(text, point.value)  # raises if it is broken
+    having = [kind for kind in KINDS if _target(kind, name) is not None]
     for kind in having:
         if kind not in taken:
             return kind
@@ -209,11 +212,24 @@ def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
     raise ValueError(f"policy {text!r}: {unknown(name, _all_names())}")
 
 
-def _all_names() -> set[str]:
+def _all_names(spec: str | None = None) -> set[str]:
+    """All that is installed; or the built-in names, if ``spec`` has no others: to look for packages takes
+    time."""
+    if spec is not None and all(token.strip().partition(":")[0] in _BUILT_IN for token in spec.split("+")):
+        return _BUILT_IN
     return set(_installed("policy")).union(*(_installed(kind) for kind in KINDS))
 
 
 # Classes
+
+
+def _target(kind: str, name: str) -> str | None:
+    """The class, as "module:Class", of this name and kind (or "policy"); None if there is none."""
+    if ":" in name:
+        return name
+    if name in _BUILT_IN:
+        return (_POLICIES if kind == "policy" else _PARTS[kind]).get(name)
+    return _installed(kind).get(name)
 
 
 def _installed(kind: str) -> dict[str, str]:
@@ -240,16 +256,15 @@ def _part(kind: str, given: str | Mapping[str, Any] | Part, supply: Supply) -> P
     if isinstance(given, base):
         return given
     if isinstance(given, str):
-        name, options = parse_named(f"policy {given!r}", given, _all_names())
+        name, options = parse_named(f"policy {given!r}", given, _all_names(given))
     elif isinstance(given, Mapping) and isinstance(given.get("name"), str):
         options = dict(given)
         name = options.pop("name")
     else:
         raise ValueError(f"{kind}={given!r}: must be a name, a table with a name, or a {base.__name__}")
-    known = _installed(kind)
-    target = known.get(name) or (name if ":" in name else None)
+    target = _target(kind, name)
     if target is None:
-        raise ValueError(f"{kind}={name!r}: {unknown(name, known)}")
+        raise ValueError(f"{kind}={name!r}: {unknown(name, _installed(kind))}")
     found = _import(name, target)
     if not issubclass(found, base):
         raise ValueError(f"{kind}={name!r}: {target} is not a subclass of {base.__name__}")

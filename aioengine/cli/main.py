@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 
 from cyclopts import App, CycloptsError, Group, UnknownCommandError
 
@@ -83,6 +84,14 @@ COMMANDS = {
 """The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "fleet",
 "keys" and "lab" are groups of their own."""
 
+POLICIES_COMMANDS = {
+    "check": """\
+  aioengine policies check my_policy.py:MyPolicy
+  aioengine policies check edf+gdsf --runs 20""",
+}
+"""The commands beside the list of policies: ``name`` is the function ``name`` in
+``aioengine.cli.policies``."""
+
 FLEET_COMMANDS = {
     "status": """\
   aioengine fleet status
@@ -143,10 +152,18 @@ LAB_COMMANDS = {
 """The commands of the lab: ``name`` is the function ``name`` in ``aioengine.cli.lab.name``."""
 
 
+_ALONE = {"policies": "aioengine.cli.policies:policies"}
+"""Groups that do something without a command of theirs, too."""
+
 _ROOMS = {"demo", "generate"}
 """Commands with a room of their own, where they are in the file ``command``."""
 
 GROUPS = {
+    "policies": (
+        POLICIES_COMMANDS,
+        "aioengine.cli.policies:",
+        "List the scheduler policies and their parts, or check one.",
+    ),
     "config": (
         CONFIG_COMMANDS,
         "aioengine.cli.config.commands:",
@@ -208,6 +225,9 @@ def _build_group(group: str, examples: str) -> App:
         help_flags=[*HELP_FLAGS, HELP_ALL],
         help_epilogue=f"Examples:\n{examples}\n\nFlags of a command: aioengine {group} COMMAND --help",
     )
+    if group in _ALONE:
+        module, _, function = _ALONE[group].partition(":")
+        app.default(getattr(import_module(module), function))
     for name, lines in commands.items():
         app.command(
             f"{where.format(name)}{name}", name=name, help_epilogue=_epilogue(f"{group} {name}", lines)

@@ -1,8 +1,21 @@
-"""``aioengine policies``: which scheduler policies and parts there are."""
+"""``aioengine policies``: which scheduler policies and parts there are, and whether one keeps its
+contract."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
 from aioengine.cli.common import CommonFlags
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from aioengine.lab.policy_check.check import Checked, Finding
+
+EXIT_BROKEN = 3
 
 
 def policies(*, common: CommonFlags | None = None) -> int:
@@ -74,3 +87,66 @@ def policies(*, common: CommonFlags | None = None) -> int:
         highlight=False,
     )
     return 0
+
+
+def check(
+    policy: str,
+    /,
+    *,
+    runs: Annotated[int, Parameter(name="--runs")] = 5,
+    common: CommonFlags | None = None,
+) -> int:
+    """Run a policy through random scenarios in virtual time, and say what it breaks.
+
+    Requests, tenants, deadlines, reads that fail, adapters that come and go, a device that is lost: after
+    each event the engine's invariants are checked, and in the end everything must have been served. Exits
+    with 3 if the policy raises, answers with something else than a Decision, lets requests wait for ever, or
+    decides otherwise where the same happens again.
+
+    Parameters
+    ----------
+    policy
+        A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
+    runs
+        Of each scenario, with other events each time.
+    """
+    from aioengine.cli.lab.progress import progress
+    from aioengine.cli.tables import output_console
+    from aioengine.lab.policy_check.check import check_policy_contract
+    from aioengine.lab.runs.simulate import check_policy
+
+    if runs < 1:
+        raise ConfigError(f"--runs {runs}: must be at least 1")
+    check_policy(policy)
+    with progress("checking") as show:
+        found = check_policy_contract(
+            lambda: check_policy(policy),
+            runs=runs,
+            progress=lambda done, total: show(done, total, f"{done:,} of {total:,} runs"),
+        )
+    _print_checked(output_console(), policy, found)
+    return 0 if found.sound else EXIT_BROKEN
+
+
+def _print_checked(console: Console, policy: str, found: Checked) -> None:
+    from rich.text import Text
+
+    slowest = found.slowest * 1e3
+    console.print(
+        f"{policy}: {found.runs} runs, {found.decisions:,} decisions, the slowest {slowest:.2g} ms",
+        highlight=False,
+    )
+    for finding in found.broken:
+        console.print(Text(f"broken: {_once(finding)}", style="bold red"))
+        console.print(Text("  " + finding.details.strip().replace("\n", "\n  "), style="dim"))
+    if found.refused:
+        console.print("refused by the core, item by item (naming more than fits is no fault):")
+    for finding in sorted(found.refused, key=lambda finding: -finding.times):
+        console.print(Text(f"  {_once(finding)}: {finding.details}"))
+    if found.sound:
+        console.print("nothing is broken", style="green")
+
+
+def _once(finding: Finding) -> str:
+    times = "once" if finding.times == 1 else f"{finding.times:,} times, first"
+    return f"{finding.what} ({times}: {finding.first})"

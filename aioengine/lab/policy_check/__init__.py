@@ -1,0 +1,1 @@
+"""Holding a scheduling policy to its contract: random events, and what comes of them."""

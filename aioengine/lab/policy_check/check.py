@@ -1,0 +1,198 @@
+"""Runs a policy through random scenarios, and says what it breaks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from types import FrameType
+from typing import Any, NamedTuple
+
+from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, Scenario, World
+from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
+
+TURNS = 150
+MOST_SECONDS = 5.0
+"""Of one call of the policy. One that takes longer is interrupted, where the platform can."""
+
+
+class Where(NamedTuple):
+    """What to run again to see it happen."""
+
+    scenario: str
+    seed: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.scenario}, seed {self.seed}, step {self.step}"
+
+
+class Finding(NamedTuple):
+    """Something that the policy did, and where it did so first."""
+
+    what: str
+    first: Where
+    details: str = ""
+    """A traceback, or the state."""
+    times: int = 1
+
+
+class Checked(NamedTuple):
+    """What came of a check."""
+
+    runs: int
+    decisions: int
+    slowest: float
+    """Seconds of the slowest decision."""
+    broken: tuple[Finding, ...]
+    """What no policy should do."""
+    refused: tuple[Finding, ...]
+    """Items of decisions that the core did not carry out, by reason. It is no fault to name more than
+    fits."""
+
+    @property
+    def sound(self) -> bool:
+        return not self.broken
+
+
+def check_policy_contract(
+    make: Callable[[], SchedulerPolicy],
+    *,
+    runs: int = 5,
+    turns: int = TURNS,
+    scenarios: Sequence[Scenario] = SCENARIOS,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Checked:
+    """Run a policy through every scenario, ``runs`` times each, and the first of them twice over.
+
+    Nothing is waited for: a run takes what its decisions take. The same policy meets the same events on every
+    machine.
+
+    Args:
+        make: Called for each run: policies keep state.
+        turns: Of a run, in which things happen; then everything has to end.
+        progress: Told how many of how many runs are done.
+    """
+    found = _Findings()
+    total = len(scenarios) * runs
+    decisions, slowest = 0, 0.0
+    for index, (scenario, seed) in enumerate((s, n) for s in scenarios for n in range(runs)):
+        progress(index, total)
+        watched = _run(scenario, seed, turns, make(), found)
+        decisions += len(watched.decisions)
+        slowest = max(slowest, watched.slowest)
+        if seed == 0 and not found.broken:
+            again = _run(scenario, seed, turns, make(), _Findings())
+            _compare(watched.decisions, again.decisions, scenario, seed, found)
+    return Checked(total, decisions, slowest, tuple(found.broken.values()), tuple(found.refused.values()))
+
+
+def _run(scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, found: _Findings) -> _Watched:
+    watched = _Watched(policy, lambda what, details: found.add(found.broken, what, where(), details))
+    world = World(scenario, watched, seed)
+
+    def where() -> Where:
+        return Where(scenario.name, seed, world.core.step)
+
+    try:
+        world.run(turns)
+    except NeverEnds as error:
+        text = "requests wait for ever although nothing is in their way"
+        found.add(found.broken, text, where(), str(error))
+    except AssertionError:
+        text = "an invariant of the core is broken; that is a fault of the engine, please report it"
+        found.add(found.broken, text, where(), traceback.format_exc())
+    for reason, item in world.refused:
+        found.add(found.refused, reason, where(), item)
+    return watched
+
+
+def _compare(
+    first: Sequence[Decision], second: Sequence[Decision], scenario: Scenario, seed: int, found: _Findings
+) -> None:
+    pairs = enumerate(zip_longest(first, second))
+    step = next((step for step, (a, b) in pairs if _plain(a) != _plain(b)), None)
+    if step is not None:
+        text = "the same events, and other decisions: it depends on something else than what it was told"
+        details = f"first  {first[step] if step < len(first) else None}\nsecond "
+        details += f"{second[step] if step < len(second) else None}"
+        found.add(found.broken, text, Where(scenario.name, seed, step), details)
+
+
+def _plain(decision: Any) -> Any:
+    return None if decision is None else tuple(map(str, decision))
+
+
+class _Findings:
+    def __init__(self) -> None:
+        self.broken: dict[str, Finding] = {}
+        self.refused: dict[str, Finding] = {}
+
+    def add(self, kind: dict[str, Finding], what: str, where: Where, details: str) -> None:
+        before = kind.get(what)
+        kind[what] = (
+            Finding(what, where, details) if before is None else before._replace(times=before.times + 1)
+        )
+
+
+class _Watched(SchedulerPolicy):
+    """Passes everything on to the policy, and keeps what it does."""
+
+    def __init__(self, inner: SchedulerPolicy, report: Callable[[str, str], None]) -> None:
+        self.decisions: list[Any] = []
+        self.slowest = 0.0
+        self._inner = inner
+        self._report = report
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        began = time.perf_counter()
+        with self._watching("schedule"):
+            decision: Any = self._inner.schedule(view)
+        self.slowest = max(self.slowest, time.perf_counter() - began)
+        if not isinstance(decision, Decision):
+            self._report(f"schedule returned {type(decision).__name__}, not Decision", repr(decision)[:500])
+        self.decisions.append(decision)
+        answer: Decision = decision
+        return answer
+
+    def on_event(self, event: PolicyEvent) -> None:
+        with self._watching(f"on_event({event.kind!r})"):
+            self._inner.on_event(event)
+
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
+        with self._watching("cpu_victims"):
+            return self._inner.cpu_victims(view, candidates)
+
+    @contextmanager
+    def _watching(self, call: str) -> Iterator[None]:
+        try:
+            with _time_limit(MOST_SECONDS):
+                yield
+        except BaseException as error:
+            if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                self._report(f"{call} raised {type(error).__name__}: {error}", traceback.format_exc())
+            raise
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside; on the main thread of a platform with interval timers, else does
+    nothing."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,259 @@
+"""A core around which random things happen: requests, reads, copies, failures, at no time at all."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from typing import NamedTuple
+
+from aioengine import events
+from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
+from aioengine.core.state import AdapterEntry
+from aioengine.errors import AdapterLoadError, EngineDead, EngineOverloaded
+from aioengine.request import RequestOptions, SamplingParams
+from aioengine.schedulers import SchedulerPolicy
+from aioengine.step import Sampled, StepBatch, StepResult
+
+STEP_SECONDS = 0.05
+MOST_TURNS_TO_END = 4000
+"""Turns after the last arrival in which everything must have ended; most runs need a few dozens."""
+
+CHECK_EVERY = 8
+"""Turns between two looks at all invariants, which take longer than a turn."""
+
+SMALL = CoreLimits(
+    num_slots=2,
+    cpu_capacity=3,
+    max_loads=2,
+    num_blocks=40,
+    block_size=4,
+    max_num_seqs=6,
+    max_num_batched_tokens=16,
+    max_model_len=64,
+    eos_token_ids=(1,),
+    max_waiting=40,
+)
+
+
+class Scenario(NamedTuple):
+    """What can happen, and how often in a turn; probabilities."""
+
+    name: str
+    limits: CoreLimits = SMALL
+    adapters: int = 5
+    base: float = 0.2
+    """Of the requests: for the base model."""
+    arrive: float = 0.5
+    abort: float = 0.02
+    fail: float = 0.0
+    """Of reads and copies."""
+    replace: float = 0.0
+    """An adapter gets a new version, is unloaded, or comes back."""
+    pin: float = 0.0
+    lose: float = 0.0
+    """The device is lost with all that was on it."""
+    tenants: int = 0
+    priorities: int = 1
+    deadlines: float = 0.0
+    """Of the requests: have one."""
+    prefixes: int = 6
+    """Beginnings that prompts share."""
+
+
+SCENARIOS = (
+    Scenario("the base model alone", adapters=0, base=1.0, limits=SMALL._replace(num_slots=0)),
+    Scenario("more adapters than slots"),
+    Scenario("one slot", adapters=4, limits=SMALL._replace(num_slots=1, cpu_capacity=1, max_loads=1)),
+    Scenario("a small KV cache", limits=SMALL._replace(num_blocks=17), arrive=0.8),
+    Scenario("a CPU cache bounded in bytes", limits=SMALL._replace(cpu_max_bytes=2500)),
+    Scenario("tenants, priorities and deadlines", tenants=4, priorities=3, deadlines=0.5),
+    Scenario("adapters that come and go", replace=0.1, pin=0.1),
+    Scenario("reads and copies that fail", fail=0.3, replace=0.02),
+    Scenario("a device that is lost", lose=0.02, fail=0.1, tenants=2),
+)
+
+
+class NeverEnds(Exception):
+    """Requests wait although nothing is in their way."""
+
+
+class World:
+    """Drives a core through a scenario by a seed: the same policy meets the same on every run.
+
+    Args:
+        policy: The core's.
+    """
+
+    def __init__(self, scenario: Scenario, policy: SchedulerPolicy, seed: int) -> None:
+        self.core = Core(scenario.limits, policy)
+        self.now = 0.0
+        self.refused: list[tuple[str, str]] = []
+        """(reason, item) of decisions."""
+        self._is = scenario
+        self._rng = random.Random(f"{scenario.name} {seed}")
+        self._loads: list[AdapterEntry] = []
+        self._copies: list[AdapterEntry] = []
+        self._batch: StepBatch | None = None
+        self._count = self._turns = 0
+        self._names = [f"adapter-{index}" for index in range(scenario.adapters)]
+        for name in self._names:
+            self._register(name)
+
+    def run(self, turns: int) -> None:
+        """Raises NeverEnds, and AssertionError if an invariant of the core's does not hold."""
+        for _ in range(turns):
+            self._disturb()
+            self._turn(calm=False)
+        for _ in range(MOST_TURNS_TO_END):
+            if not self.core.requests:
+                self.core.check()
+                return
+            self._turn(calm=True)
+        raise NeverEnds(self._state())
+
+    def _turn(self, *, calm: bool) -> None:
+        """One step, and some of the moves under way; all of them, and whole, where it is calm."""
+        for entry in list(self._loads):
+            if calm or self._rng.random() < 0.5:
+                self._loads.remove(entry)
+                self._end_load(entry, fail=not calm and self._rng.random() < self._is.fail)
+        for entry in list(self._copies):
+            if calm or self._rng.random() < 0.5:
+                self._copies.remove(entry)
+                self._end_copy(entry, fail=not calm and self._rng.random() < self._is.fail)
+        if self._batch is None:
+            self._schedule()
+        self.now += STEP_SECONDS
+        if self._batch is not None and (calm or self._rng.random() < 0.9):
+            self._finish_step()
+        self._turns += 1
+        if self._turns % CHECK_EVERY == 0:
+            self.core.check()
+
+    def _schedule(self) -> None:
+        self._batch, moves = self.core.schedule(self.now)
+        for move in moves:
+            match move:
+                case LoadMove(entry):
+                    self._loads.append(entry)
+                case StopMove(entry):
+                    self._loads.remove(entry)
+                case CopyMove(entry, _):
+                    self._copies.append(entry)
+                case DropMove():
+                    pass
+        self._hear()
+
+    def _finish_step(self) -> None:
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        rng = self._rng
+        sampled = [
+            Sampled(1 if rng.random() < 0.05 else rng.randint(2, 4)) if work.sample else None
+            for work in batch.sequences
+        ]
+        self.core.step_finished(batch, StepResult(sampled, STEP_SECONDS), self.now)
+        self._hear()
+
+    def _end_load(self, entry: AdapterEntry, *, fail: bool) -> None:
+        core, now = self.core, self.now
+        if fail:
+            error = AdapterLoadError("it fails in this scenario", name=entry.label, path=entry.path)
+            core.adapter_load_failed(entry, now, error, "io")
+        else:
+            size = 400 + entry.uid * 400 % 2000
+            core.adapter_loaded(entry, now, rank=8, nbytes=size, digest=f"{entry.uid}", seconds=0.1)
+        self._hear()
+
+    def _end_copy(self, entry: AdapterEntry, *, fail: bool) -> None:
+        if fail:
+            error = AdapterLoadError("it fails in this scenario", name=entry.label, path=entry.path)
+            self.core.adapter_place_failed(entry, self.now, error)
+        else:
+            self.core.adapter_placed(entry, self.now, 0.01)
+        self._hear()
+
+    # What happens
+
+    def _disturb(self) -> None:
+        scenario, rng, core = self._is, self._rng, self.core
+        while rng.random() < scenario.arrive:
+            self._add()
+        if core.requests and rng.random() < scenario.abort:
+            core.end(rng.choice(list(core.requests.values())), "abort", self.now)
+        if self._names and rng.random() < scenario.replace:
+            self._change(rng.choice(self._names))
+        if self._names and rng.random() < scenario.pin:
+            self._pin(rng.choice(self._names))
+        if rng.random() < scenario.lose:
+            self._batch = None
+            self._loads.clear()
+            self._copies.clear()
+            core.device_lost(self.now, EngineDead("it is lost in this scenario"))
+        self._hear()
+
+    def _add(self) -> None:
+        scenario, rng, core = self._is, self._rng, self.core
+        current = core.residency.current
+        name = None if rng.random() < scenario.base else rng.choice(self._names or [""])
+        entry = current.get(name) if name else None
+        if name and entry is None:
+            return  # unloaded just now
+        prefix = rng.randrange(scenario.prefixes)
+        prompt = [2 + prefix % 3] * rng.choice((1, 4, 9, 16)) + [5 + prefix] * rng.randint(1, 16)
+        options = RequestOptions(
+            tenant=f"tenant-{rng.randrange(scenario.tenants)}" if scenario.tenants else None,
+            priority=rng.randrange(scenario.priorities),
+            expected_tokens=rng.choice((None, 3)),
+        )
+        due = self.now + rng.choice((0.1, 1.0, 5.0)) if rng.random() < scenario.deadlines else None
+        self._count += 1
+        params = SamplingParams(max_tokens=rng.randint(1, 20), seed=0)
+        with suppress(EngineOverloaded):
+            core.add_request(
+                f"r{self._count}", prompt, params, options, self.now, adapter=entry, deadline=due
+            )
+
+    def _register(self, name: str) -> None:
+        entry = self.core.residency.declare(name, f"/adapters/{name}")
+        self.core.residency.publish(entry, self.now)
+
+    def _change(self, name: str) -> None:
+        residency = self.core.residency
+        entry = residency.current.get(name)
+        if entry is None or self._rng.random() < 0.5:
+            self._register(name)
+        else:
+            residency.retire(entry, self.now)
+
+    def _pin(self, name: str) -> None:
+        residency = self.core.residency
+        entry = residency.current.get(name)
+        pinned = [e for e in residency.entries.values() if e.pinned or e.pin_when_read]
+        if entry is not None and entry.pinned:
+            residency.pins.unpin(entry, self.now)
+        elif entry is not None and len(pinned) + 1 < self._is.limits.num_slots:
+            residency.pins.pin(entry, self.now)
+
+    def _hear(self) -> None:
+        for event in self.core.outbox:
+            if isinstance(event, events.PolicyRefused):
+                self.refused.append((event.reason, event.item))
+        self.core.outbox.clear()
+
+    def _state(self) -> str:
+        core = self.core
+        slots = ", ".join(
+            "empty" if slot.entry is None else f"{slot.entry.name} ({slot.state})"
+            for slot in core.slots.slots
+        )
+        waiting = [
+            f"{request.id} for {'the base model' if request.adapter is None else request.adapter.name}"
+            for request in list(core.queues.all)[:3]
+        ]
+        more = len(core.queues) - len(waiting)
+        return (
+            f"{MOST_TURNS_TO_END} steps after the last arrival {len(core.queues)} requests wait "
+            f"({', '.join(waiting)}{f', and {more} more' if more > 0 else ''}) and {len(core.running)} run; "
+            f"slots: {slots or 'none'}"
+        )

@@ -1,0 +1,102 @@
+"""The check of policies finds what breaks the contract, and nothing in those that keep it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from aioengine.cli.main import main
+from aioengine.lab.policy_check.check import Checked, check_policy_contract
+from aioengine.lab.policy_check.world import SCENARIOS
+from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
+from aioengine.schedulers.policies.fcfs import FCFS
+
+FEW = [scenario for scenario in SCENARIOS if scenario.name in ("one slot", "adapters that come and go")]
+
+
+def checked(make: type[SchedulerPolicy]) -> Checked:
+    return check_policy_contract(make, runs=1, turns=40, scenarios=FEW)
+
+
+class Raises(FCFS):
+    """Forgets that adapters go."""
+
+    def on_event(self, event: PolicyEvent) -> None:
+        super().on_event(event)
+        if event.kind == "adapter_evicted":
+            raise KeyError(event.adapter)
+
+
+class AdmitsNobody(SchedulerPolicy):
+    def schedule(self, view: SchedulerView) -> Decision:
+        return Decision()
+
+
+class ThrowsDice(FCFS):
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        return decision if random.random() < 0.5 else decision._replace(admit=decision.admit[:1])
+
+
+class AnswersNothing(SchedulerPolicy):
+    def schedule(self, view: SchedulerView) -> Decision:
+        return None  # type: ignore[return-value]
+
+
+class PlacesAnything(FCFS):
+    def schedule(self, view: SchedulerView) -> Decision:
+        decision = super().schedule(view)
+        return decision._replace(prefetch=[*decision.prefetch, "ghost"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (Raises, "on_event('adapter_evicted') raised KeyError: 'adapter-"),
+        (AdmitsNobody, "requests wait for ever although nothing is in their way"),
+        (ThrowsDice, "the same events, and other decisions"),
+        (AnswersNothing, "schedule returned NoneType, not Decision"),
+    ],
+)
+def test_what_is_broken_is_named(policy: type[SchedulerPolicy], says: str) -> None:
+    found = checked(policy)
+    assert not found.sound
+    assert any(finding.what.startswith(says) for finding in found.broken), found.broken
+
+
+def test_a_traceback_shows_where_it_was_raised() -> None:
+    [finding, *_] = checked(Raises).broken
+    assert "raise KeyError(event.adapter)" in finding.details
+
+
+def test_items_that_the_core_refuses_are_listed_and_are_no_fault() -> None:
+    found = checked(PlacesAnything)
+    assert found.sound
+    [refused] = found.refused
+    assert (refused.what, refused.details) == ("prefetch_unknown_adapter", "ghost")
+    assert refused.times > 10
+
+
+@pytest.mark.parametrize("name", ["fcfs", "chameleon", "vtc"])
+def test_built_in_policies_keep_the_contract(name: str) -> None:
+    found = check_policy_contract(lambda: load_policy(name), runs=1, turns=25)
+    assert found.sound, found.broken
+    assert found.decisions > 100
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from aioengine.schedulers import Decision, SchedulerPolicy\n"
+        "class Mine(SchedulerPolicy):\n"
+        "    def schedule(self, view):\n"
+        "        raise ValueError('not today')\n"
+    )
+    assert main(["policies", "check", f"{file}:Mine", "--runs", "1"]) == 3
+    said = capsys.readouterr().out
+    assert "broken: schedule raised ValueError: not today" in said
+    assert main(["policies", "check", "no_such_policy"]) == 2
+    assert main(["policies", "check", "fcfs", "--runs", "1"]) == 0
+    assert "nothing is broken" in capsys.readouterr().out
