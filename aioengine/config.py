@@ -51,7 +51,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What the pool covers; None covers the seven linears of a layer. ``embed_tokens`` and ``lm_head``
     must be named, because they make a slot much larger. Adapters may target fewer."""
     max_concurrent_loads: int = 2
-    """Adapters that are read from disk at once."""
+    """Maximum adapters read from disk at once."""
     load_retries: int = 2
     """How often a read that failed for a passing reason is tried again, after about 0.1, 0.2, ... s."""
     load_timeout: float | None = 60.0
@@ -131,7 +131,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: DType = "auto"
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
     chat_template: str | None = None
-    """File with a chat template in Jinja, in place of the model's own."""
+    """Jinja chat template, instead of the model's own."""
     quantization: Quantization = "none"
     """"int8" keeps the linears' weights as int8, with a scale for each output, and where the CPU has
     instructions for it multiplies them by int8 activations. CPU only."""

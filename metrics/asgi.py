@@ -202,7 +202,7 @@ def metrics_app(engine: WatchedEngine, *, interval: float = UPDATE_SECONDS) -> M
 async def serve_page(engine: WatchedEngine, host: str = "127.0.0.1", port: int = 8080) -> AsyncIterator[str]:
     """Serve :func:`metrics_app` with uvicorn (extra ``server``) while the context lasts.
 
-    Yields the page's URL. Port 0 takes a free one. Signal handlers and logging are left alone.
+    Yields the page's URL. Port 0 chooses a free one. Signal handlers and logging are left alone.
     """
     from aioengine.metrics.page.server import serve
 

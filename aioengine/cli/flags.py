@@ -41,18 +41,18 @@ class EngineFlags:
     config: Path | None = None
     """TOML file with the fields of EngineConfig; flags override it."""
     device: Device | None = None
-    """Where the model runs."""
+    """Device that runs the model."""
     max_num_seqs: int | None = None
-    """Requests that run at once (64)."""
+    """Maximum running requests (64)."""
     kv_cache_memory: str | None = None
-    """Bytes, or text such as 2GiB; by default, what fits."""
+    """Bytes, or text such as 2GiB; the default is what fits."""
     policy: str | None = None
     """Scheduler policy (fcfs); aioengine policies lists them."""
     seed: int | None = None
-    """Requests without a seed draw theirs from this (0)."""
+    """Seed for requests that have none (0)."""
 
     lora_modules: Annotated[list[str] | None, _MODULES] = None
-    """Adapters to register, any number; PATH may be hf:owner/name."""
+    """Adapter to register; repeatable. PATH may be hf:owner/name."""
     max_loras: Annotated[int | None, _IN_LORA] = None
     """Adapter slots on the device (4)."""
     max_lora_rank: Annotated[int | None, _IN_LORA] = None
@@ -61,66 +61,66 @@ class EngineFlags:
     """Adapters in the CPU cache (as many as slots)."""
 
     executor: Annotated[ExecutorName | None, _IN_MORE] = None
-    """Where the model runs: in this process, or in others."""
+    """Run the model in this process, or in separate ones."""
     tensor_parallel_size: Annotated[int | None, _IN_MORE] = None
-    """Processes that share the model (1); needs --executor process."""
+    """Processes that shard the model (1); needs --executor process."""
     restart: Annotated[Restart | None, _IN_MORE] = None
-    """on-failure: start the model's processes again when one is lost."""
+    """on-failure: restart the model's processes when one is lost."""
     dtype: Annotated[DType | None, _IN_MORE] = None
     """Compute dtype."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
     """"int8": the linears' weights as int8. CPU only."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
-    """Refuse to start where a request's tokens depend on its batch."""
+    """Refuse to start if a request's tokens would depend on its batch."""
     chat_template: Annotated[str | None, _IN_MORE] = None
-    """File with a chat template in Jinja, in place of the model's own."""
+    """Jinja chat template, instead of the model's own."""
     max_model_len: Annotated[int | None, _IN_MORE] = None
-    """Longest prompt plus output, in tokens."""
+    """Maximum prompt plus output, in tokens."""
     max_num_batched_tokens: Annotated[int | None, _IN_MORE] = None
-    """Tokens computed in one step (2048)."""
+    """Maximum tokens in one step (2048)."""
     max_step_seconds: Annotated[float | None, _IN_MORE] = None
-    """Seconds that a step may take (0.2 on a CPU): prompts are cut accordingly."""
+    """Target seconds of a step (0.2 on a CPU); prompts are chunked accordingly."""
     block_size: Annotated[int | None, _IN_MORE] = None
     """Tokens in a KV block (16)."""
     enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None
     """Share the KV blocks of equal prefixes."""
     cuda_graphs: Annotated[bool | None, _IN_MORE] = None
-    """Record decode steps at the start and play them back; on CUDA only."""
+    """Record decode steps as CUDA graphs at start."""
     max_waiting: Annotated[int | None, _IN_MORE] = None
-    """Bound on waiting requests."""
+    """Maximum waiting requests."""
     max_waiting_per_tenant: Annotated[int | None, _IN_MORE] = None
-    """Bound on waiting requests of each tenant."""
+    """Maximum waiting requests of each tenant."""
     max_waiting_per_adapter: Annotated[int | None, _IN_MORE] = None
-    """Bound on waiting requests for each adapter."""
+    """Maximum waiting requests for each adapter."""
     policy_time_budget: Annotated[float | None, _IN_MORE] = None
-    """Seconds that one decision of the policy may take."""
+    """Maximum seconds of one decision of the policy."""
     policy_max_overruns: Annotated[int | None, _IN_MORE] = None
-    """After so many decisions over the budget, fcfs decides."""
+    """Number of decisions over the budget after which fcfs takes over."""
     metrics_compat: Annotated[MetricsCompat | None, _IN_MORE] = None
-    """vllm: export the metrics that request routers read as well."""
+    """vllm: also export vLLM's metrics, which request routers read."""
     max_adapter_labels: Annotated[int | None, _IN_MORE] = None
-    """Adapters that get a metric label of their own."""
+    """Maximum adapters with a metric label of their own."""
     max_tenant_labels: Annotated[int | None, _IN_MORE] = None
-    """Tenants that get one."""
+    """Maximum tenants with one."""
     name: Annotated[str | None, Parameter(group=_MORE_ENGINE, name="--engine-name")] = None
-    """The label "engine" of its metrics."""
+    """Value of the metrics' label "engine"."""
 
     adapter_root: Annotated[str | None, _IN_MORE_LORA] = None
-    """Folder whose subfolders are adapters by name."""
+    """Folder whose subfolders are adapters, by name."""
     lora_dtype: Annotated[DType | None, _IN_MORE_LORA] = None
     """dtype of the slots."""
     target_modules: Annotated[list[str] | None, _TARGETS] = None
-    """What adapters may target; by default the seven linears of a layer."""
+    """Modules that adapters may target; by default the linears of a layer."""
     max_cpu_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
     """A second bound on the CPU cache: bytes, or text such as 2GiB."""
     max_held_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
     """What adapters may take that are uploaded, and not read from disk."""
     max_concurrent_loads: Annotated[int | None, _IN_MORE_LORA] = None
-    """Adapters that are read from disk at once."""
+    """Maximum adapters read from disk at once."""
     load_retries: Annotated[int | None, _IN_MORE_LORA] = None
-    """How often a read that failed for a passing reason is tried again."""
+    """Retries of a read that failed for a transient reason."""
     load_timeout: Annotated[float | None, _IN_MORE_LORA] = None
-    """Seconds that a load may take."""
+    """Maximum seconds of a load."""
     allow_nonfinite: Annotated[bool | None, _IN_MORE_LORA] = None
     """Accept weights that contain NaN or infinity."""
     fully_sharded_loras: Annotated[bool | None, _IN_MORE_LORA] = None

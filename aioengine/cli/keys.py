@@ -32,7 +32,7 @@ def new(
     adapter: Annotated[list[str] | None, _LIST] = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Make a key, and print its entry for the keys file.
+    """Create a key, and print its entry for the keys file.
 
     The entry goes to standard output, so that >> adds it to the file; the key itself goes to standard error,
     once, and is kept nowhere.
@@ -55,7 +55,7 @@ def new(
 
 
 def hash(*, common: CommonFlags | None = None) -> int:
-    """Read a key from standard input, and print the hash that stands for it in the keys file."""
+    """Read a key from standard input, and print its hash for the keys file."""
     if sys.stdin.isatty():
         from getpass import getpass
 

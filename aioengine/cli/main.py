@@ -172,13 +172,13 @@ GROUPS = {
     "fleet": (
         FLEET_COMMANDS,
         "aioengine.cli.fleet.command:",
-        "Look at a fleet, and drain replicas.",
+        "Inspect a fleet, and drain replicas.",
     ),
-    "keys": (KEYS_COMMANDS, "aioengine.cli.keys:", "Make and check the API keys of a server."),
+    "keys": (KEYS_COMMANDS, "aioengine.cli.keys:", "Create and check a server's API keys."),
     "lab": (
         LAB_COMMANDS,
         "aioengine.cli.lab.{0}:",
-        "Try scheduling policies on traces, in simulated time, with the engine that serves.",
+        "Evaluate scheduling policies on traces in simulated time, with the serving engine.",
     ),
 }
 """Commands that have commands of their own: these, where they are (``{0}`` is the name), and the help."""

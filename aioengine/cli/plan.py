@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None) -> int:
-    """Print the memory that an engine with these settings takes; reads no weights.
+    """Print the memory that an engine with these settings needs, without reading weights.
 
     Exits with 2, naming the knob to turn, if it does not fit, or if --batch-invariant cannot be had.
     """

@@ -19,7 +19,7 @@ EXIT_BROKEN = 3
 
 
 def policies(*, common: CommonFlags | None = None) -> int:
-    """List the scheduler policies, and the parts to put one together from.
+    """List the scheduler policies, and the parts to compose one from.
 
     A policy is named alone (fcfs), with options (fcfs:max_wait=2), out of parts (edf+gdsf+lookahead),
     or by path (package.module:Class).

@@ -21,7 +21,7 @@ class RecordFlags:
     """A command takes it in a parameter called ``recording``."""
 
     record: Path | None = None
-    """Append a line for each request to this file, a trace for the lab; nothing that was said is in it."""
+    """Append a line per request to this file, a trace for the lab without any text."""
 
     def writer(self) -> AbstractAsyncContextManager[TraceWriter | None]:
         """To be attached to the engine, and entered before it: then it also gets what its stop ends.

@@ -61,68 +61,68 @@ class ServerFlags:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one."""
     port: int = 8000
-    """0 takes a free one."""
+    """0 chooses a free one."""
     served_model_name: Annotated[list[str] | None, _LIST] = None
-    """The base model's name in requests; can be given more than once."""
+    """The base model's name in requests; repeatable."""
     api_key: Annotated[list[str] | None, _KEY] = None
-    """Ask for a key; any number. Others on this machine can see it: prefer --keys."""
+    """Require a key; repeatable. Other users of this machine can see it: prefer --keys."""
     keys: Path | None = None
-    """File of keys, their scopes and limits: aioengine keys --help."""
+    """File with keys, scopes and limits; see aioengine keys --help."""
     allowed_host: Annotated[list[str] | None, _LIST] = None
-    """Host name that requests may be addressed to. Without keys, on a loopback address: localhost."""
+    """Accepted Host header. Without keys, on a loopback address: localhost."""
     grace_seconds: float = 30.0
-    """How long accepted requests may take to finish after SIGTERM."""
+    """Seconds that accepted requests may take to finish after SIGTERM."""
     drain_delay: float = 0.0
-    """After SIGTERM, how long /ready says no while requests are accepted."""
+    """Seconds after SIGTERM in which /ready answers 503 while requests are still accepted."""
     keep_dead: Annotated[bool, Parameter(group=_MORE, negative="")] = False
-    """Go on answering 503 when the engine is dead; by default the process ends, with status 1."""
+    """Keep answering 503 when the engine is dead; by default the process exits with status 1."""
     log_format: Literal["text", "json"] = "text"
-    """A line for each request, on standard error."""
+    """Format of the request log on standard error."""
 
     api_key_file: Annotated[Path | None, _IN_MORE] = None
-    """File with a key in each line, as --api-key takes them; AIOENGINE_API_KEYS holds them too."""
+    """File with one key per line, as for --api-key; or set AIOENGINE_API_KEYS."""
     admin_key: Annotated[list[str] | None, _MORE_KEY] = None
-    """Only such a key may load and unload adapters, and do all else too; any number."""
+    """Key that may also load and unload adapters, which others then may not; repeatable."""
     admin_key_file: Annotated[Path | None, _IN_MORE] = None
-    """File with an admin key in each line; AIOENGINE_ADMIN_KEYS holds them too."""
+    """File with one admin key per line; or set AIOENGINE_ADMIN_KEYS."""
     trusted_proxy: Annotated[list[str] | None, _MORE_LIST] = None
-    """Address or network of a proxy whose X-Forwarded-For is believed; any number."""
+    """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
     max_connections: Annotated[int, _IN_MORE] = 4096
-    """Open connections; more are answered with 503."""
+    """Maximum open connections; further ones are answered with 503."""
     max_body_bytes: Annotated[int | None, _IN_MORE] = None
-    """Largest request; by default 1 MiB, and 64 bytes for each token of max_model_len."""
+    """Maximum body; by default 1 MiB plus 64 bytes per token of max_model_len."""
     max_choices: Annotated[int, _IN_MORE] = 128
-    """Most prompts x n in one request."""
+    """Maximum prompts x n in one request."""
     share_prefix_cache: Annotated[bool, _IN_MORE] = False
-    """Tenants share the prefix cache, and can find out what others have sent."""
+    """Share the prefix cache between tenants, who can then find out what others have sent."""
     generation_config: Annotated[str, _IN_MORE] = "auto"
     """Sampling defaults: auto (the model's generation_config.json), none, or a path to one."""
     default_max_tokens: Annotated[int | None, _IN_MORE] = None
-    """For chats that name none; by default what the context has room for."""
+    """max_tokens of chats that give none; by default what the context has room for."""
     ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
-    """Go on without fields that are not known, which otherwise are refused."""
+    """Ignore unknown fields of requests, which otherwise are refused."""
     open_objects: Annotated[bool, _IN_MORE] = False
-    """Guided JSON may have properties that its schema does not declare; by default only where the schema
-    has additionalProperties."""
+    """Allow properties in guided JSON that its schema does not declare; by default only where the schema has
+    additionalProperties."""
     any_whitespace: Annotated[bool, _IN_MORE] = False
-    """Guided JSON may be laid out with white space; by default it is compact."""
+    """Allow white space in guided JSON; by default it is compact."""
     lenient_schemas: Annotated[bool, _IN_MORE] = True
-    """Accept schemas with uniqueItems, unknown formats and overlapping oneOf, which are not enforced; the
-    answer's header x-not-enforced and the log say so. Otherwise they are refused."""
+    """Accept schemas with uniqueItems, unknown formats and overlapping oneOf without enforcing these; the
+    answer's header x-not-enforced and the log list them. Otherwise such schemas are refused."""
     request_timeout: Annotated[float, _IN_MORE] = 600.0
-    """Seconds that a request may take in all; 0 is no bound."""
+    """Maximum seconds of a whole request; 0 for no bound."""
     header_timeout: Annotated[float, _IN_MORE] = 10.0
-    """Seconds that a request's headers may take to come."""
+    """Maximum seconds for a request's headers to arrive."""
     read_timeout: Annotated[float, _IN_MORE] = 30.0
-    """Seconds between two parts of a request's body, which must come at 16 KiB a second after that."""
+    """Maximum seconds between two parts of a request's body, which must then arrive at 16 KiB a second."""
     send_timeout: Annotated[float, _IN_MORE] = 60.0
-    """Seconds after which a client that takes nothing is let go."""
+    """Seconds after which a client that reads nothing is disconnected."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
-    """Seconds that a connection may be idle."""
+    """Maximum seconds that a connection may be idle."""
     otlp_endpoint: Annotated[str | None, _IN_MORE] = None
     """URL of an OpenTelemetry collector that gets the traces of requests, such as http://localhost:4318."""
     stuck_step_seconds: Annotated[float, _IN_MORE] = 120.0
-    """A step that runs for longer makes /health 503, and lets systemd's watchdog starve."""
+    """After a step of this length /health answers 503, and systemd's watchdog is not fed."""
 
     def settings(self) -> ServerSettings:
         """Raises ConfigError."""

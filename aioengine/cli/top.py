@@ -29,13 +29,13 @@ def top(
     once: bool = False,
     common: CommonFlags | None = None,
 ) -> int:
-    """Show what a running server is doing: slots, queues, rates, and the oldest requests.
+    """Show a running server live: slots, queues, rates, and the oldest requests.
 
     Args:
         url: The server.
-        key: A key with the scope admin; AIOENGINE_KEY holds it too, and others cannot see it there.
-        every: Seconds between two looks.
-        once: Look once, print, and end.
+        key: A key with the scope admin; better set AIOENGINE_KEY, which other users cannot see.
+        every: Seconds between two updates.
+        once: Print once and exit.
     """
     if not every > 0:
         raise ConfigError(f"--every {every}: must be more than 0")

@@ -33,7 +33,7 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    """0 takes a free one."""
+    """0 chooses a free one."""
     trusted_proxies: Sequence[str] = ()
     """Addresses and networks of proxies. A request from one of them counts for the client that its
     ``X-Forwarded-For`` names; from other senders that header is ignored."""

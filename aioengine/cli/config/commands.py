@@ -29,7 +29,7 @@ def check(
     engine: EngineFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Check a configuration as serve would, with all of its paths, and start nothing."""
+    """Check a configuration and its paths as serve would, without starting anything."""
     flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
     config = engine_flags.engine_config()
     flags.settings()

@@ -17,7 +17,7 @@ AppName = Annotated[str, Parameter(name="--app-name")]
 
 
 def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
-    """Print the replicas of a fleet: how busy they are, and what is in their slots.
+    """Print the replicas of a fleet, their load, and the adapters in their slots.
 
     Joins the cluster that RAY_ADDRESS names, or the one that runs on this machine.
     """
@@ -79,7 +79,7 @@ def drain(
     app_name: AppName = "aioengine",
     common: CommonFlags | None = None,
 ) -> int:
-    """Have a replica take no new requests; those accepted finish.
+    """Stop sending new requests to a replica; accepted ones finish.
 
     Args:
         replica: Its name, as ``aioengine fleet status`` prints it.

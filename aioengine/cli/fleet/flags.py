@@ -22,17 +22,17 @@ class FleetFlags:
     replicas: int | None = None
     """Engines behind this server, on Ray (RAY_ADDRESS, or started here)."""
     router: Annotated[str | None, _IN_MORE] = None
-    """Which replica a request goes to (affinity)."""
+    """Routing policy (affinity)."""
     placement: Annotated[str | None, _IN_MORE] = None
-    """Which adapters are brought where beforehand (none)."""
+    """Placement policy, which loads adapters in advance (none)."""
     autoscale: Annotated[str | None, _IN_MORE] = None
     """Replicas by the work that waits: waiting_work:least=1,most=4 (as many as --replicas, always)."""
     cpus_per_replica: Annotated[int | None, _IN_MORE] = None
     """CPUs, and threads, of each replica (1)."""
     migration_limit: Annotated[int | None, _IN_MORE] = None
-    """How often a request may lose its replica and go on at another one (3)."""
+    """How often a request may continue on another replica after losing its own (3)."""
     registry: Annotated[str | None, _IN_MORE] = None
-    """Folder or URL where the fleet's adapters are written down."""
+    """Folder or URL of the fleet's adapter registry."""
     app_name: Annotated[str | None, _IN_MORE] = None
     """Name of the Serve application (aioengine)."""
 

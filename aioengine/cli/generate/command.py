@@ -47,15 +47,15 @@ def generate(
     prompt
         Text to complete.
     adapter
-        A name (see --lora-modules, --adapter-root), a folder, or hf:owner/name.
+        Name (see --lora-modules, --adapter-root), folder, or hf:owner/name.
     chat
-        Send a prompt that is text as a message, through the model's chat template.
+        Send a text prompt as a chat message, through the model's chat template.
     system
-        System message of requests that have none; implies --chat.
+        System message for requests without one; implies --chat.
     json
         Print the answer to PROMPT as a JSON line too.
     n
-        Answers to each request; with PROMPT, needs --json.
+        Answers per request; with PROMPT, needs --json.
     """
     flags = engine or EngineFlags()
     sampling_flags = sampling or SamplingFlags()

@@ -20,7 +20,7 @@ class SamplingFlags:
     """Values that are not given have the defaults of SamplingParams."""
 
     max_tokens: int | None = None
-    """Most tokens to generate (256)."""
+    """Maximum tokens to generate (256)."""
     temperature: float | None = None
     """0, the default, is greedy."""
     top_p: float | None = None
@@ -28,7 +28,7 @@ class SamplingFlags:
     stop: Annotated[list[str] | None, Parameter(negative="")] = None
     """String that ends the output; can be given more than once."""
     logprobs: int | None = None
-    """Log-probabilities of each token and of so many alternatives; needs --json."""
+    """Log-probabilities of each token and of this many alternatives; needs --json."""
 
     top_k: Annotated[int | None, Parameter(group=_MORE_SAMPLING)] = None
     """Keep the k most likely tokens."""

@@ -24,7 +24,7 @@ def calibrate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     common: CommonFlags | None = None,
 ) -> int:
-    """Time the live engine for some minutes, and write a cost model that --preset takes.
+    """Time the live engine for some minutes, and write a cost model for --preset.
 
     Nothing else should run on the machine meanwhile.
 
@@ -39,7 +39,7 @@ def calibrate(
     dtype
         Compute dtype.
     device
-        Where the model runs.
+        Device that runs the model.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.workload.extra import check_extra

@@ -32,23 +32,23 @@ _SEVERAL = Parameter(group=_COMPARE, negative="", metavar="A,B,...")
 @dataclass(frozen=True, kw_only=True)
 class CompareFlags:
     policy: Annotated[list[str] | None, _SEVERAL] = None
-    """Policies, the first of which the others are compared to (fcfs,vllm+lru); or given several times."""
+    """Policies; the others are compared to the first (fcfs,vllm+lru). Repeatable."""
     slots: Annotated[list[str] | None, _SEVERAL] = None
     """Numbers of adapter slots (8)."""
     scale: Annotated[list[str] | None, _SEVERAL] = None
     """Factors of the rate of arrivals (1)."""
     seeds: int | None = None
-    """So many runs of each setting, for intervals (3)."""
+    """Runs of each setting, for intervals (3)."""
     seed: int | None = None
     """The first seed (0)."""
     jobs: int | None = None
-    """Runs at a time (as many as there are cores)."""
+    """Parallel runs (as many as cores)."""
     out: Path = DEFAULT_OUT
     """Folder for the results."""
     experiment: Path | None = None
-    """Repeat this comparison.json, or vary this experiment.json; flags change it."""
+    """Repeat this comparison.json, or vary this experiment.json; flags override it."""
     rank_by: str = "ttft_seconds.p99"
-    """The figure that policies are ranked by."""
+    """Measure that policies are ranked by."""
     allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
     """Rank policies that failed as well, though others decided in their place."""
 
@@ -60,10 +60,10 @@ def compare(
     system: SystemFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Run policies by slots by loads, each over several seeds, and rank them.
+    """Run policies x slots x loads over several seeds, and rank the policies.
 
-    All policies are offered the same arrivals. Means come with 95% intervals over the seeds. A run that
-    fails is reported, and the others go on.
+    All policies get the same arrivals. Means have 95% intervals over the seeds. A failed run is reported, and
+    the others continue.
     """
     flags = flags or CompareFlags()
     from aioengine.lab.analysis.measures import find_measure

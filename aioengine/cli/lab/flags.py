@@ -34,15 +34,15 @@ class WorkloadFlags:
     arrivals: str | None = None
     """poisson:rate=2, gamma:rate=2,cv=4, onoff:rate=2,on=10,off=30 or diurnal:rate=2."""
     limit: int | None = None
-    """At most so many requests."""
+    """Maximum number of requests."""
     adapters: int | None = None
-    """Adapters that requests are spread over (0: the base model's, or as the trace has it)."""
+    """Adapters to spread requests over (0: only the base model, or as in the trace)."""
     popularity: str | None = None
     """uniform, zipf:1.0, power:0.5, shift:alpha=1.0,every=60 or tenant."""
     ranks: str | None = None
-    """Of the adapters: 16, or 8:0.5,16:0.3,64:0.2 with shares."""
+    """Ranks of the adapters: 16, or with shares 8:0.5,16:0.3,64:0.2."""
     tenants: int | None = None
-    """Tenants that requests are spread over."""
+    """Tenants to spread requests over."""
 
     seconds: Annotated[float | None, _MORE_WORKLOAD] = None
     """No request comes later than this."""
@@ -86,18 +86,18 @@ class SystemFlags:
     max_lora_rank: int | None = None
     """Rank that every slot is sized for (64)."""
     replicas: int | None = None
-    """Engines behind one door; without it there is one engine and no door."""
+    """Engines behind one door; without this flag, one engine and no door."""
     router: Annotated[str | None, _MORE_SYSTEM] = None
     """As in aioengine policies, or my_router.py:MyRouter (affinity); lab compare takes several: a,b."""
     placement: Annotated[str | None, _MORE_SYSTEM] = None
     """Which adapters should live on which replicas (none)."""
 
     max_num_seqs: Annotated[int | None, _MORE_SYSTEM] = None
-    """Requests that run at once (64)."""
+    """Maximum running requests (64)."""
     max_num_batched_tokens: Annotated[int | None, _MORE_SYSTEM] = None
-    """Tokens computed in one step (2048)."""
+    """Maximum tokens in one step (2048)."""
     max_model_len: Annotated[int | None, _MORE_SYSTEM] = None
-    """Longest prompt plus output, in tokens."""
+    """Maximum prompt plus output, in tokens."""
     on_too_long: Annotated[str | None, _MORE_SYSTEM] = None
     """What becomes of requests that are longer: reject, truncate (the prompt) or fail (reject)."""
     ageing: Annotated[bool | None, _MORE_SYSTEM] = None

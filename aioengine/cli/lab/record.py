@@ -21,7 +21,7 @@ def record(
     engine: EngineFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Serve, and append a line for each request to a file that --trace takes.
+    """Serve, and append a line per request to a file for --trace.
 
     The same as serve --record FILE. Times, lengths and names are written, and never what was said.
 

@@ -18,7 +18,7 @@ def report(
     rank_by: str | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Draw the figures and write report.html of a run, or of a comparison, again.
+    """Redraw the figures and report.html of a run or a comparison.
 
     Parameters
     ----------

@@ -32,13 +32,13 @@ class RunFlags:
     slots: int | None = None
     """Adapter slots on the device (8)."""
     scale: float | None = None
-    """The rate of arrivals is multiplied by this (1)."""
+    """Factor on the rate of arrivals (1)."""
     seed: int | None = None
-    """Of all that is drawn: arrivals, adapters, lengths (0)."""
+    """Seed of everything drawn: arrivals, adapters, lengths (0)."""
     out: Path = DEFAULT_OUT
     """Folder for the results."""
     experiment: Path | None = None
-    """Repeat the run of this experiment.json; flags change it."""
+    """Repeat the run of this experiment.json; flags override it."""
     report: Annotated[bool, Parameter(negative="--no-report")] = True
     """Draw figures and write report.html."""
     allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
@@ -54,7 +54,7 @@ def run(
 ) -> int:
     """Replay a trace, or synthetic arrivals, through the engine in simulated time.
 
-    The policy and the engine are those that serve; a cost model says how long steps and loads take. The
+    The policy and the engine are the serving ones; a cost model gives the time of steps and loads. The
     same flags give the same files, byte for byte.
     """
     flags = flags or RunFlags()

@@ -42,11 +42,11 @@ class ValidateFlags:
     dtype: DType = "auto"
     """Compute dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
+    """Device that runs the model."""
 
 
 def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None = None) -> int:
-    """Run the same workload live and simulated, and print how far they are apart.
+    """Run the same workload live and simulated, and print the differences.
 
     Nothing else should run on the machine meanwhile: it takes some minutes.
     """

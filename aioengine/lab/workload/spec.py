@@ -38,7 +38,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seconds: float | None = None
     """No request comes later. With ``arrivals`` and without ``limit`` it must be given."""
     limit: int | None = None
-    """At most so many requests."""
+    """Maximum number of requests."""
     scale: float = 1.0
     """Multiplies the rate: a trace's times are divided by it. The lengths of bursts and days stay."""
     repeat: bool = False
