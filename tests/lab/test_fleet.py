@@ -20,7 +20,7 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
 from aioengine.lab.workload.spec import WorkloadSpec
-from aioengine.schedulers.routing import available_routers, load_placement, load_router
+from aioengine.schedulers.routing import available_routers, load_autoscaler, load_placement, load_router
 
 ADAPTERS = [AdapterShape(name, 8) for name in "abcdef"]
 
@@ -32,6 +32,7 @@ def play_fleet(
     replicas: int = 3,
     router: str = "affinity",
     placement: str = "none",
+    autoscale: str | None = None,
     **fields: Any,
 ) -> tuple[FleetReplayed, Kept]:
     kept = Kept()
@@ -44,6 +45,7 @@ def play_fleet(
             make_engine=lambda: SimulatedEngine(config(**fields), costs()),
             router=load_router(router),
             placement=load_placement(placement),
+            autoscale=None if autoscale is None else load_autoscaler(autoscale),
             conditions=conditions,
         )
 
@@ -133,6 +135,40 @@ def test_plans_are_carried_out(placement: str) -> None:
     assert bool(found.moves.get("load")) == (placement != "none")
 
 
+def test_replicas_come_with_a_burst_and_go_after_it() -> None:
+    burst = [Arrival(0.02 * i, None, 20, 60) for i in range(600)]
+    quiet = [Arrival(30.0 + 10 * i, None, 20, 60) for i in range(20)]
+    scaling = "waiting_work:least=1,most=4,target=0.5,cool_down=20"
+
+    def longest(**fields: Any) -> tuple[FleetReplayed, float]:
+        found, kept = play_fleet(Fixed(burst + quiet), replicas=1, max_num_seqs=8, **fields)
+        assert found.replayed.finished == 620 and found.migrations == 0, "nothing is lost as replicas go"
+        return found, max(row.ended - row.arrival for row in kept.requests)
+
+    _, alone = longest()
+    found, scaled = longest(autoscale=scaling, conditions=Conditions(start_seconds=2.0))
+    _, late = longest(autoscale=scaling, conditions=Conditions(start_seconds=30.0))
+    assert scaled < late and scaled < 0.8 * alone, "a replica helps from when it has started"
+    assert found.scaled is not None
+    assert found.scaled.started >= 3 == found.scaled.stopped >= found.scaled.most - 1
+    assert (found.scaled.fewest, found.scaled.most) == (1, 4)
+    assert found.scaled.replica_seconds < 4 * found.replayed.seconds
+
+
+def test_a_fleet_that_sleeps_serves_the_next_request() -> None:
+    arrivals = Fixed([Arrival(100.0 * i, "a", 20, 20) for i in range(4)], ADAPTERS)
+    found, kept = play_fleet(
+        arrivals,
+        Conditions(start_seconds=7.0),
+        replicas=1,
+        autoscale="waiting_work:least=0,most=2,cool_down=10",
+    )
+    assert found.replayed.finished == 4 and found.scaled is not None
+    assert (found.scaled.fewest, found.scaled.started) == (0, 3)
+    waits = [row.first_token - row.arrival for row in kept.requests if row.first_token is not None]
+    assert waits[0] < 2 and all(7 < wait < 10 for wait in waits[1:]), waits
+
+
 def experiment(**fields: Any) -> Experiment:
     workload = WorkloadSpec(
         arrivals="gamma:rate=40,cv=3",
@@ -159,6 +195,9 @@ def test_the_summary_keeps_its_keys_and_gains_the_fleet(tmp_path: Path) -> None:
     assert fleet["migrations"] == fleet["rejected"] == 0
     assert summary["slots"]["slots"] == 6 and 0 < summary["slots"]["busy_share"] <= 1
     assert 0 < summary["engine"]["stepping_share"] <= 1
+    scaled = run(experiment(autoscale="waiting_work:most=4", start_seconds=1.0), tmp_path / "c").summary
+    assert scaled["fleet"]["autoscale"]["policy"] == "waiting_work:most=4"
+    assert scaled["slots"]["slots"] == 8, "those of all replicas that there may be"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +206,8 @@ def test_the_summary_keeps_its_keys_and_gains_the_fleet(tmp_path: Path) -> None:
         ({"replicas": 0}, r"replicas=0: must be in 1\.\."),
         ({"router": "afinity"}, "did you mean 'affinity'"),
         ({"placement": "demnd"}, "known are"),
+        ({"autoscale": "waiting_work:most=2"}, "replicas=3: must be within the bounds"),
+        ({"autoscale": "waiting_work:most=2", "replicas": None}, "give replicas"),
     ],
 )
 def test_bad_values_are_refused(fields: dict[str, Any], says: str) -> None:

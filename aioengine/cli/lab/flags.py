@@ -91,6 +91,10 @@ class SystemFlags:
     """As in aioengine policies, or my_router.py:MyRouter (affinity); lab compare takes several: a,b."""
     placement: Annotated[str | None, _MORE_SYSTEM] = None
     """Which adapters should live on which replicas (none)."""
+    autoscale: Annotated[str | None, _MORE_SYSTEM] = None
+    """Replicas by the work that waits: waiting_work:least=1,most=4 (as many as --replicas, always)."""
+    start_seconds: Annotated[float | None, _MORE_SYSTEM] = None
+    """What a replica that --autoscale adds takes to start (30)."""
 
     max_num_seqs: Annotated[int | None, _MORE_SYSTEM] = None
     """Maximum running requests (64)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
 from aioengine.lab.runs.rows import Frames, load_frames
+from aioengine.schedulers.routing import load_autoscaler
 
 if TYPE_CHECKING:
     import polars as pl
@@ -248,15 +249,19 @@ def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
 def slots_of(folder: Path) -> int | None:
     """Number of slots of all replicas, from the run's experiment; None if that file is missing."""
     slots = _of_experiment(folder, "slots")
-    return None if slots is None else slots * replicas_of(folder)
+    return slots * replicas_of(folder) if isinstance(slots, int) else None
 
 
 def replicas_of(folder: Path) -> int:
-    """Number of replicas in the run's experiment; 1 without a fleet."""
-    return _of_experiment(folder, "replicas") or 1
+    """Number of replicas in the run's experiment, where it changes the largest; 1 without a fleet."""
+    autoscale = _of_experiment(folder, "autoscale")
+    if isinstance(autoscale, str):
+        return load_autoscaler(autoscale).most
+    replicas = _of_experiment(folder, "replicas")
+    return replicas if isinstance(replicas, int) else 1
 
 
-def _of_experiment(folder: Path, field: str) -> int | None:
+def _of_experiment(folder: Path, field: str) -> Any:
     path = folder / "experiment.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -266,8 +271,8 @@ def _of_experiment(folder: Path, field: str) -> int | None:
         raise ConfigError(f"{path}: is not JSON: {error}") from error
     if isinstance(found, dict):
         found = found.get("experiment", found)
-        if isinstance(found, dict) and isinstance(found.get(field), int):
-            return int(found[field])
+        if isinstance(found, dict):
+            return found.get(field)
     return None
 
 

@@ -38,4 +38,8 @@ class Conditions(NamedTuple):
     """How often a request is sent to another replica, at most."""
     plan_seconds: float = 10.0
     """Between two plans of the placement policy."""
+    scale_seconds: float = 1.0
+    """Between two questions to the scaling policy."""
+    start_seconds: float = 30.0
+    """From the decision to add a replica until it takes requests: its model has to be read first."""
     faults: Sequence[Fault] = ()

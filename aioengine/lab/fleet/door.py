@@ -10,6 +10,7 @@ from typing import Any, Self
 from aioengine.errors import AioEngineError, EngineDead, EngineOverloaded
 from aioengine.lab.fleet.conditions import Conditions, Fault
 from aioengine.lab.fleet.replica import ReplicaLost, SimulatedReplica
+from aioengine.lab.fleet.scaling import Scaler
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.request import RequestOutput, SamplingParams
@@ -21,6 +22,7 @@ from aioengine.schedulers.routing import (
     RouteRequest,
     RouterGuard,
     RouterPolicy,
+    ScalingPolicy,
     prefix_hashes,
 )
 
@@ -45,6 +47,7 @@ class SimulatedFleet:
         placement: PlacementPolicy,
         conditions: Conditions | None = None,
         *,
+        autoscale: ScalingPolicy | None = None,
         watch: Callable[[SimulatedEngine, int], Callable[[], None]] = lambda engine, index: lambda: None,
     ) -> None:
         self.conditions = conditions or Conditions()
@@ -60,6 +63,8 @@ class SimulatedFleet:
         self.plan_guard = PlacementGuard(placement)
         self.moves: Counter[str] = Counter()
         """Steps of plans by kind."""
+        self.scaler: Scaler | None = None
+        self._autoscale = autoscale
         self._make_engine = make_engine
         self._watch = watch
         self._shapes: list[AdapterShape] = []
@@ -74,11 +79,23 @@ class SimulatedFleet:
         self._loop = asyncio.get_running_loop()
         self.state = FleetState(self._loop.time, silent_after=self.conditions.silent_after)
         self.state.listeners.append(self.guard.tell)
+        self._came = asyncio.Event()
         for index in range(len(self.by_replica)):
             await self._start(index)
         self._spawn(self._check_always(), "check")
         self._spawn(self._plan_always(), "plan")
         self._spawn(self._disturb(), "faults")
+        if self._autoscale is not None:
+            conditions = self.conditions
+            self.scaler = Scaler(
+                self._autoscale,
+                self,
+                len(self.by_replica),
+                every=conditions.scale_seconds,
+                start_seconds=conditions.start_seconds,
+                spawn=self._spawn,
+            )
+            self._spawn(self.scaler.run(), "scaler")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -140,6 +157,7 @@ class SimulatedFleet:
         )
         delivered = 0
         while True:
+            await self._until_there()
             route = self.guard.route(request, self.state.view)
             if route.reject is not None:
                 self.rejected += 1
@@ -182,6 +200,40 @@ class SimulatedFleet:
 
     # Replicas
 
+    async def add_replica(self) -> None:
+        """Start one more, in place of one that was removed if there is such a place."""
+        index = next((i for i in range(len(self.by_replica)) if i not in self._current), len(self.by_replica))
+        if index == len(self.by_replica):
+            self.by_replica.append(0)
+        await self._start(index)
+
+    async def remove_replica(self) -> None:
+        """Drain the replica with the least to do, and stop it when it has finished."""
+        there = [replica for replica in self.state.view.accepting if replica.replica_id in self.replicas]
+        if not there:
+            return
+        least = min(there, key=lambda view: (view.running + view.waiting, view.replica_id))
+        replica = self.replicas[least.replica_id]
+        self.state.drain(replica.replica_id)
+        if replica.attempts:
+            await asyncio.wait([attempt.outcome for attempt in replica.attempts.values()])
+        if replica.alive:
+            del self._current[replica.index], self.replicas[replica.replica_id]
+            self.state.leave(replica.replica_id)
+            await self._stop(replica, replica.close())
+
+    async def _until_there(self) -> None:
+        """Wait for a replica, if there is none because nothing was asked of the fleet."""
+        if self.scaler is None:
+            return
+        self.scaler.waiting += 1
+        try:
+            while not self.state.view.accepting:
+                self._came.clear()
+                await self._came.wait()
+        finally:
+            self.scaler.waiting -= 1
+
     async def _start(self, index: int) -> None:
         engine = self._make_engine()
         self._caching = engine.config.enable_prefix_caching
@@ -200,6 +252,7 @@ class SimulatedFleet:
         self._unwatch[replica.replica_id] = self._watch(engine, index)
         self._current[index] = self.replicas[replica.replica_id] = replica
         self.state.join(replica.replica_id, replica.limits)
+        self._came.set()
 
     async def _stop(self, replica: SimulatedReplica, stopping: Any) -> None:
         await stopping

@@ -11,12 +11,13 @@ from aioengine.events import Event
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.fleet.door import SimulatedFleet
 from aioengine.lab.fleet.recorder import FleetRecorder
+from aioengine.lab.fleet.scaling import Scaled
 from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.prompts import SimulatedRequests
 from aioengine.lab.workload.requests import Arrival, Workload
-from aioengine.schedulers.routing import PlacementPolicy, RouterPolicy
+from aioengine.schedulers.routing import PlacementPolicy, RouterPolicy, ScalingPolicy
 
 
 class FleetReplayed(NamedTuple):
@@ -33,6 +34,8 @@ class FleetReplayed(NamedTuple):
     """Of the router and of the placement policy, by kind."""
     moves: dict[str, int]
     """Steps of plans, by kind."""
+    scaled: Scaled | None
+    """None: the number of replicas was fixed."""
 
 
 async def replay_on_fleet(
@@ -43,6 +46,7 @@ async def replay_on_fleet(
     make_engine: Callable[[], SimulatedEngine],
     router: RouterPolicy,
     placement: PlacementPolicy,
+    autoscale: ScalingPolicy | None = None,
     conditions: Conditions | None = None,
     sample_seconds: float = 1.0,
     progress: Progress | None = None,
@@ -72,7 +76,9 @@ async def replay_on_fleet(
         objective=workload.objective,
         listener=listener,
     )
-    fleet = SimulatedFleet(replicas, make_engine, router, placement, conditions, watch=recorder.watch)
+    fleet = SimulatedFleet(
+        replicas, make_engine, router, placement, conditions, autoscale=autoscale, watch=recorder.watch
+    )
     async with fleet:
         fleet.add_adapters(workload.adapters)
         look(fleet)
@@ -88,6 +94,7 @@ async def replay_on_fleet(
         )
         await loop.send_all()
         replayed = loop.replayed()
+        scaled = None if fleet.scaler is None else fleet.scaler.result()
         fleet.check_invariants()
         look(fleet)
     now = asyncio.get_running_loop().time()
@@ -100,6 +107,7 @@ async def replay_on_fleet(
         fleet.rejected,
         dict(fleet.guard.failures + fleet.plan_guard.failures),
         dict(fleet.moves),
+        scaled,
     )
 
 

@@ -15,7 +15,13 @@ from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
-from aioengine.schedulers.routing import DEFAULT_PLACEMENT, DEFAULT_ROUTER, load_placement, load_router
+from aioengine.schedulers.routing import (
+    DEFAULT_PLACEMENT,
+    DEFAULT_ROUTER,
+    load_autoscaler,
+    load_placement,
+    load_router,
+)
 
 MAX_REPLICAS = 1024
 """All engines of a fleet are simulated in one process."""
@@ -75,6 +81,11 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Where the door sends a request; see :mod:`aioengine.schedulers.routing.registry`."""
     placement: str = DEFAULT_PLACEMENT
     """Which adapters should live on which replicas."""
+    autoscale: str | None = None
+    """Scaling policy by name, with its bounds ("waiting_work:least=1,most=4"); ``replicas`` are there at
+    first. None: there are always as many."""
+    start_seconds: float = 30.0
+    """What a replica that is added takes to start."""
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, low=0)
@@ -86,6 +97,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 load(getattr(self, name))
             except ValueError as error:
                 raise ConfigError(str(error)) from error
+        self._check_autoscale()
         slots, cpu_loras = self.slots, self.cpu_loras
         if type(slots) is int and type(cpu_loras) is int and slots > cpu_loras:
             raise ConfigError(
@@ -93,6 +105,24 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 "in the CPU cache; raise cpu_loras or lower slots"
             )
         self.engine_config()
+
+    def _check_autoscale(self) -> None:
+        check_seconds("start_seconds", self.start_seconds)
+        if self.autoscale is None:
+            return
+        try:
+            policy = load_autoscaler(self.autoscale)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.replicas is None:
+            raise ConfigError(
+                f"autoscale={self.autoscale!r}: is of a fleet; give replicas, their first number"
+            )
+        if not policy.least <= self.replicas <= policy.most:
+            raise ConfigError(
+                f"replicas={self.replicas}: must be within the bounds of autoscale={self.autoscale!r}, "
+                f"which are {policy.least} and {policy.most}"
+            )
 
     def open_workload(self) -> Workload:
         """Opens the workload. Raises ConfigError for an unusable trace, or an adapter that fits no slot."""

@@ -16,6 +16,7 @@ import msgspec
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.fleet.replay import replay_on_fleet
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.open_loop import Progress, Replayed
@@ -29,7 +30,7 @@ from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import Workload
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.routing import load_placement, load_router
+from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router
 
 NEVER = 1e12
 """Seconds; nobody waits so long."""
@@ -173,6 +174,8 @@ async def _simulate_fleet(
         make_engine=make_engine,
         router=load_router(experiment.router),
         placement=load_placement(experiment.placement),
+        autoscale=None if experiment.autoscale is None else load_autoscaler(experiment.autoscale),
+        conditions=Conditions(start_seconds=experiment.start_seconds),
         listener=watch,
         sample_seconds=experiment.sample_seconds,
         progress=progress,
@@ -188,6 +191,8 @@ async def _simulate_fleet(
         "failures": found.failures,
         "moves": found.moves,
     }
+    if found.scaled is not None:
+        fleet["autoscale"] = {"policy": experiment.autoscale, **found.scaled._asdict()}
     return found.replayed, fleet
 
 
