@@ -98,10 +98,10 @@ class AsyncEngine:
             raise ConfigError(f"resolver must be an AdapterResolver, not {type(resolver).__name__}")
         self.config = config
         self.model_name = config.model_name
-        """What requests call the base model: the label ``model_name`` of what ``metrics_compat`` exports.
-        A server sets it to the name that it serves."""
+        """Name of the base model in requests: the label ``model_name`` of metrics that ``metrics_compat``
+        exports. A server sets it to the name that it serves."""
         self.leaving = False
-        """Set by a server that is about to end, or finishes what it has accepted: ``state`` is then
+        """Set by a server that is about to stop or finishes its accepted requests: ``state`` is then
         "draining"."""
         self._policy = choose_policy(config, policy)
         self._resolver = resolver
@@ -110,7 +110,7 @@ class AsyncEngine:
         self._counters = Counters()
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
-        """Where texts become tokens and back; for who serves this engine, too."""
+        """Runs tokenization and detokenization; servers of this engine use it too."""
 
     # Life cycle
 
@@ -122,9 +122,10 @@ class AsyncEngine:
         await self.stop()
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:
-        """Load the model and begin; ``async with`` does it for you. ``progress`` is told how far it is.
+        """Load the model and begin; ``async with`` does it for you.
 
-        Raises ConfigError if the model cannot be had, is not supported, or does not fit.
+        ``progress`` is called as it advances. Raises ConfigError if the model is not available, not
+        supported, or does not fit.
         """
         if self._state != "new":
             raise EngineStopped(f"the engine cannot be started again (it is {self._state})")
@@ -184,7 +185,7 @@ class AsyncEngine:
         self._state = "running"
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
-        """What the engine is put together from; the policy lab has another way."""
+        """Build the engine's parts; the policy lab overrides it."""
         if self.config.executor == "process":
             built = await build_with_workers(self.config, self._resolver, progress, work)
         else:
@@ -198,7 +199,7 @@ class AsyncEngine:
         return built._replace(first_steps=first_steps)
 
     async def stop(self) -> None:
-        """End what runs (with EngineStopped) and free everything; ``async with`` does it for you."""
+        """End all requests (with EngineStopped) and free everything; ``async with`` does it for you."""
         if self._state in ("new", "starting", "stopped"):
             self._state = "stopped"  # a start under way notices
             return
@@ -260,7 +261,7 @@ class AsyncEngine:
         output: Sequence[int] = (),
         replay: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Run one request; yields whenever there is something new, and at the end.
+        """Run one request; yields whenever there is new output, and at the end.
 
         Closing the iterator or cancelling the task aborts the request.
 
@@ -329,8 +330,8 @@ class AsyncEngine:
         output: Sequence[int] = (),
         replay: bool = False,
     ) -> RequestOutput:
-        """All of what :meth:`generate` would yield, in one output; with the same arguments and errors.
-        It is cheaper: the caller is woken once, at the end."""
+        """Run one request and return all of its output at once; same arguments and errors as
+        :meth:`generate`. It is cheaper, because the caller is woken once, at the end."""
         self._check_running()
         options = RequestOptions(
             adapter=adapter,
@@ -360,9 +361,10 @@ class AsyncEngine:
         return request is not None
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        """Bound the waiting requests of single tenants, by name; replaces what was said before.
+        """Set the bounds on waiting requests of single tenants, by name; replaces earlier ones.
 
-        For tenants that are not named, ``max_waiting_per_tenant`` holds. What waits already is let alone.
+        Tenants that are not named keep ``max_waiting_per_tenant``. Requests that already wait are not
+        affected.
         """
         self._check_started()
         self._core.room.max_of_tenant = dict(max_waiting)
@@ -374,8 +376,8 @@ class AsyncEngine:
         max_waiting_per_tenant: int | None,
         max_waiting_per_adapter: int | None,
     ) -> None:
-        """Take other bounds on waiting requests than ``config`` has; it is replaced, and what waits already
-        is let alone. Raises ConfigError, and changes nothing, if one of them is not acceptable."""
+        """Change the bounds on waiting requests; ``config`` is replaced, and requests that already wait are
+        not affected. Raises ConfigError, and changes nothing, if one of them is not acceptable."""
         self._check_started()
         self.config = msgspec.structs.replace(
             self.config,
@@ -495,7 +497,7 @@ class AsyncEngine:
         self._adapters.discard(name)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """Bring it to a slot and keep it there whatever happens. Returns when it is in its slot: if none
+        """Bring an adapter to a slot and keep it there. Returns when it is in its slot: if none
         is idle, one is closed to new requests and taken when those that run in it have ended.
 
         At most ``max_loras - 1`` adapters can be pinned, so that one slot is left for the others. With
@@ -509,42 +511,43 @@ class AsyncEngine:
         return await self._adapters.pin(name, force=force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
-        """Let it be evicted again. Raises AdapterNotFound."""
+        """Remove a pin. Raises AdapterNotFound."""
         self._check_lora()
         return await self._adapters.unpin(name)
 
     def adapters(self) -> list[AdapterInfo]:
-        """Every registered adapter as it stands now."""
+        """Return the state of every registered adapter."""
         self._check_started()
         return self._adapters.list()
 
     # Watching
 
     def stats(self) -> EngineStats:
-        """The engine as it stands now; after its stop, as it stood at the end."""
+        """Return the engine's present state; after its stop, its last one."""
         self._check_started()
         return self._counters.snapshot(self._core)
 
     def load(self) -> EngineLoad:
-        """How busy the engine is, for routers; cheaper than :meth:`stats`."""
+        """Return the engine's load, for routers; cheaper than :meth:`stats`."""
         self._check_started()
         return engine_load(self._core, self._stepper.step_age())
 
     def resident(self) -> list[AdapterInfo]:
-        """The adapters in slots, in the CPU cache, and on their way to it, however many are registered."""
+        """Return the adapters in slots, in the CPU cache, and on their way to it; the cost does not grow with
+        registered ones."""
         self._check_started()
         return list(self._adapters.resident())
 
     def slots(self) -> SlotTable:
-        """The slots, and a number that tells whether anything in them has changed; cheaper than
+        """Return the slots, and a number that changes whenever their contents do; cheaper than
         :meth:`stats`."""
         self._check_started()
         return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
 
     def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
-        """Have every event delivered to ``listener``, on the loop; returns what removes it.
+        """Deliver every event to ``listener``, on the loop; returns a function that removes it.
 
-        A listener must be quick. What it raises is logged and goes no further.
+        A listener must be quick. Its exceptions are logged and ignored.
         """
         self._check_started()
         listeners = self._stepper.listeners
@@ -558,7 +561,7 @@ class AsyncEngine:
         ...     async for event in events:
         ...         print(event)
 
-        A reader who falls behind by more than ``buffer`` events loses the oldest, and reads an
+        A reader that falls behind by more than ``buffer`` events loses the oldest and gets an
         :class:`~aioengine.events.EventsLost` in their place. It ends when the engine has stopped.
         """
         self._check_started()
@@ -572,14 +575,15 @@ class AsyncEngine:
 
     @property
     def state(self) -> EngineState:
-        """Where it is in its life; only a "running" engine accepts requests."""
+        """State of its life cycle; only a "running" engine accepts requests."""
         if self._state == "running" and self._stepper.dead is not None:
             return "dead"
         return "draining" if self._state == "running" and self.leaving else self._state
 
     @property
     def degraded(self) -> bool:
-        """The model's processes were lost and are being started again. Requests are accepted, and wait."""
+        """Whether the model's processes were lost and are being restarted. Requests are accepted, and
+        wait."""
         return self.state == "running" and self._stepper.recovering
 
     def step_age(self) -> float:
@@ -632,7 +636,7 @@ class AsyncEngine:
 
     @property
     def plan(self) -> MemoryPlan:
-        """What was allocated."""
+        """The memory plan: what was allocated."""
         self._check_started()
         return self._plan
 
@@ -643,7 +647,7 @@ class AsyncEngine:
         return self._info
 
     def check_invariants(self) -> None:
-        """Assert the core's invariants; for tests and for the suspicious."""
+        """Assert the core's invariants; for tests and debugging."""
         self._check_started()
         self._core.check()
 

@@ -59,7 +59,7 @@ class AdapterLoadError(AdapterError):
 
 
 class RequestInvalid(AioEngineError, ValueError):
-    """The request can never run as given: empty or too long prompt, bad sampling values, ..."""
+    """The request can never run as given: empty or too long prompt, invalid sampling values, ..."""
 
 
 class PromptTooLong(RequestInvalid):
@@ -77,11 +77,11 @@ class PromptTooLong(RequestInvalid):
 
 
 class EngineOverloaded(AioEngineError):
-    """As many requests wait as may; try again later.
+    """A bound on waiting requests is reached; try again later.
 
-    ``bound`` says whose bound it is: the server's (``max_waiting``), or that of the request's tenant or
-    adapter. A request that has waited can still get it, when another tenant's takes its place: then ``bound``
-    is "tenant". None: pinned adapters hold every slot.
+    ``bound`` names it: the server's (``max_waiting``), or that of the request's tenant or adapter. A request
+    that already waits can get this error when another tenant's request displaces it: then ``bound`` is
+    "tenant". None: pinned adapters hold every slot.
     """
 
     def __init__(self, message: str, *, bound: Bound | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What happened: typed events, for metrics, live views and applications.
+"""Typed events, for metrics, live views and applications.
 
 ``engine.add_listener(callback)`` delivers them in order, on the event loop; ``engine.events()`` is an async
 iterator over them. Times are seconds on the loop's clock. ``adapter`` is None for the base model.
@@ -35,12 +35,12 @@ class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
 
 
 class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
-    """A request that found as many waiting as may, and was not accepted."""
+    """A request was refused because a bound on waiting requests was reached."""
 
     adapter: str | None
     tenant: str | None
     bound: Bound
-    """Whose bound was reached."""
+    """The bound that was reached."""
 
 
 class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):
@@ -49,9 +49,9 @@ class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):
     slot: int | None
     cached_tokens: int
     queue_seconds: float
-    """Since its arrival."""
+    """Seconds since its arrival."""
     resumed: bool
-    """It had been preempted before."""
+    """Whether it had been preempted before."""
 
 
 class RequestPreempted(Event, frozen=True, kw_only=True, gc=False):
@@ -76,7 +76,7 @@ class RequestEnded(Event, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     output_tokens: int
     seconds: float
-    """From arrival to the end."""
+    """Seconds from arrival to the end."""
     tenant: str | None
     worst_gap: float | None = None
     """The longest time between two of its tokens; None if it had less than two."""
@@ -96,7 +96,7 @@ class AdapterRegistered(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterLoading(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Its read from disk to the CPU cache begins."""
+    """Its read from disk to the CPU cache has begun."""
 
 
 class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -108,12 +108,12 @@ class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterRetrying(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Its read failed for a passing reason and is tried again."""
+    """Its read failed for a transient reason and will be retried."""
 
     attempt: int
-    """How many reads have failed so far."""
+    """Number of reads that have failed so far."""
     seconds: float
-    """Until the next one."""
+    """Seconds until the next attempt."""
     error: Exception
 
 
@@ -136,7 +136,7 @@ class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
     level: Literal["slot", "cpu"]
     slot: int | None
     nbytes: int = 0
-    """What it takes on the CPU."""
+    """Its bytes on the CPU."""
 
 
 class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -145,7 +145,7 @@ class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
-    """Where an adapter is could not be found out; a name that the resolver does not know is no failure."""
+    """The resolver failed to look up an adapter; an unknown name is not a failure."""
 
     adapter: str
     reason: LoadFailure
@@ -153,7 +153,7 @@ class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterPinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """It is to be in a slot, and to stay there."""
+    """It must be in a slot and stay there."""
 
 
 class AdapterUnpinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -161,7 +161,7 @@ class AdapterUnpinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """This version is gone: nothing of it is held any more."""
+    """This version was freed completely."""
 
 
 class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
@@ -172,13 +172,13 @@ class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
-    """The policy raised or returned no Decision. Where it was asked for one, the built-in safe policy
-    decided in its place."""
+    """The policy raised or returned no Decision. If a decision was needed, the built-in safe policy made
+    it."""
 
     error: str
     call: Literal["schedule", "cpu_victims", "on_event"] = "schedule"
     traceback: str | None = None
-    """Of the first failure of this policy; None for those that follow."""
+    """Traceback of this policy's first failure; None for later ones."""
 
 
 class PolicyOverran(Event, frozen=True, kw_only=True, gc=False):
@@ -189,13 +189,13 @@ class PolicyOverran(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyReplaced(Event, frozen=True, kw_only=True, gc=False):
-    """The policy overran too often; from now on the built-in safe policy decides."""
+    """The policy overran too often and was replaced by the built-in safe policy."""
 
     reason: str
 
 
 class TokenInterval(NamedTuple):
-    """Requests for one adapter had a token each, ``seconds`` after the ones before."""
+    """``tokens`` requests for one adapter got a token each, ``seconds`` after their previous one."""
 
     adapter: str | None
     seconds: float
@@ -205,9 +205,9 @@ class TokenInterval(NamedTuple):
 class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     step: int
     seconds: float
-    """The device's time for it."""
+    """Seconds that the device took."""
     schedule_seconds: float
-    """The policy's and the core's time for it."""
+    """Seconds that the policy and the core took."""
     sequences: int
     adapters: int
     """Distinct adapters in the batch."""
@@ -218,22 +218,22 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     policy_seconds: float = 0.0
     """The policy's part of ``schedule_seconds``."""
     intervals: tuple[TokenInterval, ...] = ()
-    """Between its tokens and the ones before; requests that had their first are not in it."""
+    """Times between its tokens and the previous ones; first tokens are left out."""
 
 
 class EventsLost(Event, frozen=True, kw_only=True, gc=False):
-    """In an event stream: its reader fell behind, and ``count`` events before the next are gone."""
+    """In an event stream: its reader fell behind and lost ``count`` events before the next one."""
 
     count: int
 
 
 class EngineRestarted(Event, frozen=True, kw_only=True, gc=False):
-    """The model's processes were lost and run again; the requests that were running have failed."""
+    """The model's processes were lost and restarted; the running requests have failed."""
 
     seconds: float
-    """From the loss until steps could be run again."""
+    """Seconds from the loss until steps could run again."""
     error: Exception
-    """How they were lost."""
+    """The cause of the loss."""
 
 
 class LoopLag(Event, frozen=True, kw_only=True, gc=False):

@@ -1,4 +1,4 @@
-"""What an application can ask an engine for: :class:`EngineInfo`, :class:`AdapterInfo`, and so on."""
+"""Answers of an engine about itself: :class:`EngineInfo`, :class:`AdapterInfo`, and so on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 import msgspec
 
 LoadProgress = Callable[[str, int, int], None]
-"""``progress(stage, done, total)``, in bytes: how far the loading of a model has got. It is called often, in
-the thread that loads."""
+"""``progress(stage, done, total)``, in bytes: progress of loading a model. It is called often, in the loading
+thread."""
 
 EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
 
@@ -18,7 +18,7 @@ SlotStateName = Literal["FREE", "LOADING", "READY", "DRAINING"]
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One registered adapter as it stands now."""
+    """The present state of a registered adapter."""
 
     name: str
     version: int
@@ -38,11 +38,11 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs here; it does not change while the engine lives."""
+    """Description of the engine; it does not change while the engine lives."""
 
     version: str
     kernels: str
-    """What computes the steps: "cpu-avx512_bf16", "triton", "torch", ..."""
+    """Name of the kernels that compute the steps: "cpu-avx512_bf16", "triton", "torch", ..."""
     python: str
     torch: str
     model_impl: str
@@ -61,16 +61,16 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
-    """The slots as they stand now."""
+    """The present contents of the slots."""
 
     version: int
-    """Counts up whenever an adapter has come to a slot or the CPU cache, or left it: as long as it is the
-    same, so is what is resident."""
+    """Increases whenever an adapter has entered or left a slot or the CPU cache; while it is unchanged, so
+    are the residents."""
     slots: tuple[SlotInfo, ...]
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """What a router needs to know of an engine, as it stands now."""
+    """The present load of an engine, for routers."""
 
     running: int
     waiting: int
@@ -88,7 +88,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine as it stands now; counters count from its start."""
+    """The present state of the engine; counters count from its start."""
 
     slots: tuple[SlotInfo, ...]
     cpu_adapters: int
