@@ -7,6 +7,7 @@ from aioengine.kernels.backend import Backend, HeadNorms
 from aioengine.kernels.dispatch import available_backends, get_backend
 from aioengine.kernels.plan.attention import AttentionPlan, Span
 from aioengine.kernels.plan.lora import LoRABatch, Segment
+from aioengine.kernels.slots import LoRAPool, SlotMemory
 from aioengine.kernels.weight import PlainWeight, Weight
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Backend",
     "HeadNorms",
     "LoRABatch",
+    "LoRAPool",
     "PlainWeight",
     "Segment",
+    "SlotMemory",
     "Span",
     "Weight",
     "available_backends",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.weight import Weight
 
 
@@ -26,11 +26,10 @@ class Backend(Protocol):
     """What a layer is computed with.
 
     Shapes: T tokens of N sequences, H query heads and K key heads of size d (H a multiple of K), blocks of
-    ``block_size`` tokens, S adapter slots, R the pool's maximum rank, n slices of a fused linear (3 for q, k
-    and v). Tensors are of the model's dtype and on the backend's device unless it says otherwise; sums are
-    float32. What is cached of keys and values, ``keys`` and ``values``, has the shape [blocks, block_size,
-    K, d]; how a block is laid out inside is the backend's business, so only what a backend stored itself can
-    be read by it.
+    ``block_size`` tokens, S adapter slots, n slices of a fused linear (3 for q, k and v). Tensors are of the
+    model's dtype and on the backend's device unless it says otherwise; sums are float32. What is cached of
+    keys and values, ``keys`` and ``values``, has the shape [blocks, block_size, K, d]; how a block is laid
+    out inside is the backend's business, so only what a backend stored itself can be read by it.
 
     Metadata (:class:`AttentionPlan`, :class:`LoRABatch`) is built once for all layers of a step.
     """
@@ -87,37 +86,32 @@ class Backend(Protocol):
         a sequence's end, may hold anything.
         """
 
-    def lora_shrink(self, x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
+    def lora_shrink(self, x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
         """``h[t, j] = A[slot(t), j] x[t]``.
 
-        ``x`` [T, in], ``a`` [S, n * R, in]; returns h [T, n, R] in x's dtype, zero wherever no adapter
-        reaches (tokens without one, and columns from the adapter's rank on).
+        ``x`` [T, in]; returns h [T, n, ``batch.width``] in x's dtype, zero wherever no adapter reaches
+        (tokens without one, and columns from A's rows on).
 
-        Of all LoRA operations: only the tokens of ``batch.segments`` are touched. What slots without a
-        segment hold never matters. In those with one, A's rows and B's columns from the adapter's rank up to
-        R must be zero.
+        Of all LoRA operations: only the tokens of ``batch.segments`` are touched, and of the memory only what
+        the table gives to their slots.
         """
 
-    def lora_expand(
-        self, h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch
-    ) -> None:
-        """``y[t, offsets[j] : offsets[j] + out_j] += B[j][slot(t)] h[t, j]``, in place.
+    def lora_expand(self, h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
+        """``y[t, b_offsets[j] : b_offsets[j] + widths[j]] += B[j][slot(t)] h[t, j]``, in place.
 
-        ``h`` [T, n, R], ``b``: n tensors [S, out_j, R], ``y`` [T, >= max(offsets[j] + out_j)].
+        ``h`` [T, n, ``batch.width``], ``y`` [T, >= max(b_offsets[j] + widths[j])].
         """
 
-    def lora_affine(
-        self, y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch
-    ) -> None:
-        """``y[t, offsets[j] : offsets[j] + out_j] += gain * y[t, ...] + shift``, in place.
+    def lora_affine(self, y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
+        """``y[t, offsets[j] : offsets[j] + affine_widths[j]] += gain * y[t, ...] + shift``, in place.
 
-        ``affine``: n tensors [S, 2, out_j], gain and shift of each slot. Only the tokens of
-        ``batch.affine`` are touched. DoRA and trained biases come to this.
+        Only the tokens of ``batch.affine`` are touched, and only slices that have gain and shift. DoRA and
+        trained biases come to this.
         """
 
-    def lora_embed(self, token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+    def lora_embed(self, token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
         """``h[t, 0] = A[slot(t)][:, token_ids[t]]``: :meth:`lora_shrink` of one-hot tokens.
 
-        ``token_ids`` [T], ``a`` [S, R, vocabulary]; returns h [T, 1, R] in a's dtype, zero wherever no
-        adapter reaches.
+        ``token_ids`` [T]; returns h [T, 1, ``batch.width``] in the pool's dtype, zero wherever no adapter
+        reaches.
         """

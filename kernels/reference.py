@@ -6,14 +6,13 @@ grouped by adapter follows Punica: Chen et al., 2023, https://arxiv.org/abs/2310
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.weight import Weight
 
 name = "reference"
@@ -91,40 +90,44 @@ def paged_attention(
     return out.flatten(1)
 
 
-def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
+def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
-    max_rank = a.shape[1] // n_slices
-    h = x.new_zeros(x.shape[0], n_slices, max_rank)
-    for slot, start, stop, rank in batch.segments:
-        for j in range(n_slices):
-            a_j = a[slot, j * max_rank : j * max_rank + rank]
-            h[start:stop, j, :rank] = x[start:stop].float() @ a_j.float().T
+    n = len(pool.modules)
+    h = x.new_zeros(x.shape[0], n, batch.width)
+    for slot, start, stop, _ in batch.segments:
+        for j in range(n):
+            a = pool.a(slot, j)
+            h[start:stop, j, : len(a)] = x[start:stop].float() @ a.float().T
     return h
 
 
-def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
-    for slot, start, stop, rank in batch.segments:
-        for j, (b_j, offset) in enumerate(zip(b, offsets, strict=True)):
-            delta = h[start:stop, j, :rank].float() @ b_j[slot, :, :rank].float().T
-            y_j = y[start:stop, offset : offset + b_j.shape[1]]
+def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
+    """``y[t, b_offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
+    for slot, start, stop, _ in batch.segments:
+        for j, (width, offset) in enumerate(zip(pool.widths, pool.b_offsets, strict=True)):
+            b = pool.b(slot, j)
+            delta = h[start:stop, j, : b.shape[1]].float() @ b.float().T
+            y_j = y[start:stop, offset : offset + width]
             y_j.copy_(y_j.float() + delta)
 
 
-def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
+def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
     """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
     for slot, start, stop, _ in batch.affine:
-        for affine_j, offset in zip(affine, offsets, strict=True):
-            gain, shift = affine_j[slot].float()
-            y_j = y[start:stop, offset : offset + len(gain)]
-            y_j.copy_(y_j.float() + gain * y_j.float() + shift)
+        for j, (width, offset) in enumerate(zip(pool.affine_widths, pool.offsets, strict=True)):
+            affine = pool.affine(slot, j)
+            if affine is not None:
+                gain, shift = affine.float()
+                y_j = y[start:stop, offset : offset + width]
+                y_j.copy_(y_j.float() + gain * y_j.float() + shift)
 
 
-def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
-    h = a.new_zeros(len(token_ids), 1, a.shape[1])
-    for slot, start, stop, rank in batch.segments:
-        h[start:stop, 0, :rank] = a[slot, :rank, token_ids[start:stop]].T
+    h = pool.slots.memory.new_zeros(len(token_ids), 1, batch.width)
+    for slot, start, stop, _ in batch.segments:
+        a = pool.a(slot, 0)
+        h[start:stop, 0, : len(a)] = a[:, token_ids[start:stop]].T
     return h
 
 

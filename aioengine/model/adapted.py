@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from aioengine.kernels import Backend, LoRABatch, Weight
+from aioengine.kernels import Backend, LoRABatch, LoRAPool, Weight
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.group import Group
-from aioengine.model.slots.pool import FusedLoRA
 
 
 class AdaptedLinears:
@@ -25,23 +24,22 @@ class AdaptedLinears:
         self.exchanges = self._parallel and group.shard.fully_sharded
         """Whether the ranks exchange A's outputs."""
 
-    def split_outputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
+    def split_outputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """The rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
         y = self._kernels.linear(x, linear.weight, linear.bias)
         if pool is not None and batch.segments:
-            n = len(pool.modules)
-            h = self._kernels.lora_shrink(x, pool.a, self.held(batch), n)
+            h = self._kernels.lora_shrink(x, pool, batch)
             if self.exchanges:
-                h = self.gather(h, pool, batch)
-            self._kernels.lora_expand(h, pool.b, y, pool.b_offsets, batch)
+                h = self.gather(h, batch)
+            self._kernels.lora_expand(h, pool, y, batch)
             self._affine(y, pool, batch)
         return y
 
-    def split_inputs(self, linear: Linear, x: Tensor, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
+    def split_inputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """All outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T, out]."""
         y = self._kernels.linear(x, linear.weight, None if self._parallel else linear.bias)
         if pool is not None and batch.segments:
-            h = self._kernels.lora_shrink(x, pool.a, batch, len(pool.modules))
+            h = self._kernels.lora_shrink(x, pool, batch)
             self._add_summand(h, pool, y, batch)
         return self.total(y, linear.bias if self._parallel else None, pool, batch)
 
@@ -50,7 +48,7 @@ class AdaptedLinears:
         token_ids: Tensor,
         weight: Weight,
         first: int,
-        pool: FusedLoRA | None,
+        pool: LoRAPool | None,
         batch: LoRABatch,
     ) -> Tensor:
         """The embeddings [T, hidden] of ``token_ids`` [T]; ``weight`` begins with the token ``first``."""
@@ -63,19 +61,19 @@ class AdaptedLinears:
         if absent is not None:
             hidden.masked_fill_(absent[:, None], 0)
         if pool is not None and batch.segments:
-            h = self._kernels.lora_embed(token_ids, pool.a, batch).to(hidden.dtype)
+            h = self._kernels.lora_embed(token_ids, pool, batch).to(hidden.dtype)
             if absent is not None:
                 h.masked_fill_(absent[:, None, None], 0)
             self._add_summand(h, pool, hidden, batch)
         return self.total(hidden, None, pool, batch)
 
-    def _add_summand(self, h: Tensor, pool: FusedLoRA, y: Tensor, batch: LoRABatch) -> None:
+    def _add_summand(self, h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
         """Adds B h to y, which is yet to be summed over the ranks."""
         if self.exchanges:
             self.sum(h, batch)
-        self._kernels.lora_expand(h, pool.b, y, pool.b_offsets, batch)
+        self._kernels.lora_expand(h, pool, y, batch)
 
-    def total(self, y: Tensor, bias: Tensor | None, pool: FusedLoRA | None, batch: LoRABatch) -> Tensor:
+    def total(self, y: Tensor, bias: Tensor | None, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """Adds up the ranks' ``y`` [T, out], in place, and does what is done to whole outputs."""
         if self._parallel:
             self._group.all_reduce(y)
@@ -86,33 +84,21 @@ class AdaptedLinears:
         return y
 
     def sum(self, h: Tensor, batch: LoRABatch) -> None:
-        """Adds up A's outputs [T, n, R], in place, as long as the largest rank in the batch."""
+        """Adds up A's outputs [T, n, width], in place, as long as the largest rank in the batch."""
         first, rank = batch.segments[0].start, max(segment.rank for segment in batch.segments)
         h[first:, :, :rank] = self._group.all_reduce(h[first:, :, :rank].contiguous())
 
-    def _affine(self, y: Tensor, pool: FusedLoRA, batch: LoRABatch) -> None:
+    def _affine(self, y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
         if batch.affine:
-            self._kernels.lora_affine(y, pool.affine, pool.offsets, batch)
+            self._kernels.lora_affine(y, pool, batch)
 
-    def held(self, batch: LoRABatch) -> LoRABatch:
-        """The batch with the rows of A that are held here as ranks, of linears split over their outputs."""
-        return batch.derive(self._held) if self.exchanges and batch.segments else batch
-
-    def _held(self, batch: LoRABatch) -> LoRABatch:
-        segments, size = batch.segments, self._group.shard.size
-        ranks = [0] * (segments[-1].slot + 1)
-        for segment in segments:
-            ranks[segment.slot] = -(-segment.rank // size)
-        slots = [-1, *(segment.slot for segment in segments)]
-        counts = [segments[0].start, *(segment.stop - segment.start for segment in segments)]
-        return LoRABatch(slots, counts, ranks, batch.device)
-
-    def gather(self, h: Tensor, pool: FusedLoRA, batch: LoRABatch) -> Tensor:
-        """All of A's outputs [T, n, R] from the rank's share of them [T, n, R / size]."""
-        held = self.held(batch)
-        first, rank = held.segments[0].start, max(segment.rank for segment in held.segments)
+    def gather(self, h: Tensor, batch: LoRABatch) -> Tensor:
+        """All of A's outputs [T, n, width] from what this rank has of them: its rows of A come first."""
+        first, size = batch.segments[0].start, self._group.shard.size
+        held = -(-max(segment.rank for segment in batch.segments) // size)
         # Row i of A is row i // size on rank i % size, so that the last axis becomes the rows' order.
-        dealt = self._group.all_gather(h[first:, :, :rank, None].contiguous(), dim=-1).flatten(2)
-        whole = h.new_zeros(len(h), h.shape[1], pool.b[0].shape[2])
-        whole[first:, :, : dealt.shape[2]] = dealt
+        dealt = self._group.all_gather(h[first:, :, :held, None].contiguous(), dim=-1).flatten(2)
+        whole = h.new_zeros(h.shape)
+        columns = min(dealt.shape[2], h.shape[2])  # beyond the largest rank there are only zeros
+        whole[first:, :, :columns] = dealt[:, :, :columns]
         return whole

@@ -7,14 +7,14 @@ a layout of the library's own inside each block. What the library does not cover
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels import LoRABatch, Weight
+from aioengine.kernels import LoRABatch, LoRAPool, Weight
 from aioengine.kernels.cpu import structs
-from aioengine.kernels.cpu.lora import segment_table
+from aioengine.kernels.cpu.lora import segment_table, slots_struct
 from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
@@ -23,7 +23,7 @@ from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import StepExchange, between
-from aioengine.model.slots.pool import FusedLoRA, LoRASlots
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import Quantization
 
 
@@ -42,17 +42,14 @@ class NativeForward:
         self.seconds: Tensor | None = None
         """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
         self._parallel = decoder.partition.shard.size > 1
-        self._pools: list[FusedLoRA] = []
+        self._pools: list[LoRAPool] = []
         """By their ids in the library."""
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
         self._model = self._model_struct(cache.block_size)
         spec = decoder.spec
         self._wide = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._narrow = max(spec.intermediate_size, spec.num_heads * spec.head_dim)
-        self._ranks = max(
-            (max(pool.a.shape[1], len(pool.b) * pool.b[0].shape[2]) for pool in self._pools), default=0
-        )
-        """The elements that A's outputs, or the ranks' parts of them, have for a token."""
+        self._slices = max((len(pool.modules) for pool in self._pools), default=0)
 
     def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
         found = []
@@ -85,12 +82,12 @@ class NativeForward:
             head_dim=spec.head_dim,
             intermediate=spec.intermediate_size,
             block_size=block_size,
-            slot_stride=0 if self._slots is None else self._slots.layout.elements,
             eps=spec.rms_norm_eps,
             attention_scale=spec.head_dim**-0.5,
             norm=decoder.norm.data_ptr(),
             head=self._matrix(decoder.head, "lm_head"),
             lora_head=self._pool(self._slots.outer if self._slots else {}, "lm_head"),
+            slots=structs.Slots() if self._slots is None else slots_struct(self._slots.memory),
             layer=self._layers,
         )
 
@@ -117,9 +114,9 @@ class NativeForward:
             return torch.empty(tokens, width, dtype=decoder.dtype)
 
         x, wide, narrow = scratch(spec.hidden_size), scratch(self._wide), scratch(self._narrow)
-        h = scratch(self._ranks)
+        h = scratch(self._slices * max(inputs.lora.width, inputs.sample_lora.width))
         # Tables stay referenced by these names while the library reads them.
-        batches = [_Segments(b, decoder.adapted.held(b)) for b in (inputs.lora, inputs.sample_lora)]
+        batches = [_Segments(batch) for batch in (inputs.lora, inputs.sample_lora)]
         head = self._slots.outer.get("lm_head") if self._slots else None
         exchange = StepExchange(decoder.adapted, self._pools, head, inputs, x, h.view(-1))
         step = structs.Step(
@@ -164,27 +161,17 @@ class NativeForward:
             matrix.rotation = weight.rotation
         return matrix
 
-    def _pool(self, pools: Mapping[str, FusedLoRA], name: str) -> structs.LoraPool:
+    def _pool(self, pools: Mapping[str, LoRAPool], name: str) -> structs.LoraPool:
         pool = pools.get(name)
         if pool is None:
             return structs.LoraPool(slices=0, id=-1)
         self._pools.append(pool)
-        slices: Sequence[structs.LoraSlice] = [
-            structs.LoraSlice(
-                b=b.data_ptr(),
-                affine=affine.data_ptr(),
-                out=b.shape[1],
-                offset=offset,
-                b_stride=b.stride(0),
-                affine_stride=affine.stride(0),
-            )
-            for b, affine, offset in zip(pool.b, pool.affine, pool.b_offsets, strict=True)
+        slices = [
+            structs.LoraSlice(out, offset) for out, offset in zip(pool.widths, pool.b_offsets, strict=True)
         ]
         return structs.LoraPool(
-            a=pool.a.data_ptr(),
             slices=len(slices),
-            held=pool.a.shape[1] // len(slices),
-            rank=pool.b[0].shape[2],
+            first=pool.first,
             exchange=between(name, self._decoder.adapted),
             id=len(self._pools) - 1,
             slice=(structs.LoraSlice * structs.MAX_SLICES)(*slices),
@@ -194,13 +181,12 @@ class NativeForward:
 class _Segments:
     """A LoRABatch as the library reads it."""
 
-    def __init__(self, batch: LoRABatch, held: LoRABatch) -> None:
+    def __init__(self, batch: LoRABatch) -> None:
         self._all, self._affine = segment_table(batch.segments), segment_table(batch.affine)
-        self._held = self._all if held is batch else segment_table(held.segments)
         self.struct = structs.LoraBatch(
             segments=self._all.data_ptr(),
-            held=self._held.data_ptr(),
             count=len(batch.segments),
+            width=batch.width,
             affine=self._affine.data_ptr(),
             affine_count=len(batch.affine),
         )

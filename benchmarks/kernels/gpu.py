@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from aioengine.kernels import Backend, LoRABatch, get_backend
+from aioengine.kernels import Backend, LoRABatch, LoRAPool, SlotMemory, get_backend
 from aioengine.kernels.triton import lora
 from aioengine.kernels.triton.table import (
     ORDER,
@@ -67,25 +67,25 @@ class Problem(NamedTuple):
 
     x: Tensor
     weight: Tensor
-    a: Tensor
-    b: list[Tensor]
-    affine: list[Tensor]
-    offsets: list[int]
+    pool: LoRAPool
     batch: LoRABatch
+
+    @property
+    def h_bytes(self) -> int:
+        return self.x.nbytes // self.x.shape[1] * len(self.pool.modules) * self.batch.width
 
     @property
     def shrink_bytes(self) -> int:
         """What must be read and written at least: x, the active adapters' A, and h."""
-        size, n = self.x.element_size(), len(self.b)
-        h = len(self.x) * self.a.shape[1]
-        return size * (self.x.numel() + h + sum(n * s.rank for s in self.batch.segments) * self.a.shape[2])
+        rows = len(self.pool.modules) * sum(segment.rank for segment in self.batch.segments)
+        return self.x.nbytes + self.h_bytes + self.x.element_size() * rows * self.pool.in_features
 
     @property
     def expand_bytes(self) -> int:
         """h, the active adapters' B, and y twice."""
-        size, width = self.x.element_size(), sum(b_j.shape[1] for b_j in self.b)
-        y, h = len(self.x) * width, len(self.x) * self.a.shape[1]
-        return size * (2 * y + h + sum(s.rank for s in self.batch.segments) * width)
+        size, width = self.x.element_size(), sum(self.pool.widths)
+        b = sum(segment.rank for segment in self.batch.segments) * width
+        return self.h_bytes + size * (2 * len(self.x) * width + b)
 
 
 def problem(
@@ -106,12 +106,18 @@ def problem(
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    used = min(adapters, tokens)
-    a = randn(adapters + 1, len(widths) * rank, n_in) / n_in**0.5
-    b = [randn(adapters + 1, width, rank) / rank**0.5 for width in widths]
-    gains = [randn(adapters + 1, 2, width) for width in widths]
-    for pool in (a, *b, *gains):
-        pool[used:] = float("nan")
+    used, n = min(adapters, tokens), len(widths)
+    elements = n * rank * n_in + rank * sum(widths) + 2 * sum(widths)
+    memory = randn((used + 1) * elements) / n_in**0.5
+    memory[used * elements :] = float("nan")
+    slots = SlotMemory(memory, used, n, rank, aligned=True)
+    rows, end = [], n * rank * n_in
+    for j, width in enumerate(widths):
+        affine_at = elements - 2 * sum(widths[j:])
+        rows.append([j * rank * n_in, rank, end, rank, affine_at])
+        end += rank * width
+    for slot in range(used):
+        slots.table[slot], slots.device_table[slot] = slots.rows(torch.tensor(rows), slot * elements)
     counts = [tokens // used + (i < tokens % used) for i in range(used)]
     batch = LoRABatch(
         [-1, *range(used)],
@@ -120,9 +126,11 @@ def problem(
         device,
         slot_affine=[affine] * used,
     )
-    offsets = [sum(widths[:j]) for j in range(len(widths))]
+    offsets = tuple(sum(widths[:j]) for j in range(n))
+    names = tuple(str(j) for j in range(n))
+    pool = LoRAPool(slots, names, 0, n_in, tuple(widths), offsets, tuple(widths), offsets)
     weight = randn(sum(widths), n_in) / n_in**0.5
-    return Problem(randn(base_tokens + tokens, n_in), weight, a, b, gains, offsets, batch)
+    return Problem(randn(base_tokens + tokens, n_in), weight, pool, batch)
 
 
 def check(device: str, ranks: Sequence[int]) -> list[str]:
@@ -137,15 +145,14 @@ def check(device: str, ranks: Sequence[int]) -> list[str]:
     for linear, tokens, adapters, rank, dtype in _track(cases, "checking"):
         p = problem(linear, tokens, adapters, rank, dtype, device, base_tokens=3, affine=True)
         y = p.x.new_ones(len(p.x), p.weight.shape[0])
-        ids = torch.arange(len(p.x), device=device) % p.a.shape[2]
-        single = p.a[:, :rank]
+        ids = torch.arange(len(p.x), device=device) % p.pool.in_features
         results = []
         for backend in (oracle, lora):
-            h = backend.lora_shrink(p.x, p.a, p.batch, len(p.b))
+            h = backend.lora_shrink(p.x, p.pool, p.batch)
             expanded, scaled = y.clone(), y.clone()
-            backend.lora_expand(h, p.b, expanded, p.offsets, p.batch)
-            backend.lora_affine(scaled, p.affine, p.offsets, p.batch)
-            embedded = backend.lora_embed(ids, single, p.batch)
+            backend.lora_expand(h, p.pool, expanded, p.batch)
+            backend.lora_affine(scaled, p.pool, p.batch)
+            embedded = backend.lora_embed(ids, p.pool, p.batch)
             results.append({"shrink": h, "expand": expanded, "affine": scaled, "embed": embedded})
         for op, expected in results[0].items():
             difference = (results[1][op].float() - expected.float()).abs().max()
@@ -177,10 +184,10 @@ def compare(args: argparse.Namespace, device: str, timer: Timer, bandwidth: floa
     for linear, tokens, adapters, rank in _track(cases, "timing"):
         p = problem(linear, tokens, adapters, rank, dtype, device)
         y = F.linear(p.x, p.weight)
-        h = lora.lora_shrink(p.x, p.a, p.batch, len(p.b))
+        h = lora.lora_shrink(p.x, p.pool, p.batch)
         base = timer(partial(F.linear, p.x, p.weight))
-        shrink = timer(partial(lora.lora_shrink, p.x, p.a, p.batch, len(p.b)))
-        expand = timer(partial(lora.lora_expand, h, p.b, y, p.offsets, p.batch))
+        shrink = timer(partial(lora.lora_shrink, p.x, p.pool, p.batch))
+        expand = timer(partial(lora.lora_expand, h, p.pool, y, p.batch))
         plain = timer(partial(add_lora, get_backend(device, "torch"), p, y))
         host = host_seconds(partial(add_lora, lora, p, y), device)
         table.add_row(
@@ -193,8 +200,8 @@ def compare(args: argparse.Namespace, device: str, timer: Timer, bandwidth: floa
 
 
 def add_lora(backend: Backend, p: Problem, y: Tensor) -> None:
-    h = backend.lora_shrink(p.x, p.a, p.batch, len(p.b))
-    backend.lora_expand(h, p.b, y, p.offsets, p.batch)
+    h = backend.lora_shrink(p.x, p.pool, p.batch)
+    backend.lora_expand(h, p.pool, y, p.batch)
 
 
 def tune(args: argparse.Namespace, device: str, timer: Timer) -> dict[str, dict[str, int]]:
@@ -211,12 +218,12 @@ def tune(args: argparse.Namespace, device: str, timer: Timer) -> dict[str, dict[
     for linear, rank, tokens, adapters in _track(cases, "tuning"):
         p = problem(linear, tokens, adapters, rank, dtype, device)
         y = F.linear(p.x, p.weight)
-        h = lora.lora_shrink(p.x, p.a, p.batch, len(p.b))
+        h = lora.lora_shrink(p.x, p.pool, p.batch)
         longest = max(s.stop - s.start for s in p.batch.segments)
-        shrink = partial(lora.shrink, p.x, p.a, p.batch, len(p.b))
-        key = Key.of("shrink", bits, rank, p.a.shape[2], longest)
+        shrink = partial(lora.shrink, p.x, p.pool, p.batch)
+        key = Key.of("shrink", bits, rank, p.pool.in_features, longest)
         found[str(key)] = descend(_ordered(default_shrink(key), key, found), key, shrink, timer)._asdict()
-        expand = partial(lora.expand, h, p.b, y, p.offsets, p.batch)
+        expand = partial(lora.expand, h, p.pool, y, p.batch)
         key = Key.of("expand", bits, rank, y.shape[1], longest)
         found[str(key)] = descend(_ordered(default_expand(key), key, found), key, expand, timer)._asdict()
     return found

@@ -18,6 +18,7 @@ from aioengine.kernels import AttentionPlan, Backend, Span, get_backend
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, DecodeSteps, Record
 from aioengine.model.decoder import Decoder
 from aioengine.model.kv_cache import KVCache
+from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
 from aioengine.request import SamplingParams
@@ -156,6 +157,11 @@ class Steps:
         for memory in (*self.cache.k, *self.cache.v):
             memory.normal_()
         self.slots = LoRASlots(spec, adapters, rank, LORA_MODULES, dtype, where)
+        layout = self.slots.layout
+        shape = image_shape(layout, dict.fromkeys(layout.places, (rank, rank)), (), dtype)
+        for slot in range(adapters):
+            data = (0.05 * torch.randn(shape.elements)).to(dtype)
+            self.slots.write(slot, shape.image(data, rank=rank, digest=""))
         decoder, cache, slots = self.decoder, self.cache, self.slots
         make = partial(
             DecodeSteps,
@@ -210,10 +216,6 @@ def check_steps(device: str, record: Record | None = None, spec: ModelSpec = LLA
     steps = Steps(
         torch.float32, device, layers=2, most=5, context=40, adapters=3, rank=8, record=record, spec=spec
     )
-    for pools in steps.slots.layers:
-        for pool in pools.values():
-            for tensor in (pool.a, *pool.b):
-                tensor.normal_(std=0.05)
     with torch.inference_mode():
         for batch, adapters in ((1, 0), (3, 0), (3, 2), (5, 3)):
             expected = steps.run(steps.eager, batch, adapters).clone()

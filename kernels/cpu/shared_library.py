@@ -39,13 +39,16 @@ _SIGNATURES = {
     "aio_add_rms_norm": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int),
     "aio_silu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_lora_shrink": (
-        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+        *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_long, c_long),
         *(c_void_p, c_long, c_int),
     ),
     "aio_lora_expand": (
-        *(c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
+        *(c_int, c_void_p, c_void_p, c_long, c_void_p, c_long, c_long, c_void_p, c_long),
+        *(c_void_p, c_long, c_int),
     ),
-    "aio_lora_affine": (*(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),),
+    "aio_lora_affine": (
+        *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
+    ),
     "aio_head_norm": (c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),

@@ -9,7 +9,7 @@ MAX_SLICES = 3
 
 PHASES = (
     *("norm", "qkv", "rope", "attention", "o", "gate_up", "activation", "down", "head"),
-    *("shrink", "expand", "affine", "exchange"),
+    *("shrink", "affine", "exchange"),
 )
 """What a profile tells apart, in the order of the library."""
 
@@ -40,22 +40,23 @@ class Matrix(Structure):
     ]
 
 
-class LoraSlice(Structure):
-    """One slice of a fused linear's pool, as it lies in the first slot."""
+class Slots(Structure):
+    """The memory of all slots, and the table of :class:`aioengine.kernels.slots.SlotMemory`."""
 
-    _fields_ = [
-        ("b", c_void_p),
-        ("affine", c_void_p),
-        *((name, c_int64) for name in ("out", "offset", "b_stride", "affine_stride")),
-    ]
+    _fields_ = [("memory", c_void_p), ("table", c_void_p), ("places", c_int64)]
+
+
+class LoraSlice(Structure):
+    """One slice of a fused linear: its outputs, and the first column of these."""
+
+    _fields_ = [("out", c_int64), ("offset", c_int64)]
 
 
 class LoraPool(Structure):
-    """A fused linear's pool; no slices: nothing of it is targeted."""
+    """A fused linear's places in the slots; no slices: nothing of it is targeted."""
 
     _fields_ = [
-        ("a", c_void_p),
-        *((name, c_int64) for name in ("slices", "held", "rank", "exchange", "id")),
+        *((name, c_int64) for name in ("slices", "first", "exchange", "id")),
         ("slice", LoraSlice * MAX_SLICES),
     ]
 
@@ -74,23 +75,24 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("intermediate", "block_size", "slot_stride")),
+        *((name, c_int64) for name in ("intermediate", "block_size")),
         ("eps", c_double),
         ("attention_scale", c_double),
         ("norm", c_void_p),
         ("head", Matrix),
         ("lora_head", LoraPool),
+        ("slots", Slots),
         ("layer", POINTER(Layer)),
     ]
 
 
 class LoraBatch(Structure):
-    """Segments [count][slot, begin, end, rank] of int32; ``held``: the rows of A that are here as ranks."""
+    """Segments [count][slot, begin, end, rank] of int32; ``width``: what A's outputs have room for."""
 
     _fields_ = [
         ("segments", c_void_p),
-        ("held", c_void_p),
         ("count", c_int64),
+        ("width", c_int64),
         ("affine", c_void_p),
         ("affine_count", c_int64),
     ]

@@ -189,11 +189,11 @@ _KERNELS: Mapping[str, Any] = {
 }
 _POINTERS = {
     **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
-    **dict.fromkeys(("ids_ptr", "cells_ptr"), "*i64"),
+    **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
     **dict.fromkeys(("partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
 _FLOATS = ("eps", "scale")
-_ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts")
+_ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place")
 
 
 def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:

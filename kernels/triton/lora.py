@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.plan.lora import LoRABatch
+from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
@@ -36,39 +37,38 @@ _PROGRAMS = 128
 large GPU has multiprocessors. Bits do not depend on it."""
 
 
-def lora_shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int) -> Tensor:
+def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
-    max_rank = a.shape[1] // n_slices
-    config = shrink_config(_bits(x), max_rank, a.shape[2], batch.derive(TilePlan).longest)
-    return shrink(x, a, batch, n_slices, config)
+    longest = batch.derive(TilePlan).longest
+    return shrink(x, pool, batch, shrink_config(_bits(x), pool.slots.max_rank, pool.in_features, longest))
 
 
-def lora_expand(h: Tensor, b: Sequence[Tensor], y: Tensor, offsets: Sequence[int], batch: LoRABatch) -> None:
-    """``y[t, offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
-    width = sum(b_j.shape[1] for b_j in b)
-    config = expand_config(_bits(h), h.shape[2], width, batch.derive(TilePlan).longest)
-    expand(h, b, y, offsets, batch, config)
+def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
+    """``y[t, b_offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
+    longest = batch.derive(TilePlan).longest
+    expand(h, pool, y, batch, expand_config(_bits(h), pool.slots.max_rank, sum(pool.widths), longest))
 
 
-def shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int, config: ShrinkConfig) -> Tensor:
+def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) -> Tensor:
     """:func:`lora_shrink` with a configuration of the caller's choice."""
-    max_rank, n_in = a.shape[1] // n_slices, a.shape[2]
+    n_slices, width = len(pool.modules), batch.width
     if not batch.segments:
-        return x.new_zeros(len(x), n_slices, max_rank)
-    h = x.new_empty(len(x), n_slices, max_rank)
+        return x.new_zeros(len(x), n_slices, width)
+    h = x.new_empty(len(x), n_slices, width)
     h[: batch.segments[0].start] = 0  # the kernel writes all of what follows
-    plan = batch.derive(TilePlan)
+    plan, slots = batch.derive(TilePlan), pool.slots
     tiles = plan.tiles(config.block_m)
-    columns = n_slices * -(-max_rank // config.block_r)
+    columns = n_slices * -(-width // config.block_r)
     split = config.split_k > 1 and columns * len(tiles) < _PROGRAMS
     programs, outputs = (config.split_k, columns * len(tiles)) if split else (1, 0)
-    x, a = _adjoining(x), _adjoining(a)
+    x = _adjoining(x)
     with on(x.device):
         shrink_kernel[columns * programs, len(tiles)](
-            *(x, a, h, tiles),
+            *(x, slots.memory, slots.device_table, h, tiles),
             x.new_empty(outputs * programs * config.block_m * config.block_r, dtype=torch.float32),
             plan.arrivals(outputs),
-            *(x.stride(0), a.stride(0), n_in, n_slices, max_rank),
+            *(x.stride(0), slots.device_table.stride(0), pool.first, slots.unit),
+            *(pool.in_features, n_slices, width),
             BLOCK_M=config.block_m,
             BLOCK_R=config.block_r,
             BLOCK_K=config.block_k,
@@ -80,26 +80,19 @@ def shrink(x: Tensor, a: Tensor, batch: LoRABatch, n_slices: int, config: Shrink
     return h
 
 
-def expand(
-    h: Tensor,
-    b: Sequence[Tensor],
-    y: Tensor,
-    offsets: Sequence[int],
-    batch: LoRABatch,
-    config: ExpandConfig,
-) -> None:
+def expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch, config: ExpandConfig) -> None:
     """:func:`lora_expand` with a configuration of the caller's choice."""
     if not batch.segments:
         return
     assert y.stride(1) == 1, "columns of y must adjoin"
-    tiles = batch.derive(TilePlan).tiles(config.block_m)
+    tiles, slots = batch.derive(TilePlan).tiles(config.block_m), pool.slots
     h = _adjoining(h)
-    for first, slices in _launches([_adjoining(b_j) for b_j in b], [b_j.shape[1] for b_j in b], offsets):
+    for first, slices in _launches(pool.widths, pool.b_offsets):
         with on(y.device):
             expand_kernel[slices.blocks(config.block_n), len(tiles)](
-                *(h[:, first:], y, tiles, *slices.tensors),
-                *(*slices.slot_strides, *slices.widths, *slices.offsets),
-                *(h.stride(0), y.stride(0), h.shape[2]),
+                *(h[:, first:], y, tiles, slots.memory, slots.device_table),
+                *(slots.device_table.stride(0), pool.first + first, slots.unit),
+                *(*slices.widths, *slices.offsets, h.stride(0), y.stride(0), h.shape[2]),
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
                 BLOCK_R=config.block_r,
@@ -108,35 +101,35 @@ def expand(
             )
 
 
-def lora_affine(y: Tensor, affine: Sequence[Tensor], offsets: Sequence[int], batch: LoRABatch) -> None:
+def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
     """``y[t, offsets[j]:] += gain * y[t, ...] + shift``; see :class:`Backend`."""
     if not batch.affine:
         return
     assert y.stride(1) == 1, "columns of y must adjoin"
-    tiles = batch.derive(TilePlan).affine_tiles(SHORT)
-    widths = [affine_j.shape[2] for affine_j in affine]
-    for _, slices in _launches([_adjoining(affine_j) for affine_j in affine], widths, offsets):
+    tiles, slots = batch.derive(TilePlan).affine_tiles(SHORT), pool.slots
+    for first, slices in _launches(pool.affine_widths, pool.offsets):
         with on(y.device):
             affine_kernel[slices.blocks(AFFINE_COLUMNS), len(tiles)](
-                *(y, tiles, *slices.tensors),
-                *(*slices.slot_strides, *slices.widths, *slices.offsets, y.stride(0)),
+                *(y, tiles, slots.memory, slots.device_table),
+                *(slots.device_table.stride(0), pool.first + first, slots.unit),
+                *(*slices.widths, *slices.offsets, y.stride(0)),
                 BLOCK_M=SHORT,
                 BLOCK_N=AFFINE_COLUMNS,
             )
 
 
-def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
+def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
-    max_rank = a.shape[1]
+    slots, width = pool.slots, batch.width
     if not batch.segments:
-        return a.new_zeros(len(token_ids), 1, max_rank)
-    h = a.new_empty(len(token_ids), 1, max_rank)
+        return slots.memory.new_zeros(len(token_ids), 1, width)
+    h = slots.memory.new_empty(len(token_ids), 1, width)
     h[: batch.segments[0].start] = 0
     tiles = batch.derive(TilePlan).tiles(SHORT)
-    a = _adjoining(a)
     with on(h.device):
-        embed_kernel[-(-max_rank // EMBED_RANKS), len(tiles)](
-            *(token_ids.contiguous(), a, h, tiles, a.stride(0), a.shape[2], max_rank),
+        embed_kernel[-(-width // EMBED_RANKS), len(tiles)](
+            *(token_ids.contiguous(), slots.memory, slots.device_table, h, tiles),
+            *(slots.device_table.stride(0), pool.first, slots.unit, pool.in_features, width),
             BLOCK_M=SHORT,
             BLOCK_R=EMBED_RANKS,
         )
@@ -146,8 +139,6 @@ def lora_embed(token_ids: Tensor, a: Tensor, batch: LoRABatch) -> Tensor:
 class _Slices(NamedTuple):
     """What a launch is told of its slices: always MAX_SLICES, those too many of width 0."""
 
-    tensors: list[Tensor]
-    slot_strides: list[int]
     widths: list[int]
     offsets: list[int]
 
@@ -155,27 +146,16 @@ class _Slices(NamedTuple):
         return sum(-(-width // block_n) for width in self.widths)
 
 
-def _launches(
-    tensors: Sequence[Tensor], widths: Sequence[int], offsets: Sequence[int]
-) -> Iterator[tuple[int, _Slices]]:
+def _launches(widths: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[int, _Slices]]:
     """The slices as arguments of as few launches as possible, each with the number of its first slice."""
-    for first in range(0, len(tensors), MAX_SLICES):
-        chosen = list(tensors[first : first + MAX_SLICES])
-        missing = MAX_SLICES - len(chosen)
-        chosen += chosen[:1] * missing
-        yield (
-            first,
-            _Slices(
-                chosen,
-                [tensor.stride(0) for tensor in chosen],
-                [*widths[first : first + MAX_SLICES], *[0] * missing],
-                [*offsets[first : first + MAX_SLICES], *[0] * missing],
-            ),
-        )
+    for first in range(0, len(widths), MAX_SLICES):
+        chosen = slice(first, first + MAX_SLICES)
+        missing = [0] * (MAX_SLICES - len(widths[chosen]))
+        yield first, _Slices([*widths[chosen], *missing], [*offsets[chosen], *missing])
 
 
 def _adjoining(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, whose elements adjoin in every slot (3-D) or row (2-D); pools always do."""
+    """The tensor, or a copy, whose elements adjoin in every row."""
     inner = 1
     for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
         if size != 1 and stride != inner:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.random_slots import fill_slot
 from support.tiny_models import build_model
 from torch import Tensor
 
@@ -63,20 +64,8 @@ class Run:
         slots = self.runner.lora_slots
         assert slots is not None
         generator = torch.Generator().manual_seed(1)
-
-        def randn(target: Tensor) -> Tensor:
-            return 0.1 * torch.randn(target.shape, generator=generator)
-
-        for pools in slots.layers:
-            for pool in pools.values():
-                for slot, rank in enumerate(RANKS):
-                    a = pool.a[slot].view(len(pool.modules), 8, -1)[:, :rank]
-                    a.copy_(randn(a))
-                    for b in pool.b:
-                        b[slot, :, :rank] = randn(b[slot, :, :rank])
-                for affine in pool.affine:
-                    affine[AFFINE] = randn(affine[AFFINE])
-        slots._has_affine[AFFINE] = True
+        for slot, rank in enumerate(RANKS):
+            fill_slot(slots, slot, rank, generator, affine=slot == AFFINE)
 
     def _record(self, step: Step) -> Step:
         """As on a GPU, and counts how often it is played."""

@@ -69,18 +69,13 @@ def run(
 ) -> Sequence[Tensor]:
     """h, and y after shrink, expand and affine."""
     case, batch = on_device(case), batch_of(case)
-    y = case.y.clone()
-    n = len(case.b)
-    h = (
-        lora.shrink(case.x, case.a, batch, n, shrink)
-        if shrink
-        else lora.lora_shrink(case.x, case.a, batch, n)
-    )
+    y, pool = case.y.clone(), case.pool
+    h = lora.shrink(case.x, pool, batch, shrink) if shrink else lora.lora_shrink(case.x, pool, batch)
     if expand:
-        lora.expand(h, case.b, y, case.offsets, batch, expand)
+        lora.expand(h, pool, y, batch, expand)
     else:
-        lora.lora_expand(h, case.b, y, case.offsets, batch)
-    lora.lora_affine(y, case.affine, case.offsets, batch)
+        lora.lora_expand(h, pool, y, batch)
+    lora.lora_affine(y, pool, batch)
     assert not batch.derive(TilePlan).arrivals(0).any(), "the next layer counts from zero"
     return h.cpu(), y.cpu()
 
@@ -153,28 +148,12 @@ def test_layers_share_a_batch() -> None:
     batch = batch_of(cases[0])
     for case in cases:
         moved = on_device(case)
-        h = lora.shrink(moved.x, moved.a, batch, len(case.b), SHRINK._replace(split_k=4))
+        h = lora.shrink(moved.x, moved.pool, batch, SHRINK._replace(split_k=4))
         y = moved.y.clone()
-        lora.expand(h, moved.b, y, case.offsets, batch, EXPAND)
+        lora.expand(h, moved.pool, y, batch, EXPAND)
         check(case, (h.cpu(), y.cpu()))
     plan = batch.derive(TilePlan)
     assert plan.tiles(16) is plan.tiles(16)
-
-
-def test_pools_are_views_of_a_row_for_each_slot() -> None:
-    """As in the engine: a slot's matrices lie side by side, so that slots are far apart; NaN lies between."""
-    case = make_case(MIXED, [4, 8, 8, 3, 7], 8, slot_affine=[True] * 5)
-    parts = [case.a, *case.b, *case.affine]
-    row = sum(part[0].numel() + 16 for part in parts)
-    rows = torch.full((len(case.ranks), row), float("nan"))
-    views, offset = [], 16
-    for part in parts:
-        view = rows[:, offset : offset + part[0].numel()].view(part.shape)
-        views.append(view.copy_(part))
-        offset += part[0].numel() + 16
-    n = len(case.b)
-    strided = case._replace(a=views[0], b=views[1 : 1 + n], affine=views[1 + n :])
-    check(case, run(strided))
 
 
 def test_more_slices_than_a_launch_takes() -> None:
@@ -223,8 +202,8 @@ def test_a_token_that_is_not_finite_stays_alone() -> None:
 def test_embedding(dtype: torch.dtype) -> None:
     case = make_case(MIXED, [70, 8, 1, 3, 17], 70, n_in=31, targeted=(0,), dtype=dtype)
     ids = torch.arange(len(case.x)) % 31
-    expected = REFERENCE.lora_embed(ids, case.a, case.batch)
-    found = lora.lora_embed(ids.to(DEVICE), case.a.to(DEVICE), batch_of(case))
+    expected = REFERENCE.lora_embed(ids, case.pool, case.batch)
+    found = lora.lora_embed(ids.to(DEVICE), on_device(case).pool, batch_of(case))
     assert torch.equal(found.cpu(), expected)
 
 
@@ -233,7 +212,7 @@ def test_batches_without_adapters() -> None:
     h, y = run(case)
     assert not h.any()
     assert torch.equal(y, case.y)
-    assert not lora.lora_embed(torch.arange(4, device=DEVICE), case.a.to(DEVICE), batch_of(case)).any()
+    assert not lora.lora_embed(torch.arange(4, device=DEVICE), on_device(case).pool, batch_of(case)).any()
 
 
 def test_the_grid_has_exactly_the_work_that_there_is() -> None:

@@ -30,9 +30,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 def adapted(case: Case, batch: LoRABatch, first: int, last: int) -> tuple[Tensor, Tensor]:
     """h and y of tokens ``first..last - 1`` of a case, as this batch."""
     x, y = case.x[first:last].to(DEVICE), case.y[first:last].to(DEVICE)
-    h = lora.lora_shrink(x, case.a.to(DEVICE), batch, len(case.b))
-    lora.lora_expand(h, [b.to(DEVICE) for b in case.b], y, case.offsets, batch)
-    return h.cpu(), y.cpu()
+    pool = case._replace(a=case.a.to(DEVICE)).pool
+    h = lora.lora_shrink(x, pool, batch)
+    lora.lora_expand(h, pool, y, batch)
+    widest = torch.zeros(len(x), len(case.b), 64, dtype=h.dtype)
+    widest[:, :, : h.shape[2]] = h
+    return widest, y.cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

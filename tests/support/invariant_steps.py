@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from support.random_slots import fill_slot
 from torch import Tensor
 
 from aioengine.model.files.resolve import read_spec
@@ -52,14 +53,7 @@ class InvariantSteps:
         generator = torch.Generator().manual_seed(adapter)
         slots, rank = self.runner.lora_slots, RANKS[adapter]
         assert slots is not None
-        for pools in slots.layers:
-            for pool in pools.values():
-                a = pool.a[slot].view(len(pool.modules), MAX_RANK, -1)
-                a.zero_()[:, :rank] = 0.1 * torch.randn(a[:, :rank].shape, generator=generator)
-                for b in pool.b:
-                    b[slot].zero_()[:, :rank] = 0.1 * torch.randn(
-                        b[slot, :, :rank].shape, generator=generator
-                    )
+        fill_slot(slots, slot, rank, generator)
 
     def slot_of(self, adapter: int) -> int:
         return -1 if adapter < 0 else self._in_slot.index(adapter)

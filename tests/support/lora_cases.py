@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.kernels import Backend, LoRABatch
+from aioengine.kernels import Backend, LoRABatch, LoRAPool, SlotMemory
 
 
 class Case(NamedTuple):
@@ -34,6 +34,41 @@ class Case(NamedTuple):
             self.ranks,
             slot_affine=self.slot_affine,
         )
+
+    @property
+    def pool(self) -> LoRAPool:
+        """The adapters one behind the other, the last one first, as long as their ranks; NaN lies between."""
+        n = len(self.b)
+        matrices: dict[tuple[int, int, int], Tensor] = {}
+        for slot, rank in enumerate(self.ranks):
+            for j in range(n):
+                matrices[slot, j, 0] = self.a[slot].chunk(n)[j][:rank]
+            for j in range(n):
+                matrices[slot, j, 2] = self.b[j][slot, :, :rank]
+            for j in range(n):
+                if self.slot_affine and self.slot_affine[slot]:
+                    matrices[slot, j, 4] = self.affine[j][slot]
+        gap = 16
+        length = gap + sum(-(-m.numel() // gap) * gap + gap for m in matrices.values())
+        widths = [b.shape[1] for b in self.b]
+        numbers = (self.a.shape[2], *widths)
+        slots = SlotMemory(
+            torch.full((length,), float("nan"), dtype=self.a.dtype, device=self.a.device),
+            len(self.ranks), n, self.a.shape[1] // n, aligned=not any(number % 16 for number in numbers),
+        )  # fmt: skip
+        begin = gap
+        for slot in reversed(range(len(self.ranks))):
+            table = torch.tensor([[0, self.ranks[slot], 0, self.ranks[slot], -1]] * n)
+            for (of, j, column), matrix in matrices.items():
+                if of == slot:
+                    slots.memory[begin : begin + matrix.numel()] = matrix.flatten()
+                    table[j, column] = begin
+                    begin += -(-matrix.numel() // gap) * gap + gap
+            slots.table[slot], rows = slots.rows(table, 0)
+            slots.device_table[slot] = rows
+        names = tuple(f"slice {j}" for j in range(n))
+        offsets = tuple(self.offsets)
+        return LoRAPool(slots, names, 0, self.a.shape[2], tuple(widths), offsets, tuple(widths), offsets)
 
     @property
     def slot_of_token(self) -> list[int]:
@@ -82,8 +117,8 @@ def make_case(
 def apply(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
     """h, and y after all operations."""
     y = case.y.clone()
-    batch = case.batch
-    h = backend.lora_shrink(case.x, case.a, batch, len(case.b))
-    backend.lora_expand(h, case.b, y, case.offsets, batch)
-    backend.lora_affine(y, case.affine, case.offsets, batch)
+    batch, pool = case.batch, case.pool
+    h = backend.lora_shrink(case.x, pool, batch)
+    backend.lora_expand(h, pool, y, batch)
+    backend.lora_affine(y, pool, batch)
     return h, y

@@ -19,7 +19,7 @@ from aioengine.adapters.peft.pack import Packed, SlotOrder, largest_magnitude
 from aioengine.adapters.peft.shard_reads import Cut, cut_of, select
 from aioengine.adapters.peft.targets import Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Entry
-from aioengine.model.slots.image import SERIAL_ELEMENTS, ImageShape, Stretch, image_memory, image_shape
+from aioengine.model.slots.image import SERIAL_ELEMENTS, ImageShape, image_memory, image_shape
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
 
@@ -88,17 +88,13 @@ class Shortcut:
         self, slot: SlotLayout, dtype: torch.dtype, entries: Sequence[Entry], parts: Mapping[str, Part],
         layout: Layout,
     ) -> None:  # fmt: skip
-        def stretch(entry: Entry) -> Stretch:
-            (layer, module), kind = parts[entry.key]
+        def offset(index: int) -> int:
+            (layer, module), kind = parts[entries[index].key]
             place = slot.places[layer, module]
-            rows, width = entry.shape
-            if kind == "A":
-                return Stretch(place.a, place.shape.in_features, rows, width)
-            return Stretch(place.b, place.b_rank, rows, width)
+            return place.a if kind == "A" else place.b
 
-        stretches = [stretch(entry) for entry in entries]
-        pieces = [list(_cut(s.rows * s.width)) for s in stretches]
-        order = sorted(range(len(entries)), key=lambda index: stretches[index].slot)
+        pieces = [list(_cut(entry.shape[0] * entry.shape[1])) for entry in entries]
+        order = sorted(range(len(entries)), key=offset)
         first = {}
         begin = 0
         for index in order:
@@ -122,7 +118,8 @@ class Shortcut:
                 self._scaled.setdefault(factor, []).extend(places)
         self._largest_factor = max(map(abs, self._scaled), default=1.0)
         self._rank = max(target.rank for target in layout.targets.values())
-        self._shape: ImageShape = image_shape(slot, [stretches[index] for index in order], dtype)
+        ranks = {place: (a[1][0], b[1][1]) for place, (a, b) in self._tensors.items()}
+        self._shape: ImageShape = image_shape(slot, ranks, (), dtype)
 
     @classmethod
     def of(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from aioengine.kernels import LoRAPool
 from aioengine.kernels.cpu.structs import Exchange
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.decoder import StepInputs
-from aioengine.model.slots.pool import FusedLoRA
 
 
 def between(name: str, adapted: AdaptedLinears) -> Exchange:
@@ -29,8 +29,8 @@ class StepExchange:
     def __init__(
         self,
         adapted: AdaptedLinears,
-        pools: Sequence[FusedLoRA],
-        head: FusedLoRA | None,
+        pools: Sequence[LoRAPool],
+        head: LoRAPool | None,
         inputs: StepInputs,
         x: Tensor,
         h: Tensor,
@@ -51,19 +51,15 @@ class StepExchange:
             return 1
         return 0
 
-    def _exchange(self, what: Exchange, pool: FusedLoRA | None) -> None:
+    def _exchange(self, what: Exchange, pool: LoRAPool | None) -> None:
         if what == Exchange.TOTAL:
             self._adapted.total(self._x, None, pool, self._inputs.lora)
             return
         assert pool is not None
         batch = self._inputs.sample_lora if pool is self._head else self._inputs.lora
-        slices, rank = len(pool.modules), pool.b[0].shape[2]
-        whole = self._rows(batch.num_tokens, slices, rank)
+        rows = batch.num_tokens * len(pool.modules)
+        h = self._h[: rows * batch.width].view(batch.num_tokens, len(pool.modules), batch.width)
         if what == Exchange.SUM:
-            self._adapted.sum(whole, batch)
+            self._adapted.sum(h, batch)
         else:
-            held = self._rows(batch.num_tokens, slices, pool.a.shape[1] // slices)
-            whole.copy_(self._adapted.gather(held, pool, batch))
-
-    def _rows(self, rows: int, slices: int, rank: int) -> Tensor:
-        return self._h[: rows * slices * rank].view(rows, slices, rank)
+            h.copy_(self._adapted.gather(h, batch))

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from aioengine.model.slots.image import AdapterImage, Piece, serial_pieces
+from aioengine.model.slots.image import serial_pieces
+
+_WIDE = ((16, torch.complex128), (8, torch.int64), (4, torch.int32))
+
+
+class Copy(NamedTuple):
+    """Two tensors of one size without gaps."""
+
+    to: Tensor
+    source: Tensor
 
 
 class SlotCopier(Protocol):
     """Carries out the writes of :class:`aioengine.model.slots.pool.LoRASlots`, one at a time."""
 
-    def write(self, slot: Tensor, image: AdapterImage, *, zero: bool) -> None:
-        """Copies an image into a slot [elements], zeroed before if asked. All is done when it returns."""
+    def write(self, copies: Sequence[Copy]) -> None:
+        """Copies from CPU memory to the slots'. All is done when it returns."""
 
     def before_step(self) -> None:
         """Orders a step that is about to be enqueued after all writes that have returned."""
@@ -31,34 +42,28 @@ class SerialCopier:
     GIL is released throughout.
     """
 
-    def __init__(self) -> None:
-        self._targets: dict[int, tuple[tuple[Piece, ...], list[Tensor]]] = {}
-        """By the slot's address: the views for the last write, since most adapters are alike."""
-
-    def write(self, slot: Tensor, image: AdapterImage, *, zero: bool) -> None:
-        if zero:
-            torch._foreach_zero_(serial_pieces(slot))
-        pieces, targets = self._targets.get(slot.data_ptr(), ((), []))
-        if pieces != image.pieces:
-            targets = _views(slot, image.pieces)
-            self._targets[slot.data_ptr()] = image.pieces, targets
-        torch._foreach_copy_(targets, image.sources)
+    def write(self, copies: Sequence[Copy]) -> None:
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for to, source in copies:
+            to, source = to.view(-1), source.view(-1)
+            # In the widest elements that divide the memory, because what torch does costs by the element.
+            size = math.gcd(
+                to.nbytes, to.storage_offset() * to.itemsize, source.storage_offset() * to.itemsize
+            )
+            for unit, dtype in _WIDE:
+                if unit > to.itemsize and size % unit == 0:
+                    to, source = to.view(dtype), source.view(dtype)
+                    break
+            targets += serial_pieces(to)
+            sources += serial_pieces(source)
+        torch._foreach_copy_(targets, sources)
 
     def before_step(self) -> None:
         return
 
     def after_step(self) -> None:
         return
-
-
-def _views(slot: Tensor, pieces: tuple[Piece, ...]) -> list[Tensor]:
-    wide = {dtype: slot.view(dtype) for dtype in {piece.dtype for piece in pieces}}
-    views = []
-    for piece in pieces:
-        row = wide[piece.dtype]
-        offset = row.storage_offset() + piece.slot
-        views.append(row.as_strided((piece.rows, piece.width), (piece.pitch, 1), offset))
-    return views
 
 
 class StreamCopier:
@@ -74,23 +79,18 @@ class StreamCopier:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # The pool was zeroed on the stream that is current now.
+        # The table was zeroed on the stream that is current now.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._written: torch.cuda.Event | None = None
         self._stepped = torch.cuda.Event()  # type: ignore[no-untyped-call]
         """Recorded after each step; before the first one, waiting for it is waiting for nothing."""
 
-    def write(self, slot: Tensor, image: AdapterImage, *, zero: bool) -> None:
+    def write(self, copies: Sequence[Copy]) -> None:
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._stream.wait_event(self._stepped)
         with torch.cuda.stream(self._stream):
-            if zero:
-                slot.zero_()
-            for block in image.blocks:
-                shape, offset = (block.rows, block.width), slot.storage_offset() + block.slot
-                target = slot.as_strided(shape, (block.pitch, 1), offset)
-                source = image.data.as_strided(shape, (block.width, 1), block.image)
-                target.copy_(source, non_blocking=True)
+            for to, source in copies:
+                to.copy_(source, non_blocking=True)
             done.record()
         done.synchronize()
         self._written = done

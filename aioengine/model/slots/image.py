@@ -1,23 +1,24 @@
-"""An adapter in CPU memory, in the order of a slot: putting it into one takes hardly more than a memcpy."""
+"""An adapter in CPU memory, as a slot holds it: putting it into one is a memcpy."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from aioengine.errors import ConfigError
+from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Buffer
 from aioengine.model.slots.layout import SlotLayout
 
 SERIAL_ELEMENTS = 32_000
 """torch works on up to so many elements in the calling thread (it goes parallel from 32768)."""
 
-_WIDE = {16: torch.complex128, 8: torch.int64, 4: torch.int32}
+Key = tuple[int, str]
+"""Layer and module."""
 
 
 class Adapter(Protocol):
@@ -30,7 +31,7 @@ class Adapter(Protocol):
     def digest(self) -> str: ...
 
     @property
-    def tensors(self) -> Mapping[tuple[int, str], tuple[Tensor, Tensor]]: ...
+    def tensors(self) -> Mapping[Key, tuple[Tensor, Tensor]]: ...
 
     @property
     def in_order(self) -> Tensor | None:
@@ -42,33 +43,6 @@ class Adapter(Protocol):
         """The image's shape, if it is known already and ``in_order`` is the whole image."""
 
 
-class Block(NamedTuple):
-    """``rows`` rows of ``width`` elements, ``pitch`` apart in the slot and adjoining in the image."""
-
-    slot: int
-    """Offset in the slot, in elements."""
-    image: int
-    """Offset in the image."""
-    rows: int
-    width: int
-    pitch: int
-
-
-class Piece(NamedTuple):
-    """A part of a block that torch copies in the calling thread; numbers as there, in elements of ``dtype``.
-
-    The elements are the widest that divide the memory so, because what torch does costs by the element:
-    narrow rows, those of B in a slot of larger rank, get down to one or two.
-    """
-
-    dtype: torch.dtype
-    slot: int
-    image: int
-    rows: int
-    width: int
-    pitch: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterImage:
     """The elements that an adapter puts into a slot, in one buffer (page-locked if asked for)."""
@@ -78,29 +52,14 @@ class AdapterImage:
     layout: SlotLayout
     data: Tensor
     """[elements]"""
-    blocks: tuple[Block, ...]
-    """In the order of the slot; an adapter of the slot's rank in all modules is one block."""
-    pieces: tuple[Piece, ...]
-    sources: list[Tensor]
-    """The image's share of each piece: [rows, width]."""
-    extent: Mapping[int, int]
-    """Offset in the slot -> row width, for every matrix that is covered: what a later write must zero."""
+    table: Tensor
+    """[places, columns] where each place is in ``data``: see :class:`aioengine.kernels.slots.Column`."""
     has_affine: bool
     """Whether an output is scaled or shifted (DoRA, ``lora_bias``)."""
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
-
-
-class Stretch(NamedTuple):
-    """A matrix in a slot: ``rows`` rows of ``width`` elements, ``pitch`` apart."""
-
-    slot: int
-    """Offset in the slot, in elements."""
-    pitch: int
-    rows: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,39 +69,47 @@ class ImageShape:
     layout: SlotLayout
     dtype: torch.dtype
     elements: int
-    blocks: tuple[Block, ...]
-    pieces: tuple[Piece, ...]
-    extent: Mapping[int, int]
+    table: Tensor
 
     def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
         """``data`` [elements] is kept, not copied."""
-        wide = {piece.dtype: data.view(piece.dtype) for piece in self.pieces}
-        return AdapterImage(
-            rank=rank,
-            digest=digest,
-            layout=self.layout,
-            data=data,
-            blocks=self.blocks,
-            pieces=self.pieces,
-            sources=[wide[p.dtype].as_strided((p.rows, p.width), (p.width, 1), p.image) for p in self.pieces],
-            extent=self.extent,
-            has_affine=has_affine,
-        )
+        return AdapterImage(rank, digest, self.layout, data, self.table, has_affine)
+
+    def begin(self, key: Key, column: Column) -> int:
+        """Where A, B, or gain and shift of a place begin."""
+        return int(self.table[self.layout.index[key], column])
 
 
-def image_shape(layout: SlotLayout, stretches: Sequence[Stretch], dtype: torch.dtype) -> ImageShape:
-    """``stretches`` in the order of the slot."""
-    elements = sum(stretch.rows * stretch.width for stretch in stretches)
-    blocks = tuple(_blocks(stretches))
-    pieces = tuple(_pieces(blocks, dtype, elements, layout.elements))
-    extent = {stretch.slot: stretch.rows * stretch.width for stretch in stretches}
-    return ImageShape(layout, dtype, elements, blocks, pieces, extent)
+def image_shape(
+    layout: SlotLayout,
+    ranks: Mapping[Key, tuple[int, int]],
+    affine: Collection[Key],
+    dtype: torch.dtype,
+) -> ImageShape:
+    """Of an adapter with these rows of A and columns of B, and gain and shift of the places ``affine``."""
+    rows = [[0, 0, 0, 0, -1] for _ in layout.places]
+    end = 0
+    for fused in layout.fused:
+        held = [(fused.layer, module) for module in fused.modules if (fused.layer, module) in ranks]
+        for key in held:
+            row, rank = rows[layout.index[key]], ranks[key][0]
+            row[Column.A], row[Column.A_RANK] = end, rank
+            end += rank * layout.places[key].shape.in_features
+        for key in held:
+            row, rank = rows[layout.index[key]], ranks[key][1]
+            row[Column.B], row[Column.B_RANK] = end, rank
+            end += rank * layout.places[key].shape.out_features
+    for key, place in layout.places.items():
+        if key in affine:
+            rows[layout.index[key]][Column.AFFINE] = end
+            end += 2 * place.num_outputs
+    return ImageShape(layout, dtype, end, torch.tensor(rows, dtype=torch.int64))
 
 
 def build_image(
     layout: SlotLayout,
     adapter: Adapter,
-    affine: Mapping[tuple[int, str], Tensor],
+    affine: Mapping[Key, Tensor],
     dtype: torch.dtype,
     *,
     pin_memory: bool = False,
@@ -155,28 +122,32 @@ def build_image(
     if adapter.shape is not None and adapter.in_order is not None and not affine:
         return adapter.shape.image(adapter.in_order, rank=adapter.rank, digest=adapter.digest)
     _check(layout, adapter, affine)
-    parts: list[tuple[Stretch, Tensor]] = []
-    for key, (a, b) in adapter.tensors.items():
-        place = layout.places[key]
-        parts.append((Stretch(place.a, place.shape.in_features, *a.shape), a))
-        parts.append((Stretch(place.b, place.b_rank, *b.shape), b))
-    for key, values in affine.items():
-        place = layout.places[key]
-        parts.append((Stretch(place.affine, place.num_outputs, *values.shape), values))
-    parts.sort(key=lambda part: part[0].slot)
-
-    sizes = [values.numel() for _, values in parts]
-    if adapter.in_order is None:
-        data = image_memory(sum(sizes), dtype, pin_memory=pin_memory)
-        there = 0
+    shape = image_shape(
+        layout, {key: (len(a), b.shape[1]) for key, (a, b) in adapter.tensors.items()}, affine, dtype
+    )
+    exact = _exact(layout, adapter)
+    ready = exact and adapter.in_order is not None
+    if ready and adapter.in_order is not None:
+        data = adapter.in_order[: shape.elements]
     else:
-        data = adapter.in_order[: sum(sizes)]
-        there = 2 * len(adapter.tensors)  # A and B of each, which come before all gains and shifts
-    shares = data.split_with_sizes(sizes)
-    pairs = zip(parts[there:], shares[there:], strict=True)
-    if copies := [copy for (_, values), share in pairs for copy in serial_copies(values, share)]:
+        data = image_memory(shape.elements, dtype, pin_memory=pin_memory)
+    if not exact:
+        torch._foreach_zero_(serial_pieces(data))
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def put(key: Key, column: Column, values: Tensor, rows: int, width: int) -> None:
+        begin = shape.begin(key, column)
+        target = data[begin : begin + rows * width].view(rows, width)
+        copies.extend(serial_copies(values, target[: len(values), : values.shape[1]]))
+
+    for key, (a, b) in () if ready else adapter.tensors.items():
+        linear = layout.places[key].shape
+        put(key, Column.A, a, len(a), linear.in_features)
+        put(key, Column.B, b, linear.out_features, b.shape[1])
+    for key, values in affine.items():
+        put(key, Column.AFFINE, values, 2, layout.places[key].num_outputs)
+    if copies:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
-    shape = image_shape(layout, [stretch for stretch, _ in parts], dtype)
     return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))
 
 
@@ -197,10 +168,10 @@ def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
 
 
 def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(target, source) of copies that torch does in the calling thread. ``to`` is flat; ``values``
-    [rows, width] may have gaps."""
-    if values.is_contiguous():
-        yield from zip(serial_pieces(to), serial_pieces(values.view(-1)), strict=True)
+    """(target, source) of copies that torch does in the calling thread. ``to`` is flat, or of the shape of
+    ``values`` [rows, width]; both may have gaps."""
+    if values.is_contiguous() and to.is_contiguous():
+        yield from zip(serial_pieces(to.view(-1)), serial_pieces(values.view(-1)), strict=True)
         return
     rows, width = values.shape
     to, step = to.view(rows, width), max(1, SERIAL_ELEMENTS // width)
@@ -210,48 +181,13 @@ def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]
             yield to[piece], values[piece]
 
 
-def _blocks(stretches: Sequence[Stretch]) -> Iterator[Block]:
-    """Their blocks in order, those merged that adjoin in the slot as they do in the image."""
-    image = 0
-    begin = end = -1  # in the slot: of the run of stretches without gaps that ends at ``image``
-    for slot, pitch, rows, width in stretches:
-        if slot != end or width != pitch:
-            if begin < end:
-                yield Block(begin, image - (end - begin), 1, end - begin, end - begin)
-            begin = end = slot
-        if width == pitch:
-            end += rows * width
-        else:
-            yield Block(slot, image, rows, width, pitch)
-            begin = end = -1
-        image += rows * width
-    if begin < end:
-        yield Block(begin, image - (end - begin), 1, end - begin, end - begin)
+def _exact(layout: SlotLayout, adapter: Adapter) -> bool:
+    """Whether every matrix has the inputs and outputs of its place. Of a vocabulary that does not divide by
+    the ranks of a group, the last rank has less."""
+    return all((a.shape[1], len(b)) == layout.places[key].shape for key, (a, b) in adapter.tensors.items())
 
 
-def _pieces(
-    blocks: tuple[Block, ...], own: torch.dtype, elements: int, slot_elements: int
-) -> Iterator[Piece]:
-    size = own.itemsize
-    for block in blocks:
-        # Every row, in the slot and in the image, and both wholes must consist of wide elements.
-        offsets = (block.slot, block.image, block.width, block.pitch)
-        granule = math.gcd(*offsets, slot_elements, elements) * size
-        unit = next((unit for unit in _WIDE if unit > size and granule % unit == 0), size)
-        slot, image, width, pitch = (offset * size // unit for offset in offsets)
-        dtype = _WIDE[unit] if unit > size else own
-        if block.rows == 1:
-            for start in range(0, width, SERIAL_ELEMENTS):
-                count = min(SERIAL_ELEMENTS, width - start)
-                yield Piece(dtype, slot + start, image + start, 1, count, count)
-        else:
-            step = max(1, SERIAL_ELEMENTS // width)
-            for row in range(0, block.rows, step):
-                rows = min(step, block.rows - row)
-                yield Piece(dtype, slot + row * pitch, image + row * width, rows, width, pitch)
-
-
-def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[tuple[int, str], Tensor]) -> None:
+def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[Key, Tensor]) -> None:
     if adapter.rank > layout.max_rank:
         raise ConfigError(f"adapter rank {adapter.rank} exceeds max_lora_rank={layout.max_rank}")
     for key in (*adapter.tensors, *affine):

@@ -1,7 +1,9 @@
 """Where everything lies inside an adapter slot: what planning, loading and the pool share. No torch here.
 
-A slot is one row of elements. First come the LoRA matrices; the As of a fused linear adjoin, so that one
-product shrinks for all of its slices. Then comes what DoRA and ``lora_bias`` need, for every output.
+An adapter in a slot is one row of elements, without gaps: first the LoRA matrices of the modules that it
+targets, each as large as its own rank; the As of a fused linear adjoin. Then comes what DoRA and
+``lora_bias`` need, for every output of the modules that have it. Offsets here are those of an adapter that
+has ``max_rank`` in every module; :func:`aioengine.model.slots.image.image_shape` has those of any other.
 
 Under tensor parallelism a slot holds a rank's share, in one of two ways. By default one matrix of each pair
 is split, as the base linear is: B over the outputs, or A over the inputs. Fully sharded, the other one is as
@@ -23,7 +25,7 @@ __all__ = ["FUSED_MODULES", "FusedPlace", "Place", "Share", "SlotLayout"]
 
 
 class Place(NamedTuple):
-    """One module of one layer: its shape, and offsets in elements from the beginning of the slot."""
+    """One module of one layer: its shape, and offsets in elements if every module has the largest rank."""
 
     shape: LinearShape
     """The inputs that A has and the outputs that B has."""
@@ -98,7 +100,9 @@ class SlotLayout:
                 affine += 2 * shape.num_outputs
             matrices = b
         self.elements = affine
-        """Elements of a slot."""
+        """Elements of a slot that has room for ``max_rank`` everywhere."""
+        self.index = {key: index for index, key in enumerate(self.places)}
+        """Number of each place; those of a fused linear follow each other."""
 
     def _shape(self, module: str) -> Place:
         """A place that is nowhere yet."""

@@ -1,46 +1,28 @@
-"""The pre-allocated adapter slots on the device, laid out for the fused linears."""
+"""The adapter slots on the device: one memory, in which each slot's adapter takes what it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from aioengine.errors import ConfigError
+from aioengine.kernels.slots import ALIGNMENT, LoRAPool, SlotMemory
 from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
-from aioengine.model.slots.copy import SerialCopier, SlotCopier, StreamCopier
+from aioengine.model.slots.copy import Copy, SerialCopier, SlotCopier, StreamCopier
 from aioengine.model.slots.image import AdapterImage
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
-class FusedLoRA(NamedTuple):
-    """The pool of one fused linear with n targeted slices, as views: S slots, maximum rank R.
-
-    Under tensor parallelism these are shares; see :mod:`aioengine.model.slots.layout`.
-    """
-
-    modules: tuple[str, ...]
-    a: Tensor
-    """[S, n * R, in]"""
-    b: tuple[Tensor, ...]
-    """n tensors [S, out, R]"""
-    affine: tuple[Tensor, ...]
-    """n tensors [S, 2, out]: each output's gain and shift, zero where there is no DoRA and no bias."""
-    offsets: tuple[int, ...]
-    """First output column of each slice in the fused linear."""
-    b_offsets: tuple[int, ...]
-    """First output column that each B adds to: the same, unless B is a share of a slice's outputs."""
-
-
 class LoRASlots:
-    """``max_loras`` slots of ``max_rank``, for ``target_modules`` (of ``TARGETABLE_MODULES``).
+    """``max_loras`` slots for adapters of up to ``max_rank``, for ``target_modules`` (of
+    ``TARGETABLE_MODULES``).
 
     ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool, and ``outer``
-    does the same for "embed_tokens" and "lm_head". All pools are views of one row of memory a slot.
+    does the same for "embed_tokens" and "lm_head". All slots share one memory: of ``nbytes``, where whoever
+    writes an adapter says where it begins; or (None) with room for ``max_rank`` in every module of each slot.
     """
 
     def __init__(
@@ -52,52 +34,54 @@ class LoRASlots:
         dtype: torch.dtype,
         device: torch.device,
         shard: Shard = SOLO,
+        *,
+        nbytes: int | None = None,
     ) -> None:
-        self.layout = SlotLayout(spec, max_rank, target_modules, shard)
+        self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard)
         self.max_loras = max_loras
+        self._elastic = nbytes is not None
+        elements = max_loras * layout.elements if nbytes is None else nbytes // dtype.itemsize
         if device.type == "cpu":
-            memory = Buffer(max_loras * self.layout.elements * dtype.itemsize).tensor
-            self._rows = memory.view(dtype).view(max_loras, self.layout.elements)
+            memory = Buffer(elements * dtype.itemsize).tensor.view(dtype)
         else:
-            self._rows = torch.zeros(max_loras, self.layout.elements, dtype=dtype, device=device)
+            memory = torch.empty(elements, dtype=dtype, device=device)
+        aligned = device.type != "cpu" and _aligned(layout)
+        self.memory = SlotMemory(memory, max_loras, len(layout.places), max_rank, aligned=aligned)
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
-        self._extents: list[Mapping[int, int] | None] = [{}] * max_loras
-        """What of each slot may be other than zero; None: anything."""
         self._has_affine = [False] * max_loras
 
-        self.outer: dict[str, FusedLoRA] = {}
-        self.layers: list[dict[str, FusedLoRA]] = [{} for _ in range(spec.num_layers)]
-        for fused in self.layout.fused:
+        self.outer: dict[str, LoRAPool] = {}
+        self.layers: list[dict[str, LoRAPool]] = [{} for _ in range(spec.num_layers)]
+        for fused in layout.fused:
             pools = self.outer if fused.layer == NO_LAYER else self.layers[fused.layer]
             pools[fused.name] = self._pool(fused)
 
-    def _pool(self, fused: FusedPlace) -> FusedLoRA:
-        def view(offset: int, rows: int, width: int) -> Tensor:
-            return self._rows[:, offset : offset + rows * width].view(self.max_loras, rows, width)
-
+    def _pool(self, fused: FusedPlace) -> LoRAPool:
         places = [self.layout.places[fused.layer, module] for module in fused.modules]
-        return FusedLoRA(
+        return LoRAPool(
+            self.memory,
             fused.modules,
-            view(places[0].a, len(places) * places[0].a_rank, places[0].shape.in_features),
-            tuple(view(place.b, place.shape.out_features, place.b_rank) for place in places),
-            tuple(view(place.affine, 2, place.num_outputs) for place in places),
-            fused.columns,
+            self.layout.index[fused.layer, fused.modules[0]],
+            places[0].shape.in_features,
+            tuple(place.shape.out_features for place in places),
             fused.b_columns,
+            tuple(place.num_outputs for place in places),
+            fused.columns,
         )
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._rows.dtype
+        return self.memory.memory.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for all slots."""
-        return self._rows.nbytes
+        return self.memory.memory.nbytes
 
     @property
     def nbytes_by_module(self) -> dict[str, int]:
-        """Bytes of the LoRA matrices of each targeted module, all layers and slots together."""
-        size = self.max_loras * self._rows.element_size()
+        """Bytes of ``max_rank`` LoRA matrices of each targeted module, all layers and slots together."""
+        size = self.max_loras * self.dtype.itemsize
         return {m: n * size for m, n in self.layout.matrix_elements_by_module.items()}
 
     @property
@@ -113,12 +97,13 @@ class LoRASlots:
         """Orders writes after a step that has just been enqueued; called on the step's thread and stream."""
         self._copier.after_step()
 
-    def write(self, slot: int, image: AdapterImage) -> None:
-        """Puts an adapter into a slot, and zeroes what another left of the slot that this does not cover.
+    def write(self, slot: int, image: AdapterImage, offset: int | None = None) -> None:
+        """Puts an adapter into a slot; ``offset`` is where it begins in the memory, in bytes, and None where
+        every slot has its place.
 
         Called in one thread, while steps may read *other* slots. Raises :class:`ConfigError`, before a
-        byte is written, if the slot does not exist or the image was made for other slots. If it fails
-        later, the slot holds nothing that may be read until a write into it succeeds.
+        byte is written, if the slot does not exist, the image was made for other slots, or it does not fit
+        there. If it fails later, the slot holds nothing that may be read until a write into it succeeds.
         """
         if not 0 <= slot < self.max_loras:
             raise ConfigError(f"slot {slot}: there are max_loras={self.max_loras} slots")
@@ -126,12 +111,22 @@ class LoRASlots:
             raise ConfigError(
                 "the adapter was prepared for slots of another model, max_lora_rank or target_modules"
             )
-        before = self._extents[slot]
-        self._extents[slot] = None
-        covered = before is not None and (
-            before == image.extent
-            or all(image.extent.get(offset, 0) >= size for offset, size in before.items())
-        )
-        self._copier.write(self._rows[slot], image, zero=not covered)
-        self._extents[slot] = image.extent
+        memory = self.memory
+        begin = slot * self.layout.elements if offset is None else offset // self.dtype.itemsize
+        end = begin + len(image.data)
+        if self._elastic == (offset is None) or begin < 0 or end > len(memory.memory):
+            raise ConfigError(
+                f"slot {slot}: an adapter of {image.nbytes} bytes cannot begin at offset {offset} of a "
+                f"memory of {self.nbytes} bytes"
+            )
+        rows, counted = memory.rows(image.table, begin)
+        copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
+        self._copier.write(copies)
+        memory.table[slot] = rows
         self._has_affine[slot] = image.has_affine
+
+
+def _aligned(layout: SlotLayout) -> bool:
+    """Whether everything begins at a multiple of ``ALIGNMENT`` elements, whatever the ranks are."""
+    places = layout.places.values()
+    return not any(n % ALIGNMENT for place in places for n in (*place.shape, place.num_outputs))

@@ -22,12 +22,11 @@ struct Matrix {
   int64_t rotation;
 };
 
-// A fused linear's pool; slices = 0: none of it is targeted.
+// A fused linear's places in the slots; slices = 0: none of it is targeted.
 struct LoraPool {
-  const void* a;  // [slices * held, k] of the first slot
   int64_t slices;
-  int64_t held, rank;  // the rows of A and columns of B of a slice; not the same if A's rows are dealt out
-  int64_t exchange;    // what becomes of A x before B
+  int64_t first;
+  int64_t exchange;  // what becomes of A x before B
   int64_t id;
   aio::Slice slice[3];
 };
@@ -41,19 +40,20 @@ struct Layer {
 };
 
 struct Model {
-  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, slot_stride;
+  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size;
   double eps, attention_scale;
   const void* norm;
   Matrix head;
   LoraPool lora_head;
+  aio::Slots slots;
   const Layer* layer;
 };
 
-// Tokens by adapter slot: segments [count][slot, begin, end, rank]; those in `affine` are scaled and shifted. `held` has
-// the rows of A that this process has, as ranks.
+// Tokens by adapter slot: segments [count][slot, begin, end, rank]; those in `affine` are scaled and shifted. `width` is
+// what A's outputs have room for.
 struct LoraBatch {
-  const int32_t *segments, *held;
-  int64_t count;
+  const int32_t* segments;
+  int64_t count, width;
   const int32_t* affine;
   int64_t affine_count;
 };
@@ -68,7 +68,7 @@ struct Step {
   const int64_t* sample_rows;
   LoraBatch lora, sample_lora;
   void* logits;  // [samples, head.n]
-  void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 ranks
+  void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 widths
   double* seconds;  // [PHASES] to which the time of each is added; may be null
   // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id,
   // or returns other than 0 to have the step end. Null: there are no others.
@@ -76,8 +76,8 @@ struct Step {
 };
 
 // structs.py names these.
-enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, EXPAND, AFFINE, EXCHANGE, PHASES };
-// GATHER makes h [rows, slices, rank] of every process's [rows, slices, held], SUM adds them up. TOTAL adds up x, the
+enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, PHASES };
+// GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up. TOTAL adds up x, the
 // outputs of a linear that is split over its inputs, and scales and shifts the sum.
 enum Exchange { NOTHING, GATHER, SUM, TOTAL };
 
@@ -110,10 +110,19 @@ struct Run {
   // Where the matrices A of the batch's adapters lie, as much as caches hold.
   std::vector<aio::Fetch> matrices(const LoraPool& pool, const LoraBatch& batch, long k) const {
     std::vector<aio::Fetch> found;
-    const long bytes = pool.slices * pool.held * k * long(element());
-    if (bytes == 0 || bytes * batch.count > FETCH_BYTES) return found;
-    for (long g = 0; g < batch.count; g++)
-      found.push_back({(const char*)pool.a + batch.segments[g * 4] * m.slot_stride * long(element()), bytes});
+    long bytes = 0;
+    for (long g = 0; g < batch.count; g++) {
+      long begin = -1, rows = 0;  // those of the slices adjoin
+      for (long j = 0; j < pool.slices; j++) {
+        const aio::Where& where = m.slots.where(batch.segments[g * 4], pool.first + j);
+        if (where.a_rank > 0 && begin < 0) begin = where.a;
+        rows += where.a_rank;
+      }
+      if (rows == 0) continue;
+      found.push_back({(const char*)m.slots.memory + begin * long(element()), rows * k * long(element())});
+      bytes += found.back().bytes;
+    }
+    if (bytes > FETCH_BYTES) found.clear();
     return found;
   }
 
@@ -151,30 +160,26 @@ struct Run {
     const LoraPool& pool = *a.pool;
     std::vector<aio::Fetch> fetch;
     if (rows <= FETCH_ROWS) fetch = matrices(*next.pool, batch, next.matrix->k);
-    const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, pool.slice, pool.slices,
-                                 pool.rank, rows >= FUSED_ROWS * batch.count};
-    const bool adapted = pool.slices > 0 && batch.count > 0, whole_lanes = pool.rank % 2 == 0 || !m.bf16;
+    const aio::Adapters adapters{(const aio::Segment*)batch.segments, batch.count, s.h, &m.slots, pool.first, pool.slice,
+                                 pool.slices, batch.width, rows >= FUSED_ROWS * batch.count};
+    const bool adapted = pool.slices > 0 && batch.count > 0;
     const bool total = s.exchange != nullptr && (phase == O || phase == DOWN);
     if (adapted)
       timed(SHRINK, [&] {
-        const int32_t* segments = pool.exchange == GATHER ? batch.held : batch.segments;
-        aio_lora_shrink(m.bf16, x, w.k, pool.a, s.h, m.slot_stride, w.k, pool.slices, pool.held, segments, batch.count,
-                        threads);
+        aio_lora_shrink(m.bf16, x, w.k, &m.slots, pool.first, s.h, w.k, pool.slices, batch.width, batch.segments,
+                        batch.count, threads);
       });
     if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool);
     timed(phase, [&] {
       base(w, x, y, rows,
-           {fetch.data(), long(fetch.size()), adapted && whole_lanes ? &adapters : nullptr, panels(*next.matrix)});
+           {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr, panels(*next.matrix)});
     });
-    if (adapted && !whole_lanes)
-      timed(EXPAND, [&] {
-        aio_lora_expand(m.bf16, s.h, pool.slice, pool.slices, pool.rank, y, w.n, batch.segments, batch.count, threads);
-      });
     if (total)
       exchange(TOTAL, pool);
     else if (adapted && batch.affine_count > 0)
       timed(AFFINE, [&] {
-        aio_lora_affine(m.bf16, y, w.n, pool.slice, pool.slices, batch.affine, batch.affine_count, threads);
+        aio_lora_affine(m.bf16, y, w.n, &m.slots, pool.first, pool.slice, pool.slices, batch.affine, batch.affine_count,
+                        threads);
       });
   }
 

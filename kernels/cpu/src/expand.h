@@ -33,28 +33,29 @@ inline vf sums(const vf (&v)[16]) {
 #endif
 }
 
-// A matrix B from one of its rows on: rows `stride` lanes apart, of which an adapter's rank takes up `lanes`.
+// A matrix B from one of its rows on, `rank` elements each, which are `lanes`, the last of them perhaps not whole.
 template <class T>
 struct B {
+  B(const typename T::elem* at, long rank) : at(at), rank(rank), lanes((rank + T::PER_LANE - 1) / T::PER_LANE) {}
   const typename T::elem* at;
-  long stride, lanes, rank;
+  long rank, lanes;
 };
 
 #if defined(AIO_SHUFFLE)
-// y += B h for R rows and so many panels: B is turned in registers. `lanes` is a number of them that B has; what is beyond
-// the adapter's rank is zero.
+// y += B h for R rows and so many panels: B, whose lanes are whole, is turned in registers.
 template <class T, int R>
-inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long lanes, long panels, typename T::elem* y,
+inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y,
                         long y_stride) {
   const uint32_t* row = (const uint32_t*)b.at;
-  for (long p = 0; p < panels; p++, row += LANES * b.stride, y += LANES) {
+  const long lanes = b.lanes;
+  for (long p = 0; p < panels; p++, row += LANES * lanes, y += LANES) {
     vf acc[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
     long k = 0;
     for (; k + 8 <= lanes; k += 8) {
       vu w[8];
-      transpose8(row + k, b.stride, w);
+      transpose8(row + k, lanes, w);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++)
 #pragma GCC unroll 8
@@ -70,7 +71,7 @@ inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long la
     };
     if (k + 4 == lanes) {
       vu w[4];
-      transpose4(row + k, b.stride, w);
+      transpose4(row + k, lanes, w);
       add(w, 4);
     } else if (lanes == 2) {
       vu w[2];
@@ -92,7 +93,7 @@ template <class T, int R>
 void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride,
                    uint32_t* turned) {
   for (long p = 0; p < panels; p++, y += LANES) {
-    transpose<T>(b.at + p * LANES * b.stride * T::PER_LANE, b.stride * T::PER_LANE, b.rank, LANES, turned);
+    transpose<T>(b.at + p * LANES * b.rank, b.rank, b.rank, LANES, turned);
     vf acc[R];
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
     for (long k = 0; k < b.lanes; k++)
@@ -106,13 +107,11 @@ template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
                    long y_stride, uint32_t* turned) {
   // Taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
-  const long by_8 = (b.lanes + 7) / 8 * 8, by_4 = (b.lanes + 3) / 4 * 4;
-  const long lanes = by_8 <= b.stride ? by_8 : by_4 <= b.stride ? by_4 : b.stride;
-  const bool as_it_lies = lanes % 4 == 0 || lanes <= 2;
+  const bool as_it_lies = b.rank % T::PER_LANE == 0 && (b.lanes % 4 == 0 || b.lanes <= 2);
   for (long r = 0; r < rows; r += 8, h += 8 * h_stride, y += 8 * y_stride) {
 #if defined(AIO_SHUFFLE)
     if (as_it_lies) {
-#define CALL(R) expand_rows<T, R>(h, h_stride, b, lanes, panels, y, y_stride)
+#define CALL(R) expand_rows<T, R>(h, h_stride, b, panels, y, y_stride)
       AIO_SWITCH_ROWS(rows - r, CALL)
 #undef CALL
       continue;

@@ -1,8 +1,7 @@
 // LoRA shrink and expand over segments of tokens that share an adapter, for several fused slices at once.
 //
 // LoRA: Hu et al., 2021, arXiv:2106.09685. Tokens grouped by adapter: Punica, Chen et al., 2023, arXiv:2310.18547.
-// The pools hold A [slices * R, in] and B [out, R] of every slot, slot_stride elements apart; only an adapter's own rank
-// is computed.
+// A slot has A [rank, in] and B [out, rank] of every module that its adapter targets; a table says where.
 #include <vector>
 
 #include "expand.h"
@@ -54,9 +53,10 @@ inline vf products(const typename T::elem* x, long x_stride, const typename T::e
 struct Shrink {
   const void* x;
   long x_stride;
-  const void* a;
-  void* h;  // [tokens, slices, max_rank]
-  long slot_stride, k, slices, max_rank;
+  const Slots* slots;
+  long first;
+  void* h;  // [tokens, slices, width]
+  long k, slices, width;
 };
 
 template <class T>
@@ -64,6 +64,7 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   using elem = typename T::elem;
   struct Task {
     const Segment* segment;
+    const Where* where;
     long begin, slice, row;
   };
   constexpr long TOKENS = 32;     // of a task, so that a long prompt is shared out too
@@ -71,17 +72,18 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   std::vector<Task> tasks;
   for (const Segment* g = segments; g < segments + count; g++)
     for (long t = g->begin; t < g->end; t += TOKENS)
-      for (long j = 0; j < s.slices; j++)
-        for (long r = 0; r == 0 || r < g->rank; r += 4) tasks.push_back({g, t, j, r});
+      for (long j = 0; j < s.slices; j++) {
+        const Where* where = &s.slots->where(g->slot, s.first + j);
+        for (long r = 0; r == 0 || r < where->a_rank; r += 4) tasks.push_back({g, where, t, j, r});
+      }
   together(threads, [&](const Member& me) {
     const Range mine = me.share(long(tasks.size()));
     for (long i = mine.begin; i < mine.end; i++) {
       const Task& task = tasks[i];
       const Segment& g = *task.segment;
-      const long rows = g.rank - task.row < 4 ? g.rank - task.row : 4;
-      const auto rows_of = [&](const Task& of) {
-        return (const elem*)s.a + of.segment->slot * s.slot_stride + (of.slice * s.max_rank + of.row) * s.k;
-      };
+      const long rank = task.where->a_rank;
+      const long rows = rank - task.row < 4 ? rank - task.row : 4;
+      const auto rows_of = [&](const Task& of) { return (const elem*)s.slots->memory + of.where->a + of.row * s.k; };
       const elem* first = rows_of(task);
       const elem* later = rows_of(tasks[i + TASKS_AHEAD < mine.end ? i + TASKS_AHEAD : i]);
       const elem* a[4];
@@ -90,18 +92,19 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
       for (long t = task.begin; t < end; t += 4) {
         const elem* x = (const elem*)s.x + t * s.x_stride;
         const long tokens = end - t < 4 ? end - t : 4;
-        vf found;
-        switch (tokens) {
+        vf found = {};
+        switch (rows == 0 ? 0 : tokens) {
+          case 0: break;  // the module is not targeted
           case 1: found = products<T, 1>(x, s.x_stride, a, s.k, later); break;
           case 2: found = products<T, 2>(x, s.x_stride, a, s.k, later); break;
           case 3: found = products<T, 3>(x, s.x_stride, a, s.k, later); break;
           default: found = products<T, 4>(x, s.x_stride, a, s.k, later); break;
         }
         for (long u = 0; u < tokens; u++) {
-          elem* h = (elem*)s.h + ((t + u) * s.slices + task.slice) * s.max_rank + task.row;
+          elem* h = (elem*)s.h + ((t + u) * s.slices + task.slice) * s.width + task.row;
           for (long r = 0; r < rows; r++) h[r] = T::narrow(found[u * 4 + r]);
-          if (task.row + 4 >= g.rank)
-            for (long r = rows; r < s.max_rank - task.row; r++) h[r] = elem{};
+          if (task.row + 4 >= rank)
+            for (long r = rows; r < s.width - task.row; r++) h[r] = elem{};
         }
       }
     }
@@ -147,9 +150,11 @@ inline void expand_tile(const uint32_t* h, long h_stride, const uint32_t* b, lon
 constexpr long AHEAD = 4 * LANES;  // rows of B between those in use and those that are fetched
 
 struct Expand {
-  const void* h;  // [tokens, slices, max_rank]
+  const void* h;  // [tokens, slices, width], a whole number of lanes
+  const Slots* slots;
+  long first;
   const Slice* slice;
-  long slices, max_rank;
+  long slices, width;
   void* y;
   long y_stride;
 };
@@ -163,37 +168,27 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
   std::vector<Task> tasks;
   for (long j = 0; j < e.slices; j++)
     for (long column = 0; column < e.slice[j].out; column += 2 * LANES) tasks.push_back({j, column});
-  const long width = (e.max_rank + T::PER_LANE - 1) / T::PER_LANE;
-  // h as whole lanes: where it is, or copied if a rank of 1 leaves half a lane.
-  const bool whole = e.max_rank % T::PER_LANE == 0;
-  const long h_stride = e.slices * width;
-  const uint32_t* lanes_of_h = (const uint32_t*)e.h;
-  std::vector<uint32_t> copy;
-  if (!whole) {
-    const long begin = segments[0].begin, end = segments[count - 1].end;
-    copy.resize(end * h_stride);
-    for (long i = begin * e.slices; i < end * e.slices; i++)
-      std::memcpy(&copy[i * width], (const elem*)e.h + i * e.max_rank, e.max_rank * sizeof(elem));
-    lanes_of_h = copy.data();
-  }
+  const long width = e.width / T::PER_LANE, h_stride = e.slices * width;
   together(threads, [&](const Member& me) {
     const long panel = width * LANES;
     std::vector<uint32_t> b(2 * panel);
     const Range mine = me.share(long(tasks.size()));
-    for (const Segment* g = segments; g < segments + count; g++) {
-      const long lanes = (g->rank + T::PER_LANE - 1) / T::PER_LANE;
+    for (const Segment* g = segments; g < segments + count; g++)
       for (long i = mine.begin; i < mine.end; i++) {
         const Slice& slice = e.slice[tasks[i].slice];
+        const Where& where = e.slots->where(g->slot, e.first + tasks[i].slice);
+        const long rank = where.b_rank, lanes = (rank + T::PER_LANE - 1) / T::PER_LANE;
+        if (rank == 0) continue;
         const long column = tasks[i].column;
         const long columns = slice.out - column;
-        fetch<T>((const elem*)slice.b + g->slot * slice.b_stride + (column + AHEAD) * e.max_rank, 2 * LANES * e.max_rank);
+        const elem* from = (const elem*)e.slots->memory + where.b + column * rank;
+        fetch<T>(from + AHEAD * rank, 2 * LANES * rank);
         for (int p = 0; p < 2 && p * LANES < columns; p++) {
           const long rows = columns - p * LANES < LANES ? columns - p * LANES : LANES;
-          const elem* from = (const elem*)slice.b + g->slot * slice.b_stride + (column + p * LANES) * e.max_rank;
-          transpose<T>(from, e.max_rank, g->rank, rows, b.data() + p * panel);
+          transpose<T>(from + p * LANES * rank, rank, rank, rows, b.data() + p * panel);
         }
         for (long t = g->begin; t < g->end; t += 8) {
-          const uint32_t* h = lanes_of_h + t * h_stride + tasks[i].slice * width;
+          const uint32_t* h = (const uint32_t*)e.h + t * h_stride + tasks[i].slice * width;
           elem* y = (elem*)e.y + t * e.y_stride + slice.offset + column;
           if (columns > LANES) {
 #define CALL(R) expand_tile<T, R, 2>(h, h_stride, b.data(), panel, lanes, y, e.y_stride, columns)
@@ -206,20 +201,21 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
           }
         }
       }
-    }
   });
 }
 
 template <class T>
-void affine(void* y_, long y_stride, const Slice* slice, long slices, const Segment* segments, long count,
-            int threads) {
+void affine(void* y_, long y_stride, const Slots& slots, long first, const Slice* slice, long slices,
+            const Segment* segments, long count, int threads) {
   using elem = typename T::elem;
   long products = 0;
   for (const Segment* g = segments; g < segments + count; g++) products += (g->end - g->begin) * slice[0].out;
   together(products < 8192 ? 1 : threads, [&](const Member& me) {
     for (const Segment* g = segments; g < segments + count; g++)
       for (long j = 0; j < slices; j++) {
-        const elem* gain = (const elem*)slice[j].affine + g->slot * slice[j].affine_stride;
+        const long begin = slots.where(g->slot, first + j).affine;
+        if (begin < 0) continue;
+        const elem* gain = (const elem*)slots.memory + begin;
         const elem* shift = gain + slice[j].out;
         const Range mine = me.share(g->end - g->begin);
         for (long t = g->begin + mine.begin; t < g->begin + mine.end; t++) {
@@ -237,28 +233,28 @@ void affine(void* y_, long y_stride, const Slice* slice, long slices, const Segm
 }  // namespace
 }  // namespace aio
 
-// segments [count][slot, begin, end, rank]. h [tokens, slices, max_rank] is zero beyond an adapter's rank; rows of no
-// segment stay as they are.
-AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride,
-                                long k, long slices, long max_rank, const int32_t* segments, long count, int threads) {
-  const aio::Shrink s{x, x_stride, a, h, slot_stride, k, slices, max_rank};
+// segments [count][slot, begin, end, rank]. h [tokens, slices, width] is zero beyond A's rows; rows of no segment stay as
+// they are.
+AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
+                                long k, long slices, long width, const int32_t* segments, long count, int threads) {
+  const aio::Shrink s{x, x_stride, slots, first, h, k, slices, width};
   const auto* g = (const aio::Segment*)segments;
   bf16 ? aio::shrink<aio::Bf16>(s, g, count, threads) : aio::shrink<aio::F32>(s, g, count, threads);
 }
 
-// slice [slices], a Slice each; y += B h.
-AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const void* slice, long slices, long max_rank, void* y,
-                                long y_stride, const int32_t* segments, long count, int threads) {
-  const aio::Expand e{h, (const aio::Slice*)slice, slices, max_rank, y, y_stride};
+// slice [slices]; y += B h.
+AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots, long first, const aio::Slice* slice,
+                                long slices, long width, void* y, long y_stride, const int32_t* segments, long count,
+                                int threads) {
+  const aio::Expand e{h, slots, first, slice, slices, width, y, y_stride};
   const auto* g = (const aio::Segment*)segments;
   bf16 ? aio::expand<aio::Bf16>(e, g, count, threads) : aio::expand<aio::F32>(e, g, count, threads);
 }
 
 // y = y + gain * y + shift, for what DoRA and trained biases come to.
-AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const void* slice, long slices,
-                                const int32_t* segments, long count, int threads) {
-  const auto* s = (const aio::Slice*)slice;
+AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const aio::Slots* slots, long first,
+                                const aio::Slice* slice, long slices, const int32_t* segments, long count, int threads) {
   const auto* g = (const aio::Segment*)segments;
-  bf16 ? aio::affine<aio::Bf16>(y, y_stride, s, slices, g, count, threads)
-       : aio::affine<aio::F32>(y, y_stride, s, slices, g, count, threads);
+  bf16 ? aio::affine<aio::Bf16>(y, y_stride, *slots, first, slice, slices, g, count, threads)
+       : aio::affine<aio::F32>(y, y_stride, *slots, first, slice, slices, g, count, threads);
 }

@@ -15,20 +15,35 @@ struct Segment {
   int32_t slot, begin, end, rank;
 };
 
-struct Slice {
-  const void* b;       // [out, max_rank] of the first slot
-  const void* affine;  // [2, out] of the first slot
-  int64_t out, offset;
-  int64_t b_stride, affine_stride;  // from one slot to the next
+// Where a slot has the matrices of a module, in elements from the beginning of the slots' memory. slots.py names these.
+struct Where {
+  int64_t a, a_rank;  // A [a_rank, k]; a_rank 0: the adapter does not target the module
+  int64_t b, b_rank;  // B [out, b_rank]
+  int64_t affine;     // [2, out]; below 0: there is none
 };
 
-// What adapters add to a linear: B h, for h [tokens, slices, max_rank].
+// The memory of all slots, and the table [slots][places] of what is where.
+struct Slots {
+  const void* memory;
+  const Where* table;
+  int64_t places;
+
+  const Where& where(long slot, long place) const { return table[slot * places + place]; }
+};
+
+struct Slice {
+  int64_t out, offset;
+};
+
+// What adapters add to a linear: B h, for h [tokens, slices, width]. Slice j is the place `first` + j of a slot.
 struct Adapters {
   const Segment* segments;
   long count;
   const void* h;
+  const Slots* slots;
+  long first;
   const Slice* slice;
-  long slices, max_rank;
+  long slices, width;
   bool long_segments;  // long enough for tiles of their own
 };
 
@@ -74,11 +89,12 @@ AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, cons
 AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count,
                               long size, float eps, int threads);
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
-AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride,
-                                long k, long slices, long max_rank, const int32_t* segments, long count, int threads);
-AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const void* slice, long slices, long max_rank, void* y,
-                                long y_stride, const int32_t* segments, long count, int threads);
-AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const void* slice, long slices,
-                                const int32_t* segments, long count, int threads);
+AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
+                                long k, long slices, long width, const int32_t* segments, long count, int threads);
+AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots, long first, const aio::Slice* slice,
+                                long slices, long width, void* y, long y_stride, const int32_t* segments, long count,
+                                int threads);
+AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const aio::Slots* slots, long first,
+                                const aio::Slice* slice, long slices, const int32_t* segments, long count, int threads);
 AIO_EXPORT void aio_probe_dot(int kind, long count, int threads, float* out);
 AIO_EXPORT void aio_probe_read(const void* from, long bytes, int threads, float* out);

@@ -103,11 +103,11 @@ struct Linear {
 };
 
 // What an adapter adds to a tile: its B as lanes [panels][lanes][16], and of each panel where its slice begins in a row
-// of h, in lanes; below zero if the panel belongs to none.
+// of h, in lanes; below zero if nothing is added to the panel.
 struct Delta {
   const uint32_t *b, *h;
-  long panel, lanes, h_stride;
-  long slice[PANELS];
+  long panel, h_stride;
+  long slice[PANELS], lanes[PANELS];
 };
 
 // acc += x W over lanes begin..end-1, fetching FETCH cache lines for each.
@@ -178,7 +178,7 @@ void tile(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* del
       // As where it is added to stored results, because which of the two it is depends on a row's neighbours.
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) y[r] = Out::round16(y[r]);
-      for (long k = 0; k < delta->lanes; k++) {
+      for (long k = 0; k < delta->lanes[p]; k++) {
         const vu b = load(delta->b + p * delta->panel + k * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) y[r] = Out::dot(y[r], splat(h[r * delta->h_stride + k]), b);
@@ -260,7 +260,7 @@ class Blocks {
   Blocks(const Member& me, const Linear& l, const Beside& beside, long blocks)
       : me_(me), l_(l), adapters_(beside.adapters), next_(beside.next), left_(blocks),
         fetcher_(beside, me.index, me.count, blocks) {
-    if (adapters_ != nullptr) b_.resize(PANELS * adapters_->max_rank / Out::PER_LANE * LANES);
+    if (adapters_ != nullptr) b_.resize(PANELS * adapters_->width / Out::PER_LANE * LANES);
   }
 
   // `w` are the block's weights, which those of the next one's `block.next` panels follow.
@@ -319,15 +319,15 @@ class Blocks {
         const long low = column > a.slice[j].offset ? column - a.slice[j].offset : 0;
         const long top = column + panels * LANES - a.slice[j].offset;
         const long high = top < a.slice[j].out ? top : a.slice[j].out;
-        if (low < high)
-          fetcher_.want(matrix(a.slice[j], g->slot, low), (high - low) * a.max_rank * long(sizeof(elem)));
+        const B<Out> b = matrix(j, g->slot, low);
+        if (low < high && b.rank > 0) fetcher_.want(b.at, (high - low) * b.rank * long(sizeof(elem)));
       }
   }
 
   void add_adapters(long begin, long end, long column, long panels) {
     const Adapters& a = *adapters_;
     const Segment* const from = first(begin);
-    const long width = a.max_rank / Out::PER_LANE, h_stride = a.slices * width;
+    const long width = a.width / Out::PER_LANE, h_stride = a.slices * width;
     for (long p = 0, count; p < panels; p += count) {
       const long j = slice_at(column + p * LANES);
       count = 1;
@@ -336,7 +336,8 @@ class Blocks {
       const long within = column + p * LANES - a.slice[j].offset;
       for (const Segment* g = from; g < last() && g->begin < end; g++) {
         const long low = g->begin > begin ? g->begin : begin, high = g->end < end ? g->end : end;
-        const B<Out> b{matrix(a.slice[j], g->slot, within), width, (g->rank + Out::PER_LANE - 1) / Out::PER_LANE, g->rank};
+        const B<Out> b = matrix(j, g->slot, within);
+        if (b.rank == 0) continue;
         expand_panels<Out>((const uint32_t*)a.h + low * h_stride + j * width, h_stride, b, high - low, count,
                            (elem*)l_.y + low * l_.y_stride + column + p * LANES, l_.y_stride, b_.data());
       }
@@ -360,21 +361,25 @@ class Blocks {
     return g;
   }
 
-  const elem* matrix(const Slice& slice, long slot, long row) const {
-    return (const elem*)slice.b + slot * slice.b_stride + row * adapters_->max_rank;
+  // B of a slice, from one of its rows on.
+  B<Out> matrix(long slice, long slot, long row) const {
+    const Where& where = adapters_->slots->where(slot, adapters_->first + slice);
+    return {(const elem*)adapters_->slots->memory + where.b + row * where.b_rank, long(where.b_rank)};
   }
 
   Delta turn(const Segment& g, long column, long panels) {
     const Adapters& a = *adapters_;
-    const long width = a.max_rank / Out::PER_LANE, panel = width * LANES;
-    const long lanes = (g.rank + Out::PER_LANE - 1) / Out::PER_LANE;
-    Delta delta{b_.data(), (const uint32_t*)a.h, panel, lanes, a.slices * width, {}};
+    const long width = a.width / Out::PER_LANE, panel = width * LANES;
+    Delta delta{b_.data(), (const uint32_t*)a.h, panel, a.slices * width, {}, {}};
     for (long p = 0; p < panels; p++) {
       const long j = slice_at(column + p * LANES);
-      delta.slice[p] = j < 0 ? -1 : j * width;
+      delta.slice[p] = -1;
       if (j < 0) continue;
-      const elem* b = matrix(a.slice[j], g.slot, column + p * LANES - a.slice[j].offset);
-      transpose<Out>(b, a.max_rank, g.rank, LANES, b_.data() + p * panel);
+      const B<Out> b = matrix(j, g.slot, column + p * LANES - a.slice[j].offset);
+      if (b.rank == 0) continue;
+      delta.slice[p] = j * width;
+      delta.lanes[p] = b.lanes;
+      transpose<Out>(b.at, b.rank, b.rank, LANES, b_.data() + p * panel);
     }
     return delta;
   }

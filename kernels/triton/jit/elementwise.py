@@ -5,20 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aioengine.kernels.triton.jit.slices import locate, pick
+from aioengine.kernels.triton.jit.slices import A_RANK, AFFINE, COLUMNS, A, locate, pick
 
 
 @triton.jit
 def affine_kernel(
     y_ptr,  # [T, ...], rows y_stride apart
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
-    affine0_ptr,  # three times [S, 2, width], slots slot_stride apart; if not there, width is 0
-    affine1_ptr,
-    affine2_ptr,
-    slot_stride0,
-    slot_stride1,
-    slot_stride2,
-    width0,
+    memory_ptr,  # [elements]
+    table_ptr,  # [S, places, COLUMNS], slots table_stride apart
+    table_stride,
+    place,  # of the first slice
+    unit,  # elements that offsets are counted in
+    width0,  # of three slices; those that are not there have width 0
     width1,
     width2,
     offset0,
@@ -37,11 +36,13 @@ def affine_kernel(
         return
     j, column = locate(tl.program_id(0), width0, width1, width2, BLOCK_N)
     width = pick(j, width0, width1, width2)
-    slot_stride = pick(j, slot_stride0, slot_stride1, slot_stride2)
+    begin = tl.load(table_ptr + slot * table_stride + (place + j) * COLUMNS + AFFINE)
+    if begin < 0:  # the module is neither scaled nor shifted
+        return
 
     m = tl.arange(0, BLOCK_M)
     n = column + tl.arange(0, BLOCK_N)
-    gain_at = pick(j, affine0_ptr, affine1_ptr, affine2_ptr) + slot * slot_stride + n
+    gain_at = memory_ptr + begin * unit + n
     gain = tl.load(gain_at, mask=n < width, other=0.0).to(tl.float32)
     shift = tl.load(gain_at + width, mask=n < width, other=0.0).to(tl.float32)
     token = (first + m).to(tl.int64)
@@ -55,12 +56,15 @@ def affine_kernel(
 @triton.jit
 def embed_kernel(
     ids_ptr,  # [T]
-    a_ptr,  # [S, R, vocabulary], slots slot_stride apart
-    h_ptr,  # [T, 1, R], contiguous
+    memory_ptr,  # [elements]
+    table_ptr,  # [S, places, COLUMNS], slots table_stride apart
+    h_ptr,  # [T, 1, width], contiguous
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
-    slot_stride,
+    table_stride,
+    place,
+    unit,  # elements that offsets are counted in
     vocabulary,
-    max_rank,
+    width,
     BLOCK_M: tl.constexpr,  # at least the tokens of a tile
     BLOCK_R: tl.constexpr,
 ):
@@ -69,14 +73,15 @@ def embed_kernel(
     slot = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
     first = tl.load(tiles_ptr + 4 * tile + 1)
     tokens = tl.load(tiles_ptr + 4 * tile + 2)
-    rank = tl.load(tiles_ptr + 4 * tile + 3)
     if tokens == 0:  # padding
         return
+    row = table_ptr + slot * table_stride + place * COLUMNS
+    rank = tl.load(row + A_RANK).to(tl.int32)
     m = tl.arange(0, BLOCK_M)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     token = (first + m).to(tl.int64)
     ids = tl.load(ids_ptr + token, mask=m < tokens, other=0)
-    a_at = a_ptr + slot * slot_stride + r[None, :] * vocabulary + ids[:, None]
+    a_at = memory_ptr + tl.load(row + A) * unit + r[None, :] * vocabulary + ids[:, None]
     a = tl.load(a_at, mask=(m < tokens)[:, None] & (r < rank)[None, :], other=0.0)
-    stored = (m < tokens)[:, None] & (r < max_rank)[None, :]
-    tl.store(h_ptr + token[:, None] * max_rank + r[None, :], a, mask=stored)
+    stored = (m < tokens)[:, None] & (r < width)[None, :]
+    tl.store(h_ptr + token[:, None] * width + r[None, :], a, mask=stored)

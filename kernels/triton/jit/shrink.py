@@ -6,21 +6,25 @@ import triton
 import triton.language as tl
 
 from aioengine.kernels.triton.jit.product import add_product
+from aioengine.kernels.triton.jit.slices import A_RANK, COLUMNS, A
 
 
 @triton.jit
 def shrink_kernel(
     x_ptr,  # [T, in], rows x_stride apart
-    a_ptr,  # [S, n * R, in], slots slot_stride apart
-    h_ptr,  # [T, n, R], contiguous
+    memory_ptr,  # [elements]
+    table_ptr,  # [S, places, COLUMNS], slots table_stride apart
+    h_ptr,  # [T, n, width], contiguous
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
     partials_ptr,  # [tiles, n * rank blocks, PARTS, BLOCK_M, BLOCK_R] float32; nothing unless SPLIT
     arrivals_ptr,  # [tiles, n * rank blocks] zeros, before and after
     x_stride,
-    slot_stride,
+    table_stride,
+    place,  # of the first slice
+    unit,  # elements that offsets are counted in
     n_in,
     n_slices,
-    max_rank,
+    width,
     BLOCK_M: tl.constexpr,  # at least the tokens of a tile
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -52,9 +56,11 @@ def shrink_kernel(
     m = tl.arange(0, BLOCK_M)
     r = (column % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     token = (first + m).to(tl.int64)
-    h_at = h_ptr + token[:, None] * (n_slices * max_rank) + j * max_rank + r[None, :]
-    stored = (m < tokens)[:, None] & (r < max_rank)[None, :]
-    if (column % rank_blocks) * BLOCK_R >= rank:  # beyond this adapter's rank
+    h_at = h_ptr + token[:, None] * (n_slices * width) + j * width + r[None, :]
+    stored = (m < tokens)[:, None] & (r < width)[None, :]
+    row = table_ptr + slot * table_stride + (place + j) * COLUMNS
+    rank = tl.minimum(rank, tl.load(row + A_RANK).to(tl.int32))  # this module's, where it has less
+    if (column % rank_blocks) * BLOCK_R >= rank:
         if mine == 0:
             tl.store(h_at, tl.zeros((BLOCK_M, BLOCK_R), h_ptr.dtype.element_ty), mask=stored)
         return
@@ -62,7 +68,7 @@ def shrink_kernel(
     k = tl.arange(0, BLOCK_K)
     blocks = tl.cdiv(n_in, BLOCK_K * PARTS)  # of a part
     x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-    a_at = a_ptr + slot * slot_stride + (j * max_rank + r)[:, None] * n_in + k[None, :]
+    a_at = memory_ptr + tl.load(row + A) * unit + r[:, None] * n_in + k[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     end = tl.minimum((mine + PARTS // programs) * blocks, tl.cdiv(n_in, BLOCK_K))

@@ -5,6 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aioengine.kernels.slots import Column
+
+A = tl.constexpr(Column.A.value)
+A_RANK = tl.constexpr(Column.A_RANK.value)
+B = tl.constexpr(Column.B.value)
+B_RANK = tl.constexpr(Column.B_RANK.value)
+AFFINE = tl.constexpr(Column.AFFINE.value)
+COLUMNS = tl.constexpr(len(Column))
+
 MAX_SLICES = 3
 """Slices that one launch takes (q, k and v); more are given to several launches."""
 

@@ -1,0 +1,127 @@
+"""Adapter slots in memory: the matrices of a slot may lie anywhere, and a table says where.
+
+An adapter takes what its own modules, layers and ranks take, whatever the largest rank is. So nothing is
+padded, and no operation reads or multiplies padding.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+"""Elements. Where all matrices begin at multiples of this, GPU kernels load whole vectors."""
+
+
+class Column(IntEnum):
+    """What the table says of a place: offsets into the memory in elements, and ranks."""
+
+    A = 0
+    """Of A [a_rank, in]."""
+    A_RANK = 1
+    """Rows of A; 0: the adapter does not target the module."""
+    B = 2
+    """Of B [out, b_rank]."""
+    B_RANK = 3
+    """Columns of B. More than A's rows where other ranks of a group have the rest of those."""
+    AFFINE = 4
+    """Of gain and shift [2, out]; below 0: there are none."""
+
+
+OFFSETS = [Column.A, Column.B, Column.AFFINE]
+
+
+class Where(NamedTuple):
+    """A row of the table, by :class:`Column`."""
+
+    a: int
+    a_rank: int
+    b: int
+    b_rank: int
+    affine: int
+
+
+class SlotMemory:
+    """The memory of all slots, and the table of where each slot's places are in it.
+
+    A place is one module of one layer; those of a fused linear follow each other. ``aligned``: every offset
+    is a multiple of ``ALIGNMENT``.
+    """
+
+    def __init__(
+        self, memory: Tensor, num_slots: int, num_places: int, max_rank: int, *, aligned: bool = False
+    ) -> None:
+        self.memory = memory
+        """[elements]"""
+        self.max_rank = max_rank
+        self.unit = ALIGNMENT if aligned else 1
+        """What the offsets of ``device_table`` are counted in."""
+        self.table = torch.zeros(num_slots, num_places, len(Column), dtype=torch.int64)
+        """[S, places, columns] on the host, in elements."""
+        self.device_table = self.table
+        """The same on the memory's device, offsets in ``unit``."""
+        if memory.device.type != "cpu" or aligned:
+            self.device_table = torch.zeros_like(self.table, device=memory.device)
+
+    @property
+    def num_places(self) -> int:
+        return self.table.shape[1]
+
+    def where(self, slot: int, place: int) -> Where:
+        return Where(*self.table[slot, place].tolist())
+
+    def rows(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """The rows [places, columns] of a slot whose adapter begins at element ``begin``, for ``table`` and
+        ``device_table``; ``table`` [places, columns] has offsets from there."""
+        rows = table.clone()
+        offsets = rows[:, OFFSETS]
+        rows[:, OFFSETS] = torch.where(offsets < 0, offsets, offsets + begin)
+        if self.device_table is self.table:
+            return rows, rows
+        offsets = rows[:, OFFSETS]
+        counted = rows.clone()
+        counted[:, OFFSETS] = torch.where(offsets < 0, offsets, offsets // self.unit)
+        return rows, counted
+
+
+class LoRAPool(NamedTuple):
+    """What the slots hold for one fused linear, or an embedding: n slices, of which each is a place."""
+
+    slots: SlotMemory
+    modules: tuple[str, ...]
+    first: int
+    """The place of the first slice; the others follow."""
+    in_features: int
+    widths: tuple[int, ...]
+    """Rows of each slice's B."""
+    b_offsets: tuple[int, ...]
+    """First output column of the fused linear that each B adds to."""
+    affine_widths: tuple[int, ...]
+    """Outputs of each slice that gain and shift are for: the same, unless B is a share of them."""
+    offsets: tuple[int, ...]
+    """First output column of each slice in the fused linear."""
+
+    def where(self, slot: int, j: int) -> Where:
+        """Where slice ``j`` is."""
+        return self.slots.where(slot, self.first + j)
+
+    def a(self, slot: int, j: int) -> Tensor:
+        """[a_rank, in], a view."""
+        where = self.where(slot, j)
+        return self._view(where.a, where.a_rank, self.in_features)
+
+    def b(self, slot: int, j: int) -> Tensor:
+        """[out, b_rank], a view."""
+        where = self.where(slot, j)
+        return self._view(where.b, self.widths[j], where.b_rank)
+
+    def affine(self, slot: int, j: int) -> Tensor | None:
+        """[2, out], a view; None: there is neither gain nor shift."""
+        where = self.where(slot, j)
+        return None if where.affine < 0 else self._view(where.affine, 2, self.affine_widths[j])
+
+    def _view(self, begin: int, rows: int, width: int) -> Tensor:
+        return self.slots.memory[begin : begin + rows * width].view(rows, width)

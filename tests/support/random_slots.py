@@ -1,0 +1,37 @@
+"""Random adapters, put straight into slots."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from aioengine.model.slots.image import AdapterImage, build_image
+from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.pool import LoRASlots
+
+
+def random_image(
+    layout: SlotLayout, rank: int, generator: torch.Generator, dtype: torch.dtype, *, affine: bool = False
+) -> AdapterImage:
+    """Of ``rank`` in every module of the slots; with ``affine``, all outputs are scaled and shifted."""
+
+    def randn(*shape: int) -> Tensor:
+        return (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+
+    tensors, gains = {}, {}
+    for key, place in layout.places.items():
+        rows, inputs = layout.held(key[1], rank)[0]
+        outputs = layout.held(key[1], rank)[1][0]
+        tensors[key] = randn(rows, inputs), randn(outputs, rank)
+        if affine:
+            gains[key] = randn(2, place.num_outputs)
+    adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors, in_order=None, shape=None)
+    return build_image(layout, adapter, gains, dtype)
+
+
+def fill_slot(
+    slots: LoRASlots, slot: int, rank: int, generator: torch.Generator, *, affine: bool = False
+) -> None:
+    slots.write(slot, random_image(slots.layout, rank, generator, slots.dtype, affine=affine))
