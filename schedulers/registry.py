@@ -41,6 +41,7 @@ _POLICIES = {
     "fcfs": f"{_POLICY}.fcfs:FCFS",
     "chameleon": f"{_POLICY}.chameleon:Chameleon",
     "oracle": f"{_POLICY}.oracle:Oracle",
+    "admission": f"{_POLICY}.admission:Admission",
 }
 _PARTS: dict[str, dict[str, str]] = {
     "order": {
@@ -52,6 +53,10 @@ _PARTS: dict[str, dict[str, str]] = {
         "sjf": f"{_POLICY}.sjf:SJF",
         "edf": f"{_POLICY}.edf:EDF",
         "priority": f"{_POLICY}.priority:Priority",
+        "lpm": f"{_POLICY}.lpm:LPM",
+        "session": f"{_POLICY}.lpm:Session",
+        "toppings": f"{_POLICY}.toppings:Toppings",
+        "drainer": f"{_POLICY}.drainer:Drainer",
         "chameleon": f"{_POLICY}.chameleon:ChameleonOrder",
     },
     "replace": {

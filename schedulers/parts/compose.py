@@ -23,9 +23,6 @@ from aioengine.schedulers.policy import (
 
 SCAN_LIMIT = 256
 """Maximum cold adapters that one decision examines; the rest follow when these have moved."""
-STAY = 2.0
-"""In units of ``max_wait``: how long an adapter keeps its slot before the slot may be closed. Without it, an
-overload, in which all requests have waited long, would close slots as soon as they are filled."""
 SLOT_BOUND = (
     "for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras older "
     "adapters that wait too, and once more"
@@ -64,6 +61,7 @@ class Composed(SchedulerPolicy):
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
         self.max_wait = max_wait
         self._shares = None if order.sharing == "none" else Shares(order, max_wait)
+        self._stay = order.stay * max_wait
         self._take_after = max_wait if order.take_after is None else order.take_after
         self._placed: dict[str, float] = {}
         """Time at which each adapter was placed in its slot, in order."""
@@ -98,7 +96,7 @@ class Composed(SchedulerPolicy):
             read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
         room -= len(admit)
         if room > 0 and pool is not None and closed:
-            admit = [*admit, *_fill(view, closed, pool.tokens_left)[:room]]
+            admit = [*admit, *_fill(view, closed, pool.tokens_left, self.order.fill_within)[:room]]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
@@ -116,7 +114,7 @@ class Composed(SchedulerPolicy):
         if view.load_room > len(read):
             read += self.prefetch.choose(view, iter(cold))
         if room > 0 and closed:
-            admit += _fill(view, closed, tokens_left(view))[:room]
+            admit += _fill(view, closed, tokens_left(view), self.order.fill_within)[:room]
         return Decision(
             admit=[request.request_id for request in admit],
             place=place,
@@ -150,9 +148,9 @@ class Composed(SchedulerPolicy):
 
     def _settling(self, view: SchedulerView) -> set[str | None]:
         """Return adapters whose busy slots are not closed yet, because they were placed only recently."""
-        if self.max_wait == 0:
+        if self._stay == 0:
             return set()
-        since = view.now - STAY * self.max_wait
+        since = view.now - self._stay
         latest = takewhile(lambda item: item[1] > since, reversed(self._placed.items()))
         return {name for name, _ in latest}
 
@@ -202,7 +200,7 @@ def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None
 
 
 def _fill(
-    view: SchedulerView, closed: set[str | None], tokens_left: dict[str | None, int]
+    view: SchedulerView, closed: set[str | None], tokens_left: dict[str | None, int], within: float
 ) -> list[RequestView]:
     """Return requests for closed slots that end before the running ones do, so that they delay no other
     request."""
@@ -211,7 +209,7 @@ def _fill(
         for name in closed
         if name in tokens_left
         for request in islice(view.waiting_for(name), FILL_LIMIT)
-        if request.max_tokens - request.output_tokens <= tokens_left[name]
+        if request.max_tokens - request.output_tokens <= tokens_left[name] * within
     ]
     return sorted(fitting, key=lambda request: request.arrival)
 

@@ -1,0 +1,113 @@
+"""When each policy wins and when it loses: five workloads, every policy against ``fcfs``.
+
+    python -m benchmarks.policies.when            # the table of docs/policies.md
+    python -m benchmarks.policies.when --quick    # fewer requests and seeds
+
+Each cell is the mean over seeds of the ratio to ``fcfs`` for the same arrivals (below 1 is better), with its
+95% interval by Student's t; of "goodput" the difference in percentage points (above 0 is better).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+
+from aioengine.lab import Experiment, WorkloadSpec, run
+
+POLICIES = (
+    "lpm",
+    "session",
+    "toppings",
+    "drainer",
+    "admission",
+    "chameleon",
+    "slora",
+    "sjf",
+    "edf",
+    "vllm+lru",
+)
+GOODPUT = "goodput"
+
+
+class Case(NamedTuple):
+    name: str
+    figure: str
+    """Of a summary, with dots; or "goodput"."""
+    workload: dict[str, Any]
+    system: dict[str, Any]
+
+
+def cases(requests: int, mooncake: str | None) -> list[Case]:
+    """The workloads. What is not named is the same in all."""
+    base = {"limit": requests, "prompt_tokens": "lognormal:median=400,sigma=1.0,max=4096"}
+    outputs = {"output_tokens": "lognormal:median=128,sigma=0.8,max=1024"}
+    popular = {"adapters": 100, "popularity": "zipf:1.0"}
+    cold = {**base, **outputs, **popular, "arrivals": "gamma:rate=9,cv=3"}
+    mixed = {**cold, "arrivals": "poisson:rate=9", "ranks": "8:0.6,16:0.2,128:0.2"}
+    late = {**cold, "arrivals": "poisson:rate=16", "timeout": "proportional:2+0.03"}
+    found = [
+        Case("bursts, few slots: p99 first token", "ttft_seconds.p99", cold, {"slots": 4}),
+        Case("mixed ranks: mean gap of tokens", "inter_token_seconds.mean", mixed, {"max_lora_rank": 128}),
+        Case("mixed ranks: mean first token", "ttft_seconds.mean", mixed, {"max_lora_rank": 128}),
+        Case("overload with deadlines: goodput", GOODPUT, late, {"slots": 32}),
+    ]
+    if mooncake is not None:
+        chats = {"trace": mooncake, "limit": requests, "scale": 0.6, "max_output": 512}
+        system = {"enable_prefix_caching": True, "on_too_long": "truncate", "kv_cache_memory": "24GiB"}
+        found.append(Case("shared prefixes: mean first token", "ttft_seconds.mean", chats, system))
+    return found
+
+
+def measure(case: Case, policy: str, seed: int) -> float:
+    workload = WorkloadSpec(**case.workload)
+    experiment = Experiment(
+        workload=workload, policy=policy, seed=seed, **{"slots": 16, "cpu_loras": 100, **case.system}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        summary = run(experiment, Path(folder)).summary
+    if case.figure == GOODPUT:
+        return 100 * float(summary["slo"]["requests_in_time"]) / summary["requests_offered"]
+    group, _, name = case.figure.partition(".")
+    return float(summary[group][name])
+
+
+def cell(case: Case, ours: list[float], base: list[float]) -> str:
+    pairs = zip(ours, base, strict=True)
+    values = [a - b if case.figure == GOODPUT else a / b for a, b in pairs]
+    mean = fmean(values)
+    half = 0.0
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.1f} ± {half:.1f}" if case.figure == GOODPUT else f"{mean:.2f} ± {half:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--policies", nargs="*", default=POLICIES)
+    parser.add_argument("--mooncake", help="a trace as Mooncake has them, for shared prefixes")
+    given = parser.parse_args()
+    requests, seeds = (200, 2) if given.quick else (1000, 5)
+    found = cases(requests, given.mooncake)
+    bases = [[measure(case, "fcfs", seed) for seed in range(seeds)] for case in found]
+    table = Table(title=f"against fcfs, {requests:,} requests, {seeds} seeds")
+    table.add_column("policy")
+    for case in found:
+        table.add_column(case.name, justify="right")
+    table.add_row("fcfs itself", *(f"{fmean(base):.3g}" for base in bases))
+    for policy in given.policies:
+        rows = [[measure(case, policy, seed) for seed in range(seeds)] for case in found]
+        table.add_row(policy, *map(cell, found, rows, bases))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

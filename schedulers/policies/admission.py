@@ -1,0 +1,92 @@
+"""Goodput by rejecting early: whoever cannot be served in time is told so at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.policy import Decision, Location, RequestView, SchedulerView
+
+SCAN_LIMIT = 256
+"""Waiting requests that one decision looks at, the oldest first."""
+
+
+class Admission(FCFS):
+    """First come, first served, but requests that would miss their deadline are rejected while they wait.
+
+    Under overload a queue without rejections serves everybody late. Here the end of each waiting request is
+    estimated: what is before it (the prompts, and its part of the generation: tokens times the seconds of a
+    full step, divided by the requests that run at once), the first seat that becomes free if all are taken,
+    its adapter's load and copy, its own prompt and its own tokens, all by ``view.costs``. If that is later
+    than the deadline it is rejected, and takes no time from those after it. Requests without a deadline are
+    never rejected, nor is anybody before steps have been measured.
+
+    Args:
+        margin: What estimates are multiplied with: more than 1 rejects more, less than 1 fewer.
+        max_wait, fair: As for ``fcfs``.
+    """
+
+    source = "aioengine's own, after Qin et al. 2025, Mooncake (FAST'25): early rejection by predicted load"
+    starvation_bound = "as fcfs, or until it is rejected"
+
+    def __init__(self, margin: float = 1.0, max_wait: float = 1.0, fair: bool = True) -> None:
+        if not margin > 0:
+            raise ValueError(f"margin={margin}: must be > 0")
+        super().__init__(max_wait=max_wait, fair=fair)
+        self.margin = margin
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        reject = list(self._too_late(view))
+        decision = super().schedule(view)
+        if not reject:
+            return decision
+        gone = {request_id for request_id, _ in reject}
+        admit = [request_id for request_id in decision.admit if request_id not in gone]
+        return decision._replace(admit=admit, reject=reject)
+
+    def _too_late(self, view: SchedulerView) -> Iterator[tuple[str, str]]:
+        """(request, reason) of those that cannot be served in time."""
+        waiting = list(islice(view.waiting, SCAN_LIMIT))
+        if all(request.deadline is None for request in waiting):
+            return
+        running = view.running
+        seats = len(running) + view.free_seqs
+        ranks = [view.adapters[s.adapter].rank for s in view.slots if s.adapter is not None and s.running > 0]
+        step = view.costs.step(min(seats, len(running) + len(waiting)), ranks)
+        if step is None:
+            return
+        free = view.free_seqs
+        left = sorted(max(r.expected_tokens - r.output_tokens, 1) for r in running)
+        before = 0.0
+        """Seconds of the device that those take who go first."""
+        for place, request in enumerate(waiting):
+            own = request.expected_tokens * step
+            prompt = self._prompt(view, request)
+            seat = left[min(place - free, len(left) - 1)] * step if place >= free and left else 0.0
+            takes = max(before, seat, self._load(view, request)) + prompt + own
+            deadline = request.deadline
+            end = view.now + takes * self.margin
+            if deadline is not None and request.output_tokens == 0 and end > deadline:
+                late = end - deadline
+                yield request.request_id, f"it would end {late:.2f} s after its deadline"
+                free += 1
+                continue
+            before += prompt + own / seats
+
+    @staticmethod
+    def _prompt(view: SchedulerView, request: RequestView) -> float:
+        adapter = None if request.adapter is None else view.adapters.get(request.adapter)
+        rank = 0 if adapter is None else adapter.rank
+        cached = request.cached_tokens
+        return view.costs.prefill(request.prompt_tokens - cached, rank, cached=cached) or 0.0
+
+    @staticmethod
+    def _load(view: SchedulerView, request: RequestView) -> float:
+        adapter = None if request.adapter is None else view.adapters.get(request.adapter)
+        if adapter is None or adapter.location is Location.SLOT:
+            return 0.0
+        copy = view.costs.load(adapter.name, "slot") or 0.0
+        if adapter.location is Location.CPU:
+            return copy
+        return copy + (view.costs.load(adapter.name, "disk") or 0.0)

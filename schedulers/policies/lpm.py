@@ -1,0 +1,95 @@
+"""Longest prefix match, and sessions that go on: what the prefix cache has goes first."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from heapq import merge
+from itertools import islice
+from typing import Any
+
+from aioengine.schedulers.policies.fcfs import Arrival
+from aioengine.schedulers.policy import RequestView, SchedulerView
+
+
+class Windowed(Arrival):
+    """The first ``window`` requests that could run, in an order of one's own; whoever has waited for ``age``
+    seconds goes before them, in order of arrival.
+
+    For keys that change while a request waits. A decision costs as much as there are requests in the window,
+    and nothing more with a longer queue. Adapters are brought in by arrival.
+
+    Args:
+        window: Most waiting requests that a decision looks at, the oldest first.
+        age: Seconds for which a request may be put off in favour of later ones.
+    """
+
+    starvation_bound = "age, those who arrived before it, and one longest generation"
+
+    def __init__(self, window: int = 128, age: float = 5.0) -> None:
+        if window < 1:
+            raise ValueError(f"window={window}: must be >= 1")
+        if not age >= 0:
+            raise ValueError(f"age={age}: must be >= 0 seconds")
+        self.window = window
+        self.age = age
+
+    @abstractmethod
+    def rank(self, request: RequestView, view: SchedulerView) -> Any:
+        """What goes first is least; equal ones by arrival."""
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        in_order = merge(*map(view.waiting_for, names), key=lambda request: request.arrival)
+        first = list(islice(in_order, max(self.window, 1)))
+        due = view.now - self.age
+        aged = sum(request.arrival <= due for request in first)  # they are in order of arrival
+        if aged >= limit or len(first) - aged <= 1:
+            return first[:limit]
+        rest = sorted(first[aged:], key=lambda request: self.rank(request, view))
+        return [*first[:aged], *rest][:limit]
+
+
+class LPM(Windowed):
+    """The longest prefix in the KV cache first, so that it is used before it is given to others.
+
+    SGLang sorts its waiting queue so, and serves in order of arrival when more than 128 wait. Here the 128
+    oldest are sorted then. It has no bound on how long a request without a cached prefix waits; here that is
+    ``age``.
+
+    Args:
+        window: Most waiting requests that a decision looks at, the oldest first.
+        age: Seconds for which a request may be put off in favour of later ones.
+    """
+
+    source = (
+        "Zheng et al. 2024, SGLang: Efficient Execution of Structured Language Model Programs (2312.07104)"
+    )
+
+    def rank(self, request: RequestView, view: SchedulerView) -> int:
+        return -request.cached_tokens
+
+
+class Session(Windowed):
+    """Sessions that go on before new ones: requests of which the cache has ``share`` of the prompt go first,
+    in order of arrival.
+
+    A session's next turn finds its history in the cache if it comes soon enough. New sessions take blocks
+    from it, so under load they wait until those that are there have had their turn. Among sessions nobody is
+    preferred for having a longer history, unlike with ``lpm``.
+
+    Args:
+        share: Of a prompt, between 0 and 1, that must be cached for a request to count as going on.
+        window: Most waiting requests that a decision looks at, the oldest first.
+        age: Seconds for which a request may be put off in favour of later ones.
+    """
+
+    source = "aioengine's own, after Gao et al. 2024, CachedAttention (ATC'24)"
+
+    def __init__(self, share: float = 0.5, window: int = 128, age: float = 5.0) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: must be > 0 and <= 1")
+        super().__init__(window, age)
+        self.share = share
+
+    def rank(self, request: RequestView, view: SchedulerView) -> bool:
+        return request.cached_tokens < self.share * request.prompt_tokens

@@ -1,0 +1,192 @@
+"""lpm, session, toppings, drainer and admission: what each does that others do not, and its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from support.core_sim import LIMITS
+from support.strict_sim import StrictSim
+
+from aioengine import events
+from aioengine.core import Core
+from aioengine.core.state import Request
+from aioengine.errors import RequestRejected
+from aioengine.lab.policy_check.check import check_policy_contract
+from aioengine.schedulers import load_policy
+
+ONE = LIMITS._replace(max_num_seqs=1, num_blocks=200, max_model_len=200, max_num_batched_tokens=64)
+
+
+class FixedCosts:
+    """A step takes 10 ms, and 1 ms more for each rank of the largest adapter; a prompt 1 ms a token."""
+
+    def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
+        return 0.01 + 0.001 * max(ranks, default=0)
+
+    def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
+        return 0.001 * tokens
+
+    def load(self, adapter: str, stage: str) -> float | None:
+        return 0.1
+
+
+def sim_of(policy: str, limits: Any = ONE) -> StrictSim:
+    sim = StrictSim(limits, load_policy(policy))
+    sim.core = Core(limits, load_policy(policy), costs=FixedCosts())
+    return sim
+
+
+def order_of(sim: StrictSim) -> list[str]:
+    return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+
+
+def warmed(policy: str) -> StrictSim:
+    """Two histories are in the KV cache: one of 12 tokens and one of 40."""
+    sim = sim_of(policy)
+    for history in ([7] * 12, [8] * 40):
+        sim.add(prompt=[*history, 1], max_tokens=1)
+    sim.run()
+    sim.events.clear()
+    return sim
+
+
+def ask(sim: StrictSim) -> list[Request]:
+    """New; a short history of a short prompt; a long history of a prompt that is mostly new."""
+    prompts = ([9] * 16, [*[7] * 12, 3, 4], [*[8] * 40, *[5] * 60])
+    return [sim.add(prompt=prompt, max_tokens=1) for prompt in prompts]
+
+
+def test_the_longest_cached_prefix_goes_first() -> None:
+    sim = warmed("lpm")
+    new, short, long = ask(sim)
+    sim.run()
+    assert order_of(sim) == [long.id, short.id, new.id]
+
+
+def test_sessions_that_go_on_go_before_new_ones_in_order_of_arrival() -> None:
+    sim = warmed("session")
+    new, short, long = ask(sim)
+    sim.run()
+    assert order_of(sim) == [short.id, new.id, long.id], "less than half of the last one's prompt is cached"
+    sim = warmed("session:share=0.2")
+    new, short, long = ask(sim)
+    sim.run()
+    assert order_of(sim) == [short.id, long.id, new.id]
+
+
+@pytest.mark.parametrize("policy", ["lpm:age=0.5", "session:age=0.5", "toppings:age=0.5"])
+def test_nobody_is_put_off_for_longer_than_age(policy: str) -> None:
+    sim = warmed(policy)
+    new = sim.add(prompt=[9] * 16, max_tokens=1)
+    for _ in range(100):
+        sim.add(prompt=[*[7] * 12, 3], max_tokens=1)
+        sim.settle(step_seconds=0.1)
+        if new.admitted is not None:
+            break
+    assert new.admitted is not None
+    assert new.admitted - new.arrival <= 0.7
+
+
+def test_low_ranks_go_before_high_ones() -> None:
+    sim = sim_of("toppings", ONE._replace(num_slots=3))
+    for name in ("high", "low"):
+        sim.register(name)
+        sim.add(name, max_tokens=1)
+        sim.run()
+    for name, rank in (("high", 64), ("low", 8)):
+        sim.core.residency.current[name].rank = rank
+    sim.events.clear()
+    busy = sim.add(max_tokens=8)
+    sim.settle()
+    waiting = [sim.add(name, max_tokens=1) for name in ("high", "low", None)]
+    sim.run()
+    high, low, base = (request.id for request in waiting)
+    assert order_of(sim) == [busy.id, base, low, high]
+
+
+def test_nobody_joins_a_step_that_would_take_too_long() -> None:
+    limits = ONE._replace(num_slots=2, max_num_seqs=4)
+    sim = sim_of("toppings:max_step=0.03", limits)
+    sim.register("high")
+    sim.add("high", max_tokens=1)
+    sim.run()
+    sim.core.residency.current["high"].rank = 64
+    base = sim.add(max_tokens=10)
+    high = sim.add("high", max_tokens=2)
+    sim.settle()
+    assert (base.status.name, high.status.name) == ("RUNNING", "WAITING"), "74 ms are more than 30"
+    sim.run()
+    assert sim.ended[high.id] == "length", "alone it may"
+
+
+def test_a_busy_slot_is_drained_once_another_adapter_starves() -> None:
+    limits = ONE._replace(num_slots=1, cpu_capacity=2, max_num_seqs=4)
+    sim = sim_of("drainer:patience=1.0", limits)
+    for name in ("a", "b"):
+        sim.register(name)
+    sim.add("a", max_tokens=40)
+    sim.settle()
+    cold = sim.add("b", max_tokens=2)
+    for _ in range(120):
+        sim.add("a", max_tokens=60)
+        sim.settle(step_seconds=0.1)
+        if cold.admitted is not None:
+            break
+    assert cold.admitted is not None, "those that generate more than is left are not let in"
+    assert 1.0 < cold.admitted - cold.arrival < 8.0, "the last one let in before has 60 tokens"
+
+
+@pytest.mark.parametrize(("tolerance", "let_in"), [(1.0, False), (1.2, True)])
+def test_a_draining_slot_admits_what_ends_little_later(tolerance: float, let_in: bool) -> None:
+    sim = sim_of(
+        f"drainer:patience=0.5,tolerance={tolerance}",
+        ONE._replace(num_slots=1, cpu_capacity=2, max_num_seqs=4),
+    )
+    for name in ("a", "b"):
+        sim.register(name)
+    sim.add("a", max_tokens=80)
+    sim.settle()
+    sim.add("b", max_tokens=2)
+    for _ in range(20):
+        sim.settle(step_seconds=0.1)
+    late = sim.add("a", max_tokens=65)  # of the other, 60 are left
+    sim.settle()
+    assert (late.admitted is not None) == let_in
+
+
+def test_who_would_be_late_is_rejected_at_once_and_nobody_else() -> None:
+    sim = sim_of("admission")
+    # 10 ms a token, one at a time: each takes 0.1 s.
+    requests = [sim.add(prompt=[3], max_tokens=10, deadline=0.35) for _ in range(8)]
+    sim.settle()
+    rejected = [e for e in sim.of(events.RequestEnded) if isinstance(e.error, RequestRejected)]  # type: ignore[attr-defined]
+    assert 3 <= len(rejected) <= 6
+    assert "after its deadline" in str(rejected[0].error)  # type: ignore[attr-defined]
+    sim.run()
+    served = [request for request in requests if sim.ended[request.id] == "length"]
+    assert len(served) + len(rejected) == len(requests), "whoever was not rejected was served in time"
+
+
+def test_nobody_without_a_deadline_is_rejected() -> None:
+    sim = sim_of("admission")
+    for _ in range(20):
+        sim.add(max_tokens=30)
+    sim.run(steps=3000)
+    assert set(sim.ended.values()) == {"length"}
+
+
+@pytest.mark.parametrize("name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission"])
+def test_they_keep_the_contract(name: str) -> None:
+    found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)
+    assert found.sound, found.broken
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lpm:window=0", "session:share=0", "toppings:age=-1", "drainer:tolerance=-1", "admission:margin=0"],
+)
+def test_options_out_of_range_are_refused_by_name(text: str) -> None:
+    with pytest.raises(ValueError, match=text.partition(":")[2].partition("=")[0]):
+        load_policy(text)
