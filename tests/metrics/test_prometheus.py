@@ -3,121 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import os
 import re
-import shutil
+import signal
 import subprocess
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from support.prometheus_server import BOUND, MISSING, Prometheus, alert_receiver, prometheus
+from support.server_process import serving
 from support.tiny_models import build_adapter, build_model
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.metrics import serve_metrics
 
 METRICS = Path(__file__).resolve().parents[2] / "metrics"
-RULES = METRICS / "alerts" / "aioengine.rules.yml"
 BOARD = METRICS / "dashboards" / "aioengine.json"
 
-BOUND = 60.0
-"""Seconds that anything may take before the test fails; all of it takes a few when the machine is free."""
-
 pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    MISSING,
     reason="needs prometheus and promtool, of Debian's package prometheus",
 )
-
-Sample = tuple[dict[str, str], float]
-
-
-class Prometheus(NamedTuple):
-    """A server's HTTP API."""
-
-    url: str
-
-    async def get(self, path: str, **parameters: str) -> Any:
-        address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-
-        def read() -> Any:
-            with urllib.request.urlopen(address, timeout=BOUND) as response:
-                return json.load(response)
-
-        answer = await asyncio.to_thread(read)
-        assert answer["status"] == "success", answer
-        return answer["data"]
-
-    async def query(self, expr: str) -> list[Sample]:
-        """An instant query's labels and values."""
-        data = await self.get("query", query=expr)
-        return [(result["metric"], float(result["value"][1])) for result in data["result"]]
-
-    async def by(self, label: str, expr: str) -> dict[str, float]:
-        return {labels[label]: value for labels, value in await self.query(expr)}
-
-    async def wait(self, expr: str, reached: Callable[[list[Sample]], bool]) -> list[Sample]:
-        async with asyncio.timeout(BOUND):
-            while not reached(found := await self.query(expr)):
-                await asyncio.sleep(0.05)
-        return found
-
-
-@contextlib.asynccontextmanager
-async def prometheus(folder: Path, target: int) -> AsyncIterator[Prometheus]:
-    """A server with the rules of this project, on a free port, until the end of the block."""
-    config = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
-        "rule_files": [str(RULES)],
-        "scrape_configs": [
-            {"job_name": "aioengine", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
-        ],
-    }
-    (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    log = folder / "prometheus.log"
-    with log.open("w", encoding="utf-8") as output:
-        server = await asyncio.create_subprocess_exec(
-            "prometheus",
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            "--web.listen-address=127.0.0.1:0",
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        async with asyncio.timeout(BOUND):
-            while (
-                found := re.search(r"msg=\"Listening on\" address=(127\.0\.0\.1:\d+)", log.read_text())
-            ) is None:
-                assert server.returncode is None, log.read_text()
-                await asyncio.sleep(0.05)
-            server_url = f"http://{found[1]}"
-            while not await asyncio.to_thread(is_ready, server_url):  # it listens before it can answer
-                await asyncio.sleep(0.05)
-        yield Prometheus(server_url)
-    finally:
-        if server.returncode is None:
-            server.terminate()
-        try:
-            await asyncio.wait_for(server.wait(), BOUND)
-        except TimeoutError:
-            server.kill()
-            await server.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/-/ready", timeout=BOUND) as response:
-            return bool(response.status == 200)
-    except urllib.error.HTTPError as error:
-        if error.code != 503:
-            raise
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +65,7 @@ async def work(engine: AsyncEngine) -> int:
 async def test_prometheus_knows_what_the_engine_knows(engine: AsyncEngine, tmp_path: Path) -> None:
     engine.metrics.export_process()
     with serve_metrics(engine, 0) as exporter:
-        async with prometheus(tmp_path, exporter.port) as server:
+        async with prometheus(tmp_path, f"127.0.0.1:{exporter.port}") as server:
             await server.wait('aioengine_lora_slots{state="free"}', lambda s: [v for _, v in s] == [2])
             done = await work(engine)
             await server.wait(
@@ -242,6 +151,24 @@ async def an_emptied_slot_is_free(server: Prometheus, engine: AsyncEngine) -> No
         for labels, _ in await server.query(expr):
             rows[labels["row"].split(" ", 1)[1]] = labels["adapter"]
     assert rows == {f"tiny {i:02}": "(free)" if i == index else adapter for i, adapter in slots.items()}
+
+
+async def test_a_dead_engine_raises_an_alert(model: Path, tmp_path: Path) -> None:
+    """From the process that is killed to what arrives at the one who is on call."""
+    flags = ("--executor", "process", "--keep-dead")
+    with alert_receiver() as alerts:
+        async with serving(model, *flags) as server:
+            target = server.url.removeprefix("http://")
+            async with prometheus(tmp_path, target, receiver=alerts.address) as observer:
+                await observer.wait('aioengine_engine_state{state="ready"} == 1', bool)
+                assert alerts.sent == []
+                for pid in worker_pids(server.process.pid):
+                    os.kill(pid, signal.SIGKILL)
+                async with asyncio.timeout(BOUND):
+                    while not (fired := alerts.named("AioengineDead")):
+                        await asyncio.sleep(0.05)
+    assert fired[0]["labels"]["severity"] == "critical" and fired[0]["labels"]["instance"] == target
+    assert fired[0]["annotations"]["summary"] == f"Engine default on {target} is dead"
 
 
 async def test_promtool_has_nothing_to_say_about_the_names(engine: AsyncEngine) -> None:

@@ -1,0 +1,151 @@
+"""A real Prometheus with this project's rules, and a receiver for the alerts that it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RULES = Path(__file__).resolve().parents[2] / "metrics" / "alerts" / "aioengine.rules.yml"
+BOUND = 60.0
+"""Seconds that anything may take before the test fails; all of it takes a few when the machine is free."""
+MISSING = shutil.which("prometheus") is None or shutil.which("promtool") is None
+
+Sample = tuple[dict[str, str], float]
+
+
+class Prometheus(NamedTuple):
+    """A server's HTTP API."""
+
+    url: str
+
+    async def get(self, path: str, **parameters: str) -> Any:
+        address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+
+        def read() -> Any:
+            with urllib.request.urlopen(address, timeout=BOUND) as response:
+                return json.load(response)
+
+        answer = await asyncio.to_thread(read)
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    async def query(self, expr: str) -> list[Sample]:
+        """An instant query's labels and values."""
+        data = await self.get("query", query=expr)
+        return [(result["metric"], float(result["value"][1])) for result in data["result"]]
+
+    async def by(self, label: str, expr: str) -> dict[str, float]:
+        return {labels[label]: value for labels, value in await self.query(expr)}
+
+    async def wait(self, expr: str, reached: Callable[[list[Sample]], bool]) -> list[Sample]:
+        async with asyncio.timeout(BOUND):
+            while not reached(found := await self.query(expr)):
+                await asyncio.sleep(0.05)
+        return found
+
+
+@contextlib.asynccontextmanager
+async def prometheus(
+    folder: Path, *targets: str, receiver: str | None = None, **scrape: Any
+) -> AsyncIterator[Prometheus]:
+    """A server with the rules of this project, on a free port, until the end of the block.
+
+    ``targets`` are HOST:PORT; ``scrape`` is more of the job's configuration. ``receiver`` is HOST:PORT of
+    what gets its alerts, as Alertmanager does.
+    """
+    config: dict[str, Any] = {
+        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
+        "rule_files": [str(RULES)],
+        "scrape_configs": [
+            {"job_name": "aioengine", "static_configs": [{"targets": list(targets)}], **scrape}
+        ],
+    }
+    if receiver is not None:
+        config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [receiver]}]}]}
+    (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    log = folder / "prometheus.log"
+    with log.open("w", encoding="utf-8") as output:
+        server = await asyncio.create_subprocess_exec(
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            "--web.listen-address=127.0.0.1:0",
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        async with asyncio.timeout(BOUND):
+            while (
+                found := re.search(r"msg=\"Listening on\" address=(127\.0\.0\.1:\d+)", log.read_text())
+            ) is None:
+                assert server.returncode is None, log.read_text()
+                await asyncio.sleep(0.05)
+            server_url = f"http://{found[1]}"
+            while not await asyncio.to_thread(is_ready, server_url):  # it listens before it can answer
+                await asyncio.sleep(0.05)
+        yield Prometheus(server_url)
+    finally:
+        if server.returncode is None:
+            server.terminate()
+        try:
+            await asyncio.wait_for(server.wait(), BOUND)
+        except TimeoutError:
+            server.kill()
+            await server.wait()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/-/ready", timeout=BOUND) as response:
+            return bool(response.status == 200)
+    except urllib.error.HTTPError as error:
+        if error.code != 503:
+            raise
+        return False
+
+
+class Alerts:
+    """``sent`` has what came, oldest first, as Alertmanager's API takes it."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.sent: list[dict[str, Any]] = []
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [alert for alert in self.sent if alert["labels"]["alertname"] == name]
+
+
+@contextlib.contextmanager
+def alert_receiver() -> Iterator[Alerts]:
+    alerts = Alerts()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            alerts.sent += json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        alerts.address = f"127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield alerts
+        finally:
+            server.shutdown()
+            thread.join()
