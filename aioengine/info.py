@@ -51,13 +51,15 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a request's tokens are the same bits in any batch (docs/determinism.md)."""
 
 
-class SlotInfo(msgspec.Struct, frozen=True, kw_only=True):
+class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: int
     state: SlotStateName
     adapter: str | None
     version: int | None
     running: int
     pinned: bool
+    replica: str | None = None
+    """In a fleet, the replica whose slot it is; ``index`` counts that replica's."""
 
 
 class SlotTable(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ from aioengine.metrics.page.plumbing import (
     end_tasks,
     respond,
 )
+from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_targets
 
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""
@@ -93,7 +94,9 @@ class MetricsApp:
         path = path if root else path or "/"
         head = scope["method"] == "HEAD"
         asset = path.removeprefix("/assets/")
-        found = path in ("/", "/metrics", "/events") or (asset != path and asset in self._files)
+        found = path in ("/", "/metrics", "/metrics/targets", "/events") or (
+            asset != path and asset in self._files
+        )
         if not path:  # mounted, and asked for without the final slash that relative URLs need
             to = f"./{quote(root.rsplit('/', 1)[-1])}/".encode()
             await _text(send, 307, "see /", head, [(b"location", to)])
@@ -103,6 +106,10 @@ class MetricsApp:
             await _text(send, 405, "method not allowed", head, [(b"allow", b"GET, HEAD")])
         elif path == "/metrics":
             await self._metrics(scope, send, head)
+        elif path == "/metrics/targets":
+            body = scrape_targets(scope, root, self._engine.metrics)
+            headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store"), *_SECURITY]
+            await respond(send, 200, headers, body, head=head)
         elif path == "/events":
             await self._events(receive, send, head)
         else:
@@ -111,13 +118,18 @@ class MetricsApp:
             await respond(send, 200, [*headers, *_SECURITY], self._files[name], head=head)
 
     async def _metrics(self, scope: Scope, send: Send, head: bool) -> None:
-        names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]")
+        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+        names, source = query.get("name[]"), query.get(PARAMETER, [None])[-1]
         accept = _header(scope, b"accept")
         compress = gzip_accepted(_header(scope, b"accept-encoding"))
 
         def render() -> tuple[bytes, str]:
             metrics = self._engine.metrics
-            if names:
+            if source is not None:
+                if not isinstance(metrics, ManySources) or source not in metrics.sources():
+                    raise LookupError(f"there is no {PARAMETER} {source!r}; /metrics/targets names them")
+                text, content_type = metrics.expose(accept, source)
+            elif names:
                 encode, content_type = choose_encoder(accept)
                 text = encode(metrics.registry.restricted_registry(names))
             else:
@@ -126,6 +138,9 @@ class MetricsApp:
 
         try:  # in a thread: it asks this loop for a snapshot, and the loop need not wait for the text
             body, content_type = await asyncio.get_running_loop().run_in_executor(self._rendering, render)
+        except LookupError as error:
+            await _text(send, 404, str(error.args[0]), head)
+            return
         except (EngineStopped, TimeoutError) as error:
             await _text(send, 503, str(error), head)
             return
@@ -190,7 +205,8 @@ class MetricsApp:
 def metrics_app(engine: WatchedEngine, *, interval: float = UPDATE_SECONDS) -> MetricsApp:
     """An ASGI application that shows ``engine`` (an AsyncEngine, started or not yet).
 
-    ``GET /metrics`` is for Prometheus, ``GET /`` the live page, ``GET /events`` what feeds it. It must
+    ``GET /metrics`` is for Prometheus, ``GET /metrics/targets`` for its service discovery, ``GET /`` the
+    live page, ``GET /events`` what feeds it. It must
     run on the engine's event loop. ``interval`` is the shortest time in seconds between two updates of
     a page. It asks nobody for a password: mount it where only those can reach it who may see the
     names of the adapters.

@@ -60,6 +60,8 @@ class EngineReplica:
         self.engine = AsyncEngine(config.engine)
         await self.engine.start()
         self.engine.add_listener(self._speed)
+        self._beliefs = Beliefs()
+        self.engine.add_listener(self._beliefs)
         self._traces = otlp_provider(config.otlp_endpoint, resource={"service.instance.id": _own_id()})
         if self._traces is not None:
             from aioengine.metrics.tracing import trace_requests
@@ -121,6 +123,8 @@ class EngineReplica:
             await self._generate(box, order)
 
     async def _generate(self, box: Outbox, order: Submit) -> None:
+        if order.believed:
+            self._beliefs.believed(order.request_id, box, order.key)
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
@@ -155,6 +159,8 @@ class EngineReplica:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
             box.put(Delta(order.key, error=pack_error(error)))
+        finally:
+            self._beliefs.forget(order.request_id)
 
     async def _params(self, order: Submit) -> SamplingParams:
         constraint = None
@@ -311,6 +317,28 @@ def _own_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+class Beliefs:
+    """What doors took to be in memory when they chose this replica, until the request arrives: if its adapter
+    is on disk then, the door is told. A listener of the engine's events."""
+
+    def __init__(self) -> None:
+        self._believed: dict[str, tuple[Outbox, int]] = {}
+
+    def believed(self, request_id: str, box: Outbox, key: int) -> None:
+        """``key`` is the door's number for the request."""
+        self._believed[request_id] = box, key
+
+    def forget(self, request_id: str) -> None:
+        self._believed.pop(request_id, None)
+
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.RequestAdded):
+            told = self._believed.pop(event.request_id, None)
+            if told is not None and event.location == "disk":
+                box, key = told
+                box.put(Delta(key, misrouted=True))
 
 
 class _Speed:

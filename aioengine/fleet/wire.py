@@ -31,6 +31,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     """The text that its constraint is made of."""
     trace: dict[str, str] = {}
     """Headers that name the span that it belongs to, in W3C's form; empty: it is not traced."""
+    believed: bool = False
+    """The door takes the replica to have its adapter in memory."""
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -57,6 +59,8 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: bytes = b""
     """A pickled error; nothing follows."""
+    misrouted: bool = False
+    """The replica does not have the adapter that the door believed it to have."""
 
 
 class Residency(msgspec.Struct, array_like=True):

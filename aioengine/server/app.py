@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset({"/health", "/ready"})
-_PAGE = frozenset({"", "/", "/metrics", "/events"})
+_PAGE = frozenset({"", "/", "/metrics", "/metrics/targets", "/events"})
 DRAIN_RETRY_AFTER = 5
 """Seconds until another replica, or this one after a restart, may be ready."""
 

@@ -398,3 +398,68 @@ PROCESS = [
         [Query(rate("aioengine_log_dropped_total", "instance"), "{{instance}}")],
     ),
 ]
+
+FLEET = [
+    Chart(
+        "Replicas that take requests",
+        "Those that the door sends requests to, and those that there should be.",
+        units.Short,
+        [
+            Query(f"sum by (engine) (aioengine_fleet_replica_up{{{HERE}}})", "{{engine}} up"),
+            Query(f"max by (engine) (aioengine_fleet_replicas_wanted{{{HERE}}})", "{{engine}} wanted"),
+        ],
+    ),
+    Chart(
+        "Requests by replica",
+        "Open requests of the doors at each replica: a router that herds shows here.",
+        units.Short,
+        [Query(f"sum by (replica) (aioengine_fleet_replica_requests{{{HERE}}})", "{{replica}}")],
+    ),
+    Chart(
+        "Routing decisions by reason",
+        "Why requests went where they went, as the router says.",
+        units.CountsPerSecond,
+        [Query(rate("aioengine_fleet_decisions_total", "reason"), "{{reason}}")],
+    ),
+    Chart(
+        "Routing time",
+        "What a decision takes in the door.",
+        units.Seconds,
+        quantiles("aioengine_fleet_route_seconds", "engine"),
+    ),
+    Chart(
+        "Age of knowledge",
+        "Since the door last heard of each replica; beyond silent_seconds (3) it is left alone.",
+        units.Seconds,
+        [Query(f"max by (replica) (aioengine_fleet_knowledge_age_seconds{{{HERE}}})", "{{replica}}")],
+    ),
+    Chart(
+        "Copies of adapters",
+        "Replicas that hold each adapter, and by how many the plan of the placement policy exceeds them.",
+        units.Short,
+        [
+            Query(f"topk(10, max by (adapter) (aioengine_fleet_adapter_copies{{{HERE}}}))", "{{adapter}}"),
+            Query(
+                f"max by (adapter) (aioengine_fleet_adapter_copies_wanted{{{HERE}}})"
+                f" - max by (adapter) (aioengine_fleet_adapter_copies{{{HERE}}}) > 0",
+                "{{adapter}} missing",
+            ),
+        ],
+    ),
+    Chart(
+        "Losses, migrations and misroutes",
+        "Replicas lost; requests that went on elsewhere; requests sent for an adapter that had left.",
+        units.CountsPerSecond,
+        [
+            Query(rate("aioengine_fleet_losses_total", "cause"), "lost {{cause}}"),
+            Query(rate("aioengine_fleet_migrations_total", "cause"), "moved {{cause}}"),
+            Query(rate("aioengine_fleet_misroutes_total", "engine"), "misrouted"),
+        ],
+    ),
+    Chart(
+        "Router failures",
+        "Decisions that the safe router made, because the chosen one raised, was slow or named nobody.",
+        units.CountsPerSecond,
+        [Query(rate("aioengine_fleet_router_failures_total", "kind"), "{{kind}}")],
+    ),
+]

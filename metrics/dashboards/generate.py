@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from charts import ADAPTERS, ENGINE, FREE, HERE, LIMITS, PROCESS, REQUESTS, SERVICE, SUMMARY, Chart
+from charts import ADAPTERS, ENGINE, FLEET, FREE, HERE, LIMITS, PROCESS, REQUESTS, SERVICE, SUMMARY, Chart
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, statetimeline, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
@@ -72,6 +72,7 @@ def build() -> models.Dashboard:
         ("Engine", ENGINE),
         ("Limits and failures", LIMITS),
         ("Process", PROCESS),
+        ("Fleet", FLEET),
     )
     for title, charts in rows:
         if title:

@@ -163,6 +163,8 @@ class Feed:
         stats = self._engine.stats()
         before = () if self._stats is None else self._stats.slots
         for old, slot in zip(before, stats.slots, strict=False):
+            if slot.replica is not None:  # in a fleet, movements are seen in the table alone
+                continue
             if slot.state == "DRAINING" != old.state and slot.adapter is not None:
                 entry = Entry(now, "draining", slot.adapter, slot.version or 0, slot.index)
                 self._log.append((self._tick, entry))

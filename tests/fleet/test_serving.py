@@ -115,6 +115,27 @@ def test_every_sample_says_whose_it_is(fleet: FleetServer) -> None:
         assert any(line.startswith(name) for line in samples), name
 
 
+def test_each_replica_can_be_scraped_by_itself(fleet: FleetServer) -> None:
+    with fleet.client() as client:
+        targets = client.get("/metrics/targets").json()
+        names = [target["labels"]["__param_replica"] for target in targets]
+        assert names[0] == "door" and len(names) == 3
+        for name in names:
+            text = client.get("/metrics", params={"replica": name}).text
+            found = {match[1] for match in re.finditer(r'[{,]replica="([^"]+)"', text)}
+            own = {name} if name != "door" else {"door", *names}
+            assert found == own, "the door also knows of its replicas"
+        assert client.get("/metrics", params={"replica": "gone"}).status_code == 404
+
+
+def test_a_replica_that_has_evicted_says_so(fleet: FleetServer) -> None:
+    """A request that is sent for an adapter in memory, and does not find it, is a misroute."""
+    assert fleet.metric("aioengine_fleet_misroutes_total") == 0
+    for _ in range(3):
+        fleet.complete([5, 6], model="a", max_tokens=1)
+    assert fleet.metric("aioengine_fleet_misroutes_total") == 0, "what is believed is so"
+
+
 def test_errors_are_those_of_one_engine(fleet: FleetServer) -> None:
     with fleet.client() as client:
 

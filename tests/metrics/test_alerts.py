@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.fleet_metrics import door_families
 from support.promql import asked, series_names
 
 from aioengine.info import EngineStats
@@ -68,7 +69,7 @@ def test_an_alert_that_always_or_never_fires_is_noticed(
 def test_rules_use_what_is_exported() -> None:
     zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
-    known = {"up", *series_names(metrics.registry.collect())}
+    known = {"up", *series_names(metrics.registry.collect()), *series_names(door_families())}
     for rule in RULES:  # recorded ones are known to the rules after them
         assert asked(rule["expr"]).metrics <= known, rule
         if "record" in rule:
@@ -97,6 +98,6 @@ def test_the_runbook_has_a_section_for_every_alert() -> None:
 
 def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
     page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-    exported = {definition.exposed for definition in definitions.ALL}
+    exported = {definition.exposed for definition in definitions.ALL} | set(series_names(door_families()))
     asked_for = set(re.findall(r"`((?:aioengine|process)_\w+)", page))
     assert asked_for and asked_for <= exported

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fleet_metrics import door_families
 from support.promql import Asked, asked, series_names
 
 from aioengine.info import EngineStats
@@ -26,6 +27,8 @@ LABELS = {
     if isinstance(value, definitions.Definition)
     for label in value.labels
 }
+LABELS |= {"cause", "kind", "reason", "replica"}
+"""Those of a fleet."""
 MADE_BY_PROMETHEUS = {"instance", "job", "le"}
 MADE_BY_EXPRESSIONS = {"row"}
 
@@ -35,7 +38,7 @@ def exported() -> set[str]:
     zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
     metrics.export_process()
-    return set(series_names(metrics.registry.collect()))
+    return {*series_names(metrics.registry.collect()), *series_names(door_families())}
 
 
 def expressions() -> Iterator[tuple[str, str]]:

@@ -113,6 +113,31 @@ async def test_page_shows_a_swap_that_happens(engine: AsyncEngine) -> None:
         assert not await page.evaluate(DRAWN, ["all-linear"])  # which was never in a slot
 
 
+async def test_a_strip_for_each_replica(engine: AsyncEngine) -> None:
+    told = Told(engine)
+
+    def change(stats: EngineStats) -> EngineStats:
+        """Two replicas of the same slots."""
+        slots = [
+            msgspec.structs.replace(slot, replica=replica)
+            for replica in ("east", "west")
+            for slot in stats.slots
+        ]
+        first = msgspec.structs.replace(slots[2], state="READY", adapter="only-west", version=1)
+        return msgspec.structs.replace(stats, slots=(*slots[:2], first, *slots[3:]))
+
+    told.change_stats = change
+    async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]
+        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
+        await shows(page, "#slot-names", "rank-3")
+        await api.expect(page.locator("#slot-names .begins")).to_have_count(2, timeout=LIMIT)
+        for index, words in ((0, "east"), (2, "west"), (2, "only-west")):
+            await shows(page, f"#slot-names li >> nth={index}", words)
+        numbers = await page.locator("#slot-names b").all_text_contents()
+        assert numbers == ["0", "1", "0", "1"], "each replica counts its own"
+        await drawn(page, ["only-west", "rank-3"])
+
+
 async def test_loading_draining_and_queues(engine: AsyncEngine) -> None:
     told = Told(engine)
     async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]

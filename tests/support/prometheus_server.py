@@ -68,7 +68,11 @@ async def prometheus(
         "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
         "rule_files": [str(RULES)],
         "scrape_configs": [
-            {"job_name": "aioengine", "static_configs": [{"targets": list(targets)}], **scrape}
+            {
+                "job_name": "aioengine",
+                "static_configs": [{"targets": list(targets)}] if targets else [],
+                **scrape,
+            }
         ],
     }
     if receiver is not None:

@@ -35,6 +35,7 @@ from aioengine.fleet.wire import (
     unpack_error,
 )
 from aioengine.info import EngineStats, SlotInfo
+from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import (
     FleetState,
     ReplicaLimits,
@@ -81,6 +82,8 @@ class Members:
         """Requests that went on elsewhere, by what became of their replica."""
         self.losses: Counter[str] = Counter()
         """Replicas lost, by how."""
+        self.misroutes = 0
+        """Requests whose replica had lost the adapter that it was chosen for."""
         self.route_seconds: list[float] = []
         """What routing took since it was last asked for."""
         self.on_join: Callable[[Member], None] = lambda member: None
@@ -248,6 +251,8 @@ class Members:
         left = None if call.deadline is None else max(call.deadline - self._now(), 1e-3)
         resumed = call.begun
         constraint = call.params.constraint
+        adapter = options.adapter
+        where = None if adapter is None else self.state.view.replicas[replica].location(adapter)
         order = Submit(
             call.key,
             call.request_id,
@@ -261,6 +266,7 @@ class Members:
             ),
             constraint.text if isinstance(constraint, SentGrammar) else None,
             {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
+            where in (Location.SLOT, Location.CPU),
         )
         self.state.sent(request, replica)
         call.replica = replica
@@ -351,6 +357,7 @@ class Members:
 
     def _delta(self, channel: Channel, call: Call, delta: Delta, now: float) -> None:
         begun = call.begun
+        self.misroutes += delta.misrouted
         if delta.error:
             error = unpack_error(delta.error)
             elsewhere = isinstance(error, (EngineStopped, EngineDead)) or (
@@ -482,8 +489,8 @@ class Members:
         """Sums over the replicas; totals since their start are their own metrics' business."""
         slots: list[SlotInfo] = []
         for member in self.members.values():
-            for slot in member.residency.slots:
-                slots.append(msgspec.structs.replace(slot, index=len(slots)))
+            replica = member.channel.replica
+            slots += [msgspec.structs.replace(slot, replica=replica) for slot in member.residency.slots]
         statuses = [m.status for m in self.members.values() if m.status is not None]
         hellos = [m.hello for m in self.members.values()]
         block = self.config.engine.block_size

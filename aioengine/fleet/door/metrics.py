@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -31,8 +31,9 @@ class FleetMetrics:
     def __init__(self, members: Members) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Everything(self))
-        self._own = CollectorRegistry()
-        self._own.register(_Door(members))
+        self.own = CollectorRegistry()
+        """What the door knows itself."""
+        self.own.register(_Door(members))
         self._members = members
         self._engine = members.config.engine.name
         self._tenants = TenantMetrics(members.config.engine.max_adapter_labels)
@@ -41,34 +42,43 @@ class FleetMetrics:
         self._seconds = Histogram(
             "aioengine_fleet_route_seconds",
             "Time that a routing decision took.",
-            ["replica"],
-            registry=self._own,
+            ["engine", "replica"],
+            registry=self.own,
             buckets=_BUCKETS,
-        ).labels(DOOR)
+        ).labels(self._engine, DOOR)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    def expose(self, accept: str) -> tuple[bytes, str]:
-        """The text of a scrape and its content type. Raises TimeoutError if the door's loop is too busy."""
+    def sources(self) -> list[str]:
+        """The values of ``replica``, each of which can be asked for by itself."""
+        return [DOOR, *self._members.members]
+
+    def expose(self, accept: str, source: str | None = None) -> tuple[bytes, str]:
+        """The text of a scrape and its content type: of all, or of one of :meth:`sources`. Raises
+        TimeoutError if the door's loop is too busy."""
         encode, content_type = choose_encoder(accept)
         kind = "application/openmetrics-text" if "openmetrics" in content_type else _TEXT
+        if source not in (None, DOOR):
+            return _merged(self.scraped(kind, source), openmetrics=kind != _TEXT).encode(), content_type
         took, self._members.route_seconds = self._members.route_seconds, []
         for seconds in took:
             self._seconds.observe(seconds)
         served = [*self.http.families(self._engine), *[m.family(self._engine) for m in self._tenants.metrics]]
         door = self._writer.write(served, openmetrics=kind != _TEXT).decode()
-        texts = [("", encode(self._own).decode()), (DOOR, door), *self.scraped(kind)]
+        texts = [("", encode(self.own).decode()), (DOOR, door)]
+        if source is None:
+            texts += self.scraped(kind)
         return _merged(texts, openmetrics=kind != _TEXT).encode(), content_type
 
-    def scraped(self, accept: str) -> list[tuple[str, str]]:
-        """(replica, text) of those that answer."""
+    def scraped(self, accept: str, replica: str | None = None) -> list[tuple[str, str]]:
+        """(replica, text) of those that answer, or of one."""
         assert self._loop is not None
-        asked = asyncio.run_coroutine_threadsafe(self._scrape(accept), self._loop)
+        asked = asyncio.run_coroutine_threadsafe(self._scrape(accept, replica), self._loop)
         return asked.result(SCRAPE_SECONDS + 2)
 
-    async def _scrape(self, accept: str) -> list[tuple[str, str]]:
+    async def _scrape(self, accept: str, only: str | None) -> list[tuple[str, str]]:
         call = self._members.handle.options(method_name="scrape")
 
         async def one(replica: str) -> tuple[str, str] | None:
@@ -78,7 +88,9 @@ class FleetMetrics:
             except Exception:  # it is lost, or does not answer: its age and its absence say so
                 return None
 
-        found = await asyncio.gather(*[one(replica) for replica in list(self._members.members)])
+        found = await asyncio.gather(
+            *[one(replica) for replica in self._members.members if only in (None, replica)]
+        )
         return [each for each in found if each is not None]
 
 
@@ -99,64 +111,62 @@ class _Door(Collector):
 
     def __init__(self, members: Members) -> None:
         self._members = members
+        self._engine = members.config.engine.name
 
     def collect(self) -> Iterator[Metric]:
         members = self._members
-        labels = ["replica"]
-        yield _counter(
-            "aioengine_fleet_decisions", "Routing decisions by reason.", "reason", dict(members.guard.reasons)
-        )
-        yield _counter(
-            "aioengine_fleet_router_failures",
-            "What the router got wrong.",
-            "kind",
-            dict(members.guard.failures),
-        )
-        yield _counter(
-            "aioengine_fleet_migrations",
+        yield self._counts("decisions", "Routing decisions by reason.", "reason", members.guard.reasons)
+        yield self._counts("router_failures", "What the router got wrong.", "kind", members.guard.failures)
+        yield self._counts(
+            "migrations",
             "Requests that went on at another replica, by what became of theirs.",
             "cause",
-            dict(members.migrations),
+            members.migrations,
         )
-        yield _counter("aioengine_fleet_losses", "Replicas that were lost.", "cause", dict(members.losses))
-        views = dict(members.state.view.replicas)
-        up = GaugeMetricFamily("aioengine_fleet_replica_up", "1 if it takes requests.", labels=labels)
-        age = GaugeMetricFamily(
-            "aioengine_fleet_knowledge_age_seconds", "Age of its last report.", labels=labels
+        yield self._counts("losses", "Replicas that were lost.", "cause", members.losses)
+        misroutes = CounterMetricFamily(
+            "aioengine_fleet_misroutes",
+            "Requests that went to a replica for an adapter in its memory, which was not there any more.",
+            labels=["engine", "replica"],
         )
-        sent = GaugeMetricFamily(
-            "aioengine_fleet_replica_requests", "Its requests of this door.", labels=labels
-        )
-        for replica, view in views.items():
-            up.add_metric([replica], float(view.accepting))
-            age.add_metric([replica], view.age)
-            member = members.members.get(replica)
-            sent.add_metric([replica], 0 if member is None else len(member.channel.calls))
-        yield up
-        yield age
-        yield sent
-        had = GaugeMetricFamily(
-            "aioengine_fleet_adapter_copies", "Replicas that hold it.", labels=["adapter", *labels]
-        )
-        wanted = GaugeMetricFamily(
-            "aioengine_fleet_adapter_copies_wanted",
-            "Replicas that should, by the plan.",
-            labels=["adapter", *labels],
-        )
-        for name, adapter in list(members.state.view.adapters.items()):
-            if adapter.holders:
-                had.add_metric([name, DOOR], len(adapter.holders))
-            if adapter.target_holders:
-                wanted.add_metric([name, DOOR], len(adapter.target_holders))
-        yield had
+        misroutes.add_metric([self._engine, DOOR], members.misroutes)
+        yield misroutes
+        wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
+        wanted.add_metric([self._engine, DOOR], members.config.replicas)
         yield wanted
+        yield from self._replicas()
+        yield from self._copies()
 
+    def _replicas(self) -> Iterator[Metric]:
+        up = self._gauge("replica_up", "1 if it takes requests.")
+        age = self._gauge("knowledge_age_seconds", "Age of its last report.")
+        sent = self._gauge("replica_requests", "Its requests of this door.")
+        for replica, view in dict(self._members.state.view.replicas).items():
+            labels = [self._engine, replica]
+            member = self._members.members.get(replica)
+            up.add_metric(labels, float(view.accepting))
+            age.add_metric(labels, view.age)
+            sent.add_metric(labels, 0 if member is None else len(member.channel.calls))
+        yield from (up, age, sent)
 
-def _counter(name: str, help_: str, label: str, values: dict[str, int]) -> Metric:
-    family = CounterMetricFamily(name, help_, labels=[label, "replica"])
-    for value, number in values.items():
-        family.add_metric([value, DOOR], number)
-    return family
+    def _copies(self) -> Iterator[Metric]:
+        had = self._gauge("adapter_copies", "Replicas that hold it.", "adapter")
+        wanted = self._gauge("adapter_copies_wanted", "Replicas that should, by the plan.", "adapter")
+        for name, adapter in list(self._members.state.view.adapters.items()):
+            if adapter.holders or adapter.target_holders:
+                had.add_metric([self._engine, DOOR, name], len(adapter.holders))
+            if adapter.target_holders:
+                wanted.add_metric([self._engine, DOOR, name], len(adapter.target_holders))
+        yield from (had, wanted)
+
+    def _counts(self, name: str, help_: str, label: str, values: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(f"aioengine_fleet_{name}", help_, labels=["engine", "replica", label])
+        for value, number in list(values.items()):
+            family.add_metric([self._engine, DOOR, value], number)
+        return family
+
+    def _gauge(self, name: str, help_: str, *labels: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"aioengine_fleet_{name}", help_, labels=["engine", "replica", *labels])
 
 
 def _merged(texts: list[tuple[str, str]], *, openmetrics: bool) -> str:

@@ -8,7 +8,7 @@ export class State {
   adapters = new Map();
   numbers = null;
   slots = [];
-  segments = []; // by slot: {adapter, version, state, from, to}; to is null while it lasts
+  segments = new Map(); // by slot, as slotKey() calls it: {adapter, version, state, from, to}; to is null while it lasts
   swaps = []; // newest last
   swapCount = 0;
   samples = []; // {time, decode, prefill}
@@ -74,7 +74,7 @@ export class State {
 
   #restart(update) {
     this.adapters.clear();
-    this.segments = [];
+    this.segments.clear();
     this.swaps = [];
     this.model = update.model ?? "";
     this.since = update.since;
@@ -82,8 +82,9 @@ export class State {
   }
 
   #move(entry) {
-    const { slot, time } = entry;
-    if (slot !== undefined) {
+    const { time } = entry;
+    if (entry.slot !== undefined) {
+      const slot = slotKey({ index: entry.slot });
       this.#close(slot, time);
       if (entry.kind !== "evicted") {
         const state = { placing: "loading", placed: "ready", draining: "draining" }[entry.kind];
@@ -99,32 +100,42 @@ export class State {
 
   // The slot table has the last word: about what no movement said, and what was before the first one.
   #reconcile(time) {
-    for (const { index, adapter: name, version, state } of this.slots) {
-      const last = this.segments[index]?.at(-1);
+    const keys = new Set(this.slots.map(slotKey));
+    for (const key of this.segments.keys()) if (!keys.has(key)) this.segments.delete(key); // its replica is gone
+    for (const slot of this.slots) {
+      const { adapter: name, version, state } = slot;
+      const key = slotKey(slot);
+      const last = this.segments.get(key)?.at(-1);
       const open = last && last.to === null ? last : null;
       const same = open && open.adapter === name && open.version === version && open.state === state.toLowerCase();
       if (same || (!open && name === null)) continue;
       const from = Math.max(time, last?.from ?? 0, last?.to ?? 0);
-      this.#close(index, from);
-      if (name !== null) this.#open(index, name, version, state.toLowerCase(), from);
+      this.#close(key, from);
+      if (name !== null) this.#open(key, name, version, state.toLowerCase(), from);
     }
   }
 
   #open(slot, name, version, state, from) {
-    (this.segments[slot] ??= []).push({ adapter: name, version, state, from, to: null });
+    if (!this.segments.has(slot)) this.segments.set(slot, []);
+    this.segments.get(slot).push({ adapter: name, version, state, from, to: null });
   }
 
   #close(slot, to) {
-    const last = this.segments[slot]?.at(-1);
+    const last = this.segments.get(slot)?.at(-1);
     if (last && last.to === null) last.to = to;
   }
 
   #forget(before) {
-    for (const segments of this.segments) {
-      while (segments?.length && segments[0].to !== null && segments[0].to < before) segments.shift();
+    for (const segments of this.segments.values()) {
+      while (segments.length && segments[0].to !== null && segments[0].to < before) segments.shift();
     }
     while (this.samples.length > 2 && this.samples[1].time < before) this.samples.shift();
   }
+}
+
+// Which slot it is, among those of all replicas.
+export function slotKey({ replica, index }) {
+  return replica ? `${replica}/${index}` : String(index);
 }
 
 function adapter([name, version, rank, bytes, place, slot, pinned, running, waiting]) {

@@ -1,7 +1,7 @@
 // The slots over the last two minutes: one row each, a bar for every adapter that was in it.
 
 import { duration, element, hue, named } from "./format.js";
-import { WINDOW } from "./state.js";
+import { WINDOW, slotKey } from "./state.js";
 
 const AXIS = 20;
 const STATES = { loading: "being copied", ready: "in the slot", draining: "draining" };
@@ -15,6 +15,7 @@ export class Timeline {
   #width = 0;
   #drawn = -1;
   #theme = null;
+  #keys = null;
   #shown = [];
 
   constructor(state) {
@@ -31,7 +32,9 @@ export class Timeline {
   // The names at the left: what each slot holds now.
   update() {
     const { slots } = this.#state;
-    if (this.#shown.length !== slots.length) {
+    const keys = slots.map(slotKey).join();
+    if (this.#keys !== keys) {
+      this.#keys = keys;
       this.#row = slots.length <= 2 ? 50 : slots.length <= 4 ? 36 : slots.length <= 10 ? 28 : 22;
       this.#names.style.setProperty("--row", `${this.#row}px`);
       this.#names.replaceChildren(...slots.map(() => element("li")));
@@ -43,12 +46,21 @@ export class Timeline {
       if (this.#shown[i] === key) return;
       this.#shown[i] = key;
       const number = element("b", "", String(slot.index));
-      number.title = `slot ${slot.index}`;
+      number.title = slot.replica ? `slot ${slot.index} of replica ${slot.replica}` : `slot ${slot.index}`;
       const now = slot.adapter === null ? element("span", "muted", "free") : named("name", slot.adapter);
       const word = { READY: slot.pinned ? "pinned" : "", LOADING: "loading", DRAINING: "draining", FREE: "" };
-      this.#names.children[i].replaceChildren(number, now, element("span", "sub", word[slot.state]));
+      const parts = [number, now, element("span", "sub", word[slot.state])];
+      if (this.#begins(i)) parts.unshift(element("span", "replica", slot.replica));
+      this.#names.children[i].classList.toggle("begins", this.#begins(i));
+      this.#names.children[i].replaceChildren(...parts);
     });
     this.redraw();
+  }
+
+  // Whether the strip of a replica begins with this slot.
+  #begins(i) {
+    const { slots } = this.#state;
+    return Boolean(slots[i].replica) && slots[i].replica !== slots[i - 1]?.replica;
   }
 
   redraw() {
@@ -86,7 +98,11 @@ export class Timeline {
       context.fillStyle = this.#theme.track;
       const known = Math.min(Math.max(this.#x(this.#state.since), 0), this.#width);
       box(context, known, this.#top(i), this.#width - known, this.#bar());
-      for (const segment of this.#state.segments[slot.index] ?? []) this.#segment(context, segment, i);
+      for (const segment of this.#state.segments.get(slotKey(slot)) ?? []) this.#segment(context, segment, i);
+      if (i > 0 && this.#begins(i)) {
+        context.fillStyle = this.#theme.muted;
+        context.fillRect(0, i * this.#row, this.#width, 1);
+      }
     });
   }
 
@@ -141,7 +157,7 @@ export class Timeline {
     const slot = this.#state.slots[i];
     const time = this.#state.now() - (1 - event.offsetX / this.#width) * WINDOW;
     const near = (2 * WINDOW) / this.#width; // the thinnest bars are hit within two pixels
-    const hit = (this.#state.segments[slot?.index] ?? []).findLast(
+    const hit = ((slot && this.#state.segments.get(slotKey(slot))) ?? []).findLast(
       (segment) => segment.from - near <= time && (segment.to ?? Infinity) + near >= time,
     );
     this.#tip.hidden = !hit;
