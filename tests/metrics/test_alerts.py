@@ -61,9 +61,20 @@ def test_an_alert_that_always_or_never_fires_is_noticed(
             if rule.get("alert") == alert["alert"]:
                 rule["expr"] = becomes
     (tmp_path / RULES_FILE.name).write_text(yaml.safe_dump(groups), encoding="utf-8")
-    shutil.copy(TESTS_FILE, tmp_path)
+    (tmp_path / TESTS_FILE.name).write_text(yaml.safe_dump(cases_of(alert["alert"])), encoding="utf-8")
     done = promtool("test", "rules", tmp_path / TESTS_FILE.name)
     assert done.returncode != 0 and alert["alert"] in done.stdout + done.stderr
+
+
+def cases_of(alert: str) -> dict[str, Any]:
+    """Return the file of cases with only those about one alert, which take promtool a tenth of the time."""
+    cases: dict[str, Any] = yaml.safe_load(TESTS_FILE.read_text(encoding="utf-8"))
+    for case in cases["tests"]:
+        checks = case.pop("alert_rule_test", [])
+        case["alert_rule_test"] = [check for check in checks if check["alertname"] == alert]
+        case.pop("promql_expr_test", None)
+    cases["tests"] = [case for case in cases["tests"] if case["alert_rule_test"]]
+    return cases
 
 
 def test_rules_use_what_is_exported() -> None:
