@@ -6,11 +6,10 @@ from aioengine import events
 from aioengine.core.core import Core
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
+from aioengine.schedulers.routing.speed import TokenSpeed
 
 MEMORY = 0.1
 """Weight of the newest measurement in the moving averages of loads."""
-TOKENS_REMEMBERED = 16384
-"""Window, in tokens, of the moving average of a token's time."""
 
 
 class ReplicaReporter:
@@ -24,7 +23,7 @@ class ReplicaReporter:
         self._waiting_tokens = 0
         self._load_seconds: float | None = None
         self._slot_seconds: float | None = None
-        self._seconds_per_token: float | None = None
+        self._speed = TokenSpeed()
         self._service_seconds: float | None = None
         self._queued: dict[str, float] = {}
         """Seconds that each admitted request had waited."""
@@ -62,10 +61,7 @@ class ReplicaReporter:
                     self._wait(event.request_id, request.remaining)
             case events.StepFinished():
                 if event.prefill_tokens > event.decode_tokens:
-                    tokens = event.prefill_tokens + event.decode_tokens
-                    # By tokens, and not by steps: a short step is mostly overhead.
-                    share = tokens / (tokens + TOKENS_REMEMBERED)
-                    self._seconds_per_token = _average(self._seconds_per_token, event.seconds / tokens, share)
+                    self._speed.add(event.seconds, event.prefill_tokens + event.decode_tokens)
             case events.AdapterLoaded():
                 self._load_seconds = _average(self._load_seconds, event.seconds)
                 self.version += 1
@@ -103,7 +99,7 @@ class ReplicaReporter:
             waiting_for=waiting_for,
             load_seconds=self._load_seconds,
             slot_seconds=self._slot_seconds,
-            seconds_per_token=self._seconds_per_token,
+            seconds_per_token=self._speed.seconds_per_token,
             service_seconds=self._service_seconds,
             tiers=self._tiers() if tiers else None,
         )

@@ -33,6 +33,7 @@ from aioengine.info import AdapterInfo
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
 from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
+from aioengine.schedulers.routing.speed import TokenSpeed
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -197,7 +198,7 @@ class EngineReplica:
             waiting_for=list(load.waiting_for.items()),
             load_seconds=self._speed.load,
             slot_seconds=self._speed.slot,
-            seconds_per_token=self._speed.token,
+            seconds_per_token=self._speed.token.seconds_per_token,
             service_seconds=self._speed.service,
             step_age=load.step_age,
             draining=self._draining,
@@ -293,7 +294,7 @@ class EngineReplica:
             "running": load.running,
             "max_running": self._config.engine.max_num_seqs,
             "queue_seconds": (load.waiting_tokens + load.running)
-            * (self._speed.token or GUESSED_SECONDS_PER_TOKEN),
+            * (self._speed.token.seconds_per_token or GUESSED_SECONDS_PER_TOKEN),
             "adapters_waiting": len(waiting - slots),
             "load_seconds": self._speed.load or 0.0,
             "slot_seconds": self._speed.slot or 0.0,
@@ -351,7 +352,7 @@ class _Speed:
         """Seconds that each admitted request had waited."""
         self.load: float | None = None
         self.slot: float | None = None
-        self.token: float | None = None
+        self.token = TokenSpeed()
 
     def __call__(self, event: events.Event) -> None:
         match event:
@@ -365,9 +366,8 @@ class _Speed:
                 queued = self._queued.pop(event.request_id, None)
                 if queued is not None and event.output_tokens:
                     self.service = _smooth(self.service, event.seconds - queued)
-            case events.StepFinished() if event.prefill_tokens > 0:
-                tokens = event.prefill_tokens + event.decode_tokens
-                self.token = _smooth(self.token, event.seconds / tokens)
+            case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
+                self.token.add(event.seconds, event.prefill_tokens + event.decode_tokens)
 
 
 def _smooth(before: float | None, value: float) -> float:

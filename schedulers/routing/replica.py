@@ -106,54 +106,24 @@ class Replica:
     waiting_tokens = property(attrgetter("_waiting_tokens"))
     free_slots = property(attrgetter("_free_slots"))
     queue_seconds = property(attrgetter("_queue_seconds"))
+    service_seconds = property(attrgetter("_report.service_seconds"))
+    seconds_per_token = property(attrgetter("_report.seconds_per_token"))
+    slot_seconds = property(attrgetter("_report.slot_seconds"))
+    load_seconds = property(attrgetter("_report.load_seconds"))
+    cpu_loras = property(attrgetter("_limits.cpu_loras"))
+    slots = property(attrgetter("_limits.slots"))
+    free_kv_tokens = property(attrgetter("_report.free_kv_tokens"))
+    kv_tokens = property(attrgetter("_limits.kv_tokens"))
+    running_tokens = property(attrgetter("_report.running_tokens"))
+    max_running = property(attrgetter("_limits.max_running"))
 
     @property
     def age(self) -> float:
         return max(self._clock.now - self._age_at, 0.0)
 
     @property
-    def max_running(self) -> int:
-        return self._limits.max_running
-
-    @property
-    def running_tokens(self) -> int:
-        return self._report.running_tokens
-
-    @property
-    def kv_tokens(self) -> int:
-        return self._limits.kv_tokens
-
-    @property
-    def free_kv_tokens(self) -> int:
-        return self._report.free_kv_tokens
-
-    @property
-    def slots(self) -> int:
-        return self._limits.slots
-
-    @property
-    def cpu_loras(self) -> int:
-        return self._limits.cpu_loras
-
-    @property
     def adapters_waiting(self) -> int:
         return self._adapters_waiting + len(self._expected)
-
-    @property
-    def load_seconds(self) -> float | None:
-        return self._report.load_seconds
-
-    @property
-    def slot_seconds(self) -> float | None:
-        return self._report.slot_seconds
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        return self._report.seconds_per_token
-
-    @property
-    def service_seconds(self) -> float | None:
-        return self._report.service_seconds
 
     def location(self, adapter: str) -> Location:
         found = self._tiers.get(adapter)
@@ -194,6 +164,8 @@ class Replica:
         self._offset = min(best, offset)
         self._age_at = report.sent_at + self._offset
         self._report = report
+        if report.seconds_per_token is not None:
+            self._clock.token_seconds = report.seconds_per_token
         while self._on_the_way and self._on_the_way[0].number <= report.received:
             arrived = self._on_the_way.popleft()
             self._transit_tokens -= arrived.tokens
@@ -234,7 +206,7 @@ class Replica:
         self._running = max(report.running - max(self._ended - report.ended, 0), 0)
         self._waiting = report.waiting + len(self._on_the_way)
         self._waiting_tokens = report.waiting_tokens + self._transit_tokens
-        seconds = report.seconds_per_token or GUESSED_SECONDS_PER_TOKEN
+        seconds = report.seconds_per_token or self._clock.token_seconds
         self._queue_seconds = (self._waiting_tokens + self._running) * seconds
 
     def _copy(self, clock: _Clock) -> Self:
@@ -249,9 +221,11 @@ class Replica:
 
 
 class _Clock:
-    """What time it is in a view."""
+    """What time it is in a view; and how fast one of its replicas was measured to be, which is taken of those
+    that are not measured yet."""
 
-    __slots__ = ("now",)
+    __slots__ = ("now", "token_seconds")
 
     def __init__(self, now: float) -> None:
         self.now = now
+        self.token_seconds = GUESSED_SECONDS_PER_TOKEN

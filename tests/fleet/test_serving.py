@@ -92,7 +92,7 @@ async def test_many_streams_use_both_replicas(fleet: FleetServer, tiny_text: Tin
     after = _finished_by_replica(fleet)
     assert len(after) == 2
     for replica, number in after.items():
-        assert number - before.get(replica, 0) >= 4, "neither replica was left idle"
+        assert number - before.get(replica, 0) >= 12, "neither replica has the most of it"
     await client.close()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import islice
-from math import ceil
+from math import ceil, inf
 from operator import attrgetter
 
 from aioengine.schedulers.policy import Location
@@ -26,11 +26,14 @@ DEFAULT_SLOT_SECONDS = 0.02
 CROWDING = 0.05
 """Of the time that a request runs, how much longer that is in a full batch than alone."""
 MAX_HOLDERS = 4
-"""Holders whose cost is reckoned in full: those with the shortest queues."""
+"""Holders whose cost is reckoned in full; where there are more, the two with the shortest queues."""
 FRESH_SECONDS = 1.0
 """Knowledge of this age is as good as new; each second beyond counts as a second of waiting."""
 SHRINK = 0.7
 """The number of homes falls when this share of fewer homes' capacity would do."""
+SLACK_SECONDS = 0.02
+SLACK_SHARE = 0.25
+"""Costs that differ by less than either are equal: measured speeds of equal machines do, by chance."""
 SERVICE_MEMORY = 0.02
 """Weight of the newest request in the moving average of how long requests run."""
 
@@ -69,6 +72,10 @@ class Affinity(RouterPolicy):
         self._margin = margin
         self._home_share = homes
         self._order = RendezvousOrder()
+        self._found: Sequence[ReplicaView] = ()
+        self._index: dict[str, ReplicaView] = {}
+        self._token_seconds = DEFAULT_TOKEN_SECONDS
+        """As measured on one replica: taken of those that are not measured yet."""
         self._homes: dict[str, int] = {}
         """Adapters with more than one home."""
         self._started: dict[str, float] = {}
@@ -79,26 +86,23 @@ class Affinity(RouterPolicy):
         found = candidates(request, view)
         if not found:
             return Route()
-        queues: dict[str, float] = dict(zip(map(_ID, found), map(_QUEUE, found), strict=True))
-        by_queue = sorted(queues, key=queues.__getitem__)
-        cached = view.cached_blocks(request.prefixes)
-        near = [*by_queue[:2], *(i for i in cached if i in queues)]
+        index = self._by_id(found)
+        near = _shortest_queues(found)
+        cached = view.cached_blocks(request.prefixes) if request.prefixes else {}
+        near += [i for i in cached if i in index]
         name = request.adapter
         if name is None:
-            return _answer({i: self._cost(request, view.replicas[i], cached) for i in near}, "base")
+            near.append(min(found, key=_share).replica_id)
+            return _answer(*self._costs(request, {*near}, index, cached, ()), index, cached, "base")
         adapter = view.adapters.get(name)
         holding: Set[str] = frozenset() if adapter is None else adapter.holders
-        homes = self._homes_of(name, adapter, view, queues)
+        homes = self._homes_of(name, adapter, view, index)
         if len(holding) <= MAX_HOLDERS:
-            near += [i for i in holding if i in queues]
-        else:
-            near += islice((i for i in by_queue if i in holding), MAX_HOLDERS)
-        costs = {}
-        for replica_id in {*homes, *near}:
-            replica = view.replicas[replica_id]
-            cost = self._cost(request, replica, cached)
-            costs[replica_id] = cost + self._load(replica, name, at_home=replica_id in homes)
-        route = _answer(costs, "spill")
+            near += [i for i in holding if i in index]
+        elif len(holding) < len(found):
+            near += _shortest_queues([index[i] for i in holding if i in index])
+        costs, loads = self._costs(request, {*homes, *near}, index, cached, homes)
+        route = _answer(costs, loads, index, cached, "spill")
         best = route.replicas[0]
         if best in holding:
             return route._replace(reason="holder")
@@ -114,19 +118,44 @@ class Affinity(RouterPolicy):
             if start is not None and event.kind == "ended":
                 self._service += SERVICE_MEMORY * (event.now - start - self._service)
 
-    def _cost(self, request: RouteRequest, replica: ReplicaView, cached: Mapping[str, int]) -> float:
-        """Seconds before its first token, less the load of its adapter: what is computed first, its own
-        prompt, and those that must end first because as many run as may."""
-        seconds = replica.queue_seconds
-        share = (replica.waiting + replica.running + 1) / replica.max_running
-        # The more run at once, the slower each; and beyond as many as may, some must end first.
-        seconds += self._service * (CROWDING * share if share <= 1.0 else CROWDING + share - 1.0)
-        stale = replica.age - FRESH_SECONDS
-        if stale > 0:
-            seconds += stale
-        blocks = cached.get(replica.replica_id, 0)
-        tokens = max(request.prompt_tokens - blocks * request.prefix_block, 1)
-        return seconds + tokens * (replica.seconds_per_token or DEFAULT_TOKEN_SECONDS)
+    def _by_id(self, found: Sequence[ReplicaView]) -> Mapping[str, ReplicaView]:
+        if found is not self._found:  # a view has another sequence whenever it has other replicas
+            self._found, self._index = found, {replica.replica_id: replica for replica in found}
+        return self._index
+
+    def _costs(
+        self,
+        request: RouteRequest,
+        replicas: Collection[str],
+        index: Mapping[str, ReplicaView],
+        cached: Mapping[str, int],
+        homes: Collection[str],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """By replica the seconds before the request's first token there, and how many of these are for its
+        adapter. They are what is computed first, its own prompt, and the requests that must end first
+        because as many run as may."""
+        service, adapter = self._service, request.adapter
+        costs, loads = {}, {}
+        for replica_id in replicas:
+            replica = index[replica_id]
+            share = _share(replica)
+            # The more run at once, the slower each; and beyond as many as may, some must end first.
+            seconds = service * (CROWDING * share if share <= 1.0 else CROWDING + share - 1.0)
+            stale = replica.age - FRESH_SECONDS
+            if stale > 0:
+                seconds += stale
+            tokens = request.prompt_tokens
+            if cached:
+                tokens = max(tokens - cached.get(replica_id, 0) * request.prefix_block, 1)
+            speed = replica.seconds_per_token
+            if speed is None:
+                speed = self._token_seconds
+            else:
+                self._token_seconds = speed
+            seconds += replica.queue_seconds + tokens * speed
+            load = 0.0 if adapter is None else self._load(replica, adapter, at_home=replica_id in homes)
+            costs[replica_id], loads[replica_id] = seconds + load, load
+        return costs, loads
 
     def _load(self, replica: ReplicaView, adapter: str, *, at_home: bool) -> float:
         where = replica.location(adapter)
@@ -143,28 +172,32 @@ class Affinity(RouterPolicy):
         return slot + disk * (1.0 if at_home else self._margin)
 
     def _homes_of(
-        self, name: str, adapter: AdapterView | None, view: FleetView, queues: Mapping[str, float]
+        self, name: str, adapter: AdapterView | None, view: FleetView, index: Mapping[str, ReplicaView]
     ) -> Collection[str]:
         """Replicas that should hold it: those of the plan, or as many as it needs, the first by hash of
         those that hold it, then of the others."""
-        order = self._order.of(name, view)
         if adapter is None:
-            return list(islice((i for i in order if i in queues), 1))
+            return list(islice((i for i in self._order.of(name, view) if i in index), 1))
         if adapter.target_holders:
-            planned = [i for i in adapter.target_holders if i in queues]
+            planned = [i for i in adapter.target_holders if i in index]
             if planned:
                 return planned
         count, holding = self._count(name, adapter, view), adapter.holders
-        homes = list(islice((i for i in order if i in holding and i in queues), count)) if holding else []
+        if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # as usual: no order of all replicas is needed
+            there = [i for i in holding if i in index]
+            if there:
+                return there if len(there) == 1 else [self._order.first(name, view, there)]
+        order = self._order.of(name, view)
+        homes = list(islice((i for i in order if i in holding and i in index), count)) if holding else []
         if len(homes) < count:  # else a copy more would be one too many
-            homes += islice((i for i in order if i in queues and i not in holding), count - len(homes))
+            homes += islice((i for i in order if i in index and i not in holding), count - len(homes))
         return homes
 
     def _count(self, name: str, adapter: AdapterView, view: FleetView) -> int:
         """How many homes it needs, by the time that its tokens take or by its requests that run at once; all
         replicas are taken to be as fast, and as large, as the first."""
         first = view.accepting[0]
-        share = adapter.demand * (first.seconds_per_token or DEFAULT_TOKEN_SECONDS)
+        share = adapter.demand * (first.seconds_per_token or self._token_seconds)
         share = max(share, adapter.in_flight / first.max_running) / self._home_share
         if share <= SHRINK:
             self._homes.pop(name, None)
@@ -177,6 +210,39 @@ class Affinity(RouterPolicy):
         return count
 
 
-def _answer(costs: dict[str, float], reason: str) -> Route:
+def _share(replica: ReplicaView) -> float:
+    """Requests there, one more included, of as many as it runs at once."""
+    return (replica.waiting + replica.running + 1) / replica.max_running
+
+
+def _shortest_queues(found: Sequence[ReplicaView]) -> list[str]:
+    """Ids of the two replicas with the least to compute."""
+    if len(found) < 2:
+        return [replica.replica_id for replica in found]
+    queues = list(map(_QUEUE, found))
+    first = queues.index(min(queues))
+    queues[first] = inf
+    return [found[first].replica_id, found[queues.index(min(queues))].replica_id]
+
+
+def _answer(
+    costs: dict[str, float],
+    loads: dict[str, float],
+    index: Mapping[str, ReplicaView],
+    cached: Mapping[str, int],
+    reason: str,
+) -> Route:
+    """The replicas by cost. Those that hold as much of the request as the first, and cost about as much,
+    take turns: the one with the fewest requests is first."""
     # Equal ones by name, so that the same knowledge gives the same route.
-    return Route(sorted(costs, key=lambda i: (costs[i], i))[:MAX_NAMED], reason=reason)
+    ranked = sorted(zip(costs.values(), costs, strict=True))
+    order = [i for _, i in ranked]
+    least, best = ranked[0]
+    load, blocks = loads[best], cached.get(best, 0)
+    most = least + max(SLACK_SECONDS, SLACK_SHARE * (least - load))
+    equals = [i for cost, i in ranked if cost <= most and loads[i] <= load and cached.get(i, 0) >= blocks]
+    if len(equals) > 1:
+        best = min(equals, key=lambda i: _share(index[i]))
+        order.remove(best)
+        order.insert(0, best)
+    return Route(order[:MAX_NAMED], reason=reason)

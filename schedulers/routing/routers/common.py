@@ -47,23 +47,36 @@ class RendezvousOrder:
 
     def of(self, key: str, view: FleetView) -> tuple[str, ...]:
         """Ids of all replicas that are known, accepting or not."""
-        if view.accepting is not self._seen:  # it is another whenever a replica joins or leaves
-            self._seen = view.accepting
-            if self._weights.keys() != view.replicas.keys():
-                self._weights = {name: _digest(name) for name in view.replicas}
-                self._orders.clear()
+        self._see(view)
         orders = self._orders
         found = orders.get(key)
         if found is not None:
             orders.move_to_end(key)
             return found
         seed = _digest(key)
-        # The high bits of a product depend on all bits of its factors.
-        scores = {name: ((seed ^ weight) * _ODD) & _MASK for name, weight in self._weights.items()}
+        scores = {name: _score(seed, weight) for name, weight in self._weights.items()}
         found = orders[key] = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
         if len(orders) > _KEYS:
             orders.popitem(last=False)
         return found
+
+    def first(self, key: str, view: FleetView, among: Sequence[str]) -> str:
+        """Return the one of some known replicas that comes first in the order of all."""
+        self._see(view)
+        seed, weights = _digest(key), self._weights
+        return max(among, key=lambda name: _score(seed, weights[name]))
+
+    def _see(self, view: FleetView) -> None:
+        if view.accepting is not self._seen:  # it is another whenever a replica joins or leaves
+            self._seen = view.accepting
+            if self._weights.keys() != view.replicas.keys():
+                self._weights = {name: _digest(name) for name in view.replicas}
+                self._orders.clear()
+
+
+def _score(seed: int, weight: int) -> int:
+    """The high bits of a product depend on all bits of its factors."""
+    return ((seed ^ weight) * _ODD) & _MASK
 
 
 def _digest(text: str) -> int:

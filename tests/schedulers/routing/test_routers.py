@@ -20,6 +20,7 @@ from aioengine.schedulers.routing import (
     load_placement,
     load_router,
 )
+from aioengine.schedulers.routing.speed import TokenSpeed
 
 ROUTERS = sorted(available_routers())
 
@@ -157,6 +158,18 @@ class TestAffinity:
         fleet.report("r1", waiting_tokens=30_000)
         assert router.route(request(), fleet.state.view).replicas[0] != "r1"
 
+    @pytest.mark.parametrize("speeds", [(1.0e-3, 1.2e-3), (1.0e-3, None)])
+    @pytest.mark.parametrize("adapter", [None, "a"])
+    def test_replicas_that_are_about_as_fast_take_turns(
+        self, adapter: str | None, speeds: tuple[float, float | None]
+    ) -> None:
+        """Two measurements of the same speed are never equal, and one may be missing."""
+        fleet, router = Fleet(2), load_router("affinity")
+        for index, seconds in enumerate(speeds):
+            fleet.report(f"r{index}", Tiers(slot=["a"]), seconds_per_token=seconds)
+        asked = Counter(_send(fleet, router, f"q{i}", adapter, prompt_tokens=8) for i in range(48))
+        assert min(asked["r0"], asked["r1"]) >= 22, asked
+
     def test_an_unknown_adapter_has_one_home(self) -> None:
         fleet, router = Fleet(4), load_router("affinity")
         fleet.report_all()
@@ -192,6 +205,18 @@ class TestAffinity:
         fleet.now += 2.9
         fleet.report("r1", Tiers(slot=["a"]))
         assert router.route(request(), fleet.state.view).replicas[0] == "r1"
+
+
+def test_a_slow_first_step_says_nothing_of_a_replica() -> None:
+    speed = TokenSpeed()
+    speed.add(2.0, 8)  # pages are touched for the first time, kernels are compiled
+    assert speed.seconds_per_token is None
+    for _ in range(100):
+        speed.add(0.1, 1000)
+    assert speed.seconds_per_token == pytest.approx(1e-4, rel=0.02)
+    for _ in range(100):
+        speed.add(0.2, 1000)
+    assert speed.seconds_per_token == pytest.approx(2e-4, rel=0.02), "it follows"
 
 
 def test_the_router_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
