@@ -25,6 +25,7 @@ Device = Literal["auto", "cpu", "cuda"]
 ExecutorName = Literal["thread", "process"]
 Restart = Literal["never", "on-failure"]
 MetricsCompat = Literal["none", "vllm"]
+SpeculationName = Literal["none", "ngram", "suffix"]
 
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -139,6 +140,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Whether a request's tokens must be the same bits in any batch (docs/determinism.md). "auto": where it
     can be had, which is in the compiled CPU step. True: nowhere else; the engine does not start if it cannot
     be had."""
+    speculation: SpeculationName = "none"
+    """Propose tokens and check several in one step, which changes no token (docs/speculation.md): "ngram"
+    from the request's own text, "suffix" from earlier outputs of the same adapter and tenant, too. Only where
+    the engine is batch-invariant."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
@@ -213,6 +218,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the "
                 "batch; set device='cpu', or batch_invariant='auto'"
+            )
+        _choice(self, "speculation", get_args(SpeculationName))
+        if self.speculation != "none" and self.device == "cuda":
+            raise ConfigError(
+                f"speculation={self.speculation!r}: on CUDA logits depend on the batch, and so tokens would "
+                "on what is proposed; set device='cpu', or speculation='none'"
             )
         _choice(self, "executor", get_args(ExecutorName))
         _choice(self, "restart", get_args(Restart))

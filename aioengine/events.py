@@ -194,6 +194,15 @@ class PolicyReplaced(Event, frozen=True, kw_only=True, gc=False):
     reason: str
 
 
+class TokensProposed(Event, frozen=True, kw_only=True, gc=False):
+    """In a step, tokens were proposed to a request (``EngineConfig.speculation``)."""
+
+    adapter: str | None
+    proposed: int
+    accepted: int
+    """Those that were what would have been chosen anyway."""
+
+
 class TokenInterval(NamedTuple):
     """``tokens`` requests for one adapter got a token each, ``seconds`` after their previous one."""
 

@@ -36,6 +36,9 @@ class SequenceWork(NamedTuple):
     score: int = 0
     """How many of ``tokens``, from the first, are asked for the log-probability of the token that follows
     them in ``history``."""
+    draft: Sequence[int] = ()
+    """What is proposed to follow ``history``, and is computed, too: ``tokens`` end with it. A token is
+    sampled after each of these as well, as long as those before it are what was sampled."""
 
 
 class StepBatch(NamedTuple):
@@ -67,6 +70,9 @@ class StepResult(NamedTuple):
     """Wall time of the step."""
     scored: Mapping[int, Sequence[TokenLogprob]] = {}
     """By index in ``StepBatch.sequences``: the answers to ``score``, where that is not 0."""
+    followed: Mapping[int, Sequence[Sampled]] = {}
+    """By index in ``StepBatch.sequences``: the tokens after the one in ``sampled``, where the first so many
+    of ``draft`` were right."""
 
 
 class HeldFiles(msgspec.Struct, array_like=True, frozen=True):

@@ -95,6 +95,7 @@ class EngineMetrics(Collector):
             events.RequestAdmitted: self._request_admitted,
             events.RequestPreempted: self._request_preempted,
             events.FirstToken: self._requests.first_token,
+            events.TokensProposed: self._requests.proposed,
             events.RequestEnded: self._request_ended,
             events.AdapterRegistered: self._adapter_registered,
             events.AdapterLoading: lambda e: self._prefetched(self._residency.loading(e)),

@@ -66,7 +66,7 @@ ROOMS: dict[str, set[str]] = {
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
     "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
-    "core": {"adapters"},
+    "core": {"adapters", "speculation"},
     "executors": {"process"},
     "fleet": {"door"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},

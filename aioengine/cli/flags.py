@@ -12,7 +12,16 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from aioengine.cli.help import FOLDED
-from aioengine.config import Device, DType, EngineConfig, ExecutorName, LoRAConfig, MetricsCompat, Restart
+from aioengine.config import (
+    Device,
+    DType,
+    EngineConfig,
+    ExecutorName,
+    LoRAConfig,
+    MetricsCompat,
+    Restart,
+    SpeculationName,
+)
 from aioengine.errors import ConfigError
 from aioengine.model.files.hub import PREFIX
 from aioengine.model.spec import Quantization
@@ -72,6 +81,8 @@ class EngineFlags:
     """"int8": the linears' weights as int8. CPU only."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
     """Refuse to start if a request's tokens would depend on its batch."""
+    speculation: Annotated[SpeculationName | None, _IN_MORE] = None
+    """Check several proposed tokens in one step, from ngrams or suffixes."""
     chat_template: Annotated[str | None, _IN_MORE] = None
     """Jinja chat template, instead of the model's own."""
     max_model_len: Annotated[int | None, _IN_MORE] = None

@@ -11,12 +11,15 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import GRAIN, Allowance, Pacer, StepWork
 from aioengine.core.queues import RequestQueues
+from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import Request, Status, label_of
 from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork
 
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
+FIXED_TOKENS = 16.0
+"""What a step takes beside its tokens, in tokens, where nothing is known of it."""
 _slot_of = itemgetter(0)
 _remaining = attrgetter("remaining")
 
@@ -33,6 +36,9 @@ class Batcher:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         pacer: Pacer | None,
+        speculation: Speculation | None = None,
+        draft_constrained: bool = True,
+        max_model_len: int,
         emit: Callable[[events.Event], None],
         tell: Tell,
         refuse: Callable[[str, str], None],
@@ -43,6 +49,9 @@ class Batcher:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pacer = pacer
         """None if the time of a step is not bounded."""
+        self.speculation = speculation
+        self._draft_constrained = draft_constrained
+        self._max_model_len = max_model_len
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
         self.preemptions = 0
@@ -72,11 +81,14 @@ class Batcher:
         for request in self.running.values():
             (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
         room = self.max_num_batched_tokens
-        for request in decodes:
-            # One of them may have been preempted by one before it.
-            if request.status is Status.RUNNING and self._has_blocks(request, 1, now):
-                work.append(_part(request, 1))
-                room -= 1
+        # One of them may be preempted by another.
+        decodes = [r for r in decodes if r.status is Status.RUNNING and self._has_blocks(r, 1, now)]
+        if self.preemptions > preemptions:
+            decodes = [request for request in decodes if request.status is Status.RUNNING]
+        drafts = self._drafts(decodes, room - len(decodes), slot_ranks)
+        for request, draft in zip(decodes, drafts, strict=True):
+            work.append(_part(request, 1, draft))
+            room -= 1 + len(draft or ())
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
@@ -107,6 +119,40 @@ class Batcher:
             work = [part for part in work if part[1].status is Status.RUNNING]
         work.sort(key=_slot_of)
         return [request for _, request, _ in work], [part for _, _, part in work]
+
+    def _drafts(
+        self, decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
+    ) -> Sequence[list[int] | None]:
+        """What is proposed to each of these; it preempts nobody, and leaves half of the room to prompts."""
+        if self.speculation is None or not decodes:
+            return [None] * len(decodes)
+        limits = [self._draft_limit(request) for request in decodes]
+        fixed = FIXED_TOKENS
+        if self.pacer is not None:
+            each = StepWork.of((_part(request, 1)[2] for request in decodes), slot_ranks)
+            fixed = self.pacer.fixed_tokens(each)
+        drafts = self.speculation.propose(decodes, limits, fixed, room // 2)
+        return [
+            draft if draft and self._may_grow(request, 1 + len(draft)) else None
+            for request, draft in zip(decodes, drafts, strict=True)
+        ]
+
+    def _draft_limit(self, request: Request) -> int:
+        """How many tokens may be proposed to it: one more than that would be chosen."""
+        params = request.params
+        if request.unscored or (params.constraint is not None and not self._draft_constrained):
+            return 0
+        left = min(params.max_tokens - request.output_tokens, self._max_model_len - len(request.tokens))
+        return left - 1
+
+    def _may_grow(self, request: Request, tokens: int) -> bool:
+        """Give it blocks for so many tokens more, if they are free."""
+        new = self.blocks.blocks_for(request.computed + tokens) - len(request.blocks)
+        if new > 0:
+            if not self.blocks.can_allocate(new):
+                return False
+            request.blocks += self.blocks.allocate(new)
+        return True
 
     def _compute(
         self, request: Request, allowance: Allowance, at_least: int, work: list[_Part], now: float
@@ -226,7 +272,7 @@ class Batcher:
             request.adapter.running -= 1
 
 
-def _part(request: Request, tokens: int) -> _Part:
+def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Part:
     start = request.computed
     entry = request.adapter
     score = 0
@@ -236,7 +282,7 @@ def _part(request: Request, tokens: int) -> _Part:
     work = SequenceWork(
         request.id,
         slot,
-        request.tokens[start : start + tokens],
+        request.tokens[start : start + tokens] + draft if draft else request.tokens[start : start + tokens],
         start,
         request.blocks,
         start + tokens == len(request.tokens),  # sample
@@ -245,5 +291,6 @@ def _part(request: Request, tokens: int) -> _Part:
         request.tokens,  # history
         request.prompt_len,
         score,
+        draft or (),
     )
     return slot, request, work

@@ -29,6 +29,7 @@ from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.queues import RequestQueues
+from aioengine.core.speculation.drafts import Speculation
 from aioengine.core.state import AdapterEntry, Move, Request, Status, label_of, location_name
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
@@ -91,12 +92,16 @@ class Core:
             limits.max_waiting, limits.max_waiting_per_tenant, limits.max_waiting_per_adapter
         )
         self.queues = RequestQueues(self.room)
+        self._speculation = _speculation(limits)
         self.batcher = Batcher(
             BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching),
             self.queues,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             pacer=_pacer(limits),
+            speculation=self._speculation,
+            draft_constrained=limits.draft_constrained,
+            max_model_len=limits.max_model_len,
             emit=self._emit,
             tell=self._tell,
             refuse=self._refuse,
@@ -236,6 +241,8 @@ class Core:
             else:
                 self.batcher.release(request)
         request.status = Status.ENDED
+        if self._speculation is not None:
+            self._speculation.ended(request)
         if request.deadline is not None:
             del self._deadlines[request.deadline, request.seq]
         self._tell("request_finished", now, request=request)
@@ -421,7 +428,7 @@ class Core:
             if request.status is not Status.RUNNING:
                 continue
             late = sampled is not None and sampled.late
-            self.batcher.advance(request, len(work.tokens) - late)
+            self.batcher.advance(request, len(work.tokens) - len(work.draft) - late)
             if work.score and request.prompt_logprobs is not None:
                 known = len(request.prompt_logprobs) - work.start  # more than 0 after a preemption
                 new = result.scored.get(index, ())[known:]
@@ -432,38 +439,65 @@ class Core:
                 request.prompt_logprobs += new
             if sampled is None or late:
                 continue
-            if sampled.error is not None:
-                self.end(request, "error", now, _sampling_error(request, sampled))
-                continue
-            if request.params.max_tokens == 0:
-                self.end(request, "length", now)
-                continue
-            request.tokens.append(sampled.token)
-            last, request.last_token = request.last_token, now
-            if last is not None:
-                before.append((request.adapter, last))
-                if request.worst_gap is None or now - last > request.worst_gap:
-                    request.worst_gap = now - last
-            else:
-                request.first_token = now
+            followed = result.followed.get(index, ())
+            if work.draft and self._speculation is not None:
+                self._speculation.learn(request, len(work.draft), len(followed))
                 self._emit(
-                    events.FirstToken(
+                    events.TokensProposed(
                         time=now,
-                        request_id=request.id,
                         adapter=label_of(request),
-                        seconds=now - request.arrival,
+                        proposed=len(work.draft),
+                        accepted=len(followed),
                     )
                 )
-            finish = self.finish_reason(request, sampled.token)
-            sink = request.sink
-            if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
-                finish = "stop"
-            if finish is not None:
-                self.end(request, finish, now)
+            goes_on = self._take(request, sampled, now, before)
+            for token in followed:
+                if not goes_on:
+                    break
+                self.batcher.advance(request, 1)  # the token before was proposed, and computed
+                goes_on = self._take(request, token, now, before)
         return tuple(
             events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
             for (entry, last), tokens in Counter(before).items()
         )
+
+    def _take(
+        self,
+        request: Request,
+        sampled: Sampled,
+        now: float,
+        before: list[tuple[AdapterEntry | None, float]],
+    ) -> bool:
+        """Pass a request's next token on; False if the request ends."""
+        if sampled.error is not None:
+            self.end(request, "error", now, _sampling_error(request, sampled))
+            return False
+        if request.params.max_tokens == 0:
+            self.end(request, "length", now)
+            return False
+        request.tokens.append(sampled.token)
+        last, request.last_token = request.last_token, now
+        if last is not None:
+            before.append((request.adapter, last))
+            if request.worst_gap is None or now - last > request.worst_gap:
+                request.worst_gap = now - last
+        else:
+            request.first_token = now
+            self._emit(
+                events.FirstToken(
+                    time=now,
+                    request_id=request.id,
+                    adapter=label_of(request),
+                    seconds=now - request.arrival,
+                )
+            )
+        finish = self.finish_reason(request, sampled.token)
+        sink = request.sink
+        if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
+            finish = "stop"
+        if finish is not None:
+            self.end(request, finish, now)
+        return finish is None
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""
@@ -536,6 +570,12 @@ class Core:
         self.queues.check()
         for request in self.queues.all:
             assert request.status is Status.WAITING and not request.blocks
+
+
+def _speculation(limits: CoreLimits) -> Speculation | None:
+    if limits.speculation == "none":
+        return None
+    return Speculation(earlier_outputs=limits.speculation == "suffix")
 
 
 def _pacer(limits: CoreLimits) -> Pacer | None:

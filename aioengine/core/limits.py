@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class CoreLimits(NamedTuple):
@@ -29,3 +29,6 @@ class CoreLimits(NamedTuple):
     """None: steps may take any time."""
     pair_tokens: float = 1e-4
     """What a pair of a query and a key costs, in tokens, for a first guess of what steps take."""
+    speculation: Literal["none", "ngram", "suffix"] = "none"
+    draft_constrained: bool = True
+    """Whether tokens are proposed to requests with a constraint, too."""

@@ -124,6 +124,13 @@ class Pacer:
         ]
         self._largest = max(self._largest, work.tokens)
 
+    def fixed_tokens(self, decodes: StepWork) -> float:
+        """What a step with these decodes takes beside its tokens, in the time that another token takes."""
+        each = self._coefficients[1]
+        if decodes.decode_pairs:
+            each += self._coefficients[2] * decodes.decode_pairs / decodes.tokens
+        return max(self.seconds(decodes) / each - decodes.tokens, 0.0)
+
     def allowance(self, decodes: StepWork, tokens: int) -> Allowance:
         """Return the allowance for prompts in a step with these decodes and room for this many more
         tokens."""

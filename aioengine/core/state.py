@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
+from aioengine.core.speculation.drafting import Drafting
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
@@ -196,6 +197,7 @@ class Request:
         "committed",
         "computed",
         "deadline",
+        "drafting",
         "first_token",
         "given",
         "hashed_for",
@@ -269,6 +271,8 @@ class Request:
         """Log-probabilities of the second prompt token, the third, ..., as far as they are computed."""
         self.first_token: float | None = None
         self.last_token: float | None = None
+        self.drafting: Drafting | None = None
+        """What tokens are proposed from; None until they are."""
         self.worst_gap: float | None = None
         """The longest time between two of its tokens; None before the second."""
         self.view = CoreRequestView(self)

@@ -9,6 +9,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
+from aioengine.model.coverage import check_invariant
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
 from aioengine.model.spec import ModelSpec
@@ -63,7 +64,8 @@ def build_parts(
 ) -> Parts:
     """Load the model, or the share of it that ``group`` gives to this rank, and allocate what is planned.
 
-    Raises ConfigError if the weights cannot be read.
+    Raises ConfigError if the weights cannot be read, or ``config`` demands that tokens do not depend on the
+    batch and they do.
     """
     import torch
 
@@ -92,11 +94,11 @@ def build_parts(
         lora_dtype=lora_dtype,
         target_modules=modules,
         quantization=config.quantization,
-        batch_invariant=config.batch_invariant is True,
         progress=progress,
         group=group,
         fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,
     )
+    check_invariant(config, runner.variance)
     store = AdapterStore(
         planned.spec,
         max_rank=max_rank,

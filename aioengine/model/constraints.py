@@ -58,7 +58,7 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
 
 
 def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes | None:
-    output = row.history[row.prompt_len :]
+    output = [*row.history[row.prompt_len :], *row.draft]
     started = _started(row)
     if started is None:
         return bytes(constraint.allowed(output))

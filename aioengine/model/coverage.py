@@ -63,10 +63,17 @@ def variance(reason: str | None, ranks: int) -> str | None:
     return None
 
 
-def check_invariant(found: str | None) -> None:
-    """For ``batch_invariant=True``: raises ConfigError if there is a ``variance``."""
-    if found is not None:
+def check_invariant(config: EngineConfig, found: str | None) -> None:
+    """Raises ConfigError if there is a ``variance``, and ``config`` demands that there is none."""
+    if found is None:
+        return
+    if config.batch_invariant is True:
         raise ConfigError(f"batch_invariant=True: {found}; set batch_invariant='auto' to go without")
+    if config.speculation != "none":
+        raise ConfigError(
+            f"speculation={config.speculation!r}: tokens would depend on what is proposed: {found}; set "
+            "speculation='none'"
+        )
 
 
 def planned_variance(
@@ -99,6 +106,5 @@ def planned_variance(
             shard=shard,
         )
     found = variance(reason, size)
-    if config.batch_invariant is True:
-        check_invariant(found)
+    check_invariant(config, found)
     return found

@@ -32,17 +32,28 @@ class SeenTokens:
     def update(self, prompt_len: int) -> None:
         """Take in what has been added to the history."""
         for position in range(self._known, len(self.history)):
-            token = self.history[position]
-            if token not in self._seen:
-                self._seen.add(token)
-                self.ids.append(token)
-            if position >= prompt_len:
-                place = self._places.setdefault(token, len(self.output_ids))
-                if place == len(self.output_ids):
-                    self.output_ids.append(token)
-                    self.counts.append(0.0)
-                self.counts[place] += 1.0
+            self._see(self.history[position], is_output=position >= prompt_len)
         self._known = len(self.history)
+
+    def followed_by(self, draft: Sequence[int]) -> SeenTokens:
+        """A copy that has seen these in the output as well."""
+        copy = SeenTokens(self.history)
+        copy.ids, copy.output_ids, copy.counts = self.ids[:], self.output_ids[:], self.counts[:]
+        copy._seen, copy._places, copy._known = set(self._seen), dict(self._places), self._known
+        for token in draft:
+            copy._see(token, is_output=True)
+        return copy
+
+    def _see(self, token: int, *, is_output: bool) -> None:
+        if token not in self._seen:
+            self._seen.add(token)
+            self.ids.append(token)
+        if is_output:
+            place = self._places.setdefault(token, len(self.output_ids))
+            if place == len(self.output_ids):
+                self.output_ids.append(token)
+                self.counts.append(0.0)
+            self.counts[place] += 1.0
 
 
 class Penalties:
@@ -58,12 +69,12 @@ class Penalties:
         active: list[tuple[int, SequenceWork, SeenTokens]] = []
         for i, row in enumerate(rows):
             if row.params.has_penalties:
-                seen = before.get(row.request_id)
+                seen = self._seen.get(row.request_id) or before.get(row.request_id)
                 if seen is None or seen.history is not row.history:  # another request of that id
                     seen = SeenTokens(row.history)
                 seen.update(row.prompt_len)
                 self._seen[row.request_id] = seen
-                active.append((i, row, seen))
+                active.append((i, row, seen.followed_by(row.draft) if row.draft else seen))
         if not active:
             return
         vocab = scores.shape[1]

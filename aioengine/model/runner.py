@@ -21,6 +21,7 @@ from aioengine.kernels import AttentionPlan, LoRABatch, Span, get_backend
 from aioengine.kernels.transfer import send
 from aioengine.model import constraints, coverage
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
+from aioengine.model.drafted import sample_drafted
 from aioengine.model.files.weights import load_weights
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.parallel.group import Group, SoloGroup
@@ -50,13 +51,12 @@ class ModelRunner:
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the
-    linears' weights are kept; ``batch_invariant`` demands that bits do not depend on the batch; ``progress``
-    is told how far the weights are read. With ``fixed_decode``, decode steps within these limits are recorded
-    and played back if the kernels allow for it, by ``record``
+    linears' weights are kept; ``progress`` is told how far the weights are read. With ``fixed_decode``,
+    decode steps within these limits are recorded and played back if the kernels allow for it, by ``record``
     (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share of the model, and all
     ranks must be built and execute the same steps; only rank 0 samples.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
-    divided, if they cannot be quantized here, or if ``batch_invariant`` cannot be had.
+    divided, or if they cannot be quantized here.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class ModelRunner:
         sample: Sampler | None = None,
         kernels: str | None = None,
         quantization: Quantization = "none",
-        batch_invariant: bool = False,
         progress: LoadProgress | None = None,
         group: Group | None = None,
         fixed_decode: DecodeLimits | None = None,
@@ -111,8 +110,6 @@ class ModelRunner:
         self.variance: str | None = None
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
         self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
-        if batch_invariant:
-            coverage.check_invariant(self.variance)
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
@@ -188,6 +185,7 @@ class ModelRunner:
         ask for that, on rank 0."""
         began = time.perf_counter()
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
+        followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
         if batch.sequences:
             if self.group.shard.rank == 0:
@@ -199,12 +197,14 @@ class ModelRunner:
                 if self.lora_slots is not None:
                     self.lora_slots.after_step()
                 if asking and self.group.shard.rank == 0:
-                    rows = [batch.sequences[i] for i in asking]
-                    for i, token in zip(asking, self._sample(logits, rows), strict=True):
-                        sampled[i] = token
+                    works = [batch.sequences[i] for i in asking]
+                    for i, tokens in zip(asking, sample_drafted(logits, works, self._sample), strict=True):
+                        sampled[i] = tokens[0]
+                        if len(tokens) > 1:
+                            followed[i] = tokens[1:]
                 else:
                     self._wait()
-        return StepResult(sampled, time.perf_counter() - began, scored)
+        return StepResult(sampled, time.perf_counter() - began, scored, followed)
 
     def _wait(self) -> None:
         """For a step from which nothing is read back: until the device has finished it. So a step's time is
@@ -213,7 +213,8 @@ class ModelRunner:
             torch.cuda.current_stream(self.device).synchronize()
 
     def _logits(self, batch: StepBatch, scored: dict[int, list[TokenLogprob]]) -> tuple[Tensor, list[int]]:
-        """The logits of the sequences that ask for a token, and their indices. Fills in ``scored``."""
+        """The logits of the sequences that ask for tokens, a row for each token, and the indices of these
+        sequences. Fills in ``scored``."""
         if self.decode_steps is not None:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
@@ -260,7 +261,7 @@ class ModelRunner:
             token_ids.extend(work.tokens)
             if work.sample:
                 asking.append(i)
-                sample_rows.append(len(token_ids) - 1)
+                sample_rows.extend(range(len(token_ids) - 1 - len(work.draft), len(token_ids)))
         rows = torch.tensor(sample_rows, dtype=torch.long)
         ids, rows = send([torch.tensor(token_ids), rows], self.device)
         tables = [work.block_table for work in batch.sequences]
@@ -269,7 +270,7 @@ class ModelRunner:
             sample_rows=rows,
             attention=AttentionPlan(spans, tables, self.kv_cache.block_size, self.device),
             lora=self._lora_batch(batch, range(len(spans)), [span.length for span in spans]),
-            sample_lora=self._lora_batch(batch, asking, [1] * len(asking)),
+            sample_lora=self._lora_batch(batch, asking, [1 + len(batch.sequences[i].draft) for i in asking]),
         )
         return inputs, asking
 

@@ -41,7 +41,8 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
 
     Args:
         logits: [N, vocab], any floating dtype; not modified.
-        rows: the N sequences; uses ``params``, ``seed``, ``history`` and ``prompt_len``.
+        rows: the N sequences; uses ``params``, ``seed``, ``history``, ``prompt_len``, and ``draft``, which
+            stands for tokens after the history.
         penalties: The same for successive steps, so that what was seen is not counted anew.
 
     Returns:
@@ -148,13 +149,17 @@ def _choose(
         return tokens, masks
 
     params = [work[i].params for i in random]
-    draws = [uniform(work[i].seed, len(work[i].history) - work[i].prompt_len) for i in random]
+    draws = [uniform(work[i].seed, _output_length(work[i])) for i in random]
     x = _rows(scores, random)
     temperature = torch.tensor([max(p.temperature, torch.finfo(x.dtype).tiny) for p in params], dtype=x.dtype)
     # The maximum comes off first, so that a tiny temperature cannot overflow it.
     x.sub_(x.amax(dim=-1, keepdim=True)).div_(_sent(temperature, x)[:, None])
     _assign(tokens, random, _draw_by_rank(x, params, draws))
     return tokens, masks
+
+
+def _output_length(row: SequenceWork) -> int:
+    return len(row.history) - row.prompt_len + len(row.draft)
 
 
 def _sent(values: Tensor, like: Tensor) -> Tensor:
@@ -223,7 +228,7 @@ def _ban_the_end(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
     constraint leaves nothing else."""
     for i, row in enumerate(rows):
         params = row.params
-        if len(row.history) - row.prompt_len >= params.min_tokens or not params.stop_token_ids:
+        if _output_length(row) >= params.min_tokens or not params.stop_token_ids:
             continue
         ends = _sent(torch.tensor(params.stop_token_ids), scores)
         kept = scores[i, ends]

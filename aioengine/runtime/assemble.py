@@ -226,6 +226,8 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         policy_max_overruns=config.policy_max_overruns,
         max_step_seconds=_max_step_seconds(config, parts.plan),
         pair_tokens=parts.spec.pair_tokens,
+        speculation=config.speculation,
+        draft_constrained=config.executor == "thread",
     )
 
 

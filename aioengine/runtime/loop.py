@@ -348,8 +348,8 @@ def _contents(batch: StepBatch) -> dict[str, Any]:
         slots.add(work.slot)
         count = len(work.tokens)
         tokens += count
-        if count == 1 and work.start >= work.prompt_len:
-            decode += 1
+        if count == 1 + len(work.draft) and work.start >= work.prompt_len:
+            decode += count
     used = tuple(sorted(slots - {-1}))
     return {
         "sequences": len(batch.sequences),

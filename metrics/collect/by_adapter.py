@@ -25,6 +25,8 @@ class AdapterMetrics:
         self._finished = Counters(d.REQUESTS_FINISHED)
         self._prompt = Counters(d.PROMPT_TOKENS)
         self._generation = Counters(d.GENERATION_TOKENS)
+        self._proposed = Counters(d.PROPOSED_TOKENS)
+        self._accepted = Counters(d.ACCEPTED_TOKENS)
         self.metrics: tuple[Counters | Histograms, ...] = (
             self._queue,
             self._adapter_wait,
@@ -34,6 +36,8 @@ class AdapterMetrics:
             self._finished,
             self._prompt,
             self._generation,
+            self._proposed,
+            self._accepted,
         )
 
     def _fold(self, label: str) -> None:
@@ -53,6 +57,11 @@ class AdapterMetrics:
     def interval(self, interval: events.TokenInterval) -> None:
         series = self._inter_token.at((self.labels.of(interval.adapter),))
         series.observe(interval.seconds, interval.tokens)
+
+    def proposed(self, event: events.TokensProposed) -> None:
+        label = self.labels.of(event.adapter)
+        self._proposed.inc((label,), event.proposed)
+        self._accepted.inc((label,), event.accepted)
 
     def ended(self, event: events.RequestEnded) -> None:
         label = self.labels.of(event.adapter)

@@ -193,6 +193,18 @@ GENERATION_TOKENS = Definition(
     "Tokens generated for the requests that have ended.",
     ("adapter",),
 )
+PROPOSED_TOKENS = Definition(
+    "aioengine_speculation_proposed_tokens",
+    "counter",
+    "Tokens proposed by speculation, and computed to be checked.",
+    ("adapter",),
+)
+ACCEPTED_TOKENS = Definition(
+    "aioengine_speculation_accepted_tokens",
+    "counter",
+    "Proposed tokens that were what would have been chosen anyway.",
+    ("adapter",),
+)
 PROMPT_CACHED_TOKENS = Definition(
     "aioengine_prompt_cached_tokens", "counter", "Prompt tokens that the prefix cache supplied."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from typing import Literal
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -29,16 +30,26 @@ class CoreMachine(RuleBasedStateMachine):
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
         bounded=st.booleans(),
+        speculation=st.sampled_from(["none", "ngram", "suffix"]),
     )
-    def start(self, seed: int, hostile: bool, blocks: int, max_bytes: int | None, bounded: bool) -> None:
+    def start(
+        self,
+        seed: int,
+        hostile: bool,
+        blocks: int,
+        max_bytes: int | None,
+        bounded: bool,
+        speculation: Literal["none", "ngram", "suffix"],
+    ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
-        limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes)
+        limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
         if bounded:
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
-        self.sim = CoreSim(limits, policy)
+        # Texts that repeat themselves, so that some of what is proposed is right.
+        self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
         self.tickets: list[Ticket] = []
         self.lost: list[Ticket] = []
         for name in NAMES[:2]:

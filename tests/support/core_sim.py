@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from aioengine import events
@@ -35,7 +36,13 @@ class CoreSim:
     """``now`` moves only by what the test asks for. Moves wait in ``loads`` and ``copies`` until they
     are finished by hand, or by ``settle``."""
 
-    def __init__(self, limits: CoreLimits = LIMITS, policy: SchedulerPolicy | None = None) -> None:
+    def __init__(
+        self,
+        limits: CoreLimits = LIMITS,
+        policy: SchedulerPolicy | None = None,
+        next_token: Callable[[list[int]], int] = next_token,
+    ) -> None:
+        self.next_token = next_token
         self.core = Core(limits, policy or FCFS())
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
@@ -97,10 +104,20 @@ class CoreSim:
     def finish_step(self, seconds: float = 0.01) -> None:
         batch, self.batch = self.batch, None
         assert batch is not None
-        sampled = [
-            Sampled(next_token(list(work.history))) if work.sample else None for work in batch.sequences
-        ]
-        self.intervals = self.core.step_finished(batch, StepResult(sampled, seconds), self.now)
+        sampled: list[Sampled | None] = []
+        followed: dict[int, list[Sampled]] = {}
+        for index, work in enumerate(batch.sequences):
+            history = list(work.history)
+            token = self.next_token(history)
+            sampled.append(Sampled(token) if work.sample else None)
+            for proposed in work.draft:
+                if proposed != token:
+                    break
+                history.append(token)
+                token = self.next_token(history)
+                followed.setdefault(index, []).append(Sampled(token))
+        result = StepResult(sampled, seconds, followed=followed)
+        self.intervals = self.core.step_finished(batch, result, self.now)
         self.take_events()
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:

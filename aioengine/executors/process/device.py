@@ -84,7 +84,8 @@ class ProcessDevice(Device):
         sampled = list(answers[0].sampled or ())
         for index, why in failed.items():
             sampled[index] = Sampled(-1, error=why, fault="request")
-        return StepResult(sampled, max(answer.seconds for answer in answers), answers[0].scored)
+        seconds = max(answer.seconds for answer in answers)
+        return StepResult(sampled, seconds, answers[0].scored, answers[0].followed)
 
     async def _constraints(self, batch: StepBatch, workers: Workers) -> dict[int, str]:
         """Send the workers, which compute meanwhile, the masks of the batch's constraints; returns the errors

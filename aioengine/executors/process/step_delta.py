@@ -62,7 +62,16 @@ class StepEncoder:
         blocks = list(row.block_table[kept:])
         sent.blocks[kept:] = blocks
         return Work(
-            sent.key, row.slot, row.start, len(row.tokens), row.sample, tokens, kept, blocks, row.score
+            sent.key,
+            row.slot,
+            row.start,
+            len(row.tokens) - len(row.draft),
+            row.sample,
+            tokens,
+            kept,
+            blocks,
+            row.score,
+            list(row.draft),
         )
 
 
@@ -165,7 +174,7 @@ class StepDecoder:
         return SequenceWork(
             request_id=known.opened.request_id,
             slot=work.slot,
-            tokens=known.history[work.start : work.start + work.count],
+            tokens=known.history[work.start : work.start + work.count] + work.draft,
             start=work.start,
             block_table=known.blocks,
             sample=work.sample,
@@ -174,4 +183,5 @@ class StepDecoder:
             history=known.history,
             prompt_len=known.opened.prompt_len,
             score=work.score,
+            draft=work.draft or (),
         )

@@ -82,6 +82,8 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     """Blocks that follow them."""
     score: int = 0
     """As in ``SequenceWork``."""
+    draft: list[int] = []
+    """Compute these after its history, too."""
 
 
 class Step(_Message, frozen=True):
@@ -182,6 +184,8 @@ class Stepped(_Message, frozen=True):
     """From rank 0."""
     seconds: float
     scored: dict[int, list[TokenLogprob]] = {}
+    """From rank 0."""
+    followed: dict[int, list[Sampled]] = {}
     """From rank 0."""
 
 

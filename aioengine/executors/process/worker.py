@@ -181,7 +181,8 @@ class _Model:
         result = self.runner.execute(self._batches.decode(request))
         sampled = list(result.sampled) if self._shard.rank == 0 else None
         scored = {index: list(entries) for index, entries in result.scored.items()}
-        return Stepped(request.number, sampled, result.seconds, scored)
+        followed = {index: list(tokens) for index, tokens in result.followed.items()}
+        return Stepped(request.number, sampled, result.seconds, scored, followed)
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:

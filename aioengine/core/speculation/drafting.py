@@ -1,0 +1,20 @@
+"""What one request's drafts are made from."""
+
+from __future__ import annotations
+
+from aioengine.core.speculation.depth import Acceptance
+from aioengine.core.speculation.earlier_outputs import OutputPlaces
+from aioengine.core.speculation.prompt_lookup import PromptLookup
+
+
+class Drafting:
+    """What one request's drafts are made from; it belongs to the request."""
+
+    __slots__ = ("acceptance", "lookup", "match", "outputs")
+
+    def __init__(self) -> None:
+        self.acceptance = Acceptance()
+        self.lookup = PromptLookup()
+        self.outputs = OutputPlaces()
+        self.match = 0
+        """How long the match was that the last draft came from."""

@@ -1,0 +1,95 @@
+"""Proposes tokens to the requests that decode, and learns from what became of them.
+
+Nothing here changes a token: what is proposed is computed together with the token before it, and kept only
+if it is what would have been chosen anyway (greedy, or the draw that the seed and the position decide). That
+needs logits that do not depend on how many tokens a step computes: docs/determinism.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aioengine.core.speculation.depth import MAX_DEPTH, Candidate, allot
+from aioengine.core.speculation.drafting import Drafting
+from aioengine.core.speculation.earlier_outputs import EarlierOutputs, follow
+from aioengine.core.speculation.prompt_lookup import copy
+from aioengine.core.state import Request
+
+_MIN_MATCH = 3
+"""Tokens that must be the same in an earlier output."""
+
+
+class _Found(NamedTuple):
+    request: Request
+    drafting: Drafting
+    draft: list[int]
+    candidate: Candidate
+
+
+class Speculation:
+    """For one core. With ``earlier_outputs``, drafts come from other requests' outputs, too."""
+
+    def __init__(self, *, earlier_outputs: bool) -> None:
+        self._outputs = EarlierOutputs() if earlier_outputs else None
+
+    def propose(
+        self, requests: Sequence[Request], limits: Sequence[int], fixed: float, room: int
+    ) -> list[list[int]]:
+        """A draft for each request, often an empty one, of at most as many tokens as ``limits`` say.
+
+        ``fixed`` is what a step takes beside its tokens, in units of the time that a token takes; ``room``
+        how many tokens may be proposed in all.
+        """
+        if self._outputs is not None:
+            self._outputs.take_in()
+        drafts: list[list[int]] = [[] for _ in requests]
+        found: list[_Found] = []
+        places: list[int] = []
+        for index, (request, limit) in enumerate(zip(requests, limits, strict=True)):
+            if limit > 0 and (one := self._find(request, min(limit, MAX_DEPTH))) is not None:
+                found.append(one)
+                places.append(index)
+        counts = allot([one.candidate for one in found], len(requests), fixed, room)
+        for index, one, count in zip(places, found, counts, strict=True):
+            if count == 0:
+                one.drafting.acceptance.passed_over(one.drafting.match)
+            drafts[index] = one.draft[:count]
+        return drafts
+
+    def learn(self, request: Request, proposed: int, right: int) -> None:
+        """Of so many proposed tokens, the first ``right`` ones were."""
+        if request.drafting is not None:
+            request.drafting.acceptance.learn(request.drafting.match, proposed, right)
+
+    def ended(self, request: Request) -> None:
+        """Its output may serve others of its adapter and tenant."""
+        if self._outputs is not None:
+            self._outputs.ended(_key(request), request.tokens[request.prompt_len :])
+
+    def _find(self, request: Request, limit: int) -> _Found | None:
+        drafting = request.drafting
+        if drafting is None:
+            drafting = request.drafting = Drafting()
+        place, match = drafting.lookup.find(request.tokens)
+        draft: list[int] = []
+        shares: list[float] = []
+        if self._outputs is not None:
+            output, common = self._outputs.find(_key(request), drafting.outputs, request.tokens)
+            if output is not None and common >= _MIN_MATCH and common > match:
+                draft, shares = follow(output, limit)
+                match = common
+        if not draft and place:
+            draft = copy(request.tokens, place, limit)
+            shares = [1.0] * len(draft)
+        if not draft:
+            return None
+        drafting.match = match
+        chance = drafting.acceptance.chance(match)
+        return _Found(request, drafting, draft, Candidate([chance * share for share in shares]))
+
+
+def _key(request: Request) -> tuple[str | None, str | None, bytes]:
+    """Whose outputs may propose tokens to whom: the tenant, the adapter by name and content, the salt."""
+    adapter = request.adapter
+    return request.options.tenant, None if adapter is None else adapter.label, request.cache_key

@@ -1,0 +1,76 @@
+"""Drafts from a request's own text: what followed when its last tokens occurred before.
+
+Prompt lookup decoding (Apoorv Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding): answers
+that extract, edit or quote repeat long pieces of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+GRAM = 3
+"""Tokens that must be the same."""
+_BITS = 21
+"""Of a token's id in a key: keys stay small integers."""
+_INDEXED_AT_ONCE = 4096
+"""Tokens; a longer text is taken in over several steps, since others wait meanwhile."""
+_LONGEST = 32
+"""Matches are not followed further back."""
+
+
+class PromptLookup:
+    """Finds an earlier place in a text that only grows."""
+
+    __slots__ = ("_back", "_end_of", "_known")
+
+    def __init__(self) -> None:
+        self._end_of: dict[int, int] = {}
+        """Three tokens -> the index after their latest occurrence but the text's end."""
+        self._known = GRAM
+        """The next end to be taken in."""
+        self._back = 0
+        """How far back the last place was: a copy that changes single tokens goes on there."""
+
+    def find(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """The index of what may follow ``tokens``, and how many of the last tokens stand before it as well;
+        (0, 0) if there is nothing."""
+        size = len(tokens)
+        end_of = self._end_of
+        stop = min(size, self._known + _INDEXED_AT_ONCE)
+        for end in range(self._known, stop):
+            end_of[_key(tokens, end)] = end
+        self._known = max(self._known, stop)
+        if size < GRAM or self._known < size:
+            return 0, 0
+        place = end_of.get(_key(tokens, size), 0)
+        length = _common(tokens, place)
+        if self._back:
+            going_on = size - self._back
+            common = _common(tokens, going_on)
+            if common >= max(length, GRAM):
+                place, length = going_on, common
+        if place:
+            self._back = size - place
+        return place, length
+
+
+def copy(tokens: Sequence[int], place: int, count: int) -> list[int]:
+    """``count`` tokens from ``place`` on; a copy that reaches the end of the text goes on with itself."""
+    draft = list(tokens[place : place + count])
+    period = len(tokens) - place
+    while len(draft) < count:
+        draft.append(draft[len(draft) - period])
+    return draft
+
+
+def _key(tokens: Sequence[int], end: int) -> int:
+    return (tokens[end - 3] << 2 * _BITS) | (tokens[end - 2] << _BITS) | tokens[end - 1]
+
+
+def _common(tokens: Sequence[int], place: int) -> int:
+    """How many tokens before ``place`` are the same as the last ones."""
+    size, most = len(tokens), min(place, _LONGEST)
+    length = 0
+    while length < most and tokens[place - 1 - length] == tokens[size - 1 - length]:
+        length += 1
+    return length
