@@ -9,11 +9,15 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 MAX_BYTES = 2**20
 """So much is kept; lines beyond it are dropped, and counted."""
+GATHER_SECONDS = 0.05
+"""What is written within this time is written out together: a thread that wakes up for each line costs those
+who write them."""
 FLUSH_SECONDS = 1.0
 """How long the end waits for what is kept to be written."""
 
@@ -46,9 +50,10 @@ class BackgroundFile(io.RawIOBase):
             if self._size + len(kept) > MAX_BYTES:
                 self.dropped += kept.count(b"\n")
             else:
+                if not self._kept:
+                    self._changed.notify_all()
                 self._kept.append(kept)
                 self._size += len(kept)
-                self._changed.notify_all()
         return len(kept)
 
     def drain(self, seconds: float) -> bool:
@@ -60,6 +65,8 @@ class BackgroundFile(io.RawIOBase):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._kept)
+            time.sleep(GATHER_SECONDS)
+            with self._changed:
                 data = b"".join(self._kept)
                 self._kept.clear()
             lost = _write(self._fd, data)

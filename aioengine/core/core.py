@@ -114,7 +114,7 @@ class Core:
         self.step = 0
         self._guard = PolicyGuard(
             policy,
-            FCFS(),
+            FCFS,
             requests=self.requests,
             adapters=self.by_policy_name,
             emit=self._emit,

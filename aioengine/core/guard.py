@@ -52,16 +52,17 @@ class Resolved(NamedTuple):
 class PolicyGuard:
     """Stands between the core and a policy.
 
-    If a policy raises or returns something other than a Decision, ``safe`` decides that step. If it takes
-    longer than ``budget`` seconds ``max_overruns`` times, ``safe`` replaces it for good. ``timer`` measures;
-    without one there is no budget (the core itself has no clock). ``requests`` are those that have not ended,
-    by id; ``adapters`` those that the policy knows, by name.
+    If a policy raises or returns something other than a Decision, the safe policy decides that step, which
+    ``make_safe`` makes when it is first needed. If it takes longer than ``budget`` seconds ``max_overruns``
+    times, the safe policy replaces it for good. ``timer`` measures; without one there is no budget (the core
+    itself has no clock). ``requests`` are those that have not ended, by id; ``adapters`` those that the
+    policy knows, by name.
     """
 
     def __init__(
         self,
         policy: SchedulerPolicy,
-        safe: SchedulerPolicy,
+        make_safe: Callable[[], SchedulerPolicy],
         *,
         requests: Mapping[str, Request],
         adapters: Mapping[str, AdapterEntry],
@@ -75,7 +76,8 @@ class PolicyGuard:
         self.name = type(policy).__name__
         self.seconds = 0.0
         """Seconds of the last decision, including calls made in the course of it."""
-        self._safe = safe
+        self._make_safe = make_safe
+        self._safe: SchedulerPolicy | None = None
         self._requests = requests
         self._adapters = adapters
         self._emit = emit
@@ -97,7 +99,7 @@ class PolicyGuard:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._failed(view.now, "schedule", error)
-            decision = self._safe.schedule(view)
+            decision = self._in_its_place().schedule(view)
         if self._timer is not None:
             self._measure(view.now, self._timer() - start)
         return self._resolve(decision)
@@ -153,14 +155,19 @@ class PolicyGuard:
         return names
 
     def tell(self, event: PolicyEvent) -> None:
-        if self.policy is not self._safe:
-            self._safe.on_event(event)  # it must know who waits when it has to decide
+        if self._safe is not None and self.policy is not self._safe:
+            self._safe.on_event(event)
         try:
             self.policy.on_event(event)
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._failed(event.now, "on_event", error)
+
+    def _in_its_place(self) -> SchedulerPolicy:
+        if self._safe is None:
+            self._safe = self._make_safe()
+        return self._safe
 
     def _failed(self, now: float, call: _Call, error: BaseException) -> None:
         where = self.name if call == "schedule" else f"{self.name}.{call}"
@@ -180,7 +187,7 @@ class PolicyGuard:
         self._overruns += 1
         self._emit(events.PolicyOverran(time=now, seconds=seconds, budget=self._budget))
         if self._overruns >= self._max_overruns and self.policy is not self._safe:
-            self.policy = self._safe
+            self.policy = self._in_its_place()
             reason = f"{self.name} took more than {self._budget * 1e3:g} ms {self._overruns} times"
             self._emit(events.PolicyReplaced(time=now, reason=reason))
 

@@ -106,6 +106,8 @@ class EventStreams:
         return stream
 
     def __call__(self, event: Event) -> None:
+        if not self._streams:  # going through none of a WeakSet takes longer than this
+            return
         for stream in self._streams:
             stream.offer(event)
 

@@ -166,6 +166,8 @@ class Submitter:
 
         Gives up at the request's deadline, or when another request displaces it.
         """
+        if tokens is not None and adapter is None:  # there is nothing to wait for
+            return tokens, None
         lost: list[EngineOverloaded] = []
 
         def displaced(error: EngineOverloaded, now: float) -> None:

@@ -67,15 +67,15 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
 
     def fields(self) -> dict[str, Any]:
         """The known fields, for a structured log."""
-        found = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _NOT_LOGGED}
         return {
             name: round(value, 6) if isinstance(value, float) else value
-            for name, value in found.items()
-            if value is not None and (name != "stream" or value)
+            for name in _LOGGED
+            if (value := getattr(self, name)) is not None and (name != "stream" or value)
         }
 
 
 _NOT_LOGGED = frozenset({"started", "owner", "identity", "admission", "ended", "counted", "route", "so_far"})
+_LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)
 
 
 def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
@@ -88,7 +88,10 @@ def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
     fields = record.fields()
     line = [record.method, _plain(record.path), str(record.status)]
     line += [f"{k}={_plain(v)}" for k, v in fields.items() if k not in ("method", "path", "status")]
-    logger.log(level, "%s", " ".join(line), extra={"fields": fields})
+    # Not Logger.log, which looks for the caller's place each time.
+    name, text = logger.name, " ".join(line)
+    made = logger.makeRecord(name, level, __file__, 0, "%s", (text,), None, extra={"fields": fields})
+    logger.handle(made)
 
 
 def _plain(value: object) -> str:

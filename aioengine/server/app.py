@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import re
 import time
-import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from litestar import Litestar
-from litestar.datastructures import State
+from litestar.handlers import HTTPRouteHandler
+from litestar.routes import HTTPRoute
 
 from aioengine import __version__
 from aioengine.client import EngineClient
@@ -26,12 +26,14 @@ from aioengine.server.debug.routes import debug_routes
 from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.framework import (
     BODY,
+    GENERATING,
     RECORD,
     TEXT_WORK,
     UNKNOWN_FIELDS,
+    DirectRoute,
     JsonRequest,
+    admission,
     exception_handler,
-    guard,
 )
 from aioengine.server.generation import until_ended
 from aioengine.server.health import health_routes
@@ -79,6 +81,7 @@ class ServerApp:
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._unknown_fields = UnknownFields(ignore=settings.ignore_unknown_fields)
         self._routes = Litestar(
             route_handlers=[
                 *completion_routes(context),
@@ -92,14 +95,14 @@ class ServerApp:
                 *debug_routes(context),
             ],
             request_class=JsonRequest,
-            state=State({UNKNOWN_FIELDS: UnknownFields(ignore=settings.ignore_unknown_fields)}),
-            guards=[guard(self._gate)],
+            before_request=admission(self._gate),
             exception_handlers={Exception: exception_handler(settings)},
             openapi_config=openapi_config(__version__, with_keys=not self._gate.is_open),
             request_max_body_size=None,  # BoundedBody's business
             logging_config=None,
         )
         check_routes(route.path_format for route in self._routes.routes)
+        self._direct = {path: DirectRoute(self._post_route(path), path, self._gate) for path in GENERATING}
 
     @property
     def active(self) -> int:
@@ -132,7 +135,8 @@ class ServerApp:
         if scope["type"] == "http":
             self.open()
             path, _ = below_mount(scope)
-            record = RequestRecord(request_id=_request_id(scope), method=scope["method"], path=path[:200])
+            request_id = _request_id(scope) or self.context.new_id()
+            record = RequestRecord(request_id=request_id, method=scope["method"], path=path[:200])
             with self._span(path, scope, record):
                 await self._http(path, record, scope, receive, send)
         else:
@@ -217,12 +221,27 @@ class ServerApp:
             limit=self.context.max_body_bytes,
             timeout=self._settings.read_timeout,
         )
-        inner["state"] |= {BODY: body, TEXT_WORK: self.context.engine.text_work}
+        inner["state"] |= {
+            BODY: body,
+            TEXT_WORK: self.context.engine.text_work,
+            UNKNOWN_FIELDS: self._unknown_fields,
+        }
+        self.context.open_requests.add(record)
+        self._active += 1
+        self._idle.clear()
         try:
-            with self._counted(record):
-                await self._routes(inner, body, send)  # type: ignore[arg-type]
+            await self._direct.get(path, self._routes)(inner, body, send)  # type: ignore[arg-type]
         finally:
             body.release()
+            self.context.open_requests.discard(record)
+            record.so_far = int  # it would hold the answer
+            self._active -= 1
+            if self._active == 0:
+                self._idle.set()
+
+    def _post_route(self, path: str) -> HTTPRouteHandler:
+        [route] = (r for r in self._routes.routes if isinstance(r, HTTPRoute) and r.path == path)
+        return route.route_handler_map["POST"][0]
 
     def _come_back(self) -> tuple[bytes, bytes]:
         waiting = self.context.engine.stats().waiting
@@ -234,20 +253,6 @@ class ServerApp:
         with contextlib.suppress(EngineStopped):  # not started yet
             http = self.context.engine.metrics.http
             http.responded(record.route, record.status, record.error, record.tenant)
-
-    @contextlib.contextmanager
-    def _counted(self, record: RequestRecord) -> Any:
-        self.context.open_requests.add(record)
-        self._active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.context.open_requests.discard(record)
-            record.so_far = int  # it would hold the answer
-            self._active -= 1
-            if self._active == 0:
-                self._idle.set()
 
 
 def create_app(
@@ -291,14 +296,14 @@ def _is_page(path: str) -> bool:
     return path in _PAGE or path.startswith("/assets/")
 
 
-def _request_id(scope: Scope) -> str:
-    """Return the client's id if its form is harmless."""
+def _request_id(scope: Scope) -> str | None:
+    """Return the client's id if there is one and its form is harmless."""
     for name, value in scope["headers"]:
         if name.lower() == b"x-request-id":
             text: str = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(text):
                 return text
-    return uuid.uuid4().hex
+    return None
 
 
 def _asks_first(scope: Scope) -> bool:

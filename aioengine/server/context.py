@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +47,14 @@ class Context:
         """Open requests, without probes and pages."""
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
+        self._draw = random.Random().getrandbits  # asking the system lets go of the interpreter, each time
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
+
+    def new_id(self) -> str:
+        """Return a new id, which is unique but no secret."""
+        return f"{self._draw(128):032x}"
 
     async def defaults(self) -> SamplingDefaults:
         """Default sampling parameters. They are read once and logged. Raises ConfigError if they are not
@@ -235,7 +240,7 @@ class Context:
             record.not_enforced = ", ".join(form.not_enforced) or None
             return made
 
-        unique = f"{prefix}{uuid.uuid4().hex}"
+        unique = f"{prefix}{self.new_id()}"
         record.completion_id = unique if fields.request_id is None else f"{prefix}{fields.request_id}"
         record.stream = bool(fields.stream)
         record.adapter = self.adapter_of(fields.model, record.identity)

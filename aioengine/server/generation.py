@@ -220,22 +220,35 @@ async def while_connected(
     receive: Receive, work: Coroutine[Any, Any, T], ended: asyncio.Future[ApiError] | None
 ) -> T:
     """Return the result of ``work``, unless the client disconnects or ``ended`` is done first: then ``work``
-    is cancelled and awaited.
+    is cancelled.
 
     Raises ClientDisconnected, what ``ended`` has, and what ``work`` raises. ``receive`` is ASGI's, the body
     read.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
+    cancels = task.cancelling()
+    why: list[BaseException] = []
+
+    def end(first: asyncio.Future[Any]) -> None:
+        if not why and not first.cancelled():
+            why.append(first.exception() or (first.result() if first is ended else ClientDisconnected()))
+            task.cancel()  # as asyncio.timeout does, so that the work needs no task of its own
+
     gone = asyncio.ensure_future(disconnected(receive))
+    watched: list[asyncio.Future[Any]] = [gone] if ended is None else [gone, ended]
+    for future in watched:
+        future.add_done_callback(end)
     try:
-        await _first_of(task, gone, ended)
-        if task.done():
-            return task.result()
-        if ended is not None and ended.done():
-            raise ended.result()
-        raise ClientDisconnected
+        return await work
+    except asyncio.CancelledError:
+        if why and task.uncancel() <= cancels:
+            raise why[0] from None
+        raise
     finally:
-        await end_tasks([task, gone])
+        for future in watched:
+            future.remove_done_callback(end)
+        await end_tasks([gone])
 
 
 async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[ApiError] | None) -> None:

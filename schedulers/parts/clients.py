@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from heapq import merge
 from itertools import islice
 from typing import NamedTuple
@@ -121,7 +120,8 @@ class Clients:
 
     def __init__(self, client_of: Callable[[RequestView], Hashable]) -> None:
         self._client_of = client_of
-        self._stale = False
+        self._stale = True
+        """Something is not known, such as what happened before this was made."""
         self._count = 0
         self._clear()
 
@@ -180,10 +180,10 @@ class Clients:
                 client.in_slots += more
                 if was_cold != client.waits_for_cold:
                     self.cold.remove(client) if was_cold else self.cold.add(client)
-            users = list(self.users(adapter))
-            with self._moving(users):
-                for client in users:
-                    client.held += more
+            users = self._take_out(self.users(adapter))
+            for client, _, _ in users:
+                client.held += more
+            self._put_back(users)
             if more < 0:
                 self.idle.pop(adapter, None)
             elif adapter not in self._running_on:
@@ -225,12 +225,13 @@ class Clients:
 
     def _rename(self, was: Adapter, adapter: Adapter) -> None:
         concerned = {**self._waiting_for.get(was, {}), **self._running_on.get(was, {})}
-        with self._moving(concerned):
-            for client in concerned:
-                client.rename(was, adapter)
-            for users in (self._waiting_for, self._running_on):
-                if was in users:
-                    users[adapter] = users.pop(was)
+        moving = self._take_out(concerned)
+        for client in concerned:
+            client.rename(was, adapter)
+        for users in (self._waiting_for, self._running_on):
+            if was in users:
+                users[adapter] = users.pop(was)
+        self._put_back(moving)
         for names in (self.in_slots, self.idle):
             if was in names:
                 names[adapter] = names.pop(was)
@@ -247,7 +248,7 @@ class Clients:
             if client is None:
                 client = self.by_name[name] = Client(name)
                 _count(self.running_counts, 0, 1)
-                self._hold_list(client, 1)
+                self._hold_list(client, 0, 1)
             entry = Waiting(request.arrival, self._count, request)
             self._count += 1
             self._live[request.request_id] = client, entry
@@ -255,28 +256,32 @@ class Clients:
             client, entry = self._live[request.request_id]
         in_slot = adapter in self.in_slots
         others = () if not in_slot or adapter in self._running_on else self.users(adapter)
-        with self._moving([client, *others]):
-            if in_slot:
-                self._hold(adapter, client, -1)
-            self.using_adapters -= client.uses_adapters
-            client.open -= adapter in self.open and adapter in client.queues
-            client.in_slots -= in_slot and adapter in client.queues
-            self._change(kind, client, adapter, entry)
-            client.open += adapter in self.open and adapter in client.queues
-            client.in_slots += in_slot and adapter in client.queues
-            self.using_adapters += client.uses_adapters
-            if in_slot and adapter in self._running_on:
-                self._hold(adapter, client, 1)
+        moving = self._take_out((client, *others))
+        if in_slot:
+            self._hold(adapter, client, -1)
+        self.using_adapters -= client.uses_adapters
+        if adapter in client.queues:
+            client.open -= adapter in self.open
+            client.in_slots -= in_slot
+        self._change(kind, client, adapter, entry)
+        if adapter in client.queues:
+            client.open += adapter in self.open
+            client.in_slots += in_slot
+        self.using_adapters += client.uses_adapters
+        if in_slot and adapter in self._running_on:
+            self._hold(adapter, client, 1)
+        self._put_back(moving)
         if in_slot and adapter not in self._running_on:
-            with self._moving(list(self.users(adapter))):
-                self._hold(adapter, client, 1)
+            moving = self._take_out(self.users(adapter))
+            self._hold(adapter, client, 1)
+            self._put_back(moving)
             self.idle[adapter] = None
         elif in_slot:
             self.idle.pop(adapter, None)
         if client.first is None and not client.running:
             del self.by_name[client.name]
             _count(self.running_counts, 0, -1)
-            self._hold_list(client, -1)
+            self._hold_list(client, client.held, -1)
 
     def _hold(self, adapter: Adapter, client: Client, more: int) -> None:
         """Update the count of ``adapter``'s slot for the users that an event of ``client`` may concern."""
@@ -316,31 +321,41 @@ class Clients:
         client.add(adapter, entry)
         self._waiting_for.setdefault(adapter, {})[client] = None
 
-    @contextmanager
-    def _moving(self, clients: Iterable[Client]) -> Iterator[None]:
-        """Context that keeps the orders correct while these clients change."""
-        clients = dict.fromkeys(clients)
-        for client in clients:
-            self._list(client, -1)
-        yield
-        for client in clients:
-            self._list(client, 1)
+    def _take_out(self, clients: Iterable[Client]) -> list[tuple[Client, int, int]]:
+        """Take these clients out of the orders that a change of theirs would upset. What it returns is for
+        :meth:`_put_back`."""
+        moving = [(client, len(client.running), client.held) for client in dict.fromkeys(clients)]
+        for client, _, held in moving:
+            if client.open:
+                self.ready.remove(client)
+            if client.waits_for_cold:
+                self.cold.remove(client)
+            if held:
+                self._hold_list(client, held, -1)
+        return moving
 
-    def _list(self, client: Client, more: int) -> None:
-        _count(self.running_counts, len(client.running), more)
-        self._hold_list(client, more)
-        if client.open:
-            self.ready.add(client) if more > 0 else self.ready.remove(client)
-        if client.waits_for_cold:
-            self.cold.add(client) if more > 0 else self.cold.remove(client)
+    def _put_back(self, moving: list[tuple[Client, int, int]]) -> None:
+        for client, running, held in moving:
+            if client.open:
+                self.ready.add(client)
+            if client.waits_for_cold:
+                self.cold.add(client)
+            if running != len(client.running):
+                _count(self.running_counts, running, -1)
+                _count(self.running_counts, len(client.running), 1)
+            if held:
+                self._hold_list(client, client.held, 1)
+            elif client.held:
+                self._hold_list(client, 0, -1)
+                self._hold_list(client, client.held, 1)
 
-    def _hold_list(self, client: Client, more: int) -> None:
+    def _hold_list(self, client: Client, held: int, more: int) -> None:
         if more > 0:
-            self.holding.setdefault(client.held, {})[client] = None
+            self.holding.setdefault(held, {})[client] = None
         else:
-            del self.holding[client.held][client]
-            if not self.holding[client.held]:
-                del self.holding[client.held]
+            del self.holding[held][client]
+            if not self.holding[held]:
+                del self.holding[held]
 
     def in_slots_of_who_has_more(self, than: int) -> Iterator[Adapter]:
         """Yield adapters in slots whose users have more than ``slots`` slots, beginning with the client that

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from math import inf
 
-from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
+from aioengine.schedulers.parts.base import Ordering, Part, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.shares import Shares
 from aioengine.schedulers.parts.slot_pool import SlotPool, lacking, tokens_left
 from aioengine.schedulers.policy import (
@@ -60,6 +60,8 @@ class Composed(SchedulerPolicy):
             raise ValueError(f"max_wait={max_wait}: must be >= 0 seconds")
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
         self.max_wait = max_wait
+        parts: tuple[Part, ...] = (order, replace, prefetch, preempt)
+        self._listeners = [part.on_event for part in parts if type(part).on_event is not Part.on_event]
         self._shares = None if order.sharing == "none" else Shares(order, max_wait)
         self._stay = order.stay * max_wait
         self._take_after = max_wait if order.take_after is None else order.take_after
@@ -81,8 +83,8 @@ class Composed(SchedulerPolicy):
             self._placed = {now if n == was else n: placed for n, placed in self._placed.items()}
         if self._shares is not None:
             self._shares.clients.on_event(event)
-        for part in (self.order, self.replace, self.prefetch, self.preempt):
-            part.on_event(event)
+        for listen in self._listeners:
+            listen(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
         if self._shares is not None:

@@ -22,16 +22,29 @@ _REPLACEMENT = "\ufffd"
 _CONTEXT = 6
 
 
+def special_tokens(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
+    """Tokens that ``decode(..., skip_special_tokens=True)`` leaves out."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token_id for token_id, token in added.items() if token.special)
+
+
 class Detokenizer:
     """Decodes one sequence as it grows. The concatenated results of :meth:`push` and a final
-    :meth:`finish` equal ``tokenizer.decode(all_ids, skip_special_tokens=...)``."""
+    :meth:`finish` equal ``tokenizer.decode(all_ids, skip_special_tokens=...)``.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    ``special`` is what :func:`special_tokens` gives, from who has it already.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        skip_special_tokens: bool,
+        special: frozenset[int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = frozenset()
         if skip_special_tokens:
-            added = tokenizer.get_added_tokens_decoder()
-            self._skipped = frozenset(i for i, token in added.items() if token.special)
+            self._skipped = special_tokens(tokenizer) if special is None else special
         self._window: list[int] = []
         self._is_byte: list[bool] = []
         self._emitted = 0

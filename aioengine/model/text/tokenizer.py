@@ -14,10 +14,12 @@ import tokenizers
 
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.chat_template import ChatTemplate
-from aioengine.model.text.detokenizer import Detokenizer, TextStream
+from aioengine.model.text.detokenizer import Detokenizer, TextStream, special_tokens
 from aioengine.model.text.text_per_token import text_per_token
 from aioengine.model.text.token_bytes import TokenBytes
 
+_SHORT = 512
+"""Characters of a text that is not worth another thread's help."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -92,8 +94,10 @@ class Tokenizer:
             raise PromptTooLong(least, limit, at_least=True)
         try:
             text.encode()
-            # Not Tokenizer.encode, which holds the interpreter for as long as it takes.
-            [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            if len(text) <= _SHORT:
+                found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            else:  # encode would hold the interpreter for as long as it takes
+                [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError, AttributeError) as error:
             raise RequestInvalid(f"prompt is not valid text: {error}") from error
         if limit is not None and len(found) > limit:
@@ -111,7 +115,11 @@ class Tokenizer:
         return texts[0]
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        return Detokenizer(self._tokenizer, skip_special_tokens)
+        return Detokenizer(self._tokenizer, skip_special_tokens, self._special_ids)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return special_tokens(self._tokenizer)
 
     def text_stream(
         self, skip_special_tokens: bool, stop: tuple[str, ...], include_stop: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping
 from ipaddress import IPv6Address, ip_address
 from typing import Any
@@ -13,6 +14,7 @@ def client_of(scope: MutableMapping[str, Any]) -> str:
     return network_of(str(client[0])) if client else "unknown"
 
 
+@functools.lru_cache(4096)
 def network_of(client: str) -> str:
     """Return the address, or the first 64 bits of an IPv6 address, because one client owns all addresses of
     such a network."""

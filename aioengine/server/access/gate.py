@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
@@ -39,6 +40,7 @@ class Gate:
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._refusals = Refusals()
         self._secret = secrets.token_bytes(16)
+        self._pseudonym = functools.lru_cache(4096)(self._pseudonym_of)
         self._meters: dict[tuple[str, str], Meter] = {}
         self._task: asyncio.Task[None] | None = None
         self._watch: KeysWatch | None = None
@@ -81,7 +83,7 @@ class Gate:
         record.tenant = record.identity.tenant
         record.owner = record.tenant or f"client-{self._pseudonym(client_of(scope))}"
 
-    def _pseudonym(self, address: str) -> str:
+    def _pseudonym_of(self, address: str) -> str:
         """Return a pseudonym of an address, because readers of the metrics need not know the address."""
         return blake2b(address.encode(), key=self._secret, digest_size=6).hexdigest()
 

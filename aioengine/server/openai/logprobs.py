@@ -28,7 +28,10 @@ class TextOffsets:
     def __init__(self, text: str | None = None, begin: int = 0) -> None:
         self._text = text
         self._end = begin
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @functools.cached_property
+    def _decoder(self) -> codecs.IncrementalDecoder:
+        return codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, data: bytes) -> int:
         """Return the offset of the next token, whose bytes are given."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aioengine.server.transport.turns import Turns
 
@@ -61,15 +61,35 @@ class _Transport:
         self._protocol = protocol
         self._write = transport.write
         self.get_extra_info = transport.get_extra_info
+        self._head = b""
+        self._head_of: object = None
+        """The cycle whose answer has begun."""
 
     def write(self, data: bytes) -> None:
-        if not self._protocol.lingers:
+        """Write it; the headers of an answer together with what follows in the same pass of the loop."""
+        protocol, cycle = self._protocol, self._protocol.cycle
+        if protocol.lingers:
+            return
+        if cycle is not self._head_of and cycle is not None and cycle.response_started:
+            self._head_of, self._head = cycle, data
+            protocol.loop.call_soon(self.flush)
+        elif self._head:
+            self._head, data = b"", self._head + data
             self._write(data)
+        else:
+            self._write(data)
+
+    def flush(self) -> None:
+        """Write headers that nothing has followed."""
+        if self._head and not self._protocol.is_closing:
+            self._write(self._head)
+        self._head = b""
 
     def is_closing(self) -> bool:
         return self._protocol.is_closing
 
     def close(self) -> None:
+        self.flush()
         self._protocol.close()
 
     def pause_reading(self) -> None:
@@ -227,12 +247,14 @@ class _BoundedProtocol(HttpToolsProtocol):
             self.turns.ask_later(self)
 
     def _count_input(self) -> None:
-        self.turns.held += self._left - self._held
-        self._held = self._left
-        if self.turns.held > HELD_BYTES and self._left:
+        left = self._left
+        self.turns.held += left - self._held
+        self._held = left
+        if self.turns.held > HELD_BYTES and left:
             self._drop_input()
             self._real.abort()
-        self._pace()
+        if self._is_paused or left > INPUT_BYTES:
+            self._pace()
 
     def _drop_input(self) -> None:
         self.turns.held -= self._held
@@ -276,6 +298,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         if b"transfer-encoding" not in names:
             self._body_left = int(names.get(b"content-length", 0))
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            _end_with_connection(self.cycle)
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
@@ -317,3 +341,21 @@ class _BoundedProtocol(HttpToolsProtocol):
     def _answer(self, status: int, phrase: bytes, headers: bytes = b"") -> None:
         head = b"HTTP/1.1 %d %s\r\ncontent-length: 0\r\nconnection: close\r\n" % (status, phrase)
         self._real.write(head + headers + b"\r\n")
+
+
+def _end_with_connection(cycle: RequestResponseCycle) -> None:
+    """Have an answer whose length is not known end with the connection: HTTP/1.0 knows no chunks."""
+    send = cycle.send
+    has_length = False
+
+    async def send_unframed(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_unframed  # type: ignore[method-assign]
