@@ -1,4 +1,4 @@
-"""Whether two schemas can be satisfied by one value, as far as their text shows it plainly."""
+"""Decides whether two schemas are plainly disjoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_NAMES = 4
 
 
 def are_disjoint(one: Any, other: Any) -> bool:
-    """Whether it is plain that no value satisfies both schemas."""
+    """Whether plainly no value satisfies both schemas."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return one is False or other is False
     values, others = _constants(one), _constants(other)
@@ -42,7 +42,7 @@ def _required(schema: dict[str, Any]) -> list[str]:
 
 
 def _constants(schema: Any) -> set[Any] | None:
-    """The only values that satisfy it; None if that is not plain."""
+    """Return the only values that satisfy it; None if unknown."""
     if not isinstance(schema, dict):
         return None
     if "const" in schema:
@@ -61,7 +61,7 @@ _TYPES = frozenset({"object", "array", "string", "number", "boolean", "null"})
 
 
 def types(schema: dict[str, Any]) -> frozenset[str]:
-    """JSON types of the values that may satisfy it; integers are numbers."""
+    """Return the JSON types of the values that may satisfy it; integers are numbers."""
     found = schema.get("type")
     names = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     types = frozenset("number" if name == "integer" else name for name in names if isinstance(name, str))

@@ -1,6 +1,7 @@
 """A child of the zygote: one grammar, and the parsers of all requests that have it.
 
-It may die of its grammar at any time: of its processor time (SIGPROF), memory (SIGABRT) or stack (SIGSEGV).
+Its grammar may kill it at any time, by exceeding processor time (SIGPROF), memory (SIGABRT) or stack
+(SIGSEGV).
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from aioengine.grammars.wire import AFRESH, ASK, COMPILED, FORGET, LENGTH, MASK
 
 STACK = 64 * 2**20
-"""Bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
+"""Stack size in bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
 OVERHEAD = STACK + 64 * 2**20
-"""Bytes of address space that a thread takes anyway: its stack and its malloc arena."""
+"""Bytes of address space that any thread takes: its stack and its malloc arena."""
 SLOW_SECONDS = 0.005
 SLOW_MASKS = 4
-"""A grammar whose masks have taken longer than that on average, of at least so many, gives way to others."""
+"""A grammar whose masks took longer than this on average, over at least this many, lowers its priority."""
 GIVES_WAY = 19
 MEASURE_SECONDS = 0.5
-"""The shortest time between two looks at how much memory is used."""
+"""Minimum time between two measurements of the memory."""
 
 
 MAX_REASON = 2000
@@ -70,7 +71,7 @@ def run(
 
 
 def _compile(tokenizer: LLTokenizer, text: str, nice: int) -> LLMatcher:
-    """In a thread, which can have a large stack; and on Linux it alone becomes nicer."""
+    """Compile in a thread, which can have a large stack; on Linux only the thread becomes nicer."""
     found: list[LLMatcher] = []
 
     def work() -> None:
@@ -109,7 +110,7 @@ class _Masks:
         self._is_nice = False
 
     def serve(self, requests: BufferedReader) -> None:
-        """Answer what is asked until there is no more."""
+        """Answer requests for masks until the engine is gone."""
         while len(head := requests.read(ASK.size)) == ASK.size:
             what, row, number, place, count = ASK.unpack(head)
             tokens = array("i", requests.read(4 * count))
@@ -151,14 +152,14 @@ class _Masks:
 
 
 class _Memory:
-    """Of this process, beyond what it shares with the zygote."""
+    """Memory of this process beyond what it shares with the zygote."""
 
     def __init__(self) -> None:
         self._kib = 0
         self._next = 0.0
 
     def limit(self, count: int) -> None:
-        """To so many bytes more than now. A system that is no Linux may not hold it to that."""
+        """Limit it to ``nbytes`` more than now. Systems other than Linux may not enforce it."""
         if sys.platform == "linux":
             with open("/proc/self/statm") as file:
                 pages = int(file.read().split()[0])
@@ -167,7 +168,7 @@ class _Memory:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def measure(self) -> int:
-        """KiB, as it was lately."""
+        """Return the memory in KiB, as measured recently."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + MEASURE_SECONDS
@@ -183,7 +184,8 @@ def _own_kib() -> int:
 
 
 def _silence() -> None:
-    """What a library says before it aborts is the client's fault, and not for the server's log."""
+    """Silence the library's output before an abort: the client caused it, so it does not belong into the
+    server's log."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for known in (0, 1, 2):
         os.dup2(nowhere, known)
@@ -191,7 +193,7 @@ def _silence() -> None:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What is wrong, without the copy of the grammar that may come before it."""
+    """Return the reason, without the copy of the grammar that may precede it."""
     text = matcher.get_error().strip()
     if text.startswith("<grammar>"):
         text = text.rpartition("</grammar>")[2].strip() or text

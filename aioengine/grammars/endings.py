@@ -1,4 +1,4 @@
-"""How a grammar's process has ended, and what its requests are told."""
+"""Explains how a grammar's process ended, for its requests."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from aioengine.grammars.limits import GrammarLimits, MiB
 
 
 class TooMuch(RequestInvalid):
-    """The grammar takes more than its limits."""
+    """The grammar exceeded its limits."""
 
 
 class TooLong(AioEngineError):
-    """The compile was stopped, for it took more processor time than it was given."""
+    """The compile was stopped because it exceeded its processor time."""
 
 
 class Lost(AioEngineError):
-    """A process has ended, and not because of the grammar."""
+    """A process ended for a reason other than its grammar."""
 
 
 def compile_error(status: int | None, seconds: float, limits: GrammarLimits) -> AioEngineError:
@@ -31,7 +31,7 @@ def compile_error(status: int | None, seconds: float, limits: GrammarLimits) -> 
 
 
 OF_ITS_DOING = (0, -signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
-"""How the process ends of a grammar that takes too much; and of its own accord."""
+"""Exit statuses that the grammar caused, by exceeding a limit or otherwise."""
 
 
 def mask_error(status: int | None, limits: GrammarLimits) -> str:
@@ -45,7 +45,7 @@ def mask_error(status: int | None, limits: GrammarLimits) -> str:
 
 
 def outcome_name(found: object) -> str:
-    """What a compile came to, as metrics call it."""
+    """Return the outcome of a compile, as named in the metrics."""
     if isinstance(found, TooMuch):
         return "limit"
     if isinstance(found, RequestInvalid):

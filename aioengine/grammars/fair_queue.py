@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """First in, first out for each tenant; the tenants one after the other."""
+    """Queue that is first in, first out for each tenant, and round robin between tenants."""
 
     def __init__(self) -> None:
         self._of: OrderedDict[str | None, deque[T]] = OrderedDict()
@@ -20,7 +20,7 @@ class FairQueue(Generic[T]):
         return bool(self._of)
 
     def count(self, tenant: str | None) -> int:
-        """How much of the tenant's waits."""
+        """Number of the tenant's waiting items."""
         return len(self._of.get(tenant, ()))
 
     def put(self, tenant: str | None, item: T) -> None:
@@ -28,7 +28,7 @@ class FairQueue(Generic[T]):
         self._filled.set()
 
     def discard(self, tenant: str | None, item: T) -> None:
-        """Take it out, if it is there."""
+        """Remove an item, if it is there."""
         items = self._of.get(tenant, deque())
         if item in items:
             items.remove(item)
@@ -36,7 +36,7 @@ class FairQueue(Generic[T]):
                 del self._of[tenant]
 
     async def get(self) -> T:
-        """The next; waits for one."""
+        """Return the next item; waits for one."""
         while not self._of:
             self._filled.clear()
             await self._filled.wait()

@@ -15,7 +15,8 @@ _Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 
 class FairThread:
-    """Does short pieces of work, one after the other. Used on one loop. ``most`` of one tenant may wait."""
+    """Thread that does short pieces of work one after another. Used on one loop. At most ``most`` of one
+    tenant may wait."""
 
     def __init__(self, name: str, *, most: int) -> None:
         self._most = most
@@ -25,7 +26,7 @@ class FairThread:
         self._is_closed = False
 
     async def run(self, tenant: str | None, work: Callable[[], T]) -> T:
-        """``work()``. If it is cancelled before its turn, it is not done. Raises what it raises,
+        """Run ``work()`` in turn. If cancelled before its turn, it is not run. Raises the errors of ``work``,
         EngineOverloaded, EngineStopped."""
         if self._is_closed:
             raise EngineStopped("the engine has stopped")
@@ -59,7 +60,7 @@ class FairThread:
                     done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
 
     async def close(self) -> None:
-        """Who waits gets EngineStopped."""
+        """Stop; waiting callers get EngineStopped."""
         self._is_closed = True
         if self._pump is not None:
             self._pump.cancel()
@@ -72,7 +73,7 @@ class FairThread:
 
 
 async def in_own_thread(work: Callable[[], T]) -> T:
-    """In a thread that is there for nothing else, and that nobody waits for who is cancelled."""
+    """Run in a dedicated thread; a cancelled caller does not wait for it."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="aioengine-grammars")
     try:
         return await asyncio.get_running_loop().run_in_executor(pool, work)

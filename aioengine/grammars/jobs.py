@@ -9,19 +9,19 @@ from aioengine.grammars.fair_queue import FairQueue
 from aioengine.grammars.matching import Grammar
 
 Outcome = Grammar | AioEngineError
-"""What a compile comes to."""
+"""Outcome of a compile."""
 
 
 class Job:
-    """A text that is to be compiled, for the requests that wait for it. Made and used on one loop."""
+    """A text to compile, for the requests that wait for it. Created and used on one loop."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.waiters: dict[str | None, int] = {}
-        """How many, of which tenants."""
+        """Number of waiting requests by tenant."""
         self.queue: FairQueue[Job] | None = None
-        """Where it waits for its turn, once for each tenant."""
+        """The queue in which it waits for its turn, once for each tenant."""
         self.attempt: asyncio.Task[Outcome] | None = None
 
     def enqueue(self, queue: FairQueue[Job]) -> None:

@@ -1,4 +1,4 @@
-"""What a grammar may take."""
+"""Limits of grammars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from aioengine.errors import RequestInvalid
 MiB = 2**20
 
 MAX_DEPTH = 64
-"""Bound on how deep a JSON schema is nested. References do not count: each is written once, at the top."""
+"""Maximum nesting of a JSON schema. References do not count, because each target is written once, at the
+top."""
 MAX_SCHEMAS = 20_000
 """Bound on the schemas within a schema, those behind references included."""
 MAX_PROPERTIES = 2_000
@@ -22,11 +23,11 @@ MAX_COMPARED = 5_000
 
 
 class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds for the grammars of one :class:`~aioengine.guided.Guide`. Seconds are of processor time, so that
-    they mean the same on a busy machine, unless it says otherwise."""
+    """Bounds for the grammars of one :class:`~aioengine.guided.Guide`. Seconds are processor time unless
+    stated otherwise, so that they mean the same on a busy machine."""
 
     max_characters: int = 2**18
-    """Of a grammar's text."""
+    """Maximum characters of a grammar's text."""
     quick_seconds: float = 0.5
     """A compile that takes longer is stopped, and begins again, nicer, when no other long one runs. One short
     and one long compile run at a time, so that no long one holds up a short one."""
@@ -39,20 +40,20 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     mask_wall_seconds: float = 10.0
     """The same, in wall time."""
     memory: int = 256 * MiB
-    """Bytes that one grammar's process may take, with the parsers of all requests that have it."""
+    """Maximum bytes of one grammar's process, with the parsers of all its requests."""
     total_memory: int = 1024 * MiB
-    """Bytes of all of them together. Above it those that no request has are dropped, and then the largest."""
+    """Maximum bytes of all of them together. Above it unused ones are dropped first, and then the largest."""
     max_grammars: int = 128
-    """Processes that are kept, those of recent grammars that no request has included. One tenant's requests
-    may have its share of them: half if there is one tenant, a third each if there are two, ..."""
+    """Maximum processes, unused ones of recent grammars included. One tenant's requests may use its share of
+    them: half if there is one tenant, a third each if there are two, ..."""
     max_queued: int = 32
-    """Grammars that one tenant may have waiting to be compiled."""
+    """Maximum grammars of one tenant that wait to be compiled."""
     room_seconds: float = 0.5
-    """How long a compile waits (in wall time) for requests to end if there are too many processes."""
+    """Seconds (wall time) that a compile waits for requests to end if there are too many processes."""
 
 
 def check_properties(names: Collection[str]) -> None:
-    """Raises RequestInvalid if one object has too many properties."""
+    """Raise RequestInvalid if one object has too many properties."""
     if len(names) > MAX_PROPERTIES:
         raise RequestInvalid(
             f"the schema has an object with {len(names)} properties, and at most {MAX_PROPERTIES} are "

@@ -1,7 +1,7 @@
-"""The engine's side of a compiled grammar: its process, and the requests that it is followed for.
+"""The engine's side of a compiled grammar: its process, and the requests that follow it.
 
-What is here is called by the thread that runs the model's steps and by the loop's. Nothing of it computes:
-a constraint asks the grammar's process for a mask before the forward pass, and collects it afterwards.
+Called by the step thread and by the loop's thread. Nothing is computed here: a constraint asks the grammar's
+process for a mask before the forward pass, and collects it afterwards.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from aioengine.grammars.places import Places
 from aioengine.grammars.wire import AFRESH, ASK, FORGET, GO_ON, MASK
 
 MAX_LOSSES = 2
-"""A row whose grammar's process was lost that often, not by the grammar's doing as far as is known, fails."""
+"""A row fails after its grammar's process was lost this often without a known fault of the grammar."""
 SLOW_SECONDS = 0.005
-"""Steps do not wait for a row whose last mask took longer than that."""
+"""Steps do not wait for a row whose last mask took longer than this."""
 PATIENCE_SECONDS = 60.0
-"""How long who asks for a mask without a step waits, whatever happens."""
+"""Maximum seconds to wait for a mask outside of a step."""
 
 
 class _Ask:
-    """A mask that is being computed, or lies in its place."""
+    """A mask that is being computed, or that lies in its place."""
 
     __slots__ = ("asked", "mask", "number", "place", "seconds", "why")
 
@@ -37,9 +37,9 @@ class _Ask:
         self.asked = time.monotonic()
         self.mask = b""
         self.seconds = 0.0
-        """Of processor time that it took."""
+        """Seconds of processor time that it took."""
         self.why = ""
-        """What is wrong, if there is no mask."""
+        """The fault, if there is no mask."""
 
 
 class Grammar:
@@ -49,9 +49,9 @@ class Grammar:
         text: The grammar.
         connection: The engine's end of the process's socket; non-blocking, and closed with this.
         places: Where the process writes masks.
-        wall_seconds: A mask that takes longer ends the process.
+        wall_seconds: A mask that takes longer makes the process be killed.
         kill: Ends the process; called on any thread.
-        unused: Called on any thread when no request has it any more.
+        unused: Called on any thread when no request uses it any more.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Grammar:
     ) -> None:
         self.text = text
         self.memory = memory
-        """Bytes of its process's own, as last reported."""
+        """Private bytes of its process, as last reported."""
         self.rows: dict[int, str | None] = {}
-        """Those that follow it now, and their tenants."""
+        """The constraints that follow it now, and their tenants."""
         self.failure: str | None = None
-        """Why it is of no use any more."""
+        """Reason why it can no longer be used."""
         self.is_lost = False
-        """Its process has ended, and not because of the grammar."""
+        """Whether its process ended for a reason other than the grammar."""
         self._connection = connection
         self._places = places
         self._wall_seconds = wall_seconds
@@ -89,14 +89,14 @@ class Grammar:
         self._ended = threading.Event()
 
     def follow(self, tenant: str | None, replace: Callable[[GrammarConstraint], None]) -> GrammarConstraint:
-        """A constraint of its own for one request. ``replace`` is called, on any thread, when its grammar is
+        """Create a constraint for one request. ``replace`` is called, on any thread, when its grammar is
         lost."""
         constraint = GrammarConstraint(self.text, replace)
         self.join(constraint, tenant)
         return constraint
 
     def join(self, constraint: GrammarConstraint, tenant: str | None) -> None:
-        """From now on this is what it follows."""
+        """Let a constraint follow this grammar from now on."""
         with self._lock:
             row = self._next_row
             self._next_row += 1
@@ -105,7 +105,7 @@ class Grammar:
         constraint.use(self, row)
 
     def fail(self, why: str) -> None:
-        """It is of no use any more; its process, if that still runs, is ended."""
+        """Mark it as unusable, and kill its process if that still runs."""
         with self._lock:
             if self.failure is not None:
                 return
@@ -114,7 +114,7 @@ class Grammar:
             self._connection.close()
 
     def process_ended(self, why: str, *, is_lost: bool = False) -> None:
-        """What is still to be written to places by it never will be."""
+        """Note that its process has ended and writes to no place any more."""
         with self._lock:
             self.is_lost = is_lost and self.failure is None
             self.fail(why)
@@ -126,8 +126,8 @@ class Grammar:
     # For one row
 
     def ask(self, row: int, tokens: Sequence[int], *, afresh: bool) -> _Ask | None:
-        """Have the mask after ``tokens`` more (or after ``tokens`` alone) computed; None if there is no place
-        for it now, because other rows' are late. Raises ValueError if the grammar is of no use any more."""
+        """Ask for the mask after ``tokens`` more (or after ``tokens`` alone); None if there is no free place,
+        because other rows' masks are late. Raises ValueError if the grammar is unusable."""
         with self._lock:
             self._check()
             place = self._places.take()
@@ -143,8 +143,8 @@ class Grammar:
             return ask
 
     def collect(self, ask: _Ask, seconds: float) -> bool:
-        """Whether it has been answered, within so many seconds from now. Raises ValueError if the grammar is
-        of no use any more."""
+        """Wait for the answer, at most ``seconds``; returns whether it has come. Raises ValueError if the
+        grammar is unusable."""
         until = time.monotonic() + seconds
         while True:
             with self._lock:
@@ -170,7 +170,7 @@ class Grammar:
                 waits.poll(left * 1000)
 
     def _drop(self, row: int) -> None:
-        """Called by the collector, on any thread and at any moment: nothing that locks."""
+        """Called by the garbage collector on any thread at any moment, so it must not lock."""
         self.rows.pop(row, None)
         self._forgotten.append(row)
         if not self.rows:
@@ -224,7 +224,7 @@ class GrammarConstraint:
         self._lock = threading.Lock()
         self._losses = 0
         self._there = threading.Event()
-        """Set while there is a grammar to follow, or a reason why there is none."""
+        """Set while there is a grammar to follow, or a reason for its absence."""
 
     def use(self, grammar: Grammar, row: int) -> None:
         """Follow it from the beginning of the output."""
@@ -239,7 +239,7 @@ class GrammarConstraint:
         self._there.set()
 
     def give_up(self, why: str) -> None:
-        """There is no other grammar in place of the one that was lost."""
+        """Fail it, because no grammar replaces the lost one."""
         self._why = why
         self._there.set()
 
@@ -254,8 +254,8 @@ class GrammarConstraint:
                 self._begin(output)
 
     def _is_there(self, seconds: float) -> bool:
-        """Whether there is a grammar, within so many seconds. One that was lost is asked for anew: a process
-        may be killed for what others do."""
+        """Wait for a grammar, at most ``seconds``; returns whether there is one. A lost one is requested
+        again, because a process may be killed for what others do."""
         if not self._there.wait(seconds):
             return False
         if self._why:
@@ -299,7 +299,7 @@ class GrammarConstraint:
         return ask.mask
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        """As :meth:`poll`, for as long as it takes."""
+        """As :meth:`poll`, without a time limit."""
         until = time.monotonic() + PATIENCE_SECONDS
         while (mask := self.poll(output, 0.1)) is None:
             if time.monotonic() > until:

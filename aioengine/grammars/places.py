@@ -1,4 +1,4 @@
-"""Memory that the engine shares with the children: places for masks."""
+"""Shared memory between the engine and the children: places for masks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import threading
 
 
 class Places:
-    """``count`` places of ``width`` bytes each. A place belongs to one child until that has answered or has
-    ended: what is late is written all the same."""
+    """``count`` places of ``width`` bytes each. A place belongs to one child until the child has answered or
+    ended, because late masks are still written."""
 
     def __init__(self, count: int, width: int) -> None:
         self.width = width
@@ -22,7 +22,7 @@ class Places:
         self._lock = threading.Lock()
 
     def take(self) -> int | None:
-        """A place; None if there is none."""
+        """Take a place; None if none is free."""
         with self._lock:
             return self._free.pop() if self._free else None
 
@@ -35,13 +35,13 @@ class Places:
         return self._memory[begin : begin + count]
 
     def close(self) -> None:
-        """What has been read stays."""
+        """Close it; masks that were read stay valid."""
         os.close(self.file)
         self._memory.close()
 
 
 def _file(size: int) -> int:
-    """The descriptor of a file that has no name."""
+    """Open a file without a name, and return its descriptor."""
     if sys.platform == "linux":
         file = os.memfd_create("aioengine-masks")
     else:

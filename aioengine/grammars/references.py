@@ -9,7 +9,7 @@ from aioengine.errors import RequestInvalid
 
 
 class References:
-    """What ``$ref`` leads to in one schema: by JSON pointer or ``$anchor``, also behind its ``$id``."""
+    """Targets of ``$ref`` in one schema: by JSON pointer or ``$anchor``, also relative to its ``$id``."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -18,7 +18,7 @@ class References:
         self._anchors: dict[str, Any] | None = None
 
     def target(self, reference: Any) -> Any:
-        """The schema that it leads to. Raises RequestInvalid if there is none."""
+        """Return the target schema. Raises RequestInvalid if there is none."""
         if not isinstance(reference, str):
             raise RequestInvalid("the schema has a $ref that is no text")
         pointer = reference.removeprefix(self._id)

@@ -1,4 +1,4 @@
-"""JSON schemas as the grammar compiler takes them: closed objects, compact text, nothing ignored in silence.
+"""Prepares JSON schemas for the grammar compiler: closed objects, compact text, nothing ignored silently.
 
 A schema that declares ``properties`` and does not say whether there may be others allows any others. A small
 model then invents them until its tokens are spent. So objects are closed here: only declared names are left.
@@ -31,13 +31,13 @@ from aioengine.grammars.references import References
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 )
-"""Values of ``format`` that the compiler knows; others say nothing about the text."""
+"""Values of ``format`` that the compiler knows; others do not constrain the text."""
 
 _ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
     | {"$comment", "$schema", "$id", "$anchor", "$defs", "definitions", "discriminator", "x-guidance"}
 )
-"""Keywords that say nothing about which values are valid. References are resolved here."""
+"""Keywords that do not affect validity. References are resolved here."""
 _ALTERNATIVES = ("anyOf", "oneOf")
 _IN_PLACE = ("$ref", "allOf", *_ALTERNATIVES)
 """Keywords whose schemas apply to the same value as the schema that they stand in."""
@@ -63,9 +63,9 @@ class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Let the model lay the JSON out, with up to 32 spaces and line breaks between two tokens. Otherwise
     there is at most one space, after a comma or a colon."""
     lenient: bool = True
-    """Accept what cannot be enforced token by token but hardly matters to who reads the answer:
-    ``uniqueItems``, formats that nobody here knows, ``oneOf`` whose alternatives overlap (any one that
-    matches will do). Otherwise it is refused."""
+    """Accept requirements that cannot be enforced token by token but hardly matter to readers of the answer:
+    ``uniqueItems``, unknown formats, ``oneOf`` whose alternatives overlap (any one that
+    matches will do). Otherwise such a schema is refused."""
 
     def for_strict(self, strict: bool | None) -> SchemaOptions:
         """These options for a schema whose ``strict`` is given: true closes objects in any case."""
@@ -87,10 +87,11 @@ class PreparedSchema(NamedTuple):
 
 
 def prepare_schema(schema: Mapping[str, Any] | bool | str, options: SchemaOptions) -> PreparedSchema:
-    """The schema as the compiler gets it. ``schema`` may be JSON text.
+    """Prepare a schema for the compiler. ``schema`` may be JSON text.
 
-    Takes time in proportion to the schema's size, within MAX_SCHEMAS. Raises RequestInvalid for what is no
-    schema, is too large or nested too deeply, refers to something that is not there, or cannot be enforced.
+    Takes time in proportion to the schema's size, within MAX_SCHEMAS. Raises RequestInvalid for an invalid
+    schema, one that is too large or nested too deeply, a reference without a target, or requirements that
+    cannot be enforced.
     """
     if isinstance(schema, str):
         try:
@@ -107,7 +108,7 @@ def prepare_schema(schema: Mapping[str, Any] | bool | str, options: SchemaOption
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The schema of a function's arguments: always an object, and without properties it is ``{}``.
+    """Return the schema of a function's arguments: always an object, and ``{}`` without properties.
 
     Raises RequestInvalid if the parameters are not of type "object".
     """
@@ -121,7 +122,7 @@ def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 class _Writer:
-    """Writes one schema anew. References to it become references to definitions of the result."""
+    """Rewrites one schema. Its references become references to definitions in the result."""
 
     def __init__(self, root: Any, options: SchemaOptions) -> None:
         self._root = root
@@ -129,7 +130,7 @@ class _Writer:
         self._definitions: dict[tuple[str, bool], str] = {}
         """(Reference, closed?) -> its name in the result."""
         self._pending: list[tuple[str, bool]] = []
-        """Those that are still to be written."""
+        """Definitions that are still to be written."""
         self._written = self._compared = 0
         self._references = References(root)
         self.not_enforced: dict[str, None] = {}
@@ -150,7 +151,7 @@ class _Writer:
     # Three ways of writing a schema
 
     def _value(self, schema: Any, depth: int) -> Any:
-        """A schema that alone says what a value may be: closed."""
+        """Write a schema that alone describes a value: closed."""
         if not self._begin(schema, depth):
             return schema
         if self._options.open_objects:
@@ -166,7 +167,7 @@ class _Writer:
         return self._closed_together(schema, depth)
 
     def _closed(self, schema: Schema, depth: int) -> Schema:
-        """One that has no in-place applicators."""
+        """Write a closed schema without in-place applicators."""
         nested = self._open if schema.keys() & _MANY_FOR_ONE else self._value
         written = self._copy(schema, depth, nested)
         if "properties" in schema and "additionalProperties" not in schema and _may_close(schema):
@@ -176,7 +177,8 @@ class _Writer:
         return written
 
     def _closed_together(self, schema: Schema, depth: int) -> Schema:
-        """One that applies to a value together with others: only the names of all of them are left."""
+        """Write a schema that applies to a value together with others: only the names that any of them
+        declares are allowed."""
         members = list(self._members(schema, depth, ()))
         declared = Counter(itertools.chain.from_iterable(_dict(m, "properties") for m in members))
         many = any(
@@ -301,7 +303,7 @@ class _Writer:
             )
 
     def _declares(self, schema: Any) -> bool:
-        """Whether every object that satisfies it has its properties declared, whichever alternatives it
+        """Whether every object that satisfies it has only declared properties, whichever alternatives it
         satisfies. References do not lead back."""
         if not isinstance(schema, dict):
             return False
@@ -345,7 +347,7 @@ class _Writer:
         return schema
 
     def _begin(self, schema: Any, depth: int) -> bool:
-        """Count it; whether there is something in it. Raises RequestInvalid."""
+        """Count a schema; returns whether it has content. Raises RequestInvalid."""
         self._written += 1
         if depth > MAX_DEPTH:
             raise RequestInvalid(f"the schema is nested more than {MAX_DEPTH} levels deep")
@@ -371,7 +373,7 @@ def _may_close(schema: Schema, declared: int | None = None) -> bool:
 
 
 def _names(schema: Schema) -> dict[str, None]:
-    """Names of properties that a schema declares or asks for, in order."""
+    """Return the names of properties that a schema declares or requires, in order."""
     required = schema.get("required")
     names = dict.fromkeys(_dict(schema, "properties"))
     if isinstance(required, list):

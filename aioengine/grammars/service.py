@@ -1,4 +1,4 @@
-"""Grammars of one engine: compiled once for all requests that have the same, a few kept, the rest refused."""
+"""Grammars of one engine: each text is compiled once for all its requests, and a bounded number is kept."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProces
 
 QUICK_NICE = 5
 LONG_NICE = 10
-"""How much compiles give way to the model's own threads."""
+"""Niceness of compiles beside the model's own threads."""
 MEMORY_SECONDS = 0.5
-"""Between two looks at the memory of all of them."""
+"""Seconds between two measurements of the memory of all of them."""
 
 _STOPPED = "the engine was stopped, and guided decoding with it"
 
@@ -41,10 +41,10 @@ class Grammars:
     """Compiles grammars and keeps them, each in a process of its own.
 
     Args:
-        tokens: Makes what the processes need to know of the model's tokens; called in a thread.
+        tokens: Builds the description of the model's tokens for the processes; called in a thread.
         vocab: The size of the model's vocabulary.
         rows: Requests that may be in one step.
-        told: Told of each compile: its outcome (see :func:`outcome_name`) and seconds of wall time.
+        told: Called after each compile with its outcome (see :func:`outcome_name`) and seconds of wall time.
 
     Nothing is started before it is needed. All methods are called on one loop.
     """
@@ -65,43 +65,43 @@ class Grammars:
         self._num_places = 2 * rows + 8  # as many again: a row that has ended may still be written
         self._width = -(-vocab // 32) * 4 + 64
         self._zygote: asyncio.Task[ZygoteProcess] | None = None
-        """Its start, begun when it is first needed, and again when it was lost."""
+        """Start of the zygote, on first use and after a loss."""
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
-        """By text; the least recently used first."""
+        """Grammars by text, the least recently used first."""
         self._jobs: dict[str, Job] = {}
         self._quick: FairQueue[Job] = FairQueue()
         self._long: FairQueue[Job] = FairQueue()
         self._lanes: list[asyncio.Task[None]] = []
         self._room = asyncio.Event()
-        """Set whenever a grammar is used by nobody any more, or gone."""
+        """Set whenever a grammar becomes unused, or is gone."""
         self._watch: asyncio.TimerHandle | None = None
         self._replacing: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     @property
     def kept(self) -> int:
-        """Compiled grammars, each with its process."""
+        """Number of compiled grammars, each with its process."""
         return len(self._kept)
 
     @property
     def waiting(self) -> int:
-        """Texts that are compiled or wait for it."""
+        """Number of texts that are being compiled or wait for it."""
         return len(self._jobs)
 
     def check_size(self, text: str) -> None:
-        """Raises RequestInvalid if it has too many characters."""
+        """Raise RequestInvalid if a grammar has too many characters."""
         most = self.limits.max_characters
         if len(text) > most:
             raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are compiled")
 
     async def constraint(self, text: str, tenant: str | None) -> GrammarConstraint:
-        """A constraint for one request. If it is cancelled and nobody else waits for this text, the compile
-        is given up.
+        """Build a constraint for one request. If the call is cancelled and no other request waits for this
+        text, the compile is stopped.
 
         Raises:
             RequestInvalid: The grammar is malformed, or takes more than its limits to compile.
-            EngineOverloaded: Too many of the tenant's wait to be compiled, or too many grammars are in use.
-            ConfigError: Guided decoding cannot be had for this model, or on this system.
+            EngineOverloaded: Too many of the tenant's grammars wait to be compiled, or too many are in use.
+            ConfigError: Guided decoding is not available for this model, or on this system.
             EngineStopped: The engine has stopped.
         """
         if self._is_closed:
@@ -115,7 +115,8 @@ class Grammars:
         return grammar.follow(tenant, self._replacer(tenant))
 
     def _replacer(self, tenant: str | None) -> Callable[[GrammarConstraint], None]:
-        """What finds another grammar for a constraint whose own is lost; called on any thread."""
+        """Return a function that finds another grammar for a constraint that lost its own; it may be called
+        on any thread."""
         loop = asyncio.get_running_loop()
 
         async def replace(constraint: GrammarConstraint) -> None:
@@ -198,7 +199,7 @@ class Grammars:
             ]
 
     async def _lane(self, queue: FairQueue[Job], seconds: float, nice: int) -> None:
-        """Compiles what is in the queue, one after the other, in so many seconds each."""
+        """Compile the queued texts one after another, each in at most ``seconds``."""
         loop = asyncio.get_running_loop()
         while True:
             job = await queue.get()
@@ -271,7 +272,7 @@ class Grammars:
                 child.connection.close()
 
     async def _follow(self, child: ChildProcess, text: str, seconds: float) -> int:
-        """See it through its compile; returns the bytes of memory that it takes then."""
+        """Wait for its compile; returns its memory in bytes."""
         limits = self.limits
         loop = asyncio.get_running_loop()
         try:
@@ -325,7 +326,7 @@ class Grammars:
         self._room.set()
 
     def _make_room(self) -> None:
-        """For one more. Raises EngineOverloaded."""
+        """Make room for one more process. Raises EngineOverloaded."""
         most = self.limits.max_grammars
         self._drop_unused(lambda: len(self._kept) >= most)
         if len(self._kept) >= most:
@@ -345,7 +346,7 @@ class Grammars:
         self._remove(grammar)
 
     def _look_at_memory(self) -> None:
-        """Now, and again as long as there is something to look at."""
+        """Measure the memory now, and again as long as there are grammars."""
         most = self.limits.total_memory
 
         def too_much() -> bool:
@@ -369,7 +370,7 @@ class Grammars:
         return call
 
     async def close(self) -> None:
-        """End all processes, and wait until they have. Who waits for a compile gets EngineStopped."""
+        """End all processes and wait for their end. Callers that wait for a compile get EngineStopped."""
         self._is_closed = True
         attempts = [job.attempt for job in self._jobs.values() if job.attempt is not None]
         for task in (*self._lanes, *attempts):

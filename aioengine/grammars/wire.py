@@ -1,6 +1,6 @@
-"""What the engine, the zygote and its children say to each other; all of one version, on one machine.
+"""Messages between the engine, the zygote and its children; all of one version, on one machine.
 
-Imported by the zygote, which is to stay small.
+The zygote imports it, so it must stay small.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ HELLO = struct.Struct("=IIqI")
 """Engine to zygote: vocabulary, bytes of a place, bytes of shared memory, end-of-sequence tokens. Their ids
 follow, and the tokenizer's JSON as a text."""
 LENGTH = struct.Struct("=I")
-"""Before each text."""
+"""Precedes each text."""
 ORDER = struct.Struct("=IIddqi")
 """Engine to zygote: what, and the child's number; with START, which comes with a socket: seconds for the
 compile and for a mask, bytes of memory, niceness of the compile."""
 START, KILL = 1, 2
 EXITED = struct.Struct("=Ii")
-"""Zygote to engine: a child's number, and how it ended as :func:`os.waitstatus_to_exitcode` has it."""
+"""Zygote to engine: a child's number, and its exit code, as :func:`os.waitstatus_to_exitcode` gives it."""
 COMPILED = struct.Struct("=II")
-"""Child to engine: whether that worked, and its memory in KiB. A text follows: why not."""
+"""Child to engine: whether the compile succeeded, and its memory in KiB. The reason of a failure follows as a
+text."""
 ASK = struct.Struct("=BxxxIIII")
 """Engine to child: what, row, number, place, tokens. The ids of the tokens follow, as int32."""
 GO_ON, AFRESH, FORGET = 1, 2, 3

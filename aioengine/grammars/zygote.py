@@ -124,8 +124,8 @@ def _reap(running: dict[int, int], control: socket.socket) -> None:
 
 
 def _parental_death() -> Callable[[], None]:
-    """What has the kernel end this process when its parent ends, where there is such a thing. Elsewhere the
-    connections say so: to the zygote at once, to a child when it has compiled."""
+    """Return a function that lets the kernel end this process with its parent, where the system supports it.
+    Elsewhere the closed connection tells: the zygote at once, a child after its compile."""
     if sys.platform != "linux":
         return lambda: None
     prctl = ctypes.CDLL(None).prctl

@@ -18,12 +18,12 @@ from aioengine.grammars.places import Places
 from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
 
 START_SECONDS = 60.0
-"""For Python to start and read the tokenizer, on a machine that is very busy."""
+"""Time limit for Python to start and read the tokenizer, even on a very busy machine."""
 END_SECONDS = 5.0
 
 
 class Tokens:
-    """What the zygote makes its tokenizer of."""
+    """Data from which the zygote builds its tokenizer."""
 
     def __init__(self, json: str, vocab: int, eos: list[int]) -> None:
         self.json = json
@@ -38,12 +38,12 @@ class ChildProcess:
         self.number = number
         self.connection = connection
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        """Its exit status, or minus the signal that it died of; None if that cannot be known, for the zygote
-        has died."""
+        """Its exit status, or minus the signal that killed it; None if unknown, because the zygote has
+        died."""
 
 
 class ZygoteProcess:
-    """Started with :meth:`start`, ended with :meth:`close`; used on one loop."""
+    """The zygote process, from :meth:`start` to :meth:`close`; used on one loop."""
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, places: Places) -> None:
         self.places = places
@@ -57,8 +57,9 @@ class ZygoteProcess:
 
     @classmethod
     async def start(cls, tokens: Tokens, num_places: int, width: int) -> ZygoteProcess:
-        """With so many places of ``width`` bytes. If it fails or is cancelled, no process is left. Raises
-        ConfigError if it cannot be started, or llguidance does not know this kind of tokenizer."""
+        """Start the zygote, with ``count`` places of ``width`` bytes. If it fails or is cancelled, no process
+        is left. Raises ConfigError if it cannot be started, or llguidance does not know this kind of
+        tokenizer."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         places = Places(num_places, width)
@@ -114,7 +115,7 @@ class ZygoteProcess:
         return await read_text(self._control)
 
     def fork(self, limits: GrammarLimits, *, compile_seconds: float, nice: int) -> ChildProcess:
-        """Raises OSError if the zygote has died, or has too much to do."""
+        """Fork a child. Raises OSError if the zygote has died or is overloaded."""
         number = next(self._numbers) % 2**32
         ours, theirs = socket.socketpair()
         try:
@@ -152,7 +153,7 @@ class ZygoteProcess:
                 child.exited.set_result(None)
 
     async def close(self) -> None:
-        """End it and its children, and wait until it has. Safe to call twice."""
+        """End it and its children, and wait for its end. Safe to call twice."""
         if self._control.fileno() < 0:
             return
         if self._listener is not None:
@@ -197,6 +198,6 @@ async def _exactly(loop: asyncio.AbstractEventLoop, connection: socket.socket, s
 
 
 def _environment() -> dict[str, str]:
-    """The zygote finds the modules that this process does."""
+    """Environment in which the zygote finds the same modules as this process."""
     folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

@@ -1,4 +1,4 @@
-"""What the constraints of a step's rows allow: begun before the forward pass, collected after it."""
+"""Masks of a step's constraints: begun before the forward pass, collected after it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from aioengine.request import StartedConstraint, TokenConstraint
 from aioengine.step import SequenceWork
 
 PATIENCE_SECONDS = 0.02
-"""How long a step waits for all rows together, but for those whose constraints are slow."""
+"""Seconds that a step waits for all rows together, except rows with slow constraints."""
 ALONE_SECONDS = 0.05
-"""How long it waits for a slow one if there is nothing else in it."""
+"""Seconds that it waits for a slow one if the step has no other rows."""
 
 
 class Masks(NamedTuple):
-    """By index among the rows."""
+    """Masks by index among the rows."""
 
     found: dict[int, bytes]
     late: set[int]
@@ -26,8 +26,8 @@ class Masks(NamedTuple):
 
 
 def begin(rows: Iterable[SequenceWork]) -> None:
-    """Have the constraints of rows that will be sampled begin, if they can. What fails here fails again in
-    :func:`collect`."""
+    """Start the constraints of rows that will be sampled, if they can start early. Errors here appear again
+    in :func:`collect`."""
     for row in rows:
         if row.sample and (constraint := _started(row)) is not None:
             with contextlib.suppress(Exception):
@@ -35,7 +35,7 @@ def begin(rows: Iterable[SequenceWork]) -> None:
 
 
 def collect(rows: Sequence[SequenceWork], *, alone: bool) -> Masks:
-    """Ask the constraints of ``rows``, all of which are to be sampled. ``alone``: the step has no others."""
+    """Collect the masks of ``rows``, all of which will be sampled. ``alone``: the step has no other rows."""
     masks = Masks({}, set(), {})
     until = time.monotonic() + PATIENCE_SECONDS
     for index, row in enumerate(rows):

@@ -38,9 +38,9 @@ def download(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder in the local cache that has the repository's files that match ``patterns``.
+    """Download the repository's files that match ``patterns``, and return their folder in the local cache.
 
-    What is there is not fetched again; if the Hub cannot be reached, what is there is enough. Blocking.
+    Cached files are not fetched again; if the Hub cannot be reached, cached files are used. Blocking.
     Raises ImportError, or one of the many types that ``huggingface_hub`` raises.
     """
     from huggingface_hub import snapshot_download  # optional
@@ -57,7 +57,7 @@ def download(
 
 
 def explain(error: Exception) -> str:
-    """Why :func:`download` raised ``error``, in a few words, and what to do about it."""
+    """Explain why :func:`download` raised ``error``, in a few words, and what to do about it."""
     from huggingface_hub import constants, errors  # optional
 
     if isinstance(error, errors.GatedRepoError):

@@ -1,4 +1,4 @@
-"""From the ``model`` of a configuration to files on disk, and from those to a spec."""
+"""Finds the files of a configuration's ``model``, and reads their spec."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aioengine.model.spec import ModelSpec
 
 
 def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
-    """The folder or GGUF file that ``model`` names.
+    """Return the folder or GGUF file that ``model`` names.
 
     A path wins over a name. "smollm2-135m" is the embedded default; "org/name", "org/name@revision" or
     "hf:org/name" is looked up on the Hugging Face Hub when ``huggingface_hub`` is installed (offline, its
@@ -56,7 +56,7 @@ def _from_hub(model: str, hub_id: HubId) -> Path:
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """The spec of a model folder or GGUF file, without reading weights."""
+    """Read the spec of a model folder or GGUF file, without reading weights."""
     if path.suffix == ".gguf":
         from aioengine.model.files import gguf
 

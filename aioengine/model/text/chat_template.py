@@ -1,8 +1,8 @@
 """Chat templates through jinja2.
 
-They come with the model and are untrusted: they run in jinja2's immutable sandbox. How far their loops go
-depends on what a client sends, so the time and the text of one rendering are bounded. A rendering holds the
-interpreter; a long one lets go of it at short intervals.
+They come with the model and are untrusted: they run in jinja2's immutable sandbox. The length of their loops
+depends on the client, so the time and the text of one rendering are bounded. A rendering holds the
+interpreter lock; a long one releases it at short intervals.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from aioengine.errors import RequestInvalid
 
 MAX_SECONDS = 1.0
-"""Of processor time that one rendering may take. 2,048 messages and 128 tools take a fiftieth of it with the
+"""Processor time that one rendering may take. 2,048 messages and 128 tools take a fiftieth of it with the
 templates of common models."""
 MAX_TEXT = 2**25
 """Characters that a template may write."""
 AT_A_STRETCH = 0.002
-"""Seconds for which a rendering holds the interpreter, as far as jinja2 can be interrupted."""
+"""Seconds after which a rendering releases the interpreter lock, as far as jinja2 can be interrupted."""
 LET_GO = 0.0005
-"""Seconds for which it then waits, so that other threads take it."""
+"""Seconds that it then waits, so that other threads can take the lock."""
 LOOK_AGAIN = 32
-"""Steps of a template between two looks at the clock."""
+"""Steps of a template between two readings of the clock."""
 
 
 class ChatTemplate:
@@ -45,7 +45,7 @@ class ChatTemplate:
         self._template = self._environment.from_string(source)
 
     def render(self, variables: dict[str, Any]) -> str:
-        """The template's text. Raises :class:`~aioengine.errors.RequestInvalid` if the template fails, or
+        """Render the template. Raises :class:`~aioengine.errors.RequestInvalid` if the template fails, or
         takes more than ``MAX_SECONDS`` or ``MAX_TEXT``."""
         budget = self._environment.current.budget = _Budget()
         parts: list[str] = []
@@ -65,7 +65,7 @@ class ChatTemplate:
 
 
 class _Budget:
-    """Of one rendering, in one thread."""
+    """Budget of one rendering, in one thread."""
 
     def __init__(self) -> None:
         self._end = time.thread_time() + MAX_SECONDS

@@ -77,7 +77,7 @@ class Detokenizer:
         return delta
 
     def _shrink(self) -> None:
-        """Forget the window's start. A character or a byte run cut there decodes to U+FFFD, which later
+        """Drop the window's start. A character or a byte run cut there decodes to U+FFFD, which later
         tokens cannot change (the last token is no byte token), and which counts as emitted."""
         start = len(self._window) - _CONTEXT
         text = self._decode(self._window[start:])
@@ -141,7 +141,7 @@ class TextStream:
         return self._emit(self._cut(at)).text
 
     def _cut(self, at: int) -> int:
-        """Where the text ends if a stop string was found at ``at``."""
+        """Return where the text ends if a stop string was found at ``at``."""
         return at + len(self.stopped) if self.stopped and self._include_stop else at
 
     def _emit(self, end: int) -> TextDelta:

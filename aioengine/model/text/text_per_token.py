@@ -1,7 +1,6 @@
-"""How much text one token can stand for, from which follows how many tokens a text has at least.
+"""Bounds how much text one token can stand for, which gives a lower bound on a text's tokens.
 
-Read off a tokenizer's parts. Where a part may drop text, or is one that is not known here, nothing is
-promised, and a text's length says nothing about its tokens.
+Derived from a tokenizer's parts. If a part may drop text, or is unknown here, there is no bound.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ _KEEPING = {"ByteLevel", "Digits", "FixedLength", "Metaspace", "UnicodeScripts"}
 
 class TextPerToken(NamedTuple):
     most: int
-    """Bytes of UTF-8 that a token stands for at most, beside those that are dropped."""
+    """Maximum bytes of UTF-8 that a token stands for, not counting dropped ones."""
     dropped: bytes = b""
-    """Bytes that have no token, of which any number may be dropped or become one unknown token."""
+    """Bytes without a token, of which any number may be dropped or become one unknown token."""
 
     def least_tokens(self, text: str) -> int:
-        """So many tokens ``text`` has at least."""
+        """Return the minimum number of tokens of ``text``."""
         return -(-len(text.encode(errors="surrogatepass").translate(None, self.dropped)) // self.most)
 
 
 def text_per_token(tokenizer: tokenizers.Tokenizer) -> TextPerToken | None:
-    """None if there may be no bound."""
+    """Derive the bound of a tokenizer; None if there is none."""
     added = tokenizer.get_added_tokens_decoder().values()
     if tokenizer.truncation is not None or any(token.lstrip or token.rstrip for token in added):
         return None

@@ -1,4 +1,4 @@
-"""What each token stands for, in bytes, which is finer than text: a character may be several tokens."""
+"""Bytes that each token stands for, which is finer than text: a character may be several tokens."""
 
 from __future__ import annotations
 

@@ -81,11 +81,10 @@ class Tokenizer:
         return size
 
     def encode(self, text: str, add_special_tokens: bool = True, *, limit: int | None = None) -> list[int]:
-        """Token ids of ``text``; other threads go on meanwhile.
+        """Tokenize ``text``; other threads go on meanwhile.
 
         Args:
-            limit: Refuse a text of more tokens than this; where its length tells so, before any work is
-                spent on it.
+            limit: Refuse a text of more tokens than this; if its length proves it, before tokenizing.
 
         Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode,
         :class:`~aioengine.errors.PromptTooLong` for ``limit``.
@@ -106,11 +105,11 @@ class Tokenizer:
         return ids
 
     def least_tokens(self, text: str) -> int:
-        """So many tokens ``text`` has at least, as its length tells; special tokens do not count."""
+        """Return a lower bound on the tokens of ``text`` from its length; special tokens do not count."""
         return 0 if self._text_per_token is None else self._text_per_token.least_tokens(text)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of tokens; other threads go on meanwhile."""
+        """Decode tokens to text; other threads go on meanwhile."""
         texts: list[str] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return texts[0]
 
@@ -124,15 +123,15 @@ class Tokenizer:
     def text_stream(
         self, skip_special_tokens: bool, stop: tuple[str, ...], include_stop: bool = False
     ) -> TextStream:
-        """A fresh one for one request's output."""
+        """Create a text stream for one request's output."""
         return TextStream(self.detokenizer(skip_special_tokens), stop, include_stop)
 
     def encode_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> list[int]:
-        """The rendered chat's tokens; the template writes the special tokens, none are added."""
+        """Tokenize the rendered chat; the template writes the special tokens, none are added."""
         return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
-        """The prompt for the assistant's next turn; other threads go on meanwhile.
+        """Render the prompt for the assistant's next turn; other threads go on meanwhile.
 
         ``variables`` are the template's: ``tools`` (JSON schemas of functions), ``enable_thinking`` and
         whatever else it looks at; ``add_generation_prompt=False`` leaves the next turn's opening out, and
@@ -157,7 +156,7 @@ class Tokenizer:
         return self._template().render({**variables, "messages": messages})
 
     def use_chat_template(self, path: Path) -> None:
-        """Take another chat template, before the first chat is rendered. Raises
+        """Replace the chat template, before the first chat is rendered. Raises
         :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
         try:
             self._chat_template = path.read_text(encoding="utf-8")
