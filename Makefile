@@ -15,6 +15,8 @@
 #   make docs         the documentation site, in build/site
 #   make bench        tokens per second with and without adapters, where the time of a step goes and how it grows,
 #                     and what a scheduling decision costs
+#   make wheel        a wheel with compiled CPU kernels for every level of this architecture, in dist
+#   make sbom         what the environment is made of, as CycloneDX has it, in build/sbom.json
 #   make lock         uv.lock for the dependencies that pyproject.toml names
 #   make clean        remove the environments and everything that was built
 #
@@ -33,7 +35,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz clients attack lint typecheck docs bench lock clean
+.PHONY: demo test fuzz clients attack lint typecheck docs bench wheel sbom lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -80,6 +82,15 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.engine.workload --quantization int8 $(ARGS)
 	$(BIN)/python -m benchmarks.kernels.cpu
 	$(BIN)/python -m benchmarks.policies.scheduling
+
+wheel: $(VENV)/.dev
+	AIOENGINE_PREBUILD_KERNELS=all $(BIN)/python -m build --wheel $(ARGS)
+
+sbom: $(VENV)/.dev
+	$(PIP) install 'cyclonedx-bom>=7'
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.json $(BIN)/python
 
 lock: $(VENV)/.dev
 	$(PIP) install uv

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels once for each machine, into a cache folder.
+"""Finds the compiled CPU kernels: prebuilt in the package, or compiled once for each machine, into a cache.
 
 The library has a plain C interface and needs neither torch nor Python to be built: any C++ compiler with
 OpenMP will do, in a few seconds. The cache's key covers the sources, the compiler and the flags, so a new
@@ -16,11 +16,14 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 logger = logging.getLogger("aioengine")
 
 SOURCES = Path(__file__).parent / "src"
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Libraries of a wheel that was built for this platform (``make wheel``)."""
 COMPILE_SECONDS = 300
 """It takes some 15 of one core's; more where others work too."""
 FLAGS = (
@@ -29,6 +32,9 @@ FLAGS = (
 )
 SANITIZE = "AIOENGINE_CPU_SANITIZE"
 """Environment variable: 1 compiles with sanitizers, for tests. Their libraries must be preloaded."""
+_PORTABLE = ("-static-libstdc++", "-static-libgcc")
+"""For libraries that go to other machines, whose C++ runtime may be older. OpenMP's is not among them: it
+must be torch's."""
 _SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -57,17 +63,46 @@ class Unavailable(Exception):
     """The library cannot be had; the message says why and what would help."""
 
 
-def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Path:
-    """The compiled library. Compiles it (blocking, a few seconds) if the cache has it not.
+def compiled(level: str | None = None, *, extra_flags: Sequence[str] = (), use_prebuilt: bool = True) -> Path:
+    """The compiled library. Compiles it (blocking, some seconds) if neither package nor cache has it.
 
-    ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler.
+    ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler. With the
+    environment variable ``CXX`` nothing prebuilt is used.
     Raises Unavailable.
     """
-    compiler = _compiler()
     supported = levels()
     level = level or next(iter(supported))
+    found = prebuilt(level) if use_prebuilt and not extra_flags else None
+    if found is not None:
+        return found
+    return _cached(level, supported[level], extra_flags)
+
+
+def prebuilt(level: str) -> Path | None:
+    """The package's own library, if it has one that was made of these sources."""
+    if os.environ.get("CXX") or os.environ.get(SANITIZE) == "1":
+        return None
+    path = PREBUILT / _prebuilt_name(level)
+    return path if path.exists() else None
+
+
+def prebuild(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Compile the library for other machines of this architecture, once for each of the levels ``names``
+    (None: all of them), into ``folder``. Raises Unavailable, ValueError for a level that there is not."""
+    known = _levels_of(platform.machine())
+    for name in names if names is not None else known:
+        if name not in known:
+            raise ValueError(f"{name!r} is no level of {platform.machine()}; these are: {', '.join(known)}")
+        logger.info("compiling the CPU kernels (%s) for a wheel", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_cached(name, known[name], _PORTABLE), folder / _prebuilt_name(name))
+
+
+def _cached(level: str, flags: Sequence[str], extra_flags: Sequence[str]) -> Path:
+    compiler = _compiler()
+    _check_executable(_cache_folder())
     sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
-    command = [compiler, *FLAGS, *supported[level], *sanitizers, *extra_flags]
+    command = [compiler, *FLAGS, *flags, *sanitizers, *extra_flags]
     sources = sorted(SOURCES.glob("*.cpp"))
     path = _cache_folder() / f"cpu-{level}-{_key(command, sources)}.so"
     if not path.exists():
@@ -78,8 +113,11 @@ def compiled(level: str | None = None, *, extra_flags: Sequence[str] = ()) -> Pa
 
 def obstacle() -> str | None:
     """Why there will be no library, as far as that is known without compiling it."""
+    if prebuilt(next(iter(levels()))) is not None:
+        return None
     try:
         _compiler()
+        _check_executable(_cache_folder())
     except Unavailable as error:
         return str(error)
     return None
@@ -87,10 +125,18 @@ def obstacle() -> str | None:
 
 def levels() -> dict[str, tuple[str, ...]]:
     """The instruction sets that the kernels can be compiled for here, best first, with compiler flags."""
-    found: dict[str, tuple[str, ...]] = {}
-    if platform.machine() in ("x86_64", "AMD64"):
-        features = _cpu_features()
-        found = {name: flags for name, needed, flags in _LEVELS if features.issuperset(needed)}
+    features = _cpu_features()
+    needed = {name: needs for name, needs, _ in _LEVELS}
+    return {
+        name: flags
+        for name, flags in _levels_of(platform.machine()).items()
+        if features.issuperset(needed.get(name, ()))
+    }
+
+
+def _levels_of(machine: str) -> dict[str, tuple[str, ...]]:
+    """Those of an architecture, whichever of its CPUs this is."""
+    found = {name: flags for name, _, flags in _LEVELS} if machine in ("x86_64", "AMD64") else {}
     return {**found, "generic": ()}
 
 
@@ -114,20 +160,45 @@ def _compiler() -> str:
     raise Unavailable(f"no C++ compiler is found ({', '.join(names)}); install g++ or clang++, or set CXX")
 
 
+def _prebuilt_name(level: str) -> str:
+    digest = hashlib.sha256("\0".join([*FLAGS, *_levels_of(platform.machine())[level]]).encode())
+    _digest_sources(digest, sorted(SOURCES.glob("*.cpp")))
+    return f"cpu-{level}-{digest.hexdigest()[:16]}.so"
+
+
+def _digest_sources(digest: hashlib._Hash, sources: Sequence[Path]) -> None:
+    for file in (*sources, *sorted(SOURCES.glob("*.h"))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+
+
 def _key(command: Sequence[str], sources: Sequence[Path]) -> str:
     digest = hashlib.sha256("\0".join(command).encode())
     try:
         digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout)
     except OSError as error:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
-    for file in (*sources, *sorted(SOURCES.glob("*.h"))):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    _digest_sources(digest, sources)
     return digest.hexdigest()[:16]
 
 
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "aioengine" / "kernels"
+
+
+def _check_executable(folder: Path) -> None:
+    """Raises Unavailable if what is compiled into ``folder`` could not be loaded from there: better known
+    before it takes half a minute, at every start."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        noexec = os.statvfs(there).f_flag & getattr(os, "ST_NOEXEC", 0)
+    except OSError:
+        return  # whatever it is, compiling will say so
+    if noexec:
+        raise Unavailable(
+            f"{folder} is on a file system that is mounted noexec ({there}), from which no library can be "
+            "loaded; set XDG_CACHE_HOME to a folder elsewhere, or install a wheel with prebuilt kernels"
+        )
 
 
 def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
@@ -139,16 +210,17 @@ def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
             pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 commands = ([*command, "-c", str(source), "-o", str(to)] for source, to in pairs)
-                for _ in pool.map(_run_compiler, commands):
+                for _ in pool.map(partial(_run_compiler, folder), commands):
                     pass
             built = Path(folder) / "kernels.so"
-            _run_compiler([*command, *map(str, objects), "-o", str(built)])
+            _run_compiler(folder, [*command, *map(str, objects), "-o", str(built)])
             os.replace(built, path)  # whole or not at all, whoever else compiles
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the kernels cannot be compiled into {path.parent}: {error}") from error
 
 
-def _run_compiler(command: Sequence[str]) -> None:
+def _run_compiler(folder: str, command: Sequence[str]) -> None:
+    """``folder`` takes its temporary files: it can be written to, which nobody knows of ``/tmp``."""
     done = subprocess.run(
         command,
         capture_output=True,
@@ -156,8 +228,9 @@ def _run_compiler(command: Sequence[str]) -> None:
         errors="replace",
         timeout=COMPILE_SECONDS,
         check=False,
-        env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
+        env={**{name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}, "TMPDIR": folder},
     )
     if done.returncode != 0:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        lines = done.stderr.split("\n")
+        first = next((line for line in lines if "error" in line), lines[0] or "no message")
         raise Unavailable(f"{command[0]} failed with status {done.returncode}: {first}")

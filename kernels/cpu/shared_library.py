@@ -7,10 +7,11 @@ import functools
 import logging
 import re
 from ctypes import c_float, c_int, c_long, c_void_p
+from pathlib import Path
 
 import torch  # before the library: its OpenMP runtime must be the one that both use
 
-from aioengine.kernels.cpu.build import Unavailable, compiled, levels
+from aioengine.kernels.cpu.build import PREBUILT, Unavailable, compiled, levels
 
 logger = logging.getLogger("aioengine")
 
@@ -62,6 +63,8 @@ def load(level: str | None = None) -> ctypes.CDLL:
 
     ``level``: see :func:`aioengine.kernels.cpu.build.compiled`.
 
+    A prebuilt one that cannot be loaded here, for want of a newer C library, is compiled after all.
+
     Raises Unavailable if it cannot be compiled or loaded, or would bring a second OpenMP runtime: two of
     them in one process fight for the cores, and everything becomes several times slower.
     """
@@ -74,9 +77,12 @@ def load(level: str | None = None) -> ctypes.CDLL:
             ", ".join(sorted(before)),
         )
     try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+        loaded = _open(path)
+    except Unavailable as error:
+        if path.parent != PREBUILT:
+            raise
+        logger.warning("%s; the kernels are compiled here instead", error)
+        loaded = _open(compiled(level, use_prebuilt=False))
     second = openmp_runtimes() - before
     if second:
         raise Unavailable(
@@ -87,6 +93,13 @@ def load(level: str | None = None) -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     return loaded
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded: {error}") from error
 
 
 def has_int8_products() -> bool:

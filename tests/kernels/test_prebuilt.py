@@ -1,0 +1,111 @@
+"""A wheel with compiled kernels needs no compiler where it is installed; a cache must be executable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from aioengine.kernels.cpu import build
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVEL = next(iter(build.levels()))
+
+pytestmark = pytest.mark.skipif(
+    build.obstacle() is not None, reason="needs a C++ compiler, to make what is then used without"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the level of this machine; its library comes from the cache the second time."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    environment = {**os.environ, "AIOENGINE_PREBUILD_KERNELS": LEVEL}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def test_a_wheel_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    assert "-py3-none-linux_" in wheel.name, "it is for any Python, and for one platform"
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
+        libraries = [name for name in packed.namelist() if ".so" in name]
+    assert len(libraries) == 1 and libraries[0].startswith(f"aioengine/kernels/cpu/prebuilt/cpu-{LEVEL}-")
+    program = (
+        "from aioengine.kernels.cpu import build, shared_library\n"
+        "shared_library.load()\n"
+        "print(build.compiled(), build.obstacle(), len(shared_library.openmp_runtimes()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"PATH": "/nowhere", "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(cache)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / libraries[0]), "None", "1"], "torch's OpenMP, and no second one"
+    assert not cache.exists(), "nothing was compiled"
+
+
+def test_a_prebuilt_library_of_other_sources_is_not_used(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path)
+    folder = tmp_path / "aioengine" / "kernels" / "cpu"
+    monkeypatch.setattr(build, "PREBUILT", folder / "prebuilt")
+    assert build.compiled().parent == folder / "prebuilt"
+    monkeypatch.setattr(build, "SOURCES", folder / "src")
+    (folder / "src" / "ops.h").write_text("// changed\n", encoding="utf-8")
+    assert build.prebuilt(LEVEL) is None
+
+
+def test_levels_are_those_of_the_architecture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'avx1024' is no level of \w+; these are: .*generic"):
+        build.prebuild(tmp_path, ["avx1024"])
+
+
+def test_a_cache_that_cannot_be_executed_from(tmp_path: Path) -> None:
+    """Known before anything is compiled: by a file system of its own, mounted noexec."""
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o noexec,size=1m none "$1" && shift && "$@"', "-"]
+    if subprocess.run([*mount, str(tmp_path), "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("nothing can be mounted here, not even in a namespace")
+    program = (
+        "import importlib.util as u, sys; spec = u.spec_from_file_location('b', sys.argv[1])\n"
+        "build = u.module_from_spec(spec); spec.loader.exec_module(build)\n"
+        "print(build.obstacle())\n"
+        "try: build.compiled('generic', use_prebuilt=False)\n"
+        "except build.Unavailable as error: print(error)"
+    )
+    command = [*mount, str(tmp_path), sys.executable, "-c", program, str(build.__file__)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and said[0] == said[1]
+    where = f"{tmp_path}/cache/aioengine/kernels"
+    assert said[0].startswith(f"{where} is on a file system that is mounted noexec ({tmp_path}), from which")
+    assert "set XDG_CACHE_HOME to a folder elsewhere" in said[0]
+
+
+def test_temporary_files_of_the_compiler_go_to_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\necho "TMPDIR $TMPDIR" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(build.Unavailable, match=rf"status 1: TMPDIR {tmp_path}/cache/aioengine/kernels/"):
+        build.compiled("generic")
