@@ -79,6 +79,7 @@ INNER_ROOMS: dict[str, set[str]] = {
         "report",
         "runs",
         "simulation",
+        "sizing",
         "workload",
     },
     "metrics": {"collect", "families", "page"},

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
+from aioengine.lab.workload.files import read_workload
 from aioengine.lab.workload.requests import Arrival
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.traces import CSV_HEADER
@@ -75,6 +76,7 @@ def test_a_workload_is_the_same_each_time() -> None:
 SCRIPT = """
 import json, sys
 from aioengine.lab.workload.draw import OfferedWorkload
+from aioengine.lab.workload.files import read_workload
 from aioengine.lab.workload.spec import WorkloadSpec
 workload = OfferedWorkload(WorkloadSpec.from_dict(json.load(sys.stdin)), 7)
 print(json.dumps([list(a) for a in workload] + [list(a) for a in workload.adapters]))
@@ -319,3 +321,38 @@ def test_every_arrival_can_be_played(fields: dict[str, Any], seed: int) -> None:
         assert 1 <= arrival.output_tokens <= (arrival.max_tokens or 512)
         assert arrival.expected_tokens is None or 1 <= arrival.expected_tokens <= 20
         assert arrival.deadline is None or arrival.deadline > 0
+
+
+def test_a_workload_in_a_file(tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"time": 0, "prompt_tokens": 3, "output_tokens": 2}\n')
+    file = tmp_path / "w.toml"
+    file.write_text('trace = "t.jsonl"\nadapters = 3\n')
+    assert read_workload(file) == WorkloadSpec(trace=str(trace), adapters=3)
+    file.write_text('[workload]\ntrace = "t.jsonl"\nadapters = 3\n')
+    assert read_workload(file) == WorkloadSpec(trace=str(trace), adapters=3), "beside the file"
+    other = tmp_path / "w.json"
+    other.write_text('{"experiment": {"workload": {"arrivals": "poisson:rate=1", "limit": 3}}}')
+    assert read_workload(other) == WorkloadSpec(arrivals="poisson:rate=1", limit=3)
+    assert read_workload(trace) == WorkloadSpec(trace=str(trace))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("w.toml", "x = ", "is not TOML"),
+        ("w.json", "[1]", "must be a table"),
+        ("w.toml", 'arrivals = "poisson:rate=1"\nlimit = 3\nadapter = 3\n', "did you mean 'adapters'"),
+        ("no.jsonl", None, "no such file"),
+        ("no.toml", None, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_workload_is_refused(
+    tmp_path: Path, name: str, text: str | None, says: str
+) -> None:
+    file = tmp_path / name
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match="workload") as caught:
+        read_workload(file)
+    assert name in str(caught.value) and says in str(caught.value)

@@ -15,6 +15,7 @@ from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
+    from aioengine.lab.workload.spec import WorkloadSpec
 
 Number = TypeVar("Number", int, float)
 
@@ -127,11 +128,16 @@ _NAMES = {"max_loras": "--slots", "max_cpu_loras": "--cpu-loras"}
 
 
 def make_experiment(
-    file: Path | None, workload: WorkloadFlags, system: SystemFlags, own: Mapping[str, Any]
+    file: Path | None,
+    workload: WorkloadFlags,
+    system: SystemFlags,
+    own: Mapping[str, Any],
+    base: WorkloadSpec | None = None,
 ) -> Experiment:
     """The fields of ``file`` (an experiment, or a comparison's) with the given flags over them.
 
     Args:
+        base: Takes the place of the file's workload.
         own: From the command's own flags: seed, policy, slots, and the workload's scale.
 
     Raises ConfigError for what the file or the flags get wrong.
@@ -141,7 +147,7 @@ def make_experiment(
     values = _read(file)
     given = _given(own)
     asked = _given(vars(workload)) | ({"scale": given.pop("scale")} if "scale" in given else {})
-    spec = values.get("workload") or {}
+    spec = values.get("workload") or {} if base is None else base.to_dict()
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{file}: workload={spec!r}: must be an object")
     values = {**values, **_given(vars(system)), **given, "workload": {**spec, **asked}}

@@ -51,11 +51,8 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
     by_error = requests.drop_nulls("error").group_by("error").len().sort("error")
     seconds = _duration(requests)
     output_tokens = int(requests["output_tokens"].sum())
-    first_token = done["first_token"] - done["arrival"]
-    latency = done["ended"] - done["arrival"]
-    several = done.filter(pl.col("output_tokens") > 1)
-    inter_token = (several["ended"] - several["first_token"]) / (several["output_tokens"] - 1)
     admitted = requests.filter(pl.col("admitted").is_not_null())
+    times = times_of(requests)
     return {
         "requests_offered": requests.height,
         "requests_finished": done.height,
@@ -69,11 +66,7 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         "prompt_tokens": int(admitted["prompt_tokens"].sum()),
         "output_tokens": output_tokens,
         "output_tokens_per_second": _ratio(output_tokens, seconds),
-        "ttft_seconds": spread(first_token),
-        "latency_seconds": spread(latency),
-        "inter_token_seconds": spread(inter_token),
-        "worst_gap_seconds": spread(done["worst_gap"]),
-        "queue_seconds": spread(admitted["admitted"] - admitted["arrival"]),
+        **{group: spread(values) for group, values in times.items()},
         "slo": _deadlines(requests),
         "hits": _hits(requests),
         "swaps": _swaps(frames),
@@ -83,6 +76,22 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         "starvation": _starvation(requests),
         "preemptions": int(requests["preemptions"].sum()),
         "preempted_requests": requests.filter(pl.col("preemptions") > 0).height,
+    }
+
+
+def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
+    """The times that a summary has figures of: by group, a value for each request that has one."""
+    import polars as pl
+
+    done = requests.filter(pl.col("reason").is_in(["stop", "length"]))
+    several = done.filter(pl.col("output_tokens") > 1)
+    admitted = requests.filter(pl.col("admitted").is_not_null())
+    return {
+        "ttft_seconds": done["first_token"] - done["arrival"],
+        "latency_seconds": done["ended"] - done["arrival"],
+        "inter_token_seconds": (several["ended"] - several["first_token"]) / (several["output_tokens"] - 1),
+        "worst_gap_seconds": done["worst_gap"],
+        "queue_seconds": admitted["admitted"] - admitted["arrival"],
     }
 
 

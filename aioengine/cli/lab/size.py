@@ -1,0 +1,199 @@
+"""``aioengine lab size``: how many replicas, slots and places in CPU memory a workload needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from aioengine.cli.common import CommonFlags
+from aioengine.cli.lab.compare import _cores
+from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
+from aioengine.cli.process import EXIT_FAILED, process
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.lab.runs.experiment import Experiment
+    from aioengine.lab.sizing.objectives import Objective
+    from aioengine.lab.sizing.search import Bounds, Sized, Trial
+
+DEFAULT_OUT = Path("lab-size")
+NAMES = {"replicas": "replica", "slots": "slot", "cpu_loras": "adapter in CPU memory"}
+_SIZE = Group("Size", sort_key=4)
+
+
+@Parameter(name="*", group=_SIZE)
+@dataclass(frozen=True, kw_only=True)
+class SizeFlags:
+    workload: Annotated[Path, Parameter(show_default=False)]
+    """Workload: TOML or JSON with its fields, an experiment.json, or a trace."""
+    slo: Annotated[list[str], Parameter(consume_multiple=True, show_default=False, negative="")]
+    """Objectives: ttft_p99=2.0, itl_p95=0.05, latency_mean=8, goodput=0.95, served=0.99."""
+    policy: str | None = None
+    """As in aioengine policies (fcfs)."""
+    slots: int | None = None
+    """Number of slots, if it is not to be searched."""
+    max_replicas: int = 16
+    """Most replicas that are tried."""
+    seeds: int = 3
+    """Runs of a size; up to three times as many where these do not tell."""
+    seed: int | None = None
+    """First seed (0)."""
+    limit: int | None = None
+    """Most requests of the workload."""
+    jobs: int | None = None
+    """Runs at a time (the number of cores)."""
+    out: Path = DEFAULT_OUT
+    """Folder for the results: size.json, and the runs."""
+
+
+def size(
+    *,
+    flags: SizeFlags,
+    system: SystemFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Find the smallest number of replicas, slots and adapters in CPU memory that keeps an SLO.
+
+    Every size is run with the serving engine in simulated time, over several seeds; it counts if the whole
+    95% interval keeps every objective. Prints what bounds the answer. --replicas, --slots and --cpu-loras fix
+    theirs. Exits with 1 if nothing that was tried keeps the objectives.
+    """
+    from aioengine.cli.lab.progress import progress
+    from aioengine.lab.sizing.objectives import parse_objectives
+    from aioengine.lab.sizing.search import find_size
+    from aioengine.lab.workload.extra import check_extra
+    from aioengine.lab.workload.files import read_workload
+
+    check_extra()
+    objectives = parse_objectives(flags.slo)
+    experiment, bounds = _experiment(flags, system or SystemFlags(), read_workload(flags.workload))
+    check_out(flags.out, "size.json")
+    jobs = _cores() if flags.jobs is None else flags.jobs
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: must be at least 1")
+    stop = False
+
+    def cancel() -> None:
+        nonlocal stop
+        stop = True
+
+    with progress("sizing") as show, process.cancelling(cancel):
+        count = 0
+
+        def tried(trial: Trial) -> None:
+            nonlocal count
+            count += 1
+            show(count, None, f"{trial.size}: {_verdict(trial)}")
+
+        found = find_size(
+            experiment,
+            objectives,
+            flags.out,
+            bounds=bounds,
+            seeds=flags.seeds,
+            most_seeds=3 * flags.seeds,
+            jobs=jobs,
+            tried=tried,
+            stopping=lambda: stop,
+        )
+    _write(flags.out, found, objectives, experiment)
+    _print(found, objectives)
+    print(f"files:  {flags.out}")
+    return 0 if found.size is not None else EXIT_FAILED
+
+
+def _experiment(flags: SizeFlags, system: SystemFlags, workload: Any) -> tuple[Experiment, Bounds]:
+    import msgspec
+
+    from aioengine.lab.sizing.search import Bounds
+
+    spec = workload if flags.limit is None else msgspec.structs.replace(workload, limit=flags.limit)
+    own = {"policy": flags.policy, "slots": flags.slots, "seed": flags.seed}
+    if flags.slots is not None and system.cpu_loras is None:
+        own["cpu_loras"] = max(flags.slots, 64)
+    experiment = make_experiment(None, WorkloadFlags(), system, own, spec)
+    if flags.max_replicas < 1:
+        raise ConfigError(f"--max-replicas {flags.max_replicas}: must be at least 1")
+    given = Bounds(
+        replicas=(1, flags.max_replicas) if system.replicas is None else (system.replicas,) * 2,
+        slots=None if flags.slots is None else (flags.slots,) * 2,
+        cpu_loras=None if system.cpu_loras is None else (system.cpu_loras,) * 2,
+    )
+    return experiment, given
+
+
+def _verdict(trial: Trial) -> str:
+    if trial.error:
+        return f"cannot be run: {trial.error}"
+    return {True: "holds", False: "does not hold", None: "not told apart"}[trial.holds]
+
+
+def _print(found: Sized, objectives: Sequence[Objective]) -> None:
+    if found.size is None:
+        print("nothing that was tried keeps the objectives:")
+        for trial in found.trials[-3:]:
+            print(f"  {trial.size}: {_broken(trial, objectives)}")
+        _print_use(found.trials[-1])
+        print("aioengine: raise --max-replicas, or the bounds of --slo", file=sys.stderr)
+        return
+    trial = found.trial(found.size)
+    print(f"{found.size}")
+    for objective in objectives:
+        print(f"  {objective.text(trial.figures[objective.name])}")
+    _print_use(trial)
+    print("what bounds it:")
+    for name, less in found.neighbours.items():
+        if less is not None:
+            print(f"  with one {NAMES[name]} less: {_broken(less, objectives)}")
+        else:
+            print(f"  {name}: {getattr(found.size, name)} is the least that can be, or was given")
+    runs = sum(trial.seeds for trial in found.trials)
+    print(f"{len(found.trials)} sizes tried in {runs} runs; intervals are 95% over the seeds of a size")
+
+
+def _broken(trial: Trial, objectives: Sequence[Objective]) -> str:
+    """The objectives that a size does not keep, or is not told to keep."""
+    if trial.error:
+        return _verdict(trial)
+    texts = []
+    for objective in objectives:
+        figure = trial.figures[objective.name]
+        verdict = objective.verdict(figure)
+        if verdict is not True:
+            texts.append(objective.text(figure) + (" (not told apart)" if verdict is None else ""))
+    return "; ".join(texts) or _verdict(trial)
+
+
+def _print_use(trial: Trial) -> None:
+    if trial.use:
+        use = trial.use
+        print(
+            f"  steps take {use['device']:.0%} of the time, {use['sequences']:.0%} of the sequences and "
+            f"{use['kv_cache']:.0%} of the KV cache are in use; {use['found_in_slot']:.0%} of the requests "
+            f"find their adapter in a slot, {use['found_on_disk']:.0%} on disk"
+        )
+
+
+def _write(out: Path, found: Sized, objectives: Sequence[Objective], experiment: Experiment) -> None:
+    def plain(trial: Trial) -> dict[str, Any]:
+        figures = {name: figure._asdict() for name, figure in trial.figures.items()}
+        return {**trial._asdict(), "size": trial.size._asdict(), "figures": figures}
+
+    less = found.neighbours.items()
+    bounded_by = {name: None if trial is None else _broken(trial, objectives) for name, trial in less}
+    values = {
+        "size": None if found.size is None else found.size._asdict(),
+        "slo": {objective.name: objective.bound for objective in objectives},
+        "bounded_by": bounded_by,
+        "trials": [plain(trial) for trial in found.trials],
+        "experiment": experiment.to_dict(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (out / "size.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""How much of everything a workload needs to be served within its objectives."""

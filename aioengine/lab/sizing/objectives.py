@@ -1,0 +1,119 @@
+"""Objectives of a service, as text: "ttft_p99=2.0", "itl_p95=0.05", "goodput=0.95"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aioengine.config import nearest
+from aioengine.errors import ConfigError
+from aioengine.lab.analysis.statistics import Estimate
+from aioengine.lab.analysis.summary import times_of
+from aioengine.lab.runs.rows import load_frames
+
+TIMES = {
+    "ttft": "ttft_seconds",
+    "itl": "inter_token_seconds",
+    "gap": "worst_gap_seconds",
+    "latency": "latency_seconds",
+    "queue": "queue_seconds",
+}
+"""What is called so -> the group of a summary's figures."""
+OF = ("mean", "p50", "p90", "p95", "p99", "max")
+SHARES = ("goodput", "served")
+SERVED = 0.99
+"""How many of the requests must be served, out of 1, where nothing else is said: or a policy that turns most
+of them away would be the fastest."""
+
+
+def with_p95(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A run's summary with the 95th percentiles, which only its files have."""
+    times = times_of(load_frames(folder).requests)
+    groups = {
+        group: {**summary[group], "p95": times[group].drop_nulls().quantile(0.95, "linear")}
+        for group in TIMES.values()
+    }
+    return {**summary, **groups}
+
+
+class Objective(NamedTuple):
+    """One figure of a run, and the bound that it must keep."""
+
+    name: str
+    bound: float
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the bound is a least share, and not a most number of seconds."""
+        return self.name in SHARES
+
+    def of(self, summary: Mapping[str, Any]) -> float:
+        """The figure of a run, by its summary; infinite (a share: 0) where nothing was served."""
+        if self.name == "goodput":
+            slo = summary["slo"]
+            asked = slo["requests_with_deadline"]
+            return float(slo["requests_in_time"]) / asked if asked else 0.0
+        if self.name == "served":
+            offered = summary["requests_offered"]
+            return float(summary["requests_finished"]) / offered if offered else 1.0
+        group, _, of = self.name.rpartition("_")
+        value = summary[TIMES[group]][of]
+        if value is None:
+            return 0.0 if summary["requests_finished"] else math.inf
+        return float(value)
+
+    def holds(self, value: float) -> bool:
+        """Whether this value keeps the bound."""
+        return value >= self.bound if self.is_share else value <= self.bound
+
+    def verdict(self, found: Estimate) -> bool | None:
+        """Whether the bound holds, by the whole interval over the seeds; None: the interval includes it."""
+        low = found.mean if found.low is None else found.low
+        high = found.mean if found.high is None else found.high
+        if self.holds(low) == self.holds(high):
+            return self.holds(found.mean)
+        return None
+
+    def text(self, found: Estimate) -> str:
+        """ "ttft_p99 = 1.92 (1.70 .. 2.14) s, at most 2 s" """
+        unit, scale = ("%", 100.0) if self.is_share else (" s", 1.0)
+        interval = ""
+        if found.low is not None and found.high is not None and found.high - found.low > 1e-9:
+            interval = f" ({found.low * scale:.3g} .. {found.high * scale:.3g})"
+        sign = "at least" if self.is_share else "at most"
+        return f"{self.name} = {found.mean * scale:.3g}{interval}{unit}, {sign} {self.bound * scale:g}{unit}"
+
+
+def parse_objectives(texts: Iterable[str]) -> list[Objective]:
+    """Objectives out of texts such as "ttft_p99=2.0" or "ttft_p99=2.0,itl_p95=0.05", with ``served`` added.
+
+    Raises ConfigError for a name that there is not, or a bound out of range.
+    """
+    known = [*SHARES, *(f"{name}_{of}" for name in TIMES for of in OF)]
+    found: dict[str, Objective] = {}
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        name, equals, number = part.partition("=")
+        if not equals:
+            raise ConfigError(f"slo {part!r}: write a figure and its bound, such as ttft_p99=2.0")
+        if name not in known:
+            some = "ttft_p99, itl_p95, latency_mean, goodput, served"
+            raise ConfigError(
+                f"slo {part!r}: there is no {name!r}{nearest(name, known)}; there are, for example, {some}"
+            )
+        try:
+            bound = float(number)
+        except ValueError:
+            bound = math.nan
+        most = 1.0 if name in SHARES else math.inf
+        if not 0 < bound <= most or bound == math.inf:
+            of = "a share > 0 and <= 1" if name in SHARES else "seconds > 0"
+            raise ConfigError(f"slo {part!r}: {number!r} must be {of}")
+        if name in found:
+            raise ConfigError(f"slo: {name} is given twice")
+        found[name] = Objective(name, bound)
+    if not found:
+        raise ConfigError("slo: give at least one objective, such as ttft_p99=2.0")
+    found.setdefault("served", Objective("served", SERVED))
+    return list(found.values())
