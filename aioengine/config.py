@@ -62,8 +62,8 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when that reaches
     their logits."""
     adapter_root: str | None = None
-    """A folder whose subfolders are found by name: an adapter that is not registered is looked for here
-    when a request names it."""
+    """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
+    is not registered is looked for here when a request names it."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr

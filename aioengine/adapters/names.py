@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 
-from aioengine.adapters.resolvers.hub import parse_hub_path
-from aioengine.errors import AdapterInvalid, ConfigError
-from aioengine.model.files.hub import PREFIX, has_hub
+from aioengine.adapters.resolvers.sources import checked_source
+from aioengine.errors import AdapterInvalid
+from aioengine.model.files.hub import is_source
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
 NAME_RULE_TEXT = "1 to 255 letters, digits and _ . : / + -, beginning with a letter, digit or _"
 
 
 def checked_path(name: str, path: str | os.PathLike[str]) -> str:
-    """Return the absolute path; a path that begins with "hf:" is returned unchanged. Raises AdapterInvalid;
-    ConfigError if the Hub is asked for without ``huggingface_hub``."""
+    """Return the absolute path, or the source ("hf:owner/name", a URL) as it is. Raises AdapterInvalid;
+    ConfigError if what the source needs is not installed."""
     try:
         where = os.fspath(path)
     except TypeError:
@@ -23,12 +23,11 @@ def checked_path(name: str, path: str | os.PathLike[str]) -> str:
     if not isinstance(where, str) or not where or "\0" in where:
         raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
     check_name(name, where)
-    if not where.startswith(PREFIX):
-        return os.path.abspath(os.path.expanduser(where))
-    parse_hub_path(name, where)
-    if not has_hub():
-        raise ConfigError(f"adapter {name!r} ({where}): needs pip install 'aioengine[hub]'")
-    return where
+    if is_source(where):
+        where = checked_source(name, where)
+        if is_source(where):
+            return where
+    return os.path.abspath(os.path.expanduser(where))
 
 
 def check_name(name: str, path: str) -> None:

@@ -23,7 +23,7 @@ from aioengine.config import (
     SpeculationName,
 )
 from aioengine.errors import ConfigError
-from aioengine.model.files.hub import PREFIX
+from aioengine.model.files.hub import is_source
 from aioengine.model.spec import Quantization
 
 OTHER_TABLES = ("server", "fleet")
@@ -61,7 +61,7 @@ class EngineFlags:
     """Seed for requests that have none (0)."""
 
     lora_modules: Annotated[list[str] | None, _MODULES] = None
-    """Adapter to register; repeatable. PATH may be hf:owner/name."""
+    """Adapter to register; repeatable. PATH may be hf:owner/name or a URL (s3://...)."""
     max_loras: Annotated[int | None, _IN_LORA] = None
     """Adapter slots on the device (4)."""
     max_lora_rank: Annotated[int | None, _IN_LORA] = None
@@ -170,7 +170,7 @@ def check_folders(adapters: Mapping[str, str]) -> None:
     """Raises ConfigError for the first path of ``--lora-modules`` that leads nowhere, before anything slow
     begins. (An engine would find out when it is needed.)"""
     for name, path in adapters.items():
-        if not path.startswith(PREFIX) and not Path(path).expanduser().is_dir():
+        if not is_source(path) and not Path(path).expanduser().is_dir():
             raise ConfigError(f"--lora-modules {name}={path}: there is no such folder")
 
 

@@ -18,7 +18,7 @@ from aioengine.errors import (
     AioEngineError,
 )
 from aioengine.info import AdapterInfo
-from aioengine.model.files.hub import PREFIX
+from aioengine.model.files.hub import is_source
 from aioengine.runtime.lookup import Resolution
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.stats import adapter_info, not_fetched
@@ -42,7 +42,7 @@ class AdapterOps:
         self._pins = stepper.core.residency.pins
         self._resolution = Resolution(stepper, resolver, resolve_timeout)
         self._fetched: dict[str, str | None] = {}
-        """Names whose folder is found by a look-up: the "hf:" path, or None for the resolver."""
+        """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
         self._locks = NameLocks()
         self._loading: set[str] = set()
         """Names with a version that is being looked up or read for a caller."""
@@ -135,7 +135,7 @@ class AdapterOps:
         known = self._registered_path(name)
         if known is not None:
             check_same_path(name, known, where)
-        elif where.startswith(PREFIX):
+        elif is_source(where):
             self._fetched[name] = where
         else:
             self._publish(name, where)
@@ -231,7 +231,7 @@ class AdapterOps:
         """Note the path that the current version was given by, if any."""
         if source is not None:
             self._fetched.pop(name, None)
-            if source.startswith(PREFIX):
+            if is_source(source):
                 self._fetched[name] = source
 
     @contextmanager
@@ -258,7 +258,7 @@ class AdapterOps:
             current = self.find(name)
             files = None if current.files is None else current.files.share()
             return self._residency.declare(name, current.path, files=files)
-        if source is not None and not source.startswith(PREFIX):
+        if source is not None and not is_source(source):
             return self._residency.declare(name, source)
         where = await self._resolution.locate(
             name, source or self._fetched[name], check=lambda: self._check_not_unloaded(name)

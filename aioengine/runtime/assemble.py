@@ -16,6 +16,7 @@ import msgspec
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
+from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.core import CoreLimits
 from aioengine.errors import PolicyError
@@ -25,6 +26,7 @@ from aioengine.executors.process.device import ProcessDevice
 from aioengine.executors.thread import ThreadDevice
 from aioengine.info import EngineInfo, LoadProgress
 from aioengine.memory_plan import MemoryPlan
+from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
 from aioengine.request import SamplingParams
@@ -138,12 +140,14 @@ async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, flo
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
-    """Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder."""
+    """Choose the resolver. Raises ConfigError if ``adapter_root`` is no folder, or a URL whose extra is
+    missing."""
     if config.lora is None:
         return None
     root = config.lora.adapter_root
-    below_root = None if root is None else FilesystemResolver(root)
-    return resolver or below_root
+    if resolver is not None or root is None:
+        return resolver
+    return FsspecResolver(root) if is_source(root) else FilesystemResolver(root)
 
 
 def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> SchedulerPolicy:

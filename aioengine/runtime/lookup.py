@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from aioengine import events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
-from aioengine.adapters.resolvers.hub import HubResolver
+from aioengine.adapters.resolvers.sources import AdapterSources
 from aioengine.errors import (
     AdapterError,
     AdapterInvalid,
@@ -58,7 +58,7 @@ class Resolution:
         self._stepper = stepper
         self._resolver = resolver
         self._timeout = timeout
-        self._hub: HubResolver | None = None
+        self._sources = AdapterSources()
         self._lookups: dict[Key, _Lookup] = {}
         self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
         """Look-ups that each tenant waits for and that have not begun, in the order of turns; none is
@@ -78,7 +78,7 @@ class Resolution:
         check: Callable[[], None] = lambda: None,
     ) -> str:
         """Find the absolute path of the adapter's folder: the resolver's answer, or the local copy of
-        ``source``, a path that begins with "hf:". ``check`` raises when the caller no longer needs it.
+        ``source`` ("hf:owner/name", or a URL). ``check`` raises when the caller no longer needs it.
 
         Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
         exception becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
@@ -112,7 +112,7 @@ class Resolution:
         await lookup.turn
         try:
             if source is not None:
-                path = self._from_hub().resolve_path(name, source)
+                path = self._sources.resolve_path(name, source)
                 return str(await within(self._timeout, name, path))
             assert self._resolver is not None
             found: object = await within(self._timeout, name, self._resolver.resolve(name))
@@ -132,11 +132,6 @@ class Resolution:
         for lookup in list(self._lookups.values()):
             lookup.task.cancel()
             self._stepper.ask_again(lookup.key[0])
-
-    def _from_hub(self) -> HubResolver:
-        if self._hub is None:
-            self._hub = HubResolver()
-        return self._hub
 
     # Turns
 

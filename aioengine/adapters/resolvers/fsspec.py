@@ -17,6 +17,8 @@ from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, Ada
 from aioengine.model.files.cache import cache_root
 
 _PIECE = 1 << 20
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Protocol -> the extra that it needs."""
 
 
 class _Remote(NamedTuple):
@@ -32,14 +34,16 @@ class _Remote(NamedTuple):
 class FsspecResolver(BlockingResolver):
     """The adapter "team/sql" is what lies under ``url``/team/sql (extra ``fsspec``).
 
-    ``url`` is anything that fsspec knows ("s3://bucket/adapters" with s3fs installed, "gs://", "memory://").
-    An adapter's two files are fetched into a folder of ``cache_dir`` that is named after the objects' ETags
-    (where there are none, after what else tells that an object has changed). So a resolve only asks for the
-    objects' state; changed objects are fetched into another folder, and an adapter that is being served keeps
-    its own. A folder is complete or not there: it is filled under another name and then renamed, and several
-    processes can share one cache. When it has grown beyond ``max_cache_bytes``, what was resolved least
-    recently is deleted, but nothing that was within the last ten minutes. If the copy is gone when an adapter
-    must be read again, its requests fail and the next one fetches it anew.
+    ``url`` is anything that fsspec knows: "s3://bucket/adapters" (extra ``s3``), "gs://" (extra ``gcs``),
+    "memory://". An adapter's two files are fetched into a folder of ``cache_dir`` that is named after the
+    objects' ETags (where there are none, after what else tells that an object has changed). So a resolve only
+    asks for the objects' state; changed objects are fetched into another folder, and an adapter that is being
+    served keeps its own. Several processes share one cache: one of them fetches, and the others wait for it.
+    A folder is complete or not there: it is filled under another name and then renamed. The SHA-256 of what
+    was fetched is written down beside it, and checked when the folder is used again. When the cache has grown
+    beyond ``max_cache_bytes``, what was resolved least recently is deleted, but nothing that was within the
+    last ten minutes. If the copy is gone when an adapter must be read again, its requests fail and the next
+    one fetches it anew.
 
     Args:
         url: Where the adapters are.
@@ -61,10 +65,36 @@ class FsspecResolver(BlockingResolver):
         max_cache_bytes: int | str | None = "64GiB",
     ) -> None:
         super().__init__()
-        try:
-            from fsspec.core import url_to_fs  # optional
-        except ImportError:
-            raise ConfigError(f"adapters from {_public(url)} need: pip install 'aioengine[fsspec]'") from None
+        self._folders = RemoteFolders(
+            url,
+            cache_dir=cache_dir,
+            storage_options=storage_options,
+            max_bytes=max_bytes,
+            max_cache_bytes=max_cache_bytes,
+        )
+
+    def find(self, name: str) -> Path:
+        if not is_plain_name(name):
+            raise AdapterNotFound("not a name below the adapters' URL", name=name)
+        return self._folders.fetch(name, name)
+
+
+class RemoteFolders:
+    """Folders below a URL, and their local copies. The arguments are those of :class:`FsspecResolver`, and so
+    are the errors."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        storage_options: dict[str, Any] | None = None,
+        max_bytes: int | str = "4GiB",
+        max_cache_bytes: int | str | None = "64GiB",
+    ) -> None:
+        check_protocol(url)
+        from fsspec.core import url_to_fs  # optional
+
         try:
             self._fs, self._base = url_to_fs(url, **(storage_options or {}))
         except (ImportError, ValueError) as error:
@@ -75,32 +105,43 @@ class FsspecResolver(BlockingResolver):
         root = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
         self._copies = LocalCopies(root, bound)
 
-    def find(self, name: str) -> Path:
-        if not is_plain_name(name):
-            raise AdapterNotFound("not a name below the adapters' URL", name=name)
-        where = f"{self._url}/{name}"
+    def fetch(self, name: str, folder: str) -> Path:
+        """Return the local copy of ``folder``, a path below the URL, for the adapter ``name``; fetched if
+        there is none. Blocks.
+
+        Raises AdapterNotFound, AdapterInvalid, AdapterLoadError.
+        """
+        where = f"{self._url}/{folder}"
         try:
-            remote = self._look(name)
-            folder = self._folder(where, remote)
-            if not self._copies.use(folder):
-                self._fetch(name, where, remote, folder)
-                self._copies.prune(keep=folder)
+            remote = self._look(name, folder)
+            copy = self._copies.path(_key(where), _key(_content(remote)))
+            if not self._copies.use(copy):
+                with self._copies.lock(copy):
+                    if not self._copies.use(copy):  # another process has fetched it meanwhile
+                        self._fetch(name, folder, remote, copy)
+                self._copies.prune(keep=copy)
         except AdapterError:
             raise
+        except PermissionError as error:
+            raise AdapterLoadError(
+                f"access is denied ({error}); check the credentials of this server and what they may read",
+                name=name,
+                path=where,
+            ) from error
         except Exception as error:  # each filesystem raises its own types
             raise AdapterLoadError(
                 f"cannot be fetched: {type(error).__name__}: {error}", name=name, path=where, transient=True
             ) from error
-        return folder
+        return copy
 
-    def _look(self, name: str) -> list[_Remote]:
+    def _look(self, name: str, folder: str) -> list[_Remote]:
         """Return the adapter's objects as they are now."""
         self._fs.invalidate_cache()  # of listings, which would hide changes
-        where = f"{self._url}/{name}"
-        config = self._info(name, CONFIG_FILE)
+        where = f"{self._url}/{folder}"
+        config = self._info(folder, CONFIG_FILE)
         if config is None:
             raise AdapterNotFound(f"there is no {CONFIG_FILE}", name=name, path=where)
-        weights = next((found for file in WEIGHTS_FILES if (found := self._info(name, file))), None)
+        weights = next((found for file in WEIGHTS_FILES if (found := self._info(folder, file))), None)
         if weights is None:
             raise AdapterInvalid(f"there is none of {', '.join(WEIGHTS_FILES)}", name=name, path=where)
         for found in (config, weights):
@@ -108,8 +149,8 @@ class FsspecResolver(BlockingResolver):
                 raise AdapterInvalid(reason, name=name, path=where)
         return [config, weights]
 
-    def _info(self, name: str, file: str) -> _Remote | None:
-        path = f"{self._base.rstrip('/')}/{name}/{file}"
+    def _info(self, folder: str, file: str) -> _Remote | None:
+        path = f"{self._base.rstrip('/')}/{folder}/{file}"
         try:
             info = self._fs.info(path)
         except FileNotFoundError:
@@ -121,13 +162,10 @@ class FsspecResolver(BlockingResolver):
         )
         return _Remote(file, path, int(info.get("size") or 0), stamp or self._fs.ukey(path))
 
-    def _folder(self, where: str, remote: list[_Remote]) -> Path:
-        content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
-        return self._copies.path(_key(where), _key(content))
-
-    def _fetch(self, name: str, where: str, remote: list[_Remote], folder: Path) -> None:
-        """Download into ``folder``, unless another process does so first."""
-        staging = self._copies.staging(folder)
+    def _fetch(self, name: str, folder: str, remote: list[_Remote], copy: Path) -> None:
+        """Download into ``copy``."""
+        where = f"{self._url}/{folder}"
+        staging = self._copies.staging(copy)
         try:
             for found in remote:
                 limit = MAX_CONFIG_BYTES if found.file == CONFIG_FILE else self._max_bytes
@@ -136,18 +174,34 @@ class FsspecResolver(BlockingResolver):
                         raise AdapterInvalid(
                             f"{found.file} has more than {format_bytes(limit)}", name=name, path=where
                         )
-            if self._look(name) != remote:
+            if self._look(name, folder) != remote:
                 raise AdapterLoadError(
                     "it changed while it was fetched; try again", name=name, path=where, transient=True
                 )
-            try:
-                staging.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-                # Another process was first, with the same content.
+            self._copies.publish(staging, copy)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_protocol(url: str) -> None:
+    """Raises ConfigError if fsspec, or what it needs for this kind of URL, is not installed."""
+    try:
+        from fsspec import get_filesystem_class  # optional
+    except ImportError:
+        raise ConfigError(f"adapters from {_public(url)} need: pip install 'aioengine[fsspec]'") from None
+    protocol = url.partition("://")[0].lower()
+    try:
+        get_filesystem_class(protocol)
+    except ValueError as error:
+        raise ConfigError(f"url={_public(url)!r}: {error}") from error
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        todo = f"pip install 'aioengine[{extra}]'" if extra else str(error)
+        raise ConfigError(f"adapters from {_public(url)} need: {todo}") from error
+
+
+def _content(remote: list[_Remote]) -> str:
+    return "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> bool:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("aioengine")
 
 KEEP_SECONDS = 600.0
 """Copies that were asked for within this time are kept even beyond the bound, because they are about to be
@@ -19,6 +28,7 @@ STALE_SECONDS = 86400.0
 """An unfinished copy this old was left by a process that was killed."""
 UNFINISHED = ".part-"
 
+_LOCK = ".lock"
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
@@ -31,7 +41,8 @@ class _Copy(NamedTuple):
 class LocalCopies:
     """Copies are the folders ``root/KEY/KEY``, each key 32 hexadecimal digits; nothing else in ``root`` is
     touched. A copy is complete or not there: it is made, and taken away, under another name. When it was
-    used last is its folder's modification time. All methods block.
+    used last is its folder's modification time. The SHA-256 of its files stand in ``root/KEY/KEY.sha256``:
+    a copy that does not agree with them is deleted. All methods block.
 
     Args:
         max_bytes: Bound on the size of all copies; None for no bound.
@@ -40,20 +51,57 @@ class LocalCopies:
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self.root = root
         self._max_bytes = max_bytes
+        self._checked: dict[Path, str] = {}
+        """What the files of a copy looked like when their digests were right."""
 
     def path(self, adapter: str, version: str) -> Path:
         """Return the path of an adapter version's copy, or None. Both arguments are keys."""
         return self.root / adapter / version
 
     def use(self, folder: Path) -> bool:
-        """Mark the copy as used now. Returns whether it exists."""
+        """Mark the copy as used now. Returns whether it exists, and is as it was fetched."""
         try:
             os.utime(folder)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # somebody else's, or on a medium that cannot be written
-            return folder.is_dir()
+            if not folder.is_dir():
+                return False
+        try:
+            looks = _looks(folder)
+            if self._checked.get(folder) != looks:
+                if _digests(folder) != _sealed(folder).read_text(encoding="utf-8"):
+                    raise ValueError("its SHA-256 is another than that of what was fetched")
+                self._checked[folder] = looks
+        except (OSError, ValueError) as error:
+            logger.warning("the local copy %s is fetched again: %s", folder, error)
+            self._checked.pop(folder, None)
+            _delete(folder)
+            return False
         return True
+
+    @contextmanager
+    def lock(self, folder: Path) -> Iterator[None]:
+        """Context that one process at a time is in, for copies of one adapter. It is left when a process
+        ends, however. Where the system has no such locks, several may be in it: that costs a download."""
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (folder.parent / _LOCK).open("ab") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def publish(self, staging: Path, folder: Path) -> None:
+        """Make a filled staging folder the copy ``folder``, unless there is one."""
+        digests = _digests(staging)
+        seal = staging.with_name(f"{staging.name}.sha256")
+        seal.write_text(digests, encoding="utf-8")
+        seal.replace(_sealed(folder))
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process was first, with the same content.
 
     def staging(self, folder: Path) -> Path:
         """Create an empty folder beside ``folder``, to be filled and then renamed to it."""
@@ -94,11 +142,34 @@ def _subfolders(folder: Path) -> list[Path]:
         return []
 
 
+def _sealed(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.sha256")
+
+
+def _looks(folder: Path) -> str:
+    """What tells cheaply that a file has changed."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        status = path.stat()
+        found.append(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ino}")
+    return "\n".join(found)
+
+
+def _digests(folder: Path) -> str:
+    """In the form of sha256sum."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
+
+
 def _delete(folder: Path) -> bool:
     gone = folder.with_name(UNFINISHED + os.urandom(8).hex())
     try:
         folder.rename(gone)
     except OSError:
         return False
+    _sealed(folder).unlink(missing_ok=True)
     shutil.rmtree(gone, ignore_errors=True)
     return True

@@ -18,6 +18,7 @@ from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.cli.serve import ServerFlags
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 
 _SECRET = ("api_key", "admin_key")
@@ -35,10 +36,9 @@ def check(
     flags.settings()
     flags.listen_settings()
     check_folders(engine_flags.adapters())
-    if config.lora is not None and config.lora.adapter_root is not None:
-        root = Path(config.lora.adapter_root).expanduser()
-        if not root.is_dir():
-            raise ConfigError(f"LoRAConfig.adapter_root={str(root)!r}: there is no such folder")
+    root = None if config.lora is None else config.lora.adapter_root
+    if root is not None and not is_source(root) and not Path(root).expanduser().is_dir():
+        raise ConfigError(f"LoRAConfig.adapter_root={root!r}: there is no such folder")
     path = Path(config.model).expanduser()
     looks_like_a_path = path.is_absolute() or config.model.startswith((".", "~"))
     if looks_like_a_path or path.exists():  # what is on the Hub is fetched at the start, not now

@@ -15,6 +15,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, registry_actor
 from aioengine.info import AdapterInfo
+from aioengine.model.files.hub import is_source
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 
 logger = logging.getLogger("aioengine.fleet")
@@ -103,7 +104,13 @@ class FleetAdapters:
             if pin:
                 info = await self._pin(name, members, force_pin)
             before = 0 if known is None else known.version
-            entry = Entry(name, info.path, before + 1, info.digest, pin or bool(known and known.pinned))
+            entry = Entry(
+                name,
+                _source(where, known, info),
+                before + 1,
+                info.digest,
+                pin or bool(known and known.pinned),
+            )
             await self._put(entry)
             return info
 
@@ -140,7 +147,8 @@ class FleetAdapters:
         version = self._next_version(name)
         info = _first([await self._ask(first[0], "load", name=name, path=where, version=version)])
         others = [member for member in members if member is not first[0]]
-        await self._ask_all(others, "register", name=name, path=info.path, version=version)
+        path = _source(where, self._entries.get(name), info)
+        await self._ask_all(others, "register", name=name, path=path, version=version)
         return info
 
     async def _replace(self, name: str, where: str | None, members: Sequence[Member]) -> AdapterInfo:
@@ -179,7 +187,7 @@ class FleetAdapters:
     async def _note(self, name: str, info: AdapterInfo, *, pinned: bool) -> None:
         known = self._entries.get(name)
         version = 1 if known is None else max(known.version, 1)
-        await self._put(Entry(name, info.path, version, info.digest, pinned))
+        await self._put(Entry(name, _source(None, known, info), version, info.digest, pinned))
 
     async def _put(self, entry: Entry) -> None:
         self._entries[entry.name] = entry
@@ -266,6 +274,13 @@ class FleetAdapters:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
+    """Where other replicas find it: a source as it was given, and not one node's local copy of it."""
+    if given is None and known is not None:
+        given = known.path
+    return given if given is not None and is_source(given) else info.path
 
 
 def _first(answers: Sequence[Any]) -> AdapterInfo:

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 PREFIX = "hf:"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
 _HUB_ID = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+
+def is_source(path: str) -> bool:
+    """Whether ``path`` names something that is fetched into a local folder first: "hf:...", or a URL."""
+    return path.startswith(PREFIX) or _URL.fullmatch(path) is not None
 
 
 class HubId(NamedTuple):

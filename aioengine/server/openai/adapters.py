@@ -15,6 +15,7 @@ from litestar.params import JSONBody
 from aioengine import FilesystemResolver
 from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.resolvers.base import within
+from aioengine.adapters.resolvers.sources import source_below
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, to_api_error
@@ -39,7 +40,7 @@ class UnloadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
     lora = context.engine.config.lora
     root = None if lora is None else lora.adapter_root
-    resolver = None if root is None else FilesystemResolver(root)
+    where = None if root is None else _Root(root)
 
     @post(
         "/v1/load_lora_adapter",
@@ -49,7 +50,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         summary="Load an adapter",
     )
     async def load(data: JSONBody[LoadRequest], request: Request[Any, Any, Any]) -> str:
-        confined = _allowed(resolver)
+        allowed = _allowed(where)
         name, path = data.lora_name, data.lora_path
         if not name or not path:
             raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.")
@@ -69,8 +70,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         if known and not data.load_inplace:
             raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
         try:
-            find = confined.resolve(_relative(path, confined.root))
-            folder = await within(None if lora is None else lora.load_timeout, name, find)
+            folder = await within(None if lora is None else lora.load_timeout, name, allowed.find(name, path))
         except AdapterNotFound as error:
             raise ApiError(
                 404,
@@ -94,7 +94,7 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
         summary="Unload an adapter, when the requests that use it have ended",
     )
     async def unload(data: JSONBody[UnloadRequest], request: Request[Any, Any, Any]) -> str:
-        _allowed(resolver)
+        _allowed(where)
         name = data.lora_name
         if not name:
             raise ApiError(400, "'lora_name' must be provided.", param="lora_name")
@@ -114,13 +114,27 @@ def adapter_routes(context: Context) -> list[HTTPRouteHandler]:
     return [load, unload]
 
 
-def _allowed(resolver: FilesystemResolver | None) -> FilesystemResolver:
-    if resolver is None:
+class _Root:
+    """The place below which adapters may be loaded from: a folder, or a URL."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._folders = None if source_below(root, "", "any") is not None else FilesystemResolver(root)
+
+    async def find(self, name: str, path: str) -> str:
+        """Return the folder or the URL. Raises AdapterNotFound if it is not below the root."""
+        if self._folders is None:
+            return str(source_below(self._root, name, path))
+        return str(await self._folders.resolve(_relative(path, self._folders.root)))
+
+
+def _allowed(root: _Root | None) -> _Root:
+    if root is None:
         text = (
             "adapters cannot be loaded or unloaded over HTTP: the server was started without an adapter root"
         )
         raise ApiError(403, text, type="permission_error", code="adapter_loading_disabled")
-    return resolver
+    return root
 
 
 def _relative(path: str, root: Path) -> str:

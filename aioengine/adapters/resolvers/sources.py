@@ -1,0 +1,79 @@
+"""Adapters given by where they come from: "hf:owner/name", "s3://bucket/sql", "gs://...", "file://..."."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from aioengine.adapters.resolvers.base import BlockingResolver, is_plain_name
+from aioengine.adapters.resolvers.fsspec import RemoteFolders, check_protocol
+from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
+from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
+from aioengine.model.files.hub import PREFIX, has_hub, is_source
+
+
+def checked_source(name: str, path: str) -> str:
+    """Return the source in its usual form: a "file://" URL becomes a local path, and "hf://" becomes "hf:".
+
+    Raises AdapterInvalid for one of another form, and ConfigError if what it needs is not installed.
+    """
+    if path.startswith("hf://"):
+        path = PREFIX + path.removeprefix("hf://")
+    if path.startswith(PREFIX):
+        parse_hub_path(name, path)
+        if not has_hub():
+            raise ConfigError(f"adapter {name!r} ({path}): needs pip install 'aioengine[hub]'")
+        return path
+    if not path.lower().startswith("file:"):
+        check_protocol(path)
+        return path.rstrip("/")
+    url = urlsplit(path)
+    if url.netloc not in ("", "localhost"):
+        raise AdapterInvalid(f"file://{url.netloc}: must be file:///absolute/path", name=name, path=path)
+    return unquote(url.path)
+
+
+def source_below(root: str, name: str, path: str) -> str | None:
+    """Return the URL of ``path`` below the URL ``root``, or None if ``root`` is a folder on this machine.
+
+    Raises AdapterNotFound for a path that is not below it.
+    """
+    if not is_source(root):
+        return None
+    root = root.rstrip("/")
+    below = path.removeprefix(f"{root}/").removeprefix("./").rstrip("/")
+    if not is_plain_name(below):
+        raise AdapterNotFound("not a path below adapter_root", name=name, path=path)
+    return f"{root}/{below}"
+
+
+class AdapterSources:
+    """Fetches what sources name; what is fetched is kept in the caches of the Hub and of remote folders."""
+
+    def __init__(self) -> None:
+        self._hub: HubResolver | None = None
+        self._urls: _Urls | None = None
+
+    async def resolve_path(self, name: str, source: str) -> Path:
+        """Return the local folder with what ``source`` names, for the adapter ``name``.
+
+        Raises AdapterNotFound, AdapterInvalid, AdapterLoadError; ConfigError if an extra is missing.
+        """
+        if source.startswith(PREFIX):
+            if self._hub is None:
+                self._hub = HubResolver()
+            return await self._hub.resolve_path(name, source)
+        if self._urls is None:
+            self._urls = _Urls()
+        return await self._urls.resolve_path(name, source)
+
+
+class _Urls(BlockingResolver):
+    """Sources that are URLs, each with the credentials and endpoints of the environment."""
+
+    def find(self, name: str) -> Path:
+        raise NotImplementedError
+
+    async def resolve_path(self, name: str, url: str) -> Path:
+        parent, _, last = url.rpartition("/")
+        return await self._in_thread(name, url, lambda: RemoteFolders(parent).fetch(name, last))

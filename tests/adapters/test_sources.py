@@ -1,0 +1,161 @@
+"""Adapters by URL: fetched once on a machine, checked, and clear errors; S3 by a server of moto's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import fsspec
+import httpx
+import pytest
+from moto.server import ThreadedMotoServer
+from support.engine_fixtures import Tiny
+
+from aioengine import AsyncEngine, EngineConfig, FsspecResolver, LoRAConfig, SamplingParams
+from aioengine.adapters.names import checked_path
+from aioengine.adapters.resolvers.sources import AdapterSources, source_below
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of an S3 that has an empty bucket "lora"; the environment is that of a server that uses it."""
+    environment = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    httpx.post(f"{s3_server}/moto-api/reset", trust_env=False)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="lora")
+    return client
+
+
+def check_keys_after(server: str, requests: str) -> None:
+    """Have the server look at who asks, after so many requests."""
+    httpx.post(f"{server}/moto-api/reset-auth", content=requests, trust_env=False)
+
+
+def put(s3: Any, folder: str, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        s3.put_object(Bucket="lora", Key=f"{folder}/{name}", Body=data)
+
+
+async def test_an_engine_serves_an_adapter_from_s3(s3: Any, tiny: Tiny) -> None:
+    source = tiny.adapters["qv-only"]
+    put(s3, "team/sql", {path.name: path.read_bytes() for path in source.iterdir()})
+    config = EngineConfig(
+        model=str(tiny.model),
+        dtype="float32",
+        device="cpu",
+        kv_cache_memory="4MiB",
+        lora=LoRAConfig(adapter_root="s3://lora/team"),
+    )
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    async with AsyncEngine(config) as engine:
+        engine.register_adapter("local", source)
+        await engine.load_adapter("given", "s3://lora/team/sql/")
+        expected = (await engine.complete([5, 6, 7], params, adapter="local")).token_ids
+        assert expected != (await engine.complete([5, 6, 7], params)).token_ids
+        for name in ("given", "sql"):  # "sql" is found below the root
+            assert (await engine.complete([5, 6, 7], params, adapter=name)).token_ids == expected
+        with pytest.raises(AdapterNotFound, match=r"s3://lora/team/none"):
+            await engine.complete([5], params, adapter="none")
+
+
+async def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
+    sources = AdapterSources()
+    with pytest.raises(AdapterNotFound, match=r"s3://lora/none.*adapter_config\.json"):
+        await sources.resolve_path("a", "s3://lora/none")
+    with pytest.raises(AdapterNotFound, match="s3://elsewhere/a"):
+        await sources.resolve_path("a", "s3://elsewhere/a")
+    put(s3, "a", FILES)
+    assert (await sources.resolve_path("a", "s3://lora/a")).is_dir()
+    check_keys_after(s3_server, "0")
+    try:
+        with pytest.raises(
+            AdapterLoadError, match=r"s3://lora/a.*access is denied.*check the credentials"
+        ) as caught:
+            await sources.resolve_path("a", "s3://lora/a")
+        assert not caught.value.transient
+    finally:
+        check_keys_after(s3_server, "inf")
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    for name, data in FILES.items():
+        files.pipe(f"/bucket/a/{name}", data)
+    yield files
+    files.store.clear()
+
+
+def test_many_at_once_fetch_it_once(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own resolver, as processes have: what holds them back is a lock on a file."""
+    opened: list[str] = []
+    gate, open_ = threading.Barrier(4), type(store).open
+
+    def slow(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        opened.append(path)
+        return open_(self, path, *args, **options)
+
+    def find(_: int) -> Path:
+        resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path)
+        gate.wait()
+        return resolver.find("a")
+
+    monkeypatch.setattr(type(store), "open", slow)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(find, range(4)))) == 1
+    assert len(opened) == len(FILES)
+
+
+def test_a_copy_that_was_changed_is_fetched_again(store: Any, tmp_path: Path) -> None:
+    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path)
+    weights = resolver.find("a") / "adapter_model.safetensors"
+    weights.write_bytes(b"weightz")
+    assert resolver.find("a") == weights.parent
+    assert weights.read_bytes() == b"weights"
+    weights.unlink()
+    assert (FsspecResolver("memory://bucket", cache_dir=tmp_path).find("a") / weights.name).is_file()
+
+
+def test_what_a_path_may_be(tmp_path: Path) -> None:
+    assert checked_path("a", f"file://{tmp_path}/my%20lora") == f"{tmp_path}/my lora"
+    assert checked_path("a", "hf://owner/name@main") == "hf:owner/name@main"
+    assert checked_path("a", "s3://lora/a/") == "s3://lora/a"
+    with pytest.raises(AdapterInvalid, match="file:///absolute/path"):
+        checked_path("a", "file://host/a")
+    with pytest.raises(ConfigError, match="nothing://x"):
+        checked_path("a", "nothing://x")
+
+
+@pytest.mark.parametrize("path", ["../secret/a", "s3://other/a", "/etc", ""])
+def test_only_what_is_below_the_root_is_loaded_over_http(path: str) -> None:
+    assert source_below("s3://lora/team/", "a", "s3://lora/team/x") == "s3://lora/team/x"
+    assert source_below("s3://lora/team", "a", "./x/y/") == "s3://lora/team/x/y"
+    assert source_below("/adapters", "a", path) is None
+    with pytest.raises(AdapterNotFound, match="not a path below"):
+        source_below("s3://lora/team", "a", path)
