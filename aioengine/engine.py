@@ -395,8 +395,8 @@ class AsyncEngine:
     def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         """Declare an adapter that is read when a request first needs it. No I/O.
 
-        ``path`` is a PEFT folder, "hf:owner/name[@revision]" on the Hugging Face Hub (extra ``hub``), or a URL
-        that fsspec knows: "s3://bucket/folder" (extra ``s3``), "gs://" (extra ``gcs``), "file://".
+        ``path`` is a PEFT folder, "hf:owner/name[@revision]" on the Hugging Face Hub (extra ``hub``), or a
+        URL that fsspec knows: "s3://bucket/folder" (extra ``s3``), "gs://" (extra ``gcs``), "file://".
         Raises AdapterInvalid for a bad name, or if the name stands for another path already.
         """
         self._check_lora()

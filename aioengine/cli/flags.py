@@ -61,7 +61,7 @@ class EngineFlags:
     """Seed for requests that have none (0)."""
 
     lora_modules: Annotated[list[str] | None, _MODULES] = None
-    """Adapter to register; repeatable. PATH may be hf:owner/name or a URL (s3://...)."""
+    """Adapter to register; repeatable. PATH may be a URL."""
     max_loras: Annotated[int | None, _IN_LORA] = None
     """Adapter slots on the device (4)."""
     max_lora_rank: Annotated[int | None, _IN_LORA] = None
