@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
 from aioengine.request import Prompt, RequestOutput, SamplingParams, TokenConstraint
+from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
     from aioengine.grammars.limits import GrammarLimits
@@ -84,6 +85,9 @@ class EngineClient(WatchedEngine, Protocol):
         pin: bool = False,
         force_pin: bool = False,
         replace: bool = False,
+    ) -> AdapterInfo: ...
+    async def load_adapter_files(
+        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo: ...
     async def unload_adapter(self, name: str, *, force: bool = False) -> None: ...
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo: ...

@@ -30,7 +30,16 @@ from aioengine.info import (
     SlotTable,
 )
 from aioengine.memory_plan import MemoryPlan
-from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams
+from aioengine.request import (
+    Classification,
+    Embedding,
+    PoolingKind,
+    Prompt,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+    Scores,
+)
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import (
     Built,
@@ -48,17 +57,27 @@ from aioengine.runtime.loop import Stepper
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.vectors import (
+    check_dimensions,
+    check_documents,
+    classification_of,
+    embedding_of,
+    pooling_params,
+    read_label_names,
+    score,
+    tokenize_pair,
+)
 from aioengine.schedulers import SchedulerPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aioengine.adapters.peft.held import BytesLike
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.grammars.service import Grammars
     from aioengine.metrics import EngineMetrics
     from aioengine.model.spec import ModelSpec
     from aioengine.model.text.tokenizer import Tokenizer
+    from aioengine.step import BytesLike
 
 E = TypeVar("E", bound=Event)
 
@@ -108,6 +127,7 @@ class AsyncEngine:
         self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
+        self._label_names: list[str] | None = None
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
         """Runs tokenization and detokenization; servers of this engine use it too."""
@@ -348,6 +368,117 @@ class AsyncEngine:
             return await stream.last()
         finally:
             self._stepper.abort(stream.request)
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        adapter: str | None = None,
+        pooling: PoolingKind | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
+    ) -> Embedding:
+        """Turn a prompt into one vector: the model's last hidden states, pooled.
+
+        Args:
+            pooling: "mean", "last" or "cls" (the first token). None: what the adapter's sentence-transformers
+                configuration says, or else the model's, or else the mean.
+            normalize: Bring the vector to length 1.
+            dimensions: Keep only the first so many numbers.
+
+        The other arguments and the errors are those of :meth:`generate`. The request runs in the same
+        batches; it takes nothing from the prefix cache and leaves nothing there.
+        """
+        if dimensions is not None:
+            check_dimensions(dimensions, self.model_spec.hidden_size)
+        output = await self.complete(
+            prompt,
+            pooling_params(pooling),
+            adapter=adapter,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+            tenant=tenant,
+        )
+        return embedding_of(output, normalize=normalize, dimensions=dimensions)
+
+    async def classify(
+        self,
+        prompt: Prompt,
+        adapter: str | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
+    ) -> Classification:
+        """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Labels have the names in
+        the model's ``id2label``, if it has as many, or else transformers' "LABEL_0", ...
+
+        Raises RequestInvalid if the adapter has no head, and what :meth:`generate` raises.
+        """
+        output = await self.complete(
+            prompt,
+            pooling_params("classify"),
+            adapter=adapter,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+            tenant=tenant,
+        )
+        return classification_of(output, await self.label_names())
+
+    async def score(
+        self,
+        query: str | list[int],
+        documents: Sequence[str | list[int]],
+        adapter: str | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
+    ) -> Scores:
+        """Score how well each document fits the query. An adapter with a head of one label scores each pair
+        (0 to 1); without a head, it is the cosine of the two vectors (-1 to 1).
+
+        The pairs run side by side, each as a request of its own. Raises RequestInvalid for a head of several
+        labels, and what :meth:`generate` raises.
+        """
+        check_documents(query, documents)
+        labels = 0 if adapter is None else await self.head_labels(adapter)
+
+        def complete(prompt: Prompt, params: SamplingParams) -> Awaitable[RequestOutput]:
+            return self.complete(
+                prompt, params, adapter=adapter, priority=priority, deadline=deadline, tenant=tenant
+            )
+
+        async def pair(first: str, second: str) -> list[int]:
+            tokenizer, limit = self.tokenizer, self.plan.max_model_len
+            size = len(first) + len(second)
+            return await self.text_work.run(
+                size, lambda: tokenize_pair(tokenizer, first, second, limit), tenant
+            )
+
+        return await score(complete, query, documents, labels=labels, pair=pair)
+
+    async def head_labels(self, adapter: str) -> int:
+        """How many labels an adapter's head has; 0 without one. It is loaded if it has not been read yet.
+        Raises as :meth:`load_adapter` does."""
+        self._check_lora()
+        return await self._adapters.labels(adapter)
+
+    async def label_names(self) -> list[str]:
+        """The model's ``id2label``; empty if it has none."""
+        self._check_running()
+        if self._label_names is None:
+            path = self._built.model_path
+            loop = asyncio.get_running_loop()
+            self._label_names = await loop.run_in_executor(self._work, read_label_names, path)
+        return self._label_names
 
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``.

@@ -29,6 +29,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Size in the CPU cache; 0 until it has been read once."""
     digest: str = ""
     """SHA-256 of its files, hexadecimal: equal for equal content. "" until it has been read once."""
+    labels: int = 0
+    """Labels of its trained classification head; 0 without one, and until it has been read once."""
     location: AdapterLocation
     """The fastest place that holds it."""
     slot: int | None

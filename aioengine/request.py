@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import msgspec
 
@@ -15,6 +15,11 @@ Prompt = str | list[int] | list[dict[str, Any]]
 """Text, token ids, or chat messages (rendered with the model's chat template)."""
 
 FinishReason = Literal["stop", "length", "abort"]
+
+PoolingKind = Literal["auto", "mean", "last", "cls", "classify"]
+"""How a prompt becomes one vector, out of the hidden states after the last norm: their mean, the last or the
+first token's; "auto": as the adapter's, or else the model's, sentence-transformers configuration says, or
+else the mean. "classify" gives the logits of the adapter's trained head, by default of the last token."""
 
 
 @runtime_checkable
@@ -100,6 +105,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first. The prompt is computed in full for it: nothing of
     it is taken from the prefix cache."""
+    pooling: PoolingKind | None = None
+    """Return a vector in place of tokens, with ``max_tokens=0``: see :class:`PoolingKind`. The prompt is
+    computed in full, and the prefix cache keeps nothing of it."""
     skip_special_tokens: bool = True
     constraint: TokenConstraint | None = None
     """What the output must conform to; sampling chooses among the tokens that it allows."""
@@ -108,7 +116,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         set_ = msgspec.structs.force_setattr
         set_(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
         set_(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
-        _check_int("max_tokens", self.max_tokens, low=int(self.prompt_logprobs is None), high=2**63 - 1)
+        _check_int(
+            "max_tokens",
+            self.max_tokens,
+            low=int(self.prompt_logprobs is None and self.pooling is None),
+            high=2**63 - 1,
+        )
+        if self.pooling is not None:
+            _check_pooling(self)
         _check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
         _check_float("temperature", self.temperature, low=0.0, high=100.0)
         _check_int("top_k", self.top_k, low=0, high=2**63 - 1)
@@ -207,6 +222,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int]
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One entry for each of ``prompt_token_ids``, None for the first, when asked for."""
+    pooled: list[float] | None = None
+    """The vector that ``pooling`` asks for, at the end: [hidden], or [labels] of a head."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was taken from the prefix cache."""
     arrival: float = 0.0
@@ -220,6 +237,37 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         return None if self.first_token is None else self.first_token - self.arrival
 
 
+class Embedding(msgspec.Struct, kw_only=True, frozen=True):
+    """What ``embed`` returns."""
+
+    vector: list[float]
+    """[hidden], or [dimensions]."""
+    prompt_tokens: int
+    adapter: str | None = None
+
+
+class Classification(msgspec.Struct, kw_only=True, frozen=True):
+    """What ``classify`` returns."""
+
+    logits: list[float]
+    """[labels]"""
+    probabilities: list[float]
+    """[labels]: the softmax of the logits; of one label, the sigmoid."""
+    label: str
+    """The name of the most likely label."""
+    prompt_tokens: int
+    adapter: str | None = None
+
+
+class Scores(msgspec.Struct, kw_only=True, frozen=True):
+    """What ``score`` returns."""
+
+    scores: list[float]
+    """One for each document, in their order."""
+    prompt_tokens: int
+    adapter: str | None = None
+
+
 def check_text(field: str, value: object) -> None:
     """Raises RequestInvalid unless it is None or text that is not empty and that UTF-8 can encode."""
     if value is None:
@@ -230,6 +278,18 @@ def check_text(field: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise RequestInvalid(f"{field}={value!r}: contains a lone surrogate, which is no character") from None
+
+
+def _check_pooling(params: SamplingParams) -> None:
+    if params.pooling not in get_args(PoolingKind):
+        raise RequestInvalid(
+            f"pooling={params.pooling!r}: must be one of {', '.join(get_args(PoolingKind))}, or None"
+        )
+    if params.max_tokens or params.prompt_logprobs is not None or params.constraint is not None:
+        raise RequestInvalid(
+            "pooling gives a vector and no tokens: it needs max_tokens=0, without prompt_logprobs and "
+            "constraint"
+        )
 
 
 def _tuple(field: str, value: object) -> tuple[Any, ...]:

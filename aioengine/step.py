@@ -73,6 +73,11 @@ class StepResult(NamedTuple):
     followed: Mapping[int, Sequence[Sampled]] = {}
     """By index in ``StepBatch.sequences``: the tokens after the one in ``sampled``, where the first so many
     of ``draft`` were right."""
+    pooled: Mapping[int, Sequence[float]] = {}
+    """By index: what a pooled sequence's tokens add to its vector, where they add something."""
+
+
+BytesLike = bytes | bytearray | memoryview
 
 
 class HeldFiles(msgspec.Struct, array_like=True, frozen=True):
@@ -95,6 +100,8 @@ class LoadedAdapter(NamedTuple):
     """SHA-256 of its files, hexadecimal."""
     seconds: float
     """Wall time of the load, with its retries."""
+    labels: int = 0
+    """Of its classification head."""
 
 
 Retrying = Callable[[int, float, AdapterError], None]

@@ -47,6 +47,8 @@ class ReadAdapter(Protocol):
     def nbytes(self) -> int: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def labels(self) -> int: ...
 
 
 R = TypeVar("R", bound=ReadAdapter)
@@ -167,7 +169,7 @@ class BaseLoader(ABC, Generic[R]):
             stop_watching()
         self._keep(uid, found)
         seconds = time.perf_counter() - start
-        return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds)
+        return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds, found.labels)
 
     async def _attempt(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> R:
         progress.running = progress.waiting = True

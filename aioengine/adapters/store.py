@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioengine.model.parallel.group import SOLO, Shard
@@ -86,7 +87,11 @@ class AdapterStore:
 
         affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
         layout, pin_memory = self._order
-        return build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
+        image = build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
+        packed = draft.packed
+        if packed.head is None and packed.pooling is None:
+            return image
+        return replace(image, head=packed.head, pooling=packed.pooling)
 
     def _embedding(self, module: str) -> torch.Tensor:
         """Return the embedding [vocabulary, hidden], or the rank's rows of it."""

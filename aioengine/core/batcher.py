@@ -255,7 +255,7 @@ class Batcher:
         """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache."""
         request.computed += tokens
         full = request.computed // self.blocks.block_size
-        if full <= request.committed or not self.blocks.prefix_caching:
+        if full <= request.committed or not self.blocks.prefix_caching or not request.caches:
             return
         if full > len(request.hashes):
             request.hash_blocks(self.blocks)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from math import isnan
+from math import isfinite, isnan
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
@@ -45,7 +45,7 @@ from aioengine.errors import (
 from aioengine.request import FinishReason, RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import Sampled, StepBatch, StepResult
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -437,6 +437,10 @@ class Core:
                     self.end(request, "error", now, _sampling_error(request, nan))
                     continue
                 request.prompt_logprobs += new
+            if request.params.pooling is not None and not _pool(request, work, result.pooled.get(index, ())):
+                nan = Sampled(-1, error="a hidden state is not a number")
+                self.end(request, "error", now, _sampling_error(request, nan))
+                continue
             if sampled is None or late:
                 continue
             followed = result.followed.get(index, ())
@@ -582,6 +586,18 @@ def _pacer(limits: CoreLimits) -> Pacer | None:
     if limits.max_step_seconds is None:
         return None
     return Pacer(limits.max_step_seconds, limits.pair_tokens)
+
+
+def _pool(request: Request, work: SequenceWork, values: Sequence[float]) -> bool:
+    """Add what a step gives to the request's vector; returns False if it is not finite."""
+    if work.start == 0:  # at first, and again after a preemption
+        request.pooled = None
+    if values:
+        known = request.pooled
+        request.pooled = (
+            list(values) if known is None else [a + b for a, b in zip(known, values, strict=True)]
+        )
+    return all(map(isfinite, values))
 
 
 def _sampling_error(request: Request, sampled: Sampled) -> AioEngineError:

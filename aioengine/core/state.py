@@ -48,6 +48,7 @@ class AdapterEntry:
         "found",
         "held",
         "label",
+        "labels",
         "last_tenant",
         "last_used",
         "location",
@@ -98,6 +99,8 @@ class AdapterEntry:
         self.rank = 0
         self.nbytes = 0
         self.digest = ""
+        self.labels = 0
+        """Labels of its classification head."""
         self.pinned = False
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
@@ -206,6 +209,7 @@ class Request:
         "last_token",
         "options",
         "params",
+        "pooled",
         "prompt_len",
         "prompt_logprobs",
         "seed",
@@ -269,6 +273,8 @@ class Request:
         self.admitted: float | None = None
         self.prompt_logprobs: list[TokenLogprob] | None = None if params.prompt_logprobs is None else []
         """Log-probabilities of the second prompt token, the third, ..., as far as they are computed."""
+        self.pooled: list[float] | None = None
+        """The vector that ``pooling`` asks for, as far as it is computed."""
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.drafting: Drafting | None = None
@@ -314,13 +320,23 @@ class Request:
         self.hashes, self.hashed_for = cache.hash_blocks(key, self.tokens, known), key
         return self.hashes
 
+    @property
+    def caches(self) -> bool:
+        """Whether its blocks go to the prefix cache and come from it. A vector needs the states of all
+        tokens, and nobody goes on after it."""
+        return self.params.pooling is None
+
     def find_cached(self, cache: BlockManager) -> list[int]:
         """The blocks of the prefix cache that it would share if it were admitted now.
 
         At least one token is always left to compute, because its logits are needed, and so are all that
         stand before prompt tokens whose log-probability is wanted.
         """
-        if not cache.prefix_caching or (self.adapter is not None and not self.adapter.digest):
+        if (
+            not self.caches
+            or not cache.prefix_caching
+            or (self.adapter is not None and not self.adapter.digest)
+        ):
             return []
         needless = len(self.prompt_logprobs or ()) if self.unscored else len(self.tokens) - 1
         return cache.match(self.hash_blocks(cache), needless)

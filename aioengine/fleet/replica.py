@@ -155,6 +155,7 @@ class EngineReplica:
                     seen = len(output.logprobs)
                 if output.prompt_logprobs is not None and not scored:
                     delta.prompt_logprobs, scored = output.prompt_logprobs, True
+                delta.pooled = output.pooled
                 box.put(delta)
         except Exception as error:
             if not isinstance(error, AioEngineError):

@@ -61,6 +61,7 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     """A pickled error; nothing follows."""
     misrouted: bool = False
     """The replica does not have the adapter that the door believed it to have."""
+    pooled: list[float] | None = None
 
 
 class Residency(msgspec.Struct, array_like=True):

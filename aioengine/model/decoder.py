@@ -239,11 +239,15 @@ class Decoder:
     def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None) -> Tensor:
         """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the compute
         dtype, on every rank."""
-        hidden = last.hidden.index_select(0, rows)
-        delta = None if last.delta is None else last.delta.index_select(0, rows)
-        x = self.kernels.add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
+        x = self.normed(last, rows)
         head = slots.outer.get("lm_head") if slots else None
         return self.whole_logits(self.adapted.split_outputs(self.head, x, head, lora))
+
+    def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
+        """The hidden states of the tokens ``rows`` [n] after the last norm: [n, hidden]."""
+        hidden = last.hidden.index_select(0, rows)
+        delta = None if last.delta is None else last.delta.index_select(0, rows)
+        return self.kernels.add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
 
     def whole_logits(self, logits: Tensor) -> Tensor:
         """[N, vocab] on every rank, of the parts that they have."""

@@ -26,6 +26,7 @@ from aioengine.model.files.weights import load_weights
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.penalties import Penalties
+from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.slots.pool import LoRASlots
@@ -110,6 +111,8 @@ class ModelRunner:
         self.variance: str | None = None
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
         self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
+        self.pooling: Kind = model_pooling(weights)
+        """How prompts are pooled where neither the request nor its adapter says so."""
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
@@ -187,13 +190,14 @@ class ModelRunner:
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
+        pooled: dict[int, Pooled] = {}
         if batch.sequences:
             if self.group.shard.rank == 0:
                 constraints.begin(batch.sequences)
             if self.lora_slots is not None:
                 self.lora_slots.before_step()
             with torch.inference_mode():
-                logits, asking = self._logits(batch, scored)
+                logits, asking = self._logits(batch, scored, pooled)
                 if self.lora_slots is not None:
                     self.lora_slots.after_step()
                 if asking and self.group.shard.rank == 0:
@@ -204,7 +208,12 @@ class ModelRunner:
                             followed[i] = tokens[1:]
                 else:
                     self._wait()
-        return StepResult(sampled, time.perf_counter() - began, scored, followed)
+        for i, work in enumerate(batch.sequences):
+            if work.sample and work.params.pooling is not None:
+                error = pooled[i].error if i in pooled else None
+                sampled[i] = Sampled(-1, error=error, fault="request")
+        values = {i: part.values for i, part in pooled.items()}
+        return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
 
     def _wait(self) -> None:
         """For a step from which nothing is read back: until the device has finished it. So a step's time is
@@ -212,18 +221,23 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _logits(self, batch: StepBatch, scored: dict[int, list[TokenLogprob]]) -> tuple[Tensor, list[int]]:
+    def _logits(
+        self, batch: StepBatch, scored: dict[int, list[TokenLogprob]], pooled: dict[int, Pooled]
+    ) -> tuple[Tensor, list[int]]:
         """The logits of the sequences that ask for tokens, a row for each token, and the indices of these
-        sequences. Fills in ``scored``."""
-        if self.decode_steps is not None:
+        sequences. Fills in ``scored`` and ``pooled``."""
+        pools = any(work.params.pooling is not None for work in batch.sequences)
+        if self.decode_steps is not None and not pools:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
             if logits is not None:
                 return logits, list(range(len(batch.sequences)))
         inputs, asking = self._prepare(batch)
-        if not any(work.score for work in batch.sequences):
+        if not pools and not any(work.score for work in batch.sequences):
             return self._forward(inputs), asking
         last = self._layers_forward(inputs)
         self._score(batch, last, scored)
+        if pools:
+            pooled.update(self._pool(batch, last))
         if not asking:
             return torch.empty(0), asking
         return self.decoder.logits(last, inputs.sample_rows, inputs.sample_lora, self.lora_slots), asking
@@ -250,6 +264,15 @@ class ModelRunner:
                 count = batch.sequences[i].params.prompt_logprobs
                 scored.setdefault(i, []).append(msgspec.structs.replace(entry, top=entry.top[:count]))
 
+    def _pool(self, batch: StepBatch, last: LastLayer) -> dict[int, Pooled]:
+        slots = self.lora_slots
+
+        def normed(rows: list[int]) -> Tensor:
+            return self.decoder.normed(last, send([torch.tensor(rows)], self.device)[0])
+
+        heads, kinds = ((), ()) if slots is None else (slots.heads, slots.poolings)
+        return pool(batch.sequences, normed, heads, kinds, self.pooling)
+
     def _prepare(self, batch: StepBatch) -> tuple[StepInputs, list[int]]:
         """The step's tensors, and the indices of the sequences that ask for a token."""
         token_ids: list[int] = []
@@ -259,7 +282,7 @@ class ModelRunner:
         for i, work in enumerate(batch.sequences):
             spans.append(Span(len(token_ids), len(work.tokens), work.start))
             token_ids.extend(work.tokens)
-            if work.sample:
+            if work.sample and work.params.pooling is None:
                 asking.append(i)
                 sample_rows.extend(range(len(token_ids) - 1 - len(work.draft), len(token_ids)))
         rows = torch.tensor(sample_rows, dtype=torch.long)

@@ -176,6 +176,15 @@ class AdapterOps:
                 await self._stepper.until(lambda: self._is_in_slot(name), name)
         return self.info(name)
 
+    async def labels(self, name: str) -> int:
+        """How many labels the head of the current version has; reads it if it never was read."""
+        self.check_known(name)
+        entry = await self.acquire(name)
+        if not entry.digest:
+            await self.load(entry.label, None, pin=False, replace=False)
+            entry = await self.acquire(name)
+        return entry.labels
+
     @contextmanager
     def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
         """Context that counts ``name`` as pinned; if the block fails, the pin is removed, unless other

@@ -132,6 +132,7 @@ class OutputStream:
             logprobs=None if self._logprobs is None else list(self._logprobs),
             prompt_token_ids=request.tokens[: request.prompt_len],
             prompt_logprobs=self._prompt(),
+            pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
             arrival=request.arrival,
             first_token=request.first_token,

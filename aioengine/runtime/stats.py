@@ -128,6 +128,7 @@ def adapter_info(entry: AdapterEntry) -> AdapterInfo:
         rank=entry.rank,
         bytes=entry.nbytes,
         digest=entry.digest,
+        labels=entry.labels,
         location=location_name(entry),
         slot=entry.slot if entry.location is Location.SLOT else None,
         pinned=entry.pinned,

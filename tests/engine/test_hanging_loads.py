@@ -30,6 +30,7 @@ class Found(NamedTuple):
     rank: int = 8
     nbytes: int = 100
     digest: str = "x"
+    labels: int = 0
 
 
 class Loader(BaseLoader[Found]):

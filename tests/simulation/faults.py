@@ -293,6 +293,7 @@ class Found(NamedTuple):
     rank: int
     nbytes: int
     digest: str
+    labels: int = 0
 
 
 class FaultyLoader(BaseLoader[Found]):

@@ -23,6 +23,9 @@ from aioengine.errors import AdapterInvalid
 ALL_LINEAR = "all-linear"
 MAX_PATTERNS = 2048
 """Maximum number of patterns in one field; a model of 126 layers has 882 linears."""
+HEAD_MODULES = ("score", "classifier")
+"""What transformers calls the head of a model for sequence classification; PEFT names both for every
+model."""
 MAX_EXPRESSIONS = 64
 """Maximum number of patterns that are more than a plain module name."""
 
@@ -69,10 +72,6 @@ _PROMPTS = frozenset(
 )
 
 _UNSUPPORTED = {
-    "modules_to_save": (
-        "fully trained modules are not supported: train without it (target_modules may name lm_head and "
-        f"embed_tokens), or {MERGE}"
-    ),
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
     "alora_invocation_tokens": f"activated LoRA (aLoRA) is not supported: {_TRAIN}",
     "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
@@ -104,7 +103,6 @@ _NEUTRAL = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "task_type",
         "velora_config",
     )
 )
@@ -125,6 +123,8 @@ _USED = frozenset(
         "use_dora",
         "ensure_weight_tying",
         "init_lora_weights",
+        "modules_to_save",
+        "task_type",
     )
 )
 
@@ -155,6 +155,10 @@ class PeftLoraConfig:
     """Each B has a bias."""
     ensure_weight_tying: bool
     """Whether tied embeddings share one adapter."""
+    heads: frozenset[str]
+    """Heads of which the file has one; empty: none."""
+    feature_extraction: bool
+    """It was trained on the model without its head, whose modules' names have no "model." in front."""
 
     def targets(self, module: str, *, linear: bool = True) -> bool:
         """Whether the configuration puts an adapter on what is called ``module``: a ``linear``, or else an
@@ -262,6 +266,8 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         use_dora=use_dora,
         lora_bias=lora_bias,
         ensure_weight_tying=_bool("ensure_weight_tying", raw.get("ensure_weight_tying"), invalid),
+        heads=_heads(raw.get("modules_to_save"), invalid),
+        feature_extraction=raw.get("task_type") == "FEATURE_EXTRACTION",
     )
 
 
@@ -315,6 +321,17 @@ def _refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, msgspec.Raw
                 f"unknown field {field[:80]!r} = {_short(value)} may change what the adapter "
                 "computes; remove it if it is only a note"
             )
+
+
+def _heads(value: object, invalid: Invalid) -> frozenset[str]:
+    names = _strings("modules_to_save", value or [], invalid)
+    if not set(names) <= set(HEAD_MODULES):
+        invalid(
+            f"modules_to_save={_short(value)}: only a classification head ({' or '.join(HEAD_MODULES)}) "
+            "can be swapped: "
+            "train without other modules (target_modules may name lm_head and embed_tokens), or " + MERGE
+        )
+    return frozenset(names)
 
 
 def _short(value: object) -> str:

@@ -34,7 +34,8 @@ class Draft:
     def nbytes(self) -> int:
         """Size of the finished adapter in bytes."""
         assert self.packed.in_order is not None, "it was read for a slot"
-        return self.packed.in_order.nbytes
+        head = self.packed.head
+        return self.packed.in_order.nbytes + (0 if head is None else head.nbytes)
 
     @property
     def squares(self) -> bytes:

@@ -137,6 +137,11 @@ class AdapterFolder:
             safetensors = os.path.lexists(self._join(SAFETENSORS_FILE))
             return BIN_FILE if not safetensors and os.path.lexists(self._join(BIN_FILE)) else SAFETENSORS_FILE
 
+    def has(self, file: str) -> bool:
+        """Return whether there is a file of this name, readable or not."""
+        with self.progress:
+            return os.path.lexists(self._join(file))
+
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:
         """Open ``file`` and note its version. Raises AdapterLoadError; AdapterInvalid if there is none."""

@@ -33,8 +33,6 @@ from aioengine.step import HeldFiles
 if TYPE_CHECKING:
     from torch import Tensor
 
-BytesLike = bytes | bytearray | memoryview
-
 MAX_HELD = 256
 """Adapters that an engine holds so: each keeps a file descriptor."""
 _PIECE_BYTES = 64 << 20
@@ -79,6 +77,9 @@ class HeldFolder(AdapterFolder):
 
     def weights_file(self) -> str:
         return SAFETENSORS_FILE
+
+    def has(self, file: str) -> bool:
+        return file in (CONFIG_FILE, SAFETENSORS_FILE)
 
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.shard_reads import Cut
-from aioengine.adapters.peft.targets import Layout, Part, Place
+from aioengine.adapters.peft.targets import HEAD_KINDS, Layout, Part, Place
 from aioengine.adapters.peft.weights_file import Weights
+from aioengine.model.pooling import Head
 from aioengine.model.slots.image import ImageShape, image_memory, serial_copies
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
@@ -42,6 +43,7 @@ class Packed(NamedTuple):
     in_order: Tensor
     shape: ImageShape | None = None
     computed: Mapping[Place, tuple[Tensor, Tensor]] = {}
+    head: Head | None = None
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
@@ -189,14 +191,16 @@ class Packer:
         by_kind: dict[str, dict[Place, Tensor]] = {"A": {}, "B": {}, "bias": {}}
         for part, result in zip(self._kept, self._results, strict=True):
             by_kind[part.kind][part.place] = result
-        magnitudes = self._magnitudes()
+        magnitudes, head = self._magnitudes(), self._head()
+        extra = 0 if head is None else head.nbytes
         return Packed(
             tensors={place: (by_kind["A"][place], by_kind["B"][place]) for place in self._layout.targets},
             magnitudes=magnitudes,
             biases=by_kind["bias"],
-            nbytes=in_order.nbytes + sum(magnitude.nbytes for magnitude in magnitudes.values()),
+            nbytes=in_order.nbytes + extra + sum(magnitude.nbytes for magnitude in magnitudes.values()),
             rank=max(target.rank for target in self._layout.targets.values()),
             in_order=in_order,
+            head=head,
         )
 
     def _held(self, key: str) -> Tensor:
@@ -223,6 +227,17 @@ class Packer:
                 both.append(result)
             found[place] = both[0], both[1]
         return found
+
+    def _head(self) -> Head | None:
+        found = {part.kind: self._weights.tensors[key] for part, key in self._keys.items()}
+        parts: list[Tensor | None] = []
+        for kind in HEAD_KINDS:
+            part = torch.empty(found[kind].shape, dtype=torch.float32) if kind in found else None
+            if part is not None:
+                _convert(found[kind], 1.0, part)
+            parts.append(part)
+        weight, bias = parts
+        return None if weight is None else Head(weight, bias)
 
     def _magnitudes(self) -> dict[Place, Tensor]:
         """Convert to float32 in separate memory: magnitudes are small and stay on the CPU."""

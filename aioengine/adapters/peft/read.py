@@ -35,6 +35,7 @@ from aioengine.adapters.peft.weights_file import SafetensorsHeader, Weights, ten
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
 from aioengine.model.buffer import Buffer
+from aioengine.model.pooling import MAX_POOLING_BYTES, POOLING_FILE, Head, Kind, parse_pooling
 from aioengine.model.slots.image import ImageShape
 from aioengine.step import HeldFiles
 
@@ -71,6 +72,10 @@ class PackedAdapter:
     """The shape of that image, where it is known."""
     computed: Mapping[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """For a rank's share with DoRA: A and B as the norms need them, where ``tensors`` has less."""
+    head: Head | None = None
+    """A trained classification head."""
+    pooling: Kind | None = None
+    """How sentence-transformers' configuration says that it pools, if there is one."""
     version: str = ""
     """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
@@ -110,7 +115,7 @@ def read_adapter(
     folder.check()
     reader = _Reader(folder, order, dtype, base_weight, known, allow_nonfinite)
     try:
-        packed, digest = reader.read()
+        packed, digest, pooling = reader.read()
     except AdapterInvalid:
         folder.check_unchanged()  # half of an old file and half of a new one is no proof of a bad adapter
         raise
@@ -127,6 +132,8 @@ def read_adapter(
         in_order=packed.in_order,
         shape=packed.shape,
         computed=packed.computed,
+        head=packed.head,
+        pooling=pooling,
         version=folder.version,
     )
 
@@ -147,7 +154,7 @@ class _Reader:
     known: KnownContents
     allow_nonfinite: bool
 
-    def read(self) -> tuple[Packed, str]:
+    def read(self) -> tuple[Packed, str, Kind | None]:
         config_bytes = _read_config(self.folder)
         config = parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
         digest = hashlib.sha256(config_bytes)
@@ -157,7 +164,19 @@ class _Reader:
                 packed = self._safetensors(file, config, digest)
             else:
                 packed = self._pickled(file, config, digest)
-        return packed, "" if self._shared else digest.hexdigest()
+        pooling = self._pooling() if config.feature_extraction else None
+        return packed, "" if self._shared else digest.hexdigest(), pooling
+
+    def _pooling(self) -> Kind | None:
+        """Read sentence-transformers' configuration, if there is one."""
+        if not self.folder.has(POOLING_FILE):
+            return None
+        with self.folder.open(POOLING_FILE) as file:
+            data = file.read(min(file.size, MAX_POOLING_BYTES))
+        try:
+            return parse_pooling(bytes(data))
+        except ValueError as error:
+            self.folder.invalid(f"{POOLING_FILE}: {error}")
 
     @property
     def _shared(self) -> bool:

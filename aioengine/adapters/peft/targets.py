@@ -57,6 +57,14 @@ _PART_NAMES = {
     "bias": "lora_B.bias, which lora_bias needs",
     "magnitude": "lora_magnitude_vector, which use_dora needs",
 }
+HEAD_KINDS = ("head", "head_bias")
+MAX_LABELS = 1024
+"""Labels of a classification head, which is kept beside the slot."""
+_HEAD = re.compile(
+    r"(?:base_model\.model\.)?(score|classifier)\.(?:modules_to_save\.(?:default\.)?)?(weight|bias)", re.ASCII
+)
+_INNER = "model."
+"""What stands before a module's name in a model with a head."""
 _BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
@@ -162,6 +170,8 @@ class Layout:
 
     def _add(self, layer: int, module: str) -> None:
         config, name = self._config, self._spec.module_name(layer, module)
+        if config.feature_extraction:
+            name = name.removeprefix(_INNER)
         if config.targets(name, linear=module not in EMBEDDING_MODULES) or (
             self.tied and module == "lm_head"
         ):
@@ -177,9 +187,12 @@ class Layout:
         parts: dict[str, Part] = {}
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():
-            part = usual.get(key) or self._part(file, key)
+            part = usual.get(key) or self._head(file, key, shape) or self._part(file, key)
             if part in taken:
                 self._folder.invalid(f"{file}: {key!r} and {taken[part]!r} are the same weight")
+            if part.kind in HEAD_KINDS:
+                parts[key], taken[part] = part, key
+                continue
             target = self.targets[part.place]
             expected = target.shape(part.kind)
             if tuple(shape) != expected:
@@ -190,7 +203,39 @@ class Layout:
                 )
             parts[key], taken[part] = part, key
         self._check_complete(file, taken)
+        self._check_head(file, shapes, taken)
         return parts
+
+    def _head(self, file: str, key: str, shape: Sequence[int]) -> Part | None:
+        match = _HEAD.fullmatch(_WRAPPERS.sub("", key))
+        if match is None or match[1] not in self._config.heads:
+            return None
+        hidden = self._spec.hidden_size
+        if match[2] == "weight":
+            fits = len(shape) == 2 and 1 <= shape[0] <= MAX_LABELS and shape[1] == hidden
+        else:
+            fits = len(shape) == 1 and 1 <= shape[0] <= MAX_LABELS
+        if not fits:
+            self._folder.invalid(
+                f"{file}: {key!r}: expected a head of 1 to {MAX_LABELS} labels over {hidden} hidden units, "
+                "found "
+                f"{list(shape[:8])}"
+            )
+        return Part((NO_LAYER, match[1]), HEAD_KINDS[match[2] == "bias"])
+
+    def _check_head(self, file: str, shapes: Mapping[str, Sequence[int]], taken: Mapping[Part, str]) -> None:
+        found = {part: shapes[key][0] for part, key in taken.items() if part.kind in HEAD_KINDS}
+        if not self._config.heads and not found:
+            return
+        kinds = sorted(part.kind for part in found)
+        if kinds not in (["head"], ["head", "head_bias"]) or len({part.place for part in found}) != 1:
+            self._folder.invalid(
+                f"{file}: {CONFIG_FILE} has modules_to_save={sorted(self._config.heads)}, and the file "
+                "must have the "
+                f"weight of one of them; it has {', '.join(taken[part] for part in found) or 'none'}"
+            )
+        if len(set(found.values())) != 1:
+            self._folder.invalid(f"{file}: weight and bias of the head are of different numbers of labels")
 
     def _usual_keys(self) -> dict[str, Part]:
         """Keys that nearly all files use, so that a look-up replaces matching."""
@@ -228,6 +273,8 @@ class Layout:
         """The layer, the module, and the kind of part that a key names."""
         match = _KEY.fullmatch(key)
         place = None if match is None else self._spec.find_module(match[1])
+        if match is not None and place is None and self._config.feature_extraction:
+            place = self._spec.find_module(_INNER + match[1])
         if match is None or place is None:
             return None
         kind = (_EMBEDDING_PARTS if place[1] == "embed_tokens" else _LINEAR_PARTS).get(match[2])
@@ -251,7 +298,7 @@ class Layout:
 
     def _check_complete(self, file: str, taken: Mapping[Part, str]) -> None:
         needed = ["A", "B"] + ["bias"] * self._config.lora_bias + ["magnitude"] * self._config.use_dora
-        if sum(part.kind != "base" for part in taken) == len(needed) * len(self.targets):
+        if sum(part.kind not in ("base", *HEAD_KINDS) for part in taken) == len(needed) * len(self.targets):
             return
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]

@@ -85,7 +85,8 @@ class ProcessDevice(Device):
         for index, why in failed.items():
             sampled[index] = Sampled(-1, error=why, fault="request")
         seconds = max(answer.seconds for answer in answers)
-        return StepResult(sampled, seconds, answers[0].scored, answers[0].followed)
+        first = answers[0]
+        return StepResult(sampled, seconds, first.scored, first.followed, first.pooled)
 
     async def _constraints(self, batch: StepBatch, workers: Workers) -> dict[int, str]:
         """Send the workers, which compute meanwhile, the masks of the batch's constraints; returns the errors

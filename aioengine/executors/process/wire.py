@@ -187,6 +187,8 @@ class Stepped(_Message, frozen=True):
     """From rank 0."""
     followed: dict[int, list[Sampled]] = {}
     """From rank 0."""
+    pooled: dict[int, list[float]] = {}
+    """From rank 0."""
 
 
 class Reading(_Message, frozen=True):
@@ -205,6 +207,8 @@ class ReadDone(_Message, frozen=True):
     """Digest of the content; "" if only a rank's share was read."""
     version: str
     """Version of the files' content, known without reading it."""
+    labels: int
+    """Labels of its classification head."""
     squares: bytes
     """Sums that every rank must add before the read can be finished; equally long on all ranks. Empty if it
     is finished."""

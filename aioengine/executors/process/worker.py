@@ -182,7 +182,8 @@ class _Model:
         sampled = list(result.sampled) if self._shard.rank == 0 else None
         scored = {index: list(entries) for index, entries in result.scored.items()}
         followed = {index: list(tokens) for index, tokens in result.followed.items()}
-        return Stepped(request.number, sampled, result.seconds, scored, followed)
+        pooled = {index: list(values) for index, values in result.pooled.items()}
+        return Stepped(request.number, sampled, result.seconds, scored, followed, pooled)
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:

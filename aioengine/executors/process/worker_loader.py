@@ -29,6 +29,7 @@ class _Found(NamedTuple):
     rank: int
     nbytes: int
     digest: str
+    labels: int
 
 
 class WorkerLoader(BaseLoader[_Found]):
@@ -82,7 +83,8 @@ class WorkerLoader(BaseLoader[_Found]):
                 progress.running = False
             raise
         progress.running = False
-        return _Found(reading.number, first.rank, sum(a.nbytes for a in answers), content.digest)
+        nbytes = sum(answer.nbytes for answer in answers)
+        return _Found(reading.number, first.rank, nbytes, content.digest, first.labels)
 
     async def _read_and_digest(
         self, reading: Call, name: str, path: str, size: int, files: HeldFiles | None

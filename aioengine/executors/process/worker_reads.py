@@ -77,7 +77,15 @@ class WorkerReads:
             self._end(request.number, draft if image is None else None, image)
             found = draft.packed
             self._send(
-                ReadDone(request.number, found.rank, draft.nbytes, found.digest, found.version, squares)
+                ReadDone(
+                    request.number,
+                    found.rank,
+                    draft.nbytes,
+                    found.digest,
+                    found.version,
+                    0 if found.head is None else len(found.head.weight),
+                    squares,
+                )
             )
 
         self._start(request.number, work)

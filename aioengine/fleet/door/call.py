@@ -48,6 +48,7 @@ class Call:
         self._text = ""
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
+        self._pooled: list[float] | None = None
         self._cached_tokens: int | None = None
         self._first: float | None = None
         self._last: float | None = None
@@ -74,6 +75,8 @@ class Call:
             self._logprobs += delta.logprobs
         if delta.prompt_logprobs is not None and self._prompt_logprobs is None:
             self._prompt_logprobs = delta.prompt_logprobs
+        if delta.pooled is not None:
+            self._pooled = delta.pooled
         if self._cached_tokens is None:
             self._cached_tokens = delta.cached_tokens
         if delta.error:
@@ -109,6 +112,7 @@ class Call:
             logprobs=None if self._logprobs is None else self._logprobs[:],
             prompt_token_ids=self.prompt,
             prompt_logprobs=self._prompt_logprobs,
+            pooled=self._pooled,
             cached_tokens=self._cached_tokens or 0,
             arrival=self.arrival,
             first_token=self._first,

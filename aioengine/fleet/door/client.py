@@ -35,6 +35,7 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams, check_text
 from aioengine.runtime.submit import size_of
 from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -277,6 +278,16 @@ class FleetClient:
         :meth:`aioengine.fleet.door.adapters.FleetAdapters.load`."""
         self._check_lora()
         return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
+
+    async def load_adapter_files(
+        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
+    ) -> AdapterInfo:
+        """Raises ConfigError: replicas read adapters from folders."""
+        raise ConfigError(
+            f"adapter {name!r}: a fleet takes no adapters from memory: write it to a folder that every "
+            "replica can "
+            "read, and load that"
+        )
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """From every replica. Raises AdapterNotFound if none knows it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Buffer
+from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.layout import SlotLayout
 
 SERIAL_ELEMENTS = 32_000
@@ -56,10 +57,17 @@ class AdapterImage:
     """[places, columns] where each place is in ``data``: see :class:`aioengine.kernels.slots.Column`."""
     has_affine: bool
     """Whether an output is scaled or shifted (DoRA, ``lora_bias``)."""
+    head: Head | None = None
+    """A trained head beside the slot's memory."""
+    pooling: Kind | None = None
+
+    @property
+    def labels(self) -> int:
+        return 0 if self.head is None else len(self.head.weight)
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.data.nbytes + (0 if self.head is None else self.head.nbytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from aioengine.errors import ConfigError
 from aioengine.kernels.slots import ALIGNMENT, LoRAPool, SlotMemory
 from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
+from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.copy import Copy, SerialCopier, SlotCopier, StreamCopier
 from aioengine.model.slots.image import AdapterImage
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
@@ -49,6 +50,10 @@ class LoRASlots:
         self.memory = SlotMemory(memory, max_loras, len(layout.places), max_rank, aligned=aligned)
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
+        self.heads: list[Head | None] = [None] * max_loras
+        """The trained head of each slot's adapter, if it has one, on the device."""
+        self.poolings: list[Kind | None] = [None] * max_loras
+        """How each slot's adapter pools, if it says so."""
 
         self.outer: dict[str, LoRAPool] = {}
         self.layers: list[dict[str, LoRAPool]] = [{} for _ in range(spec.num_layers)]
@@ -124,6 +129,8 @@ class LoRASlots:
         self._copier.write(copies)
         memory.table[slot] = rows
         self._has_affine[slot] = image.has_affine
+        self.heads[slot] = None if image.head is None else image.head.to(memory.memory.device)
+        self.poolings[slot] = image.pooling
 
 
 def _aligned(layout: SlotLayout) -> bool:

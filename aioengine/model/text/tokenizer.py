@@ -104,6 +104,21 @@ class Tokenizer:
         ids: list[int] = found.ids
         return ids
 
+    def encode_pair(self, first: str, second: str, *, limit: int) -> list[int]:
+        """Return the token ids of two texts that belong together, with the special tokens that the tokenizer
+        puts around and between them. Raises as :meth:`encode` does."""
+        if (least := self.least_tokens(first) + self.least_tokens(second)) > limit:
+            raise PromptTooLong(least, limit, at_least=True)
+        try:
+            first.encode(), second.encode()
+            [found] = self._tokenizer.encode_batch_fast([(first, second)])
+        except (UnicodeEncodeError, TypeError, AttributeError) as error:
+            raise RequestInvalid(f"prompt is not valid text: {error}") from error
+        if len(found) > limit:
+            raise PromptTooLong(len(found), limit)
+        ids: list[int] = found.ids
+        return ids
+
     def least_tokens(self, text: str) -> int:
         """Return a lower bound on the tokens of ``text`` from its length; special tokens do not count."""
         return 0 if self._text_per_token is None else self._text_per_token.least_tokens(text)

@@ -1,0 +1,150 @@
+"""From the last hidden states of a prompt to one vector: pooling, and an adapter's trained head.
+
+Everything here is a sum over tokens, so a prompt that is computed in several steps adds up what each step
+gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.step import SequenceWork
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Kind = Literal["mean", "last", "cls"]
+POOLING_FILE = "1_Pooling/config.json"
+"""Where sentence-transformers says how a model pools."""
+MAX_POOLING_BYTES = 1 << 16
+_MODES: dict[str, Kind] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_cls_token": "cls",
+}
+_NAMES: dict[str, Kind] = {"mean": "mean", "lasttoken": "last", "cls": "cls"}
+
+
+class Head(NamedTuple):
+    """A trained linear over the pooled hidden state, as ``AutoModelForSequenceClassification`` has it."""
+
+    weight: Tensor
+    """[labels, hidden], float32."""
+    bias: Tensor | None
+    """[labels], float32."""
+
+    def to(self, device: torch.device) -> Head:
+        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class Pooled(NamedTuple):
+    """What a step gives of one sequence."""
+
+    values: list[float]
+    """[hidden] or [labels], to be added to what earlier steps gave; empty if ``error``."""
+    error: str | None = None
+
+
+def parse_pooling(data: bytes) -> Kind:
+    """Read sentence-transformers' pooling configuration. Raises ValueError for another mode than mean, last
+    token or first token, and for what is no such configuration."""
+    try:
+        fields = msgspec.json.decode(data, type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not a JSON object: {error}") from error
+    named = fields.get("pooling_mode")
+    modes = [mode for mode, on in fields.items() if mode.startswith("pooling_mode_") and on is True]
+    by_flag = _MODES.get(modes[0]) if len(modes) == 1 else None
+    found = _NAMES.get(named) if isinstance(named, str) else by_flag
+    if found is None:
+        shown = named if isinstance(named, str) else ", ".join(modes) or "none"
+        raise ValueError(f"pooling mode {shown[:200]}: only one of mean, lasttoken and cls is supported")
+    return found
+
+
+def model_pooling(model: Path) -> Kind:
+    """How the model in this folder pools: the mean, unless it has a configuration of sentence-transformers.
+    Raises ConfigError if that is not supported."""
+    file = model / POOLING_FILE
+    if not file.is_file():
+        return "mean"
+    try:
+        return parse_pooling(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def pool(
+    sequences: Sequence[SequenceWork],
+    normed: Callable[[list[int]], Tensor],
+    heads: Sequence[Head | None],
+    kinds: Sequence[Kind | None],
+    default: Kind,
+) -> dict[int, Pooled]:
+    """Pool the sequences of a step that ask for it.
+
+    Args:
+        normed: The hidden states after the model's last norm of some of the step's tokens: [n, hidden].
+        heads: By slot.
+        kinds: By slot: how its adapter pools, where it says so.
+        default: How the model does.
+
+    Returns what each gives, by index.
+    """
+    rows: list[int] = []
+    parts: list[tuple[int, SequenceWork, Kind, Head | None, int]] = []
+    found: dict[int, Pooled] = {}
+    begin = 0
+    for index, work in enumerate(sequences):
+        count, asked = len(work.tokens), work.params.pooling
+        if asked is not None:
+            own = kinds[work.slot] if work.slot >= 0 else None
+            head = None
+            if asked == "classify":
+                head = heads[work.slot] if work.slot >= 0 else None
+                if head is None:
+                    found[index] = Pooled([], "the adapter has no trained classification head")
+            kind: Kind = own or ("last" if asked == "classify" else default)
+            if asked == "mean" or asked == "last" or asked == "cls":
+                kind = asked
+            wanted = list(_rows(kind, work, begin, count)) if index not in found else []
+            rows += wanted
+            parts.append((index, work, kind, head, len(wanted)))
+        begin += count
+    if not rows:
+        return found
+    hidden = normed(rows).float()
+    at = 0
+    for index, work, kind, head, count in parts:
+        mine, at = hidden[at : at + count], at + count
+        if index in found or not count:
+            continue
+        value = mine.sum(0)
+        if kind == "mean":
+            value = value / len(work.history)
+        if head is not None:
+            value = head.weight @ value
+            if head.bias is not None and work.sample:
+                value = value + head.bias
+        found[index] = Pooled(value.tolist())
+    return found
+
+
+def _rows(kind: Kind, work: SequenceWork, begin: int, count: int) -> Sequence[int]:
+    match kind:
+        case "mean":
+            return range(begin, begin + count)
+        case "last":
+            return [begin + count - 1] if work.sample else []
+        case "cls":
+            return [begin] if work.start == 0 else []

@@ -1,0 +1,179 @@
+"""Vectors, labels and scores out of what prompts are pooled to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from aioengine.checks import check_integer
+from aioengine.errors import RequestInvalid
+from aioengine.request import (
+    Classification,
+    Embedding,
+    PoolingKind,
+    Prompt,
+    RequestOutput,
+    SamplingParams,
+    Scores,
+    check_text,
+)
+
+if TYPE_CHECKING:
+    from aioengine.model.text.tokenizer import Tokenizer
+
+MAX_DOCUMENTS = 1024
+"""Of one call of ``score``."""
+_MAX_CONFIG_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+class Complete(Protocol):
+    """``AsyncEngine.complete`` for one caller."""
+
+    def __call__(self, prompt: Prompt, params: SamplingParams) -> Awaitable[RequestOutput]: ...
+
+
+def pooling_params(pooling: PoolingKind | None) -> SamplingParams:
+    """Raises RequestInvalid."""
+    return SamplingParams(max_tokens=0, pooling="auto" if pooling is None else pooling)
+
+
+def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | None) -> Embedding:
+    """Cut the vector to its first ``dimensions``, as models that are trained for it allow
+    (arXiv:2205.13147), and bring it to length 1."""
+    vector = output.pooled or []
+    if dimensions is not None:
+        check_dimensions(dimensions, len(vector))
+        vector = vector[:dimensions]
+    if normalize:
+        length = math.sqrt(math.fsum(x * x for x in vector))
+        vector = [x / max(length, 1e-12) for x in vector]
+    return Embedding(vector=vector, prompt_tokens=len(output.prompt_token_ids), adapter=output.adapter)
+
+
+def check_dimensions(dimensions: int, hidden: int) -> None:
+    check_integer("dimensions", dimensions, low=1, high=hidden, error=RequestInvalid)
+
+
+def classification_of(output: RequestOutput, names: Sequence[str]) -> Classification:
+    """``names``: of the labels, if they are known."""
+    logits = output.pooled or []
+    probabilities = probabilities_of(logits)
+    best = max(range(len(logits)), key=logits.__getitem__)
+    return Classification(
+        logits=logits,
+        probabilities=probabilities,
+        label=label_names(names, len(logits))[best],
+        prompt_tokens=len(output.prompt_token_ids),
+        adapter=output.adapter,
+    )
+
+
+def probabilities_of(logits: Sequence[float]) -> list[float]:
+    if len(logits) == 1:
+        return [sigmoid(logits[0])]
+    top = max(logits)
+    weights = [math.exp(logit - top) for logit in logits]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def label_names(names: Sequence[str], count: int) -> list[str]:
+    """Those of the model, if it has as many; else transformers' own "LABEL_0", ..."""
+    return list(names) if len(names) == count else [f"LABEL_{index}" for index in range(count)]
+
+
+def read_label_names(model: Path | None) -> list[str]:
+    """The ``id2label`` of the model's ``config.json``; empty if it has none. Blocking."""
+    try:
+        file = None if model is None else model / "config.json"
+        if file is None or file.stat().st_size > _MAX_CONFIG_BYTES:
+            return []
+        named = json.loads(file.read_bytes()).get("id2label") or {}
+        return [str(named[str(index)])[:200] for index in range(len(named))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []
+
+
+async def score(
+    complete: Complete,
+    query: str | list[int],
+    documents: Sequence[str | list[int]],
+    *,
+    labels: int,
+    pair: Callable[[str, str], Awaitable[list[int]]],
+) -> Scores:
+    """Score documents against a query: with a head of one label, each pair by it (a cross-encoder); without
+    a head, by the cosine of the two vectors. ``pair`` tokenizes two texts together."""
+    if labels > 1:
+        raise RequestInvalid(
+            f"the adapter's head has {labels} labels: a score needs a head of one label, or none; use "
+            "classify"
+        )
+    if labels == 1:
+        prompts = [await _pair(query, document, pair) for document in documents]
+        outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
+        return Scores(
+            scores=[sigmoid((output.pooled or [0.0])[0]) for output in outputs],
+            prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+            adapter=outputs[0].adapter if outputs else None,
+        )
+    outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
+    first, *others = (embedding_of(output, normalize=True, dimensions=None) for output in outputs)
+    return Scores(
+        scores=[
+            math.fsum(a * b for a, b in zip(first.vector, other.vector, strict=True)) for other in others
+        ],
+        prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+        adapter=first.adapter,
+    )
+
+
+def check_documents(query: object, documents: object) -> None:
+    """Raises RequestInvalid."""
+    if not isinstance(documents, Sequence) or isinstance(documents, str) or not documents:
+        raise RequestInvalid("documents: expected a list of at least one text, or list of token ids")
+    if len(documents) > MAX_DOCUMENTS:
+        raise RequestInvalid(f"documents: {len(documents)}, more than {MAX_DOCUMENTS}: send them in parts")
+    for name, text in (("query", query), *((f"documents[{i}]", text) for i, text in enumerate(documents))):
+        if isinstance(text, str):
+            check_text(name, text)
+        elif not isinstance(text, list):
+            raise RequestInvalid(f"{name}: expected a text or a list of token ids, not {type(text).__name__}")
+
+
+async def _pair(
+    query: str | list[int], document: str | list[int], pair: Callable[[str, str], Awaitable[list[int]]]
+) -> list[int]:
+    if isinstance(query, str) and isinstance(document, str):
+        return await pair(query, document)
+    if isinstance(query, str) or isinstance(document, str):
+        raise RequestInvalid("query and documents: give texts, or lists of token ids, and not both")
+    return [*query, *document]
+
+
+async def together(works: Sequence[Awaitable[T]]) -> list[T]:
+    """All results; when one fails, the others are cancelled before its error is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def tokenize_pair(tokenizer: Tokenizer | None, first: str, second: str, limit: int) -> list[int]:
+    """Raises RequestInvalid if the model has no tokenizer."""
+    if tokenizer is None:
+        raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
+    return tokenizer.encode_pair(first, second, limit=limit)
