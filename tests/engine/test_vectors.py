@@ -169,9 +169,11 @@ async def test_preempted_in_the_middle(
     ) as engine:
         engine.register_adapter("h", heads[3].folder)
         prompts = [prompt_of(i, 40) for i in range(4)]
+        await engine.load_adapter("h")
+        chats = [asyncio.ensure_future(engine.complete(prompt_of(i, 20), greedy(40))) for i in range(2)]
         runs = [engine.embed(prompt, "h", pooling="mean", normalize=False) for prompt in prompts]
-        chats = [engine.complete(prompt_of(i, 20), greedy(20)) for i in range(4)]
-        found, _ = await asyncio.gather(asyncio.gather(*runs), asyncio.gather(*chats))
+        found = await asyncio.gather(*runs)
+        await asyncio.gather(*chats)
         for prompt, result in zip(prompts, found, strict=True):
             states = heads[3].model.base_model.model.model(torch.tensor([prompt])).last_hidden_state[0]
             close(result.vector, states.mean(0).detach())
