@@ -36,7 +36,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_loras: int = 4
     """Adapter slots on the device: the number of distinct adapters that can be in one batch."""
     max_lora_rank: int = 16
-    """Every slot is sized for this rank; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512."""
+    """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
+    ``slot_memory`` every slot is sized for it."""
+    slot_memory: int | str | None = None
+    """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes what its own
+    ranks, modules and layers take. None: every slot has room for ``max_lora_rank`` in every module."""
     max_cpu_loras: int | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: int | str | None = None
@@ -75,6 +79,13 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
         if self.load_timeout is not None:
             check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
+        if self.slot_memory == "shared":
+            raise ConfigError(
+                "slot_memory='shared': adapters and the KV cache cannot share one memory yet; give the slots "
+                "bytes of their own, such as slot_memory='256MiB', or None"
+            )
+        if self.slot_memory is not None:
+            set_(self, "slot_memory", parse_bytes(self.slot_memory, field="slot_memory"))
         if self.max_cpu_lora_bytes is not None:
             value = parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
             set_(self, "max_cpu_lora_bytes", value)

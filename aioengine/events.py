@@ -123,11 +123,20 @@ class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
     slot: int
 
 
+class AdapterMoving(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """Its copy to another place of the slots' memory begins, so that holes become one. It keeps its slot."""
+
+    slot: int
+    nbytes: int
+
+
 class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
     slot: int
     rank: int
     nbytes: int
     seconds: float
+    moved: bool = False
+    """It had been in the slot before: see :class:`AdapterMoving`."""
 
 
 class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):

@@ -15,9 +15,11 @@ from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, Quantization
+from aioengine.step import SLOT_GRANULE
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
+SHOWN_RANKS = (8, 16, 32, 64, 128)
 AUTO_TOKENS_ON_CPU = 512
 """For each of ``max_num_seqs``: what requests usually have, prompt and output together. On a CPU, memory
 that is not needed is left to others."""
@@ -51,6 +53,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The cache's bound in bytes, if it has one beside ``cpu_capacity``: a rank's part of it."""
     available_bytes: int
     num_ranks: int = 1
+    max_rank: int = 1
+    """The largest rank of an adapter."""
+    slot_memory: int | None = None
+    """Bytes that the slots share; None: each has a place of ``slot_bytes``."""
 
     @property
     def slot_bytes(self) -> int:
@@ -59,7 +65,21 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slot_pool_bytes(self) -> int:
-        return self.num_slots * self.slot_bytes
+        return self.num_slots * self.slot_bytes if self.slot_memory is None else self.slot_memory
+
+    def adapters_that_fit(self) -> list[tuple[int, int, int]]:
+        """(rank, adapters in slots of one size, adapters in a memory that slots share) for adapters of some
+        ranks in every module, without DoRA and biases. Both are given the memory of this plan, and as many
+        slots as they can use."""
+        matrices = sum(self.slot_bytes_by_module.values())
+        if not matrices:
+            return []
+        ranks = [rank for rank in SHOWN_RANKS if rank < self.max_rank]
+        fixed, granules = self.slot_pool_bytes // self.slot_bytes, self.slot_pool_bytes // SLOT_GRANULE
+        return [
+            (rank, fixed, granules // -(-matrices * rank // (self.max_rank * SLOT_GRANULE)))
+            for rank in (*ranks, self.max_rank)
+        ]
 
     @property
     def kv_bytes(self) -> int:
@@ -85,13 +105,15 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
                 self.weights_bytes,
             )
         ]
-        parts = dict(self.slot_bytes_by_module)
-        if self.num_slots:
+        parts = {} if self.slot_memory is not None else dict(self.slot_bytes_by_module)
+        if self.num_slots and self.slot_memory is None:
             parts["DoRA and biases"] = self.slot_affine_bytes
         for module, size in parts.items():
             detail = f"{self.num_slots} slots x {format_bytes(size)}"
             rows.append((f"slot pool: {module}", detail, self.num_slots * size))
         detail = f"{self.num_slots} slots x {format_bytes(self.slot_bytes)}, {self.lora_dtype}"
+        if self.slot_memory is not None:
+            detail = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
         rows.append(("slot pool", detail, self.slot_pool_bytes))
         detail = f"{self.num_blocks} blocks x {self.block_size} tokens x "
         detail += f"{format_bytes(self.block_bytes // self.block_size)}"
@@ -153,6 +175,8 @@ def plan_memory(
         cpu_max_bytes=None if lora is None else _cpu_max_bytes(lora, adapter_bytes, size),
         available_bytes=available_bytes,
         num_ranks=size,
+        max_rank=1 if lora is None else lora.max_lora_rank,
+        slot_memory=None if lora is None or not isinstance(lora.slot_memory, int) else lora.slot_memory,
     )
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
@@ -210,8 +234,22 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
 
 def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:
     """A rank's part of the CPU cache's bound, which counts all ranks' shares of the adapters. Raises if the
-    largest adapter that the slots allow could never be served."""
+    largest adapter that the slots allow could never be served, or if what is in the slots has no room.
+
+    Where slots share a memory, the cache goes by bytes, too: it has as many times that memory as it has times
+    the adapters.
+    """
     bound = lora.max_cpu_lora_bytes
+    if isinstance(lora.slot_memory, int):
+        if not isinstance(bound, int):
+            return lora.slot_memory * -(-lora.cpu_capacity // lora.max_loras)
+        if bound < size * lora.slot_memory:
+            raise ConfigError(
+                f"max_cpu_lora_bytes={bound}: must be at least {size * lora.slot_memory}, the slot_memory of "
+                "all ranks, because an adapter in a slot also stays in the CPU cache; raise "
+                "max_cpu_lora_bytes or lower slot_memory"
+            )
+        return bound // size
     if not isinstance(bound, int):
         return None
     if bound < size * largest:
@@ -228,6 +266,8 @@ def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, first: str) -> Con
     if plan.slot_pool_bytes:
         each = format_bytes(plan.slot_bytes)
         text = f"lower lora.max_loras (each slot takes {each}) or lora.max_lora_rank"
+        if plan.slot_memory is not None:
+            text = "lower lora.slot_memory"
         knobs.append((plan.slot_pool_bytes, text))
     if plan.device == "cpu" and plan.cpu_cache_bytes:
         each = format_bytes(plan.cpu_adapter_bytes)

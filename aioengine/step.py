@@ -14,6 +14,10 @@ import msgspec
 from aioengine.errors import AdapterError
 from aioengine.request import SamplingParams, TokenLogprob
 
+SLOT_GRANULE = 256
+"""Where slots share a memory, each adapter begins at a multiple of so many bytes: so rows of any dtype are
+whole vectors."""
+
 
 class SequenceWork(NamedTuple):
     """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``."""
@@ -102,6 +106,8 @@ class LoadedAdapter(NamedTuple):
     """Wall time of the load, with its retries."""
     labels: int = 0
     """Of its classification head."""
+    slot_nbytes: int | None = None
+    """Bytes that it takes in a slot, on the rank where that is most; None: ``nbytes``."""
 
 
 Retrying = Callable[[int, float, AdapterError], None]

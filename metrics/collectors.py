@@ -101,6 +101,7 @@ class EngineMetrics(Collector):
             events.AdapterLoading: lambda e: self._prefetched(self._residency.loading(e)),
             events.AdapterLoaded: self._adapter_loaded,
             events.AdapterPlacing: self._adapter_placing,
+            events.AdapterMoving: self._adapter_moving,
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
             events.AdapterFailed: self._adapter_failed,
@@ -188,7 +189,7 @@ class EngineMetrics(Collector):
     # Definitions
 
     def _define_lora(self) -> None:
-        self._swaps = Counters(d.LORA_SWAPS, ("load",), ("evict",), ("replace",))
+        self._swaps = Counters(d.LORA_SWAPS, ("load",), ("evict",), ("replace",), ("move",))
         self._swap_seconds = Histograms(d.LORA_SWAP_SECONDS, ("disk",), ("cpu",), ("slot",))
         self._swap_bytes = Counters(d.LORA_SWAP_BYTES, ("disk",), ("slot",))
         pairs = [(level, result) for level in ("slot", "cpu") for result in ("hit", "miss")]
@@ -266,9 +267,12 @@ class EngineMetrics(Collector):
         if seconds is not None:
             self._swap_seconds.at(("cpu",)).observe(seconds)
 
+    def _adapter_moving(self, event: events.AdapterMoving) -> None:
+        self._residency.moving(event)
+
     def _adapter_placed(self, event: events.AdapterPlaced) -> None:
         self._prefetched(self._residency.placed(event))
-        self._swaps.inc(("load",))
+        self._swaps.inc(("move" if event.moved else "load",))
         self._swap_seconds.at(("slot",)).observe(event.seconds)
         self._swap_bytes.inc(("slot",), event.nbytes)
 

@@ -16,7 +16,8 @@ from enum import StrEnum
 from typing import Literal, NamedTuple, Protocol
 
 API_VERSION = 2
-"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``SchedulerView.costs``. Policies that
+"""Version 2 has ``RequestView.cached_tokens``, ``Decision.reject`` and ``evict``, ``SchedulerView.costs`` and
+``memory``. Policies that
 were written for version 1 run unchanged."""
 
 
@@ -172,6 +173,32 @@ class CostsView(Protocol):
         stage to itself. In the engine: what it took last, else what others took on average."""
 
 
+class MemoryView(Protocol):
+    """The memory of the slots, in bytes.
+
+    Where slots share one memory (``elastic``), an adapter takes what its own ranks and modules take. Else
+    every slot has a place of one size, and an adapter takes that. Memory that is free in several holes can be
+    had whole: idle adapters are moved for that.
+    """
+
+    @property
+    def elastic(self) -> bool: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def free(self) -> int: ...
+    @property
+    def largest_hole(self) -> int:
+        """The largest adapter that can be placed without another leaving or moving."""
+
+    @property
+    def evictable(self) -> int:
+        """Bytes of the adapters in slots that are idle and not pinned."""
+
+    def bytes_of(self, adapter: str) -> int:
+        """What an adapter takes in a slot; 0 where that is not known before it has been read."""
+
+
 class SchedulerView(Protocol):
     """The state that a policy sees. It is live and indexed: nothing is copied for the call."""
 
@@ -229,6 +256,10 @@ class SchedulerView(Protocol):
     def costs(self) -> CostsView:
         """Costs of steps and moves."""
 
+    @property
+    def memory(self) -> MemoryView:
+        """The memory of the slots."""
+
 
 class WaitingView(Protocol):
     """Waiting requests in arrival order."""
@@ -268,6 +299,10 @@ class Decision(NamedTuple):
     merge: Sequence[str] = ()
     """Adapters to merge into the base model's weights. No engine has a merged mode yet: every item is
     refused."""
+    evict: Sequence[str] = ()
+    """Adapters that may leave their slots for those in ``place``, the first first. As many leave as it takes,
+    and never one that is running, pinned or being copied. If these are too few, the core evicts the least
+    recently used adapters that no request waits for, and for a ``Place`` without a slot the others, too."""
 
 
 class PolicyEvent(NamedTuple):

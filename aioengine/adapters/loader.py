@@ -169,7 +169,13 @@ class BaseLoader(ABC, Generic[R]):
             stop_watching()
         self._keep(uid, found)
         seconds = time.perf_counter() - start
-        return LoadedAdapter(found.rank, found.nbytes, found.digest, seconds, found.labels)
+        return LoadedAdapter(
+            found.rank, found.nbytes, found.digest, seconds, found.labels, self._slot_nbytes(found)
+        )
+
+    def _slot_nbytes(self, found: R) -> int | None:
+        """Bytes that it takes in a slot, on the rank where that is most; None: all that was read."""
+        return None
 
     async def _attempt(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> R:
         progress.running = progress.waiting = True
@@ -270,6 +276,9 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         super().__init__(retries=retries, backoff=backoff, timeout=timeout, seed=seed, grace=grace)
         self.store = store
         self._threads = ReadThreads("aioengine-load")
+
+    def _slot_nbytes(self, found: AdapterImage) -> int:
+        return found.data.nbytes
 
     async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> AdapterImage:
         def read() -> AdapterImage:

@@ -118,6 +118,8 @@ class EngineFlags:
 
     adapter_root: Annotated[str | None, _IN_MORE_LORA] = None
     """Folder whose subfolders are adapters, by name."""
+    slot_memory: Annotated[str | None, _IN_MORE_LORA] = None
+    """Bytes that all slots share, such as 256MiB: adapters take what their own ranks take."""
     lora_dtype: Annotated[DType | None, _IN_MORE_LORA] = None
     """dtype of the slots."""
     target_modules: Annotated[list[str] | None, _TARGETS] = None

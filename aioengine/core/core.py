@@ -13,12 +13,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from math import isfinite, isnan
+from math import inf, isfinite, isnan
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
 
 from aioengine import events
+from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -83,6 +84,7 @@ class Core:
             tell=self._tell,
             cpu_max_bytes=limits.cpu_max_bytes,
             cpu_order=self._cpu_order,
+            slot_memory=limits.slot_memory,
         )
         self.placing = Placing(self.residency)
         self.slots = self.residency.slots
@@ -124,7 +126,9 @@ class Core:
             max_overruns=limits.policy_max_overruns,
         )
         self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
-        self._view = CoreView(self.residency, self.queues, self.batcher, costs or self._costs)
+        self._view = CoreView(
+            self.residency, self.queues, self.batcher, costs or self._costs, limits.slot_bytes
+        )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
@@ -268,19 +272,31 @@ class Core:
     # Events in: adapters
 
     def adapter_loaded(
-        self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
+        self,
+        entry: AdapterEntry,
+        now: float,
+        *,
+        rank: int,
+        nbytes: int,
+        digest: str,
+        seconds: float,
+        slot_nbytes: int | None = None,
     ) -> AdapterTooLarge | None:
-        """Returns why it cannot be kept, if it cannot; those who wait for it fail with that.
+        """``slot_nbytes``: what it takes in a slot; None: ``nbytes``.
+
+        Returns why it cannot be kept, if it cannot; those who wait for it fail with that.
 
         Otherwise it is in the cache; or else back on disk, if what others need leaves no room for its
         bytes just now: then it is read again when there is.
         """
         self.now = max(self.now, now)
-        error = self.cpu.refusal(entry, nbytes)
+        slot_nbytes = nbytes if slot_nbytes is None else slot_nbytes
+        error = self.residency.refusal(entry, slot_nbytes) or self.cpu.refusal(entry, nbytes)
         if error is not None:
             self.residency.load_too_large(entry, now, error)
             self._fail_waiting(entry, now, error)
         else:
+            entry.slot_nbytes = slot_nbytes
             self.residency.loaded(entry, now, rank=rank, nbytes=nbytes, digest=digest, seconds=seconds)
         return error
 
@@ -300,8 +316,8 @@ class Core:
         self._fail_waiting(entry, now, error)
 
     def adapter_placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
-        self.residency.placed(entry, now, seconds)
-        self._tell("adapter_placed", now, adapter=entry.name)
+        if self.residency.placed(entry, now, seconds):
+            self._tell("adapter_placed", now, adapter=entry.name)
 
     def adapter_place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         self.residency.place_failed(entry, now, error)
@@ -312,18 +328,23 @@ class Core:
             self.end(request, "error", now, error)
 
     def _fail_shut_out(self, now: float) -> None:
-        """Fail the requests for all other adapters when pinned adapters hold every slot, because they could
-        never run."""
-        if not self.slots.all_pinned:
+        """Fail the requests for adapters that pinned ones leave no slot, or no room in the slots' memory,
+        because they could never run."""
+        room = self.slots.room_beside_pinned()
+        if room == inf:
             return
+        pinned = [s.entry.label for s in self.slots.slots if s.entry is not None and s.entry.pinned]
         for entry in list(self.queues.heads.values()):
-            if entry is not None and entry.slot is None:
-                names = ", ".join(s.entry.label for s in self.slots.slots if s.entry is not None)
-                text = (
-                    f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because every slot holds a "
-                )
-                text += f"pinned adapter ({names}); unpin one, or raise LoRAConfig.max_loras"
-                self._fail_waiting(entry, now, EngineOverloaded(text))
+            if entry is None or entry.slot is not None or rounded(entry.slot_nbytes) <= room:
+                continue
+            where = "every slot holds a pinned adapter"
+            setting = "max_loras"
+            if room > 0:
+                where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,}"
+                setting = "slot_memory"
+            text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
+            text += f"({', '.join(pinned)}); unpin one, or raise LoRAConfig.{setting}"
+            self._fail_waiting(entry, now, EngineOverloaded(text))
 
     # Scheduling
 

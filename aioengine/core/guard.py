@@ -47,6 +47,7 @@ class Resolved(NamedTuple):
     prefetch: list[AdapterEntry]
     preempt: list[Request]
     reject: list[tuple[Request, str]]
+    evict: list[AdapterEntry]
 
 
 class PolicyGuard:
@@ -127,6 +128,7 @@ class PolicyGuard:
             self._known(decision.prefetch, self._adapters, "prefetch_unknown_adapter"),
             self._known(decision.preempt, self._requests, "preempt_not_running"),
             reject,
+            self._known(decision.evict, self._adapters, "evict_unknown_adapter"),
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
@@ -202,6 +204,7 @@ def _well_formed(answer: Any) -> Decision:
         preempt=_strings("preempt", answer.preempt),
         reject=[_rejection(item) for item in _items("reject", answer.reject)],
         merge=_strings("merge", answer.merge),
+        evict=_strings("evict", answer.evict),
     )
 
 

@@ -25,6 +25,10 @@ class CoreLimits(NamedTuple):
     policy_time_budget: float = 0.02
     policy_max_overruns: int = 20
     cpu_max_bytes: int | None = None
+    slot_memory: int | None = None
+    """Bytes that the slots share; None: every slot has a place of its own."""
+    slot_bytes: int = 0
+    """Of a slot that has a place of its own; for policies."""
     max_step_seconds: float | None = None
     """None: steps may take any time."""
     pair_tokens: float = 1e-4

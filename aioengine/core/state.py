@@ -61,6 +61,7 @@ class AdapterEntry:
         "retired",
         "running",
         "slot",
+        "slot_nbytes",
         "slot_seconds",
         "stalled",
         "uid",
@@ -98,6 +99,8 @@ class AdapterEntry:
         """The slot that holds it or is being written with it."""
         self.rank = 0
         self.nbytes = 0
+        self.slot_nbytes = 0
+        """What it takes in a slot, on the rank where that is most; 0 until it has been read."""
         self.digest = ""
         self.labels = 0
         """Labels of its classification head."""
@@ -159,6 +162,8 @@ class CopyMove(NamedTuple):
 
     entry: AdapterEntry
     slot: int
+    offset: int | None = None
+    """Where it begins in the slots' memory, in bytes; None where every slot has its place."""
 
 
 class DropMove(NamedTuple):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.adapters.slots import Slot
+from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
@@ -117,6 +118,51 @@ class _Adapters(Mapping[str, CoreAdapterView]):
         return len(self._entries)
 
 
+class CoreMemoryView:
+    """The :class:`~aioengine.schedulers.policy.MemoryView` of a slot table."""
+
+    __slots__ = ("_entries", "_slot_bytes", "_table")
+
+    def __init__(self, table: SlotTable, entries: Mapping[str, AdapterEntry], slot_bytes: int) -> None:
+        self._table = table
+        self._entries = entries
+        self._slot_bytes = slot_bytes
+
+    @property
+    def elastic(self) -> bool:
+        return self._table.arena is not None
+
+    @property
+    def total(self) -> int:
+        arena = self._table.arena
+        return len(self._table.slots) * self._slot_bytes if arena is None else arena.size
+
+    @property
+    def free(self) -> int:
+        arena = self._table.arena
+        if arena is None:
+            return sum(slot.entry is None for slot in self._table.slots) * self._slot_bytes
+        return arena.free
+
+    @property
+    def largest_hole(self) -> int:
+        arena = self._table.arena
+        return min(self._slot_bytes, self.free) if arena is None else arena.largest_hole
+
+    @property
+    def evictable(self) -> int:
+        idle = [slot.entry for slot in self._table.slots if slot.idle and may_leave(slot, set())]
+        return sum(self._taken(entry) for entry in idle if entry is not None)
+
+    def bytes_of(self, adapter: str) -> int:
+        return self._taken(self._entries[adapter])
+
+    def _taken(self, entry: AdapterEntry) -> int:
+        if self._table.arena is None:
+            return self._slot_bytes
+        return rounded(entry.slot_nbytes) if entry.slot_nbytes else 0
+
+
 class CoreView:
     """The :class:`~aioengine.schedulers.policy.SchedulerView` of a core's parts."""
 
@@ -124,6 +170,7 @@ class CoreView:
         "_adapters",
         "_batcher",
         "_costs",
+        "_memory",
         "_now",
         "_queues",
         "_residency",
@@ -133,12 +180,18 @@ class CoreView:
     )
 
     def __init__(
-        self, residency: Residency, queues: RequestQueues, batcher: Batcher, costs: CostsView
+        self,
+        residency: Residency,
+        queues: RequestQueues,
+        batcher: Batcher,
+        costs: CostsView,
+        slot_bytes: int = 0,
     ) -> None:
         self._residency = residency
         self._queues = queues
         self._batcher = batcher
         self._costs = costs
+        self._memory = CoreMemoryView(residency.slots, residency.by_policy_name, slot_bytes)
         self._slots = tuple(CoreSlotView(slot) for slot in residency.slots.slots)
         self._adapters = _Adapters(residency.by_policy_name)
         self._waiting_adapters = _WaitingAdapters(queues)
@@ -214,3 +267,7 @@ class CoreView:
     @property
     def costs(self) -> CostsView:
         return self._costs
+
+    @property
+    def memory(self) -> CoreMemoryView:
+        return self._memory

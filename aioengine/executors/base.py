@@ -46,7 +46,7 @@ class Device(ABC):
         """
 
     @abstractmethod
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         """Copy an adapter from the CPU cache into a slot that nothing reads; returns the seconds it took."""
 
     @abstractmethod

@@ -91,6 +91,7 @@ def build_parts(
         block_size=plan.block_size,
         max_loras=plan.num_slots,
         max_lora_rank=max_rank,
+        slot_memory=plan.slot_memory,
         lora_dtype=lora_dtype,
         target_modules=modules,
         quantization=config.quantization,

@@ -47,15 +47,17 @@ class ThreadDevice(Device):
     ) -> LoadedAdapter:
         return await self._loader.load(uid, name, path, retrying, stalled, files)
 
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._copy_thread, self._write_slot, slot, self.store.get(uid))
+        return await loop.run_in_executor(
+            self._copy_thread, self._write_slot, slot, self.store.get(uid), offset
+        )
 
-    def _write_slot(self, slot: int, adapter: AdapterImage) -> float:
+    def _write_slot(self, slot: int, adapter: AdapterImage, offset: int | None) -> float:
         slots = self.runner.lora_slots
         assert slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()
-        slots.write(slot, adapter)
+        slots.write(slot, adapter, offset)
         return time.perf_counter() - start
 
     def drop(self, uid: int) -> None:

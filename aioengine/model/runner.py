@@ -51,9 +51,10 @@ class ModelRunner:
     """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
-    None. ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the
-    linears' weights are kept; ``progress`` is told how far the weights are read. With ``fixed_decode``,
-    decode steps within these limits are recorded and played back if the kernels allow for it, by ``record``
+    None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank``).
+    ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
+    weights are kept; ``progress`` is told how far the weights are read. With ``fixed_decode``, decode steps
+    within these limits are recorded and played back if the kernels allow for it, by ``record``
     (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share of the model, and all
     ranks must be built and execute the same steps; only rank 0 samples.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
@@ -71,6 +72,7 @@ class ModelRunner:
         block_size: int,
         max_loras: int = 0,
         max_lora_rank: int = 16,
+        slot_memory: int | None = None,
         lora_dtype: torch.dtype | None = None,
         target_modules: Iterable[str] = LORA_MODULES,
         sample: Sampler | None = None,
@@ -102,6 +104,7 @@ class ModelRunner:
                 lora_dtype or dtype,
                 self.device,
                 self.group.shard,
+                nbytes=slot_memory,
             )
             if max_loras > 0
             else None

@@ -226,6 +226,8 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         eos_token_ids=parts.spec.eos_token_ids,
         seed=config.seed,
         cpu_max_bytes=None if cpu_max_bytes is None else cpu_max_bytes * parts.plan.num_ranks,
+        slot_memory=parts.plan.slot_memory,
+        slot_bytes=parts.plan.slot_bytes,
         policy_time_budget=config.policy_time_budget,
         policy_max_overruns=config.policy_max_overruns,
         max_step_seconds=_max_step_seconds(config, parts.plan),

@@ -63,8 +63,8 @@ class AdapterMoves:
                 files.release()
             case StopMove(entry):
                 self._reads.pop(entry.uid).cancel()
-            case CopyMove(entry, slot):
-                self._spawn(self._copy(entry, slot), f"aioengine-copy-{entry.label}", self._copies)
+            case CopyMove(entry, slot, offset):
+                self._spawn(self._copy(entry, slot, offset), f"aioengine-copy-{entry.label}", self._copies)
 
     async def stop(self) -> None:
         """Cancel the loads, one of which may hang, and wait for the copies, which cannot be interrupted."""
@@ -141,16 +141,18 @@ class AdapterMoves:
                 nbytes=done.nbytes,
                 digest=done.digest,
                 seconds=done.seconds,
+                slot_nbytes=done.slot_nbytes,
             )
             if too_large is not None:
                 log_failure(self._core.residency.failures, entry.label, too_large)
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
 
-    async def _copy(self, entry: AdapterEntry, slot: int) -> None:
+    async def _copy(self, entry: AdapterEntry, slot: int, offset: int | None) -> None:
         loop = asyncio.get_running_loop()
         try:
-            seconds = await self._device.place(entry.uid, slot)
+            where = () if offset is None else (offset,)
+            seconds = await self._device.place(entry.uid, slot, *where)
         except EngineDead:
             return
         except Exception as error:

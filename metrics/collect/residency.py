@@ -113,6 +113,12 @@ class ResidencyTracker:
         since, version.blocked_since = version.blocked_since, None
         return None if since is None else event.time - since
 
+    def moving(self, event: events.AdapterMoving) -> None:
+        """It leaves its slot for a moment."""
+        version = self._of(event)
+        version.copying = True
+        version.absent_since = event.time
+
     def placed(self, event: events.AdapterPlaced) -> PrefetchResult | None:
         version = self._of(event)
         version.rank = event.rank

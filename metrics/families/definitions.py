@@ -73,8 +73,8 @@ LORA_CPU_ADAPTERS = Definition(
 LORA_SWAPS = Definition(
     "aioengine_lora_swaps",
     "counter",
-    "Adapters copied into a slot (load), taken out of one (evict), and superseded by a new version "
-    "(replace).",
+    "Adapters copied into a slot (load), taken out of one (evict), superseded by a new version (replace), "
+    "and copied to another place of the slots' memory, so that holes in it become one (move).",
     ("kind",),
 )
 LORA_SWAP_SECONDS = Definition(

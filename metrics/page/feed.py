@@ -279,7 +279,7 @@ def _entry(event: events.AdapterEvent) -> Entry | None:
             return Entry(event.time, "loading", *who)
         case events.AdapterLoaded():
             return Entry(event.time, "loaded", *who, seconds=event.seconds, bytes=event.nbytes)
-        case events.AdapterPlacing():
+        case events.AdapterPlacing() | events.AdapterMoving():
             return Entry(event.time, "placing", *who, slot=event.slot)
         case events.AdapterPlaced():
             return Entry(

@@ -29,6 +29,7 @@ class CoreMachine(RuleBasedStateMachine):
         hostile=st.booleans(),
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
+        slot_memory=st.sampled_from([None, 3000, 4200]),
         bounded=st.booleans(),
         speculation=st.sampled_from(["none", "ngram", "suffix"]),
     )
@@ -38,6 +39,7 @@ class CoreMachine(RuleBasedStateMachine):
         hostile: bool,
         blocks: int,
         max_bytes: int | None,
+        slot_memory: int | None,
         bounded: bool,
         speculation: Literal["none", "ngram", "suffix"],
     ) -> None:
@@ -46,6 +48,8 @@ class CoreMachine(RuleBasedStateMachine):
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
+        if slot_memory is not None:
+            limits = limits._replace(slot_memory=slot_memory, num_slots=3)
         if bounded:
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
@@ -134,7 +138,7 @@ class CoreMachine(RuleBasedStateMachine):
             if batch is not None:
                 self.check_batch()
                 slots = self.sim.core.slots.slots
-                self.in_flight = [slot.entry for slot in slots]
+                self.in_flight = [(slot.entry, slot.offset) for slot in slots]
         sim.now += seconds
 
     @rule(name=st.sampled_from(NAMES), nbytes=st.sampled_from(SIZES))
@@ -234,12 +238,13 @@ class CoreMachine(RuleBasedStateMachine):
             for work in self.sim.batch.sequences:
                 assert core.blocks.referenced(work.block_table)
                 if work.slot >= 0:
-                    assert core.slots.slots[work.slot].entry is self.in_flight[work.slot]
+                    slot = core.slots.slots[work.slot]
+                    assert (slot.entry, slot.offset) == self.in_flight[work.slot], "it was moved"
 
     def check_batch(self) -> None:
         core, batch = self.sim.core, self.sim.batch
         assert batch is not None
-        assert len({w.slot for w in batch.sequences if w.slot >= 0}) <= LIMITS.num_slots
+        assert len({w.slot for w in batch.sequences if w.slot >= 0}) <= core.limits.num_slots
         assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
         assert len(batch.sequences) <= LIMITS.max_num_seqs
         blocks = [b for w in batch.sequences for b in w.block_table[w.start // LIMITS.block_size :]]

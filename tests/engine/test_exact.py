@@ -20,6 +20,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "chunked-prefill": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
     "paced-prefill": {"max_step_seconds": 1e-9},  # every chunk is as small as it may be
     "preempted": {"max_model_len": 64, "max_num_seqs": 6},
+    "slots-by-bytes": {"slot_memory": "256KiB", "max_loras": 6, "max_cpu_loras": 8},
 }
 DORA_BIAS_AND_EMBEDDINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 8},
@@ -87,7 +88,7 @@ async def test_dora_biases_and_embeddings_mixed_with_plain_adapters(
     fields: dict[str, Any] = {"target_modules": [*ALL_MODULES, *EMBEDDING_MODULES], **PATHS[path]}
     if path == "preempted":
         fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES["qwen2"]
-    async with make_engine(special, max_cpu_loras=8, **fields) as engine:
+    async with make_engine(special, **{"max_cpu_loras": 8, **fields}) as engine:
         for name, folder in special.adapters.items():
             engine.register_adapter(name, folder)
         for _ in range(2):  # the second time through reused slots and, if it is on, the prefix cache

@@ -31,8 +31,14 @@ async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
 ) -> None:
     tiny = tiny_of("qwen2" if fully else "llama")
     names = ("rank-3", "qv-only", "patterns", "rslora")
+    memory = "64KiB" if fully else None
     async with make_engine(
-        tiny, executor="process", tensor_parallel_size=2, fully_sharded_loras=fully
+        tiny,
+        executor="process",
+        tensor_parallel_size=2,
+        fully_sharded_loras=fully,
+        slot_memory=memory,
+        max_loras=3 if fully else 2,
     ) as engine:
         assert len(worker_pids()) == 2
         for name in names:

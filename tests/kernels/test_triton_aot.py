@@ -55,7 +55,8 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         assert "0x10" in copies, "A and B come 16 bytes at a time, without waiting"
         if variant.kernel == "shrink":
             assert set(copies) == {"0x10"}, "and so does x; h may be too small for that"
-        assert not re.search(r"ld\.global\S*[bu]16 ", usage.ptx)
+            # In an expand, B of a rank that is no multiple of 8 has rows that are no whole vectors.
+            assert not re.search(r"ld\.global\S*[bu]16 ", usage.ptx)
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
     if variant.kernel == "attention":

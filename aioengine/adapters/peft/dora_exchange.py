@@ -9,6 +9,7 @@ from torch import Tensor
 from aioengine.adapters.peft.dora import BaseWeights, Rows, rows_of
 from aioengine.adapters.peft.read import PackedAdapter
 from aioengine.model.parallel.partition import SPLIT_INPUTS
+from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.layout import SlotLayout
 
 _FLOAT = torch.float32.itemsize
@@ -29,13 +30,22 @@ class Draft:
         self._parts = {key: rows_of(packed, weights, key) for key in keys}
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))
+        assert packed.in_order is not None, "it was read for a slot"
+        self._layout, self._dtype = layout, packed.in_order.dtype
 
     @property
     def nbytes(self) -> int:
         """Size of the finished adapter in bytes."""
-        assert self.packed.in_order is not None, "it was read for a slot"
         head = self.packed.head
-        return self.packed.in_order.nbytes + (0 if head is None else head.nbytes)
+        return self.slot_nbytes + (0 if head is None else head.nbytes)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes that it takes in a slot."""
+        packed = self.packed
+        affine = packed.magnitudes.keys() | packed.biases.keys()
+        ranks = {key: (len(a), b.shape[1]) for key, (a, b) in packed.tensors.items()}
+        return image_shape(self._layout, ranks, affine, self._dtype).elements * self._dtype.itemsize
 
     @property
     def squares(self) -> bytes:

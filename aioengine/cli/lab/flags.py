@@ -113,6 +113,8 @@ class SystemFlags:
     """Bytes, or text such as 2GiB; by default what the preset's device has free."""
     max_waiting: Annotated[int | None, _MORE_SYSTEM] = None
     """Bound on waiting requests; those beyond it are refused."""
+    slot_memory: Annotated[str | None, _MORE_SYSTEM] = None
+    """Bytes that all slots share, such as 2GiB: adapters take what their own ranks take."""
     max_cpu_lora_bytes: Annotated[str | None, _MORE_SYSTEM] = None
     """A second bound on the CPU cache."""
     max_concurrent_loads: Annotated[int | None, _MORE_SYSTEM] = None

@@ -1,19 +1,22 @@
-"""Starts moves of adapters into slots and the CPU cache: what the policy asks for, after checks, and what is
-pinned."""
+"""Carries out a decision's slot and cache items after checking them, and places pinned adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
+from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.adapters.slots import Slot
+from aioengine.core.adapters.room import find_room
+from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
 from aioengine.core.guard import Resolved
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, Place
 
 WANT_PATIENCE_SECONDS = 1.0
-"""Reads that callers asked for by name start after those of the policy's decision, but before them once they
-have waited this long. Otherwise a policy that always has something to read would keep them out."""
+"""Reads that were asked for by name start after those of the policy's decision. After this many seconds they
+start before them, or a policy that always has something to read could delay them for ever."""
 PIN_RETRY_SECONDS = 1.0
-"""Pause before a pinned adapter whose copy into a slot failed is copied again."""
+"""Seconds before a pinned adapter is copied again after its copy into a slot failed."""
 
 Refusal = tuple[str, str]
 """(reason, item) of an item of a decision that would break an invariant."""
@@ -28,7 +31,7 @@ class Placing:
         self._closed: set[int] = set()
 
     def is_closed(self, entry: AdapterEntry | None) -> bool:
-        """Whether its slot admits no requests because a pinned adapter waits for it."""
+        """Whether its slot admits nothing, because a pinned adapter waits for it."""
         return entry is not None and entry.uid in self._closed
 
     @property
@@ -36,20 +39,28 @@ class Placing:
         return bool(self._closed)
 
     def place_pinned(self, now: float) -> None:
-        """Place pinned adapters as soon as slots are available, whether requests ask for them or not. If no
-        slot is idle, one is closed to new requests until it is idle; otherwise steady traffic would keep the
-        adapter out for ever."""
+        """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
+        no slot is idle, one is closed: it admits no requests until it is idle, or steady traffic would keep
+        the adapter out for ever."""
         self._closed.clear()
         for entry in self._residency.cpu.entries.values():
             if _waits_for_slot(entry) and now >= _retry_at(entry):
-                slot = self._slots.choose(self._slots.superseded())
-                if slot is not None:
-                    self._residency.start_copy(entry, slot, now)
-                elif (busy := self._slots.least_busy(self._closed)) is not None:
-                    self._closed.add(busy)
+                keep = self._slots.superseded()
+                if self._start(entry, None, self._slots.victims(keep), keep, now) is not None:
+                    self._close_for(entry, keep)
+
+    def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
+        """Close the slots of the least busy adapters: one, or as many as the bytes of ``entry`` take."""
+        arena, missing = self._slots.arena, 1
+        if arena is not None:
+            idle = sum(rounded(s.entry.slot_nbytes) for s in self._slots.victims(keep) if s.entry is not None)
+            missing = max(rounded(entry.slot_nbytes) - arena.free - idle, 1)
+        while missing > 0 and (busy := self._slots.least_busy(self._closed)) is not None:
+            self._closed.add(busy)
+            missing -= 1 if arena is None else rounded(self._residency.entries[busy].slot_nbytes)
 
     def next_retry(self, now: float) -> float | None:
-        """Time of the next retry of a pinned adapter whose copy failed; None if there is none."""
+        """When a pinned adapter is due again whose copy has failed; None if there is none."""
         due = [_retry_at(entry) for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
         return min((at for at in due if at > now), default=None)
 
@@ -58,8 +69,9 @@ class Placing:
         adapters that the same decision admits requests to. Returns what was refused."""
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
         refused: list[Refusal] = []
+        given = _GivenUp(decision.evict, self._slots, admitting, refused)
         for entry, place in decision.place:
-            reason = self._place(entry, place, now, admitting)
+            reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
                 refused.append((reason, str(place)))
         for entry in decision.prefetch:
@@ -68,32 +80,93 @@ class Placing:
         self._residency.start_wanted(now, admitting)
         return refused
 
-    def _place(self, entry: AdapterEntry, place: Place, now: float, admitting: set[int]) -> str | None:
+    def _place(
+        self, entry: AdapterEntry, place: Place, now: float, admitting: set[int], given: _GivenUp
+    ) -> str | None:
         if entry.slot is not None:
             return "place_already_placed"
         if entry.location is not Location.CPU:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting, self._offered(place))
             return None
-        if place.slot is None:
-            slot = self._slots.choose(admitting)
-            if slot is None:
-                return "place_no_slot"
-        else:
+        slot: Slot | None = None
+        if place.slot is not None:
             if not 0 <= place.slot < len(self._slots.slots):
                 return "place_slot_unknown"
             slot = self._slots.slots[place.slot]
             reason = _not_takable(slot, admitting)
             if reason is not None:
                 return reason
-        self._residency.start_copy(entry, slot, now)
+
+        def victims() -> Iterator[Slot]:
+            """Those of the decision, then the core's own choice. Where the decision names a slot, and so
+            counts on nobody else's, these are only adapters that no request waits for."""
+            yield from given.slots()
+            for victim in self._slots.victims(admitting):
+                if place.slot is None or (victim.entry is not None and not victim.entry.waiting):
+                    yield victim
+
+        return self._start(entry, slot, victims(), admitting, now)
+
+    def _start(
+        self, entry: AdapterEntry, slot: Slot | None, victims: Iterable[Slot], keep: set[int], now: float
+    ) -> str | None:
+        """Begin a copy into ``slot``, or (None) a free one, else the first of ``victims``; of the others, as
+        many leave as it takes for its bytes. Returns why not, if not."""
+        victims = iter(victims)
+        slot = slot or self._slots.free_slot or next(victims, None)
+        if slot is None:
+            return "place_no_slot"
+        arena, window = self._slots.arena, None
+        if arena is not None:
+            leaving = [] if slot.entry is None else [slot]
+            by_offset = {s.offset: s for s in self._slots.slots if s.offset is not None}
+
+            def may_move(offset: int) -> bool:
+                return by_offset[offset].idle and may_leave(by_offset[offset], keep)
+
+            others = dict.fromkeys(victims) if not arena.fits(entry.slot_nbytes) or leaving else {}
+            others.pop(slot, None)
+            room = find_room(arena, entry.slot_nbytes, leaving, others, may_move)
+            if room is None:
+                return "place_no_room"
+            window = room.move
+            for victim in room.evict:
+                self._residency.evict_slot(victim, now)
+        self._residency.start_copy(entry, slot, now, window)
         return None
 
     def _offered(self, place: Place) -> AdapterEntry | None:
-        """Adapters whose slot the policy gives away. They may also leave the CPU cache for the newcomer;
-        otherwise the two could wait for each other for ever."""
+        """The adapter whose slot the policy gives to the newcomer. It may leave the CPU cache too, or each
+        could wait for the other for ever."""
         known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
         return self._slots.slots[place.slot].entry if known and place.slot is not None else None
+
+
+class _GivenUp:
+    """The slots that a decision gives up, in its order. What it may not give up is refused, once."""
+
+    def __init__(
+        self, entries: Sequence[AdapterEntry], slots: SlotTable, admitting: set[int], refused: list[Refusal]
+    ) -> None:
+        self._entries = entries
+        self._slots = slots
+        self._admitting = admitting
+        self._refused = refused
+        self._told: set[int] = set()
+
+    def slots(self) -> Iterator[Slot]:
+        """Looked at when they are needed: what is running now may not have been when the policy decided."""
+        for entry in self._entries:
+            if entry.slot is None:
+                continue
+            slot = self._slots.slots[entry.slot]
+            reason = _not_takable(slot, self._admitting)
+            if reason is None:
+                yield slot
+            elif entry.uid not in self._told:
+                self._told.add(entry.uid)
+                self._refused.append((f"evict{reason.removeprefix('place_slot')}", entry.name))
 
 
 def _waits_for_slot(entry: AdapterEntry) -> bool:
@@ -101,8 +174,7 @@ def _waits_for_slot(entry: AdapterEntry) -> bool:
 
 
 def _retry_at(entry: AdapterEntry) -> float:
-    """Time when a pinned adapter may be copied, so that a copy that always fails is not retried without
-    pause."""
+    """When a pinned adapter may be copied, or a copy that always fails would be tried again without pause."""
     return 0.0 if entry.copy_failed is None else entry.copy_failed + PIN_RETRY_SECONDS
 
 

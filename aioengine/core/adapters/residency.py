@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aioengine import events
+from aioengine.core.adapters.arena import Arena, Window, rounded
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.adapters.failures import Failures
 from aioengine.core.adapters.pins import Pins
@@ -24,7 +25,7 @@ from aioengine.core.state import (
     ReleaseMove,
     StopMove,
 )
-from aioengine.errors import AdapterError, EngineOverloaded
+from aioengine.errors import AdapterError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers.policy import Location
 
 
@@ -39,8 +40,9 @@ class Residency:
         tell: Tell,
         cpu_max_bytes: int | None = None,
         cpu_order: Order = least_recently_used,
+        slot_memory: int | None = None,
     ) -> None:
-        self.slots = SlotTable(num_slots)
+        self.slots = SlotTable(num_slots, None if slot_memory is None else Arena(slot_memory))
         self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
         self.failures = Failures()
         self.current: dict[str, AdapterEntry] = {}
@@ -278,6 +280,18 @@ class Residency:
         if self._is_candidate(entry) or (lost and not entry.retired):
             self.retire(entry, now)
 
+    def refusal(self, entry: AdapterEntry, slot_nbytes: int) -> AdapterTooLarge | None:
+        """Why it can never be in a slot, if it cannot."""
+        arena = self.slots.arena
+        if arena is None or rounded(slot_nbytes) <= arena.size:
+            return None
+        return AdapterTooLarge(
+            f"it takes {slot_nbytes:,} bytes in a slot, and slot_memory={arena.size:,} is less than that; "
+            "raise LoRAConfig.slot_memory",
+            name=entry.label,
+            path=entry.path,
+        )
+
     def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         """Fail an adapter that was read and is too large to keep."""
         self.load_failed(entry, now, error, "too_large")
@@ -301,7 +315,7 @@ class Residency:
                 self.load_cancelled(entry)
         for entry in list(self.cpu.entries.values()):
             if self._copying(entry) and entry.slot is not None:
-                self.slots.cancel(self.slots.slots[entry.slot])
+                self._cancel_copy(self.slots.slots[entry.slot], entry, now)
             elif entry.slot is not None:
                 self.evict_slot(self.slots.slots[entry.slot], now)
             self._evict_cpu(entry, now)
@@ -312,22 +326,50 @@ class Residency:
 
     # CPU -> slot
 
-    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float) -> None:
-        """Begin a copy into a slot that is free or idle."""
+    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float, window: Window | None = None) -> None:
+        """Begin a copy into a slot that is free or idle. In the slots' memory there is room, or there is once
+        the adapters of ``window`` are moved together."""
+        first = len(self._moves)
         if slot.entry is not None:
             self.evict_slot(slot, now)
+        if window is not None:
+            self._compact(window, now)
         self.slots.begin(slot, entry)
-        self._moves.append(CopyMove(entry, slot.index))
+        self._moves.insert(first, CopyMove(entry, slot.index, slot.offset))  # before those that are moved
         self._emit(
             events.AdapterPlacing(time=now, adapter=entry.label, version=entry.version, slot=slot.index)
         )
 
-    def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
+    def _compact(self, window: Window, now: float) -> None:
+        """Begin to move the idle adapters of a window to its beginning: each is copied anew, from the CPU, so
+        it does not matter where it was."""
+        by_offset = {slot.offset: slot for slot in self.slots.slots}
+        moving = [(slot, self.slots.release(slot)) for slot in (by_offset[at] for at in window.regions)]
+        at = window.begin
+        for slot, entry in moving:
+            self.slots.begin(slot, entry, at)
+            slot.moving = True
+            at += rounded(entry.slot_nbytes)
+            self._moves.append(CopyMove(entry, slot.index, slot.offset))
+            self._emit(
+                events.AdapterMoving(
+                    time=now,
+                    adapter=entry.label,
+                    version=entry.version,
+                    slot=slot.index,
+                    nbytes=entry.nbytes,
+                )
+            )
+
+    def placed(self, entry: AdapterEntry, now: float, seconds: float) -> bool:
+        """Returns whether it has come into the slot, and was not only moved."""
         assert entry.slot is not None
         entry.error = None
-        self.slots.activate(self.slots.slots[entry.slot], now)
+        slot = self.slots.slots[entry.slot]
+        moved, last_used = slot.moving, slot.last_used
+        self.slots.activate(slot, last_used if moved else now)
         entry.slot_seconds = seconds
-        entry.last_used = now
+        entry.last_used = entry.last_used if moved else now
         self._emit(
             events.AdapterPlaced(
                 time=now,
@@ -337,14 +379,23 @@ class Residency:
                 rank=entry.rank,
                 nbytes=entry.nbytes,
                 seconds=seconds,
+                moved=moved,
             )
         )
+        return not moved
 
     def place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         assert entry.slot is not None
-        self.slots.cancel(self.slots.slots[entry.slot])
+        self._cancel_copy(self.slots.slots[entry.slot], entry, now)
         entry.copy_failed = now
         self._failed(entry, now, error, "internal")
+
+    def _cancel_copy(self, slot: Slot, entry: AdapterEntry, now: float) -> None:
+        moved = slot.moving
+        self.slots.cancel(slot)
+        if moved:  # it was in a slot, as far as anyone knows
+            self._emit(_evicted(entry, now, slot.index))
+            self._tell("adapter_evicted", now, adapter=entry.name)
 
     def evict_slot(self, slot: Slot, now: float) -> None:
         entry = self.slots.release(slot)

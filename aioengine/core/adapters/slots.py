@@ -6,21 +6,31 @@
 A slot is released only while no running request uses it, and written only between ``begin`` and
 ``activate``: so nothing ever reads a slot that is being written. DRAINING is READY seen from outside
 when the adapter has been unloaded or replaced.
+
+Where slots share one memory by bytes (an :class:`~aioengine.core.adapters.arena.Arena`), a slot that is not
+free has a region of it, for as long as it is not.
 """
 
 from __future__ import annotations
 
+from math import inf
+
+from aioengine.core.adapters.arena import Arena, rounded
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, SlotState
 
 
 class Slot:
-    __slots__ = ("entry", "index", "last_used", "loading")
+    __slots__ = ("entry", "index", "last_used", "loading", "moving", "offset")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.entry: AdapterEntry | None = None
         self.loading = False
+        self.moving = False
+        """It is written again, at another place, with the adapter that it had."""
+        self.offset: int | None = None
+        """Where its region of the arena begins, in bytes; None if there is no arena, or it is free."""
         self.last_used = 0.0
 
     @property
@@ -38,18 +48,28 @@ class Slot:
 
 
 class SlotTable:
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, arena: Arena | None = None) -> None:
         self.slots = [Slot(index) for index in range(num_slots)]
+        self.arena = arena
+        """None: every slot has a place of its own, for an adapter of any size."""
 
-    def begin(self, slot: Slot, entry: AdapterEntry) -> None:
+    def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> None:
+        """``offset``: where a hole of the arena begins that the region is to have; None: the best one."""
         assert slot.entry is None and entry.slot is None and entry.location is Location.CPU
+        if self.arena is not None:
+            if offset is None:
+                offset = self.arena.allocate(entry.slot_nbytes)
+                assert offset is not None, "room has not been made"
+            else:
+                self.arena.allocate_at(offset, entry.slot_nbytes)
+            slot.offset = offset
         slot.entry = entry
         slot.loading = True
         entry.slot = slot.index
 
     def activate(self, slot: Slot, now: float) -> None:
         assert slot.loading and slot.entry is not None
-        slot.loading = False
+        slot.loading = slot.moving = False
         slot.last_used = now
         slot.entry.location = Location.SLOT
 
@@ -57,7 +77,8 @@ class SlotTable:
         assert slot.loading and slot.entry is not None
         slot.entry.slot = None
         slot.entry = None
-        slot.loading = False
+        slot.loading = slot.moving = False
+        self._give_back(slot)
 
     def release(self, slot: Slot) -> AdapterEntry:
         """Empty an idle slot; its adapter stays in the CPU cache."""
@@ -66,13 +87,23 @@ class SlotTable:
         entry.slot = None
         entry.location = Location.CPU
         slot.entry = None
+        self._give_back(slot)
         return entry
 
-    @property
-    def all_pinned(self) -> bool:
-        """Whether every slot holds, or is receiving, a pinned adapter."""
+    def _give_back(self, slot: Slot) -> None:
+        if self.arena is not None and slot.offset is not None:
+            self.arena.release(slot.offset)
+            slot.offset = None
+
+    def room_beside_pinned(self) -> float:
+        """The largest adapter that may still get a slot, in bytes, while those that are pinned stay: 0 if
+        they hold every slot, infinity if none is pinned or slots have places of their own."""
         held = [s.entry for s in self.slots if s.entry is not None and s.entry.pinned]
-        return 0 < len(self.slots) == len(held)
+        if 0 < len(self.slots) == len(held):
+            return 0
+        if self.arena is None or not held:
+            return inf
+        return self.arena.size - sum(rounded(entry.slot_nbytes) for entry in held)
 
     def superseded(self) -> set[int]:
         """Uids of old versions in slots that accepted requests still wait for."""
@@ -90,21 +121,16 @@ class SlotTable:
         """The rank in each usable slot, 0 elsewhere."""
         return [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
 
-    def choose(self, keep: set[int]) -> Slot | None:
-        """A free slot, else the least recently used idle one that is not pinned and whose adapter (by
-        uid) is not in ``keep``; those that nobody waits for first."""
-        free = next((s for s in self.slots if s.entry is None), None)
-        if free is not None:
-            return free
-        idle = [
-            s
-            for s in self.slots
-            if s.idle and s.entry is not None and not s.entry.pinned and s.entry.uid not in keep
-        ]
-        return min(
-            idle,
+    @property
+    def free_slot(self) -> Slot | None:
+        return next((s for s in self.slots if s.entry is None), None)
+
+    def victims(self, keep: set[int]) -> list[Slot]:
+        """The idle slots that are not pinned and whose adapter (by uid) is not in ``keep``: first those that
+        no request waits for, among equals the least recently used first."""
+        return sorted(
+            (s for s in self.slots if s.idle and may_leave(s, keep)),
             key=lambda s: (s.entry is not None and len(s.entry.waiting) > 0, s.last_used),
-            default=None,
         )
 
     def check(self) -> None:
@@ -115,3 +141,18 @@ class SlotTable:
                 assert slot.entry.slot == slot.index
                 assert slot.entry.location is (Location.CPU if slot.loading else Location.SLOT)
                 assert not (slot.loading and slot.entry.running), "a slot is written while in use"
+            assert (slot.offset is None) == (slot.entry is None or self.arena is None)
+            assert slot.loading or not slot.moving
+        if self.arena is not None:
+            self.arena.check()
+            taken = {
+                s.offset: rounded(s.entry.slot_nbytes)
+                for s in self.slots
+                if s.entry is not None and s.offset is not None
+            }
+            assert taken == self.arena.regions, "the arena's regions are not those of the residents"
+
+
+def may_leave(slot: Slot, keep: set[int]) -> bool:
+    """Whether an idle slot may be emptied, or its adapter moved."""
+    return slot.entry is not None and not slot.entry.pinned and slot.entry.uid not in keep

@@ -118,9 +118,9 @@ class ProcessDevice(Device):
     ) -> LoadedAdapter:
         return await self._loader.load(uid, name, path, retrying, stalled, files)
 
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
-        call = self.workers.ask(lambda number: Place(number, uid, slot), patient=True)
+        call = self.workers.ask(lambda number: Place(number, uid, slot, offset), patient=True)
         return max(done.seconds for done in await call.of(Done))
 
     def drop(self, uid: int) -> None:

@@ -157,6 +157,8 @@ class Place(_Message, frozen=True):
     number: int
     uid: int
     slot: int
+    offset: int | None = None
+    """Where it begins in the slots' memory, in bytes."""
 
 
 # From the workers
@@ -212,6 +214,8 @@ class ReadDone(_Message, frozen=True):
     squares: bytes
     """Sums that every rank must add before the read can be finished; equally long on all ranks. Empty if it
     is finished."""
+    slot_nbytes: int
+    """Bytes of the share that slots hold."""
 
 
 class Done(_Message, frozen=True):

@@ -118,7 +118,7 @@ class Worker:
         try:
             slots = self._model.runner.lora_slots
             assert slots is not None, "a slot was written while LoRA is off"
-            slots.write(request.slot, image)
+            slots.write(request.slot, image, request.offset)
         except BaseException as error:
             self._send(Failed(request.number, WireError.of(error)))
         else:

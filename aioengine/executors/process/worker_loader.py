@@ -30,6 +30,7 @@ class _Found(NamedTuple):
     nbytes: int
     digest: str
     labels: int
+    slot_nbytes: int
 
 
 class WorkerLoader(BaseLoader[_Found]):
@@ -84,7 +85,8 @@ class WorkerLoader(BaseLoader[_Found]):
             raise
         progress.running = False
         nbytes = sum(answer.nbytes for answer in answers)
-        return _Found(reading.number, first.rank, nbytes, content.digest, first.labels)
+        largest = max(answer.slot_nbytes for answer in answers)
+        return _Found(reading.number, first.rank, nbytes, content.digest, first.labels, largest)
 
     async def _read_and_digest(
         self, reading: Call, name: str, path: str, size: int, files: HeldFiles | None
@@ -108,6 +110,9 @@ class WorkerLoader(BaseLoader[_Found]):
     def _ended(self, call: Call) -> None:
         if (progress := self._given_up.pop(call, None)) is not None:
             progress.running = False
+
+    def _slot_nbytes(self, found: _Found) -> int:
+        return found.slot_nbytes
 
     def _keep(self, uid: int, found: _Found) -> None:
         self._workers.tell(Keep(found.number, uid))

@@ -85,6 +85,7 @@ class WorkerReads:
                     found.version,
                     0 if found.head is None else len(found.head.weight),
                     squares,
+                    draft.slot_nbytes,
                 )
             )
 

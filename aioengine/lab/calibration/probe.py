@@ -131,8 +131,8 @@ class _ProbedDevice(Device):
     ) -> LoadedAdapter:
         return await self._device.load(uid, name, path, retrying, stalled, files)
 
-    async def place(self, uid: int, slot: int) -> float:
-        return await self._device.place(uid, slot)
+    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
+        return await self._device.place(uid, slot, offset)
 
     def drop(self, uid: int) -> None:
         self._device.drop(uid)

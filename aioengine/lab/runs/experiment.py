@@ -53,6 +53,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Adapters in the CPU cache, those in slots included (``max_cpu_loras``)."""
     max_lora_rank: int = 64
     """Every slot is sized for it; requests for adapters of a higher rank fail."""
+    slot_memory: int | str | None = None
+    """Bytes that the slots share, whatever their number; None: each is sized for ``max_lora_rank``."""
     max_cpu_lora_bytes: int | str | None = None
     max_concurrent_loads: int = 2
     max_num_seqs: int = 64
@@ -151,6 +153,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             lora=LoRAConfig(
                 max_loras=self.slots,
                 max_lora_rank=self.max_lora_rank,
+                slot_memory=self.slot_memory,
                 max_cpu_loras=self.cpu_loras,
                 max_cpu_lora_bytes=self.max_cpu_lora_bytes,
                 max_concurrent_loads=self.max_concurrent_loads,

@@ -76,7 +76,7 @@ class SimulatedDevice(Device):
         self._held[uid] = nbytes
         return LoadedAdapter(shape.rank, nbytes, name, seconds)
 
-    async def place(self, uid: int, slot: int) -> float:
+    async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         with self.disturbed(self._costs.slot.slowdown):
             return await self._slot.transfer(self._held[uid])
 

@@ -1,0 +1,172 @@
+"""The accounting of one memory in which adapters lie: which bytes are whose, and where the holes are.
+
+Best fit with immediate coalescing: a hole never adjoins another one. So the waste is bounded:
+
+- inside: each region is rounded up to ``GRANULE``, so less than that is lost to each adapter;
+- between: an allocation of n bytes fails only if every hole is smaller than n. There is at most one hole more
+  than there are regions. So among k regions less than (k + 1) * n bytes are free when it fails.
+
+What is lost between regions comes back when idle adapters are moved together: see :func:`compaction`.
+Knuth, The Art of Computer Programming, volume 1, 2.5 (best fit, boundary tags).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from aioengine.step import SLOT_GRANULE
+
+GRANULE = SLOT_GRANULE
+"""Bytes. Every region begins at a multiple of it."""
+
+
+def rounded(nbytes: int) -> int:
+    """What a region for ``nbytes`` takes."""
+    return -(-max(nbytes, 1) // GRANULE) * GRANULE
+
+
+class Arena:
+    """Regions of ``size`` bytes (less what is not a whole granule). Offsets and sizes are in bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size // GRANULE * GRANULE
+        self.regions: dict[int, int] = {}
+        """Size of each region, by offset."""
+        self.used = 0
+        self._holes: list[tuple[int, int]] = []
+        """(size, offset), sorted."""
+        self._size_at: dict[int, int] = {}
+        """Size of each hole, by offset."""
+        self._begin_of: dict[int, int] = {}
+        """Offset of each hole, by its end."""
+        if self.size:
+            self._add_hole(0, self.size)
+
+    @property
+    def free(self) -> int:
+        return self.size - self.used
+
+    @property
+    def largest_hole(self) -> int:
+        return self._holes[-1][0] if self._holes else 0
+
+    def copy(self) -> Arena:
+        """Another one, in which something can be tried."""
+        other = Arena(0)
+        other.size, other.used, other.regions = self.size, self.used, dict(self.regions)
+        other._holes, other._size_at = list(self._holes), dict(self._size_at)
+        other._begin_of = dict(self._begin_of)
+        return other
+
+    def fits(self, nbytes: int) -> bool:
+        return rounded(nbytes) <= self.largest_hole
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The offset of a region for ``nbytes`` in the smallest hole that has room; None if there is none."""
+        size = rounded(nbytes)
+        index = bisect_left(self._holes, (size, -1))
+        if index == len(self._holes):
+            return None
+        offset = self._holes[index][1]
+        self._take(offset, offset, size)
+        return offset
+
+    def allocate_at(self, offset: int, nbytes: int) -> None:
+        """Take a region that begins at ``offset``, where a hole must begin that has room."""
+        self._take(offset, offset, rounded(nbytes))
+
+    def release(self, offset: int) -> None:
+        """Give a region back. Raises KeyError if there is none, or it has been given back already."""
+        size = self.regions.pop(offset)
+        self.used -= size
+        begin, end = offset, offset + size
+        if begin in self._begin_of:
+            begin = self._begin_of[begin]
+            self._remove_hole(begin)
+        if end in self._size_at:
+            end += self._size_at[end]
+            self._remove_hole(offset + size)
+        self._add_hole(begin, end - begin)
+
+    def _take(self, hole: int, offset: int, size: int) -> None:
+        room = self._size_at[hole]
+        assert size <= room
+        self._remove_hole(hole)
+        self.regions[offset] = size
+        self.used += size
+        if size < room:
+            self._add_hole(offset + size, room - size)
+
+    def _add_hole(self, offset: int, size: int) -> None:
+        insort(self._holes, (size, offset))
+        self._size_at[offset] = size
+        self._begin_of[offset + size] = offset
+
+    def _remove_hole(self, offset: int) -> None:
+        size = self._size_at.pop(offset)
+        del self._begin_of[offset + size]
+        del self._holes[bisect_left(self._holes, (size, offset))]
+
+    def check(self) -> None:
+        """Assert that regions and holes cover the memory once, and that no two holes adjoin."""
+        at, was_hole = 0, False
+        parts = [(offset, size, False) for offset, size in self.regions.items()]
+        parts += [(offset, size, True) for size, offset in self._holes]
+        for offset, size, is_hole in sorted(parts):
+            assert offset == at and size > 0 and size % GRANULE == 0
+            assert not (is_hole and was_hole), "two holes adjoin"
+            at, was_hole = at + size, is_hole
+        assert at == self.size
+        assert self.used == sum(self.regions.values())
+        assert self._size_at == {offset: size for size, offset in self._holes}
+        assert self._begin_of == {offset + size: offset for size, offset in self._holes}
+        assert self._holes == sorted(self._holes)
+
+
+class Window(NamedTuple):
+    """A stretch of the memory in which all regions are moved to its beginning, so that one hole remains."""
+
+    begin: int
+    regions: Sequence[int]
+    """Offsets of the regions to move, in order."""
+    moved: int
+    """Bytes of these."""
+
+
+def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Window | None:
+    """The window whose holes together have room for ``nbytes`` and in which the fewest bytes must be moved.
+
+    ``may_move`` says of a region's offset whether it may be moved; the others stay, and a window ends at
+    them. None if there is no such window. Linear in the number of regions.
+    """
+    size = rounded(nbytes)
+    parts = sorted(
+        [(offset, length, False) for offset, length in arena.regions.items()]
+        + [(offset, length, True) for length, offset in arena._holes]
+    )
+    best: tuple[int, int, int] | None = None
+    first = free = moved = 0
+    for last, (offset, length, is_hole) in enumerate(parts):
+        if not is_hole:
+            if may_move(offset):
+                moved += length
+            else:
+                first, free, moved = last + 1, 0, 0
+            continue
+        free += length
+        # A window begins with a hole, and needs no more of them than have room.
+        while first < last:
+            _, front, front_is_hole = parts[first]
+            if front_is_hole and free - front < size:
+                break
+            free -= front if front_is_hole else 0
+            moved -= 0 if front_is_hole else front
+            first += 1
+        if free >= size and (best is None or moved < best[0]):
+            best = moved, first, last
+    if best is None:
+        return None
+    moved, first, last = best
+    return Window(parts[first][0], [at for at, _, hole in parts[first : last + 1] if not hole], moved)

@@ -1,0 +1,265 @@
+"""Slots that share one memory: who comes, who goes, and who is moved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from support.core_sim import LIMITS, CoreSim
+from support.strict_sim import StrictSim
+
+from aioengine import events
+from aioengine.core.adapters.arena import GRANULE
+from aioengine.errors import AdapterTooLarge, EngineOverloaded
+from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, load_policy
+
+MEMORY = 8 * GRANULE
+ELASTIC = LIMITS._replace(
+    num_slots=6, cpu_capacity=12, slot_memory=MEMORY, slot_bytes=4 * GRANULE, max_loads=4
+)
+
+
+class Scripted(SchedulerPolicy):
+    """Does what the test says, once."""
+
+    def __init__(self) -> None:
+        self.next = Decision()
+        self.admit: list[str] = []
+        self.view: SchedulerView | None = None
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        self.view = view
+        decision, self.next = self.next, Decision()
+        return decision._replace(admit=[request.request_id for request in view.waiting])
+
+
+class Sim(CoreSim):
+    def __init__(self, limits: object = ELASTIC) -> None:
+        self.policy = Scripted()
+        super().__init__(limits, self.policy)  # type: ignore[arg-type]
+
+    def read(self, **granules: int) -> None:
+        """Adapters of these sizes, on the CPU."""
+        for name, size in granules.items():
+            self.sizes[name] = size * GRANULE
+            entry = self.register(name)
+            self.core.residency.want(entry, self.now)
+        while any(e.location is not Location.CPU for e in self.core.residency.current.values() if not e.slot):
+            if self.schedule() is not None:
+                self.finish_step()
+            if not self.loads:
+                break
+            while self.loads:
+                self.finish_load()
+
+    def decide(self, place: Sequence[str | Place], evict: Sequence[str] = ()) -> list[str]:
+        """Place, and finish all copies; returns what was refused."""
+        self.now += 1
+        before = len(self.events)
+        places = [Place(item) if isinstance(item, str) else item for item in place]
+        self.policy.next = Decision(place=places, evict=evict)
+        if self.schedule() is not None:
+            self.finish_step()
+        self.core.check()
+        while self.copies:
+            self.finish_copy()
+            self.core.check()
+        refused = [e for e in self.events[before:] if isinstance(e, events.PolicyRefused)]
+        return [event.reason for event in refused]
+
+    @property
+    def layout(self) -> str:
+        """The memory, granule by granule: each adapter's letter, and dots."""
+        cells = ["."] * (MEMORY // GRANULE)
+        for slot in self.core.slots.slots:
+            if slot.entry is not None and slot.offset is not None:
+                first = slot.offset // GRANULE
+                size = -(-slot.entry.slot_nbytes // GRANULE)
+                cells[first : first + size] = slot.entry.name * size
+        return "".join(cells)
+
+
+def test_an_adapter_takes_what_it_needs() -> None:
+    sim = Sim()
+    sim.read(a=1, b=2, c=4, d=1)
+    assert sim.decide(["a", "b", "c", "d"]) == []
+    assert sim.layout == "abbccccd"
+    memory = sim.policy.view.memory if sim.policy.view else None
+    assert memory is not None and memory.elastic
+    assert (memory.total, memory.free, memory.largest_hole) == (MEMORY, 0, 0)
+    assert memory.evictable == MEMORY
+    assert [memory.bytes_of(name) for name in "abcd"] == [n * GRANULE for n in (1, 2, 4, 1)]
+
+
+def test_victims_go_in_the_policys_order_and_only_as_many_as_it_takes() -> None:
+    sim = Sim()
+    sim.read(a=2, b=2, c=2, d=2, x=4)
+    sim.decide(["a", "b", "c", "d"])
+    assert sim.decide(["x"], evict=["c", "d", "a"]) == []
+    assert sim.layout == "aabbxxxx"
+    sim.read(y=2)
+    assert sim.decide(["y"], evict=["b", "a"]) == []
+    assert sim.layout == "aayyxxxx"
+
+
+def test_what_is_busy_or_pinned_never_leaves() -> None:
+    sim = Sim()
+    sim.read(a=2, b=2, c=4, x=3)
+    sim.decide(["a", "b", "c"])
+    sim.core.residency.pins.pin(sim.core.residency.current["b"], sim.now)
+    sim.add("c", max_tokens=40)
+    sim.decide([])
+    assert sim.decide(["x"], evict=["c", "b", "ghost"]) == [
+        "evict_unknown_adapter", "evict_busy", "evict_pinned", "place_no_room",
+    ]  # fmt: skip
+    assert sim.layout == "aabbcccc", "and nobody leaves for nothing"
+    sim.sizes["z"] = 2 * GRANULE
+    sim.read(z=2)
+    assert sim.decide(["z"], evict=["c", "b"]) == ["evict_busy", "evict_pinned"]
+    assert sim.layout == "zzbbcccc", "the core's own choice where the policy's is no good"
+
+
+def test_idle_adapters_move_where_only_the_holes_are_too_small() -> None:
+    sim = Sim()
+    sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
+    sim.decide(["a", "b", "c", "d", "e"])
+    assert sim.layout == "abbcddee"
+    for name in "bd":
+        sim.core.residency.retire(sim.core.residency.current[name], sim.now)
+    sim.decide([])
+    assert sim.layout == "a..c..ee"
+    sim.policy.next = Decision(place=[Place("x")])
+    sim.now += 1
+    sim.schedule()
+    moved = [e.adapter for e in sim.events if isinstance(e, events.AdapterMoving)]
+    assert moved == ["c"]
+    assert [entry.name for entry, _ in sim.copies] == ["x", "c"], "the newcomer comes first"
+    assert not [e for e in sim.events if isinstance(e, events.AdapterEvicted) and e.adapter == "c"]
+    sim.add("c")
+    assert sim.schedule() is None, "it waits for the copy"
+    while sim.copies:
+        sim.finish_copy()
+    assert sim.layout == "acxxx.ee"
+    placed = [e for e in sim.events if isinstance(e, events.AdapterPlaced)]
+    assert [e.moved for e in placed if e.adapter == "c"] == [False, True]
+    sim.run()
+    sim.core.check()
+
+
+def test_a_running_adapter_stays_where_it_is() -> None:
+    sim = Sim()
+    sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
+    sim.decide(["a", "b", "c", "d", "e"])
+    for name in "bd":
+        sim.core.residency.retire(sim.core.residency.current[name], sim.now)
+    sim.add("c", max_tokens=30)
+    sim.decide([])
+    assert sim.decide(["x"], evict=["e"]) == []
+    assert sim.layout == "a..cxxx."
+
+
+def test_a_move_that_fails_leaves_the_adapter_on_the_cpu() -> None:
+    sim = Sim()
+    sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
+    sim.decide(["a", "b", "c", "d", "e"])
+    for name in "bd":
+        sim.core.residency.retire(sim.core.residency.current[name], sim.now)
+    sim.decide([])
+    sim.policy.next = Decision(place=[Place("x")])
+    sim.schedule()
+    sim.finish_copy()
+    sim.finish_copy(fail=True)
+    sim.core.check()
+    assert sim.core.residency.current["c"].location is Location.CPU
+    assert sim.layout == "a.xxx.ee"
+    assert [e.level for e in sim.events if isinstance(e, events.AdapterEvicted) and e.adapter == "c"] == [
+        "slot"
+    ]
+
+
+def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() -> None:
+    sim = Sim()
+    sim.sizes["huge"] = MEMORY + 1
+    entry = sim.register("huge")
+    sim.core.residency.want(entry, sim.now)
+    sim.schedule()
+    sim.finish_load()
+    error = entry.error
+    assert isinstance(error, AdapterTooLarge)
+    assert all(
+        text in str(error) for text in ("2,049 bytes", "slot_memory=2,048", "raise LoRAConfig.slot_memory")
+    )
+
+
+def test_who_is_shut_out_by_pinned_adapters_is_told() -> None:
+    sim = Sim()
+    sim.read(a=4, b=2, x=3)
+    for name in "ab":
+        sim.core.residency.pins.pin(sim.core.residency.current[name], sim.now)
+    sim.decide([])
+    assert sim.layout == "aaaabb.."
+    request = sim.add("x")
+    told: list[Exception | None] = []
+
+    class Ear:
+        def push(self, *_: object, **__: object) -> bool:
+            return False
+
+        def end(self, reason: str, error: Exception | None) -> None:
+            told.append(error)
+
+    request.sink = Ear()
+    sim.schedule()
+    assert isinstance(told[0], EngineOverloaded)
+    assert "768 bytes" in str(told[0]) and "leave 512" in str(told[0]) and "slot_memory" in str(told[0])
+
+
+def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:
+    sim = Sim()
+    sim.read(a=4, b=4, p=5)
+    sim.decide(["a", "b"])
+    for name in "ab":
+        for _ in range(3):
+            sim.add(name, max_tokens=8)
+    sim.decide([])
+    sim.core.residency.pins.pin(sim.core.residency.current["p"], sim.now)
+    for _ in range(40):
+        sim.add("a", max_tokens=8)
+        sim.decide([])
+        if sim.core.residency.current["p"].slot is not None:
+            break
+    assert sim.core.residency.current["p"].location is Location.SLOT
+
+
+def test_slots_of_one_size_show_their_memory_too() -> None:
+    sim = Sim(ELASTIC._replace(slot_memory=None, num_slots=2))
+    sim.read(a=1, b=2, c=4)
+    sim.decide(["a"])
+    sim.decide([])
+    memory = sim.policy.view.memory if sim.policy.view else None
+    assert memory is not None and not memory.elastic
+    size = 4 * GRANULE
+    assert (memory.total, memory.free, memory.largest_hole) == (2 * size, size, size)
+    assert (memory.evictable, memory.bytes_of("b")) == (size, size)
+    sim.decide(["b"])
+    assert sim.decide(["c"], evict=["b"]) == []
+    assert [slot.entry.name for slot in sim.core.slots.slots if slot.entry] == ["a", "c"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vllm+gdsf", "chameleon", "slora", "vtc", "drr", "sjf", "edf"])
+def test_every_policy_serves_all_whatever_their_sizes(policy: str) -> None:
+    """Mixed sizes under constant swapping: nobody is left out, and the accounts agree after every step."""
+    rng = random.Random(policy)
+    sim = StrictSim(ELASTIC, load_policy(policy))
+    names = [f"a{i}" for i in range(12)]
+    for i, name in enumerate(names):
+        sim.sizes[name] = (1, 1, 1, 2, 4, 7)[i % 6] * GRANULE - rng.randint(0, 100)
+        sim.register(name)
+    for _ in range(60):
+        for _ in range(rng.randint(0, 3)):
+            tenant = rng.choice([None, "x", "y"])
+            sim.add(rng.choice(names), max_tokens=rng.randint(1, 6), tenant=tenant)
+        sim.settle(step_seconds=0.05)
+    sim.run(steps=4000, step_seconds=0.05)
+    assert set(sim.ended.values()) == {"length"}
