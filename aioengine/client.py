@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
@@ -26,6 +26,32 @@ class GrammarCompiler(Protocol):
 
     def check_size(self, text: str) -> None: ...
     async def constraint(self, text: str, tenant: str | None) -> TokenConstraint: ...
+
+
+class Usage(NamedTuple):
+    """What was let in within one limit of a key, a tenant or an adapter."""
+
+    requests: int = 0
+    tokens: int = 0
+    active: int = 0
+    """Requests that are being answered now."""
+
+
+class UsageLedger(Protocol):
+    """A door's count of what it has let in, and what it knows of other doors'."""
+
+    def take_usage(self) -> dict[str, Usage]:
+        """Return, by limit, what is new since the last call; limits with nothing new are left out."""
+
+    def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
+        """Count what other doors have let in, too."""
+
+
+@runtime_checkable
+class SharesLimits(Protocol):
+    """A client behind which there may be other doors, whose requests count for the same limits."""
+
+    def share_limits(self, ledger: UsageLedger) -> None: ...
 
 
 class ModelLimits(Protocol):

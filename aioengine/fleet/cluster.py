@@ -168,13 +168,13 @@ class Door:
     def __init__(self, config: FleetConfig, handle: Any, registry: Any) -> None:
         self.handle = handle
         self._config = config
+        self.name = uuid.uuid4().hex
         self._registry = registry
-        self._name = uuid.uuid4().hex
 
     def open(self) -> Self:
         import ray
 
-        ray.get(self._registry.join.remote(self._name))
+        ray.get(self._registry.join.remote(self.name, msgspec.json.encode(self._config)))
         return self
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ class Door:
         import ray
         from ray import serve
 
-        if ray.get(self._registry.leave.remote(self._name)) == 0:
+        if ray.get(self._registry.leave.remote(self.name)) == 0:
             serve.delete(self._config.name)
             ray.kill(self._registry)
 

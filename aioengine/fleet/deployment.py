@@ -144,6 +144,8 @@ async def make_client(
     handle: Any,
     plan: MemoryPlan | None = None,
     tracer_provider: TracerProvider | None = None,
+    *,
+    door: str | None = None,
 ) -> FleetClient:
     """A client that is not started yet; reads the model's description and its tokenizer."""
     from aioengine.fleet.door.client import FleetClient
@@ -156,7 +158,7 @@ async def make_client(
         return found, path, load_tokenizer(path, config.engine.chat_template)
 
     found, path, tokenizer = await asyncio.to_thread(read)
-    return FleetClient(config, handle, found, path, tokenizer, tracer_provider)
+    return FleetClient(config, handle, found, path, tokenizer, tracer_provider, door=door)
 
 
 class Door:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import msgspec
+
+from aioengine.client import Usage
+from aioengine.fleet.usage import SharedUsage
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -36,7 +40,7 @@ class AdapterRegistry:
         self._file = None if checkpoint is None else f"{checkpoint.rstrip('/')}/{_FILE}"
         self._entries: dict[str, Entry] = {}
         self._leases: dict[str, tuple[str, float]] = {}
-        self._doors: set[str] = set()
+        self._usage = SharedUsage(time.monotonic)
         self._config: bytes | None = None
         if self._file is not None:
             self._entries = {entry.name: entry for entry in _read(self._file)}
@@ -47,14 +51,18 @@ class AdapterRegistry:
             self._config = config
         return self._config
 
-    async def join(self, door: str) -> None:
-        """A door is there; it says so when it goes."""
-        self._doors.add(door)
+    async def join(self, door: str, config: bytes) -> None:
+        """A door is there; it says so again if it is not known any more, because this actor was restarted."""
+        await self.configure(config)
+        self._usage.join(door)
 
     async def leave(self, door: str) -> int:
         """How many doors are left."""
-        self._doors.discard(door)
-        return len(self._doors)
+        return self._usage.leave(door)
+
+    async def exchange(self, door: str, usage: dict[str, Usage]) -> dict[str, Usage] | None:
+        """As :meth:`SharedUsage.exchange`; also how a door shows that it is there."""
+        return self._usage.exchange(door, usage)
 
     async def entries(self) -> list[Entry]:
         return list(self._entries.values())

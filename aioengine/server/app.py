@@ -14,7 +14,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
 from aioengine import __version__
-from aioengine.client import EngineClient
+from aioengine.client import EngineClient, SharesLimits
 from aioengine.errors import EngineStopped
 from aioengine.metrics.asgi import metrics_app
 from aioengine.metrics.page.plumbing import Message, Receive, Scope, Send, answer_no_http, below_mount
@@ -70,6 +70,8 @@ class ServerApp:
         self, engine: EngineClient, settings: ServerSettings, tracer_provider: TracerProvider | None = None
     ) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
+        if isinstance(engine, SharesLimits):
+            engine.share_limits(self._gate)
         # From here on no key is held, only their hashes.
         settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.context = context = Context(engine, settings)

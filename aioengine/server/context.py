@@ -263,6 +263,9 @@ class Context:
             constrain=None if form is None else constrain,
         )
         if record.admission is not None:
+            of_adapter = record.identity.adapter_meters.get(record.adapter or "")
+            if of_adapter is not None:
+                record.admission.also(of_adapter, time.monotonic())
             record.admission.charge_prompt(record.prompt_tokens or 0, time.monotonic())
         return generation
 

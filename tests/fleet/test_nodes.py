@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,6 +16,8 @@ import pytest
 from support.engine_fixtures import Tiny
 from support.fleet_process import FleetServer, fleet_server, needs_ray, until
 from support.ray_nodes import Nodes, ray_nodes
+
+from aioengine.server.access.keys import hash_key
 
 needs_ray()
 
@@ -48,20 +52,30 @@ def registry(nodes: Nodes, tiny_text: Tiny, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def fleet(nodes: Nodes, registry: str, tiny_text: Tiny) -> Iterator[FleetServer]:
-    """One replica at first; another on the other node while work waits."""
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ "free" has no limits, "few" has five requests a minute."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    lines = []
+    for key, limits in (("free", ""), ("few", "limits = {requests_per_minute = 5}")):
+        scopes = 'scopes = ["generate", "metrics"]'
+        lines += ["[[keys]]", f'hash = "{hash_key(key)}"', f'tenant = "{key}"', scopes, limits]
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def flags(registry: str, keys: Path) -> list[str]:
+    """Of every door to this fleet."""
     scaling = "waiting_work:least=1,most=2,target=0.02,cool_down=1.5,settle=0"
-    flags = [
-        "--registry",
-        registry,
-        "--autoscale",
-        scaling,
-        "--max-num-seqs",
-        "4",
-        "--router",
-        "least_loaded",
-    ]
+    found = ["--registry", registry, "--autoscale", scaling, "--max-num-seqs", "4", "--keys", str(keys)]
+    return [*found, "--router", "least_loaded"]
+
+
+@pytest.fixture(scope="module")
+def fleet(nodes: Nodes, flags: list[str], tiny_text: Tiny) -> Iterator[FleetServer]:
+    """One replica at first; another on the other node while work waits."""
     with fleet_server(tiny_text.model, *flags, replicas=1, RAY_ADDRESS=nodes.address) as server:
+        server.key = "free"
         yield server
 
 
@@ -77,7 +91,7 @@ async def completion(client: openai.AsyncOpenAI, index: int, tokens: int = TOKEN
 @asynccontextmanager
 async def busy(fleet: FleetServer) -> AsyncIterator[openai.AsyncOpenAI]:
     """More requests than one replica runs at once, all the time."""
-    client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="free", max_retries=0, timeout=120)
 
     async def one(index: int) -> None:
         while True:
@@ -97,6 +111,37 @@ def test_adapters_come_back_after_the_head(fleet: FleetServer, tiny_text: Tiny) 
     prompt = [4, 5, 6]
     found = fleet.complete(prompt, max_tokens=8, ignore_eos=True, model="kept")
     assert found["token_ids"] == tiny_text.expected(prompt, 8, "a")
+
+
+def test_a_second_door_to_the_same_replicas(
+    fleet: FleetServer, nodes: Nodes, flags: list[str], tiny_text: Tiny
+) -> None:
+    def ask(door: FleetServer) -> int:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+        headers = {"Authorization": "Bearer few"}
+        with door.client() as client:
+            return client.post("/v1/completions", json=body, headers=headers).status_code
+
+    with fleet_server(tiny_text.model, *flags, replicas=1, RAY_ADDRESS=nodes.address) as second:
+        assert [ask(fleet) for _ in range(6)] == [200] * 5 + [429]
+        time.sleep(1.2)
+        assert ask(second) == 429, "what one door let in counts at the other"
+        second.key = "free"
+        assert second.complete("x", max_tokens=1)
+        assert len(nodes.replicas()) == 1
+    assert fleet.complete("x", max_tokens=1), "the replicas stay while there is a door"
+
+
+def test_a_door_with_another_configuration_is_refused(
+    fleet: FleetServer, nodes: Nodes, flags: list[str], tiny_text: Tiny
+) -> None:
+    other = [*flags, "--migration-limit", "7"]
+    with (
+        pytest.raises(AssertionError, match="migration_limit: 3 there, 7 here"),
+        fleet_server(tiny_text.model, *other, replicas=1, RAY_ADDRESS=nodes.address),
+    ):
+        pass
+    assert fleet.complete("x", max_tokens=1)
 
 
 async def test_grows_onto_the_other_node_and_shrinks(fleet: FleetServer, nodes: Nodes) -> None:

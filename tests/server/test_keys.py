@@ -403,6 +403,25 @@ async def test_limits_at_the_door(serve: Serve, tmp_path: Path) -> None:
         assert (await ask("one")).status_code == 200
 
 
+async def test_limits_of_an_adapter_are_of_all_that_use_it(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    keys = keys_text({"KEY": "one", "tenant": "alice"}, {"KEY": "two", "tenant": "bob"})
+    file.write_text(f"{keys}[adapters.a]\nrequests_per_minute = 3\n")
+    async with serve(settings={"keys_file": str(file)}) as served:
+
+        async def ask(key: str, model: str) -> httpx.Response:
+            body = {**OK, "model": model}
+            return await served.http.post("/v1/completions", json=body, headers=bearer(key))
+
+        statuses = [(await ask(key, "a")).status_code for key in ("one", "two", "one", "two")]
+        assert statuses == [200, 200, 200, 429]
+        refused = await ask("one", "a")
+        assert "adapter 'a' may have 3 requests per minute" in refused.text
+        assert 15 <= int(refused.headers["retry-after"]) <= 20
+        assert (await ask("one", OK["model"])).status_code == 200, "others are as they were"
+        await until(lambda: served.app.active == 0)
+
+
 async def test_a_tenants_bound_on_waiting_requests_is_the_engines(serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     entries = [{"KEY": "a", "tenant": "alice"}, {"KEY": "b", "tenant": "bob"}]

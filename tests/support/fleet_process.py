@@ -36,6 +36,8 @@ class FleetServer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = ""
+        self.key = ""
+        """What its client sends, if it asks for one."""
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -49,7 +51,8 @@ class FleetServer:
         self.url = found[1]
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=headers)
 
     def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
         """The first choice."""

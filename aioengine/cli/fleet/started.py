@@ -54,7 +54,7 @@ async def started_fleet(
             joined = await _to_its_end(
                 lambda: cluster.open_door(config, lambda: replica_application(planned))
             )
-            client = await make_client(config, joined.handle, plan, tracer_provider)
+            client = await make_client(config, joined.handle, plan, tracer_provider, door=joined.name)
             await client.start()
         except BaseException:
             await _end(client, joined, ray)

@@ -32,12 +32,12 @@ class FleetAdapters:
             name: Entry(name, path, 0) for name, path in config.adapters.items()
         }
         """As the registry had them when this door last looked or changed something."""
-        self._registry: Any = None
+        self.registry: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._placement = PlacementGuard(load_placement(config.placement), timer=time.perf_counter)
 
     async def start(self) -> None:
-        self._registry = registry_actor(self._config.name, self._config.registry)
+        self.registry = registry_actor(self._config.name, self._config.registry)
         await self._look()
         for name in self._entries:
             self._members.state.add_adapter(name)
@@ -119,7 +119,7 @@ class FleetAdapters:
             answers = await self._ask_all(members, "unload", name=name, force=force)
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
             was_known = self._entries.pop(name, None) is not None
-            await self._registry.remove.remote(name)
+            await self.registry.remove.remote(name)
             self._members.state.remove_adapter(name)
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
@@ -192,19 +192,19 @@ class FleetAdapters:
     async def _put(self, entry: Entry) -> None:
         self._entries[entry.name] = entry
         self._members.state.add_adapter(entry.name)
-        await self._registry.put.remote(entry)
+        await self.registry.put.remote(entry)
         for member in list(self._members.members.values()):  # one may have come meanwhile
             await self._ask(member, "sync", entries=[entry])
 
     async def _look(self) -> None:
-        for entry in await self._registry.entries.remote():
+        for entry in await self.registry.entries.remote():
             self._entries[entry.name] = entry
 
     @asynccontextmanager
     async def _changing(self, name: str) -> AsyncIterator[list[Member]]:
         """One change of an adapter at a time, whichever door asks for it."""
         owner = f"{self._members.door}-{id(asyncio.current_task())}"
-        await self._registry.begin.remote(name, owner)
+        await self.registry.begin.remote(name, owner)
         try:
             await self._look()
             members = list(self._members.members.values())
@@ -212,7 +212,7 @@ class FleetAdapters:
                 raise EngineStopped("the fleet has no replica now; try again later")
             yield members
         finally:
-            await self._registry.end.remote(name, owner)
+            await self.registry.end.remote(name, owner)
 
     # Asking replicas
 

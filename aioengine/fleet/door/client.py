@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aioengine.client import UsageLedger
 from aioengine.errors import (
     AioEngineError,
     ConfigError,
@@ -28,6 +29,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
+from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
 from aioengine.info import AdapterInfo, EngineState, EngineStats
@@ -55,6 +57,7 @@ class FleetClient:
         plan: A replica's.
         model_path: Where the model's tokenizer is on this machine.
         tracer_provider: Requests are traced if there is one; it stays the caller's.
+        door: This door's name among others; None: any.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class FleetClient:
         model_path: Path | None,
         tokenizer: Tokenizer | None,
         tracer_provider: TracerProvider | None = None,
+        *,
+        door: str | None = None,
     ) -> None:
         self.fleet_config = config
         self.config = config.engine
@@ -75,7 +80,9 @@ class FleetClient:
         self.plan = plan
         self.model_path = model_path
         self.tokenizer = tokenizer
-        self.members = Members(config, handle, door=uuid.uuid4().hex[:12])
+        door = uuid.uuid4().hex if door is None else door
+        self.members = Members(config, handle, door=door)
+        self._limits = SharedLimits(door, msgspec.json.encode(config))
         self.metrics = FleetMetrics(self.members)
         self._adapters = FleetAdapters(config, self.members)
         self._tracer_provider = tracer_provider
@@ -94,6 +101,7 @@ class FleetClient:
         self.metrics.start()
         await self.members.complete(within)
         await self._adapters.start()
+        self._limits.start(self._adapters.registry)
         self._state = "running"
 
     async def stop(self) -> None:
@@ -101,6 +109,7 @@ class FleetClient:
         if self._state == "stopped":
             return
         self._state = "stopped"
+        await self._limits.stop()
         await self._adapters.stop()
         await self.members.stop(EngineStopped("the server was stopped before the request finished"))
         for close in self._closers:
@@ -256,6 +265,10 @@ class FleetClient:
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         """As ``AsyncEngine.limit_waiting``; each replica gets its share of the bound, rounded up."""
         self.members.limit_waiting(max_waiting)
+
+    def share_limits(self, ledger: UsageLedger) -> None:
+        """Have the limits that ``ledger`` counts for hold for all doors to this fleet."""
+        self._limits.share(ledger)
 
     def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
         """Checks grammars' sizes; they are compiled where the request runs."""

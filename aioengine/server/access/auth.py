@@ -7,7 +7,7 @@ import binascii
 import fnmatch
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from aioengine.server.access.keys import KeyEntry, Scope, hash_key
@@ -54,6 +54,8 @@ class Identity(NamedTuple):
     """Unix time."""
     key: str | None = None
     """The key's hash; None without a key."""
+    adapter_meters: Mapping[str, Meter] = {}
+    """By adapter the meter that all its requests count on."""
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -72,6 +74,7 @@ class Authenticator:
         entries: The keys.
         meters: A key's meters.
         anybody: Identity of clients without a key; None if a key is required.
+        adapter_meters: By adapter the meter that all its requests count on.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Authenticator:
         entries: Iterable[KeyEntry],
         meters: Callable[[KeyEntry], tuple[Meter, ...]],
         anybody: Identity | None = None,
+        adapter_meters: Mapping[str, Meter] | None = None,
     ) -> None:
         self._anybody = anybody
         self._known = {
@@ -89,6 +93,7 @@ class Authenticator:
                 meters(entry),
                 None if entry.expires is None else entry.expires.timestamp(),
                 entry.hash,
+                adapter_meters or {},
             )
             for entry in entries
         }

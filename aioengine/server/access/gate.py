@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, M
 from hashlib import blake2b
 from typing import Any
 
+from aioengine.client import Usage
 from aioengine.errors import EngineStopped
 from aioengine.server.access.addresses import client_of
 from aioengine.server.access.auth import Authenticator, Identity, check_host, refusal
@@ -102,7 +103,7 @@ class Gate:
                 type="permission_error",
                 code=self._missing_scope_code,
             )
-        if route in LIMITED and record.identity.meters:
+        if route in LIMITED and (record.identity.meters or record.identity.adapter_meters):
             record.admission = Admission(record.identity.meters, time.monotonic())
         if record.identity.key is not None:
             record.ended = asyncio.get_running_loop().create_future()
@@ -114,6 +115,24 @@ class Gate:
         if record.admission is not None:
             tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
             record.admission.end(tokens, now)
+
+    def take_usage(self) -> dict[str, Usage]:
+        """Return, by meter, what is new since the last call; for the other doors of a fleet."""
+        found = {}
+        for (kind, which), meter in self._meters.items():
+            usage = meter.take_usage()
+            if usage is not None:
+                found[f"{kind} {which}"] = usage
+        return found
+
+    def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
+        """Count what the other doors of a fleet have let in, on the meters that there are here too."""
+        now = time.monotonic()
+        for name, used in usage.items():
+            kind, _, which = name.partition(" ")
+            meter = self._meters.get((kind, which))
+            if meter is not None:
+                meter.used_elsewhere(used, now)
 
     def _end_revoked(self) -> None:
         """End open requests whose keys were removed or lost the scope."""
@@ -166,7 +185,12 @@ class Gate:
                 *meter("tenant", entry.tenant, f"tenant {entry.tenant!r}", shared),
             )
 
-        self._auth = Authenticator(file.keys, meters)
+        adapters = {
+            name: found
+            for name, limits in file.adapters.items()
+            for found in meter("adapter", name, f"adapter {name!r}", limits)
+        }
+        self._auth = Authenticator(file.keys, meters, adapter_meters=adapters)
         bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}
         self._new_bounds = {name: most for name, most in bounds.items() if most is not None}
 

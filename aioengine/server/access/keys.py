@@ -88,6 +88,8 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     keys: tuple[KeyEntry, ...]
     tenants: dict[str, TenantLimits] = {}
+    adapters: dict[str, Limits] = {}
+    """By adapter what all requests for it together may use, whoever sends them."""
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -148,6 +150,10 @@ def _tables(values: Mapping[str, Any]) -> Iterable[tuple[str, type[msgspec.Struc
     for tenant, limits in (tenants if isinstance(tenants, dict) else {}).items():
         if isinstance(limits, dict):
             yield f"tenants.{tenant}", TenantLimits, limits
+    adapters = values.get("adapters")
+    for name, limits in (adapters if isinstance(adapters, dict) else {}).items():
+        if isinstance(limits, dict):
+            yield f"adapters.{name}", Limits, limits
 
 
 def new_key() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from aioengine.client import Usage
 from aioengine.server.access.keys import Limits
 from aioengine.server.errors import ApiError
 
@@ -47,6 +48,10 @@ class Meter:
         self.name = name
         self.active = 0
         """Number of open requests."""
+        self.elsewhere = 0
+        """Requests that other doors to the same fleet are answering."""
+        self._told_active = 0
+        self._new_requests = self._new_tokens = 0
         self._mean_seconds = 1.0
         self._limits = Limits()
         self._requests: Bucket | None = None
@@ -62,7 +67,7 @@ class Meter:
     def check(self, now: float) -> None:
         """Raise ApiError (429) if no request may begin."""
         most = self._limits.max_concurrent
-        if most is not None and self.active >= most:
+        if most is not None and self.active + self.elsewhere >= most:
             wait = min(math.ceil(self._mean_seconds / most), _LONGEST_GUESS)
             raise self._refusal(f"{most} requests at once", wait)
         if self._requests is not None and (seconds := self._requests.wait(now)):
@@ -76,16 +81,35 @@ class Meter:
 
     def begin(self, now: float) -> None:
         self.active += 1
+        self._new_requests += 1
         if self._requests is not None:
             self._requests.take(1, now)
 
     def spend(self, tokens: int, now: float) -> None:
+        self._new_tokens += tokens
         if self._tokens is not None:
             self._tokens.take(tokens, now)
 
     def end(self, seconds: float) -> None:
         self.active -= 1
         self._mean_seconds += (seconds - self._mean_seconds) / 8
+
+    def take_usage(self) -> Usage | None:
+        """Return what is new since the last call; None if nothing is."""
+        if not (self._new_requests or self._new_tokens or self.active != self._told_active):
+            return None
+        usage = Usage(self._new_requests, self._new_tokens, self.active)
+        self._new_requests = self._new_tokens = 0
+        self._told_active = self.active
+        return usage
+
+    def used_elsewhere(self, usage: Usage, now: float) -> None:
+        """Count what other doors have let in."""
+        self.elsewhere = usage.active
+        if self._requests is not None:
+            self._requests.take(usage.requests, now)
+        if self._tokens is not None:
+            self._tokens.take(usage.tokens, now)
 
     def _refusal(self, what: str, seconds: float) -> ApiError:
         wait = max(1, math.ceil(seconds))
@@ -118,9 +142,16 @@ class Admission:
             meter.check(now)
         for meter in meters:
             meter.begin(now)
-        self._meters = meters
+        self._meters = list(meters)
         self._begun = now
         self._charged = 0
+
+    def also(self, meter: Meter, now: float) -> None:
+        """Count it on one meter more, which is known only now. Raises ApiError (429) if that has no room."""
+        meter.check(now)
+        meter.begin(now)
+        meter.spend(self._charged, now)
+        self._meters.append(meter)
 
     def charge_prompt(self, tokens: int, now: float) -> None:
         """Charge the prompt's tokens. Raises ApiError (429) if other requests have used up the allowance
