@@ -17,7 +17,7 @@ import msgspec
 
 from aioengine.checks import check_integer, check_seconds
 from aioengine.errors import ConfigError
-from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, Quantization
+from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 from aioengine.schedulers.nearest import nearest as nearest_name
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -144,6 +144,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
     chat_template: str | None = None
     """Jinja chat template, instead of the model's own."""
+    model_impl: ModelImpl = "auto"
+    """What runs the model: "native", the engine's own decoder; "transformers", any decoder of that library
+    (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
+    one where it knows the model."""
     quantization: Quantization = "none"
     """"int8" keeps the linears' weights as int8, with a scale for each output, and where the CPU has
     instructions for it multiplies them by int8 activations. CPU only."""
@@ -217,7 +221,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         _choice(self, "dtype", get_args(DType))
         _choice(self, "device", get_args(Device))
+        _choice(self, "model_impl", get_args(ModelImpl))
         _choice(self, "quantization", get_args(Quantization))
+        if self.model_impl == "transformers":
+            self.refuse_for_transformers()
         if self.quantization != "none" and self.device == "cuda":
             raise ConfigError(
                 f"quantization={self.quantization!r}: only the CPU kernels have it; set device='cpu', or "
@@ -288,6 +295,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"policy={self.policy!r}: must be a name, 'package.module:Class' or a table; pass a "
                 "policy instance to AsyncEngine(config, policy=...)"
             )
+
+    def refuse_for_transformers(self) -> None:
+        """Raises ConfigError if a field asks for what only the native decoder has."""
+        asked = {
+            "tensor_parallel_size": (self.tensor_parallel_size, 1, "does not shard models"),
+            "quantization": (self.quantization, "none", "does not quantize weights"),
+            "batch_invariant": (
+                self.batch_invariant,
+                "auto",
+                "computes linears with torch, whose order of sums depends on the batch",
+            ),
+        }
+        for field, (value, plain, reason) in asked.items():
+            if value not in (plain, False):
+                raise ConfigError(
+                    f"{field}={value!r}: model_impl='transformers' {reason}; set {field}={plain!r}, or "
+                    "model_impl='native' if the native decoder runs the model (docs/models.md)"
+                )
 
     @property
     def model_name(self) -> str:

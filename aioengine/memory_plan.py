@@ -137,6 +137,8 @@ def plan_memory(
     Raises ConfigError if it does not fit into ``available_bytes`` (default: what the device has free),
     saying by how much and which knob to turn, or if the model does not divide by ``tensor_parallel_size``.
     """
+    if spec.impl == "transformers":
+        config.refuse_for_transformers()
     if available_bytes is None:
         available_bytes = available_memory(device)
     size = config.tensor_parallel_size
@@ -189,7 +191,7 @@ def plan_from_config(
 
     Raises ConfigError if the model cannot be had, is not supported, or does not fit.
     """
-    spec = read_spec(resolve_model(config.model, progress))
+    spec = read_spec(resolve_model(config.model, progress), config.model_impl)
     device = resolve_device(config.device)
     return plan_memory(spec, config, device=device, available_bytes=available_bytes)
 

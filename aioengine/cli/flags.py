@@ -24,7 +24,7 @@ from aioengine.config import (
 )
 from aioengine.errors import ConfigError
 from aioengine.model.files.hub import is_source
-from aioengine.model.spec import Quantization
+from aioengine.model.spec import ModelImpl, Quantization
 
 OTHER_TABLES = ("server", "fleet")
 """Tables of the configuration file that are not the engine's."""
@@ -77,6 +77,8 @@ class EngineFlags:
     """on-failure: restart the model's processes when one is lost."""
     dtype: Annotated[DType | None, _IN_MORE] = None
     """Compute dtype."""
+    model_impl: Annotated[ModelImpl | None, _IN_MORE] = None
+    """What runs it: native, transformers, or auto (native if known)."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
     """"int8": the linears' weights as int8. CPU only."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None

@@ -30,15 +30,15 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
         raise PolicyError(str(error)) from error
     with load_progress() as progress:
         found = plan_from_config(config, progress=progress)
-        spec = read_spec(resolve_model(config.model))
+        spec = read_spec(resolve_model(config.model), config.model_impl)
         variance = planned_variance(
             config, spec, device=found.device, dtype=found.dtype, lora_dtype=found.lora_dtype
         )
-    _print(found, config.model, variance)
+    _print(found, config.model, spec.ran_by, variance)
     return 0
 
 
-def _print(found: MemoryPlan, model: str, variance: str | None) -> None:
+def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> None:
     from rich.table import Table
 
     from aioengine.cli.tables import box_for, output_console
@@ -65,5 +65,6 @@ def _print(found: MemoryPlan, model: str, variance: str | None) -> None:
         f"KV cache: {found.num_blocks * found.block_size:,} tokens"
     )
     console.print(table)
+    console.print(f"model: {ran_by}", highlight=False, soft_wrap=True)
     invariance = "on" if variance is None else f"off: {variance}"
     console.print(f"batch invariance {invariance}", highlight=False, soft_wrap=True)

@@ -52,7 +52,7 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
             )
         torch.cuda.set_device(shard.rank)
     path = resolve_model(config.model, progress)
-    spec = read_spec(path)
+    spec = read_spec(path, config.model_impl)
     return PartsPlan(path, spec, plan_memory(spec, config, device=device))
 
 
@@ -94,6 +94,7 @@ def build_parts(
         slot_memory=plan.slot_memory,
         lora_dtype=lora_dtype,
         target_modules=modules,
+        max_model_len=plan.max_model_len,
         quantization=config.quantization,
         progress=progress,
         group=group,

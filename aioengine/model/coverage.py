@@ -27,6 +27,8 @@ def not_covered(
 ) -> str | None:
     """Why the compiled step cannot run this model, or this rank's share of one, with these settings; None if
     it can. ``lora_dtype`` is None without adapters."""
+    if spec.impl != "native":
+        return "models that transformers runs"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
     if lora_dtype not in (None, dtype):

@@ -23,6 +23,7 @@ from aioengine.model import constraints, coverage
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.drafted import sample_drafted
 from aioengine.model.files.weights import load_weights
+from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.penalties import Penalties
@@ -36,6 +37,7 @@ from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps, Record
+    from aioengine.model.generic.model import GenericModel
     from aioengine.model.native import NativeForward
 
 logger = logging.getLogger("aioengine")
@@ -53,7 +55,8 @@ class ModelRunner:
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank``).
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
-    weights are kept; ``progress`` is told how far the weights are read. With ``fixed_decode``, decode steps
+    weights are kept; ``max_model_len`` is the longest sequence (it matters to models that transformers runs);
+    ``progress`` is told how far the weights are read. With ``fixed_decode``, decode steps
     within these limits are recorded and played back if the kernels allow for it, by ``record``
     (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share of the model, and all
     ranks must be built and execute the same steps; only rank 0 samples.
@@ -77,6 +80,7 @@ class ModelRunner:
         target_modules: Iterable[str] = LORA_MODULES,
         sample: Sampler | None = None,
         kernels: str | None = None,
+        max_model_len: int | None = None,
         quantization: Quantization = "none",
         progress: LoadProgress | None = None,
         group: Group | None = None,
@@ -92,12 +96,15 @@ class ModelRunner:
         if progress is not None:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
         backend = get_backend(self.device.type, kernels)
-        self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
-        load_weights(self.decoder, weights, progress)
-        self.kv_cache = KVCache(self.decoder.spec, num_blocks, block_size, dtype, self.device)
+        self.decoder: Decoder | GenericModel
+        if not isinstance(spec, GenericSpec):
+            self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
+            load_weights(self.decoder, weights, progress)
+            spec = self.decoder.spec
+        self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device)
         self.lora_slots = (
             LoRASlots(
-                spec,
+                self.spec,
                 max_loras,
                 max_lora_rank,
                 target_modules,
@@ -109,6 +116,21 @@ class ModelRunner:
             if max_loras > 0
             else None
         )
+        if isinstance(spec, GenericSpec):
+            from aioengine.model.generic import model, probe  # these import transformers
+
+            self.decoder = model.GenericModel(
+                spec,
+                weights,
+                dtype=dtype,
+                device=self.device,
+                kernels=backend,
+                cache=self.kv_cache,
+                slots=self.lora_slots,
+                longest=max_model_len or min(spec.max_position, 8192),
+                progress=progress,
+            )
+            probe.check(self.decoder)
         self.native: NativeForward | None = None
         """The compiled step, where there is one."""
         self.variance: str | None = None
@@ -119,8 +141,13 @@ class ModelRunner:
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
-        if fixed_decode is not None and self.decoder.kernels.capturable and self.group.shard.size == 1:
+        if fixed_decode is not None and self._can_record:
             self.decode_steps = self._record(fixed_decode, record)
+
+    @property
+    def _can_record(self) -> bool:
+        native = isinstance(self.decoder, Decoder)
+        return native and self.decoder.kernels.capturable and self.group.shard.size == 1
 
     @property
     def kernels(self) -> str:
@@ -148,6 +175,8 @@ class ModelRunner:
                 shard=self.group.shard,
             )
         self.variance = coverage.variance(reason, self.group.shard.size)
+        if not isinstance(self.decoder, Decoder):
+            return self.decoder.forward, self.decoder.layers_forward
         if reason is None:
             from aioengine.model.native import NativeForward
 

@@ -110,6 +110,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def impl(self) -> str:
+        """What runs it: "native" or "transformers"."""
+        return "native"
+
+    @property
+    def ran_by(self) -> str:
+        """The same, for people."""
+        return f"{self.family}, by the native decoder"
+
+    @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
 

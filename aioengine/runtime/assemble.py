@@ -88,7 +88,7 @@ async def build_with_workers(
     loop = asyncio.get_running_loop()
     chosen = await loop.run_in_executor(work, _choose_resolver, config, resolver)
     path = await loop.run_in_executor(work, resolve_model, config.model, progress)
-    spec = await loop.run_in_executor(work, read_spec, path)
+    spec = await loop.run_in_executor(work, read_spec, path, config.model_impl)
     # The policy is the engine's business, and may not fit into a message.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
     device = ProcessDevice(theirs)
@@ -190,12 +190,13 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
     variance = built.device.variance
     invariance = "on" if variance is None else f"off ({variance})"
     logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
+    logger.info("model: %s", built.spec.ran_by)
     return EngineInfo(
         version=version_,
         kernels=built.device.kernels,
         python=platform.python_version(),
         torch=version("torch"),
-        model_impl="native",
+        model_impl=built.spec.impl,
         quantization=built.plan.quantization,
         batch_invariant=variance is None,
     )

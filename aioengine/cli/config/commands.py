@@ -42,7 +42,7 @@ def check(
     path = Path(config.model).expanduser()
     looks_like_a_path = path.is_absolute() or config.model.startswith((".", "~"))
     if looks_like_a_path or path.exists():  # what is on the Hub is fetched at the start, not now
-        read_spec(resolve_model(config.model))
+        read_spec(resolve_model(config.model), config.model_impl)
     print("the configuration is good")
     return 0
 

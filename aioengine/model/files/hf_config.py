@@ -13,6 +13,11 @@ from typing import Any, Literal, cast
 from aioengine.errors import ConfigError
 from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec, RopeSpec
 
+
+class NotNative(ConfigError):
+    """The native decoder does not run such a model; transformers may."""
+
+
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -64,7 +69,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
     if head_dim % 2:
         raise config.error("head_dim", head_dim, "must be even, because RoPE rotates pairs")
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise config.error("hidden_act", act, "only silu is supported")
+        raise config.error("hidden_act", act, "only silu is supported", NotNative)
     if (quantization := config.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise config.error(
@@ -112,8 +117,10 @@ class _Config:
         """The value; if the key is absent, the family's default, then ``default``."""
         return self.raw.get(key, self.defaults.get(key, default))
 
-    def error(self, key: str, value: object, problem: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {self.scope}{key}={value!r}: {problem}")
+    def error(
+        self, key: str, value: object, problem: str, kind: type[ConfigError] = ConfigError
+    ) -> ConfigError:
+        return kind(f"{self.path}: {self.scope}{key}={value!r}: {problem}")
 
     def number(self, key: str, *, default: float | None = None) -> float:
         """A finite number > 0; ``default`` stands in for an absent key and for null."""
@@ -163,7 +170,7 @@ def _family(config: _Config) -> Family:
     if family is None:
         supported = ", ".join(SUPPORTED_ARCHITECTURES)
         shown = found if found is not None else config.get("model_type")
-        raise ConfigError(f"{config.path}: architecture {shown!r} is not supported; supported: {supported}")
+        raise NotNative(f"{config.path}: architecture {shown!r} is not supported; supported: {supported}")
     return cast(Family, family)
 
 
@@ -172,15 +179,15 @@ def _rope(config: _Config) -> RopeSpec:
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     raw = config.get(key) or {}
     if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
-        raise config.error(key, raw, "must be one flat JSON object for all layers")
+        raise config.error(key, raw, "must be one flat JSON object for all layers", NotNative)
     rope = _Config(config.path, scope=f"{key}.", raw=raw)
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0))
     if (share := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
-        raise config.error("partial_rotary_factor", share, "only full rotation (1.0) is supported")
+        raise config.error("partial_rotary_factor", share, "only full rotation (1.0) is supported", NotNative)
 
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise rope.error("rope_type", kind, f"not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise rope.error("rope_type", kind, f"not supported; supported: {', '.join(ROPE_TYPES)}", NotNative)
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind == "linear":
@@ -245,7 +252,9 @@ def _sliding_windows(config: _Config, family: Family, num_layers: int) -> tuple[
         windows = []
         for kind in layer_types:
             if kind not in ("full_attention", "sliding_attention"):
-                raise config.error("layer_types", kind, "supported: full_attention, sliding_attention")
+                raise config.error(
+                    "layer_types", kind, "supported: full_attention, sliding_attention", NotNative
+                )
             if kind == "sliding_attention" and window is None:
                 raise config.error("layer_types", kind, "needs sliding_window (and it in use)")
             windows.append(window if kind == "sliding_attention" else None)
@@ -262,18 +271,24 @@ def _dtype(config: _Config) -> Literal["bfloat16", "float16", "float32"]:
 
 def _special_tokens(config: _Config, generation: Path) -> tuple[int | None, tuple[int, ...]]:
     """The bos id, and every eos id that either file names (instruct models list more in the second)."""
-    extra: Any = None
-    if generation.exists():
-        extra = _Config(generation).get("eos_token_id")
-    from_config = config.raw.get("eos_token_id") if extra is not None else config.get("eos_token_id")
+    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
+    own = config.raw.get("eos_token_id")
+    return special_tokens(config.path, generation, bos=bos, eos=eos, own=own)
+
+
+def special_tokens(
+    path: Path, generation: Path, *, bos: Any, eos: Any, own: Any
+) -> tuple[int | None, tuple[int, ...]]:
+    """The bos id and all eos ids, of a configuration's values (``own``: what it says itself, where ``eos``
+    may be a default) and the file ``generation``. Raises ConfigError, naming ``path``, for odd values."""
+    extra = _Config(generation).get("eos_token_id") if generation.exists() else None
     ids: list[int] = []
-    for value in (from_config, extra):
+    for value in (own if extra is not None else eos, extra):
         for token in value if isinstance(value, list) else [value]:
             if token is None:
                 continue
             if not isinstance(token, int) or isinstance(token, bool):
-                raise config.error("eos_token_id", value, "must be an integer or a list of them")
+                raise ConfigError(f"{path}: eos_token_id={value!r}: must be an integer or a list of them")
             if token not in ids:
                 ids.append(token)
-    bos = config.get("bos_token_id")
     return (bos if isinstance(bos, int) else None), tuple(ids)

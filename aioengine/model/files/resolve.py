@@ -9,7 +9,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.cache import EMBEDDED_MODEL
 from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import ModelImpl, ModelSpec
 
 
 def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
@@ -55,12 +55,39 @@ def _from_hub(model: str, hub_id: HubId) -> Path:
         raise ConfigError(f"model={model!r}: no such folder, and {explain(error)}") from error
 
 
-def read_spec(path: Path) -> ModelSpec:
-    """Read the spec of a model folder or GGUF file, without reading weights."""
+def read_spec(path: Path, impl: ModelImpl = "auto") -> ModelSpec:
+    """Read the spec of a model folder or GGUF file, without reading weights.
+
+    ``impl`` says what is to run it: "native", "transformers" (then it is a
+    :class:`~aioengine.model.generic.spec.GenericSpec`), or "auto", the first of them that can.
+    Raises ConfigError if it cannot be run so.
+    """
+    if impl == "transformers":
+        from aioengine.model.generic import describe  # imports torch and transformers
+
+        return describe.read_spec(path)
     if path.suffix == ".gguf":
         from aioengine.model.files import gguf
 
         return gguf.read_spec(path)
     from aioengine.model.files import hf_config
 
-    return hf_config.read_spec(path)
+    try:
+        return hf_config.read_spec(path)
+    except hf_config.NotNative as error:
+        if impl == "native":
+            raise
+        return _generic(path, error)
+
+
+def _generic(path: Path, error: ConfigError) -> ModelSpec:
+    """The spec for transformers, of a model that the native decoder does not run because of ``error``."""
+    from aioengine.model.generic import library
+
+    if not library.available():
+        raise ConfigError(
+            f"{error}; model_impl='transformers' may run it, which {library.MISSING}"
+        ) from error
+    from aioengine.model.generic import describe
+
+    return describe.read_spec(path, native_reason=str(error))

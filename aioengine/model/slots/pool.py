@@ -40,7 +40,8 @@ class LoRASlots:
     ) -> None:
         self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard)
         self.max_loras = max_loras
-        self._elastic = nbytes is not None
+        self.elastic = nbytes is not None
+        """Whether an adapter may begin anywhere in the memory."""
         elements = max_loras * layout.elements if nbytes is None else nbytes // dtype.itemsize
         if device.type == "cpu":
             memory = Buffer(elements * dtype.itemsize).tensor.view(dtype)
@@ -119,7 +120,7 @@ class LoRASlots:
         memory = self.memory
         begin = slot * self.layout.elements if offset is None else offset // self.dtype.itemsize
         end = begin + len(image.data)
-        if self._elastic == (offset is None) or begin < 0 or end > len(memory.memory):
+        if self.elastic == (offset is None) or begin < 0 or end > len(memory.memory):
             raise ConfigError(
                 f"slot {slot}: an adapter of {image.nbytes} bytes cannot begin at offset {offset} of a "
                 f"memory of {self.nbytes} bytes"

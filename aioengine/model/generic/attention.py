@@ -1,0 +1,189 @@
+"""The attention that transformers' modules call, over the engine's pages.
+
+Queries, keys and values come as transformers makes them, with positions in them; what the model says beside
+them (scale, soft cap, sinks, mask) is honoured. Which keys a query sees is asked of transformers' own mask
+functions, by positions within the sequence, so that all tokens of a step can go through a model side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aioengine.kernels import AttentionPlan, Backend
+from aioengine.kernels.plan.attention import locate
+from aioengine.kernels.portable.sdpa import Chunk, DecodeGroup, Window, Windows
+from aioengine.model.generic.step import Allowed, Holder, Kind, Step, kind_of
+
+NAME = "aioengine"
+"""In transformers' registries."""
+
+_MASK = "_aioengine_allowed"
+
+
+class Unsuitable(Exception):
+    """A model's attention cannot be the engine's."""
+
+
+def register() -> None:
+    """Makes the attention known to transformers; it has no state."""
+    import transformers
+
+    transformers.AttentionInterface.register(NAME, _attend)
+    transformers.AttentionMaskInterface.register(NAME, _mask)
+
+
+class Attends:
+    """What a hooked module carries: whose it is, and how it computes."""
+
+    def __init__(self, holder: Holder, kernels: Backend, longest: int) -> None:
+        self.holder = holder
+        self.kernels = kernels
+        self.longest = longest
+
+
+def _mask(*_: Any, mask_function: Allowed, use_vmap: bool = False, **__: Any) -> Tensor:
+    """In the place of a mask: a tensor that carries the function."""
+    if use_vmap:
+        raise Unsuitable("its masks depend on more than positions")
+    mask = torch.zeros(1, 1, 1, 1)
+    setattr(mask, _MASK, mask_function)
+    return mask
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """``query`` [1, H, T, d], ``key`` [1, K, T, d], ``value`` [1, K, T, e]; returns [1, T, H, e]."""
+    attends: Attends = module.aioengine
+    holder = attends.holder
+    step, layer = holder.step, module.layer_idx
+    assert step is not None and step.plan is not None
+    allowed: Allowed | None = None
+    if attention_mask is not None:
+        allowed = getattr(attention_mask, _MASK, None)
+        if allowed is None:
+            raise Unsuitable(f"layer {layer} makes a mask of its own")
+    kind = holder.kinds.get(layer)
+    if kind is None:
+        kind = holder.kinds[layer] = kind_of(allowed, attends.longest, query.device)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    keys, values = holder.cache.k[holder.index[layer]], holder.cache.v[holder.index[layer]]
+    d, e = q.shape[-1], v.shape[-1]
+    if softcap is None and s_aux is None and not kind.odd and d == e and k.shape == v.shape and d % 2 == 0:
+        qkv = torch.cat([q * (scale * d**0.5), k, v], dim=1)
+        attends.kernels.rope_store(qkv, None, *_no_rotation(step, d), keys, values, step.plan)
+        out = attends.kernels.paged_attention(qkv, keys, values, step.plan, kind.window)
+        return out.view(1, len(q), -1, e), None
+    keys.flatten(0, 1).index_copy_(0, step.plan.cells, k)
+    values.flatten(0, 1).index_copy_(0, step.plan.cells, v)
+    window = _window(step, layer, kind, allowed, q.dtype)
+    out = q.new_empty(len(q), q.shape[1], e)
+    for rows, k_cells, mask in _parts(window, step.plan):
+        batch = len(rows) if mask is None or mask.shape[2] == 1 else 1
+        k_b = _batched(keys.flatten(0, 1), k_cells, batch)
+        v_b = _batched(values.flatten(0, 1), k_cells, batch)
+        q_b = _batched(q, rows, batch)
+        out_b = _softmax_attention(q_b, k_b, v_b, mask, scale, softcap, s_aux)
+        out.index_copy_(0, rows, out_b.transpose(1, 2).flatten(0, 1))
+    return out[None], None
+
+
+def _batched(x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """The ``rows`` [batch * n] of ``x`` [T, heads, d]: [batch, heads, n, d]."""
+    return x.index_select(0, rows).view(batch, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _no_rotation(step: Step, d: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that leave everything where it is."""
+    assert step.plan is not None
+    if d not in step.made:
+        cos = torch.ones(len(step.plan.positions), 1, d // 2, device=step.plan.device)
+        step.made[d] = cos, torch.zeros_like(cos)
+    made: tuple[Tensor, Tensor] = step.made[d]
+    return made
+
+
+def _window(step: Step, layer: int, kind: Kind, allowed: Allowed | None, dtype: torch.dtype) -> Window:
+    plan = step.plan
+    assert plan is not None
+    if not kind.odd:
+        return plan.derive(Windows).of(kind.window, dtype)
+    assert allowed is not None
+    if id(allowed) not in step.made:
+        step.made[id(allowed)] = allowed, _asked(plan, allowed, dtype)
+    made: Window = step.made[id(allowed)][1]
+    return made
+
+
+def _asked(plan: AttentionPlan, allowed: Allowed, dtype: torch.dtype) -> Window:
+    """As :class:`Windows` has it, for a mask of another kind: each sequence on its own."""
+    device, chunks = plan.device, []
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    for i, (row, length, start) in enumerate(plan.spans):
+        every = torch.arange(start + length)
+        seen = allowed(zero, zero, every[start:, None], every[None]).expand(length, start + length)
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf")).to(device)
+        cells = locate(plan.host_tables, plan.block_size, torch.tensor(i), every).to(device)
+        chunks.append(Chunk(row, length, cells, mask))
+    return Window((), tuple(chunks))
+
+
+def _parts(window: Window, plan: AttentionPlan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Rows of queries, the cells of their keys, and what is added to their scores (None: causal)."""
+    group: DecodeGroup
+    for group in window.decode:
+        yield group.rows, group.cells, group.mask
+    for row, length, cells, mask in window.chunks:
+        rows = torch.arange(row, row + length, device=plan.device)
+        if cells is None:
+            cells = plan.cells[row : row + length]
+        if mask is None:
+            full = torch.full((length, length), float("-inf"), device=plan.device)
+            mask = full.triu(1)
+        yield rows, cells, mask[None, None]
+
+
+def _softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``q`` [B, H, Q, d], ``k`` [B, K, L, d], ``v`` [B, K, L, e], ``mask`` [B or 1, 1, Q, L]; returns
+    [B, H, Q, e]. Scores are capped by ``softcap * tanh(s / softcap)``; ``sinks`` [H] are scores of keys
+    without values (Xiao et al., 2023, arXiv:2309.17453)."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if softcap is None and sinks is None:
+        if mask is not None:
+            mask = mask.to(q.dtype)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
+        )
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask.float()
+    if sinks is not None:
+        sink = sinks.float().view(1, heads, 1, 1).expand(len(q), -1, q.shape[2], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(dim=-1)
+    return weights[..., : k.shape[2]].to(v.dtype) @ v

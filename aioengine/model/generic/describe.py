@@ -1,0 +1,177 @@
+"""From a model's folder to its spec: the model is built without weights, and watched in one pass."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from aioengine.errors import ConfigError
+from aioengine.model.files.hf_config import special_tokens
+from aioengine.model.generic.library import Found
+from aioengine.model.generic.spec import Adaptable, GenericSpec
+from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
+
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "seq_length",
+)
+_UNBOUNDED = 2**20
+_MOVING_ROPE = ("dynamic", "longrope")
+"""Frequencies that depend on how long the longest sequence is."""
+_MAX_FUSED = 4
+
+
+def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
+    """The spec of the model in a folder. Imports torch and transformers; reads no weights.
+
+    Raises ConfigError, with the reason, if transformers does not run it or the engine cannot serve it.
+    """
+    found = Found(path)
+    model = found.on_meta()
+    if getattr(model, "_is_stateful", False):
+        raise found.no_keys_and_values(f"{type(model).__name__} is a recurrent or hybrid model")
+    trace, flat = _trace(found, model)
+    kept = trace.attended if flat else trace.updated
+    text = found.text_config
+    linears, shapes = _linears(model, trace)
+    end = getattr(text, "eos_token_id", None)
+    bos, eos = special_tokens(
+        path / "config.json",
+        path / "generation_config.json",
+        bos=getattr(text, "bos_token_id", None),
+        eos=end,
+        own=end,
+    )
+    return GenericSpec(
+        family=found.config.model_type,
+        architecture=type(model).__name__,
+        vocab_size=_vocabulary(model, text),
+        hidden_size=int(text.hidden_size),
+        num_layers=max([x.layer for x in linears] + [int(text.num_hidden_layers) - 1]) + 1,
+        num_heads=int(getattr(text, "num_attention_heads", 1)),
+        num_kv_heads=max(shape.key_heads for shape in kept.values()),
+        head_dim=max(shape.key_dim for shape in kept.values()),
+        intermediate_size=_first(getattr(text, "intermediate_size", None)) or 4 * int(text.hidden_size),
+        rms_norm_eps=1e-6,
+        max_position=_max_position(text),
+        rope=RopeSpec(),
+        tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        dtype=_dtype(found.config, text),
+        bos_token_id=bos,
+        eos_token_ids=eos,
+        linears=linears,
+        shapes=shapes,
+        kv=tuple(kept[layer] for layer in sorted(kept)),
+        layer_ids=tuple(sorted(kept)),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flat=flat,
+        native_reason=native_reason,
+    )
+
+
+def _trace(found: Found, model: Any) -> tuple[Any, bool]:
+    """The pass, and whether the model's attention can be the engine's."""
+    from aioengine.model.generic.caches import KeepsMore
+    from aioengine.model.generic.trace import trace_on_meta
+
+    errors: list[str] = []
+    for own_attention in (False, True):
+        try:
+            trace = trace_on_meta(model, own_attention=own_attention)
+        except KeepsMore as error:
+            raise found.no_keys_and_values(str(error)) from error
+        except Exception as error:  # whatever a model does on tensors without data
+            errors.append(f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        if (
+            not own_attention
+            and trace.attended
+            and not trace.repeated
+            and set(trace.updated) <= set(trace.attended)
+        ):
+            return trace, True
+        if own_attention and trace.updated:
+            return trace, False
+    if not errors:
+        raise found.no_keys_and_values("no layer puts keys and values into a cache")
+    raise ConfigError(
+        f"{found.path}: {type(model).__name__} cannot be looked into before it is loaded, as the memory plan "
+        f"needs it: {'; '.join(errors)}"
+    )
+
+
+def _linears(model: Any, trace: Any) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
+    from aioengine.model.generic.trace import is_linear
+
+    modules = [(n, m) for n, m in model.named_modules() if is_linear(m) and trace.sees_all(n)]
+    head = model.get_output_embeddings()
+    numbered = [re.match(r"(.*?)\.(\d+)\.(.+)", name) for name, _ in modules]
+    prefixes = Counter(match[1] for match in numbered if match)
+    main = prefixes.most_common(1)[0][0] if prefixes else None
+    shapes: dict[str, LinearShape] = {}
+    linears: list[Adaptable] = []
+    groups: dict[tuple[int, str, int], list[str]] = {}
+    for (name, module), match in zip(modules, numbered, strict=True):
+        n_out, n_in = module.weight.shape
+        if not isinstance(module, _nn().Linear):
+            n_in, n_out = n_out, n_in
+        layer, key = NO_LAYER, "lm_head" if module is head else name
+        if match and match[1] == main:
+            layer, key = int(match[2]), match[3]
+        shape = LinearShape(n_in, n_out)
+        if shapes.setdefault(key, shape) != shape:
+            key = f"{key} ({n_in} to {n_out})"
+            shapes[key] = shape
+        group = groups.setdefault((layer, name.rpartition(".")[0], id(trace.inputs[name][0])), [])
+        if not group or len(group) % _MAX_FUSED == 0:
+            group.append(key)
+        else:
+            group.append(group[-1])
+        linears.append(Adaptable(name, layer, key, group[-1]))
+    return tuple(linears), shapes
+
+
+def _first(value: Any) -> int:
+    """A number, or the first of those that layers have."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int) else 0
+
+
+def _nn() -> Any:
+    from torch import nn
+
+    return nn
+
+
+def _vocabulary(model: Any, text: Any) -> int:
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return int(text.vocab_size)
+    return int(weight.shape[0])
+
+
+def _max_position(text: Any) -> int:
+    """Where positions end; where rotations would change with the longest sequence of a batch, before that."""
+    known = [getattr(text, name, None) for name in _POSITIONS]
+    limit = next((int(value) for value in known if isinstance(value, int) and value > 1), _UNBOUNDED)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type", one.get("type")) in _MOVING_ROPE:
+            original = one.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limit = min(limit, int(original or limit))
+    return limit
+
+
+def _dtype(config: Any, text: Any) -> Literal["bfloat16", "float16", "float32"]:
+    value = getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32"
+    name = str(value).removeprefix("torch.")
+    return cast(Literal["bfloat16", "float16", "float32"], name if name in DTYPE_BYTES else "float32")

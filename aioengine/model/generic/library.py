@@ -1,0 +1,208 @@
+"""From a folder's configuration to a class of transformers. Nothing of a model's own code runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aioengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+MISSING = "needs the package transformers: pip install 'aioengine[transformers]'"
+_IMAGES = ("vision_config", "audio_config", "vision_tower_config")
+
+
+def available() -> bool:
+    """Whether transformers is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("transformers") is not None
+
+
+class Found:
+    """The class that runs the model of a folder.
+
+    Raises :class:`ConfigError` with the reason if transformers has no decoder for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not available():
+            raise ConfigError(f"model_impl='transformers' {MISSING}")
+        if path.suffix == ".gguf":
+            raise ConfigError(f"{path}: model_impl='transformers' reads model folders, no GGUF files")
+        import transformers
+
+        self.path = path
+        raw = _raw(path)
+        self.config: Any
+        self._class: Any = transformers.AutoModelForCausalLM
+        try:
+            self.config = transformers.AutoConfig.from_pretrained(
+                str(path), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # whatever a configuration class makes of odd values
+            self._by_architecture(raw, error)
+        self._refuse(raw)
+
+    def _by_architecture(self, raw: dict[str, Any], error: Exception) -> None:
+        """A model type that is unknown, of a class that is not."""
+        import transformers
+
+        name = (raw.get("architectures") or [None])[0]
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        unknown = raw.get("model_type") not in transformers.CONFIG_MAPPING
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if not unknown or not is_model:
+            remote = (
+                " The folder names code of its own (auto_map), which is never run (trust_remote_code)."
+                if raw.get("auto_map")
+                else ""
+            )
+            what = f"model_type={raw.get('model_type')!r}, architectures={raw.get('architectures')!r}"
+            raise ConfigError(
+                f"{self.path}/config.json: transformers {transformers.__version__} cannot make a model of it "
+                f"({what}): {_line(error)}.{remote} Use a model whose class is part of transformers"
+            ) from error
+        self._class = found
+        values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
+        try:
+            assert found is not None
+            self.config = found.config_class.from_dict(values)
+        except Exception as wrong:
+            raise ConfigError(f"{self.path}/config.json: {_line(wrong)}") from wrong
+
+    def _refuse(self, raw: dict[str, Any]) -> None:
+        """What no probe is needed for."""
+        where, kind = f"{self.path}/config.json", self.config.model_type
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"{where}: {kind!r} is an encoder-decoder model; only decoder-only causal language "
+                "models are served"
+            )
+        if raw.get("quantization_config") is not None:
+            raise ConfigError(
+                f"{where}: quantization_config: quantised checkpoints are not supported with "
+                "model_impl='transformers'; use an unquantised checkpoint"
+            )
+
+    def no_keys_and_values(self, why: str) -> ConfigError:
+        """What is raised for a model that keeps something else of its past."""
+        return ConfigError(
+            f"{self.path}: {self.config.model_type!r} keeps more of its past than keys and values ({why}), "
+            "which paged caches and batches of the engine cannot hold (state-space and hybrid models); use a "
+            "model whose layers all attend"
+        )
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model has inputs other than text, which are not served."""
+        return any(getattr(self.config, name, None) is not None for name in _IMAGES)
+
+    def on_meta(self) -> Any:
+        """The model without memory for its weights. Raises ConfigError if it cannot be built."""
+        import torch
+        import transformers
+
+        auto: Any = transformers.AutoModelForCausalLM
+        try:
+            with torch.device("meta"):
+                if self._class is auto:
+                    model = self._class.from_config(self.config, trust_remote_code=False)
+                else:
+                    model = self._class._from_config(self.config)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.path}: transformers {transformers.__version__} has no causal language model for "
+                f"{self.config.model_type!r}: {_line(error)}"
+            ) from error
+        return _quiet(model)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """The model with its weights, which are read once, into their place.
+
+        Raises ConfigError if they cannot be read or do not fit the configuration.
+        """
+        import torch
+
+        try:
+            with _without_bars(), torch.device(device):
+                model, report = self._class.from_pretrained(
+                    str(self.path),
+                    config=self.config,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except Exception as error:
+            raise ConfigError(f"{self.path}: transformers cannot load the weights: {_line(error)}") from error
+        self._check(model, report)
+        return _quiet(model).requires_grad_(False).to(device)
+
+    def _check(self, model: Any, report: Any) -> None:
+        """Nothing of the model may be left random, and nothing of its layers out."""
+        missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        if missing:
+            raise ConfigError(
+                f"{self.path}: {len(missing)} parameters are missing: {', '.join(missing[:3])}; the weights "
+                "do not belong to this config.json"
+            )
+        inside = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()}
+        for key in extra:
+            parts = key.split(".")
+            if any(".".join(parts[:end]) in inside for end in range(1, len(parts))):
+                raise ConfigError(
+                    f"{self.path}: unexpected parameter {key}; the {type(model).__name__} that config.json "
+                    "describes has no place for it"
+                )
+
+
+def _quiet(model: Any) -> Any:
+    """In evaluation mode, and without a look at the tokens for padding, of which there is none."""
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+    return model.eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows none of its progress bars."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: expected a JSON object")
+    return value
+
+
+def _line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

@@ -1,0 +1,95 @@
+"""Adapters on the linears of a model: each hooked module adds what its tokens' adapters make of its input.
+
+Linears that read the same input share one product with their As: the first of them to be called makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels import Backend, LoRAPool
+from aioengine.model.generic.spec import GenericSpec
+from aioengine.model.generic.step import Holder
+from aioengine.model.slots.pool import LoRASlots
+from aioengine.model.spec import NO_LAYER
+
+Forward = Callable[..., Tensor]
+
+
+class AdaptedForward:
+    """Takes the place of a linear's ``forward``."""
+
+    def __init__(
+        self, name: str, forward: Forward, pool: LoRAPool, place: int, holder: Holder, kernels: Backend
+    ) -> None:
+        self.name = name
+        self._forward = forward
+        self._pool = pool
+        self._place = place
+        """In the pool's modules."""
+        self._own = pool._replace(
+            modules=(pool.modules[place],),
+            first=pool.first + place,
+            widths=(pool.widths[place],),
+            b_offsets=(0,),
+            affine_widths=(pool.affine_widths[place],),
+            offsets=(0,),
+        )
+        """The pool as if there were no other modules in it."""
+        self._holder = holder
+        self._kernels = kernels
+        self.plain: Callable[[LoRAPool, int, Tensor, Tensor], Tensor] | None = None
+        """Used in place of everything here, if it is set: how the probe says what is right."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._forward(x)
+        if self.plain is not None:
+            return self.plain(self._pool, self._place, x, y)
+        step = self._holder.step
+        if step is None or not (step.lora.segments or step.lora.affine):
+            return y
+        pool, place, batch, kernels = self._pool, self._place, step.lora, self._kernels
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) != batch.num_tokens:
+            raise RuntimeError(f"{self.name} got {len(rows)} rows of {batch.num_tokens} tokens")
+        last = step.shrunk.get(id(pool))
+        if last is None or last[0] is not x:
+            last = step.shrunk[id(pool)] = x, kernels.lora_shrink(rows.contiguous(), pool, batch)
+        h = last[1] if len(pool.modules) == 1 else last[1][:, place : place + 1].contiguous()
+        out = y.reshape(len(rows), -1)
+        out = out if out.is_contiguous() else out.contiguous()
+        kernels.lora_expand(h, self._own, out, batch)
+        if batch.affine:
+            kernels.lora_affine(out, self._own, batch)
+        return out.view(y.shape)
+
+
+def hook(
+    model: Any, spec: GenericSpec, slots: LoRASlots | None, holder: Holder, kernels: Backend
+) -> list[AdaptedForward]:
+    """Hooks all linears that the slots have room for."""
+    if slots is None:
+        return []
+    made = []
+    modules = dict(model.named_modules())
+    held = set(slots.layout.modules)
+    for linear in spec.linears:
+        if linear.module not in held:
+            continue
+        pools = slots.outer if linear.layer == NO_LAYER else slots.layers[linear.layer]
+        pool, module = pools[linear.group], modules[linear.name]
+        place = pool.modules.index(linear.module)
+        module.forward = AdaptedForward(linear.name, module.forward, pool, place, holder, kernels)
+        made.append(module.forward)
+    return made
+
+
+def base_weight(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias [out] of a linear of either kind."""
+    weight = module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    return (weight if isinstance(module, torch.nn.Linear) else weight.T), bias

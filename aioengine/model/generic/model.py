@@ -1,0 +1,224 @@
+"""A model of transformers as the runner sees it: a step's inputs in, logits out.
+
+All but the head is called first, for all tokens of the step; then the head, for the tokens whose logits are
+wanted. The second call is the whole model's, in which the first one's result stands in for the body, so that
+what a model does to its logits is done.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aioengine.errors import ConfigError
+from aioengine.info import LoadProgress
+from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
+from aioengine.model.decoder import LastLayer, StepInputs
+from aioengine.model.generic import attention
+from aioengine.model.generic.caches import Pages, gathering, passing
+from aioengine.model.generic.library import Found
+from aioengine.model.generic.linears import base_weight, hook
+from aioengine.model.generic.spec import GenericSpec
+from aioengine.model.generic.step import Holder, Step
+from aioengine.model.generic.trace import Attention, cache_argument
+from aioengine.model.kv_cache import KVCache
+from aioengine.model.slots.pool import LoRASlots
+
+logger = logging.getLogger("aioengine")
+
+
+class GenericModel:
+    """``slots`` None: no adapters. ``longest`` is the number of positions that a sequence may have.
+
+    It is to be probed before it is used: :func:`aioengine.model.generic.probe.check`.
+    Raises ConfigError if the weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        spec: GenericSpec,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Backend,
+        cache: KVCache,
+        slots: LoRASlots | None,
+        longest: int,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        if progress is not None:
+            progress("Loading weights with transformers", 0, 1)
+        found = Found(path)
+        self.spec = spec
+        self.path = path
+        self.dtype = dtype
+        self.device = device
+        self.kernels = kernels
+        self.cache = cache
+        self.slots = slots
+        self.longest = longest
+        self.model: Any = found.load(dtype, device)
+        self._attention = Attention(self.model)
+        self.nbytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        """Bytes of the weights."""
+        self.modules: dict[str, Any] = dict(self.model.named_modules())
+        self._layers = found.text_config.num_hidden_layers
+        self.body_name = _body_name(self.model)
+        body = self.modules[self.body_name]
+        self._body = body.forward
+        self._cache_name = cache_argument(body.forward)
+        self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
+        self._result: Any = None
+        """What the body gave last, and gives again while the head is called."""
+        self._replay = False
+        body.forward = self._body_or_replay
+        self.holder = Holder(cache, spec.layer_ids)
+        attends = attention.Attends(self.holder, kernels, longest)
+        for module in self.model.modules():
+            if hasattr(module, "layer_idx"):
+                module.aioengine = attends
+        self.hooks = hook(self.model, spec, slots, self.holder, kernels)
+        attention.register()
+        self.flat = spec.flat
+        self.use_own_attention(not spec.flat)
+
+    def use_own_attention(self, own: bool) -> None:
+        """Whether the model attends by itself."""
+        self._attention.use(None if own else attention.NAME)
+
+    def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`Decoder.base_weight`."""
+        return base_weight(self.modules[self.spec.module_name(layer, module)])
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
+        return self.logits(self.layers_forward(inputs), inputs.sample_rows, inputs.sample_lora)
+
+    def layers_forward(self, inputs: StepInputs) -> LastLayer:
+        """All but the head."""
+        try:
+            hidden = self._flat(inputs) if self.flat else self._one_by_one(inputs)
+        finally:
+            self.holder.step = None
+        return LastLayer(hidden, None)
+
+    def logits(
+        self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None = None
+    ) -> Tensor:
+        """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab]."""
+        if not len(rows):
+            return torch.empty(0, self.spec.vocab_size, dtype=self.dtype, device=self.device)
+        hidden = last.hidden.index_select(0, rows)[None]
+        self._set_hidden(hidden)
+        self.holder.step, self._replay = Step(lora), True
+        try:
+            out = self.model(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self.device))
+        finally:
+            self.holder.step, self._replay = None, False
+        logits: Tensor = out[0] if isinstance(out, tuple) else out.logits
+        return logits[0]
+
+    def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
+        """The hidden states of the tokens ``rows`` [N], as the head gets them: [N, hidden]."""
+        return last.hidden.index_select(0, rows)
+
+    def _flat(self, inputs: StepInputs) -> Tensor:
+        """All tokens of the step as one row."""
+        self.holder.step = Step(inputs.lora, inputs.attention)
+        return self._run(inputs.token_ids, inputs.attention.positions, passing(self._layers))
+
+    def _one_by_one(self, inputs: StepInputs) -> Tensor:
+        """Each sequence as a row of its own."""
+        plan = inputs.attention
+        parts = []
+        for i, (row, length, _) in enumerate(plan.spans):
+            self.holder.step = Step(part_of(inputs.lora, row, row + length))
+            cache = gathering(self.cache, self.spec.layer_ids, self._layers, Pages(plan, i))
+            part = slice(row, row + length)
+            parts.append(self._run(inputs.token_ids[part], plan.positions[part], cache))
+        return torch.cat(parts)
+
+    def _run(self, token_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        arguments: dict[str, Any] = {"input_ids": token_ids[None], "use_cache": True}
+        if self._cache_name is not None:
+            arguments[self._cache_name] = cache
+        if self._takes_positions:
+            arguments["position_ids"] = positions[None]
+        body = self.modules[self.body_name]
+        result = body(**arguments)
+        self._result = result
+        hidden: Tensor = result[0]
+        return hidden[0]
+
+    def _set_hidden(self, hidden: Tensor) -> None:
+        """Puts ``hidden`` [1, N, size] into the body's result."""
+        if isinstance(self._result, tuple):
+            self._result = (hidden, *self._result[1:])
+        else:
+            self._result = copy.copy(self._result)
+            self._result["last_hidden_state"] = hidden
+
+    def _body_or_replay(self, *arguments: Any, **named: Any) -> Any:
+        return self._result if self._replay else self._body(*arguments, **named)
+
+
+def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
+    """The batch of the tokens ``begin..end-1``, which are one sequence's."""
+    for segment in lora.segments:
+        if segment.start <= begin < segment.stop:
+            ranks = [0] * segment.slot + [segment.rank]
+            affine = [False] * segment.slot + [any(one.slot == segment.slot for one in lora.affine)]
+            return LoRABatch([segment.slot], [end - begin], ranks, lora.device, slot_affine=affine)
+    return LoRABatch([-1], [end - begin], (), lora.device)
+
+
+def inputs_of(
+    model: GenericModel, work: list[tuple[list[int], int, list[int], int]], ranks: list[int]
+) -> StepInputs:
+    """A step in which all tokens' logits are wanted. ``work``: each sequence's new tokens, where they start,
+    its block table and slot, sorted by slot."""
+    ids: list[int] = []
+    spans = []
+    for tokens, start, _, _ in work:
+        spans.append(Span(len(ids), len(tokens), start))
+        ids += tokens
+    device = model.device
+    slots, counts = [slot for *_, slot in work], [len(tokens) for tokens, *_ in work]
+    lora = LoRABatch(slots, counts, ranks, device)
+    return StepInputs(
+        token_ids=torch.tensor(ids, device=device),
+        sample_rows=torch.arange(len(ids), device=device),
+        attention=AttentionPlan(spans, [table for _, _, table, _ in work], model.cache.block_size, device),
+        lora=lora,
+        sample_lora=lora,
+    )
+
+
+def _body_name(model: Any) -> str:
+    """The submodule that does all but the head: the first one of transformers' kind that is called."""
+    from transformers import PreTrainedModel
+
+    called: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel)
+    ]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception as error:
+        raise ConfigError(f"{type(model).__name__} cannot run one token: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ConfigError(f"{type(model).__name__} has no body apart from its head, which the engine needs")
+    return called[0]

@@ -1,0 +1,262 @@
+"""Does a model compute here what it computes in transformers alone? Asked once, when it is loaded.
+
+Two sequences run through the engine's pages: in chunks, one beside the other, token by token, and beside a
+third one at the last position. Their logits have to be those of an uncached pass of each by itself.
+The same is asked of a random adapter beside a base row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aioengine.errors import ConfigError
+from aioengine.kernels import LoRAPool
+from aioengine.model.generic.attention import Unsuitable
+from aioengine.model.generic.caches import KeepsMore
+from aioengine.model.generic.model import GenericModel, inputs_of
+from aioengine.model.slots.image import ImageShape, build_image
+
+logger = logging.getLogger("aioengine")
+
+_LENGTHS = (21, 13)
+_TYPICAL = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
+"""By how much half of the rows may be off, relative to a row's largest logit."""
+_LARGEST = {torch.float32: 2e-3, torch.float16: 0.3, torch.bfloat16: 0.6}
+"""By how much any row may be: a token may go to another expert for the last bit of its router's input."""
+
+
+def check(model: GenericModel) -> None:
+    """Falls back from the engine's attention to the model's own if that is what it takes.
+
+    Raises ConfigError, naming the layer that differs first.
+    """
+    with torch.inference_mode():
+        problem = _differs(model)
+        if problem is not None and model.flat:
+            logger.info(
+                "%s: %s; its own attention is used, a sequence at a time, which is slower",
+                model.spec.architecture,
+                problem,
+            )
+            model.flat = False
+            model.use_own_attention(True)
+            problem = _differs(model)
+        if problem is None and model.hooks:
+            problem = _adapter_differs(model)
+    if problem is not None:
+        raise ConfigError(
+            f"{model.path}: {model.spec.architecture} does not compute the same over the engine's cache and "
+            f"batches as in one pass by itself: {problem}. It is not served: its answers would be wrong"
+        )
+
+
+def _tokens(model: GenericModel, count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.spec.vocab_size, (count,), generator=generator).tolist()
+
+
+def _sequences(model: GenericModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens and block tables; only one sequence where there is no room for two."""
+    size, blocks = model.cache.block_size, model.cache.num_blocks
+    lengths = [min(length, model.longest - 1) for length in _LENGTHS]
+    needed = [-(-length // size) for length in lengths]
+    if sum(needed) + 1 > blocks:
+        lengths = [min(lengths[0], (blocks - 1 or 1) * size)]
+        needed = [-(-length // size) for length in lengths]
+    free = list(range(blocks))[::-1]
+    tables = [[free.pop() for _ in range(count)] for count in needed]
+    return [_tokens(model, length, seed) for seed, length in enumerate(lengths)], tables
+
+
+def _differs(model: GenericModel) -> str | None:
+    """What is wrong; None if nothing is."""
+    sequences, tables = _sequences(model)
+    found: list[list[Tensor]] = [[] for _ in sequences]
+    try:
+        expected = [_alone(model, tokens) for tokens in sequences]
+        for counts in _schedule(model, [len(tokens) for tokens in sequences]):
+            _step(model, sequences, tables, counts, found)
+    except (Unsuitable, KeepsMore) as error:
+        return str(error)
+    except Exception as error:  # whatever a model's modules do to inputs that they were not made for
+        logger.debug("the probe failed", exc_info=True)
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    off = _off(model, torch.cat([torch.cat(rows) for rows in found]), torch.cat(expected))
+    if off is None:
+        return None
+    return f"logits {off}, first in {_first_layer(model, sequences[0], tables[0])}"
+
+
+def _schedule(model: GenericModel, lengths: list[int]) -> Iterator[list[int]]:
+    """How many tokens of each sequence a step takes: chunks, then chunks side by side, then single tokens."""
+    first = lengths[0] - 2
+    yield [first // 2] + [0] * (len(lengths) - 1)
+    yield [first - first // 2] + [length - 2 for length in lengths[1:]]
+    yield [1] * len(lengths)
+    yield [1] * len(lengths)
+
+
+def _step(
+    model: GenericModel,
+    sequences: list[list[int]],
+    tables: list[list[int]],
+    counts: list[int],
+    found: list[list[Tensor]],
+) -> None:
+    work: list[tuple[list[int], int, list[int], int]] = []
+    who = []
+    for i, count in enumerate(counts):
+        if count:
+            start = sum(len(rows) for rows in found[i])
+            work.append((sequences[i][start : start + count], start, tables[i], -1))
+            who.append(i)
+    used = {block for table in tables for block in table}
+    spare = next((block for block in range(model.cache.num_blocks) if block not in used), None)
+    if spare is not None:  # somebody at the last position, whose own logits mean nothing
+        width = -(-model.longest // model.cache.block_size)
+        work.append(([0], model.longest - 1, [spare] * width, -1))
+    logits = model.forward(inputs_of(model, work, []))
+    begin = 0
+    for i, (tokens, *_) in zip(who, work, strict=False):
+        found[i].append(logits[begin : begin + len(tokens)])
+        begin += len(tokens)
+
+
+def _alone(model: GenericModel, tokens: list[int]) -> Tensor:
+    """Logits [n, vocab] in one pass, as transformers has it."""
+    model.use_own_attention(True)
+    try:
+        out = model.model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+    finally:
+        model.use_own_attention(not model.flat)
+    logits: Tensor = (out[0] if isinstance(out, tuple) else out.logits)[0]
+    return logits
+
+
+def _off(model: GenericModel, found: Tensor, expected: Tensor) -> str | None:
+    scale = expected.float().abs().amax(-1).clamp(min=1e-6)
+    error = (found.float() - expected.float()).abs().amax(-1) / scale
+    typical, largest = float(error.median()), float(error.max())
+    if typical <= _TYPICAL[model.dtype] and largest <= _LARGEST[model.dtype]:
+        return None
+    return f"are off by {largest:.2g} of the largest one"
+
+
+def _first_layer(model: GenericModel, tokens: list[int], table: list[int]) -> str:
+    """The first numbered module whose output differs."""
+    split = len(tokens) - 2
+    with _outputs(model.model) as alone:
+        _alone(model, tokens)
+    with _outputs(model.model) as first:
+        model.forward(inputs_of(model, [(tokens[:split], 0, table, -1)], []))
+    with _outputs(model.model) as second:
+        model.forward(inputs_of(model, [(tokens[split:], split, table, -1)], []))
+    for name, output in alone.items():
+        if name not in first or name not in second:
+            continue
+        both = torch.cat([first[name], second[name]], dim=1)
+        if both.shape != output.shape:
+            continue
+        error = (both.float() - output.float()).abs().max() / output.float().abs().max().clamp(min=1e-6)
+        if float(error) > _TYPICAL[model.dtype]:
+            return name
+    return "a batch of several sequences"
+
+
+@contextmanager
+def _outputs(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Outputs [1, tokens, size] of the modules whose names end in a number, in the order of calls."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def saw(_: Any, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor) and hidden.dim() == 3:
+                seen[name] = hidden.clone()
+
+        return saw
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2].isdecimal()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adapter_differs(model: GenericModel) -> str | None:
+    """The same for an adapter in slot 0, beside a base row."""
+    assert model.slots is not None
+    sequences, tables = _sequences(model)
+    rank = _write_random_adapter(model)
+    if len(sequences) < 2 or rank == 0:
+        return None
+    try:
+        with _plainly(model):
+            expected = [_alone(model, sequences[1])]
+        expected.insert(0, _alone(model, sequences[0]))
+        work = [(sequences[0], 0, tables[0], -1), (sequences[1], 0, tables[1], 0)]
+        found = model.forward(inputs_of(model, work, [rank] + [0] * (model.slots.max_loras - 1)))
+    except Exception as error:
+        return f"with an adapter: {type(error).__name__}: {str(error)[:300]}"
+    off = _off(model, found, torch.cat(expected))
+    return None if off is None else f"with an adapter, logits {off}"
+
+
+@dataclass
+class _RandomAdapter:
+    """What slots need to know of an adapter."""
+
+    rank: int
+    tensors: dict[tuple[int, str], tuple[Tensor, Tensor]]
+    digest: str = ""
+    in_order: Tensor | None = None
+    shape: ImageShape | None = None
+
+
+def _write_random_adapter(model: GenericModel) -> int:
+    """Puts an adapter on everything into slot 0, and returns its rank; 0 if the slots have no room for it."""
+    assert model.slots is not None
+    layout = model.slots.layout
+    generator = torch.Generator().manual_seed(0)
+    for rank in (min(layout.max_rank, 8), 1):
+        tensors = {}
+        for (layer, module), place in layout.places.items():
+            n_in, n_out = place.shape
+            a = torch.randn(rank, n_in, generator=generator) * n_in**-0.5
+            b = torch.randn(n_out, rank, generator=generator) * 0.1
+            tensors[layer, module] = a.to(model.slots.dtype), b.to(model.slots.dtype)
+        image = build_image(layout, _RandomAdapter(rank, tensors), {}, model.slots.dtype)
+        if image.nbytes <= model.slots.nbytes:
+            model.slots.write(0, image, 0 if model.slots.elastic else None)
+            model.slots.before_step()
+            return rank
+    return 0
+
+
+@contextmanager
+def _plainly(model: GenericModel) -> Iterator[None]:
+    """All rows get the adapter in slot 0, as two products."""
+
+    def add(pool: LoRAPool, place: int, x: Tensor, y: Tensor) -> Tensor:
+        a, b = pool.a(0, place), pool.b(0, place)
+        return y + ((x.to(a.dtype) @ a.T) @ b.T).to(y.dtype)
+
+    for one in model.hooks:
+        one.plain = add
+    try:
+        yield
+    finally:
+        for one in model.hooks:
+            one.plain = None

@@ -1,0 +1,105 @@
+"""What is known of a model that transformers runs, without its weights. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from aioengine.errors import ConfigError
+from aioengine.model.spec import KVShape, LinearShape, ModelSpec
+
+
+class Adaptable(NamedTuple):
+    """A linear that adapters may target."""
+
+    name: str
+    """Its path in the model, as PEFT knows it."""
+    layer: int
+    """``NO_LAYER`` outside of the layers."""
+    module: str
+    """Its path below the layer. All linears of one ``module`` have one shape."""
+    group: str
+    """Linears of a layer that are in one group read the same input."""
+
+
+class GenericSpec(ModelSpec, frozen=True, kw_only=True):
+    """A decoder of transformers. The fields of :class:`ModelSpec` that say how a layer computes mean nothing
+    here: its modules know."""
+
+    architecture: str
+    """The class that runs it."""
+    linears: tuple[Adaptable, ...]
+    shapes: dict[str, LinearShape]
+    """The shape of each module."""
+    kv: tuple[KVShape, ...]
+    """What each layer that attends keeps of a token."""
+    layer_ids: tuple[int, ...]
+    """The numbers that transformers gives to the layers of ``kv``."""
+    parameters: int
+    flat: bool
+    """Whether all tokens of a step go through the model at once, with the engine's attention. Otherwise each
+    sequence goes through it alone, with the model's own attention over keys and values that are gathered."""
+    native_reason: str | None = None
+    """Why the native decoder does not run it; None: it was not asked."""
+
+    @property
+    def impl(self) -> str:
+        return "transformers"
+
+    @property
+    def ran_by(self) -> str:
+        how = "all sequences side by side" if self.flat else "a sequence at a time, with its own attention"
+        why = "" if self.native_reason is None else f" (not natively: {self.native_reason})"
+        return f"{self.architecture}, by transformers, {how}{why}"
+
+    def linear(self, module: str) -> LinearShape:
+        return self.shapes[module]
+
+    def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
+        """With ``asked``, the modules whose path ends in one of these names. By default all linears but the
+        head, as PEFT's "all-linear" has it."""
+        if asked is None:
+            return tuple(module for module in self.shapes if module != "lm_head")
+        chosen = tuple(m for m in self.shapes if m in asked or m.rpartition(".")[2] in asked)
+        missing = [
+            name for name in asked if not any(m == name or m.rpartition(".")[2] == name for m in chosen)
+        ]
+        if missing:
+            raise ConfigError(
+                f"target_modules: {self.architecture} has no linear called {', '.join(missing)} that can be "
+                f"adapted; it has {', '.join(self.shapes) or 'none'}; leave target_modules out for all"
+            )
+        return chosen
+
+    def layers_with(self, module: str) -> int:
+        return sum(linear.module == module for linear in self.linears)
+
+    def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        groups: dict[str, tuple[str, ...]] = {}
+        for linear in self.linears:
+            if linear.layer == layer:
+                groups[linear.group] = (*groups.get(linear.group, ()), linear.module)
+        return groups
+
+    def adaptable(self) -> Iterator[tuple[int, str]]:
+        return ((linear.layer, linear.module) for linear in self.linears)
+
+    def module_name(self, layer: int, module: str) -> str:
+        return next(x.name for x in self.linears if (x.layer, x.module) == (layer, module))
+
+    def find_module(self, name: str) -> tuple[int, str] | None:
+        return next(((x.layer, x.module) for x in self.linears if x.name == name), None)
+
+    def kv_shapes(self) -> tuple[KVShape, ...]:
+        return self.kv
+
+    def num_parameters(self) -> int:
+        return self.parameters
+
+    @property
+    def pair_tokens(self) -> float:
+        inner = sum(
+            self.shapes[x.module].in_features * self.shapes[x.module].out_features for x in self.linears
+        )
+        heads = sum(self.num_heads * (shape.key_dim + shape.value_dim) for shape in self.kv)
+        return heads / (inner or self.parameters)

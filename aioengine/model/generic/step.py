@@ -1,0 +1,64 @@
+"""The step that is under way, as the modules of a model see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels import AttentionPlan, LoRABatch
+from aioengine.model.kv_cache import KVCache
+
+Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""transformers' mask functions: ``allowed(batch, head, query position, key position)``, broadcast, bool."""
+
+
+class Kind(NamedTuple):
+    """Which keys a layer's queries see: all before them, the last ``window``, or what ``allowed`` says."""
+
+    window: int | None = None
+    odd: bool = False
+    """Only ``allowed`` knows; it comes with each step's mask."""
+
+
+@dataclass(slots=True)
+class Step:
+    lora: LoRABatch
+    """The tokens that go through the linears, by adapter slot."""
+    plan: AttentionPlan | None = None
+    """None: no layer attends (the head alone)."""
+    shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By a pool's id: the last input, and what the pool's As make of it."""
+    made: dict[Any, Any] = field(default_factory=dict)
+    """What layers share in this step."""
+
+
+class Holder:
+    """What all hooked modules of one model refer to."""
+
+    def __init__(self, cache: KVCache, layer_ids: tuple[int, ...]) -> None:
+        self.cache = cache
+        self.index = {layer: i for i, layer in enumerate(layer_ids)}
+        self.kinds: dict[int, Kind] = {}
+        """By transformers' number of the layer."""
+        self.step: Step | None = None
+
+
+def kind_of(allowed: Allowed | None, longest: int, device: torch.device) -> Kind:
+    """What a mask function comes to for positions below ``longest``, by asking it for some of them."""
+    if allowed is None:
+        return Kind()
+    every = torch.arange(longest, device=device)
+    some = torch.cat([every[:64], every[:: max(1, longest // 64)], every[-64:]])
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    seen = allowed(zero, zero, some[:, None], every[None]).expand(len(some), longest)
+    causal = every[None] <= some[:, None]
+    if torch.equal(seen, causal):
+        return Kind()
+    window = int(seen[-1].sum())
+    if torch.equal(seen, causal & (every[None] > some[:, None] - window)):
+        return Kind(window)
+    return Kind(odd=True)

@@ -1,0 +1,141 @@
+"""What a model does in one pass: which modules see which inputs, and what its layers keep."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aioengine.model.spec import KVShape
+
+NAME = "aioengine-trace"
+_TOKENS = 7
+
+
+@dataclass
+class Trace:
+    """One pass of some tokens."""
+
+    attended: dict[int, KVShape] = field(default_factory=dict)
+    """By layer, what its attention was given."""
+    repeated: bool = False
+    """Whether a layer's attention was called more than once."""
+    updated: dict[int, KVShape] = field(default_factory=dict)
+    """By layer, what was put into the cache."""
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By linear, what it was called with; nothing stands for what is no usual call of a linear."""
+
+    def sees_all(self, name: str) -> bool:
+        """Whether a linear got every token, in every call."""
+        calls = self.inputs.get(name, [])
+        return bool(calls) and all(x.numel() // x.shape[-1] == _TOKENS for x in calls)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether PEFT's "all-linear" means this module."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+class Attention:
+    """Which attention the modules of a model use: the one that transformers chose, or another."""
+
+    def __init__(self, model: Any) -> None:
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self._own = [
+            (c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")
+        ]
+
+    def use(self, name: str | None) -> None:
+        """Has them use what is registered under ``name``; None: what transformers chose."""
+        for config, own in self._own:
+            config._attn_implementation = own if name is None else name
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a module calls the cache that it takes."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
+def trace_on_meta(model: Any, *, own_attention: bool) -> Trace:
+    """Runs ``model``, which has no weights, with its own attention or with one that looks at its inputs.
+
+    Raises whatever the model does if it cannot run so.
+    """
+    import transformers
+
+    from aioengine.model.generic.caches import EngineCache, PassingLayer
+
+    trace = Trace()
+
+    class Layer(PassingLayer):  # type: ignore[no-untyped-call]
+        def __init__(self, number: int) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self._number = number
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+            trace.updated[self._number] = _shape(key_states, value_states)
+            return key_states, value_states
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        trace.repeated |= module.layer_idx in trace.attended
+        trace.attended[module.layer_idx] = _shape(key, value)
+        shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        return query.new_zeros(shape), None
+
+    transformers.AttentionInterface.register(NAME, attend)
+    transformers.AttentionMaskInterface.register(
+        NAME, lambda *_, **__: torch.zeros(1, 1, 1, 1, device="meta")
+    )
+    Attention(model).use(None if own_attention else NAME)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
+    names = inspect.signature(model.forward).parameters
+    if (cache := cache_argument(model.forward)) is not None:
+        arguments[cache] = EngineCache(layers=[Layer(i) for i in range(layers)])
+    if "position_ids" in names:
+        arguments["position_ids"] = torch.arange(_TOKENS, device="meta")[None]
+    with torch.no_grad(), _watched(model, trace), _no_experts(model), torch.device("meta"):
+        model(**arguments)
+    return trace
+
+
+@contextmanager
+def _watched(model: Any, trace: Trace) -> Iterator[None]:
+    def saw(name: str) -> Callable[..., None]:
+        def hook(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            usual = isinstance(output, Tensor) and len(arguments) == 1
+            trace.inputs.setdefault(name, []).append(arguments[0] if usual else torch.empty(0, 1))
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            handles.append(module.register_forward_hook(saw(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _no_experts(model: Any) -> Iterator[None]:
+    """Experts of transformers' own kind choose by values, which are not there: they give nothing."""
+    for module in model.modules():
+        if hasattr(module, "_apply_gate") and hasattr(module, "has_gate"):
+            module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
+    yield
+
+
+def _shape(key: Tensor, value: Tensor) -> KVShape:
+    return KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])

@@ -1,0 +1,280 @@
+"""Models that transformers runs, served: against transformers and peft in float32, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.any_models import COMMON, FAMILIES, AnyModel, build_any, config_of, randomize
+
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine.errors import AdapterInvalid, ConfigError
+from aioengine.memory_plan import plan_memory
+from aioengine.model.files.resolve import read_spec
+from aioengine.model.runner import ModelRunner
+
+NEW = 6
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def engine_of(folder: Path, **fields: Any) -> AsyncEngine:
+    lora = LoRAConfig(**{"max_loras": 1, "max_lora_rank": 4, "max_cpu_loras": 1, **fields.pop("lora", {})})
+    defaults: dict[str, Any] = {"model_impl": "transformers", "dtype": "float32", "device": "cpu"}
+    defaults |= {"block_size": 4, "max_model_len": 64, "max_num_batched_tokens": 24, "max_num_seqs": 8}
+    defaults |= {"kv_cache_memory": "1MiB"}
+    return AsyncEngine(EngineConfig(model=str(folder), lora=lora, **{**defaults, **fields}))
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 128), k=length)
+
+
+async def check(model: AnyModel, engine: AsyncEngine) -> None:
+    """Greedy tokens and their log-probabilities; twice, so that slots and prefixes are used again."""
+    for name, folder in model.adapters.items():
+        engine.register_adapter(name, folder)
+    work = [(None, 19), ("plain", 7), ("all-linear", 11), (None, 3), ("plain", 17)]
+    prompts = [prompt(seed, length) for seed, (_, length) in enumerate(work)]
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
+    first: list[list[int]] = []
+    for again in (False, True):
+        outputs = await asyncio.gather(
+            *(
+                engine.complete(tokens, params, adapter=name)
+                for (name, _), tokens in zip(work, prompts, strict=True)
+            )
+        )
+        if again:
+            assert [output.token_ids for output in outputs] == first
+            break
+        first = [output.token_ids for output in outputs]
+        for (name, _), tokens, output in zip(work, prompts, outputs, strict=True):
+            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
+            assert output.token_ids == logits.argmax(-1).tolist(), name
+            expected = logits.log_softmax(-1).amax(-1)
+            assert output.logprobs is not None
+            found = torch.tensor([entry.logprob for entry in output.logprobs])
+            bound = 1e-4 * max(1.0, float(logits.abs().max()))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=bound)
+    stats = engine.stats()
+    assert stats.slot_loads > 2 and stats.cached_tokens > 0, "slots and prefixes were used again"
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_family(family: str, tmp_path: Path) -> None:
+    model = build_any(tmp_path, family)
+    async with engine_of(model.folder) as engine:
+        await check(model, engine)
+        assert engine.info.model_impl == "transformers"
+
+
+class RenamedConfig(transformers.LlamaConfig):
+    model_type = "a-llama-by-another-name"
+
+
+class RenamedForCausalLM(transformers.LlamaForCausalLM):
+    config_class = RenamedConfig
+
+
+async def test_a_model_type_that_is_unknown_here_but_registered_with_transformers(tmp_path: Path) -> None:
+    auto: Any = transformers
+    auto.AutoConfig.register(RenamedConfig.model_type, RenamedConfig, exist_ok=True)
+    auto.AutoModelForCausalLM.register(RenamedConfig, RenamedForCausalLM, exist_ok=True)
+    model = build_any(tmp_path, RenamedConfig.model_type)
+    async with engine_of(model.folder, model_impl="auto") as engine:
+        await check(model, engine)
+        assert engine.info.model_impl == "transformers"
+
+
+async def test_an_unknown_model_type_of_a_known_class(tmp_path: Path) -> None:
+    model = build_any(tmp_path, "llama")
+    edit(model.folder, model_type="unheard-of")
+    async with engine_of(model.folder) as engine:
+        await check(model, engine)
+    async with engine_of(model.folder, model_impl="auto") as engine:
+        await check(model, engine)
+        assert engine.info.model_impl == "native"
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def save(folder: Path, model: Any) -> Path:
+    randomize(model).save_pretrained(folder)
+    return folder
+
+
+async def refused(folder: Path, *words: str, **fields: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        async with engine_of(folder, **fields):
+            raise AssertionError("it started")
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "word"),
+    [
+        ("t5", {"d_model": 32, "num_layers": 1, "vocab_size": 128}, "encoder-decoder"),
+        ("bart", {"d_model": 32, "vocab_size": 128}, "encoder-decoder"),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 1}, "keys and values"),
+        ("jamba", COMMON, "keys and values"),
+        ("lfm2", {**COMMON, "layer_types": ["conv", "full_attention"]}, "keys and values"),
+        ("qwen3_next", COMMON, "keys and values"),
+        ("rwkv", {"hidden_size": 32, "num_hidden_layers": 1}, "keys and values"),
+        ("vit", {"hidden_size": 32}, "no causal language model"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["transformers", "auto"])
+async def test_what_is_refused_before_weights_are_read(
+    family: str, fields: dict[str, Any], word: str, impl: str, tmp_path: Path
+) -> None:
+    config_of(family, **fields).save_pretrained(tmp_path)
+    await refused(tmp_path, word, model_impl=impl)
+
+
+async def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
+    config_of("llama", **COMMON).save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
+    names = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    edit(tmp_path, model_type="theirs", architectures=["Theirs"], auto_map=names)
+    await refused(tmp_path, "trust_remote_code", "never run", "'theirs'")
+
+
+async def test_a_model_that_sees_what_comes_after(tmp_path: Path) -> None:
+    """An encoder with a head: transformers calls it a causal language model."""
+    await refused(
+        save(tmp_path, transformers.BertLMHeadModel(config_of("bert", **COMMON, is_decoder=False))),
+        "does not compute the same",
+    )
+
+
+class MixingConfig(transformers.LlamaConfig):
+    model_type = "mixes-neighbours"
+
+
+class MixingForCausalLM(transformers.LlamaForCausalLM):
+    """Its second layer adds the token before to each."""
+
+    config_class = MixingConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        mlp = self.model.layers[1].mlp
+        own = mlp.forward
+        mlp.forward = lambda x: own(x) + x.roll(1, dims=1)
+
+
+async def test_a_model_whose_tokens_meet_outside_of_attention(tmp_path: Path) -> None:
+    auto: Any = transformers
+    auto.AutoConfig.register(MixingConfig.model_type, MixingConfig, exist_ok=True)
+    auto.AutoModelForCausalLM.register(MixingConfig, MixingForCausalLM, exist_ok=True)
+    folder = save(tmp_path, MixingForCausalLM(MixingConfig(**COMMON)))
+    await refused(folder, "MixingForCausalLM", "first in model.layers.1")
+
+
+async def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", transformers.AutoModelForCausalLM.from_config(config_of("gpt_neox")))
+    edit(folder, num_hidden_layers=3)
+    await refused(folder, "parameters are missing", "layers.2")
+    folder = save(
+        tmp_path / "b",
+        transformers.AutoModelForCausalLM.from_config(config_of("phi3", tie_word_embeddings=True)),
+    )
+    edit(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+    await refused(folder, "parameters are missing")
+    folder = save(
+        tmp_path / "c", transformers.LlamaForCausalLM(config_of("llama", **COMMON, attention_bias=True))
+    )
+    edit(folder, attention_bias=False)
+    await refused(folder, "unexpected parameter", "self_attn", "bias")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tensor_parallel_size": 2, "executor": "process"},
+        {"batch_invariant": True},
+        {"quantization": "int8"},
+        {"lora": {"target_modules": ["gate_proj"]}},
+    ],
+)
+@pytest.mark.parametrize("impl", ["transformers", "auto"])
+async def test_what_only_the_native_decoder_has(fields: dict[str, Any], impl: str, tmp_path: Path) -> None:
+    config_of("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        async with engine_of(tmp_path, model_impl=impl, **fields):
+            raise AssertionError("it started")
+    assert next(iter(fields.get("lora", fields))) in str(caught.value)
+
+
+async def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    model = build_any(tmp_path, "olmoe")
+    adapter = model.adapters["plain"] / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"target_parameters": ["gate_up_proj"]}))
+    async with engine_of(model.folder) as engine:
+        with pytest.raises(AdapterInvalid, match="target_parameters"):
+            await engine.load_adapter("plain", model.adapters["plain"])
+        with pytest.raises(AdapterInvalid, match="unknown key"):
+            await engine.load_adapter("other", build_any(tmp_path / "gpt2", "gpt2").adapters["plain"])
+
+
+def test_the_native_decoder_alone_refuses_other_models(tmp_path: Path) -> None:
+    config_of("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="architecture 'gpt2' is not supported"):
+        read_spec(tmp_path, "native")
+    spec = read_spec(tmp_path)
+    assert spec.impl == "transformers" and "is not supported" in spec.ran_by
+    with pytest.raises(ConfigError, match="GGUF"):
+        read_spec(tmp_path / "model.gguf", "transformers")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3_text"])
+def test_the_plan_is_exact(family: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, transformers.AutoModelForCausalLM.from_config(config_of(family)))
+    spec = read_spec(folder, "transformers")
+    lora = LoRAConfig(max_loras=2, max_lora_rank=4)
+    config = EngineConfig(
+        model=str(folder), model_impl="transformers", dtype="float32", kv_cache_memory="1MiB", lora=lora
+    )
+    plan = plan_memory(spec, config, device="cpu")
+    runner = ModelRunner(
+        *(spec, folder), dtype=torch.float32, device="cpu", num_blocks=plan.num_blocks, block_size=16,
+        max_loras=2, max_lora_rank=4, target_modules=spec.targets(None),
+    )  # fmt: skip
+    assert runner.lora_slots is not None
+    assert plan.weights_bytes == runner.weight_bytes
+    assert plan.kv_bytes == runner.kv_cache.nbytes
+    assert plan.slot_pool_bytes == runner.lora_slots.nbytes
+
+
+def test_a_rope_that_depends_on_the_longest_sequence_bounds_the_length(tmp_path: Path) -> None:
+    half = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": half, "long_factor": half}
+    config = config_of("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    config.save_pretrained(tmp_path)
+    assert read_spec(tmp_path).max_position == 32
+
+
+async def test_embeddings_and_prompt_logprobs(tmp_path: Path) -> None:
+    model, tokens = build_any(tmp_path, "gemma2"), prompt(5, 11)
+    ids = torch.tensor([tokens])
+    async with engine_of(model.folder) as engine:
+        found = await engine.embed(tokens, normalize=False, pooling="last")
+        scored = await engine.complete(tokens, SamplingParams(max_tokens=0, prompt_logprobs=0))
+    with torch.no_grad(), model.reference.disable_adapter():
+        out = model.reference(input_ids=ids, use_cache=False, output_hidden_states=True)
+    torch.testing.assert_close(torch.tensor(found.vector), out.hidden_states[-1][0, -1], rtol=1e-4, atol=1e-4)
+    expected = out.logits[0].log_softmax(-1)[range(10), tokens[1:]]
+    assert scored.prompt_logprobs is not None
+    values = [entry.logprob for entry in scored.prompt_logprobs[1:] if entry is not None]
+    torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=1e-4)
