@@ -10,6 +10,9 @@
 #                     they are installed into an environment of their own. ARGS="--only lm_eval" picks some
 #   make attack       what harmful requests and adapters do to a client that streams beside them, as a table;
 #                     ARGS="--only grammar" picks some
+#   make soak         ten minutes of mixed load with swaps and bad clients: what leaks, as a table; ARGS="--minutes 0.25"
+#   make chaos        a worker killed, disks full, gone and slow, clocks that jump, a log that nobody reads: what
+#                     became of the requests, as a table
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
 #   make docs         the documentation site, in build/site
@@ -35,7 +38,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test fuzz clients attack lint typecheck docs bench wheel sbom lock clean
+.PHONY: demo test fuzz clients attack soak chaos lint typecheck docs bench wheel sbom lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -60,6 +63,12 @@ clients: $(VENV)/.dev $(CLIENTS)/.installed
 
 attack: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.attacks.run $(ARGS)
+
+soak: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.endurance.soak $(ARGS)
+
+chaos: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.endurance.chaos $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

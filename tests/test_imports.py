@@ -96,6 +96,7 @@ BENCHMARKS: dict[str, set[str]] = {
     "server": set(),
     "policies": set(),
     "attacks": set(),
+    "endurance": set(),
     "peers": {"engine"},
 }
 """Folder of benchmarks -> the folders that it may import from, beside the package."""

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ class Serving:
     def address(self) -> tuple[str, int]:
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return host, int(port)
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """Nobody reads its log meanwhile."""
+        assert self.process.stderr is not None
+        pipe = self.process.stderr._transport  # type: ignore[attr-defined]
+        pipe.pause_reading()
+        try:
+            yield
+        finally:
+            pipe.resume_reading()
 
     async def end(self) -> int:
         """Its exit code, once it has ended."""
