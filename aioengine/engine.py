@@ -49,7 +49,6 @@ from aioengine.runtime.assemble import (
     choose_policy,
     core_limits,
     engine_info,
-    warm_up,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.held import HeldAdapters
@@ -212,7 +211,7 @@ class AsyncEngine:
             loop = asyncio.get_running_loop()
             built = await loop.run_in_executor(work, build, self.config, self._resolver, progress)
         try:
-            first_steps = await warm_up(built.device, built.plan)
+            first_steps = await warm_up(built.device, built.plan, self.config)
         except BaseException:
             await built.device.close()
             raise

@@ -6,6 +6,8 @@ import functools
 import logging
 import os
 
+import torch
+
 from aioengine.kernels import reference
 from aioengine.kernels.backend import Backend
 from aioengine.kernels.portable import plain
@@ -41,12 +43,23 @@ def _backends(device_type: str) -> dict[str, Backend]:
 @functools.cache
 def _triton_backend() -> Backend | None:
     try:
-        from aioengine.kernels.triton import backend, table
+        from aioengine.kernels.triton import backend, launch, table
     except ImportError as error:
         logger.warning(
             "the GPU kernels are not available: %s. Plain torch is used in their place; install triton", error
         )
         return None
+    if torch.cuda.is_available():
+        try:
+            launch.check_launch()
+        except Exception as error:  # of the compiler's, the linker's or the driver's
+            logger.warning(
+                "the GPU kernels cannot be launched: %s: %s. Plain torch is used in their place; triton "
+                "needs a C compiler and the headers of Python (on Debian: gcc and python3-dev)",
+                type(error).__name__,
+                error,
+            )
+            return None
     table.measured(os.environ.get(table.ENV))  # a file that cannot be used is refused now, not by a step
     return backend
 

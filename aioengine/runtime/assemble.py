@@ -29,17 +29,14 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.spec import ModelSpec
-from aioengine.request import SamplingParams
 from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
-from aioengine.step import SequenceWork, StepBatch
+from aioengine.step import StepBatch
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("aioengine")
 
-_WARM_UP_PROMPT = 32
-_WARM_UP_PARAMS = (SamplingParams(), SamplingParams(temperature=1.0))
 CPU_STEP_SECONDS = 0.2
 """Default of ``max_step_seconds`` on a CPU, where shorter chunks cost almost nothing. A GPU computes a full
 step in less time, and would be idle between shorter ones."""
@@ -101,42 +98,6 @@ async def build_with_workers(
         await device.close()
         raise
     return Built(spec, plan, tokenizer, device, chosen, path)
-
-
-async def warm_up(device: Device, plan: MemoryPlan) -> list[tuple[StepBatch, float]]:
-    """Run an engine's first steps, so that threads, kernels and memory are ready before the first request.
-
-    They compute a prompt and one more token, for a greedy and a sampled request that no listener hears of,
-    and write to blocks that nothing refers to. Returns the steps and their seconds. Raises what the device
-    raises.
-    """
-    tokens = min(_WARM_UP_PROMPT, plan.max_model_len - 1)
-    width = -(-(tokens + 1) // plan.block_size)
-    requests = range(min(len(_WARM_UP_PARAMS), plan.num_blocks // width))
-    history = [0] * (tokens + 1)
-    ranks = [0] * plan.num_slots
-    steps: list[tuple[StepBatch, float]] = []
-    for start, count in ((0, tokens), (tokens, 1)):
-        sequences = [
-            SequenceWork(
-                request_id=f"warm-up-{i}",
-                slot=-1,
-                tokens=[0] * count,
-                start=start,
-                block_table=list(range(i * width, (i + 1) * width)),
-                sample=True,
-                params=_WARM_UP_PARAMS[i],
-                seed=0,
-                history=history[: start + count],
-                prompt_len=tokens,
-            )
-            for i in requests
-        ]
-        batch = StepBatch(0, sequences, ranks)
-        steps.append((batch, (await device.execute(batch)).seconds))
-    for i in requests:
-        device.forget(f"warm-up-{i}")
-    return steps
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:

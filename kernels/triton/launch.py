@@ -16,3 +16,16 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 def power_of_two(number: int) -> int:
     """The least power of two that is not below ``number``."""
     return 1 << (number - 1).bit_length()
+
+
+def check_launch() -> None:
+    """Compile and launch a kernel on the current GPU. Raises what goes wrong.
+
+    That triton can be imported does not mean that it works: its first launch needs a C compiler and the
+    headers of Python, and a GPU that its compiler knows.
+    """
+    from aioengine.kernels.triton.jit.probe import probe_kernel
+
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    probe_kernel[(1,)](out)
+    torch.cuda.synchronize()

@@ -19,7 +19,7 @@ def join(highest, total, acc, part_highest, part_total, part_acc):
     return higher, total * decay + part_total * part_decay, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_parts", "table_stride"])
 def attention_kernel(
     qkv_ptr,  # [T, heads + 2 * kv_heads, D], rows q_stride apart
     keys_ptr,  # [cells, kv_heads, D], contiguous

@@ -8,7 +8,7 @@ import triton.language as tl
 from aioengine.kernels.triton.jit.slices import A_RANK, AFFINE, COLUMNS, A, locate, pick
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place", "table_stride"])
 def affine_kernel(
     y_ptr,  # [T, ...], rows y_stride apart
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
@@ -53,7 +53,7 @@ def affine_kernel(
     tl.store(y_at, (wide + gain[None, :] * wide + shift[None, :]).to(y.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place", "table_stride"])
 def embed_kernel(
     ids_ptr,  # [T]
     memory_ptr,  # [elements]

@@ -21,7 +21,7 @@ def _product(acc, h_at, b_at, h_mask, b_mask, rank, BLOCK_R: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place", "table_stride"])
 def expand_kernel(
     h_ptr,  # [T, n, width], rows h_stride apart
     y_ptr,  # [T, ...], rows y_stride apart

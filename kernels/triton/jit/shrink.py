@@ -9,7 +9,7 @@ from aioengine.kernels.triton.jit.product import add_product
 from aioengine.kernels.triton.jit.slices import A_RANK, COLUMNS, A
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place", "n_slices", "table_stride"])
 def shrink_kernel(
     x_ptr,  # [T, in], rows x_stride apart
     memory_ptr,  # [elements]

@@ -1,0 +1,252 @@
+"""Forwards on a GPU that computes nothing; each function runs in a process of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import torch
+from support import fake_gpu
+from torch import Tensor
+
+DTYPE = torch.bfloat16
+META = torch.device("meta")
+BLOCK = 16
+MAX_MODEL_LEN = 8192
+
+
+class Row(NamedTuple):
+    """A sequence in a step: slot (-1: the base model), first position, tokens, and whether one is sampled."""
+
+    slot: int
+    start: int
+    count: int
+    sample: bool = True
+
+
+class Model:
+    """A decoder with slots and a KV cache on the meta device, as :class:`ModelRunner` puts them together."""
+
+    def __init__(self, spec: object, *, slots: int = 8, rank: int = 16, **options: object) -> None:
+        self.gpu = fake_gpu.install()
+        self.gpu.reset()
+        from aioengine.kernels.triton import backend
+        from aioengine.model.decoder import Decoder
+        from aioengine.model.kv_cache import KVCache
+        from aioengine.model.parallel.group import SOLO
+        from aioengine.model.slots.pool import LoRASlots
+        from aioengine.model.spec import LORA_MODULES
+
+        shard = options.get("shard")
+        group = None if shard is None else _group(shard)
+        self.decoder = Decoder(spec, DTYPE, META, backend, group)
+        self.cache = KVCache(self.decoder.spec, 512, BLOCK, DTYPE, META)
+        modules = options.get("modules", LORA_MODULES)
+        self.slots = LoRASlots(spec, slots, rank, modules, DTYPE, META, shard or SOLO)
+        self.ranks = [rank] * slots
+
+    def forward(self, inputs: object) -> Tensor:
+        with torch.inference_mode():
+            return self.decoder.forward(inputs, self.cache, self.slots)
+
+    def step(self, rows: Sequence[Row], affine: Sequence[bool] = ()) -> Tensor:
+        """Everything from a batch to its logits."""
+        from aioengine.kernels import AttentionPlan, LoRABatch, Span
+        from aioengine.kernels.transfer import send
+        from aioengine.model.decoder import StepInputs
+
+        rows = sorted(rows)
+        ids: list[int] = []
+        spans, sampled, places = [], [], []
+        for row in rows:
+            spans.append(Span(len(ids), row.count, row.start))
+            ids += [0] * row.count
+            if row.sample:
+                sampled.append(row)
+                places.append(len(ids) - 1)
+        tables = [list(range(-(-(row.start + row.count) // BLOCK))) for row in rows]
+        token_ids, sample_rows = send([torch.tensor(ids), torch.tensor(places, dtype=torch.long)], META)
+
+        def batch(rows: Sequence[Row], counts: Sequence[int]) -> LoRABatch:
+            slots = [row.slot for row in rows]
+            return LoRABatch(slots, counts, self.ranks, META, slot_affine=affine or [False] * len(self.ranks))
+
+        inputs = StepInputs(
+            token_ids,
+            sample_rows,
+            AttentionPlan(spans, tables, BLOCK, META),
+            batch(rows, [row.count for row in rows]),
+            batch(sampled, [1] * len(sampled)),
+        )
+        return self.forward(inputs)
+
+    def record(self, max_num_seqs: int, max_model_len: int) -> None:
+        """Record decode steps, which compiles their kernels."""
+        from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps
+
+        def record(step):  # type: ignore[no-untyped-def]
+            step()
+            return step
+
+        DecodeSteps(
+            self.forward,
+            DecodeLimits(max_num_seqs, max_model_len),
+            self.slots,
+            block_size=BLOCK,
+            vocab_size=self.decoder.spec.vocab_size,
+            dtype=DTYPE,
+            device=META,
+            record=record,
+        )
+
+
+def _group(shard: object) -> object:
+    from aioengine.model.parallel.group import Group
+
+    class MetaGroup(Group):
+        def all_reduce(self, tensor: Tensor) -> Tensor:
+            assert tensor.is_contiguous() and tensor.device == META
+            return tensor
+
+        def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+            shape = list(tensor.shape)
+            shape[dim] *= self.shard.size
+            return tensor.new_empty(shape)
+
+    return MetaGroup(shard)
+
+
+def llama(**changes: object) -> object:
+    """Llama-3-8B's shapes, with few layers and tokens."""
+    from aioengine.model.spec import ModelSpec, RopeSpec
+
+    spec = ModelSpec(
+        family="llama",
+        vocab_size=512,
+        hidden_size=4096,
+        num_layers=1,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        rms_norm_eps=1e-5,
+        max_position=131072,
+        rope=RopeSpec(),
+        tie_embeddings=False,
+    )
+    return msgspec.structs.replace(spec, **changes)
+
+
+def _models(name: str) -> Model:
+    from aioengine.model.parallel.group import Shard
+    from aioengine.model.spec import LORA_MODULES
+
+    everything = (*LORA_MODULES, "embed_tokens", "lm_head")
+    match name:
+        case "everything adapted":
+            return Model(llama(), modules=everything)
+        case "rank 1" | "rank 8" | "rank 320":
+            return Model(llama(), rank=int(name.split()[1]))
+        case "biases, norms, windows":
+            return Model(
+                llama(num_layers=2, qk_norm=True, qkv_bias=True, o_bias=True, sliding_windows=(None, 64))
+            )
+        case "seven query heads a key head":
+            return Model(llama(num_heads=28, num_kv_heads=4, hidden_size=3584))
+        case "half sharded":
+            return Model(llama(), shard=Shard(1, 2))
+        case "fully sharded":
+            return Model(llama(), shard=Shard(1, 2, True), modules=everything)
+    raise ValueError(name)
+
+
+MODELS = (
+    "everything adapted",
+    "rank 1",
+    "rank 8",
+    "rank 320",
+    "biases, norms, windows",
+    "seven query heads a key head",
+    "half sharded",
+    "fully sharded",
+)
+
+
+def forwards() -> dict[str, list[str]]:
+    """Faults by model."""
+    return {name: _forwards(name) for name in MODELS}
+
+
+def _forwards(name: str) -> list[str]:
+    """Faults of prefill, decode, mixed, base, and unsampled steps, and of recorded ones."""
+    model = _models(name)
+    affine = [False, True, True, *[False] * 5]
+    mixed = [Row(-1, 0, 40), Row(-1, 70, 1), Row(0, 10, 1), Row(1, 0, 30), Row(1, 33, 1), Row(2, 500, 5)]
+    model.step(mixed, affine)
+    model.step(mixed)
+    model.step([row._replace(sample=False) for row in mixed], affine)
+    model.step([row._replace(slot=-1) for row in mixed])
+    model.step([Row(slot, 100 + slot, 1) for slot in range(-1, 8)])
+    model.step([Row(3, 0, 300)])
+    if "sharded" not in name:
+        model.record(5, 64)
+    assert sum(model.gpu.launches.values()) > 50
+    return model.gpu.faults
+
+
+def jit_keys(steps: str) -> tuple[int, list[tuple[int, str]]]:
+    """How many kernels an engine compiles at its start, and (step, JIT key) of those that random mixed steps
+    need beside them."""
+    model = Model(llama())
+    model.record(64, MAX_MODEL_LEN)
+    for rows in _first_steps(len(model.ranks), model.ranks[0]):
+        model.step(rows)
+    at_start = len(model.gpu.variants)
+    rng = random.Random(0)
+    slots = len(model.ranks)
+    for number in range(int(steps)):
+        model.gpu.step = number
+        longest = rng.choice([100, 500, 2000, 7000])
+        decodes = [
+            Row(rng.randrange(-1, slots), rng.randint(1, longest), 1)
+            for _ in range(rng.choice([0, 1, 2, 4, 8, 16, 32, 63]))
+        ]
+        prompts = [
+            Row(rng.randrange(-1, slots), rng.choice([0, 0, 512]), rng.randint(2, 600), rng.random() < 0.7)
+            for _ in range(rng.choice([1, 1, 2]))
+        ]
+        model.step([*decodes, *prompts])
+    assert not model.gpu.faults
+    return at_start, [(step, key) for key, step in model.gpu.variants.items() if step >= 0]
+
+
+def _first_steps(slots: int, rank: int) -> list[list[Row]]:
+    """Steps that an engine with these slots takes when it starts."""
+    from aioengine import EngineConfig, LoRAConfig
+    from aioengine.memory_plan import MemoryPlan
+    from aioengine.runtime.warm_up import first_requests, kernel_shapes
+
+    config = EngineConfig(model="none", lora=LoRAConfig(max_loras=slots, max_lora_rank=rank))
+    plan = MemoryPlan(
+        device="cuda",
+        dtype="bfloat16",
+        lora_dtype="bfloat16",
+        max_model_len=MAX_MODEL_LEN,
+        weights_bytes=0,
+        num_slots=slots,
+        slot_bytes_by_module={},
+        slot_affine_bytes=0,
+        num_blocks=512,
+        block_size=BLOCK,
+        block_bytes=0,
+        cpu_capacity=slots,
+        cpu_adapter_bytes=0,
+        available_bytes=0,
+    )
+    batches = [*first_requests(plan), *kernel_shapes(plan, config)]
+    return [
+        [Row(work.slot, work.start, len(work.tokens), work.sample) for work in batch.sequences]
+        for batch in batches
+    ]
