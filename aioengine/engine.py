@@ -66,6 +66,7 @@ from aioengine.runtime.vectors import (
     score,
     tokenize_pair,
 )
+from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
 
 if TYPE_CHECKING:
