@@ -22,7 +22,7 @@ from aioengine.schedulers.nearest import nearest as nearest_name
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
-ExecutorName = Literal["thread", "process"]
+ExecutorName = Literal["thread", "process", "ray"]
 Restart = Literal["never", "on-failure"]
 MetricsCompat = Literal["none", "vllm"]
 SpeculationName = Literal["none", "ngram", "suffix"]
@@ -179,13 +179,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     wait for the host. Takes a while at the start, and some memory."""
     tensor_parallel_size: int = 1
     """Processes that share the model, each with a part of every layer; more than 1 needs
-    ``executor="process"``."""
+    ``executor="process"`` or "ray"."""
     executor: ExecutorName = "thread"
     """Where the model runs: "thread" in this process, "process" in ``tensor_parallel_size`` others, where it
-    shares no interpreter lock with the application."""
+    shares no interpreter lock with the application, "ray" in as many Ray actors, over the nodes of a cluster
+    (extra ``fleet``)."""
     restart: Restart = "never"
     """When a process of the model's is lost: "never" lets the engine die, "on-failure" starts them again;
-    running requests fail, the waiting ones are served. Needs ``executor="process"``."""
+    running requests fail, the waiting ones are served. Needs ``executor="process"`` or "ray"."""
     seed: int = 0
     """Requests without a seed of their own draw one from this."""
     max_waiting: int | None = None

@@ -206,7 +206,7 @@ class AsyncEngine:
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         """Build the engine's parts; the policy lab overrides it."""
-        if self.config.executor == "process":
+        if self.config.executor != "thread":
             built = await build_with_workers(self.config, self._resolver, progress, work)
         else:
             loop = asyncio.get_running_loop()

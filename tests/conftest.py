@@ -15,6 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests st
 
 import torch
 from hypothesis import settings
+from support.ray_nodes import nodes
+
+__all__ = ["nodes"]
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)

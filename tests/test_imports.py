@@ -67,7 +67,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "resolvers"},
     "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
     "core": {"adapters", "speculation"},
-    "executors": {"process"},
+    "executors": {"process", "ray"},
     "fleet": {"door"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
     "lab": {

@@ -23,6 +23,8 @@ from aioengine.errors import PolicyError
 from aioengine.executors.base import Device
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process.device import ProcessDevice
+from aioengine.executors.process.workers import Workers
+from aioengine.executors.ray.workers import RayWorkers
 from aioengine.executors.thread import ThreadDevice
 from aioengine.info import EngineInfo, LoadProgress
 from aioengine.memory_plan import MemoryPlan
@@ -88,7 +90,7 @@ async def build_with_workers(
     spec = await loop.run_in_executor(work, read_spec, path, config.model_impl)
     # The policy is the engine's business, and may not fit into a message.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
-    device = ProcessDevice(theirs)
+    device = ProcessDevice(theirs, RayWorkers if config.executor == "ray" else Workers)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
     plan = msgspec.msgpack.decode(await device.start(progress), type=MemoryPlan)
     plan = msgspec.structs.replace(plan, num_blocks=device.num_blocks)

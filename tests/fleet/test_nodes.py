@@ -15,7 +15,7 @@ import openai
 import pytest
 from support.engine_fixtures import Tiny
 from support.fleet_process import FleetServer, fleet_server, needs_ray, until
-from support.ray_nodes import Nodes, ray_nodes
+from support.ray_nodes import Nodes
 
 from aioengine.server.access.keys import hash_key
 
@@ -32,12 +32,6 @@ ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
 ray.get(registry_actor("aioengine", registry).put.remote(Entry("kept", path, 3)))
 """
 """What a door does when an adapter is loaded."""
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with ray_nodes() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +148,7 @@ async def test_grows_onto_the_other_node_and_shrinks(fleet: FleetServer, nodes: 
 
 
 async def test_streams_outlive_a_node(fleet: FleetServer, nodes: Nodes) -> None:
+    nodes.add_second()
     async with busy(fleet) as client:
         expected = await asyncio.gather(*[completion(client, i) for i in range(8)])
         await asyncio.to_thread(until, lambda: fleet.healthy(2), 90)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
+import pytest
 from support.fleet_process import command_line
 
 
@@ -26,7 +26,9 @@ class Nodes:
         self.__init__()  # type: ignore[misc]
 
     def add_second(self) -> None:
-        self._second = self._cluster.add_node(**_NODE)
+        """Unless it is there."""
+        if self._second is None:
+            self._second = self._cluster.add_node(**_NODE)
 
     @property
     def address(self) -> str:
@@ -35,25 +37,31 @@ class Nodes:
     def kill_second(self) -> None:
         """Its raylet and all that runs there are gone at once."""
         self._cluster.remove_node(self._second, allow_graceful=False)
+        self._second = None
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
 
     def replicas(self) -> dict[int, int]:
         """Processes of replicas that have started, and the node of each: the process that started it."""
+        return self.workers("EngineReplica")
+
+    def workers(self, kind: str) -> dict[int, int]:
+        """The same, of the actors that have ``kind`` in their command line."""
         found = psutil.Process().children(recursive=True)
-        return {p.pid: p.ppid() for p in found if "EngineReplica" in command_line(p)}
+        return {p.pid: p.ppid() for p in found if kind in command_line(p)}
 
 
-@contextlib.contextmanager
-def ray_nodes() -> Iterator[Nodes]:
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    """Shared by all tests that need a cluster, which leave it without drivers."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
-    nodes = Nodes()
+    found = Nodes()
     try:
-        yield nodes
+        yield found
     finally:
-        nodes.shutdown()
+        found.shutdown()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

@@ -38,9 +38,11 @@ logger = logging.getLogger("aioengine")
 
 
 class ProcessDevice(Device):
-    """Steps, reads and copies in worker processes. ``config.model`` is a path."""
+    """Steps, reads and copies in worker processes. ``config.model`` is a path; ``kind`` says how the workers
+    are started."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, kind: type[Workers] = Workers) -> None:
+        self._kind = kind
         self.can_restart = config.restart == "on-failure"
         self.workers: Workers
         """The workers that run now; set from the first start on."""
@@ -156,7 +158,7 @@ class ProcessDevice(Device):
             self._guides.shutdown(wait=True)
 
     def _renew_workers(self, progress: LoadProgress | None) -> None:
-        self.workers = Workers(self._config, lost=self._report, progress=progress)
+        self.workers = self._kind(self._config, lost=self._report, progress=progress)
         self._loader.use(self.workers)
 
     def _report(self, error: EngineDead) -> None:

@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -187,15 +187,22 @@ class _Model:
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:
-    """Wait until all ranks have joined and the file ``rendezvous`` is no longer needed."""
+    """Wait until all ranks have joined and ``rendezvous``, a file or "tcp://host:port" on rank 0's node, is
+    no longer needed."""
     if shard.size == 1:
         return SoloGroup()
     import torch
     from torch import distributed
 
     if device == "cuda":
-        torch.cuda.set_device(shard.rank)
-    store = distributed.FileStore(rendezvous, shard.size)  # type: ignore[attr-defined] # its stubs hide it
+        torch.cuda.set_device(shard.rank % torch.cuda.device_count())
+    store: Any
+    if rendezvous.startswith("tcp://"):
+        host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")
+        first = shard.rank == 0
+        store = distributed.TCPStore(host, int(port), shard.size, is_master=first)  # type: ignore[attr-defined]
+    else:
+        store = distributed.FileStore(rendezvous, shard.size)  # type: ignore[attr-defined] # its stubs hide it
     distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=shard.rank, world_size=shard.size
     )

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -91,14 +91,29 @@ class Call:
         return found
 
 
-class _Worker:
+class WorkerProcess(Protocol):
+    """The process of a worker."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None:
+        """End it at once. May raise ProcessLookupError if it has ended."""
+
+    async def wait(self) -> int | None:
+        """Wait until it has ended. Returns its exit status; None if nobody knows it."""
+
+
+class WorkerConnection:
+    """A worker, and the stream to it."""
+
     def __init__(
         self,
         rank: int,
-        process: asyncio.subprocess.Process,
+        process: WorkerProcess,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        output: WorkerOutput,
+        output: WorkerOutput | None = None,
     ) -> None:
         self.rank = rank
         self.output = output
@@ -133,7 +148,7 @@ class Workers:
         """What computes the steps; known when they have started."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch; known when they have started."""
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerConnection] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
         self._numbers = count()
@@ -152,8 +167,7 @@ class Workers:
         folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
         try:
             await _to_its_end(self._spawn())
-            meeting = "" if folder is None else os.path.join(folder, "ranks")
-            plans = await self._start(meeting).of(Planned)
+            plans = await self._start(self._meeting(folder)).of(Planned)
             if folder is not None:
                 shutil.rmtree(folder)  # they have found each other
                 folder = None
@@ -187,7 +201,9 @@ class Workers:
         for listener in self._listeners:
             listener.cancel()
         await asyncio.gather(
-            *self._listeners, *(worker.output.ended() for worker in self._workers), return_exceptions=True
+            *self._listeners,
+            *(worker.output.ended() for worker in self._workers if worker.output is not None),
+            return_exceptions=True,
         )
         self._workers.clear()
         self._listeners.clear()
@@ -198,18 +214,26 @@ class Workers:
         environment = _environment()
         spawning = (_spawn_one(rank, environment) for rank in range(self.size))
         found = await asyncio.gather(*spawning, return_exceptions=True)
-        self._workers = [worker for worker in found if isinstance(worker, _Worker)]
+        for worker in found:
+            if isinstance(worker, WorkerConnection):
+                self._add(worker)
         for result in found:
             if isinstance(result, BaseException):
                 raise EngineDead(f"a worker process could not be started: {result}") from result
-        loop = asyncio.get_running_loop()
-        for worker in self._workers:
-            name = f"aioengine-worker-{worker.rank}"
-            self._listeners.append(loop.create_task(self._listen(worker), name=name))
+
+    def _add(self, worker: WorkerConnection) -> None:
+        """Listen to a worker from now on."""
+        self._workers.append(worker)
+        name = f"aioengine-worker-{worker.rank}"
+        self._listeners.append(asyncio.get_running_loop().create_task(self._listen(worker), name=name))
+
+    def _meeting(self, folder: str | None) -> str:
+        """Where the ranks find each other: a file in ``folder``, or "" for one rank."""
+        return "" if folder is None else os.path.join(folder, "ranks")
 
     def _start(self, meeting: str) -> Call:
         call = self._open(patient=False)
-        threads = _threads(self.size)
+        threads = rank_threads(self.size)
         for worker in self._workers:
             start = Start(call.number, self._config, worker.rank, self.size, threads, meeting)
             worker.writer.write(frame(start))
@@ -245,7 +269,7 @@ class Workers:
 
     # Listening
 
-    async def _listen(self, worker: _Worker) -> None:
+    async def _listen(self, worker: WorkerConnection) -> None:
         try:
             while True:
                 await self._received(worker, await read_report(worker.reader))
@@ -254,7 +278,7 @@ class Workers:
         except Exception as error:
             self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
 
-    async def _received(self, worker: _Worker, report: Report) -> None:
+    async def _received(self, worker: WorkerConnection, report: Report) -> None:
         if isinstance(report, Progress):
             if self._progress is not None:
                 self._progress(report.stage, report.done, report.total)
@@ -274,7 +298,7 @@ class Workers:
             if not call.open:
                 del self._calls[report.number]
 
-    async def _ended(self, worker: _Worker) -> None:
+    async def _ended(self, worker: WorkerConnection) -> None:
         code: int | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_SECONDS):
@@ -298,7 +322,7 @@ class Workers:
                 worker.process.kill()
 
 
-async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
+async def _spawn_one(rank: int, environment: dict[str, str]) -> WorkerConnection:
     ours, theirs = socket.socketpair()
     output = WorkerOutput(rank)
     try:
@@ -327,7 +351,7 @@ async def _spawn_one(rank: int, environment: dict[str, str]) -> _Worker:
         process.kill()
         await process.wait()
         raise
-    return _Worker(rank, process, reader, writer, output)
+    return WorkerConnection(rank, process, reader, writer, output)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
@@ -362,7 +386,7 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _threads(size: int) -> int:
+def rank_threads(size: int) -> int:
     """A worker's share of the compute threads of this process; 0 if torch has not been asked here."""
     torch: Any = sys.modules.get("torch")
     return 0 if torch is None else max(1, torch.get_num_threads() // size)
@@ -374,7 +398,7 @@ def _dead(reason: str, cause: Exception | None = None) -> EngineDead:
     return error
 
 
-def _who(worker: _Worker) -> str:
+def _who(worker: WorkerConnection) -> str:
     return f"worker {worker.rank} (process {worker.process.pid})"
 
 

@@ -1,0 +1,1 @@
+"""Tensor-parallel ranks as Ray actors, over the nodes of a cluster."""

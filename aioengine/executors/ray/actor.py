@@ -1,0 +1,38 @@
+"""RankActor: a worker of :mod:`aioengine.executors.process`, in an actor's process and over TCP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where an actor runs."""
+
+    host: str
+    """Its node's address."""
+    free_port: int
+    """A port of that node that nobody listened on a moment ago."""
+    pid: int
+
+
+class RankActor:
+    """The actor's class."""
+
+    def place(self) -> Place:
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.create_server((host, 0)) as server:
+            return Place(host, server.getsockname()[1], os.getpid())
+
+    def run(self, host: str, port: int, greeting: bytes) -> None:
+        """Serve the engine that listens there, until it is gone; then this process ends."""
+        from aioengine.executors.process.worker import Worker
+
+        connection = socket.create_connection((host, port), timeout=30)
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(greeting)
+        Worker(connection).run()

@@ -1,0 +1,195 @@
+"""RayWorkers: the workers of one engine as Ray actors in a placement group, which may span nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import importlib.util
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+from typing import Any
+
+from aioengine.errors import ConfigError, EngineDead
+from aioengine.executors.process.workers import WorkerConnection, Workers, rank_threads
+from aioengine.executors.ray.actor import RankActor
+from aioengine.memory_plan import resolve_device
+
+START_SECONDS = 60.0
+"""Time for Ray to place the actors, and for each of them to connect."""
+JOIN_SECONDS = 3.0
+"""Nodes that have just joined are heard of by then."""
+_RANK = struct.Struct("<I")
+_SECRET_BYTES = 32
+_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+class RayWorkers(Workers):
+    """As :class:`~aioengine.executors.process.workers.Workers`, over TCP. Each actor has a CPU for every
+    thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or started on this machine, unless
+    the application has done so; it stays until the application ends it.
+
+    What the engine and its ranks tell each other is neither encrypted nor signed, as between torch's own
+    ranks: the network between the nodes has to be trusted.
+    """
+
+    _group: Any = None
+    _rendezvous = ""
+
+    def _meeting(self, folder: str | None) -> str:
+        return self._rendezvous
+
+    async def _spawn(self) -> None:
+        await asyncio.to_thread(_connect)
+        loop = asyncio.get_running_loop()
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        arrived: list[asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+        arrived = [loop.create_future() for _ in range(self.size)]
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(EOFError, OSError, TimeoutError):
+                async with asyncio.timeout(START_SECONDS):
+                    found = await reader.readexactly(_SECRET_BYTES)
+                    (rank,) = _RANK.unpack(await reader.readexactly(_RANK.size))
+                if hmac.compare_digest(found, secret) and rank < self.size and not arrived[rank].done():
+                    arrived[rank].set_result((reader, writer))
+                    return
+            writer.close()
+
+        actors = await asyncio.to_thread(self._place)
+        host = await asyncio.to_thread(_own_address)
+        server = await asyncio.start_server(greet, host, 0, family=socket.AF_INET)
+        try:
+            port = server.sockets[0].getsockname()[1]
+            for rank, actor in enumerate(actors):
+                actor.ended = actor.handle.run.remote(host, port, secret + _RANK.pack(rank))
+            async with asyncio.timeout(START_SECONDS):
+                for rank, actor in enumerate(actors):
+                    reader, writer = await arrived[rank]
+                    self._add(WorkerConnection(rank, actor, reader, writer))
+        except TimeoutError:
+            raise EngineDead(f"a Ray actor did not connect within {START_SECONDS:g} s") from None
+        finally:
+            server.close()
+            if len(self._workers) < self.size:
+                for actor in actors:
+                    actor.kill()
+
+    def _place(self) -> list[_Actor]:
+        """Make the actors. Blocks. Raises ConfigError if the cluster has no room for them."""
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        threads = max(1, rank_threads(self.size))
+        cuda = resolve_device(self._config.device) == "cuda"
+        bundle = {"CPU": float(threads), **({"GPU": 1.0} if cuda else {})}
+        there = ray.cluster_resources()
+        until = time.monotonic() + JOIN_SECONDS
+        while any(there.get(name, 0) < count * self.size for name, count in bundle.items()):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+            there = ray.cluster_resources()
+        for name, count in bundle.items():
+            if there.get(name, 0) < count * self.size:
+                raise ConfigError(
+                    f"executor='ray': {self.size} ranks need {count * self.size:g} {name}, and the Ray "
+                    f"cluster has {there.get(name, 0):g}; lower tensor_parallel_size, or add nodes"
+                )
+        self._group = placement_group([bundle] * self.size, strategy="PACK")
+        if not self._group.wait(START_SECONDS):
+            raise ConfigError(
+                f"executor='ray': no room for {self.size} ranks of {bundle} came free in the Ray cluster "
+                f"within {START_SECONDS:g} s; other programs use it"
+            )
+        kind = ray.remote(RankActor)
+        handles = [
+            kind.options(
+                num_cpus=threads,
+                num_gpus=1 if cuda else 0,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=rank
+                ),
+                runtime_env={
+                    "env_vars": {"OMP_NUM_THREADS": str(threads), "TORCH_NCCL_ENABLE_MONITORING": "0"}
+                },
+            ).remote()
+            for rank in range(self.size)
+        ]
+        try:
+            places = ray.get([handle.place.remote() for handle in handles], timeout=START_SECONDS)
+        except Exception as error:
+            for handle in handles:
+                ray.kill(handle)
+            raise EngineDead(f"a Ray actor could not be started: {type(error).__name__}: {error}") from error
+        self._rendezvous = f"tcp://{places[0].host}:{places[0].free_port}" if self.size > 1 else ""
+        return [_Actor(handle, place.pid) for handle, place in zip(handles, places, strict=True)]
+
+    async def _close(self) -> None:
+        await super()._close()
+        group, self._group = self._group, None
+        if group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            with contextlib.suppress(Exception):  # Ray itself may be gone
+                await asyncio.to_thread(remove_placement_group, group)
+
+
+class _Actor:
+    """An actor, as far as a :class:`~aioengine.executors.process.workers.WorkerProcess` is needed of it."""
+
+    def __init__(self, handle: Any, pid: int) -> None:
+        self.handle = handle
+        self.pid = pid
+        self.ended: Any = None
+        """What its ``run`` gives when it is over, or dead."""
+
+    async def wait(self) -> int | None:
+        if self.ended is not None:
+            with contextlib.suppress(Exception):  # that it died is all that it says
+                await asyncio.wrap_future(self.ended.future())
+        return None
+
+    def kill(self) -> None:
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.kill(self.handle)
+
+
+def _connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine. Raises ConfigError."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("executor='ray' needs Ray, which is not installed: pip install 'aioengine[fleet]'")
+    import ray
+
+    if ray.is_initialized():
+        return
+    where = os.environ.get("RAY_ADDRESS", "").strip()
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "namespace": "aioengine",
+    }
+    try:
+        if where in ("", "local"):
+            ray.init(address="local", include_dashboard=False, **options)
+        else:
+            ray.init(address=where, **options)
+    except Exception as error:
+        ray.shutdown()
+        what = f"RAY_ADDRESS={where}: the cluster cannot be joined" if where else "Ray cannot be started"
+        raise ConfigError(f"executor='ray': {what}: {str(error).splitlines()[0]}") from error
+
+
+def _own_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())

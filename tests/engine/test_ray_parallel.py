@@ -1,0 +1,73 @@
+"""Two ranks as Ray actors on two nodes: the tokens of one, adapters that swap, and deaths as of processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.failure_harness import error_of, until
+from support.fleet_process import needs_ray
+from support.ray_nodes import Nodes
+
+from aioengine.errors import ConfigError, EngineDead
+
+needs_ray()
+pytestmark = pytest.mark.timed  # Ray's processes take what a machine has
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver(nodes: Nodes) -> Iterator[None]:
+    """This process is one, until the module's end."""
+    import ray
+
+    nodes.add_second()
+    ray.init(nodes.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
+    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    names = ("rank-3", "qv-only", "patterns", "rslora")
+    async with make_engine(tiny, executor="ray", tensor_parallel_size=2) as engine:
+        assert len(set(nodes.workers("RankActor").values())) == 2, "one on each node"
+        for name in names:
+            engine.register_adapter(name, tiny.adapters[name])
+        work = [(i, adapter) for i, adapter in enumerate((None, *names, None, *names))]
+        runs = [engine.complete(prompt_of(i, 7), greedy(12), adapter=a) for i, a in work]
+        for (i, adapter), out in zip(work, await asyncio.gather(*runs), strict=True):
+            assert out.token_ids == tiny.expected(prompt_of(i, 7), 12, adapter)
+        assert engine.stats().slot_evictions > 0
+        engine.check_invariants()
+    await until(lambda: not nodes.workers("RankActor"))
+
+
+async def test_an_actor_that_is_killed_takes_the_other_along(
+    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    fields = {"executor": "ray", "tensor_parallel_size": 2, "restart": "on-failure", "max_model_len": 500}
+    async with make_engine(tiny, **fields) as engine:
+        running = asyncio.create_task(engine.complete([5], greedy(490)))
+        await until(lambda: engine.stats().output_tokens > 2)
+        pid = next(iter(nodes.workers("RankActor")))
+        os.kill(pid, signal.SIGKILL)
+        error = await error_of(running)
+        assert isinstance(error, EngineDead) and f"(process {pid}) closed its connection" in str(error)
+        out = await engine.complete([5, 6], greedy(8))  # by two that were started in their place
+        assert out.token_ids == tiny.expected([5, 6], 8)
+        assert pid not in nodes.workers("RankActor")
+    await until(lambda: not nodes.workers("RankActor"))
+
+
+async def test_more_ranks_than_the_cluster_has_room_for(
+    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(tiny, executor="ray", tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match=r"4 ranks need 4 CPU, and the Ray cluster has 2"):
+        await engine.start()
+    await engine.stop()
