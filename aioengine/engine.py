@@ -200,7 +200,9 @@ class AsyncEngine:
             state=lambda: "degraded" if self.degraded else self.state,
             build=self.build,
         )
-        self._stepper.listeners += [self._counters, self._metrics.handle, self._event_streams]
+        self._stepper.listeners += [self._counters, self._event_streams]
+        if built.metrics:
+            self._stepper.listeners.append(self._metrics.handle)
         self._stepper.start()
         self._state = "running"
 

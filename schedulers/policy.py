@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from math import inf
 from typing import Literal, NamedTuple, Protocol
 
 API_VERSION = 2
@@ -336,6 +337,15 @@ class SchedulerPolicy(ABC):
     @abstractmethod
     def schedule(self, view: SchedulerView) -> Decision:
         """Decide the next step."""
+
+    def quiet_until(self, view: SchedulerView) -> float:
+        """The time before which ``schedule`` would decide nothing again, if nothing happens but that running
+        requests get tokens. Asked after it has decided nothing; until then, or until something happens, it is
+        not called.
+
+        By default it is called before every step.
+        """
+        return -inf
 
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""

@@ -25,28 +25,29 @@ class ArrivalQueue(Generic[T]):
     key at once; a dict whose front was emptied has to look for it.)
     """
 
-    __slots__ = ("_fresh", "_returned")
+    __slots__ = ("_fresh", "_returned", "head")
 
     def __init__(self) -> None:
         self._fresh: OrderedDict[int, T] = OrderedDict()
         self._returned: dict[int, T] = {}
+        self.head: T | None = None
+        """The first; None if it is empty."""
 
     def add(self, request: T) -> None:
         self._fresh[request.seq] = request
+        if self.head is None:
+            self.head = request
 
     def put_back(self, request: T) -> None:
         self._returned[request.seq] = request
         self._returned = dict(sorted(self._returned.items()))
+        self.head = next(iter(self))
 
     def remove(self, request: T) -> None:
         if self._fresh.pop(request.seq, None) is None:
             del self._returned[request.seq]
-
-    @property
-    def head(self) -> T | None:
-        if not self._returned:  # asked often
-            return next(iter(self._fresh.values()), None)
-        return next(iter(self), None)
+        if request is self.head:
+            self.head = next(iter(self), None)
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._returned)

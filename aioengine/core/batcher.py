@@ -82,13 +82,23 @@ class Batcher:
             (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
         room = self.max_num_batched_tokens
         # One of them may be preempted by another.
-        decodes = [r for r in decodes if r.status is Status.RUNNING and self._has_blocks(r, 1, now)]
+        size = self.blocks.block_size
+        decodes = [
+            r
+            for r in decodes
+            if r.status is Status.RUNNING
+            and (r.computed < len(r.blocks) * size or self._has_blocks(r, 1, now))
+        ]
         if self.preemptions > preemptions:
             decodes = [request for request in decodes if request.status is Status.RUNNING]
-        drafts = self._drafts(decodes, room - len(decodes), slot_ranks)
-        for request, draft in zip(decodes, drafts, strict=True):
-            work.append(_part(request, 1, draft))
-            room -= 1 + len(draft or ())
+        if self.speculation is None:
+            work += map(_decode_part, decodes)
+            room -= len(decodes)
+        else:
+            drafts = self._drafts(decodes, room - len(decodes), slot_ranks)
+            for request, draft in zip(decodes, drafts, strict=True):
+                work.append(_part(request, 1, draft))
+                room -= 1 + len(draft or ())
         if self.preemptions > preemptions:  # short of blocks
             admit = ()
         allowance = Allowance(room)
@@ -254,9 +264,12 @@ class Batcher:
     def advance(self, request: Request, tokens: int) -> None:
         """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache."""
         request.computed += tokens
-        full = request.computed // self.blocks.block_size
-        if full <= request.committed or not self.blocks.prefix_caching or not request.caches:
+        blocks = self.blocks
+        if not blocks.prefix_caching or request.computed < (request.committed + 1) * blocks.block_size:
             return
+        if not request.caches:
+            return
+        full = request.computed // blocks.block_size
         if full > len(request.hashes):
             request.hash_blocks(self.blocks)
         for index in range(request.committed, full):
@@ -270,6 +283,27 @@ class Batcher:
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.running -= 1
+
+
+def _decode_part(request: Request) -> _Part:
+    """As ``_part`` for one token, for the request of which most are made."""
+    if request.prompt_logprobs is not None:
+        return _part(request, 1)
+    entry, start, tokens = request.adapter, request.computed, request.tokens
+    slot = -1 if entry is None or entry.slot is None else entry.slot
+    work = SequenceWork(
+        request.id,
+        slot,
+        tokens[start:],
+        start,
+        request.blocks,
+        True,  # sample
+        request.params,
+        request.seed,
+        tokens,  # history
+        request.prompt_len,
+    )
+    return slot, request, work
 
 
 def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Part:

@@ -96,13 +96,15 @@ class BlockManager:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each. The last blocks of a sequence are reused before its first,
         because a short prefix is worth more than a long one."""
+        refs, free, hash_of = self._refs, self._free, self._hash_of
         for block in reversed(blocks):
-            assert self._refs[block] > 0, f"block {block} released twice"
-            self._refs[block] -= 1
-            if self._refs[block] == 0:
-                self._free[block] = None
-                if self._hash_of[block] is None:  # nothing to find in it: reuse it first
-                    self._free.move_to_end(block, last=False)
+            left = refs[block] - 1
+            assert left >= 0, f"block {block} released twice"
+            refs[block] = left
+            if left == 0:
+                free[block] = None
+                if hash_of[block] is None:  # nothing to find in it: reuse it first
+                    free.move_to_end(block, last=False)
 
     def forget(self) -> None:
         """Forget all contents; no block may be referenced."""

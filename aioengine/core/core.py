@@ -131,6 +131,10 @@ class Core:
         )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
+        self._changes = 0
+        """Grows with everything that happens but that running requests get tokens."""
+        self._arranged_at = -1
+        """The number of changes when pinned adapters were last looked after."""
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         self._zombies: list[Request] = []
@@ -203,6 +207,10 @@ class Core:
             given=given,
             cache=self.blocks,
         )
+        request.stops = params.stop_token_ids
+        if not params.ignore_eos:
+            request.stops = (*request.stops, *self.limits.eos_token_ids)
+        request.most_tokens = min(request.most_tokens, self.limits.max_model_len)
         request.ticket = ticket
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
         self._next_seq += 1
@@ -302,10 +310,12 @@ class Core:
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
         """Note that a read was cancelled because the engine stops; no request is told."""
+        self._changes += 1
         self.residency.load_cancelled(entry)
 
     def adapter_load_stalled(self, entry: AdapterEntry) -> None:
         """Note that a read makes no progress: it goes on, but another may start in its place."""
+        self._changes += 1
         self.residency.load_stalled(entry)
 
     def adapter_load_failed(
@@ -353,11 +363,15 @@ class Core:
         assert not self._in_flight
         self.now = now
         self.expire(now)
-        self._fail_shut_out(now)
+        changed = self._changes != self._arranged_at
+        if changed:
+            self._fail_shut_out(now)
         self.residency.sweep(now)  # after those that end requests: an adapter's last one may be among them
-        self.placing.place_pinned(now)
+        if changed or self.placing.pinned_wait:
+            self.placing.place_pinned(now)
+            self._arranged_at = self._changes
         self._view.advance(now, self.step)
-        decision = self._guard.decide(self._view)
+        decision = self._guard.decide(self._view, self._changes)
         for request, why in decision.reject:
             self._reject(request, why, now)
         for request in decision.preempt:
@@ -424,10 +438,10 @@ class Core:
         if not work:
             return None
         self.step += 1
-        used = {w.slot for w in work}
-        for slot in self.slots.slots:
-            if slot.index in used and slot.entry is not None:
-                slot.last_used = slot.entry.last_used = self.now
+        slots = self.slots.slots
+        for index in {w.slot for w in work}:
+            if index >= 0 and (entry := slots[index].entry) is not None:
+                slots[index].last_used = entry.last_used = self.now
         return StepBatch(self.step, work, ranks)
 
     def step_finished(
@@ -444,9 +458,26 @@ class Core:
         self._zombies = []
         before: list[tuple[AdapterEntry | None, float]] = []
         """For each token but a request's first: the adapter, and the time of the token before."""
+        advance = self.batcher.advance
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
             if request.status is not Status.RUNNING:
+                continue
+            last = request.last_token
+            if last is not None and sampled is not None and _is_plain(work, sampled):
+                # As below and in _take, for nearly all of the tokens that there are.
+                advance(request, len(work.tokens))
+                request.tokens.append(sampled.token)
+                request.last_token = now
+                before.append((request.adapter, last))
+                if request.worst_gap is None or now - last > request.worst_gap:
+                    request.worst_gap = now - last
+                finish = self.finish_reason(request, sampled.token)
+                sink = request.sink
+                if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
+                    finish = "stop"
+                if finish is not None:
+                    self.end(request, finish, now)
                 continue
             late = sampled is not None and sampled.late
             self.batcher.advance(request, len(work.tokens) - len(work.draft) - late)
@@ -508,7 +539,7 @@ class Core:
                 request.worst_gap = now - last
         else:
             request.first_token = now
-            self._emit(
+            self.outbox.append(  # not a change: the policy has nothing to decide for it
                 events.FirstToken(
                     time=now,
                     request_id=request.id,
@@ -532,21 +563,14 @@ class Core:
 
     def finish_reason(self, request: Request, token: int) -> FinishReason | None:
         """Return why the request ends with ``token``; None if it goes on."""
-        params = request.params
-        if token in params.stop_token_ids:
+        if request.stops and token in request.stops:
             return "stop"
-        if not params.ignore_eos and token in self.limits.eos_token_ids:
-            return "stop"
-        length = len(request.tokens)
-        if length - request.prompt_len >= params.max_tokens:
-            return "length"
-        if length >= self.limits.max_model_len:
-            return "length"
-        return None
+        return "length" if len(request.tokens) >= request.most_tokens else None
 
     # Telling others
 
     def _emit(self, event: events.Event) -> None:
+        self._changes += 1
         self.outbox.append(event)
 
     def _refuse(self, reason: str, item: str) -> None:
@@ -572,6 +596,7 @@ class Core:
         adapter: str | None = None,
         was: str | None = None,
     ) -> None:
+        self._changes += 1
         view = None
         if request is not None:
             view = request.view
@@ -601,6 +626,11 @@ def _speculation(limits: CoreLimits) -> Speculation | None:
     if limits.speculation == "none":
         return None
     return Speculation(earlier_outputs=limits.speculation == "suffix")
+
+
+def _is_plain(work: SequenceWork, sampled: Sampled) -> bool:
+    """Whether there is one token, and nothing else."""
+    return not (sampled.late or sampled.error or work.draft or work.score)
 
 
 def _pacer(limits: CoreLimits) -> Pacer | None:

@@ -6,6 +6,7 @@ item is allowed when it applies it.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -50,6 +51,9 @@ class Resolved(NamedTuple):
     evict: list[AdapterEntry]
 
 
+_NOTHING = Resolved([], [], [], [], [], [])
+
+
 class PolicyGuard:
     """Stands between the core and a policy.
 
@@ -89,12 +93,21 @@ class PolicyGuard:
         self._overruns = 0
         self._has_failed = False
         self._in_time = 0
+        self._quiet_until = -math.inf
+        self._quiet_since = -1
+        """At so many changes."""
 
-    def decide(self, view: SchedulerView) -> Resolved:
+    def decide(self, view: SchedulerView, changes: int) -> Resolved:
+        """Ask the policy. ``changes`` grows whenever something happens but that running requests get tokens:
+        a policy that has decided nothing, and said until when, is not asked again before."""
         self.seconds = 0.0
+        if changes == self._quiet_since and view.now < self._quiet_until:
+            return _NOTHING
         start = self._timer() if self._timer is not None else 0.0
         try:
             decision = _well_formed(self.policy.schedule(view))
+            if not any(decision):
+                self._quiet_until, self._quiet_since = self.policy.quiet_until(view), changes
         except BaseException as error:
             # A stray CancelledError is the policy's own, for nothing is awaited here.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):

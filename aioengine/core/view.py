@@ -60,10 +60,14 @@ class CoreAdapterView:
     pinned = property(lambda self: self._e.pinned)
     waiting = property(lambda self: len(self._e.waiting))
     running = property(lambda self: self._e.running)
-    oldest_arrival = property(lambda self: self._e.oldest_arrival)
     last_used = property(lambda self: self._e.last_used)
     disk_seconds = property(lambda self: self._e.disk_seconds)
     slot_seconds = property(lambda self: self._e.slot_seconds)
+
+    @property
+    def oldest_arrival(self) -> float | None:
+        head = self._e.waiting.head
+        return None if head is None else head.arrival
 
     @property
     def location(self) -> Location:
@@ -109,7 +113,11 @@ class _Adapters(Mapping[str, CoreAdapterView]):
         self._entries = entries
 
     def __getitem__(self, name: str) -> CoreAdapterView:
-        return CoreAdapterView(self._entries[name])
+        entry = self._entries[name]
+        view: CoreAdapterView | None = entry.view
+        if view is None:
+            view = entry.view = CoreAdapterView(entry)
+        return view
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -58,6 +58,8 @@ class Built(NamedTuple):
     """Clock that measures decisions and the event loop's lag."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Warm-up steps taken at start, and their seconds."""
+    metrics: bool = True
+    """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
     """What policies are told of times; None: they are measured."""
 

@@ -24,6 +24,8 @@ class OutputText:
         self.stop: str | int | None = None
         """The stop string or stop token that was found."""
         self._stream = stream
+        self.is_empty = stream is None
+        """Whether there is never any text."""
         self._params = params
         self._tokens = 0
 
@@ -86,7 +88,8 @@ class OutputStream:
         self._last_token = now
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(sampled.logprob)
-        stopped = self._text.push(sampled.token, is_stop=is_stop)
+        text = self._text
+        stopped = (is_stop or not text.is_empty) and text.push(sampled.token, is_stop=is_stop)
         if self._replayed > 0:
             self._replayed -= 1
             self._tokens_seen += 1

@@ -63,6 +63,10 @@ class Ordering(Part):
     """Guarantee for each of several tenants: nothing; one sequence and one slot, for which other tenants'
     requests are preempted; or equal shares of both, which take precedence over the ordering."""
 
+    by_events: bool = False
+    """Whether what goes first changes only with events, and not with time or with running requests' tokens.
+    It must be said by the class itself, and is not inherited."""
+
     default_prefetch: str = "lookahead"
     """The prefetch to use with it if none is named."""
 
@@ -105,6 +109,9 @@ class Prefetch(Part):
     """Which adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
     is an idle slot that it could have."""
 
+    by_events: bool = False
+    """As for an ordering."""
+
     @abstractmethod
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         """Return at most ``view.load_room`` names. ``cold`` yields the adapters that requests wait for and
@@ -113,6 +120,9 @@ class Prefetch(Part):
 
 class Preemption(Part):
     """Which requests leave the batch, beyond those that the core preempts for lack of KV blocks."""
+
+    by_events: bool = False
+    """As for an ordering."""
 
     @abstractmethod
     def choose(self, view: SchedulerView) -> Sequence[str]:

@@ -27,6 +27,8 @@ SLOT_BOUND = (
     "for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras older "
     "adapters that wait too, and once more"
 )
+EARLY = 1e-6
+"""Seconds by which a policy has itself asked before its time: sums of times are rounded."""
 FILL_LIMIT = 32
 """Maximum waiting requests of a closed slot that one decision examines."""
 
@@ -67,6 +69,8 @@ class Composed(SchedulerPolicy):
         self._take_after = max_wait if order.take_after is None else order.take_after
         self._placed: dict[str, float] = {}
         """Time at which each adapter was placed in its slot, in order."""
+        parts = (order, prefetch, preempt)
+        self._by_events = all(vars(type(part)).get("by_events", False) for part in parts)
         self._close_after = max_wait if order.close_after is None else order.close_after
         if self._close_after == inf:
             self.starvation_bound = "none"
@@ -123,6 +127,20 @@ class Composed(SchedulerPolicy):
             prefetch=list(dict.fromkeys(read)),
             preempt=list(dict.fromkeys([*preempt, *victims, *self.preempt.choose(view)])),
         )
+
+    def quiet_until(self, view: SchedulerView) -> float:
+        """What was decided changes when an adapter has been waited for, or has been in its slot, long
+        enough."""
+        if not self._by_events or (self._shares is not None and self._shares.clients.several):
+            return -inf
+        if len(view.waiting_adapters) > SCAN_LIMIT:
+            return -inf
+        adapters, now = view.adapters, view.now
+        waits = {self.max_wait, self._take_after, self._close_after}
+        oldest = [adapters[name].oldest_arrival for name in view.waiting_adapters if name is not None]
+        times = [since + wait for since in oldest if since is not None for wait in waits]
+        times += [placed + self._stay for placed in self._placed.values()]
+        return min((time for time in times if time > now), default=inf) - EARLY
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))

@@ -17,6 +17,7 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 class Arrival(Ordering):
     """Order of arrival. The cost does not grow with the length of the queues."""
 
+    by_events = True
     starvation_bound = "those who arrived before it"
     source = "first come, first served"
 
@@ -47,6 +48,7 @@ class FairArrival(Arrival):
     the last preemption cost, and for the chunks of one longest prompt; from then on it runs to its end.
     """
 
+    by_events = True
     sharing = "equal"
     starvation_bound = (
         "those of its tenant who arrived before it; other tenants, while its own has less than its share, "

@@ -23,6 +23,7 @@ class VLLMOrder(Arrival):
 
     source = "vLLM V1, vllm/v1/core/sched/scheduler.py (the loop over waiting requests, max_loras)"
     starvation_bound = "none"
+    by_events = True
     take_after = 0.0
     close_after = float("inf")
     default_prefetch = "none"

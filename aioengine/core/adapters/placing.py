@@ -29,10 +29,16 @@ class Placing:
         self._residency = residency
         self._slots = residency.slots
         self._closed: set[int] = set()
+        self._pinned_wait = False
 
     def is_closed(self, entry: AdapterEntry | None) -> bool:
         """Whether its slot admits nothing, because a pinned adapter waits for it."""
         return entry is not None and entry.uid in self._closed
+
+    @property
+    def pinned_wait(self) -> bool:
+        """Whether a pinned adapter was in no slot when they were last looked after."""
+        return self._pinned_wait
 
     @property
     def any_closed(self) -> bool:
@@ -43,8 +49,12 @@ class Placing:
         no slot is idle, one is closed: it admits no requests until it is idle, or steady traffic would keep
         the adapter out for ever."""
         self._closed.clear()
+        self._pinned_wait = False
         for entry in self._residency.cpu.entries.values():
-            if _waits_for_slot(entry) and now >= _retry_at(entry):
+            if not _waits_for_slot(entry):
+                continue
+            self._pinned_wait = True
+            if now >= _retry_at(entry):
                 keep = self._slots.superseded()
                 if self._start(entry, None, self._slots.victims(keep), keep, now) is not None:
                     self._close_for(entry, keep)

@@ -136,7 +136,7 @@ async def simulate(
     if experiment.replicas is not None:
         return await _simulate_fleet(experiment, spec, costs, workload, sink, progress, watch)
     policy = lab_policy(spec, workload, start=asyncio.get_running_loop().time())
-    async with SimulatedEngine(experiment.engine_config(), costs, policy) as engine:
+    async with SimulatedEngine(experiment.engine_config(), costs, policy, metrics=False) as engine:
         if watch is not None:
             engine.add_listener(watch)
         replayed = await replay(
@@ -165,7 +165,7 @@ async def _simulate_fleet(
 
     def make_engine() -> SimulatedEngine:
         policy = lab_policy(spec, workload, start=start)
-        return SimulatedEngine(experiment.engine_config(), costs, policy)
+        return SimulatedEngine(experiment.engine_config(), costs, policy, metrics=False)
 
     found = await replay_on_fleet(
         workload,

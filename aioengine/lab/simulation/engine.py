@@ -31,8 +31,16 @@ class SimulatedEngine(AsyncEngine):
     budget, and every run does the same.
     """
 
-    def __init__(self, config: EngineConfig, costs: CostModel, policy: SchedulerPolicy | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        costs: CostModel,
+        policy: SchedulerPolicy | None = None,
+        *,
+        metrics: bool = True,
+    ) -> None:
         super().__init__(config, policy)
+        self._with_metrics = metrics
         self.costs = costs
         spec = costs.spec
         self._end_token = spec.vocab_size - 1
@@ -48,6 +56,7 @@ class SimulatedEngine(AsyncEngine):
             device=self._device,
             resolver=None,
             timer=asyncio.get_running_loop().time,
+            metrics=self._with_metrics,
             costs=ModelledCosts(self.costs, self._device.shapes, self.config.max_num_batched_tokens),
         )
 
