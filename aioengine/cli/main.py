@@ -136,6 +136,9 @@ LAB_COMMANDS = {
   aioengine lab compare --policy fcfs,vllm+lru,vtc,chameleon,oracle --trace azure_code.csv \\
       --limit 5000 --adapters 200 --slots 4,8,16 --seeds 5 --out results
   aioengine lab compare --experiment results/comparison.json --out again""",
+    "workload": """\
+  aioengine lab workload workload.toml --plot
+  aioengine lab workload azure_code.csv""",
     "size": """\
   aioengine lab size --workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05
   aioengine lab size --workload azure_code.csv --slo ttft_p99=2.0 --replicas 1 --limit 2000""",

@@ -87,7 +87,7 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
 
     file = flags.experiment
     before = None
-    if file is not None and "comparison" in read_json(file):
+    if file is not None and file.suffix != ".toml" and "comparison" in read_json(file):
         before = read_comparison(file)
     policies = split_policies(flags.policy) if flags.policy else None
     slots = numbers("--slots", flags.slots, int)

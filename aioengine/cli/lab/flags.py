@@ -39,12 +39,22 @@ class WorkloadFlags:
     adapters: int | None = None
     """Adapters to spread requests over (0: only the base model, or as in the trace)."""
     popularity: str | None = None
-    """uniform, zipf:1.0, power:0.5, shift:alpha=1.0,every=60 or tenant."""
+    """uniform, zipf:1.0, power:0.5, shift:1.0, drift:1.0, flip:1.0 or tenant."""
     ranks: str | None = None
     """Ranks of the adapters: 16, or with shares 8:0.5,16:0.3,64:0.2."""
     tenants: int | None = None
     """Tenants to spread requests over."""
 
+    sessions: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Each arrival begins a session: chat:turns=5,think=10 or agents:turns=5,think=0.5,branch=4."""
+    shared_prefix: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Common beginning of prompts, in groups: tokens:1024,groups=8,alpha=1."""
+    concurrency: Annotated[int | None, _MORE_WORKLOAD] = None
+    """Number of callers that send a request when the one before has ended (a closed loop)."""
+    think: Annotated[float | None, _MORE_WORKLOAD] = None
+    """Seconds between a caller's requests in a closed loop (0)."""
+    tenant_bursts: Annotated[str | None, _MORE_WORKLOAD] = None
+    """Bursts of single tenants: bursts:factor=5,on=10,off=60."""
     seconds: Annotated[float | None, _MORE_WORKLOAD] = None
     """No request comes later than this."""
     repeat: Annotated[bool | None, _MORE_WORKLOAD] = None
@@ -162,9 +172,12 @@ def make_experiment(
 
 def _read(file: Path | None) -> Mapping[str, Any]:
     from aioengine.lab.report.run_page import read_json
+    from aioengine.lab.workload.files import read_workload
 
     if file is None:
         return {}
+    if file.suffix == ".toml":
+        return {"workload": read_workload(file).to_dict()}
     values = read_json(file)
     for key in ("comparison", "experiment"):
         values = values.get(key, values)

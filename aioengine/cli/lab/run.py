@@ -38,7 +38,7 @@ class RunFlags:
     out: Path = DEFAULT_OUT
     """Folder for the results."""
     experiment: Path | None = None
-    """Repeat the run of this experiment.json; flags override it."""
+    """Repeat the run of this experiment.json, or take a workload.toml; flags override it."""
     report: Annotated[bool, Parameter(negative="--no-report")] = True
     """Draw figures and write report.html."""
     allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False

@@ -110,6 +110,9 @@ def drawing(theme: Theme) -> Iterator[None]:
         "figure.constrained_layout.w_pad": 0.08,
         "figure.constrained_layout.h_pad": 0.06,
         "agg.path.chunksize": 10_000,
+        "pdf.fonttype": 42,  # TrueType, which publishers ask for
+        "svg.fonttype": "path",
+        "svg.hashsalt": "aioengine",  # else ids are random
     }
     # What chooses the program's backend is no business of a figure's style.
     for name in [name for name in settings if name.startswith(("backend", "interactive", "toolbar"))]:
@@ -166,6 +169,13 @@ def _wrapped(text: str, size: float, weight: str) -> str:
     return "\n".join(lines)
 
 
+_UNDATED: dict[str, dict[str, Any]] = {
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "svg": {"Date": None, "Creator": None},
+}
+"""Kind -> metadata that hold no date and no program."""
+
+
 class Drawn(NamedTuple):
     """A drawn figure: its PNG data, and the text that pages show with it."""
 
@@ -173,6 +183,9 @@ class Drawn(NamedTuple):
     title: str
     caption: str
     png: bytes
+    theme: Theme
+    make: Callable[[], Figure]
+    """Makes it anew."""
 
 
 def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> Drawn:
@@ -183,7 +196,22 @@ def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> D
         figure = make()
         figure.align_ylabels()
         figure.savefig(file, format="png", metadata={"Software": None})
-    return Drawn(name, " ".join(figure.get_suptitle().split()), caption, file.getvalue())
+    title = " ".join(figure.get_suptitle().split())
+    return Drawn(name, title, caption, file.getvalue(), theme, make)
+
+
+def vectors(drawn: Drawn) -> dict[str, bytes]:
+    """The figure as PDF, with its fonts embedded, and as SVG, with its letters as outlines; the same bytes
+    each time. By kind: "pdf" and "svg"."""
+    found: dict[str, bytes] = {}
+    with drawing(drawn.theme):
+        figure = drawn.make()
+        figure.align_ylabels()
+        for kind, metadata in _UNDATED.items():
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, metadata=metadata)
+            found[kind] = file.getvalue()
+    return found
 
 
 def legend_above(axes: Axes, **kwargs: Any) -> None:

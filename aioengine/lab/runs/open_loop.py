@@ -1,4 +1,5 @@
-"""An open loop: every request of a workload is sent at its time, whatever became of those before it."""
+"""How requests are sent: each at its time (an open loop), or when the one before it has ended (a closed
+one)."""
 
 from __future__ import annotations
 
@@ -85,6 +86,11 @@ class OpenLoop(ABC):
         self._total = total
         self._loop = asyncio.get_running_loop()
         self._finished = self._refused = self._failed = 0
+        self._ends: dict[int, asyncio.Event] = {}
+        """The ends that others wait for, by the request's number."""
+        self._callers: asyncio.Semaphore | None = None
+        if workload.concurrency is not None:
+            self._callers = asyncio.Semaphore(workload.concurrency)
 
     @abstractmethod
     async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
@@ -120,10 +126,33 @@ class OpenLoop(ABC):
     async def _send_each(self, group: asyncio.TaskGroup) -> None:
         loop, start = self._loop, self._start
         for index, arrival in enumerate(self._workload):
-            wait = start + arrival.time - loop.time()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            group.create_task(self._send(f"r{index}", index, arrival))
+            if self._callers is None:
+                wait = start + arrival.time - loop.time()
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                if arrival.is_alone:
+                    group.create_task(self._send(f"r{index}", index, arrival))
+                    continue
+            elif arrival.first:
+                await self._callers.acquire()
+            before = self._ends.get(index - arrival.after) if arrival.after else None
+            if arrival.more:
+                self._ends[index] = asyncio.Event()
+            group.create_task(self._send_in_turn(index, arrival, before))
+
+    async def _send_in_turn(self, index: int, arrival: Arrival, before: asyncio.Event | None) -> None:
+        """Send a request of a session, or of a caller in a closed loop, when it is its turn."""
+        if before is not None:
+            await before.wait()
+            await asyncio.sleep(arrival.think)
+        try:
+            await self._send(f"r{index}", index, arrival._replace(time=self._loop.time() - self._start))
+        finally:
+            if arrival.more:
+                self._ends.pop(index).set()
+        if arrival.last and self._callers is not None:
+            await asyncio.sleep(self._workload.think)
+            self._callers.release()
 
     async def _watch(self) -> None:
         """Sample at regular times, and see that something moves."""

@@ -57,6 +57,14 @@ class Truncated(Workload):
     def objective(self) -> Objective | None:
         return self._workload.objective
 
+    @property
+    def concurrency(self) -> int | None:
+        return self._workload.concurrency
+
+    @property
+    def think(self) -> float:
+        return self._workload.think
+
     def describe(self) -> dict[str, Any]:
         return {**self._workload.describe(), "truncated_to": self._limit}
 

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from aioengine.checks import check_integer
+from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import Shares, draw_shape, parse_lengths, parse_ranks, parse_sizes
-from aioengine.lab.workload.popularity import make_popularity, parse_popularity
+from aioengine.lab.workload.popularity import (
+    TenantBursts,
+    make_popularity,
+    parse_bursts,
+    parse_popularity,
+)
 from aioengine.lab.workload.predictions import parse_deadline, parse_view
 from aioengine.lab.workload.random_streams import Weighted, stable_number, stream
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Objective, Workload
+from aioengine.lab.workload.sessions import Sessions, Turn
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.lab.workload.spec_text import parse_shares
-from aioengine.lab.workload.traces import LengthSample, TraceRow, TraceSummary, read_trace, scan_trace
+from aioengine.lab.workload.traces import (
+    LengthSample,
+    TraceRow,
+    TraceSummary,
+    has_times,
+    read_trace,
+    scan_trace,
+)
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
@@ -46,8 +60,13 @@ class OfferedWorkload(Workload):
         self.seed = seed
         self._trace: TraceSummary | None = None
         self._sample: LengthSample | None = None
-        if spec.trace is not None and spec.arrivals is None:
+        timed = spec.arrivals is not None or (spec.concurrency is not None and spec.sessions is not None)
+        if spec.trace is not None and not timed:
             seconds = None if spec.seconds is None else spec.seconds * spec.scale
+            if spec.concurrency is None and not has_times(spec.trace):
+                raise ConfigError(
+                    f"trace {spec.trace}: has no times; give arrivals, or concurrency for a closed loop"
+                )
             self._trace = scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
         elif spec.trace is not None and "trace" in self._length_texts():
             self._sample = LengthSample(spec.trace, stream(seed, "sample of lengths"))
@@ -63,6 +82,14 @@ class OfferedWorkload(Workload):
     def objective(self) -> Objective | None:
         return None if self.spec.slo is None else parse_deadline("slo", self.spec.slo).of
 
+    @property
+    def concurrency(self) -> int | None:
+        return self.spec.concurrency
+
+    @property
+    def think(self) -> float:
+        return self.spec.think
+
     def describe(self) -> dict[str, Any]:
         """The fields of the spec, and the seed."""
         return {**msgspec.to_builtins(self.spec), "seed": self.seed}
@@ -74,10 +101,13 @@ class OfferedWorkload(Workload):
         views = stream(seed, "predictions")
         limit = spec.deadline if spec.timeout is None else spec.timeout
         deadlines = None if limit is None else parse_deadline("deadline", limit)
-        for time, row in islice(self._drafts(), spec.limit):
+        whose: tuple[str | None, str | None, int] = (None, None, 0)
+        for time, row, turn in islice(self._requests(), spec.limit):
             if spec.seconds is not None and time > spec.seconds:
                 return
-            adapter, tenant, priority = chosen.draw(time, row)
+            if turn is None or turn.first:
+                whose = chosen.draw(time, row)
+            adapter, tenant, priority = whose
             prompt, output = row.prompt_tokens, row.output_tokens
             if spec.max_prompt is not None:
                 prompt = min(prompt, spec.max_prompt)
@@ -93,8 +123,47 @@ class OfferedWorkload(Workload):
             if deadline is None and deadlines is not None:
                 deadline = deadlines.of(output)
             yield Arrival(
-                time, adapter, prompt, output, most, expected, tenant, priority, deadline, row.prefix
+                time,
+                adapter,
+                prompt,
+                output,
+                most,
+                expected,
+                tenant,
+                priority,
+                deadline,
+                *((row.prefix,) if turn is None else (turn.prefix, *turn[3:])),
             )
+
+    def _requests(self) -> Iterator[tuple[float, TraceRow, Turn | None]]:
+        """The drafts, each as one request (None), or as those of a session."""
+        spec = self.spec
+        if spec.sessions is None and spec.shared_prefix is None:
+            for time, row in self._drafts():
+                yield time, row, None
+            return
+        sessions = Sessions(spec.sessions, spec.shared_prefix, self.seed)
+        lengths = self._session_lengths()
+        for time, row in self._drafts():
+            first = row.prompt_tokens, row.output_tokens
+            for turn in sessions.draw(first, lengths):
+                own = row._replace(prompt_tokens=turn.prompt_tokens, output_tokens=turn.output_tokens)
+                yield time, own, turn
+
+    def _session_lengths(self) -> Callable[[], tuple[int, int]]:
+        """Draws the lengths of questions and answers after the first, as those are drawn."""
+        prompts, outputs = (
+            None if text == "trace" else parse_lengths("lengths", text) for text in self._length_texts()
+        )
+        rng = stream(self.seed, "lengths in sessions")
+
+        def draw() -> tuple[int, int]:
+            prompt, output = (1, 1) if self._sample is None else self._sample.draw(rng)
+            if prompts is not None:
+                prompt = prompts.draw(rng)
+            return prompt, output if outputs is None else outputs.draw(rng)
+
+        return draw
 
     def _draw_adapters(self) -> tuple[AdapterShape, ...]:
         spec = self.spec
@@ -129,10 +198,12 @@ class OfferedWorkload(Workload):
 
     def _timed(self) -> Iterator[_Draft]:
         """At the times of the arrival process, with lengths out of the trace if there is a sample of it."""
-        assert self.spec.arrivals is not None
-        process = parse_arrivals("arrivals", self.spec.arrivals, scale=self.spec.scale)
+        times: Iterator[int] = repeat(0)  # in a closed loop they do not count
+        if self.spec.arrivals is not None:
+            process = parse_arrivals("arrivals", self.spec.arrivals, scale=self.spec.scale)
+            times = process.times(stream(self.seed, "arrivals"))
         pairs = stream(self.seed, "pairs of lengths")
-        for time in process.times(stream(self.seed, "arrivals")):
+        for time in times:
             prompt, output = (1, 1) if self._sample is None else self._sample.draw(pairs)
             yield _Draft(time / _MICRO, TraceRow(time, prompt, output))
 
@@ -159,6 +230,10 @@ class _Choices:
         self._tenants = tenants
         self._tenant_index = {name: index for index, name in enumerate(tenants)}
         self._tenant_table = Weighted(spec.tenant_weights()) if tenants else None
+        self._bursts: TenantBursts | None = None
+        if spec.tenant_bursts is not None:
+            form = parse_bursts("tenant_bursts", spec.tenant_bursts)
+            self._bursts = TenantBursts(spec.tenant_weights(), form, seed)
         self._popularity = None
         if adapters:
             form = parse_popularity("popularity", spec.popularity)
@@ -174,7 +249,7 @@ class _Choices:
 
     def draw(self, time: float, row: TraceRow) -> tuple[str | None, str | None, int]:
         """Adapter, tenant and priority."""
-        tenant, index = self._tenant(row)
+        tenant, index = self._tenant(time, row)
         adapter: str | None = None
         if self._popularity is not None:
             adapter = self._adapters[self._popularity.draw(time, index)]
@@ -196,11 +271,12 @@ class _Choices:
             del known[next(iter(known))]
         return adapter
 
-    def _tenant(self, row: TraceRow) -> tuple[str | None, int]:
+    def _tenant(self, time: float, row: TraceRow) -> tuple[str | None, int]:
         """Its name, and whose adapters it has."""
         if self._tenant_table is None:
             return row.tenant, 0
-        index = self._tenant_table.draw(self._tenant_rng)
+        table = self._tenant_table if self._bursts is None else self._bursts.table(time)
+        index = table.draw(self._tenant_rng)
         if row.tenant is None:
             return self._tenants[index], index
         known = self._tenant_index.get(row.tenant)

@@ -14,6 +14,8 @@ FORMS = {
     "zipf": {"alpha": _ALPHA},
     "power": {"alpha": Option(low=0.0, high=100.0)},
     "shift": {"alpha": _ALPHA._replace(default=1.0), "every": Option(60.0, low=1e-3, above=False)},
+    "drift": {"alpha": _ALPHA._replace(default=1.0), "every": Option(10.0, low=1e-3, above=False)},
+    "flip": {"alpha": _ALPHA._replace(default=1.0), "every": Option(300.0, low=1e-3, above=False)},
     "tenant": {"alpha": _ALPHA._replace(default=0.0)},
 }
 
@@ -85,7 +87,8 @@ def power(count: int, alpha: float) -> list[float]:
 
 
 def parse_popularity(field: str, text: str) -> Form:
-    """ "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60" or "tenant". ConfigError."""
+    """ "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60", "drift:alpha=1.0,every=10",
+    "flip:alpha=1.0,every=300" or "tenant". ConfigError."""
     return parse_form(field, text, FORMS)
 
 
@@ -98,6 +101,10 @@ def make_popularity(form: Form, count: int, tenants: int, seed: int) -> Populari
             return TenantPopularity(count, tenants, values["alpha"], seed)
         case "shift":
             return ShiftingPopularity(zipf(count, values["alpha"]), values["every"], seed)
+        case "drift":
+            return DriftingPopularity(zipf(count, values["alpha"]), values["every"], seed)
+        case "flip":
+            return FlippingPopularity(zipf(count, values["alpha"]), values["every"], seed)
         case "power":
             return FixedPopularity(power(count, values["alpha"]), seed)
         case _:
@@ -111,3 +118,83 @@ def check_tenants(count: int, tenants: int) -> None:
             f"popularity='tenant' with tenants={tenants} and adapters={count}: every tenant must have an "
             "adapter of its own; give 1 <= tenants <= adapters"
         )
+
+
+class DriftingPopularity(Popularity):
+    """Who is popular changes little by little: every ``every`` seconds two neighbours in the order of
+    popularity, drawn at random, change places."""
+
+    def __init__(self, shares: list[float], every: float, seed: int) -> None:
+        self._table = Weighted(shares)
+        self._every = every
+        self._rng = stream(seed, "popularity")
+        self._swaps = stream(seed, "popularity shifts")
+        self._order = list(range(len(shares)))
+        self._done = 0
+
+    def draw(self, time: float, tenant: int) -> int:
+        order = self._order
+        while self._done < time // self._every and len(order) > 1:
+            place = int(self._swaps.random() * (len(order) - 1))
+            order[place], order[place + 1] = order[place + 1], order[place]
+            self._done += 1
+        return order[self._table.draw(self._rng)]
+
+
+class FlippingPopularity(Popularity):
+    """The order of popularity is reversed every ``every`` seconds: the favourite of one time is the last of
+    the next."""
+
+    def __init__(self, shares: list[float], every: float, seed: int) -> None:
+        self._table = Weighted(shares)
+        self._last = len(shares) - 1
+        self._every = every
+        self._rng = stream(seed, "popularity")
+
+    def draw(self, time: float, tenant: int) -> int:
+        place = self._table.draw(self._rng)
+        return self._last - place if time // self._every % 2 else place
+
+
+class TenantBursts:
+    """Tenants that send ``factor`` times as much for a while, each at times of its own: exponential times, of
+    the means ``on`` and ``off`` seconds. What one tenant's adapters are asked for so rises and falls
+    together."""
+
+    def __init__(self, weights: list[float], form: Form, seed: int) -> None:
+        self._weights = weights
+        self._factor, self._on, self._off = (form.values[key] for key in ("factor", "on", "off"))
+        self._rng = stream(seed, "tenant bursts")
+        self._bursting = [False] * len(weights)
+        self._changes = [exponential(self._rng) * self._off for _ in weights]
+        self._next = min(self._changes)
+        self._table = Weighted(weights)
+
+    def table(self, time: float) -> Weighted:
+        """The shares of the tenants at a time, which never goes back from call to call."""
+        if time >= self._next:
+            for index, at in enumerate(self._changes):
+                while at <= time:
+                    self._bursting[index] = not self._bursting[index]
+                    at += exponential(self._rng) * (self._on if self._bursting[index] else self._off)
+                self._changes[index] = at
+            self._next = min(self._changes)
+            pairs = zip(self._weights, self._bursting, strict=True)
+            weights = [weight * (self._factor if bursting else 1.0) for weight, bursting in pairs]
+            total = sum(weights)
+            self._table = Weighted([weight / total for weight in weights])
+        return self._table
+
+
+BURST_FORMS = {
+    "bursts": {
+        "factor": Option(5.0, low=1.0, high=1e6, above=False),
+        "on": Option(10.0, low=1e-3, above=False),
+        "off": Option(60.0, low=1e-3, above=False),
+    }
+}
+
+
+def parse_bursts(field: str, text: str) -> Form:
+    """ "bursts:factor=5,on=10,off=60". Raises ConfigError."""
+    return parse_form(field, text, BURST_FORMS)

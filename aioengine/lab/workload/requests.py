@@ -41,6 +41,21 @@ class Arrival(NamedTuple):
     prefix: tuple[int, ...] = ()
     """What the prompt begins with, a number for each :data:`PREFIX_BLOCK` tokens: prompts are alike as far as
     these are. (): it has no content."""
+    after: int = 0
+    """In a session: how many requests before this one, in the workload, the one is that has to end first. It
+    is sent ``think`` seconds after that, and ``time`` is when its session began. 0: it waits for none."""
+    think: float = 0.0
+    more: bool = False
+    """Whether requests that wait for this one follow."""
+    first: bool = True
+    """Whether a session, or a request of its own, begins with it."""
+    last: bool = True
+    """Whether that ends with it."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it belongs to no session."""
+        return self.first and self.last
 
 
 class Workload(ABC):
@@ -56,6 +71,17 @@ class Workload(ABC):
         """In how many seconds from its arrival a request should end, by its output tokens; it is measured and
         not enforced. None: requests are measured by their deadlines."""
         return None
+
+    @property
+    def concurrency(self) -> int | None:
+        """So many callers, each of which sends its next request when the one before has ended (a closed
+        loop), whatever the arrivals' times are. None: requests are sent at their times (an open loop)."""
+        return None
+
+    @property
+    def think(self) -> float:
+        """In a closed loop: seconds between the end of a caller's request, or session, and its next one."""
+        return 0.0
 
     @abstractmethod
     def __iter__(self) -> Iterator[Arrival]: ...

@@ -12,8 +12,9 @@ from aioengine.config import from_plain
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes
-from aioengine.lab.workload.popularity import check_tenants, parse_popularity
+from aioengine.lab.workload.popularity import check_tenants, parse_bursts, parse_popularity
 from aioengine.lab.workload.predictions import parse_deadline, parse_view
+from aioengine.lab.workload.sessions import check_sessions
 from aioengine.lab.workload.spec_text import normalised, parse_number, parse_shares
 
 MAX_PRIORITY = 2**31
@@ -46,16 +47,35 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     adapters: int = 0
     """So many are assigned to the requests whose trace does not say; 0: those are the base model's."""
+    sessions: str | None = None
+    """Each arrival begins a session of several requests: "chat:turns=5,think=10" (5 turns on average, each 10
+    s after the answer before, also on average) or "agents:turns=5,think=0.5,branch=4" (every turn is four
+    requests at once that begin alike); see :mod:`aioengine.lab.workload.sessions`. With ``arrivals`` or
+    ``concurrency`` only."""
+    shared_prefix: str | None = None
+    """"tokens:1024,groups=8,alpha=1": prompts begin with 1024 tokens more, which are the same in a group (of
+    8, drawn by Zipf's law). With ``arrivals`` or ``concurrency`` only."""
+    concurrency: int | None = None
+    """A closed loop: so many callers, each of which sends its next request when the one before has ended.
+    Then ``arrivals`` need not be given, and times do not count."""
+    think: float = 0.0
+    """In a closed loop: seconds from a request's, or session's, end to the caller's next one."""
+
     popularity: str = "uniform"
     """"uniform", "zipf:1.0", "power:0.5" (S-LoRA's: 1 is uniform, less is more skewed),
-    "shift:alpha=1.0,every=60" (Zipf, with ranks dealt anew every 60 s, on average), or "tenant" (every
-    tenant has its own adapters; "tenant:1.0": with a Zipf distribution among them)."""
+    "shift:alpha=1.0,every=60" (Zipf, with ranks dealt anew every 60 s, on average),
+    "drift:alpha=1.0,every=10" (two neighbours change places every 10 s), "flip:alpha=1.0,every=300" (the
+    order is reversed), or "tenant" (every tenant has its own adapters; "tenant:1.0": with a Zipf distribution
+    among them)."""
     base_share: float = 0.0
     """Of the requests that are assigned: how many, out of 1, are for the base model."""
     tenants: int = 0
     """So many tenants make the requests whose trace does not say; 0: nobody does."""
     tenant_shares: str = "uniform"
     """"uniform", "zipf:1.0", or a weight for each: "3,1,1"."""
+    tenant_bursts: str | None = None
+    """"bursts:factor=5,on=10,off=60": each tenant sends five times its share for 10 s on average, every 60
+    s."""
     priority: str | None = None
     """Whole numbers with their shares: "0:0.9,5:0.1". None: 0 for all."""
 
@@ -94,6 +114,11 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if parse_popularity("popularity", self.popularity).name == "tenant" and self.adapters:
             check_tenants(self.adapters, self.tenants)
         self.tenant_weights()
+        if self.tenant_bursts is not None:
+            _text(self, "tenant_bursts")
+            parse_bursts("tenant_bursts", self.tenant_bursts)
+            if not self.tenants:
+                raise ConfigError(f"tenant_bursts={self.tenant_bursts!r}: there are no tenants; give tenants")
         if self.priority is not None:
             _text(self, "priority")
             parse_shares("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
@@ -125,7 +150,20 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
     def _check_source(self) -> None:
-        if self.trace is None and self.arrivals is None:
+        if self.concurrency is not None:
+            _whole(self, "concurrency", low=1, high=10**6)
+        _number(self, "think", low=0.0, high=1e6)
+        if self.think and self.concurrency is None:
+            raise ConfigError(f"think={self.think}: is for a closed loop; give concurrency with it")
+        for field in ("sessions", "shared_prefix"):
+            if getattr(self, field) is not None:
+                _text(self, field)
+                if self.arrivals is None and self.concurrency is None:
+                    raise ConfigError(
+                        f"{field}={getattr(self, field)!r}: give arrivals or concurrency with it"
+                    )
+        check_sessions(self.sessions, self.shared_prefix)
+        if self.trace is None and self.arrivals is None and self.concurrency is None:
             raise ConfigError(
                 "trace=None and arrivals=None: give a trace's path, or arrivals such as 'poisson:rate=2'"
             )
@@ -143,6 +181,10 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not isinstance(self.repeat, bool):
             raise ConfigError(f"repeat={self.repeat!r}: must be True or False")
         endless = self.limit is None and self.seconds is None
+        if self.concurrency is not None and self.trace is None and self.limit is None:
+            raise ConfigError(
+                f"limit=None with concurrency={self.concurrency}: the loop never ends; give limit"
+            )
         if self.arrivals is not None and (self.repeat or endless):
             what = "repeat=True" if self.repeat else "limit=None and seconds=None"
             raise ConfigError(

@@ -1,6 +1,6 @@
 """Traces: files of requests, read row by row and never held.
 
-Three formats, told apart by their content, and each may be gzip:
+Five formats, told apart by their content, and each may be gzip:
 
 - CSV with the columns ``TIMESTAMP,ContextTokens,GeneratedTokens``, as the Azure LLM inference traces have
   them (Patel et al., "Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA 2024; code
@@ -9,6 +9,12 @@ Three formats, told apart by their content, and each may be gzip:
 - JSON lines with the fields of :class:`MooncakeRow`, as the Mooncake traces have them (Qin et al.,
   "Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving", FAST 2025): they say which
   prompts begin alike.
+
+- CSV with the columns ``Timestamp``, ``Request tokens`` and ``Response tokens`` among others, as BurstGPT has
+  them (Wang et al., "BurstGPT: A Real-World Workload Dataset to Optimize LLM Serving Systems", 2024);
+  timestamps are seconds.
+- A JSON array of ``{"conversations": [{"from": "human", "value": ...}, ...]}``, as ShareGPT has them: lengths
+  without times, a row for each question with its answer. Four characters count as a token.
 
 Rows must be in order of time. Every error is a ConfigError that names the file and the line.
 """
@@ -21,6 +27,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import BinaryIO, NamedTuple, cast
@@ -33,6 +40,7 @@ from aioengine.errors import ConfigError
 from aioengine.lab.workload.distributions import MAX_TOKENS
 
 CSV_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+BURST_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
 MAX_LINE = 2**20
 """Bytes; no row is longer, so a file of another kind is not read into memory as one line."""
 
@@ -109,6 +117,10 @@ def read_trace(path: str | Path) -> Iterator[TraceRow]:
     try:
         with _open(path) as file:
             parse = None
+            if file.read(1) == b"[":
+                yield from _share_gpt(b"[" + file.read())
+                return
+            file.seek(0)
             while raw := file.readline(MAX_LINE):
                 line += 1
                 if line == 1:
@@ -276,11 +288,74 @@ class _MooncakeParser:
         return TraceRow(time, row.input_length, max(row.output_length, 1), prefix=row.hash_ids)
 
 
-def _parser(first: bytes) -> _CsvParser | _JsonParser | _MooncakeParser:
+class _BurstParser:
+    """BurstGPT's columns, wherever they are."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._places = [names.index(name) for name in BURST_COLUMNS]
+
+    def __call__(self, raw: bytes) -> TraceRow:
+        fields = _text(raw).split(",")
+        if len(fields) != len(self._names):
+            raise ConfigError(f"has {len(fields)} fields; the header has {len(self._names)}")
+        when, prompt, output = (fields[place].strip() for place in self._places)
+        try:
+            seconds = float(when)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds <= 1e11:
+            raise ConfigError(f"Timestamp={when!r}: must be seconds >= 0")
+        prompt_tokens, output_tokens = _tokens("Request tokens", prompt), _tokens("Response tokens", output)
+        _check("Request tokens", prompt_tokens, low=1)
+        _check("Response tokens", output_tokens, low=0)
+        return TraceRow(round(seconds * 1e6) * 1000, prompt_tokens, max(output_tokens, 1))
+
+
+class _Said(msgspec.Struct):
+    speaker: str = msgspec.field(name="from")
+    value: str
+
+
+class _Conversation(msgspec.Struct):
+    conversations: list[_Said]
+
+
+def has_times(path: str | Path) -> bool:
+    """Whether its rows say when they come: ShareGPT's do not. Raises ConfigError if it cannot be read."""
+    try:
+        with _open(path) as file:
+            return file.read(1) != b"["
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"trace {path}: cannot be read: {error}") from error
+
+
+def _share_gpt(data: bytes) -> Iterator[TraceRow]:
+    """A row for each question that is followed by an answer."""
+    try:
+        found = msgspec.json.decode(data, type=list[_Conversation])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is no array of conversations as ShareGPT's: {error}") from error
+    askers = ("human", "user")
+    rows = 0
+    for conversation in found:
+        for question, answer in pairwise(conversation.conversations):
+            if question.speaker in askers and answer.speaker not in (*askers, "system"):
+                lengths = [min(-(-len(said.value) // 4), MAX_TOKENS) for said in (question, answer)]
+                rows += 1
+                yield TraceRow(0, max(lengths[0], 1), max(lengths[1], 1))
+    if not rows:
+        raise ConfigError("has no question that is followed by an answer")
+
+
+def _parser(first: bytes) -> _CsvParser | _BurstParser | _JsonParser | _MooncakeParser:
     if first.startswith(b"{"):
         return _MooncakeParser() if b'"input_length"' in first else _JsonParser()
     header = _text(first)
-    if [name.strip() for name in header.split(",")] != CSV_HEADER.split(","):
+    names = [name.strip() for name in header.split(",")]
+    if set(BURST_COLUMNS) <= set(names):
+        return _BurstParser(names)
+    if names != CSV_HEADER.split(","):
         shown = header if len(header) <= 80 else f"{header[:80]}..."
         raise ConfigError(
             f"{shown!r} is neither the header {CSV_HEADER} nor a JSON object; a trace is CSV or JSON lines"

@@ -1,0 +1,88 @@
+"""``aioengine lab workload``: what a workload is, before anything is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from aioengine.cli.common import CommonFlags
+
+DEFAULT_OUT = Path("lab-workload")
+
+
+def workload(
+    file: Annotated[Path, Parameter(show_default=False)],
+    /,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    plot: Annotated[bool, Parameter(negative="")] = False,
+    out: Path = DEFAULT_OUT,
+    common: CommonFlags | None = None,
+) -> int:
+    """Show what a workload is: its rates, lengths, popularity, and what prompts have in common.
+
+    Parameters
+    ----------
+    file
+        TOML or JSON with the fields of a workload, an experiment.json, or a trace.
+    seed
+        Seed of everything drawn.
+    limit
+        Most requests that are read (200,000).
+    plot
+        Draw it, too: workload.png, .pdf and .svg in --out.
+    out
+        Folder for --plot.
+    """
+    from aioengine.lab.analysis.offered import MOST, describe_offered, read_offered
+    from aioengine.lab.workload.draw import OfferedWorkload
+    from aioengine.lab.workload.extra import check_extra
+    from aioengine.lab.workload.files import read_workload
+
+    if plot:
+        check_extra()
+    offered = read_offered(OfferedWorkload(read_workload(file), seed), MOST if limit is None else limit)
+    found = describe_offered(offered)
+    _print(found)
+    if plot:
+        from aioengine.lab.report.style import vectors
+        from aioengine.lab.report.workload_figure import workload_figure
+
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = workload_figure(offered)
+        (out / "workload.png").write_bytes(drawn.png)
+        for kind, data in vectors(drawn).items():
+            (out / f"workload.{kind}").write_bytes(data)
+        (out / "workload.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(f"figure: {out / 'workload.png'}")
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from aioengine.cli.tables import box_for, output_console
+
+    console = output_console()
+    table = Table(box=box_for(console))
+    table.add_column("figure")
+    table.add_column("", justify="right")
+    for name, value in found.items():
+        if isinstance(value, dict):
+            for of, number in value.items():
+                table.add_row(f"{name} {of}", _text(name, number))
+        elif value is not None:
+            table.add_row(name.replace("_", " "), _text(name, value))
+    console.print(table)
+
+
+def _text(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if name.endswith("_share"):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
