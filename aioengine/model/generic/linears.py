@@ -27,7 +27,8 @@ class AdaptedForward:
         self, name: str, forward: Forward, pool: LoRAPool, place: int, holder: Holder, kernels: Backend
     ) -> None:
         self.name = name
-        self._forward = forward
+        self.inner = forward
+        """The linear without adapters."""
         self._pool = pool
         self._place = place
         """In the pool's modules."""
@@ -46,7 +47,7 @@ class AdaptedForward:
         """Used in place of everything here, if it is set: how the probe says what is right."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._forward(x)
+        y = self.inner(x)
         if self.plain is not None:
             return self.plain(self._pool, self._place, x, y)
         step = self._holder.step

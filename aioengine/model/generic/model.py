@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from aioengine.model.generic.step import Holder, Step
 from aioengine.model.generic.trace import Attention, cache_argument
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.slots.pool import LoRASlots
+
+if TYPE_CHECKING:
+    from aioengine.model.generic.packing import PackedLinears
 
 logger = logging.getLogger("aioengine")
 
@@ -86,6 +89,7 @@ class GenericModel:
                 module.aioengine = attends
         self.hooks = hook(self.model, spec, slots, self.holder, kernels)
         attention.register()
+        self._packed: PackedLinears | None = None
         self.flat = spec.flat
         self.use_own_attention(not spec.flat)
 
@@ -95,7 +99,24 @@ class GenericModel:
 
     def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Decoder.base_weight`."""
-        return base_weight(self.modules[self.spec.module_name(layer, module)])
+        name = self.spec.module_name(layer, module)
+        packed = None if self._packed is None else self._packed.by_name.get(name)
+        if packed is not None:
+            return packed.weight.rows(0, packed.weight.n), packed.bias
+        return base_weight(self.modules[name])
+
+    def pack(self) -> None:
+        """Rearranges linears' weights for the CPU library, if that is what computes here."""
+        if self.kernels.name == "cpu" and self._packed is None:
+            from aioengine.model.generic.packing import PackedLinears
+
+            self._packed = PackedLinears(self.modules, [linear.name for linear in self.spec.linears])
+
+    def unpack(self) -> None:
+        """Undoes :meth:`pack`."""
+        if self._packed is not None:
+            self._packed.undo()
+            self._packed = None
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""

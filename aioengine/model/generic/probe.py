@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,21 +34,29 @@ _LARGEST = {torch.float32: 2e-3, torch.float16: 0.3, torch.bfloat16: 0.6}
 
 
 def check(model: GenericModel) -> None:
-    """Falls back from the engine's attention to the model's own if that is what it takes.
+    """Tries the ways in which a model can run, the fast ones first, and leaves it in one that is right: with
+    its linears on the CPU library or by themselves, with the engine's attention or its own.
 
     Raises ConfigError, naming the layer that differs first.
     """
     with torch.inference_mode():
-        problem = _differs(model)
-        if problem is not None and model.flat:
-            logger.info(
-                "%s: %s; its own attention is used, a sequence at a time, which is slower",
-                model.spec.architecture,
-                problem,
-            )
-            model.flat = False
-            model.use_own_attention(True)
-            problem = _differs(model)
+        try:
+            expected = [_alone(model, tokens) for tokens in _sequences(model)[0]]
+        except Exception as error:
+            raise ConfigError(
+                f"{model.path}: {model.spec.architecture} cannot run by itself: {_line(error)}"
+            ) from error
+        problem: str | None = None
+        for packed, flat in product((True, False), (True, False)):
+            if flat and not model.spec.flat:
+                continue
+            (model.pack if packed else model.unpack)()
+            model.flat = flat
+            model.use_own_attention(not flat)
+            problem = _differs(model, expected)
+            if problem is None:
+                break
+            logger.info("%s: %s; the next way is tried", model.spec.architecture, problem)
         if problem is None and model.hooks:
             problem = _adapter_differs(model)
     if problem is not None:
@@ -55,6 +64,10 @@ def check(model: GenericModel) -> None:
             f"{model.path}: {model.spec.architecture} does not compute the same over the engine's cache and "
             f"batches as in one pass by itself: {problem}. It is not served: its answers would be wrong"
         )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _tokens(model: GenericModel, count: int, seed: int) -> list[int]:
@@ -75,19 +88,18 @@ def _sequences(model: GenericModel) -> tuple[list[list[int]], list[list[int]]]:
     return [_tokens(model, length, seed) for seed, length in enumerate(lengths)], tables
 
 
-def _differs(model: GenericModel) -> str | None:
-    """What is wrong; None if nothing is."""
+def _differs(model: GenericModel, expected: list[Tensor]) -> str | None:
+    """What is wrong; None if nothing is. ``expected`` are the sequences' logits."""
     sequences, tables = _sequences(model)
     found: list[list[Tensor]] = [[] for _ in sequences]
     try:
-        expected = [_alone(model, tokens) for tokens in sequences]
         for counts in _schedule(model, [len(tokens) for tokens in sequences]):
             _step(model, sequences, tables, counts, found)
     except (Unsuitable, KeepsMore) as error:
         return str(error)
     except Exception as error:  # whatever a model's modules do to inputs that they were not made for
         logger.debug("the probe failed", exc_info=True)
-        return f"{type(error).__name__}: {str(error)[:300]}"
+        return _line(error)
     off = _off(model, torch.cat([torch.cat(rows) for rows in found]), torch.cat(expected))
     if off is None:
         return None
@@ -209,7 +221,7 @@ def _adapter_differs(model: GenericModel) -> str | None:
         work = [(sequences[0], 0, tables[0], -1), (sequences[1], 0, tables[1], 0)]
         found = model.forward(inputs_of(model, work, [rank] + [0] * (model.slots.max_loras - 1)))
     except Exception as error:
-        return f"with an adapter: {type(error).__name__}: {str(error)[:300]}"
+        return f"with an adapter: {_line(error)}"
     off = _off(model, found, torch.cat(expected))
     return None if off is None else f"with an adapter, logits {off}"
 
