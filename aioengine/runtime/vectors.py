@@ -82,6 +82,11 @@ def probabilities_of(logits: Sequence[float]) -> list[float]:
     return [weight / math.fsum(weights) for weight in weights]
 
 
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    lengths = math.sqrt(math.fsum(x * x for x in a) * math.fsum(x * x for x in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / max(lengths, 1e-12)
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
@@ -127,11 +132,9 @@ async def score(
             adapter=outputs[0].adapter if outputs else None,
         )
     outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
-    first, *others = (embedding_of(output, normalize=True, dimensions=None) for output in outputs)
+    first, *others = outputs
     return Scores(
-        scores=[
-            math.fsum(a * b for a, b in zip(first.vector, other.vector, strict=True)) for other in others
-        ],
+        scores=[cosine(first.pooled or [], other.pooled or []) for other in others],
         prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
         adapter=first.adapter,
     )

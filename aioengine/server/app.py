@@ -50,6 +50,7 @@ from aioengine.server.responses.routes import responses_routes
 from aioengine.server.settings import ServerSettings
 from aioengine.server.streaming import send_error
 from aioengine.server.transport.body import BodyBudget, BoundedBody
+from aioengine.server.vectors.routes import vector_routes
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -93,6 +94,7 @@ class ServerApp:
                 *model_routes(context),
                 *adapter_routes(context),
                 *token_routes(context),
+                *vector_routes(context),
                 *health_routes(context),
                 *debug_routes(context),
             ],

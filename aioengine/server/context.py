@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.guided import Guide
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.text_work import SHORT
+from aioengine.runtime.vectors import read_label_names
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
@@ -31,6 +33,9 @@ from aioengine.server.settings import ServerSettings
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
+
+_VERSION = re.compile(r"@[0-9]{1,18}$")
+"""What follows an adapter's name if a request wants one of its versions."""
 
 logger = logging.getLogger("aioengine.server")
 
@@ -51,6 +56,7 @@ class Context:
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
+        self._label_names: list[str] | None = None
 
     def new_id(self) -> str:
         """Return a new id, which is unique but no secret."""
@@ -98,9 +104,10 @@ class Context:
         )
         adapter = None if is_base else model
         # What is no name would be in the log, however long.
-        if adapter is not None and NAME_RULE.fullmatch(adapter) is None:
+        name = None if adapter is None else _VERSION.sub("", adapter)
+        if name is not None and NAME_RULE.fullmatch(name) is None:
             raise model_not_found(model[:300])
-        if not identity.models.allow(adapter):
+        if not identity.models.allow(name):
             raise model_not_found(model)
         return adapter
 
@@ -130,6 +137,32 @@ class Context:
         encode = self._encoder(add_special_tokens, limited, field="prompt")
         work = self.engine.text_work
         return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts], owner)
+
+    async def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, owner: str | None) -> list[list[int]]:
+        """As :meth:`encode`, of texts that belong together."""
+        tokenizer, limit = self.tokenizer, self.engine.plan.max_model_len
+
+        def encode(first: str, second: str) -> list[int]:
+            try:
+                return tokenizer.encode_pair(first, second, limit=limit)
+            except PromptTooLong as error:
+                raise self.too_long(error.tokens, field="documents", at_least=error.at_least) from None
+
+        size = sum(len(first) + len(second) for first, second in pairs)
+        return await self.engine.text_work.run(size, lambda: [encode(*pair) for pair in pairs], owner)
+
+    async def label_names(self) -> list[str]:
+        """The model's ``id2label``; empty if it has none."""
+        if self._label_names is None:
+            path = self.engine.model_path
+            self._label_names = await self.engine.text_work.run(SHORT + 1, lambda: read_label_names(path))
+        return self._label_names
+
+    async def head_labels(self, adapter: str) -> int:
+        """How many labels an adapter's head has; 0 without one. It is loaded if it never was."""
+        name = adapter.partition("@")[0]
+        info = next((info for info in self.engine.adapters() if info.name == name and info.digest), None)
+        return (await self.engine.load_adapter(name) if info is None else info).labels
 
     async def encode_chat(
         self,

@@ -22,6 +22,8 @@ from aioengine.server.openai.api import PromptTokensDetails, Usage
 T = TypeVar("T")
 
 
+AT_ONCE = 128
+"""Maximum engine requests of one API request at a time; more wait here, and not in the engine's queue."""
 SCORE_BYTES = 64
 """Bytes of an answer for each log-probability in it."""
 MAX_SCORES = 2**18
@@ -170,9 +172,12 @@ class Generation:
     async def last_outputs(self) -> list[RequestOutput]:
         """Return the last output of every choice; if one fails the others are aborted."""
 
+        turns = asyncio.Semaphore(AT_ONCE)
+
         async def last(index: int) -> RequestOutput:
-            async for output in self.outputs(index):
-                found = output
+            async with turns:
+                async for output in self.outputs(index):
+                    found = output
             return found
 
         return await together([last(index) for index in range(len(self))])

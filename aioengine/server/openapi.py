@@ -25,25 +25,47 @@ from aioengine.server.openai.completions_api import Completion, CompletionReques
 from aioengine.server.openai.models import ModelList
 from aioengine.server.openai.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from aioengine.server.responses.api import ResponsesRequest
+from aioengine.server.vectors.api import (
+    ClassifyRequest,
+    ClassList,
+    EmbeddingList,
+    EmbeddingRequest,
+    PoolingList,
+    PoolingRequest,
+    Ranked,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
 
 _TYPES = (
     ChatCompletion,
     ChatRequest,
+    ClassifyRequest,
     CountRequest,
     Counted,
     Completion,
     CompletionRequest,
     DetokenizeRequest,
     Detokenized,
+    EmbeddingRequest,
     ErrorBody,
     Health,
     LoadRequest,
     MessagesRequest,
     ModelList,
+    PoolingRequest,
+    Ranked,
+    RerankRequest,
     ResponsesRequest,
+    ScoreRequest,
     TokenizeRequest,
     Tokenized,
     UnloadRequest,
+    ScoreList,
+    PoolingList,
+    EmbeddingList,
+    ClassList,
 )
 _STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _STYLE = """

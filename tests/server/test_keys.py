@@ -171,6 +171,14 @@ ROUTES = [
     ("POST", "/v1/messages", {"generate"}),
     ("POST", "/v1/messages/count_tokens", {"generate"}),
     ("GET", "/version", set(SCOPES)),
+    ("POST", "/v1/embeddings", {"generate"}),
+    ("POST", "/pooling", {"generate"}),
+    ("POST", "/classify", {"generate"}),
+    ("POST", "/score", {"generate"}),
+    ("POST", "/v1/score", {"generate"}),
+    ("POST", "/rerank", {"generate"}),
+    ("POST", "/v1/rerank", {"generate"}),
+    ("POST", "/v2/rerank", {"generate"}),
     ("POST", "/tokenize", {"generate"}),
     ("POST", "/detokenize", {"generate"}),
     ("GET", "/tokenizer_info", {"generate"}),
@@ -195,7 +203,9 @@ async def test_every_set_of_scopes_on_every_route(serve: Serve, tmp_path: Path) 
             (await served.http.get("/docs/openapi.json", headers=bearer("key-0"))).json()["paths"]
         )
         probed = {
-            path.replace("/a", "/{model}") for _, path, _ in ROUTES if path.startswith(("/v", "/to", "/de"))
+            path.replace("/a", "/{model}")
+            for _, path, _ in ROUTES
+            if path.startswith(("/v", "/to", "/de", "/po", "/cl", "/sc", "/re"))
         }
         assert described - {"/health", "/ready"} <= probed, "a route that this test does not try"
         for (i, scopes), (method, path, needed) in itertools.product(enumerate(sets), ROUTES):

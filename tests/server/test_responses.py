@@ -192,7 +192,7 @@ async def test_what_is_not_supported_is_refused(fields: Any, param: str, serve: 
 async def test_what_is_not_served_says_so(serve: Serve) -> None:
     async with serve() as served:
         with pytest.raises(openai.NotFoundError, match="only text generation"):
-            await served.client.embeddings.create(model=MODEL, input="Hi")
+            await served.client.moderations.create(model=MODEL, input="Hi")
         with pytest.raises(openai.NotFoundError, match="no files are kept"):
             await served.client.files.list()
         version = await served.http.get("/version")

@@ -1,0 +1,1 @@
+"""Vectors, labels and scores over HTTP."""

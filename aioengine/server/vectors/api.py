@@ -1,0 +1,147 @@
+"""Types of the endpoints for vectors, labels and scores: OpenAI's field names, and vLLM's, Jina's and
+Cohere's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from aioengine.server.openai.api import Ignored, Positive
+
+MAX_INPUTS = 2048
+"""Texts in one request; OpenAI's bound."""
+
+
+class VectorFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that all of them share."""
+
+    model: str
+    """The base model's name, or an adapter's."""
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    """Keep only this many last tokens of each text; -1 keeps as many as the context has room for."""
+    add_special_tokens: bool | None = None
+    """True if it is not given."""
+    request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$")] | None = None
+    """End of the answer's id."""
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
+    """For scheduling policies that look at it; higher is more urgent."""
+
+    # Accepted, and without effect on the answer
+    user: Ignored = msgspec.field(default_factory=msgspec.Raw)
+
+
+class InputFields(VectorFields, kw_only=True, forbid_unknown_fields=True):
+    input: Any
+    """A text, a list of texts, a list of token ids, or a list of such lists."""
+
+
+class PoolingRequest(InputFields, kw_only=True, forbid_unknown_fields=True):
+    pooling: Literal["auto", "mean", "last", "cls"] | None = None
+    """How the hidden states become one vector; "auto", if it is not given, as the adapter or the model
+    says."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """"base64": of float32, little endian."""
+
+
+class EmbeddingRequest(PoolingRequest, kw_only=True, forbid_unknown_fields=True):
+    dimensions: Positive | None = None
+    """Keep only the first so many numbers."""
+    normalize: bool | None = None
+    """Whether vectors have length 1; true if it is not given."""
+
+
+class ClassifyRequest(InputFields, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ScoreRequest(VectorFields, kw_only=True, forbid_unknown_fields=True):
+    """One text against one or many, or pairs of two lists of equal length."""
+
+    text_1: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
+    text_2: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
+
+
+class Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    text: str
+
+
+class RerankRequest(VectorFields, kw_only=True, forbid_unknown_fields=True):
+    query: str
+    documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS)]
+    top_n: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """Return only the best so many; 0 returns all."""
+    return_documents: bool | None = None
+    """True if it is not given."""
+
+
+class VectorUsage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingData(msgspec.Struct, kw_only=True):
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class PoolingData(msgspec.Struct, kw_only=True):
+    index: int
+    data: list[float] | str
+    object: Literal["pooling"] = "pooling"
+
+
+class ClassData(msgspec.Struct, kw_only=True):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ScoreData(msgspec.Struct, kw_only=True):
+    index: int
+    score: float
+    object: Literal["score"] = "score"
+
+
+class VectorList(msgspec.Struct, kw_only=True):
+    """What the answers of all but ``/rerank`` share; ``data`` is in the order of the input."""
+
+    id: str
+    model: str
+    usage: VectorUsage
+    created: int
+    object: Literal["list"] = "list"
+
+
+class EmbeddingList(VectorList, kw_only=True):
+    data: list[EmbeddingData]
+
+
+class PoolingList(VectorList, kw_only=True):
+    data: list[PoolingData]
+
+
+class ClassList(VectorList, kw_only=True):
+    data: list[ClassData]
+
+
+class ScoreList(VectorList, kw_only=True):
+    data: list[ScoreData]
+
+
+class RankedData(msgspec.Struct, kw_only=True, omit_defaults=True):
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class Ranked(msgspec.Struct, kw_only=True):
+    """``results`` begin with the best."""
+
+    id: str
+    model: str
+    results: list[RankedData]
+    usage: VectorUsage

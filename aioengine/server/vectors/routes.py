@@ -1,0 +1,280 @@
+"""``/v1/embeddings``, ``/pooling``, ``/classify``, ``/score`` and ``/rerank``: prompts in, numbers out."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+from litestar import Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import JSONBody
+from litestar.response import Response
+
+from aioengine.request import RequestOutput
+from aioengine.runtime.vectors import (
+    classification_of,
+    cosine,
+    embedding_of,
+    pooling_params,
+    sigmoid,
+)
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.context import Context
+from aioengine.server.errors import ApiError
+from aioengine.server.framework import RESPONSES, Handled, record_of
+from aioengine.server.openai.api import GenerationFields, Usage
+from aioengine.server.vectors.api import (
+    MAX_INPUTS,
+    ClassData,
+    ClassifyRequest,
+    ClassList,
+    Document,
+    EmbeddingData,
+    EmbeddingList,
+    EmbeddingRequest,
+    PoolingData,
+    PoolingList,
+    PoolingRequest,
+    Ranked,
+    RankedData,
+    RerankRequest,
+    ScoreData,
+    ScoreList,
+    ScoreRequest,
+    VectorFields,
+    VectorList,
+    VectorUsage,
+)
+
+Form = Callable[[Sequence[RequestOutput], str, VectorUsage], VectorList | Ranked]
+"""Makes the answer of the outputs, its id, and the usage."""
+
+
+def vector_routes(context: Context) -> list[HTTPRouteHandler]:
+    @post("/v1/embeddings", status_code=200, responses=RESPONSES, summary="Vectors of texts")
+    async def embeddings(
+        data: JSONBody[EmbeddingRequest], request: Request[Any, Any, Any]
+    ) -> Response[EmbeddingList]:
+        record = record_of(request)
+        prompts = await _prompts(context, data, data.input, record)
+
+        def vector(output: RequestOutput) -> list[float] | str:
+            found = embedding_of(output, normalize=data.normalize is not False, dimensions=data.dimensions)
+            return _encoded(found.vector, data.encoding_format)
+
+        def form(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> EmbeddingList:
+            items = [EmbeddingData(index=i, embedding=vector(output)) for i, output in enumerate(outputs)]
+            return EmbeddingList(data=items, **_shared(context, data, id_, usage))
+
+        return _handled(context, data, prompts, data.pooling or "auto", form, record, prefix="embd-")
+
+    @post("/pooling", status_code=200, responses=RESPONSES, summary="Vectors of texts, of any length")
+    async def pooling(
+        data: JSONBody[PoolingRequest], request: Request[Any, Any, Any]
+    ) -> Response[PoolingList]:
+        record = record_of(request)
+        prompts = await _prompts(context, data, data.input, record)
+
+        def form(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> PoolingList:
+            vectors = [_encoded(output.pooled or [], data.encoding_format) for output in outputs]
+            items = [PoolingData(index=i, data=vector) for i, vector in enumerate(vectors)]
+            return PoolingList(data=items, **_shared(context, data, id_, usage))
+
+        return _handled(context, data, prompts, data.pooling or "auto", form, record, prefix="pool-")
+
+    @post("/classify", status_code=200, responses=RESPONSES, summary="Labels of texts")
+    async def classify(
+        data: JSONBody[ClassifyRequest], request: Request[Any, Any, Any]
+    ) -> Response[ClassList]:
+        record = record_of(request)
+        prompts = await _prompts(context, data, data.input, record)
+        names = await context.label_names()
+
+        def item(index: int, output: RequestOutput) -> ClassData:
+            found = classification_of(output, names)
+            return ClassData(
+                index=index,
+                label=found.label,
+                probs=found.probabilities,
+                num_classes=len(found.probabilities),
+            )
+
+        def form(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> ClassList:
+            items = [item(i, output) for i, output in enumerate(outputs)]
+            return ClassList(data=items, **_shared(context, data, id_, usage))
+
+        return _handled(context, data, prompts, "classify", form, record, prefix="classify-")
+
+    @post(["/score", "/v1/score"], status_code=200, responses=RESPONSES, summary="How well texts fit")
+    async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any]) -> Response[ScoreList]:
+        firsts = [data.text_1] if isinstance(data.text_1, str) else data.text_1
+        seconds = [data.text_2] if isinstance(data.text_2, str) else data.text_2
+        if len(firsts) == 1:
+            firsts = firsts * len(seconds)
+        if len(firsts) != len(seconds):
+            raise ApiError(
+                400,
+                f"text_1: {len(firsts)} texts for the {len(seconds)} of text_2; give one, or as many",
+                param="text_1",
+                code="invalid_value",
+            )
+
+        def form(scores: list[float], id_: str, usage: VectorUsage) -> ScoreList:
+            items = [ScoreData(index=i, score=score) for i, score in enumerate(scores)]
+            return ScoreList(data=items, **_shared(context, data, id_, usage))
+
+        return await _scored(context, data, firsts, seconds, form, record_of(request), prefix="score-")
+
+    @post(
+        ["/rerank", "/v1/rerank", "/v2/rerank"],
+        status_code=200,
+        responses=RESPONSES,
+        summary="Documents, the best first",
+    )
+    async def rerank(data: JSONBody[RerankRequest], request: Request[Any, Any, Any]) -> Response[Ranked]:
+        texts = [document if isinstance(document, str) else document.text for document in data.documents]
+
+        def form(scores: list[float], id_: str, usage: VectorUsage) -> Ranked:
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: data.top_n or None]
+            shown = data.return_documents is not False
+            results = [
+                RankedData(
+                    index=index,
+                    relevance_score=scores[index],
+                    document=Document(text=texts[index]) if shown else None,
+                )
+                for index in best
+            ]
+            return Ranked(id=id_, model=data.model, results=results, usage=usage)
+
+        queries = [data.query] * len(texts)
+        return await _scored(context, data, queries, texts, form, record_of(request), prefix="rerank-")
+
+    return [embeddings, pooling, classify, score, rerank]
+
+
+class VectorReply:
+    """The reply of one of these endpoints, which has no streams."""
+
+    def __init__(self, reply_id: str, form: Form) -> None:
+        self._id = reply_id
+        self._form = form
+
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        raise NotImplementedError
+
+    def last_events(self, usage: Usage) -> bytes:
+        raise NotImplementedError
+
+    def failure(self, error: ApiError) -> bytes:
+        raise NotImplementedError
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        used = VectorUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
+        return msgspec.json.encode(self._form(outputs, self._id, used))
+
+
+def _handled(
+    context: Context,
+    data: VectorFields,
+    prompts: list[list[int]],
+    pooling: Literal["auto", "mean", "last", "cls", "classify"],
+    form: Form,
+    record: RequestRecord,
+    *,
+    prefix: str,
+) -> Handled:
+    fields = GenerationFields(model=data.model, request_id=data.request_id, priority=data.priority)
+    generation = context.generation(fields, prompts, pooling_params(pooling), None, record, prefix=prefix)
+    reply = VectorReply(generation.reply_id, form)
+    return Handled(context, generation, reply, stream=False, record=record)
+
+
+async def _scored(
+    context: Context,
+    data: VectorFields,
+    firsts: list[str],
+    seconds: list[str],
+    form: Callable[[list[float], str, VectorUsage], VectorList | Ranked],
+    record: RequestRecord,
+    *,
+    prefix: str,
+) -> Handled:
+    """Score pairs: each by an adapter's head of one label, or, without a head, by the cosine of the two
+    vectors."""
+    adapter = context.adapter_of(data.model, record.identity)
+    labels = 0 if adapter is None else await context.head_labels(adapter)
+    if labels > 1:
+        raise ApiError(
+            400,
+            f"model: its head has {labels} labels, and a score needs a head of one, or none: use /classify",
+            param="model",
+            code="invalid_value",
+        )
+    if labels == 1:
+        prompts = await context.encode_pairs(list(zip(firsts, seconds, strict=True)), owner=record.owner)
+        prompts = _bounded(context, data, prompts)
+
+        def by_head(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> VectorList | Ranked:
+            return form([sigmoid((output.pooled or [0.0])[0]) for output in outputs], id_, usage)
+
+        return _handled(context, data, prompts, "classify", by_head, record, prefix=prefix)
+    texts = list(dict.fromkeys((*firsts, *seconds)))  # each is computed once
+    prompts = await _prompts(context, data, texts, record, most=2 * MAX_INPUTS)
+
+    def by_cosine(outputs: Sequence[RequestOutput], id_: str, usage: VectorUsage) -> VectorList | Ranked:
+        vectors = {text: output.pooled or [] for text, output in zip(texts, outputs, strict=True)}
+        scores = [cosine(vectors[a], vectors[b]) for a, b in zip(firsts, seconds, strict=True)]
+        return form(scores, id_, usage)
+
+    return _handled(context, data, prompts, "auto", by_cosine, record, prefix=prefix)
+
+
+async def _prompts(
+    context: Context, data: VectorFields, given: Any, record: RequestRecord, *, most: int = MAX_INPUTS
+) -> list[list[int]]:
+    """Tokenize the input, if it is text. Raises ApiError."""
+    items: Any = [given] if isinstance(given, str) else given
+    kinds = set(map(type, items)) if isinstance(items, list) else set()
+    if kinds == {int}:
+        items, kinds = [items], {list}
+    if isinstance(items, list) and len(items) > most:
+        raise ApiError(400, f"input: at most {most} texts", param="input", code="invalid_value")
+    if kinds == {str}:
+        tokens = await context.encode(
+            items,
+            owner=record.owner,
+            add_special_tokens=data.add_special_tokens is not False,
+            limited=data.truncate_prompt_tokens is None,
+        )
+        return _bounded(context, data, tokens)
+    if kinds == {list} and all(set(map(type, item)) <= {int} for item in items):
+        return _bounded(context, data, items)
+    raise ApiError(
+        400,
+        "input: must be a text, a list of texts, a list of token ids or a list of such lists, not empty",
+        param="input",
+        code="invalid_value",
+    )
+
+
+def _bounded(context: Context, data: VectorFields, prompts: list[list[int]]) -> list[list[int]]:
+    if data.truncate_prompt_tokens is not None:
+        prompts = context.truncated(prompts, data.truncate_prompt_tokens, 0)
+    longest = max(map(len, prompts))
+    if longest > context.engine.plan.max_model_len:
+        raise context.too_long(longest, field="input")
+    return prompts
+
+
+def _encoded(vector: Sequence[float], encoding: str | None) -> list[float] | str:
+    if encoding != "base64":
+        return list(vector)
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _shared(context: Context, data: VectorFields, id_: str, usage: VectorUsage) -> dict[str, Any]:
+    return {"id": id_, "model": data.model, "usage": usage, "created": context.created}
