@@ -24,6 +24,9 @@ from aioengine.server.transport.protocol import bounded_protocol
 logger = logging.getLogger("aioengine.server")
 
 _BACKLOG = 2048
+_ACCEPTS = 16
+"""Connections that are accepted in a pass of the loop: uvloop accepts one for each socket that it listens on.
+With a single socket, who connects while others connect again and again waits in line for seconds."""
 FLUSH_SECONDS = 5
 DRAIN_LOG_SECONDS = 5.0
 
@@ -92,7 +95,9 @@ async def listening(
     ``bound`` is a socket of :func:`bind`; it is closed at the end. Raises ConfigError if the port is not
     available.
     """
-    with bind(settings) if bound is None else bound as bound:
+    with contextlib.ExitStack() as sockets:
+        bound = sockets.enter_context(bind(settings) if bound is None else bound)
+        same = [sockets.enter_context(bound.dup()) for _ in range(_ACCEPTS - 1)]
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.header_timeout, lambda: app.active > 0),
@@ -107,7 +112,9 @@ async def listening(
             backlog=_BACKLOG,
         )
         server = _Server(config)
-        task = asyncio.get_running_loop().create_task(server.serve(sockets=[bound]), name="aioengine-http")
+        task = asyncio.get_running_loop().create_task(
+            server.serve(sockets=[bound, *same]), name="aioengine-http"
+        )
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = bound.getsockname()[1]
         listens = asyncio.ensure_future(server.listens.wait())

@@ -13,6 +13,8 @@ from support import hostile_grammars as hostile
 
 from benchmarks.attacks.target import MODEL, Target, filled, key, statuses
 
+QUADRATIC = """{% for m in messages %}{% for n in messages %}{% if n.role == m.content %}{% endif %}
+{% endfor %}{% endfor %}"""
 START = f'{{"model": "{MODEL}", "max_tokens": 2, "prompt": '
 
 
@@ -178,3 +180,88 @@ async def wrong_keys(target: Target) -> str:
     await asyncio.sleep(0.5)
     lines = sum("401" in str(line) or "key" in str(line) for line in target.served.lines[before:])
     return f"{statuses(answers)}; {lines} lines in the log"
+
+
+async def address_flood(target: Target) -> str:
+    """1,500 requests of whoever has one address; who streams has another."""
+    body = {"max_tokens": 200, "ignore_eos": True}
+    asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
+    flood = [asyncio.create_task(ask) for ask in asks]
+    await asyncio.sleep(6)
+    done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
+    for task in flood:
+        task.cancel()
+    await asyncio.wait(flood)
+    return f"429 ({done.count(429)}x)"
+
+
+async def streams_cut_off(target: Target) -> str:
+    """For five seconds: connect, ask for a stream, and go away within a tenth of a second."""
+    body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 200, "stream": True}).encode()
+    draw = random.Random(0)
+    end = time.monotonic() + 5
+    count = 0
+
+    async def one() -> None:
+        nonlocal count
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection(*target.served.address)
+                writer.write(message(body))
+                await asyncio.sleep(draw.random() * 0.1)
+                writer.transport.abort()
+                count += 1
+
+    await asyncio.gather(*(one() for _ in range(60)))
+    return f"{count:,} streams"
+
+
+async def refused_requests(target: Target) -> str:
+    """For four seconds: requests with a field that does not exist, one after the other."""
+    request = message(b'{"model": "x", "promt": ' + b"[" * 60 + b"]" * 60 + b"}")
+    seen: list[str] = []
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            while True:
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+                seen.append(head[9:12].decode())
+        finally:
+            writer.transport.abort()
+
+    tasks = [asyncio.create_task(one()) for _ in range(30)]
+    await asyncio.wait(tasks, timeout=4)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
+
+
+async def many_connections(target: Target) -> str:
+    body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 2}).encode()
+
+    async def one() -> str:
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        try:
+            writer.write(message(body))
+            return (await reader.readuntil(b"\r\n"))[9:12].decode()
+        finally:
+            writer.transport.abort()
+
+    seen = await asyncio.gather(*(one() for _ in range(1_500)))
+    return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
+
+
+async def quadratic_chat(target: Target) -> str:
+    messages = [{"role": "user", "content": "Hello"}] * 2_048
+    ask = {"messages": messages, "max_tokens": 1}
+    return statuses(await asyncio.gather(*(target.post("/v1/chat/completions", ask) for _ in range(3))))
+
+
+def message(body: bytes) -> bytes:
+    """A request for a completion, as it is sent."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return head + b"content-length: %d\r\n\r\n" % len(body) + body

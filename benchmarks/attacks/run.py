@@ -31,6 +31,8 @@ from benchmarks.attacks.target import MODEL, Target, attacked
 
 LARGEST_GAP = 1.0
 """Seconds."""
+STRANGER = "127.0.0.2"
+"""The bystander's address, which makes it another client than the attacker where there are no keys."""
 AFTERWARDS = 1.0
 """Seconds that are looked at after the attack."""
 
@@ -43,6 +45,8 @@ class Attack(NamedTuple):
     """MiB that it may take."""
     keys: bool = False
     """Whether the server has keys, of tenants a and b."""
+    template: str | None = None
+    """The chat template that the server is given, if it is not the model's."""
 
 
 ATTACKS = [
@@ -72,10 +76,20 @@ ATTACKS = [
         "429 at once for b, each time",
         keys=True,
     ),
+    Attack("A7 the same from another address, without keys", requests.address_flood, "24 s"),
     Attack("A8 prompt of 8,000 tokens", requests.long_prompt, "4,900 ms"),
     Attack("A9 what has another tenant sent?", requests.cache_guesses, "cached_tokens 32", keys=True),
     Attack("A10 where are the adapters?", requests.paths_of_models, "absolute paths"),
     Attack("A10 2,000 wrong keys", requests.wrong_keys, "401 and a log line each", keys=True),
+    Attack("A11 streams begun and cut off, 60 at a time", requests.streams_cut_off, "11,061 ms"),
+    Attack("A11 30 connections whose requests are refused", requests.refused_requests, "4,466 ms"),
+    Attack("A11 1,500 connections at once, each asks", requests.many_connections, "15,968 ms"),
+    Attack(
+        "A12 chat template that goes through messages twice",
+        requests.quadratic_chat,
+        "takes minutes",
+        template=requests.QUADRATIC,
+    ),
     Attack("B11 backtracking pattern in a config", folders.patterns, "for ever"),
     Attack("B12 tensor of 40,000 dimensions (0.8 MB)", folders.many_dimensions, "5,596 ms"),
     Attack("B13 `.bin` of 2 MB with 2 GB of zeros", folders.zip_bomb, "8,567 ms, +2 GB"),
@@ -119,7 +133,8 @@ async def row(attack: Attack, target: Target) -> tuple[str, str]:
     watching = asyncio.create_task(peak.watch())
     wrong = ""
     try:
-        async with bystander(target.served.url, model=MODEL, key="key-of-b", max_tokens=40) as seen:
+        stranger = bystander(target.served.url, model=MODEL, key="key-of-b", max_tokens=40, address=STRANGER)
+        async with stranger as seen:
             try:
                 async with asyncio.timeout(60):
                     answer = await attack.run(target)
@@ -145,12 +160,10 @@ async def main() -> int:
     wanted = [a for a in ATTACKS if any(word.lower() in a.name.lower() for word in only)]
     print("| attack | before | largest gap, ms | p99, ms | answer | memory, MiB |\n|---|---|---|---|---|---|")
     failures = []
-    for keys in (False, True):
+    for keys, template in dict.fromkeys((attack.keys, attack.template) for attack in wanted):
         flags = ("--api-key", "a:key-of-a", "--api-key", "b:key-of-b") if keys else ()
-        attacks = [attack for attack in wanted if attack.keys is keys]
-        if not attacks:
-            continue
-        async with attacked(*flags) as found:
+        attacks = [attack for attack in wanted if (attack.keys, attack.template) == (keys, template)]
+        async with attacked(*flags, template=template) as found:
             await found.ask(structured_outputs={"regex": "warm"})
             for attack in attacks:
                 line, wrong = await row(attack, found)

@@ -60,11 +60,15 @@ class Target:
 
 
 @contextlib.asynccontextmanager
-async def attacked(*flags: str) -> AsyncIterator[Target]:
-    """Serves the model with ``flags`` added, and a folder for adapters."""
+async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Target]:
+    """Serves the model with ``flags`` added, a folder for adapters, and perhaps another chat template."""
     words = [word for pair in FLAGS.items() for word in pair]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        if template is not None:
+            file = root / "template.jinja"
+            file.write_text(template)
+            flags = (*flags, "--chat-template", str(file))
         async with (
             serving(MODEL, *words, "--adapter-root", folder, *flags) as served,
             httpx.AsyncClient(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +14,7 @@ from msgspec import inspect
 from support.server_fixtures import MODEL, Serve
 
 from aioengine.server.messages.api import CountRequest, MessagesRequest
+from aioengine.server.openai.adapters import LoadRequest, UnloadRequest
 from aioengine.server.openai.chat_api import ChatRequest
 from aioengine.server.openai.completions_api import CompletionRequest
 from aioengine.server.openai.tokens import DetokenizeRequest, TokenizeRequest
@@ -73,3 +76,37 @@ async def test_odd_values_are_refused_or_harmless(path: str, serve: Serve) -> No
         served.engine.check_invariants()
         answer = await served.http.post(path, json=base)
         assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+async def test_odd_values_for_adapters_are_refused(path: str, serve: Serve, tmp_path: Path) -> None:
+    struct = LoadRequest if "unload" not in path else UnloadRequest
+    base = {"lora_name": "x", "lora_path": "x"} if struct is LoadRequest else {"lora_name": "x"}
+    texts = [
+        "",
+        ".",
+        "..",
+        "a/../..",
+        "/",
+        "//",
+        "a" * 5000,
+        "\0",
+        "\ud800",
+        "\n",
+        "%2e%2e",
+        "~",
+        "hf:a/b",
+        "s3://a/b",
+    ]
+    odd = [*ODD, *map(json.dumps, texts)]
+    headers = {"content-type": "application/json"}
+    async with serve(adapter_root=str(tmp_path)) as served:
+        for field in struct.__struct_fields__:
+            for value in odd:
+                rest = json.dumps({k: v for k, v in base.items() if k != field})
+                body = f'{rest[:-1]}{"," if len(rest) > 2 else ""}"{field}":{value}}}'
+                answer = await served.http.post(path, content=body, headers=headers)
+                assert answer.status_code in (400, 404), (body[:300], answer.status_code, answer.text[:300])
+                assert len(answer.content) < 3000 and answer.json()["error"]["message"], body[:300]
+                assert str(tmp_path) not in answer.text, body[:300]
+        served.engine.check_invariants()

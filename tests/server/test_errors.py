@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
@@ -244,3 +245,15 @@ async def test_a_broken_adapter_harms_its_own_requests(serve: Serve, tmp_path: A
         assert "'broken'" in error["message"]
         assert str(tmp_path) not in error["message"]
         assert (await served.http.post("/v1/completions", json=OK)).status_code == 200
+
+
+async def test_refusing_fields_costs_little(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What msgspec knows of a type takes it ten milliseconds to tell, for which everybody waits."""
+    asked: list[object] = []
+    find = msgspec.inspect.type_info
+    monkeypatch.setattr(msgspec.inspect, "type_info", lambda type_: asked.append(type_) or find(type_))
+    async with serve() as served:
+        for _ in range(3):
+            answer = await served.http.post("/v1/completions", json={"model": MODEL, "promt": "Hi"})
+            assert answer.status_code == 400 and "did you mean prompt?" in answer.text
+    assert len(asked) <= 1

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from aioengine.server.transport.turns import PATIENCE, PER_PASS, Turns
+from aioengine.server.transport.turns import FEWEST, PATIENCE, PER_PASS, Turns
 
 COST = 0.0005
 """Seconds that a turn takes, with the answer that it leads to."""
@@ -42,7 +42,13 @@ class Loop:
 class Client:
     """Has ``left`` requests to be parsed, one after the other."""
 
-    def __init__(self, loop: Loop, turns: Turns, left: int) -> None:
+    is_closing = False
+
+    def answered(self) -> None:
+        """What the loop has to do for a turn afterwards."""
+
+    def __init__(self, loop: Loop, turns: Turns, left: int, owner: str = "a") -> None:
+        self.owner = owner
         self.loop = cast(asyncio.AbstractEventLoop, loop)
         self.has_asked = False
         self.left = left
@@ -51,6 +57,7 @@ class Client:
     def take_turn(self) -> None:
         self._loop.now += COST
         self.left -= 1
+        self._loop.call_soon(self.answered)
         if self.left:
             self._turns.ask_later(self)
 
@@ -91,3 +98,43 @@ def test_a_pass_gives_each_connection_one_turn_and_no_more_than_so_many() -> Non
     loop.run(until=COST)  # the pass that begins then, and no other
     assert [3 - client.left for client in clients].count(1) == sum(3 - client.left for client in clients)
     assert 1 <= sum(3 - client.left for client in clients) <= PER_PASS + 1
+
+
+def test_one_connection_of_another_owner_waits_for_few_of_a_flood() -> None:
+    loop, flooders = flood(True, 3000, 3)
+    loop.run(until=0.2)
+    other = Client(loop, flooders[0]._turns, 1, owner="b")
+    began, before = loop.now, sum(client.left for client in flooders)
+    flooders[0]._turns.ask(other)
+    while other.left:
+        loop.run(until=loop.now + COST)
+    assert before - sum(client.left for client in flooders) <= 2 * PER_PASS
+    assert loop.now - began < 0.1
+
+
+def test_connections_that_were_closed_take_nobodys_turn() -> None:
+    loop, clients = flood(True, 500, 1)
+    for client in clients[PER_PASS:-1]:
+        client.is_closing = True
+    loop.run(until=(PER_PASS + 2) * COST)
+    assert clients[-1].left == 0
+
+
+def test_passes_whose_answers_take_long_have_fewer_turns() -> None:
+    loop, clients = flood(False, 400, 1)
+    seen: list[float] = []
+
+    def answer() -> None:
+        loop.now += 0.02
+
+    def other_work() -> None:
+        seen.append(loop.now)
+        loop.call_soon(other_work)
+
+    for client in clients:
+        client.answered = answer  # type: ignore[method-assign]
+    loop.call_soon(other_work)
+    loop.run(until=5.0)
+    waits = [after - before for before, after in itertools.pairwise(seen)]
+    assert max(waits[:5]) > 10 * 0.02
+    assert max(waits[10:]) < (FEWEST + 1) * 0.02

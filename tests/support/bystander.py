@@ -41,14 +41,20 @@ class Bystander:
 
 @contextlib.asynccontextmanager
 async def bystander(
-    url: str, *, model: str = "tiny", key: str = "none", prompt: str = "Hello", max_tokens: int = 100
+    url: str,
+    *,
+    model: str = "tiny",
+    key: str = "none",
+    prompt: str = "Hello",
+    max_tokens: int = 100,
+    address: str = "127.0.0.1",
 ) -> AsyncIterator[Bystander]:
-    """Begins once a first stream is complete; at the end the stream that is under way is waited for."""
+    """Asks from ``address``. Begins once a first stream is complete; the last one is waited for."""
     seen = Bystander()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         __file__,
-        *(url, model, key, prompt, str(max_tokens)),
+        *(url, model, key, prompt, str(max_tokens), address),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=2**26,
@@ -83,7 +89,7 @@ def forget_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
-def _stream_until_told(url: str, model: str, key: str, prompt: str, max_tokens: str) -> None:
+def _stream_until_told(url: str, model: str, key: str, prompt: str, max_tokens: str, source: str) -> None:
     """The process's own part: standard library only, so that it starts at once."""
     body = {"model": model, "prompt": prompt, "max_tokens": int(max_tokens), "temperature": 0}
     data = json.dumps({**body, "stream": True, "ignore_eos": True})
@@ -93,7 +99,9 @@ def _stream_until_told(url: str, model: str, key: str, prompt: str, max_tokens: 
 
     def stream() -> str:
         nonlocal last
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        connection = http.client.HTTPConnection(
+            address.hostname or "", address.port, timeout=60, source_address=(source, 0)
+        )
         text = ""
         try:
             connection.request("POST", "/v1/completions", data, headers)

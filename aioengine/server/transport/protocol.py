@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from aioengine.server.access.addresses import network_of
 from aioengine.server.transport.turns import Turns
 
 HEADER_BYTES = 64 * 1024
@@ -140,6 +141,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stop_watch()
         self._drop_input()
         super().connection_lost(exc)
+
+    @property
+    def owner(self) -> str:
+        return network_of(self.client[0]) if self.client else ""
 
     @property
     def is_closing(self) -> bool:

@@ -10,6 +10,10 @@ from typing import Protocol
 
 PER_PASS = 16
 SECONDS = 0.005
+FEWEST = 4
+PASS_SECONDS = 0.02
+"""Time that a pass may take with the answers that its turns lead to. After a longer one the next has half as
+many turns, and at least ``FEWEST``."""
 PATIENCE = 0.1
 """Seconds of a non-empty queue after which it counts as a flood."""
 
@@ -19,14 +23,23 @@ class Connection(Protocol):
     has_asked: bool
     """Whether it is in the queue; only :class:`Turns` writes it."""
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether there is nothing to be parsed any more."""
+
+    @property
+    def owner(self) -> str:
+        """Whose it is."""
+
     def take_turn(self) -> None:
         """Parse one request, or one slice of a body."""
 
 
 class Turns:
     """Queue of connections. In one pass of the loop, as many connections have a turn as ``PER_PASS`` and
-    ``SECONDS`` allow, one each; the others wait. So data that arrives at once, from however many connections,
-    cannot delay the loop's other work.
+    ``SECONDS`` allow; the others wait, and their owners have turns one after the other. So data that arrives
+    at once, from however many connections, cannot delay the loop's other work, and one owner's connections
+    do not delay another's.
 
     A queue that has not been empty for ``PATIENCE`` seconds is a flood: the loop would never be idle, and the
     thread of the model's steps would wait for the interpreter lock each time that it needs it. Then, while
@@ -37,8 +50,10 @@ class Turns:
     def __init__(self, is_busy: Callable[[], bool], timer: Callable[[], float] = time.perf_counter) -> None:
         self._is_busy = is_busy
         self._timer = timer
-        self._line: deque[Connection] = deque()
-        self._left = PER_PASS
+        self._lines: dict[str, deque[Connection]] = {}
+        """Waiting connections by owner, in the order in which owners have turns; none is empty."""
+        self._waiting = 0
+        self._most = self._left = PER_PASS
         self._is_scheduled = False
         self._waited_since: float | None = None
         """Time since when the queue has not been empty."""
@@ -48,7 +63,7 @@ class Turns:
 
     def ask(self, connection: Connection) -> None:
         """Give ``connection`` a turn, at once if no other waits."""
-        if self._line or self._left == 0:
+        if self._lines or self._left == 0:
             self.ask_later(connection)
             return
         self._left -= 1
@@ -59,8 +74,25 @@ class Turns:
         """Give ``connection`` a turn in one of the loop's next passes."""
         if not connection.has_asked:
             connection.has_asked = True
-            self._line.append(connection)
+            self._lines.setdefault(connection.owner, deque()).append(connection)
+            self._waiting += 1
             self._schedule(connection.loop)
+
+    def _next(self) -> Connection | None:
+        """Take the next connection out of the queue. Owners have turns one after the other, however many
+        connections each of them has."""
+        while self._lines:
+            owner = next(iter(self._lines))
+            line = self._lines.pop(owner)
+            connection = line.popleft()
+            connection.has_asked = False
+            self._waiting -= 1
+            if line:
+                self._lines[owner] = line
+            if not connection.is_closing:
+                return connection
+            connection.take_turn()  # which drops what it has kept
+        return None
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._is_scheduled:
@@ -71,7 +103,11 @@ class Turns:
     def _end_pass(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin the next pass, at once or after a rest."""
         now = self._timer()
-        if not self._line:
+        if now - self._pass_began > PASS_SECONDS:
+            self._most = max(self._most // 2, FEWEST)
+        elif self._most < PER_PASS:
+            self._most += 1
+        if not self._lines:
             self._waited_since = None
         elif self._waited_since is None:
             self._waited_since = now
@@ -82,15 +118,16 @@ class Turns:
 
     def _pass(self, loop: asyncio.AbstractEventLoop) -> None:
         self._is_scheduled = False
-        self._left = PER_PASS
+        self._left = most = self._most
         end = self._timer() + SECONDS
-        for _ in range(min(PER_PASS, len(self._line))):
-            connection = self._line.popleft()
-            connection.has_asked = False
+        for _ in range(min(most, self._waiting)):
+            connection = self._next()
+            if connection is None:
+                break
             self._left -= 1
             connection.take_turn()
             if self._timer() > end:
                 self._left = 0
                 break
-        if self._left < PER_PASS:
+        if self._left < most:
             self._schedule(loop)
