@@ -25,6 +25,7 @@ Device = Literal["auto", "cpu", "cuda"]
 ExecutorName = Literal["thread", "process", "ray"]
 Restart = Literal["never", "on-failure"]
 MetricsCompat = Literal["none", "vllm"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 SpeculationName = Literal["none", "ngram", "suffix"]
 
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -173,6 +174,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens in a KV block."""
     kv_cache_memory: int | str | None = None
     """Bytes, or text such as "2GiB"; None sizes it from what is free."""
+    kv_cache_dtype: KVCacheDType = "auto"
+    """"int8" keeps keys and values as int8, with a scale for each token and head, in about half the memory;
+    only in the compiled CPU step. "auto" is the compute dtype."""
     enable_prefix_caching: bool = True
     cuda_graphs: bool = True
     """On CUDA, record decode steps of some sizes when the engine starts, and play them back: the GPU does not
@@ -237,6 +241,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the "
                 "batch; set device='cpu', or batch_invariant='auto'"
+            )
+        if self.kv_cache_dtype == "fp8":
+            raise ConfigError(
+                "kv_cache_dtype='fp8': no kernels here have it, neither on a CPU nor on CUDA; set "
+                "kv_cache_dtype='int8' (CPU), or 'auto'"
+            )
+        _choice(self, "kv_cache_dtype", get_args(KVCacheDType))
+        if self.kv_cache_dtype == "int8" and self.device == "cuda":
+            raise ConfigError(
+                "kv_cache_dtype='int8': only the CPU kernels have it; set device='cpu', or "
+                "kv_cache_dtype='auto'"
             )
         _choice(self, "speculation", get_args(SpeculationName))
         if self.speculation != "none" and self.device == "cuda":

@@ -35,6 +35,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     lora_dtype: str
     quantization: Quantization = "none"
+    kv_cache_dtype: str = "auto"
+    """"auto": ``dtype``."""
     max_model_len: int
     weights_bytes: int
     num_slots: int
@@ -117,6 +119,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         rows.append(("slot pool", detail, self.slot_pool_bytes))
         detail = f"{self.num_blocks} blocks x {self.block_size} tokens x "
         detail += f"{format_bytes(self.block_bytes // self.block_size)}"
+        if self.kv_cache_dtype != "auto":
+            detail += f", {self.kv_cache_dtype}"
         rows.append(("KV blocks", detail, self.kv_bytes))
         detail = f"{self.cpu_capacity} adapters x {format_bytes(self.cpu_adapter_bytes)} at most"
         if self.cpu_max_bytes is not None:
@@ -158,12 +162,15 @@ def plan_memory(
     )
     by_module, affine_bytes = _slot_bytes(slot, DTYPE_BYTES[lora_dtype])
     adapter_bytes = sum(by_module.values()) + affine_bytes
-    block_bytes = config.block_size * local.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    block_bytes = config.block_size * local.kv_bytes_per_token(
+        DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
+    )
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
         lora_dtype=lora_dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
         weights_bytes=_weights_bytes(local, DTYPE_BYTES[dtype], config.quantization),
         num_slots=0 if lora is None else lora.max_loras,

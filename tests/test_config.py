@@ -82,7 +82,7 @@ def test_embeddings_are_targeted_only_if_named() -> None:
         ({"kv_cache_memory": "2 apples"}, "kv_cache_memory='2 apples'"),
         ({"kv_cache_memory": -1}, "kv_cache_memory=-1"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
-        ({"executor": "ray"}, "executor='ray'"),
+        ({"executor": "mpi"}, "executor='mpi'"),
         ({"restart": "on-failure"}, "restart='on-failure': executor='thread'"),
         ({"executor": "process", "restart": "on-fail"}, "did you mean 'on-failure'"),
         ({"max_waiting": 0}, "max_waiting=0"),

@@ -17,6 +17,7 @@ from aioengine.config import (
     DType,
     EngineConfig,
     ExecutorName,
+    KVCacheDType,
     LoRAConfig,
     MetricsCompat,
     Restart,
@@ -93,6 +94,8 @@ class EngineFlags:
     """Maximum tokens in one step (2048)."""
     max_step_seconds: Annotated[float | None, _IN_MORE] = None
     """Target seconds of a step (0.2 on a CPU); prompts are chunked accordingly."""
+    kv_cache_dtype: Annotated[KVCacheDType | None, _IN_MORE] = None
+    """"int8": keys and values as int8, in half the memory. CPU only."""
     block_size: Annotated[int | None, _IN_MORE] = None
     """Tokens in a KV block (16)."""
     enable_prefix_caching: Annotated[bool | None, _IN_MORE] = None

@@ -96,6 +96,7 @@ def build_parts(
         target_modules=modules,
         max_model_len=plan.max_model_len,
         quantization=config.quantization,
+        int8_cache=config.kv_cache_dtype == "int8",
         progress=progress,
         group=group,
         fixed_decode=DecodeLimits(config.max_num_seqs, plan.max_model_len) if graphs else None,

@@ -7,11 +7,13 @@ import math
 import torch
 
 from aioengine.model.buffer import Arena
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import INT8_SCALE_BYTES, ModelSpec
 
 
 class KVCache:
     """Per layer, keys and values as ``[num_blocks, block_size, heads, dim]``, by :meth:`ModelSpec.kv_shapes`.
+
+    In ``int8`` it is ``[num_blocks, block_size, heads, dim + 2]`` bytes: the last two are a scale.
 
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
@@ -24,11 +26,16 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        int8: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.int8 = int8
+        extra = INT8_SCALE_BYTES if int8 else 0
+        dtype = torch.int8 if int8 else dtype
         shapes = [
-            (num_blocks, block_size, heads, dim)
+            (num_blocks, block_size, heads, dim + extra)
             for layer in spec.kv_shapes()
             for heads, dim in (layer[:2], layer[2:])
         ]

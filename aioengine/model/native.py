@@ -45,7 +45,7 @@ class NativeForward:
         self._pools: list[LoRAPool] = []
         """By their ids in the library."""
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
-        self._model = self._model_struct(cache.block_size)
+        self._model = self._model_struct(cache)
         spec = decoder.spec
         self._wide = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._narrow = max(spec.intermediate_size, spec.num_heads * spec.head_dim)
@@ -71,7 +71,7 @@ class NativeForward:
             )
         return found
 
-    def _model_struct(self, block_size: int) -> structs.Model:
+    def _model_struct(self, cache: KVCache) -> structs.Model:
         decoder, spec = self._decoder, self._decoder.spec
         return structs.Model(
             bf16=int(decoder.dtype == torch.bfloat16),
@@ -81,7 +81,8 @@ class NativeForward:
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             intermediate=spec.intermediate_size,
-            block_size=block_size,
+            block_size=cache.block_size,
+            int8_cache=int(cache.int8),
             eps=spec.rms_norm_eps,
             attention_scale=spec.head_dim**-0.5,
             norm=decoder.norm.data_ptr(),

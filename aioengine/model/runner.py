@@ -55,11 +55,11 @@ class ModelRunner:
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
     None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank``).
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
-    weights are kept; ``max_model_len`` is the longest sequence (it matters to models that transformers runs);
-    ``progress`` is told how far the weights are read. With ``fixed_decode``, decode steps
-    within these limits are recorded and played back if the kernels allow for it, by ``record``
-    (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share of the model, and all
-    ranks must be built and execute the same steps; only rank 0 samples.
+    weights are kept, and ``int8_cache`` keeps keys and values as int8; ``max_model_len`` is the longest
+    sequence (it matters to models that transformers runs); ``progress`` is told how far the weights are read.
+    With ``fixed_decode``, decode steps within these limits are recorded and played back if the kernels allow
+    for it, by ``record`` (None: as CUDA graphs). With a ``group`` of several ranks, this is one rank's share
+    of the model, and all ranks must be built and execute the same steps; only rank 0 samples.
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
     divided, or if they cannot be quantized here.
     """
@@ -82,6 +82,7 @@ class ModelRunner:
         kernels: str | None = None,
         max_model_len: int | None = None,
         quantization: Quantization = "none",
+        int8_cache: bool = False,
         progress: LoadProgress | None = None,
         group: Group | None = None,
         fixed_decode: DecodeLimits | None = None,
@@ -97,11 +98,16 @@ class ModelRunner:
             progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
         backend = get_backend(self.device.type, kernels)
         self.decoder: Decoder | GenericModel
+        if int8_cache and isinstance(spec, GenericSpec):
+            raise ConfigError(
+                "kv_cache_dtype='int8': only the compiled CPU step has it, and transformers runs this model; "
+                "set kv_cache_dtype='auto'"
+            )
         if not isinstance(spec, GenericSpec):
             self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
             load_weights(self.decoder, weights, progress)
             spec = self.decoder.spec
-        self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device)
+        self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device, int8=int8_cache)
         self.lora_slots = (
             LoRASlots(
                 self.spec,
@@ -188,6 +194,11 @@ class ModelRunner:
             raise ConfigError(
                 f"quantization={quantization!r}: only the compiled CPU step has it, which needs a C++ "
                 f"compiler (docs/kernels.md) and does not cover {reason}; set quantization='none'"
+            )
+        if self.kv_cache.int8:
+            raise ConfigError(
+                "kv_cache_dtype='int8': only the compiled CPU step has it, which needs a C++ compiler "
+                f"(docs/kernels.md) and does not cover {reason}; set kv_cache_dtype='auto'"
             )
         decoder, kv_cache, lora_slots = self.decoder, self.kv_cache, slots
         # Not through self: memory in a reference cycle would not be free when the runner is gone.

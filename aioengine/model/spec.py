@@ -19,6 +19,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear of a layer that an adapter may target, in the order used everywhere."""
 
+INT8_SCALE_BYTES = 2
+"""Of the scale that a token's key, or value, of one head has in an int8 cache."""
+
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 """What an adapter may target outside of the layers, if ``LoRAConfig.target_modules`` names it."""
 
@@ -212,5 +215,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
         return 2 * self.q_size / linears
 
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+    def kv_bytes_per_token(self, dtype_bytes: int, *, int8: bool = False) -> int:
+        """What the cache takes for a token; in ``int8`` a byte for an element, and a scale for each head."""
+        if int8:
+            return sum(
+                shape.elements + INT8_SCALE_BYTES * (shape.key_heads + shape.value_heads)
+                for shape in self.kv_shapes()
+            )
         return sum(shape.elements for shape in self.kv_shapes()) * dtype_bytes

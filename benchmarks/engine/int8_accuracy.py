@@ -1,10 +1,10 @@
-"""How much bfloat16 and int8 change what the model says, against float32, on English text.
+"""How much bfloat16, int8 weights and an int8 KV cache change what the model says, against float32.
 
     python -m benchmarks.engine.int8_accuracy
 
 Every prefix of passages of this repository's documentation, as far as 64 tokens, is given to the model in
-float32, in bfloat16 and in int8. Prints how often the most likely next token is the same, and the
-Kullback-Leibler divergence of the next token's distribution, in nats.
+float32, in bfloat16, and in bfloat16 with int8 weights, an int8 KV cache, and both. Prints how often the most
+likely next token is the same, and the Kullback-Leibler divergence of the next token's distribution, in nats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from aioengine.step import Sampled, SequenceWork, StepBatch
 
 BLOCK = 16
 LENGTH = 64
-VARIANTS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"))
+VARIANTS = (
+    ("float32", "none", "auto"),
+    ("bfloat16", "none", "auto"),
+    ("bfloat16", "none", "int8"),
+    ("bfloat16", "int8", "auto"),
+    ("bfloat16", "int8", "int8"),
+)
+"""dtype, quantization, kv_cache_dtype"""
 
 
 def passages(tokenizer: Tokenizer, count: int) -> list[list[int]]:
@@ -61,7 +68,9 @@ def prefixes(passage: list[int]) -> StepBatch:
     return StepBatch(0, work, [])
 
 
-def log_probabilities(model: str, dtype: str, quantization: str, texts: list[list[int]]) -> Tensor:
+def log_probabilities(
+    model: str, dtype: str, quantization: str, cache: str, texts: list[list[int]]
+) -> Tensor:
     """[positions, vocab]"""
     path, logits = resolve_model(model), Logits()
     runner = ModelRunner(
@@ -73,6 +82,7 @@ def log_probabilities(model: str, dtype: str, quantization: str, texts: list[lis
         block_size=BLOCK,
         sample=logits,
         quantization=quantization,  # type: ignore[arg-type]
+        int8_cache=cache == "int8",
     )
     found = []
     for text in texts:
@@ -93,13 +103,14 @@ def main() -> None:
     table = Table(title=f"against float32, {len(exact)} positions of English text")
     for column in ("", "same next token", "divergence (mean)", "divergence (99%)"):
         table.add_column(column, justify="right" if column else "left")
-    for (dtype, quantization), found in zip(VARIANTS[1:], others, strict=True):
+    for (dtype, quantization, cache), found in zip(VARIANTS[1:], others, strict=True):
         same = (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
         divergence = (exact.exp() * (exact - found)).sum(-1)
-        name = dtype if quantization == "none" else quantization
+        name = dtype if quantization == "none" else f"{quantization} weights"
+        name += "" if cache == "auto" else f", {cache} cache"
         cells = (f"{same:.1%}", f"{divergence.mean().item():.4f}", f"{divergence.quantile(0.99).item():.4f}")
         table.add_row(name, *cells)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

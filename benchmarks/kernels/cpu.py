@@ -8,6 +8,7 @@
 ``adapters``  a decode step with 1 to 32 distinct adapters in the batch
 ``ranks``     ... with 8 adapters of rank 8 to 256
 ``context``   ... after 128 to 4,096 tokens
+``cache``     ... the same with an int8 KV cache
 ``batch``     ... of 1 to 64 sequences
 ``prefill``   prompts of 2,048 tokens
 ``engine``    the whole engine: how much of the time is not the model step's
@@ -83,6 +84,16 @@ def context_table(args: argparse.Namespace, quantization: str) -> Table:
     return growth_table(title, "tokens before", cases, dict.fromkeys(cases, 32), args)
 
 
+def cache_table(args: argparse.Namespace, quantization: str) -> Table:
+    kinds = {name: Steps(args.model, kv_tokens=32 * 4112, quantization=quantization, int8_cache=bool(name))
+             for name in ("", ", int8 cache")}  # fmt: skip
+    cases = {
+        f"{n:,}{name}": steps.decode(32, n) for n in (128, 512, 2048, 4096) for name, steps in kinds.items()
+    }
+    title = f"decode, 32 sequences, {_weights(quantization)}: by the KV cache"
+    return growth_table(title, "tokens before", cases, dict.fromkeys(cases, 32), args)
+
+
 def batch_table(args: argparse.Namespace, quantization: str) -> Table:
     steps = Steps(args.model, kv_tokens=64 * 256, slots=8, quantization=quantization)
     cases: dict[str, Callable[[], object]] = {}
@@ -114,6 +125,7 @@ TABLES: dict[str, Callable[[argparse.Namespace, str], Table]] = {
     "adapters": adapters_table,
     "ranks": ranks_table,
     "context": context_table,
+    "cache": cache_table,
     "batch": batch_table,
     "prefill": prefill_table,
 }

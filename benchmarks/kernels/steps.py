@@ -27,7 +27,14 @@ class Steps:
     """A model with random adapters in ``slots`` slots, and a KV cache of ``kv_tokens``."""
 
     def __init__(
-        self, model: str, *, kv_tokens: int, slots: int = 0, rank: int = 16, quantization: str = "none"
+        self,
+        model: str,
+        *,
+        kv_tokens: int,
+        slots: int = 0,
+        rank: int = 16,
+        quantization: str = "none",
+        int8_cache: bool = False,
     ) -> None:
         path = resolve_model(model)
         self.spec = read_spec(path)
@@ -42,9 +49,10 @@ class Steps:
             max_loras=slots,
             max_lora_rank=rank,
             quantization=quantization,
+            int8_cache=int8_cache,
         )
         for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
-            cache.fill_(0.5)  # memory that was never written would be read from one page
+            cache.fill_(1 if int8_cache else 0.5)  # memory that was never written would be read from one page
         self._write_adapters(slots)
 
     def _write_adapters(self, count: int) -> None:

@@ -63,7 +63,7 @@ def rope_store(
     load().aio_rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(tokens, heads, kv_heads, d, block_size, threads()),
+        *(tokens, heads, kv_heads, d, block_size, 0, threads()),
     )
 
 
@@ -79,7 +79,7 @@ def paged_attention(
     load().aio_attention(
         *(is_bf16(qkv), qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
-        *(out.data_ptr(), heads, kv_heads, d, block_size, window or 0, d**-0.5, threads()),
+        *(out.data_ptr(), heads, kv_heads, d, block_size, window or 0, d**-0.5, 0, threads()),
     )
     return out
 

@@ -16,6 +16,8 @@ from aioengine.kernels.cpu import build
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 COMPILED = {"block_size": 16, "batch_invariant": True, "max_loras": 3, "max_cpu_loras": 16}
+CACHE = {"none": "auto", "int8": "int8"}
+"""kv_cache_dtype, by quantization."""
 KINDS = [
     SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3),
     SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, seed=7, logprobs=1),
@@ -45,7 +47,12 @@ def bits(output: RequestOutput) -> Sequence[object]:
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 async def test_a_crowd_changes_no_bit(quantization: str, tiny: Tiny, make_engine: MakeEngine) -> None:
-    fields = {**COMPILED, "dtype": "bfloat16", "quantization": quantization}
+    fields = {
+        **COMPILED,
+        "dtype": "bfloat16",
+        "quantization": quantization,
+        "kv_cache_dtype": CACHE[quantization],
+    }
     async with make_engine(tiny, **fields, enable_prefix_caching=False) as engine:
         for name, folder in tiny.adapters.items():
             engine.register_adapter(name, folder)
@@ -79,7 +86,12 @@ async def test_a_request_goes_on_elsewhere_without_a_replay(
     quantization: str, tiny: Tiny, make_engine: MakeEngine
 ) -> None:
     """What one engine decoded, another one computes at once as part of a prompt."""
-    fields = {**COMPILED, "dtype": "bfloat16", "quantization": quantization}
+    fields = {
+        **COMPILED,
+        "dtype": "bfloat16",
+        "quantization": quantization,
+        "kv_cache_dtype": CACHE[quantization],
+    }
     kinds = [
         SamplingParams(max_tokens=24, ignore_eos=True),
         SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, seed=7),
@@ -104,6 +116,9 @@ async def test_a_request_goes_on_elsewhere_without_a_replay(
     ("fields", "why"),
     [
         ({"batch_invariant": "yes"}, r"batch_invariant='yes': must be 'auto', True or False"),
+        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8': no kernels here .*kv_cache_dtype='int8'"),
+        ({"kv_cache_dtype": "int4"}, r"kv_cache_dtype='int4': allowed are auto, int8, fp8"),
+        ({"kv_cache_dtype": "int8", "device": "cuda"}, r"kv_cache_dtype='int8': .*device='cpu'"),
         ({"batch_invariant": True, "device": "cuda"}, r"batch_invariant=True: .*cuBLAS.*device='cpu'"),
     ],
 )
@@ -117,6 +132,9 @@ def test_settings_that_cannot_be(
 async def test_a_path_that_cannot_have_it_says_why(tiny: Tiny, make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match=r"batch_invariant=True: .*torch's.*block_size 4.*'auto'"):
         async with make_engine(tiny, batch_invariant=True, block_size=4):
+            pass
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='int8': .*block_size 4.*'auto'"):
+        async with make_engine(tiny, kv_cache_dtype="int8", block_size=4):
             pass
     async with make_engine(tiny, block_size=4) as engine:
         assert not engine.info.batch_invariant

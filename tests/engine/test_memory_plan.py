@@ -64,6 +64,19 @@ def test_the_plan_is_what_is_allocated(
     assert sum(shares) == rows["slot pool"] == plan.slot_pool_bytes
 
 
+def test_an_int8_cache_has_almost_twice_as_many_tokens(tiny: Tiny) -> None:
+    fields: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 64, "kv_cache_memory": "1MiB"}
+    plans = [
+        plan_parts(EngineConfig(model=str(tiny.model), kv_cache_dtype=name, **fields))
+        for name in ("auto", "int8")
+    ]
+    whole, half = (plan.memory for plan in plans)
+    dim = plans[0].spec.head_dim
+    assert half.block_bytes * 2 * dim == whole.block_bytes * (dim + 2)
+    assert half.num_blocks == 2**20 // half.block_bytes > 1.7 * whole.num_blocks
+    assert "int8" in next(detail for label, detail, _ in half.rows() if label == "KV blocks")
+
+
 def _tensors(holder: object, depth: int = 5) -> list[torch.Tensor]:
     """Every tensor that an object holds, found by looking and not by its own account."""
     if isinstance(holder, torch.Tensor):

@@ -18,6 +18,8 @@ from aioengine.kernels.cpu import build
 needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
+CACHE = {"none": "auto", "int8": "int8"}
+"""kv_cache_dtype, by quantization."""
 BIAS = dict.fromkeys(range(66, 70), 8.0)
 
 
@@ -70,7 +72,7 @@ def counted(engine: AsyncEngine) -> list[TokensProposed]:
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 async def test_no_token_changes(quantization: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     """With random arrivals, swaps, preemptions, aborts, and outputs of earlier rounds."""
-    fields = {**FIELDS, "quantization": quantization}
+    fields = {**FIELDS, "quantization": quantization, "kv_cache_dtype": CACHE[quantization]}
     async with make_engine(tiny, **fields) as engine:
         for name, folder in tiny.adapters.items():
             engine.register_adapter(name, folder)

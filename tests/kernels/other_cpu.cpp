@@ -5,6 +5,15 @@
 #include <cstring>
 #include <vector>
 
+struct Where {
+  int64_t a, a_rank, b, b_rank, affine;
+};
+struct Slots {
+  const void* memory;
+  const Where* table;
+  int64_t places;
+};
+
 extern "C" {
 void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
 void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y, long y_stride,
@@ -14,12 +23,12 @@ void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* wei
 void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells, const uint8_t* last,
                     void* keys, void* values, long tokens, long heads, long kv_heads, long head_dim, long block_size,
-                    int threads);
+                    int int8, int threads);
 void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values, const int32_t* tables,
                    long table_width, const int32_t* spans, long sequences, void* out, long heads, long kv_heads,
-                   long head_dim, long block_size, long window, float scale, int threads);
-void aio_lora_shrink(int bf16, const void* x, long x_stride, const void* a, void* h, long slot_stride, long n_in,
-                     long slices, long max_rank, const int32_t* segments, long count, int threads);
+                   long head_dim, long block_size, long window, float scale, int int8, int threads);
+void aio_lora_shrink(int bf16, const void* x, long x_stride, const Slots* slots, long first, void* h, long k, long slices,
+                     long width, const int32_t* segments, long count, int threads);
 }
 
 static uint32_t state = 1;
@@ -95,10 +104,10 @@ static void norm_and_activation(bool bf16) {
 }
 
 // One sequence of 21 tokens, not rotated, in two blocks that lie in the wrong order.
-static void attention(bool bf16) {
+static void attention(bool bf16, bool int8) {
   const long tokens = 21, heads = 4, kv_heads = 2, d = 32, block = 16, width = (heads + 2 * kv_heads) * d;
-  Values qkv(bf16, tokens * width), keys(bf16, 2 * block * kv_heads * d), values(bf16, 2 * block * kv_heads * d);
-  for (long i = 0; i < 2 * block * kv_heads * d; i++) keys.set(i, NAN), values.set(i, NAN);
+  Values qkv(bf16, tokens * width), keys(bf16, 2 * block * kv_heads * (d + 2)), values(bf16, 2 * block * kv_heads * (d + 2));
+  for (long i = 0; i < 2 * block * kv_heads * (d + 2); i++) keys.set(i, NAN), values.set(i, NAN);
   Values out(bf16, tokens * heads * d);
   std::vector<float> cos(tokens * d / 2, 1.0f), sin(tokens * d / 2, 0.0f);
   std::vector<int64_t> cells(tokens);
@@ -107,9 +116,9 @@ static void attention(bool bf16) {
   const int32_t tables[] = {1, 0}, span[] = {0, int32_t(tokens), 0};
   for (long t = 0; t < tokens; t++) cells[t] = tables[t / block] * block + t % block;
   aio_rope_store(bf16, qkv.data(), cos.data(), sin.data(), cells.data(), last.data(), keys.data(), values.data(), tokens,
-                 heads, kv_heads, d, block, 2);
+                 heads, kv_heads, d, block, int8, 2);
   aio_attention(bf16, qkv.data(), width, keys.data(), values.data(), tables, 2, span, 1, out.data(), heads, kv_heads, d,
-                block, 0, 1.0f, 2);
+                block, 0, 1.0f, int8, 2);
   for (long t = 0; t < tokens; t++)
     for (long h = 0; h < heads; h++) {
       const long kv = h / (heads / kv_heads);
@@ -123,7 +132,7 @@ static void attention(bool bf16) {
       for (long i = 0; i < d; i++) {
         float sum = 0;
         for (long s = 0; s <= t; s++) sum += weights[s] / total * qkv[s * width + (heads + kv_heads + kv) * d + i];
-        expect("attention", bf16, out[(t * heads + h) * d + i], sum, 2);
+        expect(int8 ? "attention in int8" : "attention", bf16 || int8, out[(t * heads + h) * d + i], sum, 2);
       }
     }
 }
@@ -135,7 +144,9 @@ static void shrink(bool bf16) {
   for (long i = 0; i < n_in; i++) a.set(stride + 3 * n_in + i, 0.0f);
   for (long i = 0; i < tokens * max_rank; i++) h.set(i, 0.0f);
   const int32_t segment[] = {1, 1, 4, 3};
-  aio_lora_shrink(bf16, x.data(), n_in, a.data(), h.data(), stride, n_in, 1, max_rank, segment, 1, 2);
+  const Where table[] = {{0, 0, 0, 0, -1}, {stride, 3, 0, 0, -1}};
+  const Slots slots{a.data(), table, 1};
+  aio_lora_shrink(bf16, x.data(), n_in, &slots, 0, h.data(), n_in, 1, max_rank, segment, 1, 2);
   for (long t = 0; t < tokens; t++)
     for (long r = 0; r < max_rank; r++) {
       float sum = 0;
@@ -145,7 +156,8 @@ static void shrink(bool bf16) {
 }
 
 int main() {
-  for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), attention(bf16), shrink(bf16);
+  for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), shrink(bf16);
+  for (const bool bf16 : {false, true}) attention(bf16, false), attention(bf16, true);
   std::printf(wrong == 0 ? "all as expected\n" : "%d are wrong\n", wrong);
   return wrong == 0 ? 0 : 1;
 }

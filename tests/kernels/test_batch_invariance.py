@@ -46,13 +46,17 @@ def _threads() -> Iterator[None]:
 @pytest.mark.usefixtures("level", "_threads")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize(
-    ("dtype", "quantization"),
-    [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")],
+    ("dtype", "quantization", "int8_cache"),
+    [
+        (torch.float32, "none", False),
+        (torch.bfloat16, "none", False),
+        (torch.bfloat16, "int8", True),
+    ],
 )
 def test_logits_do_not_depend_on_the_batch(
-    dtype: torch.dtype, quantization: Quantization, family: str
+    dtype: torch.dtype, quantization: Quantization, int8_cache: bool, family: str
 ) -> None:
-    steps = InvariantSteps(model(family), dtype, "cpu", quantization)
+    steps = InvariantSteps(model(family), dtype, "cpu", quantization, int8_cache=int8_cache)
     assert steps.runner.native is not None
     sequences = make_sequences(0)
     torch.set_num_threads(1)

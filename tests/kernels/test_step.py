@@ -45,13 +45,14 @@ class Run:
         quantization: Quantization = "none",
         *,
         whole: bool = True,
+        int8_cache: bool = False,
     ) -> None:
         self.logits = torch.empty(0)
         spec, self.ranks = read_spec(model()), ranks
         self.runner = ModelRunner(
             *(spec, model()), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=16,
             max_loras=len(ranks), max_lora_rank=max(ranks), kernels=kernels, quantization=quantization,
-            sample=self._sample,
+            sample=self._sample, int8_cache=int8_cache,
         )  # fmt: skip
         assert (self.runner.native is not None) == (kernels == "cpu" and whole)
         assert self.runner.lora_slots is not None
@@ -107,6 +108,28 @@ def test_so_is_one_operation_by_operation(
     found = Run(dtype, "cpu", ranks, whole=False)(sequences)
     bound = 1e-4 if dtype == torch.float32 else 0.05
     assert (found - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_cache_is_close_and_smaller(dtype: torch.dtype) -> None:
+    ranks = (16, 16, 4, 16)
+    exact, int8 = Run(dtype, "cpu", ranks), Run(dtype, "cpu", ranks, int8_cache=True)
+    expected, found = exact(LONG), int8(LONG)
+    assert 0 < (found - expected).norm() < 0.06 * expected.norm()
+    spec = exact.runner.spec
+    scales = 2 * spec.num_layers * spec.num_kv_heads * 2 * 16 * BLOCKS
+    assert int8.runner.kv_cache.nbytes == exact.runner.kv_cache.nbytes // dtype.itemsize + scales
+
+
+def test_what_is_not_finite_stays_so_in_an_int8_cache() -> None:
+    run = Run(torch.float32, "cpu", (4,), int8_cache=True)
+    sequences = [(-1, 20), (0, 20)]
+    before = run(sequences)
+    assert run.runner.lora_slots is not None
+    run.runner.lora_slots.memory.memory.fill_(torch.inf)
+    after = run(sequences)
+    assert torch.equal(after[0], before[0]), "another sequence"
+    assert not after[1].isfinite().any()
 
 
 @pytest.mark.parametrize("sequences", [FEW, LONG])

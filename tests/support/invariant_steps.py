@@ -34,13 +34,21 @@ class Sequence_(NamedTuple):
 class InvariantSteps:
     """A runner over a tiny model whose adapters change slots."""
 
-    def __init__(self, model: Path, dtype: torch.dtype, kernels: str, quantization: Quantization) -> None:
+    def __init__(
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        kernels: str,
+        quantization: Quantization,
+        *,
+        int8_cache: bool = False,
+    ) -> None:
         self._logits = torch.empty(0)
         self._in_slot = [-1] * SLOTS
         self.runner = ModelRunner(
             *(read_spec(model), model), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=BLOCK,
             max_loras=SLOTS, max_lora_rank=MAX_RANK, kernels=kernels, quantization=quantization,
-            sample=self._sample,
+            sample=self._sample, int8_cache=int8_cache,
         )  # fmt: skip
 
     def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:

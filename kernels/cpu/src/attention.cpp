@@ -7,10 +7,13 @@
 // Cache layout, for each block and key head, block_size a multiple of 16 (L lanes of head_dim):
 //   keys    [block_size / 16][L][16 keys]           a vector holds one lane of 16 keys
 //   values  [block_size / PER_LANE][head_dim]       a lane holds one dimension of 1 or 2 neighbouring keys
+// In int8 a lane is two bytes whatever the element type, and the block's scales follow (quantized_cache.h). Queries and
+// weights are then quantized to int16, each row of them by itself, and products are whole numbers.
 #include <cmath>
 #include <vector>
 
 #include "ops.h"
+#include "quantized_cache.h"
 #include "team.h"
 
 namespace aio {
@@ -34,11 +37,13 @@ struct Attention {
   void* out;  // [tokens, heads * head_dim]
   long heads, kv_heads, head_dim, block_size, window;  // window 0: all keys
   float scale;
+  bool int8;
 };
 
 // Where the keys and values of up to 64 positions of a sequence lie, for one key head.
 struct Chunk {
   const uint32_t *keys[PANELS], *values[PANELS];
+  const uint16_t *key_scales[PANELS], *value_scales[PANELS];  // of int8
 };
 
 // Scores of R query rows against the keys. Blocks lie anywhere in memory, which hardware cannot foresee: so the keys of
@@ -93,6 +98,59 @@ void accumulate(const uint32_t* weights, const Chunk& at, long count, long head_
   }
 }
 
+// The same for keys in int8 and queries in int16.
+template <int R>
+void scores_int8(const uint32_t* q, const Chunk& at, long lanes, const Chunk* next, float* out) {
+  vi acc[R][PANELS];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < PANELS; p++) acc[r][p] = vi{};
+  for (long k = 0; k < lanes; k++) {
+    vu b[PANELS];
+    for (int p = 0; p < PANELS; p++) b[p] = Int8Head::load((const int8_t*)at.keys[p] + k * 2 * LANES);
+    if (next != nullptr && k % 2 == 0)
+      for (int p = 0; p < PANELS; p++) __builtin_prefetch((const int8_t*)next->keys[p] + k * 2 * LANES, 0, 2);
+    for (int r = 0; r < R; r++) {
+      const vu a = splat(q[r * lanes + k]);
+      for (int p = 0; p < PANELS; p++) acc[r][p] = dot_int16(acc[r][p], a, b[p]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < PANELS; p++) storef(out + r * KEYS + p * LANES, __builtin_convertvector(acc[r][p], vf));
+}
+
+// The same for values in int8 and weights in int16, each of which stands for `factor`.
+template <int R>
+void accumulate_int8(const uint32_t* weights, const Chunk& at, long count, long head_dim, const Chunk* next,
+                     const float* decay, const float* factor, float* out) {
+  constexpr int W = 4;
+  for (long d = 0; d < head_dim; d += W * LANES) {
+    const int width = head_dim - d < W * LANES ? int((head_dim - d) / LANES) : W;
+    vi acc[R][W];
+    for (int r = 0; r < R; r++)
+      for (int w = 0; w < W; w++) acc[r][w] = vi{};
+    for (int p = 0; p < PANELS && p * LANES < count; p++) {
+      const long keys = count - p * LANES < LANES ? count - p * LANES : LANES;
+      for (long k = 0; k < (keys + 1) / 2; k++) {
+        const long begin = (k * head_dim + d) * 2;
+        vu v[W];
+        for (int w = 0; w < W; w++)
+          v[w] = Int8Head::load((const int8_t*)at.values[p] + begin + (w < width ? w : 0) * 2 * LANES);
+        if (next != nullptr)
+          for (int w = 0; w < width; w += 2) __builtin_prefetch((const int8_t*)next->values[p] + begin + w * 2 * LANES, 0, 2);
+        for (int r = 0; r < R; r++) {
+          const vu a = splat(weights[r * (KEYS / 2) + p * (LANES / 2) + k]);
+          for (int w = 0; w < W; w++) acc[r][w] = dot_int16(acc[r][w], a, v[w]);
+        }
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int w = 0; w < width; w++) {
+        float* to = out + r * head_dim + d + w * LANES;
+        storef(to, multiply_add(__builtin_convertvector(acc[r][w], vf), splatf(factor[r]), loadf(to) * decay[r]));
+      }
+  }
+}
+
 struct Task {
   long sequence, token, tokens, kv_head;
 };
@@ -114,7 +172,16 @@ Chunk locate(const Attention& a, const Task& task, long at, long count) {
     // Panels past the last key repeat the first: what they give is masked.
     const long position = at + (p * LANES < count ? p * LANES : 0);
     const long block = table[position / a.block_size], offset = position % a.block_size;
-    const long base = (block * a.kv_heads + task.kv_head) * per_head + offset * lanes;
+    const long head = block * a.kv_heads + task.kv_head;
+    if (a.int8) {
+      const Int8Head keys(a.keys, head, a.block_size, a.head_dim), values(a.values, head, a.block_size, a.head_dim);
+      found.keys[p] = (const uint32_t*)(keys.elements + offset * a.head_dim);
+      found.values[p] = (const uint32_t*)(values.elements + offset * a.head_dim);
+      found.key_scales[p] = keys.scales + offset;
+      found.value_scales[p] = values.scales + offset;
+      continue;
+    }
+    const long base = head * per_head + offset * lanes;
     found.keys[p] = (const uint32_t*)a.keys + base;
     found.values[p] = (const uint32_t*)a.values + base;
   }
@@ -138,14 +205,20 @@ template <class T>
 __attribute__((noinline)) void attend(const Attention& a, const Task& task, const Task* next, long head_begin,
                                       long head_end, Scratch& scratch) {
   using elem = typename T::elem;
-  const long lanes = a.head_dim / T::PER_LANE, group = head_end - head_begin, rows = task.tokens * group;
+  const long lanes = a.head_dim / (a.int8 ? 2 : T::PER_LANE), group = head_end - head_begin, rows = task.tokens * group;
   const int32_t* span = a.spans + task.sequence * 3;
   const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
 
   uint32_t* q = scratch.q.data();
+  float scale[MAX_ROWS], factor[MAX_ROWS];
   for (long r = 0; r < rows; r++) {
     const long token = span[0] + task.token + r / group, head = head_begin + r % group;
-    std::memcpy(q + r * lanes, (const elem*)a.q + token * a.q_stride + head * a.head_dim, lanes * 4);
+    const elem* from = (const elem*)a.q + token * a.q_stride + head * a.head_dim;
+    scale[r] = a.scale;
+    if (a.int8)
+      scale[r] *= quantize_query<T>(from, a.head_dim, (int16_t*)(q + r * lanes));
+    else
+      std::memcpy(q + r * lanes, from, lanes * 4);
   }
   float* out = scratch.out.data();
   std::memset(out, 0, rows * a.head_dim * sizeof(float));
@@ -165,9 +238,16 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       now_at = locate<T>(a, *next, first_key(a, *next), keys_from(a, *next, first_key(a, *next)));
     const Chunk* fetch = more || next != nullptr ? &now_at : nullptr;
     for (long r = 0; r < rows; r += 4) {
-#define CALL(R) scores<T, R>(q + r * lanes, here, lanes, r == 0 ? fetch : nullptr, scratch.scores + r * KEYS)
-      AIO_SWITCH_FEW(rows - r, CALL)
+      const Chunk* meanwhile = r == 0 ? fetch : nullptr;
+      if (a.int8) {
+#define CALL(R) scores_int8<R>(q + r * lanes, here, lanes, meanwhile, scratch.scores + r * KEYS)
+        AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
+      } else {
+#define CALL(R) scores<T, R>(q + r * lanes, here, lanes, meanwhile, scratch.scores + r * KEYS)
+        AIO_SWITCH_FEW(rows - r, CALL)
+#undef CALL
+      }
     }
     for (long r = 0; r < rows; r++) {
       float* s = scratch.scores + r * KEYS;
@@ -176,7 +256,8 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       vf score[PANELS], top = splatf(NONE);
       const bool masked = at + KEYS - 1 > position || at < from;
       for (int p = 0; p < PANELS; p++) {
-        score[p] = loadf(s + p * LANES) * a.scale;
+        score[p] = loadf(s + p * LANES) * scale[r];
+        if (a.int8) score[p] *= Bf16::load16(here.key_scales[p]);
         if (masked) {
           const vi key = COUNT + int32_t(at + p * LANES);
           score[p] = (key > int32_t(position)) | (key < int32_t(from)) ? splatf(NONE) : score[p];
@@ -187,19 +268,32 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       highest[r] = now;
       decay[r] = before == NONE ? 0.0f : std::exp(before - now);
       total[r] *= decay[r];
+      vf weight[PANELS];
       for (int p = 0; p < PANELS; p++) {
         // A row that may see no key of this chunk, as the first ones under a window, adds nothing.
-        const vf weight = now == NONE ? vf{} : exp_negative(score[p] - now);
-        total[r] += weight;
-        T::store16((elem*)scratch.weights.data() + r * KEYS + p * LANES, weight);
+        weight[p] = now == NONE ? vf{} : exp_negative(score[p] - now);
+        total[r] += weight[p];
       }
+      elem* stored = (elem*)scratch.weights.data() + r * KEYS;
+      if (a.int8)
+        factor[r] = quantize_weights<PANELS>(weight, here.value_scales, (int16_t*)scratch.weights.data() + r * KEYS);
+      else
+        for (int p = 0; p < PANELS; p++) T::store16(stored + p * LANES, weight[p]);
     }
     for (long r = 0; r < rows; r += 4) {
-#define CALL(R)                                                                                             \
-  accumulate<T, R>(scratch.weights.data() + r * (KEYS / T::PER_LANE), here, count, a.head_dim,               \
-                   r == 0 ? fetch : nullptr, decay + r, out + r * a.head_dim)
-      AIO_SWITCH_FEW(rows - r, CALL)
+      const Chunk* meanwhile = r == 0 ? fetch : nullptr;
+      float* to = out + r * a.head_dim;
+      if (a.int8) {
+        const uint32_t* weights = scratch.weights.data() + r * (KEYS / 2);
+#define CALL(R) accumulate_int8<R>(weights, here, count, a.head_dim, meanwhile, decay + r, factor + r, to)
+        AIO_SWITCH_FEW(rows - r, CALL)
 #undef CALL
+      } else {
+        const uint32_t* weights = scratch.weights.data() + r * (KEYS / T::PER_LANE);
+#define CALL(R) accumulate<T, R>(weights, here, count, a.head_dim, meanwhile, decay + r, to)
+        AIO_SWITCH_FEW(rows - r, CALL)
+#undef CALL
+      }
     }
   }
   for (long r = 0; r < rows; r++) {
@@ -246,12 +340,12 @@ void attention(const Attention& a, int threads) {
 }  // namespace aio
 
 // out [tokens, heads * head_dim]: each token attends to its sequence's keys up to its own position (and,
-// with a window, the last `window` of them). head_dim must be a multiple of 16.
+// with a window, the last `window` of them). head_dim must be a multiple of 16; int8: of the cache.
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
-                              float scale, int threads) {
+                              float scale, int int8, int threads) {
   const aio::Attention a{q,     q_stride, keys,     values,   tables,     table_width, spans, sequences, out,
-                         heads, kv_heads, head_dim, block_size, window, scale};
+                         heads, kv_heads, head_dim, block_size, window, scale, int8 != 0};
   bf16 ? aio::attention<aio::Bf16>(a, threads) : aio::attention<aio::F32>(a, threads);
 }

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "ops.h"
+#include "quantized_cache.h"
 #include "team.h"
 
 namespace aio {
@@ -101,7 +102,20 @@ struct Rope {
   const uint8_t* last;     // [tokens] whether nothing of the token's sequence follows it in this step
   void *keys, *values;
   long tokens, heads, kv_heads, head_dim, block_size;
+  bool int8;
 };
+
+// A token's key and value of one head of a block, in int8.
+template <class T>
+void store_int8(const Rope& r, const typename T::elem* k, const typename T::elem* v, long head, long offset) {
+  const Int8Head keys(r.keys, head, r.block_size, r.head_dim), values(r.values, head, r.block_size, r.head_dim);
+  constexpr long N = Int8Head::PER_LANE;
+  int8_t* key = keys.elements + offset / LANES * LANES * r.head_dim + offset % LANES * N;
+  keys.scales[offset] =
+      quantize_head<T>(k, r.head_dim, [&](long i, int8_t q) { key[i / N * LANES * N + i % N] = q; });
+  int8_t* value = values.elements + offset / N * N * r.head_dim + offset % N;
+  values.scales[offset] = quantize_head<T>(v, r.head_dim, [&](long i, int8_t q) { value[i * N] = q; });
+}
 
 // Rotates q and k in place (RoFormer, arXiv:2104.09864, half-split layout) and stores k and v into the cache, whose
 // layout attention.cpp describes.
@@ -126,6 +140,10 @@ void rope_store(const Rope& r, int threads) {
       for (long h = 0; h < r.kv_heads; h++) {
         const elem* k = row + (r.heads + h) * r.head_dim;
         const elem* v = k + r.kv_heads * r.head_dim;
+        if (r.int8) {
+          store_int8<T>(r, k, v, block * r.kv_heads + h, offset);
+          continue;
+        }
         const long base = (block * r.kv_heads + h) * r.block_size * lanes;
         uint32_t* to = (uint32_t*)r.keys + base + offset / LANES * lanes * LANES + offset % LANES;
         for (long i = 0; i < lanes; i++) {
@@ -168,7 +186,8 @@ AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long 
 
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, int threads) {
-  const aio::Rope r{qkv, cos, sin, cells, last, keys, values, tokens, heads, kv_heads, head_dim, block_size};
+                               long head_dim, long block_size, int int8, int threads) {
+  const aio::Rope r{qkv,    cos,   sin,      cells,    last,       keys, values,
+                    tokens, heads, kv_heads, head_dim, block_size, int8 != 0};
   bf16 ? aio::rope_store<aio::Bf16>(r, threads) : aio::rope_store<aio::F32>(r, threads);
 }

@@ -1,0 +1,106 @@
+// Keys and values in int8, with a scale for each token and head.
+//
+// The scale is that of the largest element, rounded up to bfloat16, so that no element is cut off.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "common.h"
+
+namespace aio {
+
+// The elements of one head in one block, and the scales behind them. A lane is two neighbouring dimensions of a key, or
+// one dimension of two neighbouring values.
+struct Int8Head {
+  static constexpr long PER_LANE = 2;
+
+  Int8Head(const void* cache, long head, long block_size, long head_dim)
+      : elements((int8_t*)cache + head * block_size * (head_dim + 2)),
+        scales((uint16_t*)(elements + block_size * head_dim)) {}
+  int8_t* elements;
+  uint16_t* scales;
+
+  // 16 lanes, as pairs of int16.
+  static inline vu load(const int8_t* p) {
+    typedef int8_t bytes __attribute__((vector_size(32)));
+    typedef int16_t words __attribute__((vector_size(64)));
+    bytes b;
+    std::memcpy(&b, p, sizeof b);
+    return (vu)__builtin_convertvector(b, words);
+  }
+};
+
+// Two int16 of each lane times two others, added to an int32: whole numbers, so nothing is rounded.
+static inline vi dot_int16(vi acc, vu a, vu b) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  __m256i x[2], y[2];
+  std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b);
+  for (int i = 0; i < 2; i++) x[i] = _mm256_madd_epi16(x[i], y[i]);
+  vi products;
+  std::memcpy(&products, x, sizeof products);
+  return acc + products;
+#else
+  return acc + (((vi)a << 16) >> 16) * (((vi)b << 16) >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+#endif
+}
+
+// A query as int16, and what each of them stands for. With heads of up to 512 the products' sums fit into 31 bits.
+template <class T>
+inline float quantize_query(const typename T::elem* x, long size, int16_t* to) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (long i = 0; i < size; i++) {
+    const float a = std::fabs(T::widen(x[i]));
+    finite &= a <= FLT_MAX;
+    largest = a > largest ? a : largest;
+  }
+  const float inverse = finite && largest > 1e-30f ? 32767.0f / largest : 0.0f;
+  for (long i = 0; i < size; i++) to[i] = finite ? int16_t(std::lrint(T::widen(x[i]) * inverse)) : int16_t(0);
+  return finite ? largest * (1.0f / 32767.0f) : NAN;
+}
+
+// A row's weights of a chunk of keys, times the scales of the values, as int16, and what each of them stands for. Where
+// nothing is written yet a scale may be anything, and the weight is zero.
+template <int PANELS>
+inline float quantize_weights(const vf (&weights)[PANELS], const uint16_t* const (&scales)[PANELS], int16_t* to) {
+  vf scaled[PANELS], largest = vf{}, sums = vf{};
+  for (int p = 0; p < PANELS; p++) {
+    scaled[p] = weights[p] > 0.0f ? weights[p] * Bf16::load16(scales[p]) : weights[p];
+    largest = scaled[p] > largest ? scaled[p] : largest;
+    sums += scaled[p];
+  }
+  const float most = max(largest), all = sum(sums);
+  const bool finite = all <= FLT_MAX;
+  const float inverse = finite && most > 1e-30f ? 32767.0f / most : 0.0f;
+  typedef int16_t words __attribute__((vector_size(32)));
+  for (int p = 0; p < PANELS; p++) {
+    const vi whole = __builtin_convertvector((finite ? scaled[p] : vf{}) * inverse + 0.5f, vi);
+    const words narrow = __builtin_convertvector(whole, words);
+    std::memcpy(to + p * LANES, &narrow, sizeof narrow);
+  }
+  return finite ? most * (1.0f / 32767.0f) : NAN;
+}
+
+// Quantizes a token's head: its scale, and `put(i, q)` for each element. What is not finite makes the scale NaN, so that
+// it goes on to whoever attends to it.
+template <class T, class Put>
+inline uint16_t quantize_head(const typename T::elem* x, long size, const Put& put) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (long i = 0; i < size; i++) {
+    const float a = std::fabs(T::widen(x[i]));
+    finite &= a <= FLT_MAX;
+    largest = a > largest ? a : largest;
+  }
+  const uint16_t scale = finite ? uint16_t((float_to_bits(largest / 127.0f) + 0xffffu) >> 16) : uint16_t(0x7fc0);
+  const float inverse = finite && largest > 1e-30f ? 1.0f / Bf16::widen(scale) : 0.0f;
+  for (long i = 0; i < size; i++) put(i, finite ? int8_t(std::lrint(T::widen(x[i]) * inverse)) : int8_t(0));
+  return scale;
+}
+
+}  // namespace aio
