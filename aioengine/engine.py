@@ -523,6 +523,16 @@ class AsyncEngine:
         room.max_per_tenant = max_waiting_per_tenant
         room.max_per_adapter = max_waiting_per_adapter
 
+    def change_policy(self, policy: str) -> None:
+        """Have another scheduling policy decide from the next step on; ``config`` is replaced, and requests
+        that wait or run stay where they are. Raises PolicyError, and changes nothing, if there is none of
+        that name."""
+        self._check_started()
+        config = msgspec.structs.replace(self.config, policy=policy)
+        self._core.change_policy(choose_policy(config, None))
+        self.config = config
+        self._stepper.wake()
+
     # Adapters
 
     def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:

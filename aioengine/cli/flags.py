@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from aioengine.cli.config.file import adapters_table
 from aioengine.cli.help import FOLDED
 from aioengine.config import (
     Device,
@@ -27,7 +28,7 @@ from aioengine.errors import ConfigError
 from aioengine.model.files.hub import is_source
 from aioengine.model.spec import ModelImpl, Quantization
 
-OTHER_TABLES = ("server", "fleet")
+OTHER_TABLES = ("server", "fleet", "adapters")
 """Tables of the configuration file that are not the engine's."""
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -161,7 +162,11 @@ class EngineFlags:
         return EngineConfig.from_dict(values, source=source)
 
     def adapters(self) -> dict[str, str]:
-        """Name -> path of the ``--lora-modules``; ConfigError if one is not name=path."""
+        """Name -> path of the file's table ``[adapters]``, and of the ``--lora-modules``, which go before it.
+        Raises ConfigError if one is not name=path."""
+        return {**adapters_table(self.config), **self._modules()}
+
+    def _modules(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for item in self.lora_modules or ():
             name, equals, path = item.partition("=")

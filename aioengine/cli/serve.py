@@ -234,7 +234,7 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
     del aioengine
-    reloader = Reloader(engine_flags, DEFAULT_MAX_WAITING)
+    reloader = Reloader(engine_flags, flags, DEFAULT_MAX_WAITING)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
         return run(_serve(config, adapters, settings, flags, record, log, reloader, replicas))

@@ -148,6 +148,10 @@ class Core:
     def policy_name(self) -> str:
         return self._guard.name
 
+    def change_policy(self, policy: SchedulerPolicy) -> None:
+        """Have another policy decide from the next step on."""
+        self._guard.change(policy)
+
     @property
     def policy_seconds(self) -> float:
         """Seconds that the policy took in the last ``schedule``; 0 without a ``timer``."""

@@ -97,6 +97,14 @@ class PolicyGuard:
         self._quiet_since = -1
         """At so many changes."""
 
+    def change(self, policy: SchedulerPolicy) -> None:
+        """Ask ``policy`` from now on. It is told of nothing that happened before."""
+        self.policy = policy
+        self.name = type(policy).__name__
+        self._overruns = self._in_time = 0
+        self._has_failed = False
+        self._quiet_since = -1
+
     def decide(self, view: SchedulerView, changes: int) -> Resolved:
         """Ask the policy. ``changes`` grows whenever something happens but that running requests get tokens:
         a policy that has decided nothing, and said until when, is not asked again before."""

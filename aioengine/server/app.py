@@ -113,6 +113,12 @@ class ServerApp:
         """Accepted requests that have not been answered in full (probes and pages do not count)."""
         return self._active
 
+    def change(self, settings: ServerSettings) -> None:
+        """Use other limits, timeouts, defaults and names of the base model for requests from now on. Keys,
+        hosts and what is about the model's files stay as they are."""
+        self._settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
+        self.context.change(self._settings)
+
     async def drain(self) -> None:
         """Refuse new requests with 503 from now on, and wait until the accepted ones are answered."""
         self.leave()

@@ -43,9 +43,7 @@ logger = logging.getLogger("aioengine.server")
 class Context:
     def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
         self.engine = engine
-        self.settings = settings
-        self.model_names = tuple(settings.served_model_names) or (engine.config.model_name,)
-        engine.model_name = self.model_names[0]
+        self.change(settings)
         self.created = int(time.time())
         self.scores = Scores(settings.retry_after)
         self.open_requests: set[RequestRecord] = set()
@@ -57,6 +55,12 @@ class Context:
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
         self._label_names: list[str] | None = None
+
+    def change(self, settings: ServerSettings) -> None:
+        """Use other settings from now on."""
+        self.settings = settings
+        self.model_names = tuple(settings.served_model_names) or (self.engine.config.model_name,)
+        self.engine.model_name = self.model_names[0]
 
     def new_id(self) -> str:
         """Return a new id, which is unique but no secret."""

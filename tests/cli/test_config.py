@@ -7,12 +7,14 @@ import json
 import signal
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import httpx
 import jsonschema
 import pytest
 from support.engine_fixtures import Tiny, tiny_text
-from support.server_process import serving
+from support.server_process import Serving, serving
+from support.tiny_models import build_adapter
 
 from aioengine.cli.config.commands import file_schema
 from aioengine.cli.main import main
@@ -93,27 +95,79 @@ def test_the_schema_refuses_what_the_program_refuses(capsys: pytest.CaptureFixtu
             jsonschema.validate({"model": "m", **wrong}, schema)
 
 
-async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny) -> None:
+class Reloaded:
+    """A server whose file is written anew; ``said`` are the messages of its log since."""
+
+    def __init__(self, server: Serving, file: Path) -> None:
+        self._server = server
+        self._file = file
+
+    async def with_(self, text: str, until: str) -> list[str]:
+        """What the log says, up to a line with ``until`` in it."""
+        await asyncio.to_thread(self._file.write_text, text)
+        before = len(self._server.lines)
+        self._server.process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(60):
+            while True:
+                said = [line["message"] for line in self._server.lines[before:]]
+                if any(until in message for message in said):
+                    return said
+                await asyncio.sleep(0.01)
+
+
+async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path: Path) -> None:
     text = await asyncio.to_thread(file.read_text)
-    async with serving(tiny_text.model, "--config", str(file)) as server:
+    adapter = tiny_text.adapters["a"]
+    other = build_adapter(tiny_text.model, tmp_path / "other", seed=9)
+    first = f'{text}[adapters]\nstays = "{adapter}"\nmoves = "{adapter}"\ngoes = "{adapter}"\n'
+    await asyncio.to_thread(file.write_text, first)
+    async with serving(tiny_text.model, "--config", str(file), "--max-choices", "7") as server:
+        reload = Reloaded(server, file).with_
         limit = 'aioengine_requests_waiting_limit{engine="default"} '
         async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=60) as http:
+
+            async def answers(model: str, **fields: Any) -> httpx.Response:
+                body = {"model": model, "prompt": "Hi", "max_tokens": 4, "temperature": 0, **fields}
+                return await http.post("/v1/completions", json=body)
+
+            async def text_of(model: str) -> str:
+                return str((await answers(model)).json()["choices"][0]["text"])
+
             assert f"{limit}1024.0" in (await http.get("/metrics")).text
+            before = {name: await text_of(name) for name in ("tiny", "stays", "moves", "goes")}
+            assert before["stays"] == before["moves"] != before["tiny"]
 
-            async def reload(new: str, until: str) -> None:
-                await asyncio.to_thread(file.write_text, new)
-                server.process.send_signal(signal.SIGHUP)
-                async with asyncio.timeout(60):
-                    while not any(until in line["message"] for line in server.lines):
-                        await asyncio.sleep(0.01)
+            changed = (
+                "max_waiting = 17\nblock_size = 8\npolicy = 'edf'\n"
+                + text.replace("1234", "99").replace('["tiny"]', '["alias", "tiny"]\nmax_choices = 9')
+                + "default_max_tokens = 3\n"
+                + f'[adapters]\nstays = "{adapter}"\nmoves = "{other}"\ncomes = "{adapter}"\n'
+            )
+            said = await reload(changed, "take a restart")
+            assert said[-1].endswith("block_size, [server] port")
+            assert said[-2] == (
+                "read the configuration again; changed: max_waiting=17, policy=edf, "
+                "[server] served_model_name=['alias', 'tiny'], [server] default_max_tokens=3, "
+                "registered comes, replaced moves, unloaded goes"
+            ), "the flag --max-choices goes before the file"
+            assert f"{limit}17.0" in (await http.get("/metrics")).text
+            assert await text_of("alias") == before["tiny"]
+            assert (
+                await text_of("stays") == await text_of("comes") == before["stays"] != await text_of("moves")
+            )
+            assert (await answers("goes")).status_code == 404
+            assert (await answers("tiny", n=8)).status_code == 400
 
-            await reload("max_waiting = 17\nblock_size = 8\n" + text.replace("1234", "99"), "take a restart")
-            assert f"{limit}17.0" in (await http.get("/metrics")).text
-            await reload("max_waiting = 0\n" + text, "stays as it was")
-            assert f"{limit}17.0" in (await http.get("/metrics")).text
+            # All or nothing, whatever of it is wrong.
+            broken = changed.replace(str(other), str(tmp_path / "nowhere"))
+            for wrong, why in (
+                ("max_waiting = 0\n" + text, "max_waiting"),
+                (changed.replace("edf", "efd").replace("17", "18"), "efd"),
+                (changed.replace("tokens = 3", "tokens = 'x'"), "default_max_tokens"),
+                (broken.replace("17", "19"), "there is no such folder"),
+            ):
+                said = await reload(wrong, "stays as it was")
+                assert why in said[-1]
+                assert f"{limit}17.0" in (await http.get("/metrics")).text
         server.process.send_signal(signal.SIGTERM)
         assert await server.end() == 0
-    said = [line["message"] for line in server.lines]
-    [kept] = [line for line in said if "take a restart" in line]
-    assert kept.endswith("block_size, [server] port")
-    assert any("changed: max_waiting=17" in line for line in said)

@@ -89,6 +89,7 @@ def file_schema() -> dict[str, Any]:
     fields = parts.pop("EngineConfig")
     fields["properties"]["server"] = {"$ref": "#/$defs/ServerFlags"}
     fields["properties"]["fleet"] = {"type": "object"}
+    fields["properties"]["adapters"] = {"type": "object", "additionalProperties": {"type": "string"}}
     fields["required"] = []
     parts["ServerFlags"]["additionalProperties"] = False
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields, "$defs": parts}

@@ -3,75 +3,184 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import msgspec
 
 from aioengine.cli.config.file import server_table
-from aioengine.cli.flags import EngineFlags
+from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.config import EngineConfig
-from aioengine.errors import AioEngineError
+from aioengine.errors import AioEngineError, ConfigError
+
+if TYPE_CHECKING:
+    from aioengine.engine import AsyncEngine
+    from aioengine.server.app import ServerApp
+    from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server")
 
-RELOADABLE = ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter")
+LIMITS = ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter")
+RELOADABLE = (*LIMITS, "policy")
+"""Of the engine's fields."""
+RELOADABLE_SERVER = (
+    "served_model_name",
+    "max_body_bytes",
+    "max_choices",
+    "default_max_tokens",
+    "open_objects",
+    "any_whitespace",
+    "lenient_schemas",
+    "request_timeout",
+    "read_timeout",
+    "send_timeout",
+    "stuck_step_seconds",
+)
+"""Of the table ``[server]``. The keys file is read again by itself, whenever it changes."""
 
 
-class Changeable(Protocol):
-    """An engine, as far as it can be changed while it runs."""
+class ServerFlags(Protocol):
+    """The flags of ``aioengine serve``: a dataclass with all that is reloadable."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def served_model_name(self) -> list[str] | None: ...
+    def settings(self) -> ServerSettings: ...
+
+
+class _Read(NamedTuple):
+    """What the file says now, found good."""
 
     config: EngineConfig
-
-    def change_limits(
-        self,
-        *,
-        max_waiting: int | None,
-        max_waiting_per_tenant: int | None,
-        max_waiting_per_adapter: int | None,
-    ) -> None: ...
+    server: Mapping[str, Any]
+    flags: ServerFlags
+    adapters: Mapping[str, str]
 
 
 class Reloader:
     """Compares what the file says now with what it said before.
 
-    Either all that is reloadable is applied, or, if any of the file is wrong, nothing. The keys file is read
-    again by itself, whenever it changes.
+    Either all that is reloadable is applied, or, if any of the file is wrong or an adapter cannot be read,
+    nothing. Flags and variables go before the file now as they did at the start.
     """
 
-    def __init__(self, flags: EngineFlags, default_max_waiting: int) -> None:
-        self._flags = flags
+    def __init__(self, flags: EngineFlags, server_flags: ServerFlags, default_max_waiting: int) -> None:
+        self._engine_flags = flags
+        self._flags = server_flags
         self._default_max_waiting = default_max_waiting
         self._server = self._server_table()
+        self._adapters = flags.adapters()
 
-    async def reload(self, engine: Changeable) -> None:
+    async def reload(self, engine: AsyncEngine, app: ServerApp) -> None:
         """Log what was changed, what would need a restart, and what is wrong."""
         try:
-            config, server = await asyncio.to_thread(self._read)
+            found = await asyncio.to_thread(self._read)
+            settings = found.flags.settings()
+            moved = await self._prepared(engine, found.adapters)
         except AioEngineError as error:
             logger.error("the configuration stays as it was: %s", error)
             return
+        changed: list[str] = []
         before = engine.config
-        changed = {name: getattr(config, name) for name in RELOADABLE}
-        if changed["max_waiting"] is None:
-            changed["max_waiting"] = self._default_max_waiting
-        new = {name: value for name, value in changed.items() if value != getattr(before, name)}
-        engine.change_limits(**changed)
+        config = found.config
+        if config.max_waiting is None:
+            config = msgspec.structs.replace(config, max_waiting=self._default_max_waiting)
+        if config.policy != before.policy:
+            try:
+                engine.change_policy(str(config.policy))
+            except AioEngineError as error:
+                for name in moved:
+                    engine.discard_adapter(name)
+                logger.error("the configuration stays as it was: %s", error)
+                return
+        engine.change_limits(**{name: getattr(config, name) for name in LIMITS})
+        changed += [
+            f"{name}={getattr(config, name)}"
+            for name in RELOADABLE
+            if getattr(config, name) != getattr(before, name)
+        ]
+        app.change(settings)
+        changed += [
+            f"[server] {name}={getattr(found.flags, name)}"
+            for name in RELOADABLE_SERVER
+            if getattr(found.flags, name) != getattr(self._flags, name)
+        ]
+        changed += await self._adapted(engine, found.adapters, moved)
         kept = [name for name in _differing(config, before) if name not in RELOADABLE]
         kept += [
             f"[server] {name}"
-            for name in sorted(server.keys() | self._server.keys())
-            if server.get(name) != self._server.get(name)
+            for name in sorted(found.server.keys() | self._server.keys())
+            if name not in RELOADABLE_SERVER and found.server.get(name) != self._server.get(name)
         ]
-        shown = ", ".join(f"{name}={value}" for name, value in new.items()) or "nothing"
-        logger.info("read the configuration again; changed: %s", shown)
+        # What takes a restart is compared with the start, for as long as it is not done.
+        self._flags, self._adapters = found.flags, dict(found.adapters)
+        self._server = {
+            **{name: value for name, value in self._server.items() if name not in RELOADABLE_SERVER},
+            **{name: value for name, value in found.server.items() if name in RELOADABLE_SERVER},
+        }
+        logger.info("read the configuration again; changed: %s", ", ".join(changed) or "nothing")
         if kept:
             logger.warning("these are changed in the configuration and take a restart: %s", ", ".join(kept))
 
-    def _read(self) -> tuple[EngineConfig, Mapping[str, Any]]:
-        return self._flags.engine_config(), self._server_table()
+    def _read(self) -> _Read:
+        config, server = self._engine_flags.engine_config(), self._server_table()
+        adapters = self._engine_flags.adapters()
+        check_folders(adapters)
+        flags = self._merged(server)
+        for name in flags.served_model_name or (config.model_name,):
+            if name in adapters:
+                raise ConfigError(f"[adapters]: {name!r} is the base model's name in requests; take another")
+        return _Read(config, server, flags, adapters)
+
+    def _merged(self, server: Mapping[str, Any]) -> ServerFlags:
+        """The flags with what the file says now, except where a flag or variable had the last word. Raises
+        ConfigError."""
+        kind = type(self._flags)
+        defaults = {field.name: field.default for field in dataclasses.fields(self._flags)}
+        new: dict[str, Any] = {}
+        for name in RELOADABLE_SERVER:
+            if getattr(self._flags, name) == self._server.get(name, defaults[name]):
+                new[name] = server.get(name, defaults[name])
+        try:
+            checked = msgspec.convert({k: v for k, v in new.items() if v is not None}, kind)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{self._engine_flags.config}, table server: {error}") from error
+        return dataclasses.replace(self._flags, **{name: getattr(checked, name) for name in new})
+
+    async def _prepared(self, engine: AsyncEngine, adapters: Mapping[str, str]) -> list[str]:
+        """Read the adapters whose path has changed; none stays read if one cannot be. Raises AdapterLoadError
+        and other errors of adapters."""
+        moved = [n for n, path in adapters.items() if n in self._adapters and self._adapters[n] != path]
+        for index, name in enumerate(moved):
+            try:
+                await engine.prepare_adapter(name, adapters[name])
+            except AioEngineError:
+                for other in moved[:index]:
+                    engine.discard_adapter(other)
+                raise
+        return moved
+
+    async def _adapted(self, engine: AsyncEngine, adapters: Mapping[str, str], moved: list[str]) -> list[str]:
+        """Have the engine know these adapters; returns what was done."""
+        for name in moved:
+            engine.commit_adapter(name)
+        new, gone = adapters.keys() - self._adapters.keys(), self._adapters.keys() - adapters.keys()
+        for name in new:
+            engine.register_adapter(name, adapters[name])
+        for name in gone:
+            try:
+                await engine.unload_adapter(name)
+            except AioEngineError as error:  # pinned by somebody, or unloaded over HTTP
+                logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
+        done = {"registered": new, "replaced": moved, "unloaded": gone}
+        return [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]
 
     def _server_table(self) -> Mapping[str, Any]:
-        return {} if self._flags.config is None else server_table(str(self._flags.config))
+        config = self._engine_flags.config
+        return {} if config is None else server_table(str(config))
 
 
 def _differing(one: EngineConfig, other: EngineConfig) -> list[str]:

@@ -52,7 +52,7 @@ async def serve_to_the_end(
     feeding = asyncio.ensure_future(systemd.feed(lambda: engine.state != "dead" and not app.context.stuck))
     told = asyncio.ensure_future(_told(systemd, app, signals, ends))
     died = asyncio.ensure_future(engine.until_dead())
-    reloading = asyncio.ensure_future(_reload(systemd, engine, signals, reloader))
+    reloading = asyncio.ensure_future(_reload(systemd, engine, app, signals, reloader))
     try:
         await asyncio.wait({told, died}, return_when=asyncio.FIRST_COMPLETED)
         if not told.done():
@@ -78,13 +78,15 @@ async def _told(systemd: Systemd, app: ServerApp, signals: Signals, ends: Ends) 
         waiting.cancel()
 
 
-async def _reload(systemd: Systemd, engine: Served, signals: Signals, reloader: Reloader) -> None:
+async def _reload(
+    systemd: Systemd, engine: Served, app: ServerApp, signals: Signals, reloader: Reloader
+) -> None:
     while True:
         await signals.reload.wait()
         signals.reload.clear()
         systemd.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         if isinstance(engine, AsyncEngine):
-            await reloader.reload(engine)
+            await reloader.reload(engine, app)
         else:
             logger.warning("a fleet's configuration is not read again: that takes a restart")
         systemd.tell("READY=1")
