@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
 from aioengine.memory_plan import plan_memory
 from aioengine.model.files.resolve import read_spec
+from aioengine.model.generic.model import GenericModel
 from aioengine.model.runner import ModelRunner
 
 NEW = 6
@@ -278,3 +281,48 @@ async def test_embeddings_and_prompt_logprobs(tmp_path: Path) -> None:
     assert scored.prompt_logprobs is not None
     values = [entry.logprob for entry in scored.prompt_logprobs[1:] if entry is not None]
     torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=1e-4)
+
+
+async def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    model = build_any(tmp_path, "gpt2")
+    async with engine_of(model.folder, executor="process") as engine:
+        await check(model, engine)
+
+
+async def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
+    """Text only; nothing is asked of its images."""
+    text = {**FAMILIES["gemma3_text"], "vocab_size": 300}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=299,
+        boi_token_index=297,
+        eoi_token_index=298,
+    )
+    reference = randomize(transformers.Gemma3ForConditionalGeneration(config))
+    reference.save_pretrained(tmp_path)
+    tokens = prompt(3, 20)
+    async with engine_of(tmp_path) as engine:
+        output = await engine.complete(tokens, SamplingParams(max_tokens=NEW, ignore_eos=True))
+    with torch.no_grad():
+        logits = reference(torch.tensor([[*tokens, *output.token_ids[:-1]]]), use_cache=False).logits[0]
+    assert output.token_ids == logits[len(tokens) - 1 :].argmax(-1).tolist()
+
+
+def test_its_memory_is_free_when_it_is_gone(tmp_path: Path) -> None:
+    folder = save(tmp_path, transformers.AutoModelForCausalLM.from_config(config_of("gpt_neox")))
+    spec = read_spec(folder, "transformers")
+    runner = ModelRunner(
+        *(spec, folder), dtype=torch.float32, device="cpu", num_blocks=20, block_size=16,
+        max_loras=1, max_lora_rank=4, target_modules=spec.targets(None),
+    )  # fmt: skip
+    assert isinstance(runner.decoder, GenericModel)
+    weight = weakref.ref(runner.decoder.model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight)
+    gc.disable()
+    try:
+        del runner
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from aioengine.model.spec import LORA_MODULES, ModelSpec
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+from aioengine.model.spec import ModelSpec
 
 
 def write_random_adapter(
     folder: Path, spec: ModelSpec, rank: int, *, seed: int, dtype: str | None = None
 ) -> Path:
-    """Writes small random A and B matrices for all seven linears of every layer; returns ``folder``.
+    """Writes small random A and B matrices for all linears that slots usually hold; returns ``folder``.
 
     ``dtype`` is torch's name for the dtype of the file; None means the checkpoint's.
     """
@@ -22,11 +20,10 @@ def write_random_adapter(
 
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(spec.num_layers):
-        for module in LORA_MODULES:
-            shape = spec.linear(module)
-            block = "self_attn" if module in ATTENTION else "mlp"
-            key = f"base_model.model.model.layers.{layer}.{block}.{module}"
+    modules = set(spec.targets(None))
+    for layer, module in spec.adaptable():
+        if module in modules:
+            shape, key = spec.linear(module), f"base_model.model.{spec.module_name(layer, module)}"
             for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
                 noise = torch.randn(*size, generator=generator) * 0.02
                 tensors[f"{key}.lora_{name}.weight"] = noise.to(getattr(torch, dtype or spec.dtype))
@@ -35,7 +32,7 @@ def write_random_adapter(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": list(LORA_MODULES),
+        "target_modules": sorted({key.split(".")[-3] for key in tensors}),
         "bias": "none",
     }
     folder.mkdir(parents=True)

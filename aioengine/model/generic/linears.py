@@ -5,6 +5,8 @@ Linears that read the same input share one product with their As: the first of t
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +86,9 @@ def hook(
         pools = slots.outer if linear.layer == NO_LAYER else slots.layers[linear.layer]
         pool, module = pools[linear.group], modules[linear.name]
         place = pool.modules.index(linear.module)
-        module.forward = AdaptedForward(linear.name, module.forward, pool, place, holder, kernels)
+        # Not the module's bound method: memory in a reference cycle would not be free when the model is gone.
+        inner = functools.partial(type(module).forward, weakref.proxy(module))
+        module.forward = AdaptedForward(linear.name, inner, pool, place, holder, kernels)
         made.append(module.forward)
     return made
 

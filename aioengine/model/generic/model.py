@@ -75,13 +75,10 @@ class GenericModel:
         self._layers = found.text_config.num_hidden_layers
         self.body_name = _body_name(self.model)
         body = self.modules[self.body_name]
-        self._body = body.forward
         self._cache_name = cache_argument(body.forward)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
         self._result: Any = None
         """What the body gave last, and gives again while the head is called."""
-        self._replay = False
-        body.forward = self._body_or_replay
         self.holder = Holder(cache, spec.layer_ids)
         attends = attention.Attends(self.holder, kernels, longest)
         for module in self.model.modules():
@@ -136,13 +133,14 @@ class GenericModel:
         """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab]."""
         if not len(rows):
             return torch.empty(0, self.spec.vocab_size, dtype=self.dtype, device=self.device)
-        hidden = last.hidden.index_select(0, rows)[None]
-        self._set_hidden(hidden)
-        self.holder.step, self._replay = Step(lora), True
+        result = self._with_hidden(last.hidden.index_select(0, rows)[None])
+        body = self.modules[self.body_name]
+        self.holder.step, body.forward = Step(lora), lambda *_, **__: result
         try:
             out = self.model(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self.device))
         finally:
-            self.holder.step, self._replay = None, False
+            self.holder.step = None
+            del body.forward
         logits: Tensor = out[0] if isinstance(out, tuple) else out.logits
         return logits[0]
 
@@ -178,16 +176,13 @@ class GenericModel:
         hidden: Tensor = result[0]
         return hidden[0]
 
-    def _set_hidden(self, hidden: Tensor) -> None:
-        """Puts ``hidden`` [1, N, size] into the body's result."""
+    def _with_hidden(self, hidden: Tensor) -> Any:
+        """The body's last result, with ``hidden`` [1, N, size] in the place of what it gave."""
         if isinstance(self._result, tuple):
-            self._result = (hidden, *self._result[1:])
-        else:
-            self._result = copy.copy(self._result)
-            self._result["last_hidden_state"] = hidden
-
-    def _body_or_replay(self, *arguments: Any, **named: Any) -> Any:
-        return self._result if self._replay else self._body(*arguments, **named)
+            return (hidden, *self._result[1:])
+        result = copy.copy(self._result)
+        result["last_hidden_state"] = hidden
+        return result
 
 
 def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:

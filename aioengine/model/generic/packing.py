@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +71,7 @@ def _replace(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tenso
         before, now.inner = now.inner, forward
         return before
     module.forward = forward
-    own: Callable[..., Tensor] = now
-    return own
+    return functools.partial(type(module).forward, weakref.proxy(module))
 
 
 def _usual() -> tuple[Any, ...]:
