@@ -71,6 +71,9 @@ class Composed(SchedulerPolicy):
         """Time at which each adapter was placed in its slot, in order."""
         parts = (order, prefetch, preempt)
         self._by_events = all(vars(type(part)).get("by_events", False) for part in parts)
+        self._refused: dict[str, int] = {}
+        """How often, one decision after the other, each adapter was placed before: it is placed again only if
+        the core had no room for it."""
         self._close_after = max_wait if order.close_after is None else order.close_after
         if self._close_after == inf:
             self.starvation_bound = "none"
@@ -95,9 +98,10 @@ class Composed(SchedulerPolicy):
             self._shares.clients.sync(view)
             if self._shares.clients.several:
                 return self._schedule_shared(view, self._shares)
-        place, read, closed, pool = self._assign_slots(view)
+        place, evict, read, closed, pool = self._assign_slots(view)
         room = view.free_seqs
-        admit = self.order.admit(view, _open_queues(view, place, closed), room) if room > 0 else ()
+        names = _open_queues(view, place, closed.union(evict))
+        admit = self.order.admit(view, names, room) if room > 0 else ()
         if view.load_room > len(read):
             read += self.prefetch.choose(view, (name for name, _, _ in self._by_urgency(view)))
         room -= len(admit)
@@ -108,6 +112,7 @@ class Composed(SchedulerPolicy):
             place=place,
             prefetch=list(dict.fromkeys(read)),
             preempt=self.preempt.choose(view),
+            evict=evict,
         )
 
     def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
@@ -176,10 +181,13 @@ class Composed(SchedulerPolicy):
 
     def _assign_slots(
         self, view: SchedulerView
-    ) -> tuple[list[Place], list[str], set[str | None], SlotPool | None]:
-        """Assign slots. Returns the slots for cold adapters, the adapters to read because a slot is
-        available, the adapters whose slots are closed for cold ones, and the remaining slots."""
+    ) -> tuple[list[Place], list[str], list[str], set[str | None], SlotPool | None]:
+        """Assign slots. Returns the slots for cold adapters, the adapters that may leave theirs, the adapters
+        to read because a slot is available, the adapters whose slots are closed for cold ones, and the
+        remaining slots."""
         place: list[Place] = []
+        evict: list[str] = []
+        waiting: dict[str, int] = {}
         read: list[str] = []
         closed: set[str | None] = set()
         pool: SlotPool | None = None  # made only if there is a cold adapter
@@ -193,8 +201,12 @@ class Composed(SchedulerPolicy):
                     break  # those after it have waited less: there is nothing for them either
                 continue
             location = adapter.location
-            if location is Location.CPU and (slot := pool.take_unwanted()) is not None:
-                place.append(Place(name, slot.index))
+            # What the last decision placed, and is as cold as before, found no room.
+            refused = self._refused.get(name, 0) if location is Location.CPU and may_close else 0
+            if location is Location.CPU and not refused and (way := pool.take_unwanted(name)) is not None:
+                assert way.place is not None
+                place.append(way.place)
+                evict += way.evict
             elif location is Location.DISK and view.cpu_room > 0 and lacking(view, adapter) <= 0:
                 # It can be read without anybody making way, and is if there will be a slot for it.
                 if len(read) < load_room and pool.has_idle(oldest if may_take else None):
@@ -203,11 +215,17 @@ class Composed(SchedulerPolicy):
                 # On disk, and the cache is full: the core finds what may leave it, if anything may.
                 if location is Location.DISK and len(read) < load_room:
                     read += [name] if pool.has_idle(oldest if may_take else None) else []
-                for holder, slot in pool.make_way(adapter, oldest, take=may_take, close=may_close):
-                    closed.add(holder)
-                    if slot.running == 0 and location is Location.CPU:
-                        place.append(Place(name, slot.index))
-        return place, read, closed, pool
+                way = pool.make_way(adapter, oldest, take=may_take, close=may_close, refused=refused)
+                closed.update(way.closed)
+                if location is Location.CPU:
+                    place += [] if way.place is None else [way.place]
+                    evict += way.evict
+                if refused:
+                    waiting[name] = refused
+        if view.memory.elastic:
+            again = {item.adapter: self._refused.get(item.adapter, -1) + 1 for item in place}
+            self._refused = {**waiting, **again}
+        return place, evict, read, closed, pool
 
 
 def _open_queues(view: SchedulerView, place: list[Place], closed: set[str | None]) -> list[str | None]:

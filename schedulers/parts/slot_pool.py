@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from math import inf
 from typing import NamedTuple
 
 from aioengine.schedulers.parts.base import Replacement
-from aioengine.schedulers.policy import AdapterView, Location, SchedulerView, SlotState, SlotView
+from aioengine.schedulers.policy import (
+    AdapterView,
+    Location,
+    MemoryView,
+    Place,
+    SchedulerView,
+    SlotState,
+    SlotView,
+)
 
 
 class _Wanted(NamedTuple):
@@ -20,6 +27,16 @@ class _Wanted(NamedTuple):
     adapter: AdapterView
     oldest: float
     """Arrival of the first request that waits for its adapter; inf if none does."""
+
+
+class Way(NamedTuple):
+    """How an adapter gets a slot."""
+
+    closed: Sequence[str]
+    """Adapters whose slots admit no more requests."""
+    place: Place | None
+    """None: it has to wait until those are idle."""
+    evict: Sequence[str]
 
 
 class SlotPool:
@@ -55,8 +72,16 @@ class SlotPool:
                     idle.append(wanted)
                 if name not in settling:
                     closable.append(wanted)
-        self._unwanted = chain(free, self._by_score(unwanted))
+        self._memory = view.memory if view.memory.elastic else None
+        self._free = free
+        self._unwanted = self._by_score(unwanted)
         self._spare = len(free) + len(unwanted)
+        """Slots that are free, or whose adapters no request waits for."""
+        self._free_bytes = self._unwanted_bytes = 0
+        """Where slots share a memory: what is free of it, and what those adapters take that may leave."""
+        if self._memory is not None:
+            self._free_bytes = self._memory.free
+            self._unwanted_bytes = sum(self._memory.bytes_of(adapter.name) for _, adapter in unwanted)
         self._idle = _Candidates(idle, self._sort_idle)
         self._closable = _Candidates(closable, self._sort_by_end)
 
@@ -73,31 +98,83 @@ class SlotPool:
         later requests."""
         return self._spare > 0 or self._idle.has(before)
 
-    def take_unwanted(self) -> SlotView | None:
-        """Take a free slot, else the least valuable idle one that no request waits for."""
-        slot = next(self._unwanted, None)
-        self._spare -= slot is not None
-        return slot
+    def take_unwanted(self, name: str) -> Way | None:
+        """Take a free slot, else the least valuable idle one that no request waits for; where slots share a
+        memory, have as many such adapters leave as it takes. None if there is no room."""
+        if self._spare == 0:
+            return None
+        if self._memory is None:
+            slot = self._free.pop(0) if self._free else next(self._unwanted)
+            self._spare -= 1
+            return Way((), Place(name, slot.index), ())
+        need = self._memory.bytes_of(name)
+        if need > self._free_bytes + self._unwanted_bytes:
+            return None
+        evict = self._evict_unwanted(self._memory, need)
+        self._free_bytes -= need
+        self._free.pop(0)
+        self._spare -= 1
+        return Way((), Place(name), evict)
+
+    def _evict_unwanted(self, memory: MemoryView, need: int) -> list[str]:
+        """Have adapters leave until ``need`` bytes and a slot are free, or all that may have left."""
+        names: list[str] = []
+        while need > self._free_bytes or not self._free:
+            slot = next(self._unwanted, None)
+            if slot is None or slot.adapter is None:
+                break
+            self._free.append(slot)
+            taken = memory.bytes_of(slot.adapter)
+            self._free_bytes += taken
+            self._unwanted_bytes -= taken
+            names.append(slot.adapter)
+        return names
 
     def make_way(
-        self, adapter: AdapterView, oldest: float | None, *, take: bool, close: bool
-    ) -> Iterator[tuple[str, SlotView]]:
-        """Return (holder, slot) of a slot for the adapter, idle or to be closed; several if more adapters
-        must leave the CPU cache before it can be read. ``oldest`` is the arrival of its first request."""
-        missing = lacking(self._view, adapter)
-        while True:
+        self, adapter: AdapterView, oldest: float | None, *, take: bool, close: bool, refused: int = 0
+    ) -> Way:
+        """Close the slots of other adapters for one: idle ones, or busy ones that will be idle soon; several
+        if more bytes must leave the CPU cache, or the slots' memory. ``oldest`` is the arrival of its first
+        request. ``refused`` is how often the core found no room although there were bytes enough, between
+        adapters that are running: so many times as much is closed.
+
+        Where slots share a memory, the adapter keeps what is free of it from those that come after it.
+        """
+        found: list[_Wanted] = []
+        missing, bytes_missing = lacking(self._view, adapter), 0
+        memory = self._memory
+        evict: list[str] = []
+        if memory is not None:
+            bytes_missing = memory.bytes_of(adapter.name) * (1 + refused)
+            if take or close:
+                evict = self._evict_unwanted(memory, bytes_missing)
+            bytes_missing -= self._free_bytes
+        # For one that is yet to be read, at least one must leave the CPU cache.
+        enough = memory is not None and adapter.location is Location.CPU and bool(self._free)
+        while missing > 0 or bytes_missing > 0 or not (found or enough):
             # Idle, if only later requests wait for it; else the one that will be idle soonest.
-            found = self._idle.first(oldest) if take else None
-            if found is None and close:
-                found = self._closable.first(oldest)
-            if found is None:
-                return
-            self._idle.remove(found)
-            self._closable.remove(found)
-            yield found.name, found.slot
-            missing -= found.adapter.bytes
-            if missing <= 0:
-                return
+            wanted = self._idle.first(oldest) if take else None
+            if wanted is None and close:
+                wanted = self._closable.first(oldest)
+            if wanted is None:
+                break
+            self._idle.remove(wanted)
+            self._closable.remove(wanted)
+            found.append(wanted)
+            missing -= wanted.adapter.bytes
+            bytes_missing -= 0 if memory is None else memory.bytes_of(wanted.name)
+        if memory is None:
+            idle = found and found[0].slot.running == 0
+            place = Place(adapter.name, found[0].slot.index) if idle else None
+            return Way([wanted.name for wanted in found], place, ())
+        if close:
+            self._spare = 0
+        if bytes_missing > 0 and not refused:
+            return Way((), None, evict)  # closing these would not be enough
+        self._free_bytes = max(0, -bytes_missing)
+        idle = all(wanted.slot.running == 0 for wanted in found)
+        names = [wanted.name for wanted in found]
+        return Way(names, Place(adapter.name) if idle else None, [*evict, *names] if idle else evict)
 
     @cached_property
     def tokens_left(self) -> dict[str | None, int]:

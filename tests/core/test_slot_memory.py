@@ -263,3 +263,68 @@ def test_every_policy_serves_all_whatever_their_sizes(policy: str) -> None:
         sim.settle(step_seconds=0.05)
     sim.run(steps=4000, step_seconds=0.05)
     assert set(sim.ended.values()) == {"length"}
+
+
+def cold(sim: CoreSim, name: str, size: int) -> None:
+    sim.sizes[name] = size * GRANULE
+    sim.register(name)
+
+
+def test_the_default_policy_gives_up_small_adapters_for_a_large_one_that_has_waited_long() -> None:
+    """Those that are always busy are closed, as many as its bytes take, and no newcomer comes before it."""
+    sim = StrictSim(ELASTIC, load_policy("fcfs:max_wait=0.3"))
+    for i in range(8):
+        cold(sim, f"s{i}", 1)
+    cold(sim, "large", 6)
+    large = None
+    for turn in range(400):
+        for i in range(8):
+            if turn % 3 == i % 3:
+                sim.add(f"s{i}", max_tokens=3)
+        if turn == 40:
+            large = sim.add("large", max_tokens=2)
+        sim.settle(step_seconds=0.02)
+        if large is not None and large.id in sim.ended:
+            break
+    assert large is not None and sim.ended[large.id] == "length"
+    assert turn < 250, "2 max_wait for those that have just come, and a few generations"
+
+
+def test_a_large_adapter_gets_room_between_running_ones() -> None:
+    """There are bytes enough for it, but in holes between adapters that are never idle together."""
+    limits = ELASTIC._replace(num_slots=8, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=60)
+    sim = StrictSim(limits, load_policy("fcfs:max_wait=0.3"))
+    for i in range(8):
+        cold(sim, f"s{i}", 1)
+        sim.add(f"s{i}", max_tokens=2)
+    sim.run()
+    cold(sim, "large", 4)
+    request = None
+    for turn in range(400):
+        for i in (1, 3, 5, 7):
+            if turn % 2 == i // 2 % 2:
+                sim.add(f"s{i}", max_tokens=4)
+        if turn == 20:
+            request = sim.add("large", max_tokens=2)
+        sim.settle(step_seconds=0.02)
+        if request is not None and request.id in sim.ended:
+            break
+    assert request is not None and sim.ended[request.id] == "length"
+
+
+def test_size_aware_replacement_keeps_many_small_adapters_rather_than_one_large() -> None:
+    """What gdsf evicts frees its own bytes, so its worth by size counts on the device."""
+    left: dict[str, list[str]] = {}
+    for policy in ("fcfs+gdsf", "fcfs+lru"):
+        sim = StrictSim(ELASTIC, load_policy(policy))
+        for name, size in (("big", 4), ("a", 1), ("b", 1), ("c", 1), ("d", 1), ("new", 2)):
+            cold(sim, name, size)
+        for name in ("a", "b", "c", "d", "big"):
+            sim.add(name, max_tokens=1)
+            sim.run()
+            sim.now += 1
+        sim.add("new", max_tokens=1)
+        sim.run()
+        evicted = [e for e in sim.events if isinstance(e, events.AdapterEvicted) and e.level == "slot"]
+        left[policy] = [event.adapter for event in evicted]
+    assert left == {"fcfs+gdsf": ["big"], "fcfs+lru": ["a", "b"]}
