@@ -3,13 +3,15 @@
     python -m benchmarks.policies.scheduling               # all policies, 100 .. 100,000 waiting
     python -m benchmarks.policies.scheduling --policies fcfs vtc --waiting 10000
     python -m benchmarks.policies.scheduling --policies vtc drr --waiting 10000 --slots 256 --tenants 1000
+    python -m benchmarks.policies.scheduling --waiting 10000 --slots 256 --by-bytes
 
 A core with 1,000 registered adapters, 8 slots, 20 tenants and 256 running requests, all in steady decode.
 Every step a few requests end, as many are admitted, and as many arrive, so that the queue keeps its length.
 Printed are medians over the steps, in microseconds: ``policy`` is the call of the policy alone,
 ``decide`` adds the view and the core's validation of the decision, and ``schedule`` the forming of the
 batch as well, which grows with the number of running requests and not with that of waiting ones. ``finish``
-is what it takes to take in a step's tokens.
+is what it takes to take in a step's tokens. With ``--by-bytes`` the slots share a memory, which has room for
+half as many adapters as there are slots: ranks are 8, 16 and 64, for 70%, 20% and 10% of them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, avail
 from aioengine.step import Sampled, StepResult
 
 RUNNING, ADAPTERS = 256, 1000
+RANK_BYTES = 600_000
+RANKS, WEIGHTS = (8, 16, 64), (0.7, 0.2, 0.1)
 
 
 class Timed(SchedulerPolicy):
@@ -62,7 +66,12 @@ class TimedCore(Core):
 
 
 def measure(
-    make: Callable[[], SchedulerPolicy], waiting: int, steps: int, slots: int = 8, tenants: int = 20
+    make: Callable[[], SchedulerPolicy],
+    waiting: int,
+    steps: int,
+    slots: int = 8,
+    tenants: int = 20,
+    by_bytes: bool = False,
 ) -> tuple[float, float, float, float]:
     """Medians in seconds of (policy, policy + view + validation, all of ``schedule``, ``step_finished``)."""
     limits = CoreLimits(
@@ -74,6 +83,7 @@ def measure(
         max_num_seqs=RUNNING,
         max_num_batched_tokens=2048,
         max_model_len=512,
+        slot_memory=int(slots / 2 * RANK_BYTES * statistics.fmean(RANKS, WEIGHTS)) if by_bytes else None,
     )
     policy = Timed(make())
     core = TimedCore(limits, policy)
@@ -82,6 +92,7 @@ def measure(
     for entry in entries:
         core.residency.publish(entry, 0.0)
     now, count = 0.0, 0
+    ranks = {entry.uid: rng.choices(RANKS, WEIGHTS)[0] if by_bytes else 16 for entry in entries}
 
     def arrive() -> None:
         nonlocal count
@@ -109,8 +120,9 @@ def measure(
         total = time.perf_counter() - start
         for move in moves:
             if isinstance(move, LoadMove):
+                rank, name = ranks[move.entry.uid], move.entry.name
                 core.adapter_loaded(
-                    move.entry, now, rank=16, nbytes=10**7, digest=move.entry.name, seconds=0.01
+                    move.entry, now, rank=rank, nbytes=rank * RANK_BYTES, digest=name, seconds=0.01
                 )
             elif isinstance(move, CopyMove):
                 core.adapter_placed(move.entry, now, 0.005)
@@ -133,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--tenants", type=int, default=20)
+    parser.add_argument("--by-bytes", action="store_true", help="the slots share a memory")
     args = parser.parse_args()
     names = args.policies or [n for n in available_policies() if n not in ("oracle", "belady")]
 
@@ -145,7 +158,8 @@ def main() -> None:
     cases = [(name, waiting) for name in names for waiting in args.waiting]
     for name, waiting in track(cases, console=console, disable=not console.is_terminal):
         steps = args.steps if waiting <= 10_000 else max(args.steps // 4, 20)
-        medians = measure(lambda name=name: load_policy(name), waiting, steps, args.slots, args.tenants)  # type: ignore[misc]
+        make: Callable[[], SchedulerPolicy] = lambda name=name: load_policy(name)  # type: ignore[misc] # noqa: E731
+        medians = measure(make, waiting, steps, args.slots, args.tenants, args.by_bytes)
         table.add_row(name, f"{waiting:,}", *(f"{seconds * 1e6:,.0f}" for seconds in medians))
     Console().print(table)
 

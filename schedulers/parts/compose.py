@@ -118,9 +118,10 @@ class Composed(SchedulerPolicy):
     def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
         """The decision where several tenants have requests."""
         settling = self._settling(view)
-        place, read, closed, preempt, cold = shares.assign_slots(view, self.replace, settling)
+        place, read, closed, preempt, evict, cold = shares.assign_slots(view, self.replace, settling)
         room = view.free_seqs + len(preempt)
-        admit, victims = shares.admit(view, _open_queues(view, place, closed), room, preempt)
+        names = _open_queues(view, place, closed.union(evict))
+        admit, victims = shares.admit(view, names, room, preempt)
         room += len(victims) - len(admit)
         if view.load_room > len(read):
             read += self.prefetch.choose(view, iter(cold))
@@ -131,6 +132,7 @@ class Composed(SchedulerPolicy):
             place=place,
             prefetch=list(dict.fromkeys(read)),
             preempt=list(dict.fromkeys([*preempt, *victims, *self.preempt.choose(view)])),
+            evict=evict,
         )
 
     def quiet_until(self, view: SchedulerView) -> float:

@@ -52,6 +52,8 @@ class SlotChanges(NamedTuple):
     """Adapters whose slots admit no requests, so that they become idle."""
     preempt: list[str]
     """Requests to preempt at once."""
+    evict: list[str]
+    """Adapters that may leave their slots for those in ``place``."""
     cold: list[str]
     """Examined adapters that wait for a slot, in the order of turns."""
 
@@ -83,22 +85,54 @@ class _Spare:
     ) -> None:
         self._view, self._replace, self._clients = view, replace, clients
         self._free = [i for i, name in enumerate(names) if name is None] if None in names else []
+        self._memory = view.memory if view.memory.elastic else None
+        self.free_bytes = 0 if self._memory is None else self._memory.free
+        """What is free of the memory that slots share, if they do."""
         self.taken: set[str] = set()
         """Adapters whose slots have been given away."""
 
     def has_any(self) -> bool:
-        while self._unwanted and self._unwanted[-1].adapter in self.taken:
-            self._unwanted.pop()
-        return bool(self._free or self._unwanted)
+        return self._has_unwanted() or bool(self._free and (self._memory is None or self.free_bytes > 0))
 
-    def take(self) -> int:
-        """Return its index; only if there is one."""
-        if self._free:
-            return self._free.pop()
+    def take(self, name: str) -> tuple[Place, list[str]] | None:
+        """A slot for an adapter, and the adapters that leave for it; only if there is a slot. None if too few
+        bytes can be had."""
+        if self._memory is None:
+            if self._free:
+                return Place(name, self._free.pop()), []
+            return Place(name, self._leave().index), []
+        need = self._memory.bytes_of(name)
+        names = [slot.adapter for slot in self._unwanted if slot.adapter not in self.taken]
+        if need > self.free_bytes + sum(self._memory.bytes_of(name) for name in names if name is not None):
+            return None
+        evict = self.make_room(need)
+        self._free.pop()
+        self.free_bytes -= need
+        return Place(name), evict
+
+    def make_room(self, need: int) -> list[str]:
+        """Have adapters that no request waits for leave, until ``need`` bytes of the memory and a slot are
+        free, or all of them have left."""
+        assert self._memory is not None
+        evict: list[str] = []
+        while (need > self.free_bytes or not self._free) and self._has_unwanted():
+            slot = self._leave()
+            assert slot.adapter is not None
+            self._free.append(slot.index)
+            self.free_bytes += self._memory.bytes_of(slot.adapter)
+            evict.append(slot.adapter)
+        return evict
+
+    def _leave(self) -> SlotView:
         slot = self._unwanted.pop()
         assert slot.adapter is not None
         self.taken.add(slot.adapter)
-        return slot.index
+        return slot
+
+    def _has_unwanted(self) -> bool:
+        while self._unwanted and self._unwanted[-1].adapter in self.taken:
+            self._unwanted.pop()
+        return bool(self._unwanted)
 
     @cached_property
     def _unwanted(self) -> list[SlotView]:
@@ -112,6 +146,26 @@ class _Spare:
         return [slot for _, _, slot in sorted(scored, key=lambda item: item[:2], reverse=True)]
 
 
+class _ByBytes:
+    """The slots that make room for an adapter in the memory that they share."""
+
+    def __init__(self, view: SchedulerView, spare: _Spare, name: str, refused: int) -> None:
+        self.name = name
+        self.refused = refused
+        """How often the core found no room although bytes enough were free: then more is freed."""
+        self.found: list[_Held] = []
+        self.missing = view.memory.bytes_of(name) * (1 + refused)
+        """Bytes."""
+        self.evict = spare.make_room(self.missing)
+        self.missing -= spare.free_bytes
+        spare.free_bytes = max(0, -self.missing)
+        self._view = view
+
+    def add(self, found: _Held) -> None:
+        self.found.append(found)
+        self.missing -= self._view.memory.bytes_of(found.name)
+
+
 class Shares:
     """Gives tenants the guarantees of ``order.sharing``."""
 
@@ -122,6 +176,8 @@ class Shares:
         self._equal = order.sharing == "equal"
         self._next_step = 0
         """No request is preempted before this time."""
+        self._refused: dict[str, int] = {}
+        """How often, one decision after the other, each adapter was placed before, by bytes."""
         self._asked: set[str] = set()
         """Adapters whose reads the last decision asked for."""
 
@@ -240,7 +296,7 @@ class Shares:
         self, view: SchedulerView, replace: Replacement, settling: set[str | None]
     ) -> SlotChanges:
         """Assign slots to cold adapters in turns: first those of the tenant with the fewest slots."""
-        changes = SlotChanges([], [], set(), [], [])
+        changes = SlotChanges([], [], set(), [], [], [])
         names = [slot.adapter for slot in view.slots]
         self.clients.set_slots(names)
         spare = _Spare(view, replace, names, self.clients)
@@ -250,6 +306,7 @@ class Shares:
         taken = spare.taken
         tries, asked = MAKE_WAY_LIMIT, set[str]()
         load_room = view.load_room
+        waiting: dict[str, int] = {}
         for client, entry, name in self._cold(view):
             changes.cold.append(name)
             idle = spare.has_any()
@@ -259,8 +316,10 @@ class Shares:
             adapter = view.adapters[name]
             location = adapter.location
             under = claims[client] < share
-            if location is Location.CPU and idle:
-                changes.place.append(Place(name, spare.take()))
+            refused = self._refused.get(name, 0) if location is Location.CPU else 0
+            if location is Location.CPU and idle and not refused and (room := spare.take(name)) is not None:
+                changes.place.append(room[0])
+                changes.evict.extend(room[1])
                 claims[client] += 1
                 continue
             if location is Location.DISK:
@@ -279,21 +338,49 @@ class Shares:
                 continue
             tries -= 1
             missing = lacking(view, adapter)
+            by_bytes = _ByBytes(view, spare, name, refused) if view.memory.elastic else None
             while found := self._choose(view, client, entry, held, share, under, settling, taken):
                 taken.add(found.name)
                 for user in found.users:
                     held[user] -= 1
+                missing -= view.adapters[found.name].bytes
+                if by_bytes is not None:
+                    by_bytes.add(found)
+                    if missing <= 0 and by_bytes.missing <= 0:
+                        break
+                    continue
                 if found.slot.running == 0 or under:
                     changes.preempt.extend(self._empty(view, found))
                     changes.place.append(Place(name, found.slot.index))
                     claims[client] += 1
                 else:
                     changes.closed.add(found.name)
-                missing -= view.adapters[found.name].bytes
                 if missing <= 0:
                     break
+            if by_bytes is not None and (by_bytes.found or refused):
+                self._make_way(view, changes, by_bytes, under)
+                claims[client] += 1
+                if refused:
+                    waiting[name] = refused
+        if view.memory.elastic:
+            again = {item.adapter: self._refused.get(item.adapter, -1) + 1 for item in changes.place}
+            self._refused = {**waiting, **again}
         self._asked = asked
         return changes
+
+    def _make_way(self, view: SchedulerView, changes: SlotChanges, room: _ByBytes, under: bool) -> None:
+        """Empty the slots that were found, or close them until they are idle. If they are too few, they are
+        closed all the same: what becomes free is kept for the adapter by its turn."""
+        changes.evict.extend(room.evict)
+        if (room.missing <= 0 or room.refused) and (
+            under or all(found.slot.running == 0 for found in room.found)
+        ):
+            for found in room.found:
+                changes.preempt.extend(self._empty(view, found))
+                changes.evict.append(found.name)
+            changes.place.append(Place(room.name))
+        else:
+            changes.closed.update(found.name for found in room.found)
 
     def _slot_share(self, view: SchedulerView) -> int:
         users = max(self.clients.using_adapters, 1)

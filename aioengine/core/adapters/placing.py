@@ -112,7 +112,7 @@ class Placing:
             """Those of the decision, then the core's own choice. Where the decision names a slot, and so
             counts on nobody else's, these are only adapters that no request waits for."""
             yield from given.slots()
-            for victim in self._slots.victims(admitting):
+            for victim in given.others():
                 if place.slot is None or (victim.entry is not None and not victim.entry.waiting):
                     yield victim
 
@@ -135,9 +135,9 @@ class Placing:
             def may_move(offset: int) -> bool:
                 return by_offset[offset].idle and may_leave(by_offset[offset], keep)
 
-            others = dict.fromkeys(victims) if not arena.fits(entry.slot_nbytes) or leaving else {}
+            others = dict.fromkeys(victims) if leaving or not arena.fits(entry.slot_nbytes) else {}
             others.pop(slot, None)
-            room = find_room(arena, entry.slot_nbytes, leaving, others, may_move)
+            room = find_room(arena, entry.slot_nbytes, leaving, list(others), may_move)
             if room is None:
                 return "place_no_room"
             window = room.move
@@ -164,6 +164,13 @@ class _GivenUp:
         self._admitting = admitting
         self._refused = refused
         self._told: set[int] = set()
+        self._others: list[Slot] | None = None
+
+    def others(self) -> Iterator[Slot]:
+        """All that may leave, in the core's order."""
+        if self._others is None:
+            self._others = self._slots.victims(self._admitting)
+        return (slot for slot in self._others if slot.idle)
 
     def slots(self) -> Iterator[Slot]:
         """Looked at when they are needed: what is running now may not have been when the policy decided."""

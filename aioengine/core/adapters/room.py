@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from aioengine.core.adapters.arena import Arena, Window, compaction, rounded
 from aioengine.core.adapters.slots import Slot
 
-TRIES = 8
+TRIES = 3
 """How often, between evictions, it looks whether moving is enough: it goes through all regions."""
 
 
@@ -22,8 +22,8 @@ class Room(NamedTuple):
 def find_room(
     arena: Arena,
     nbytes: int,
-    leaving: Iterable[Slot],
-    victims: Iterable[Slot],
+    leaving: Sequence[Slot],
+    victims: Sequence[Slot],
     may_move: Callable[[int], bool],
 ) -> Room | None:
     """Room for ``nbytes``, once the adapters of the slots ``leaving`` are gone; nothing is changed.
@@ -32,7 +32,11 @@ def find_room(
     are moved if that copies no more bytes than the newcomer has; after it, whatever it takes. ``may_move``
     says of an offset whether what is there may be moved. None if there is no room.
     """
-    arena, size = arena.copy(), rounded(nbytes)
+    size = rounded(nbytes)
+    room = sum(arena.regions[slot.offset] for slot in (*leaving, *victims) if slot.offset is not None)
+    if arena.free + room < size:
+        return None
+    arena = arena.copy()
     for slot in leaving:
         assert slot.offset is not None
         arena.release(slot.offset)
