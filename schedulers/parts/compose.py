@@ -29,6 +29,8 @@ SLOT_BOUND = (
 )
 EARLY = 1e-6
 """Seconds by which a policy has itself asked before its time: sums of times are rounded."""
+SOON = 16
+"""How many requests are admitted before one is not yet urgent."""
 FILL_LIMIT = 32
 """Maximum waiting requests of a closed slot that one decision examines."""
 
@@ -140,6 +142,8 @@ class Composed(SchedulerPolicy):
         enough."""
         if not self._by_events or (self._shares is not None and self._shares.clients.several):
             return -inf
+        if view.memory.elastic:
+            return -inf  # adapters are moved, and room is found, without an event
         if len(view.waiting_adapters) > SCAN_LIMIT:
             return -inf
         adapters, now = view.adapters, view.now
@@ -194,10 +198,13 @@ class Composed(SchedulerPolicy):
         closed: set[str | None] = set()
         pool: SlotPool | None = None  # made only if there is a cold adapter
         now, load_room = view.now, view.load_room
+        soon = _soon(view) if view.memory.elastic else inf
         for name, adapter, oldest in islice(self._by_urgency(view), SCAN_LIMIT):
             pool = pool or SlotPool(view, self.replace, self._settling(view))
             waited = _waited(oldest, now)
             may_take, may_close = waited >= self._take_after, waited >= self._close_after
+            if oldest is not None and oldest > soon:
+                may_take = may_close = False
             if not pool.has_any(oldest, may_take=may_take, may_close=may_close):
                 if waited >= self.max_wait or not may_take:
                     break  # those after it have waited less: there is nothing for them either
@@ -252,6 +259,20 @@ def _fill(
         if request.max_tokens - request.output_tokens <= tokens_left[name] * within
     ]
     return sorted(fitting, key=lambda request: request.arrival)
+
+
+def _soon(view: SchedulerView) -> float:
+    """Arrival of the last request that is to be admitted soon, of those whose adapters are in slots.
+
+    Where many adapters share a memory, more of them are idle than can run. If one of them left for a request
+    that is further back, that would only be the first of two copies."""
+    count = 0
+    for request in islice(view.waiting, FILL_LIMIT * 2):
+        name = request.adapter
+        count += name is None or view.adapters[name].slot is not None
+        if count == SOON:
+            return request.arrival
+    return inf
 
 
 def _waited(oldest: float | None, now: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.residency import Residency
@@ -56,7 +57,7 @@ class Placing:
             self._pinned_wait = True
             if now >= _retry_at(entry):
                 keep = self._slots.superseded()
-                if self._start(entry, None, self._slots.victims(keep), keep, now) is not None:
+                if self._start(entry, None, self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
 
     def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
@@ -108,23 +109,26 @@ class Placing:
             if reason is not None:
                 return reason
 
-        def victims() -> Iterator[Slot]:
-            """Those of the decision, then the core's own choice. Where the decision names a slot, and so
-            counts on nobody else's, these are only adapters that no request waits for."""
-            yield from given.slots()
-            for victim in given.others():
-                if place.slot is None or (victim.entry is not None and not victim.entry.waiting):
-                    yield victim
-
-        return self._start(entry, slot, victims(), admitting, now)
+        others = given.others()
+        unwanted = (s for s in others if s.entry is not None and not s.entry.waiting)
+        wanted: Iterable[Slot] = ()
+        if place.slot is None:  # or the decision counts on nobody else's slot
+            wanted = (s for s in given.others() if s.entry is not None and s.entry.waiting)
+        return self._start(entry, slot, chain(given.slots(), unwanted), wanted, admitting, now)
 
     def _start(
-        self, entry: AdapterEntry, slot: Slot | None, victims: Iterable[Slot], keep: set[int], now: float
+        self,
+        entry: AdapterEntry,
+        slot: Slot | None,
+        victims: Iterable[Slot],
+        last: Iterable[Slot],
+        keep: set[int],
+        now: float,
     ) -> str | None:
-        """Begin a copy into ``slot``, or (None) a free one, else the first of ``victims``; of the others, as
-        many leave as it takes for its bytes. Returns why not, if not."""
-        victims = iter(victims)
-        slot = slot or self._slots.free_slot or next(victims, None)
+        """Begin a copy into ``slot``, or (None) a free one, else the first of ``victims`` and ``last``; of
+        the others, as many leave as it takes for its bytes. Returns why not, if not."""
+        victims, last = iter(victims), iter(last)
+        slot = slot or self._slots.free_slot or next(victims, None) or next(last, None)
         if slot is None:
             return "place_no_slot"
         arena, window = self._slots.arena, None
@@ -135,9 +139,12 @@ class Placing:
             def may_move(offset: int) -> bool:
                 return by_offset[offset].idle and may_leave(by_offset[offset], keep)
 
-            others = dict.fromkeys(victims) if leaving or not arena.fits(entry.slot_nbytes) else {}
-            others.pop(slot, None)
-            room = find_room(arena, entry.slot_nbytes, leaving, list(others), may_move)
+            others: list[Slot] = []
+            wanted: list[Slot] = []
+            if leaving or not arena.fits(entry.slot_nbytes):
+                others = [s for s in dict.fromkeys(victims) if s is not slot]
+                wanted = [s for s in last if s is not slot and s not in others]
+            room = find_room(arena, entry.slot_nbytes, leaving, others, wanted, may_move)
             if room is None:
                 return "place_no_room"
             window = room.move

@@ -24,17 +24,19 @@ def find_room(
     nbytes: int,
     leaving: Sequence[Slot],
     victims: Sequence[Slot],
+    last: Sequence[Slot],
     may_move: Callable[[int], bool],
 ) -> Room | None:
     """Room for ``nbytes``, once the adapters of the slots ``leaving`` are gone; nothing is changed.
 
     Adapters are evicted in the order of ``victims``, and no more of them than are needed. Before that, others
-    are moved if that copies no more bytes than the newcomer has; after it, whatever it takes. ``may_move``
-    says of an offset whether what is there may be moved. None if there is no room.
+    are moved if that copies no more bytes than the newcomer has; after it, whatever it takes; and only then
+    are those in ``last`` evicted, too. ``may_move`` says of an offset whether what is there may be moved.
+    None if there is no room.
     """
     size = rounded(nbytes)
-    room = sum(arena.regions[slot.offset] for slot in (*leaving, *victims) if slot.offset is not None)
-    if arena.free + room < size:
+    slots = (*leaving, *victims, *last)
+    if arena.free + sum(arena.regions[slot.offset] for slot in slots if slot.offset is not None) < size:
         return None
     arena = arena.copy()
     for slot in leaving:
@@ -42,18 +44,21 @@ def find_room(
         arena.release(slot.offset)
     evict: list[Slot] = []
     tries = TRIES
-    in_order = iter(victims)
-    while not arena.fits(nbytes):
-        if arena.free >= size and tries > 0:
-            tries -= 1
-            window = compaction(arena, nbytes, may_move)
-            if window is not None and window.moved <= size:
-                return Room(evict, window)
-        victim = next(in_order, None)
-        if victim is None:
-            window = compaction(arena, nbytes, may_move) if arena.free >= size else None
-            return None if window is None else Room(evict, window)
-        assert victim.offset is not None
-        arena.release(victim.offset)
-        evict.append(victim)
-    return Room(evict, None)
+    for group, others in ((victims, True), (last, False)):
+        in_order = iter(group)
+        while not arena.fits(nbytes):
+            if arena.free >= size and tries > 0:
+                tries -= 1
+                window = compaction(arena, nbytes, may_move)
+                if window is not None and (window.moved <= size or not others):
+                    return Room(evict, window)
+            victim = next(in_order, None)
+            if victim is None:
+                window = compaction(arena, nbytes, may_move) if arena.free >= size else None
+                if window is not None:
+                    return Room(evict, window)
+                break
+            assert victim.offset is not None
+            arena.release(victim.offset)
+            evict.append(victim)
+    return Room(evict, None) if arena.fits(nbytes) else None
