@@ -136,6 +136,10 @@ LAB_COMMANDS = {
   aioengine lab compare --policy fcfs,vllm+lru,vtc,chameleon,oracle --trace azure_code.csv \\
       --limit 5000 --adapters 200 --slots 4,8,16 --seeds 5 --out results
   aioengine lab compare --experiment results/comparison.json --out again""",
+    "rerun": """\
+  aioengine lab rerun results""",
+    "new": """\
+  aioengine lab new my_study""",
     "workload": """\
   aioengine lab workload workload.toml --plot
   aioengine lab workload azure_code.csv""",

@@ -21,6 +21,7 @@ from aioengine.lab.fleet.replay import replay_on_fleet
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.open_loop import Progress, Replayed
 from aioengine.lab.runs.policy_record import PolicyRecord, PolicyWatch
+from aioengine.lab.runs.provenance import provenance
 from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -266,6 +267,7 @@ def _description(experiment: Experiment, workload: Workload, costs: CostModel) -
         "experiment": experiment.to_dict(),
         "workload": workload.describe(),
         "costs": msgspec.to_builtins(costs),
+        "provenance": provenance(experiment),
     }
 
 

@@ -1,0 +1,162 @@
+"""Where a run's files come from, and whether they come out the same again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.lab.runs.experiment import Experiment, Policy
+from aioengine.lab.workload.spec import WorkloadSpec
+
+RESULTS = ("requests.csv", "slots.csv", "moves.csv", "samples.csv", "summary.json")
+"""What a run writes that depends on its experiment alone."""
+PACKAGES = ("aioengine", "msgspec", "numpy", "polars", "scipy", "sortedcontainers")
+
+
+class Rerun(NamedTuple):
+    """What came of running an experiment again."""
+
+    differing: dict[str, str]
+    """File -> its first line that differs, before and now."""
+    changed: list[str]
+    """What of its provenance is different now."""
+
+    @property
+    def same(self) -> bool:
+        return not self.differing
+
+
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """What an experiment's results depend on beside its own fields, as far as it can be known."""
+    return {
+        "command": command(experiment),
+        "seed": experiment.seed,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "workload_sha256": _hash(
+            json.dumps(experiment.workload.to_dict(), sort_keys=True).encode(), experiment.workload.trace
+        ),
+        "preset_sha256": _hash(b"", experiment.preset if experiment.preset.endswith(".json") else None),
+        "policy_sha256": _hash(b"", _policy_file(experiment.policy)),
+    }
+
+
+def command(experiment: Experiment) -> str:
+    """The command that runs an experiment, by the flags that differ from their defaults."""
+    flags = _flags(experiment.workload, WorkloadSpec.__struct_fields__)
+    names = [name for name in Experiment.__struct_fields__ if name != "workload"]
+    flags += _flags(experiment, names)
+    if isinstance(experiment.policy, dict):  # a table cannot be a flag
+        flags = ["--experiment", "experiment.json"]
+    return shlex.join(["aioengine", "lab", "run", *flags])
+
+
+def _flags(values: msgspec.Struct, names: Sequence[str]) -> list[str]:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(values)}
+    flags: list[str] = []
+    for name in names:
+        value = getattr(values, name)
+        if value == defaults[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Path | None = None) -> Rerun:
+    """Run the experiment of a folder again, and compare what comes out with what is there.
+
+    Args:
+        folder: Of ``lab run``; it is read only.
+        run: Does so: experiment, folder for the files.
+        out: Where the new files stay; None: nowhere.
+
+    Raises ConfigError if the folder has no experiment, and what ``run`` raises.
+    """
+    folder = Path(folder)
+    if not (folder / "experiment.json").is_file():
+        raise ConfigError(f"{folder}: has no experiment.json; 'aioengine lab run' writes one into --out")
+    experiment = Experiment.read(folder / "experiment.json")
+    with tempfile.TemporaryDirectory() as temporary:
+        new = Path(temporary) / "run" if out is None else out
+        run(experiment, new)
+        differing = {
+            name: difference
+            for name in RESULTS
+            if (difference := _difference(folder / name, new / name)) is not None
+        }
+        before, now = _read(folder / "experiment.json"), _read(new / "experiment.json")
+        changed = _changed(before.get("provenance"), now.get("provenance"))
+        changed += [f"{key}: is another" for key in ("costs", "workload") if before.get(key) != now.get(key)]
+    return Rerun(differing, changed)
+
+
+def _difference(before: Path, now: Path) -> str | None:
+    """The first line that differs; None if the files are the same."""
+    if not before.is_file():
+        return "is not there"
+    one, two = before.read_bytes(), now.read_bytes()
+    if one == two:
+        return None
+    lines = one.decode(errors="replace").splitlines(), two.decode(errors="replace").splitlines()
+    for number, (old, new) in enumerate(zip(*lines, strict=False), 1):
+        if old != new:
+            return f"line {number} was {old[:200]!r} and is {new[:200]!r}"
+    return f"had {len(lines[0])} lines and has {len(lines[1])}"
+
+
+def _changed(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in before.keys() | now.keys():
+            found += _changed(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return sorted(found)
+    return [] if before == now else [f"{name}: was {before}, is {now}"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _hash(data: bytes, file: str | None) -> str | None:
+    """Of the data and the file's contents; None if there is neither, or the file cannot be read."""
+    if not data and file is None:
+        return None
+    digest = sha256(data)
+    if file is not None:
+        try:
+            with open(Path(file).expanduser(), "rb") as opened:
+                while chunk := opened.read(2**20):
+                    digest.update(chunk)
+        except OSError:
+            return None
+    return digest.hexdigest()
+
+
+def _policy_file(policy: Policy) -> str | None:
+    name = policy if isinstance(policy, str) else str(policy.get("name", ""))
+    path, _, _ = name.partition(":")
+    return path if path.endswith(".py") else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
