@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
-from aioengine.request import Prompt, RequestOutput, SamplingParams, TokenConstraint
+from aioengine.request import Prompt, RequestOutput, SamplingParams, TokenConstraint, Wanted
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class EngineClient(WatchedEngine, Protocol):
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        adapter: str | None = None,
+        adapter: Wanted = None,
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,

@@ -39,6 +39,7 @@ from aioengine.request import (
     RequestOutput,
     SamplingParams,
     Scores,
+    Wanted,
 )
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import (
@@ -51,8 +52,8 @@ from aioengine.runtime.assemble import (
     engine_info,
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
-from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import Stepper
+from aioengine.runtime.sources.held import HeldAdapters
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
@@ -273,7 +274,7 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        adapter: str | None = None,
+        adapter: Wanted = None,
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
@@ -290,7 +291,10 @@ class AsyncEngine:
         Args:
             prompt: Text, token ids, or chat messages.
             params: How to sample; greedy, at most 256 tokens, by default.
-            adapter: An adapter's name; None is the base model.
+            adapter: An adapter's name, or "name@version"; None is the base model. A dict of names and
+            weights, such as
+                ``{"sql": 0.7, "pirate": 0.3}``, is the sum of them, ``{"sql": 0.5}`` a scaled one: see
+                docs/adapters.md.
             request_id: Must be unique among those that have not ended; made up if None.
             priority: For policies that look at it; higher is more urgent.
             deadline: Seconds from now by which it must have ended, the search for its adapter included.
@@ -318,7 +322,8 @@ class AsyncEngine:
         """
         self._check_running()
         options = RequestOptions(
-            adapter=adapter,
+            adapter=None if isinstance(adapter, Mapping) else adapter,
+            mix=adapter if isinstance(adapter, Mapping) else None,
             priority=priority,
             deadline=deadline,
             tenant=tenant,
@@ -342,7 +347,7 @@ class AsyncEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        adapter: str | None = None,
+        adapter: Wanted = None,
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
@@ -356,7 +361,8 @@ class AsyncEngine:
         :meth:`generate`. It is cheaper, because the caller is woken once, at the end."""
         self._check_running()
         options = RequestOptions(
-            adapter=adapter,
+            adapter=None if isinstance(adapter, Mapping) else adapter,
+            mix=adapter if isinstance(adapter, Mapping) else None,
             priority=priority,
             deadline=deadline,
             tenant=tenant,

@@ -171,6 +171,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     adapter: str | None = None
+    mix: Mapping[str, float] | None = None
+    """Adapters and weights, in place of ``adapter``."""
     priority: int = 0
     deadline: float | None = None
     tenant: str | None = None
@@ -186,6 +188,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if not isinstance(self.replay, bool):
             raise RequestInvalid(f"replay={self.replay!r}: must be True or False")
         check_text("adapter", self.adapter)
+        if self.mix is not None:
+            msgspec.structs.force_setattr(self, "mix", _checked_mix(self.mix))
         check_text("tenant", self.tenant)
         check_text("cache_salt", self.cache_salt)
         _check_int("priority", self.priority)
@@ -193,6 +197,23 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _check_int("expected_tokens", self.expected_tokens, low=1)
         if self.deadline is not None:
             check_seconds("deadline", self.deadline, " from now", error=RequestInvalid)
+
+
+MAX_MIXED = 8
+"""Adapters in one mix."""
+
+
+def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
+    if not 1 <= len(weights) <= MAX_MIXED:
+        raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters: it has 1 to {MAX_MIXED}")
+    for name, weight in weights.items():
+        check_text("adapter", name)
+        _check_float(f"adapter[{name!r}]", weight, low=-100.0, high=100.0)
+    return {name: float(weights[name]) for name in sorted(weights)}
+
+
+Wanted = str | Mapping[str, float] | None
+"""What a request may name: an adapter, or several with weights; None is the base model."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

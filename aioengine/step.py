@@ -84,7 +84,7 @@ class StepResult(NamedTuple):
 BytesLike = bytes | bytearray | memoryview
 
 
-class HeldFiles(msgspec.Struct, array_like=True, frozen=True):
+class HeldFiles(msgspec.Struct, array_like=True, frozen=True, tag="held"):
     """An adapter's files where there is no folder; see :mod:`aioengine.adapters.peft.held`. Crosses to other
     processes of this machine and user."""
 
@@ -92,6 +92,27 @@ class HeldFiles(msgspec.Struct, array_like=True, frozen=True):
     """``adapter_config.json``"""
     weights: str
     """Where ``adapter_model.safetensors`` can be opened, for as long as somebody holds it."""
+
+
+class MixPart(msgspec.Struct, array_like=True, frozen=True):
+    """One adapter of a mix."""
+
+    name: str
+    path: str
+    weight: float
+    digest: str
+    """What its content must be; "" if that is not known yet."""
+    files: HeldFiles | None = None
+
+
+class MixFiles(msgspec.Struct, array_like=True, frozen=True, tag="mix"):
+    """Adapters that are read and added up, in place of a folder; see :mod:`aioengine.adapters.peft.mix`."""
+
+    parts: tuple[MixPart, ...]
+
+
+AdapterSource = HeldFiles | MixFiles
+"""What is read where there is no folder."""
 
 
 class LoadedAdapter(NamedTuple):

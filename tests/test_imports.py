@@ -85,6 +85,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "metrics": {"collect", "families", "page"},
     "model": {"files", "generic", "parallel", "slots", "text"},
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
+    "runtime": {"sources"},
     "server": {"access", "debug", "messages", "openai", "responses", "transport", "vectors"},
 }
 """Room -> the folders in it."""

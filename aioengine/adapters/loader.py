@@ -19,7 +19,7 @@ from aioengine.step import LoadedAdapter, Retrying, Stalled
 
 if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
-    from aioengine.step import HeldFiles
+    from aioengine.step import AdapterSource
 
 STALL_SECONDS = 1.0
 """A read that has waited this long for one file operation, or for its next retry, gives its place to
@@ -139,7 +139,7 @@ class BaseLoader(ABC, Generic[R]):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         """Read an adapter from disk, or from ``files``, into the CPU cache.
 
@@ -177,7 +177,7 @@ class BaseLoader(ABC, Generic[R]):
         """Bytes that it takes in a slot, on the rank where that is most; None: all that was read."""
         return None
 
-    async def _attempt(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> R:
+    async def _attempt(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
         progress.running = progress.waiting = True
         self._open[progress] = path
         try:
@@ -250,7 +250,7 @@ class BaseLoader(ABC, Generic[R]):
         return end
 
     @abstractmethod
-    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> R:
+    async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
         """Read once, and tell ``progress`` at the end, even if the read was abandoned. After a cancellation,
         a late result must be dropped."""
 
@@ -280,7 +280,9 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
     def _slot_nbytes(self, found: AdapterImage) -> int:
         return found.data.nbytes
 
-    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> AdapterImage:
+    async def _read(
+        self, name: str, path: str, progress: Progress, files: AdapterSource | None
+    ) -> AdapterImage:
         def read() -> AdapterImage:
             try:
                 return self.store.read(name, path, progress, files)

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from aioengine.errors import AdapterInvalid
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
+from aioengine.step import MixFiles
 
 if TYPE_CHECKING:
     import torch
 
     from aioengine.adapters.peft.dora import BaseWeights
     from aioengine.adapters.peft.dora_exchange import Draft
+    from aioengine.adapters.peft.read import PackedAdapter
     from aioengine.adapters.read_threads import Progress
     from aioengine.model.slots.image import AdapterImage
-    from aioengine.step import HeldFiles
+    from aioengine.step import AdapterSource, HeldFiles
 
 
 class AdapterStore:
@@ -50,7 +53,7 @@ class AdapterStore:
         self._images: dict[int, AdapterImage] = {}
 
     def read(
-        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
+        self, name: str, path: str, progress: Progress | None = None, files: AdapterSource | None = None
     ) -> AdapterImage:
         """Read and validate an adapter in a process that holds whole adapters. Blocks, so it is called in a
         loader thread. Does not store the result.
@@ -60,24 +63,39 @@ class AdapterStore:
         return self.finish(self.begin(name, path, progress, files))
 
     def begin(
-        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
+        self, name: str, path: str, progress: Progress | None = None, files: AdapterSource | None = None
     ) -> Draft:
         """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
         Raises as :meth:`read`."""
         from aioengine.adapters.peft.dora_exchange import Draft  # these import torch
+        from aioengine.adapters.peft.mix import add_up
         from aioengine.adapters.peft.read import read_adapter
 
-        packed = read_adapter(
-            name,
-            path,
-            self._order,
-            dtype=self._dtype,
-            base_weight=self._embedding,
-            known=self._known,
-            allow_nonfinite=self._allow_nonfinite,
-            progress=progress,
-            files=files,
-        )
+        def read(name: str, path: str, files: HeldFiles | None) -> PackedAdapter:
+            return read_adapter(
+                name,
+                path,
+                self._order,
+                dtype=self._dtype,
+                base_weight=self._embedding,
+                known=self._known,
+                allow_nonfinite=self._allow_nonfinite,
+                progress=progress,
+                files=files,
+            )
+
+        if isinstance(files, MixFiles):
+            if self._order.layout.shard.size > 1:
+                raise AdapterInvalid(
+                    "mixes and scales need tensor_parallel_size=1: make one adapter of them with PEFT's "
+                    "add_weighted_adapter",
+                    name=name,
+                    path=path,
+                )
+            parts = [(part, read(part.name, part.path, part.files)) for part in files.parts]
+            packed = add_up(name, path, self._order, parts)
+        else:
+            packed = read(name, path, files)
         return Draft(packed, self._order.layout, self._weights)
 
     def finish(self, draft: Draft) -> AdapterImage:

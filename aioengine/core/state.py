@@ -13,7 +13,7 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
-from aioengine.step import HeldFiles, Sampled
+from aioengine.step import AdapterSource, Sampled
 
 
 class Status(Enum):
@@ -28,7 +28,7 @@ class AdapterFiles(Protocol):
     @property
     def nbytes(self) -> int: ...
     @property
-    def files(self) -> HeldFiles: ...
+    def files(self) -> AdapterSource: ...
     def share(self) -> AdapterFiles:
         """The same files for another version; each is released on its own."""
 

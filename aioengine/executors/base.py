@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
-from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 
 class Device(ABC):
@@ -38,7 +38,7 @@ class Device(ABC):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         """Read an adapter from disk, or from ``files``, into the CPU cache.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.executors.base import Device
-from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
@@ -43,7 +43,7 @@ class ThreadDevice(Device):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         return await self._loader.load(uid, name, path, retrying, stalled, files)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from itertools import islice
 
@@ -21,6 +21,7 @@ from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.lookup import Resolution
 from aioengine.runtime.loop import Stepper
+from aioengine.runtime.sources.mixes import Mixes
 from aioengine.runtime.stats import adapter_info, not_fetched
 from aioengine.runtime.waits import NameLocks
 from aioengine.schedulers.policy import Location
@@ -43,6 +44,7 @@ class AdapterOps:
         self._resolution = Resolution(stepper, resolver, resolve_timeout)
         self._fetched: dict[str, str | None] = {}
         """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
+        self._mixes = Mixes(self._residency, self.acquire)
         self._locks = NameLocks()
         self._loading: set[str] = set()
         """Names with a version that is being looked up or read for a caller."""
@@ -62,6 +64,31 @@ class AdapterOps:
         if entry is None:
             raise self._not_found(name)
         return entry
+
+    def check_wanted(self, adapter: str | Mapping[str, float]) -> str:
+        """Check what a request asks for before anything is done for it, and return the name that it counts
+        on.
+
+        Raises AdapterNotFound for a name that is neither registered nor resolvable, and again, for a while,
+        the error of an adapter that has failed more than once in a row."""
+        names = [adapter] if isinstance(adapter, str) else list(adapter)
+        for name in names:
+            self.check_known(name)
+            self.check_worth_a_try(name)
+        return names[0].partition("@")[0]
+
+    async def acquire_wanted(self, adapter: str | Mapping[str, float], tenant: str | None) -> AdapterEntry:
+        """The version, or the mix, that a request asks for."""
+        if isinstance(adapter, str):
+            return await self.acquire(adapter, tenant)
+        if list(adapter.values()) == [1.0]:
+            return await self.acquire(next(iter(adapter)), tenant)
+        return await self._mixes.acquire(adapter, tenant, _now())
+
+    def check_lives(self, entry: AdapterEntry) -> None:
+        """Raise AdapterNotFound if a version that was acquired is gone meanwhile."""
+        if entry.uid not in self._residency.entries:
+            raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
 
     def check_known(self, name: str) -> None:
         """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
@@ -337,6 +364,7 @@ class AdapterOps:
                 return  # never needed so far, or its load was ended: there is nothing to free
             entry = self.find(name)
             self._stepper.check_goes_on()
+            self._mixes.forget(name, _now())
             self._residency.retire(entry, _now())
             if force:
                 self._abort_all(entry)
@@ -374,7 +402,8 @@ class AdapterOps:
     # Common
 
     def list(self) -> list[AdapterInfo]:
-        registered = [adapter_info(entry) for entry in self._residency.current.values()]
+        current = self._residency.current.values()
+        registered = [adapter_info(entry) for entry in current if not self._mixes.is_mix(entry)]
         return registered + [
             not_fetched(name, path)
             for name, path in self._fetched.items()

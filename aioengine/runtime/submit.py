@@ -11,7 +11,7 @@ import msgspec
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
-from aioengine.request import Prompt, RequestOptions, SamplingParams, check_text
+from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, check_text
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.continuation import check_output, replayed
@@ -55,15 +55,14 @@ class Submitter:
         request_id = self._make_up_id() if request_id is None else request_id
         arrival = asyncio.get_running_loop().time()
         due = None if options.deadline is None else arrival + options.deadline
-        adapter = options.adapter
-        if adapter is not None:
-            self._adapters.check_known(adapter)  # before the work of tokenizing
-            self._adapters.check_worth_a_try(adapter)
+        adapter: Wanted = options.adapter if options.mix is None else options.mix
+        # Before the work of tokenizing.
+        counted = None if adapter is None else self._adapters.check_wanted(adapter)
         self._check_params(params)
         tokens = _token_ids(prompt, self._parts.plan.max_model_len)
         if tokens is not None:  # what can never run is refused for that, and not told to come again
             self._check_prompt(tokens, params)
-        ticket = self._reserve(options.tenant, adapter, arrival)
+        ticket = self._reserve(options.tenant, counted, arrival)
         try:
             tokens, entry = await self._prepare(prompt, tokens, params, adapter, request_id, due, ticket)
             text = self._output_text(params)
@@ -76,6 +75,8 @@ class Submitter:
                     given = options.output
                     await self._text_work.run(len(given), lambda: text.push_all(given, ends))
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
+            if entry is not None:
+                self._adapters.check_lives(entry)
             if request_id in self._core.requests:
                 raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         except BaseException:
@@ -157,7 +158,7 @@ class Submitter:
         prompt: Prompt,
         tokens: list[int] | None,
         params: SamplingParams,
-        adapter: str | None,
+        adapter: Wanted,
         request_id: str,
         due: float | None,
         ticket: Ticket,
@@ -181,7 +182,9 @@ class Submitter:
                 if tokens is None:
                     tokens = await self._tokenize(prompt, ticket.tenant)
                     self._check_prompt(tokens, params)
-                entry = None if adapter is None else await self._adapters.acquire(adapter, ticket.tenant)
+                entry = None
+                if adapter is not None:
+                    entry = await self._adapters.acquire_wanted(adapter, ticket.tenant)
         except TimeoutError:
             if not limit.expired():
                 raise

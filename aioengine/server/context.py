@@ -281,8 +281,10 @@ class Context:
         record.completion_id = unique if fields.request_id is None else f"{prefix}{fields.request_id}"
         record.stream = bool(fields.stream)
         record.adapter = self.adapter_of(fields.model, record.identity)
+        mix = None if fields.adapters is None else self._mix(fields, record)
         options = RequestOptions(
-            adapter=record.adapter,
+            adapter=record.adapter if mix is None else None,
+            mix=mix,
             priority=fields.priority or 0,
             deadline=self.settings.request_timeout,
             tenant=_of_shares(record, len(of_choices)),
@@ -305,6 +307,24 @@ class Context:
                 record.admission.also(of_adapter, time.monotonic())
             record.admission.charge_prompt(record.prompt_tokens or 0, time.monotonic())
         return generation
+
+    def _mix(self, fields: GenerationFields, record: RequestRecord) -> dict[str, float]:
+        """The adapters that a request mixes. Raises ApiError if it may not, or names another model too."""
+        if record.adapter is not None:
+            raise ApiError(
+                400,
+                f"adapters: model must be the base model's name ({self.model_names[0]}) with them",
+                param="adapters",
+                code="invalid_value",
+            )
+        mix = fields.adapters or {}
+        if not mix:
+            raise ApiError(400, "adapters: is empty", param="adapters", code="invalid_value")
+        for name in mix:
+            if self.adapter_of(name, record.identity) is None:
+                raise ApiError(400, f"adapters: {name!r} is the base model", param="adapters")
+        record.adapter = "+".join(sorted(mix))[:255]
+        return mix
 
     def _cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
         """Combine the tenant and the requested salt as JSON, so that no client can construct another tenant's

@@ -149,11 +149,14 @@ class Generation:
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one choice; closing it aborts the engine's request. Raises what the engine does."""
+        options = msgspec.structs.asdict(self._options)
+        if (mix := options.pop("mix")) is not None:
+            options["adapter"] = mix
         stream = self._engine.generate(
             self._prompt(index),
             self._params[index],
             request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
-            **msgspec.structs.asdict(self._options),
+            **options,
         )
         try:
             async for output in stream:

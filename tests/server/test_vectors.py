@@ -14,6 +14,7 @@ import transformers
 from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, Served
 
+from aioengine import SamplingParams
 from aioengine.errors import AdapterNotFound
 
 TEXTS = ["one", "two words", "a third text"]
@@ -132,3 +133,22 @@ async def test_versions_by_name(serve: Serve, tiny_text: Tiny) -> None:
             assert (await answer(served, "/v1/completions", model=name, **ask))[0] == 404
         with pytest.raises(AdapterNotFound, match="the current one is 2"):
             await served.engine.complete("x", adapter="a@1")
+
+
+async def test_mixes(serve: Serve, tiny_text: Tiny) -> None:
+    async with serve() as served:
+        await served.engine.load_adapter("b", tiny_text.adapters["a"])
+        mix = {"a": 0.25, "b": 0.5}
+        expected = await served.engine.complete("x", SamplingParams(max_tokens=4), adapter=mix)
+        ask = {"prompt": "x", "max_tokens": 4, "temperature": 0}
+        _, body = await answer(served, "/v1/completions", adapters=mix, **ask)
+        assert body["choices"][0]["text"] == expected.text
+        for fields, words in [
+            ({"adapters": mix, "model": "a"}, "model must be the base model's name"),
+            ({"adapters": {}}, "adapters: is empty"),
+            ({"adapters": {MODEL: 1}}, "is the base model"),
+            ({"adapters": {"nobody": 1}}, "nobody"),
+            ({"adapters": {"a": 1e9}}, "adapters"),
+        ]:
+            status, body = await answer(served, "/v1/completions", **{**ask, **fields})
+            assert status in (400, 404) and words in body["error"]["message"], body

@@ -15,7 +15,7 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import (
-    HeldFiles,
+    AdapterSource,
     LoadedAdapter,
     Retrying,
     Sampled,
@@ -238,7 +238,7 @@ class FaultyDevice(SimulatedDevice):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         return await self.loader.load(uid, name, path, retrying, stalled, files)
 
@@ -327,14 +327,14 @@ class FaultyLoader(BaseLoader[Found]):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         loop = asyncio.get_running_loop()
         start = loop.time()
         done = await super().load(uid, name, path, retrying, stalled, files)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
-    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> Found:
+    async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> Found:
         losses = self._memory.generation()
         reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
         reading.add_done_callback(lambda _: setattr(progress, "running", False))

@@ -15,7 +15,7 @@ from support.engine_fixtures import Tiny, greedy, prompt_of
 from aioengine import AsyncEngine
 from aioengine.adapters.read_threads import Progress
 from aioengine.adapters.store import AdapterStore
-from aioengine.step import HeldFiles
+from aioengine.step import AdapterSource
 
 STREAMS: tuple[str | None, ...] = (None, "good", "other", "good")
 LENGTH = 40
@@ -109,7 +109,7 @@ class Reads:
         original = AdapterStore.read
 
         def read(
-            store: AdapterStore, name: str, path: str, progress: Progress, files: HeldFiles | None
+            store: AdapterStore, name: str, path: str, progress: Progress, files: AdapterSource | None
         ) -> object:
             self.count[name] = self.count.get(name, 0) + 1
             self.before.get(name, lambda: None)()

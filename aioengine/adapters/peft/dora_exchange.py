@@ -30,8 +30,8 @@ class Draft:
         self._parts = {key: rows_of(packed, weights, key) for key in keys}
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))
-        assert packed.in_order is not None, "it was read for a slot"
-        self._layout, self._dtype = layout, packed.in_order.dtype
+        self._layout = layout
+        self._dtype = next(iter(packed.tensors.values()))[0].dtype
 
     @property
     def nbytes(self) -> int:

@@ -64,13 +64,20 @@ class Residency:
     # Registration
 
     def declare(
-        self, name: str, path: str, *, found: bool = False, files: AdapterFiles | None = None
+        self,
+        name: str,
+        path: str,
+        *,
+        found: bool = False,
+        files: AdapterFiles | None = None,
+        version: int | None = None,
     ) -> AdapterEntry:
         """Declare a new version of ``name``. No request can use it until it is published, which happens at
         the latest when it has been read, unless it is ``held``. ``found``: whether its path was looked up;
-        ``files``: what is read in place of a folder."""
-        version = self._last_version.get(name, 0) + 1
-        self._last_version[name] = version
+        ``files``: what is read in place of a folder. ``version`` None: the next one of this name."""
+        if version is None:
+            version = self._last_version.get(name, 0) + 1
+            self._last_version[name] = version
         entry = AdapterEntry(self._next_uid, name, version, path, found=found, files=files)
         self._next_uid += 1
         self.entries[entry.uid] = entry

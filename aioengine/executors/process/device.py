@@ -24,7 +24,7 @@ from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.model import constraints
 from aioengine.step import (
-    HeldFiles,
+    AdapterSource,
     LoadedAdapter,
     Retrying,
     Sampled,
@@ -116,7 +116,7 @@ class ProcessDevice(Device):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         return await self._loader.load(uid, name, path, retrying, stalled, files)
 

@@ -17,7 +17,7 @@ import msgspec
 from aioengine import errors
 from aioengine.config import EngineConfig
 from aioengine.request import TokenLogprob
-from aioengine.step import HeldFiles, Sampled
+from aioengine.step import AdapterSource, Sampled
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
@@ -112,7 +112,7 @@ class Read(_Message, frozen=True):
     number: int
     name: str
     path: str
-    files: HeldFiles | None = None
+    files: AdapterSource | None = None
     """What is read in place of a folder."""
 
 

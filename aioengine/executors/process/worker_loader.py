@@ -13,7 +13,7 @@ from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.process.wire import Add, Discard, Done, Finish, Keep, Read, ReadDone
-from aioengine.step import HeldFiles
+from aioengine.step import AdapterSource, MixFiles
 
 if TYPE_CHECKING:
     from aioengine.executors.process.workers import Call, Workers
@@ -60,7 +60,7 @@ class WorkerLoader(BaseLoader[_Found]):
             self._ended(call)
         self._workers = workers
 
-    async def _read(self, name: str, path: str, progress: Progress, files: HeldFiles | None) -> _Found:
+    async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> _Found:
         workers = self._workers
         reading = asked = workers.ask(lambda number: Read(number, name, path, files))
         reading.moved = progress.moved
@@ -89,10 +89,10 @@ class WorkerLoader(BaseLoader[_Found]):
         return _Found(reading.number, first.rank, nbytes, content.digest, first.labels, largest)
 
     async def _read_and_digest(
-        self, reading: Call, name: str, path: str, size: int, files: HeldFiles | None
+        self, reading: Call, name: str, path: str, size: int, files: AdapterSource | None
     ) -> tuple[list[ReadDone], ContentDigest]:
         """Read and compute the digest at the same time. Raises the first error of the two."""
-        if size == 1:
+        if size == 1 or isinstance(files, MixFiles):
             answers = await reading.of(ReadDone)
             return answers, ContentDigest(answers[0].digest, answers[0].version)
         unwanted = Event()

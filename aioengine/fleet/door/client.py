@@ -34,7 +34,7 @@ from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
 from aioengine.info import AdapterInfo, EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
-from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams, check_text
+from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams, Wanted, check_text
 from aioengine.runtime.submit import size_of
 from aioengine.runtime.text_work import SHORT, TextWork
 from aioengine.step import BytesLike
@@ -150,7 +150,7 @@ class FleetClient:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        adapter: str | None = None,
+        adapter: Wanted = None,
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
@@ -163,6 +163,10 @@ class FleetClient:
         """As ``AsyncEngine.generate``. If its replica is lost it goes on at another one; after
         ``migration_limit`` of them it raises EngineDead."""
         self._check_running()
+        if isinstance(adapter, Mapping):
+            raise RequestInvalid(
+                "adapter: a fleet has no mixes and no scales; make one adapter of them with PEFT"
+            )
         options = RequestOptions(
             adapter=adapter,
             priority=priority,

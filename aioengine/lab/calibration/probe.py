@@ -14,7 +14,7 @@ from aioengine.executors.base import Device
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
-from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
 
 
 class ProbedStep(NamedTuple):
@@ -127,7 +127,7 @@ class _ProbedDevice(Device):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         return await self._device.load(uid, name, path, retrying, stalled, files)
 

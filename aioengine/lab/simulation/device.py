@@ -10,7 +10,7 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import HeldFiles, LoadedAdapter, Retrying, Sampled, Stalled, StepBatch, StepResult
+from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Sampled, Stalled, StepBatch, StepResult
 
 
 class SimulatedDevice(Device):
@@ -57,7 +57,7 @@ class SimulatedDevice(Device):
         path: str,
         retrying: Retrying,
         stalled: Stalled,
-        files: HeldFiles | None = None,
+        files: AdapterSource | None = None,
     ) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
         can hold."""

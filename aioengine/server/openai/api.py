@@ -83,6 +83,8 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
     model: str
     """The base model's name, or an adapter's."""
+    adapters: Annotated[dict[Name, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=8)] | None = None
+    """Adapters and their weights, which are added up; ``model`` is then the base model's name."""
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     best_of: int | None = None
     """Must equal ``n``."""

@@ -6,24 +6,40 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 from aioengine.adapters.names import check_name
 from aioengine.adapters.peft.held import MAX_HELD, HeldAdapter, hold_files, hold_tensors
+from aioengine.core.state import AdapterFiles
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.info import AdapterInfo
-from aioengine.runtime.adapters import AdapterOps
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Loads(Protocol):
+    """The part of ``AdapterOps`` that is needed here."""
+
+    async def load(
+        self,
+        name: str,
+        path: str,
+        *,
+        pin: bool,
+        replace: bool,
+        force_pin: bool = False,
+        held: AdapterFiles | None = None,
+    ) -> AdapterInfo: ...
+    def holds(self, held: AdapterFiles) -> bool: ...
 
 
 class HeldAdapters:
     """Copies what is given in ``work``, a thread, and has it loaded. ``most`` bytes of such copies may
     live."""
 
-    def __init__(self, adapters: AdapterOps, work: ThreadPoolExecutor, most: int) -> None:
+    def __init__(self, adapters: Loads, work: ThreadPoolExecutor, most: int) -> None:
         self._adapters = adapters
         self._work = work
         self._most = most

@@ -1,0 +1,1 @@
+"""Adapters that come from no folder: given in memory, and mixes of others."""

@@ -1,0 +1,136 @@
+"""Mixes of adapters and scaled ones, against PEFT's ``add_weighted_adapter(combination_type="cat")``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.tiny_models import build_adapter
+
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterTooLarge,
+    EngineOverloaded,
+    RequestInvalid,
+)
+
+PROMPT = prompt_of(0, 9)
+MIXES = [{"rank-3": 0.7, "qv-only": 0.4}, {"rank-3": 0.5}, {"rank-3": -1.0, "rank-4": 1.5}]
+
+
+def expected(tiny: Tiny, mix: dict[str, float], count: int) -> list[int]:
+    """What PEFT generates with the adapters that it has added up, or scaled."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
+    first, *others = mix
+    model: Any = peft.PeftModel.from_pretrained(base, str(tiny.adapters[first]), adapter_name=first)
+    for name in others:
+        model.load_adapter(str(tiny.adapters[name]), adapter_name=name)
+    model.add_weighted_adapter(list(mix), list(mix.values()), "mix", combination_type="cat")
+    model.set_adapter("mix")
+    tokens = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
+
+
+async def test_as_peft_adds_them_up(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny) as engine:
+        for name in ("rank-3", "qv-only", "rank-4"):
+            engine.register_adapter(name, tiny.adapters[name])
+        runs = [engine.complete(PROMPT, greedy(8), adapter=mix) for mix in MIXES]
+        plain = engine.complete(PROMPT, greedy(8), adapter="rank-3")
+        *mixed, alone = await asyncio.gather(*runs, plain)
+        for mix, output in zip(MIXES, mixed, strict=True):
+            assert output.token_ids == expected(tiny, mix, 8), mix
+        assert alone.token_ids == tiny.expected(PROMPT, 8, "rank-3")
+        one = await engine.complete(PROMPT, greedy(8), adapter={"rank-3": 1.0})
+        assert (one.adapter, one.token_ids) == ("rank-3", alone.token_ids)
+        assert [info.name for info in engine.adapters()] == ["rank-3", "qv-only", "rank-4"]
+        async for out in engine.generate(PROMPT, greedy(8), adapter=MIXES[0]):
+            streamed = out
+        assert (streamed.token_ids, streamed.adapter) == (
+            mixed[0].token_ids,
+            "qv-only@1*0.4+rank-3@1*0.7",
+        )
+        engine.check_invariants()
+
+
+async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_loras=1, max_cpu_loras=1) as engine:
+        await engine.load_adapter("x", tiny.adapters["rank-3"])
+        before = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.5})
+        await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
+        after = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.5})
+        assert before.token_ids == expected(tiny, {"rank-3": 0.5}, 8)
+        assert after.token_ids == expected(tiny, {"qv-only": 0.5}, 8)
+        stream = engine.generate(PROMPT, greedy(30), adapter={"x": 0.5})
+        await anext(stream)
+        await asyncio.wait_for(engine.unload_adapter("x"), 20)
+        with pytest.raises(AdapterNotFound):
+            await engine.complete(PROMPT, greedy(1), adapter={"x": 0.5})
+        async for out in stream:
+            last = out
+        assert last.finish_reason == "length"
+        await engine.complete(PROMPT, greedy(1))
+        assert engine.resident() == []
+        engine.check_invariants()
+
+
+async def test_of_adapters_from_memory(tiny: Tiny, make_engine: MakeEngine) -> None:
+    folder = tiny.adapters["rank-3"]
+    config, weights = (
+        (folder / f).read_bytes() for f in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    async with make_engine(tiny) as engine:
+        await engine.load_adapter_files("m", config, weights)
+        await engine.load_adapter("q", tiny.adapters["qv-only"])
+        output = await engine.complete(PROMPT, greedy(8), adapter={"m": 0.7, "q": 0.4})
+        assert output.token_ids == expected(tiny, MIXES[0], 8)
+        await engine.unload_adapter("m")
+        again = await engine.complete(PROMPT, greedy(8), adapter="q")
+        assert again.token_ids == tiny.expected(PROMPT, 8, "qv-only")
+
+
+async def test_many_mixes_are_bounded(tiny: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny, max_num_seqs=64) as engine:
+        engine.register_adapter("x", tiny.adapters["rank-3"])
+        for i in range(70):
+            await engine.complete(PROMPT, greedy(1), adapter={"x": 0.01 * (i + 2)})
+        assert len(engine._core.residency.current) <= 65
+        runs = [engine.complete(PROMPT, greedy(4), adapter={"x": 2 + 0.01 * i}) for i in range(80)]
+        results = await asyncio.gather(*runs, return_exceptions=True)
+        refused = [found for found in results if isinstance(found, BaseException)]
+        assert len(refused) == 16 and all(isinstance(found, EngineOverloaded) for found in refused)
+        assert not engine.stats().waiting + engine.stats().running
+        engine.check_invariants()
+
+
+async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> None:
+    dora = build_adapter(tiny.model, tmp_path / "dora", use_dora=True)
+    async with make_engine(tiny) as engine:
+        for name in ("all-modules", "rank-3"):
+            engine.register_adapter(name, tiny.adapters[name])
+        engine.register_adapter("dora", dora)
+        wrong: list[tuple[Any, type[Exception], str]] = [
+            ({}, RequestInvalid, "a mix of 0 adapters"),
+            ({f"a{i}": 1.0 for i in range(9)}, RequestInvalid, "a mix of 9 adapters"),
+            ({"rank-3": float("nan")}, RequestInvalid, r"adapter\['rank-3'\]"),
+            ({"rank-3": "1"}, RequestInvalid, r"adapter\['rank-3'\]"),
+            ({"": 1.0}, RequestInvalid, "adapter"),
+            ({"rank-3": 0.5, "nobody": 0.5}, AdapterNotFound, "nobody"),
+            ({"all-modules": 0.5, "rank-3": 0.5}, AdapterTooLarge, "16 \\+ 3, more than max_lora_rank=16"),
+            ({"dora": 0.5}, AdapterInvalid, "DoRA's magnitudes"),
+        ]
+        for mix, kind, words in wrong:
+            with pytest.raises(kind, match=words):
+                await engine.complete(PROMPT, greedy(1), adapter=mix)
+        output = await engine.complete(PROMPT, greedy(8), adapter="rank-3")
+        assert output.token_ids == tiny.expected(PROMPT, 8, "rank-3")
+        engine.check_invariants()
