@@ -1,0 +1,42 @@
+"""The capacity page's example is a workload that its command takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from aioengine.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_page_says_what_the_command_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
+    found = re.search(r"^aioengine (lab size .*\\\n.*)$", page, flags=re.MULTILINE)
+    assert found is not None
+    command = shlex.split(found[1].replace("\\\n", " "))
+    shorter = [
+        "--limit",
+        "60",
+        "--seeds",
+        "1",
+        "--replicas",
+        "2",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    for flag, _ in zip(shorter[::2], shorter[1::2], strict=True):
+        if flag in command:
+            del command[command.index(flag) : command.index(flag) + 2]
+    del command[command.index("--max-replicas") : command.index("--max-replicas") + 2]
+    assert main([*command, *shorter]) == 0
+    printed = capsys.readouterr().out
+    assert "2 replicas, 32 slots, 128 adapters in CPU memory" in printed and "served = 100%" in printed
