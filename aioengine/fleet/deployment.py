@@ -165,9 +165,13 @@ class Door:
     """The server of ``aioengine serve``, run by Serve: the deployment's class."""
 
     async def __init__(self, config: FleetConfig, replicas: Any) -> None:  # type: ignore[misc] # Serve awaits it
+        from ray import serve
+
         from aioengine.server.app import create_app
         from aioengine.server.settings import ServerSettings
 
+        # Whoever runs the application names it; the replicas are found by that name.
+        config = msgspec.structs.replace(config, name=serve.get_replica_context().app_name)
         self._traces = otlp_provider(config.otlp_endpoint)
         self._client = await make_client(config, replicas, tracer_provider=self._traces)
         await self._client.start()

@@ -19,6 +19,7 @@ from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
 from support.tiny_models import build_model
 
 from aioengine import AsyncEngine
+from aioengine.cli.flags import DEFAULT_MODEL
 from aioengine.cli.main import build_app
 from aioengine.config import EngineConfig
 from aioengine.server.app import create_app
@@ -159,3 +160,23 @@ def test_the_unit_is_hardened() -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+def test_the_pool_is_that_of_the_deployment() -> None:
+    documents = yaml.safe_load_all((DEPLOY / "gateway" / "inferencepool.yaml").read_text())
+    pool, route = (document for document in documents)
+    assert pool["spec"]["selector"]["matchLabels"].items() <= POD["metadata"]["labels"].items()
+    ports = {port["containerPort"] for port in CONTAINER["ports"]}
+    assert {port["number"] for port in pool["spec"]["targetPorts"]} <= ports
+    (backend,) = route["spec"]["rules"][0]["backendRefs"]
+    assert (backend["kind"], backend["name"]) == (pool["kind"], pool["metadata"]["name"])
+    arguments = [*CONTAINER["args"][1:], "--metrics-compat=vllm"]
+    assert server_flags(["serve", *arguments])
+
+
+def test_litellm_names_models_as_the_server_lists_them() -> None:
+    models = yaml.safe_load((DEPLOY / "litellm.yaml").read_text())["model_list"]
+    asked = [entry["litellm_params"]["model"] for entry in models]
+    assert all(model.startswith("hosted_vllm/") for model in asked)
+    assert f"hosted_vllm/{DEFAULT_MODEL}" in asked
+    assert {entry["litellm_params"]["api_base"] for entry in models} == {"http://127.0.0.1:8000/v1"}

@@ -17,7 +17,13 @@ from aioengine.lab.fleet.replay import FleetReplayed, replay_on_fleet
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival
-from aioengine.schedulers.routing import available_placements, available_routers, load_placement, load_router
+from aioengine.schedulers.routing import (
+    available_placements,
+    available_routers,
+    load_autoscaler,
+    load_placement,
+    load_router,
+)
 
 SEEDS = int(os.environ.get("AIOENGINE_FLEET_SEEDS", "12"))
 MODEL = costs(disk=Stage(latency=0.05, bandwidth=MB), slot=Stage(latency=0.02, bandwidth=10 * MB))
@@ -42,6 +48,8 @@ def test_seed(seed: int) -> None:
     )
     router = rng.choice(sorted(available_routers()))
     placement = rng.choice(sorted(available_placements()))
+    scaling = rng.choice([None, None, "waiting_work:least=0,most=4,target=0.2,cool_down=1,settle=1"])
+    conditions = conditions._replace(scale_seconds=0.25, start_seconds=rng.choice([0.0, 0.5, 3.0]))
     kept = Kept()
 
     async def main() -> FleetReplayed:
@@ -52,6 +60,7 @@ def test_seed(seed: int) -> None:
             make_engine=lambda: SimulatedEngine(config(max_num_seqs=4), MODEL),
             router=load_router(router),
             placement=load_placement(placement),
+            autoscale=None if scaling is None else load_autoscaler(scaling),
             conditions=conditions,
         )
 

@@ -71,6 +71,8 @@ class SimulatedFleet:
         self._lengths: dict[str, int] = {}
         self._current: dict[int, SimulatedReplica] = {}
         self._unwatch: dict[str, Callable[[], None]] = {}
+        self._starting: set[int] = set()
+        self._draining: set[str] = set()
         self._given_up: set[str] = set()
         self._starts: Counter[int] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,7 +81,6 @@ class SimulatedFleet:
         self._loop = asyncio.get_running_loop()
         self.state = FleetState(self._loop.time, silent_after=self.conditions.silent_after)
         self.state.listeners.append(self.guard.tell)
-        self._came = asyncio.Event()
         for index in range(len(self.by_replica)):
             await self._start(index)
         self._spawn(self._check_always(), "check")
@@ -202,10 +203,16 @@ class SimulatedFleet:
 
     async def add_replica(self) -> None:
         """Start one more, in place of one that was removed if there is such a place."""
-        index = next((i for i in range(len(self.by_replica)) if i not in self._current), len(self.by_replica))
+        taken = self._current.keys() | self._starting
+        index = next((i for i in range(len(self.by_replica)) if i not in taken), len(self.by_replica))
         if index == len(self.by_replica):
             self.by_replica.append(0)
         await self._start(index)
+
+    @property
+    def alive(self) -> int:
+        """Replicas that live and do not drain."""
+        return sum(replica.replica_id not in self._draining for replica in self._current.values())
 
     async def remove_replica(self) -> None:
         """Drain the replica with the least to do, and stop it when it has finished."""
@@ -215,10 +222,13 @@ class SimulatedFleet:
         least = min(there, key=lambda view: (view.running + view.waiting, view.replica_id))
         replica = self.replicas[least.replica_id]
         self.state.drain(replica.replica_id)
-        if replica.attempts:
-            await asyncio.wait([attempt.outcome for attempt in replica.attempts.values()])
+        self._draining.add(replica.replica_id)
+        while outcomes := [attempt.outcome for attempt in replica.attempts.values() if replica.alive]:
+            await asyncio.wait(outcomes)
+            await asyncio.sleep(0)  # what has an outcome is let go
         if replica.alive:
             del self._current[replica.index], self.replicas[replica.replica_id]
+            self._given_up.discard(replica.replica_id)
             self.state.leave(replica.replica_id)
             await self._stop(replica, replica.close())
 
@@ -228,16 +238,19 @@ class SimulatedFleet:
             return
         self.scaler.waiting += 1
         try:
-            while not self.state.view.accepting:
-                self._came.clear()
-                await self._came.wait()
+            while not self.state.view.accepting:  # noqa: ASYNC110 - it has no event for each way of coming back
+                await asyncio.sleep(self.conditions.report_seconds)
         finally:
             self.scaler.waiting -= 1
 
     async def _start(self, index: int) -> None:
         engine = self._make_engine()
         self._caching = engine.config.enable_prefix_caching
-        await engine.start()
+        self._starting.add(index)
+        try:
+            await engine.start()
+        finally:
+            self._starting.discard(index)
         engine.add_adapters(self._shapes)
         self._starts[index] += 1
         again = f"+{self._starts[index] - 1}" if self._starts[index] > 1 else ""
@@ -252,7 +265,6 @@ class SimulatedFleet:
         self._unwatch[replica.replica_id] = self._watch(engine, index)
         self._current[index] = self.replicas[replica.replica_id] = replica
         self.state.join(replica.replica_id, replica.limits)
-        self._came.set()
 
     async def _stop(self, replica: SimulatedReplica, stopping: Any) -> None:
         await stopping
@@ -263,6 +275,8 @@ class SimulatedFleet:
             self._given_up.discard(replica_id)
             self.replicas[replica_id].close_channel()
             self.state.join(replica_id, self.replicas[replica_id].limits)
+            if replica_id in self._draining:
+                self.state.drain(replica_id)
             return  # the report counts for the channel before
         self.state.report(replica_id, report)
 
@@ -304,7 +318,7 @@ class SimulatedFleet:
     async def _happen(self, fault: Fault) -> None:
         replica = self._current.get(fault.replica)
         if fault.kind == "start":
-            if replica is None:
+            if replica is None and fault.replica not in self._starting:
                 await self._start(fault.replica)
         elif replica is None:
             return
@@ -318,6 +332,7 @@ class SimulatedFleet:
             replica.heal()
         elif replica.replica_id in self.state.view.replicas:
             self.state.drain(replica.replica_id)
+            self._draining.add(replica.replica_id)
 
     def check_invariants(self) -> None:
         """Assert those of every engine that lives, and that the door's knowledge is sound."""

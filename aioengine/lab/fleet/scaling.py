@@ -27,6 +27,10 @@ class ScalableFleet(Protocol):
 
     state: FleetState
 
+    @property
+    def alive(self) -> int:
+        """Replicas that live and do not drain."""
+
     async def add_replica(self) -> None: ...
     async def remove_replica(self) -> None:
         """Drain the replica with the least to do, and stop it when it has finished."""
@@ -54,7 +58,7 @@ class Scaler:
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self._paid = 0.0
-        self._started = self._stopped = 0
+        self._started = self._stopped = self._starting = 0
         self.waiting = 0
         """Requests for which no replica is there."""
 
@@ -65,13 +69,15 @@ class Scaler:
             wanted = self._policy.replicas(
                 self._fleet.state.view, self._wanted, waiting=self.waiting
             ).replicas
-            for _ in range(wanted - self._wanted):
-                self._started += 1
-                self._spawn(self._start(), "scale")
             for _ in range(self._wanted - wanted):
                 self._stopped += 1
                 self._spawn(self._fleet.remove_replica(), "scale")
             self._wanted = wanted
+            # Those that died are replaced, as Ray Serve does it.
+            for _ in range(wanted - self._fleet.alive - self._starting):
+                self._started += 1
+                self._starting += 1
+                self._spawn(self._start(), "scale")
 
     def result(self) -> Scaled:
         self._count()
@@ -80,6 +86,7 @@ class Scaler:
     async def _start(self) -> None:
         await asyncio.sleep(self._start_seconds)
         await self._fleet.add_replica()
+        self._starting -= 1
 
     def _count(self) -> None:
         now = self._loop.time()
