@@ -45,25 +45,43 @@ class Case(NamedTuple):
     system: dict[str, Any]
 
 
-def cases(requests: int, mooncake: str | None) -> list[Case]:
+def cases(requests: int) -> list[Case]:
     """The workloads. What is not named is the same in all."""
-    base = {"limit": requests, "prompt_tokens": "lognormal:median=400,sigma=1.0,max=4096"}
-    outputs = {"output_tokens": "lognormal:median=128,sigma=0.8,max=1024"}
-    popular = {"adapters": 100, "popularity": "zipf:1.0"}
-    cold = {**base, **outputs, **popular, "arrivals": "gamma:rate=9,cv=3"}
-    mixed = {**cold, "arrivals": "poisson:rate=9", "ranks": "8:0.6,16:0.2,128:0.2"}
-    late = {**cold, "arrivals": "poisson:rate=16", "timeout": "proportional:2+0.03"}
-    found = [
-        Case("bursts, few slots: p99 first token", "ttft_seconds.p99", cold, {"slots": 4}),
-        Case("mixed ranks: mean gap of tokens", "inter_token_seconds.mean", mixed, {"max_lora_rank": 128}),
-        Case("mixed ranks: mean first token", "ttft_seconds.mean", mixed, {"max_lora_rank": 128}),
-        Case("overload with deadlines: goodput", GOODPUT, late, {"slots": 32}),
+    base = {
+        "limit": requests,
+        "adapters": 100,
+        "popularity": "zipf:1.0",
+        "prompt_tokens": "lognormal:median=400,sigma=1.0,max=4096",
+        "output_tokens": "lognormal:median=128,sigma=0.8,max=1024",
+    }
+    cold = {**base, "arrivals": "gamma:rate=12,cv=3"}
+    mixed = {**base, "arrivals": "poisson:rate=14", "ranks": "8:0.6,16:0.2,128:0.2"}
+    late = {**base, "arrivals": "poisson:rate=30", "timeout": "proportional:2+0.03"}
+    chats = {
+        **base,
+        "arrivals": "poisson:rate=4",
+        "adapters": 8,
+        "sessions": "chat:turns=5,think=2",
+        "shared_prefix": "tokens:1024,groups=8,alpha=1",
+    }
+    few = {"max_num_seqs": 32}
+    return [
+        Case("bursts, 6 slots:\np99 first token", "ttft_seconds.p99", cold, {"slots": 6}),
+        Case(
+            "ranks 8 to 128:\nmean token gap",
+            "inter_token_seconds.mean",
+            mixed,
+            {"max_lora_rank": 128, **few},
+        ),
+        Case("ranks 8 to 128:\nmean first token", "ttft_seconds.mean", mixed, {"max_lora_rank": 128, **few}),
+        Case("overload, deadlines:\ngoodput, points", GOODPUT, late, {"slots": 32, **few}),
+        Case(
+            "chats, small cache:\nmean first token",
+            "ttft_seconds.mean",
+            chats,
+            {"enable_prefix_caching": True, "kv_cache_memory": "3GiB", "on_too_long": "truncate", **few},
+        ),
     ]
-    if mooncake is not None:
-        chats = {"trace": mooncake, "limit": requests, "scale": 0.6, "max_output": 512}
-        system = {"enable_prefix_caching": True, "on_too_long": "truncate", "kv_cache_memory": "24GiB"}
-        found.append(Case("shared prefixes: mean first token", "ttft_seconds.mean", chats, system))
-    return found
 
 
 def measure(case: Case, policy: str, seed: int) -> float:
@@ -93,10 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--policies", nargs="*", default=POLICIES)
-    parser.add_argument("--mooncake", help="a trace as Mooncake has them, for shared prefixes")
     given = parser.parse_args()
-    requests, seeds = (200, 2) if given.quick else (1000, 5)
-    found = cases(requests, given.mooncake)
+    requests, seeds = (250, 3) if given.quick else (1000, 5)
+    found = cases(requests)
     bases = [[measure(case, "fcfs", seed) for seed in range(seeds)] for case in found]
     table = Table(title=f"against fcfs, {requests:,} requests, {seeds} seeds")
     table.add_column("policy")

@@ -67,3 +67,18 @@ def test_what_is_not_there_is_named(folder: Path) -> None:
     (folder / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         write_report(folder)
+
+
+def test_figures_for_a_paper(folder: Path) -> None:
+    write_report(folder, vector=True)
+    figures = folder / "figures"
+    assert {path.stem for path in figures.glob("*.pdf")} == {plot.name for plot in PLOTS}
+    first = {path.name: path.read_bytes() for path in figures.iterdir()}
+    pdf = first[f"{PLOTS[0].name}.pdf"]
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf, "the fonts are in it, as TrueType"
+    assert b"<text" not in first[f"{PLOTS[0].name}.svg"], "letters are outlines"
+    captions = first["captions.md"].decode()
+    assert all(f"**{plot.name}.**" in captions and plot.caption in captions for plot in PLOTS)
+    assert '"max_num_seqs"' in captions or '"policy"' in captions
+    write_report(folder, vector=True)
+    assert {path.name: path.read_bytes() for path in figures.iterdir()} == first

@@ -16,6 +16,7 @@ def report(
     /,
     *,
     rank_by: str | None = None,
+    vector: Annotated[bool, Parameter(negative="")] = False,
     common: CommonFlags | None = None,
 ) -> int:
     """Redraw the figures and report.html of a run or a comparison.
@@ -26,6 +27,8 @@ def report(
         What was given to --out.
     rank_by
         The figure that a comparison's policies are ranked by.
+    vector
+        Write the figures as PDF and SVG too, and captions with all parameters.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.workload.extra import check_extra
@@ -37,9 +40,11 @@ def report(
 
     with progress("drawing") as show:
         if (folder / "comparison.json").exists():
-            page = write_compare_report(folder, rank_by or DEFAULT_RANKING, lambda: show(0, None, "figures"))
+            page = write_compare_report(
+                folder, rank_by or DEFAULT_RANKING, lambda: show(0, None, "figures"), vector=vector
+            )
         elif (folder / "experiment.json").exists():
-            page = write_report(folder, lambda: show(0, None, "figures"))
+            page = write_report(folder, lambda: show(0, None, "figures"), vector=vector)
         else:
             raise ConfigError(
                 f"{folder}: has no experiment.json and no comparison.json; 'aioengine lab run' and "

@@ -75,9 +75,15 @@ def load_compare(folder: str | Path, rank_by: str = DEFAULT_RANKING) -> Compare:
 
 
 def write_compare_report(
-    folder: str | Path, rank_by: str = DEFAULT_RANKING, progress: Callable[[], None] | None = None
+    folder: str | Path,
+    rank_by: str = DEFAULT_RANKING,
+    progress: Callable[[], None] | None = None,
+    *,
+    vector: bool = False,
 ) -> Path:
     """Write ``figures/*.png`` and ``report.html`` for the comparison in ``folder``; returns the page's path.
+
+    With ``vector``, also figures as PDF and SVG, and ``figures/captions.md``.
 
     Raises ConfigError if it is none, or ``rank_by`` names no figure.
     """
@@ -104,7 +110,8 @@ def write_compare_report(
         versions=versions_text(read_json(compare.folder / "comparison.json")),
         example=results["folder"][0],
     )
-    return write_files(compare.folder, page, [light for light, _ in drawn])
+    settings = msgspec.to_builtins(comparison) if vector else None
+    return write_files(compare.folder, page, [light for light, _ in drawn], settings)
 
 
 def rankings(compare: Compare) -> Iterator[Ranking]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from aioengine.errors import ConfigError
 from aioengine.lab.analysis.measures import MEASURES
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.report.run_figures import draw_run, load_run
-from aioengine.lab.report.style import DARK, LIGHT, Drawn, Theme, seconds_text, share_text
+from aioengine.lab.report.style import DARK, LIGHT, Drawn, Theme, seconds_text, share_text, vectors
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -33,13 +33,17 @@ _SPREADS = (
 )
 
 
-def write_report(folder: str | Path, progress: Callable[[], None] | None = None) -> Path:
+def write_report(
+    folder: str | Path, progress: Callable[[], None] | None = None, *, vector: bool = False
+) -> Path:
     """Draw the figures of the run in ``folder`` and write ``figures/*.png`` and ``report.html`` there.
 
     Both depend on the run's files alone. Returns the page's path.
 
     Args:
         progress: Called for each figure that is drawn.
+        vector: Write the figures as PDF and SVG too, and ``figures/captions.md`` with what each shows and all
+            parameters.
 
     Raises ConfigError if a file of the run is missing or broken, or the report cannot be written.
     """
@@ -61,7 +65,8 @@ def write_report(folder: str | Path, progress: Callable[[], None] | None = None)
         parameters=list(parameter_rows(parameters)),
         versions=versions_text(experiment),
     )
-    return write_files(folder, page, [light for light, _ in drawn])
+    settings = parameters if vector else None
+    return write_files(folder, page, [light for light, _ in drawn], settings)
 
 
 def draw_both(
@@ -76,17 +81,31 @@ def draw_both(
     return both
 
 
-def write_files(folder: Path, page: str, drawn: Iterable[Drawn]) -> Path:
-    """Writes the page and its figures. Raises ConfigError if that fails."""
+def write_files(
+    folder: Path, page: str, drawn: Sequence[Drawn], settings: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes the page and its figures; with ``settings``, for a paper, figures as PDF and SVG too, and
+    captions that name them. Raises ConfigError if that fails."""
     path = folder / "report.html"
     try:
         (folder / "figures").mkdir(exist_ok=True)
         for figure in drawn:
             (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)
+            for kind, data in vectors(figure).items() if settings is not None else ():
+                (folder / "figures" / f"{figure.name}.{kind}").write_bytes(data)
+        if settings is not None:
+            text = "\n".join(_captions(drawn, settings))
+            (folder / "figures" / "captions.md").write_text(text, encoding="utf-8")
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the report into {folder}: {error.strerror}") from error
     return path
+
+
+def _captions(drawn: Sequence[Drawn], settings: Mapping[str, Any]) -> Iterator[str]:
+    for figure in drawn:
+        yield f"**{figure.name}.** {figure.title}. {figure.caption}\n"
+    yield f"All with: `{json.dumps(settings, sort_keys=True, ensure_ascii=False)}`\n"
 
 
 @cache
