@@ -31,8 +31,8 @@ class AdaptedForward:
         self.name = name
         self.inner = forward
         """The linear without adapters."""
-        self._pool = pool
-        self._place = place
+        self.pool = pool
+        self.place = place
         """In the pool's modules."""
         self._own = pool._replace(
             modules=(pool.modules[place],),
@@ -51,11 +51,11 @@ class AdaptedForward:
     def __call__(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         if self.plain is not None:
-            return self.plain(self._pool, self._place, x, y)
+            return self.plain(self.pool, self.place, x, y)
         step = self._holder.step
         if step is None or not (step.lora.segments or step.lora.affine):
             return y
-        pool, place, batch, kernels = self._pool, self._place, step.lora, self._kernels
+        pool, place, batch, kernels = self.pool, self.place, step.lora, self._kernels
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) != batch.num_tokens:
             raise RuntimeError(f"{self.name} got {len(rows)} rows of {batch.num_tokens} tokens")

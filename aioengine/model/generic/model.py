@@ -99,7 +99,7 @@ class GenericModel:
         name = self.spec.module_name(layer, module)
         packed = None if self._packed is None else self._packed.by_name.get(name)
         if packed is not None:
-            return packed.weight.rows(0, packed.weight.n), packed.bias
+            return packed.weight(), packed.bias()
         return base_weight(self.modules[name])
 
     def pack(self) -> None:
@@ -107,7 +107,7 @@ class GenericModel:
         if self.kernels.name == "cpu" and self._packed is None:
             from aioengine.model.generic.packing import PackedLinears
 
-            self._packed = PackedLinears(self.modules, [linear.name for linear in self.spec.linears])
+            self._packed = PackedLinears(self.modules, self.spec, self.hooks, self.holder, self.kernels)
 
     def unpack(self) -> None:
         """Undoes :meth:`pack`."""
