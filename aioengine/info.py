@@ -62,6 +62,10 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pinned: bool
     replica: str | None = None
     """In a fleet, the replica whose slot it is; ``index`` counts that replica's."""
+    offset: int | None = None
+    """Where slots share a memory: where its adapter begins in it, in bytes."""
+    bytes: int = 0
+    """What its adapter takes of that memory."""
 
 
 class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +136,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters read from disk."""
     cpu_evictions: int
     load_failures: int
+    slot_memory: int = 0
+    """Bytes of the slots' memory, on each device."""
+    slot_memory_used: int = 0
+    """Those that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
+    slot_memory_fragmented: int = 0
+    """Free bytes outside of the largest hole: idle adapters are moved before they can be had."""
     slot_hits: int
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int

@@ -17,7 +17,7 @@ from aioengine.adapters.loader import AdapterLoader
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig, LoRAConfig, format_bytes
 from aioengine.core import CoreLimits
 from aioengine.errors import PolicyError
 from aioengine.executors.base import Device
@@ -154,6 +154,7 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
 
     variance = built.device.variance
     invariance = "on" if variance is None else f"off ({variance})"
+    logger.info("slots: %s", _slots_text(built.plan))
     logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
     logger.info("model: %s", built.spec.ran_by)
     return EngineInfo(
@@ -165,6 +166,17 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
         quantization=built.plan.quantization,
         batch_invariant=variance is None,
     )
+
+
+def _slots_text(plan: MemoryPlan) -> str:
+    """How many adapters fit, for each of some ranks."""
+    if not plan.num_slots:
+        return "none"
+    size = format_bytes(plan.slot_pool_bytes)
+    if plan.slot_memory is None:
+        return f"{plan.num_slots} for adapters of any rank up to {plan.max_rank}, {size}"
+    fits = ", ".join(f"{count} of rank {rank}" for rank, _, count in plan.adapters_that_fit())
+    return f"at most {plan.num_slots} adapters in {size}, which has room for {fits}"
 
 
 def build_labels(info: EngineInfo) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from aioengine import events
 from aioengine.core import Core
+from aioengine.core.adapters.arena import rounded
 from aioengine.core.state import AdapterEntry, location_name
 from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
@@ -83,8 +84,21 @@ class Counters:
             cpu_evictions=n["cpu_evictions"],
             load_failures=n["load_failures"],
             slot_hits=n["slot_hits"],
+            **_slot_memory(core),
             slot_misses=n["slot_misses"],
         )
+
+
+def _slot_memory(core: Core) -> dict[str, int]:
+    arena, size = core.slots.arena, core.limits.slot_bytes
+    if arena is None:
+        held = sum(slot.entry is not None for slot in core.slots.slots)
+        return {"slot_memory": size * len(core.slots.slots), "slot_memory_used": size * held}
+    return {
+        "slot_memory": arena.size,
+        "slot_memory_used": arena.used,
+        "slot_memory_fragmented": arena.free - arena.largest_hole,
+    }
 
 
 def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
@@ -96,6 +110,8 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             version=None if slot.entry is None else slot.entry.version,
             running=0 if slot.entry is None else slot.entry.running,
             pinned=slot.entry is not None and slot.entry.pinned,
+            offset=slot.offset,
+            bytes=0 if slot.entry is None or slot.offset is None else rounded(slot.entry.slot_nbytes),
         )
         for slot in core.slots.slots
     )

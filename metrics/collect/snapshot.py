@@ -33,6 +33,17 @@ def gauges(
     yield gauge(engine, d.LORA_SLOTS, *(((state,), number) for state, number in count.items()))
     yield gauge(engine, d.LORA_SLOT_INFO, *held)
     yield gauge(engine, d.LORA_ADAPTER_LOADED, *loaded(adapters))
+    held_bytes = ((info.name, info.location, info.bytes) for info in adapters)
+    inside = (((name, level), size) for name, level, size in held_bytes if level in ("slot", "cpu"))
+    yield gauge(engine, d.LORA_ADAPTER_BYTES, *inside)
+    free = stats.slot_memory - stats.slot_memory_used
+    yield gauge(
+        engine,
+        d.LORA_SLOT_BYTES,
+        (("used",), stats.slot_memory_used),
+        (("free",), free - stats.slot_memory_fragmented),
+        (("fragmented",), stats.slot_memory_fragmented),
+    )
     yield gauge(engine, d.LORA_ADAPTERS, ((), stats.adapters))
     yield gauge(engine, d.LORA_CPU_ADAPTERS, ((), stats.cpu_adapters))
     yield gauge(engine, d.REQUESTS_RUNNING, ((), stats.running))

@@ -55,6 +55,18 @@ LORA_SLOT_INFO = Definition(
     "1 for the adapter that each slot holds, or is being written with.",
     ("slot", "adapter", "version", "rank"),
 )
+LORA_SLOT_BYTES = Definition(
+    "aioengine_lora_slot_bytes",
+    "gauge",
+    "The slots' memory on each device: used; free, in its largest hole; and free in others (fragmented).",
+    ("state",),
+)
+LORA_ADAPTER_BYTES = Definition(
+    "aioengine_lora_adapter_bytes",
+    "gauge",
+    "What each adapter in memory takes on the CPU; level is the fastest place that holds it, slot or cpu.",
+    ("adapter", "level"),
+)
 LORA_SLOT_BUSY = Definition(
     "aioengine_lora_slot_busy_seconds", "counter", "Time in steps that used the slot.", ("slot",)
 )

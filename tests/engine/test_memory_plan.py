@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from support.engine_fixtures import MakeEngine, Tiny
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
@@ -150,3 +151,40 @@ def test_unknown_models_are_refused_by_name(tmp_path: Any) -> None:
         plan_from_config(EngineConfig(model=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="did you mean 'smollm2-135m'"):
         plan_from_config(EngineConfig(model="smolm2-135m"))
+
+
+async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: MakeEngine) -> None:
+    """Many adapters of small ranks, where four of the largest would not fit; and metrics that say so."""
+    fields = {"slot_memory": "256KiB", "max_loras": 8, "max_cpu_loras": 8}
+    async with make_engine(tiny, **fields) as engine:
+        plan = engine.plan
+        assert plan.slot_pool_bytes == 2**18 and plan.cpu_cache_bytes == 2**18
+        fits = {rank: (fixed, by_bytes) for rank, fixed, by_bytes in plan.adapters_that_fit()}
+        assert fits[8][1] >= 2 * fits[16][1] > 0 and fits[8][0] == fits[16][0] <= fits[16][1]
+        await asyncio.gather(
+            *(engine.load_adapter(name, tiny.adapters[name]) for name in ("rank-3", "qv-only", "regex"))
+        )
+        for name in ("rank-3", "qv-only", "regex"):
+            await engine.complete(prompt_of(0, 5), greedy(2), adapter=name)
+        stats = engine.stats()
+        held = [slot for slot in stats.slots if slot.adapter is not None]
+        assert len(held) == 3 and sum(slot.bytes for slot in held) == stats.slot_memory_used
+        assert stats.slot_memory == 2**18
+        text = engine.metrics.expose()[0].decode()
+        by_name = {info.name: info.bytes for info in engine.adapters()}
+        assert f'level="slot"}} {by_name["rank-3"]}' in text
+        assert f'aioengine_lora_slot_bytes{{engine="default",state="used"}} {stats.slot_memory_used}' in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"slot_memory": "shared"}, "slot_memory='shared'.*bytes of their own"),
+        ({"slot_memory": 0}, "slot_memory=0: must be more than zero"),
+        ({"slot_memory": "1MiB", "max_cpu_lora_bytes": 1000}, "max_cpu_lora_bytes=1000.*at least 1048576"),
+        ({"slot_memory": "900TiB"}, "lower lora.slot_memory"),
+    ],
+)
+def test_slot_memory_that_cannot_be(tiny: Tiny, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_from_config(EngineConfig(model=str(tiny.model), lora=LoRAConfig(**fields)))
