@@ -49,40 +49,54 @@ static inline vi dot_int16(vi acc, vu a, vu b) {
 #endif
 }
 
+// The largest of what is not negative, NaN being more than all: by their bits, which are in the same order.
+static inline float largest_of(vi bits) {
+#if defined(__AVX512F__)
+  return bits_to_float(uint32_t(_mm512_reduce_max_epi32((__m512i)bits)));
+#else
+  int32_t most = 0;
+  for (int i = 0; i < LANES; i++) most = bits[i] > most ? bits[i] : most;
+  return bits_to_float(uint32_t(most));
+#endif
+}
+
+static inline vi larger(vi a, vi b) { return a > b ? a : b; }
+static inline vi magnitude(vf v) { return (vi)v & 0x7fffffff; }
+
+// The nearest whole numbers, of at most 22 bits, as int16.
+static inline void store_whole(int16_t* to, vf v) {
+  typedef int16_t words __attribute__((vector_size(32)));
+  const vf magic = splatf(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const words narrow = __builtin_convertvector((vi)(v + magic) - (vi)magic, words);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
 // A query as int16, and what each of them stands for. With heads of up to 512 the products' sums fit into 31 bits.
 template <class T>
 inline float quantize_query(const typename T::elem* x, long size, int16_t* to) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (long i = 0; i < size; i++) {
-    const float a = std::fabs(T::widen(x[i]));
-    finite &= a <= FLT_MAX;
-    largest = a > largest ? a : largest;
-  }
-  const float inverse = finite && largest > 1e-30f ? 32767.0f / largest : 0.0f;
-  for (long i = 0; i < size; i++) to[i] = finite ? int16_t(std::lrint(T::widen(x[i]) * inverse)) : int16_t(0);
-  return finite ? largest * (1.0f / 32767.0f) : NAN;
+  vi bits = {};
+  for (long i = 0; i < size; i += LANES) bits = larger(magnitude(T::load16(x + i)), bits);
+  const float most = largest_of(bits);
+  const bool finite = most <= FLT_MAX;
+  const float inverse = finite && most > 1e-30f ? 32767.0f / most : 0.0f;
+  for (long i = 0; i < size; i += LANES) store_whole(to + i, finite ? T::load16(x + i) * inverse : vf{});
+  return finite ? most * (1.0f / 32767.0f) : NAN;
 }
 
 // A row's weights of a chunk of keys, times the scales of the values, as int16, and what each of them stands for. Where
 // nothing is written yet a scale may be anything, and the weight is zero.
 template <int PANELS>
 inline float quantize_weights(const vf (&weights)[PANELS], const uint16_t* const (&scales)[PANELS], int16_t* to) {
-  vf scaled[PANELS], largest = vf{}, sums = vf{};
+  vf scaled[PANELS];
+  vi bits = {};
   for (int p = 0; p < PANELS; p++) {
     scaled[p] = weights[p] > 0.0f ? weights[p] * Bf16::load16(scales[p]) : weights[p];
-    largest = scaled[p] > largest ? scaled[p] : largest;
-    sums += scaled[p];
+    bits = larger(magnitude(scaled[p]), bits);
   }
-  const float most = max(largest), all = sum(sums);
-  const bool finite = all <= FLT_MAX;
+  const float most = largest_of(bits);
+  const bool finite = most <= FLT_MAX;
   const float inverse = finite && most > 1e-30f ? 32767.0f / most : 0.0f;
-  typedef int16_t words __attribute__((vector_size(32)));
-  for (int p = 0; p < PANELS; p++) {
-    const vi whole = __builtin_convertvector((finite ? scaled[p] : vf{}) * inverse + 0.5f, vi);
-    const words narrow = __builtin_convertvector(whole, words);
-    std::memcpy(to + p * LANES, &narrow, sizeof narrow);
-  }
+  for (int p = 0; p < PANELS; p++) store_whole(to + p * LANES, finite ? scaled[p] * inverse : vf{});
   return finite ? most * (1.0f / 32767.0f) : NAN;
 }
 
@@ -90,16 +104,17 @@ inline float quantize_weights(const vf (&weights)[PANELS], const uint16_t* const
 // it goes on to whoever attends to it.
 template <class T, class Put>
 inline uint16_t quantize_head(const typename T::elem* x, long size, const Put& put) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (long i = 0; i < size; i++) {
-    const float a = std::fabs(T::widen(x[i]));
-    finite &= a <= FLT_MAX;
-    largest = a > largest ? a : largest;
+  vi bits = {};
+  for (long i = 0; i < size; i += LANES) bits = larger(magnitude(T::load16(x + i)), bits);
+  const float most = largest_of(bits);
+  const bool finite = most <= FLT_MAX;
+  const uint16_t scale = finite ? uint16_t((float_to_bits(most / 127.0f) + 0xffffu) >> 16) : uint16_t(0x7fc0);
+  const float inverse = finite && most > 1e-30f ? 1.0f / Bf16::widen(scale) : 0.0f;
+  for (long i = 0; i < size; i += LANES) {
+    int16_t whole[LANES];
+    store_whole(whole, finite ? T::load16(x + i) * inverse : vf{});
+    for (int j = 0; j < LANES; j++) put(i + j, int8_t(whole[j]));
   }
-  const uint16_t scale = finite ? uint16_t((float_to_bits(largest / 127.0f) + 0xffffu) >> 16) : uint16_t(0x7fc0);
-  const float inverse = finite && largest > 1e-30f ? 1.0f / Bf16::widen(scale) : 0.0f;
-  for (long i = 0; i < size; i++) put(i, finite ? int8_t(std::lrint(T::widen(x[i]) * inverse)) : int8_t(0));
   return scale;
 }
 
