@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Console
 
 from aioengine import events
 from aioengine.cli.demo.board import Board
 from aioengine.cli.demo.jobs import Job
-from aioengine.cli.demo.view import live_board, print_summary
+from aioengine.cli.demo.view import live_board, print_fleet_summary, print_summary
 from aioengine.info import EngineStats, SlotInfo
 
 
@@ -85,3 +87,18 @@ def test_board_and_summary() -> None:
     assert "250 ms" in sql and "10.0" in sql  # 10 tokens of sql-1 in 2 s and 10 of sql-2, no time
     assert "25% of 4" in table
     assert len(said) == 2
+
+
+def test_a_fleet_shows_replicas_and_their_slots() -> None:
+    board = Board([job("q1", "sql"), job("q2", None)], lambda line: None)
+    row = board.rows["q1"]
+    row.state, row.replica, row.tokens = "running", 1, 7
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(live_board(board, stats(), slots_each=1))
+        row.state = "done"
+        print_fleet_summary(console, board, 2, 1.5)
+    shown = capture.get()
+    assert "replica 0, slot 0" in shown and "replica 1, slot 0" in shown
+    assert "r 1" in shown
+    assert re.search(r"1\W+1\W+7\W+sql", shown), "replica 1 had one request, of seven tokens"

@@ -76,8 +76,9 @@ class FleetServer:
         return total
 
     def replicas(self) -> list[psutil.Process]:
-        """The processes of replicas that have started."""
-        return [p for p in self.processes() if "EngineReplica" in command_line(p)]
+        """The processes of replicas that have started, less those that stand still: Serve replaces these."""
+        found = [p for p in self.processes() if "EngineReplica" in command_line(p)]
+        return [p for p in found if p.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)]
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

@@ -20,6 +20,8 @@ class Row:
     job: Job
     state: State = "soon"
     slot: int | None = None
+    replica: int | None = None
+    """Where it runs in a fleet."""
     text: str = ""
     tokens: int = 0
     ttft: float | None = None
@@ -65,12 +67,12 @@ class Board:
             case events.RequestEnded(request_id=key):
                 self._ended(self.rows[key], event)
             case events.AdapterLoaded():
-                self._moved(f"{event.adapter}: disk -> CPU ({event.seconds * 1e3:.1f} ms)")
+                self.moved(f"{event.adapter}: disk -> CPU ({event.seconds * 1e3:.1f} ms)")
             case events.AdapterPlaced():
-                self._moved(f"{event.adapter}: CPU -> slot {event.slot} ({event.seconds * 1e3:.1f} ms)")
+                self.moved(f"{event.adapter}: CPU -> slot {event.slot} ({event.seconds * 1e3:.1f} ms)")
             case events.AdapterEvicted():
                 where = "the CPU cache" if event.slot is None else f"slot {event.slot}"
-                self._moved(f"{event.adapter}: out of {where}")
+                self.moved(f"{event.adapter}: out of {where}")
             case _:
                 pass
 
@@ -89,6 +91,6 @@ class Board:
         if event.error is not None:
             row.error = str(event.error)
 
-    def _moved(self, what: str) -> None:
+    def moved(self, what: str) -> None:
         self.moves.append(what)
         self._say(what)

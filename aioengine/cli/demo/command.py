@@ -16,6 +16,7 @@ from aioengine.cli.flags import DEFAULT_MODEL
 from aioengine.cli.loop import run
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AioEngineError, ConfigError
+from aioengine.fleet.config import FleetConfig
 from aioengine.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def demo(
     max_tokens: int = 48,
     seed: int = 0,
     model: str = DEFAULT_MODEL,
+    replicas: int | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Watch a small model serve four adapters through two slots.
@@ -54,6 +56,8 @@ def demo(
         Which exercises the adapters get [0].
     model
         The base model, which the adapters must fit [smollm2-135m].
+    replicas
+        Engines behind one door, on Ray [one engine, and no Ray].
     """
     if requests < 1:
         raise ConfigError(f"--requests {requests}: must be >= 1")
@@ -66,7 +70,26 @@ def demo(
         kv_cache_memory="256MiB",
         lora=LoRAConfig(max_loras=2, max_cpu_loras=3, max_lora_rank=8),
     )
-    return run(_demo(config, folder, jobs, SamplingParams(max_tokens=max_tokens)))
+    params = SamplingParams(max_tokens=max_tokens)
+    if replicas is not None:
+        paths = {name: str(folder / name) for name in ADAPTERS}
+        return run(_on_fleet(FleetConfig(engine=config, replicas=replicas, adapters=paths), jobs, params))
+    return run(_demo(config, folder, jobs, params))
+
+
+async def _on_fleet(config: FleetConfig, jobs: list[Job], params: SamplingParams) -> int:
+    from aioengine.cli.demo.on_fleet import demo_on_fleet
+    from aioengine.cli.tables import output_console
+
+    console = output_console()
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        if not console.is_terminal:
+            print(f"{time.perf_counter() - start:6.2f}  {line}", flush=True)
+
+    print(f"Starting {config.replicas} replicas of {config.engine.model} on Ray ...", flush=True)
+    return await demo_on_fleet(config, Board(jobs, say), params, console, say, ARRIVAL_SECONDS)
 
 
 async def _demo(config: EngineConfig, folder: Path, jobs: list[Job], params: SamplingParams) -> int:

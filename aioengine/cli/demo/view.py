@@ -28,8 +28,12 @@ def _colour(adapter: str | None) -> str:
     return _COLOURS.get(adapter or "base", "blue")
 
 
-def live_board(board: Board, stats: EngineStats) -> RenderableType:
-    """The requests with the tails of their answers, the slots, and the latest adapter moves."""
+def live_board(board: Board, stats: EngineStats, slots_each: int | None = None) -> RenderableType:
+    """The requests with the tails of their answers, the slots, and the latest adapter moves.
+
+    Args:
+        slots_each: Slots of each replica of a fleet; None: there is one engine.
+    """
     requests = Table.grid(padding=(0, 1), expand=True)
     requests.add_column(width=1)
     requests.add_column(width=12, no_wrap=True)
@@ -37,7 +41,11 @@ def live_board(board: Board, stats: EngineStats) -> RenderableType:
     requests.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for row in board.rows.values():
         dim = "dim " if row.state in ("soon", "waiting", "done") else ""
-        where = f"slot {row.slot}" if row.state == "running" and row.slot is not None else ""
+        where = ""
+        if row.state == "running" and row.slot is not None:
+            where = f"slot {row.slot}"
+        elif row.state == "running" and row.replica is not None:
+            where = f"r {row.replica}"
         style = f"{dim}{_colour(row.job.adapter)}"
         text = Text(_tail(row), style="red" if row.error else "" if dim == "" else "dim")
         requests.add_row(_MARKS[row.state], Text(row.job.id, style=style), where, text)
@@ -45,11 +53,14 @@ def live_board(board: Board, stats: EngineStats) -> RenderableType:
     for slot in stats.slots:
         name = slot.adapter or "free"
         text = Text(name, style=_colour(slot.adapter) if slot.adapter else "dim")
-        slots.add_row(f"slot {slot.index}", text, slot.state.lower(), f"{slot.running} running")
-    swaps = f"{stats.slot_loads} loads, {stats.slot_evictions} evictions"
+        place = f"slot {slot.index}"
+        if slots_each is not None:
+            place = f"replica {slot.index // slots_each}, slot {slot.index % slots_each}"
+        slots.add_row(place, text, slot.state.lower(), f"{slot.running} running")
+    swaps = f": {stats.slot_loads} loads, {stats.slot_evictions} evictions" if slots_each is None else ""
     return Group(
         Panel(requests, title="requests", title_align="left", border_style="dim"),
-        Panel(slots, title=f"slots: {swaps}", title_align="left", border_style="dim"),
+        Panel(slots, title=f"slots{swaps}", title_align="left", border_style="dim"),
         Panel(
             Text("\n".join(board.moves), style="dim"),
             title="adapter moves",
@@ -102,6 +113,19 @@ def print_summary(console: Console, board: Board, stats: EngineStats, seconds: f
         str(stats.cpu_evictions),
         str(stats.steps),
     )
+    console.print(table)
+
+
+def print_fleet_summary(console: Console, board: Board, replicas: int, seconds: float) -> None:
+    """The tables at the end: by adapter, and by replica."""
+    console.print(_by_adapter(board, seconds, box_for(console)))
+    table = Table(title=f"{replicas} replicas", box=box_for(console))
+    for heading in ("replica", "requests", "tokens", "adapters"):
+        table.add_column(heading, justify="left" if heading == "adapters" else "right")
+    for number in range(replicas):
+        rows = [row for row in board.rows.values() if row.replica == number]
+        names = dict.fromkeys(row.job.adapter or "base" for row in rows)
+        table.add_row(str(number), str(len(rows)), str(sum(row.tokens for row in rows)), ", ".join(names))
     console.print(table)
 
 

@@ -1,0 +1,110 @@
+"""``aioengine demo --replicas N``: the demo's requests on a fleet, which has no events of single engines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from aioengine.cli.demo.board import Board, Row
+from aioengine.errors import AioEngineError
+from aioengine.fleet.config import FleetConfig
+from aioengine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from rich.console import Console
+
+    from aioengine.fleet.door.client import FleetClient
+
+LOOK_SECONDS = 0.1
+
+
+async def demo_on_fleet(
+    config: FleetConfig,
+    board: Board,
+    params: SamplingParams,
+    console: Console,
+    say: Callable[[str], None],
+    arrival_seconds: float,
+) -> int:
+    """Start the fleet, send the board's requests one after the other, and show what becomes of them."""
+    from aioengine.cli.demo.view import print_fleet_summary, result_line
+    from aioengine.cli.fleet.started import started_fleet
+
+    async with started_fleet(config, lambda stage, done, total: None) as client:
+        start = time.perf_counter()
+
+        async def ask(row: Row, delay: float) -> None:
+            await asyncio.sleep(delay)
+            row.state, sent = "waiting", time.perf_counter()
+            try:
+                async for out in client.generate(
+                    row.job.messages, params, adapter=row.job.adapter, request_id=row.job.id
+                ):
+                    if row.ttft is None and out.token_ids:
+                        row.ttft = time.perf_counter() - sent
+                        row.state, row.admitted = "running", time.perf_counter()
+                        row.replica = _number(client, client.replica_of(row.job.id))
+                        say(f"{row.job.id} runs on replica {row.replica}, first token after {row.ttft:.2f} s")
+                    row.text, row.tokens = out.text, len(out.token_ids)
+            except AioEngineError as error:
+                row.state, row.error = "failed", str(error)
+            else:
+                row.state = "done"
+                row.passed = None if row.job.check is None else row.job.check(row.text)
+            row.ended = time.perf_counter()
+            say(result_line(row))
+
+        async with _watched(client, board, console), asyncio.TaskGroup() as group:
+            for index, row in enumerate(board.rows.values()):
+                group.create_task(ask(row, index * arrival_seconds))
+        print_fleet_summary(console, board, config.replicas, time.perf_counter() - start)
+    return 0 if board.all_finished else 1
+
+
+@asynccontextmanager
+async def _watched(client: FleetClient, board: Board, console: Console) -> AsyncIterator[None]:
+    """Look at the slots now and then: tell what has moved, and redraw the board, if there is a terminal."""
+    from rich.live import Live
+
+    from aioengine.cli.demo.view import live_board
+
+    each = len(client.stats().slots) // max(len(client.members.members), 1)
+    before: dict[int, str | None] = {}
+
+    def look(live: Live | None) -> None:
+        stats = client.stats()
+        for slot in stats.slots:
+            if slot.adapter is not None and before.get(slot.index) != slot.adapter:
+                where = f"replica {slot.index // each}, slot {slot.index % each}"
+                board.moved(f"{slot.adapter}: into {where}")
+            before[slot.index] = slot.adapter
+        if live is not None:
+            live.update(live_board(board, stats, slots_each=each), refresh=True)
+
+    async def always(live: Live | None) -> None:
+        while True:
+            look(live)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    live: Any = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    if live is not None:
+        live.start()
+    task = asyncio.create_task(always(live))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        look(live)
+        if live is not None:
+            live.stop()
+
+
+def _number(client: FleetClient, replica: str | None) -> int:
+    """A replica's place among those that are there, as its slots are counted."""
+    return next((i for i, name in enumerate(client.members.members) if name == replica), -1)
