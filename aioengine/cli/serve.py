@@ -91,6 +91,8 @@ class ServerFlags:
     """Maximum open connections; further ones are answered with 503."""
     max_body_bytes: Annotated[int | None, _IN_MORE] = None
     """Maximum body; by default 1 MiB plus 64 bytes per token of max_model_len."""
+    max_upload_bytes: Annotated[int | None, _IN_MORE] = None
+    """Let clients upload adapters of at most this size, kept in memory; by default they cannot."""
     max_choices: Annotated[int, _IN_MORE] = 128
     """Maximum prompts x n in one request."""
     share_prefix_cache: Annotated[bool, _IN_MORE] = False
@@ -139,6 +141,7 @@ class ServerFlags:
             keys_file=None if self.keys is None else str(self.keys),
             allowed_hosts=self._allowed_hosts(bool(keys) or self.keys is not None),
             max_body_bytes=self.max_body_bytes,
+            max_upload_bytes=self.max_upload_bytes,
             max_choices=self.max_choices,
             share_prefix_cache=self.share_prefix_cache,
             generation_config=self.generation_config,

@@ -44,6 +44,7 @@ from aioengine.server.openai.chat import chat_routes
 from aioengine.server.openai.completions import completion_routes
 from aioengine.server.openai.models import model_routes
 from aioengine.server.openai.tokens import token_routes
+from aioengine.server.openai.uploads import upload_routes
 from aioengine.server.openapi import openapi_config
 from aioengine.server.pace import Pace
 from aioengine.server.responses.routes import responses_routes
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
     from aioengine.metrics.remote_spans import HttpSpans
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+_UPLOAD = "/v1/upload_lora_adapter"
+UPLOADS_AT_ONCE = 2
+"""Of the largest adapters that can be uploaded."""
 _PROBES = frozenset({"/health", "/ready"})
 _PAGE = frozenset({"", "/", "/metrics", "/metrics/targets", "/events"})
 DRAIN_RETRY_AFTER = 5
@@ -79,6 +83,7 @@ class ServerApp:
         self._settings = settings
         self._metrics = metrics_app(engine)
         self._bodies = BodyBudget()
+        self._uploads = BodyBudget(UPLOADS_AT_ONCE)
         self._pace = Pace(settings.retry_after)
         self._spans = None if tracer_provider is None else _http_spans(tracer_provider)
         self._active = 0
@@ -93,6 +98,7 @@ class ServerApp:
                 *messages_routes(context),
                 *model_routes(context),
                 *adapter_routes(context),
+                *upload_routes(context),
                 *token_routes(context),
                 *vector_routes(context),
                 *health_routes(context),
@@ -223,12 +229,13 @@ class ServerApp:
                 retry_after=DRAIN_RETRY_AFTER,
                 close=True,
             )
+        upload = self._settings.max_upload_bytes if path.rstrip("/") == _UPLOAD else None
         body = BoundedBody(
             receive,
             scope["headers"],
-            self._bodies,
+            self._bodies if upload is None else self._uploads,
             owner=record.owner,
-            limit=self.context.max_body_bytes,
+            limit=self.context.max_body_bytes if upload is None else upload,
             timeout=self._settings.read_timeout,
         )
         inner["state"] |= {

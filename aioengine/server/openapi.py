@@ -24,6 +24,7 @@ from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest
 from aioengine.server.openai.completions_api import Completion, CompletionRequest
 from aioengine.server.openai.models import ModelList
 from aioengine.server.openai.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from aioengine.server.openai.uploads import Uploaded
 from aioengine.server.responses.api import ResponsesRequest
 from aioengine.server.vectors.api import (
     ClassifyRequest,
@@ -62,6 +63,7 @@ _TYPES = (
     TokenizeRequest,
     Tokenized,
     UnloadRequest,
+    Uploaded,
     ScoreList,
     PoolingList,
     EmbeddingList,

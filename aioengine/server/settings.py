@@ -32,6 +32,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     have another name in the request."""
     max_body_bytes: int | None = None
     """None: 1 MiB, and 64 bytes for each token of ``max_model_len``."""
+    max_upload_bytes: int | None = None
+    """Maximum size of an uploaded adapter, packed and unpacked. None: none can be uploaded. What is uploaded
+    is kept in memory, within ``LoRAConfig.max_held_lora_bytes``."""
     max_choices: int = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
@@ -63,9 +66,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ("LoRAConfig.max_lora_rank"); ``aioengine serve`` replaces these by its flags."""
 
     def __post_init__(self) -> None:
-        for field in ("max_body_bytes", "max_choices", "retry_after"):
+        for field in ("max_body_bytes", "max_upload_bytes", "max_choices", "retry_after"):
             value = getattr(self, field)
-            if field != "max_body_bytes" or value is not None:
+            if field not in ("max_body_bytes", "max_upload_bytes") or value is not None:
                 check_integer(field, value, low=1)
         for field in ("read_timeout", "send_timeout", "request_timeout", "stuck_step_seconds"):
             value = getattr(self, field)

@@ -187,6 +187,7 @@ ROUTES = [
     ("POST", "/v1/load_lora_adapter", {"adapters"}),
     ("POST", "/v1/load_lora_adapter/", {"adapters"}),
     ("POST", "/v1/unload_lora_adapter", {"adapters"}),
+    ("POST", "/v1/upload_lora_adapter", {"adapters"}),
     ("GET", "/docs", set(SCOPES)),
     ("GET", "/docs/openapi.json", set(SCOPES)),
 ]

@@ -68,6 +68,8 @@ async def _answer(engine: AsyncEngine, request: Request, ended: Callable[[], Non
     choices = [_choice(out) for out in outputs]
     answer |= choices[0] if request.n == 1 else {"choices": choices}
     answer["prompt_tokens"] = len(outputs[0].prompt_token_ids)
+    if outputs[0].pooled is not None:
+        answer["pooled"] = outputs[0].pooled
     scored = outputs[0].prompt_logprobs  # the same for all choices
     return answer if scored is None else {**answer, "prompt_logprobs": scored}
 

@@ -40,6 +40,7 @@ ROUTES: Mapping[str, tuple[Scope, ...]] = {
     "/v1/models/{model}": ("generate", "adapters"),
     "/v1/load_lora_adapter": _ADAPTERS,
     "/v1/unload_lora_adapter": _ADAPTERS,
+    "/v1/upload_lora_adapter": _ADAPTERS,
     "/debug/requests": _ADMIN,
     "/debug/adapters": _ADMIN,
     "/debug/stacks": _ADMIN,

@@ -23,14 +23,15 @@ RETRY_AFTER = 1
 class BodyBudget:
     """Bytes held by bodies that are being received, or processed before their answer begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, bodies: int | None = None) -> None:
+        self._bodies = BUDGET_BODIES if bodies is None else bodies
         self.held = 0
         self._of: Counter[str | None] = Counter()
 
     def hold(self, owner: str | None, more: int, *, largest: int) -> str | None:
         """Count ``more`` bytes as held by ``owner``; a body has at most ``largest`` bytes. Returns the reason
         if there is no room."""
-        most, own = BUDGET_BODIES * largest, self._of[owner]
+        most, own = self._bodies * largest, self._of[owner]
         if more > 0 and self.held + more > most:
             return "the server is receiving as many large requests as it can"
         if more > 0 and own + more > max(largest, (most - (self.held - own)) // 2):
