@@ -74,6 +74,9 @@ async def test_in_every_form(serve: Serve, tiny_text: Tiny) -> None:
             assert output.token_ids == expected
         status, answer = await upload(served, bodies["zip"][0], "zip")
         assert status == 400 and "already been loaded" in answer["error"]["message"]
+        for given, words in (("false", "already been loaded"), ("yes", "load_inplace")):
+            status, answer = await upload(served, bodies["zip"][0], "zip", load_inplace=given)
+            assert status == 400 and words in answer["error"]["message"]
         status, answer = await upload(served, bodies["zip"][0], "zip", load_inplace=True)
         assert (status, answer["version"]) == (200, 2)
         served.engine.check_invariants()

@@ -87,7 +87,7 @@ def upload_routes(context: Context) -> list[HTTPRouteHandler]:
         body, kind = await request.body(), request.headers.get("content-type", "")
         try:
             config, weights = await threads.run(lambda: unpack(body, kind, most))
-            info = await context.engine.load_adapter_files(lora_name, config, weights, replace=load_inplace)
+            info = await context.engine.load_adapter_files(lora_name, config, weights, replace=replace)
         except AdapterError as error:
             raise to_api_error(error, context.settings) from error
         return Uploaded(
