@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,7 @@ class BuildWithKernels(build_py):
         if WANTED and not self.editable_mode:
             names = None if WANTED == "all" else WANTED.split(",")
             folder = Path(self.build_lib) / "aioengine" / "kernels" / "cpu" / "prebuilt"
+            shutil.rmtree(folder, ignore_errors=True)  # what an earlier build of other sources has left
             builder().prebuild(folder, names)
 
 
