@@ -140,8 +140,8 @@ class Checker:
                 fine = self._device.killed or self.memory.losses > 0
             case DeadlineExceeded():
                 fine = was.due is not None and event.time >= was.due
-            case RequestRejected():  # the policy's decision, and only policies that reject do
-                fine = "rejected: hostile" in str(error)
+            case RequestRejected():  # the policy's decision, which may be about any that has not run
+                fine = event.output_tokens == 0
             case EngineOverloaded() if error.bound == "tenant":  # another tenant's took its place
                 fine = event.output_tokens == 0
             case EngineOverloaded():
