@@ -292,9 +292,8 @@ class AsyncEngine:
             prompt: Text, token ids, or chat messages.
             params: How to sample; greedy, at most 256 tokens, by default.
             adapter: An adapter's name, or "name@version"; None is the base model. A dict of names and
-            weights, such as
-                ``{"sql": 0.7, "pirate": 0.3}``, is the sum of them, ``{"sql": 0.5}`` a scaled one: see
-                docs/adapters.md.
+                weights, such as ``{"sql": 0.7, "pirate": 0.3}``, is the sum of them, and ``{"sql": 0.5}`` a
+                scaled one; see docs/adapters.md.
             request_id: Must be unique among those that have not ended; made up if None.
             priority: For policies that look at it; higher is more urgent.
             deadline: Seconds from now by which it must have ended, the search for its adapter included.
