@@ -343,7 +343,8 @@ class SchedulerPolicy(ABC):
         requests get tokens. Asked after it has decided nothing; until then, or until something happens, it is
         not called.
 
-        By default it is called before every step.
+        By default ``schedule`` is called before every step, as it is for a class that overrides it and not
+        this.
         """
         return -inf
 

@@ -93,6 +93,7 @@ class PolicyGuard:
         self._overruns = 0
         self._has_failed = False
         self._in_time = 0
+        self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_until = -math.inf
         self._quiet_since = -1
         """At so many changes."""
@@ -103,6 +104,7 @@ class PolicyGuard:
         self.name = type(policy).__name__
         self._overruns = self._in_time = 0
         self._has_failed = False
+        self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_since = -1
 
     def decide(self, view: SchedulerView, changes: int) -> Resolved:
@@ -114,7 +116,7 @@ class PolicyGuard:
         start = self._timer() if self._timer is not None else 0.0
         try:
             decision = _well_formed(self.policy.schedule(view))
-            if not any(decision):
+            if self._may_be_quiet and not any(decision):
                 self._quiet_until, self._quiet_since = self.policy.quiet_until(view), changes
         except BaseException as error:
             # A stray CancelledError is the policy's own, for nothing is awaited here.
@@ -248,6 +250,17 @@ def _strings(field: str, items: Any) -> list[str]:
         if not isinstance(item, str):
             raise TypeError(f"{field} contains {item!r}, not a str")
     return found
+
+
+def _keeps_its_word(policy: SchedulerPolicy) -> bool:
+    """Whether the policy's ``quiet_until`` speaks of its own ``schedule``. A class that overrides the latter
+    alone inherits a promise that it knows nothing of."""
+    for cls in type(policy).__mro__:
+        if "quiet_until" in vars(cls):
+            return True
+        if "schedule" in vars(cls):
+            return False
+    return False
 
 
 def _items(field: str, items: Any) -> Collection[Any]:

@@ -141,13 +141,13 @@ def attend(
     lib.aio_rope_store(
         *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(taken, heads, kv, d, cache.block, THREADS),
+        *(taken, heads, kv, d, cache.block, 0, THREADS),
     )
     out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
     lib.aio_attention(
         *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(present)),
-        *(out.data_ptr(), heads, kv, d, cache.block, window or 0, d**-0.5, THREADS),
+        *(out.data_ptr(), heads, kv, d, cache.block, window or 0, d**-0.5, 0, THREADS),
     )
     return out
 
@@ -200,7 +200,7 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
             plan.cells.data_ptr(),
             plan.last.data_ptr(),
         ),
-        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, THREADS),
+        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, 0, THREADS),
     )
     close(qkv, expected)
 

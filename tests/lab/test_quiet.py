@@ -13,6 +13,7 @@ from support.core_sim import LIMITS, CoreSim
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.parts.compose import Composed
+from aioengine.schedulers.policies.fcfs import FCFS
 
 FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
 
@@ -91,3 +92,25 @@ def test_it_is_asked_again_at_its_time_or_when_something_happens() -> None:
     for _ in range(3):
         sim.settle(step_seconds=0.1)
     assert policy.asked[-1] == pytest.approx(0.7), "its time has come, and it says no other"
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_a_class_that_overrides_schedule_alone_is_asked_before_every_step(says: bool) -> None:
+    """It inherits a promise about another ``schedule``."""
+
+    class Counting(FCFS):
+        calls = 0
+
+        def schedule(self, view: SchedulerView) -> Decision:
+            Counting.calls += 1
+            return super().schedule(view)
+
+        if says:
+
+            def quiet_until(self, view: SchedulerView) -> float:
+                return super().quiet_until(view)
+
+    sim = CoreSim(LIMITS, Counting())
+    sim.add(max_tokens=30)
+    sim.run()
+    assert (Counting.calls >= 30) is not says

@@ -79,7 +79,7 @@ async def test_swaps_requests_and_occupancy(model: Path, adapters: dict[str, Pat
 
     assert sums == {2.0}  # at every event, in every state
     # c took the place of a, and the attempt to read the broken one that of b.
-    assert found["lora_swaps_total"] == {("load",): 3, ("evict",): 2, ("replace",): 0}
+    assert found["lora_swaps_total"] == {("load",): 3, ("evict",): 2, ("replace",): 0, ("move",): 0}
     assert found["lora_swap_seconds_count"] == {("disk",): 3, ("cpu",): 3, ("slot",): 3}
     assert found["lora_swap_bytes_total"][("slot",)] > 0
     assert found["lora_cache_requests_total"] == {

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from support.tiny_models import build_model
 
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
-from aioengine.model.slots.copy import StreamCopier
+from aioengine.model.slots.copy import Copy, StreamCopier
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 
@@ -72,29 +71,29 @@ class Event:
         return
 
 
-def image() -> SimpleNamespace:
-    return SimpleNamespace(blocks=[], data=torch.zeros(4))
+def copies() -> list[Copy]:
+    return [Copy(torch.zeros(4), torch.ones(4))]
 
 
 def test_a_write_comes_after_the_steps_that_may_read_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     copier = StreamCopier(CPU)
-    copies = copier._stream
-    copier.write(torch.zeros(4), image(), zero=True)  # before any step there is nothing to wait for
-    assert copies.seen == {"steps": 0}
+    stream = copier._stream
+    copier.write(copies())  # before any step there is nothing to wait for
+    assert stream.seen == {"steps": 0}
     for step in (1, 2):
         copier.before_step()
         clock.current.work()
         copier.after_step()
-        copier.write(torch.zeros(4), image(), zero=False)
-        assert copies.seen["steps"] == step
+        copier.write(copies())
+        assert stream.seen["steps"] == step
 
 
 def test_a_step_comes_after_the_writes_that_have_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     copier = StreamCopier(CPU)
     copier._stream.work()
-    copier.write(torch.zeros(4), image(), zero=False)
+    copier.write(copies())
     copier.before_step()
     assert clock.default.seen["copies"] == 1
 
