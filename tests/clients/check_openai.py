@@ -213,7 +213,7 @@ def errors() -> None:
     for kind, fields in wrong:
         try:
             if fields is None:
-                client.embeddings.create(model=MODEL, input="x")
+                client.moderations.create(input="x")
             else:
                 client.chat.completions.create(
                     **{"model": MODEL, "messages": USER, "max_tokens": 1, **fields}
