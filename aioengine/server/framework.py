@@ -103,10 +103,13 @@ async def _body(receive: Any) -> bytes:
     if not message.get("more_body", False):
         return bytes(message["body"])
     parts = [message["body"]]
-    while message.get("more_body", False):
-        message = await receive()
-        parts.append(message["body"])
-    return b"".join(parts)
+    try:
+        while message.get("more_body", False):
+            message = await receive()
+            parts.append(message["body"])
+        return b"".join(parts)
+    finally:
+        parts.clear()  # an error that is raised refers to this frame, and lives as long as its answer
 
 
 def _check_type(scope: Any) -> None:
