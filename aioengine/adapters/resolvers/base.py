@@ -45,24 +45,16 @@ class AdapterResolver(ABC):
         """
 
 
-class BlockingResolver(AdapterResolver):
-    """Base of resolvers that wait for disks and networks. ``find`` runs in a thread of its own, so a look-up
-    that hangs delays only the requests that wait for it. If they give up, the look-up goes on, and a later
-    request for the same name gets its result."""
+class SharedLookups:
+    """Blocking look-ups, each in a thread of its own, so that one that hangs delays only the requests that
+    wait for it. If they give up, the look-up goes on, and a later request for the same gets its result."""
 
     def __init__(self) -> None:
         self._threads = ReadThreads("aioengine-resolve")
         self._under_way: dict[str, asyncio.Future[Path]] = {}
 
-    @abstractmethod
-    def find(self, name: str) -> Path:
-        """As :meth:`AdapterResolver.resolve`, blocking."""
-
-    async def resolve(self, name: str) -> Path:
-        return await self._in_thread(name, name, lambda: self.find(name))
-
-    async def _in_thread(self, name: str, what: str, find: Callable[[], Path]) -> Path:
-        """Run ``find()``, or join the look-up that is under way for ``what``."""
+    async def run(self, name: str, what: str, find: Callable[[], Path]) -> Path:
+        """Run ``find()`` for the adapter ``name``, or join the look-up that is under way for ``what``."""
         found = self._under_way.get(what)
         if found is None or found.get_loop() is not asyncio.get_running_loop():
             if len(self._under_way) >= MAX_THREADS:
@@ -81,6 +73,20 @@ class BlockingResolver(AdapterResolver):
         if self._under_way.get(what) is found:
             del self._under_way[what]
         found.exception()  # seen, even if nobody waits
+
+
+class BlockingResolver(AdapterResolver):
+    """Base of resolvers that wait for disks and networks; ``find`` runs as :class:`SharedLookups` says."""
+
+    def __init__(self) -> None:
+        self._lookups = SharedLookups()
+
+    @abstractmethod
+    def find(self, name: str) -> Path:
+        """As :meth:`AdapterResolver.resolve`, blocking."""
+
+    async def resolve(self, name: str) -> Path:
+        return await self._lookups.run(name, name, lambda: self.find(name))
 
 
 class ChainResolver(AdapterResolver):

@@ -73,7 +73,7 @@ class HubResolver(BlockingResolver):
         Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError.
         """
         hub_id = parse_hub_path(name, path)
-        return await self._in_thread(name, path, lambda: self._fetch(name, hub_id))
+        return await self._lookups.run(name, path, lambda: self._fetch(name, hub_id))
 
     def _fetch(self, name: str, hub_id: HubId) -> Path:
         from huggingface_hub import constants, errors  # optional

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from aioengine.adapters.resolvers.base import BlockingResolver, is_plain_name
+from aioengine.adapters.resolvers.base import SharedLookups, is_plain_name
 from aioengine.adapters.resolvers.fsspec import RemoteFolders, check_protocol
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
@@ -52,7 +52,8 @@ class AdapterSources:
 
     def __init__(self) -> None:
         self._hub: HubResolver | None = None
-        self._urls: _Urls | None = None
+        self._urls = SharedLookups()
+        """Each with the credentials and endpoints of the environment."""
 
     async def resolve_path(self, name: str, source: str) -> Path:
         """Return the local folder with what ``source`` names, for the adapter ``name``.
@@ -63,17 +64,5 @@ class AdapterSources:
             if self._hub is None:
                 self._hub = HubResolver()
             return await self._hub.resolve_path(name, source)
-        if self._urls is None:
-            self._urls = _Urls()
-        return await self._urls.resolve_path(name, source)
-
-
-class _Urls(BlockingResolver):
-    """Sources that are URLs, each with the credentials and endpoints of the environment."""
-
-    def find(self, name: str) -> Path:
-        raise NotImplementedError
-
-    async def resolve_path(self, name: str, url: str) -> Path:
-        parent, _, last = url.rpartition("/")
-        return await self._in_thread(name, url, lambda: RemoteFolders(parent).fetch(name, last))
+        parent, _, last = source.rpartition("/")
+        return await self._urls.run(name, source, lambda: RemoteFolders(parent).fetch(name, last))
