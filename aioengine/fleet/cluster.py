@@ -66,6 +66,13 @@ def address() -> str | None:
     return None if found in ("", "local") else found
 
 
+def current_address() -> str:
+    """Where the cluster is that this process has joined, as ``RAY_ADDRESS`` takes it."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def check_address(where: str) -> None:
     """Raises ConfigError if nothing answers there."""
     if where == "auto" or "://" in where:
@@ -152,13 +159,17 @@ def existing_fleet(name: str) -> Any:
             ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise ConfigError(
-            f"no fleet is found: {_first_line(error)}; set RAY_ADDRESS to its cluster's address"
+            f"no fleet is found: {_first_line(error)}; set RAY_ADDRESS to its cluster's address, which the "
+            "fleet's server logs when it starts"
         ) from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     applications = serve.status().applications
     if name not in applications:
         there = ", ".join(applications) or "none"
-        raise ConfigError(f"the cluster has no fleet {name!r} (it has: {there}); --app-name names another")
+        raise ConfigError(
+            f"the cluster at {current_address()} has no fleet {name!r} (it has: {there}); --app-name names "
+            "another, RAY_ADDRESS another cluster (the fleet's server logs it when it starts)"
+        )
     return serve.get_deployment_handle("EngineReplica", name)
 
 

@@ -40,7 +40,7 @@ def test_what_finds_no_room_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_standard_error_is_what_it_was_unless_it_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 20)
     before, saved = sys.stderr, os.dup(2)
     reading, writing = os.pipe()
     os.dup2(writing, 2)
@@ -49,6 +49,7 @@ def test_standard_error_is_what_it_was_unless_it_is_stuck(monkeypatch: pytest.Mo
             print("heard", file=sys.stderr)
         assert sys.stderr is before
         assert os.read(reading, 100) == b"heard\n"
+        monkeypatch.setattr(module, "FLUSH_SECONDS", 0.05)
         with background_stderr() as file:
             print("x" * 200_000, file=sys.stderr)
         assert sys.stderr is not before

@@ -203,12 +203,12 @@ def test_the_commands(fleet: FleetServer) -> None:
             text=True,
             check=False,
             timeout=60,
-            env=clean,
+            env={**clean, "RAY_ADDRESS": fleet.address},
         )
 
     fleet.complete("x", max_tokens=1, model="a")
-    status = command("status").stdout
-    names = re.findall(r"^ *(\w{8}) +running", status, re.MULTILINE)
+    status = command("status")
+    names = re.findall(r"^ *(\w{8}) +running", status.stdout, re.MULTILINE)
     assert len(names) == 2, status
     assert re.search(r"^ *a .*\bslot\b", command("adapters").stdout, re.MULTILINE)
     assert "drains" in command("drain", names[0]).stdout

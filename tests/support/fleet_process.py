@@ -50,6 +50,13 @@ class FleetServer:
         assert found is not None, self.log
         self.url = found[1]
 
+    @property
+    def address(self) -> str:
+        """Its Ray cluster's, one of several on this machine."""
+        found = re.search(r"runs on Ray at (\S+)", self.log)
+        assert found is not None, self.log
+        return found[1]
+
     def client(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=headers)

@@ -56,6 +56,7 @@ async def started_fleet(
             )
             client = await make_client(config, joined.handle, plan, tracer_provider, door=joined.name)
             await client.start()
+            logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
         except BaseException:
             await _end(client, joined, ray)
             raise
