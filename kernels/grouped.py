@@ -35,8 +35,8 @@ class GroupedWeight:
     dtype: torch.dtype
     """Of the activations, and of the rows that are asked for."""
     order: Tensor | None = None
-    """[k] int64, a permutation: which input is at each place; None: each at its own. Of checkpoints that sorted
-    the inputs by their weight in the loss before they made groups of them ("act-order", "desc_act")."""
+    """[k] int64, a permutation: which input is at each place; None: each at its own. Of checkpoints that
+    sorted the inputs by how much they matter before they made groups of them ("act-order", "desc_act")."""
 
     def __post_init__(self) -> None:
         groups = self.scale.shape[1]
