@@ -1,10 +1,16 @@
-"""Checks of numbers that somebody gave, with one wording for all of them."""
+"""Checks of plain values that a caller or a file gives, with one wording for all of them."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import msgspec
 
 from aioengine.errors import AioEngineError, ConfigError
+from aioengine.schedulers.nearest import nearest as _nearest_name
 
 
 def check_integer(
@@ -57,3 +63,73 @@ def check_seconds(
     wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
     if wrong or (finite and value == math.inf):
         raise error(f"{field}={value!r}: must be more than 0 seconds{allowed}")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(value: int | str, *, field: str) -> int:
+    """Return the bytes that an int stands for, or text such as "512MiB", "2 GiB" or "1.5GB". Raises
+    ConfigError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if match is None or match[2].lower() not in _UNITS:
+            raise ConfigError(f"{field}={value!r}: must be bytes, or text such as '512MiB' or '2GiB'")
+        number = int(float(match[1]) * _UNITS[match[2].lower()])
+    if number <= 0:
+        raise ConfigError(f"{field}={value!r}: must be more than zero bytes")
+    return number
+
+
+def format_bytes(value: float) -> str:
+    """Return bytes as people read them: 1536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """Return the message with the field in front: "lora.max_loras: Expected `int`, got `str`". Errors of this
+    package name it already."""
+    if isinstance(error.__cause__, ConfigError):
+        return str(error.__cause__)
+    text, at, place = str(error).rpartition(" - at `$.")
+    return f"{place.rstrip('`')}: {text}" if at else str(error)
+
+
+def nearest(value: object, allowed: Collection[Any]) -> str:
+    """Return " (did you mean 'lru'?)", or "" if nothing is near; for a number, its two neighbours."""
+    if isinstance(value, int):
+        around = [max((a for a in allowed if a < value), default=None)]
+        around.append(min((a for a in allowed if a > value), default=None))
+        return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
+    return _nearest_name(str(value), [str(a) for a in allowed])
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def from_plain(cls: type[S], values: Mapping[str, Any], source: str) -> S:
+    """Convert plain data, such as a parsed TOML file, to a struct. Raises ConfigError, which begins with
+    ``source`` and names a field that is unknown."""
+    refuse_unknown(cls, values, source)
+    try:
+        return msgspec.convert(dict(values), cls)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError for a key that is no field of ``cls``; it names the nearest field."""
+    fields = list(cls.__struct_fields__)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                f"{source}: unknown field {key!r}{nearest(key, fields)}; "
+                f"fields of {cls.__name__}: {', '.join(fields)}"
+            )

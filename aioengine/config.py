@@ -7,18 +7,16 @@ what is allowed, and what to do.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
-from aioengine.checks import check_integer, check_seconds
+from aioengine.checks import check_integer, check_seconds, from_plain, nearest, parse_bytes, refuse_unknown
 from aioengine.errors import ConfigError
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
-from aioengine.schedulers.nearest import nearest as nearest_name
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -339,6 +337,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
         """Build from plain data (a parsed TOML file, say); unknown fields are refused by name."""
+        for key in values:
+            if key in LoRAConfig.__struct_fields__ and key not in cls.__struct_fields__:
+                raise ConfigError(
+                    f"{source}: {key!r} belongs into the table lora: put it below a line [lora]"
+                )
         lora = values.get("lora")
         if isinstance(lora, Mapping):
             refuse_unknown(LoRAConfig, lora, f"{source}, table lora")
@@ -354,76 +357,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
         return cls.from_dict({**values, **overrides}, source=str(path))
-
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(value: int | str, *, field: str) -> int:
-    """Bytes from an int or from text such as "512MiB", "2 GiB" or "1.5GB"."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-        if match is None or match[2].lower() not in _UNITS:
-            raise ConfigError(f"{field}={value!r}: must be bytes, or text such as '512MiB' or '2GiB'")
-        number = int(float(match[1]) * _UNITS[match[2].lower()])
-    if number <= 0:
-        raise ConfigError(f"{field}={value!r}: must be more than zero bytes")
-    return number
-
-
-def format_bytes(value: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def _explain(error: msgspec.ValidationError) -> str:
-    """ "lora.max_loras: Expected `int`, got `str`"; errors of our own already name the field."""
-    if isinstance(error.__cause__, ConfigError):
-        return str(error.__cause__)
-    text, at, place = str(error).rpartition(" - at `$.")
-    return f"{place.rstrip('`')}: {text}" if at else str(error)
-
-
-def nearest(value: object, allowed: Collection[Any]) -> str:
-    """ " (did you mean 'lru'?)", or nothing; beside a number the two that are next to it."""
-    if isinstance(value, int):
-        around = [max((a for a in allowed if a < value), default=None)]
-        around.append(min((a for a in allowed if a > value), default=None))
-        return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
-    return nearest_name(str(value), [str(a) for a in allowed])
-
-
-S = TypeVar("S", bound=msgspec.Struct)
-
-
-def from_plain(cls: type[S], values: Mapping[str, Any], source: str) -> S:
-    """A struct from plain data. Raises ConfigError, which begins with ``source``; unknown fields are refused
-    by name."""
-    refuse_unknown(cls, values, source)
-    try:
-        return msgspec.convert(dict(values), cls)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-
-
-def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:
-    """Raises ConfigError for a key that is no field of ``cls``; it names the nearest field."""
-    fields = list(cls.__struct_fields__)
-    for key in values:
-        if cls is EngineConfig and key in LoRAConfig.__struct_fields__ and key not in fields:
-            raise ConfigError(f"{source}: {key!r} belongs into the table lora: put it below a line [lora]")
-        if key not in fields:
-            raise ConfigError(
-                f"{source}: unknown field {key!r}{nearest(key, fields)}; "
-                f"fields of {cls.__name__}: {', '.join(fields)}"
-            )
 
 
 def _integer(config: msgspec.Struct, field: str, *, low: int, high: int | None = None) -> None:

@@ -54,6 +54,7 @@ from aioengine.runtime.assemble import (
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.sources.held import HeldAdapters
+from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
@@ -172,17 +173,15 @@ class AsyncEngine:
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._stepper = Stepper(self._core, built.device, timer=built.timer)
-        self._adapters = AdapterOps(
-            self._stepper,
-            built.resolver,
-            None if self.config.lora is None else self.config.lora.load_timeout,
-        )
+        timeout = None if self.config.lora is None else self.config.lora.load_timeout
+        names = AdapterNames(self._stepper, built.resolver, timeout)
+        self._adapters = AdapterOps(self._stepper, names)
         self._held = HeldAdapters(
             self._adapters, work, 0 if self.config.lora is None else self.config.lora.held_bytes
         )
         self._submitter = Submitter(
             self._stepper,
-            self._adapters,
+            names,
             built,
             text_work=self.text_work,
             check_running=self._check_running,

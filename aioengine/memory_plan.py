@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from aioengine.config import EngineConfig, LoRAConfig, format_bytes
+from aioengine.checks import format_bytes
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.resolve import read_spec, resolve_model

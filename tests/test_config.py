@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
-from aioengine.config import parse_bytes
+from aioengine.checks import parse_bytes
 from aioengine.errors import ConfigError, PolicyError
 
 

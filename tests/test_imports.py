@@ -202,6 +202,13 @@ def test_rooms_are_not_crowded() -> None:
     assert crowd[ROOT / "aioengine"] <= 12
 
 
+def test_files_are_short_or_say_why_not() -> None:
+    for path in (path for folder in FOLDERS.values() for path in folder.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        said = "The file is long because" in (ast.get_docstring(ast.parse(text)) or "")
+        assert said == (text.count("\n") > 400), f"{path}: more than 400 lines need a reason, others none"
+
+
 def test_benchmarks_have_rooms_too() -> None:
     files = sorted((ROOT / "benchmarks").rglob("*.py"))
     rooms = {path.parent.name for path in files if path.name != "__init__.py"}

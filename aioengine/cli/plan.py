@@ -41,8 +41,8 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
 def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> None:
     from rich.table import Table
 
+    from aioengine.checks import format_bytes
     from aioengine.cli.tables import box_for, output_console
-    from aioengine.config import format_bytes
 
     console = output_console()
     title = f"Memory plan: {model} on {found.device}"

@@ -1,8 +1,8 @@
 """The pure core: a state machine without I/O, clock or torch."""
 
+from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.core import Core, Step
 from aioengine.core.limits import CoreLimits
-from aioengine.core.state import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 
 __all__ = [
     "CopyMove",

@@ -11,9 +11,8 @@ residency, guard) do the work.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
-from math import inf, isfinite, isnan
+from math import inf
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
@@ -21,6 +20,7 @@ from sortedcontainers import SortedDict
 from aioengine import events
 from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.cpu_cache import least_recently_used
+from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
@@ -31,22 +31,20 @@ from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import Speculation
-from aioengine.core.state import AdapterEntry, Move, Request, Status, label_of, location_name
+from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name
+from aioengine.core.step_results import StepResults
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
-    AdapterInvalid,
     AdapterTooLarge,
-    AioEngineError,
     DeadlineExceeded,
     EngineOverloaded,
-    RequestInvalid,
     RequestRejected,
 )
-from aioengine.request import FinishReason, RequestOptions, SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+from aioengine.step import StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -126,6 +124,13 @@ class Core:
             max_overruns=limits.policy_max_overruns,
         )
         self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
+        self._results = StepResults(
+            advance=self.batcher.advance,
+            speculation=self._speculation,
+            end=self.end,
+            emit=self._emit,
+            note=lambda event: self.outbox.append(event),
+        )
         self._view = CoreView(
             self.residency, self.queues, self.batcher, costs or self._costs, limits.slot_bytes
         )
@@ -460,116 +465,13 @@ class Core:
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
-        before: list[tuple[AdapterEntry | None, float]] = []
-        """For each token but a request's first: the adapter, and the time of the token before."""
-        advance = self.batcher.advance
-        rows = zip(requests, batch.sequences, result.sampled, strict=True)
-        for index, (request, work, sampled) in enumerate(rows):
-            if request.status is not Status.RUNNING:
-                continue
-            last = request.last_token
-            if last is not None and sampled is not None and _is_plain(work, sampled):
-                # As below and in _take, for nearly all of the tokens that there are.
-                advance(request, len(work.tokens))
-                request.tokens.append(sampled.token)
-                request.last_token = now
-                before.append((request.adapter, last))
-                if request.worst_gap is None or now - last > request.worst_gap:
-                    request.worst_gap = now - last
-                finish = self.finish_reason(request, sampled.token)
-                sink = request.sink
-                if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
-                    finish = "stop"
-                if finish is not None:
-                    self.end(request, finish, now)
-                continue
-            late = sampled is not None and sampled.late
-            self.batcher.advance(request, len(work.tokens) - len(work.draft) - late)
-            if work.score and request.prompt_logprobs is not None:
-                known = len(request.prompt_logprobs) - work.start  # more than 0 after a preemption
-                new = result.scored.get(index, ())[known:]
-                if any(isnan(entry.logprob) for entry in new):
-                    nan = Sampled(-1, error="the log-probability of a prompt token is not a number")
-                    self.end(request, "error", now, _sampling_error(request, nan))
-                    continue
-                request.prompt_logprobs += new
-            if request.params.pooling is not None and not _pool(request, work, result.pooled.get(index, ())):
-                nan = Sampled(-1, error="a hidden state is not a number")
-                self.end(request, "error", now, _sampling_error(request, nan))
-                continue
-            if sampled is None or late:
-                continue
-            followed = result.followed.get(index, ())
-            if work.draft and self._speculation is not None:
-                self._speculation.learn(request, len(work.draft), len(followed))
-                self._emit(
-                    events.TokensProposed(
-                        time=now,
-                        adapter=label_of(request),
-                        proposed=len(work.draft),
-                        accepted=len(followed),
-                    )
-                )
-            goes_on = self._take(request, sampled, now, before)
-            for token in followed:
-                if not goes_on:
-                    break
-                self.batcher.advance(request, 1)  # the token before was proposed, and computed
-                goes_on = self._take(request, token, now, before)
-        return tuple(
-            events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
-            for (entry, last), tokens in Counter(before).items()
-        )
-
-    def _take(
-        self,
-        request: Request,
-        sampled: Sampled,
-        now: float,
-        before: list[tuple[AdapterEntry | None, float]],
-    ) -> bool:
-        """Pass a request's next token on; False if the request ends."""
-        if sampled.error is not None:
-            self.end(request, "error", now, _sampling_error(request, sampled))
-            return False
-        if request.params.max_tokens == 0:
-            self.end(request, "length", now)
-            return False
-        request.tokens.append(sampled.token)
-        last, request.last_token = request.last_token, now
-        if last is not None:
-            before.append((request.adapter, last))
-            if request.worst_gap is None or now - last > request.worst_gap:
-                request.worst_gap = now - last
-        else:
-            request.first_token = now
-            self.outbox.append(  # not a change: the policy has nothing to decide for it
-                events.FirstToken(
-                    time=now,
-                    request_id=request.id,
-                    adapter=label_of(request),
-                    seconds=now - request.arrival,
-                )
-            )
-        finish = self.finish_reason(request, sampled.token)
-        sink = request.sink
-        if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
-            finish = "stop"
-        if finish is not None:
-            self.end(request, finish, now)
-        return finish is None
+        return self._results.take(requests, batch, result, now)
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
         if learner is not None:
             learner.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
-
-    def finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        """Return why the request ends with ``token``; None if it goes on."""
-        if request.stops and token in request.stops:
-            return "stop"
-        return "length" if len(request.tokens) >= request.most_tokens else None
 
     # Telling others
 
@@ -632,34 +534,7 @@ def _speculation(limits: CoreLimits) -> Speculation | None:
     return Speculation(earlier_outputs=limits.speculation == "suffix")
 
 
-def _is_plain(work: SequenceWork, sampled: Sampled) -> bool:
-    """Whether there is one token, and nothing else."""
-    return not (sampled.late or sampled.error or work.draft or work.score)
-
-
 def _pacer(limits: CoreLimits) -> Pacer | None:
     if limits.max_step_seconds is None:
         return None
     return Pacer(limits.max_step_seconds, limits.pair_tokens)
-
-
-def _pool(request: Request, work: SequenceWork, values: Sequence[float]) -> bool:
-    """Add what a step gives to the request's vector; returns False if it is not finite."""
-    if work.start == 0:  # at first, and again after a preemption
-        request.pooled = None
-    if values:
-        known = request.pooled
-        request.pooled = (
-            list(values) if known is None else [a + b for a, b in zip(known, values, strict=True)]
-        )
-    return all(map(isfinite, values))
-
-
-def _sampling_error(request: Request, sampled: Sampled) -> AioEngineError:
-    if sampled.fault == "request":
-        return RequestInvalid(f"request {request.id!r}: {sampled.error}")
-    text = f"request {request.id!r} produced unusable logits ({sampled.error})"
-    entry = request.adapter
-    if entry is None:
-        return AioEngineError(f"{text}; the base model's weights or the dtype are at fault")
-    return AdapterInvalid(f"{text}; check the adapter's weights", name=entry.label, path=entry.path)

@@ -1,10 +1,10 @@
-"""The core's records of requests, adapter versions, and adapter moves."""
+"""The core's records of requests and of adapter versions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
@@ -146,42 +146,6 @@ class AdapterEntry:
         """Time since when a request or caller has waited for it to be in the CPU cache; None if none does."""
         times = [t for t in (self.oldest_arrival, self.wanted_since) if t is not None]
         return min(times) if times else None
-
-
-class LoadMove(NamedTuple):
-    """Read an adapter from disk into CPU memory."""
-
-    entry: AdapterEntry
-
-
-class StopMove(NamedTuple):
-    """Cancel the read under way, because the adapter is no longer needed."""
-
-    entry: AdapterEntry
-
-
-class CopyMove(NamedTuple):
-    """Copy an adapter from CPU memory into a slot."""
-
-    entry: AdapterEntry
-    slot: int
-    offset: int | None = None
-    """Where it begins in the slots' memory, in bytes; None where every slot has its place."""
-
-
-class DropMove(NamedTuple):
-    """Free an adapter's CPU memory."""
-
-    entry: AdapterEntry
-
-
-class ReleaseMove(NamedTuple):
-    """Free the files of a version that is gone and was given in memory."""
-
-    files: AdapterFiles
-
-
-Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove
 
 
 class Sink(Protocol):

@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import msgspec
 
-from aioengine.config import EngineConfig, refuse_unknown
+from aioengine.checks import refuse_unknown
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.schedulers.routing import load_autoscaler, load_placement, load_router

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioengine.config import format_bytes
+from aioengine.checks import format_bytes
 from aioengine.errors import ConfigError
 from aioengine.fleet.cluster import TRANSPORT, require_ray
 from aioengine.fleet.config import FleetConfig

@@ -245,10 +245,14 @@ class ModelRunner:
                     self.lora_slots.after_step()
                 if asking and self.group.shard.rank == 0:
                     works = [batch.sequences[i] for i in asking]
-                    for i, tokens in zip(asking, sample_drafted(logits, works, self._sample), strict=True):
-                        sampled[i] = tokens[0]
-                        if len(tokens) > 1:
-                            followed[i] = tokens[1:]
+                    if any(work.draft for work in works):
+                        found = sample_drafted(logits, works, self._sample)
+                        followed = {i: rest for i, (_, *rest) in zip(asking, found, strict=True) if rest}
+                        first = [tokens[0] for tokens in found]
+                    else:
+                        first = self._sample(logits, works)
+                    for i, token in zip(asking, first, strict=True):
+                        sampled[i] = token
                 else:
                     self._wait()
         for i, work in enumerate(batch.sequences):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from itertools import islice
 
-from aioengine.adapters.names import NAME_RULE, check_same_path, checked_path
-from aioengine.adapters.resolvers.base import AdapterResolver
+from aioengine.adapters.names import check_same_path, checked_path
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import (
     AdapterLoadError,
@@ -19,9 +17,8 @@ from aioengine.errors import (
 )
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
-from aioengine.runtime.lookup import Resolution
 from aioengine.runtime.loop import Stepper
-from aioengine.runtime.sources.mixes import Mixes
+from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info, not_fetched
 from aioengine.runtime.waits import NameLocks
 from aioengine.schedulers.policy import Location
@@ -34,17 +31,13 @@ class AdapterOps:
     def __init__(
         self,
         stepper: Stepper,
-        resolver: AdapterResolver | None = None,
-        resolve_timeout: float | None = None,
+        names: AdapterNames,
     ) -> None:
         self._stepper = stepper
         self._core = stepper.core
         self._residency = stepper.core.residency
         self._pins = stepper.core.residency.pins
-        self._resolution = Resolution(stepper, resolver, resolve_timeout)
-        self._fetched: dict[str, str | None] = {}
-        """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
-        self._mixes = Mixes(self._residency, self.acquire)
+        self._names = names
         self._locks = NameLocks()
         self._loading: set[str] = set()
         """Names with a version that is being looked up or read for a caller."""
@@ -52,108 +45,6 @@ class AdapterOps:
         """Names that are being unloaded."""
         self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
         """Prepared versions by name, with the path that each was given by."""
-
-    # Finding
-
-    def is_registered(self, name: str) -> bool:
-        return name in self._residency.current
-
-    def find(self, name: str) -> AdapterEntry:
-        """Return the current version. Raises AdapterNotFound."""
-        entry = self._residency.current.get(name)
-        if entry is None:
-            raise self._not_found(name)
-        return entry
-
-    def check_wanted(self, adapter: str | Mapping[str, float]) -> str:
-        """Check what a request asks for before anything is done for it, and return the name that it counts
-        on.
-
-        Raises AdapterNotFound for a name that is neither registered nor resolvable, and again, for a while,
-        the error of an adapter that has failed more than once in a row."""
-        names = [adapter] if isinstance(adapter, str) else list(adapter)
-        for name in names:
-            self.check_known(name)
-            self.check_worth_a_try(name)
-        return names[0].partition("@")[0]
-
-    async def acquire_wanted(self, adapter: str | Mapping[str, float], tenant: str | None) -> AdapterEntry:
-        """The version, or the mix, that a request asks for."""
-        if isinstance(adapter, str):
-            return await self.acquire(adapter, tenant)
-        if list(adapter.values()) == [1.0]:
-            return await self.acquire(next(iter(adapter)), tenant)
-        return await self._mixes.acquire(adapter, tenant, _now())
-
-    def check_lives(self, entry: AdapterEntry) -> None:
-        """Raise AdapterNotFound if a version that was acquired is gone meanwhile."""
-        if entry.uid not in self._residency.entries:
-            raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
-
-    def check_known(self, name: str) -> None:
-        """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
-        if name in self._residency.current or name in self._fetched:
-            return
-        if isinstance(name, str) and "@" in name:
-            self._version(name)
-            return
-        good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
-        if not good or not self._resolution.can_resolve(name):
-            raise self._not_found(name)
-
-    def check_worth_a_try(self, name: str) -> None:
-        """Raise the last error of an adapter again, while its pause after several failures lasts."""
-        entry = self._residency.current.get(name)
-        if entry is None or entry.location is Location.DISK:
-            self._residency.failures.check(name, _now())
-
-    async def acquire(
-        self, name: str, tenant: str | None = None, check: Callable[[], None] = lambda: None
-    ) -> AdapterEntry:
-        """Return the current version; if there is none, register what the resolver finds for ``tenant``.
-
-        ``check`` is an argument of :meth:`Resolution.locate`, whose errors it raises.
-        """
-        entry = self._residency.current.get(name)
-        if entry is not None:
-            return entry
-        if "@" in name:
-            return self._version(name)
-        self.check_known(name)
-        source = self._fetched.get(name)
-        where = await self._resolution.locate(name, source, tenant, check)
-        entry = self._residency.current.get(name)
-        if entry is not None:  # another one who waited was first
-            return entry
-        if source is not None and self._fetched.get(name) != source:  # unloaded meanwhile
-            raise self._not_found(name)
-        self._fetched[name] = source
-        return self._publish(name, where, found=True)
-
-    def _version(self, name: str) -> AdapterEntry:
-        """The version that "name@version" stands for, if it lives: the current one, or one that was replaced
-        and still has requests. Raises AdapterNotFound."""
-        label, _, version = name.rpartition("@")
-        current = self.find(label)
-        if version == str(current.version):
-            return current
-        entry = self._residency.by_policy_name.get(name)
-        if entry is None:
-            raise AdapterNotFound(
-                f"this version does not live: the current one is {current.version}, and one that was "
-                "replaced "
-                "goes when its last request has ended",
-                name=name,
-            )
-        return entry
-
-    def _not_found(self, name: str) -> AdapterNotFound:
-        current = self._residency.current
-        known = ", ".join(islice(current, 20)) or "none"
-        more = f" and {len(current) - 20} more" if len(current) > 20 else ""
-        return AdapterNotFound(
-            f"not registered; load it with load_adapter or register_adapter (known: {known}{more})", name=name
-        )
 
     # Registering
 
@@ -163,21 +54,15 @@ class AdapterOps:
         if known is not None:
             check_same_path(name, known, where)
         elif is_source(where):
-            self._fetched[name] = where
+            self._names.fetched[name] = where
         else:
-            self._publish(name, where)
+            self._names.publish(name, where)
         return self.info(name)
-
-    def _publish(self, name: str, where: str, *, found: bool = False) -> AdapterEntry:
-        entry = self._residency.declare(name, where, found=found)
-        self._residency.publish(entry, _now())
-        self._stepper.wake()
-        return entry
 
     def _registered_path(self, name: str) -> str | None:
         """Return the path as it was given; None if the name is free."""
         entry = self._residency.current.get(name)
-        return self._fetched.get(name) or (None if entry is None else entry.path)
+        return self._names.fetched.get(name) or (None if entry is None else entry.path)
 
     # Loading
 
@@ -205,11 +90,11 @@ class AdapterOps:
 
     async def labels(self, name: str) -> int:
         """How many labels the head of the current version has; reads it if it never was read."""
-        self.check_known(name)
-        entry = await self.acquire(name)
+        self._names.check_known(name)
+        entry = await self._names.acquire(name)
         if not entry.digest:
             await self.load(entry.label, None, pin=False, replace=False)
-            entry = await self.acquire(name)
+            entry = await self._names.acquire(name)
         return entry.labels
 
     @contextmanager
@@ -245,8 +130,8 @@ class AdapterOps:
         if source is not None and known is not None and not replace:
             check_same_path(name, known, source)
             source = None  # it is the registered one
-        if source is None and not (replace and self.is_registered(name)):
-            entry = await self.acquire(name, check=lambda: self._check_not_unloaded(name))
+        if source is None and not (replace and self._names.is_registered(name)):
+            entry = await self._names.acquire(name, check=lambda: self._check_not_unloaded(name))
         else:
             entry = await self._new_version(name, source)
         await self._read(entry, pin=pin)
@@ -257,7 +142,7 @@ class AdapterOps:
         if known is not None and not replace:
             check_same_path(name, known, path)
         await self._read(self._residency.declare(name, path, files=held), pin=pin)
-        self._fetched.pop(name, None)
+        self._names.fetched.pop(name, None)
 
     def holds(self, held: AdapterFiles) -> bool:
         """Whether a version has these files."""
@@ -266,9 +151,9 @@ class AdapterOps:
     def _found_at(self, name: str, source: str | None) -> None:
         """Note the path that the current version was given by, if any."""
         if source is not None:
-            self._fetched.pop(name, None)
+            self._names.fetched.pop(name, None)
             if is_source(source):
-                self._fetched[name] = source
+                self._names.fetched[name] = source
 
     @contextmanager
     def _under_way(self, name: str) -> Iterator[None]:
@@ -290,14 +175,14 @@ class AdapterOps:
     async def _new_version(self, name: str, source: str | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
         looked up again if necessary."""
-        if source is None and name not in self._fetched:
-            current = self.find(name)
+        if source is None and name not in self._names.fetched:
+            current = self._names.find(name)
             files = None if current.files is None else current.files.share()
             return self._residency.declare(name, current.path, files=files)
         if source is not None and not is_source(source):
             return self._residency.declare(name, source)
-        where = await self._resolution.locate(
-            name, source or self._fetched[name], check=lambda: self._check_not_unloaded(name)
+        where = await self._names.lookups.locate(
+            name, source or self._names.fetched[name], check=lambda: self._check_not_unloaded(name)
         )
         return self._residency.declare(name, where, found=True)
 
@@ -359,12 +244,12 @@ class AdapterOps:
     async def unload(self, name: str, *, force: bool) -> None:
         was_loading = name in self._loading
         async with self._loads_ended(name):
-            was_fetched = self._fetched.pop(name, None) is not None
-            if not self.is_registered(name) and (was_fetched or was_loading):
+            was_fetched = self._names.fetched.pop(name, None) is not None
+            if not self._names.is_registered(name) and (was_fetched or was_loading):
                 return  # never needed so far, or its load was ended: there is nothing to free
-            entry = self.find(name)
+            entry = self._names.find(name)
             self._stepper.check_goes_on()
-            self._mixes.forget(name, _now())
+            self._names.mixes.forget(name, _now())
             self._residency.retire(entry, _now())
             if force:
                 self._abort_all(entry)
@@ -395,7 +280,7 @@ class AdapterOps:
         return await self.load(name, None, pin=True, replace=False, force_pin=force)
 
     async def unpin(self, name: str) -> AdapterInfo:
-        self._pins.unpin(self.find(name), _now())
+        self._pins.unpin(self._names.find(name), _now())
         self._stepper.wake()
         return self.info(name)
 
@@ -403,11 +288,11 @@ class AdapterOps:
 
     def list(self) -> list[AdapterInfo]:
         current = self._residency.current.values()
-        registered = [adapter_info(entry) for entry in current if not self._mixes.is_mix(entry)]
+        registered = [adapter_info(entry) for entry in current if not self._names.mixes.is_mix(entry)]
         return registered + [
             not_fetched(name, path)
-            for name, path in self._fetched.items()
-            if path is not None and not self.is_registered(name)
+            for name, path in self._names.fetched.items()
+            if path is not None and not self._names.is_registered(name)
         ]
 
     def resident(self) -> Sequence[AdapterInfo]:
@@ -416,14 +301,14 @@ class AdapterOps:
 
     def info(self, name: str) -> AdapterInfo:
         """Raises AdapterNotFound."""
-        path = self._fetched.get(name)
-        if path is not None and not self.is_registered(name):
+        path = self._names.fetched.get(name)
+        if path is not None and not self._names.is_registered(name):
             return not_fetched(name, path)
-        return adapter_info(self.find(name))
+        return adapter_info(self._names.find(name))
 
     def close(self, error: AioEngineError) -> None:
         """Stop all look-ups; callers that wait for one get ``error``."""
-        self._resolution.close(error)
+        self._names.lookups.close(error)
 
 
 def _now() -> float:

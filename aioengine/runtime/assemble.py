@@ -17,7 +17,8 @@ from aioengine.adapters.loader import AdapterLoader
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
-from aioengine.config import EngineConfig, LoRAConfig, format_bytes
+from aioengine.checks import format_bytes
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.core import CoreLimits
 from aioengine.errors import PolicyError
 from aioengine.executors.base import Device

@@ -9,14 +9,15 @@ from typing import Any
 import msgspec
 
 from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.step_results import finish_reason
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, check_text
-from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.continuation import check_output, replayed
 from aioengine.runtime.loop import Stepper
 from aioengine.runtime.output_stream import OutputStream, OutputText
+from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.text_work import SHORT, TextWork
 
 
@@ -26,7 +27,7 @@ class Submitter:
     def __init__(
         self,
         stepper: Stepper,
-        adapters: AdapterOps,
+        adapters: AdapterNames,
         parts: Built,
         *,
         text_work: TextWork,
@@ -132,7 +133,7 @@ class Submitter:
     def _end_if_complete(self, request: Request, text: OutputText) -> None:
         """End a request whose given output is already complete."""
         if request.given:
-            finish = self._core.finish_reason(request, request.tokens[-1])
+            finish = finish_reason(request, request.tokens[-1])
             if isinstance(text.stop, str):
                 finish = "stop"
             if finish is not None:

@@ -1,4 +1,7 @@
-"""What the dashboard shows: titles, explanations, units and PromQL."""
+"""The dashboard's charts: titles, explanations, units and PromQL.
+
+The file is long because it is one table, in the order of the dashboard's rows.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Names and units follow the Prometheus conventions: seconds, bytes, ratios (0 to 1), ``_total`` on
 counters. Each series also carries the label ``engine``, which is not repeated here.
+
+The file is long because it is one table, which is read whole and edited by the line.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from functools import cached_property
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain, islice, takewhile
 from typing import NamedTuple
@@ -20,14 +19,13 @@ from typing import NamedTuple
 from aioengine.schedulers.parts.base import Ordering, Replacement
 from aioengine.schedulers.parts.clients import Client, Clients, Waiting, rank
 from aioengine.schedulers.parts.slot_pool import lacking
+from aioengine.schedulers.parts.spare_slots import HeldSlot, RoomByBytes, SpareSlots, slot_of
 from aioengine.schedulers.policy import (
     AdapterView,
     Location,
     Place,
     RequestView,
     SchedulerView,
-    SlotState,
-    SlotView,
 )
 
 SCAN_LIMIT = 128
@@ -58,15 +56,6 @@ class SlotChanges(NamedTuple):
     """Examined adapters that wait for a slot, in the order of turns."""
 
 
-class _Held(NamedTuple):
-    """A slot that other adapters could get."""
-
-    slot: SlotView
-    name: str
-    users: tuple[Client, ...]
-    """Clients that run in it or wait for its adapter."""
-
-
 class _Counts(dict[Client, int]):
     """Counts of clients that change during a decision."""
 
@@ -75,95 +64,6 @@ class _Counts(dict[Client, int]):
 
     def __missing__(self, client: Client) -> int:
         return self._of(client)
-
-
-class _Spare:
-    """Free slots, and idle ones whose adapters no request waits for, the least valuable first."""
-
-    def __init__(
-        self, view: SchedulerView, replace: Replacement, names: Sequence[str | None], clients: Clients
-    ) -> None:
-        self._view, self._replace, self._clients = view, replace, clients
-        self._free = [i for i, name in enumerate(names) if name is None] if None in names else []
-        self._memory = view.memory if view.memory.elastic else None
-        self.free_bytes = 0 if self._memory is None else self._memory.free
-        """What is free of the memory that slots share, if they do."""
-        self.taken: set[str] = set()
-        """Adapters whose slots have been given away."""
-
-    def has_any(self) -> bool:
-        return self._has_unwanted() or bool(self._free and (self._memory is None or self.free_bytes > 0))
-
-    def take(self, name: str) -> tuple[Place, list[str]] | None:
-        """A slot for an adapter, and the adapters that leave for it; only if there is a slot. None if too few
-        bytes can be had."""
-        if self._memory is None:
-            if self._free:
-                return Place(name, self._free.pop()), []
-            return Place(name, self._leave().index), []
-        need = self._memory.bytes_of(name)
-        names = [slot.adapter for slot in self._unwanted if slot.adapter not in self.taken]
-        if need > self.free_bytes + sum(self._memory.bytes_of(name) for name in names if name is not None):
-            return None
-        evict = self.make_room(need)
-        self._free.pop()
-        self.free_bytes -= need
-        return Place(name), evict
-
-    def make_room(self, need: int) -> list[str]:
-        """Have adapters that no request waits for leave, until ``need`` bytes of the memory and a slot are
-        free, or all of them have left."""
-        assert self._memory is not None
-        evict: list[str] = []
-        while (need > self.free_bytes or not self._free) and self._has_unwanted():
-            slot = self._leave()
-            assert slot.adapter is not None
-            self._free.append(slot.index)
-            self.free_bytes += self._memory.bytes_of(slot.adapter)
-            evict.append(slot.adapter)
-        return evict
-
-    def _leave(self) -> SlotView:
-        slot = self._unwanted.pop()
-        assert slot.adapter is not None
-        self.taken.add(slot.adapter)
-        return slot
-
-    def _has_unwanted(self) -> bool:
-        while self._unwanted and self._unwanted[-1].adapter in self.taken:
-            self._unwanted.pop()
-        return bool(self._unwanted)
-
-    @cached_property
-    def _unwanted(self) -> list[SlotView]:
-        scored: list[tuple[float, int, SlotView]] = []
-        for name in self._clients.idle:
-            if name is not None and not self._clients.waiting_for(name):
-                adapter = self._view.adapters[name]
-                slot = _slot_of(self._view, adapter)
-                if slot is not None:
-                    scored.append((self._replace.score(self._view, slot, adapter), slot.index, slot))
-        return [slot for _, _, slot in sorted(scored, key=lambda item: item[:2], reverse=True)]
-
-
-class _ByBytes:
-    """The slots that make room for an adapter in the memory that they share."""
-
-    def __init__(self, view: SchedulerView, spare: _Spare, name: str, refused: int) -> None:
-        self.name = name
-        self.refused = refused
-        """How often the core found no room although bytes enough were free: then more is freed."""
-        self.found: list[_Held] = []
-        self.missing = view.memory.bytes_of(name) * (1 + refused)
-        """Bytes."""
-        self.evict = spare.make_room(self.missing)
-        self.missing -= spare.free_bytes
-        spare.free_bytes = max(0, -self.missing)
-        self._view = view
-
-    def add(self, found: _Held) -> None:
-        self.found.append(found)
-        self.missing -= self._view.memory.bytes_of(found.name)
 
 
 class Shares:
@@ -299,7 +199,7 @@ class Shares:
         changes = SlotChanges([], [], set(), [], [], [])
         names = [slot.adapter for slot in view.slots]
         self.clients.set_slots(names)
-        spare = _Spare(view, replace, names, self.clients)
+        spare = SpareSlots(view, replace, names, self.clients)
         held = _Counts(lambda client: client.held)
         claims = _Counts(lambda client: client.held)  # and what they will have when it has been read
         share = self._slot_share(view) if self._equal else 1
@@ -338,7 +238,7 @@ class Shares:
                 continue
             tries -= 1
             missing = lacking(view, adapter)
-            by_bytes = _ByBytes(view, spare, name, refused) if view.memory.elastic else None
+            by_bytes = RoomByBytes(view, spare, name, refused) if view.memory.elastic else None
             while found := self._choose(view, client, entry, held, share, under, settling, taken):
                 taken.add(found.name)
                 for user in found.users:
@@ -368,7 +268,7 @@ class Shares:
         self._asked = asked
         return changes
 
-    def _make_way(self, view: SchedulerView, changes: SlotChanges, room: _ByBytes, under: bool) -> None:
+    def _make_way(self, view: SchedulerView, changes: SlotChanges, room: RoomByBytes, under: bool) -> None:
         """Empty the slots that were found, or close them until they are idle. If they are too few, they are
         closed all the same: what becomes free is kept for the adapter by its turn."""
         changes.evict.extend(room.evict)
@@ -429,7 +329,7 @@ class Shares:
         under: bool,
         settling: set[str | None],
         taken: set[str],
-    ) -> _Held | None:
+    ) -> HeldSlot | None:
         """Choose the slot for a tenant's adapter: an idle one, else the one in which the least was
         computed."""
         aged = view.now - entry.arrival >= self._max_wait
@@ -439,7 +339,7 @@ class Shares:
         if not (aged or (under and rich)):
             return None
 
-        def can_be_had(name: str) -> _Held | None:
+        def can_be_had(name: str) -> HeldSlot | None:
             users = tuple(clients.users(name))
             least = min([held[user] for user in users], default=share + 1)
             settled = name not in settling
@@ -458,10 +358,10 @@ class Shares:
                 or (not may_preempt and name not in clients.idle)
             ):
                 return None
-            slot = _slot_of(view, view.adapters[name])
-            return None if slot is None else _Held(slot, name, users)
+            slot = slot_of(view, view.adapters[name])
+            return None if slot is None else HeldSlot(slot, name, users)
 
-        def among(names: Iterable[str | None]) -> list[_Held]:
+        def among(names: Iterable[str | None]) -> list[HeldSlot]:
             fresh = (name for name in names if name in clients.in_slots and name not in taken)
             return [found for name in fresh if name is not None and (found := can_be_had(name))]
 
@@ -477,17 +377,11 @@ class Shares:
             return min(able, key=lambda o: (computed.get(o.name, 0), o.slot.last_used))
         return min(able, key=lambda o: o.slot.last_used, default=None)
 
-    def _empty(self, view: SchedulerView, found: _Held) -> list[str]:
+    def _empty(self, view: SchedulerView, found: HeldSlot) -> list[str]:
         """Preempt the requests that run in a slot."""
         if found.slot.running == 0:
             return []
         return self._preempt(view, [r for r in view.running if r.adapter == found.name])
-
-
-def _slot_of(view: SchedulerView, adapter: AdapterView) -> SlotView | None:
-    """Return the slot that it could give up."""
-    slot = None if adapter.slot is None else view.slots[adapter.slot]
-    return slot if slot is not None and slot.state is SlotState.READY and not slot.pinned else None
 
 
 def _can_be_read(view: SchedulerView, adapter: AdapterView) -> bool:

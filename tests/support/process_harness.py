@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aioengine.executors.process import workers
+from aioengine.executors.process import spawn
 
-WORKERS = {workers.WORKER_MODULE, "support.faulty_worker"}
+WORKERS = {spawn.WORKER_MODULE, "support.faulty_worker"}
 
 
 def worker_pids(of: int | None = None) -> list[int]:
@@ -71,4 +71,4 @@ async def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nothi
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers run :mod:`support.faulty_worker`."""
-    monkeypatch.setattr(workers, "WORKER_MODULE", "support.faulty_worker")
+    monkeypatch.setattr(spawn, "WORKER_MODULE", "support.faulty_worker")

@@ -7,17 +7,17 @@ engine does not perform is refused with its reason; nothing is ignored silently.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
 from aioengine.adapters.peft.folder import CONFIG_FILE
 from aioengine.adapters.peft.patterns import Pattern, PatternError
+from aioengine.adapters.peft.unsupported import MERGE, Invalid, refuse_unsupported, short
 from aioengine.errors import AdapterInvalid
 
 ALL_LINEAR = "all-linear"
@@ -29,83 +29,6 @@ model."""
 MAX_EXPRESSIONS = 64
 """Maximum number of patterns that are more than a plain module name."""
 
-# Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
-# loftq, lora_ga) subtract their start from the base weights, which the adapter file does not carry.
-# PEFT resets the field to true when it converts such an adapter to plain LoRA on saving.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-
-MERGE = "merge the adapter into the base model with PEFT's merge_and_unload, and serve that as a model"
-_CONVERT = "make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...)"
-_TRAIN = "train a LoRA adapter in its place"
-
-# The methods of which PEFT can make a LoRA adapter, and those that change no weights.
-_CONVERTIBLE = frozenset(
-    (
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "GRALORA",
-        "HIRA",
-        "LOHA",
-        "LOKR",
-        "MISS",
-        "PSOFT",
-        "RANDLORA",
-        "SHIRA",
-        "TINYLORA",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    )
-)
-_PROMPTS = frozenset(
-    (
-        "ADAPTION_PROMPT",
-        "CARTRIDGE",
-        "CPT",
-        "MULTITASK_PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
-    )
-)
-
-_UNSUPPORTED = {
-    "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
-    "alora_invocation_tokens": f"activated LoRA (aLoRA) is not supported: {_TRAIN}",
-    "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
-    "target_parameters": f"LoRA on bare parameters (expert weights) is not supported: {MERGE}",
-    "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",
-    "use_qalora": f"QA-LoRA pools its inputs, which is not supported: {_TRAIN}",
-    "use_bdlora": f"block-diagonal LoRA is not supported: {MERGE}",
-    "monteclora_config": f"MonteCLoRA is not supported: {MERGE}",
-    "kasa_config": f"KaSA is not supported: {MERGE}",
-    "arrow_config": f"Arrow routing is not supported: {_TRAIN}",
-}
-
-# Fields that do not change what the saved A and B compute: provenance, training-only settings, and
-# fan_in_fan_out, which tells how the *base* weight is stored (A is [r, in], B [out, r] anyway).
-_NEUTRAL = frozenset(
-    (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "merge_weights",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "velora_config",
-    )
-)
 _USED = frozenset(
     (
         "peft_type",
@@ -226,7 +149,7 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise AdapterInvalid(f"{CONFIG_FILE}: not valid JSON: {error}", name=name, path=path) from error
     raw = {field: _decoded(field, fields[field], invalid) for field in _USED if field in fields}
-    _refuse_unsupported(raw, fields, invalid)
+    refuse_unsupported(raw, fields, _USED, invalid)
 
     target, layers = raw.get("target_modules"), raw.get("layers_to_transform")
     patterns = raw.get("layers_pattern") or []
@@ -272,7 +195,6 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
 
 
 T = TypeVar("T")
-Invalid = Callable[[str], NoReturn]
 
 
 def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
@@ -281,89 +203,42 @@ def _decoded(field: str, text: msgspec.Raw, invalid: Invalid) -> object:
     try:
         return _VALUE.decode(text)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        invalid(f"{field}={_short(text)}: {error}")
-
-
-def _is_set(text: msgspec.Raw) -> bool:
-    """Whether a field has an effect: null, false, 0 and empty values have none."""
-    try:
-        return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
-    except (msgspec.MsgspecError, UnicodeError):
-        return True
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, msgspec.Raw], invalid: Invalid) -> None:
-    peft_type = raw.get("peft_type")
-    if not isinstance(peft_type, str):
-        invalid(f"peft_type={_short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
-    if peft_type != "LORA":
-        todo = _TRAIN if peft_type in _PROMPTS else MERGE
-        if peft_type in _CONVERTIBLE:
-            todo = f"{_CONVERT}, or {MERGE}"
-        invalid(f"peft_type={_short(peft_type)}: only 'LORA' is supported: {todo}")
-    for field, reason in _UNSUPPORTED.items():
-        if field in fields and _is_set(fields[field]):
-            invalid(f"{field}={_short(fields[field])}: {reason}")
-    bias = raw.get("bias")
-    if bias not in (None, "none"):
-        invalid(f"bias={_short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}")
-    init = raw.get("init_lora_weights", True)
-    if init is not None and not isinstance(init, bool) and init not in list(_PLAIN_INITS):
-        invalid(
-            f"init_lora_weights={_short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
-            "other initialisations change the base model's weights, so that A and B alone do not "
-            "carry the adapter: save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-    for field, value in fields.items():
-        known = field in _NEUTRAL or field in _USED or field in _UNSUPPORTED
-        if not known and _is_set(value):
-            invalid(
-                f"unknown field {field[:80]!r} = {_short(value)} may change what the adapter "
-                "computes; remove it if it is only a note"
-            )
+        invalid(f"{field}={short(text)}: {error}")
 
 
 def _heads(value: object, invalid: Invalid) -> frozenset[str]:
     names = _strings("modules_to_save", value or [], invalid)
     if not set(names) <= set(HEAD_MODULES):
         invalid(
-            f"modules_to_save={_short(value)}: only a classification head ({' or '.join(HEAD_MODULES)}) "
+            f"modules_to_save={short(value)}: only a classification head ({' or '.join(HEAD_MODULES)}) "
             "can be swapped: "
             "train without other modules (target_modules may name lm_head and embed_tokens), or " + MERGE
         )
     return frozenset(names)
 
 
-def _short(value: object) -> str:
-    if isinstance(value, msgspec.Raw):
-        text = bytes(value)[:100].decode("utf-8", "replace")
-    else:
-        text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _rank(field: str, value: object, invalid: Invalid) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        invalid(f"{field}={_short(value)}: expected a positive integer (the rank)")
+        invalid(f"{field}={short(value)}: expected a positive integer (the rank)")
     return value
 
 
 def _number(field: str, value: object, invalid: Invalid) -> float:
     # Bounded rather than math.isfinite, which overflows on JSON's unbounded integers.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e30 < value < 1e30:
-        invalid(f"{field}={_short(value)}: expected a finite number")
+        invalid(f"{field}={short(value)}: expected a finite number")
     return float(value)
 
 
 def _bool(field: str, value: object, invalid: Invalid) -> bool:
     if value is not None and not isinstance(value, bool):
-        invalid(f"{field}={_short(value)}: expected true or false")
+        invalid(f"{field}={short(value)}: expected true or false")
     return bool(value)
 
 
 def _strings(field: str, value: object, invalid: Invalid) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        invalid(f"{field}={_short(value)}: expected a list of strings")
+        invalid(f"{field}={short(value)}: expected a list of strings")
     return value
 
 
@@ -373,7 +248,7 @@ def _regex(
     try:
         return Pattern(pattern, before=before, after=after, whole=whole)
     except PatternError as error:
-        invalid(f"{field}: the regular expression {_short(pattern)} {error}; name the modules instead")
+        invalid(f"{field}: the regular expression {short(pattern)} {error}; name the modules instead")
 
 
 def _bounded(field: str, patterns: Sequence[Pattern], invalid: Invalid) -> tuple[Pattern, ...]:
@@ -392,7 +267,7 @@ def _modules(field: str, value: object, invalid: Invalid) -> Pattern | frozenset
 def _layers(value: object, invalid: Invalid) -> frozenset[int]:
     items = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        invalid(f"layers_to_transform={_short(value)}: expected an integer or a list of integers")
+        invalid(f"layers_to_transform={short(value)}: expected an integer or a list of integers")
     return frozenset(items)
 
 
@@ -403,7 +278,7 @@ def _patterns(
     if value is None:
         return ()
     if not isinstance(value, dict):
-        invalid(f"{field}={_short(value)}: expected an object of module pattern -> value")
+        invalid(f"{field}={short(value)}: expected an object of module pattern -> value")
     keys = list(value)[: MAX_PATTERNS + 1]
     patterns = [_regex(field, key, invalid, before=r"(.*\.)?(", after=")$") for key in keys]
     return tuple(

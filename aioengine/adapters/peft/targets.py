@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-from aioengine.adapters.peft.config import MERGE, PeftLoraConfig
+from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.errors import AdapterTooLarge
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
 

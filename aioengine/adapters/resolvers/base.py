@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from aioengine.adapters.peft.folder import BIN_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE
 from aioengine.adapters.read_threads import ReadThreads
-from aioengine.config import format_bytes
+from aioengine.checks import format_bytes
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 
 T = TypeVar("T")

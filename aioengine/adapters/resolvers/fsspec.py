@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES
 from aioengine.adapters.resolvers.base import WEIGHTS_FILES, BlockingResolver, is_plain_name, too_large
 from aioengine.adapters.resolvers.local_copies import LocalCopies
-from aioengine.config import format_bytes, parse_bytes
+from aioengine.checks import format_bytes, parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.cache import cache_root
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aioengine.adapters.peft.folder import CONFIG_FILE
 from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, too_large
-from aioengine.config import parse_bytes
+from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import HubId, download, has_hub, parse_hub_id
 

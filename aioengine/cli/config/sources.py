@@ -12,8 +12,8 @@ from typing import Any
 from cyclopts import App
 from cyclopts.config import Dict, Env
 
+from aioengine.checks import nearest
 from aioengine.cli.config.file import server_table
-from aioengine.config import nearest
 from aioengine.errors import ConfigError
 
 PREFIX = "AIOENGINE_"

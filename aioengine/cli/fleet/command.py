@@ -85,7 +85,7 @@ def drain(
         replica: Its name, as ``aioengine fleet status`` prints it.
         undo: Have it take requests again.
     """
-    from aioengine.config import nearest
+    from aioengine.checks import nearest
 
     names = [row["replica"] for row in _described(app_name)]
     if replica not in names:

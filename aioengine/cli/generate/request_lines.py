@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from aioengine.config import nearest
+from aioengine.checks import nearest
 from aioengine.errors import RequestInvalid
 from aioengine.request import Prompt, SamplingParams
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from aioengine.config import format_bytes
+from aioengine.checks import format_bytes
 from aioengine.engine import AsyncEngine
 
 logger = logging.getLogger("aioengine.server")

@@ -2,6 +2,9 @@
 
 This is bookkeeping only. It says which moves to start; the shell carries them out and reports back
 through ``loaded``, ``load_failed``, ``placed`` and ``place_failed``.
+
+The file is long because it holds every change of an adapter's place: each of them relies on what the others
+leave behind.
 """
 
 from __future__ import annotations
@@ -12,19 +15,11 @@ from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window, rounded
 from aioengine.core.adapters.cpu_cache import CpuCache, Order, least_recently_used
 from aioengine.core.adapters.failures import Failures
+from aioengine.core.adapters.moves import CopyMove, DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
 from aioengine.core.guard import Tell
-from aioengine.core.state import (
-    AdapterEntry,
-    AdapterFiles,
-    CopyMove,
-    DropMove,
-    LoadMove,
-    Move,
-    ReleaseMove,
-    StopMove,
-)
+from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers.policy import Location
 

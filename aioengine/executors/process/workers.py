@@ -7,17 +7,17 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, ConfigError, EngineDead
+from aioengine.executors.process.spawn import WorkerConnection, run_to_completion, spawn
 from aioengine.executors.process.wire import (
     Answer,
     Broken,
@@ -33,11 +33,8 @@ from aioengine.executors.process.wire import (
     frame,
     read_report,
 )
-from aioengine.executors.process.worker_output import WorkerOutput
 from aioengine.info import LoadProgress
 
-WORKER_MODULE = "aioengine.executors.process.worker"
-"""Module that a worker process runs."""
 CLOSE_SECONDS = 5.0
 """Time after which workers that have not ended are killed."""
 EXIT_SECONDS = 1.0
@@ -91,37 +88,6 @@ class Call:
         return found
 
 
-class WorkerProcess(Protocol):
-    """The process of a worker."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def kill(self) -> None:
-        """End it at once. May raise ProcessLookupError if it has ended."""
-
-    async def wait(self) -> int | None:
-        """Wait until it has ended. Returns its exit status; None if nobody knows it."""
-
-
-class WorkerConnection:
-    """A worker, and the stream to it."""
-
-    def __init__(
-        self,
-        rank: int,
-        process: WorkerProcess,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        output: WorkerOutput | None = None,
-    ) -> None:
-        self.rank = rank
-        self.output = output
-        self.process = process
-        self.reader = reader
-        self.writer = writer
-
-
 class Workers:
     """Started once and closed once; all methods are called on one loop.
 
@@ -166,7 +132,7 @@ class Workers:
         """
         folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
         try:
-            await _to_its_end(self._spawn())
+            await run_to_completion(self._spawn())
             plans = await self._start(self._meeting(folder)).of(Planned)
             if folder is not None:
                 shutil.rmtree(folder)  # they have found each other
@@ -186,7 +152,7 @@ class Workers:
 
     async def close(self) -> None:
         """End all of them, and wait until they have. Safe to call twice."""
-        await _to_its_end(self._close())
+        await run_to_completion(self._close())
 
     async def _close(self) -> None:
         self._closing = True
@@ -211,8 +177,7 @@ class Workers:
     async def _spawn(self) -> None:
         if sys.platform == "win32" or not sys.executable:
             raise ConfigError("executor='process': needs a POSIX system and sys.executable; use 'thread'")
-        environment = _environment()
-        spawning = (_spawn_one(rank, environment) for rank in range(self.size))
+        spawning = (spawn(rank) for rank in range(self.size))
         found = await asyncio.gather(*spawning, return_exceptions=True)
         for worker in found:
             if isinstance(worker, WorkerConnection):
@@ -320,70 +285,6 @@ class Workers:
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.kill()
-
-
-async def _spawn_one(rank: int, environment: dict[str, str]) -> WorkerConnection:
-    ours, theirs = socket.socketpair()
-    output = WorkerOutput(rank)
-    try:
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # nothing in the current folder may stand in for a module
-                "-m",
-                WORKER_MODULE,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output.inlet,
-                stderr=output.inlet,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-            )
-    except BaseException:
-        ours.close()
-        output.close()
-        raise
-    try:
-        await output.follow()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-    except BaseException:
-        ours.close()
-        process.kill()
-        await process.wait()
-        raise
-    return WorkerConnection(rank, process, reader, writer, output)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """What would leave processes behind if it were cut off, however often that is tried; after that the
-    cancellation is raised."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        task.exception()  # nobody else will ask
-        raise cancelled
-    task.result()
-
-
-def _environment() -> dict[str, str]:
-    """A worker finds the modules that this process does, gloo talks over the loopback interface, and OpenMP's
-    threads soon sleep where they wait for each other."""
-    environment = dict(os.environ)
-    folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
-    environment["PYTHONPATH"] = os.pathsep.join(folders)
-    environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
-    if "OMP_WAIT_POLICY" not in environment:
-        # If the application computes, one of a team's threads may have to wait for a core. After each of
-        # torch's operations the others would spin for a millisecond, on the very core that it waits for.
-        environment.setdefault("GOMP_SPINCOUNT", "1000")
-    # It looks into the rendezvous file, which is gone by then.
-    environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    return environment
 
 
 def rank_threads(size: int) -> int:

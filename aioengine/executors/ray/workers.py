@@ -15,7 +15,8 @@ import time
 from typing import Any
 
 from aioengine.errors import ConfigError, EngineDead
-from aioengine.executors.process.workers import WorkerConnection, Workers, rank_threads
+from aioengine.executors.process.spawn import WorkerConnection
+from aioengine.executors.process.workers import Workers, rank_threads
 from aioengine.executors.ray.actor import RankActor
 from aioengine.memory_plan import resolve_device
 
@@ -142,7 +143,7 @@ class RayWorkers(Workers):
 
 
 class _Actor:
-    """An actor, as far as a :class:`~aioengine.executors.process.workers.WorkerProcess` is needed of it."""
+    """An actor, as far as a :class:`~aioengine.executors.process.spawn.WorkerProcess` is needed of it."""
 
     def __init__(self, handle: Any, pid: int) -> None:
         self.handle = handle

@@ -1,4 +1,7 @@
-"""The replicas as a door knows them: channels, routing, and what happens when one is lost."""
+"""The replicas as a door knows them: channels, routing, and what happens when one is lost.
+
+The file is long because a request, its channel and its replica change together here.
+"""
 
 from __future__ import annotations
 

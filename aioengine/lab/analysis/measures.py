@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from aioengine.config import nearest
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.report.style import Scale, digits_scale, seconds_scale, share_scale
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from aioengine.checks import check_integer, check_number
-from aioengine.config import EngineConfig, refuse_unknown
+from aioengine.checks import check_integer, check_number, refuse_unknown
+from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes
 from aioengine.memory_plan import MemoryPlan, plan_memory

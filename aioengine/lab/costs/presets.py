@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from aioengine.config import nearest
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel
 

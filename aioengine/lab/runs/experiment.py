@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from aioengine.checks import check_integer, check_seconds
-from aioengine.config import EngineConfig, LoRAConfig, from_plain, refuse_unknown
+from aioengine.checks import check_integer, check_seconds, from_plain, refuse_unknown
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aioengine.config import nearest
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.statistics import Estimate
 from aioengine.lab.analysis.summary import times_of

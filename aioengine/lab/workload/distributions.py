@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from random import Random
 
-from aioengine.config import nearest, parse_bytes
+from aioengine.checks import nearest, parse_bytes
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.random_streams import Weighted, log_normal, stream
 from aioengine.lab.workload.requests import AdapterShape

@@ -7,8 +7,7 @@ from typing import Any, Self
 
 import msgspec
 
-from aioengine.checks import check_integer, check_number
-from aioengine.config import from_plain
+from aioengine.checks import check_integer, check_number, from_plain
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes

@@ -35,7 +35,7 @@ from typing import BinaryIO, NamedTuple, cast
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from aioengine.config import nearest
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.distributions import MAX_TOKENS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aioengine.config import nearest
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.cache import EMBEDDED_MODEL

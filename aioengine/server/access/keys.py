@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from aioengine.config import nearest, refuse_unknown
+from aioengine.checks import nearest, refuse_unknown
 from aioengine.errors import ConfigError
 
 Scope = Literal["metrics", "generate", "adapters", "admin"]

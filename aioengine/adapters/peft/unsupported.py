@@ -1,0 +1,148 @@
+"""PEFT settings that cannot be served, and what to do about each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, NoReturn
+
+import msgspec
+
+Invalid = Callable[[str], NoReturn]
+"""Raises AdapterInvalid with a reason."""
+
+# Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
+# loftq, lora_ga) subtract their start from the base weights, which the adapter file does not carry.
+# PEFT resets the field to true when it converts such an adapter to plain LoRA on saving.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+
+MERGE = "merge the adapter into the base model with PEFT's merge_and_unload, and serve that as a model"
+_CONVERT = "make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...)"
+_TRAIN = "train a LoRA adapter in its place"
+
+# The methods of which PEFT can make a LoRA adapter, and those that change no weights.
+_CONVERTIBLE = frozenset(
+    (
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "HIRA",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "PSOFT",
+        "RANDLORA",
+        "SHIRA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    )
+)
+_PROMPTS = frozenset(
+    (
+        "ADAPTION_PROMPT",
+        "CARTRIDGE",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+    )
+)
+
+_UNSUPPORTED = {
+    "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
+    "alora_invocation_tokens": f"activated LoRA (aLoRA) is not supported: {_TRAIN}",
+    "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
+    "target_parameters": f"LoRA on bare parameters (expert weights) is not supported: {MERGE}",
+    "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",
+    "use_qalora": f"QA-LoRA pools its inputs, which is not supported: {_TRAIN}",
+    "use_bdlora": f"block-diagonal LoRA is not supported: {MERGE}",
+    "monteclora_config": f"MonteCLoRA is not supported: {MERGE}",
+    "kasa_config": f"KaSA is not supported: {MERGE}",
+    "arrow_config": f"Arrow routing is not supported: {_TRAIN}",
+}
+
+# Fields that do not change what the saved A and B compute: provenance, training-only settings, and
+# fan_in_fan_out, which tells how the *base* weight is stored (A is [r, in], B [out, r] anyway).
+_NEUTRAL = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "velora_config",
+    )
+)
+
+
+def _is_set(text: msgspec.Raw) -> bool:
+    """Whether a field has an effect: null, false, 0 and empty values have none."""
+    try:
+        return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, UnicodeError):
+        return True
+
+
+def refuse_unsupported(
+    raw: Mapping[str, Any], fields: Mapping[str, msgspec.Raw], used: AbstractSet[str], invalid: Invalid
+) -> None:
+    """Refuse what would change the computation in a way that this engine does not perform.
+
+    Args:
+        raw: The decoded values of the fields in ``used``.
+        fields: All fields of the file.
+        used: Names of the fields that are read elsewhere.
+    """
+    peft_type = raw.get("peft_type")
+    if not isinstance(peft_type, str):
+        invalid(f"peft_type={short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
+    if peft_type != "LORA":
+        todo = _TRAIN if peft_type in _PROMPTS else MERGE
+        if peft_type in _CONVERTIBLE:
+            todo = f"{_CONVERT}, or {MERGE}"
+        invalid(f"peft_type={short(peft_type)}: only 'LORA' is supported: {todo}")
+    for field, reason in _UNSUPPORTED.items():
+        if field in fields and _is_set(fields[field]):
+            invalid(f"{field}={short(fields[field])}: {reason}")
+    bias = raw.get("bias")
+    if bias not in (None, "none"):
+        invalid(f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}")
+    init = raw.get("init_lora_weights", True)
+    if init is not None and not isinstance(init, bool) and init not in list(_PLAIN_INITS):
+        invalid(
+            f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
+            "other initialisations change the base model's weights, so that A and B alone do not "
+            "carry the adapter: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for field, value in fields.items():
+        known = field in _NEUTRAL or field in used or field in _UNSUPPORTED
+        if not known and _is_set(value):
+            invalid(
+                f"unknown field {field[:80]!r} = {short(value)} may change what the adapter "
+                "computes; remove it if it is only a note"
+            )
+
+
+def short(value: object) -> str:
+    """Return a value as JSON, cut to 80 characters, for messages."""
+    if isinstance(value, msgspec.Raw):
+        text = bytes(value)[:100].decode("utf-8", "replace")
+    else:
+        text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

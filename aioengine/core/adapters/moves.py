@@ -1,0 +1,43 @@
+"""Adapter moves: what the core asks its caller to do with an adapter's memory, beside the steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aioengine.core.state import AdapterEntry, AdapterFiles
+
+
+class LoadMove(NamedTuple):
+    """Read an adapter from disk into CPU memory."""
+
+    entry: AdapterEntry
+
+
+class StopMove(NamedTuple):
+    """Cancel the read under way, because the adapter is no longer needed."""
+
+    entry: AdapterEntry
+
+
+class CopyMove(NamedTuple):
+    """Copy an adapter from CPU memory into a slot."""
+
+    entry: AdapterEntry
+    slot: int
+    offset: int | None = None
+    """Where it begins in the slots' memory, in bytes; None where every slot has its place."""
+
+
+class DropMove(NamedTuple):
+    """Free an adapter's CPU memory."""
+
+    entry: AdapterEntry
+
+
+class ReleaseMove(NamedTuple):
+    """Free the files of a version that is gone and was given in memory."""
+
+    files: AdapterFiles
+
+
+Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove

@@ -1,0 +1,201 @@
+"""StepResults: what the result of a step does to the requests that were in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import isfinite, isnan
+from typing import Protocol
+
+from aioengine import events
+from aioengine.core.speculation.drafts import Speculation
+from aioengine.core.state import AdapterEntry, Request, Status, label_of
+from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
+from aioengine.request import FinishReason
+from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
+
+
+class End(Protocol):
+    """Ends a request: ``Core.end``."""
+
+    def __call__(
+        self, request: Request, reason: events.EndReason, now: float, error: Exception | None = None
+    ) -> None: ...
+
+
+class StepResults:
+    """Passes tokens on to the requests' sinks, and ends requests that are done.
+
+    Args:
+        advance: Counts a request's tokens as computed.
+        emit: Takes an event after which the policy may decide otherwise.
+        note: Takes an event that changes nothing for the policy.
+    """
+
+    def __init__(
+        self,
+        *,
+        advance: Callable[[Request, int], None],
+        speculation: Speculation | None,
+        end: End,
+        emit: Callable[[events.Event], None],
+        note: Callable[[events.Event], None],
+    ) -> None:
+        self._advance = advance
+        self._speculation = speculation
+        self._end = end
+        self._emit = emit
+        self._note = note
+
+    def take(
+        self, requests: Sequence[Request], batch: StepBatch, result: StepResult, now: float
+    ) -> tuple[events.TokenInterval, ...]:
+        """Take in the result of ``batch``, in which ``requests`` were, in this order.
+
+        Returns the times between its tokens and the ones before.
+        """
+        before: list[tuple[AdapterEntry | None, float]] = []
+        """For each token but a request's first: the adapter, and the time of the token before."""
+        advance = self._advance
+        rows = zip(requests, batch.sequences, result.sampled, strict=True)
+        for index, (request, work, sampled) in enumerate(rows):
+            if request.status is not Status.RUNNING:
+                continue
+            last = request.last_token
+            if last is not None and sampled is not None and _is_plain(work, sampled):
+                # As below and in _take, for nearly all of the tokens that there are.
+                advance(request, len(work.tokens))
+                request.tokens.append(sampled.token)
+                request.last_token = now
+                before.append((request.adapter, last))
+                if request.worst_gap is None or now - last > request.worst_gap:
+                    request.worst_gap = now - last
+                finish = finish_reason(request, sampled.token)
+                sink = request.sink
+                if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
+                    finish = "stop"
+                if finish is not None:
+                    self._end(request, finish, now)
+            else:
+                self._take_row(index, request, work, result, now, before)
+        return tuple(
+            events.TokenInterval(None if entry is None else entry.label, now - last, tokens)
+            for (entry, last), tokens in Counter(before).items()
+        )
+
+    def _take_row(
+        self,
+        index: int,
+        request: Request,
+        work: SequenceWork,
+        result: StepResult,
+        now: float,
+        before: list[tuple[AdapterEntry | None, float]],
+    ) -> None:
+        """Take in everything that the step has for one request: scores, a vector, and tokens if there are."""
+        sampled = result.sampled[index]
+        late = sampled is not None and sampled.late
+        self._advance(request, len(work.tokens) - len(work.draft) - late)
+        if work.score and request.prompt_logprobs is not None:
+            known = len(request.prompt_logprobs) - work.start  # more than 0 after a preemption
+            new = result.scored.get(index, ())[known:]
+            if any(isnan(entry.logprob) for entry in new):
+                nan = Sampled(-1, error="the log-probability of a prompt token is not a number")
+                self._end(request, "error", now, _sampling_error(request, nan))
+                return
+            request.prompt_logprobs += new
+        if request.params.pooling is not None and not _pool(request, work, result.pooled.get(index, ())):
+            nan = Sampled(-1, error="a hidden state is not a number")
+            self._end(request, "error", now, _sampling_error(request, nan))
+            return
+        if sampled is None or late:
+            return
+        followed = result.followed.get(index, ())
+        if work.draft and self._speculation is not None:
+            self._speculation.learn(request, len(work.draft), len(followed))
+            self._emit(
+                events.TokensProposed(
+                    time=now,
+                    adapter=label_of(request),
+                    proposed=len(work.draft),
+                    accepted=len(followed),
+                )
+            )
+        goes_on = self._take(request, sampled, now, before)
+        for token in followed:
+            if not goes_on:
+                break
+            self._advance(request, 1)  # the token before was proposed, and computed
+            goes_on = self._take(request, token, now, before)
+
+    def _take(
+        self,
+        request: Request,
+        sampled: Sampled,
+        now: float,
+        before: list[tuple[AdapterEntry | None, float]],
+    ) -> bool:
+        """Pass a request's next token on; False if the request ends."""
+        if sampled.error is not None:
+            self._end(request, "error", now, _sampling_error(request, sampled))
+            return False
+        if request.params.max_tokens == 0:
+            self._end(request, "length", now)
+            return False
+        request.tokens.append(sampled.token)
+        last, request.last_token = request.last_token, now
+        if last is not None:
+            before.append((request.adapter, last))
+            if request.worst_gap is None or now - last > request.worst_gap:
+                request.worst_gap = now - last
+        else:
+            request.first_token = now
+            self._note(  # not a change: the policy has nothing to decide for it
+                events.FirstToken(
+                    time=now,
+                    request_id=request.id,
+                    adapter=label_of(request),
+                    seconds=now - request.arrival,
+                )
+            )
+        finish = finish_reason(request, sampled.token)
+        sink = request.sink
+        if sink is not None and sink.push(sampled, now, is_stop=finish == "stop"):
+            finish = "stop"
+        if finish is not None:
+            self._end(request, finish, now)
+        return finish is None
+
+
+def finish_reason(request: Request, token: int) -> FinishReason | None:
+    """Return why the request ends with ``token``; None if it goes on."""
+    if request.stops and token in request.stops:
+        return "stop"
+    return "length" if len(request.tokens) >= request.most_tokens else None
+
+
+def _is_plain(work: SequenceWork, sampled: Sampled) -> bool:
+    """Whether there is one token, and nothing else."""
+    return not (sampled.late or sampled.error or work.draft or work.score)
+
+
+def _pool(request: Request, work: SequenceWork, values: Sequence[float]) -> bool:
+    """Add what a step gives to the request's vector; returns False if it is not finite."""
+    if work.start == 0:  # at first, and again after a preemption
+        request.pooled = None
+    if values:
+        known = request.pooled
+        request.pooled = (
+            list(values) if known is None else [a + b for a, b in zip(known, values, strict=True)]
+        )
+    return all(map(isfinite, values))
+
+
+def _sampling_error(request: Request, sampled: Sampled) -> AioEngineError:
+    if sampled.fault == "request":
+        return RequestInvalid(f"request {request.id!r}: {sampled.error}")
+    text = f"request {request.id!r} produced unusable logits ({sampled.error})"
+    entry = request.adapter
+    if entry is None:
+        return AioEngineError(f"{text}; the base model's weights or the dtype are at fault")
+    return AdapterInvalid(f"{text}; check the adapter's weights", name=entry.label, path=entry.path)

@@ -1,0 +1,111 @@
+"""Starts one worker process, and connects to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from aioengine.executors.process.worker_output import WorkerOutput
+
+WORKER_MODULE = "aioengine.executors.process.worker"
+"""Module that a worker process runs."""
+
+
+class WorkerProcess(Protocol):
+    """The process of a worker."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None:
+        """End it at once. May raise ProcessLookupError if it has ended."""
+
+    async def wait(self) -> int | None:
+        """Wait until it has ended. Returns its exit status; None if nobody knows it."""
+
+
+class WorkerConnection:
+    """A worker, and the stream to it."""
+
+    def __init__(
+        self,
+        rank: int,
+        process: WorkerProcess,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        output: WorkerOutput | None = None,
+    ) -> None:
+        self.rank = rank
+        self.output = output
+        self.process = process
+        self.reader = reader
+        self.writer = writer
+
+
+async def spawn(rank: int) -> WorkerConnection:
+    """Start the worker of a rank. If it fails or is cancelled, no process is left."""
+    ours, theirs = socket.socketpair()
+    output = WorkerOutput(rank)
+    try:
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # nothing in the current folder may stand in for a module
+                "-m",
+                WORKER_MODULE,
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output.inlet,
+                stderr=output.inlet,
+                pass_fds=[theirs.fileno()],
+                env=_environment(),
+            )
+    except BaseException:
+        ours.close()
+        output.close()
+        raise
+    try:
+        await output.follow()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+    except BaseException:
+        ours.close()
+        process.kill()
+        await process.wait()
+        raise
+    return WorkerConnection(rank, process, reader, writer, output)
+
+
+def _environment() -> dict[str, str]:
+    """A worker finds the modules that this process does, gloo talks over the loopback interface, and OpenMP's
+    threads soon sleep where they wait for each other."""
+    environment = dict(os.environ)
+    folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    if "OMP_WAIT_POLICY" not in environment:
+        # If the application computes, one of a team's threads may have to wait for a core. After each of
+        # torch's operations the others would spin for a millisecond, on the very core that it waits for.
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    # It looks into the rendezvous file, which is gone by then.
+    environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    return environment
+
+
+async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work`` to completion despite repeated cancellation, then raise that: stopped halfway, it would
+    leave processes behind."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # nobody else will ask
+        raise cancelled
+    task.result()

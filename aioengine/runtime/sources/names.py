@@ -1,0 +1,141 @@
+"""AdapterNames: the version of an adapter that a name in a request stands for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+from aioengine.adapters.names import NAME_RULE
+from aioengine.adapters.resolvers.base import AdapterResolver
+from aioengine.core.state import AdapterEntry
+from aioengine.errors import AdapterNotFound
+from aioengine.runtime.loop import Stepper
+from aioengine.runtime.sources.lookup import Resolution
+from aioengine.runtime.sources.mixes import Mixes
+from aioengine.schedulers.policy import Location
+
+
+class AdapterNames:
+    """Finds versions by name: registered ones, those that a look-up finds, and mixes."""
+
+    def __init__(
+        self, stepper: Stepper, resolver: AdapterResolver | None, resolve_timeout: float | None
+    ) -> None:
+        self._stepper = stepper
+        self._residency = stepper.core.residency
+        self.lookups = Resolution(stepper, resolver, resolve_timeout)
+        self.fetched: dict[str, str | None] = {}
+        """Names whose folder is found by a look-up: the source ("hf:", a URL), or None for the resolver."""
+        self.mixes = Mixes(self._residency, self.acquire)
+
+    def is_registered(self, name: str) -> bool:
+        return name in self._residency.current
+
+    def find(self, name: str) -> AdapterEntry:
+        """Return the current version. Raises AdapterNotFound."""
+        entry = self._residency.current.get(name)
+        if entry is None:
+            raise self._not_found(name)
+        return entry
+
+    def check_wanted(self, adapter: str | Mapping[str, float]) -> str:
+        """Check what a request asks for before anything is done for it, and return the name that it counts
+        on.
+
+        Raises AdapterNotFound for a name that is neither registered nor resolvable, and again, for a while,
+        the error of an adapter that has failed more than once in a row."""
+        names = [adapter] if isinstance(adapter, str) else list(adapter)
+        for name in names:
+            self.check_known(name)
+            self.check_worth_a_try(name)
+        return names[0].partition("@")[0]
+
+    async def acquire_wanted(self, adapter: str | Mapping[str, float], tenant: str | None) -> AdapterEntry:
+        """The version, or the mix, that a request asks for."""
+        if isinstance(adapter, str):
+            return await self.acquire(adapter, tenant)
+        if list(adapter.values()) == [1.0]:
+            return await self.acquire(next(iter(adapter)), tenant)
+        return await self.mixes.acquire(adapter, tenant, _now())
+
+    def check_lives(self, entry: AdapterEntry) -> None:
+        """Raise AdapterNotFound if a version that was acquired is gone meanwhile."""
+        if entry.uid not in self._residency.entries:
+            raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
+
+    def check_known(self, name: str) -> None:
+        """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
+        if name in self._residency.current or name in self.fetched:
+            return
+        if isinstance(name, str) and "@" in name:
+            self._version(name)
+            return
+        good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
+        if not good or not self.lookups.can_resolve(name):
+            raise self._not_found(name)
+
+    def check_worth_a_try(self, name: str) -> None:
+        """Raise the last error of an adapter again, while its pause after several failures lasts."""
+        entry = self._residency.current.get(name)
+        if entry is None or entry.location is Location.DISK:
+            self._residency.failures.check(name, _now())
+
+    async def acquire(
+        self, name: str, tenant: str | None = None, check: Callable[[], None] = lambda: None
+    ) -> AdapterEntry:
+        """Return the current version; if there is none, register what the resolver finds for ``tenant``.
+
+        ``check`` is an argument of :meth:`Resolution.locate`, whose errors it raises.
+        """
+        entry = self._residency.current.get(name)
+        if entry is not None:
+            return entry
+        if "@" in name:
+            return self._version(name)
+        self.check_known(name)
+        source = self.fetched.get(name)
+        where = await self.lookups.locate(name, source, tenant, check)
+        entry = self._residency.current.get(name)
+        if entry is not None:  # another one who waited was first
+            return entry
+        if source is not None and self.fetched.get(name) != source:  # unloaded meanwhile
+            raise self._not_found(name)
+        self.fetched[name] = source
+        return self.publish(name, where, found=True)
+
+    def _version(self, name: str) -> AdapterEntry:
+        """The version that "name@version" stands for, if it lives: the current one, or one that was replaced
+        and still has requests. Raises AdapterNotFound."""
+        label, _, version = name.rpartition("@")
+        current = self.find(label)
+        if version == str(current.version):
+            return current
+        entry = self._residency.by_policy_name.get(name)
+        if entry is None:
+            raise AdapterNotFound(
+                f"this version does not live: the current one is {current.version}, and one that was "
+                "replaced "
+                "goes when its last request has ended",
+                name=name,
+            )
+        return entry
+
+    def publish(self, name: str, where: str, *, found: bool = False) -> AdapterEntry:
+        """Register a folder under a name that is free."""
+        entry = self._residency.declare(name, where, found=found)
+        self._residency.publish(entry, _now())
+        self._stepper.wake()
+        return entry
+
+    def _not_found(self, name: str) -> AdapterNotFound:
+        current = self._residency.current
+        known = ", ".join(islice(current, 20)) or "none"
+        more = f" and {len(current) - 20} more" if len(current) > 20 else ""
+        return AdapterNotFound(
+            f"not registered; load it with load_adapter or register_adapter (known: {known}{more})", name=name
+        )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
