@@ -27,7 +27,7 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.events import AdapterLoading, AdapterRegistered
-from aioengine.runtime import lookup as resolution
+from aioengine.runtime.sources import lookup as resolution
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers.policies.fcfs import FCFS
 
