@@ -27,8 +27,8 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.events import AdapterLoading, AdapterRegistered
-from aioengine.runtime.sources import lookup as resolution
 from aioengine.runtime.loop import Stepper
+from aioengine.runtime.sources import lookup as resolution
 from aioengine.schedulers.policies.fcfs import FCFS
 
 
