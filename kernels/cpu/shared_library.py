@@ -29,6 +29,12 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long),
         *(c_long, c_long, c_long, c_void_p, c_int),
     ),
+    "aio_turn_blocks": (c_void_p, c_long, c_long, c_long, c_long, c_long, c_int),
+    "aio_expand_rows": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
+    "aio_linear_blocks": (
+        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
+        *(c_long, c_long, c_long, c_void_p, c_int),
+    ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
         *(c_long, c_long, c_long, c_long, c_long, c_float, c_int, c_int),

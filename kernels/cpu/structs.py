@@ -30,6 +30,22 @@ ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64)
 """``exchange(what, id of a pool)``; other than 0 ends the step."""
 
 
+FORMATS = (
+    *("plain", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *("int4", "int8", "fp8"),
+)
+"""How a part of a weight is stored, in the order of the library."""
+
+
+class Part(Structure):
+    """Rows of a weight that are stored alike, a whole number of panels; see ``src/blocks.h``."""
+
+    _fields_ = [
+        *(("format", c_int64), ("data", c_void_p), ("panels", c_int64), ("scale", c_void_p)),
+        *(("zero", c_void_p), ("group_of", c_void_p), ("group", c_int64), ("middle", c_int64)),
+    ]
+
+
 class Matrix(Structure):
     """A packed linear: weight [n, k], and bias [n] or null; int8 weights have a scale [n] as well, and int8
     activations what the sums begin with [n]."""

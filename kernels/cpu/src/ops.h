@@ -31,6 +31,9 @@ struct Slots {
   const Where& where(long slot, long place) const { return table[slot * places + place]; }
 };
 
+// Rows of a weight as a quantized checkpoint stores them; see blocks.h.
+struct Part;
+
 struct Slice {
   int64_t out, offset;
 };
@@ -77,6 +80,11 @@ AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale,
 AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
                                 const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
                                 long rows, long n, long k, const aio::Beside* beside, int threads);
+AIO_EXPORT void aio_turn_blocks(void* data, long n, long count, long first, long words, long last, int threads);
+AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* rows, void* out, long count, long k,
+                                int threads);
+AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
+                                  long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long window,

@@ -1,0 +1,116 @@
+"""Weights in the form that a quantized checkpoint has them in, on any device; and several of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantize
+from aioengine.kernels.weight import Weight
+
+_PIECE = 1 << 22
+"""Elements that are expanded at once, so that a product takes little memory beside the weight."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockWeight:
+    """A weight [n, k] as rows of blocks, or of codes with scales for groups of inputs.
+
+    With codes, ``w = scale * (code - zero)``, in float32, rounded to ``dtype`` once.
+    """
+
+    format: str
+    """Of :mod:`aioengine.kernels.portable.dequantize`."""
+    data: Tensor
+    """[n, row bytes] uint8"""
+    k: int
+    dtype: torch.dtype
+    """Of activations and biases."""
+    scale: Tensor | None = None
+    """[n, groups] float32; None: the blocks have theirs."""
+    zero: Tensor | None = None
+    """[n, groups] int16; None: ``middle`` everywhere."""
+    group_of: Tensor | None = None
+    """[k] int32: the group of each input; None: each ``group`` inputs are one."""
+    group: int = 0
+    middle: int = 0
+
+    @property
+    def n(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, by its names here."""
+        all_of_them = {"data": self.data, "scale": self.scale, "zero": self.zero, "group_of": self.group_of}
+        return {name: tensor for name, tensor in all_of_them.items() if tensor is not None}
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return self._expand(slice(begin, end))
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return self._expand(indices)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias``, some rows of the weight after the other."""
+        y = x.new_empty(len(x), self.n)
+        size = max(1, _PIECE // self.k)
+        for begin in range(0, self.n, size):
+            part = slice(begin, min(begin + size, self.n))
+            y[:, part] = F.linear(x, self._expand(part), None if bias is None else bias[part])
+        return y
+
+    def _expand(self, rows: slice | Tensor) -> Tensor:
+        data = self.data[rows]
+        if self.format in GGUF_FORMATS:
+            return dequantize(self.format, data).to(self.dtype)
+        assert self.scale is not None
+        group = self.group_of
+        if group is None:
+            group = torch.arange(self.k, device=data.device) // self.group
+        values = codes(self.format, data)
+        zero = self.middle if self.zero is None else self.zero[rows].float()[:, group]
+        return ((values - zero) * self.scale[rows][:, group]).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StackedWeight:
+    """Weights of as many inputs, whose outputs follow each other."""
+
+    parts: Sequence[Weight]
+
+    @property
+    def n(self) -> int:
+        return sum(part.n for part in self.parts)
+
+    @property
+    def k(self) -> int:
+        return self.parts[0].k
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        found, first = [], 0
+        for part in self.parts:
+            low, high = max(begin - first, 0), min(end - first, part.n)
+            if low < high:
+                found.append(part.rows(low, high))
+            first += part.n
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return torch.cat([self.rows(i, i + 1) for i in indices.tolist()])
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = [part.n for part in self.parts]
+        biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+        return torch.cat([part.linear(x, b) for part, b in zip(self.parts, biases, strict=True)], 1)

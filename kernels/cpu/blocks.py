@@ -1,0 +1,118 @@
+"""Weights of quantized checkpoints for the compiled library, in the bytes that the checkpoint has."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.blocks import BlockWeight
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.structs import FORMATS, Part
+
+_LAYOUT = {
+    "q4_0": (32, 1, 4, 0),
+    "q4_1": (32, 2, 4, 0),
+    "q5_0": (32, 1, 5, 0),
+    "q5_1": (32, 2, 5, 0),
+    "q8_0": (32, 1, 8, 0),
+    "q2_k": (256, 0, 20, 2),
+    "q3_k": (256, 0, 27, 1),
+    "q4_k": (256, 2, 35, 0),
+    "q5_k": (256, 2, 43, 0),
+    "q6_k": (256, 0, 52, 1),
+    "int4": (8, 0, 1, 0),
+    "int8": (4, 0, 1, 0),
+    "fp8": (4, 0, 1, 0),
+}
+"""Inputs of a block, and its bytes: float16 values, words of four bytes, float16 values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBlocks:
+    """A weight [n, k] in parts of 16 m rows each, which may be stored differently; see ``src/blocks.h``.
+
+    Its outputs are the same bits as those of a :class:`PackedWeight` of the expanded weight.
+    """
+
+    parts: Sequence[BlockWeight | PackedWeight]
+    struct: ctypes.Array[Part]
+    """The parts, as the library reads them."""
+    dtype: torch.dtype
+
+    @staticmethod
+    def fits(n: int, k: int, format: str, dtype: torch.dtype) -> bool:
+        """Whether such a part can be packed."""
+        return dtype in DTYPES and n % PANEL == 0 and k % _LAYOUT[format][0] == 0
+
+    @classmethod
+    def pack(cls, parts: Sequence[BlockWeight | PackedWeight]) -> PackedBlocks:
+        """Parts of one dtype, in the memory that they have, which no longer holds them as they were."""
+        packed = [_turn(part) if isinstance(part, BlockWeight) else part for part in parts]
+        dtype = next(part.dtype for part in parts if isinstance(part, BlockWeight))
+        return cls(packed, (Part * len(packed))(*map(_struct, packed)), dtype)
+
+    @property
+    def n(self) -> int:
+        return sum(part.n for part in self.parts)
+
+    @property
+    def k(self) -> int:
+        return self.parts[0].k
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows ``begin..end-1`` of the weight that is in effect: [end - begin, k]."""
+        return self.gather(torch.arange(begin, end))
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """The rows ``indices`` [T] (int64): [T, k]."""
+        out = torch.empty(len(indices), self.k, dtype=self.dtype)
+        load().aio_expand_rows(
+            *(is_bf16(out), self.struct, indices.data_ptr(), out.data_ptr(), len(indices), self.k, threads())
+        )
+        return out
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias`` for ``x`` [T, k]: [T, n]."""
+        x = x.contiguous()
+        y = torch.empty(len(x), self.n, dtype=x.dtype)
+        load().aio_linear_blocks(
+            *(is_bf16(x), x.data_ptr(), self.k, self.struct, pointer(bias), y.data_ptr(), self.n),
+            *(len(x), self.n, self.k, None, threads()),
+        )
+        return y
+
+
+def _turn(weight: BlockWeight) -> BlockWeight:
+    """``weight`` as panels; each tensor keeps its shape and its memory."""
+    size, *fields = _LAYOUT[weight.format]
+    assert PackedBlocks.fits(weight.n, weight.k, weight.format, weight.dtype) and weight.data.is_contiguous()
+    load().aio_turn_blocks(weight.data.data_ptr(), weight.n, weight.k // size, *fields, threads())
+    for beside in (weight.scale, weight.zero):
+        if beside is not None:
+            panels = beside.view(-1, PANEL, beside.shape[1])
+            beside.copy_(panels.transpose(1, 2).reshape(beside.shape))
+    return weight
+
+
+def _struct(part: BlockWeight | PackedWeight) -> Part:
+    if isinstance(part, PackedWeight):
+        return Part(format=0, data=part.data.data_ptr(), panels=part.n // PANEL)
+    return Part(
+        format=FORMATS.index(part.format),
+        data=part.data.data_ptr(),
+        panels=part.n // PANEL,
+        scale=pointer(part.scale),
+        zero=pointer(part.zero),
+        group_of=pointer(part.group_of),
+        group=part.group,
+        middle=part.middle,
+    )

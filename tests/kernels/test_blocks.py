@@ -1,0 +1,174 @@
+"""Weights in the blocks of quantized checkpoints: expanded as llama.cpp's package does, and multiplied."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize as gguf_dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aioengine.kernels.blocks import BlockWeight, StackedWeight
+from aioengine.kernels.cpu.blocks import PackedBlocks
+from aioengine.kernels.cpu.packed import PackedWeight
+from aioengine.kernels.cpu.shared_library import load
+from aioengine.kernels.portable.dequantize import GGUF_FORMATS, GROUPED_FORMATS
+
+ALL = [*GGUF_FORMATS, *GROUPED_FORMATS]
+BITS = {"int4": 4, "int8": 8, "fp8": 8}
+
+
+SCALES_AT = {"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "q4_0": (0,), "q5_0": (0,), "q8_0": (0,)}
+"""The bytes at which float16 scales and minima begin; else 0 and 2."""
+
+
+def random_blocks(
+    format: str, n: int, k: int, seed: int = 0, *, dtype: torch.dtype = torch.float32
+) -> BlockWeight:
+    """Any bytes, with finite scales that do not differ too much."""
+    rng = np.random.default_rng(seed)
+    size, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[format.upper()]]
+    raw = rng.integers(0, 256, (n, k // size, nbytes), dtype=np.uint8)
+    for where in SCALES_AT.get(format, (0, 2)):
+        scale = rng.uniform(-0.02, 0.02, (n, k // size, 1)).astype(np.float16)
+        raw[:, :, where : where + 2] = scale.view(np.uint8)
+    return BlockWeight(format, torch.from_numpy(raw.reshape(n, -1)), k, dtype)
+
+
+def random_codes(
+    format: str,
+    n: int,
+    k: int,
+    seed: int = 0,
+    *,
+    group: int = 32,
+    zeros: bool = True,
+    ordered: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> BlockWeight:
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (n, k * BITS[format] // 8), dtype=np.uint8)
+    if format == "fp8":
+        data[data & 127 == 127] = 0  # no NaN
+    groups = -(-k // group)
+    zero = torch.from_numpy(rng.integers(0, 17, (n, groups)).astype(np.int16))
+    return BlockWeight(
+        format,
+        torch.from_numpy(data),
+        k,
+        dtype,
+        scale=torch.from_numpy(rng.uniform(0.001, 0.02, (n, groups)).astype(np.float32)),
+        zero=zero if zeros and format != "fp8" else None,
+        group_of=torch.from_numpy(rng.permutation(k).astype(np.int32) // group) if ordered else None,
+        group=group,
+        middle=8 if format == "int4" else 0,
+    )
+
+
+def copy(weight: BlockWeight) -> BlockWeight:
+    tensors = {name: tensor.clone() for name, tensor in weight.tensors().items()}
+    return dataclasses.replace(weight, **tensors)
+
+
+@pytest.mark.parametrize("format", GGUF_FORMATS)
+def test_blocks_expand_to_the_bits_of_llama_cpp(format: str) -> None:
+    weight = random_blocks(format, 5, 512)
+    expected = gguf_dequantize(weight.data.numpy(), GGMLQuantizationType[format.upper()])
+    assert torch.equal(weight.rows(0, 5), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", GGUF_FORMATS)
+def test_packed_blocks_compute_what_the_expanded_weight_does(format: str, dtype: torch.dtype) -> None:
+    check_products(random_blocks(format, 80, 512, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("format", GROUPED_FORMATS)
+def test_packed_codes_compute_what_the_expanded_weight_does(
+    format: str, zeros: bool, ordered: bool, dtype: torch.dtype
+) -> None:
+    check_products(random_codes(format, 80, 96, zeros=zeros, ordered=ordered, dtype=dtype))
+    check_products(random_codes(format, 16, 96, group=96, zeros=zeros, ordered=ordered, dtype=dtype))
+
+
+def check_products(weight: BlockWeight) -> None:
+    """Bit for bit, for any number of rows and threads."""
+    n, k, dtype = weight.n, weight.k, weight.dtype
+    expanded = weight.rows(0, n)
+    packed, plain = PackedBlocks.pack([copy(weight)]), PackedWeight.pack(expanded.clone())
+    assert (packed.n, packed.k, packed.nbytes) == (n, k, weight.nbytes)
+    assert torch.equal(packed.rows(3, n - 1), expanded[3 : n - 1])
+    chosen = torch.tensor([n - 1, 0, 7, 7, *range(n)])
+    assert torch.equal(packed.gather(chosen), expanded[chosen])
+    assert torch.equal(weight.gather(chosen), expanded[chosen])
+    bias = torch.randn(n, dtype=dtype)
+    for rows in (1, 3, 8, 150):
+        x = torch.randn(rows, k, dtype=dtype)
+        assert torch.equal(packed.linear(x, bias), plain.linear(x, bias))
+        torch.testing.assert_close(weight.linear(x, bias), plain.linear(x, bias), rtol=0.02, atol=0.02)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    formats=st.lists(st.sampled_from([*ALL, "plain"]), min_size=2, max_size=3).filter(
+        lambda f: set(f) != {"plain"}
+    ),
+    panels=st.lists(st.integers(1, 4), min_size=3, max_size=3),
+    rows=st.integers(1, 20),
+    bf16=st.booleans(),
+)
+def test_parts_may_be_stored_differently(
+    formats: list[str], panels: list[int], rows: int, bf16: bool
+) -> None:
+    """As in a fused linear of a mixed file, whose members have formats of their own."""
+    dtype, parts, whole = torch.bfloat16 if bf16 else torch.float32, [], []
+    for format, count in zip(formats, panels, strict=False):
+        if format == "plain":
+            weight = torch.randn(16 * count, 256, dtype=dtype)
+            whole.append(weight.clone())
+            parts.append(PackedWeight.pack(weight))
+            continue
+        make = random_codes if format in GROUPED_FORMATS else random_blocks
+        part = make(format, 16 * count, 256, seed=count, dtype=dtype)
+        whole.append(part.rows(0, part.n))
+        parts.append(copy(part))
+    x, expanded = torch.randn(rows, 256, dtype=dtype), torch.cat(whole)
+    packed = PackedBlocks.pack(parts)
+    assert torch.equal(packed.linear(x, None), PackedWeight.pack(expanded.clone()).linear(x, None))
+    assert torch.equal(packed.rows(0, packed.n), expanded)
+
+
+def test_a_stack_is_its_parts_one_after_the_other() -> None:
+    parts = [random_blocks("q4_k", 16, 256), random_codes("int4", 32, 256)]
+    stack, whole = StackedWeight(parts), torch.cat([part.rows(0, part.n) for part in parts])
+    assert (stack.n, stack.k, stack.nbytes) == (48, 256, sum(part.nbytes for part in parts))
+    for begin, end in ((0, 48), (5, 10), (10, 20), (16, 48), (40, 41)):
+        assert torch.equal(stack.rows(begin, end), whole[begin:end])
+    assert torch.equal(stack.gather(torch.tensor([47, 0, 16])), whole[[47, 0, 16]])
+    x, bias = torch.randn(3, 256), torch.randn(48)
+    torch.testing.assert_close(stack.linear(x, bias), x @ whole.T + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def generic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library for any CPU of this architecture."""
+    library = load("generic")
+    monkeypatch.setattr("aioengine.kernels.cpu.blocks.load", lambda: library)
+
+
+@pytest.mark.usefixtures("generic")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plainest_instruction_set_expands_to_the_same_bits(dtype: torch.dtype) -> None:
+    for format in ALL:
+        make = random_codes if format in GROUPED_FORMATS else random_blocks
+        weight = make(format, 32, 512, dtype=dtype)
+        expanded = weight.rows(0, 32)
+        assert torch.equal(PackedBlocks.pack([copy(weight)]).rows(0, 32), expanded), format
