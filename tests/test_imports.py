@@ -64,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
 ``memory_plan``, which the executors need, too."""
 
 INNER_ROOMS: dict[str, set[str]] = {
-    "adapters": {"peft", "resolvers"},
+    "adapters": {"peft", "peft.folding", "resolvers"},
     "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
     "core": {"adapters", "speculation"},
     "executors": {"process", "ray"},

@@ -203,7 +203,7 @@ def test_refused_with_the_reason(tmp_path: Path, options: dict[str, Any], word: 
 
 OTHER_TYPES = {
     "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "LOHA": peft.LoHaConfig(target_modules=["q_proj"]),
+    "OFT": peft.OFTConfig(target_modules=["q_proj"]),
     "PROMPT_TUNING": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
 }
 

@@ -49,7 +49,7 @@ def test_the_folder_above_that_of_a_named_adapter(adapter: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "advice"),
     [
-        ({"peft_type": "LOKR"}, "peft.save_as_lora"),
+        ({"peft_type": "C3A"}, "peft.save_as_lora"),
         ({"peft_type": "IA3"}, "merge_and_unload"),
         ({"peft_type": "PREFIX_TUNING"}, "train a LoRA adapter"),
         ({"modules_to_save": ["lm_head"]}, "merge_and_unload"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.peft_files import CONFIG, SPEC, WEIGHTS, edit_config, edit_weights, make, read
+from support.peft_methods import FOLDED, save
 from torch import Tensor
 
 from aioengine.adapters.peft.digest import content_digest
@@ -71,6 +72,16 @@ def test_a_share_is_the_part_of_the_whole_that_the_slot_holds(
         assert torch.equal(images[0].data, images[1].data)
     to_pickle(tmp_path)
     check_share(read_share(tmp_path, order), whole, order.layout)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_a_folded_adapter_is_shared_too(tmp_path: Path, fully_sharded: bool) -> None:
+    save(tmp_path, "LOHA", **FOLDED["LOHA"])
+    whole = read(tmp_path, target_modules=TARGETABLE_MODULES)
+    for rank in range(2):
+        order = order_of(rank, 2, fully_sharded)
+        check_share(read_share(tmp_path, order), whole, order.layout)
 
 
 def check_share(packed: PackedAdapter, whole: PackedAdapter, layout: SlotLayout) -> None:

@@ -26,6 +26,7 @@ from aioengine.adapters.peft.folder import (
     AdapterFolder,
     OpenFile,
 )
+from aioengine.adapters.peft.folding.fold import Fold
 from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
 from aioengine.adapters.peft.pickled_file import PickledFile
@@ -156,11 +157,16 @@ class _Reader:
 
     def read(self) -> tuple[Packed, str, Kind | None]:
         config_bytes = _read_config(self.folder)
-        config = parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
+        fold = Fold.of(config_bytes, self.folder)
+        config = (
+            fold.config if fold else parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
+        )
         digest = hashlib.sha256(config_bytes)
         name = self.folder.weights_file()
         with self.folder.open(name) as file:
-            if name == SAFETENSORS_FILE:
+            if fold is not None:
+                packed = self._folded(file, fold, digest)
+            elif name == SAFETENSORS_FILE:
                 packed = self._safetensors(file, config, digest)
             else:
                 packed = self._pickled(file, config, digest)
@@ -243,9 +249,34 @@ class _Reader:
         file.seek(0)
         file.read_into(buffer.view)
         digest.update(buffer.view)
-        weights = pickled.views(buffer)
+        return self._pack_whole(file, layout, parts, pickled.views(buffer))
+
+    def _folded(self, file: OpenFile, fold: Fold, digest: hashlib._Hash) -> Packed:
+        if file.name != SAFETENSORS_FILE:
+            self.folder.invalid(f"{file.name}: save the adapter again with PEFT, as {SAFETENSORS_FILE}")
+        header = SafetensorsHeader.read(self.folder, file)
+        entries = header.entries(self.folder, file)
+        slot = self.order.layout
+        modules = fold.plan(file.name, {entry.key: entry.shape for entry in entries}, slot)
+        if header.data_bytes > max_data_bytes(slot.spec, slot.max_rank, slot.modules):
+            self.folder.invalid(
+                f"{file.name}: {header.data_bytes} bytes, more than any adapter takes that fits"
+            )
+        buffer = Buffer(header.data_bytes)
+        file.read_into(buffer.view)
+        digest.update(header.raw)
+        digest.update(buffer.view)
+        tensors = fold.lora_tensors(modules, tensors_of(buffer, entries).tensors)
+        layout = self._layout(fold.lora_config(modules))
+        parts = layout.parts(file.name, {key: tensor.shape for key, tensor in tensors.items()})
+        return self._pack_whole(file, layout, parts, Weights(tensors, list(tensors.values())))
+
+    def _pack_whole(
+        self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights
+    ) -> Packed:
+        """Pack tensors that are in memory as a whole, whatever share of them is wanted."""
         cuts: Mapping[str, Cut] = {}
-        if self._shared:  # a file that cannot be read in parts
+        if self._shared:
             cuts = cuts_of(self.order.layout, parts, layout)
             tensors = {key: contiguous(cuts[key].of(tensor)) for key, tensor in weights.tensors.items()}
             weights = Weights(tensors, list(tensors.values()))

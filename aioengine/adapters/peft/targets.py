@@ -25,7 +25,7 @@ _MATCH_SECONDS = 2.0
 """Time limit for matching all patterns of a configuration against all modules; normally milliseconds."""
 
 _KEY = re.compile(r"(?:base_model\.model\.)?([\w.]{1,300}?)\.((?:lora_|base_layer\.).+)", re.ASCII)
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """Prefixes that torch.compile, activation checkpointing and FSDP insert into module names."""
 _MAGNITUDES = dict.fromkeys(
     (
@@ -208,7 +208,7 @@ class Layout:
         return parts
 
     def _head(self, file: str, key: str, shape: Sequence[int]) -> Part | None:
-        match = _HEAD.fullmatch(_WRAPPERS.sub("", key))
+        match = _HEAD.fullmatch(WRAPPERS.sub("", key))
         if match is None or match[1] not in self._config.heads:
             return None
         hidden = self._spec.hidden_size
@@ -249,7 +249,7 @@ class Layout:
         return keys
 
     def _part(self, file: str, key: str) -> Part:
-        layer, module, kind = self._find(_WRAPPERS.sub("", key)) or self._foreign(file, key)
+        layer, module, kind = self._find(WRAPPERS.sub("", key)) or self._foreign(file, key)
         if layer >= self._spec.num_layers:
             self._folder.invalid(
                 f"{file}: {key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "

@@ -29,8 +29,6 @@ _CONVERTIBLE = frozenset(
         "FOURIERFT",
         "GRALORA",
         "HIRA",
-        "LOHA",
-        "LOKR",
         "MISS",
         "PSOFT",
         "RANDLORA",
@@ -38,7 +36,6 @@ _CONVERTIBLE = frozenset(
         "TINYLORA",
         "UNILORA",
         "VBLORA",
-        "VERA",
         "WAVEFT",
     )
 )
@@ -116,7 +113,9 @@ def refuse_unsupported(
         todo = _TRAIN if peft_type in _PROMPTS else MERGE
         if peft_type in _CONVERTIBLE:
             todo = f"{_CONVERT}, or {MERGE}"
-        invalid(f"peft_type={short(peft_type)}: only 'LORA' is supported: {todo}")
+        invalid(
+            f"peft_type={short(peft_type)}: only 'LORA' and what can be folded into it are supported: {todo}"
+        )
     for field, reason in _UNSUPPORTED.items():
         if field in fields and _is_set(fields[field]):
             invalid(f"{field}={short(fields[field])}: {reason}")
@@ -128,7 +127,8 @@ def refuse_unsupported(
         invalid(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
             "other initialisations change the base model's weights, so that A and B alone do not "
-            "carry the adapter: save it with PEFT's path_initial_model_for_weight_conversion"
+            "carry the adapter: save it with PEFT's path_initial_model_for_weight_conversion, or set this to "
+            "true if the served base model is the changed one"
         )
     for field, value in fields.items():
         known = field in _NEUTRAL or field in used or field in _UNSUPPORTED

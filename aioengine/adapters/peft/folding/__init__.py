@@ -1,0 +1,1 @@
+"""Adapters of other PEFT methods that are LoRA adapters once their matrices are multiplied out."""
