@@ -41,7 +41,7 @@ class FleetAdapters:
         await self._look()
         for name in self._entries:
             self._members.state.add_adapter(name)
-        self._members.on_join = self._joined
+        self._members.on_join.append(self._joined)
         for member in list(self._members.members.values()):
             await self._sync(member)
         if self._config.placement != "none":

@@ -28,6 +28,7 @@ from aioengine.events import Event
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.adapters import FleetAdapters
 from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
 from aioengine.fleet.door.limits import SharedLimits
 from aioengine.fleet.door.members import Members
@@ -82,8 +83,9 @@ class FleetClient:
         self.tokenizer = tokenizer
         door = uuid.uuid4().hex if door is None else door
         self.members = Members(config, handle, door=door)
+        self._dispatcher = Dispatcher(self.members)
         self._limits = SharedLimits(door, msgspec.json.encode(config))
-        self.metrics = FleetMetrics(self.members)
+        self.metrics = FleetMetrics(self.members, self._dispatcher)
         self._adapters = FleetAdapters(config, self.members)
         self._tracer_provider = tracer_provider
         self._keys = count()
@@ -180,7 +182,7 @@ class FleetClient:
         call = await self._accept(prompt, params, options, request_id)
         failed: AioEngineError | None = None
         try:
-            await self.members.place(call)
+            await self._dispatcher.place(call)
             while True:
                 new = await call.next()
                 yield new
@@ -191,7 +193,7 @@ class FleetClient:
             raise
         finally:
             self._ids.pop(call.request_id, None)
-            self.members.abandon(call)
+            self._dispatcher.abandon(call)
             if call.spans is not None:
                 call.spans.end(failed)
 
@@ -213,7 +215,7 @@ class FleetClient:
         call = self._ids.pop(request_id, None)
         if call is None:
             return False
-        self.members.abandon(call)
+        self._dispatcher.abandon(call)
         call.finish("abort")
         return True
 
@@ -273,7 +275,7 @@ class FleetClient:
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         """As ``AsyncEngine.limit_waiting``; each replica gets its share of the bound, rounded up."""
-        self.members.limit_waiting(max_waiting)
+        self._dispatcher.limit_waiting(max_waiting)
 
     def share_limits(self, ledger: UsageLedger) -> None:
         """Have the limits that ``ledger`` counts for hold for all doors to this fleet."""

@@ -1,7 +1,4 @@
-"""The replicas as a door knows them: channels, routing, and what happens when one is lost.
-
-The file is long because a request, its channel and its replica change together here.
-"""
+"""The replicas as a door knows them: which there are, how each is, and when one is lost."""
 
 from __future__ import annotations
 
@@ -9,52 +6,22 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
 
-from aioengine.errors import (
-    AioEngineError,
-    DeadlineExceeded,
-    EngineDead,
-    EngineOverloaded,
-    EngineStopped,
-)
+from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
-from aioengine.fleet.door.grammars import SentGrammar
-from aioengine.fleet.wire import (
-    Abort,
-    Delta,
-    Frame,
-    Hello,
-    LimitWaiting,
-    Residency,
-    Status,
-    Submit,
-    pack_params,
-    unpack_error,
-)
+from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.info import EngineStats, SlotInfo
-from aioengine.schedulers.policy import Location
-from aioengine.schedulers.routing import (
-    FleetState,
-    ReplicaLimits,
-    Report,
-    RouteRequest,
-    RouterGuard,
-    Tiers,
-    load_router,
-    prefix_hashes,
-)
+from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, Tiers
 
 logger = logging.getLogger("aioengine.fleet")
 
 WATCH_SECONDS = 0.25
-MAX_TRIES = 16
-"""Replicas that a request which has not begun is offered, one after the other."""
 
 
 class Member:
@@ -76,28 +43,21 @@ class Members:
         self.config = config
         self.handle = handle
         self.state = FleetState(time.monotonic, silent_after=config.silent_seconds)
-        self.guard = RouterGuard(
-            load_router(config.router), timer=time.perf_counter, failed=self._router_failed
-        )
-        self.state.listeners.append(self.guard.tell)
         self.members: dict[str, Member] = {}
-        self.migrations: Counter[str] = Counter()
-        """Requests that went on elsewhere, by what became of their replica."""
         self.losses: Counter[str] = Counter()
         """Replicas lost, by how."""
-        self.misroutes = 0
-        """Requests whose replica had lost the adapter that it was chosen for."""
-        self.route_seconds: list[float] = []
-        """What routing took since it was last asked for."""
-        self.on_join: Callable[[Member], None] = lambda member: None
+        self.on_join: list[Callable[[Member], None]] = []
         """Told of each replica that has said hello."""
+        self.on_delta: Callable[[Channel, Call, Delta], None] = lambda channel, call, delta: None
+        """Told what a replica says of a request."""
+        self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
+        """Told of each request whose replica is lost."""
         self.door = door
         self._channels: dict[str, Channel] = {}
         self._changed = asyncio.Event()
         """Set, and replaced, whenever a replica comes or goes."""
         self._known: set[str] = set()
         """Those that Serve says there are."""
-        self._max_waiting: dict[str, int] = {}
         self._waking = False
         """A call waits for a replica to be started."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -115,7 +75,7 @@ class Members:
             loop.call_soon_threadsafe(self._replicas_are, ids)
 
         self._unwatch = watch_replicas(self.config.name, watch)
-        self._spawn(self._watch())
+        self.spawn(self._watch())
 
     async def complete(self, within: float) -> None:
         """Wait until as many replicas as are configured have said hello; where their number changes, until
@@ -126,7 +86,7 @@ class Members:
                 # The first call makes Serve's router, which then says which replicas there are.
                 await self.handle.options(method_name="describe").remote()
                 while len(self.members) < wanted:
-                    await self._change()
+                    await self.change()
         except TimeoutError:
             raise EngineStopped(
                 f"{len(self.members)} of {wanted} replicas were heard of within {within:g} s"
@@ -157,58 +117,17 @@ class Members:
         wanted = self.config.replicas if self.config.autoscale is None else len(self._known)
         return max(wanted - len(self.members), 0)
 
-    # Requests
+    # For whoever sends requests
 
-    async def place(self, call: Call) -> None:
-        """Send it to a replica; wait for one if there is none. Raises EngineOverloaded if the router rejects
-        it, EngineStopped if no replica comes, DeadlineExceeded."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self.config.replica_wait_seconds
-        while not call.ended:
-            request = self._route_request(call)
-            began = time.perf_counter()
-            route = self.guard.route(request, self.state.view)
-            if len(self.route_seconds) < 100_000:
-                self.route_seconds.append(time.perf_counter() - began)
-            if route.replicas:
-                self._send(call, request, route.replicas[0])
-                return
-            if any(view.replica_id not in call.tried for view in self.state.view.accepting):
-                raise EngineOverloaded(f"the router rejects the request: {route.reject}", bound="server")
-            if call.tried and self.state.view.accepting:
-                call.tried = (
-                    frozenset()
-                )  # all have been lost or refused once; those that live may be asked again
-                if not call.begun:
-                    await asyncio.sleep(0.05)
-                continue
-            now = loop.time()
-            due = until if call.deadline is None else min(until, call.deadline)
-            if now >= due:
-                if call.deadline is not None and now >= call.deadline:
-                    raise DeadlineExceeded(
-                        f"request {call.request_id!r}: its deadline passed before a replica came"
-                    )
-                raise EngineStopped("no replica of the fleet takes requests now; try again later")
-            if self.asleep and not self._waking:
-                self._waking = True
-                self._spawn(self._wake())
-            try:
-                async with asyncio.timeout(due - now):
-                    await self._change()
-            except TimeoutError:
-                pass
+    def channel(self, replica: str) -> Channel | None:
+        """None: the replica is lost, or has left."""
+        return self._channels.get(replica)
 
-    def abandon(self, call: Call) -> None:
-        """Nobody waits for it any more: if it runs, it is aborted."""
-        if call.replica is None:
-            return
-        channel = self._channels.get(call.replica)
-        self.state.ended(str(call.key))
-        call.replica = None
-        if channel is not None and channel.calls.pop(call.key, None) is not None:
-            channel.send(Abort(call.key))
-            self._close_if_left(channel)
+    def wake(self) -> None:
+        """Have Serve start a replica, if there is none because nothing was asked of the fleet."""
+        if self.asleep and not self._waking:
+            self._waking = True
+            self.spawn(self._wake())
 
     async def _wake(self) -> None:
         """A call that waits for a replica: Serve starts one for it."""
@@ -219,65 +138,6 @@ class Members:
             logger.warning("no replica has come: %s", type(error).__name__)
         finally:
             self._waking = False
-
-    def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        self._max_waiting = dict(max_waiting)
-        self._share_limits(list(self._channels.values()))
-
-    def _share_limits(self, channels: list[Channel]) -> None:
-        """Each replica gets its share of the bounds, rounded up."""
-        share = self.config.replicas if self.config.autoscale is None else max(len(self.members), 1)
-        limits = {tenant: -(-limit // share) for tenant, limit in self._max_waiting.items()}
-        for channel in channels:
-            channel.send(LimitWaiting(limits))
-
-    def _route_request(self, call: Call) -> RouteRequest:
-        if call.route is None or call.route.tried != call.tried:
-            options = call.options
-            call.route = RouteRequest(
-                str(call.key),
-                options.adapter,
-                len(call.prompt) + len(call.tokens),
-                max(call.params.max_tokens - len(call.tokens), 0),
-                options.expected_tokens,
-                options.tenant,
-                options.priority,
-                None if call.deadline is None else time.monotonic() + call.deadline - self._now(),
-                prefix_hashes(call.prompt, options.adapter, salt=options.cache_salt),
-                tried=call.tried,
-            )
-        return call.route
-
-    def _send(self, call: Call, request: RouteRequest, replica: str) -> None:
-        channel = self._channels[replica]
-        options = call.options
-        left = None if call.deadline is None else max(call.deadline - self._now(), 1e-3)
-        resumed = call.begun
-        constraint = call.params.constraint
-        adapter = options.adapter
-        where = None if adapter is None else self.state.view.replicas[replica].location(adapter)
-        order = Submit(
-            call.key,
-            call.request_id,
-            call.prompt,
-            pack_params(call.params),
-            msgspec.structs.replace(
-                options,
-                deadline=left,
-                output=tuple(call.tokens),
-                replay=options.replay or (resumed and self.config.replays),
-            ),
-            constraint.text if isinstance(constraint, SentGrammar) else None,
-            {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
-            where in (Location.SLOT, Location.CPU),
-        )
-        self.state.sent(request, replica)
-        call.replica = replica
-        channel.calls[call.key] = call
-        channel.send(order)
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
 
     # What replicas say
 
@@ -290,7 +150,7 @@ class Members:
             channel.leaving = True
             if replica in self.members:
                 self.state.drain(replica)
-            self._close_if_left(channel)
+            self.close_if_left(channel)
 
     def _open(self, replica: str) -> None:
         self._channels[replica] = Channel(
@@ -298,13 +158,12 @@ class Members:
         )
 
     def _take(self, channel: Channel, frame: Frame) -> None:
-        now = self._now()
         if frame.hello is not None:
             self._hello(channel, frame.hello)
         for delta in frame.deltas:
             call = channel.calls.get(delta.key)
             if call is not None:
-                self._delta(channel, call, delta, now)
+                self.on_delta(channel, call, delta)
         member = self.members.get(channel.replica)
         if member is not None and frame.status is not None:
             self._report(member, frame.status, frame.residency)
@@ -313,11 +172,9 @@ class Members:
         self.members[channel.replica] = Member(channel, hello)
         limits = ReplicaLimits(hello.slots, hello.cpu_loras, hello.max_running, hello.kv_tokens)
         self.state.join(channel.replica, limits)
-        if self._max_waiting:
-            fixed = self.config.autoscale is None
-            self._share_limits([channel] if fixed else [m.channel for m in self.members.values()])
         logger.info("replica %s is there (process %d on %s)", channel.replica, hello.pid, hello.node)
-        self.on_join(self.members[channel.replica])
+        for listener in self.on_join:
+            listener(self.members[channel.replica])
         self._tell_change()
 
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
@@ -358,33 +215,6 @@ class Members:
         if self.state.view.replicas[replica].accepting and not was:
             self._tell_change()
 
-    def _delta(self, channel: Channel, call: Call, delta: Delta, now: float) -> None:
-        begun = call.begun
-        self.misroutes += delta.misrouted
-        if delta.error:
-            error = unpack_error(delta.error)
-            elsewhere = isinstance(error, (EngineStopped, EngineDead)) or (
-                isinstance(error, EngineOverloaded) and not begun and error.bound != "tenant"
-            )
-            if elsewhere and self._others(call):
-                del channel.calls[call.key]
-                self.state.failed(str(call.key))
-                self._again(call, channel.replica, "refused")
-                return
-        call.take(delta, now)
-        if call.begun and not begun:
-            self.state.started(str(call.key))
-        if call.ended:
-            del channel.calls[call.key]
-            call.replica = None
-            self.state.ended(str(call.key))
-            self._close_if_left(channel)
-
-    def _others(self, call: Call) -> bool:
-        """Whether a replica has not been asked yet."""
-        tried = {*call.tried, call.replica}
-        return any(view.replica_id not in tried for view in self.state.view.accepting)
-
     # Losses
 
     def _channel_lost(self, channel: Channel, why: str) -> None:
@@ -404,37 +234,9 @@ class Members:
             self.losses[how] += 1
             logger.warning("replica %s is %s (%s); %d requests go elsewhere", replica, how, why, len(calls))
         for call in calls.values():
-            self._again(call, replica, how)
-        self._spawn(self._reopen(replica))
+            self.on_loss(call, replica, how)
+        self.spawn(self._reopen(replica))
         self._tell_change()
-
-    def _again(self, call: Call, replica: str, how: str) -> None:
-        """Have it go on at another replica, or fail."""
-        call.replica = None
-        if call.spans is not None:
-            call.spans.lost(how)
-        call.tried = call.tried | {replica}
-        if call.begun:
-            call.migrations += 1
-            self.migrations[how] += 1
-            if call.migrations > self.config.migration_limit:
-                call.fail(
-                    EngineDead(
-                        f"request {call.request_id!r} lost its replica {call.migrations} times and is "
-                        f"given up (migration_limit={self.config.migration_limit})"
-                    )
-                )
-                return
-        elif len(call.tried) > MAX_TRIES:
-            call.fail(EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once"))
-            return
-        self._spawn(self._replace(call))
-
-    async def _replace(self, call: Call) -> None:
-        try:
-            await self.place(call)
-        except AioEngineError as error:
-            call.fail(error)
 
     async def _reopen(self, replica: str) -> None:
         """If Serve keeps the replica, it may only have been cut off, or stood still: try it now and then."""
@@ -462,7 +264,7 @@ class Members:
                 if channel.replica in self.members and now - channel.heard > self.config.silent_seconds:
                     self._lose(channel, "silent", f"not heard of for {now - channel.heard:.1f} s")
 
-    def _close_if_left(self, channel: Channel) -> None:
+    def close_if_left(self, channel: Channel) -> None:
         """Serve waits for the channel before it ends a replica that it has taken out."""
         if channel.leaving and not channel.calls and self._channels.get(channel.replica) is channel:
             del self._channels[channel.replica]
@@ -475,16 +277,15 @@ class Members:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _change(self) -> None:
+    async def change(self) -> None:
+        """Wait until a replica comes or goes."""
         await self._changed.wait()
 
-    def _spawn(self, work: Any) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside, until :meth:`stop`."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _router_failed(self, kind: str, text: str) -> None:
-        logger.warning("router: %s", text)
 
     # Watching
 

@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
 from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.families.exposition import TextWriter
@@ -28,13 +29,14 @@ _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 class FleetMetrics:
     """Scraped from any thread but the loop's; has what a server needs of an engine's metrics."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Everything(self))
         self.own = CollectorRegistry()
         """What the door knows itself."""
-        self.own.register(_Door(members))
+        self.own.register(_Door(members, dispatcher))
         self._members = members
+        self._dispatcher = dispatcher
         self._engine = members.config.engine.name
         self._tenants = TenantMetrics(members.config.engine.max_adapter_labels)
         self.http = HttpMetrics(self._tenants)
@@ -62,7 +64,7 @@ class FleetMetrics:
         kind = "application/openmetrics-text" if "openmetrics" in content_type else _TEXT
         if source not in (None, DOOR):
             return _merged(self.scraped(kind, source), openmetrics=kind != _TEXT).encode(), content_type
-        took, self._members.route_seconds = self._members.route_seconds, []
+        took, self._dispatcher.route_seconds = self._dispatcher.route_seconds, []
         for seconds in took:
             self._seconds.observe(seconds)
         served = [*self.http.families(self._engine), *[m.family(self._engine) for m in self._tenants.metrics]]
@@ -109,19 +111,20 @@ class _Everything(Collector):
 class _Door(Collector):
     """What the door knows, read when it is asked for."""
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
         self._members = members
+        self._dispatcher = dispatcher
         self._engine = members.config.engine.name
 
     def collect(self) -> Iterator[Metric]:
-        members = self._members
-        yield self._counts("decisions", "Routing decisions by reason.", "reason", members.guard.reasons)
-        yield self._counts("router_failures", "What the router got wrong.", "kind", members.guard.failures)
+        members, sent = self._members, self._dispatcher
+        yield self._counts("decisions", "Routing decisions by reason.", "reason", sent.guard.reasons)
+        yield self._counts("router_failures", "What the router got wrong.", "kind", sent.guard.failures)
         yield self._counts(
             "migrations",
             "Requests that went on at another replica, by what became of theirs.",
             "cause",
-            members.migrations,
+            sent.migrations,
         )
         yield self._counts("losses", "Replicas that were lost.", "cause", members.losses)
         misroutes = CounterMetricFamily(
@@ -129,7 +132,7 @@ class _Door(Collector):
             "Requests that went to a replica for an adapter in its memory, which was not there any more.",
             labels=["engine", "replica"],
         )
-        misroutes.add_metric([self._engine, DOOR], members.misroutes)
+        misroutes.add_metric([self._engine, DOOR], sent.misroutes)
         yield misroutes
         wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
         wanted.add_metric([self._engine, DOOR], members.config.replicas)

@@ -1,0 +1,221 @@
+"""Requests on their way to replicas, and to others when theirs are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from aioengine.errors import AioEngineError, DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.door.channel import Channel
+from aioengine.fleet.door.grammars import SentGrammar
+from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_params, unpack_error
+from aioengine.schedulers.policy import Location
+from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes
+
+logger = logging.getLogger("aioengine.fleet")
+
+MAX_TRIES = 16
+"""Replicas that a request which has not begun is offered, one after the other."""
+
+
+class Dispatcher:
+    """Asks the router where each request should go. All methods are called on one loop."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._config = members.config
+        self._state = members.state
+        self.guard = RouterGuard(
+            load_router(self._config.router), timer=time.perf_counter, failed=self._router_failed
+        )
+        self.migrations: Counter[str] = Counter()
+        """Requests that went on elsewhere, by what became of their replica."""
+        self.misroutes = 0
+        """Requests whose replica had lost the adapter that it was chosen for."""
+        self.route_seconds: list[float] = []
+        """What routing took since it was last asked for."""
+        self._max_waiting: dict[str, int] = {}
+        self._state.listeners.append(self.guard.tell)
+        members.on_join.append(self._joined)
+        members.on_delta = self._take
+        members.on_loss = self._again
+
+    async def place(self, call: Call) -> None:
+        """Send it to a replica; wait for one if there is none. Raises EngineOverloaded if the router rejects
+        it, EngineStopped if no replica comes, DeadlineExceeded."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._config.replica_wait_seconds
+        while not call.ended:
+            request = self._route_request(call)
+            began = time.perf_counter()
+            route = self.guard.route(request, self._state.view)
+            if len(self.route_seconds) < 100_000:
+                self.route_seconds.append(time.perf_counter() - began)
+            if route.replicas:
+                self._send(call, request, route.replicas[0])
+                return
+            if any(view.replica_id not in call.tried for view in self._state.view.accepting):
+                raise EngineOverloaded(f"the router rejects the request: {route.reject}", bound="server")
+            if call.tried and self._state.view.accepting:
+                # All have been lost or refused once; those that live may be asked again.
+                call.tried = frozenset()
+                if not call.begun:
+                    await asyncio.sleep(0.05)
+                continue
+            now = loop.time()
+            due = until if call.deadline is None else min(until, call.deadline)
+            if now >= due:
+                if call.deadline is not None and now >= call.deadline:
+                    raise DeadlineExceeded(
+                        f"request {call.request_id!r}: its deadline passed before a replica came"
+                    )
+                raise EngineStopped("no replica of the fleet takes requests now; try again later")
+            self._members.wake()
+            try:
+                async with asyncio.timeout(due - now):
+                    await self._members.change()
+            except TimeoutError:
+                pass
+
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for it any more: if it runs, it is aborted."""
+        if call.replica is None:
+            return
+        channel = self._members.channel(call.replica)
+        self._state.ended(str(call.key))
+        call.replica = None
+        if channel is not None and channel.calls.pop(call.key, None) is not None:
+            channel.send(Abort(call.key))
+            self._members.close_if_left(channel)
+
+    def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
+        self._max_waiting = dict(max_waiting)
+        self._share_limits(self._members.members.values())
+
+    def _joined(self, member: Member) -> None:
+        if self._max_waiting:
+            fixed = self._config.autoscale is None
+            self._share_limits([member] if fixed else self._members.members.values())
+
+    def _share_limits(self, members: Iterable[Member]) -> None:
+        """Each replica gets its share of the bounds, rounded up."""
+        share = self._config.replicas if self._config.autoscale is None else len(self._members.members)
+        limits = {tenant: -(-limit // max(share, 1)) for tenant, limit in self._max_waiting.items()}
+        for member in members:
+            member.channel.send(LimitWaiting(limits))
+
+    def _route_request(self, call: Call) -> RouteRequest:
+        if call.route is None or call.route.tried != call.tried:
+            options = call.options
+            call.route = RouteRequest(
+                str(call.key),
+                options.adapter,
+                len(call.prompt) + len(call.tokens),
+                max(call.params.max_tokens - len(call.tokens), 0),
+                options.expected_tokens,
+                options.tenant,
+                options.priority,
+                None if call.deadline is None else time.monotonic() + call.deadline - _now(),
+                prefix_hashes(call.prompt, options.adapter, salt=options.cache_salt),
+                tried=call.tried,
+            )
+        return call.route
+
+    def _send(self, call: Call, request: RouteRequest, replica: str) -> None:
+        channel = self._members.channel(replica)
+        assert channel is not None, "the router is told of a loss before it is asked again"
+        options = call.options
+        left = None if call.deadline is None else max(call.deadline - _now(), 1e-3)
+        resumed = call.begun
+        constraint = call.params.constraint
+        adapter = options.adapter
+        where = None if adapter is None else self._state.view.replicas[replica].location(adapter)
+        order = Submit(
+            call.key,
+            call.request_id,
+            call.prompt,
+            pack_params(call.params),
+            msgspec.structs.replace(
+                options,
+                deadline=left,
+                output=tuple(call.tokens),
+                replay=options.replay or (resumed and self._config.replays),
+            ),
+            constraint.text if isinstance(constraint, SentGrammar) else None,
+            {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
+            where in (Location.SLOT, Location.CPU),
+        )
+        self._state.sent(request, replica)
+        call.replica = replica
+        channel.calls[call.key] = call
+        channel.send(order)
+
+    def _take(self, channel: Channel, call: Call, delta: Delta) -> None:
+        """What a replica says of a request."""
+        begun = call.begun
+        self.misroutes += delta.misrouted
+        if delta.error:
+            error = unpack_error(delta.error)
+            elsewhere = isinstance(error, (EngineStopped, EngineDead)) or (
+                isinstance(error, EngineOverloaded) and not begun and error.bound != "tenant"
+            )
+            if elsewhere and self._others(call):
+                del channel.calls[call.key]
+                self._state.failed(str(call.key))
+                self._again(call, channel.replica, "refused")
+                return
+        call.take(delta, _now())
+        if call.begun and not begun:
+            self._state.started(str(call.key))
+        if call.ended:
+            del channel.calls[call.key]
+            call.replica = None
+            self._state.ended(str(call.key))
+            self._members.close_if_left(channel)
+
+    def _others(self, call: Call) -> bool:
+        """Whether a replica has not been asked yet."""
+        tried = {*call.tried, call.replica}
+        return any(view.replica_id not in tried for view in self._state.view.accepting)
+
+    def _again(self, call: Call, replica: str, how: str) -> None:
+        """Have it go on at another replica, or fail."""
+        call.replica = None
+        if call.spans is not None:
+            call.spans.lost(how)
+        call.tried = call.tried | {replica}
+        if call.begun:
+            call.migrations += 1
+            self.migrations[how] += 1
+            if call.migrations > self._config.migration_limit:
+                call.fail(
+                    EngineDead(
+                        f"request {call.request_id!r} lost its replica {call.migrations} times and is "
+                        f"given up (migration_limit={self._config.migration_limit})"
+                    )
+                )
+                return
+        elif len(call.tried) > MAX_TRIES:
+            call.fail(EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once"))
+            return
+        self._members.spawn(self._replace(call))
+
+    async def _replace(self, call: Call) -> None:
+        try:
+            await self.place(call)
+        except AioEngineError as error:
+            call.fail(error)
+
+    def _router_failed(self, kind: str, text: str) -> None:
+        logger.warning("router: %s", text)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
