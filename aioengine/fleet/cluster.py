@@ -191,10 +191,9 @@ class Door:
     def close(self) -> None:
         """The last door takes the replicas with it. Blocks."""
         import ray
-        from ray import serve
 
         if ray.get(self._registry.leave.remote(self.name)) == 0:
-            serve.delete(self._config.name)
+            _remove(self._config.name)
             ray.kill(self._registry)
 
 
@@ -225,10 +224,22 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
         handle = serve.run(application(), name=config.name, route_prefix=None)
     except Exception as error:
         why = _why(config.name) or str(error)
-        serve.delete(config.name, _blocking=False)
+        _remove(config.name)
         ray.kill(registry)
         raise ConfigError(f"the fleet did not come up: {why}") from error
     return Door(config, handle, registry).open()
+
+
+def _remove(name: str) -> None:
+    """An application, and Serve with it if nobody else uses it. Serve keeps the proxies that it was started
+    with: were it left, a later `serve run` on this cluster would never have one. Blocks."""
+    from ray import serve
+
+    status = serve.status()
+    if set(status.applications) <= {name} and not status.proxies:
+        serve.shutdown()
+    else:
+        serve.delete(name)
 
 
 def _check_cluster(config: FleetConfig) -> None:
