@@ -178,6 +178,7 @@ class EngineReplica:
             replica=_own_id(),
             pid=os.getpid(),
             node=platform.node(),
+            actor=_own_actor(),
             slots=0 if lora is None else len(self.engine.slots().slots),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
@@ -319,6 +320,12 @@ def _own_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _own_actor() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_actor_name())
 
 
 class Beliefs:

@@ -99,6 +99,8 @@ class Hello(msgspec.Struct, array_like=True):
     replica: str
     pid: int
     node: str
+    actor: str
+    """Ray's name of it."""
     slots: int
     cpu_loras: int
     max_running: int

@@ -15,6 +15,7 @@ from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
+from aioengine.fleet.door.hung import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.info import EngineStats, SlotInfo
 from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, Tiers
@@ -58,6 +59,7 @@ class Members:
         """Set, and replaced, whenever a replica comes or goes."""
         self._known: set[str] = set()
         """Those that Serve says there are."""
+        self._hung = Hung()
         self._waking = False
         """A call waits for a replica to be started."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -151,6 +153,7 @@ class Members:
             if replica in self.members:
                 self.state.drain(replica)
             self.close_if_left(channel)
+        self.spawn(self._hung.end_all_but(ids))
 
     def _open(self, replica: str) -> None:
         self._channels[replica] = Channel(
@@ -170,6 +173,7 @@ class Members:
 
     def _hello(self, channel: Channel, hello: Hello) -> None:
         self.members[channel.replica] = Member(channel, hello)
+        self._hung.back(channel.replica)
         limits = ReplicaLimits(hello.slots, hello.cpu_loras, hello.max_running, hello.kv_tokens)
         self.state.join(channel.replica, limits)
         logger.info("replica %s is there (process %d on %s)", channel.replica, hello.pid, hello.node)
@@ -226,7 +230,7 @@ class Members:
         if self._channels.get(replica) is not channel:
             return
         del self._channels[replica]
-        self.members.pop(replica, None)
+        member = self.members.pop(replica, None)
         self.state.leave(replica)
         channel.close()
         calls, channel.calls = channel.calls, {}
@@ -235,6 +239,9 @@ class Members:
             logger.warning("replica %s is %s (%s); %d requests go elsewhere", replica, how, why, len(calls))
         for call in calls.values():
             self.on_loss(call, replica, how)
+        if member is not None and how in ("silent", "hung"):
+            self._hung.add(replica, member.hello)
+            self.spawn(self._hung.end_all_but(self._known))
         self.spawn(self._reopen(replica))
         self._tell_change()
 
