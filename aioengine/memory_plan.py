@@ -36,6 +36,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     lora_dtype: str
     quantization: Quantization = "none"
+    stored: tuple[str, ...] = ()
+    """The formats of weights that the checkpoint has quantized, and that stay so."""
     kv_cache_dtype: str = "auto"
     """"auto": ``dtype``."""
     max_model_len: int
@@ -101,13 +103,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def rows(self) -> list[tuple[str, str, int]]:
         """(what, how it comes about, bytes), for a table; the last row is the total."""
-        rows = [
-            (
-                "base weights",
-                self.dtype if self.quantization == "none" else self.quantization,
-                self.weights_bytes,
-            )
-        ]
+        detail = self.dtype if self.quantization == "none" else self.quantization
+        if self.stored:
+            detail = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
+        rows = [("base weights", detail, self.weights_bytes)]
         parts = {} if self.slot_memory is not None else dict(self.slot_bytes_by_module)
         if self.num_slots and self.slot_memory is None:
             parts["DoRA and biases"] = self.slot_affine_bytes
@@ -171,6 +170,7 @@ def plan_memory(
         dtype=dtype,
         lora_dtype=lora_dtype,
         quantization=config.quantization,
+        stored=tuple(sorted({packing.format for packing in local.packed.values()})),
         kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
         weights_bytes=_weights_bytes(local, DTYPE_BYTES[dtype], config.quantization),
@@ -199,7 +199,7 @@ def plan_from_config(
 
     Raises ConfigError if the model cannot be had, is not supported, or does not fit.
     """
-    spec = read_spec(resolve_model(config.model, progress), config.model_impl)
+    spec = read_spec(resolve_model(config.model, progress), config.model_impl, config.quantization)
     device = resolve_device(config.device)
     return plan_memory(spec, config, device=device, available_bytes=available_bytes)
 
@@ -301,6 +301,8 @@ def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization
     """With int8, the linears' weights take a byte each, and 8 more for each output. (Until they have been
     loaded and quantized they are there in the dtype.)"""
     total = spec.num_parameters() * dtype_bytes
+    for (n_in, n_out), packing in spec.packed_weights():
+        total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
     if quantization == "none":
         return total
     linears = [(spec.num_layers, *spec.linear(module)) for module in LORA_MODULES]

@@ -30,7 +30,7 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
         raise PolicyError(str(error)) from error
     with load_progress() as progress:
         found = plan_from_config(config, progress=progress)
-        spec = read_spec(resolve_model(config.model), config.model_impl)
+        spec = read_spec(resolve_model(config.model), config.model_impl, config.quantization)
         variance = planned_variance(
             config, spec, device=found.device, dtype=found.dtype, lora_dtype=found.lora_dtype
         )

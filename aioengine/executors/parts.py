@@ -52,7 +52,7 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
             )
         torch.cuda.set_device(shard.rank)
     path = resolve_model(config.model, progress)
-    spec = read_spec(path, config.model_impl)
+    spec = read_spec(path, config.model_impl, config.quantization)
     return PartsPlan(path, spec, plan_memory(spec, config, device=device))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch, PlainWeight, Weight
+from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
+from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.group import Group, SoloGroup
@@ -18,7 +20,7 @@ from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Rope
 from aioengine.model.slots.layout import FUSED_MODULES
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import LORA_MODULES, NO_LAYER, ModelSpec
 
 
 @dataclass(slots=True)
@@ -58,14 +60,57 @@ class StepInputs:
     """The same for ``sample_rows``."""
 
 
-def _weights(spec: ModelSpec, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-    """Memory for the matrices of a model on a CPU: ``weight(out, in)``, all of them in one piece."""
-    layer = [spec.linear(module) for modules in FUSED_MODULES.values() for module in modules]
-    per_layer = sum(shape.in_features * shape.out_features for shape in layer)
-    outer = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    count = len(FUSED_MODULES) * spec.num_layers + 2
-    arena = Arena((per_layer * spec.num_layers + outer) * dtype.itemsize, count)
-    return lambda n, k: arena.take(n * k * dtype.itemsize).view(dtype).view(n, k)
+class _Memory:
+    """Memory for the matrices of a model: on a CPU all of them in one piece."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._spec, self._dtype, self._device = spec, dtype, device
+        self._arena: Arena | None = None
+        if device.type == "cpu":
+            nbytes = spec.num_parameters() * dtype.itemsize
+            nbytes += sum(p.row_bytes(s.in_features) * s.out_features for s, p in spec.packed_weights())
+            nbytes -= sum(s.in_features * s.out_features * dtype.itemsize for s, _ in spec.packed_weights())
+            self._arena = Arena(nbytes, (len(LORA_MODULES) * spec.num_layers + 2))
+
+    def matrix(self, *modules: tuple[int, str]) -> Weight:
+        """A weight of (layer, module)s that read the same input: theirs, one after the other."""
+        names = [self._spec.module_name(layer, module) for layer, module in modules]
+        shapes = [self._spec.linear(_rows_of(module)) for _, module in modules]
+        if not any(name in self._spec.packed for name in names):
+            return self._plain(sum(shape.out_features for shape in shapes), shapes[0].in_features)
+        parts = []
+        for name, (k, n) in zip(names, shapes, strict=True):
+            packing = self._spec.packed.get(name)
+            parts.append(self._plain(n, k) if packing is None else self._blocks(packing, n, k))
+        return parts[0] if len(parts) == 1 else StackedWeight(parts)
+
+    def _plain(self, n: int, k: int) -> Weight:
+        return PlainWeight(self._take(n * k * self._dtype.itemsize).view(self._dtype).view(n, k))
+
+    def _blocks(self, packing: Packing, n: int, k: int) -> Weight:
+        data, groups, device = self._take(n * packing.row_bytes(k)), packing.groups(k), self._device
+        scaled = packing.grouped
+        return BlockWeight(
+            packing.format,
+            data.view(n, -1),
+            k,
+            self._dtype,
+            scale=torch.empty(n, groups, device=device) if scaled else None,
+            zero=torch.empty(n, groups, dtype=torch.int16, device=device) if packing.zeros else None,
+            group_of=torch.empty(k, dtype=torch.int32, device=device) if packing.ordered else None,
+            group=packing.group or k,
+            middle=packing.middle,
+        )
+
+    def _take(self, nbytes: int) -> Tensor:
+        if self._arena is None:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return self._arena.take(nbytes)
+
+
+def _rows_of(module: str) -> str:
+    """The linear of a module's shape as it is stored: an embedding is one row for each token."""
+    return "lm_head" if module == "embed_tokens" else module
 
 
 class Decoder:
@@ -90,13 +135,11 @@ class Decoder:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        weight = _weights(spec, dtype) if device.type == "cpu" else empty
+        memory = _Memory(spec, dtype, device)
 
-        def linear(fused: str, has_bias: bool) -> Linear:
-            shapes = [spec.linear(module) for module in FUSED_MODULES[fused]]
-            n_out = sum(shape.out_features for shape in shapes)
-            matrix = PlainWeight(weight(n_out, shapes[0].in_features))
-            return Linear(matrix, empty(n_out) if has_bias else None)
+        def linear(layer: int, fused: str, has_bias: bool) -> Linear:
+            weight = memory.matrix(*((layer, module) for module in FUSED_MODULES[fused]))
+            return Linear(weight, empty(weight.n) if has_bias else None)
 
         self.spec = spec
         """Of the rank's share."""
@@ -106,37 +149,39 @@ class Decoder:
         self.device = device
         self.kernels = kernels
         self.rope = Rope(spec.rope, spec.head_dim, device)
-        self.embed_tokens: Weight = PlainWeight(weight(spec.vocab_size, spec.hidden_size))
+        self.embed_tokens = memory.matrix((NO_LAYER, "embed_tokens"))
         self.layers = [
             Layer(
                 input_norm=empty(spec.hidden_size),
-                qkv=linear("qkv", spec.qkv_bias),
+                qkv=linear(i, "qkv", spec.qkv_bias),
                 q_norm=empty(spec.head_dim) if spec.qk_norm else None,
                 k_norm=empty(spec.head_dim) if spec.qk_norm else None,
-                o=linear("o", spec.o_bias),
+                o=linear(i, "o", spec.o_bias),
                 post_attention_norm=empty(spec.hidden_size),
-                gate_up=linear("gate_up", spec.mlp_bias),
-                down=linear("down", spec.mlp_bias),
+                gate_up=linear(i, "gate_up", spec.mlp_bias),
+                down=linear(i, "down", spec.mlp_bias),
             )
-            for _ in range(spec.num_layers)
+            for i in range(spec.num_layers)
         ]
         self.norm = empty(spec.hidden_size)
         head = self.embed_tokens
         if not spec.tie_embeddings:
-            head = PlainWeight(weight(spec.vocab_size, spec.hidden_size))
+            head = memory.matrix((NO_LAYER, "lm_head"))
         self.head = Linear(head, None)
         self.nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
+        self.nbytes += sum(weight.nbytes for weight in self.block_weights().values())
         """Bytes of the weights."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter under its Hugging Face name, as a view of where it is stored.
+        """Every parameter that is not in blocks under its Hugging Face name, as a view of where it is stored.
 
-        The views cover the decoder's weights exactly once; a tied head appears as the embedding. To be
-        called before they are packed.
+        Views and :meth:`block_weights` cover the decoder's weights exactly once; a tied head appears as the
+        embedding. To be called before they are packed.
         """
-        out = {"model.embed_tokens.weight": _whole(self.embed_tokens), "model.norm.weight": self.norm}
-        if not self.spec.tie_embeddings:
-            out["lm_head.weight"] = _whole(self.head.weight)
+        out = {"model.norm.weight": self.norm}
+        for name, weight, begin, end in self._matrices():
+            if not isinstance(weight, BlockWeight):
+                out[f"{name}.weight"] = weight.rows(begin, end)
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
             out[f"{prefix}.input_layernorm.weight"] = layer.input_norm
@@ -145,16 +190,34 @@ class Decoder:
                 out[f"{prefix}.self_attn.q_norm.weight"] = layer.q_norm
                 out[f"{prefix}.self_attn.k_norm.weight"] = layer.k_norm
             for fused, linear in self._linears(layer).items():
-                block = "self_attn" if fused in ("qkv", "o") else "mlp"
-                row = 0
-                for module in FUSED_MODULES[fused]:
-                    rows = self.spec.linear(module).out_features
-                    name = f"{prefix}.{block}.{module}"
-                    out[f"{name}.weight"] = linear.weight.rows(row, row + rows)
-                    if linear.bias is not None:
-                        out[f"{name}.bias"] = linear.bias[row : row + rows]
-                    row += rows
+                if linear.bias is not None:
+                    sizes = [self.spec.linear(module).out_features for module in FUSED_MODULES[fused]]
+                    for module, bias in zip(
+                        FUSED_MODULES[fused], torch.split(linear.bias, sizes), strict=True
+                    ):
+                        out[f"{self.spec.module_name(i, module)}.bias"] = bias
         return out
+
+    def block_weights(self) -> dict[str, BlockWeight]:
+        """The weights that stay as the checkpoint has quantized them, by their Hugging Face names."""
+        return {f"{name}.weight": w for name, w, _, _ in self._matrices() if isinstance(w, BlockWeight)}
+
+    def _matrices(self) -> Iterator[tuple[str, Weight, int, int]]:
+        """Each matrix by the name of its module: the weight that has it, and its rows of that."""
+        name = self.spec.module_name
+        yield name(NO_LAYER, "embed_tokens"), self.embed_tokens, 0, self.embed_tokens.n
+        if not self.spec.tie_embeddings:
+            yield name(NO_LAYER, "lm_head"), self.head.weight, 0, self.head.weight.n
+        for i, layer in enumerate(self.layers):
+            for fused, linear in self._linears(layer).items():
+                row, weight = 0, linear.weight
+                for place, module in enumerate(FUSED_MODULES[fused]):
+                    rows = self.spec.linear(module).out_features
+                    if isinstance(weight, StackedWeight):
+                        yield name(i, module), weight.parts[place], 0, rows
+                    else:
+                        yield name(i, module), weight, row, row + rows
+                    row += rows
 
     def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] of what LoRA can target; an embedding transposed.
@@ -186,7 +249,7 @@ class Decoder:
         weights = [linear.weight for linear in (*linears, self.head)]
         return [weight.data for weight in weights if isinstance(weight, PlainWeight)]
 
-    def pack(self, pack: Callable[[Tensor], Weight]) -> None:
+    def pack(self, pack: Callable[[Weight], Weight]) -> None:
         """Store the weights of all linears in another form, one after the other."""
         for layer in self.layers:
             for linear in self._linears(layer).values():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aioengine.kernels import PlainWeight, Weight
+from aioengine.kernels import Weight
 
 
 @dataclass(slots=True)
@@ -16,12 +16,11 @@ class Linear:
     """[out, in]"""
     bias: Tensor | None
 
-    def pack(self, pack: Callable[[Tensor], Weight]) -> int:
-        """Store the plain weight in another form; what was a view of it no longer is.
+    def pack(self, pack: Callable[[Weight], Weight]) -> int:
+        """Store the weight in another form; what was a view of it no longer is.
 
         Returns how many bytes it takes more than before; below zero if it takes fewer.
         """
-        assert isinstance(self.weight, PlainWeight)
         before = self.weight.nbytes
-        self.weight = pack(self.weight.data)
+        self.weight = pack(self.weight)
         return self.weight.nbytes - before

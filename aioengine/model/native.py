@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from aioengine.kernels import LoRABatch, LoRAPool, Weight
+from aioengine.kernels import LoRABatch, LoRAPool, PlainWeight, Weight
+from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
 from aioengine.kernels.cpu.packed import PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
@@ -153,10 +155,14 @@ class NativeForward:
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, (PackedWeight, QuantizedWeight))
+        assert isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks))
         if name in ("o", "down") and self._decoder.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
-        matrix = structs.Matrix(weight.data.data_ptr(), pointer(bias), weight.n, weight.k)
+        matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k)
+        if isinstance(weight, PackedBlocks):
+            matrix.part = ctypes.addressof(weight.struct)
+            return matrix
+        matrix.packed = weight.data.data_ptr()
         if isinstance(weight, QuantizedWeight):
             matrix.scale, matrix.start = weight.scale.data_ptr(), weight.start_pointer
             matrix.rotation = weight.rotation
@@ -198,15 +204,24 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Tensor], Weight]:
+def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight], Weight]:
     """Packs the decoder's linears: in place, or as int8 one after the other into memory of their own."""
     if quantization == "none":
-        return PackedWeight.pack
+        return _pack
     sizes = [weight.numel() for weight in decoder.linear_weights()]
     arena = Arena(sum(sizes), len(sizes))
 
-    def quantize(weight: Tensor) -> Weight:
-        memory = arena.take(weight.numel())
-        return QuantizedWeight.pack(weight, memory, int8_activations=has_int8_products())
+    def quantize(weight: Weight) -> Weight:
+        assert isinstance(weight, PlainWeight)
+        memory = arena.take(weight.data.numel())
+        return QuantizedWeight.pack(weight.data, memory, int8_activations=has_int8_products())
 
     return quantize
+
+
+def _pack(weight: Weight) -> Weight:
+    if isinstance(weight, PlainWeight):
+        return PackedWeight.pack(weight.data)
+    parts = weight.parts if isinstance(weight, StackedWeight) else [weight]
+    packed = [PackedWeight.pack(part.data) if isinstance(part, PlainWeight) else part for part in parts]
+    return PackedBlocks.pack([part for part in packed if isinstance(part, (BlockWeight, PackedWeight))])

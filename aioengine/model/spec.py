@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from aioengine.errors import ConfigError
+from aioengine.model.files.packing import Packing
 
 Quantization = Literal["none", "int8"]
 
@@ -111,6 +112,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The dtype that the checkpoint is stored in."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    packed: dict[str, Packing] = {}
+    """The weights that the checkpoint has quantized, and that stay so, by the names of their modules."""
 
     @property
     def impl(self) -> str:
@@ -190,6 +193,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             return None
         layer = int(number)
         return (layer, module) if name == self.module_name(layer, module) else None
+
+    def packed_weights(self) -> Iterator[tuple[LinearShape, Packing]]:
+        """The weights of :attr:`packed`, with their shapes; an embedding's is that of a head."""
+        for name, packing in self.packed.items():
+            module = name.rpartition(".")[2]
+            shape = self.linear("lm_head" if module == "embed_tokens" else module)
+            yield shape, packing
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
         """What each layer's cache holds of a token."""

@@ -84,6 +84,29 @@ def write_gguf(
     ``tokenizer`` is passed to :func:`add_tokenizer`.
     """
     config = model.config
+    writer = gguf_writer(path, model, arch, metadata or {})
+    add_tokenizer(writer, tokenizer or {})
+    quant = gguf.GGMLQuantizationType[kind]
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        data = parameter.numpy()
+        if arch == "llama" and "q_proj" in name:
+            data = interleaved(data, config.num_attention_heads)
+        if arch == "llama" and "k_proj" in name:
+            data = interleaved(data, config.num_key_value_heads)
+        name = tensor_name(name)
+        matrix_kind = quant if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(data, matrix_kind), raw_dtype=matrix_kind)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    _finish(writer)
+    return path
+
+
+def gguf_writer(path: Path, model: Any, arch: str, metadata: dict[str, Any]) -> gguf.GGUFWriter:
+    """A writer with the metadata of ``model``, some of which may be replaced."""
+    config = model.config
     writer = gguf.GGUFWriter(path, arch)
     fields: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
@@ -96,26 +119,16 @@ def write_gguf(
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": 10000.0,
     }
-    for key, value in ({f"{arch}.{k}": v for k, v in fields.items()} | (metadata or {})).items():
+    for key, value in ({f"{arch}.{k}": v for k, v in fields.items()} | metadata).items():
         _add(writer, key, value)
-    add_tokenizer(writer, tokenizer or {})
-    quant = gguf.GGMLQuantizationType[kind]
-    for name, parameter in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        data = parameter.numpy()
-        if arch == "llama" and "q_proj" in name:
-            data = _interleave(data, config.num_attention_heads)
-        if arch == "llama" and "k_proj" in name:
-            data = _interleave(data, config.num_key_value_heads)
-        for ours, theirs in _NAMES:
-            name = name.replace(ours, theirs)
-        matrix_kind = quant if data.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(data, matrix_kind), raw_dtype=matrix_kind)
-    for name, data in (tensors or {}).items():
-        writer.add_tensor(name, data)
-    _finish(writer)
-    return path
+    return writer
+
+
+def tensor_name(name: str) -> str:
+    """GGUF's name of a parameter."""
+    for ours, theirs in _NAMES:
+        name = name.replace(ours, theirs)
+    return name
 
 
 def write_tokenizer_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
@@ -153,7 +166,7 @@ def bpe_fields(tokenizer: Tokenizer, pre: str) -> dict[str, Any]:
     }
 
 
-def _interleave(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def interleaved(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Rows 0, d/2, 1, d/2 + 1, ... of each head: rotary pairs become neighbours."""
     half = data.shape[0] // heads // 2
     order = [h * 2 * half + i + p * half for h in range(heads) for i in range(half) for p in (0, 1)]

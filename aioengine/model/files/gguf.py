@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from aioengine.errors import ConfigError
+from aioengine.kernels.portable import dequantize as blocks
+from aioengine.model.files.packing import GGUF_PACKINGS, Packing
 from aioengine.model.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
@@ -142,29 +144,85 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
         dtype=_stored_dtype(file),
         bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=_eos_token_ids(file),
+        packed=_packed(file),
     )
+
+
+class StoredTensor:
+    """A parameter of a file, under its Hugging Face name."""
+
+    def __init__(self, file: GGUFFile, name: str, spec: ModelSpec) -> None:
+        self._file, self._name = file, name
+        self._tensor = file.tensors[name]
+        self._heads: int | None = None
+        """Of q and k, whose rows are in another order than Hugging Face's."""
+        self._head_dim = spec.head_dim
+        if file.require("general.architecture") == "llama":
+            if name.endswith((".attn_q.weight", ".attn_q.bias")):
+                self._heads = spec.num_heads
+            elif name.endswith((".attn_k.weight", ".attn_k.bias")):
+                self._heads = spec.num_kv_heads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensor.shape))
+
+    @property
+    def packing(self) -> Packing | None:
+        """How it is kept in memory if it is a quantized matrix of a known format."""
+        return _packing(self._tensor)
+
+    def tensor(self) -> torch.Tensor:
+        """Its values: in their dtype, and quantized ones in float32."""
+        return self._ordered(_to_torch(self._file, self._tensor))
+
+    def blocks(self) -> dict[str, torch.Tensor]:
+        """What a weight of :attr:`packing` consists of, by the names of ``BlockWeight``."""
+        import numpy as np
+
+        return {"data": self._ordered(torch.from_numpy(np.array(self._tensor.data)))}
+
+    def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._heads is None:
+            return tensor
+        return _half_split_rows(self._file, self._name, tensor, self._heads, self._head_dim)
+
+
+def iter_stored(
+    source: str | PathLike[str] | GGUFFile, spec: ModelSpec
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Every parameter by its Hugging Face name.
+
+    The q and k rows of the ``llama`` architecture are put back into the Hugging Face order. Raises
+    ConfigError for a tensor that the Llama family does not have.
+    """
+    file = open_gguf(source)
+    for name in file.tensors:
+        if name != _ROPE_FACTORS:
+            yield _hf_name(file, name), StoredTensor(file, name, spec)
 
 
 def iter_tensors(
     source: str | PathLike[str] | GGUFFile, spec: ModelSpec
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter as (Hugging Face name, tensor), one at a time.
+    """Every parameter as (Hugging Face name, tensor), one at a time, quantized ones as float32."""
+    for name, stored in iter_stored(source, spec):
+        yield name, stored.tensor()
 
-    Float tensors keep their dtype; quantised ones come as float32. The q and k rows of the
-    ``llama`` architecture are put back into the Hugging Face order. Raises ConfigError for a tensor
-    that the Llama family does not have.
-    """
-    file = open_gguf(source)
-    permuted = file.require("general.architecture") == "llama"
+
+def _packed(file: GGUFFile) -> dict[str, Packing]:
+    """The quantized matrices, by the names of their modules."""
+    found = {}
     for name, stored in file.tensors.items():
-        if name == _ROPE_FACTORS:
-            continue
-        tensor = _to_torch(file, stored)
-        if permuted and name.endswith((".attn_q.weight", ".attn_q.bias")):
-            tensor = _half_split_rows(file, name, tensor, spec.num_heads, spec.head_dim)
-        elif permuted and name.endswith((".attn_k.weight", ".attn_k.bias")):
-            tensor = _half_split_rows(file, name, tensor, spec.num_kv_heads, spec.head_dim)
-        yield _hf_name(file, name), tensor
+        packing = _packing(stored)
+        if packing is not None:
+            found[_hf_name(file, name).removesuffix(".weight")] = packing
+    return found
+
+
+def _packing(stored: ReaderTensor) -> Packing | None:
+    format = stored.tensor_type.name.lower()
+    return Packing(format=format) if format in GGUF_PACKINGS and len(stored.shape) == 2 else None
 
 
 def _hf_name(file: GGUFFile, name: str) -> str:
@@ -185,6 +243,9 @@ def _to_torch(file: GGUFFile, stored: ReaderTensor) -> torch.Tensor:
         return torch.from_numpy(np.array(stored.data))  # a copy: the file is mapped read-only
     if stored.tensor_type == Type.BF16:
         return torch.from_numpy(np.array(stored.data).view(np.int16)).view(torch.bfloat16)
+    packing = _packing(stored)
+    if packing is not None:
+        return blocks.dequantize(packing.format, torch.from_numpy(np.array(stored.data)))
     try:
         return torch.from_numpy(np.ascontiguousarray(dequantize(stored.data, stored.tensor_type)))
     except NotImplementedError as e:

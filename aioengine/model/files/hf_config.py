@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
+from aioengine.model.files.packing import Packing
+from aioengine.model.files.quantized import QuantizedFolder
 from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec, RopeSpec
 
 
@@ -70,14 +72,6 @@ def read_spec(model_dir: Path) -> ModelSpec:
         raise config.error("head_dim", head_dim, "must be even, because RoPE rotates pairs")
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise config.error("hidden_act", act, "only silu is supported", NotNative)
-    if (quantization := config.get("quantization_config")) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise config.error(
-            "quantization_config.quant_method",
-            method,
-            "quantised safetensors are not supported; use an unquantised checkpoint or a GGUF file",
-        )
-
     attention_bias = family in ("llama", "qwen3") and config.flag("attention_bias")
     bos, eos = _special_tokens(config, model_dir / "generation_config.json")
     return ModelSpec(
@@ -101,7 +95,16 @@ def read_spec(model_dir: Path) -> ModelSpec:
         dtype=_dtype(config),
         bos_token_id=bos,
         eos_token_ids=eos,
+        packed=_packed(model_dir, config),
     )
+
+
+def _packed(model_dir: Path, config: _Config) -> dict[str, Packing]:
+    """The quantized linears, by name."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return {}
+    return {name: layout.packing for name, layout in QuantizedFolder(model_dir, quantization).layouts.items()}
 
 
 class _Config:

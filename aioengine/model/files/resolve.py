@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.cache import EMBEDDED_MODEL
 from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
-from aioengine.model.spec import ModelImpl, ModelSpec
+from aioengine.model.spec import ModelImpl, ModelSpec, Quantization
 
 
 def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
@@ -55,13 +57,19 @@ def _from_hub(model: str, hub_id: HubId) -> Path:
         raise ConfigError(f"model={model!r}: no such folder, and {explain(error)}") from error
 
 
-def read_spec(path: Path, impl: ModelImpl = "auto") -> ModelSpec:
+def read_spec(path: Path, impl: ModelImpl = "auto", quantization: Quantization = "none") -> ModelSpec:
     """Read the spec of a model folder or GGUF file, without reading weights.
 
     ``impl`` says what is to run it: "native", "transformers" (then it is a
-    :class:`~aioengine.model.generic.spec.GenericSpec`), or "auto", the first of them that can.
+    :class:`~aioengine.model.generic.spec.GenericSpec`), or "auto", the first of them that can. With a
+    ``quantization`` of its own, what the checkpoint has quantized is expanded, to be quantized anew.
     Raises ConfigError if it cannot be run so.
     """
+    spec = _read_spec(path, impl)
+    return spec if quantization == "none" else msgspec.structs.replace(spec, packed={})
+
+
+def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
     if impl == "transformers":
         from aioengine.model.generic import describe  # imports torch and transformers
 

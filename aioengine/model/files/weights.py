@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
+from aioengine.kernels.blocks import BlockWeight
 from aioengine.model.decoder import Decoder
+from aioengine.model.files.folder import INDEX, check_exists, shards, unreadable
+from aioengine.model.files.packing import Packing
+from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
 from aioengine.model.spec import ModelSpec
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
@@ -28,34 +28,47 @@ class Stored(NamedTuple):
     """Reads a part: a slice for each dimension."""
 
 
-def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored]]:
-    """Every tensor of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
+class StoredBlocks(NamedTuple):
+    """A quantized weight of a checkpoint, to be read before the iteration goes on."""
 
-    Of safetensors files, only what is asked for is read; a GGUF tensor is always expanded as a whole.
+    shape: tuple[int, ...]
+    packing: Packing
+    read: Callable[[], Mapping[str, Tensor]]
+    """What :class:`BlockWeight` consists of, by its names there."""
+
+
+def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored | StoredBlocks]]:
+    """Every parameter of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
+
+    Of safetensors files, only what is asked for is read; a weight that is quantized is read as a whole.
     Raises :class:`ConfigError`, naming the file, if one is missing, malformed or disagrees with the
     index.
     """
     if path.suffix == ".gguf":
-        from aioengine.model.files.gguf import iter_tensors
+        from aioengine.model.files.gguf import iter_stored
 
-        for name, tensor in iter_tensors(path, spec):
-            yield name, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
-    elif (path / INDEX).is_file():
-        for shard, keys in _read_index(path / INDEX).items():
-            yield from _iter_safetensors(path / shard, keys)
-    else:
-        yield from _iter_safetensors(path / SINGLE, None)
+        for name, stored in iter_stored(path, spec):
+            if isinstance(stored.packing, Packing):
+                yield name, StoredBlocks(stored.shape, stored.packing, stored.blocks)
+            else:
+                tensor = stored.tensor()
+                yield name, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
+        return
+    every = (pair for shard, keys in shards(path).items() for pair in _iter_safetensors(shard, keys))
+    quantized = quantized_folder(path)
+    yield from every if quantized is None else _joined(every, quantized)
 
 
 def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = None) -> None:
     """Fills all of the decoder's parameters, converting to its dtype; ``progress`` is told how far it is.
 
-    A decoder that is a rank's share gets the parts that it holds.
+    A decoder that is a rank's share gets the parts that it holds. Quantized weights for which the decoder
+    has blocks stay as they are; the others are expanded.
 
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
     """
-    missing = decoder.parameters()
+    missing: dict[str, Tensor | BlockWeight] = {**decoder.parameters(), **decoder.block_weights()}
     done, total = 0, sum(parameter.nbytes for parameter in missing.values())
     seen: set[str] = set()
     partition = decoder.partition
@@ -70,17 +83,18 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
                 f"{path}: unexpected parameter {name}; the {decoder.spec.family} model that the "
                 "configuration describes has no place for it"
             )
-        shape, part = partition.parameter(name, parameter.shape)
+        own = (parameter.n, parameter.k) if isinstance(parameter, BlockWeight) else parameter.shape
+        shape, part = partition.parameter(name, own)
         if stored.shape != shape:
             raise ConfigError(
                 f"{path}: {name}: expected shape {shape} from the configuration, found {stored.shape}"
             )
-        tensor = stored.read(part)
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{path}: {name}: expected floating point, found {tensor.dtype}")
-        if tensor.shape != parameter.shape:  # the end of a vocabulary that is padded
-            parameter.zero_()
-        parameter[tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
+        if isinstance(parameter, BlockWeight):
+            if not isinstance(stored, StoredBlocks):
+                raise ConfigError(f"{path}: {name}: expected {parameter.format} blocks, found plain values")
+            _fill_blocks(parameter, stored, part)
+        else:
+            _fill(parameter, stored, part, f"{path}: {name}")
         seen.add(name)
         done += parameter.nbytes
         if progress is not None:
@@ -93,37 +107,81 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
         )
 
 
+def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[slice], where: str) -> None:
+    if isinstance(stored, StoredBlocks):
+        k = stored.shape[1]
+        group = stored.packing.group or k
+        weight = BlockWeight(
+            stored.packing.format,
+            k=k,
+            dtype=parameter.dtype,
+            group=group,
+            middle=stored.packing.middle,
+            **stored.read(),
+        )
+        rows, columns = part
+        size = max(1, (1 << 22) // k)
+        for begin in range(rows.start, rows.stop, size):
+            end = min(begin + size, rows.stop)
+            values = weight.rows(begin, end)[:, columns]
+            parameter[begin - rows.start : end - rows.start, : values.shape[1]].copy_(values)
+        parameter[rows.stop - rows.start :].zero_()
+        return
+    tensor = stored.read(part)
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise ConfigError(f"{where}: expected floating point, found {tensor.dtype}")
+    if tensor.shape != parameter.shape:  # the end of a vocabulary that is padded
+        parameter.zero_()
+    parameter[tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
+
+
+def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[slice]) -> None:
+    """Copies a part, whose inputs are whole blocks and groups."""
+    packing, (rows, columns), k = stored.packing, part, stored.shape[1]
+    data = slice(packing.row_bytes(columns.start), packing.row_bytes(columns.stop))
+    size = packing.group or k
+    groups = slice(columns.start // size, -(-columns.stop // size))
+    parts = {"data": (rows, data), "scale": (rows, groups), "zero": (rows, groups)}
+    read = stored.read()
+    for name, to in weight.tensors().items():
+        tensor = read[name][parts[name]] if name in parts else read[name]
+        if len(tensor) < len(to):  # the end of a vocabulary that is padded
+            to[len(tensor) :].zero_()
+        to[: len(tensor)].copy_(tensor)
+
+
 def _part(tensor: Tensor, part: Sequence[slice]) -> Tensor:
     return tensor[tuple(part)]
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
     """Buffers that old checkpoints contain, and the copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tie_embeddings)
+    if name.endswith(("rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale")):
+        return True  # the last two are for caches in float8
+    return name == "lm_head.weight" and spec.tie_embeddings
 
 
-def _read_index(path: Path) -> dict[str, set[str]]:
-    """The shards of an index file, each with the keys that it must hold."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[str, set[str]] = {}
-        for key, shard in weight_map.items():
-            shards.setdefault(Path(shard).name, set()).add(key)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: not a safetensors index: expected a JSON object with a weight_map of "
-            f"parameter names to file names ({type(error).__name__}: {error})"
-        ) from error
-    return shards
+def _joined(
+    every: Iterator[tuple[str, Stored]], quantized: QuantizedFolder
+) -> Iterator[tuple[str, Stored | StoredBlocks]]:
+    """Brings together the tensors of each quantized linear, which may be in several files."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, stored in every:
+        module, _, kind = name.rpartition(".")
+        layout = quantized.layouts.get(module)
+        if layout is None or kind == "bias":
+            yield name, stored
+            continue
+        tensors = waiting.setdefault(module, {})
+        tensors[kind] = stored.read([slice(0, n) for n in stored.shape])
+        if tensors.keys() == quantized.kinds[module]:
+            del waiting[module]
+            read = functools.partial(quantized.scheme.fields, module, layout, tensors)
+            yield f"{module}.weight", StoredBlocks((layout.n, layout.k), layout.packing, read)
 
 
 def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Stored]]:
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"
-        )
+    check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
@@ -133,7 +191,7 @@ def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[s
                 shape = tuple(file.get_slice(key).get_shape())
                 yield key, Stored(shape, functools.partial(_read, path, file, key, shape))
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read(path: Path, file: Any, key: str, shape: tuple[int, ...], part: Sequence[slice]) -> Tensor:
@@ -141,9 +199,5 @@ def _read(path: Path, file: Any, key: str, shape: tuple[int, ...], part: Sequenc
     try:
         tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[tuple(part)]
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return tensor
-
-
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path}: not a readable safetensors file: {error}")

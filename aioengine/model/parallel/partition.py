@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from aioengine.errors import ConfigError
+from aioengine.model.files.packing import Packing
 from aioengine.model.parallel.group import Shard
 from aioengine.model.spec import ModelSpec
 
@@ -43,7 +44,18 @@ class Partition:
             intermediate_size=spec.intermediate_size // size,
             vocab_size=-(-spec.vocab_size // size),
         )
-        """The model as a rank allocates it. A vocabulary that does not divide is padded."""
+        """The model as a rank allocates it. A vocabulary that does not divide is padded; quantized weights
+        are expanded where a rank's inputs are no whole blocks."""
+        if size > 1:
+            packed = {name: packing for name, packing in spec.packed.items() if self._keeps(name, packing)}
+            self.local = msgspec.structs.replace(self.local, packed=packed)
+
+    def _keeps(self, name: str, packing: Packing) -> bool:
+        module = name.rpartition(".")[2]
+        if module == "embed_tokens":
+            return True  # split over its rows
+        part = self.inputs(module)
+        return packing.divides(part.start, part.stop, self.whole.linear(module).in_features)
 
     def outputs(self, module: str) -> slice:
         """The outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``."""

@@ -20,6 +20,7 @@ struct Matrix {
   const float* scale;
   const int32_t* start;
   int64_t rotation;
+  const aio::Part* part;  // of weights in parts (see blocks.cpp); else null
 };
 
 // A fused linear's places in the slots; slices = 0: none of it is targeted.
@@ -139,14 +140,16 @@ struct Run {
     if (stopped) throw Stopped{};
   }
 
-  // None where the activations are as they are and the weights int8: those are widened before they are used.
+  // None for weights that are widened or expanded before they are used.
   aio::Panels panels(const Matrix& w) const {
-    if (w.scale != nullptr && w.start == nullptr) return {};
+    if (w.part != nullptr || (w.scale != nullptr && w.start == nullptr)) return {};
     return {w.packed, w.n, w.k * aio::LANES * long(w.scale != nullptr ? 1 : element())};
   }
 
   void base(const Matrix& w, const void* x, void* y, long rows, const aio::Beside& beside) const {
-    if (w.scale == nullptr)
+    if (w.part != nullptr)
+      aio_linear_blocks(m.bf16, x, w.k, w.part, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
+    else if (w.scale == nullptr)
       aio_linear_beside(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
     else
       aio_linear_int8(m.bf16, x, w.k, w.packed, w.scale, w.start, w.rotation, w.bias, y, w.n, rows, w.n, w.k, &beside,

@@ -1,0 +1,67 @@
+"""How a quantized checkpoint stores a weight, and how many bytes that takes. No torch here."""
+
+from __future__ import annotations
+
+import msgspec
+
+_BLOCKS = {
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "int4": (2, 1),
+    "int8": (1, 1),
+    "fp8": (1, 1),
+}
+"""Inputs of a block and its bytes, by format: those of GGUF files with their scales, the others without."""
+
+_SCALE_BYTES, _ZERO_BYTES, _GROUP_OF_BYTES = 4, 2, 4
+GGUF_PACKINGS = tuple(name for name in _BLOCKS if name.startswith("q"))
+
+
+class Packing(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight [n, k] as :class:`aioengine.kernels.blocks.BlockWeight` has it."""
+
+    format: str
+    """Of :mod:`aioengine.kernels.portable.dequantize`."""
+    group: int = 0
+    """Inputs that share a scale; 0: all of a row."""
+    zeros: bool = False
+    """Whether each group has a zero point of its own; else it is ``middle``."""
+    ordered: bool = False
+    """Whether inputs that share a scale need not be neighbours."""
+    middle: int = 0
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales are kept beside the codes."""
+        return self.format not in GGUF_PACKINGS
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of a row's blocks. ``k`` must be a whole number of blocks."""
+        inputs, nbytes = _BLOCKS[self.format]
+        return k // inputs * nbytes
+
+    def groups(self, k: int) -> int:
+        """Groups of a row."""
+        return -(-k // (self.group or k))
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Exactly what the weight takes in memory."""
+        if not self.grouped:
+            return n * self.row_bytes(k)
+        each = _SCALE_BYTES + self.zeros * _ZERO_BYTES
+        return n * (self.row_bytes(k) + self.groups(k) * each) + self.ordered * _GROUP_OF_BYTES * k
+
+    def divides(self, begin: int, end: int, k: int) -> bool:
+        """Whether inputs ``begin..end-1`` of ``k`` are whole blocks and groups of their own."""
+        if (begin, end) == (0, k):
+            return True
+        size = max(_BLOCKS[self.format][0], self.group)
+        return not self.ordered and begin % size == 0 and end % size == 0

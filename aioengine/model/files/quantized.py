@@ -1,0 +1,70 @@
+"""Which linears of a Hugging Face folder are quantized, and how (``quantization_config``). No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aioengine.errors import ConfigError
+from aioengine.model.files import folder
+from aioengine.model.files.awq import AWQ
+from aioengine.model.files.compressed_tensors import CompressedTensors
+from aioengine.model.files.fp8 import FP8
+from aioengine.model.files.gptq import GPTQ
+from aioengine.model.files.schemes import Header, Layout, Scheme
+
+_SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], Scheme]] = {
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "compressed-tensors": CompressedTensors,
+    "fp8": FP8,
+    "fbgemm_fp8": FP8,
+}
+_INSTEAD = {
+    "bitsandbytes": (
+        "bitsandbytes (nf4, fp4, LLM.int8) keeps codes for a table of its own, which no kernel here reads; "
+        "give the unquantized model, with quantization='int8', or a GPTQ, AWQ or GGUF checkpoint of it"
+    ),
+    "mxfp4": "give a checkpoint in bfloat16, or a GPTQ, AWQ or GGUF one",
+}
+_OTHERWISE = "give the unquantized model, with quantization='int8', or a GPTQ, AWQ or GGUF checkpoint of it"
+
+
+class QuantizedFolder:
+    """The quantized linears of a folder whose ``config.json`` has a ``quantization_config``.
+
+    Raises :class:`ConfigError`, naming the method, for what is not supported.
+    """
+
+    def __init__(self, path: Path, config: Any) -> None:
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if method not in _SCHEMES:
+            raise ConfigError(
+                f"{path}/config.json: quantization_config.quant_method={method!r}: not supported; supported: "
+                f"{', '.join(_SCHEMES)}; {_INSTEAD.get(str(method), _OTHERWISE)}"
+            )
+        self.scheme = _SCHEMES[method](path, config)
+        modules: dict[str, dict[str, Header]] = {}
+        for key, header in folder.headers(path).items():
+            module, _, kind = key.rpartition(".")
+            if kind != "bias":
+                modules.setdefault(module, {})[kind] = header
+        self.kinds: dict[str, frozenset[str]] = {}
+        """The tensors of each quantized linear, by the last parts of their names."""
+        self.layouts: dict[str, Layout] = {}
+        """The quantized linears by name."""
+        for module, found in modules.items():
+            layout = self.scheme.layout(module, found)
+            if layout is not None:
+                self.layouts[module], self.kinds[module] = layout, frozenset(found)
+
+
+def quantized_folder(path: Path) -> QuantizedFolder | None:
+    """The quantized linears of a folder; None if its ``config.json`` speaks of none, or is not readable."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if config is None else QuantizedFolder(path, config)

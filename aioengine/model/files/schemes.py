@@ -1,0 +1,108 @@
+"""What the ways to quantize a Hugging Face folder have in common: each is a :class:`Scheme`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from aioengine.errors import ConfigError
+from aioengine.model.files.packing import Packing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FP8_NAN = 127
+
+
+class Header(NamedTuple):
+    """A stored tensor, without its data."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it: "F16", "I32", "F8_E4M3", ..."""
+
+
+Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+"""Shapes and types of tensors, by the last parts of their names."""
+
+
+class Layout(NamedTuple):
+    """A quantized linear: its shape, and how it is kept in memory."""
+
+    n: int
+    k: int
+    packing: Packing
+
+
+class Scheme(Protocol):
+    """One way to store the weights of linears in several tensors each. No torch but in ``fields``."""
+
+    def layout(self, module: str, headers: Mapping[str, Header]) -> Layout | None:
+        """How the linear ``module`` is stored, whose tensors are ``headers`` by the last parts of their
+        names; None: as any other. Raises ConfigError for what is not supported."""
+
+    def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What :class:`aioengine.kernels.blocks.BlockWeight` consists of, by its names there."""
+
+
+class Wrong:
+    """Makes messages about one folder's ``quantization_config``."""
+
+    def __init__(self, path: Path, method: str) -> None:
+        self.path = path
+        self.method = method
+
+    def setting(self, key: str, value: object, what: str) -> ConfigError:
+        """About a setting."""
+        where = f"{self.path}/config.json: quantization_config.quant_method={self.method!r}"
+        return ConfigError(f"{where}: {key}={value!r}: {what}")
+
+    def tensor(self, name: str, what: str) -> ConfigError:
+        """About a tensor."""
+        return ConfigError(f"{self.path}: {name}: {what} (quant_method={self.method!r})")
+
+    def matrix(self, name: str, header: Header) -> tuple[int, int]:
+        """The shape of a tensor, which must have two dimensions."""
+        if len(header.shape) != 2:
+            raise self.tensor(name, f"expected a matrix, found shape {header.shape}")
+        return header.shape[0], header.shape[1]
+
+    def check(self, module: str, headers: Mapping[str, Header], expected: Expected) -> None:
+        """Raises ConfigError unless the module has these tensors, as they are expected."""
+        for kind, (shape, dtypes) in expected.items():
+            name, header = f"{module}.{kind}", headers.get(kind)
+            if header is None:
+                raise self.tensor(name, "is missing")
+            if header.shape != shape or header.dtype not in dtypes:
+                types = " or ".join(dtypes)
+                raise self.tensor(
+                    name, f"expected shape {shape} of {types}, found {header.shape} of {header.dtype}"
+                )
+
+
+FLOATS = ("F16", "BF16", "F32")
+
+
+def unpack_int32(packed: Tensor, bits: int) -> Tensor:
+    """Unsigned codes in words of 32 bits, the lowest first: int32 [rows, words] -> uint8 [rows, codes]."""
+    import torch
+
+    data = packed.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data
+    return torch.stack((data & 15, data >> 4), -1).flatten(1)
+
+
+def integer(config: Mapping[str, Any], key: str, wrong: Wrong, default: int | None = None) -> int:
+    """A whole number of ``quantization_config``."""
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise wrong.setting(key, value, "must be an integer")
+    return value
+
+
+def check_group(group: int, k: int, name: str, wrong: Wrong) -> None:
+    """Raises ConfigError for groups whose inputs are not whole bytes, or more than there are."""
+    if group < 0 or group % 8 or group > k:
+        raise wrong.tensor(name, f"groups of {group} inputs, of {k}, are not supported; a multiple of 8 is")
