@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkable
 
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
-from aioengine.request import Prompt, RequestOutput, SamplingParams, TokenConstraint, Wanted
+from aioengine.request import Prompt, RequestKeywords, RequestOutput, SamplingParams, TokenConstraint
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
@@ -91,16 +91,7 @@ class EngineClient(WatchedEngine, Protocol):
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        adapter: Wanted = None,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str | None = None,
-        expected_tokens: int | None = None,
-        cache_salt: str | None = None,
-        output: Sequence[int] = (),
-        replay: bool = False,
+        **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def load_adapter(

@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import msgspec
 
@@ -31,15 +31,18 @@ from aioengine.info import (
 )
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
+    CallKeywords,
     Classification,
     Embedding,
     PoolingKind,
     Prompt,
+    RequestKeywords,
     RequestOptions,
     RequestOutput,
     SamplingParams,
     Scores,
     Wanted,
+    split_keywords,
 )
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.assemble import (
@@ -344,31 +347,12 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        adapter: Wanted = None,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str | None = None,
-        expected_tokens: int | None = None,
-        cache_salt: str | None = None,
-        output: Sequence[int] = (),
-        replay: bool = False,
+        **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
         """Run one request and return all of its output at once; same arguments and errors as
         :meth:`generate`. It is cheaper, because the caller is woken once, at the end."""
         self._check_running()
-        options = RequestOptions(
-            adapter=None if isinstance(adapter, Mapping) else adapter,
-            mix=adapter if isinstance(adapter, Mapping) else None,
-            priority=priority,
-            deadline=deadline,
-            tenant=tenant,
-            expected_tokens=expected_tokens,
-            cache_salt=cache_salt,
-            output=output,
-            replay=replay,
-        )
+        request_id, options = split_keywords(keywords)
         stream = await self._submitter.submit(prompt, params, options, request_id)
         try:
             return await stream.last()
@@ -382,11 +366,7 @@ class AsyncEngine:
         pooling: PoolingKind | None = None,
         normalize: bool = True,
         dimensions: int | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str | None = None,
+        **keywords: Unpack[CallKeywords],
     ) -> Embedding:
         """Turn a prompt into one vector: the model's last hidden states, pooled.
 
@@ -405,10 +385,7 @@ class AsyncEngine:
             prompt,
             pooling_params(pooling),
             adapter=adapter,
-            request_id=request_id,
-            priority=priority,
-            deadline=deadline,
-            tenant=tenant,
+            **keywords,
         )
         return embedding_of(output, normalize=normalize, dimensions=dimensions)
 
@@ -416,11 +393,7 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         adapter: str | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str | None = None,
+        **keywords: Unpack[CallKeywords],
     ) -> Classification:
         """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Labels have the names in
         the model's ``id2label``, if it has as many, or else transformers' "LABEL_0", ...
@@ -431,10 +404,7 @@ class AsyncEngine:
             prompt,
             pooling_params("classify"),
             adapter=adapter,
-            request_id=request_id,
-            priority=priority,
-            deadline=deadline,
-            tenant=tenant,
+            **keywords,
         )
         return classification_of(output, await self.label_names())
 

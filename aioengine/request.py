@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, get_args, runtime_checkable
 
 import msgspec
 
@@ -214,6 +214,39 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
 
 Wanted = str | Mapping[str, float] | None
 """What a request may name: an adapter, or several with weights; None is the base model."""
+
+
+class CallKeywords(TypedDict, total=False):
+    """Keyword arguments that every kind of request takes; ``AsyncEngine.generate`` says what they mean."""
+
+    request_id: str | None
+    priority: int
+    deadline: float | None
+    tenant: str | None
+
+
+class RequestKeywords(CallKeywords, total=False):
+    """Keyword arguments of ``AsyncEngine.generate``, which says what they mean."""
+
+    adapter: Wanted
+    expected_tokens: int | None
+    cache_salt: str | None
+    output: Sequence[int]
+    replay: bool
+
+
+def split_keywords(keywords: RequestKeywords) -> tuple[str | None, RequestOptions]:
+    """Return the request's id, None if it has none yet, and its options.
+
+    Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known.
+    """
+    values: dict[str, Any] = {**keywords}
+    for name in values.keys() - RequestKeywords.__annotations__.keys() - CallKeywords.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {name!r}")
+    request_id = values.pop("request_id", None)
+    if isinstance(values.get("adapter"), Mapping):
+        values["mix"] = values.pop("adapter")
+    return request_id, RequestOptions(**values)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

@@ -7,11 +7,11 @@ import logging
 import os
 import random
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
 
@@ -35,7 +35,15 @@ from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
 from aioengine.info import AdapterInfo, EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
-from aioengine.request import Prompt, RequestOptions, RequestOutput, SamplingParams, Wanted, check_text
+from aioengine.request import (
+    Prompt,
+    RequestKeywords,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+    check_text,
+    split_keywords,
+)
 from aioengine.runtime.submit import size_of
 from aioengine.runtime.text_work import SHORT, TextWork
 from aioengine.step import BytesLike
@@ -151,34 +159,16 @@ class FleetClient:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        adapter: Wanted = None,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str | None = None,
-        expected_tokens: int | None = None,
-        cache_salt: str | None = None,
-        output: Sequence[int] = (),
-        replay: bool = False,
+        **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """As ``AsyncEngine.generate``. If its replica is lost it goes on at another one; after
         ``migration_limit`` of them it raises EngineDead."""
         self._check_running()
-        if isinstance(adapter, Mapping):
+        request_id, options = split_keywords(keywords)
+        if options.mix is not None:
             raise RequestInvalid(
                 "adapter: a fleet has no mixes and no scales; make one adapter of them with PEFT"
             )
-        options = RequestOptions(
-            adapter=adapter,
-            priority=priority,
-            deadline=deadline,
-            tenant=tenant,
-            expected_tokens=expected_tokens,
-            cache_salt=cache_salt,
-            output=output,
-            replay=replay,
-        )
         call = await self._accept(prompt, params, options, request_id)
         failed: AioEngineError | None = None
         try:
@@ -198,10 +188,10 @@ class FleetClient:
                 call.spans.end(failed)
 
     async def complete(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+        self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Unpack[RequestKeywords]
     ) -> RequestOutput:
-        """The last output of :meth:`generate`."""
-        async for output in self.generate(prompt, params, **options):
+        """Return the last output of :meth:`generate`."""
+        async for output in self.generate(prompt, params, **keywords):
             last = output
         return last
 

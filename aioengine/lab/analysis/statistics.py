@@ -22,10 +22,6 @@ class Estimate(NamedTuple):
     high: float | None
     runs: int
 
-    @property
-    def half_width(self) -> float | None:
-        return None if self.high is None else self.high - self.mean
-
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Computes the mean and its 95% Student's t interval. Raises ValueError if there are no values."""

@@ -64,7 +64,6 @@ DARK = Theme(
     palette=("#4aa8e0", "#f08a4b", "#3ccf9f", "#e39ac4", "#f2bf4d", "#8fd0f5", "#b39ad6", "#c2a57f"),
     levels=("#2f86c4", "#8fd0f5", "#f2cf7d", "#e8743b"),
 )
-THEMES = (LIGHT, DARK)
 
 
 @contextmanager

@@ -30,11 +30,6 @@ FORMS = {
 class ArrivalProcess(ABC):
     """``rate`` is in requests a second."""
 
-    @property
-    @abstractmethod
-    def mean_rate(self) -> float:
-        """Requests a second in the long run."""
-
     @abstractmethod
     def times(self, rng: Random) -> Iterator[int]:
         """Arrivals without end: microseconds from the start, none before the last."""
@@ -45,10 +40,6 @@ class Poisson(ArrivalProcess):
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-
-    @property
-    def mean_rate(self) -> float:
-        return self.rate
 
     def times(self, rng: Random) -> Iterator[int]:
         now = 0
@@ -64,10 +55,6 @@ class GammaArrivals(ArrivalProcess):
     def __init__(self, rate: float, cv: float) -> None:
         self.rate = rate
         self.cv = cv
-
-    @property
-    def mean_rate(self) -> float:
-        return self.rate
 
     def times(self, rng: Random) -> Iterator[int]:
         spread = self.cv * self.cv
@@ -86,10 +73,6 @@ class OnOff(ArrivalProcess):
         self.rate = rate
         self.on = on
         self.off = off
-
-    @property
-    def mean_rate(self) -> float:
-        return self.rate * self.on / (self.on + self.off)
 
     def times(self, rng: Random) -> Iterator[int]:
         now = 0
@@ -113,10 +96,6 @@ class Diurnal(ArrivalProcess):
         self.rate = rate
         self.period = period
         self.depth = depth
-
-    @property
-    def mean_rate(self) -> float:
-        return self.rate
 
     def times(self, rng: Random) -> Iterator[int]:
         highest = 1.0 + self.depth

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
 MISSING = "needs the package transformers: pip install 'aioengine[transformers]'"
-_IMAGES = ("vision_config", "audio_config", "vision_tower_config")
 
 
 def available() -> bool:
@@ -101,11 +100,6 @@ class Found:
     @property
     def text_config(self) -> Any:
         return self.config.get_text_config(decoder=True)
-
-    @property
-    def sees(self) -> bool:
-        """Whether the model has inputs other than text, which are not served."""
-        return any(getattr(self.config, name, None) is not None for name in _IMAGES)
 
     def on_meta(self) -> Any:
         """The model without memory for its weights. Raises ConfigError if it cannot be built."""
