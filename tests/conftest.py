@@ -5,7 +5,9 @@ machine than of the code. ``--timed`` picks or leaves out the tests that look at
 run when nothing else does; they are tried up to three times, since noise only ever makes things slower.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,17 @@ settings.load_profile("untimed")
 
 TIMED = [Path(__file__).parent / part for part in ("attacks", "fleet", "examples/test_proxies.py")]
 """Their tests watch clients that must not wait for long, or processes that must come up in time."""
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command that runs in the tests' process configures logging for all of it: that ends with the test."""
+    loggers = [logging.getLogger(name) for name in ("", "uvicorn", "httpx", "httpcore", "asyncio")]
+    handlers, levels = loggers[0].handlers[:], [logger.level for logger in loggers]
+    yield
+    loggers[0].handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

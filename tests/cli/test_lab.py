@@ -235,7 +235,8 @@ def test_ctrl_c_ends_a_comparison_and_its_workers(tmp_path: Path) -> None:
     finally:
         program.kill()
     assert program.returncode == 130
-    assert error == "aioengine: interrupted\n"
+    said = [line for line in error.splitlines() if not line.startswith("comparing ")]  # on a slow machine
+    assert said == ["aioengine: interrupted"]
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=10)
     # Where nobody collects orphans, what has ended stays a zombie.
