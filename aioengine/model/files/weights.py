@@ -92,7 +92,7 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
         if isinstance(parameter, BlockWeight):
             if not isinstance(stored, StoredBlocks):
                 raise ConfigError(f"{path}: {name}: expected {parameter.format} blocks, found plain values")
-            _fill_blocks(parameter, stored, part)
+            _fill_blocks(parameter, stored, part, f"{path}: {name}")
         else:
             _fill(parameter, stored, part, f"{path}: {name}")
         seen.add(name)
@@ -117,7 +117,7 @@ def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[slice
             dtype=parameter.dtype,
             group=group,
             middle=stored.packing.middle,
-            **stored.read(),
+            **_read_blocks(stored, where),
         )
         rows, columns = part
         size = max(1, (1 << 22) // k)
@@ -135,19 +135,26 @@ def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[slice
     parameter[tuple(slice(0, n) for n in tensor.shape)].copy_(tensor)
 
 
-def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[slice]) -> None:
+def _fill_blocks(weight: BlockWeight, stored: StoredBlocks, part: Sequence[slice], where: str) -> None:
     """Copies a part, whose inputs are whole blocks and groups."""
     packing, (rows, columns), k = stored.packing, part, stored.shape[1]
     data = slice(packing.row_bytes(columns.start), packing.row_bytes(columns.stop))
     size = packing.group or k
     groups = slice(columns.start // size, -(-columns.stop // size))
     parts = {"data": (rows, data), "scale": (rows, groups), "zero": (rows, groups)}
-    read = stored.read()
+    read = _read_blocks(stored, where)
     for name, to in weight.tensors().items():
         tensor = read[name][parts[name]] if name in parts else read[name]
         if len(tensor) < len(to):  # the end of a vocabulary that is padded
             to[len(tensor) :].zero_()
         to[: len(tensor)].copy_(tensor)
+
+
+def _read_blocks(stored: StoredBlocks, where: str) -> Mapping[str, Tensor]:
+    read = stored.read()
+    if "scale" in read and not bool(read["scale"].isfinite().all()):
+        raise ConfigError(f"{where}: a scale is not finite; the checkpoint is damaged")
+    return read
 
 
 def _part(tensor: Tensor, part: Sequence[slice]) -> Tensor:

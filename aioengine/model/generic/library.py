@@ -85,8 +85,8 @@ class Found:
             )
         if raw.get("quantization_config") is not None:
             raise ConfigError(
-                f"{where}: quantization_config: quantised checkpoints are not supported with "
-                "model_impl='transformers'; use an unquantised checkpoint"
+                f"{where}: quantization_config: quantized checkpoints run natively only, not with "
+                "model_impl='transformers' (docs/models.md has the families); use an unquantized checkpoint"
             )
 
     def no_keys_and_values(self, why: str) -> ConfigError:
