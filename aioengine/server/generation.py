@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -28,42 +29,54 @@ SCORE_BYTES = 64
 """Bytes of an answer for each log-probability in it."""
 MAX_SCORES = 2**18
 """Maximum log-probabilities of prompts in one request: prompt tokens x (1 + most likely ones)."""
-MAX_SCORES_HELD = 2**21
-"""Maximum for all open requests together, at about 120 bytes each; one tenant may have half of them."""
+MAX_SCORES_HELD = 2**22
+"""Maximum for all open requests together, of prompts and answers, at about 120 bytes each; one tenant may
+have half of them."""
+VALUES_PER_SCORE = 16
+"""Numbers of a vector that take as much memory as a log-probability."""
 
 
 class Scores:
-    """Count of prompt log-probabilities that open requests ask for."""
+    """Count of the log-probabilities that open requests hold, or will."""
 
     def __init__(self, retry_after: int) -> None:
         self._retry_after = retry_after
         self._held: Counter[str | None] = Counter()
 
     @contextmanager
-    def claimed(self, tenant: str | None, count: int) -> Iterator[None]:
-        """Context that counts them. Raises ApiError if there are too many."""
-        if count > MAX_SCORES:
+    def claimed(self, tenant: str | None, prompts: int) -> Iterator[Callable[[int], None]]:
+        """Context that counts ``prompts`` of them; what it gives counts more, as an answer grows. All of them
+        are given back at its end. Raises ApiError if there are too many."""
+        if prompts > MAX_SCORES:
             raise ApiError(
                 400,
-                f"prompt: {count} log-probabilities of prompts are wanted, and at most {MAX_SCORES} can be "
+                f"prompt: {prompts} log-probabilities of prompts are wanted, and at most {MAX_SCORES} can be "
                 "in one request; send fewer or shorter prompts, or ask for fewer of the most likely tokens",
                 param="prompt",
                 code="invalid_value",
             )
-        own, all_ = self._held[tenant] + count, self._held.total() + count
-        if own > MAX_SCORES_HELD // 2 or all_ > MAX_SCORES_HELD:
-            raise ApiError(
-                429,
-                "too many log-probabilities of prompts are being computed; try again later",
-                type="rate_limit_error",
-                code="engine_overloaded",
-                retry_after=self._retry_after,
-            )
-        self._held[tenant] += count
+        own = 0
+
+        def hold(more: int) -> None:
+            nonlocal own
+            of_tenant, of_all = self._held[tenant] + more, self._held.total() + more
+            if of_tenant > MAX_SCORES_HELD // 2 or of_all > MAX_SCORES_HELD:
+                raise ApiError(
+                    429,
+                    "too many log-probabilities or vectors are being computed; try again later, or ask for "
+                    "fewer of them",
+                    type="rate_limit_error",
+                    code="engine_overloaded",
+                    retry_after=self._retry_after,
+                )
+            self._held[tenant] += more
+            own += more
+
         try:
-            yield
+            hold(prompts)
+            yield hold
         finally:
-            self._held[tenant] -= count
+            self._held[tenant] -= own
             if not self._held[tenant]:
                 del self._held[tenant]
 
@@ -110,6 +123,7 @@ class Generation:
         )
         """Log-probabilities of the prompts that are wanted."""
         self._scores = scores
+        self._hold: Callable[[int], None] = lambda _more: None
         record.prompt_tokens = sum(map(len, prompts))
         record.so_far = self._output_tokens
 
@@ -119,12 +133,15 @@ class Generation:
     def _prompt(self, index: int) -> list[int]:
         return self._prompts[index * len(self._prompts) // len(self._params)]
 
-    def claimed(self) -> AbstractContextManager[None]:
-        """Context that claims memory for the prompts' log-probabilities. Raises ApiError if other requests
-        hold too much."""
-        if self._scores is None or not self.scored:
-            return nullcontext()
-        return self._scores.claimed(self._options.tenant, self.scored)
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Context that claims memory for log-probabilities and vectors, as they come. Raises ApiError if
+        requests hold too much."""
+        if self._scores is None:
+            yield
+            return
+        with self._scores.claimed(self._options.tenant, self.scored) as self._hold:
+            yield
 
     async def prepare(self) -> None:
         """Build the constraints, before outputs are requested. Raises their errors and DeadlineExceeded. A
@@ -160,16 +177,28 @@ class Generation:
         )
         try:
             async for output in stream:
+                if output.logprobs is not None or output.pooled is not None:
+                    self._hold_numbers(index, output)
                 self._last[index] = output
                 yield output
         finally:
             await stream.aclose()
             self._note()
 
-    async def beside_the_loop(self, work: Callable[[], T]) -> T:
-        """Run ``work()``, which formats the prompts' log-probabilities, in a thread and in turns with other
-        requests."""
-        size = SHORT + self.scored * SCORE_BYTES
+    def _hold_numbers(self, index: int, output: RequestOutput) -> None:
+        """Count what an output has more than the last one of its choice, and keep a vector in little room."""
+        before = self._last[index]
+        known = 0 if before is None else len(before.logprobs or ())
+        more = (len(output.logprobs or ()) - known) * (1 + (self._params[index].logprobs or 0))
+        if output.pooled is not None:
+            more += 1 + len(output.pooled) // VALUES_PER_SCORE
+            output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
+        self._hold(more)
+
+    async def beside_the_loop(self, numbers: int, work: Callable[[], T]) -> T:
+        """Run ``work()``, which formats so many log-probabilities or numbers of vectors, in a thread and in
+        turns with other requests."""
+        size = SHORT + numbers * SCORE_BYTES
         return await self._engine.text_work.run(size, work, self._options.tenant)
 
     async def last_outputs(self) -> list[RequestOutput]:

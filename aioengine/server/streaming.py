@@ -26,7 +26,7 @@ _EVENT_HEADERS = [
 
 
 FORMED_IN_THREAD = 256
-"""Number of prompt log-probabilities above which JSON is encoded in a thread."""
+"""Number of log-probabilities, or numbers of vectors, above which JSON is encoded in a thread."""
 
 
 class ReplyOptions(NamedTuple):
@@ -127,7 +127,8 @@ class GenerationResponse:
 
     async def _whole(self, send: Send) -> None:
         outputs = await self._generation.last_outputs()
-        body = await self._formed(self._reply.whole, outputs, self._generation.usage)
+        numbers = self._generation.scored + sum(map(_numbers, outputs))
+        body = await self._formed(numbers, self._reply.whole, outputs, self._generation.usage)
         self._started = True
         await respond(send, 200, [(b"content-type", b"application/json")], body)
 
@@ -135,13 +136,12 @@ class GenerationResponse:
         writing = asyncio.Lock()  # one choice at a time; what the others have meanwhile gathers
 
         async def choice(index: int) -> None:
-            begun = False
+            told, numbers = 0, self._generation.scored  # the prompt's come with the first
             async with contextlib.aclosing(self._generation.outputs(index)) as outputs:
                 async for output in outputs:
-                    if begun:
-                        events = self._reply.events(index, output)
-                    else:  # the prompt's log-probabilities come with the first
-                        events, begun = await self._formed(self._reply.events, index, output), True
+                    numbers += (so_far := _numbers(output)) - told
+                    events = await self._formed(numbers, self._reply.events, index, output)
+                    told, numbers = so_far, 0
                     if events is not None:
                         async with writing:
                             await self._send(send, events)
@@ -149,10 +149,10 @@ class GenerationResponse:
         await together([choice(index) for index in range(len(self._generation))])
         await self._send(send, self._reply.last_events(self._generation.usage), last=True)
 
-    async def _formed(self, form: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._generation.scored <= FORMED_IN_THREAD:
+    async def _formed(self, numbers: int, form: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if numbers <= FORMED_IN_THREAD:
             return form(*args, **kwargs)
-        return await self._generation.beside_the_loop(lambda: form(*args, **kwargs))
+        return await self._generation.beside_the_loop(numbers, lambda: form(*args, **kwargs))
 
     async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
         try:
@@ -165,6 +165,13 @@ class GenerationResponse:
             raise ClientDisconnected from None
         except OSError as error:  # it went away in the middle of a message
             raise ClientDisconnected from error
+
+
+def _numbers(output: RequestOutput) -> int:
+    """How many numbers an output has: log-probabilities, or values of a vector."""
+    if output.logprobs:
+        return len(output.logprobs) * (1 + len(output.logprobs[-1].top))
+    return len(output.pooled or ())
 
 
 async def send_error(send: Send, error: ApiError, path: str) -> None:

@@ -100,6 +100,26 @@ async def ignored_fields(target: Target) -> str:
     return statuses(await asyncio.gather(*(target.post("/v1/completions", body) for _ in range(10))))
 
 
+async def lists_in_arguments(target: Target) -> str:
+    arguments = f"[{','.join(['[]'] * 2_600_000)}]"
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return statuses([await target.post("/v1/chat/completions", {"messages": turns, "max_tokens": 2})])
+
+
+async def many_logprobs(target: Target) -> str:
+    """Of 32 choices with 300 tokens each, all in one answer."""
+    ask = {"n": 32, "max_tokens": 300, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+    messages = [{"role": "user", "content": "Hi"}]
+    return statuses([await target.post("/v1/chat/completions", {"messages": messages, **ask})])
+
+
+async def unique_salts(target: Target) -> str:
+    """300 requests of one prompt, none of which may use what was computed for another."""
+    asks = (target.ask(prompt="word " * 30, cache_salt=str(i)) for i in range(300))
+    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+
 async def pipelined(target: Target) -> str:
     async def flood() -> None:
         reader, writer = await asyncio.open_connection(*target.served.address)

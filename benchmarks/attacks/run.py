@@ -68,6 +68,8 @@ ATTACKS = [
     Attack("A4 the same as a schema", requests.nested_schema, "4,205 ms"),
     Attack("A4 prompt of 4 M ids", requests.many_ids, "870 ms"),
     Attack("A4 10 streams with 1 M ignored objects each", requests.ignored_fields, "+596 MB", memory=200),
+    Attack("A4 2.6 M lists in the arguments of a call", requests.lists_in_arguments, "5,860 ms, when busy"),
+    Attack("A4 200,000 log-probabilities", requests.many_logprobs, "1,324 ms, when busy"),
     Attack("A5 30 x 13,900 pipelined requests", requests.pipelined, "5,501 ms; /health in 20.6 s"),
     Attack("A6 150 bodies that stop short of 8 MB", requests.bodies_in_flight, "+1,082 MB"),
     Attack(
@@ -79,6 +81,7 @@ ATTACKS = [
     Attack("A7 the same from another address, without keys", requests.address_flood, "not measured"),
     Attack("A8 prompt of 8,000 tokens", requests.long_prompt, "4,900 ms"),
     Attack("A9 what has another tenant sent?", requests.cache_guesses, "cached_tokens 32", keys=True),
+    Attack("A9 300 prompts with salts of their own", requests.unique_salts, "not measured", memory=1100),
     Attack("A10 where are the adapters?", requests.paths_of_models, "absolute paths"),
     Attack("A10 2,000 wrong keys", requests.wrong_keys, "401 and a log line each", keys=True),
     Attack("A11 streams begun and cut off, 60 at a time", requests.streams_cut_off, "not measured"),

@@ -11,8 +11,9 @@ from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, Served
 from support.tiny_models import reference_logits
 
+from aioengine.server import generation
 from aioengine.server.errors import ApiError
-from aioengine.server.generation import Scores
+from aioengine.server.generation import MAX_SCORES, MAX_SCORES_HELD, Scores
 from aioengine.server.known_fields import MAX_LOGGED_NAMES
 
 BASE: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True, "max_tokens": 3}
@@ -155,22 +156,43 @@ async def test_refusals(path: str, fields: dict[str, Any], param: str, serve: Se
         assert answer.status_code in (400, 422) and answer.json()["error"]["param"] == param, answer.text
 
 
-async def test_memory_for_prompts_is_bounded_and_shared_fairly(serve: Serve) -> None:
+def test_memory_for_scores_is_bounded_and_shared_fairly() -> None:
     scores = Scores(retry_after=1)
-    with pytest.raises(ApiError) as caught, scores.claimed(None, 2**18 + 1):
+    with pytest.raises(ApiError) as caught, scores.claimed(None, MAX_SCORES + 1):
         pass
     assert caught.value.status == 400
-    claims = [scores.claimed("a", 2**18) for _ in range(5)]
-    for claim in claims[:4]:
+    half = MAX_SCORES_HELD // 2
+    claims = [scores.claimed("a", MAX_SCORES) for _ in range(half // MAX_SCORES)]
+    for claim in claims[1:]:
         claim.__enter__()
-    with pytest.raises(ApiError) as caught:
-        claims[4].__enter__()
-    assert caught.value.status == 429
-    with scores.claimed("b", 2**18):
-        pass
-    claims[0].__exit__(None, None, None)
-    with scores.claimed("a", 2**18):
-        pass
+    with claims[0] as hold:
+        with pytest.raises(ApiError) as caught:
+            hold(1)
+        assert caught.value.status == 429
+        with scores.claimed("b", MAX_SCORES) as hold_of_b:  # not all, so that a third has room
+            hold_of_b(half - MAX_SCORES)
+            with pytest.raises(ApiError), scores.claimed("c", 1):
+                pass
+        with scores.claimed("c", 1):
+            pass
+    with scores.claimed("a", 0) as hold:
+        hold(MAX_SCORES)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_grows_too_large_fails(
+    stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probabilities of an answer count as they come."""
+    monkeypatch.setattr(generation, "MAX_SCORES_HELD", 100)
+    fields = {"prompt": "Hi", "max_tokens": 20, "ignore_eos": True, "logprobs": 4, "stream": stream}
+    async with serve() as served:
+        answer = await served.http.post("/v1/completions", json={**BASE, **fields})
+        assert answer.status_code == (200 if stream else 429) and "too many log-prob" in answer.text
+        assert stream or answer.headers["retry-after"]
+        answer = await served.http.post("/v1/completions", json={**BASE, **fields, "max_tokens": 9})
+        assert answer.status_code == 200 and "too many" not in answer.text, "nothing is held any more"
+        served.engine.check_invariants()
 
 
 async def test_usage_in_every_chunk(serve: Serve) -> None:

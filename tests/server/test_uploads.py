@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import struct
 import tarfile
 import zipfile
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
 from support.server_fixtures import Serve, Served
 
@@ -42,6 +46,25 @@ def formed(files: dict[str, bytes]) -> bytes:
     head = 'Content-Disposition: form-data; name="files"; filename="{}"'
     parts = [b"--x\r\n" + head.format(name).encode() + b"\r\n\r\n" + data for name, data in files.items()]
     return b"\r\n".join([*parts, b"--x--\r\n"])
+
+
+def header(name: str, data: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A member of a tar archive, of any type."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + b"\0" * (-len(data) % 512)
+
+
+def zip_with_a_second_directory(entries: int) -> bytes:
+    """A zip archive that has one entry by its plain end, and more by its zip64 end."""
+    start = b"PK\x03\x04"
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, *[0] * 7, 1, *[0] * 6) + b"a"
+    directory = entry * entries
+    end64 = struct.pack("<4sQ2H2I2Q", b"PK\x06\x06", 44, 45, 45, 0, 0, entries, entries)
+    end64 += struct.pack("<2Q", len(directory), len(start))
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, len(start) + len(directory), 1)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, len(entry), len(start), 0)
+    return start + directory + end64 + locator + end
 
 
 async def upload(served: Served, body: bytes, name: str = "new", **fields: Any) -> tuple[int, Any]:
@@ -112,8 +135,17 @@ BOMB = b"\0" * (LIMIT + (17 << 20))
     ("body", "kind", "words"),
     [
         (b"", "", "damaged"),
-        (b"PK\x03\x04", "", "no directory"),
-        (zipped({CONFIG: b"{}"})[:-30], "", "no directory"),
+        (b"PK\x03\x04", "", "damaged"),
+        (zipped({CONFIG: b"{}"})[:-30], "", "damaged"),
+        (zip_with_a_second_directory(20_000), "", "directory has more"),
+        (zipped({WEIGHTS: b"\0" * 100}, zipfile.ZIP_BZIP2), "", "deflated or stored"),
+        (header("x", b"2 " * 5000 + b"=\n", tarfile.XHDTYPE), "", "more than 8192 bytes"),
+        (header("x", b"2 " * 4000 + b"=\n", tarfile.XHDTYPE), "", "extended header is malformed"),
+        (header("x", b"9" * 4000, tarfile.XHDTYPE), "", "extended header is malformed"),
+        (header("x", b"22 GNU.sparse.major=1\n", tarfile.XHDTYPE), "", "sparse"),
+        (header("x", b"", tarfile.GNUTYPE_LONGNAME) * 1001, "", "more than 1000 members"),
+        (header(WEIGHTS, b"") + gzip.compress(b"") * 1000, "", "damaged"),
+        (gzip.compress(b"") * 1000, "", "cut off"),
         (zipped({WEIGHTS: BOMB}), "", "more than 1048576 bytes"),
         (tarred({"other": BOMB}, "w:gz"), "", "unpacks to more"),
         (gzip.compress(b"\0" * 100), "", "damaged"),
@@ -128,7 +160,7 @@ BOMB = b"\0" * (LIMIT + (17 << 20))
         (formed({CONFIG: b"{}"}), FORM, "has no adapter_model.safetensors"),
         (b"x", "multipart/form-data", "damaged"),
     ],
-    ids=range(16),
+    ids=range(25),
 )
 def test_what_is_no_upload(body: bytes, kind: str, words: str) -> None:
     with pytest.raises(ApiError, match=words) as caught:
@@ -144,3 +176,41 @@ def test_links_are_not_followed() -> None:
         archive.addfile(link)
     with pytest.raises(ApiError, match=f"has no {CONFIG}"):
         unpack(out.getvalue(), "", LIMIT)
+
+
+LONG = "a" * 150 + "/"
+SOUND = {f"{LONG}{CONFIG}": b"{}", f"{LONG}{WEIGHTS}": bytes(range(256)) * 20}
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+def test_long_names(form: int) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+        for name, data in SOUND.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert unpack(out.getvalue(), "", LIMIT) == tuple(SOUND.values())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_bytes_are_refused(data: st.DataObject) -> None:
+    """Whatever is wrong with them, or they are read."""
+    sound, kind = data.draw(
+        st.sampled_from(
+            [(zipped(SOUND), ""), (tarred(SOUND), ""), (tarred(SOUND, "w:gz"), ""), (formed(SOUND), FORM)]
+        )
+    )
+    body = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, max(len(body) - 1, 0)))
+        what = data.draw(st.sampled_from(["set", "cut", "repeat"]))
+        if what == "set" and body:
+            body[at] = data.draw(st.integers(0, 255))
+        elif what == "cut":
+            del body[at:]
+        else:
+            body[at:at] = body[at : at + 64]
+    with contextlib.suppress(ApiError):
+        unpack(bytes(body), kind, LIMIT)

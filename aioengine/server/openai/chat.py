@@ -21,6 +21,7 @@ from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.sampling import sampling_params
 from aioengine.server.openai.tools import ToolParser, ToolPlan, plan_tools
 from aioengine.server.streaming import ReplyOptions
+from aioengine.server.transport.bounded_json import check_counts
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
 
@@ -100,8 +101,11 @@ async def encode_messages(
 def to_template(messages: list[Message]) -> list[dict[str, Any]]:
     """Convert messages to the form of chat templates: content as one text, arguments of calls as objects.
 
-    Raises ApiError for content that is not text.
+    Raises ApiError for content that is not text, and for arguments that are not JSON or hold too many values
+    in all.
     """
+    arguments = [call.function.arguments for message in messages for call in message.tool_calls or ()]
+    check_counts(",".join(arguments).encode(), "messages")
     return [_to_template(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 

@@ -14,6 +14,7 @@ from aioengine.request import TokenConstraint
 from aioengine.server.errors import ApiError
 from aioengine.server.openai.api import GenerationFields, ResponseFormat, StructuredOutputs
 from aioengine.server.openai.tools import ToolPlan
+from aioengine.server.transport.bounded_json import check_counts
 
 
 class Compile(Protocol):
@@ -100,6 +101,8 @@ def wanted_form(
 
 def json_form(param: str, schema: Any, options: SchemaOptions) -> Form:
     def write() -> tuple[PreparedSchema, Sequence[str]]:
+        if isinstance(schema, str):
+            check_counts(schema.encode(), param)
         prepared = prepare_schema(schema, options)
         return prepared, prepared.not_enforced
 

@@ -107,7 +107,7 @@ def chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> C
     for entry in entries:
         own = top(entry.token_id, entry.logprob)
         best = [top(token, logprob) for token, logprob in entry.top]
-        content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, best))
+        content.append(_encoded(ChatTokenLogprob(own.token, own.logprob, own.bytes, best)))
     return ChatLogprobs(content)
 
 

@@ -6,21 +6,19 @@ Off unless the server has ``max_upload_bytes``. What an archive unpacks to is bo
 
 from __future__ import annotations
 
-import gzip
 import io
 import posixpath
-import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import msgspec
 from litestar import Request, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromQuery
-from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+from multipart import MultipartSegment, PushMultipartParser, parse_options_header
 
 from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.read_threads import ReadThreads
@@ -38,6 +36,15 @@ _FLAGS = {"": False, "false": False, "0": False, "true": True, "1": True}
 _PIECE = 1 << 20
 _BESIDE = 16 << 20
 """What a tar archive may hold beside the two files."""
+_SEARCHED = 1 << 17
+"""Bytes in which zipfile looks for a directory's end."""
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others are decompressed by the standard library without a bound on what comes out."""
+_LONG_NAMES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+"""Types of headers that may have the name of the member after them."""
+_OTHER_HEADERS = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+_MAX_TAR_HEADER = 1 << 13
+"""Bytes of such a header."""
 
 
 class Uploaded(msgspec.Struct, kw_only=True):
@@ -114,10 +121,12 @@ def unpack(body: bytes, content_type: str, most: int) -> tuple[bytes, bytes]:
             if name in found:
                 _refuse(f"it has more than one {name}")
             found[name] = folder, data
-    except (zipfile.BadZipFile, tarfile.TarError, MultipartError, zlib.error, EOFError, OSError) as error:
-        _refuse(f"the archive or form is damaged: {error}", error)
+    except ApiError:
+        raise
     except (NotImplementedError, RuntimeError) as error:  # an unknown compression; encrypted
         _refuse(f"the archive is not supported: {error}", error)
+    except Exception as error:  # which errors damaged bytes lead to, the libraries do not say
+        _refuse(f"the archive or form is damaged: {str(error)[:200]}", error)
     missing = [name for name in (CONFIG, WEIGHTS) if name not in found]
     if missing:
         _refuse(f"it has no {' and no '.join(missing)}; upload what save_pretrained writes")
@@ -142,33 +151,97 @@ def _read(file: Any, path: str, most: int) -> bytes:
     return b"".join(parts)
 
 
+class _ZipFile(io.BytesIO):
+    """A zip archive whose directory has to be small, whatever the archive says of its size."""
+
+    most = max(MAX_DIRECTORY_BYTES, _SEARCHED)
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > self.most:
+            _refuse(f"the zip archive's directory has more than {MAX_DIRECTORY_BYTES} bytes")
+        return super().read(size)
+
+
 def _zipped(body: bytes, most: int) -> Iterator[tuple[str, bytes]]:
-    end = body.rfind(b"PK\x05\x06", max(0, len(body) - (1 << 16) - 22))
-    if end < 0 or len(body) < end + 22:
-        _refuse("the zip archive has no directory")
-    if struct.unpack_from("<I", body, end + 12)[0] > MAX_DIRECTORY_BYTES:
-        _refuse(f"the zip archive's directory has more than {MAX_DIRECTORY_BYTES} bytes")
-    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+    file = _ZipFile(body)
+    with zipfile.ZipFile(file) as archive:
+        file.most = len(body)
         for info in archive.infolist()[:MAX_MEMBERS]:
             limit = _limit(info.filename, most)
             if limit is not None and not info.is_dir():
-                with archive.open(info) as file:
-                    yield info.filename, _read(file, info.filename, limit)
+                if info.compress_type not in _COMPRESSIONS:
+                    raise NotImplementedError("files have to be deflated or stored")
+                with archive.open(info) as member:
+                    yield info.filename, _read(member, info.filename, limit)
 
 
 def _tarred(body: bytes, most: int) -> Iterator[tuple[str, bytes]]:
-    stream: Any = io.BytesIO(body)
-    if body[:2] == b"\x1f\x8b":
-        stream = gzip.GzipFile(fileobj=stream)
-    with tarfile.open(fileobj=cast(Any, _Bounded(stream, most + _BESIDE)), mode="r|") as archive:
-        for count, info in enumerate(archive):
-            if count >= MAX_MEMBERS:
-                _refuse(f"the archive has more than {MAX_MEMBERS} members")
-            limit = _limit(info.name, most)
-            if limit is not None and info.isreg() and info.sparse is None:
-                file = archive.extractfile(info)
-                assert file is not None
-                yield info.name, _read(file, info.name, limit)
+    """Read a tar archive header by header. ``tarfile`` would read headers of any size, in time that grows
+    with the square of it, and expand sparse files."""
+    stream = _Bounded(_Gunzip(body) if body[:2] == b"\x1f\x8b" else io.BytesIO(body), most + _BESIDE)
+    longer = ""
+    for _ in range(MAX_MEMBERS):
+        block = stream.exactly(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            return
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if info.size < 0:
+            raise tarfile.HeaderError("a size below 0")
+        padded = info.size + -info.size % tarfile.BLOCKSIZE
+        if info.type in _LONG_NAMES:
+            if info.size > _MAX_TAR_HEADER:
+                _refuse(f"a header in the tar archive has more than {_MAX_TAR_HEADER} bytes")
+            data = stream.exactly(padded)[: info.size]
+            name = data.rstrip(b"\0") if info.type == tarfile.GNUTYPE_LONGNAME else _extended_name(data)
+            longer = name.decode("utf-8", "surrogateescape") or longer
+            continue
+        if info.type not in _OTHER_HEADERS:
+            path, longer = longer or info.name, ""
+            limit = _limit(path, most)
+            if limit is not None and info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if info.size > limit:
+                    _refuse(f"{path[:200]} has more than {limit} bytes", status=413)
+                yield path, stream.exactly(padded)[: info.size]
+                continue
+        for begin in range(0, padded, _PIECE):
+            stream.exactly(min(_PIECE, padded - begin))
+    _refuse(f"the archive has more than {MAX_MEMBERS} members")
+
+
+def _extended_name(data: bytes) -> bytes:
+    """The name in a header of records, each of which is "LENGTH KEY=VALUE" and a line's end (POSIX.1-2001,
+    pax); empty if it has none."""
+    at, name = 0, b""
+    while at < len(data):
+        space = data.find(b" ", at, at + 10)
+        length = int(data[at:space]) if data[at:space].isdigit() else 0
+        key, equals, value = data[space + 1 : at + length].partition(b"=")
+        if not (equals and value.endswith(b"\n") and at + length <= len(data)):
+            raise tarfile.HeaderError("an extended header is malformed")
+        if key.startswith(b"GNU.sparse"):
+            _refuse("the tar archive has sparse files")
+        if key == b"path":
+            name = value[:-1]
+        at += length
+    return name
+
+
+class _Gunzip:
+    """A stream of what one gzip member holds; ``gzip`` would go on for as long as others follow."""
+
+    def __init__(self, data: bytes) -> None:
+        self._unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        self._data = io.BytesIO(data)
+
+    def read(self, size: int) -> bytes:
+        unpacker, parts = self._unpacker, []
+        while size > 0 and not unpacker.eof:
+            data = unpacker.unconsumed_tail or self._data.read(1 << 16)
+            if not data:
+                raise EOFError("it is cut off")
+            parts.append(unpacker.decompress(data, size))
+            size -= len(parts[-1])
+        return b"".join(parts)
 
 
 class _Bounded:
@@ -178,11 +251,14 @@ class _Bounded:
         self._stream = stream
         self._left = most
 
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
-        self._left -= len(data)
+    def exactly(self, size: int) -> bytes:
+        """Raises EOFError if there are fewer."""
+        self._left -= size
         if self._left < 0:
             _refuse("the archive unpacks to more than is allowed", status=413)
+        data: bytes = self._stream.read(size)
+        if len(data) < size:
+            raise EOFError("it is cut off")
         return data
 
 

@@ -27,7 +27,7 @@ def decode(body: bytes, type_: Any) -> Any:
 
     Raises ApiError if it holds too many values, and msgspec's errors.
     """
-    _check_counts(body)
+    check_counts(body)
     return _decoder(type_).decode(body)
 
 
@@ -36,21 +36,27 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(type_)
 
 
-def _check_counts(body: bytes) -> None:
-    """Count lists, objects and strings, in time linear in the body's length."""
+def check_counts(body: bytes, param: str | None = None) -> None:
+    """Count lists, objects and strings of JSON, in time linear in its length.
+
+    JSON that is a text in a body is to be counted like the body itself, before it is decoded. Raises ApiError
+    that names ``param`` if there are too many.
+    """
     if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS:
         return
     # There are as many of these characters, but they may be in texts. A backslash in JSON begins a pair.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') > 2 * MAX_STRINGS:
-        raise _too_many(f"{MAX_STRINGS} strings")
+        raise _too_many(f"{MAX_STRINGS} strings", param)
     if _containers(_STRING.sub(b"", plain)) > MAX_CONTAINERS:
-        raise _too_many(f"{MAX_CONTAINERS} lists and objects")
+        raise _too_many(f"{MAX_CONTAINERS} lists and objects", param)
 
 
 def _containers(text: bytes) -> int:
     return text.count(b"[") + text.count(b"{")
 
 
-def _too_many(what: str) -> ApiError:
-    return ApiError(400, f"the body holds more than {what}, which are not decoded", code="invalid_value")
+def _too_many(what: str, param: str | None) -> ApiError:
+    where = "the body holds" if param is None else f"{param}: holds"
+    text = f"{where} more than {what}, which are not decoded"
+    return ApiError(400, text, param=param, code="invalid_value")
