@@ -81,7 +81,7 @@ class EngineOverloaded(AioEngineError):
 
     ``bound`` names it: the server's (``max_waiting``), or that of the request's tenant or adapter. A request
     that already waits can get this error when another tenant's request displaces it: then ``bound`` is
-    "tenant". None: pinned adapters hold every slot.
+    "tenant". None: another bound, which the message names.
     """
 
     def __init__(self, message: str, *, bound: Bound | None = None) -> None:

@@ -179,7 +179,6 @@ _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
 
 
 _OVERLOADED = {
-    None: "the engine is overloaded: pinned adapters hold every slot",
     "server": "the engine is overloaded: as many requests are waiting as it takes",
     "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
     "adapter": "too many requests for this adapter are waiting; other adapters are served",
@@ -228,9 +227,10 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
         case ConfigError():
             return ApiError(400, str(error))
         case EngineOverloaded():
+            known = None if error.bound is None else _OVERLOADED[error.bound]
             return ApiError(
                 429,
-                f"{_OVERLOADED[error.bound]}; try again later",
+                str(error) if known is None else f"{known}; try again later",
                 type="rate_limit_error",
                 code="engine_overloaded",
                 retry_after=retry_after,

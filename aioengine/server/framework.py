@@ -113,7 +113,11 @@ async def _body(receive: Any) -> bytes:
 
 
 def _check_type(scope: Any) -> None:
-    given = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    headers = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        text = "bodies are not decompressed: send it without content-encoding"
+        raise ApiError(415, text, param="content-encoding", code="unsupported_media_type")
+    given = headers.get(b"content-type", b"")
     # Browsers send anything else to other sites without asking them first.
     if given.partition(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "the body must be application/json", code="unsupported_media_type")

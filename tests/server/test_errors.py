@@ -12,6 +12,7 @@ import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.server_fixtures import MODEL, Serve, served_by, until
 
+from aioengine.runtime.sources.mixes import MAX_MIXES
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 
@@ -117,6 +118,17 @@ async def test_a_long_name_is_not_sent_back(serve: Serve, caplog: pytest.LogCapt
     assert all(len(record.getMessage()) < 1000 for record in caplog.records)
 
 
+async def test_what_is_overloaded_is_said(serve: Serve, tiny_text: Tiny) -> None:
+    """Where no bound on waiting requests is reached, but another."""
+    mixes = [{"a": 1.0, "b": index / 100} for index in range(MAX_MIXES + 20)]
+    async with serve(max_num_seqs=1, max_waiting=1000) as served:
+        served.engine.register_adapter("b", tiny_text.adapters["a"])
+        asks = [served.http.post("/v1/completions", json={**OK, "adapters": mix}) for mix in mixes]
+        refused = [answer for answer in await asyncio.gather(*asks) if answer.status_code != 200]
+    assert refused
+    assert all(one.status_code == 429 and "mixes of adapters" in one.text for one in refused)
+
+
 async def test_a_body_must_be_json(serve: Serve) -> None:
     async with serve() as served:
         form = await served.http.post("/v1/completions", data={"model": MODEL})
@@ -125,6 +137,9 @@ async def test_a_body_must_be_json(serve: Serve) -> None:
             "/v1/completions", content=b"{}", headers={"content-type": "text/plain"}
         )
         assert plain.status_code == 415
+        encoded = {"content-type": "application/json", "content-encoding": "gzip"}
+        packed = await served.http.post("/v1/completions", content=b"{}", headers=encoded)
+        assert packed.status_code == 415 and "not decompressed" in packed.text
         nothing = await served.http.post("/v1/completions", headers={"content-type": "application/json"})
         assert nothing.status_code == 400
 
