@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.fleet_metrics import door_families
+
 from aioengine.cli.main import COMMANDS, GROUPS
 from aioengine.cli.serve import ServerFlags
 from aioengine.config import EngineConfig, LoRAConfig
@@ -22,6 +24,9 @@ SNAPSHOT = Path(__file__).with_name("names.txt")
 def names() -> Iterator[str]:
     for definition in definitions.ALL:
         yield f"metric {definition.exposed} {definition.kind} {','.join(definition.labels)}".rstrip()
+    for family in door_families():  # without labels: those of counters that are 0 yet are not seen
+        suffix = "_total" if family.type == "counter" else ""
+        yield f"metric {family.name}{suffix} {family.type}"
     for command in COMMANDS:
         yield from (
             f"command {command} {inner}" for inner in (GROUPS[command][0] if command in GROUPS else [""])

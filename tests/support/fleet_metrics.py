@@ -8,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import Members
 from aioengine.fleet.door.metrics import FleetMetrics
 from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
@@ -20,7 +21,7 @@ def door(*replicas: str, adapters: tuple[str, ...] = ()) -> FleetMetrics:
     for replica in replicas:
         members.state.join(replica, ReplicaLimits(2, 4, 8, 1000))
         members.state.report(replica, Report(0.0, 0, 0, 0, 0, 0, 0, 1000, {}, tiers=Tiers(slot=adapters)))
-    metrics = FleetMetrics(members)
+    metrics = FleetMetrics(members, Dispatcher(members))
     metrics.start()
     return metrics
 
