@@ -9,7 +9,6 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -31,7 +30,6 @@ TRANSPORT = {
 loops of the door and the replica."""
 _LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Workers that are nicer than everything else starve on a busy machine."""
-_TOKEN = Path.home() / ".ray" / "auth_token"
 CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Hardly anything goes through it."""
@@ -135,42 +133,12 @@ def connect(cpus: int | None = None) -> Cluster:
             ray.init(address=where, **common)
     except Exception as error:
         ray.shutdown()
-        text = _first_line(error)
+        text = first_line(error)
         what = (
             "Ray cannot be started" if where is None else f"RAY_ADDRESS={where}: the cluster cannot be joined"
         )
         raise ConfigError(f"{what}: {text}") from error
     return Cluster(own=where is None)
-
-
-def existing_fleet(name: str) -> Any:
-    """Serve's handle of the replicas of a fleet that runs. Blocks. Raises ConfigError if there is none."""
-    require_ray()
-    os.environ.update({**TRANSPORT, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"})  # it waits for results
-    where = address() or "auto"
-    check_address(where)
-    if _TOKEN.is_file():  # a cluster that was started on this machine asks for it
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    import ray
-    from ray import serve
-
-    try:
-        if not ray.is_initialized():
-            ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise ConfigError(
-            f"no fleet is found: {_first_line(error)}; set RAY_ADDRESS to its cluster's address, which the "
-            "fleet's server logs when it starts"
-        ) from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    applications = serve.status().applications
-    if name not in applications:
-        there = ", ".join(applications) or "none"
-        raise ConfigError(
-            f"the cluster at {current_address()} has no fleet {name!r} (it has: {there}); --app-name names "
-            "another, RAY_ADDRESS another cluster (the fleet's server logs it when it starts)"
-        )
-    return serve.get_deployment_handle("EngineReplica", name)
 
 
 class Door:
@@ -268,7 +236,7 @@ def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -
     return ", ".join(found)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

@@ -18,6 +18,8 @@ NAMESPACE = "aioengine"
 LEASE_SECONDS = 600.0
 """A door that began to change an adapter and was lost holds up others for no longer."""
 _FILE = "adapters.json"
+_SUFFIX = "-registry"
+"""Of the actor's name, after the fleet's."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -122,7 +124,7 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
 
     actor = ray.remote(AdapterRegistry)
     return actor.options(
-        name=f"{application}-registry",
+        name=f"{application}{_SUFFIX}",
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -132,3 +134,12 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
         resources={"node:__internal_head__": 0.001},
         max_concurrency=1000,
     ).remote(checkpoint)
+
+
+def fleets_of_cluster() -> list[str]:
+    """Names of the fleets on the cluster that this process has joined, by their registries. Blocks."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))

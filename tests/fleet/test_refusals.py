@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from aioengine.errors import ConfigError
 from aioengine.fleet import FleetConfig
 from aioengine.fleet.cluster import check_address, check_cpus, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
+from aioengine.fleet.existing import local_clusters
 
 
 def config(**fields: Any) -> FleetConfig:
@@ -74,6 +77,16 @@ def test_an_address_that_does_not_answer() -> None:
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: nothing answers there.*ray start"):
             check_address(where)
+
+
+def test_clusters_of_this_machine_are_found() -> None:
+    where = "127.0.0.1:1"
+    command = [sys.executable, "-c", "input()", f"--gcs-address={where}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert where in local_clusters()
+        assert process.stdin is not None
+        process.stdin.close()
+    assert where not in local_clusters()
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_replaced_everywhere_or_nowhere(fleet: FleetServer, tiny_text: Tiny, ada
 
 
 def test_the_commands(fleet: FleetServer) -> None:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
+    def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         return subprocess.run(
             [sys.executable, "-m", "aioengine", "fleet", *words],
@@ -203,21 +203,22 @@ def test_the_commands(fleet: FleetServer) -> None:
             text=True,
             check=False,
             timeout=60,
-            env={**clean, "RAY_ADDRESS": fleet.address},
+            env={**clean, **environment},
         )
 
     fleet.complete("x", max_tokens=1, model="a")
-    status = command("status")
+    status = command("status")  # whatever other clusters there are
     names = re.findall(r"^ *(\w{8}) +running", status.stdout, re.MULTILINE)
     assert len(names) == 2, status
     assert re.search(r"^ *a .*\bslot\b", command("adapters").stdout, re.MULTILINE)
-    assert "drains" in command("drain", names[0]).stdout
+    there = {"RAY_ADDRESS": fleet.address}
+    assert "drains" in command("drain", names[0], **there).stdout
     until(lambda: fleet.metric("aioengine_fleet_replica_up", replica=names[0]) == 0, 10)
     for index in range(4):
         fleet.complete(f"elsewhere {index}", max_tokens=2)
-    command("drain", names[0], "--undo")
+    command("drain", names[0], "--undo", **there)
     until(fleet.healthy, 10)
-    refused = command("drain", "nobody")
+    refused = command("drain", "nobody", **there)
     assert refused.returncode == 2 and names[1] in refused.stderr
 
 

@@ -19,7 +19,7 @@ AppName = Annotated[str, Parameter(name="--app-name")]
 def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
     """Print the replicas of a fleet, their load, and the adapters in their slots.
 
-    Joins the cluster that RAY_ADDRESS names, or the one that runs on this machine.
+    Looks on the cluster that RAY_ADDRESS names, or on each that runs on this machine.
     """
     from rich.table import Table
 
@@ -101,7 +101,7 @@ def _place(info: AdapterInfo | None) -> str:
 
 
 def _described(app_name: str) -> Sequence[dict[str, Any]]:
-    from aioengine.fleet.cluster import existing_fleet
+    from aioengine.fleet.existing import existing_fleet
 
     handle = existing_fleet(app_name)
     rows: list[dict[str, Any]] = handle.broadcast("describe").results(timeout_s=10)
@@ -109,6 +109,6 @@ def _described(app_name: str) -> Sequence[dict[str, Any]]:
 
 
 def _call(app_name: str, method: str, *arguments: Any, to: str) -> None:
-    from aioengine.fleet.cluster import existing_fleet
+    from aioengine.fleet.existing import existing_fleet
 
     existing_fleet(app_name).options(method_name=method).remote(*arguments, to=to).result(timeout_s=10)

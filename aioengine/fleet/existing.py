@@ -1,0 +1,93 @@
+"""A fleet that runs, found by its name: on the cluster of ``RAY_ADDRESS``, or on those of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aioengine.errors import ConfigError
+from aioengine.fleet.cluster import (
+    TRANSPORT,
+    address,
+    check_address,
+    current_address,
+    first_line,
+    require_ray,
+)
+from aioengine.fleet.registry import NAMESPACE, fleets_of_cluster
+
+_TOKEN = Path.home() / ".ray" / "auth_token"
+_FLAG = b"--gcs-address="
+WHERE = (
+    "--app-name names another fleet, RAY_ADDRESS another cluster (the fleet's server logs it when it starts)"
+)
+
+
+def existing_fleet(name: str) -> Any:
+    """Serve's handle of the replicas of a fleet that runs. Without ``RAY_ADDRESS``, each Ray cluster of this
+    machine is asked for it. Blocks. Raises ConfigError if it is on none of them."""
+    require_ray()
+    os.environ.update({**TRANSPORT, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"})  # it waits for results
+    named = address()
+    if named is not None:
+        check_address(named)
+    if _TOKEN.is_file():  # a cluster that was started on this machine asks for it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        _join(name, local_clusters() or ["auto"] if named is None else [named])
+    return serve.get_deployment_handle("EngineReplica", name)
+
+
+def local_clusters() -> list[str]:
+    """Addresses of the Ray clusters that have a node on this machine, by their processes' command lines."""
+    found: set[str] = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        found |= {word.removeprefix(_FLAG).decode() for word in words if word.startswith(_FLAG)}
+    return sorted(found)
+
+
+def _join(name: str, clusters: Sequence[str]) -> None:
+    """Connect this process to the cluster that has the fleet. Raises ConfigError if there is not just one."""
+    import ray
+
+    refused: list[str] = []
+    having: list[str] = []
+    for cluster in clusters:
+        try:
+            check_address(cluster)
+            _connect(cluster)
+            there = fleets_of_cluster()
+            if name in there:
+                having.append(cluster)
+                if len(clusters) == 1:
+                    return
+            else:
+                refused.append(f"the cluster at {current_address()} has {', '.join(there) or 'none'}")
+        except Exception as error:
+            refused.append(f"{cluster}: {first_line(error)}")
+        ray.shutdown()
+    if not having:
+        raise ConfigError(f"no fleet {name!r} is found ({'; '.join(refused)}); {WHERE}")
+    if len(having) > 1:
+        raise ConfigError(
+            f"there is a fleet {name!r} on several clusters of this machine: {', '.join(having)}; set "
+            "RAY_ADDRESS to one of them"
+        )
+    _connect(having[0])
+
+
+def _connect(cluster: str) -> None:
+    import ray
+
+    ray.init(address=cluster, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
