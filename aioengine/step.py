@@ -129,6 +129,8 @@ class LoadedAdapter(NamedTuple):
     """Of its classification head."""
     slot_nbytes: int | None = None
     """Bytes that it takes in a slot, on the rank where that is most; None: ``nbytes``."""
+    invocation: Sequence[int] = ()
+    """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
 
 
 Retrying = Callable[[int, float, AdapterError], None]

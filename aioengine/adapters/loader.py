@@ -49,6 +49,8 @@ class ReadAdapter(Protocol):
     def digest(self) -> str: ...
     @property
     def labels(self) -> int: ...
+    @property
+    def invocation(self) -> Sequence[int]: ...
 
 
 R = TypeVar("R", bound=ReadAdapter)
@@ -170,7 +172,13 @@ class BaseLoader(ABC, Generic[R]):
         self._keep(uid, found)
         seconds = time.perf_counter() - start
         return LoadedAdapter(
-            found.rank, found.nbytes, found.digest, seconds, found.labels, self._slot_nbytes(found)
+            found.rank,
+            found.nbytes,
+            found.digest,
+            seconds,
+            found.labels,
+            self._slot_nbytes(found),
+            found.invocation,
         )
 
     def _slot_nbytes(self, found: R) -> int | None:

@@ -107,9 +107,7 @@ class AdapterStore:
         layout, pin_memory = self._order
         image = build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
         packed = draft.packed
-        if packed.head is None and packed.pooling is None:
-            return image
-        return replace(image, head=packed.head, pooling=packed.pooling)
+        return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
 
     def _embedding(self, module: str) -> torch.Tensor:
         """Return the embedding [vocabulary, hidden], or the rank's rows of it."""

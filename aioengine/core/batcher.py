@@ -289,8 +289,8 @@ def _decode_part(request: Request) -> _Part:
     """As ``_part`` for one token, for the request of which most are made."""
     if request.prompt_logprobs is not None:
         return _part(request, 1)
-    entry, start, tokens = request.adapter, request.computed, request.tokens
-    slot = -1 if entry is None or entry.slot is None else entry.slot
+    start, tokens = request.computed, request.tokens
+    slot = request.slot_at(start)
     work = SequenceWork(
         request.id,
         slot,
@@ -308,11 +308,10 @@ def _decode_part(request: Request) -> _Part:
 
 def _part(request: Request, tokens: int, draft: list[int] | None = None) -> _Part:
     start = request.computed
-    entry = request.adapter
+    slot = request.slot_at(start)
     score = 0
     if request.prompt_logprobs is not None and request.unscored:
         score = max(0, min(tokens, request.prompt_len - 1 - start))
-    slot = -1 if entry is None or entry.slot is None else entry.slot
     work = SequenceWork(
         request.id,
         slot,

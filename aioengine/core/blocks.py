@@ -37,17 +37,28 @@ class BlockManager:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def hash_blocks(self, key: bytes, tokens: Sequence[int], known: Sequence[bytes]) -> list[bytes]:
+    def hash_blocks(
+        self,
+        key: bytes,
+        tokens: Sequence[int],
+        known: Sequence[bytes],
+        *,
+        turn: int = 0,
+        rest_key: bytes = b"",
+    ) -> list[bytes]:
         """Return the chained hashes of all full blocks of ``tokens``; ``known`` is a prefix that is already
         hashed.
 
-        ``key`` stands for everything else that two sequences must share to share blocks."""
+        ``key`` stands for everything else that two sequences must share to share blocks. If ``turn`` is not
+        0, the blocks from that one on need ``rest_key`` to be the same, too."""
         hashes = list(known)
         parent = hashes[-1] if hashes else blake2b(key, digest_size=16).digest()
         for start in range(len(hashes) * self.block_size, len(tokens), self.block_size):
             chunk = tokens[start : start + self.block_size]
             if len(chunk) < self.block_size:
                 break
+            if turn and len(hashes) == turn:
+                parent = blake2b(parent + rest_key, digest_size=16, person=b"turn").digest()
             parent = blake2b(parent + array("q", chunk).tobytes(), digest_size=16).digest()
             hashes.append(parent)
         return hashes

@@ -162,7 +162,7 @@ class Allowance:
     def take(self, request: Request, at_least: int) -> int:
         """Return how many of the request's tokens to compute. It is ``at_least`` that many, if the request
         and the step have them, however little time is left."""
-        count = min(request.remaining, self._tokens)
+        count = min(request.next_piece, self._tokens)
         if self.paced:
             each, half = self._costs(request)
             left = max(self._seconds, 0.0)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
+from aioengine.core.invocation import NOWHERE, last_occurrence
 from aioengine.core.speculation.drafting import Drafting
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
@@ -47,6 +48,7 @@ class AdapterEntry:
         "files",
         "found",
         "held",
+        "invocation",
         "label",
         "labels",
         "last_tenant",
@@ -105,6 +107,8 @@ class AdapterEntry:
         self.digest = ""
         self.labels = 0
         """Labels of its classification head."""
+        self.invocation: Sequence[int] = ()
+        """The tokens from which on it is applied, if it is an activated LoRA adapter."""
         self.pinned = False
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
@@ -178,6 +182,7 @@ class Request:
         "hashed_for",
         "hashes",
         "id",
+        "invoked",
         "last_token",
         "most_tokens",
         "options",
@@ -242,8 +247,10 @@ class Request:
         """Where ``blocks`` are from."""
         self.hashes: list[bytes] = []
         """Prefix-cache identities of the full blocks of ``tokens``, as far as known."""
-        self.hashed_for = b""
-        """The ``cache_key`` that they were worked out with."""
+        self.hashed_for = b"", 0, b""
+        """The keys that they were worked out with."""
+        self.invoked: tuple[Sequence[int], int] = (), 0
+        """The invocation tokens that were looked for, and what ``adapted_from`` is with these."""
         self.committed = 0
         """How many of ``blocks``, from the first, the prefix cache knows."""
         self.cached_tokens = 0
@@ -276,6 +283,35 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def adapted_from(self) -> int:
+        """Position from which on the adapter is applied: 0, or for an activated LoRA adapter the beginning of
+        the last invocation in the prompt. Without an invocation it is beyond all tokens, as in PEFT."""
+        entry = self.adapter
+        if entry is None or not entry.invocation:
+            return 0
+        if self.invoked[0] is not entry.invocation:
+            at = last_occurrence(self.tokens[: self.prompt_len], entry.invocation)
+            self.invoked = entry.invocation, NOWHERE if at is None else at
+        return self.invoked[1]
+
+    @property
+    def next_piece(self) -> int:
+        """How many of the remaining tokens one step may compute. The adapter is applied to all of these, or
+        to none."""
+        left = len(self.tokens) - self.computed
+        entry = self.adapter
+        if entry is None or not entry.invocation or self.computed >= self.adapted_from:
+            return left
+        return min(left, self.adapted_from - self.computed)
+
+    def slot_at(self, position: int) -> int:
+        """The slot that computes the token at ``position``; -1 for the base model."""
+        entry = self.adapter
+        if entry is None or entry.slot is None or (entry.invocation and position < self.adapted_from):
+            return -1
+        return entry.slot
+
+    @property
     def unscored(self) -> int:
         """Prompt tokens whose log-probability is wanted and not known yet."""
         known = self.prompt_logprobs
@@ -286,16 +322,22 @@ class Request:
         """Key that cached KV must share beside the tokens: the adapter's content, on which it depends, and
         the caller's salt. The first part is preceded by its length, so that no two pairs have the same
         key."""
-        content = b"" if self.adapter is None else self.adapter.digest.encode()
+        return self._key(b"" if self.adapter is None else self.adapter.digest.encode())
+
+    def _key(self, content: bytes) -> bytes:
         salt = self.options.cache_salt
         return b"%d:%b%b" % (len(content), content, b"" if salt is None else salt.encode())
 
     def hash_blocks(self, cache: BlockManager) -> list[bytes]:
         """Brings ``hashes`` up to date with ``tokens``, and with the adapter's content, which may be another
         when it has been read again."""
-        key = self.cache_key
-        known = self.hashes if key == self.hashed_for else []
-        self.hashes, self.hashed_for = cache.hash_blocks(key, self.tokens, known), key
+        keys = self.cache_key, 0, b""
+        turn = self.adapted_from // cache.block_size
+        if turn:  # what stands before the invocation is as the base model computes it
+            keys = self._key(b""), turn, keys[0]
+        known = self.hashes if keys == self.hashed_for else []
+        self.hashes = cache.hash_blocks(keys[0], self.tokens, known, turn=turn, rest_key=keys[2])
+        self.hashed_for = keys
         return self.hashes
 
     @property

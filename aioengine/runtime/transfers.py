@@ -133,7 +133,7 @@ class AdapterMoves:
             failure.__cause__ = error
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
-            entry.labels = done.labels
+            entry.labels, entry.invocation = done.labels, done.invocation
             too_large = self._core.adapter_loaded(
                 entry,
                 loop.time(),

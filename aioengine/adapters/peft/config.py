@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -26,6 +26,8 @@ MAX_PATTERNS = 2048
 HEAD_MODULES = ("score", "classifier")
 """What transformers calls the head of a model for sequence classification; PEFT names both for every
 model."""
+MAX_INVOCATION = 256
+"""Maximum number of invocation tokens of an activated LoRA adapter."""
 MAX_EXPRESSIONS = 64
 """Maximum number of patterns that are more than a plain module name."""
 
@@ -48,6 +50,7 @@ _USED = frozenset(
         "init_lora_weights",
         "modules_to_save",
         "task_type",
+        "alora_invocation_tokens",
     )
 )
 
@@ -82,6 +85,8 @@ class PeftLoraConfig:
     """Heads of which the file has one; empty: none."""
     feature_extraction: bool
     """It was trained on the model without its head, whose modules' names have no "model." in front."""
+    invocation: tuple[int, ...]
+    """Activated LoRA (arXiv:2504.12397): the tokens from which on it is applied; none: to all tokens."""
 
     def targets(self, module: str, *, linear: bool = True) -> bool:
         """Whether the configuration puts an adapter on what is called ``module``: a ``linear``, or else an
@@ -191,7 +196,19 @@ def parse_config(data: bytes, *, name: str, path: str) -> PeftLoraConfig:
         ensure_weight_tying=_bool("ensure_weight_tying", raw.get("ensure_weight_tying"), invalid),
         heads=_heads(raw.get("modules_to_save"), invalid),
         feature_extraction=raw.get("task_type") == "FEATURE_EXTRACTION",
+        invocation=_invocation(raw, invalid),
     )
+
+
+def _invocation(raw: Mapping[str, object], invalid: Invalid) -> tuple[int, ...]:
+    field, tokens = "alora_invocation_tokens", raw.get("alora_invocation_tokens") or []
+    if not isinstance(tokens, list) or not all(type(item) is int and 0 <= item < 2**20 for item in tokens):
+        invalid(f"{field}={short(tokens)}: expected a list of token ids")
+    if len(tokens) > MAX_INVOCATION:
+        invalid(f"{field}: {len(tokens)} tokens, more than {MAX_INVOCATION}")
+    if tokens and raw.get("use_dora"):
+        invalid(f"{field} and use_dora together have no meaning in PEFT")
+    return tuple(tokens)
 
 
 T = TypeVar("T")

@@ -71,6 +71,7 @@ def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
         for what, has in (
             ("DoRA's magnitudes", packed.magnitudes),
             ("biases", packed.biases),
+            ("invocation tokens", packed.invocation),
             ("a classification head", packed.head is not None),
         )
         if has

@@ -77,6 +77,8 @@ class PackedAdapter:
     """A trained classification head."""
     pooling: Kind | None = None
     """How sentence-transformers' configuration says that it pools, if there is one."""
+    invocation: tuple[int, ...] = ()
+    """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
     version: str = ""
     """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
@@ -116,7 +118,7 @@ def read_adapter(
     folder.check()
     reader = _Reader(folder, order, dtype, base_weight, known, allow_nonfinite)
     try:
-        packed, digest, pooling = reader.read()
+        packed, digest, pooling, invocation = reader.read()
     except AdapterInvalid:
         folder.check_unchanged()  # half of an old file and half of a new one is no proof of a bad adapter
         raise
@@ -135,6 +137,7 @@ def read_adapter(
         computed=packed.computed,
         head=packed.head,
         pooling=pooling,
+        invocation=invocation,
         version=folder.version,
     )
 
@@ -155,7 +158,7 @@ class _Reader:
     known: KnownContents
     allow_nonfinite: bool
 
-    def read(self) -> tuple[Packed, str, Kind | None]:
+    def read(self) -> tuple[Packed, str, Kind | None, tuple[int, ...]]:
         config_bytes = _read_config(self.folder)
         fold = Fold.of(config_bytes, self.folder)
         config = (
@@ -171,7 +174,7 @@ class _Reader:
             else:
                 packed = self._pickled(file, config, digest)
         pooling = self._pooling() if config.feature_extraction else None
-        return packed, "" if self._shared else digest.hexdigest(), pooling
+        return packed, "" if self._shared else digest.hexdigest(), pooling, config.invocation
 
     def _pooling(self) -> Kind | None:
         """Read sentence-transformers' configuration, if there is one."""

@@ -160,6 +160,11 @@ class Layout:
                 )
         if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
             folder.invalid(f"{CONFIG_FILE}: lora_bias on embed_tokens: PEFT has no such adapter")
+        if config.invocation and (NO_LAYER, "embed_tokens") in self.targets:
+            folder.invalid(
+                f"{CONFIG_FILE}: alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
+                "adapter to all tokens of the embeddings; train it without embed_tokens"
+            )
         for target in self.targets.values():
             if target.rank > max_rank:
                 raise AdapterTooLarge(

@@ -53,7 +53,6 @@ _PROMPTS = frozenset(
 
 _UNSUPPORTED = {
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
-    "alora_invocation_tokens": f"activated LoRA (aLoRA) is not supported: {_TRAIN}",
     "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
     "target_parameters": f"LoRA on bare parameters (expert weights) is not supported: {MERGE}",
     "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",

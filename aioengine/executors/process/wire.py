@@ -211,6 +211,8 @@ class ReadDone(_Message, frozen=True):
     """Version of the files' content, known without reading it."""
     labels: int
     """Labels of its classification head."""
+    invocation: tuple[int, ...]
+    """The tokens from which on it is applied; none: to all tokens."""
     squares: bytes
     """Sums that every rank must add before the read can be finished; equally long on all ranks. Empty if it
     is finished."""

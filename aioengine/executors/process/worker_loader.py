@@ -31,6 +31,7 @@ class _Found(NamedTuple):
     digest: str
     labels: int
     slot_nbytes: int
+    invocation: tuple[int, ...]
 
 
 class WorkerLoader(BaseLoader[_Found]):
@@ -86,7 +87,9 @@ class WorkerLoader(BaseLoader[_Found]):
         progress.running = False
         nbytes = sum(answer.nbytes for answer in answers)
         largest = max(answer.slot_nbytes for answer in answers)
-        return _Found(reading.number, first.rank, nbytes, content.digest, first.labels, largest)
+        return _Found(
+            reading.number, first.rank, nbytes, content.digest, first.labels, largest, first.invocation
+        )
 
     async def _read_and_digest(
         self, reading: Call, name: str, path: str, size: int, files: AdapterSource | None

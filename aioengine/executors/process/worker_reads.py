@@ -84,6 +84,7 @@ class WorkerReads:
                     found.digest,
                     found.version,
                     0 if found.head is None else len(found.head.weight),
+                    found.invocation,
                     squares,
                     draft.slot_nbytes,
                 )

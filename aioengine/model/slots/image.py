@@ -60,6 +60,8 @@ class AdapterImage:
     head: Head | None = None
     """A trained head beside the slot's memory."""
     pooling: Kind | None = None
+    invocation: tuple[int, ...] = ()
+    """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
 
     @property
     def labels(self) -> int:

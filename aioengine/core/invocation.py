@@ -1,0 +1,32 @@
+"""Where an activated LoRA adapter begins to be applied.
+
+Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics" (arXiv:2504.12397): the adapter is applied
+to its invocation tokens and to what follows. So the keys and values before them are the base model's.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+
+NOWHERE = sys.maxsize
+"""A position beyond all tokens."""
+
+
+def last_occurrence(tokens: Sequence[int], part: Sequence[int]) -> int | None:
+    """Return where ``part`` occurs last in ``tokens``; None if it does not.
+
+    Takes time linear in their lengths, as Python's search for a text in a text does: each token becomes one
+    character.
+    """
+    at = _text(tokens).find(_text(part))
+    return None if at < 0 else len(tokens) - len(part) - at
+
+
+def _text(tokens: Sequence[int]) -> str:
+    """The tokens as characters, the last one first."""
+    return array("I", tokens[::-1]).tobytes().decode(_ENCODING, "surrogatepass")
+
+
+_ENCODING = f"utf-32-{sys.byteorder[0]}e"
