@@ -45,13 +45,27 @@ class SequenceWork(NamedTuple):
     sampled after each of these as well, as long as those before it are what was sampled."""
 
 
+class MemoryMove(NamedTuple):
+    """Bytes of the memory that adapters and KV blocks share, to be moved before a step. The ends of an
+    adapter's move may overlap."""
+
+    to: int
+    source: int
+    nbytes: int
+    slot: int | None = None
+    """That of the adapter that is moved; None: it is a KV block."""
+
+
 class StepBatch(NamedTuple):
-    """One model step. ``sequences`` are sorted by slot, base rows (-1) first."""
+    """One model step. ``sequences`` are sorted by slot, base rows (-1) first; there may be none if there are
+    ``moves``."""
 
     step: int
     sequences: Sequence[SequenceWork]
     slot_ranks: Sequence[int]
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
+    moves: Sequence[MemoryMove] = ()
+    """To be carried out first, in order."""
 
 
 class Sampled(NamedTuple):

@@ -29,7 +29,8 @@ class Backend(Protocol):
     ``block_size`` tokens, S adapter slots, n slices of a fused linear (3 for q, k and v). Tensors are of the
     model's dtype and on the backend's device unless it says otherwise; sums are float32. What is cached of
     keys and values, ``keys`` and ``values``, has the shape [blocks, block_size, K, d]; how a block is laid
-    out inside is the backend's business, so only what a backend stored itself can be read by it.
+    out inside is the backend's business, so only what a backend stored itself can be read by it. A block is
+    contiguous, and both have the same distance from one block to the next: other layers may lie between.
 
     Metadata (:class:`AttentionPlan`, :class:`LoRABatch`) is built once for all layers of a step.
     """

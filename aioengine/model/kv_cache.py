@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from aioengine.model.buffer import Arena
 from aioengine.model.spec import INT8_SCALE_BYTES, ModelSpec
@@ -17,6 +19,9 @@ class KVCache:
 
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
+
+    Each layer's blocks follow each other. In a ``memory`` that adapters share (uint8) it is the other way
+    round: all layers of a block do, and every block takes ``len(memory) / num_blocks`` bytes.
     """
 
     def __init__(
@@ -28,6 +33,7 @@ class KVCache:
         device: torch.device,
         *,
         int8: bool = False,
+        memory: Tensor | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -39,8 +45,12 @@ class KVCache:
             for layer in spec.kv_shapes()
             for heads, dim in (layer[:2], layer[2:])
         ]
-        if device.type == "cpu":
-            sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        if memory is not None:
+            ends = list(accumulate(size // num_blocks for size in sizes))
+            parts = memory.view(num_blocks, -1).tensor_split(ends, dim=1)
+            tensors = [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=False)]
+        elif device.type == "cpu":
             arena = Arena(sum(sizes), len(sizes))
             tensors = [
                 arena.take(size).view(dtype).view(shape) for size, shape in zip(sizes, shapes, strict=True)
@@ -48,6 +58,11 @@ class KVCache:
         else:
             tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.k, self.v = tensors[::2], tensors[1::2]
+
+    @property
+    def block_stride_bytes(self) -> int:
+        """From one block of a layer to the next."""
+        return self.k[0].stride(0) * self.k[0].itemsize
 
     @property
     def nbytes(self) -> int:

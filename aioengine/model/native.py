@@ -84,6 +84,7 @@ class NativeForward:
             head_dim=spec.head_dim,
             intermediate=spec.intermediate_size,
             block_size=cache.block_size,
+            block_bytes=cache.block_stride_bytes,
             int8_cache=int(cache.int8),
             eps=spec.rms_norm_eps,
             attention_scale=spec.head_dim**-0.5,

@@ -31,6 +31,7 @@ from aioengine.model.pooling import Kind, Pooled, model_pooling, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.slots.pool import LoRASlots
+from aioengine.model.slots.shared import SharedMemory
 from aioengine.model.spec import LORA_MODULES, ModelSpec, Quantization
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
@@ -53,7 +54,8 @@ class ModelRunner:
     """One model on one device. Blocking; :meth:`execute` is to be called from one thread.
 
     ``weights`` is a model folder or a GGUF file. ``max_loras=0`` leaves LoRA out; then ``lora_slots`` is
-    None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank``).
+    None. ``slot_memory`` is how many bytes the slots share (None: each has a place for ``max_lora_rank``);
+    with ``shared_block_bytes`` they share those of the KV cache, where every block takes so many.
     ``sample`` and ``kernels`` (a backend's name) replace the defaults; ``quantization`` is how the linears'
     weights are kept, and ``int8_cache`` keeps keys and values as int8; ``max_model_len`` is the longest
     sequence (it matters to models that transformers runs); ``progress`` is told how far the weights are read.
@@ -76,6 +78,7 @@ class ModelRunner:
         max_loras: int = 0,
         max_lora_rank: int = 16,
         slot_memory: int | None = None,
+        shared_block_bytes: int | None = None,
         lora_dtype: torch.dtype | None = None,
         target_modules: Iterable[str] = LORA_MODULES,
         sample: Sampler | None = None,
@@ -107,7 +110,14 @@ class ModelRunner:
             self.decoder = Decoder(spec, dtype, self.device, backend, self.group)
             load_weights(self.decoder, weights, progress)
             spec = self.decoder.spec
-        self.kv_cache = KVCache(spec, num_blocks, block_size, dtype, self.device, int8=int8_cache)
+        self.shared: SharedMemory | None = None
+        """The memory of adapters and KV blocks, if they share one."""
+        if shared_block_bytes is not None:
+            self.shared = SharedMemory(num_blocks, shared_block_bytes, self.device)
+        shared = None if self.shared is None else self.shared.tensor
+        self.kv_cache = KVCache(
+            spec, num_blocks, block_size, dtype, self.device, int8=int8_cache, memory=shared
+        )
         self.lora_slots = (
             LoRASlots(
                 self.spec,
@@ -118,6 +128,7 @@ class ModelRunner:
                 self.device,
                 self.group.shard,
                 nbytes=slot_memory,
+                shared=shared,
             )
             if max_loras > 0
             else None
@@ -234,6 +245,8 @@ class ModelRunner:
         followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
         pooled: dict[int, Pooled] = {}
+        if batch.moves:
+            self._move(batch)
         if batch.sequences:
             if self.group.shard.rank == 0:
                 constraints.begin(batch.sequences)
@@ -261,6 +274,15 @@ class ModelRunner:
                 sampled[i] = Sampled(-1, error=error, fault="request")
         values = {i: part.values for i, part in pooled.items()}
         return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
+
+    def _move(self, batch: StepBatch) -> None:
+        """Carries out the step's moves within the memory that adapters and KV blocks share."""
+        assert self.shared is not None and self.lora_slots is not None
+        self.lora_slots.before_step()
+        self.shared.apply(batch.moves, self.lora_slots)
+        self.lora_slots.after_step()
+        if not batch.sequences:
+            self._wait()
 
     def _wait(self) -> None:
         """For a step from which nothing is read back: until the device has finished it. So a step's time is

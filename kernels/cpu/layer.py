@@ -63,7 +63,7 @@ def rope_store(
     load().aio_rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(tokens, heads, kv_heads, d, block_size, 0, threads()),
+        *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys), 0, threads()),
     )
 
 
@@ -79,9 +79,15 @@ def paged_attention(
     load().aio_attention(
         *(is_bf16(qkv), qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
-        *(out.data_ptr(), heads, kv_heads, d, block_size, window or 0, d**-0.5, 0, threads()),
+        *(out.data_ptr(), heads, kv_heads, d, block_size, _block_bytes(keys), window or 0),
+        *(d**-0.5, 0, threads()),
     )
     return out
+
+
+def _block_bytes(keys: Tensor) -> int:
+    """From one block of a layer to the next."""
+    return keys.stride(0) * keys.itemsize
 
 
 def _ours(keys: Tensor) -> bool:

@@ -91,7 +91,7 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("intermediate", "block_size", "int8_cache")),
+        *((name, c_int64) for name in ("intermediate", "block_size", "block_bytes", "int8_cache")),
         ("eps", c_double),
         ("attention_scale", c_double),
         ("norm", c_void_p),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.portable.cells import put
 from aioengine.kernels.portable.grouped import lora_affine, lora_embed, lora_expand, lora_shrink
 from aioengine.kernels.portable.sdpa import paged_attention
 from aioengine.kernels.weight import Weight
@@ -64,8 +65,8 @@ def rope_store(
         q.copy_(_rms_norm(q, norms.q, norms.eps))
         k.copy_(_rms_norm(k, norms.k, norms.eps))
     _rotate_(qkv[:, :-kv_heads], cos, sin)
-    keys.flatten(0, 1).index_copy_(0, plan.cells, k)
-    values.flatten(0, 1).index_copy_(0, plan.cells, v)
+    put(keys, plan.cells, k)
+    put(values, plan.cells, v)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

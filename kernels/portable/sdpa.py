@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels.plan.attention import AttentionPlan, Span, locate
+from aioengine.kernels.portable.cells import take
 from aioengine.kernels.transfer import send
 
 
@@ -115,7 +116,6 @@ def paged_attention(
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]
     q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
-    key_cells, value_cells = keys.flatten(0, 1), values.flatten(0, 1)
     # Query head h reads key head h // group: regrouped, grouped-query attention is a batch dimension.
     q = q.view(tokens, kv_heads, -1, d)
     out = q.new_empty(q.shape)
@@ -123,8 +123,8 @@ def paged_attention(
 
     for rows, cells, mask in made.decode:
         batch = len(rows)
-        k_b = key_cells.index_select(0, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
-        v_b = value_cells.index_select(0, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
+        k_b = take(keys, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
+        v_b = take(values, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
         everything = batch == tokens
         q_b = q if everything else q.index_select(0, rows)
         out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=mask)
@@ -137,7 +137,7 @@ def paged_attention(
         if chunk_cells is None:
             k_s, v_s = k[row:stop], v[row:stop]
         else:
-            k_s, v_s = key_cells.index_select(0, chunk_cells), value_cells.index_select(0, chunk_cells)
+            k_s, v_s = take(keys, chunk_cells), take(values, chunk_cells)
         q_s = q[row:stop].permute(1, 2, 0, 3)  # [kv_heads, group, length, d]
         k_s, v_s = (t.transpose(0, 1)[:, None].expand(-1, q_s.shape[1], -1, -1) for t in (k_s, v_s))
         out_s = F.scaled_dot_product_attention(

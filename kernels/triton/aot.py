@@ -139,7 +139,8 @@ def of_norm(dtype: str, size: int) -> Variant:
 def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
     """Without norms of the heads, and with them."""
     for norm in (0, 1):
-        blocks = {"NORM": norm, "BLOCK_H": rope_heads(head_dim), "BLOCK_D": power_of_two(head_dim // 2)}
+        blocks = {"NORM": norm, "BLOCK_SIZE": 16, "BLOCK_H": rope_heads(head_dim)}
+        blocks["BLOCK_D"] = power_of_two(head_dim // 2)
         yield Variant("rope_store", dtype, tuple(blocks.items()), 4, 3)
 
 

@@ -88,7 +88,7 @@ def attend(
     partials, stats = scratch[: parts * tiles.block_m * block_d], scratch[parts * tiles.block_m * block_d :]
     with on(qkv.device):
         attention_kernel[len(tiles.table), kv_heads, splits](
-            *(qkv, keys, values, plan.tables, tiles.table, out, partials, stats),
+            *(qkv, keys, values, keys.stride(0), plan.tables, tiles.table, out, partials, stats),
             plan.derive(QueryTiles).arrivals(len(tiles.table) * kv_heads),
             *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0, d**-0.5 * math.log2(math.e)),
             GROUP=qkv.shape[1] // kv_heads - 2,

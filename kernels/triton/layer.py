@@ -68,7 +68,7 @@ def rope_store(
     plan: AttentionPlan,
 ) -> None:
     """Norms, rotates and stores; see :class:`Backend`."""
-    assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+    assert qkv.is_contiguous() and keys[0].is_contiguous() and values.stride() == keys.stride()
     assert cos.is_contiguous() and sin.is_contiguous()
     tokens, all_heads, d = qkv.shape
     if tokens == 0:
@@ -78,9 +78,10 @@ def rope_store(
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
     with on(qkv.device):
         rope_store_kernel[tokens, -(-all_heads // block_h)](
-            *(qkv, q_norm, k_norm, cos, sin, plan.cells, keys, values),
+            *(qkv, q_norm, k_norm, cos, sin, plan.cells, keys, values, keys.stride(0)),
             *(all_heads - 2 * kv_heads, kv_heads, d // 2, eps),
             NORM=norms is not None,
+            BLOCK_SIZE=keys.shape[1],
             BLOCK_H=block_h,
             BLOCK_D=power_of_two(d // 2),
         )

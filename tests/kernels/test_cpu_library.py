@@ -114,8 +114,8 @@ class Cache:
         blocks = list(range(sum(counts) + 3))
         rng.shuffle(blocks)
         self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
-        self.keys = torch.full(((sum(counts) + 3) * block * kv * d,), math.nan, dtype=dtype)
-        self.values = self.keys.clone()
+        both = torch.full((sum(counts) + 3, 2, block * kv * d), math.nan, dtype=dtype)
+        self.keys, self.values = both[:, 0], both[:, 1]  # what lies between two blocks of keys is not keys
         self.true = [torch.randn(2, s + n, kv, d).to(dtype) for s, n in spans]
         self.block = block
 
@@ -138,16 +138,17 @@ def attend(
     tables = [cache.tables[i] for i in present]
     plan = AttentionPlan(plan_spans, tables, cache.block)
     cos, sin = torch.ones(taken, d // 2), torch.zeros(taken, d // 2)
+    block_bytes = cache.keys.stride(0) * cache.keys.itemsize
     lib.aio_rope_store(
         *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(taken, heads, kv, d, cache.block, 0, THREADS),
+        *(taken, heads, kv, d, cache.block, block_bytes, 0, THREADS),
     )
     out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
     lib.aio_attention(
         *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(present)),
-        *(out.data_ptr(), heads, kv, d, cache.block, window or 0, d**-0.5, 0, THREADS),
+        *(out.data_ptr(), heads, kv, d, cache.block, block_bytes, window or 0, d**-0.5, 0, THREADS),
     )
     return out
 
@@ -200,7 +201,7 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
             plan.cells.data_ptr(),
             plan.last.data_ptr(),
         ),
-        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, 0, THREADS),
+        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, keys[0].nbytes, 0, THREADS),
     )
     close(qkv, expected)
 

@@ -39,8 +39,8 @@ class Layer:
         random.Random(case.seed).shuffle(blocks)
         self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
         shape = (sum(counts) + 3, case.block_size, case.kv_heads, case.head_dim)
-        self.keys = torch.full(shape, math.nan, dtype=case.dtype, device=device)
-        self.values = self.keys.clone()
+        both = torch.full((shape[0], 2, *shape[1:]), math.nan, dtype=case.dtype, device=device)
+        self.keys, self.values = both[:, 0], both[:, 1]  # what lies between two blocks of keys is not keys
         self.norms = None
         if case.norms:
             q, k = (1 + 0.2 * self._randn(case.head_dim) for _ in range(2))

@@ -49,7 +49,7 @@ class StepEncoder:
         opened: list[Opened] = []
         work = [self._work(row, opened) for row in batch.sequences]
         ended, self._ended = self._ended, []
-        return Step(0, batch.step, ended, opened, work, list(batch.slot_ranks))
+        return Step(0, batch.step, ended, opened, work, list(batch.slot_ranks), list(batch.moves))
 
     def _work(self, row: SequenceWork, opened: list[Opened]) -> Work:
         sent = self._sent.get(row.request_id)
@@ -165,7 +165,8 @@ class StepDecoder:
             constraint = self._known[work.key].constraint
             if constraint is not None:
                 constraint.step, constraint.index = step.step, index
-        return StepBatch(step.step, [self._row(work) for work in step.work], step.slot_ranks)
+        rows = [self._row(work) for work in step.work]
+        return StepBatch(step.step, rows, step.slot_ranks, tuple(step.moves))
 
     def _row(self, work: Work) -> SequenceWork:
         known = self._known[work.key]

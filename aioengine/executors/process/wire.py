@@ -17,7 +17,7 @@ import msgspec
 from aioengine import errors
 from aioengine.config import EngineConfig
 from aioengine.request import TokenLogprob
-from aioengine.step import AdapterSource, Sampled
+from aioengine.step import AdapterSource, MemoryMove, Sampled
 
 _LENGTH = struct.Struct("<I")
 MAX_BYTES = 2**32 - 1
@@ -96,6 +96,7 @@ class Step(_Message, frozen=True):
     opened: list[Opened]
     work: list[Work]
     slot_ranks: list[int]
+    moves: list[MemoryMove]
 
 
 class Masks(_Message, frozen=True):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from aioengine.kernels import AttentionPlan, Backend
 from aioengine.kernels.plan.attention import locate
+from aioengine.kernels.portable.cells import put, take
 from aioengine.kernels.portable.sdpa import Chunk, DecodeGroup, Window, Windows
 from aioengine.model.generic.step import Allowed, Holder, Kind, Step, kind_of
 
@@ -88,23 +89,23 @@ def _attend(
         attends.kernels.rope_store(qkv, None, *_no_rotation(step, d), keys, values, step.plan)
         out = attends.kernels.paged_attention(qkv, keys, values, step.plan, kind.window)
         return out.view(1, len(q), -1, e), None
-    keys.flatten(0, 1).index_copy_(0, step.plan.cells, k)
-    values.flatten(0, 1).index_copy_(0, step.plan.cells, v)
+    put(keys, step.plan.cells, k)
+    put(values, step.plan.cells, v)
     window = _window(step, layer, kind, allowed, q.dtype)
     out = q.new_empty(len(q), q.shape[1], e)
     for rows, k_cells, mask in _parts(window, step.plan):
         batch = len(rows) if mask is None or mask.shape[2] == 1 else 1
-        k_b = _batched(keys.flatten(0, 1), k_cells, batch)
-        v_b = _batched(values.flatten(0, 1), k_cells, batch)
-        q_b = _batched(q, rows, batch)
+        k_b = _batched(take(keys, k_cells), batch)
+        v_b = _batched(take(values, k_cells), batch)
+        q_b = _batched(q.index_select(0, rows), batch)
         out_b = _softmax_attention(q_b, k_b, v_b, mask, scale, softcap, s_aux)
         out.index_copy_(0, rows, out_b.transpose(1, 2).flatten(0, 1))
     return out[None], None
 
 
-def _batched(x: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """The ``rows`` [batch * n] of ``x`` [T, heads, d]: [batch, heads, n, d]."""
-    return x.index_select(0, rows).view(batch, -1, *x.shape[1:]).transpose(1, 2)
+def _batched(rows: Tensor, batch: int) -> Tensor:
+    """``rows`` [batch * n, heads, d] as [batch, heads, n, d]."""
+    return rows.view(batch, -1, *rows.shape[1:]).transpose(1, 2)
 
 
 def _no_rotation(step: Step, d: int) -> tuple[Tensor, Tensor]:

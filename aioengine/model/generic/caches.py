@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from aioengine.kernels import AttentionPlan
 from aioengine.kernels.plan.attention import locate
+from aioengine.kernels.portable.cells import put, take
 from aioengine.model.kv_cache import KVCache
 
 
@@ -68,7 +69,7 @@ class GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, pages: Pages, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pages = pages
-        self._keys, self._values = keys.flatten(0, 1), values.flatten(0, 1)
+        self._keys, self._values = keys, values
         self._length = pages.past
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -76,11 +77,11 @@ class GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         pages = self._pages
-        self._keys.index_copy_(0, pages.cells, key_states[0].transpose(0, 1))
-        self._values.index_copy_(0, pages.cells, value_states[0].transpose(0, 1))
+        put(self._keys, pages.cells, key_states[0].transpose(0, 1))
+        put(self._values, pages.cells, value_states[0].transpose(0, 1))
         self._length = len(pages.context)
-        self.keys = self._keys.index_select(0, pages.context).transpose(0, 1)[None]
-        self.values = self._values.index_select(0, pages.context).transpose(0, 1)[None]
+        self.keys = take(self._keys, pages.context).transpose(0, 1)[None]
+        self.values = take(self._values, pages.context).transpose(0, 1)[None]
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -24,6 +24,7 @@ class LoRASlots:
     ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool, and ``outer``
     does the same for "embed_tokens" and "lm_head". All slots share one memory: of ``nbytes``, where whoever
     writes an adapter says where it begins; or (None) with room for ``max_rank`` in every module of each slot.
+    ``shared`` is memory (uint8) to use for that, which others use, too.
     """
 
     def __init__(
@@ -37,13 +38,17 @@ class LoRASlots:
         shard: Shard = SOLO,
         *,
         nbytes: int | None = None,
+        shared: torch.Tensor | None = None,
     ) -> None:
         self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard)
         self.max_loras = max_loras
+        nbytes = nbytes if shared is None else shared.nbytes
         self.elastic = nbytes is not None
         """Whether an adapter may begin anywhere in the memory."""
         elements = max_loras * layout.elements if nbytes is None else nbytes // dtype.itemsize
-        if device.type == "cpu":
+        if shared is not None:
+            memory = shared.view(dtype)
+        elif device.type == "cpu":
             memory = Buffer(elements * dtype.itemsize).tensor.view(dtype)
         else:
             memory = torch.empty(elements, dtype=dtype, device=device)
@@ -51,6 +56,8 @@ class LoRASlots:
         self.memory = SlotMemory(memory, max_loras, len(layout.places), max_rank, aligned=aligned)
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
+        self._begins = [0] * max_loras
+        """Where each slot's adapter begins, in elements."""
         self.heads: list[Head | None] = [None] * max_loras
         """The trained head of each slot's adapter, if it has one, on the device."""
         self.poolings: list[Kind | None] = [None] * max_loras
@@ -129,9 +136,21 @@ class LoRASlots:
         copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
         self._copier.write(copies)
         memory.table[slot] = rows
+        self._begins[slot] = begin
         self._has_affine[slot] = image.has_affine
         self.heads[slot] = None if image.head is None else image.head.to(memory.memory.device)
         self.poolings[slot] = image.pooling
+
+    def relocate(self, slot: int, offset: int) -> None:
+        """Note that the slot's adapter, which whoever calls has moved, begins at ``offset`` now, in bytes.
+
+        Called on the step's thread and stream, between steps."""
+        memory, begin = self.memory, offset // self.dtype.itemsize
+        rows, counted = memory.moved(slot, begin - self._begins[slot])
+        memory.table[slot] = rows
+        if memory.device_table is not memory.table:
+            memory.device_table[slot].copy_(counted)
+        self._begins[slot] = begin
 
 
 def _aligned(layout: SlotLayout) -> bool:

@@ -35,7 +35,7 @@ struct Attention {
   const int32_t* spans;  // [sequences][row, length, start]
   long sequences;
   void* out;  // [tokens, heads * head_dim]
-  long heads, kv_heads, head_dim, block_size, window;  // window 0: all keys
+  long heads, kv_heads, head_dim, block_size, block_bytes, window;  // from block to block; window 0: all keys
   float scale;
   bool int8;
 };
@@ -172,9 +172,11 @@ Chunk locate(const Attention& a, const Task& task, long at, long count) {
     // Panels past the last key repeat the first: what they give is masked.
     const long position = at + (p * LANES < count ? p * LANES : 0);
     const long block = table[position / a.block_size], offset = position % a.block_size;
-    const long head = block * a.kv_heads + task.kv_head;
+    const long begin = block * a.block_bytes, head = task.kv_head;
+    const char *block_keys = (const char*)a.keys + begin, *block_values = (const char*)a.values + begin;
     if (a.int8) {
-      const Int8Head keys(a.keys, head, a.block_size, a.head_dim), values(a.values, head, a.block_size, a.head_dim);
+      const Int8Head keys(block_keys, head, a.block_size, a.head_dim);
+      const Int8Head values(block_values, head, a.block_size, a.head_dim);
       found.keys[p] = (const uint32_t*)(keys.elements + offset * a.head_dim);
       found.values[p] = (const uint32_t*)(values.elements + offset * a.head_dim);
       found.key_scales[p] = keys.scales + offset;
@@ -182,8 +184,8 @@ Chunk locate(const Attention& a, const Task& task, long at, long count) {
       continue;
     }
     const long base = head * per_head + offset * lanes;
-    found.keys[p] = (const uint32_t*)a.keys + base;
-    found.values[p] = (const uint32_t*)a.values + base;
+    found.keys[p] = (const uint32_t*)block_keys + base;
+    found.values[p] = (const uint32_t*)block_values + base;
   }
   return found;
 }
@@ -340,12 +342,13 @@ void attention(const Attention& a, int threads) {
 }  // namespace aio
 
 // out [tokens, heads * head_dim]: each token attends to its sequence's keys up to its own position (and,
-// with a window, the last `window` of them). head_dim must be a multiple of 16; int8: of the cache.
+// with a window, the last `window` of them). head_dim must be a multiple of 16; int8: of the cache. A layer's blocks are
+// block_bytes apart: other layers may lie between them.
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
-                              void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
-                              float scale, int int8, int threads) {
-  const aio::Attention a{q,     q_stride, keys,     values,   tables,     table_width, spans, sequences, out,
-                         heads, kv_heads, head_dim, block_size, window, scale, int8 != 0};
+                              void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
+                              long window, float scale, int int8, int threads) {
+  const aio::Attention a{q,     q_stride, keys,     values,     tables,      table_width, spans, sequences, out,
+                         heads, kv_heads, head_dim, block_size, block_bytes, window,      scale, int8 != 0};
   bf16 ? aio::attention<aio::Bf16>(a, threads) : aio::attention<aio::F32>(a, threads);
 }

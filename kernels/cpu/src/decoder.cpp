@@ -41,7 +41,7 @@ struct Layer {
 };
 
 struct Model {
-  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, int8_cache;
+  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
   double eps, attention_scale;
   const void* norm;
   Matrix head;
@@ -204,12 +204,12 @@ struct Run {
         aio_head_norm(m.bf16, keys, l.k_norm, s.tokens, qkv_width, m.kv_heads, m.head_dim, m.eps, threads);
       }
       aio_rope_store(m.bf16, s.wide, s.cos, s.sin, s.cells, s.last, l.keys, l.values, s.tokens, m.heads, m.kv_heads,
-                     m.head_dim, m.block_size, int(m.int8_cache), threads);
+                     m.head_dim, m.block_size, m.block_bytes, int(m.int8_cache), threads);
     });
     timed(ATTENTION, [&] {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
-                    s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, l.window, m.attention_scale,
-                    int(m.int8_cache), threads);
+                    s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, l.window,
+                    m.attention_scale, int(m.int8_cache), threads);
     });
     linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);
     norm(s.x, l.post_norm, s.tokens);

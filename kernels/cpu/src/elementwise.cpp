@@ -101,14 +101,17 @@ struct Rope {
   const int64_t* cells;    // [tokens] block * block_size + offset
   const uint8_t* last;     // [tokens] whether nothing of the token's sequence follows it in this step
   void *keys, *values;
-  long tokens, heads, kv_heads, head_dim, block_size;
+  long tokens, heads, kv_heads, head_dim, block_size, block_bytes;  // from block to block
   bool int8;
 };
 
 // A token's key and value of one head of a block, in int8.
 template <class T>
-void store_int8(const Rope& r, const typename T::elem* k, const typename T::elem* v, long head, long offset) {
-  const Int8Head keys(r.keys, head, r.block_size, r.head_dim), values(r.values, head, r.block_size, r.head_dim);
+void store_int8(const Rope& r, const typename T::elem* k, const typename T::elem* v, long block, long head,
+                long offset) {
+  const long begin = block * r.block_bytes;
+  const Int8Head keys((char*)r.keys + begin, head, r.block_size, r.head_dim);
+  const Int8Head values((char*)r.values + begin, head, r.block_size, r.head_dim);
   constexpr long N = Int8Head::PER_LANE;
   int8_t* key = keys.elements + offset / LANES * LANES * r.head_dim + offset % LANES * N;
   keys.scales[offset] =
@@ -141,18 +144,18 @@ void rope_store(const Rope& r, int threads) {
         const elem* k = row + (r.heads + h) * r.head_dim;
         const elem* v = k + r.kv_heads * r.head_dim;
         if (r.int8) {
-          store_int8<T>(r, k, v, block * r.kv_heads + h, offset);
+          store_int8<T>(r, k, v, block, h, offset);
           continue;
         }
-        const long base = (block * r.kv_heads + h) * r.block_size * lanes;
-        uint32_t* to = (uint32_t*)r.keys + base + offset / LANES * lanes * LANES + offset % LANES;
+        const long base = h * r.block_size * lanes;
+        uint32_t* to = (uint32_t*)((char*)r.keys + block * r.block_bytes) + base + offset / LANES * lanes * LANES + offset % LANES;
         for (long i = 0; i < lanes; i++) {
           uint32_t lane;
           std::memcpy(&lane, k + i * T::PER_LANE, 4);
           to[i * LANES] = lane;
         }
         const long part = offset % T::PER_LANE;
-        elem* cell = (elem*)((uint32_t*)r.values + base + offset / T::PER_LANE * r.head_dim) + part;
+        elem* cell = (elem*)((uint32_t*)((char*)r.values + block * r.block_bytes) + base + offset / T::PER_LANE * r.head_dim) + part;
         for (long i = 0; i < r.head_dim; i++) cell[i * T::PER_LANE] = v[i];
         // The neighbour in the lane is multiplied by a weight of zero until it is written: it must not be NaN.
         if (T::PER_LANE == 2 && part == 0 && r.last[t])
@@ -186,8 +189,8 @@ AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long 
 
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, int int8, int threads) {
-  const aio::Rope r{qkv,    cos,   sin,      cells,    last,       keys, values,
-                    tokens, heads, kv_heads, head_dim, block_size, int8 != 0};
+                               long head_dim, long block_size, long block_bytes, int int8, int threads) {
+  const aio::Rope r{qkv,    cos,   sin,      cells,    last,       keys,        values,
+                    tokens, heads, kv_heads, head_dim, block_size, block_bytes, int8 != 0};
   bf16 ? aio::rope_store<aio::Bf16>(r, threads) : aio::rope_store<aio::F32>(r, threads);
 }

@@ -87,11 +87,11 @@ AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const 
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
-                              void* out, long heads, long kv_heads, long head_dim, long block_size, long window,
-                              float scale, int int8, int threads);
+                              void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
+                              long window, float scale, int int8, int threads);
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, int int8, int threads);
+                               long head_dim, long block_size, long block_bytes, int int8, int threads);
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows,
                                  long size, float eps, int threads);
 AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count,

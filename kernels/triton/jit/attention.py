@@ -22,8 +22,9 @@ def join(highest, total, acc, part_highest, part_total, part_acc):
 @triton.jit(do_not_specialize=["most_parts", "table_stride"])
 def attention_kernel(
     qkv_ptr,  # [T, heads + 2 * kv_heads, D], rows q_stride apart
-    keys_ptr,  # [cells, kv_heads, D], contiguous
+    keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, D], blocks block_stride elements apart
     values_ptr,
+    block_stride,
     tables_ptr,  # [sequences, table_stride] blocks
     tiles_ptr,  # [tiles, 4] sequence, first row, tokens (0: padding, the row becomes 0), first position
     out_ptr,  # [T, heads, D], contiguous
@@ -98,8 +99,8 @@ def attention_kernel(
         # What lies beyond the sequence's end may be anything, NaN too: it is not read.
         there = (key < stop)[:, None] & (d < D)[None, :]
         block = tl.load(table_at + key // BLOCK_SIZE, mask=key < stop, other=0).to(tl.int64)
-        cell = (block * BLOCK_SIZE + key % BLOCK_SIZE)[:, None]
-        kv_at = (cell * kv_heads + kv_head) * D + d[None, :]
+        cell_at = block * block_stride + (key % BLOCK_SIZE * kv_heads + kv_head) * D
+        kv_at = cell_at[:, None] + d[None, :]
         k = tl.load(keys_ptr + kv_at, mask=there, other=0.0)
         v = tl.load(values_ptr + kv_at, mask=there, other=0.0)
         scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale

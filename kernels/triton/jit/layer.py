@@ -62,13 +62,15 @@ def rope_store_kernel(
     cos_ptr,  # [T, half] float32
     sin_ptr,
     cells_ptr,  # [T], below 0: nothing is stored
-    keys_ptr,  # [cells, kv_heads, 2 * half], contiguous
+    keys_ptr,  # [blocks, BLOCK_SIZE, kv_heads, 2 * half], blocks block_stride elements apart
     values_ptr,
+    block_stride,
     heads,
     kv_heads,
     half,
     eps,
     NORM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # of the cache
     BLOCK_H: tl.constexpr,  # heads of a program
     BLOCK_D: tl.constexpr,  # at least half
 ):
@@ -107,6 +109,8 @@ def rope_store_kernel(
     if cell >= 0:
         stored = inside & (head >= heads)
         kv_head = tl.where(is_v, head - heads - kv_heads, head - heads)
-        to = tl.where(is_v, values_ptr + d, keys_ptr + d) + (cell * kv_heads + kv_head) * (2 * half)
+        block_at = cell // BLOCK_SIZE * block_stride
+        cell_at = block_at + (cell % BLOCK_SIZE * kv_heads + kv_head) * (2 * half)
+        to = tl.where(is_v, values_ptr + d, keys_ptr + d) + cell_at
         tl.store(to, x1, mask=stored)
         tl.store(to + half, x2, mask=stored)
