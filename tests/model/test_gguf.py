@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -73,6 +74,31 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", tensors=extra)
     with pytest.raises(ConfigError, match=r"m\.gguf.*ffn_gate_inp"):
         read_all(path)
+
+
+def test_metadata_reads_as_the_package_reads_it(tmp_path: Path) -> None:
+    words = ["", "a", "\u00e9t\u00e9", "\U0001f600" * 40, "\n"]
+    fields = {
+        "tokens": words,
+        "token_type": [1, 2, 3],
+        "scores": [0.5, -1.0],
+        "one": ["alone"],
+        "add_bos": True,
+    }
+    path = write_tokenizer_gguf(tmp_path / "m.gguf", fields)
+    theirs, ours = gguf.GGUFReader(path), GGUFFile(path)
+    assert ours.get("tokenizer.ggml.tokens") == words
+    for key, field in theirs.fields.items():
+        assert ours.get(key) == field.contents(), key
+
+
+def test_an_array_that_is_longer_than_the_file_is_refused(tmp_path: Path) -> None:
+    path = write_tokenizer_gguf(tmp_path / "m.gguf", {"tokens": ["a", "b"]})
+    data = path.read_bytes()
+    at = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
+    path.write_bytes(data[:at] + (2**40).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(ConfigError, match=r"m\.gguf: not a readable GGUF file"):
+        GGUFFile(path)
 
 
 # --- spec ----------------------------------------------------------------------------------------

@@ -56,9 +56,11 @@ class AWQ:
 
         words = tensors["qweight"].T.contiguous()  # [n / 8, k]
         data = torch.empty(layout.n // 8, 8, layout.k // 2, dtype=torch.uint8)
+        # The codes of two inputs become a byte: four outputs at once.
+        first, second, low = words[:, 0::2], words[:, 1::2], 0x0F0F0F0F
+        pairs = (first & low) | (second & low) << 4, (first >> 4 & low) | (second & ~low)
         for place, output in enumerate(_OUTPUT_OF):
-            codes = ((words >> (4 * place)) & 15).to(torch.uint8)
-            data[:, output] = codes[:, 0::2] | codes[:, 1::2] << 4
+            data[:, output] = pairs[place % 2].view(torch.uint8)[:, place // 2 :: 4]
         found = {"data": data.view(layout.n, -1), "scale": tensors["scales"].T.float()}
         if self._zeros:
             zeros = tensors["qzeros"]

@@ -58,17 +58,19 @@ class GGUFFile:
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            from gguf import GGUFReader
+            import gguf as _  # noqa: F401  (whose absence has a message of its own)
+
+            from aioengine.model.files.gguf_reader import FastReader, contents
         except ImportError as e:
             raise ConfigError(
                 f"{self.path}: reading GGUF needs the package 'gguf', which is not installed; "
                 "run: pip install 'aioengine[gguf]'"
             ) from e
         try:
-            reader = GGUFReader(self.path)
+            reader = FastReader(self.path, "c")  # copy on write: torch warns of what cannot be written to
         except (OSError, ValueError, KeyError, IndexError) as e:
             raise ConfigError(f"{self.path}: not a readable GGUF file: {e}") from e
-        self._fields = reader.fields
+        self._fields, self._contents = reader.fields, contents
         self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
         if self.get("split.count", 1) > 1:
             raise ConfigError(
@@ -80,7 +82,7 @@ class GGUFFile:
         """The value of a metadata key (str, number, bool or list), or ``default``."""
         field = self._fields.get(key)
         try:
-            return default if field is None else field.contents()
+            return default if field is None else self._contents(field)
         except ValueError as e:
             raise ConfigError(f"{self.path}: metadata key {key!r} is not readable: {e}") from e
 
@@ -178,9 +180,7 @@ class StoredTensor:
 
     def blocks(self) -> dict[str, torch.Tensor]:
         """What a weight of :attr:`packing` consists of, by the names of ``BlockWeight``."""
-        import numpy as np
-
-        return {"data": self._ordered(torch.from_numpy(np.array(self._tensor.data)))}
+        return {"data": self._ordered(torch.from_numpy(self._tensor.data))}
 
     def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._heads is None:
@@ -245,7 +245,7 @@ def _to_torch(file: GGUFFile, stored: ReaderTensor) -> torch.Tensor:
         return torch.from_numpy(np.array(stored.data).view(np.int16)).view(torch.bfloat16)
     packing = _packing(stored)
     if packing is not None:
-        return blocks.dequantize(packing.format, torch.from_numpy(np.array(stored.data)))
+        return blocks.dequantize(packing.format, torch.from_numpy(stored.data))
     try:
         return torch.from_numpy(np.ascontiguousarray(dequantize(stored.data, stored.tensor_type)))
     except NotImplementedError as e:
