@@ -153,3 +153,16 @@ seconds until the next one, and the error of the last one."""
 
 Stalled = Callable[[], None]
 """Called once if the read of an adapter makes no progress, so that others need not wait for it."""
+
+
+class ReadOrder(NamedTuple):
+    """An order to read an adapter into the CPU cache."""
+
+    uid: int
+    """Number of the version, which the CPU cache knows it by."""
+    name: str
+    path: str
+    retrying: Retrying
+    stalled: Stalled
+    files: AdapterSource | None = None
+    """What is read in place of the folder ``path``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ import psutil
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.adapters.store import AdapterStore
 from aioengine.errors import AdapterError, AdapterLoadError
-from aioengine.step import LoadedAdapter, Retrying, Stalled
+from aioengine.step import LoadedAdapter, ReadOrder, Retrying, Stalled
 
 if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
@@ -134,29 +135,23 @@ class BaseLoader(ABC, Generic[R]):
         self._left: set[Progress] = set()
         """The reads among them that were abandoned."""
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
-        """Read an adapter from disk, or from ``files``, into the CPU cache.
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        """Read an adapter from disk, or from ``order.files``, into the CPU cache.
 
         Raises the adapter errors of the format's reader; AdapterLoadError also if it takes too long, if an
         earlier read of this folder or too many others hang, or if there is no memory for it.
         """
+        name, path = order.name, order.path
         start = time.perf_counter()
         if (reason := self._obstacle(path, self._stuck)) is not None:
             raise _obstructed(reason, name, path)
         progress = Progress()
-        stop_watching = self._watch(progress, stalled)
+        stop_watching = self._watch(progress, order.stalled)
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
-                found = await self._backoff.run(lambda: self._attempt(name, path, progress, files), retrying)
+                attempt = functools.partial(self._attempt, name, path, progress, order.files)
+                found = await self._backoff.run(attempt, order.retrying)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -169,7 +164,7 @@ class BaseLoader(ABC, Generic[R]):
             ) from error
         finally:
             stop_watching()
-        self._keep(uid, found)
+        self._keep(order.uid, found)
         seconds = time.perf_counter() - start
         return LoadedAdapter(
             found.rank,

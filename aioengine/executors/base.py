@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
-from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 
 class Device(ABC):
@@ -31,16 +31,8 @@ class Device(ABC):
         """Run one step. At most one is in flight."""
 
     @abstractmethod
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
-        """Read an adapter from disk, or from ``files``, into the CPU cache.
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        """Read an adapter from disk, or from ``order.files``, into the CPU cache.
 
         Raises AdapterInvalid, AdapterTooLarge or AdapterLoadError.
         """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.executors.base import Device
-from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
@@ -36,16 +36,8 @@ class ThreadDevice(Device):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._step_thread, self.runner.execute, batch)
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
-        return await self._loader.load(uid, name, path, retrying, stalled, files)
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         loop = asyncio.get_running_loop()

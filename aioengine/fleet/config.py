@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any, Self
 
 import msgspec
 
-from aioengine.checks import refuse_unknown
+from aioengine.checks import check_integer, check_seconds, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
@@ -70,13 +69,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         for field, low in (("replicas", 1), ("cpus_per_replica", 1), ("migration_limit", 0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{field}={value!r}: must be an integer >= {low}")
+            check_integer(field, getattr(self, field), low=low)
         for field in ("heartbeat_seconds", "silent_seconds", "step_seconds", "placement_seconds"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"{field}={value!r}: must be more than 0 seconds")
+            check_seconds(field, getattr(self, field), finite=True)
         if self.silent_seconds < 2 * self.heartbeat_seconds:
             raise ConfigError(
                 f"silent_seconds={self.silent_seconds}: must be at least two heartbeats "

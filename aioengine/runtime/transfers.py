@@ -20,6 +20,7 @@ from aioengine.errors import (
 )
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
+from aioengine.step import ReadOrder
 
 logger = logging.getLogger("aioengine")
 
@@ -119,7 +120,8 @@ class AdapterMoves:
 
         try:
             files = None if entry.files is None else entry.files.files
-            done = await self._device.load(entry.uid, entry.label, entry.path, retrying, stalled, files)
+            order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
+            done = await self._device.load(order)
         except EngineDead:
             return  # the device was lost, and that is dealt with as a whole
         except AdapterError as error:

@@ -18,6 +18,7 @@ from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
 from aioengine.lab.simulation.clock import VirtualTimeLoop
+from aioengine.step import ReadOrder
 
 Read = Callable[[], Any]
 
@@ -109,7 +110,7 @@ def loader_of(store: FakeStore, **options: Any) -> AdapterLoader:
 
 
 async def load(loader: AdapterLoader, uid: int, name: str) -> Any:
-    return await loader.load(uid, name, f"/adapters/{name}", lambda *_: None, lambda: None)
+    return await loader.load(ReadOrder(uid, name, f"/adapters/{name}", lambda *_: None, lambda: None))
 
 
 class Hanging:
@@ -190,7 +191,7 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
     told = asyncio.Event()
     loader = loader_of(FakeStore(x=fail), retries=1, backoff=1000.0)
     threads = set(threading.enumerate())
-    task = asyncio.create_task(loader.load(0, "x", "/x", lambda *_: told.set(), lambda: None))
+    task = asyncio.create_task(loader.load(ReadOrder(0, "x", "/x", lambda *_: told.set(), lambda: None)))
     await told.wait()
     assert set(threading.enumerate()) == threads
     task.cancel()

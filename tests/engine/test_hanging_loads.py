@@ -21,7 +21,7 @@ from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import Stepper
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import LoadedAdapter, Sampled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, Sampled, StepBatch, StepResult
 
 MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
 
@@ -68,10 +68,8 @@ class Reading(Device):
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    async def load(
-        self, uid: int, name: str, path: str, retrying: Any, stalled: Any, files: Any = None
-    ) -> LoadedAdapter:
-        return await self._loader.load(uid, name, path, retrying, stalled)
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int) -> float:
         return 0.0

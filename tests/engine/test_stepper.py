@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 from support.core_sim import LIMITS
@@ -20,7 +19,7 @@ from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import IDLE_WARNING_SECONDS, Stepper
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import LoadedAdapter
+from aioengine.step import LoadedAdapter, ReadOrder
 
 
 def run(
@@ -98,10 +97,8 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
     class Flaky(Steady):
         reads = 0
 
-        async def load(
-            self, uid: int, name: str, path: str, retrying: Any, stalled: Any, files: Any = None
-        ) -> LoadedAdapter:
-            return await Backoff(3, 100.0).run(self.read, retrying)
+        async def load(self, order: ReadOrder) -> LoadedAdapter:
+            return await Backoff(3, 100.0).run(self.read, order.retrying)
 
         async def read(self) -> LoadedAdapter:
             self.reads += 1

@@ -17,10 +17,9 @@ from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import (
     AdapterSource,
     LoadedAdapter,
-    Retrying,
+    ReadOrder,
     Sampled,
     SequenceWork,
-    Stalled,
     StepBatch,
     StepResult,
 )
@@ -231,16 +230,8 @@ class FaultyDevice(SimulatedDevice):
             return sampled
         return Sampled(token_at(work.request_id, until - work.prompt_len))
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
-        return await self.loader.load(uid, name, path, retrying, stalled, files)
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        return await self.loader.load(order)
 
     async def place(self, uid: int, slot: int) -> float:
         memory, rng = self.memory, self._rng
@@ -320,18 +311,10 @@ class FaultyLoader(BaseLoader[Found]):
         self._left_behind: dict[asyncio.Task[Found], str] = {}
         """Reads that were given up."""
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
         loop = asyncio.get_running_loop()
         start = loop.time()
-        done = await super().load(uid, name, path, retrying, stalled, files)
+        done = await super().load(order)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
     async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> Found:

@@ -24,12 +24,10 @@ from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.model import constraints
 from aioengine.step import (
-    AdapterSource,
     LoadedAdapter,
-    Retrying,
+    ReadOrder,
     Sampled,
     SequenceWork,
-    Stalled,
     StepBatch,
     StepResult,
 )
@@ -109,16 +107,8 @@ class ProcessDevice(Device):
         workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
         return failed
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
-        return await self._loader.load(uid, name, path, retrying, stalled, files)
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""

@@ -14,7 +14,7 @@ from aioengine.executors.base import Device
 from aioengine.info import LoadProgress
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
-from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Stalled, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 
 class ProbedStep(NamedTuple):
@@ -120,16 +120,8 @@ class _ProbedDevice(Device):
         self._probe.ended(batch, start, result.seconds)
         return result
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
-        return await self._device.load(uid, name, path, retrying, stalled, files)
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        return await self._device.load(order)
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
         return await self._device.place(uid, slot, offset)

@@ -10,7 +10,13 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import AdapterSource, LoadedAdapter, Retrying, Sampled, Stalled, StepBatch, StepResult
+from aioengine.step import (
+    LoadedAdapter,
+    ReadOrder,
+    Sampled,
+    StepBatch,
+    StepResult,
+)
 
 
 class SimulatedDevice(Device):
@@ -50,20 +56,15 @@ class SimulatedDevice(Device):
             sampled.append(end if made == lengths.get(work.request_id) else token)
         return StepResult(sampled, took - overhead)
 
-    async def load(
-        self,
-        uid: int,
-        name: str,
-        path: str,
-        retrying: Retrying,
-        stalled: Stalled,
-        files: AdapterSource | None = None,
-    ) -> LoadedAdapter:
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
         """Raises AdapterLoadError for an adapter without a shape, AdapterTooLarge for one that no slot
         can hold."""
+        name, path = order.name, order.path
         shape = self.shapes.get(name)
         if shape is None:
-            raise AdapterLoadError("the workload has no adapter of this name", name=name, path=path)
+            raise AdapterLoadError(
+                "the workload has no adapter of this name", name=order.name, path=order.path
+            )
         nbytes = self._costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
         with self.disturbed(self._costs.disk.slowdown):
             seconds = await self._disk.transfer(nbytes)
@@ -73,7 +74,7 @@ class SimulatedDevice(Device):
                 name=name,
                 path=path,
             )
-        self._held[uid] = nbytes
+        self._held[order.uid] = nbytes
         return LoadedAdapter(shape.rank, nbytes, name, seconds)
 
     async def place(self, uid: int, slot: int, offset: int | None = None) -> float:
