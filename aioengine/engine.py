@@ -190,7 +190,7 @@ class AsyncEngine:
             check_running=self._check_running,
         )
         self.build = build_labels(self._info)
-        """What runs here: the labels of the metric ``aioengine_build_info``."""
+        """Labels of the metric ``aioengine_build_info``, which say what runs here."""
         self._event_streams = EventStreams()
         self._metrics: EngineMetrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
@@ -760,7 +760,7 @@ class AsyncEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What runs here."""
+        """Versions, model, kernels and device that run here."""
         self._check_started()
         return self._info
 

@@ -28,7 +28,7 @@ class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     tenant: str | None
     location: Literal["disk", "loading", "cpu", "slot"] | None = None
-    """Where its adapter was when it arrived; None for the base model."""
+    """Place of its adapter when it arrived; None for the base model."""
     priority: int = 0
     deadline: float | None = None
     """The time by which it must have ended."""
@@ -96,11 +96,11 @@ class AdapterRegistered(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterLoading(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Its read from disk to the CPU cache has begun."""
+    """Start of an adapter's read from disk to the CPU cache."""
 
 
 class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """It is in the CPU cache."""
+    """Arrival of an adapter in the CPU cache."""
 
     rank: int
     nbytes: int
@@ -108,7 +108,7 @@ class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterRetrying(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Its read failed for a transient reason and will be retried."""
+    """Failure of a read for a transient reason; it will be retried."""
 
     attempt: int
     """Number of reads that have failed so far."""
@@ -118,13 +118,14 @@ class AdapterRetrying(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Its copy from the CPU cache into a slot begins."""
+    """Start of an adapter's copy from the CPU cache into a slot."""
 
     slot: int
 
 
 class AdapterMoving(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Its copy to another place of the slots' memory begins, so that holes become one. It keeps its slot."""
+    """Start of a copy to another place of the slots' memory, so that holes become one. The adapter keeps its
+    slot."""
 
     slot: int
     nbytes: int
@@ -136,16 +137,16 @@ class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
     nbytes: int
     seconds: float
     moved: bool = False
-    """It had been in the slot before: see :class:`AdapterMoving`."""
+    """Whether it was in the slot before: see :class:`AdapterMoving`."""
 
 
 class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """It left a slot, or the CPU cache."""
+    """Removal of an adapter from a slot, or from the CPU cache."""
 
     level: Literal["slot", "cpu"]
     slot: int | None
     nbytes: int = 0
-    """Its bytes on the CPU."""
+    """Bytes on the CPU."""
 
 
 class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -162,11 +163,11 @@ class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterPinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """It must be in a slot and stay there."""
+    """Pin of an adapter: it goes to a slot and stays there."""
 
 
 class AdapterUnpinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """It may be evicted again."""
+    """End of a pin: the adapter may be evicted again."""
 
 
 class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -204,12 +205,12 @@ class PolicyReplaced(Event, frozen=True, kw_only=True, gc=False):
 
 
 class TokensProposed(Event, frozen=True, kw_only=True, gc=False):
-    """In a step, tokens were proposed to a request (``EngineConfig.speculation``)."""
+    """Proposal of tokens to a request in a step (``EngineConfig.speculation``)."""
 
     adapter: str | None
     proposed: int
     accepted: int
-    """Those that were what would have been chosen anyway."""
+    """Number of proposed tokens that equal the sampled ones."""
 
 
 class TokenInterval(NamedTuple):
@@ -240,7 +241,7 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
 
 
 class EventsLost(Event, frozen=True, kw_only=True, gc=False):
-    """In an event stream: its reader fell behind and lost ``count`` events before the next one."""
+    """Gap in an event stream: its reader fell behind and lost ``count`` events before the next one."""
 
     count: int
 

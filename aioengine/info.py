@@ -61,11 +61,11 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     pinned: bool
     replica: str | None = None
-    """In a fleet, the replica whose slot it is; ``index`` counts that replica's."""
+    """Replica whose slot it is, in a fleet; ``index`` counts that replica's slots."""
     offset: int | None = None
-    """Where slots share a memory: where its adapter begins in it, in bytes."""
+    """Offset of its adapter in the memory that slots share, in bytes."""
     bytes: int = 0
-    """What its adapter takes of that memory."""
+    """Bytes that its adapter takes of that memory."""
 
 
 class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,9 +108,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests in the batch."""
     waiting: int
     waiting_for_adapter: int
-    """Those of ``waiting`` that have not run yet, and whose adapter is in no slot."""
+    """Number of requests in ``waiting`` that have not run yet and whose adapter is in no slot."""
     waiting_preempted: int = 0
-    """Those of ``waiting`` that have run before, and were preempted."""
+    """Number of requests in ``waiting`` that have run before and were preempted."""
     max_waiting: int | None = None
     """None: there is no bound."""
     max_running: int = 0
@@ -125,7 +125,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     requests_aborted: int
     requests_failed: int
     prompt_tokens: int
-    """Of accepted requests, cached ones included."""
+    """Prompt tokens of accepted requests, cached ones included."""
     cached_tokens: int
     """Prompt tokens that the prefix cache supplied."""
     output_tokens: int
@@ -139,7 +139,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_memory: int = 0
     """Bytes of the slots' memory, on each device."""
     slot_memory_used: int = 0
-    """Those that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
+    """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0
     """Free bytes outside of the largest hole: idle adapters are moved before they can be had."""
     slot_hits: int

@@ -1,4 +1,4 @@
-"""What an engine will take, computed to the byte before anything is allocated. No torch here."""
+"""Memory that an engine will take, computed to the byte before anything is allocated. No torch here."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
 SHOWN_RANKS = (8, 16, 32, 64, 128)
 AUTO_TOKENS_ON_CPU = 512
-"""For each of ``max_num_seqs``: what requests usually have, prompt and output together. On a CPU, memory
-that is not needed is left to others."""
+"""Usual length of a request, prompt and output together; the cache has room for so many tokens of each of
+``max_num_seqs``. On a CPU, memory that is not needed is left to others."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +97,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total_bytes(self) -> int:
-        """What is taken from the device's memory (on a CPU the adapter cache included)."""
+        """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
         cache = self.cpu_cache_bytes if self.device == "cpu" else 0
         return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache
 

@@ -1,4 +1,4 @@
-"""What a caller sends and what comes back: SamplingParams, RequestOptions and RequestOutput."""
+"""SamplingParams, RequestOptions and RequestOutput: what a caller sends, and what comes back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Prompt = str | list[int] | list[dict[str, Any]]
 FinishReason = Literal["stop", "length", "abort"]
 
 PoolingKind = Literal["auto", "mean", "last", "cls", "classify"]
-"""How a prompt becomes one vector, out of the hidden states after the last norm: their mean, the last or the
+"""Way to make one vector out of a prompt's hidden states after the last norm: their mean, or the last or
 first token's; "auto": as the adapter's, or else the model's, sentence-transformers configuration says, or
 else the mean. "classify" gives the logits of the adapter's trained head, by default of the last token."""
 
@@ -61,7 +61,7 @@ class StartedConstraint(TokenConstraint, Protocol):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to choose tokens, and when to stop.
+    """Parameters that say how tokens are chosen, and when to stop.
 
     ``temperature=0`` (the default) is greedy. The filters apply in this order: logit bias, penalties,
     constraint, temperature, top-k, top-p, min-p. With ``seed`` the random draws depend on the seed and
@@ -110,7 +110,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     computed in full, and the prefix cache keeps nothing of it."""
     skip_special_tokens: bool = True
     constraint: TokenConstraint | None = None
-    """What the output must conform to; sampling chooses among the tokens that it allows."""
+    """Constraint that the output must satisfy; sampling chooses among the tokens that it allows."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
@@ -164,8 +164,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a request is for and how it is to be scheduled: the keyword arguments of ``AsyncEngine.generate``,
-    which says what they mean.
+    """Adapter and scheduling arguments of a request: the keyword arguments of ``AsyncEngine.generate``, which
+    says what they mean.
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
@@ -213,7 +213,7 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 Wanted = str | Mapping[str, float] | None
-"""What a request may name: an adapter, or several with weights; None is the base model."""
+"""Adapter that a request names, or several with weights; None is the base model."""
 
 
 class CallKeywords(TypedDict, total=False):
@@ -259,7 +259,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """What a request has produced so far; the ``_delta`` fields are what is new since the last one."""
+    """Output of a request so far; the ``_delta`` fields are what is new since the last one."""
 
     request_id: str
     adapter: str | None
@@ -292,7 +292,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
 
 class Embedding(msgspec.Struct, kw_only=True, frozen=True):
-    """What ``embed`` returns."""
+    """Result of ``embed``."""
 
     vector: list[float]
     """[hidden], or [dimensions]."""
@@ -301,7 +301,7 @@ class Embedding(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Classification(msgspec.Struct, kw_only=True, frozen=True):
-    """What ``classify`` returns."""
+    """Result of ``classify``."""
 
     logits: list[float]
     """[labels]"""
@@ -314,7 +314,7 @@ class Classification(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Scores(msgspec.Struct, kw_only=True, frozen=True):
-    """What ``score`` returns."""
+    """Result of ``score``."""
 
     scores: list[float]
     """One for each document, in their order."""
@@ -355,7 +355,7 @@ def _tuple(field: str, value: object) -> tuple[Any, ...]:
 
 
 def _checked_bias(bias: object) -> dict[int, float]:
-    """With its keys as integers: in JSON they are text."""
+    """Return the bias with integers as keys: in JSON they are text."""
     if not isinstance(bias, Mapping):
         raise RequestInvalid(f"logit_bias={bias!r}: must map token ids to numbers in [-100, 100]")
     checked: dict[int, float] = {}

@@ -15,8 +15,8 @@ from aioengine.errors import AdapterError
 from aioengine.request import SamplingParams, TokenLogprob
 
 SLOT_GRANULE = 256
-"""Where slots share a memory, each adapter begins at a multiple of so many bytes: so rows of any dtype are
-whole vectors."""
+"""Alignment in bytes of adapters in a memory that slots share, so that rows of any dtype are whole
+vectors."""
 
 
 class SequenceWork(NamedTuple):
@@ -41,8 +41,9 @@ class SequenceWork(NamedTuple):
     """How many of ``tokens``, from the first, are asked for the log-probability of the token that follows
     them in ``history``."""
     draft: Sequence[int] = ()
-    """What is proposed to follow ``history``, and is computed, too: ``tokens`` end with it. A token is
-    sampled after each of these as well, as long as those before it are what was sampled."""
+    """Tokens that are proposed to follow ``history``; ``tokens`` end with them, so that they are computed
+    too. A token is sampled after each of them, as long as the proposed tokens before it equal the sampled
+    ones."""
 
 
 class MemoryMove(NamedTuple):
@@ -53,7 +54,7 @@ class MemoryMove(NamedTuple):
     source: int
     nbytes: int
     slot: int | None = None
-    """That of the adapter that is moved; None: it is a KV block."""
+    """Slot of the adapter that is moved; None for a KV block."""
 
 
 class StepBatch(NamedTuple):
@@ -65,7 +66,7 @@ class StepBatch(NamedTuple):
     slot_ranks: Sequence[int]
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
     moves: Sequence[MemoryMove] = ()
-    """To be carried out first, in order."""
+    """Moves to carry out before the step, in order."""
 
 
 class Sampled(NamedTuple):
@@ -75,10 +76,11 @@ class Sampled(NamedTuple):
     logprob: TokenLogprob | None = None
     error: str | None = None
     fault: Literal["model", "request"] = "model"
-    """What ``error`` comes from: logits that are not finite, or the request's own constraint."""
+    """Cause of ``error``: logits that are not finite ("model"), or the request's own constraint
+    ("request")."""
     late: bool = False
-    """There is no token yet, because the request's constraint is late: its last token is to be computed again
-    in the next step."""
+    """Whether there is no token yet because the request's constraint is late. Its last token is then computed
+    again in the next step."""
 
 
 class StepResult(NamedTuple):
@@ -87,12 +89,12 @@ class StepResult(NamedTuple):
     seconds: float
     """Wall time of the step."""
     scored: Mapping[int, Sequence[TokenLogprob]] = {}
-    """By index in ``StepBatch.sequences``: the answers to ``score``, where that is not 0."""
+    """Answers to ``score``, by index in ``StepBatch.sequences``, where that is not 0."""
     followed: Mapping[int, Sequence[Sampled]] = {}
-    """By index in ``StepBatch.sequences``: the tokens after the one in ``sampled``, where the first so many
-    of ``draft`` were right."""
+    """Tokens after the one in ``sampled``, by index in ``StepBatch.sequences``: one for each token of
+    ``draft`` that was right."""
     pooled: Mapping[int, Sequence[float]] = {}
-    """By index: what a pooled sequence's tokens add to its vector, where they add something."""
+    """Numbers that a pooled sequence's tokens add to its vector, by index in ``StepBatch.sequences``."""
 
 
 BytesLike = bytes | bytearray | memoryview
@@ -105,7 +107,7 @@ class HeldFiles(msgspec.Struct, array_like=True, frozen=True, tag="held"):
     config: bytes
     """``adapter_config.json``"""
     weights: str
-    """Where ``adapter_model.safetensors`` can be opened, for as long as somebody holds it."""
+    """Path by which ``adapter_model.safetensors`` can be opened, for as long as its files are held."""
 
 
 class MixPart(msgspec.Struct, array_like=True, frozen=True):
@@ -115,7 +117,7 @@ class MixPart(msgspec.Struct, array_like=True, frozen=True):
     path: str
     weight: float
     digest: str
-    """What its content must be; "" if that is not known yet."""
+    """Digest that its content must have; "" if it is not known yet."""
     files: HeldFiles | None = None
 
 
@@ -126,7 +128,7 @@ class MixFiles(msgspec.Struct, array_like=True, frozen=True, tag="mix"):
 
 
 AdapterSource = HeldFiles | MixFiles
-"""What is read where there is no folder."""
+"""Files that are read where there is no folder."""
 
 
 class LoadedAdapter(NamedTuple):
@@ -140,7 +142,7 @@ class LoadedAdapter(NamedTuple):
     seconds: float
     """Wall time of the load, with its retries."""
     labels: int = 0
-    """Of its classification head."""
+    """Labels of its classification head."""
     slot_nbytes: int | None = None
     """Bytes that it takes in a slot, on the rank where that is most; None: ``nbytes``."""
     invocation: Sequence[int] = ()

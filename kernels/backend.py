@@ -23,7 +23,7 @@ class HeadNorms(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a layer is computed with.
+    """Interface of a backend: the operations that compute a layer.
 
     Shapes: T tokens of N sequences, H query heads and K key heads of size d (H a multiple of K), blocks of
     ``block_size`` tokens, S adapter slots, n slices of a fused linear (3 for q, k and v). Tensors are of the

@@ -24,12 +24,12 @@ class BlockWeight:
     """
 
     format: str
-    """Of :mod:`aioengine.kernels.portable.dequantize`."""
+    """Name of a format in :mod:`aioengine.kernels.portable.dequantize`."""
     data: Tensor
     """[n, row bytes] uint8"""
     k: int
     dtype: torch.dtype
-    """Of activations and biases."""
+    """dtype of activations and biases."""
     scale: Tensor | None = None
     """[n, groups] float32; None: the blocks have theirs."""
     zero: Tensor | None = None
@@ -48,7 +48,7 @@ class BlockWeight:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it consists of, by its names here."""
+        """Return the tensors that it consists of, by their names here."""
         all_of_them = {"data": self.data, "scale": self.scale, "zero": self.zero, "group_of": self.group_of}
         return {name: tensor for name, tensor in all_of_them.items() if tensor is not None}
 

@@ -33,7 +33,7 @@ class GroupedWeight:
     """[n, G] in scale's dtype."""
     bits: Literal[4, 8]
     dtype: torch.dtype
-    """Of the activations, and of the rows that are asked for."""
+    """dtype of the activations, and of rows that are returned."""
     order: Tensor | None = None
     """[k] int64, a permutation: which input is at each place; None: each at its own. Of checkpoints that
     sorted the inputs by how much they matter before they made groups of them ("act-order", "desc_act")."""

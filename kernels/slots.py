@@ -17,18 +17,18 @@ ALIGNMENT = 16
 
 
 class Column(IntEnum):
-    """What the table says of a place: offsets into the memory in elements, and ranks."""
+    """Columns of the table for a place: offsets into the memory in elements, and ranks."""
 
     A = 0
-    """Of A [a_rank, in]."""
+    """Offset of A [a_rank, in]."""
     A_RANK = 1
     """Rows of A; 0: the adapter does not target the module."""
     B = 2
-    """Of B [out, b_rank]."""
+    """Offset of B [out, b_rank]."""
     B_RANK = 3
     """Columns of B. More than A's rows where other ranks of a group have the rest of those."""
     AFFINE = 4
-    """Of gain and shift [2, out]; below 0: there are none."""
+    """Offset of gain and shift [2, out]; below 0 if there are none."""
 
 
 OFFSETS = [Column.A, Column.B, Column.AFFINE]
@@ -58,7 +58,7 @@ class SlotMemory:
         """[elements]"""
         self.max_rank = max_rank
         self.unit = ALIGNMENT if aligned else 1
-        """What the offsets of ``device_table`` are counted in."""
+        """Elements that an offset of ``device_table`` counts."""
         self.table = torch.zeros(num_slots, num_places, len(Column), dtype=torch.int64)
         """[S, places, columns] on the host, in elements."""
         self.device_table = self.table
@@ -95,7 +95,7 @@ class SlotMemory:
 
 
 class LoRAPool(NamedTuple):
-    """What the slots hold for one fused linear, or an embedding: n slices, of which each is a place."""
+    """Memory of all slots for one fused linear, or an embedding: n slices, each of which is a place."""
 
     slots: SlotMemory
     modules: tuple[str, ...]
@@ -112,7 +112,7 @@ class LoRAPool(NamedTuple):
     """First output column of each slice in the fused linear."""
 
     def where(self, slot: int, j: int) -> Where:
-        """Where slice ``j`` is."""
+        """Return where slice ``j`` of a slot's adapter lies."""
         return self.slots.where(slot, self.first + j)
 
     def a(self, slot: int, j: int) -> Tensor:

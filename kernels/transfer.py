@@ -49,13 +49,13 @@ class HostBuffer:
         self._device = self._host if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
         self._sent: torch.cuda.Event | None = None
         self.host = views(self._host)
-        """What is written before :meth:`send`."""
+        """Host tensors, to be written before :meth:`send`."""
         self.device = views(self._device)
-        """What is read after it."""
+        """Device tensors, to be read after :meth:`send`."""
 
     @property
     def nbytes(self) -> int:
-        """Of the device's copy."""
+        """Bytes of the device's copy."""
         return self._device.nbytes
 
     def wait(self) -> None:

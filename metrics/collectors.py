@@ -74,16 +74,16 @@ class EngineMetrics(Collector):
         self._on_loop = OnLoop()
         self._pending: deque[events.Event] = deque()
         self._applying = False
-        """That ``_apply`` is to run soon."""
+        """Whether ``_apply`` is to run soon."""
         self._writer = TextWriter()
         self._residency = ResidencyTracker()
         self._waits = AdapterWaits(self._residency)
         self._requests = AdapterMetrics(max_adapter_labels, clock)
         self._tenants = TenantMetrics(max_tenant_labels)
         self.http = HttpMetrics(self._tenants)
-        """For the server that serves this engine."""
+        """Metrics of the server that serves this engine."""
         self.grammars = GrammarMetrics()
-        """For what compiles this engine's grammars."""
+        """Metrics of the compiler of this engine's grammars."""
         self._state = state
         self._build = build
         self._process: ProcessMetrics | None = None
@@ -116,7 +116,8 @@ class EngineMetrics(Collector):
             events.LoopLag: lambda e: self._lag.at().observe(e.seconds),
         }
         self.dropped_log_lines: Callable[[], int] = int
-        """Asked at each scrape; for a program whose log may drop lines."""
+        """Function that counts dropped log lines; called at each scrape. A program whose log may drop lines
+        sets it."""
         self.registry = CollectorRegistry()
         self.registry.register(self)
 

@@ -21,7 +21,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Answered(Protocol):
-    """What is known of an HTTP request when it has been answered."""
+    """Facts about an HTTP request that has been answered."""
 
     request_id: str
     method: str
@@ -96,7 +96,8 @@ class CallSpans:
         self._sent: Span | None = None
 
     def sent(self, replica: str, delivered: int) -> dict[str, str]:
-        """It goes to ``replica``, after ``delivered`` of its tokens; returns what to tell the replica."""
+        """Note that it goes to ``replica``, after ``delivered`` of its tokens; returns the carrier for the
+        replica."""
         self._sent = self._tracer.start_span(
             "aioengine.fleet.attempt",
             context=set_span_in_context(self._root),
@@ -108,7 +109,7 @@ class CallSpans:
         return carrier
 
     def lost(self, how: str) -> None:
-        """Its replica is lost, or has refused it."""
+        """Note that its replica is lost, or has refused it."""
         if self._sent is not None:
             self._sent.set_status(Status(StatusCode.ERROR, how))
             self._sent.end()
@@ -124,7 +125,7 @@ class CallSpans:
 
 @contextmanager
 def carried(carrier: Mapping[str, str]) -> Iterator[None]:
-    """What is done inside belongs to the span that came with ``carrier``."""
+    """Context in which new spans are children of the span that came with ``carrier``."""
     token = context.attach(propagate.extract(carrier))
     try:
         yield

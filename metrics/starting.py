@@ -1,4 +1,4 @@
-"""What can be said of an engine that does not run yet."""
+"""Metrics of an engine that does not run yet."""
 
 from __future__ import annotations
 

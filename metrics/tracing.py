@@ -59,13 +59,13 @@ class _Trace:
     def __init__(self, root: Span, key: tuple[str, int] | None) -> None:
         self.root = root
         self.key = key
-        """Its adapter's name and version."""
+        """Name and version of its adapter."""
         self.stage: Span | None = None
         self.wait: Span | None = None
         self.computes = False
         """The open stage is one of steps, not of waiting."""
         self.generating = False
-        """It has had its first token."""
+        """Whether it has had its first token."""
 
 
 class RequestTracer:
@@ -80,7 +80,7 @@ class RequestTracer:
         self._step = step
         """The step that runs, or is next."""
         self._waiting: dict[tuple[str, int], dict[str, _Trace]] = {}
-        """By adapter and version: the traces of the requests that wait to be admitted."""
+        """Traces of the requests that wait to be admitted, by adapter and version."""
 
     def handle(self, event: events.Event) -> None:
         match event:

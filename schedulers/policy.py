@@ -197,7 +197,8 @@ class MemoryView(Protocol):
         """Bytes of the adapters in slots that are idle and not pinned."""
 
     def bytes_of(self, adapter: str) -> int:
-        """What an adapter takes in a slot; 0 where that is not known before it has been read."""
+        """Return the bytes that an adapter takes in a slot; 0 if they are not known before it has been
+        read."""
 
 
 class SchedulerView(Protocol):
@@ -319,18 +320,18 @@ class PolicyEvent(NamedTuple):
     kind: str
     now: float
     request: RequestView | None = None
-    """For the request events."""
+    """Request that the event is about, for the request events."""
     adapter: str | None = None
     """The adapter concerned; None for a request to the base model."""
     was: str | None = None
-    """For "adapter_retired": its name before."""
+    """Earlier name of the adapter, for "adapter_retired"."""
 
 
 class SchedulerPolicy(ABC):
     """Base of all policies. ``schedule`` must be fast, synchronous, and must not change the view."""
 
     starvation_bound: str = "none"
-    """In words: how long a request can wait while the engine makes progress."""
+    """Text that says how long a request can wait while the engine makes progress."""
     source: str = ""
     """The paper or project that it is from, in one line."""
 

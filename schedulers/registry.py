@@ -81,14 +81,14 @@ _BUILT_IN = set(_POLICIES).union(*_PARTS.values())
 
 
 class PolicyInfo(NamedTuple):
-    """What ``aioengine policies`` shows of a policy or part."""
+    """Row that ``aioengine policies`` shows of a policy or part."""
 
     name: str
     kind: str
     """"policy", or a part's kind: "order", "replace", "prefetch", "preempt"."""
     summary: str
     options: str
-    """As in "max_wait: float = 1.0"; empty if it takes none."""
+    """Options as text, such as "max_wait: float = 1.0"; empty if it takes none."""
     source: str
     starvation_bound: str
     where: str

@@ -320,7 +320,7 @@ def _obstructed(reason: str, name: str, path: str) -> AdapterLoadError:
 
 
 def _mounts(paths: Sequence[str]) -> list[str]:
-    """Where each path's file system is mounted. Touches none of them."""
+    """Return where each path's file system is mounted. Touches none of them."""
     roots = [partition.mountpoint for partition in psutil.disk_partitions(all=True)]
     return [
         max((root for root in roots if Path(path).is_relative_to(root)), key=len, default="")

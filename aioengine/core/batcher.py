@@ -19,7 +19,7 @@ from aioengine.step import SequenceWork
 _Part = tuple[int, Request, SequenceWork]
 """A request in the batch: its slot, the request, and the range of tokens to compute."""
 FIXED_TOKENS = 16.0
-"""What a step takes beside its tokens, in tokens, where nothing is known of it."""
+"""First guess of a step's fixed cost, in tokens."""
 _slot_of = itemgetter(0)
 _remaining = attrgetter("remaining")
 
@@ -133,7 +133,8 @@ class Batcher:
     def _drafts(
         self, decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
     ) -> Sequence[list[int] | None]:
-        """What is proposed to each of these; it preempts nobody, and leaves half of the room to prompts."""
+        """Choose the tokens that are proposed to each request. It preempts no request, and leaves half of the
+        room to prompts."""
         if self.speculation is None or not decodes:
             return [None] * len(decodes)
         limits = [self._draft_limit(request) for request in decodes]
@@ -286,7 +287,7 @@ class Batcher:
 
 
 def _decode_part(request: Request) -> _Part:
-    """As ``_part`` for one token, for the request of which most are made."""
+    """Make the work of a plain decode step, the most frequent case of ``_part``."""
     if request.prompt_logprobs is not None:
         return _part(request, 1)
     start, tokens = request.computed, request.tokens

@@ -1,4 +1,4 @@
-"""What steps and moves take, as far as it has been measured: the ``view.costs`` of a policy."""
+"""Measured times of steps and moves: the ``view.costs`` of a policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.state import AdapterEntry
 
 _ADAPTER_TOKENS = 8
-"""As in ``StepWork``: an adapter in a step costs its rank times this, and times its tokens."""
+"""Constant of ``StepWork``: an adapter in a step costs its rank times this, plus its rank times its
+tokens."""
 
 
 class MeasuredCosts:
@@ -27,7 +28,7 @@ class MeasuredCosts:
 
     def __init__(self, adapters: Mapping[str, AdapterEntry], limits: CoreLimits, pacer: Pacer | None) -> None:
         self.learner = pacer
-        """What learns from steps; None: nobody has asked."""
+        """Learner of step times; None until a policy asks for them."""
         self._adapters = adapters
         self._limits = limits
 

@@ -1,4 +1,4 @@
-"""Where an activated LoRA adapter begins to be applied.
+"""Position from which an activated LoRA adapter is applied.
 
 Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics" (arXiv:2504.12397): the adapter is applied
 to its invocation tokens and to what follows. So the keys and values before them are the base model's.

@@ -28,11 +28,11 @@ class CoreLimits(NamedTuple):
     slot_memory: int | None = None
     """Bytes that the slots share; None: every slot has a place of its own."""
     slot_bytes: int = 0
-    """Of a slot that has a place of its own; for policies."""
+    """Bytes of a slot that has a place of its own; for policies."""
     max_step_seconds: float | None = None
     """None: steps may take any time."""
     pair_tokens: float = 1e-4
-    """What a pair of a query and a key costs, in tokens, for a first guess of what steps take."""
+    """First guess of the cost of a pair of a query and a key, in tokens."""
     speculation: Literal["none", "ngram", "suffix"] = "none"
     draft_constrained: bool = True
     """Whether tokens are proposed to requests with a constraint, too."""

@@ -51,7 +51,7 @@ class StepWork(NamedTuple):
     decode_pairs: int = 0
     """Query-key pairs of decodes."""
     ranks: int = 0
-    """For each adapter, its rank times its tokens plus 8."""
+    """Sum over the adapters of rank times (tokens plus 8)."""
 
     @classmethod
     def of(cls, sequences: Iterable[SequenceWork], slot_ranks: Sequence[int]) -> StepWork:
@@ -125,7 +125,7 @@ class Pacer:
         self._largest = max(self._largest, work.tokens)
 
     def fixed_tokens(self, decodes: StepWork) -> float:
-        """What a step with these decodes takes beside its tokens, in the time that another token takes."""
+        """Return the fixed cost of a step with these decodes, in units of the time for one more token."""
         each = self._coefficients[1]
         if decodes.decode_pairs:
             each += self._coefficients[2] * decodes.decode_pairs / decodes.tokens

@@ -55,7 +55,7 @@ class StepResults:
         Returns the times between its tokens and the ones before.
         """
         before: list[tuple[AdapterEntry | None, float]] = []
-        """For each token but a request's first: the adapter, and the time of the token before."""
+        """Adapter and time of the token before, for each token but a request's first."""
         advance = self._advance
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):

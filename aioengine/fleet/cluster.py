@@ -26,8 +26,8 @@ TRANSPORT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
-"""What Serve reads when it is imported, the same in all processes of a fleet: calls go by gRPC, and on the
-loops of the door and the replica."""
+"""Variables that Serve reads when it is imported, the same in all processes of a fleet. With them, calls go
+by gRPC and run on the event loops of the door and the replica."""
 _LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """Workers that are nicer than everything else starve on a busy machine."""
 CONNECT_SECONDS = 5.0
@@ -65,7 +65,7 @@ def address() -> str | None:
 
 
 def current_address() -> str:
-    """Where the cluster is that this process has joined, as ``RAY_ADDRESS`` takes it."""
+    """Return the address of the cluster that this process has joined, in the form of ``RAY_ADDRESS``."""
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
@@ -241,7 +241,7 @@ def first_line(error: Exception) -> str:
 
 
 def _why(name: str) -> str:
-    """What Serve knows of replicas that fail; the last line of their errors."""
+    """Return the last line of the errors that Serve has of replicas that fail."""
     from ray import serve
 
     application = serve.status().applications.get(name)

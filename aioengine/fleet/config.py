@@ -1,4 +1,4 @@
-"""What a fleet needs to know before it starts."""
+"""FleetConfig: the settings of a fleet, which are checked before it starts."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
     served_model_names: tuple[str, ...] = ()
-    """What requests call the base model, where Serve runs the door."""
+    """Names of the base model in requests, where Serve runs the door."""
     name: str = "aioengine"
     """The Serve application's."""
     cpus_per_replica: int = 1
-    """Also the number of its threads."""
+    """Processors of a replica, and the number of its threads."""
     migration_limit: int = 3
     """How often a request that has begun may lose its replica and go on at another one."""
     replay: bool | None = None

@@ -29,7 +29,7 @@ class Outbox:
         task.add_done_callback(lambda _: self._end(key))
 
     def abort(self, key: int) -> None:
-        """Of a request that has ended, nothing is to be done."""
+        """Abort a request; one that has ended is left alone."""
         task = self._tasks.get(key)
         if task is not None:
             task.cancel()

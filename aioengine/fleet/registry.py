@@ -19,7 +19,7 @@ LEASE_SECONDS = 600.0
 """A door that began to change an adapter and was lost holds up others for no longer."""
 _FILE = "adapters.json"
 _SUFFIX = "-registry"
-"""Of the actor's name, after the fleet's."""
+"""End of the actor's name, after the fleet's."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class AdapterRegistry:
         return self._usage.leave(door)
 
     async def exchange(self, door: str, usage: dict[str, Usage]) -> dict[str, Usage] | None:
-        """As :meth:`SharedUsage.exchange`; also how a door shows that it is there."""
+        """Exchange usage as :meth:`SharedUsage.exchange` does; by this a door also shows that it is there."""
         return self._usage.exchange(door, usage)
 
     async def entries(self) -> list[Entry]:
@@ -84,7 +84,7 @@ class AdapterRegistry:
             del self._leases[name]
 
     async def put(self, entry: Entry) -> None:
-        """It is so from now on, and written down if there is a checkpoint."""
+        """Store an entry, also in the checkpoint if there is one."""
         self._entries[entry.name] = entry
         await self._write()
 

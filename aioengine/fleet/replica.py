@@ -57,7 +57,7 @@ class EngineReplica:
         self._grammars: Grammars | None = None
         self._speed = _Speed()
         self._versions: dict[str, int] = {}
-        """By adapter: the version that it has in the registry."""
+        """Version of each adapter in the registry."""
         self.engine = AsyncEngine(config.engine)
         await self.engine.start()
         self.engine.add_listener(self._speed)
@@ -101,7 +101,7 @@ class EngineReplica:
             await box.close()
 
     async def submit(self, door: str, orders: bytes, to: str | None = None) -> None:
-        """What a door wants done. Raises LookupError if there is no channel to it."""
+        """Carry out a door's orders. Raises LookupError if there is no channel to it."""
         box = self._boxes.get(door)
         if box is None:
             raise LookupError(f"no channel to door {door}")
@@ -259,7 +259,7 @@ class EngineReplica:
         return text.decode()
 
     async def describe(self, to: str | None = None) -> dict[str, Any]:
-        """For people: how it is."""
+        """Describe the replica's state, for people."""
         load = self.engine.load()
         return {
             "replica": _own_id(),
@@ -329,8 +329,8 @@ def _own_actor() -> str:
 
 
 class Beliefs:
-    """What doors took to be in memory when they chose this replica, until the request arrives: if its adapter
-    is on disk then, the door is told. A listener of the engine's events."""
+    """Adapters that doors took to be in memory when they chose this replica. If the adapter is on disk when
+    the request arrives, the door is told. This is a listener of the engine's events."""
 
     def __init__(self) -> None:
         self._believed: dict[str, tuple[Outbox, int]] = {}

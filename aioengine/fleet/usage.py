@@ -1,4 +1,4 @@
-"""What the doors of a fleet tell each other of their limits: who has let in how much."""
+"""SharedUsage: how much each door of a fleet has let in within each limit, exchanged between the doors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class SharedUsage:
         self._clock = clock
         self._heard: dict[str, float] = {}
         self._mail: dict[str, dict[str, Usage]] = {}
-        """By door: what the others have let in since it last asked."""
+        """Usage that the other doors have let in since a door last asked, by door."""
         self._active: dict[str, dict[str, int]] = {}
-        """By door: the requests that it answers, for each limit."""
+        """Requests that each door answers now, for each limit."""
         self._told: dict[str, dict[str, int]] = {}
-        """By door: the others' requests, as it was last told."""
+        """Requests of the other doors, as each door was last told."""
 
     def join(self, door: str) -> None:
         self._heard[door] = self._clock()

@@ -1,4 +1,4 @@
-"""What travels between a door and a replica: MessagePack, in frames that gather what is new.
+"""Messages between a door and a replica: MessagePack, in frames that gather what is new.
 
 Upstream go lists of :data:`Order`; downstream come :class:`Frame`, one for each step that had something for
 the door, and at least one in each heartbeat.
@@ -47,7 +47,7 @@ Order = Submit | Abort | LimitWaiting
 
 
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
-    """What is new of one request."""
+    """News of one request."""
 
     key: int
     tokens: list[int] = []
@@ -65,14 +65,14 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 class Residency(msgspec.Struct, array_like=True):
-    """What a replica holds; sent when it has changed."""
+    """Adapters that a replica holds; sent when they have changed."""
 
     slots: list[SlotInfo]
     adapters: list[AdapterInfo]
 
 
 class Status(msgspec.Struct, array_like=True):
-    """How a replica is; the fields of ``aioengine.schedulers.routing.Report``, but for ``tiers``."""
+    """State of a replica: the fields of ``aioengine.schedulers.routing.Report`` without ``tiers``."""
 
     sent_at: float
     received: int
@@ -106,7 +106,7 @@ class Hello(msgspec.Struct, array_like=True):
     max_running: int
     kv_tokens: int
     digest: str
-    """Of the configuration."""
+    """Digest of the configuration."""
 
 
 class Frame(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -147,7 +147,7 @@ def pack_params(params: SamplingParams) -> dict[str, Any]:
 
 
 def pack_error(error: Exception) -> bytes:
-    """As it is, if it is one of ours; else in words."""
+    """Pack an error: one of this package as it is, another one as its text."""
     if not isinstance(error, AioEngineError):
         error = AioEngineError(f"the replica failed: {type(error).__name__}: {error}")
     return pickle.dumps(error)

@@ -15,7 +15,8 @@ from aioengine.model.parallel.group import Group
 
 
 class AdaptedLinears:
-    """How a rank applies linears and adapters, with the other ranks where they are needed."""
+    """Linears of one rank with the adapters on them; it exchanges with other ranks where the result needs
+    them."""
 
     def __init__(self, kernels: Backend, group: Group) -> None:
         self._kernels = kernels

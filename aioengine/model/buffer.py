@@ -24,7 +24,7 @@ class Buffer:
         huge = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
         huge = huge if huge - nbytes <= nbytes // 8 else nbytes // _HUGE_PAGE * _HUGE_PAGE
         self.nbytes = max(nbytes, huge)
-        """What it holds, rounded up."""
+        """Size in bytes, rounded up to whole huge pages where that adds little."""
         offset = 0
         if sys.platform == "linux":
             # Longer, to begin at a huge page; only what is used of it becomes memory.

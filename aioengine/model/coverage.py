@@ -1,5 +1,5 @@
-"""What the compiled CPU step covers, and where tokens do not depend on their batch. No torch here, so that
-``aioengine plan`` can say it before anything is loaded."""
+"""Models and settings that the compiled CPU step covers, and those whose tokens do not depend on their batch.
+No torch here, so that ``aioengine plan`` can say it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import ModelSpec, Quantization
 
 PANEL = 16
-"""What sizes must be multiples of: the lanes of a vector, and the outputs that weights are packed by."""
+"""Divisor that sizes must have: the lanes of a vector, and the number of outputs that are packed together."""
 DTYPES = ("bfloat16", "float32")
 
 

@@ -28,15 +28,15 @@ Record = Callable[[Step], Step]
 
 
 class DecodeLimits(NamedTuple):
-    """What decode steps can grow to."""
+    """Upper bounds on decode steps."""
 
     max_num_seqs: int
     max_model_len: int
 
 
 def sizes(most: int) -> list[int]:
-    """What steps of up to ``most`` sequences are padded to: 1, 2, 4, then every 8, and beyond 64 eight for
-    each doubling."""
+    """List the batch sizes that steps of up to ``most`` sequences are padded to: 1, 2, 4, then every 8, and
+    beyond 64 eight for each doubling."""
     found = [size for size in (1, 2, 4) if size < most]
     size = 8
     while size < most:
@@ -125,7 +125,8 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._aside: torch.cuda.Stream | None = None
-        """For all warm-up runs: cuBLAS keeps a workspace for each stream that it has seen, for ever."""
+        """Stream of all warm-up runs. One is enough, and more would cost memory: cuBLAS keeps a workspace for
+        each stream that it has seen."""
 
     def __call__(self, step: Step) -> Step:
         """Runs ``step`` once, which compiles kernels, and records it."""

@@ -37,7 +37,7 @@ class Layer:
 
 @dataclass(slots=True)
 class LastLayer:
-    """What the last layer leaves for T tokens: :meth:`Decoder.logits` makes logits of it."""
+    """Output of the last layer for T tokens; :meth:`Decoder.logits` turns it into logits."""
 
     hidden: Tensor
     """[T, hidden]"""
@@ -142,7 +142,7 @@ class Decoder:
             return Linear(weight, empty(weight.n) if has_bias else None)
 
         self.spec = spec
-        """Of the rank's share."""
+        """Sizes of the rank's share of the model."""
         self._group = group
         self.adapted = AdaptedLinears(kernels, group)
         self.dtype = dtype

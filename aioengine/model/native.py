@@ -45,7 +45,7 @@ class NativeForward:
         """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
         self._parallel = decoder.partition.shard.size > 1
         self._pools: list[LoRAPool] = []
-        """By their ids in the library."""
+        """Pools, by their ids in the library."""
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
         self._model = self._model_struct(cache)
         spec = decoder.spec

@@ -24,7 +24,7 @@ class SeenTokens:
         self.ids = array("q")
         self.output_ids = array("q")
         self.counts = array("f")
-        """Of ``output_ids``."""
+        """Number of occurrences of each of ``output_ids``."""
         self._seen: set[int] = set()
         self._places: dict[int, int] = {}
         self._known = 0
@@ -61,7 +61,7 @@ class Penalties:
 
     def __init__(self) -> None:
         self._seen: dict[str, SeenTokens] = {}
-        """Of the requests of the last step, by request id."""
+        """Counts of the last step's requests, by request id."""
 
     def apply(self, scores: Tensor, rows: Sequence[SequenceWork]) -> None:
         """Penalise ``scores`` [N, vocab], float32, in place, touching only the tokens that were seen."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["mean", "last", "cls"]
 POOLING_FILE = "1_Pooling/config.json"
-"""Where sentence-transformers says how a model pools."""
+"""File in which sentence-transformers says how a model pools."""
 MAX_POOLING_BYTES = 1 << 16
 _MODES: dict[str, Kind] = {
     "pooling_mode_mean_tokens": "mean",
@@ -48,7 +48,7 @@ class Head(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """What a step gives of one sequence."""
+    """Part of a sequence's vector that one step computes."""
 
     values: list[float]
     """[hidden] or [labels], to be added to what earlier steps gave; empty if ``error``."""
@@ -73,8 +73,8 @@ def parse_pooling(data: bytes) -> Kind:
 
 
 def model_pooling(model: Path) -> Kind:
-    """How the model in this folder pools: the mean, unless it has a configuration of sentence-transformers.
-    Raises ConfigError if that is not supported."""
+    """Return how the model in this folder pools: the mean, unless sentence-transformers' configuration says
+    otherwise. Raises ConfigError if that is not supported."""
     file = model / POOLING_FILE
     if not file.is_file():
         return "mean"

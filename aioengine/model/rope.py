@@ -21,7 +21,7 @@ class Rope:
         self.attention_scaling = attention_scaling(spec)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """For ``positions`` [T]: cos and sin, each [T, 1, head_dim / 2] in float32.
+        """Return cos and sin for ``positions`` [T], each [T, 1, head_dim / 2] in float32.
 
         Computed once a step for all layers; a table up to the maximum position would take memory
         that the plan does not know of, and save nothing that can be measured.

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioengine")
 
 PIECE_BYTES = 2**25
-"""Of the float32 logits that prompts are scored with at a time; there are up to three such tensors."""
+"""Bytes of float32 logits that are computed at a time to score prompts; there are up to three such
+tensors."""
 
 Sampler = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 """``sample(logits [N, vocab], rows)``: one :class:`Sampled` for each row."""
@@ -154,7 +155,7 @@ class ModelRunner:
         """Why a token's bits depend on its batch (docs/determinism.md); None: they do not."""
         self._forward, self._layers_forward = self._choose_forward(block_size, quantization)
         self.pooling: Kind = model_pooling(weights)
-        """How prompts are pooled where neither the request nor its adapter says so."""
+        """Pooling of requests for which neither the request nor its adapter chooses one."""
         self._sample = sample
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
@@ -168,7 +169,7 @@ class ModelRunner:
 
     @property
     def kernels(self) -> str:
-        """What computes the steps, as it is shown: "cpu-avx512", "triton", "torch", ..."""
+        """Name of what computes the steps, for display: "cpu-avx512", "triton", "torch", ..."""
         backend = self.decoder.kernels.name
         if backend != "cpu":
             return backend
@@ -285,8 +286,8 @@ class ModelRunner:
             self._wait()
 
     def _wait(self) -> None:
-        """For a step from which nothing is read back: until the device has finished it. So a step's time is
-        its own, and what it reads may be written when it has returned."""
+        """Wait until the device has finished a step from which nothing is read back. So the time of a step is
+        its own, and its inputs may be overwritten afterwards."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

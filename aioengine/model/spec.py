@@ -21,10 +21,10 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 """Every linear of a layer that an adapter may target, in the order used everywhere."""
 
 INT8_SCALE_BYTES = 2
-"""Of the scale that a token's key, or value, of one head has in an int8 cache."""
+"""Bytes of the scale of one head's key or value of a token in an int8 cache."""
 
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
-"""What an adapter may target outside of the layers, if ``LoRAConfig.target_modules`` names it."""
+"""Modules outside of the layers that an adapter may target, if ``LoRAConfig.target_modules`` names them."""
 
 TARGETABLE_MODULES = LORA_MODULES + EMBEDDING_MODULES
 
@@ -58,7 +58,7 @@ class LinearShape(NamedTuple):
 
 
 class KVShape(NamedTuple):
-    """What a layer keeps of a token."""
+    """Shape of what a layer caches of a token."""
 
     key_heads: int
     key_dim: int
@@ -117,7 +117,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def impl(self) -> str:
-        """What runs it: "native" or "transformers"."""
+        """Implementation that runs it: "native" or "transformers"."""
         return "native"
 
     @property
@@ -163,7 +163,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(module for module in TARGETABLE_MODULES if module in chosen)
 
     def layers_with(self, module: str) -> int:
-        """In how many layers an adapter may target a module; 1 if it is outside of them."""
+        """Return the number of layers in which an adapter may target a module; 1 if it is outside of them."""
         return 1 if module in EMBEDDING_MODULES else self.num_layers
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
@@ -176,7 +176,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         yield from ((layer, module) for layer in range(self.num_layers) for module in LORA_MODULES)
 
     def module_name(self, layer: int, module: str) -> str:
-        """What PEFT calls a module: its path in the Hugging Face model."""
+        """Return PEFT's name of a module: its path in the Hugging Face model."""
         if layer == NO_LAYER:
             return _OUTER[module]
         block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
@@ -202,7 +202,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             yield shape, packing
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
-        """What each layer's cache holds of a token."""
+        """Return the shape of what each layer caches of a token."""
         return (
             KVShape(self.num_kv_heads, self.head_dim, self.num_kv_heads, self.head_dim),
         ) * self.num_layers
@@ -226,7 +226,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.q_size / linears
 
     def kv_bytes_per_token(self, dtype_bytes: int, *, int8: bool = False) -> int:
-        """What the cache takes for a token; in ``int8`` a byte for an element, and a scale for each head."""
+        """Return the cache's bytes for a token; in ``int8`` one for each element, and a scale for each
+        head."""
         if int8:
             return sum(
                 shape.elements + INT8_SCALE_BYTES * (shape.key_heads + shape.value_heads)

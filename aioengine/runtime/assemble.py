@@ -62,7 +62,7 @@ class Built(NamedTuple):
     metrics: bool = True
     """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
-    """What policies are told of times; None: they are measured."""
+    """Times that policies are told; None: they are measured."""
 
 
 def build(
@@ -85,8 +85,8 @@ async def build_with_workers(
     progress: LoadProgress | None,
     work: ThreadPoolExecutor,
 ) -> Built:
-    """As :func:`build`, with the model in separate processes; blocking work is done in ``work``. Also raises
-    EngineDead if one of the processes ends."""
+    """Build the parts as :func:`build` does, but with the model in separate processes; blocking work is done
+    in ``work``. Also raises EngineDead if one of the processes ends."""
     loop = asyncio.get_running_loop()
     chosen = await loop.run_in_executor(work, _choose_resolver, config, resolver)
     path = await loop.run_in_executor(work, resolve_model, config.model, progress)

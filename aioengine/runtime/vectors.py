@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 1024
-"""Of one call of ``score``."""
+"""Maximum documents of one call of ``score``."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def sigmoid(x: float) -> float:
 
 
 def label_names(names: Sequence[str], count: int) -> list[str]:
-    """Those of the model, if it has as many; else transformers' own "LABEL_0", ..."""
+    """Return the model's names, if it has as many; else transformers' own "LABEL_0", ..."""
     return list(names) if len(names) == count else [f"LABEL_{index}" for index in range(count)]
 
 

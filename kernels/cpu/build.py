@@ -25,7 +25,7 @@ SOURCES = Path(__file__).parent / "src"
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Libraries of a wheel that was built for this platform (``make wheel``)."""
 COMPILE_SECONDS = 300
-"""It takes some 15 of one core's; more where others work too."""
+"""Time limit of one compilation, which takes about 15 s on a free core."""
 FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"),
@@ -33,8 +33,8 @@ FLAGS = (
 SANITIZE = "AIOENGINE_CPU_SANITIZE"
 """Environment variable: 1 compiles with sanitizers, for tests. Their libraries must be preloaded."""
 _PORTABLE = ("-static-libstdc++", "-static-libgcc")
-"""For libraries that go to other machines, whose C++ runtime may be older. OpenMP's is not among them: it
-must be torch's."""
+"""Flags for libraries that are shipped to machines with an older C++ runtime. OpenMP is not linked in,
+because it must be torch's."""
 _SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -135,7 +135,7 @@ def levels() -> dict[str, tuple[str, ...]]:
 
 
 def _levels_of(machine: str) -> dict[str, tuple[str, ...]]:
-    """Those of an architecture, whichever of its CPUs this is."""
+    """List the levels of an architecture, whichever of its CPUs this is."""
     found = {name: flags for name, _, flags in _LEVELS} if machine in ("x86_64", "AMD64") else {}
     return {**found, "generic": ()}
 

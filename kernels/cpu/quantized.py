@@ -33,7 +33,7 @@ class QuantizedWeight:
     rotation: int
     """Size of the blocks that are multiplied by a Hadamard matrix; 0: none are."""
     dtype: torch.dtype
-    """Of activations and biases."""
+    """dtype of activations and biases."""
 
     @staticmethod
     def fits(n: int, k: int, dtype: torch.dtype) -> bool:

@@ -123,5 +123,5 @@ def openmp_runtimes() -> set[str]:
 
 
 def threads() -> int:
-    """As many as torch uses."""
+    """Return the number of threads: as many as torch uses."""
     return torch.get_num_threads()

@@ -11,17 +11,17 @@ PHASES = (
     *("norm", "qkv", "rope", "attention", "o", "gate_up", "activation", "down", "head"),
     *("shrink", "affine", "exchange"),
 )
-"""What a profile tells apart, in the order of the library."""
+"""Phases that a profile distinguishes, in the library's order."""
 
 
 class Exchange(IntEnum):
-    """What the ranks that hold a model together exchange in the middle of a step."""
+    """Exchange in the middle of a step between the ranks that hold a model together."""
 
     NOTHING = 0
     GATHER = 1
-    """Of ``h``, which each has a part of: the rows of A are dealt out."""
+    """Gather the parts of ``h``: each rank has some rows of A."""
     SUM = 2
-    """Of ``h``: the inputs are shared out."""
+    """Add up ``h``: each rank has some of the inputs."""
     TOTAL = 3
     """The outputs of a linear whose inputs are shared out, which are then scaled and shifted."""
 
@@ -34,7 +34,7 @@ FORMATS = (
     *("plain", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
     *("int4", "int8", "fp8"),
 )
-"""How a part of a weight is stored, in the order of the library."""
+"""Formats in which a part of a weight is stored, in the library's order."""
 
 
 class Part(Structure):

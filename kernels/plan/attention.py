@@ -1,4 +1,4 @@
-"""What a step's attention needs to know about the batch, built once and used in every layer."""
+"""AttentionPlan: a step's sequences as attention needs them, built once and used in every layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 
 class AttentionPlan(Derivable):
-    """Where a step's tokens are, where their keys and values go, and where those before them lie.
+    """Places of a step's tokens, of their keys and values, and of the keys and values before them.
 
     ``spans`` cover the token axis in order; ``tables`` are the sequences' block tables. Position p of a
     sequence is in block ``table[p // block_size]`` at ``p % block_size``; its *cell* is

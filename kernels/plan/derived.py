@@ -1,4 +1,4 @@
-"""What backends make of a step's metadata, made once and kept for all layers."""
+"""Values that backends derive from a step's metadata, once for all layers."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Derivable:
         return derived
 
     def provide(self, build: Callable[[Any], T], value: T) -> None:
-        """What :meth:`derive` is to return for ``build``, made otherwise."""
+        """Set the value that :meth:`derive` returns for ``build``."""
         self._derived[build] = value

@@ -1,4 +1,4 @@
-"""What a step's LoRA operations need to know about the batch, built once and used in every layer."""
+"""LoRABatch: a step's adapters as LoRA operations need them, built once and used in every layer."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ class LoRABatch(Derivable):
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
         largest = max((segment.rank for segment in segments), default=0)
         self.width = -(-largest // _WIDTH) * _WIDTH
-        """What A's outputs have room for: the largest rank of the segments, rounded up."""
+        """Width of A's outputs: the largest rank of the segments, rounded up."""

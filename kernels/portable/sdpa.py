@@ -55,7 +55,7 @@ class Windows:
         self._made: dict[tuple[int | None, torch.dtype], Window] = {}
 
     def of(self, window: int | None, dtype: torch.dtype) -> Window:
-        """For layers of this window (None: full attention), with masks of this dtype."""
+        """Make the plan for layers with this window (None: full attention) and masks of this dtype."""
         key = window, dtype
         if key not in self._made:
             self._made[key] = self._make(window, dtype)

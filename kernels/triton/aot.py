@@ -45,13 +45,14 @@ CAPABILITIES = (80, 90)
 """Compute capabilities: A100 (8.0), H100 and H200 (9.0)."""
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-"""What one block may have; CUDA C++ Programming Guide, technical specifications by compute capability."""
+"""Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, technical
+specifications)."""
 
 REGISTERS = 255
-"""What a thread may have."""
+"""Registers that a thread may have."""
 
 FILE_REGISTERS = 64 * 1024
-"""Of a multiprocessor, for all threads in it."""
+"""Registers of a multiprocessor, for all threads in it."""
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -68,7 +69,7 @@ class Variant(NamedTuple):
 
     kernel: str
     dtype: str
-    """Of activations and pools: "bf16", "fp16" or "fp32"."""
+    """dtype of activations and pools: "bf16", "fp16" or "fp32"."""
     constants: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
@@ -79,12 +80,12 @@ class Variant(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a block of a compiled kernel takes, and its PTX."""
+    """Resources that a block of a compiled kernel takes, and its PTX."""
 
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     spilled_bytes: int
-    """Of a thread: stores and loads of registers that did not fit."""
+    """Bytes that a thread stores and loads because its registers did not fit."""
     shared_bytes: int
     ptx: str
 
@@ -110,7 +111,7 @@ def variants() -> list[Variant]:
 
 
 def of_shrink(dtype: str, config: ShrinkConfig) -> Iterator[Variant]:
-    """With the inputs whole, and split."""
+    """List the specialisations of the shrink kernel: with whole inputs, and with split ones."""
     blocks = {"BLOCK_M": config.block_m, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k}
     for split in sorted({0, int(config.split_k > 1)}):
         constants = (*blocks.items(), ("PARTS", config.split_k), ("SPLIT", split))
@@ -132,12 +133,12 @@ def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[V
 
 
 def of_norm(dtype: str, size: int) -> Variant:
-    """With a sum before it."""
+    """List the specialisations of the norm kernel, among them those with a sum before it."""
     return Variant("add_rms_norm", dtype, (("ADD", 1), ("BLOCK", size)), norm_warps(size), 3)
 
 
 def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
-    """Without norms of the heads, and with them."""
+    """List the specialisations of the RoPE kernel: without norms of the heads, and with them."""
     for norm in (0, 1):
         blocks = {"NORM": norm, "BLOCK_SIZE": 16, "BLOCK_H": rope_heads(head_dim)}
         blocks["BLOCK_D"] = power_of_two(head_dim // 2)

@@ -22,7 +22,7 @@ because bits depend on it. A program computes one part or several."""
 
 
 class AttentionConfig(NamedTuple):
-    """How the work of a launch is cut."""
+    """Sizes that the work of a launch is cut into."""
 
     block_n: int
     """Keys at a time."""
@@ -43,14 +43,15 @@ def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> A
 
 
 def default_config(head_dim: int, bits: int, splits: int) -> AttentionConfig:
-    """As many keys at a time as registers allow for: float32 products have no tensor cores, and take many."""
+    """Choose as many keys at a time as registers allow: float32 products use no tensor cores, and need many
+    registers."""
     block_d = power_of_two(head_dim)
     block_n = max(16, min(64, (8192 if bits == 16 else 2048) // block_d))
     return AttentionConfig(block_n, splits, 4 if block_d <= 64 else 8, 2)
 
 
 def rows_of_prompts(bits: int) -> int:
-    """Of tiles of long chunks."""
+    """Return the rows of a tile of a long chunk."""
     return MANY_ROWS if bits == 16 else FEW_ROWS
 
 

@@ -64,7 +64,7 @@ class FixedStep:
         self._buffer = HostBuffer(fields, device)
         self._host = _Fields(*self._buffer.host)
         self._known: list[Sequence[int]] = [()] * size
-        """What the host's block tables hold."""
+        """Contents of the host's block tables."""
         there = _Fields(*self._buffer.device)
         self.token_ids = there.token_ids
         self.rows = torch.arange(size, device=device)
@@ -72,11 +72,11 @@ class FixedStep:
         self.attention: AttentionPlan = _FixedAttention(there, block_size)
         fixed = _FixedTiles(there, device)
         self.base = LoRABatch([], [], [], device)
-        """For steps without adapters."""
+        """Plan of steps without adapters."""
         self.lora = _lora_batch(size, max_rank, device, fixed, affine=False)
-        """For steps with adapters."""
+        """Plan of steps with adapters."""
         self.affine = _lora_batch(size, max_rank, device, fixed, affine=True)
-        """For steps with adapters that scale or shift."""
+        """Plan of steps with adapters that scale or shift."""
         self._host.tables.zero_()
         self.fill([], [], [], LoRABatch([], [], []))
 
@@ -86,7 +86,7 @@ class FixedStep:
 
     @property
     def nbytes(self) -> int:
-        """Of device memory."""
+        """Bytes of device memory."""
         return self._buffer.nbytes + self.rows.nbytes
 
     def fill(

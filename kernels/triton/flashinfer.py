@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 HEAD_DIMS = (64, 128, 256)
-"""That it has kernels for; others are left to Triton, and so is float32."""
+"""Head sizes that FlashInfer has kernels for; others, and float32, use the Triton kernels."""
 _WORKSPACE = 128 * 2**20
 """Bytes for what it computes in parts; its documentation recommends this much."""
 

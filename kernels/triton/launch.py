@@ -1,4 +1,4 @@
-"""What launches have in common."""
+"""Helpers that all launches share."""
 
 from __future__ import annotations
 

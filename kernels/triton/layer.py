@@ -16,7 +16,7 @@ from aioengine.kernels.triton.launch import on, power_of_two
 
 SILU_COLUMNS = 1024
 ROPE_ELEMENTS = 2048
-"""What a program takes of one token."""
+"""Elements of one token that a program rotates."""
 
 
 def norm_warps(size: int) -> int:

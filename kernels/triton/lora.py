@@ -137,7 +137,7 @@ def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
 
 
 class _Slices(NamedTuple):
-    """What a launch is told of its slices: always MAX_SLICES, those too many of width 0."""
+    """Slices as they are passed to a launch: always MAX_SLICES, the unused ones with width 0."""
 
     widths: list[int]
     offsets: list[int]

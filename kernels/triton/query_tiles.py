@@ -17,7 +17,7 @@ FEW_ROWS, MANY_ROWS = 16, 64
 
 
 class Tiles(NamedTuple):
-    """What one launch runs over."""
+    """Tiles that one launch runs over."""
 
     table: Tensor
     """[N, 4] int32: sequence, first row, tokens, position of the first. Without tokens it is padding."""

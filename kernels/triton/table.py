@@ -1,4 +1,4 @@
-"""How the kernels' work is cut into blocks: measured figures from a file, else rules that always hold.
+"""Block sizes of the kernels: measured ones from a file, or else rules that always work.
 
 ``python -m benchmarks.kernels.gpu --tune FILE`` measures on the GPU at hand and writes the file; the
 environment variable AIOENGINE_TRITON_TABLE names it. Nothing is measured while serving.
@@ -24,10 +24,11 @@ EMBED_RANKS = 64
 """Columns and ranks that a program of the kernels that only move and scale takes, of ``SHORT`` tokens."""
 
 ORDER = {"shrink": ("block_k", "split_k"), "expand": ("block_r",)}
-"""What the order of sums depends on."""
+"""Block sizes that the order of sums depends on."""
 
 _SMALLEST, _LARGEST = 16, 512
-"""Of a block. Tensor cores work on 16 rows; masks fill up what a rank or a tile lacks."""
+"""Smallest and largest side of a block. Tensor cores work on 16 rows; masks fill up what a rank or a tile
+lacks."""
 
 
 class ShrinkConfig(NamedTuple):
@@ -52,12 +53,12 @@ class ExpandConfig(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a configuration depends on."""
+    """Properties that a configuration depends on."""
 
     op: str
     """"shrink" or "expand"."""
     bits: int
-    """Of an element: 16 or 32."""
+    """Bits of an element: 16 or 32."""
     rank: int
     """The pool's maximum, rounded up to a power of two."""
     width: int
@@ -75,14 +76,16 @@ class Key(NamedTuple):
 
 
 def shrink_config(bits: int, rank: int, width: int, longest: int) -> ShrinkConfig:
-    """For pools of ``rank`` over ``width`` inputs and segments of up to ``longest`` tokens."""
+    """Return the block sizes for pools of ``rank`` over ``width`` inputs and segments of up to ``longest``
+    tokens."""
     config = _chosen("shrink", bits, rank, width, longest <= SHORT, os.environ.get(ENV))
     assert isinstance(config, ShrinkConfig)
     return config
 
 
 def expand_config(bits: int, rank: int, width: int, longest: int) -> ExpandConfig:
-    """For pools of ``rank`` over slices of ``width`` outputs in all; see :func:`shrink_config`."""
+    """Return the block sizes for pools of ``rank`` over slices of ``width`` outputs in all; see
+    :func:`shrink_config`."""
     config = _chosen("expand", bits, rank, width, longest <= SHORT, os.environ.get(ENV))
     assert isinstance(config, ExpandConfig)
     return config

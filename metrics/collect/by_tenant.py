@@ -1,4 +1,4 @@
-"""What the HTTP server answers, and who uses how much, by tenant."""
+"""Metrics of the HTTP server's answers, and of usage by tenant."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class HttpMetrics:
         self._tenants = tenants
         self._responses = Counters(d.HTTP_RESPONSES)
         self.active: Callable[[], int] = int
-        """Asked at each scrape: requests that have not been answered in full."""
+        """Function that counts the requests that have not been answered in full; called at each scrape."""
 
     def responded(self, route: str, status: int, code: str | None, tenant: str | None) -> None:
         """``route`` and ``code``, an error's, are of fixed sets. ``status`` is 499 if the client had gone."""

@@ -42,7 +42,8 @@ def vllm_gauges(
 
 
 def vllm_load_seconds(engine: str, model: str, swap_seconds: Histograms) -> Family:
-    """What :data:`~aioengine.metrics.families.definitions.LORA_SWAP_SECONDS` has, by vLLM's transitions."""
+    """Return :data:`~aioengine.metrics.families.definitions.LORA_SWAP_SECONDS` under vLLM's name and
+    transitions."""
     points = [
         ((engine, model, transition), swap_seconds.at((stage,)).point())
         for stage, transition in _TRANSITIONS.items()

@@ -12,7 +12,7 @@ OUTCOMES = ("compiled", "invalid", "limit", "overloaded", "failed")
 
 
 class GrammarMetrics:
-    """Told of each compile on the event loop's thread."""
+    """Metrics of grammars; each compile is reported on the event loop's thread."""
 
     def __init__(self) -> None:
         self._compiles = Counters(d.GRAMMAR_COMPILES, *((outcome,) for outcome in OUTCOMES))

@@ -1,4 +1,4 @@
-"""Where each adapter version is and who waits for it, as told by the events."""
+"""ResidencyTracker: where each adapter version is, and which requests wait for it, worked out from events."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class Version:
         self.rank = 0
         self.on_cpu = False
         self.copying = False
-        """It is being copied into a slot."""
+        """Whether it is being copied into a slot."""
         self.waiting = 0
         """Requests for it that wait."""
         self.early = False
-        """Its read was started while nobody waited for it, and what came of that is not known yet."""
+        """Whether its read was started while no request waited for it, and it has not been used or dropped
+        yet."""
         self.blocked_since: float | None = None
         """Since when it has been on the CPU, in no slot, with requests waiting for it."""
         self.absent_seconds = 0.0
@@ -86,7 +87,7 @@ class ResidencyTracker:
         return 0 if found is None else found.rank
 
     def lookup(self, adapter: str, now: float) -> tuple[Lookup, ...]:
-        """What a request for ``adapter`` finds; the CPU is asked only if no slot has it."""
+        """Return what a request for ``adapter`` finds; the CPU is looked at only if no slot has it."""
         version = self.current(adapter, now)
         if version.in_slot:
             return (Lookup("slot", True),)
@@ -114,7 +115,7 @@ class ResidencyTracker:
         return None if since is None else event.time - since
 
     def moving(self, event: events.AdapterMoving) -> None:
-        """It leaves its slot for a moment."""
+        """Note that it leaves its slot for a moment."""
         version = self._of(event)
         version.copying = True
         version.absent_since = event.time

@@ -33,8 +33,8 @@ NAME_COLORS = {
     "is2IS:": "light-purple",
     "jt3JT/+-": "dark-yellow",
 }
-"""By the last character of an adapter's name, so that its colour is the same in every slot and on every
-day. Without this Grafana gives all the texts in a row of a timeline one colour."""
+"""Colours by the last character of an adapter's name, so that an adapter has the same colour in every slot
+and on every day. Without this Grafana gives all the texts in a row of a timeline one colour."""
 
 
 def build() -> models.Dashboard:

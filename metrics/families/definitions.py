@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["counter", "gauge", "histogram"]
 
 _LONG = (30.0, 60.0, 120.0, 300.0, 600.0)
-"""As long as requests are let wait: a histogram must tell apart what is bad from what is worse."""
+"""Upper buckets, as long as requests may wait, so that a histogram tells bad waits from worse ones."""
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, *_LONG)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SWAP_SECONDS = (*STEP_SECONDS, *_LONG)

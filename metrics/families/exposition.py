@@ -100,7 +100,7 @@ def _head(definition: Definition, openmetrics: bool) -> str:
 
 
 def _starts(definition: Definition, values: Labels) -> list[str]:
-    """What each line of a series begins with, up to its number: buckets, then count and sum."""
+    """Return the beginnings of a series' lines, up to the number: buckets, then count and sum."""
     labels = dict(zip(("engine", *definition.labels), values, strict=True))
     if definition.kind != "histogram":
         return [f"{definition.exposed}{_braces(labels)} "]

@@ -112,7 +112,7 @@ class Histograms:
         return found
 
     def fold(self, label: str, into: str) -> None:
-        """As :meth:`Counters.fold`."""
+        """Add one series to another, as :meth:`Counters.fold` does."""
         for labels in [key for key in self.series if key[0] == label]:
             self.at((into, *labels[1:])).add(self.series.pop(labels))
 

@@ -1,4 +1,4 @@
-"""What the live page is told: the engine's state, followed only while somebody watches.
+"""Feed of the live page: the engine's state, which is followed only while a client watches.
 
 All watchers share one copy of the state, in which every part carries the tick at which it last changed.
 A watcher is one number, the tick that it has seen: however slow it is, it costs no memory, and when it
@@ -44,7 +44,7 @@ class ScrapedMetrics(Protocol):
 
 
 class WatchedEngine(Protocol):
-    """What the feed needs of an :class:`~aioengine.engine.AsyncEngine`, or of a fleet."""
+    """Interface that the feed needs of an :class:`~aioengine.engine.AsyncEngine`, or of a fleet."""
 
     config: EngineConfig
 
@@ -87,7 +87,7 @@ class Update(msgspec.Struct, omit_defaults=True):
 
     time: float
     full: bool = False
-    """It replaces what was told before."""
+    """Whether this message replaces the ones before."""
     model: str | None = None
     since: float | None = None
     """When the log began."""
@@ -137,7 +137,7 @@ class Feed:
         self._tokens = {"prefill": 0, "decode": 0}
         self._log: deque[tuple[int, Entry]] = deque(maxlen=LOG_LENGTH)
         self._rows: OrderedDict[str, tuple[int, AdapterInfo | None]] = OrderedDict()
-        """In the order in which they changed; None: unloaded."""
+        """Adapters in the order in which they changed; None: unloaded."""
         self._gone = 0
 
     # From the engine

@@ -1,4 +1,4 @@
-"""What ASGI applications have in common: types, mount paths, answers, and clients that leave."""
+"""Parts that all ASGI applications here share: types, mount paths, answers, and clients that leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is to scrape, as Prometheus' HTTP service discovery takes it."""
+"""Scrape targets, in the form of Prometheus' HTTP service discovery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from aioengine.metrics.page.plumbing import Scope
 
 PARAMETER = "replica"
-"""Of ``/metrics``: whose metrics are asked for."""
+"""Query parameter of ``/metrics`` that names the replica whose metrics are wanted."""
 
 
 @runtime_checkable

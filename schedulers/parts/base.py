@@ -53,8 +53,8 @@ class Ordering(Part):
     """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
 
     stay: float = 2.0
-    """In units of ``max_wait``: how long an adapter keeps its slot before the slot may be closed. Without it,
-    an overload, in which everybody has waited long, would close slots as soon as they are filled."""
+    """Time, in units of ``max_wait``, that an adapter keeps its slot before the slot may be closed. Without
+    it, an overload, in which all requests have waited long, would close slots as soon as they are filled."""
     fill_within: float = 1.0
     """A closed slot admits what generates at most so many times the tokens that its longest running request
     has left. Above 1 it can be kept busy for ever."""

@@ -138,8 +138,8 @@ class Composed(SchedulerPolicy):
         )
 
     def quiet_until(self, view: SchedulerView) -> float:
-        """What was decided changes when an adapter has been waited for, or has been in its slot, long
-        enough."""
+        """Return the time until which a decision holds if nothing happens: until an adapter has been waited
+        for, or has been in its slot, long enough."""
         if not self._by_events or (self._shares is not None and self._shares.clients.several):
             return -inf
         if view.memory.elastic:

@@ -75,7 +75,7 @@ class Shares:
         self._max_wait = max_wait
         self._equal = order.sharing == "equal"
         self._next_step = 0
-        """No request is preempted before this time."""
+        """Step before which no request is preempted."""
         self._refused: dict[str, int] = {}
         """How often, one decision after the other, each adapter was placed before, by bytes."""
         self._asked: set[str] = set()

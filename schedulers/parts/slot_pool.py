@@ -30,7 +30,7 @@ class _Wanted(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How an adapter gets a slot."""
+    """Way for an adapter to get a slot."""
 
     closed: Sequence[str]
     """Adapters whose slots admit no more requests."""
@@ -78,7 +78,7 @@ class SlotPool:
         self._spare = len(free) + len(unwanted)
         """Slots that are free, or whose adapters no request waits for."""
         self._free_bytes = self._unwanted_bytes = 0
-        """Where slots share a memory: what is free of it, and what those adapters take that may leave."""
+        """Free bytes of the memory that slots share, with those of the adapters that may leave."""
         if self._memory is not None:
             self._free_bytes = self._memory.free
             self._unwanted_bytes = sum(self._memory.bytes_of(adapter.name) for _, adapter in unwanted)

@@ -30,7 +30,7 @@ class SpareSlots:
         self._free = [i for i, name in enumerate(names) if name is None] if None in names else []
         self._memory = view.memory if view.memory.elastic else None
         self.free_bytes = 0 if self._memory is None else self._memory.free
-        """What is free of the memory that slots share, if they do."""
+        """Free bytes of the memory that slots share, if they do."""
         self.taken: set[str] = set()
         """Adapters whose slots have been given away."""
 

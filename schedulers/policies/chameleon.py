@@ -23,7 +23,7 @@ FIRST_CLUSTERING = 16
 """Requests seen before the lanes are formed for the first time; until then there is one. They are formed
 again after as many more, then after twice as many, and so on up to ``refresh``."""
 ENOUGH = 0.1
-"""No more lanes are added once they leave only this share of the variance of the sizes."""
+"""Share of the variance of the sizes; once the lanes leave no more than this, none is added."""
 
 
 class ChameleonOrder(Arrival):
@@ -103,7 +103,7 @@ class ChameleonOrder(Arrival):
         return length * min(1.0, (_bytes_of(view, adapter) or most.smallest_adapter) / most.adapter)
 
     def lane(self, view: SchedulerView, request: RequestView) -> int:
-        """Its lane; 0 is that of the smallest."""
+        """Return a request's lane; 0 is that of the smallest."""
         lane = self._lane_of.get(request.request_id)
         if lane is None:
             size = self.size(view, request.prompt_tokens, request.expected_tokens, request.adapter)

@@ -36,7 +36,7 @@ class Windowed(Arrival):
 
     @abstractmethod
     def rank(self, request: RequestView, view: SchedulerView) -> Any:
-        """What goes first is least; equal ones by arrival."""
+        """Return a key: requests with smaller keys go first, equal ones by arrival."""
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
         in_order = merge(*map(view.waiting_for, names), key=lambda request: request.arrival)

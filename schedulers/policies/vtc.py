@@ -56,7 +56,8 @@ class VTC(Ordering):
         self._last_to_leave: str | None = None
         self._waiting: dict[str, int] = {}
         self._heap: list[tuple[float, str]] = []
-        """Who waits, or did, with a counter from some time ago, which has only grown since."""
+        """Clients that wait or have waited, each with an earlier value of its counter, which can only have
+        grown since."""
         self._in_heap: set[str] = set()
         self._live: dict[str, int] = {}
         self._idle: dict[str, None] = {}
@@ -65,11 +66,11 @@ class VTC(Ordering):
         self._charged_step = -1
 
     def counter(self, client: str) -> float:
-        """Its weighted service so far, lifts included; 0 for who is not known."""
+        """Return a client's weighted service so far, lifts included; 0 for an unknown one."""
         return self._counters.get(client, 0.0)
 
     def may_go_first(self, request: RequestView) -> bool:
-        """If its client has been served no more than any other that waits, as when it has just come."""
+        """Whether its client has been served no more than any other that waits; a new client has not."""
         return self.counter(self._client_of(request)) <= self._lowest()
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
@@ -225,7 +226,7 @@ class VTC(Ordering):
 
 
 class _Account:
-    """What is known of a live request."""
+    """Account of a live request."""
 
     __slots__ = ("client", "output_charged", "prompt_charged", "waiting")
 

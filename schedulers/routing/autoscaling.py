@@ -30,7 +30,7 @@ class ReplicaLoad(Protocol):
 
 
 class ScalingView(Protocol):
-    """What a scaling policy sees; a :class:`~aioengine.schedulers.routing.interface.FleetView` is one."""
+    """View of a scaling policy; a :class:`~aioengine.schedulers.routing.interface.FleetView` is one."""
 
     @property
     def now(self) -> float: ...
@@ -52,7 +52,7 @@ class ScalingPolicy(ABC):
     source: str = ""
     """The paper or project that it is from, in one line."""
     worst_case: str = ""
-    """In words: the worst that it can do to the fleet."""
+    """Text that says what is the worst that it can do to the fleet."""
     least: int = 1
     most: int = 1
 

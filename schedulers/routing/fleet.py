@@ -109,8 +109,8 @@ class FleetState:
     # Replicas
 
     def join(self, replica_id: str, limits: ReplicaLimits) -> None:
-        """A replica is there, and holds nothing until it reports. One that was known by this id is
-        forgotten first. Raises ValueError for an empty id."""
+        """Add a replica, which holds nothing until it reports. One that was known by this id is forgotten
+        first. Raises ValueError for an empty id."""
         if not replica_id:
             raise ValueError("replica_id='': must not be empty")
         if replica_id in self._replicas:
@@ -122,8 +122,8 @@ class FleetState:
         self._tell("replica_joined", now, None, replica_id)
 
     def leave(self, replica_id: str) -> list[RouteRequest]:
-        """A replica is gone. Returns the requests that it had, which the door sends elsewhere or fails;
-        for none of them :meth:`ended` is to be called. Of an unknown replica, nothing is to be done."""
+        """Remove a replica. Returns the requests that it had, which the door sends elsewhere or fails; for
+        none of them :meth:`ended` is to be called. Of an unknown replica, nothing is to be done."""
         now = self._tick()
         replica = self._replicas.pop(replica_id, None)
         if replica is None:
@@ -149,8 +149,8 @@ class FleetState:
             self._tell("replica_draining", now, None, replica_id)
 
     def report(self, replica_id: str, report: Report) -> None:
-        """What the replica says. Of an unknown one it is dropped: it may have left while this was on its
-        way. One older than the last is dropped too."""
+        """Take in a replica's report. The report of an unknown replica is dropped, because it may have left
+        meanwhile; so is one that is older than the last."""
         now = self._tick()
         replica = self._replicas.get(replica_id)
         if replica is None or (report.sent_at < replica._report.sent_at and replica._offset is not None):
@@ -163,8 +163,8 @@ class FleetState:
         self._decide(replica)
 
     def check(self) -> list[str]:
-        """See who has been silent for too long; returns those found so now. To be called about as often as
-        replicas report."""
+        """Find the replicas that have been silent for too long; returns those found so now. To be called
+        about as often as replicas report."""
         self._tick()
         before = {replica_id for replica_id, replica in self._replicas.items() if replica.accepting}
         return [i for i, replica in self._replicas.items() if self._decide(replica) and i in before]
@@ -172,20 +172,20 @@ class FleetState:
     # Adapters
 
     def add_adapter(self, name: str, nbytes: int = 0) -> None:
-        """An adapter is registered with the fleet."""
+        """Register an adapter with the fleet."""
         adapter = self._adapter(name)
         adapter.registered, adapter.nbytes = True, nbytes or adapter.nbytes
 
     def remove_adapter(self, name: str) -> None:
-        """It is unregistered: it is forgotten as soon as no replica holds it."""
+        """Unregister an adapter: it is forgotten as soon as no replica holds it."""
         if name in self._adapters:
             self._adapters[name].registered = False
 
     # Requests
 
     def sent(self, request: RouteRequest, replica_id: str) -> None:
-        """The door sends a request to a replica. Raises KeyError for an unknown replica, ValueError for a
-        request that is in flight already."""
+        """Note that the door sends a request to a replica. Raises KeyError for an unknown replica, ValueError
+        for a request that is in flight already."""
         now = self._tick()
         replica = self._replicas[replica_id]
         if request.request_id in self._in_flight:
@@ -209,15 +209,15 @@ class FleetState:
         self._tell("routed", now, request, replica_id)
 
     def started(self, request_id: str) -> None:
-        """Its first token came."""
+        """Note that a request's first token came."""
         self._about("started", request_id)
 
     def ended(self, request_id: str) -> None:
-        """It has ended, however. Of a request that is not in flight, nothing is to be done."""
+        """Note that a request has ended, for whatever reason. Nothing happens if it is not in flight."""
         self._finish("ended", request_id)
 
     def failed(self, request_id: str) -> None:
-        """Its replica could not take it, or broke off; the replica itself may live."""
+        """Note that a request's replica could not take it, or broke off; the replica itself may live."""
         self._finish("failed", request_id)
 
     @property
@@ -251,13 +251,13 @@ class FleetState:
         )
 
     def not_planned(self, snapshot: View) -> None:
-        """No plan came of a snapshot: what had changed has changed still."""
+        """Note that a snapshot led to no plan: its changes count for the next one."""
         for name in snapshot.changed:
             if name in self._adapters:
                 self._adapters[name]._holders_changed = True
 
     def planned(self, moves: Iterable[Move]) -> None:
-        """A plan is carried out: remember who should hold what."""
+        """Remember which replicas should hold which adapters, because this plan is carried out."""
         for move in moves:
             if move.replica not in self._replicas:
                 continue
@@ -301,7 +301,7 @@ class FleetState:
             self._tell(kind, self._tick(), request, replica_id)
 
     def _forget(self, request: RouteRequest) -> None:
-        """It is in flight no more."""
+        """Remove a request from those in flight."""
         del self._in_flight[request.request_id]
         if request.adapter is not None:
             self._adapters[request.adapter].in_flight -= 1

@@ -54,7 +54,7 @@ class RouterGuard:
         self.router = router
         self.name = type(router).__name__
         self.failures: Counter[str] = Counter()
-        """By kind, as :data:`Failed` lists them."""
+        """Failures by kind, as :data:`Failed` lists them."""
         self.reasons: Counter[str] = Counter()
         """Decisions by the reason that the router gave; rejected ones as "rejected"."""
         self.seconds = 0.0

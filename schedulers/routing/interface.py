@@ -171,7 +171,7 @@ class AdapterView(Protocol):
 
 
 class FleetView(Protocol):
-    """What a router may know. All of it is live and indexed: nothing is copied for the call."""
+    """Knowledge of a router. All of it is live and indexed: nothing is copied for the call."""
 
     @property
     def now(self) -> float: ...
@@ -181,12 +181,12 @@ class FleetView(Protocol):
 
     @property
     def accepting(self) -> Sequence[ReplicaView]:
-        """Those that requests can be sent to, in order of joining; another object whenever a replica joins,
-        leaves, or changes between accepting and not."""
+        """Replicas that requests can be sent to, in order of joining; another object whenever a replica
+        joins, leaves, or changes between accepting and not."""
 
     @property
     def adapters(self) -> Mapping[str, AdapterView]:
-        """By name: registered ones, and those that are held or asked for."""
+        """Adapters by name: registered ones, and those that are held or asked for."""
 
     @property
     def demand(self) -> float:
@@ -197,8 +197,8 @@ class FleetView(Protocol):
         """Adapters whose demand or holders have changed since the last plan."""
 
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
-        """By replica id: how many of these leading blocks its KV cache probably has; those with none are
-        left out. The memory behind it is bounded, so it forgets."""
+        """Number of these leading blocks that a replica's KV cache probably has, by replica id; replicas with
+        none are left out. The memory behind it is bounded, so it forgets."""
 
 
 RouteEventKind = Literal[
@@ -214,7 +214,7 @@ class RouteEvent(NamedTuple):
     kind: RouteEventKind
     now: float
     request: RouteRequest | None = None
-    """For the request events."""
+    """Request that the event is about, for the request events."""
     replica: str | None = None
 
 
@@ -224,7 +224,7 @@ class RouterPolicy(ABC):
     source: str = ""
     """The paper or project that it is from, in one line."""
     worst_case: str = ""
-    """In words: the worst that it can do to a request or to the fleet."""
+    """Text that says what is the worst that it can do to a request or to the fleet."""
 
     @abstractmethod
     def route(self, request: RouteRequest, view: FleetView) -> Route:

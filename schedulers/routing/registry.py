@@ -38,12 +38,12 @@ _AUTOSCALERS = {"waiting_work": f"{_HERE}.autoscaling:WaitingWork"}
 
 
 class RoutingInfo(NamedTuple):
-    """What ``aioengine policies`` shows of a router, a placement or a scaling policy."""
+    """Row that ``aioengine policies`` shows of a router, a placement or a scaling policy."""
 
     name: str
     summary: str
     options: str
-    """As in "margin: float = 0.5"; empty if it takes none."""
+    """Options as text, such as "margin: float = 0.5"; empty if it takes none."""
     source: str
     worst_case: str
     where: str

@@ -30,13 +30,13 @@ class Tiers(NamedTuple):
 
     slot: Collection[str] = ()
     cpu: Collection[str] = ()
-    """In the CPU cache and in no slot."""
+    """Adapters in the CPU cache and in no slot."""
     loading: Collection[str] = ()
-    """On their way from disk."""
+    """Adapters on their way from disk."""
 
 
 class Report(NamedTuple):
-    """What a replica tells a door, at least as often as its heartbeat."""
+    """Report of a replica to a door, at least as often as its heartbeat."""
 
     sent_at: float
     """The replica's own clock."""
@@ -221,8 +221,8 @@ class Replica:
 
 
 class _Clock:
-    """What time it is in a view; and how fast one of its replicas was measured to be, which is taken of those
-    that are not measured yet."""
+    """Time in a view, and the measured speed of one replica, which is assumed for replicas that are not
+    measured yet."""
 
     __slots__ = ("now", "token_seconds")
 

@@ -31,6 +31,7 @@ class Found(NamedTuple):
     nbytes: int = 100
     digest: str = "x"
     labels: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 class Loader(BaseLoader[Found]):

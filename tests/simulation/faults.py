@@ -285,6 +285,7 @@ class Found(NamedTuple):
     nbytes: int
     digest: str
     labels: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 class FaultyLoader(BaseLoader[Found]):

@@ -24,7 +24,7 @@ ALL_LINEAR = "all-linear"
 MAX_PATTERNS = 2048
 """Maximum number of patterns in one field; a model of 126 layers has 882 linears."""
 HEAD_MODULES = ("score", "classifier")
-"""What transformers calls the head of a model for sequence classification; PEFT names both for every
+"""Names that transformers gives the head of a model for sequence classification; PEFT names both for every
 model."""
 MAX_INVOCATION = 256
 """Maximum number of invocation tokens of an activated LoRA adapter."""
@@ -84,7 +84,8 @@ class PeftLoraConfig:
     heads: frozenset[str]
     """Heads of which the file has one; empty: none."""
     feature_extraction: bool
-    """It was trained on the model without its head, whose modules' names have no "model." in front."""
+    """Whether it was trained on the model without its head, whose modules' names have no "model." in
+    front."""
     invocation: tuple[int, ...]
     """Activated LoRA (arXiv:2504.12397): the tokens from which on it is applied; none: to all tokens."""
 
@@ -107,7 +108,7 @@ class PeftLoraConfig:
 
     @property
     def max_rank(self) -> int:
-        """No module's rank is larger."""
+        """Largest rank of a module."""
         return max(self.r, *(rank for _, rank in self.rank_patterns), 1)
 
     def rank(self, module: str) -> int:

@@ -16,9 +16,9 @@ _FLOAT = torch.float32.itemsize
 
 
 class Draft:
-    """Where the inputs of a linear are split, a rank has a part of each row of the weight, and DoRA needs the
-    rows' norms. Each rank therefore offers the sum of squares of its parts and receives the sum over all
-    ranks.
+    """Adapter whose DoRA norms are not known yet. Where the inputs of a linear are split, a rank has a part
+    of each row of the weight, and DoRA needs the rows' norms. Each rank therefore offers the sum of squares
+    of its parts and receives the sum over all ranks.
 
     Whatever the ranks, all draft the same rows of one adapter, in the same order.
     """

@@ -31,7 +31,7 @@ class Contents(NamedTuple):
     entries: Sequence[Entry]
     """The tensors that are read, in memory order."""
     pieces: Sequence[tuple[int, int]]
-    """Their offsets and lengths in the file's data, in bytes, in the same order."""
+    """Offsets and lengths of the tensors in the file's data, in bytes, in the same order."""
     cuts: Mapping[str, Cut]
     """Which part of each tensor is read; empty if the tensors are read whole."""
     parts: Mapping[str, Part]

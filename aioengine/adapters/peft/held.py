@@ -147,7 +147,7 @@ def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room
 
 
 def _config_text(name: str, path: str, config: object) -> bytes:
-    """As PEFT writes it: sets as sorted lists, enumerations as their values."""
+    """Return the configuration as PEFT writes it: sets as sorted lists, enumerations as their values."""
     to_dict = getattr(config, "to_dict", None)
     fields = to_dict() if callable(to_dict) else config
     if not isinstance(fields, Mapping):
@@ -278,6 +278,6 @@ def _write(descriptor: int, data: memoryview) -> None:
 
 
 def _seal(descriptor: int) -> None:
-    """Nobody can change it any more."""
+    """Make the file's content unchangeable."""
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)

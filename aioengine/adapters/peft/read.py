@@ -56,7 +56,7 @@ class PackedAdapter:
     """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" of a share,
     of which not all has been read; see :func:`aioengine.adapters.peft.digest.content_digest`."""
     nbytes: int
-    """Its memory in bytes."""
+    """Bytes of its memory."""
     tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
     """(layer, module) -> (A [r, in], B [out, r]); B holds the scaling, so that delta = B @ A.
 
@@ -72,11 +72,12 @@ class PackedAdapter:
     shape: ImageShape | None = None
     """The shape of that image, where it is known."""
     computed: Mapping[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """For a rank's share with DoRA: A and B as the norms need them, where ``tensors`` has less."""
+    """A and B as the norms of DoRA need them, for the modules of which ``tensors`` has only a rank's
+    share."""
     head: Head | None = None
     """A trained classification head."""
     pooling: Kind | None = None
-    """How sentence-transformers' configuration says that it pools, if there is one."""
+    """Pooling that sentence-transformers' configuration names, if there is one."""
     invocation: tuple[int, ...] = ()
     """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
     version: str = ""

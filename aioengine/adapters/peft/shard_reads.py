@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     entries: list[Entry]
     """The tensors' parts, one after another, as they lie in memory after the read."""
     pieces: list[tuple[int, int]]
-    """Their offsets and lengths in the data, in bytes, in the same order."""
+    """Offsets and lengths of the parts in the data, in bytes, in the same order."""
 
 
 def cut_of(slot: SlotLayout, part: Part, *, dora: bool, tied: bool) -> Cut:

@@ -65,7 +65,7 @@ _HEAD = re.compile(
     r"(?:base_model\.model\.)?(score|classifier)\.(?:modules_to_save\.(?:default\.)?)?(weight|bias)", re.ASCII
 )
 _INNER = "model."
-"""What stands before a module's name in a model with a head."""
+"""Prefix of a module's name in a model with a head."""
 _BASE_WEIGHT = "base_layer.weight"
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
@@ -102,7 +102,7 @@ class Target(NamedTuple):
     """An adapted module."""
 
     name: str
-    """Its name in the base model, which PEFT's patterns are matched against."""
+    """Name in the base model, which PEFT's patterns are matched against."""
     module: str
     rank: int
     scaling: float

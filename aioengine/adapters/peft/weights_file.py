@@ -26,7 +26,7 @@ _MAX_COLONS = 8 * _MAX_TENSORS
 _MAX_DIMS = 8
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""What a header calls them."""
+"""Names of dtypes in a header."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +108,7 @@ class SafetensorsHeader:
 
 
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
-"""No file system holds a file of more bytes."""
+"""Upper bound of an offset: no file system holds a larger file."""
 
 
 class _Described(msgspec.Struct):

@@ -83,7 +83,7 @@ class BlockingResolver(AdapterResolver):
 
     @abstractmethod
     def find(self, name: str) -> Path:
-        """As :meth:`AdapterResolver.resolve`, blocking."""
+        """Find an adapter as :meth:`AdapterResolver.resolve` does, but blocking."""
 
     async def resolve(self, name: str) -> Path:
         return await self._lookups.run(name, name, lambda: self.find(name))

@@ -52,7 +52,7 @@ class LocalCopies:
         self.root = root
         self._max_bytes = max_bytes
         self._checked: dict[Path, str] = {}
-        """What the files of a copy looked like when their digests were right."""
+        """State of a copy's files when their digests were last found right."""
 
     def path(self, adapter: str, version: str) -> Path:
         """Return the path of an adapter version's copy, or None. Both arguments are keys."""
@@ -147,7 +147,7 @@ def _sealed(folder: Path) -> Path:
 
 
 def _looks(folder: Path) -> str:
-    """What tells cheaply that a file has changed."""
+    """Return what shows cheaply whether a file has changed."""
     found = []
     for path in sorted(folder.iterdir()):
         status = path.stat()
@@ -156,7 +156,7 @@ def _looks(folder: Path) -> str:
 
 
 def _digests(folder: Path) -> str:
-    """In the form of sha256sum."""
+    """Return the digests in the form of sha256sum."""
     lines = []
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:

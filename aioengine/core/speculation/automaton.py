@@ -18,7 +18,7 @@ class SuffixAutomaton:
 
     def __init__(self) -> None:
         self.tokens = 0
-        """In all texts."""
+        """Number of tokens in all texts."""
         self._length = array("i", [0])
         self._link = array("i", [-1])
         self._count = array("i", [0])
@@ -29,7 +29,7 @@ class SuffixAutomaton:
         self._last = 0
 
     def begin_text(self) -> None:
-        """What is added from now on does not follow what was."""
+        """Begin a new text, which does not follow the one before."""
         self._last = 0
 
     def add(self, token: int) -> None:

@@ -11,9 +11,10 @@ LONG_MATCH = 8
 """From so many equal tokens on, a match counts as a long one."""
 _PRIOR, _PRIOR_WEIGHT = 0.4, 2.0
 _FORGET = 0.85
-"""What is kept of earlier trials when new ones come."""
+"""Weight that earlier trials keep when new ones come."""
 _REVIVE = 0.995
-"""What is kept of them each time that nothing is proposed for their sake, so that it is tried again."""
+"""Weight that they keep each time that nothing is proposed because of them, so that proposing is tried
+again."""
 
 
 class Acceptance:
@@ -30,7 +31,7 @@ class Acceptance:
         self._trials = [_PRIOR_WEIGHT] * 2
 
     def chance(self, match: int) -> float:
-        """That a token proposed after a match of this length is right."""
+        """Return the chance that a token proposed after a match of this length is right."""
         kind = match >= LONG_MATCH
         return (self._right[kind] + _PRIOR * 0.1) / (self._trials[kind] + 0.1)
 
@@ -47,10 +48,10 @@ class Acceptance:
 
 
 class Candidate(NamedTuple):
-    """What could be proposed to one request."""
+    """Tokens that could be proposed to one request."""
 
     chances: Sequence[float]
-    """Of each token, that it is right if those before it are."""
+    """Chance of each token to be right if those before it are."""
 
 
 def allot(candidates: Sequence[Candidate], rows: int, fixed: float, room: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What one request's drafts are made from."""
+"""Drafting: the state from which one request's drafts are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from aioengine.core.speculation.prompt_lookup import PromptLookup
 
 
 class Drafting:
-    """What one request's drafts are made from; it belongs to the request."""
+    """State from which one request's drafts are made; it belongs to the request."""
 
     __slots__ = ("acceptance", "lookup", "match", "outputs")
 

@@ -28,7 +28,8 @@ class _Found(NamedTuple):
 
 
 class Speculation:
-    """For one core. With ``earlier_outputs``, drafts come from other requests' outputs, too."""
+    """Drafts for the requests of one core. With ``earlier_outputs``, they come from other requests' outputs,
+    too."""
 
     def __init__(self, *, earlier_outputs: bool) -> None:
         self._outputs = EarlierOutputs() if earlier_outputs else None
@@ -58,12 +59,12 @@ class Speculation:
         return drafts
 
     def learn(self, request: Request, proposed: int, right: int) -> None:
-        """Of so many proposed tokens, the first ``right`` ones were."""
+        """Learn that the first ``right`` of so many proposed tokens were right."""
         if request.drafting is not None:
             request.drafting.acceptance.learn(request.drafting.match, proposed, right)
 
     def ended(self, request: Request) -> None:
-        """Its output may serve others of its adapter and tenant."""
+        """Keep the output of a request that has ended for others of its adapter and tenant."""
         if self._outputs is not None:
             self._outputs.ended(_key(request), request.tokens[request.prompt_len :])
 

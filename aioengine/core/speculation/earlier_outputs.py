@@ -15,9 +15,10 @@ from collections.abc import Hashable, Sequence
 from aioengine.core.speculation.automaton import SuffixAutomaton
 
 MAX_TOKENS = 2**18
-"""Of all outputs that are kept; a token takes some 50 to 200 bytes."""
+"""Maximum tokens of all outputs that are kept; a token takes 50 to 200 bytes."""
 MAX_TOKENS_EACH = 2**15
-"""Of those of one adapter and tenant. When they are full, they stay until as many newer ones have come."""
+"""Maximum tokens of one adapter and tenant. When they are reached, the outputs stay until as many newer
+tokens have come."""
 _TAKEN_IN_AT_ONCE = 256
 """Tokens in each step, of requests that have ended."""
 _MAX_PENDING = 2**15
@@ -29,7 +30,7 @@ Key = Hashable
 
 
 class Place:
-    """Where in outputs a text's end is."""
+    """Place of a text's end in the outputs."""
 
     __slots__ = ("automaton", "known", "length", "state")
 
@@ -108,7 +109,7 @@ class EarlierOutputs:
         return best, length
 
     def _newer(self, key: Key) -> SuffixAutomaton:
-        """Where this key's outputs are added, with room for at least one token."""
+        """Return the automaton to which this key's outputs are added, with room for at least one token."""
         parts = self._kept.setdefault(key, [SuffixAutomaton()])
         self._kept.move_to_end(key)
         if parts[0].tokens >= self._half:

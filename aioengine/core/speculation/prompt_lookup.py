@@ -11,7 +11,7 @@ from collections.abc import Sequence
 GRAM = 3
 """Tokens that must be the same."""
 _BITS = 21
-"""Of a token's id in a key: keys stay small integers."""
+"""Bits of a token's id in a key, so that keys stay small integers."""
 _INDEXED_AT_ONCE = 4096
 """Tokens; a longer text is taken in over several steps, since others wait meanwhile."""
 _LONGEST = 32
@@ -29,7 +29,7 @@ class PromptLookup:
         self._known = GRAM
         """The next end to be taken in."""
         self._back = 0
-        """How far back the last place was: a copy that changes single tokens goes on there."""
+        """Distance to the last place that was found. A copy with single tokens changed goes on there."""
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
         """The index of what may follow ``tokens``, and how many of the last tokens stand before it as well;

@@ -81,7 +81,7 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
     blocks: list[int]
     """Blocks that follow them."""
     score: int = 0
-    """As in ``SequenceWork``."""
+    """Number of tokens to score, as in ``SequenceWork``."""
     draft: list[int] = []
     """Compute these after its history, too."""
 
@@ -114,7 +114,7 @@ class Read(_Message, frozen=True):
     name: str
     path: str
     files: AdapterSource | None = None
-    """What is read in place of a folder."""
+    """Files that are read in place of a folder."""
 
 
 class Add(_Message, frozen=True):
@@ -159,7 +159,7 @@ class Place(_Message, frozen=True):
     uid: int
     slot: int
     offset: int | None = None
-    """Where it begins in the slots' memory, in bytes."""
+    """Offset in the slots' memory, in bytes."""
 
 
 # From the workers
@@ -225,9 +225,9 @@ class Done(_Message, frozen=True):
     number: int
     seconds: float
     kernels: str = ""
-    """In an answer to Build: names of the kernels."""
+    """Names of the kernels, in an answer to Build."""
     variance: str | None = None
-    """In an answer to Build: the reason why a token's bits depend on its batch."""
+    """Reason why a token's bits depend on its batch, in an answer to Build."""
 
 
 class Failed(_Message, frozen=True):

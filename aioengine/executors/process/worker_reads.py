@@ -49,7 +49,7 @@ class _Told(Progress):
 
 
 class WorkerReads:
-    """Its methods are called by the main thread; ``send`` is called by any.
+    """Reads of adapters in a worker. The main thread calls its methods; any thread calls ``send``.
 
     Finished reads wait here, by number, until they are kept or discarded. A read that is discarded while its
     thread runs is forgotten when the thread returns.

@@ -111,7 +111,7 @@ class Workers:
         self._lost = lost
         self._progress = progress
         self.kernels = ""
-        """What computes the steps; known when they have started."""
+        """Name of what computes the steps; known when they have started."""
         self.variance: str | None = None
         """Why a token's bits depend on its batch; known when they have started."""
         self._workers: list[WorkerConnection] = []
@@ -193,7 +193,7 @@ class Workers:
         self._listeners.append(asyncio.get_running_loop().create_task(self._listen(worker), name=name))
 
     def _meeting(self, folder: str | None) -> str:
-        """Where the ranks find each other: a file in ``folder``, or "" for one rank."""
+        """Return the file in ``folder`` by which the ranks find each other; "" for one rank."""
         return "" if folder is None else os.path.join(folder, "ranks")
 
     def _start(self, meeting: str) -> Call:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Where an actor runs."""
+    """Address of an actor."""
 
     host: str
-    """Its node's address."""
+    """Address of its node."""
     free_port: int
     """A port of that node that nobody listened on a moment ago."""
     pid: int

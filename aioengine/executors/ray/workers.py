@@ -30,9 +30,9 @@ _ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_ST
 
 
 class RayWorkers(Workers):
-    """As :class:`~aioengine.executors.process.workers.Workers`, over TCP. Each actor has a CPU for every
-    thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or started on this machine, unless
-    the application has done so; it stays until the application ends it.
+    """Workers as :class:`~aioengine.executors.process.workers.Workers` has them, but Ray actors, over TCP.
+    Each actor has a CPU for every thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or
+    started on this machine, unless the application has done so; it stays until the application ends it.
 
     What the engine and its ranks tell each other is neither encrypted nor signed, as between torch's own
     ranks: the network between the nodes has to be trusted.
@@ -149,7 +149,7 @@ class _Actor:
         self.handle = handle
         self.pid = pid
         self.ended: Any = None
-        """What its ``run`` gives when it is over, or dead."""
+        """Result of its ``run``, which comes when the actor has ended."""
 
     async def wait(self) -> int | None:
         if self.ended is not None:

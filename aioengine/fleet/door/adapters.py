@@ -31,7 +31,7 @@ class FleetAdapters:
         self._entries: dict[str, Entry] = {
             name: Entry(name, path, 0) for name, path in config.adapters.items()
         }
-        """As the registry had them when this door last looked or changed something."""
+        """Adapters as the registry had them when this door last read or changed it."""
         self.registry: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._placement = PlacementGuard(load_placement(config.placement), timer=time.perf_counter)
@@ -54,7 +54,7 @@ class FleetAdapters:
             await asyncio.wait(self._tasks)
 
     def all(self) -> list[AdapterInfo]:
-        """Each once, at the fastest place that has it."""
+        """Return each adapter once, with the fastest place that holds it."""
         found: dict[str, AdapterInfo] = {}
         for member in self._members.members.values():
             for info in member.residency.adapters:
@@ -277,7 +277,7 @@ class FleetAdapters:
 
 
 def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
-    """Where other replicas find it: a source as it was given, and not one node's local copy of it."""
+    """Return where other replicas find it: the source as it was given, not one node's local copy."""
     if given is None and known is not None:
         given = known.path
     return given if given is not None and is_source(given) else info.path

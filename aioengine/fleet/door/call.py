@@ -34,9 +34,9 @@ class Call:
         self.arrival = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.route: RouteRequest | None = None
-        """What the router was last asked."""
+        """Last request to the router."""
         self.replica: str | None = None
-        """Where it runs."""
+        """Replica that it runs on; None if it runs nowhere."""
         self.tried: frozenset[str] = frozenset()
         self.migrations = 0
         """How often it went on elsewhere after it had begun."""
@@ -64,7 +64,7 @@ class Call:
         return len(self.tokens) > len(self.options.output)
 
     def take(self, delta: Delta, now: float) -> None:
-        """What a replica says of it."""
+        """Take in what a replica reports of it."""
         if delta.tokens:
             self.tokens += delta.tokens
             self._last = now

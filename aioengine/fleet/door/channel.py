@@ -32,7 +32,7 @@ class Channel:
     ) -> None:
         self.replica = replica
         self.calls: dict[int, Call] = {}
-        """What runs there, by key."""
+        """Calls that run there, by key."""
         self.heard = asyncio.get_running_loop().time()
         self.leaving = False
         """Serve has taken it out: it gets nothing new, and is closed when its calls have ended."""
@@ -51,7 +51,7 @@ class Channel:
         ]
 
     def send(self, order: Order) -> None:
-        """It goes with the next batch, in order."""
+        """Send an order with the next batch; orders keep their sequence."""
         self._orders.append(order)
         self._wake.set()
 

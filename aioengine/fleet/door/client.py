@@ -144,12 +144,12 @@ class FleetClient:
         return self.state == "running" and self.members.missing > 0
 
     def step_age(self) -> float:
-        """Of the replica that is best off: as long as one goes on, the fleet does."""
+        """Return the smallest step age of the replicas: as long as one makes progress, the fleet does."""
         statuses = [member.status for member in self.members.members.values()]
         return min((status.step_age for status in statuses if status is not None), default=0.0)
 
     async def until_dead(self) -> EngineDead:
-        """Does not return: replicas that are lost come back, or others in their place."""
+        """Wait for ever: a lost replica comes back, or another one takes its place."""
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 
@@ -161,8 +161,8 @@ class FleetClient:
         params: SamplingParams | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As ``AsyncEngine.generate``. If its replica is lost it goes on at another one; after
-        ``migration_limit`` of them it raises EngineDead."""
+        """Run one request as ``AsyncEngine.generate`` does. If its replica is lost, the request goes on at
+        another one; after ``migration_limit`` of them it raises EngineDead."""
         self._check_running()
         request_id, options = split_keywords(keywords)
         if options.mix is not None:
@@ -264,7 +264,8 @@ class FleetClient:
         return await self.text_work.run(SHORT + size_of(messages, limit), encode_chat, tenant)
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        """As ``AsyncEngine.limit_waiting``; each replica gets its share of the bound, rounded up."""
+        """Bound waiting requests as ``AsyncEngine.limit_waiting`` does; each replica gets its share of the
+        bound, rounded up."""
         self._dispatcher.limit_waiting(max_waiting)
 
     def share_limits(self, ledger: UsageLedger) -> None:
@@ -288,7 +289,7 @@ class FleetClient:
         force_pin: bool = False,
         replace: bool = False,
     ) -> AdapterInfo:
-        """As ``AsyncEngine.load_adapter``, for the whole fleet; see
+        """Load an adapter as ``AsyncEngine.load_adapter`` does, for the whole fleet; see
         :meth:`aioengine.fleet.door.adapters.FleetAdapters.load`."""
         self._check_lora()
         return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
@@ -309,7 +310,7 @@ class FleetClient:
         await self._adapters.unload(name, force=force)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """On every replica, or on none."""
+        """Pin an adapter on every replica, or on none."""
         self._check_lora()
         return await self._adapters.pin(name, force=force)
 
@@ -328,7 +329,8 @@ class FleetClient:
         return self.members.stats()
 
     def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
-        """No events come from replicas: who watches reads :meth:`stats` and :meth:`adapters`."""
+        """Accept a listener that gets no events, because replicas send none: read :meth:`stats` and
+        :meth:`adapters`."""
         return lambda: None
 
     def _check_running(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 Watcher = Callable[[set[str]], None]
 
 _watchers: dict[str, list[Watcher]] = {}
-"""By application. Serve makes the router in whatever process has a handle, and there is no other way from it
-to the door in that process."""
+"""Watchers by application. Serve makes the router in the process that has the handle, and this table is the
+only way from there to the door."""
 _latest: dict[str, set[str]] = {}
 
 
@@ -29,7 +29,7 @@ def watch_replicas(application: str, watcher: Watcher) -> Callable[[], None]:
 
 
 def replicas_changed(application: str, replicas: set[str]) -> None:
-    """What a router calls."""
+    """Tell the watchers which replicas there are; the router calls this."""
     _latest[application] = replicas
     for watcher in list(_watchers.get(application, ())):
         watcher(replicas)

@@ -40,7 +40,7 @@ class Dispatcher:
         self.misroutes = 0
         """Requests whose replica had lost the adapter that it was chosen for."""
         self.route_seconds: list[float] = []
-        """What routing took since it was last asked for."""
+        """Seconds of each routing decision since this was last read."""
         self._max_waiting: dict[str, int] = {}
         self._state.listeners.append(self.guard.tell)
         members.on_join.append(self._joined)
@@ -85,7 +85,7 @@ class Dispatcher:
                 pass
 
     def abandon(self, call: Call) -> None:
-        """Nobody waits for it any more: if it runs, it is aborted."""
+        """Give a call up that nobody waits for any more: if it runs, it is aborted."""
         if call.replica is None:
             return
         channel = self._members.channel(call.replica)
@@ -158,7 +158,7 @@ class Dispatcher:
         channel.send(order)
 
     def _take(self, channel: Channel, call: Call, delta: Delta) -> None:
-        """What a replica says of a request."""
+        """Take in what a replica reports of a request."""
         begun = call.begun
         self.misroutes += delta.misrouted
         if delta.error:

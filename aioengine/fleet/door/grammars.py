@@ -31,6 +31,6 @@ class FleetGrammars:
             raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are compiled")
 
     async def constraint(self, text: str, tenant: str | None) -> SentGrammar:
-        """What is wrong with the grammar is found out by the replica, as the request's error."""
+        """Make a constraint that the replica compiles: a fault in the grammar becomes the request's error."""
         self.check_size(text)
         return SentGrammar(text)

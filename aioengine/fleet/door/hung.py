@@ -28,7 +28,7 @@ class Hung:
         self._lost[replica] = hello
 
     def back(self, replica: str) -> None:
-        """It is heard of again."""
+        """Note that the replica is heard of again."""
         self._lost.pop(replica, None)
 
     async def end_all_but(self, kept: Set[str]) -> None:

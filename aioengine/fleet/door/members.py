@@ -34,7 +34,7 @@ class Member:
         self.status: Status | None = None
         self.residency = Residency([], [])
         self.ready = True
-        """It knows the fleet's adapters."""
+        """Whether it knows the fleet's adapters."""
 
 
 class Members:
@@ -48,17 +48,17 @@ class Members:
         self.losses: Counter[str] = Counter()
         """Replicas lost, by how."""
         self.on_join: list[Callable[[Member], None]] = []
-        """Told of each replica that has said hello."""
+        """Callbacks for each replica that has said hello."""
         self.on_delta: Callable[[Channel, Call, Delta], None] = lambda channel, call, delta: None
-        """Told what a replica says of a request."""
+        """Callback for what a replica reports of a request."""
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
-        """Told of each request whose replica is lost."""
+        """Callback for each request whose replica is lost."""
         self.door = door
         self._channels: dict[str, Channel] = {}
         self._changed = asyncio.Event()
         """Set, and replaced, whenever a replica comes or goes."""
         self._known: set[str] = set()
-        """Those that Serve says there are."""
+        """Replicas that exist, as Serve reports them."""
         self._hung = Hung()
         self._waking = False
         """A call waits for a replica to be started."""
@@ -110,7 +110,7 @@ class Members:
 
     @property
     def asleep(self) -> bool:
-        """There is no replica because nothing is asked of the fleet; the next request wakes it."""
+        """Whether there is no replica because there are no requests; the next request starts one."""
         return self.config.autoscale is not None and not self._known
 
     @property
@@ -246,7 +246,8 @@ class Members:
         self._tell_change()
 
     async def _reopen(self, replica: str) -> None:
-        """If Serve keeps the replica, it may only have been cut off, or stood still: try it now and then."""
+        """Try a lost replica again now and then, as long as Serve keeps it: it may only have been cut off, or
+        paused."""
         while True:
             await asyncio.sleep(1.0)
             if replica not in self._known or replica in self._channels:

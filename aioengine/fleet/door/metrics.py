@@ -33,7 +33,7 @@ class FleetMetrics:
         self.registry = CollectorRegistry()
         self.registry.register(_Everything(self))
         self.own = CollectorRegistry()
-        """What the door knows itself."""
+        """Registry of the door's own metrics."""
         self.own.register(_Door(members, dispatcher))
         self._members = members
         self._dispatcher = dispatcher
@@ -109,7 +109,7 @@ class _Everything(Collector):
 
 
 class _Door(Collector):
-    """What the door knows, read when it is asked for."""
+    """Collector of the door's own numbers, which are read at each scrape."""
 
     def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
         self._members = members

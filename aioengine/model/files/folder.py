@@ -63,5 +63,5 @@ def check_exists(path: Path) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> ConfigError:
-    """What is raised for a file that is none of safetensors'."""
+    """Make the error for a file that is not in the safetensors format."""
     return ConfigError(f"{path}: not a readable safetensors file: {error}")

@@ -45,7 +45,8 @@ _IN_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-"""Not a parameter: the per-frequency divisors of Llama 3 RoPE, taken into the spec."""
+"""Tensor with the divisors of Llama 3 RoPE for each frequency. It goes into the spec; it is not a
+parameter."""
 
 
 class GGUFFile:
@@ -157,7 +158,8 @@ class StoredTensor:
         self._file, self._name = file, name
         self._tensor = file.tensors[name]
         self._heads: int | None = None
-        """Of q and k, whose rows are in another order than Hugging Face's."""
+        """Number of heads of q or k, whose rows are in another order than in Hugging Face's files; None for
+        other tensors."""
         self._head_dim = spec.head_dim
         if file.require("general.architecture") == "llama":
             if name.endswith((".attn_q.weight", ".attn_q.bias")):
@@ -171,15 +173,15 @@ class StoredTensor:
 
     @property
     def packing(self) -> Packing | None:
-        """How it is kept in memory if it is a quantized matrix of a known format."""
+        """Format in which it stays in memory, if it is a quantized matrix of a known format; else None."""
         return _packing(self._tensor)
 
     def tensor(self) -> torch.Tensor:
-        """Its values: in their dtype, and quantized ones in float32."""
+        """Return its values in their dtype; quantized ones are converted to float32."""
         return self._ordered(_to_torch(self._file, self._tensor))
 
     def blocks(self) -> dict[str, torch.Tensor]:
-        """What a weight of :attr:`packing` consists of, by the names of ``BlockWeight``."""
+        """Return the tensors of a quantized weight, under the names that ``BlockWeight`` has for them."""
         return {"data": self._ordered(torch.from_numpy(self._tensor.data))}
 
     def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:

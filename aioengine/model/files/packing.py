@@ -1,4 +1,4 @@
-"""How a quantized checkpoint stores a weight, and how many bytes that takes. No torch here."""
+"""Formats in which quantized checkpoints store a weight, and the bytes that each takes. No torch here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True):
     """A weight [n, k] as :class:`aioengine.kernels.blocks.BlockWeight` has it."""
 
     format: str
-    """Of :mod:`aioengine.kernels.portable.dequantize`."""
+    """Name of a format in :mod:`aioengine.kernels.portable.dequantize`."""
     group: int = 0
     """Inputs that share a scale; 0: all of a row."""
     zeros: bool = False

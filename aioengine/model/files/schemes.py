@@ -1,4 +1,4 @@
-"""What the ways to quantize a Hugging Face folder have in common: each is a :class:`Scheme`."""
+"""Scheme: the interface of all ways to quantize a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors calls it: "F16", "I32", "F8_E4M3", ..."""
+    """Name of the dtype in safetensors: "F16", "I32", "F8_E4M3", ..."""
 
 
 Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -39,11 +39,11 @@ class Scheme(Protocol):
     """One way to store the weights of linears in several tensors each. No torch but in ``fields``."""
 
     def layout(self, module: str, headers: Mapping[str, Header]) -> Layout | None:
-        """How the linear ``module`` is stored, whose tensors are ``headers`` by the last parts of their
-        names; None: as any other. Raises ConfigError for what is not supported."""
+        """Return how the linear ``module`` is stored; None if it is not quantized. ``headers`` are its
+        tensors, by the last part of their names. Raises ConfigError for what is not supported."""
 
     def fields(self, module: str, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What :class:`aioengine.kernels.blocks.BlockWeight` consists of, by its names there."""
+        """Return the tensors of a :class:`aioengine.kernels.blocks.BlockWeight`, under its names for them."""
 
 
 class Wrong:

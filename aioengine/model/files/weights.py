@@ -34,7 +34,7 @@ class StoredBlocks(NamedTuple):
     shape: tuple[int, ...]
     packing: Packing
     read: Callable[[], Mapping[str, Tensor]]
-    """What :class:`BlockWeight` consists of, by its names there."""
+    """Reads the tensors of a :class:`BlockWeight`, under its names for them."""
 
 
 def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored | StoredBlocks]]:

@@ -21,7 +21,7 @@ from aioengine.kernels.portable.sdpa import Chunk, DecodeGroup, Window, Windows
 from aioengine.model.generic.step import Allowed, Holder, Kind, Step, kind_of
 
 NAME = "aioengine"
-"""In transformers' registries."""
+"""Name of this attention in transformers' registries."""
 
 _MASK = "_aioengine_allowed"
 
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 class Attends:
-    """What a hooked module carries: whose it is, and how it computes."""
+    """State of a hooked attention module: the model that it belongs to, and how it computes."""
 
     def __init__(self, holder: Holder, kernels: Backend, longest: int) -> None:
         self.holder = holder
@@ -48,7 +48,7 @@ class Attends:
 
 
 def _mask(*_: Any, mask_function: Allowed, use_vmap: bool = False, **__: Any) -> Tensor:
-    """In the place of a mask: a tensor that carries the function."""
+    """Return a tensor that stands for the mask and carries the mask's function."""
     if use_vmap:
         raise Unsuitable("its masks depend on more than positions")
     mask = torch.zeros(1, 1, 1, 1)
@@ -131,7 +131,7 @@ def _window(step: Step, layer: int, kind: Kind, allowed: Allowed | None, dtype: 
 
 
 def _asked(plan: AttentionPlan, allowed: Allowed, dtype: torch.dtype) -> Window:
-    """As :class:`Windows` has it, for a mask of another kind: each sequence on its own."""
+    """Make the plan for a mask that is no window, with one chunk for each sequence."""
     device, chunks = plan.device, []
     zero = torch.zeros(1, 1, dtype=torch.long)
     for i, (row, length, start) in enumerate(plan.spans):

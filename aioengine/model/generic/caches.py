@@ -1,4 +1,4 @@
-"""What takes the place of a cache of transformers: nothing, or the pages of one sequence."""
+"""Caches that are given to transformers in place of its own: an empty one, or the pages of one sequence."""
 
 from __future__ import annotations
 

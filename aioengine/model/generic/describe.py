@@ -158,7 +158,8 @@ def _vocabulary(model: Any, text: Any) -> int:
 
 
 def _max_position(text: Any) -> int:
-    """Where positions end; where rotations would change with the longest sequence of a batch, before that."""
+    """Return the number of positions. Where rotations depend on the longest sequence of a batch, it is cut to
+    the length up to which they do not."""
     known = [getattr(text, name, None) for name in _POSITIONS]
     limit = next((int(value) for value in known if isinstance(value, int) and value > 1), _UNBOUNDED)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}

@@ -76,7 +76,7 @@ class Found:
             raise ConfigError(f"{self.path}/config.json: {_line(wrong)}") from wrong
 
     def _refuse(self, raw: dict[str, Any]) -> None:
-        """What no probe is needed for."""
+        """Refuse models that cannot run here whatever a probe would find."""
         where, kind = f"{self.path}/config.json", self.config.model_type
         if getattr(self.config, "is_encoder_decoder", False):
             raise ConfigError(
@@ -90,7 +90,7 @@ class Found:
             )
 
     def no_keys_and_values(self, why: str) -> ConfigError:
-        """What is raised for a model that keeps something else of its past."""
+        """Make the error for a model that caches something other than keys and values."""
         return ConfigError(
             f"{self.path}: {self.config.model_type!r} keeps more of its past than keys and values ({why}), "
             "which paged caches and batches of the engine cannot hold (state-space and hybrid models); use a "
@@ -161,7 +161,8 @@ class Found:
 
 
 def _quiet(model: Any) -> Any:
-    """In evaluation mode, and without a look at the tokens for padding, of which there is none."""
+    """Put the model into evaluation mode, and switch off its check of the tokens for padding, because there
+    is none."""
     for module in model.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
@@ -197,6 +198,6 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """Return an exception's message in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

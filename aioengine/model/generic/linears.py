@@ -33,7 +33,7 @@ class AdaptedForward:
         """The linear without adapters."""
         self.pool = pool
         self.place = place
-        """In the pool's modules."""
+        """Index among the pool's modules."""
         self._own = pool._replace(
             modules=(pool.modules[place],),
             first=pool.first + place,

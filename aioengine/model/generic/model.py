@@ -78,7 +78,7 @@ class GenericModel:
         self._cache_name = cache_argument(body.forward)
         self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
         self._result: Any = None
-        """What the body gave last, and gives again while the head is called."""
+        """Last output of the body; it is returned again while the head is called."""
         self.holder = Holder(cache, spec.layer_ids)
         attends = attention.Attends(self.holder, kernels, longest)
         for module in self.model.modules():
@@ -95,7 +95,7 @@ class GenericModel:
         self._attention.use(None if own else attention.NAME)
 
     def base_weight(self, layer: int, module: str) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Decoder.base_weight`."""
+        """Return a weight of the base model, as :meth:`Decoder.base_weight` does."""
         name = self.spec.module_name(layer, module)
         packed = None if self._packed is None else self._packed.by_name.get(name)
         if packed is not None:

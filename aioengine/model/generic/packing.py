@@ -23,7 +23,7 @@ from aioengine.model.generic.step import Holder, Step
 
 
 class Outputs(NamedTuple):
-    """What the first member made."""
+    """Outputs that the first member of a group has computed for the others."""
 
     x: Tensor
     step: Step | None
@@ -104,13 +104,13 @@ class Member:
         return None if bias is None else bias[self._begin : self._end]
 
     def data(self) -> Tensor:
-        """What it has of the packed weight, flat."""
+        """Return this member's part of the packed weight, flat."""
         k = self._packed.weight.k
         return self._packed.weight.data.view(-1)[self._begin * k : self._end * k]
 
 
 class PackedLinears:
-    """What has been packed of a model, and may be undone."""
+    """Linears of a model that have been packed together; :meth:`undo` takes it back."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class PackedLinears:
                 module.weight.data = member.data().view(module.weight.shape)
 
     def undo(self) -> None:
-        """Has all modules compute by themselves again."""
+        """Let all modules compute by themselves again."""
         for name, member in self.by_name.items():
             module, weight = self._modules[name], member.weight()
             usual = isinstance(module, torch.nn.Linear)

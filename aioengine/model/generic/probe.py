@@ -1,4 +1,4 @@
-"""Does a model compute here what it computes in transformers alone? Asked once, when it is loaded.
+"""Probe that compares a model's logits here with those of transformers alone, once, when it is loaded.
 
 Two sequences run through the engine's pages: in chunks, one beside the other, token by token, and beside a
 third one at the last position. Their logits have to be those of an uncached pass of each by itself.
@@ -28,9 +28,10 @@ logger = logging.getLogger("aioengine")
 
 _LENGTHS = (21, 13)
 _TYPICAL = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
-"""By how much half of the rows may be off, relative to a row's largest logit."""
+"""Largest median error of the rows, relative to a row's largest logit."""
 _LARGEST = {torch.float32: 2e-3, torch.float16: 0.3, torch.bfloat16: 0.6}
-"""By how much any row may be: a token may go to another expert for the last bit of its router's input."""
+"""Largest error of any row, relative to its largest logit. It is larger, because the last bit of a router's
+input may send a token to another expert."""
 
 
 def check(model: GenericModel) -> None:
@@ -89,7 +90,7 @@ def _sequences(model: GenericModel) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _differs(model: GenericModel, expected: list[Tensor]) -> str | None:
-    """What is wrong; None if nothing is. ``expected`` are the sequences' logits."""
+    """Return what differs from ``expected``, the sequences' logits; None if nothing does."""
     sequences, tables = _sequences(model)
     found: list[list[Tensor]] = [[] for _ in sequences]
     try:
@@ -228,7 +229,7 @@ def _adapter_differs(model: GenericModel) -> str | None:
 
 @dataclass
 class _RandomAdapter:
-    """What slots need to know of an adapter."""
+    """Random adapter, with what slots read of one."""
 
     rank: int
     tensors: dict[tuple[int, str], tuple[Tensor, Tensor]]

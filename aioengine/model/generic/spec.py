@@ -1,4 +1,4 @@
-"""What is known of a model that transformers runs, without its weights. No torch here."""
+"""Description of a model that transformers runs, without its weights. No torch here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Adaptable(NamedTuple):
     """A linear that adapters may target."""
 
     name: str
-    """Its path in the model, as PEFT knows it."""
+    """Path in the model, as PEFT names it."""
     layer: int
     """``NO_LAYER`` outside of the layers."""
     module: str
-    """Its path below the layer. All linears of one ``module`` have one shape."""
+    """Path below the layer. All linears of one ``module`` have one shape."""
     group: str
     """Linears of a layer that are in one group read the same input."""
 
@@ -32,7 +32,7 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     shapes: dict[str, LinearShape]
     """The shape of each module."""
     kv: tuple[KVShape, ...]
-    """What each layer that attends keeps of a token."""
+    """Shape of the keys and values of a token, for each layer that attends."""
     layer_ids: tuple[int, ...]
     """The numbers that transformers gives to the layers of ``kv``."""
     parameters: int
@@ -56,7 +56,7 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return self.shapes[module]
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """With ``asked``, the modules whose path ends in one of these names. By default all linears but the
+        """Return the modules whose path ends in one of the names in ``asked``. By default all linears but the
         head, as PEFT's "all-linear" has it."""
         if asked is None:
             return tuple(module for module in self.shapes if module != "lm_head")

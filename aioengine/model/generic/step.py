@@ -31,24 +31,24 @@ class Step:
     plan: AttentionPlan | None = None
     """None: no layer attends (the head alone)."""
     shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By a pool's id: the last input, and what the pool's As make of it."""
+    """Last input of each pool, by its id, and the product of the pool's A matrices with it."""
     made: dict[Any, Any] = field(default_factory=dict)
-    """What layers share in this step."""
+    """Values that layers share in this step."""
 
 
 class Holder:
-    """What all hooked modules of one model refer to."""
+    """State that all hooked modules of one model share."""
 
     def __init__(self, cache: KVCache, layer_ids: tuple[int, ...]) -> None:
         self.cache = cache
         self.index = {layer: i for i, layer in enumerate(layer_ids)}
         self.kinds: dict[int, Kind] = {}
-        """By transformers' number of the layer."""
+        """Kind of mask, by transformers' number of the layer."""
         self.step: Step | None = None
 
 
 def kind_of(allowed: Allowed | None, longest: int, device: torch.device) -> Kind:
-    """What a mask function comes to for positions below ``longest``, by asking it for some of them."""
+    """Classify a mask function by its answers for some positions below ``longest``."""
     if allowed is None:
         return Kind()
     every = torch.arange(longest, device=device)

@@ -1,4 +1,4 @@
-"""What a model does in one pass: which modules see which inputs, and what its layers keep."""
+"""Trace of one pass of a model: the inputs of its modules, and what its layers put into the cache."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Trace:
     """One pass of some tokens."""
 
     attended: dict[int, KVShape] = field(default_factory=dict)
-    """By layer, what its attention was given."""
+    """Arguments of the attention, by layer."""
     repeated: bool = False
     """Whether a layer's attention was called more than once."""
     updated: dict[int, KVShape] = field(default_factory=dict)
-    """By layer, what was put into the cache."""
+    """Keys and values that were put into the cache, by layer."""
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    """By linear, what it was called with; nothing stands for what is no usual call of a linear."""
+    """Inputs of each linear, one for each call; an unusual call has an empty tensor."""
 
     def sees_all(self, name: str) -> bool:
         """Whether a linear got every token, in every call."""
@@ -53,13 +53,14 @@ class Attention:
         ]
 
     def use(self, name: str | None) -> None:
-        """Has them use what is registered under ``name``; None: what transformers chose."""
+        """Let them use the attention that is registered under ``name``; None: the one that transformers
+        chose."""
         for config, own in self._own:
             config._attn_implementation = own if name is None else name
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """What a module calls the cache that it takes."""
+    """Return the name of the argument by which a module takes the cache."""
     names = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 

@@ -1,4 +1,4 @@
-"""What a compiled step comes back to Python for, where several ranks hold the model: their exchanges."""
+"""Exchanges between ranks, for which a compiled step calls back into Python."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from aioengine.model.decoder import StepInputs
 
 
 def between(name: str, adapted: AdaptedLinears) -> Exchange:
-    """What the ranks exchange between A and B of the fused linear ``name``."""
+    """Return the exchange between A and B of the fused linear ``name``."""
     if not adapted.exchanges:
         return Exchange.NOTHING
     return Exchange.SUM if name in ("o", "down") else Exchange.GATHER
 
 
 class StepExchange:
-    """Of one step, whose scratch memory is ``x`` [T, hidden] and ``h`` [elements]; ``pools`` by their ids in
-    the library, of which ``head`` is for the sampled rows.
+    """Exchanges of one step, whose scratch memory is ``x`` [T, hidden] and ``h`` [elements]; ``pools`` by
+    their ids in the library, of which ``head`` is for the sampled rows.
 
     To be given to the library as ``structs.ExchangeFunction``. An error ends the step, and is kept.
     """

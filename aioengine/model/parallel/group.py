@@ -27,7 +27,7 @@ SOLO = Shard()
 
 
 class Traffic:
-    """What a rank has sent since this was created or reset."""
+    """Count of what a rank has sent since this was created or reset."""
 
     def __init__(self) -> None:
         self.reset()

@@ -35,7 +35,7 @@ class SlotCopier(Protocol):
 
 
 class SerialCopier:
-    """For slots in CPU memory. Steps that read other slots go on in the other cores.
+    """Copier for slots in CPU memory. Steps that read other slots go on in the other cores.
 
     A team of OpenMP threads for a copy would fight for the cores with the step's own team, so the copy
     is made of pieces that torch works on in the calling thread. They are handed over in one call, and the
@@ -67,7 +67,7 @@ class SerialCopier:
 
 
 class StreamCopier:
-    """For slots in CUDA memory: copies on a stream of their own, beside the steps.
+    """Copier for slots in CUDA memory, which copies on a stream of its own, beside the steps.
 
     Images should be page-locked, or the copies are not asynchronous. A write returns when the device has
     finished it, known by an event on which the calling thread sleeps. That thread is never the step's:

@@ -23,7 +23,8 @@ Key = tuple[int, str]
 
 
 class Adapter(Protocol):
-    """What :func:`build_image` reads of an :class:`aioengine.adapters.peft.read.PackedAdapter`."""
+    """Adapter as :func:`build_image` reads it, for example an
+    :class:`aioengine.adapters.peft.read.PackedAdapter`."""
 
     @property
     def rank(self) -> int: ...
@@ -86,7 +87,7 @@ class ImageShape:
         return AdapterImage(rank, digest, self.layout, data, self.table, has_affine)
 
     def begin(self, key: Key, column: Column) -> int:
-        """Where A, B, or gain and shift of a place begin."""
+        """Return the offset of a place's A, B, or gain and shift."""
         return int(self.table[self.layout.index[key], column])
 
 
@@ -96,7 +97,8 @@ def image_shape(
     affine: Collection[Key],
     dtype: torch.dtype,
 ) -> ImageShape:
-    """Of an adapter with these rows of A and columns of B, and gain and shift of the places ``affine``."""
+    """Return the shape of the image of an adapter with these rows of A and columns of B, and with gain and
+    shift for the places ``affine``."""
     rows = [[0, 0, 0, 0, -1] for _ in layout.places]
     end = 0
     for fused in layout.fused:

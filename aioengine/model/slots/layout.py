@@ -1,4 +1,4 @@
-"""Where everything lies inside an adapter slot: what planning, loading and the pool share. No torch here.
+"""Layout of an adapter slot, which planning, loading and the slot pool share. No torch here.
 
 An adapter in a slot is one row of elements, without gaps: first the LoRA matrices of the modules that it
 targets, each as large as its own rank; the As of a fused linear adjoin. Then comes what DoRA and
@@ -52,11 +52,12 @@ class Share(NamedTuple):
     """The parts of an adapter's matrices that a rank has. All matrices of a module are cut alike."""
 
     a: tuple[slice, slice]
-    """Of A [r, in]."""
+    """Part of A [r, in] that the rank holds."""
     b: slice
-    """Of B's rows."""
+    """Part of B's rows that the rank holds."""
     outputs: slice
-    """Of what there is one of for each output: magnitudes, biases, gain and shift."""
+    """Part of the values with one entry for each output (magnitudes, biases, gain, shift) that the rank
+    holds."""
 
 
 class FusedPlace(NamedTuple):
@@ -125,7 +126,7 @@ class SlotLayout:
         return len(range(self.spec.linear(module).out_features)[self._shares[module].outputs])
 
     def share(self, module: str) -> Share:
-        """What the slot holds of an adapter's matrices for ``module``."""
+        """Return the part of an adapter's matrices for ``module`` that the slot holds."""
         rank, size, full = self.shard
         inputs, outputs = self.partition.inputs(module), self.partition.outputs(module)
         if not full:

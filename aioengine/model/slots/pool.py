@@ -61,7 +61,7 @@ class LoRASlots:
         self.heads: list[Head | None] = [None] * max_loras
         """The trained head of each slot's adapter, if it has one, on the device."""
         self.poolings: list[Kind | None] = [None] * max_loras
-        """How each slot's adapter pools, if it says so."""
+        """Pooling of each slot's adapter; None if it chooses none."""
 
         self.outer: dict[str, LoRAPool] = {}
         self.layers: list[dict[str, LoRAPool]] = [{} for _ in range(spec.num_layers)]
@@ -99,11 +99,11 @@ class LoRASlots:
 
     @property
     def has_affine(self) -> list[bool]:
-        """For each slot: does its adapter scale or shift outputs (DoRA, ``lora_bias``)?"""
+        """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
         return self._has_affine
 
     def before_step(self) -> None:
-        """To be called by the thread that is about to enqueue a step."""
+        """Wait for the copies that a step needs. The thread that is about to enqueue the step calls this."""
         self._copier.before_step()
 
     def after_step(self) -> None:

@@ -195,12 +195,12 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """By name: ``bos_token``, ``eos_token``, ..."""
+        """Special tokens by their names: ``bos_token``, ``eos_token``, ..."""
         return self._special_tokens
 
     @property
     def chat_template(self) -> str | None:
-        """Its source."""
+        """Source of the chat template."""
         return self._chat_template
 
     def token_bytes(self, token_id: int) -> bytes:

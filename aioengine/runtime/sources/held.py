@@ -131,6 +131,6 @@ class HeldAdapters:
 
 
 def _nbytes(tensors: object) -> int:
-    """Of what are tensors; what is not is refused later."""
+    """Add up the bytes of the tensors; values that are no tensors are refused later."""
     values = tensors.values() if isinstance(tensors, Mapping) else ()
     return sum(getattr(tensor, "nbytes", 0) for tensor in values)

@@ -64,7 +64,7 @@ class Mixes:
         self._residency = residency
         self._acquire = acquire
         self._known: dict[str, AdapterEntry] = {}
-        """By name, the least recently asked for first."""
+        """Mixes by name, the least recently asked for first."""
         self._made = 0
 
     async def acquire(self, weights: Mapping[str, float], tenant: str | None, now: float) -> AdapterEntry:

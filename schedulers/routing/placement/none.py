@@ -1,4 +1,4 @@
-"""No placement."""
+"""NoPlacement: adapters are loaded only when requests need them."""
 
 from __future__ import annotations
 

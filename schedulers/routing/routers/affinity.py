@@ -24,7 +24,7 @@ DEFAULT_LOAD_SECONDS = 0.25
 DEFAULT_SLOT_SECONDS = 0.02
 """Taken while nothing has been measured."""
 CROWDING = 0.05
-"""Of the time that a request runs, how much longer that is in a full batch than alone."""
+"""Share by which a request runs longer in a full batch than alone."""
 MAX_HOLDERS = 4
 """Holders whose cost is reckoned in full; where there are more, the two with the shortest queues."""
 FRESH_SECONDS = 1.0
@@ -75,7 +75,7 @@ class Affinity(RouterPolicy):
         self._found: Sequence[ReplicaView] = ()
         self._index: dict[str, ReplicaView] = {}
         self._token_seconds = DEFAULT_TOKEN_SECONDS
-        """As measured on one replica: taken of those that are not measured yet."""
+        """Seconds per token as measured on one replica, assumed for replicas that are not measured yet."""
         self._homes: dict[str, int] = {}
         """Adapters with more than one home."""
         self._started: dict[str, float] = {}
@@ -131,9 +131,9 @@ class Affinity(RouterPolicy):
         cached: Mapping[str, int],
         homes: Collection[str],
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """By replica the seconds before the request's first token there, and how many of these are for its
-        adapter. They are what is computed first, its own prompt, and the requests that must end first
-        because as many run as may."""
+        """Return for each replica the seconds before the request's first token there, and how many of these
+        are for its adapter. They are what is computed first, its own prompt, and the requests that must end
+        first because as many run as may."""
         service, adapter = self._service, request.adapter
         costs, loads = {}, {}
         for replica_id in replicas:

@@ -1,4 +1,5 @@
-"""What routers have in common: whom they may name, how loaded they are, and a stable order by hash."""
+"""Helpers that routers share: which replicas they may name, how loaded these are, and a stable order by
+hash."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def by_load(replicas: Collection[ReplicaView]) -> list[str]:
 
 
 class RendezvousOrder:
-    """For each key an order of the replicas that looks random, and in which a replica that joins or leaves
+    """Order of the replicas for each key, which looks random, and in which a replica that joins or leaves
     moves no other (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", IEEE/ACM
     Transactions on Networking 1998: highest random weight). The orders last asked for are kept."""
 

@@ -1,4 +1,4 @@
-"""Whoever holds the adapter."""
+"""Holder: a replica that holds the adapter."""
 
 from __future__ import annotations
 

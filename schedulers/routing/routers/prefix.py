@@ -1,4 +1,4 @@
-"""Whoever has most of the prompt cached, unless the load is uneven."""
+"""Prefix: the replica that has most of the prompt cached, unless the load is uneven."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class _Module(NamedTuple):
     keys: Mapping[str, str]
     """Parameter -> its key in the file."""
     rank: int
-    """Of the folded pair."""
+    """Rank of the folded pair."""
     scaling: float
 
 

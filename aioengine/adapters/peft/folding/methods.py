@@ -1,4 +1,4 @@
-"""How each method changes a weight, written as a product B @ A of low rank.
+"""Methods whose change of a weight is a product B @ A of low rank, and how each is written as one.
 
 The matrices of a module come by the names of PEFT's parameters, in float32. The work is done in small pieces,
 because torch would use several threads for larger ones (see :mod:`aioengine.adapters.peft.pack`).
