@@ -70,7 +70,7 @@ class VTC(Ordering):
         return self._counters.get(client, 0.0)
 
     def may_go_first(self, request: RequestView) -> bool:
-        """Whether its client has been served no more than any other that waits; a new client has not."""
+        """Whether its client has been served no more than any other that waits, as a new one has."""
         return self.counter(self._client_of(request)) <= self._lowest()
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
