@@ -13,13 +13,16 @@ from aioengine.kernels.weight import Weight
 
 
 class HeadNorms(NamedTuple):
-    """Norms of each query and each key head, which some models have before the rotation."""
+    """Norms of queries and keys, which some models have before the rotation: of each head if the weights are
+    as long as a head, or of as many heads together as they are long."""
 
     q: Tensor
-    """[d] weight"""
+    """[d] or [H * d] weight"""
     k: Tensor
-    """[d] weight"""
+    """[d] or [K * d] weight"""
     eps: float
+    offset: float | None = None
+    """As :meth:`Backend.add_rms_norm` has it."""
 
 
 class Backend(Protocol):
@@ -47,18 +50,34 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``: ``x`` [T, in], ``weight`` [out, in], ``bias`` [out]; returns [T, out]."""
 
-    def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """``hidden += delta`` in place, if there is one, and then its root-mean-square norm times ``weight``.
+    def add_rms_norm(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        *,
+        offset: float | None = None,
+        factor: float = 1.0,
+    ) -> Tensor:
+        """``hidden += factor * delta`` in place, if there is one, and then its root-mean-square norm times
+        ``weight``, or times ``offset + weight``.
 
         ``hidden``, ``delta`` [T, size], contiguous, ``weight`` [size]; returns [T, size]. Rounded to the
-        dtype after the sum, after the norm, and after the weight, as the models were trained.
-        Zhang & Sennrich, 2019, arXiv:1910.07467.
+        dtype after the sum, after the norm, and after the weight; with an ``offset`` (which may be 0) not
+        before the weight: as the models were trained. Zhang & Sennrich, 2019, arXiv:1910.07467.
         """
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) * up`` for ``gate_up`` [T, 2 * size], contiguous; returns [T, size], rounded after
         silu, too. SwiGLU: Shazeer, 2020, arXiv:2002.05202.
         """
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """The same with GELU in its approximation by tanh: Hendrycks & Gimpel, 2016, arXiv:1606.08415."""
+
+    def soft_cap_(self, x: Tensor, cap: float) -> None:
+        """``cap * tanh(x / cap)`` in place; ``x`` [N, size], contiguous."""
 
     def rope_store(
         self,
@@ -69,22 +88,34 @@ class Backend(Protocol):
         keys: Tensor,
         values: Tensor,
         plan: AttentionPlan,
+        *,
+        neighbours: bool = False,
     ) -> None:
         """Norms and rotates queries and keys, and stores keys and values into the cells of the plan.
 
-        ``qkv`` [T, H + 2 K, d], contiguous; ``cos``, ``sin`` [T, 1, d / 2] float32, dimension i paired with
-        i + d / 2 (RoFormer: Su et al., 2021, arXiv:2104.09864). Queries are changed in place; whether keys
-        are, too, is left open.
+        ``qkv`` [T, H + 2 K, d], contiguous; ``cos``, ``sin`` [T, 1, half] float32, contiguous, dimension i
+        paired with i + half (RoFormer: Su et al., 2021, arXiv:2104.09864), or 2 i with 2 i + 1 if they are
+        ``neighbours``; dimensions from 2 * half on are not rotated. Queries are changed in place; whether
+        keys are, too, is left open.
         """
 
     def paged_attention(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: AttentionPlan,
+        window: int | None,
+        *,
+        scale: float | None = None,
+        soft_cap: float | None = None,
     ) -> Tensor:
         """Each token attends to its sequence up to itself, or to the last ``window`` positions of that.
 
         ``qkv`` as :meth:`rope_store` left it, which must come first. Returns [T, H * d]. Scores are scaled
-        by ``d ** -0.5``; query head h reads key head ``h // (H / K)``. Cells of other sequences, and beyond
-        a sequence's end, may hold anything.
+        by ``scale`` (None: ``d ** -0.5``), and then capped: ``soft_cap * tanh(score / soft_cap)``. Query
+        head h reads key head ``h // (H / K)``. Cells of other sequences, and beyond a sequence's end, may
+        hold anything.
         """
 
     def lora_shrink(self, x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:

@@ -25,16 +25,26 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float | None = None,
+    factor: float = 1.0,
+) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     if delta is not None:
-        hidden.copy_(hidden.float() + delta.float())
-    return _rms_norm(hidden, weight, eps)
+        hidden.copy_(hidden.float() + factor * delta.float())
+    return _rms_norm(hidden, weight, eps, offset)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
     """Over the last dimension."""
     normed = x.float() / (x.float().square().mean(-1, keepdim=True) + eps).sqrt()
+    if offset is not None:
+        return (normed * (offset + weight.float())).to(x.dtype)
     return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
 
 
@@ -45,6 +55,18 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return (silu.float() * up).to(gate_up.dtype)
 
 
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up``; see :class:`Backend`."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gelu = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    return (gelu.to(gate_up.dtype).float() * up).to(gate_up.dtype)
+
+
+def soft_cap_(x: Tensor, cap: float) -> None:
+    """``cap * tanh(x / cap)``; see :class:`Backend`."""
+    x.copy_(cap * torch.tanh(x.float() / cap))
+
+
 def rope_store(
     qkv: Tensor,
     norms: HeadNorms | None,
@@ -53,24 +75,39 @@ def rope_store(
     keys: Tensor,
     values: Tensor,
     plan: AttentionPlan,
+    *,
+    neighbours: bool = False,
 ) -> None:
     """Norms, rotates and stores, head by head; see :class:`Backend`."""
     kv_heads = keys.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads
+    if norms is not None:
+        for begin, end, weight in ((0, heads, norms.q), (heads, heads + kv_heads, norms.k)):
+            x = qkv[:, begin:end].reshape(len(qkv), -1, len(weight))
+            normed = _rms_norm(x, weight, norms.eps, norms.offset)
+            qkv[:, begin:end] = normed.reshape(len(qkv), end - begin, -1)
+    half = cos.shape[-1]
+    c, s = cos[:, 0], sin[:, 0]
     for head in range(heads + kv_heads):
-        x = qkv[:, head]
-        if norms is not None:
-            x.copy_(_rms_norm(x, norms.q if head < heads else norms.k, norms.eps))
-        x1, x2 = x.float().chunk(2, dim=-1)
-        c, s = cos[:, 0], sin[:, 0]
-        x.copy_(torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1))
+        for i in range(half):
+            pair = [2 * i, 2 * i + 1] if neighbours else [i, i + half]
+            x1, x2 = qkv[:, head, pair].float().unbind(-1)
+            rotated = [x1 * c[:, i] - x2 * s[:, i], x2 * c[:, i] + x1 * s[:, i]]
+            qkv[:, head, pair] = torch.stack(rotated, dim=-1).to(qkv.dtype)
     blocks, offsets = plan.cells // plan.block_size, plan.cells % plan.block_size
     keys[blocks, offsets] = qkv[:, heads : heads + kv_heads]
     values[blocks, offsets] = qkv[:, heads + kv_heads :]
 
 
 def paged_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attends token by token; see :class:`Backend`."""
     kv_heads, d = keys.shape[2], keys.shape[3]
@@ -85,7 +122,9 @@ def paged_attention(
             k, v = keys[blocks, offsets].float(), values[blocks, offsets].float()
             for head in range(heads):
                 kv_head = head * kv_heads // heads
-                scores = k[:, kv_head] @ qkv[row + i, head].float() / d**0.5
+                scores = k[:, kv_head] @ qkv[row + i, head].float() * (d**-0.5 if scale is None else scale)
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
                 out[row + i, head] = scores.softmax(0) @ v[:, kv_head]
     return out.flatten(1)
 

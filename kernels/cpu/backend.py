@@ -6,7 +6,14 @@ of 16) is left to plain torch. Whole steps are one call where a model allows for
 
 from __future__ import annotations
 
-from aioengine.kernels.cpu.layer import add_rms_norm, paged_attention, rope_store, silu_and_mul
+from aioengine.kernels.cpu.layer import (
+    add_rms_norm,
+    gelu_and_mul,
+    paged_attention,
+    rope_store,
+    silu_and_mul,
+    soft_cap_,
+)
 from aioengine.kernels.cpu.lora import lora_affine, lora_embed, lora_expand, lora_shrink
 from aioengine.kernels.portable.plain import linear
 
@@ -16,6 +23,7 @@ capturable = False
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "gelu_and_mul",
     "linear",
     "lora_affine",
     "lora_embed",
@@ -25,4 +33,5 @@ __all__ = [
     "paged_attention",
     "rope_store",
     "silu_and_mul",
+    "soft_cap_",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,23 @@ _LANES = 16
 """Block sizes and head dimensions must be multiples of a vector's."""
 
 
-def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float | None = None,
+    factor: float = 1.0,
+) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     if hidden.dtype not in DTYPES:
-        return plain.add_rms_norm(hidden, delta, weight, eps)
+        return plain.add_rms_norm(hidden, delta, weight, eps, offset=offset, factor=factor)
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
     out = torch.empty_like(hidden)
     load().aio_add_rms_norm(
         *(is_bf16(hidden), hidden.data_ptr(), pointer(delta), weight.data_ptr(), out.data_ptr()),
-        *(*hidden.shape, eps, threads()),
+        *(*hidden.shape, factor, eps, offset is None, offset or 0.0, threads()),
     )
     return out
 
@@ -32,11 +42,30 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :class:`Backend`."""
     if gate_up.dtype not in DTYPES:
         return plain.silu_and_mul(gate_up)
+    return _activate(gate_up, load().aio_silu_and_mul)
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up``; see :class:`Backend`."""
+    if gate_up.dtype not in DTYPES:
+        return plain.gelu_and_mul(gate_up)
+    return _activate(gate_up, load().aio_gelu_and_mul)
+
+
+def _activate(gate_up: Tensor, function: Callable[..., None]) -> Tensor:
     assert gate_up.is_contiguous()
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    load().aio_silu_and_mul(is_bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, threads())
+    function(is_bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, threads())
     return out
+
+
+def soft_cap_(x: Tensor, cap: float) -> None:
+    """``cap * tanh(x / cap)``, with the same bits wherever an element is; see :class:`Backend`."""
+    if x.dtype not in DTYPES or x.numel() % _LANES:
+        return plain.soft_cap_(x, cap)
+    assert x.is_contiguous()
+    load().aio_soft_cap(is_bf16(x), x.data_ptr(), x.numel(), cap, threads())
 
 
 def rope_store(
@@ -47,10 +76,12 @@ def rope_store(
     keys: Tensor,
     values: Tensor,
     plan: AttentionPlan,
+    *,
+    neighbours: bool = False,
 ) -> None:
     """Norms, rotates and stores, with 16 keys as one vector; see :class:`Backend` and ``attention.cpp``."""
     if not _ours(keys):
-        return plain.rope_store(qkv, norms, cos, sin, keys, values, plan)
+        return plain.rope_store(qkv, norms, cos, sin, keys, values, plan, neighbours=neighbours)
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     _, block_size, kv_heads, d = keys.shape
     tokens, heads = len(qkv), qkv.shape[1] - 2 * kv_heads
@@ -58,21 +89,30 @@ def rope_store(
         for first, count, weight in ((0, heads, norms.q), (heads, kv_heads, norms.k)):
             load().aio_head_norm(
                 *(is_bf16(qkv), qkv[:, first:].data_ptr(), weight.data_ptr()),
-                *(tokens, qkv.stride(0), count, d, norms.eps, threads()),
+                *(tokens, qkv.stride(0), count * d // len(weight), len(weight), norms.eps),
+                *(norms.offset is None, norms.offset or 0.0, threads()),
             )
     load().aio_rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys), 0, threads()),
+        *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys)),
+        *(cos.shape[-1], neighbours, 0, threads()),
     )
 
 
 def paged_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attends to what is stored, all sequences in one call; see :class:`Backend`."""
     if not _ours(keys):
-        return plain.paged_attention(qkv, keys, values, plan, window)
+        return plain.paged_attention(qkv, keys, values, plan, window, scale=scale, soft_cap=soft_cap)
     _, block_size, kv_heads, d = keys.shape
     heads = qkv.shape[1] - 2 * kv_heads
     out = qkv.new_empty(len(qkv), heads * d)
@@ -80,7 +120,7 @@ def paged_attention(
         *(is_bf16(qkv), qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
         *(out.data_ptr(), heads, kv_heads, d, block_size, _block_bytes(keys), window or 0),
-        *(d**-0.5, 0, threads()),
+        *(d**-0.5 if scale is None else scale, soft_cap or 0.0, 0, threads()),
     )
     return out
 

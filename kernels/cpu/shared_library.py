@@ -37,14 +37,19 @@ _SIGNATURES = {
     ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_float, c_int, c_int),
+        *(c_long, c_long, c_long, c_long, c_long, c_long, c_float, c_float, c_int, c_int),
     ),
     "aio_rope_store": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_int, c_int),
+        *(c_long, c_long, c_long, c_long, c_long, c_long, c_long, c_int, c_int, c_int),
     ),
-    "aio_add_rms_norm": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int),
+    "aio_add_rms_norm": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int, c_float),
+        c_int,
+    ),
     "aio_silu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
+    "aio_gelu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
+    "aio_soft_cap": (c_int, c_void_p, c_long, c_float, c_int),
     "aio_lora_shrink": (
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_long, c_long),
         *(c_void_p, c_long, c_int),
@@ -56,7 +61,9 @@ _SIGNATURES = {
     "aio_lora_affine": (
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
     ),
-    "aio_head_norm": (c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int),
+    "aio_head_norm": (
+        *(c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int, c_float, c_int),
+    ),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
     "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),

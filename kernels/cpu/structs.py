@@ -79,12 +79,14 @@ class LoraPool(Structure):
 
 class Layer(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, c_void_p) for name in ("input_norm", "attention_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("mlp_input_norm", "mlp_norm")),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
         *((name, LoraPool) for name in ("lora_qkv", "lora_o", "lora_gate_up", "lora_down")),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("window", c_int64),
+        ("rope", c_int64),
     ]
 
 
@@ -92,8 +94,10 @@ class Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("intermediate", "block_size", "block_bytes", "int8_cache")),
-        ("eps", c_double),
-        ("attention_scale", c_double),
+        *((name, c_int64) for name in ("rope_half", "rope_neighbours", "q_norm_size", "k_norm_size")),
+        *((name, c_int64) for name in ("gelu", "norm_rounded")),
+        *((name, c_double) for name in ("eps", "norm_offset", "residual_scale")),
+        *((name, c_double) for name in ("attention_scale", "attention_cap")),
         ("norm", c_void_p),
         ("head", Matrix),
         ("lora_head", LoraPool),

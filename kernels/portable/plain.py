@@ -19,6 +19,7 @@ capturable = False
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "gelu_and_mul",
     "linear",
     "lora_affine",
     "lora_embed",
@@ -28,6 +29,7 @@ __all__ = [
     "paged_attention",
     "rope_store",
     "silu_and_mul",
+    "soft_cap_",
 ]
 
 
@@ -36,17 +38,36 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return weight.linear(x, bias)
 
 
-def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float | None = None,
+    factor: float = 1.0,
+) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     if delta is not None:
-        hidden += delta
-    return _rms_norm(hidden, weight, eps)
+        hidden.add_(delta, alpha=factor)
+    return _rms_norm(hidden, weight, eps, offset)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :class:`Backend`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up``; see :class:`Backend`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def soft_cap_(x: Tensor, cap: float) -> None:
+    """``cap * tanh(x / cap)``; see :class:`Backend`."""
+    x.div_(cap).tanh_().mul_(cap)
 
 
 def rope_store(
@@ -57,29 +78,37 @@ def rope_store(
     keys: Tensor,
     values: Tensor,
     plan: AttentionPlan,
+    *,
+    neighbours: bool = False,
 ) -> None:
     """Norms, rotates and stores; see :class:`Backend`."""
     kv_heads = keys.shape[2]
     q, k, v = qkv.tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     if norms is not None:
-        q.copy_(_rms_norm(q, norms.q, norms.eps))
-        k.copy_(_rms_norm(k, norms.k, norms.eps))
-    _rotate_(qkv[:, :-kv_heads], cos, sin)
+        for x, weight in ((q, norms.q), (k, norms.k)):
+            normed = _rms_norm(x.reshape(len(x), -1, len(weight)), weight, norms.eps, norms.offset)
+            x.copy_(normed.view(x.shape))
+    _rotate_(qkv[:, :-kv_heads], cos, sin, neighbours)
     put(keys, plan.cells, k)
     put(values, plan.cells, v)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None) -> Tensor:
     """Over the last dimension."""
     wide = x.to(torch.float32)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if offset is not None:
+        return (wide * scale * (weight.to(torch.float32) + offset)).to(x.dtype)
     return weight * (wide * scale).to(x.dtype)
 
 
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> None:
     """Rotates ``x`` [T, heads, d] in place, in float32 arithmetic."""
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
+    half = cos.shape[-1]
+    if neighbours:
+        x1, x2 = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    else:
+        x1, x2 = x[..., :half], x[..., half : 2 * half]
     new1 = x1 * cos - x2 * sin
     new2 = x2 * cos + x1 * sin
     x1.copy_(new1)

@@ -111,7 +111,14 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def paged_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     tokens, kv_heads, d = len(qkv), keys.shape[2], keys.shape[3]
@@ -127,7 +134,7 @@ def paged_attention(
         v_b = take(values, cells).view(batch, -1, kv_heads, d).transpose(1, 2)
         everything = batch == tokens
         q_b = q if everything else q.index_select(0, rows)
-        out_b = F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=mask)
+        out_b = _attend(q_b, k_b, v_b, mask, scale, soft_cap)
         if everything:
             return out_b.reshape(tokens, -1)
         out.index_copy_(0, rows, out_b)
@@ -140,8 +147,20 @@ def paged_attention(
             k_s, v_s = take(keys, chunk_cells), take(values, chunk_cells)
         q_s = q[row:stop].permute(1, 2, 0, 3)  # [kv_heads, group, length, d]
         k_s, v_s = (t.transpose(0, 1)[:, None].expand(-1, q_s.shape[1], -1, -1) for t in (k_s, v_s))
-        out_s = F.scaled_dot_product_attention(
-            q_s, k_s, v_s, attn_mask=chunk_mask, is_causal=chunk_mask is None
-        )
+        out_s = _attend(q_s, k_s, v_s, chunk_mask, scale, soft_cap)
         out[row:stop] = out_s.permute(2, 0, 1, 3)
     return out.flatten(1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, soft_cap: float | None
+) -> Tensor:
+    """Of queries [..., Q, d] to keys and values [..., L, d]; returns [..., Q, d]. ``mask`` [..., Q, L] is
+    added to the scores; None: causal, Q = L."""
+    if soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if mask is None:
+        mask = torch.full_like(scores[0, 0], float("-inf")).triu(1)
+    return (scores + mask).softmax(dim=-1).to(v.dtype) @ v

@@ -22,9 +22,9 @@ from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.layer import (
+    activate_kernel,
     add_rms_norm_kernel,
     rope_store_kernel,
-    silu_and_mul_kernel,
 )
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
 from aioengine.kernels.triton.launch import power_of_two
@@ -59,6 +59,8 @@ WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HIDDEN = 16384
 """The largest hidden size."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
+CAPPED_HEAD_DIMS = (256,)
+"""Of models that cap their scores."""
 GROUPS = (1, 3, 4, 7, 8)
 """Query heads of a key head."""
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}
@@ -128,27 +130,31 @@ def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[V
     for rows, splits in dict.fromkeys([(FEW_ROWS, 1), (FEW_ROWS, 8), (rows_of_prompts(bits), 1)]):
         block_n, _, num_warps, num_stages = default_config(head_dim, bits, splits)
         constants = {"GROUP": group, "D": head_dim, "BLOCK_SIZE": 16, "SPLITS": splits, "BLOCK_M": rows}
-        constants |= {"BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim), "PART": PART}
+        constants |= {"BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim), "PART": PART, "CAPPED": 0}
         yield Variant("attention", dtype, tuple(constants.items()), num_warps, num_stages)
+        if head_dim in CAPPED_HEAD_DIMS:
+            yield Variant(
+                "attention", dtype, tuple((constants | {"CAPPED": 1}).items()), num_warps, num_stages
+            )
 
 
 def of_norm(dtype: str, size: int) -> Variant:
     """List the specialisations of the norm kernel, among them those with a sum before it."""
-    return Variant("add_rms_norm", dtype, (("ADD", 1), ("BLOCK", size)), norm_warps(size), 3)
+    return Variant("add_rms_norm", dtype, (("ADD", 1), ("ROUNDED", 1), ("BLOCK", size)), norm_warps(size), 3)
 
 
 def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
     """List the specialisations of the RoPE kernel: without norms of the heads, and with them."""
     for norm in (0, 1):
-        blocks = {"NORM": norm, "BLOCK_SIZE": 16, "BLOCK_H": rope_heads(head_dim)}
-        blocks["BLOCK_D"] = power_of_two(head_dim // 2)
+        blocks = {"NORM": norm, "ROUNDED": 1, "NEIGHBOURS": 0, "PARTIAL": 0, "BLOCK_SIZE": 16}
+        blocks |= {"BLOCK_H": rope_heads(head_dim), "BLOCK_D": power_of_two(head_dim // 2)}
         yield Variant("rope_store", dtype, tuple(blocks.items()), 4, 3)
 
 
 def of_elementwise(dtype: str) -> tuple[Variant, ...]:
     """Activation, affine, and embedding."""
     return (
-        Variant("silu_and_mul", dtype, (("BLOCK", SILU_COLUMNS),), 4, 3),
+        *(Variant("activate", dtype, (("GELU", gelu), ("BLOCK", SILU_COLUMNS)), 4, 3) for gelu in (0, 1)),
         Variant("affine", dtype, (("BLOCK_M", SHORT), ("BLOCK_N", AFFINE_COLUMNS)), 4, 3),
         Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS)), 4, 3),
     )
@@ -186,7 +192,7 @@ _KERNELS: Mapping[str, Any] = {
     "embed": embed_kernel,
     "attention": attention_kernel,
     "add_rms_norm": add_rms_norm_kernel,
-    "silu_and_mul": silu_and_mul_kernel,
+    "activate": activate_kernel,
     "rope_store": rope_store_kernel,
 }
 _POINTERS = {
@@ -194,7 +200,7 @@ _POINTERS = {
     **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
     **dict.fromkeys(("partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
-_FLOATS = ("eps", "scale")
+_FLOATS = ("eps", "scale", "soft_cap", "offset", "factor")
 _ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place")
 
 

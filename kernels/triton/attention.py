@@ -56,7 +56,14 @@ def rows_of_prompts(bits: int) -> int:
 
 
 def paged_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attends to what is stored; see :class:`Backend`."""
     kv_heads, d = keys.shape[2], keys.shape[3]
@@ -65,7 +72,7 @@ def paged_attention(
     bits = 8 * qkv.element_size()
     for tiles in work.of(qkv.shape[1] // kv_heads - 2, rows_of_prompts(bits)):
         config = attention_config(tiles, kv_heads, d, bits)
-        attend(qkv, keys, values, plan, window, tiles, config, out)
+        attend(qkv, keys, values, plan, window, tiles, config, out, scale=scale, soft_cap=soft_cap)
     return out
 
 
@@ -78,6 +85,9 @@ def attend(
     tiles: Tiles,
     config: AttentionConfig,
     out: Tensor,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """:func:`paged_attention` of some tiles, with a configuration of the caller's choice."""
     _, block_size, kv_heads, d = keys.shape
@@ -91,7 +101,11 @@ def attend(
         attention_kernel[len(tiles.table), kv_heads, splits](
             *(qkv, keys, values, keys.stride(0), plan.tables, tiles.table, out, partials, stats),
             plan.derive(QueryTiles).arrivals(len(tiles.table) * kv_heads),
-            *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0, d**-0.5 * math.log2(math.e)),
+            *(most_parts, qkv.stride(0), plan.tables.stride(0), window or 0),
+            *(
+                (d**-0.5 if scale is None else scale) * math.log2(math.e),
+                (soft_cap or 0.0) * math.log2(math.e),
+            ),
             GROUP=qkv.shape[1] // kv_heads - 2,
             D=d,
             BLOCK_SIZE=block_size,
@@ -100,6 +114,7 @@ def attend(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             PART=PART,
+            CAPPED=soft_cap is not None,
             num_warps=num_warps,
             num_stages=num_stages,
         )

@@ -3,9 +3,9 @@
 The linears themselves are cuBLAS's, by way of torch.
 """
 
-from aioengine.kernels.portable.plain import linear
+from aioengine.kernels.portable.plain import linear, soft_cap_
 from aioengine.kernels.triton.attention import paged_attention
-from aioengine.kernels.triton.layer import add_rms_norm, rope_store, silu_and_mul
+from aioengine.kernels.triton.layer import add_rms_norm, gelu_and_mul, rope_store, silu_and_mul
 from aioengine.kernels.triton.lora import lora_affine, lora_embed, lora_expand, lora_shrink
 
 name = "triton"
@@ -14,6 +14,7 @@ capturable = True
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "gelu_and_mul",
     "linear",
     "lora_affine",
     "lora_embed",
@@ -23,4 +24,5 @@ __all__ = [
     "paged_attention",
     "rope_store",
     "silu_and_mul",
+    "soft_cap_",
 ]

@@ -19,6 +19,7 @@ from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton import attention
 from aioengine.kernels.triton.backend import (
     add_rms_norm,
+    gelu_and_mul,
     linear,
     lora_affine,
     lora_embed,
@@ -26,6 +27,7 @@ from aioengine.kernels.triton.backend import (
     lora_shrink,
     rope_store,
     silu_and_mul,
+    soft_cap_,
 )
 
 name = "flashinfer"
@@ -34,6 +36,7 @@ capturable = True
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "gelu_and_mul",
     "linear",
     "lora_affine",
     "lora_embed",
@@ -43,10 +46,12 @@ __all__ = [
     "paged_attention",
     "rope_store",
     "silu_and_mul",
+    "soft_cap_",
 ]
 
 HEAD_DIMS = (64, 128, 256)
-"""Head sizes that FlashInfer has kernels for; others, and float32, use the Triton kernels."""
+"""Head sizes that FlashInfer has kernels for; others, and float32, use the Triton kernels, and so do scores
+that a model scales or caps in its own way."""
 _WORKSPACE = 128 * 2**20
 """Bytes for what it computes in parts; its documentation recommends this much."""
 
@@ -55,12 +60,20 @@ _mine = threading.local()
 
 
 def paged_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, window: int | None
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attends to what is stored; see :class:`aioengine.kernels.backend.Backend`."""
     kv_heads, d = keys.shape[2], keys.shape[3]
-    if not plan.spans or d not in HEAD_DIMS or qkv.dtype == torch.float32:
-        return attention.paged_attention(qkv, keys, values, plan, window)
+    usual = scale is None and soft_cap is None
+    if not (plan.spans and usual and d in HEAD_DIMS) or qkv.dtype == torch.float32:
+        return attention.paged_attention(qkv, keys, values, plan, window, scale=scale, soft_cap=soft_cap)
     heads = qkv.shape[1] - 2 * kv_heads
     planned = plan.derive(_Planned)
     found: Tensor = planned.of(window, heads, keys).run(qkv[:, :heads].contiguous(), (keys, values))

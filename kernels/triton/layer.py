@@ -8,9 +8,9 @@ from torch import Tensor
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.layer import (
+    activate_kernel,
     add_rms_norm_kernel,
     rope_store_kernel,
-    silu_and_mul_kernel,
 )
 from aioengine.kernels.triton.launch import on, power_of_two
 
@@ -29,7 +29,15 @@ def rope_heads(head_dim: int) -> int:
     return max(1, ROPE_ELEMENTS // power_of_two(head_dim))
 
 
-def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float | None = None,
+    factor: float = 1.0,
+) -> Tensor:
     """``hidden += delta``, then its norm; see :class:`Backend`."""
     rows, size = hidden.shape
     assert hidden.is_contiguous() and (delta is None or delta.is_contiguous())
@@ -38,8 +46,19 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
         return out
     with on(hidden.device):
         add_rms_norm_kernel[rows,](
-            *(hidden, hidden if delta is None else delta, weight, out, size, eps),
+            *(
+                hidden,
+                hidden if delta is None else delta,
+                weight,
+                out,
+                size,
+                size,
+                eps,
+                offset or 0.0,
+                factor,
+            ),
             ADD=delta is not None,
+            ROUNDED=offset is None,
             BLOCK=power_of_two(size),
             num_warps=norm_warps(size),
         )
@@ -48,13 +67,22 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :class:`Backend`."""
+    return _activate(gate_up, gelu=False)
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up``; see :class:`Backend`."""
+    return _activate(gate_up, gelu=True)
+
+
+def _activate(gate_up: Tensor, *, gelu: bool) -> Tensor:
     assert gate_up.is_contiguous()
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     if rows == 0:
         return out
     with on(out.device):
-        silu_and_mul_kernel[rows, -(-size // SILU_COLUMNS)](gate_up, out, size, BLOCK=SILU_COLUMNS)
+        activate_kernel[rows, -(-size // SILU_COLUMNS)](gate_up, out, size, GELU=gelu, BLOCK=SILU_COLUMNS)
     return out
 
 
@@ -66,6 +94,8 @@ def rope_store(
     keys: Tensor,
     values: Tensor,
     plan: AttentionPlan,
+    *,
+    neighbours: bool = False,
 ) -> None:
     """Norms, rotates and stores; see :class:`Backend`."""
     assert qkv.is_contiguous() and keys[0].is_contiguous() and values.stride() == keys.stride()
@@ -74,14 +104,35 @@ def rope_store(
     if tokens == 0:
         return
     kv_heads = keys.shape[2]
+    heads, rotated = all_heads - 2 * kv_heads, cos.shape[-1]
     block_h = rope_heads(d)
-    q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
+    if norms is not None and not len(norms.q) == len(norms.k) == d:
+        _norm_(qkv.view(tokens, -1), 0, heads * d, norms.q, norms)
+        _norm_(qkv.view(tokens, -1), heads * d, kv_heads * d, norms.k, norms)
+        norms = None
+    q_norm, k_norm, eps, offset = norms or (qkv, qkv, 0.0, None)
     with on(qkv.device):
         rope_store_kernel[tokens, -(-all_heads // block_h)](
             *(qkv, q_norm, k_norm, cos, sin, plan.cells, keys, values, keys.stride(0)),
-            *(all_heads - 2 * kv_heads, kv_heads, d // 2, eps),
+            *(heads, kv_heads, d // 2, rotated, eps, offset or 0.0),
             NORM=norms is not None,
+            ROUNDED=offset is None,
+            NEIGHBOURS=neighbours,
+            PARTIAL=2 * rotated < d,
             BLOCK_SIZE=keys.shape[1],
             BLOCK_H=block_h,
             BLOCK_D=power_of_two(d // 2),
         )
+
+
+def _norm_(rows: Tensor, begin: int, width: int, weight: Tensor, norms: HeadNorms) -> None:
+    """Norms ``width`` columns of ``rows`` [T, ...] from ``begin`` on, in place; ``weight`` [width]."""
+    assert len(weight) == width, "norms are of one head, or of all"
+    part = rows[:, begin : begin + width]
+    add_rms_norm_kernel[len(rows),](
+        *(part, part, weight, part, width, rows.stride(0), norms.eps, norms.offset or 0.0, 1.0),
+        ADD=False,
+        ROUNDED=norms.offset is None,
+        BLOCK=power_of_two(width),
+        num_warps=norm_warps(width),
+    )

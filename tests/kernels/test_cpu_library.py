@@ -85,7 +85,7 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
         total = hidden.clone()
         lib.aio_add_rms_norm(
             *(bf16(out), total.data_ptr(), None if added is None else added.data_ptr()),
-            *(weight.data_ptr(), out.data_ptr(), rows, size, 1e-5, THREADS),
+            *(weight.data_ptr(), out.data_ptr(), rows, size, 1.0, 1e-5, 1, 0.0, THREADS),
         )
         expected = hidden if added is None else hidden + added
         assert torch.equal(total, expected)
@@ -100,7 +100,7 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
 def test_norm_of_heads_leaves_the_others_alone(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
     row = torch.randn(5, 6, 32).to(dtype)
     weight, before = torch.randn(32).to(dtype), row.clone()
-    lib.aio_head_norm(bf16(row), row.data_ptr(), weight.data_ptr(), 5, 6 * 32, 4, 32, 1e-6, THREADS)
+    lib.aio_head_norm(bf16(row), row.data_ptr(), weight.data_ptr(), 5, 6 * 32, 4, 32, 1e-6, 1, 0.0, THREADS)
     close(row[:, :4].flatten(0, 1), reference.add_rms_norm(before[:, :4].flatten(0, 1), None, weight, 1e-6))
     assert torch.equal(row[:, 4:], before[:, 4:])
 
@@ -142,13 +142,13 @@ def attend(
     lib.aio_rope_store(
         *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(taken, heads, kv, d, cache.block, block_bytes, 0, THREADS),
+        *(taken, heads, kv, d, cache.block, block_bytes, d // 2, 0, 0, THREADS),
     )
     out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
     lib.aio_attention(
         *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(present)),
-        *(out.data_ptr(), heads, kv, d, cache.block, block_bytes, window or 0, d**-0.5, 0, THREADS),
+        *(out.data_ptr(), heads, kv, d, cache.block, block_bytes, window or 0, d**-0.5, 0.0, 0, THREADS),
     )
     return out
 
@@ -201,7 +201,7 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
             plan.cells.data_ptr(),
             plan.last.data_ptr(),
         ),
-        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, keys[0].nbytes, 0, THREADS),
+        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, keys[0].nbytes, d // 2, 0, 0, THREADS),
     )
     close(qkv, expected)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -42,14 +43,21 @@ def cases(draw: st.DrawFn, longest: int) -> LayerCase:
     lengths = st.integers(1, 3) | st.integers(1, longest)
     starts = st.just(0) | st.integers(0, longest)
     heads, kv_heads = draw(st.sampled_from([(4, 4), (6, 2), (9, 3), (8, 1)]))
+    head_dim = draw(st.sampled_from([16, 32, 80]))
     return LayerCase(
         spans=draw(st.lists(st.tuples(starts, lengths), min_size=1, max_size=5)),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([16, 32, 80])),
+        head_dim=head_dim,
         block_size=draw(st.sampled_from([4, 16, 32])),
         window=draw(st.none() | st.integers(1, 50)),
         norms=draw(st.booleans()),
+        whole_norms=draw(st.booleans()),
+        offset=draw(st.sampled_from([None, 0.0, 1.0])),
+        rotated=draw(st.sampled_from([None, head_dim // 4, head_dim // 2 - 1])),
+        neighbours=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, 0.1])),
+        soft_cap=draw(st.sampled_from([None, 3.0])),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 1000)),
     )
@@ -80,16 +88,22 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
     backend = get_backend(device, name)
     hidden, delta = torch.randn(2, rows, size).to(dtype)
     weight = torch.randn(size).to(dtype)
-    for added in (None, delta):
+    for added, offset, factor in itertools.product((None, delta), (None, 0.0, 1.0), (1.0, 0.25)):
         true, total = hidden.clone(), hidden.clone().to(device)
-        expected = REFERENCE.add_rms_norm(true, added, weight, 1e-5)
+        options = {"offset": offset, "factor": factor}
+        expected = REFERENCE.add_rms_norm(true, added, weight, 1e-5, **options)
         there = None if added is None else added.to(device)
-        found = backend.add_rms_norm(total, there, weight.to(device), 1e-5)
+        found = backend.add_rms_norm(total, there, weight.to(device), 1e-5, **options)
         close([total.cpu(), found.cpu()], [true, expected])
         assert INTERPRETED or torch.equal(total.cpu(), true)  # the interpreter cuts bfloat16 off
     gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
     gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
     close([backend.silu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.silu_and_mul(gate_up)])
+    close([backend.gelu_and_mul(gate_up.to(device)).cpu()], [REFERENCE.gelu_and_mul(gate_up)])
+    true, found = gate_up.clone(), gate_up.clone().to(device)
+    backend.soft_cap_(found, 5.0)
+    REFERENCE.soft_cap_(true, 5.0)
+    close([found.cpu()], [true])
 
 
 @every_backend
@@ -117,9 +131,10 @@ def test_the_reference_is_the_definition(dtype: torch.dtype) -> None:
     expected = F.rms_norm(hidden.float(), (32,), weight.float(), 1e-5).to(dtype)
     close([REFERENCE.add_rms_norm(hidden.clone(), None, weight, 1e-5)], [expected])
     gate, up = torch.randn(2, 3, 32).to(dtype)
-    close(
-        [REFERENCE.silu_and_mul(torch.cat([gate, up], 1))], [F.silu(gate.float()).mul(up.float()).to(dtype)]
-    )
+    both = torch.cat([gate, up], 1)
+    close([REFERENCE.silu_and_mul(both)], [F.silu(gate.float()).mul(up.float()).to(dtype)])
+    gelu = F.gelu(gate.float(), approximate="tanh")
+    close([REFERENCE.gelu_and_mul(both)], [gelu.mul(up.float()).to(dtype)])
 
 
 def test_reference_attention_is_the_definition() -> None:

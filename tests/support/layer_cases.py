@@ -24,6 +24,15 @@ class LayerCase(NamedTuple):
     block_size: int = 16
     window: int | None = None
     norms: bool = False
+    whole_norms: bool = False
+    """Of all heads together."""
+    offset: float | None = None
+    """Of the norms' weights."""
+    rotated: int | None = None
+    """Pairs of a head that are rotated; None: all."""
+    neighbours: bool = False
+    scale: float | None = None
+    soft_cap: float | None = None
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -43,8 +52,9 @@ class Layer:
         self.keys, self.values = both[:, 0], both[:, 1]  # what lies between two blocks of keys is not keys
         self.norms = None
         if case.norms:
-            q, k = (1 + 0.2 * self._randn(case.head_dim) for _ in range(2))
-            self.norms = HeadNorms(q.to(device), k.to(device), 1e-5)
+            counts = (case.heads, case.kv_heads) if case.whole_norms else (1, 1)
+            q, k = (1 + 0.2 * self._randn(count * case.head_dim) for count in counts)
+            self.norms = HeadNorms(q.to(device), k.to(device), 1e-5, case.offset)
 
     def step(self, backend: Backend, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Queries [T, heads, d] and what attention makes of them [T, heads * d], for these sequences."""
@@ -59,10 +69,16 @@ class Layer:
         tables = [self.tables[i] for i in present]
         plan = AttentionPlan(found, tables, case.block_size, self.device)
         qkv = self._randn(rows, case.heads + 2 * case.kv_heads, case.head_dim).to(self.device)
-        frequencies = 100.0 ** -torch.linspace(0, 1, case.head_dim // 2, device=self.device)
+        pairs = case.rotated or case.head_dim // 2
+        frequencies = 100.0 ** -torch.linspace(0, 1, pairs, device=self.device)
         angles = plan.positions[:, None, None] * frequencies
-        backend.rope_store(qkv, self.norms, angles.cos(), angles.sin(), self.keys, self.values, plan)
-        out = backend.paged_attention(qkv, self.keys, self.values, plan, case.window)
+        backend.rope_store(
+            *(qkv, self.norms, angles.cos(), angles.sin(), self.keys, self.values, plan),
+            neighbours=case.neighbours,
+        )
+        out = backend.paged_attention(
+            *(qkv, self.keys, self.values, plan, case.window), scale=case.scale, soft_cap=case.soft_cap
+        )
         return qkv[:, : case.heads].cpu(), out.cpu()
 
     def _randn(self, *shape: int) -> Tensor:

@@ -37,6 +37,7 @@ struct Attention {
   void* out;  // [tokens, heads * head_dim]
   long heads, kv_heads, head_dim, block_size, block_bytes, window;  // from block to block; window 0: all keys
   float scale;
+  float soft_cap;  // of the scores: cap * tanh(score / cap); 0: none
   bool int8;
 };
 
@@ -203,7 +204,7 @@ inline long keys_from(const Attention& a, const Task& task, long at) {
 }
 
 // `next` is what this thread does afterwards, or null. Not inlined: that costs a quarter of its speed.
-template <class T>
+template <class T, bool CAPPED>
 __attribute__((noinline)) void attend(const Attention& a, const Task& task, const Task* next, long head_begin,
                                       long head_end, Scratch& scratch) {
   using elem = typename T::elem;
@@ -260,6 +261,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       for (int p = 0; p < PANELS; p++) {
         score[p] = loadf(s + p * LANES) * scale[r];
         if (a.int8) score[p] *= Bf16::load16(here.key_scales[p]);
+        if (CAPPED) score[p] = tanh(score[p] / a.soft_cap) * a.soft_cap;
         if (masked) {
           const vi key = COUNT + int32_t(at + p * LANES);
           score[p] = (key > int32_t(position)) | (key < int32_t(from)) ? splatf(NONE) : score[p];
@@ -306,7 +308,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   }
 }
 
-template <class T>
+template <class T, bool CAPPED>
 void attention(const Attention& a, int threads) {
   const long group = a.heads / a.kv_heads;
   const long heads_at_once = group < MAX_ROWS ? group : MAX_ROWS;
@@ -332,7 +334,7 @@ void attention(const Attention& a, int threads) {
         for (long h = 0; h < group; h += heads_at_once) {
           const long head = tasks[i].kv_head * group + h, left = group - h;
           const Task* next = i + 1 < end ? &tasks[i + 1] : nullptr;
-          attend<T>(a, tasks[i], next, head, head + (left < heads_at_once ? left : heads_at_once), scratch);
+          attend<T, CAPPED>(a, tasks[i], next, head, head + (left < heads_at_once ? left : heads_at_once), scratch);
         }
     }
   });
@@ -342,13 +344,16 @@ void attention(const Attention& a, int threads) {
 }  // namespace aio
 
 // out [tokens, heads * head_dim]: each token attends to its sequence's keys up to its own position (and,
-// with a window, the last `window` of them). head_dim must be a multiple of 16; int8: of the cache. A layer's blocks are
-// block_bytes apart: other layers may lie between them.
+// with a window, the last `window` of them); soft_cap 0: none. head_dim must be a multiple of 16; int8: of the cache. A
+// layer's blocks are block_bytes apart: other layers may lie between them.
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
-                              long window, float scale, int int8, int threads) {
-  const aio::Attention a{q,     q_stride, keys,     values,     tables,      table_width, spans, sequences, out,
-                         heads, kv_heads, head_dim, block_size, block_bytes, window,      scale, int8 != 0};
-  bf16 ? aio::attention<aio::Bf16>(a, threads) : aio::attention<aio::F32>(a, threads);
+                              long window, float scale, float soft_cap, int int8, int threads) {
+  const aio::Attention a{q,        q_stride, keys,       values,      tables, table_width, spans,    sequences, out, heads,
+                         kv_heads, head_dim, block_size, block_bytes, window, scale,       soft_cap, int8 != 0};
+  if (soft_cap > 0)
+    bf16 ? aio::attention<aio::Bf16, true>(a, threads) : aio::attention<aio::F32, true>(a, threads);
+  else
+    bf16 ? aio::attention<aio::Bf16, false>(a, threads) : aio::attention<aio::F32, false>(a, threads);
 }

@@ -193,6 +193,13 @@ static inline vf exp_negative(vf x) {
   return (vf)(((vi)p + exponent) & ~tiny);
 }
 
+// From e^-2|x|, which cannot overflow.
+static inline vf tanh(vf x) {
+  const vf e = exp_negative((x < 0.0f ? x : -x) * 2.0f);
+  const vf size = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -size : size;
+}
+
 // CALL(n) with n as a constant, 8 at most.
 #define AIO_SWITCH_ROWS(n, CALL) \
   switch (n) {                   \

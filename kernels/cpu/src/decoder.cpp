@@ -33,16 +33,22 @@ struct LoraPool {
 };
 
 struct Layer {
-  const void *input_norm, *q_norm, *k_norm, *post_norm;
+  // Before attention and of its outputs, of queries and keys, before the MLP and of its outputs; those that a layer does
+  // not have are null.
+  const void *input_norm, *attention_norm, *q_norm, *k_norm, *mlp_input_norm, *mlp_norm;
   Matrix qkv, o, gate_up, down;
   LoraPool lora_qkv, lora_o, lora_gate_up, lora_down;
   void *keys, *values;
   int64_t window;  // 0: full attention
+  int64_t rope;    // which of the step's rotations
 };
 
 struct Model {
   int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
-  double eps, attention_scale;
+  int64_t rope_half, rope_neighbours;  // see Rope in elementwise.cpp
+  int64_t q_norm_size, k_norm_size;    // a head's, or of all heads together
+  int64_t gelu, norm_rounded;
+  double eps, norm_offset, residual_scale, attention_scale, attention_cap;
   const void* norm;
   Matrix head;
   LoraPool lora_head;
@@ -62,7 +68,7 @@ struct LoraBatch {
 struct Step {
   int64_t tokens, sequences, table_width, samples, threads;
   void* hidden;  // [tokens, hidden]: the embeddings, overwritten
-  const float *cos, *sin;
+  const float *cos, *sin;  // [rotations, tokens, rope_half]
   const int64_t* cells;
   const uint8_t* last;
   const int32_t *tables, *spans;
@@ -186,36 +192,60 @@ struct Run {
       });
   }
 
-  void norm(const void* delta, const void* weight, long rows) const {
-    timed(NORM, [&] { aio_add_rms_norm(m.bf16, s.hidden, delta, weight, s.x, rows, m.hidden, m.eps, threads); });
+  // Adds `delta` to the hidden state, and returns its norm; itself if there is no weight.
+  const void* norm(const void* delta, const void* weight, long rows) const {
+    timed(NORM, [&] {
+      aio_add_rms_norm(m.bf16, s.hidden, delta, weight, s.x, rows, m.hidden, m.residual_scale, m.eps,
+                       int(m.norm_rounded), m.norm_offset, threads);
+    });
+    return weight != nullptr ? s.x : s.hidden;
+  }
+
+  // Of what is in x, in place.
+  void norm_outputs(const void* weight) const {
+    if (weight == nullptr) return;
+    timed(NORM, [&] {
+      aio_add_rms_norm(m.bf16, s.x, nullptr, weight, s.x, s.tokens, m.hidden, 1, m.eps, int(m.norm_rounded),
+                       m.norm_offset, threads);
+    });
+  }
+
+  void norm_heads(void* begin, const void* weight, long heads, long size) const {
+    aio_head_norm(m.bf16, begin, weight, s.tokens, (m.heads + 2 * m.kv_heads) * m.head_dim, heads * m.head_dim / size,
+                  size, m.eps, int(m.norm_rounded), m.norm_offset, threads);
   }
 
   // `delta` is what the layer before left to be added to the hidden state; this layer's is in x. `next` is what the
   // adapters do next.
   void layer(const Layer& l, const void* delta, const Adapted& next) const {
     const long q_width = m.heads * m.head_dim, qkv_width = l.qkv.n;
-    norm(delta, l.input_norm, s.tokens);
+    const void* x = norm(delta, l.input_norm, s.tokens);
     const Adapted o{&l.o, &l.lora_o}, gate_up{&l.gate_up, &l.lora_gate_up}, down{&l.down, &l.lora_down};
-    linear(QKV, {&l.qkv, &l.lora_qkv}, s.lora, s.x, s.wide, s.tokens, o);
+    linear(QKV, {&l.qkv, &l.lora_qkv}, s.lora, x, s.wide, s.tokens, o);
     timed(ROPE, [&] {
       if (l.q_norm != nullptr) {
         char* keys = (char*)s.wide + q_width * element();
-        aio_head_norm(m.bf16, s.wide, l.q_norm, s.tokens, qkv_width, m.heads, m.head_dim, m.eps, threads);
-        aio_head_norm(m.bf16, keys, l.k_norm, s.tokens, qkv_width, m.kv_heads, m.head_dim, m.eps, threads);
+        norm_heads(s.wide, l.q_norm, m.heads, m.q_norm_size);
+        norm_heads(keys, l.k_norm, m.kv_heads, m.k_norm_size);
       }
-      aio_rope_store(m.bf16, s.wide, s.cos, s.sin, s.cells, s.last, l.keys, l.values, s.tokens, m.heads, m.kv_heads,
-                     m.head_dim, m.block_size, m.block_bytes, int(m.int8_cache), threads);
+      const long rotation = l.rope * s.tokens * m.rope_half;
+      aio_rope_store(m.bf16, s.wide, s.cos + rotation, s.sin + rotation, s.cells, s.last, l.keys, l.values, s.tokens,
+                     m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, m.rope_half, int(m.rope_neighbours),
+                     int(m.int8_cache), threads);
     });
     timed(ATTENTION, [&] {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
                     s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, l.window,
-                    m.attention_scale, int(m.int8_cache), threads);
+                    m.attention_scale, m.attention_cap, int(m.int8_cache), threads);
     });
     linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);
-    norm(s.x, l.post_norm, s.tokens);
-    linear(GATE_UP, gate_up, s.lora, s.x, s.wide, s.tokens, down);
-    timed(ACTIVATION, [&] { aio_silu_and_mul(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads); });
+    norm_outputs(l.attention_norm);
+    x = norm(s.x, l.mlp_input_norm, s.tokens);
+    linear(GATE_UP, gate_up, s.lora, x, s.wide, s.tokens, down);
+    const auto activate = m.gelu ? aio_gelu_and_mul : aio_silu_and_mul;
+    timed(ACTIVATION, [&] { activate(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads); });
     linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, next);
+    norm_outputs(l.mlp_norm);
   }
 
   void operator()() const {

@@ -11,10 +11,18 @@ namespace {
 // Threads are worth their start only for enough elements; within a step they are there.
 inline int worth(long elements, int threads) { return elements < 8192 ? 1 : threads; }
 
-// hidden += delta (if there is one); out = norm(hidden) * weight: rounded to the element type after the sum, after the
-// norm and after the weight, as the models were trained. Zhang and Sennrich, 2019, arXiv:1910.07467.
+// What a root-mean-square norm is like (Zhang and Sennrich, 2019, arXiv:1910.07467): times the weight, after it is rounded
+// to the element type; or times the weight plus `offset`, rounded once.
+struct NormRule {
+  float eps;
+  bool rounded;
+  float offset;
+};
+
+// out = norm(x) * weight. `out` may be `x`.
 template <class T>
-void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size, float eps) {
+void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size,
+              const NormRule& rule) {
   vf squares = vf{};
   float rest = 0.0f;
   long i = 0;
@@ -23,7 +31,13 @@ void norm_row(const typename T::elem* x, const typename T::elem* weight, typenam
     squares = multiply_add(v, v, squares);
   }
   for (; i < size; i++) rest += T::widen(x[i]) * T::widen(x[i]);
-  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / float(size) + eps);
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / float(size) + rule.eps);
+  if (!rule.rounded) {
+    for (i = 0; i + LANES <= size; i += LANES)
+      T::store16(out + i, T::load16(x + i) * scale * (T::load16(weight + i) + rule.offset));
+    for (; i < size; i++) out[i] = T::narrow(T::widen(x[i]) * scale * (T::widen(weight[i]) + rule.offset));
+    return;
+  }
   for (i = 0; i + LANES <= size; i += LANES) {
     T::store16(out + i, T::load16(x + i) * scale);
     T::store16(out + i, T::load16(out + i) * T::load16(weight + i));
@@ -31,9 +45,10 @@ void norm_row(const typename T::elem* x, const typename T::elem* weight, typenam
   for (; i < size; i++) out[i] = T::narrow(T::widen(T::narrow(T::widen(x[i]) * scale)) * T::widen(weight[i]));
 }
 
+// hidden += factor * delta (if there is one), rounded to the element type, and its norm (if there is a weight).
 template <class T>
-void add_rms_norm(void* hidden_, const void* delta_, const void* weight, void* out, long rows, long size, float eps,
-                  int threads) {
+void add_rms_norm(void* hidden_, const void* delta_, const void* weight, void* out, long rows, long size, float factor,
+                  const NormRule& rule, int threads) {
   using elem = typename T::elem;
   together(worth(rows * size, threads), [&](const Member& me) {
     const Range mine = me.share(rows);
@@ -42,40 +57,46 @@ void add_rms_norm(void* hidden_, const void* delta_, const void* weight, void* o
       if (delta_ != nullptr) {
         const elem* delta = (const elem*)delta_ + row * size;
         long i = 0;
-        for (; i + LANES <= size; i += LANES) T::store16(hidden + i, T::load16(hidden + i) + T::load16(delta + i));
-        for (; i < size; i++) hidden[i] = T::narrow(T::widen(hidden[i]) + T::widen(delta[i]));
+        for (; i + LANES <= size; i += LANES) 
+          T::store16(hidden + i, T::load16(hidden + i) + T::load16(delta + i) * factor);
+        for (; i < size; i++) hidden[i] = T::narrow(T::widen(hidden[i]) + T::widen(delta[i]) * factor);
       }
-      norm_row<T>(hidden, (const elem*)weight, (elem*)out + row * size, size, eps);
+      if (weight != nullptr) norm_row<T>(hidden, (const elem*)weight, (elem*)out + row * size, size, rule);
     }
   });
 }
 
 template <class T>
-void head_norm(void* heads, const void* weight, long rows, long stride, long count, long size, float eps, int threads) {
+void head_norm(void* heads, const void* weight, long rows, long stride, long count, long size, const NormRule& rule,
+               int threads) {
   using elem = typename T::elem;
   together(worth(rows * count * size, threads), [&](const Member& me) {
     const Range mine = me.share(rows);
     for (long row = mine.begin; row < mine.end; row++)
       for (long h = 0; h < count; h++) {
         elem* x = (elem*)heads + row * stride + h * size;
-        norm_row<T>(x, (const elem*)weight, x, size, eps);
+        norm_row<T>(x, (const elem*)weight, x, size, rule);
       }
   });
 }
 
-// silu(gate) * up, with the sigmoid from e^-|gate|, which cannot overflow.
-template <class T>
-inline void silu16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out) {
+enum Activation { SILU, GELU };
+
+// act(gate) * up, where act is z -> z * sigmoid(z), or GELU by its tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415),
+// which is a sigmoid, too. The sigmoid comes from e^-|z|, which cannot overflow.
+template <class T, Activation A>
+inline void activate16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out) {
   const vf g = T::load16(gate);
-  const vf e = exp_negative(g < 0.0f ? g : -g);
-  const vf sigmoid = (g < 0.0f ? e : splatf(1.0f)) / (1.0f + e);
+  const vf z = A == SILU ? g : (g + g * g * g * 0.044715f) * 1.5957691216f;
+  const vf e = exp_negative(z < 0.0f ? z : -z);
+  const vf sigmoid = (z < 0.0f ? e : splatf(1.0f)) / (1.0f + e);
   T::store16(out, g * sigmoid);
   T::store16(out, T::load16(out) * T::load16(up));
 }
 
-// out[t, i] = silu(gate) * up for gate_up [rows, 2 * size]. Shazeer, 2020, arXiv:2002.05202.
-template <class T>
-void silu_and_mul(const void* gate_up_, void* out_, long rows, long size, int threads) {
+// out[t, i] = act(gate) * up for gate_up [rows, 2 * size]. Shazeer, 2020, arXiv:2002.05202.
+template <class T, Activation A>
+void activate(const void* gate_up_, void* out_, long rows, long size, int threads) {
   using elem = typename T::elem;
   together(worth(rows * size, threads), [&](const Member& me) {
     const Range mine = me.share(rows);
@@ -83,25 +104,40 @@ void silu_and_mul(const void* gate_up_, void* out_, long rows, long size, int th
       const elem *gate = (const elem*)gate_up_ + row * 2 * size, *up = gate + size;
       elem* out = (elem*)out_ + row * size;
       long i = 0;
-      for (; i + LANES <= size; i += LANES) silu16<T>(gate + i, up + i, out + i);
+      for (; i + LANES <= size; i += LANES) activate16<T, A>(gate + i, up + i, out + i);
       if (i < size) {
         elem g[LANES] = {}, u[LANES] = {}, o[LANES];
         std::memcpy(g, gate + i, (size - i) * sizeof(elem));
         std::memcpy(u, up + i, (size - i) * sizeof(elem));
-        silu16<T>(g, u, o);
+        activate16<T, A>(g, u, o);
         std::memcpy(out + i, o, (size - i) * sizeof(elem));
       }
     }
   });
 }
 
+// cap * tanh(x / cap) in place. Gemma 2: arXiv:2408.00118, section 2.
+template <class T>
+void soft_cap(void* x_, long count, float cap, int threads) {
+  using elem = typename T::elem;
+  together(worth(count, threads), [&](const Member& me) {
+    const Range mine = me.share(count / LANES);
+    for (long i = mine.begin; i < mine.end; i++) {
+      elem* x = (elem*)x_ + i * LANES;
+      T::store16(x, tanh(T::load16(x) / cap) * cap);
+    }
+  });
+}
+
 struct Rope {
   void* qkv;  // [tokens, (heads + 2 kv_heads) * head_dim]
-  const float *cos, *sin;  // [tokens, head_dim / 2]
+  const float *cos, *sin;  // [tokens, half]
   const int64_t* cells;    // [tokens] block * block_size + offset
   const uint8_t* last;     // [tokens] whether nothing of the token's sequence follows it in this step
   void *keys, *values;
   long tokens, heads, kv_heads, head_dim, block_size, block_bytes;  // from block to block
+  long half;         // pairs of each head that are rotated, its first 2 * half elements; the others are as they are
+  bool neighbours;   // pairs are (2 i, 2 i + 1) instead of (i, i + half)
   bool int8;
 };
 
@@ -120,25 +156,31 @@ void store_int8(const Rope& r, const typename T::elem* k, const typename T::elem
   values.scales[offset] = quantize_head<T>(v, r.head_dim, [&](long i, int8_t q) { value[i * N] = q; });
 }
 
-// Rotates q and k in place (RoFormer, arXiv:2104.09864, half-split layout) and stores k and v into the cache, whose
-// layout attention.cpp describes.
+// Rotates pairs of x (RoFormer, arXiv:2104.09864): element i with the one `half` behind it, or neighbours.
+template <class T>
+inline void rotate(typename T::elem* x, const float* cos, const float* sin, long half, bool neighbours) {
+  const auto pair = [&](typename T::elem& x1, typename T::elem& x2, float c, float s) {
+    const float a = T::widen(x1), b = T::widen(x2);
+    x1 = T::narrow(a * c - b * s);
+    x2 = T::narrow(b * c + a * s);
+  };
+  if (neighbours)
+    for (long i = 0; i < half; i++) pair(x[2 * i], x[2 * i + 1], cos[i], sin[i]);
+  else
+    for (long i = 0; i < half; i++) pair(x[i], x[i + half], cos[i], sin[i]);
+}
+
+// Rotates q and k in place and stores k and v into the cache, whose layout attention.cpp describes.
 template <class T>
 void rope_store(const Rope& r, int threads) {
   using elem = typename T::elem;
-  const long width = (r.heads + 2 * r.kv_heads) * r.head_dim, half = r.head_dim / 2, lanes = r.head_dim / T::PER_LANE;
+  const long width = (r.heads + 2 * r.kv_heads) * r.head_dim, lanes = r.head_dim / T::PER_LANE;
   together(worth(r.tokens * width, threads), [&](const Member& me) {
     const Range mine = me.share(r.tokens);
     for (long t = mine.begin; t < mine.end; t++) {
       elem* row = (elem*)r.qkv + t * width;
-      const float *cos = r.cos + t * half, *sin = r.sin + t * half;
-      for (long h = 0; h < r.heads + r.kv_heads; h++) {
-        elem *x = row + h * r.head_dim, *y = x + half;
-        for (long i = 0; i < half; i++) {
-          const float a = T::widen(x[i]), b = T::widen(y[i]);
-          x[i] = T::narrow(a * cos[i] - b * sin[i]);
-          y[i] = T::narrow(b * cos[i] + a * sin[i]);
-        }
-      }
+      const float *cos = r.cos + t * r.half, *sin = r.sin + t * r.half;
+      for (long h = 0; h < r.heads + r.kv_heads; h++) rotate<T>(row + h * r.head_dim, cos, sin, r.half, r.neighbours);
       const long block = r.cells[t] / r.block_size, offset = r.cells[t] % r.block_size;
       for (long h = 0; h < r.kv_heads; h++) {
         const elem* k = row + (r.heads + h) * r.head_dim;
@@ -168,29 +210,42 @@ void rope_store(const Rope& r, int threads) {
 }  // namespace
 }  // namespace aio
 
-// hidden, delta, out [rows, size]; delta may be null.
+// hidden, delta, out [rows, size]; delta, or weight and out, may be null.
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows,
-                                 long size, float eps, int threads) {
-  bf16 ? aio::add_rms_norm<aio::Bf16>(hidden, delta, weight, out, rows, size, eps, threads)
-       : aio::add_rms_norm<aio::F32>(hidden, delta, weight, out, rows, size, eps, threads);
+                                 long size, float factor, float eps, int rounded, float offset, int threads) {
+  const aio::NormRule rule{eps, rounded != 0, offset};
+  bf16 ? aio::add_rms_norm<aio::Bf16>(hidden, delta, weight, out, rows, size, factor, rule, threads)
+       : aio::add_rms_norm<aio::F32>(hidden, delta, weight, out, rows, size, factor, rule, threads);
 }
 
 // In place, each of `count` adjoining heads of every row on its own; weight [size].
 AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count, long size,
-                              float eps, int threads) {
-  bf16 ? aio::head_norm<aio::Bf16>(heads, weight, rows, stride, count, size, eps, threads)
-       : aio::head_norm<aio::F32>(heads, weight, rows, stride, count, size, eps, threads);
+                              float eps, int rounded, float offset, int threads) {
+  const aio::NormRule rule{eps, rounded != 0, offset};
+  bf16 ? aio::head_norm<aio::Bf16>(heads, weight, rows, stride, count, size, rule, threads)
+       : aio::head_norm<aio::F32>(heads, weight, rows, stride, count, size, rule, threads);
 }
 
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {
-  bf16 ? aio::silu_and_mul<aio::Bf16>(gate_up, out, rows, size, threads)
-       : aio::silu_and_mul<aio::F32>(gate_up, out, rows, size, threads);
+  bf16 ? aio::activate<aio::Bf16, aio::SILU>(gate_up, out, rows, size, threads)
+       : aio::activate<aio::F32, aio::SILU>(gate_up, out, rows, size, threads);
+}
+
+AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {
+  bf16 ? aio::activate<aio::Bf16, aio::GELU>(gate_up, out, rows, size, threads)
+       : aio::activate<aio::F32, aio::GELU>(gate_up, out, rows, size, threads);
+}
+
+// x [count] in place, count a multiple of 16.
+AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threads) {
+  bf16 ? aio::soft_cap<aio::Bf16>(x, count, cap, threads) : aio::soft_cap<aio::F32>(x, count, cap, threads);
 }
 
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, long block_bytes, int int8, int threads) {
-  const aio::Rope r{qkv,    cos,   sin,      cells,    last,       keys,        values,
-                    tokens, heads, kv_heads, head_dim, block_size, block_bytes, int8 != 0};
+                               long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
+                               int threads) {
+  const aio::Rope r{qkv,      cos,      sin,        cells,       last, keys,            values,   tokens, heads,
+                    kv_heads, head_dim, block_size, block_bytes, half, neighbours != 0, int8 != 0};
   bf16 ? aio::rope_store<aio::Bf16>(r, threads) : aio::rope_store<aio::F32>(r, threads);
 }

@@ -88,15 +88,18 @@ AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const 
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
-                              long window, float scale, int int8, int threads);
+                              long window, float scale, float soft_cap, int int8, int threads);
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, long block_bytes, int int8, int threads);
+                               long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
+                               int threads);
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows,
-                                 long size, float eps, int threads);
+                                 long size, float factor, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_head_norm(int bf16, void* heads, const void* weight, long rows, long stride, long count,
-                              long size, float eps, int threads);
+                              long size, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
+AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
+AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threads);
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads);
 AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots, long first, const aio::Slice* slice,

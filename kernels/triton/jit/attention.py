@@ -36,6 +36,7 @@ def attention_kernel(
     table_stride,
     window,  # 0: all keys
     scale,  # of the scores, times log2(e)
+    soft_cap,  # of the scores, times log2(e); nothing unless CAPPED
     GROUP: tl.constexpr,  # query heads of a key head
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,  # of the cache
@@ -44,6 +45,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least D
     PART: tl.constexpr,  # keys of a part, a multiple of BLOCK_N
+    CAPPED: tl.constexpr,
 ):
     """A program: one tile with all query heads of one key head, and its share of the parts of the keys.
 
@@ -104,6 +106,10 @@ def attention_kernel(
         k = tl.load(keys_ptr + kv_at, mask=there, other=0.0)
         v = tl.load(values_ptr + kv_at, mask=there, other=0.0)
         scores = add_dot(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, tl.trans(k)) * scale
+        if CAPPED:
+            e = tl.exp(-2.0 * tl.abs(scores / soft_cap))  # of tanh; it cannot overflow
+            size = soft_cap * (1.0 - e) / (1.0 + e)
+            scores = tl.where(scores < 0.0, -size, size)
         seen = (key[None, :] <= last[:, None]) & (key[None, :] >= first[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(part_highest, tl.max(scores, axis=1))
