@@ -16,7 +16,7 @@ import msgspec
 
 from aioengine.checks import check_integer, check_seconds, from_plain, nearest, parse_bytes, refuse_unknown
 from aioengine.errors import ConfigError
-from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
+from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -110,12 +110,12 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                     f"{', '.join(TARGETABLE_MODULES)}, or None for all linears"
                 )
             for module in modules:
-                if module not in TARGETABLE_MODULES:
+                if module not in KNOWN_MODULES:
                     raise ConfigError(
-                        f"target_modules contains {module!r}: allowed are {', '.join(TARGETABLE_MODULES)}"
-                        f"{nearest(module, TARGETABLE_MODULES)}"
+                        f"target_modules contains {module!r}: allowed are {', '.join(KNOWN_MODULES)}"
+                        f"{nearest(module, KNOWN_MODULES)}"
                     )
-            set_(self, "target_modules", tuple(m for m in TARGETABLE_MODULES if m in modules))
+            set_(self, "target_modules", tuple(m for m in KNOWN_MODULES if m in modules))
 
     @property
     def cpu_capacity(self) -> int:

@@ -1,10 +1,11 @@
-"""The decoder: a pre-norm transformer of the Llama family with fused linears, on plain tensors."""
+"""The decoder: a transformer with fused linears, on plain tensors; :class:`ModelSpec` says which one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -17,22 +18,24 @@ from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.rope import Rope
-from aioengine.model.slots.layout import FUSED_MODULES
+from aioengine.model.rope import Ropes
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import LORA_MODULES, NO_LAYER, ModelSpec
+from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
 @dataclass(slots=True)
 class Layer:
-    input_norm: Tensor
+    """A layer's weights. The norms are those of :class:`aioengine.model.spec.NormNames`."""
+
+    attention_input: Tensor | None
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    head_norms: HeadNorms | None
     o: Linear
-    post_attention_norm: Tensor
+    attention_output: Tensor | None
+    mlp_input: Tensor | None
     gate_up: Linear
     down: Linear
+    mlp_output: Tensor | None
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ class _Memory:
             nbytes = spec.num_parameters() * dtype.itemsize
             nbytes += sum(p.row_bytes(s.in_features) * s.out_features for s, p in spec.packed_weights())
             nbytes -= sum(s.in_features * s.out_features * dtype.itemsize for s, _ in spec.packed_weights())
-            self._arena = Arena(nbytes, (len(LORA_MODULES) * spec.num_layers + 2))
+            self._arena = Arena(nbytes, (len(spec.layer_modules) * spec.num_layers + 2))
 
     def matrix(self, *modules: tuple[int, str]) -> Weight:
         """A weight of (layer, module)s that read the same input: theirs, one after the other."""
@@ -138,7 +141,7 @@ class Decoder:
         memory = _Memory(spec, dtype, device)
 
         def linear(layer: int, fused: str, has_bias: bool) -> Linear:
-            weight = memory.matrix(*((layer, module) for module in FUSED_MODULES[fused]))
+            weight = memory.matrix(*((layer, module) for module in spec.layer_linears[fused]))
             return Linear(weight, empty(weight.n) if has_bias else None)
 
         self.spec = spec
@@ -148,18 +151,29 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.kernels = kernels
-        self.rope = Rope(spec.rope, spec.head_dim, device)
+        self.ropes = Ropes(spec, device)
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
+        self._activate = kernels.silu_and_mul if spec.activation == "silu" else kernels.gelu_and_mul
         self.embed_tokens = memory.matrix((NO_LAYER, "embed_tokens"))
+
+        def norm(name: str | None) -> Tensor | None:
+            return None if name is None else empty(spec.hidden_size)
+
+        def head_norms() -> HeadNorms | None:
+            q, k = map(empty, spec.qk_norm_sizes)
+            return HeadNorms(q, k, spec.rms_norm_eps, spec.norm_offset) if spec.qk_norm else None
+
         self.layers = [
             Layer(
-                input_norm=empty(spec.hidden_size),
+                attention_input=norm(spec.norms.attention_input),
                 qkv=linear(i, "qkv", spec.qkv_bias),
-                q_norm=empty(spec.head_dim) if spec.qk_norm else None,
-                k_norm=empty(spec.head_dim) if spec.qk_norm else None,
+                head_norms=head_norms(),
                 o=linear(i, "o", spec.o_bias),
-                post_attention_norm=empty(spec.hidden_size),
+                attention_output=norm(spec.norms.attention_output),
+                mlp_input=norm(spec.norms.mlp_input),
                 gate_up=linear(i, "gate_up", spec.mlp_bias),
                 down=linear(i, "down", spec.mlp_bias),
+                mlp_output=norm(spec.norms.mlp_output),
             )
             for i in range(spec.num_layers)
         ]
@@ -184,17 +198,17 @@ class Decoder:
                 out[f"{name}.weight"] = weight.rows(begin, end)
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
-            out[f"{prefix}.input_layernorm.weight"] = layer.input_norm
-            out[f"{prefix}.post_attention_layernorm.weight"] = layer.post_attention_norm
-            if layer.q_norm is not None and layer.k_norm is not None:
-                out[f"{prefix}.self_attn.q_norm.weight"] = layer.q_norm
-                out[f"{prefix}.self_attn.k_norm.weight"] = layer.k_norm
+            for place, name in msgspec.structs.asdict(self.spec.norms).items():
+                if name is not None:
+                    out[f"{prefix}.{name}.weight"] = getattr(layer, place)
+            if layer.head_norms is not None:
+                out[f"{prefix}.self_attn.q_norm.weight"] = layer.head_norms.q
+                out[f"{prefix}.self_attn.k_norm.weight"] = layer.head_norms.k
             for fused, linear in self._linears(layer).items():
                 if linear.bias is not None:
-                    sizes = [self.spec.linear(module).out_features for module in FUSED_MODULES[fused]]
-                    for module, bias in zip(
-                        FUSED_MODULES[fused], torch.split(linear.bias, sizes), strict=True
-                    ):
+                    modules = self.spec.layer_linears[fused]
+                    sizes = [self.spec.linear(module).out_features for module in modules]
+                    for module, bias in zip(modules, torch.split(linear.bias, sizes), strict=True):
                         out[f"{self.spec.module_name(i, module)}.bias"] = bias
         return out
 
@@ -211,7 +225,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             for fused, linear in self._linears(layer).items():
                 row, weight = 0, linear.weight
-                for place, module in enumerate(FUSED_MODULES[fused]):
+                for place, module in enumerate(self.spec.layer_linears[fused]):
                     rows = self.spec.linear(module).out_features
                     if isinstance(weight, StackedWeight):
                         yield name(i, module), weight.parts[place], 0, rows
@@ -231,7 +245,7 @@ class Decoder:
             return whole[: _length(self.partition.inputs(module))].T, None
         for fused, linear in self._linears(self.layers[layer]).items():
             row = 0
-            for member in FUSED_MODULES[fused]:
+            for member in self.spec.layer_linears[fused]:
                 end = row + self.spec.linear(member).out_features
                 if member == module:
                     bias = None if linear.bias is None else linear.bias[row:end]
@@ -265,12 +279,8 @@ class Decoder:
         """The hidden state [T, hidden] that the first layer gets."""
         pool = slots.outer.get("embed_tokens") if slots else None
         first = self.partition.inputs("embed_tokens").start
-        return self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
-
-    def _head_norms(self, layer: Layer) -> HeadNorms | None:
-        if layer.q_norm is None or layer.k_norm is None:
-            return None
-        return HeadNorms(layer.q_norm, layer.k_norm, self.spec.rms_norm_eps)
+        hidden = self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
+        return hidden if self._embedding_scale == 1 else hidden.mul_(self._embedding_scale)
 
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
         """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
@@ -280,7 +290,7 @@ class Decoder:
     def layers_forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> LastLayer:
         """All layers, up to the last norm and the head."""
         spec, plan, kernels = self.spec, inputs.attention, self.kernels
-        cos, sin = self.rope.cos_sin(plan.positions)
+        rotations = list(zip(*self.ropes.cos_sin(plan.positions), strict=True))
         hidden = self.embed(inputs, slots)
         delta: Tensor | None = None  # what is yet to be added to hidden, together with the next norm
         begin, end = self.adapted.split_outputs, self.adapted.split_inputs
@@ -288,32 +298,63 @@ class Decoder:
             pools, lora = slots.layers[i] if slots else {}, inputs.lora
             keys, values = cache.k[i], cache.v[i]
 
-            x = kernels.add_rms_norm(hidden, delta, layer.input_norm, spec.rms_norm_eps)
+            x = self._sum(hidden, delta, layer.attention_input)
             qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(len(x), -1, spec.head_dim)
-            kernels.rope_store(qkv, self._head_norms(layer), cos, sin, keys, values, plan)
-            attended = kernels.paged_attention(qkv, keys, values, plan, spec.window(i))
+            kernels.rope_store(
+                *(qkv, layer.head_norms, *rotations[spec.rope_of(i)], keys, values, plan),
+                neighbours=spec.rotary_neighbours,
+            )
+            attended = kernels.paged_attention(
+                *(qkv, keys, values, plan, spec.window(i)),
+                scale=spec.attention_scale,
+                soft_cap=spec.attention_cap,
+            )
             delta = end(layer.o, attended, pools.get("o"), lora)
+            delta = self._norm_outputs(delta, layer.attention_output)
 
-            x = kernels.add_rms_norm(hidden, delta, layer.post_attention_norm, spec.rms_norm_eps)
-            x = kernels.silu_and_mul(begin(layer.gate_up, x, pools.get("gate_up"), lora))
+            x = self._sum(hidden, delta, layer.mlp_input)
+            x = self._activate(begin(layer.gate_up, x, pools.get("gate_up"), lora))
             delta = end(layer.down, x, pools.get("down"), lora)
+            delta = self._norm_outputs(delta, layer.mlp_output)
         return LastLayer(hidden, delta)
+
+    def _sum(self, hidden: Tensor, delta: Tensor | None, norm: Tensor | None) -> Tensor:
+        """Adds ``delta`` to ``hidden`` in place, and returns its norm, if there is one."""
+        spec = self.spec
+        if norm is not None:
+            return self.kernels.add_rms_norm(
+                *(hidden, delta, norm, spec.rms_norm_eps),
+                offset=spec.norm_offset,
+                factor=spec.residual_scale,
+            )
+        return hidden if delta is None else hidden.add_(delta, alpha=spec.residual_scale)
+
+    def _norm_outputs(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        spec = self.spec
+        if norm is None:
+            return x
+        return self.kernels.add_rms_norm(x, None, norm, spec.rms_norm_eps, offset=spec.norm_offset)
 
     def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None) -> Tensor:
         """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the compute
         dtype, on every rank."""
         x = self.normed(last, rows)
         head = slots.outer.get("lm_head") if slots else None
-        return self.whole_logits(self.adapted.split_outputs(self.head, x, head, lora))
+        return self.finish_logits(self.adapted.split_outputs(self.head, x, head, lora))
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
         """The hidden states of the tokens ``rows`` [n] after the last norm: [n, hidden]."""
         hidden = last.hidden.index_select(0, rows)
         delta = None if last.delta is None else last.delta.index_select(0, rows)
-        return self.kernels.add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
+        return self._sum(hidden, delta, self.norm)
 
-    def whole_logits(self, logits: Tensor) -> Tensor:
-        """[N, vocab] on every rank, of the parts that they have."""
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """[N, vocab] on every rank, of the parts of the head's outputs that they have, which are
+        overwritten."""
+        if self.spec.logit_divisor != 1:
+            logits.div_(self.spec.logit_divisor)
+        if self.spec.logit_cap is not None:
+            self.kernels.soft_cap_(logits, self.spec.logit_cap)
         if self.partition.shard.size == 1:
             return logits
         vocabulary = self.partition.whole.vocab_size

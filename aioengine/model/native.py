@@ -60,13 +60,16 @@ class NativeForward:
             linears = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
             found.append(
                 structs.Layer(
-                    input_norm=layer.input_norm.data_ptr(),
-                    q_norm=pointer(layer.q_norm),
-                    k_norm=pointer(layer.k_norm),
-                    post_norm=layer.post_attention_norm.data_ptr(),
+                    input_norm=pointer(layer.attention_input),
+                    attention_norm=pointer(layer.attention_output),
+                    q_norm=pointer(layer.head_norms.q) if layer.head_norms else None,
+                    k_norm=pointer(layer.head_norms.k) if layer.head_norms else None,
+                    mlp_input_norm=pointer(layer.mlp_input),
+                    mlp_norm=pointer(layer.mlp_output),
                     keys=cache.k[i].data_ptr(),
                     values=cache.v[i].data_ptr(),
                     window=self._decoder.spec.window(i) or 0,
+                    rope=self._decoder.spec.rope_of(i),
                     **{name: self._matrix(linear, name) for name, linear in linears.items()},
                     **{f"lora_{name}": self._pool(pools, name) for name in linears},
                 )
@@ -86,8 +89,17 @@ class NativeForward:
             block_size=cache.block_size,
             block_bytes=cache.block_stride_bytes,
             int8_cache=int(cache.int8),
+            rope_half=decoder.ropes.half,
+            rope_neighbours=int(spec.rotary_neighbours),
+            q_norm_size=spec.qk_norm_sizes[0],
+            k_norm_size=spec.qk_norm_sizes[1],
+            gelu=int(spec.activation == "gelu_tanh"),
+            norm_rounded=int(spec.norm_offset is None),
             eps=spec.rms_norm_eps,
-            attention_scale=spec.head_dim**-0.5,
+            norm_offset=spec.norm_offset or 0.0,
+            residual_scale=spec.residual_scale,
+            attention_scale=spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale,
+            attention_cap=spec.attention_cap or 0.0,
             norm=decoder.norm.data_ptr(),
             head=self._matrix(decoder.head, "lm_head"),
             lora_head=self._pool(self._slots.outer if self._slots else {}, "lm_head"),
@@ -100,7 +112,7 @@ class NativeForward:
         decoder = self._decoder
         logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
         self._run(inputs, logits)
-        return decoder.whole_logits(logits)
+        return decoder.finish_logits(logits)
 
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
         """:meth:`Decoder.layers_forward`'s equal."""
@@ -112,7 +124,7 @@ class NativeForward:
         decoder, spec, plan = self._decoder, self._decoder.spec, inputs.attention
         hidden = decoder.embed(inputs, self._slots)
         tokens, samples = len(hidden), len(logits)
-        cos, sin = decoder.rope.cos_sin(plan.positions)
+        cos, sin = decoder.ropes.cos_sin(plan.positions)
 
         def scratch(width: int) -> Tensor:
             return torch.empty(tokens, width, dtype=decoder.dtype)

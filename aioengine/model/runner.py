@@ -32,7 +32,7 @@ from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.shared import SharedMemory
-from aioengine.model.spec import LORA_MODULES, ModelSpec, Quantization
+from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
@@ -81,7 +81,7 @@ class ModelRunner:
         slot_memory: int | None = None,
         shared_block_bytes: int | None = None,
         lora_dtype: torch.dtype | None = None,
-        target_modules: Iterable[str] = LORA_MODULES,
+        target_modules: Iterable[str] | None = None,
         sample: Sampler | None = None,
         kernels: str | None = None,
         max_model_len: int | None = None,
@@ -124,7 +124,7 @@ class ModelRunner:
                 self.spec,
                 max_loras,
                 max_lora_rank,
-                target_modules,
+                spec.targets(None) if target_modules is None else target_modules,
                 lora_dtype or dtype,
                 self.device,
                 self.group.shard,

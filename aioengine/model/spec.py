@@ -18,7 +18,11 @@ Quantization = Literal["none", "int8"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Every linear of a layer that an adapter may target, in the order used everywhere."""
+"""Every linear of a layer that an adapter may target, in the order used everywhere. Some families have
+:data:`QKV` or :data:`GATE_UP` in the place of several."""
+
+QKV, GATE_UP = "qkv_proj", "gate_up_proj"
+"""One matrix for queries, keys and values, and one for gate and up, in checkpoints and to adapters."""
 
 INT8_SCALE_BYTES = 2
 """Bytes of the scale of one head's key or value of a token in an int8 cache."""
@@ -27,6 +31,9 @@ EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 """Modules outside of the layers that an adapter may target, if ``LoRAConfig.target_modules`` names them."""
 
 TARGETABLE_MODULES = LORA_MODULES + EMBEDDING_MODULES
+
+KNOWN_MODULES = (*LORA_MODULES, QKV, GATE_UP, *EMBEDDING_MODULES)
+"""What an adapter may target in some native family; :meth:`ModelSpec.targets` has those of a model."""
 
 NO_LAYER = -1
 """The layer under which tables by (layer, module) hold :data:`EMBEDDING_MODULES`."""
@@ -48,6 +55,15 @@ SUPPORTED_ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "GraniteForCausalLM": "granite",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "Phi3ForCausalLM": "phi3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Glm4ForCausalLM": "glm4",
 }
 """Hugging Face ``architectures`` entry -> family."""
 
@@ -71,9 +87,13 @@ class KVShape(NamedTuple):
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary position embedding. ``factor`` and the fields after it belong to the scaled variants."""
+    """Rotary position embedding. ``factor`` and the fields after it belong to the scaled variants.
 
-    type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    ``none`` rotates nothing. ``longrope`` is meant for sequences up to the original length, and takes
+    ``attention_factor`` and ``divisors``.
+    """
+
+    type: Literal["default", "linear", "llama3", "yarn", "longrope", "none"] = "default"
     theta: float = 10000.0
     factor: float = 1.0
     original_max_position: int = 0
@@ -85,10 +105,23 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    divisors: tuple[float, ...] = ()
+    """Of the frequencies, one for each pair."""
+
+
+class NormNames(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer's norms by their names in a checkpoint, in the order of use; None: there is no such norm."""
+
+    attention_input: str | None = "input_layernorm"
+    attention_output: str | None = None
+    """Before the outputs are added to the hidden state."""
+    mlp_input: str | None = "post_attention_layernorm"
+    mlp_output: str | None = None
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One decoder-only transformer of the Llama family."""
+    """One decoder-only transformer: Llama's (arXiv:2302.13971) unless the fields with defaults say
+    otherwise."""
 
     family: str
     vocab_size: int
@@ -106,6 +139,35 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    """Whether queries, and keys, are normed over all heads together, not each head by itself."""
+    norms: NormNames = NormNames()
+    norm_offset: float | None = None
+    """What norms add to their weights, and then round only once; None: the normed values are rounded before
+    they are multiplied with the weights."""
+    fused_qkv: bool = False
+    """Whether there is a ``qkv_proj`` instead of ``q_proj``, ``k_proj`` and ``v_proj``."""
+    fused_gate_up: bool = False
+    """Whether there is a ``gate_up_proj`` instead of ``gate_proj`` and ``up_proj``."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    """On the embeddings, rounded to the compute dtype."""
+    residual_scale: float = 1.0
+    """On what a layer adds to the hidden state."""
+    attention_scale: float | None = None
+    """On the scores; None: ``head_dim ** -0.5``."""
+    attention_cap: float | None = None
+    """Of the scores: ``cap * tanh(score / cap)``."""
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None
+    """Of the logits, as ``attention_cap``."""
+    rotary_dim: int | None = None
+    """How many dimensions of a head are rotated, the first ones; None: all."""
+    rotary_neighbours: bool = False
+    """Whether dimension 2 i is rotated with 2 i + 1, and not i with i + rotary_dim / 2."""
+    other_rope: RopeSpec | None = None
+    """The rotation of ``other_rope_layers``, in the place of ``rope``."""
+    other_rope_layers: tuple[int, ...] = ()
     sliding_windows: tuple[int | None, ...] = ()
     """Per layer: the attention window in tokens, or None for full attention; empty = None everywhere."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -143,9 +205,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             "q_proj": LinearShape(h, self.q_size),
             "k_proj": LinearShape(h, self.kv_size),
             "v_proj": LinearShape(h, self.kv_size),
+            QKV: LinearShape(h, self.q_size + 2 * self.kv_size),
             "o_proj": LinearShape(self.q_size, h),
             "gate_proj": LinearShape(h, i),
             "up_proj": LinearShape(h, i),
+            GATE_UP: LinearShape(h, 2 * i),
             "down_proj": LinearShape(i, h),
             "embed_tokens": LinearShape(self.vocab_size, h),
             "lm_head": LinearShape(h, self.vocab_size),
@@ -156,11 +220,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises :class:`ConfigError` for a name that this model does not have.
         """
-        chosen = set(LORA_MODULES if asked is None else asked)
-        if unknown := sorted(chosen - set(TARGETABLE_MODULES)):
-            allowed = ", ".join(TARGETABLE_MODULES)
-            raise ConfigError(f"target_modules: {unknown} cannot be targeted; allowed: {allowed}")
-        return tuple(module for module in TARGETABLE_MODULES if module in chosen)
+        known = (*self.layer_modules, *EMBEDDING_MODULES)
+        chosen = set(self.layer_modules if asked is None else asked)
+        if unknown := sorted(chosen - set(known)):
+            raise ConfigError(f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(known)}")
+        return tuple(module for module in known if module in chosen)
 
     def layers_with(self, module: str) -> int:
         """Return the number of layers in which an adapter may target a module; 1 if it is outside of them."""
@@ -168,18 +232,30 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         """The linears of a layer with the modules that each fuses; those outside of layers: ``NO_LAYER``."""
-        return {name: (name,) for name in EMBEDDING_MODULES} if layer == NO_LAYER else FUSED_MODULES
+        return {name: (name,) for name in EMBEDDING_MODULES} if layer == NO_LAYER else self.layer_linears
+
+    @property
+    def layer_linears(self) -> Mapping[str, tuple[str, ...]]:
+        """:data:`FUSED_MODULES`, or what this family has in its place."""
+        qkv = {"qkv": (QKV,)} if self.fused_qkv else {}
+        gate_up = {"gate_up": (GATE_UP,)} if self.fused_gate_up else {}
+        return {**FUSED_MODULES, **qkv, **gate_up} if qkv or gate_up else FUSED_MODULES
+
+    @property
+    def layer_modules(self) -> tuple[str, ...]:
+        """The modules of a layer that an adapter may target."""
+        return tuple(module for modules in self.layer_linears.values() for module in modules)
 
     def adaptable(self) -> Iterator[tuple[int, str]]:
         """(layer, module) of all that an adapter may target, those outside of layers first."""
         yield from ((NO_LAYER, module) for module in EMBEDDING_MODULES)
-        yield from ((layer, module) for layer in range(self.num_layers) for module in LORA_MODULES)
+        yield from ((layer, module) for layer in range(self.num_layers) for module in self.layer_modules)
 
     def module_name(self, layer: int, module: str) -> str:
         """Return PEFT's name of a module: its path in the Hugging Face model."""
         if layer == NO_LAYER:
             return _OUTER[module]
-        block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        block = "mlp" if module in ("gate_proj", "up_proj", GATE_UP, "down_proj") else "self_attn"
         return f"model.layers.{layer}.{block}.{module}"
 
     def find_module(self, name: str) -> tuple[int, str] | None:
@@ -189,7 +265,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         prefix, _, rest = name.partition("model.layers.")
         number, _, path = rest.partition(".")
         module = path.rpartition(".")[2]
-        if prefix or module not in LORA_MODULES or not number.isdecimal() or len(number) > 6:
+        if prefix or module not in self.layer_modules or not number.isdecimal() or len(number) > 6:
             return None
         layer = int(number)
         return (layer, module) if name == self.module_name(layer, module) else None
@@ -207,6 +283,19 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             KVShape(self.num_kv_heads, self.head_dim, self.num_kv_heads, self.head_dim),
         ) * self.num_layers
 
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """The weights of the norm of queries, and of that of keys."""
+        return (self.q_size, self.kv_size) if self.qk_norm_whole else (self.head_dim, self.head_dim)
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The rotations that there are; :meth:`rope_of` says which a layer has."""
+        return (self.rope,) if self.other_rope is None else (self.rope, self.other_rope)
+
+    def rope_of(self, layer: int) -> int:
+        return int(layer in self.other_rope_layers)
+
     def window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
 
@@ -215,7 +304,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
         bias = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
         bias += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        norms = 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
+        norms = self.hidden_size * sum(name is not None for name in msgspec.structs.astuple(self.norms))
+        norms += sum(self.qk_norm_sizes) * self.qk_norm
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
 

@@ -201,7 +201,20 @@ def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
             plan.cells.data_ptr(),
             plan.last.data_ptr(),
         ),
-        *(keys.data_ptr(), values.data_ptr(), tokens, heads, kv, d, 16, keys[0].nbytes, d // 2, 0, 0, THREADS),
+        *(
+            keys.data_ptr(),
+            values.data_ptr(),
+            tokens,
+            heads,
+            kv,
+            d,
+            16,
+            keys[0].nbytes,
+            d // 2,
+            0,
+            0,
+            THREADS,
+        ),
     )
     close(qkv, expected)
 

@@ -17,7 +17,10 @@ from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expa
 
 OPS = [
     Path(__file__).with_name(name)
-    for name in ("test_triton_ops.py", "test_triton_order.py", "test_layer_ops.py", "test_played_steps.py")
+    for name in (
+        *("test_triton_ops.py", "test_triton_order.py", "test_layer_ops.py", "test_played_steps.py"),
+        "../model/test_families.py",
+    )
 ]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
-import random
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,61 +11,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.any_models import COMMON, FAMILIES, AnyModel, build_any, config_of, randomize
+from support.any_models import COMMON, FAMILIES, build_any, config_of, randomize
+from support.served_models import NEW, check, engine_of, prompt
 
-from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
 from aioengine.memory_plan import plan_memory
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
 from aioengine.model.runner import ModelRunner
 
-NEW = 6
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def engine_of(folder: Path, **fields: Any) -> AsyncEngine:
-    lora = LoRAConfig(**{"max_loras": 1, "max_lora_rank": 4, "max_cpu_loras": 1, **fields.pop("lora", {})})
-    defaults: dict[str, Any] = {"model_impl": "transformers", "dtype": "float32", "device": "cpu"}
-    defaults |= {"block_size": 4, "max_model_len": 64, "max_num_batched_tokens": 24, "max_num_seqs": 8}
-    defaults |= {"kv_cache_memory": "1MiB"}
-    return AsyncEngine(EngineConfig(model=str(folder), lora=lora, **{**defaults, **fields}))
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return random.Random(seed).choices(range(3, 128), k=length)
-
-
-async def check(model: AnyModel, engine: AsyncEngine) -> None:
-    """Greedy tokens and their log-probabilities; twice, so that slots and prefixes are used again."""
-    for name, folder in model.adapters.items():
-        engine.register_adapter(name, folder)
-    work = [(None, 19), ("plain", 7), ("all-linear", 11), (None, 3), ("plain", 17)]
-    prompts = [prompt(seed, length) for seed, (_, length) in enumerate(work)]
-    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
-    first: list[list[int]] = []
-    for again in (False, True):
-        outputs = await asyncio.gather(
-            *(
-                engine.complete(tokens, params, adapter=name)
-                for (name, _), tokens in zip(work, prompts, strict=True)
-            )
-        )
-        if again:
-            assert [output.token_ids for output in outputs] == first
-            break
-        first = [output.token_ids for output in outputs]
-        for (name, _), tokens, output in zip(work, prompts, outputs, strict=True):
-            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
-            assert output.token_ids == logits.argmax(-1).tolist(), name
-            expected = logits.log_softmax(-1).amax(-1)
-            assert output.logprobs is not None
-            found = torch.tensor([entry.logprob for entry in output.logprobs])
-            bound = 1e-4 * max(1.0, float(logits.abs().max()))
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=bound)
-    stats = engine.stats()
-    assert stats.slot_loads > 2 and stats.cached_tokens > 0, "slots and prefixes were used again"
-    engine.check_invariants()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

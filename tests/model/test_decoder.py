@@ -16,6 +16,9 @@ from aioengine.step import Sampled, SequenceWork
 
 MakeDriver = Callable[..., Any]
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 5e4}
+LONGROPE = [1.0, 1.1, 1.3, 1.7, 2.0, 3.0]
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -67,6 +70,43 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied-full": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "granite": ("granite", {}),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {}),
+    "smollm3-no-rope": ("smollm3", {"no_rope_layers": [0, 0, 1], "attention_bias": True}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-bias": ("olmo2", {"attention_bias": True}),
+    "olmo2-one-kv-head": ("olmo2", {"num_key_value_heads": 1}),
+    "olmo3": ("olmo3", {}),
+    "olmo3-yarn": (
+        "olmo3",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}},
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-sliding": ("phi3", {"sliding_window": 12, "partial_rotary_factor": 1.0}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 256,
+            "rope_scaling": {"type": "longrope", "short_factor": LONGROPE, "long_factor": [2.0] * 6},
+        },
+    ),
+    "gemma": ("gemma", {}),
+    "gemma-tied": ("gemma", {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-caps-off": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", {}),
+    "gemma3-linear": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "glm4": ("glm4", {}),
 }
 
 
@@ -111,7 +151,7 @@ def test_chunked_prefill_gives_the_same_tokens(
     assert sequence.output == reference_generate(model, prompt(2, 33), 6)
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding"])
+@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding", "gemma2", "olmo3"])
 def test_prefill_and_decode_mix_in_a_batch(
     variant: str, models: Callable[[str], Path], make_driver: MakeDriver
 ) -> None:
@@ -185,7 +225,7 @@ def test_half_precision_logits_are_close(
         captured.append(logits)
         return [Sampled(0) for _ in rows]
 
-    for variant in ("llama", "qwen3"):
+    for variant in ("llama", "qwen3", "granite", "olmo2", "gemma2", "gemma3"):
         model = models(variant)
         driver = make_driver(model, dtype=dtype, sample=sample)
         driver.run(driver.add(prompt(3, 30)), new_tokens=1)

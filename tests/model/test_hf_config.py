@@ -175,7 +175,7 @@ def test_a_folder_saved_by_transformers(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM.*LlamaForCausalLM, Mistral"),
+        ({"architectures": ["CohereForCausalLM"]}, "CohereForCausalLM.*LlamaForCausalLM, Mistral"),
         ({"architectures": None, "model_type": "mamba"}, "mamba.*Qwen3ForCausalLM"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size='64'"),
@@ -200,6 +200,30 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
         spec_of(tmp_path, LLAMA, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("Gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'.*gelu_pytorch_tanh"),
+        ("Gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+        ("Gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping='50'"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention.*causal"),
+        ("Gemma3", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.*sliding_attention"),
+        ("Gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+        ("Granite", {"logits_scaling": 0}, "logits_scaling=0"),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\].*4 layers"),
+        ("SmolLM3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers.*0 or 1"),
+        ("Phi3", {"partial_rotary_factor": 1.5}, r"partial_rotary_factor=1\.5"),
+        ("Phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor.*8 numbers"),
+        ("Glm4", {"partial_rotary_factor": "half"}, "partial_rotary_factor='half'"),
+    ],
+)
+def test_what_other_families_refuse(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
+        spec_of(tmp_path, {**LLAMA, "head_dim": 16, "architectures": [f"{family}ForCausalLM"]}, **changes)
 
 
 @pytest.mark.parametrize(

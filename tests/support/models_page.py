@@ -56,7 +56,8 @@ def rows() -> Iterator[str]:
     for family in SUPPORTED_ARCHITECTURES.values():
         yield row(family, {})
     for family in FAMILIES:
-        yield row(family, {})
+        if family not in SUPPORTED_ARCHITECTURES.values():
+            yield row(family, {})
     for family, fields in REFUSED.items():
         yield row(family, fields)
 

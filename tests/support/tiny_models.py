@@ -21,6 +21,15 @@ CONFIGS: dict[str, type[transformers.PreTrainedConfig]] = {
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "granite": transformers.GraniteConfig,
+    "smollm3": transformers.SmolLM3Config,
+    "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
+    "phi3": transformers.Phi3Config,
+    "gemma": transformers.GemmaConfig,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "glm4": transformers.Glm4Config,
 }
 
 BASE: dict[str, Any] = {
@@ -35,11 +44,28 @@ BASE: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+_WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_GEMMA = {"head_dim": 32, "tie_word_embeddings": False, **_WINDOWS}
 FAMILY: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 12},
     "qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
     "qwen3": {"head_dim": 32},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.5,
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "olmo2": {},
+    "olmo3": _WINDOWS,
+    "phi3": {"partial_rotary_factor": 0.75},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": False},
+    # Their embeddings are large: with a tied head, a token is followed by itself.
+    "gemma2": {"attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 20, **_GEMMA},
+    "gemma3_text": {"query_pre_attn_scalar": 20, **_GEMMA},
+    "glm4": {"head_dim": 16},
 }
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -67,7 +93,8 @@ def build_model(
         for name, parameter in model.named_parameters():
             # Wide enough that greedy outputs wander through the vocabulary with clear margins.
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+            mean = 1 if "norm" in name and not family.startswith("gemma") else 0  # Gemma's norms add 1
+            parameter.copy_(mean + 0.2 * noise)
     model.to(dtype).save_pretrained(out_dir, max_shard_size=max_shard_size)
     return out_dir
 

@@ -5,48 +5,21 @@ Where a key is absent, the default is that of the family's configuration class i
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
+from aioengine.model.files.config_file import ConfigFile, NotNative
+from aioengine.model.files.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
+from aioengine.model.files.hf_rope import read_ropes
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder
-from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec, RopeSpec
+from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec
 
+__all__ = ["NotNative", "read_spec", "special_tokens"]
 
-class NotNative(ConfigError):
-    """The native decoder does not run such a model; transformers may."""
-
-
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-}
+_NO_WINDOWS: tuple[Family, ...] = ("llama", "granite", "olmo2", "gemma", "glm4")
+"""Families that always attend to everything."""
 
 
 def read_spec(model_dir: Path) -> ModelSpec:
@@ -55,9 +28,9 @@ def read_spec(model_dir: Path) -> ModelSpec:
     Raises :class:`ConfigError`, naming the file and the key, if ``config.json`` is missing or
     malformed, or describes a model that the native decoder does not run.
     """
-    config = _Config(model_dir / "config.json")
+    config = ConfigFile(model_dir / "config.json")
     family = _family(config)
-    config.defaults = _DEFAULTS[family]
+    config.defaults = DEFAULTS[family]
 
     hidden_size = config.positive("hidden_size")
     num_layers = config.positive("num_hidden_layers")
@@ -70,9 +43,13 @@ def read_spec(model_dir: Path) -> ModelSpec:
         )
     if head_dim % 2:
         raise config.error("head_dim", head_dim, "must be even, because RoPE rotates pairs")
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise config.error("hidden_act", act, "only silu is supported", NotNative)
-    attention_bias = family in ("llama", "qwen3") and config.flag("attention_bias")
+    _check_kind(config, family)
+    windows = _sliding_windows(config, family, num_layers)
+    ropes = read_ropes(config, family, head_dim, windows, num_layers)
+    max_position = config.positive("max_position_embeddings")
+    fields = {**TRAITS[family], **_multipliers(config, family, hidden_size)}
+    if config.flag("attention_bias"):
+        fields |= dict.fromkeys(BIASES.get(family, ()), True)
     bos, eos = _special_tokens(config, model_dir / "generation_config.json")
     return ModelSpec(
         family=family,
@@ -84,22 +61,23 @@ def read_spec(model_dir: Path) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=config.positive("intermediate_size"),
         rms_norm_eps=config.number("rms_norm_eps", default=1e-6),
-        max_position=config.positive("max_position_embeddings"),
-        rope=_rope(config),
+        max_position=min(max_position, ropes.longest or max_position),
+        rope=ropes.rope,
+        other_rope=ropes.other,
+        other_rope_layers=ropes.other_layers,
+        rotary_dim=ropes.rotary_dim,
         tie_embeddings=config.flag("tie_word_embeddings"),
-        qkv_bias=attention_bias or family == "qwen2",
-        o_bias=attention_bias,
-        mlp_bias=family == "llama" and config.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
-        sliding_windows=_sliding_windows(config, family, num_layers),
+        mlp_bias=family in MLP_BIAS and config.flag("mlp_bias"),
+        sliding_windows=windows,
         dtype=_dtype(config),
         bos_token_id=bos,
         eos_token_ids=eos,
         packed=_packed(model_dir, config),
+        **fields,
     )
 
 
-def _packed(model_dir: Path, config: _Config) -> dict[str, Packing]:
+def _packed(model_dir: Path, config: ConfigFile) -> dict[str, Packing]:
     """The quantized linears, by name."""
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -107,64 +85,46 @@ def _packed(model_dir: Path, config: _Config) -> dict[str, Packing]:
     return {name: layout.packing for name, layout in QuantizedFolder(model_dir, quantization).layouts.items()}
 
 
-class _Config:
-    """A JSON object with typed access; every complaint names the file, the key and the value."""
-
-    def __init__(self, path: Path, *, scope: str = "", raw: dict[str, Any] | None = None) -> None:
-        self.path = path
-        self.scope = scope
-        self.raw = _read_json(path) if raw is None else raw
-        self.defaults: dict[str, Any] = {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value; if the key is absent, the family's default, then ``default``."""
-        return self.raw.get(key, self.defaults.get(key, default))
-
-    def error(
-        self, key: str, value: object, problem: str, kind: type[ConfigError] = ConfigError
-    ) -> ConfigError:
-        return kind(f"{self.path}: {self.scope}{key}={value!r}: {problem}")
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        """A finite number > 0; ``default`` stands in for an absent key and for null."""
-        value = self.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ConfigError(f"{self.path}: {self.scope}{key} is missing; expected a number > 0")
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not ok or not math.isfinite(value) or value <= 0:
-            raise self.error(key, value, "must be a number > 0")
-        return float(value)
-
-    def positive(self, key: str, *, default: int | None = None) -> int:
-        """An integer > 0."""
-        value = self.number(key, default=default)
-        if value != int(value):
-            raise self.error(key, value, "must be an integer")
-        return int(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(key, value, "must be true or false")
-        return bool(value)
+def _check_kind(config: ConfigFile, family: Family) -> None:
+    """Raises NotNative for an activation or a mask that the family does not have natively."""
+    gelu = TRAITS[family].get("activation") == "gelu_tanh"
+    key = "hidden_activation" if family in ("gemma2", "gemma3_text") else "hidden_act"
+    known: tuple[str, ...] = ("gelu_pytorch_tanh",) if gelu else ("silu", "swish")
+    if family == "gemma":
+        known += ("gelu",)  # which meant the same in its first configurations
+    if (act := config.get(key, "silu")) not in known:
+        raise config.error(key, act, f"only {known[0]} is supported", NotNative)
+    if config.get("use_bidirectional_attention"):
+        raise config.error(
+            "use_bidirectional_attention", True, "only causal attention is supported", NotNative
+        )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a Hugging Face model folder must contain it") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _multipliers(config: ConfigFile, family: Family, hidden_size: int) -> dict[str, Any]:
+    """Factors and soft caps, as fields of ModelSpec."""
+    if family == "granite":  # after muP: Yang et al., 2022, arXiv:2203.03466
+        return {
+            "embedding_scale": config.number("embedding_multiplier", default=1.0),
+            "residual_scale": config.number("residual_multiplier", default=1.0),
+            "attention_scale": config.number("attention_multiplier", default=1.0),
+            "logit_divisor": config.number("logits_scaling", default=1.0),
+        }
+    if not family.startswith("gemma"):
+        return {}
+    fields: dict[str, Any] = {"embedding_scale": hidden_size**0.5}
+    if family != "gemma":
+        fields["attention_scale"] = config.number("query_pre_attn_scalar") ** -0.5
+        fields["logit_cap"] = _cap(config, "final_logit_softcapping")
+    if family == "gemma2":
+        fields["attention_cap"] = _cap(config, "attn_logit_softcapping")
+    return fields
 
 
-def _family(config: _Config) -> Family:
+def _cap(config: ConfigFile, key: str) -> float | None:
+    return None if config.get(key) is None else config.number(key)
+
+
+def _family(config: ConfigFile) -> Family:
     architectures = config.get("architectures")
     found = architectures[0] if isinstance(architectures, list) and architectures else None
     family = SUPPORTED_ARCHITECTURES.get(found) if isinstance(found, str) else None
@@ -177,75 +137,27 @@ def _family(config: _Config) -> Family:
     return cast(Family, family)
 
 
-def _rope(config: _Config) -> RopeSpec:
-    """From ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (before)."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    raw = config.get(key) or {}
-    if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
-        raise config.error(key, raw, "must be one flat JSON object for all layers", NotNative)
-    rope = _Config(config.path, scope=f"{key}.", raw=raw)
-    theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0))
-    if (share := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
-        raise config.error("partial_rotary_factor", share, "only full rotation (1.0) is supported", NotNative)
-
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise rope.error("rope_type", kind, f"not supported; supported: {', '.join(ROPE_TYPES)}", NotNative)
-    if kind == "default":
-        return RopeSpec(theta=theta)
-    if kind == "linear":
-        return RopeSpec(type="linear", theta=theta, factor=rope.number("factor"))
-
-    max_position = config.positive("max_position_embeddings")
-    key = "original_max_position_embeddings"
-    original = config.positive(key, default=rope.positive(key, default=max_position))
-    if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low >= high:
-            raise rope.error("low_freq_factor", low, f"must be < high_freq_factor={high}")
-        return RopeSpec(
-            type="llama3",
-            theta=theta,
-            factor=rope.number("factor"),
-            original_max_position=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-
-    def optional(name: str) -> float | None:
-        return rope.number(name) if rope.get(name) else None
-
-    truncate = rope.get("truncate", True)
-    return RopeSpec(
-        type="yarn",
-        theta=theta,
-        factor=rope.number("factor", default=max_position / original),
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
-        attention_factor=optional("attention_factor"),
-        mscale=optional("mscale"),
-        mscale_all_dim=optional("mscale_all_dim"),
-        truncate=True if truncate is None else bool(truncate),
-    )
-
-
-def _sliding_windows(config: _Config, family: Family, num_layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Per layer the window or None; empty if no layer has one.
 
-    llama never has one. qwen2 and qwen3 have it only with ``use_sliding_window``, in the layers from
-    ``max_window_layers`` on. An explicit ``layer_types`` list takes precedence.
+    qwen2 and qwen3 have it only with ``use_sliding_window``, in the layers from ``max_window_layers`` on;
+    others in all layers but every ``sliding_window_pattern``-th. An explicit ``layer_types`` list takes
+    precedence.
     """
-    if family == "llama" or config.get("sliding_window") is None:
+    if family in _NO_WINDOWS or config.get("sliding_window") is None:
         window = None
     else:
         window = config.positive("sliding_window")
-    if family in ("qwen2", "qwen3") and not config.flag("use_sliding_window"):
+    if family in ("qwen2", "qwen3", "smollm3") and not config.flag("use_sliding_window"):
         window = None
 
-    layer_types = config.get("layer_types") if family != "llama" else None
-    if layer_types is None:
-        first = config.get("max_window_layers", 0) if family != "mistral" else 0
+    layer_types = config.get("layer_types") if family not in _NO_WINDOWS else None
+    pattern = config.get("sliding_window_pattern")
+    if layer_types is None and pattern is not None and family in ("gemma2", "gemma3_text", "olmo3"):
+        pattern = config.positive("sliding_window_pattern")
+        windows = [window if (layer + 1) % pattern else None for layer in range(num_layers)]
+    elif layer_types is None:
+        first = config.get("max_window_layers", 0) if family.startswith("qwen") else 0
         if not isinstance(first, int):
             raise config.error("max_window_layers", first, "must be an integer")
         windows = [window if layer >= first else None for layer in range(num_layers)]
@@ -264,7 +176,7 @@ def _sliding_windows(config: _Config, family: Family, num_layers: int) -> tuple[
     return tuple(windows) if any(w is not None for w in windows) else ()
 
 
-def _dtype(config: _Config) -> Literal["bfloat16", "float16", "float32"]:
+def _dtype(config: ConfigFile) -> Literal["bfloat16", "float16", "float32"]:
     value = config.get("dtype") or config.get("torch_dtype") or "float32"
     name = str(value).removeprefix("torch.")
     if name not in DTYPE_BYTES:
@@ -272,7 +184,7 @@ def _dtype(config: _Config) -> Literal["bfloat16", "float16", "float32"]:
     return cast(Literal["bfloat16", "float16", "float32"], name)
 
 
-def _special_tokens(config: _Config, generation: Path) -> tuple[int | None, tuple[int, ...]]:
+def _special_tokens(config: ConfigFile, generation: Path) -> tuple[int | None, tuple[int, ...]]:
     """The bos id, and every eos id that either file names (instruct models list more in the second)."""
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
     own = config.raw.get("eos_token_id")
@@ -284,7 +196,7 @@ def special_tokens(
 ) -> tuple[int | None, tuple[int, ...]]:
     """The bos id and all eos ids, of a configuration's values (``own``: what it says itself, where ``eos``
     may be a default) and the file ``generation``. Raises ConfigError, naming ``path``, for odd values."""
-    extra = _Config(generation).get("eos_token_id") if generation.exists() else None
+    extra = ConfigFile(generation).get("eos_token_id") if generation.exists() else None
     ids: list[int] = []
     for value in (own if extra is not None else eos, extra):
         for token in value if isinstance(value, list) else [value]:

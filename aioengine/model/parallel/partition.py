@@ -100,6 +100,10 @@ def _obstacle(spec: ModelSpec, shard: Shard) -> str | None:
     ):
         if count % size:
             return f"{count} {what} cannot be split evenly"
+    if size > 1 and (spec.fused_qkv or spec.fused_gate_up):
+        return f"{spec.family} has several linears in one matrix, and adapters on that are not split yet"
+    if size > 1 and spec.qk_norm and spec.qk_norm_whole:
+        return f"{spec.family} norms queries and keys over all heads, which are not split yet"
     kv_heads = spec.num_kv_heads
     if kv_heads % size and size % kv_heads:
         return f"{kv_heads} KV heads can neither be split nor repeated evenly"

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.parallel.partition import SPLIT_INPUTS, Partition
-from aioengine.model.spec import FUSED_MODULES, NO_LAYER, LinearShape, ModelSpec
+from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
-__all__ = ["FUSED_MODULES", "FusedPlace", "Place", "Share", "SlotLayout"]
+__all__ = ["FusedPlace", "Place", "Share", "SlotLayout"]
 
 
 class Place(NamedTuple):

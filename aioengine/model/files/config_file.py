@@ -1,0 +1,71 @@
+"""A JSON file, or an object in one, with typed access. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from aioengine.errors import ConfigError
+
+
+class NotNative(ConfigError):
+    """The native decoder does not run such a model; transformers may."""
+
+
+class ConfigFile:
+    """A JSON object with typed access; every complaint names the file, the key and the value."""
+
+    def __init__(self, path: Path, *, scope: str = "", raw: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self.scope = scope
+        self.raw = _read_json(path) if raw is None else raw
+        self.defaults: dict[str, Any] = {}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value; if the key is absent, the family's default, then ``default``."""
+        return self.raw.get(key, self.defaults.get(key, default))
+
+    def error(
+        self, key: str, value: object, problem: str, kind: type[ConfigError] = ConfigError
+    ) -> ConfigError:
+        return kind(f"{self.path}: {self.scope}{key}={value!r}: {problem}")
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """A finite number > 0; ``default`` stands in for an absent key and for null."""
+        value = self.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ConfigError(f"{self.path}: {self.scope}{key} is missing; expected a number > 0")
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not ok or not math.isfinite(value) or value <= 0:
+            raise self.error(key, value, "must be a number > 0")
+        return float(value)
+
+    def positive(self, key: str, *, default: int | None = None) -> int:
+        """An integer > 0."""
+        value = self.number(key, default=default)
+        if value != int(value):
+            raise self.error(key, value, "must be an integer")
+        return int(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, value, "must be true or false")
+        return bool(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; a Hugging Face model folder must contain it") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except ValueError as error:  # malformed JSON, or not UTF-8
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
