@@ -83,7 +83,7 @@ INNER_ROOMS: dict[str, set[str]] = {
         "workload",
     },
     "metrics": {"collect", "families", "page"},
-    "model": {"files", "generic", "parallel", "slots", "text"},
+    "model": {"files", "files.hf", "generic", "parallel", "slots", "text"},
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
     "runtime": {"sources"},
     "server": {"access", "debug", "messages", "openai", "responses", "transport", "vectors"},

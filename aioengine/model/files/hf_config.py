@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
-from aioengine.model.files.config_file import ConfigFile, NotNative
-from aioengine.model.files.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
-from aioengine.model.files.hf_rope import read_ropes
+from aioengine.model.files.hf.config_file import ConfigFile, NotNative
+from aioengine.model.files.hf.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
+from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder
 from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from aioengine.model.files.config_file import ConfigFile, NotNative
-from aioengine.model.files.families import Family
+from aioengine.model.files.hf.config_file import ConfigFile, NotNative
+from aioengine.model.files.hf.families import Family
 from aioengine.model.spec import RopeSpec
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
