@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import psutil
 import pytest
+from support.certificates import ray_tls
 from support.engine_fixtures import Tiny
 from support.fleet_process import FleetServer, fleet_server, needs_ray, until
 
@@ -21,11 +24,16 @@ TOKENS = 300
 
 
 @pytest.fixture(scope="module")
-def fleet(tiny_text: Tiny) -> Iterator[FleetServer]:
+def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return ray_tls(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_text: Tiny, tls: dict[str, str]) -> Iterator[FleetServer]:
     adapter = f"a={tiny_text.adapters['a']}"
     # Half of the streams wait for the other half: so they last, however late this process hears of them.
     flags = ["--router", "least_loaded", "--max-num-seqs", str(STREAMS // 4)]
-    with fleet_server(tiny_text.model, "--lora-modules", adapter, *flags) as server:
+    with fleet_server(tiny_text.model, "--lora-modules", adapter, *flags, **tls) as server:
         yield server
 
 
@@ -75,6 +83,22 @@ async def disturbed(fleet: FleetServer, number: signal.Signals) -> int:
     assert fleet.metric("aioengine_fleet_migrations_total") - migrations >= STREAMS / 8
     await client.close()
     return pid
+
+
+def test_processes_speak_tls_to_each_other(fleet: FleetServer, tls: dict[str, str]) -> None:
+    context = ssl.create_default_context(cafile=tls["RAY_TLS_CA_CERT"])
+    context.load_cert_chain(tls["RAY_TLS_SERVER_CERT"], tls["RAY_TLS_SERVER_KEY"])
+    context.set_alpn_protocols(["h2"])
+    (replica, *_) = fleet.replicas()
+    ports = {c.laddr.port for c in replica.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    host, _, head = fleet.address.rpartition(":")
+    assert len(ports) >= 2, "Ray's, and Serve's, where the tokens come from"
+    for port in (int(head), *ports):
+        with (
+            socket.create_connection((host, port), timeout=10) as connection,
+            context.wrap_socket(connection, server_hostname=host) as wrapped,
+        ):
+            assert wrapped.version() == "TLSv1.3", port
 
 
 async def test_kill_9_in_the_middle_of_streams(fleet: FleetServer) -> None:

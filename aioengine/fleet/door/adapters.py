@@ -12,6 +12,7 @@ from typing import Any
 
 from aioengine.errors import AdapterError, AdapterNotFound, AioEngineError, ConfigError, EngineStopped
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.door.conflicts import contents
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, registry_actor
 from aioengine.info import AdapterInfo
@@ -22,6 +23,8 @@ logger = logging.getLogger("aioengine.fleet")
 
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 SYNC_SECONDS = 60.0
+SETTLE_SECONDS = 1.0
+"""After a change, until all replicas have said what they hold."""
 
 
 class FleetAdapters:
@@ -42,6 +45,7 @@ class FleetAdapters:
         for name in self._entries:
             self._members.state.add_adapter(name)
         self._members.on_join.append(self._joined)
+        self._members.on_residency.append(self._compare)
         for member in list(self._members.members.values()):
             await self._sync(member)
         if self._config.placement != "none":
@@ -269,6 +273,41 @@ class FleetAdapters:
         answer = await self._ask(member, move.kind, name=move.adapter)
         if isinstance(answer, (AdapterError, ConfigError)):
             logger.warning("placement: %s on %s: %s", move.kind, move.replica, answer)
+
+    # Content that differs
+
+    def _compare(self, member: Member) -> None:
+        names = [info.name for info in member.residency.adapters]
+        for name in self._members.conflicts.found(names, self._held()):
+            self._spawn(self._agree(name))
+
+    def _held(self) -> dict[str, list[AdapterInfo]]:
+        return {replica: m.residency.adapters for replica, m in self._members.members.items()}
+
+    async def _agree(self, name: str) -> None:
+        """Have all holders read the adapter again, so that they have what is there now: all, or none."""
+        with suppress(EngineStopped):
+            async with self._changing(name) as members:
+                await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
+                if len(contents(name, self._held())) < 2:
+                    return
+                known = self._entries.get(name)
+                where = None if known is None else known.path
+                holders = self._holders(name, members)
+                logger.warning(
+                    "adapter %r has different content on %s; all read it again",
+                    name,
+                    ", ".join(holder.channel.replica for holder in holders),
+                )
+                answers = await self._ask_all(holders, "prepare", name=name, path=where)
+                errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+                read = {answer.digest for answer in answers if isinstance(answer, AdapterInfo)}
+                if errors or len(read) > 1:
+                    await self._ask_all(holders, "discard", name=name)
+                    why = str(errors[0]) if errors else "its files are not the same on all nodes"
+                    logger.error("adapter %r stays different between replicas: %s", name, why)
+                    return
+                await self._ask_all(holders, "commit", name=name)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -15,6 +15,7 @@ from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
+from aioengine.fleet.door.conflicts import Conflicts
 from aioengine.fleet.door.hung import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.info import EngineStats, SlotInfo
@@ -47,8 +48,11 @@ class Members:
         self.members: dict[str, Member] = {}
         self.losses: Counter[str] = Counter()
         """Replicas lost, by how."""
+        self.conflicts = Conflicts()
         self.on_join: list[Callable[[Member], None]] = []
         """Callbacks for each replica that has said hello."""
+        self.on_residency: list[Callable[[Member], None]] = []
+        """Callbacks for each replica whose adapters in memory have changed."""
         self.on_delta: Callable[[Channel, Call, Delta], None] = lambda channel, call, delta: None
         """Callback for what a replica reports of a request."""
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
@@ -190,6 +194,8 @@ class Members:
             for info in residency.adapters:
                 held[info.location].append(info.name)
             tiers = Tiers(held["slot"], held["cpu"], held["loading"])
+            for listener in self.on_residency:
+                listener(member)
         replica = member.channel.replica
         hung = status.step_age > self.config.step_seconds
         if hung or status.state == "dead":

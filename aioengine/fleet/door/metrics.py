@@ -134,6 +134,13 @@ class _Door(Collector):
         )
         misroutes.add_metric([self._engine, DOOR], sent.misroutes)
         yield misroutes
+        conflicts = CounterMetricFamily(
+            "aioengine_fleet_adapter_conflicts",
+            "Adapters that were found with different content on two replicas.",
+            labels=["engine", "replica"],
+        )
+        conflicts.add_metric([self._engine, DOOR], members.conflicts.count)
+        yield conflicts
         wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
         wanted.add_metric([self._engine, DOOR], members.config.replicas)
         yield wanted
