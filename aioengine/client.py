@@ -1,4 +1,4 @@
-"""What a server needs of an engine: an AsyncEngine has it, and so has a fleet of them."""
+"""EngineClient: the interface that a server needs of an engine; AsyncEngine and FleetClient have it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GrammarCompiler(Protocol):
 
 
 class Usage(NamedTuple):
-    """What was let in within one limit of a key, a tenant or an adapter."""
+    """Usage within one limit of a key, a tenant or an adapter."""
 
     requests: int = 0
     tokens: int = 0
@@ -68,7 +68,7 @@ class ServerMetrics(ScrapedMetrics, Protocol):
 
 
 class EngineClient(WatchedEngine, Protocol):
-    """An engine as who serves it sees it; each method is described in ``AsyncEngine``."""
+    """Engine as a server uses it; each method is described in ``AsyncEngine``."""
 
     model_name: str
     text_work: TextWork

@@ -211,7 +211,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_adapter_labels: int = 100
     """Adapters that get a metric label of their own; the rest are counted under "other"."""
     max_tenant_labels: int = 100
-    """As many tenants do."""
+    """Tenants that get a metric label of their own; the rest are counted under "other"."""
     metrics_compat: MetricsCompat = "none"
     """"vllm" also exports the metrics that request routers read, under the names that vLLM gave them."""
     name: str = "default"
@@ -330,8 +330,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def model_name(self) -> str:
-        """What the base model is called where nobody gave it a name: ``model``, but only the last part of an
-        absolute path, which is nobody's business."""
+        """Default name of the base model: ``model``, or the last part of it if it is an absolute path,
+        because clients should not see the server's folders."""
         return os.path.basename(os.path.normpath(self.model)) if os.path.isabs(self.model) else self.model
 
     @classmethod

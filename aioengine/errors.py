@@ -43,7 +43,7 @@ class AdapterError(AioEngineError):
 
 
 class AdapterNotFound(AdapterError):
-    """No adapter of this name is registered (or it is being unloaded)."""
+    """Error for a name under which no adapter is registered, or whose adapter is being unloaded."""
 
 
 class AdapterInvalid(AdapterError):

@@ -158,7 +158,7 @@ class BaseLoader(ABC, Generic[R]):
             self._stuck.add(progress)
             raise AdapterLoadError(
                 f"was not read within load_timeout={self._timeout:g} seconds: the disk or the network mount "
-                "hangs or is too slow; see to it, or raise LoRAConfig.load_timeout",
+                "hangs or is too slow; repair it, or raise LoRAConfig.load_timeout",
                 name=name,
                 path=path,
             ) from error

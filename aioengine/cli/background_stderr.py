@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 MAX_BYTES = 2**20
-"""So much is kept; lines beyond it are dropped, and counted."""
+"""Maximum bytes that are kept; lines beyond it are dropped, and counted."""
 GATHER_SECONDS = 0.05
-"""What is written within this time is written out together: a thread that wakes up for each line costs those
-who write them."""
+"""Time for which lines are collected and then written together: to wake the thread for each line would slow
+down the threads that log."""
 FLUSH_SECONDS = 1.0
 """How long the end waits for what is kept to be written."""
 

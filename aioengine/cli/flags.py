@@ -45,7 +45,7 @@ _TARGETS = Parameter(group=_MORE_LORA, consume_multiple=True, negative="")
 @Parameter(name="*", group=_ENGINE)
 @dataclass(frozen=True, kw_only=True)
 class EngineFlags:
-    """What is not given here comes from ``--config``, and what is not there has a default."""
+    """Flags of the engine. A value that is not given comes from ``--config``, or else is the default."""
 
     model: str | None = None
     """Model folder, GGUF file, Hub id, or smollm2-135m (the default)."""

@@ -1,4 +1,4 @@
-"""How help looks: a screen of what is used most, the rest with ``--help-all``."""
+"""Layout of help pages: the flags that are used most on one screen, the rest with ``--help-all``."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _label(entry: HelpEntry) -> str:
 
 
 def _plain(text: Any) -> str:
-    """What cyclopts hands over is text, or something that rich can render."""
+    """Return the plain text of what cyclopts passes: text, or something that rich can render."""
     if isinstance(text, str):
         return text
     from rich.console import Console

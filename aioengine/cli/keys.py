@@ -104,7 +104,7 @@ def _limits(limits: Limits) -> str:
 
 
 def _text(value: str) -> str:
-    """As a TOML string, which JSON's are as well."""
+    """Return a TOML string; JSON's strings are valid ones."""
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
 
 

@@ -38,7 +38,7 @@ from aioengine.errors import (
 EXIT_OK, EXIT_REFUSED = 0, 2
 
 _WHILE_RUNNING = (DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped, RequestRejected)
-"""What ends a command that had begun; any other error of ours says why it did not begin."""
+"""Errors that end a command after its start; other errors of this package say why it could not start."""
 
 _EXAMPLES = """\
   aioengine demo
@@ -287,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _find_modules_here() -> None:
-    """As ``python -m`` does, so that ``--policy my_module:MyPolicy`` finds a file in the current folder."""
+    """Add the current folder to the import path, as ``python -m`` does, so that ``--policy
+    my_module:MyPolicy`` finds a file there."""
     with suppress(OSError):  # a folder that has been removed
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.append(os.getcwd())

@@ -33,7 +33,7 @@ class Ending(NamedTuple):
 
     code: int
     line: str | None
-    """For standard error; None: nothing, as with other tools whose reader has gone."""
+    """Line for standard error; None: nothing is printed, as by other tools whose reader has gone."""
 
 
 INTERRUPTED = Ending(EXIT_INTERRUPTED, "interrupted")
@@ -96,8 +96,8 @@ class Process:
             self._cancel()
 
     def _exit_now(self, ending: Ending) -> NoReturn:
-        """Without the interpreter's clean-up, which would wait for threads or pull torch from under
-        them."""
+        """Exit without the interpreter's clean-up, which would wait for threads, or unload torch while they
+        use it."""
         if ending.line is not None:
             interactive = os.isatty(2)
             # A live view may have hidden the cursor, and "^C" stands in the line.

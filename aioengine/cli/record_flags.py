@@ -24,7 +24,8 @@ class RecordFlags:
     """Append a line per request to this file, a trace for the lab without any text."""
 
     def writer(self) -> AbstractAsyncContextManager[TraceWriter | None]:
-        """To be attached to the engine, and entered before it: then it also gets what its stop ends.
+        """Make the writer, to be attached to the engine and entered before it, so that it also records the
+        requests that the engine's stop ends.
 
         Raises ConfigError if the file cannot be written.
         """

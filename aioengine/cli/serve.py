@@ -42,7 +42,7 @@ KEY_VARIABLE = "AIOENGINE_API_KEYS"
 ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 DEFAULT_MAX_WAITING = 1024
-"""Of a server; an engine by itself has no bound."""
+"""Bound on waiting requests of a server; an engine by itself has none."""
 
 _SERVER = Group("Server", sort_key=5)
 _MORE = Group(f"{FOLDED} server flags", sort_key=25)

@@ -1,4 +1,4 @@
-"""How ``aioengine serve`` writes its log: lines for people, or JSON for machines.
+"""Log of ``aioengine serve``: lines for people, or JSON for machines.
 
 Warnings and errors name flags where the engine names fields of its configuration.
 """
@@ -52,7 +52,8 @@ def _worded(record: logging.LogRecord, text: str) -> str:
 
 
 def configure_logging(form: str, level: str) -> None:
-    """Of the whole process, so for the program only. ``form`` is "text" or "json"."""
+    """Configure logging for the whole process; only the program does this, never the library. ``form`` is
+    "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
         handler.setFormatter(JsonFormatter())

@@ -57,7 +57,7 @@ def top(
 
 
 def look(url: str, key: str | None) -> dict[str, Any]:
-    """What ``/debug/requests`` answers. Raises ConfigError if it does not."""
+    """Return the answer of ``/debug/requests``. Raises ConfigError if it does not."""
     request = urllib.request.Request(f"{url.rstrip('/')}/debug/requests")
     request.add_header("user-agent", f"aioengine/{__version__}")
     if key:

@@ -96,7 +96,7 @@ class PolicyGuard:
         self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_until = -math.inf
         self._quiet_since = -1
-        """Number of changes at the last decision that changed nothing."""
+        """Number of changes when the policy last decided nothing."""
 
     def change(self, policy: SchedulerPolicy) -> None:
         """Ask ``policy`` from now on. It is told of nothing that happened before."""

@@ -299,7 +299,7 @@ class GrammarConstraint:
         return ask.mask
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        """As :meth:`poll`, without a time limit."""
+        """Return the mask as :meth:`poll` does, without a time limit."""
         until = time.monotonic() + PATIENCE_SECONDS
         while (mask := self.poll(output, 0.1)) is None:
             if time.monotonic() > until:

@@ -55,7 +55,7 @@ _Write = Callable[[Any, int], Any]
 
 
 class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a JSON schema is read, and how the JSON is written."""
+    """Options for reading a JSON schema, and for the JSON that is written."""
 
     open_objects: bool = False
     """Allow undeclared properties wherever the schema does not forbid them, as JSON Schema itself does."""
@@ -227,7 +227,7 @@ class _Writer:
         return written
 
     def _open(self, schema: Any, depth: int) -> Any:
-        """As it was."""
+        """Return the schema unchanged."""
         if not self._begin(schema, depth):
             return schema
         return self._copy(schema, depth, self._open)

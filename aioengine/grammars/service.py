@@ -237,7 +237,7 @@ class Grammars:
         except AioEngineError as error:
             return error
         except OSError as error:
-            return EngineOverloaded(f"no process for the grammar can be had: {error}")
+            return EngineOverloaded(f"no process could be started for the grammar: {error}")
         except Exception as error:
             logger.exception("a grammar could not be compiled")
             return AioEngineError(f"the grammar could not be compiled: {type(error).__name__}: {error}")

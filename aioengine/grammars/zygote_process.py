@@ -38,8 +38,7 @@ class ChildProcess:
         self.number = number
         self.connection = connection
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        """Its exit status, or minus the signal that killed it; None if unknown, because the zygote has
-        died."""
+        """Exit status, or minus the signal that killed it; None if unknown, because the zygote has died."""
 
 
 class ZygoteProcess:
@@ -47,7 +46,7 @@ class ZygoteProcess:
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, places: Places) -> None:
         self.places = places
-        """Where its children write masks; closed with it."""
+        """Shared memory in which its children write masks; closed with it."""
         self._process = process
         self._control = control
         self._numbers = count()
@@ -101,7 +100,7 @@ class ZygoteProcess:
             said.close()
         if why:
             await zygote.close()
-            raise ConfigError(f"guided decoding cannot be had for this model: {why}")
+            raise ConfigError(f"guided decoding is not possible with this model: {why}")
         loop = asyncio.get_running_loop()
         zygote._listener = loop.create_task(zygote._listen(), name="aioengine-grammars")
         return zygote

@@ -31,7 +31,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     adapter: str | None = None
     stream: bool = False
     trace_id: str | None = None
-    """Of its span, where requests are traced."""
+    """Trace id of its span, where requests are traced."""
     completion_id: str | None = None
     """The answer's id, which is the engine's request id too unless the client has chosen it."""
     prompt_tokens: int | None = None

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 _UPLOAD = "/v1/upload_lora_adapter"
 UPLOADS_AT_ONCE = 2
-"""Of the largest adapters that can be uploaded."""
+"""Number of uploads of the largest size that fit into memory at once."""
 _PROBES = frozenset({"/health", "/ready"})
 _PAGE = frozenset({"", "/", "/metrics", "/metrics/targets", "/events"})
 DRAIN_RETRY_AFTER = 5

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 _VERSION = re.compile(r"@[0-9]{1,18}$")
-"""What follows an adapter's name if a request wants one of its versions."""
+"""End of an adapter's name if a request wants one of its versions."""
 
 logger = logging.getLogger("aioengine.server")
 
@@ -143,7 +143,7 @@ class Context:
         return await work.run(sum(map(len, texts)), lambda: [encode(text) for text in texts], owner)
 
     async def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, owner: str | None) -> list[list[int]]:
-        """As :meth:`encode`, of texts that belong together."""
+        """Encode pairs of texts as :meth:`encode` does single ones."""
         tokenizer, limit = self.tokenizer, self.engine.plan.max_model_len
 
         def encode(first: str, second: str) -> list[int]:

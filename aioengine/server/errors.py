@@ -183,7 +183,7 @@ _OVERLOADED = {
     "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
     "adapter": "too many requests for this adapter are waiting; other adapters are served",
 }
-"""By whose bound is reached."""
+"""Messages by the owner of the bound that is reached."""
 
 
 def to_api_error(error: BaseException, settings: ServerSettings) -> ApiError:

@@ -98,7 +98,7 @@ class DirectRoute:
 
 
 async def _body(receive: Any) -> bytes:
-    """What a BoundedBody has, which raises if there is anything wrong."""
+    """Collect the content of a BoundedBody, which raises if anything is wrong."""
     message = await receive()
     if not message.get("more_body", False):
         return bytes(message["body"])
@@ -164,7 +164,8 @@ def record_of(request: Request[Any, Any, Any]) -> RequestRecord:
 
 
 def admission(gate: Gate) -> Any:
-    """What Litestar calls before each route's handler. Raises ApiError before the body is read."""
+    """Check the caller before each route's handler; Litestar calls this. Raises ApiError before the body is
+    read."""
 
     # A coroutine: Litestar calls a plain function in a thread. No guard: for these it copies the handler.
     async def check(request: Request[Any, Any, Any]) -> None:

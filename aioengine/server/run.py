@@ -32,7 +32,7 @@ DRAIN_LOG_SECONDS = 5.0
 
 
 class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a server listens, and the limits of a connection; times are in seconds."""
+    """Address of a server, and the limits of a connection; times are in seconds."""
 
     host: str = "127.0.0.1"
     port: int = 8000

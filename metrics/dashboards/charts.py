@@ -76,7 +76,7 @@ SUMMARY = [
     ),
     Chart(
         "Requests waiting",
-        "For their adapter or for room in the batch.",
+        "Requests that wait for their adapter, or for room in the batch.",
         units.Short,
         [Query(f"sum(aioengine_requests_waiting{{{HERE}}})", "waiting")],
     ),
@@ -343,7 +343,7 @@ LIMITS = [
     ),
     Chart(
         "Restarts of the model's processes",
-        "Each of them failed what was running.",
+        "Each restart failed the requests that were running.",
         units.Short,
         [
             Query(
@@ -368,7 +368,7 @@ LIMITS = [
 PROCESS = [
     Chart(
         "Resident memory",
-        "Of the server's process; the model's, if it has its own, are not in it.",
+        "Memory of the server's process; processes of the model are not included.",
         units.BytesIEC,
         [Query(f"process_resident_memory_bytes{{{HERE}}}", "{{instance}}")],
     ),
@@ -380,7 +380,7 @@ PROCESS = [
     ),
     Chart(
         "File descriptors, threads and tasks",
-        "What grows and does not shrink again, leaks.",
+        "A number that grows and never shrinks shows a leak.",
         units.Short,
         [
             Query(f"process_open_fds{{{HERE}}}", "{{instance}} descriptors"),
@@ -390,13 +390,13 @@ PROCESS = [
     ),
     Chart(
         "Age of the process",
-        "Seconds since it was started; back at 0, it was started again.",
+        "Seconds since its start; a fall to 0 is a restart.",
         units.Seconds,
         [Query(f"time() - process_start_time_seconds{{{HERE}}}", "{{instance}}")],
     ),
     Chart(
         "Log lines lost",
-        "Per second: nobody took the earlier ones.",
+        "Lines per second that were dropped, because the earlier ones were not read.",
         units.CountsPerSecond,
         [Query(rate("aioengine_log_dropped_total", "instance"), "{{instance}}")],
     ),
@@ -420,13 +420,13 @@ FLEET = [
     ),
     Chart(
         "Routing decisions by reason",
-        "Why requests went where they went, as the router says.",
+        "The router's reasons for choosing a replica.",
         units.CountsPerSecond,
         [Query(rate("aioengine_fleet_decisions_total", "reason"), "{{reason}}")],
     ),
     Chart(
         "Routing time",
-        "What a decision takes in the door.",
+        "Seconds that a decision takes in the door.",
         units.Seconds,
         quantiles("aioengine_fleet_route_seconds", "engine"),
     ),
@@ -461,7 +461,7 @@ FLEET = [
     ),
     Chart(
         "Router failures",
-        "Decisions that the safe router made, because the chosen one raised, was slow or named nobody.",
+        "Decisions that the safe router made, because the chosen one raised, was slow or named no replica.",
         units.CountsPerSecond,
         [Query(rate("aioengine_fleet_router_failures_total", "kind"), "{{kind}}")],
     ),

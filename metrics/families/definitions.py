@@ -226,7 +226,7 @@ PROMPT_CACHED_TOKENS = Definition(
 REFUSED = Definition(
     "aioengine_requests_refused",
     "counter",
-    "Requests refused because as many waited as may; bound says whose: server, tenant or adapter.",
+    "Requests refused because too many wait; bound says which limit: server, tenant or adapter.",
     ("bound",),
 )
 
@@ -372,7 +372,7 @@ GRAMMARS_KEPT = Definition(
 LOG_DROPPED = Definition(
     "aioengine_log_dropped",
     "counter",
-    "Lines of the server's log that were dropped because nobody took the earlier ones.",
+    "Lines of the server's log that were dropped because the earlier ones were not read.",
 )
 EVENT_LOOP_LAG = Definition(
     "aioengine_event_loop_lag_seconds",

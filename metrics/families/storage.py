@@ -112,7 +112,7 @@ class Histograms:
         return found
 
     def fold(self, label: str, into: str) -> None:
-        """Add one series to another, as :meth:`Counters.fold` does."""
+        """Merge the series of one label into those of another, as :meth:`Counters.fold` does."""
         for labels in [key for key in self.series if key[0] == label]:
             self.at((into, *labels[1:])).add(self.series.pop(labels))
 

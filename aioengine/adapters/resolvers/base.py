@@ -122,7 +122,7 @@ async def within(seconds: float | None, name: str, look_up: Awaitable[T]) -> T:
             raise
         raise AdapterLoadError(
             f"was not found within load_timeout={seconds:g} seconds: what its resolver asks hangs or is too "
-            "slow; see to it, or raise LoRAConfig.load_timeout",
+            "slow; repair it, or raise LoRAConfig.load_timeout",
             name=name,
             transient=True,
         ) from error

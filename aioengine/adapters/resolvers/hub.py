@@ -112,7 +112,7 @@ class HubResolver(BlockingResolver):
             ) from error
         except Exception as error:  # it raises many unrelated types
             raise AdapterLoadError(
-                f"not to be had from the Hub: {type(error).__name__}: {error}", name=name, path=path
+                f"cannot be downloaded from the Hub: {type(error).__name__}: {error}", name=name, path=path
             ) from error
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterNotFound(

@@ -24,7 +24,7 @@ logger = logging.getLogger("aioengine.server")
 
 LIMITS = ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter")
 RELOADABLE = (*LIMITS, "policy")
-"""Of the engine's fields."""
+"""Fields of the engine's configuration that can be reloaded."""
 RELOADABLE_SERVER = (
     "served_model_name",
     "max_body_bytes",
@@ -38,7 +38,8 @@ RELOADABLE_SERVER = (
     "send_timeout",
     "stuck_step_seconds",
 )
-"""Of the table ``[server]``. The keys file is read again by itself, whenever it changes."""
+"""Fields of the table ``[server]`` that can be reloaded. The keys file is read again by itself, whenever it
+changes."""
 
 
 class ServerFlags(Protocol):
@@ -52,7 +53,7 @@ class ServerFlags(Protocol):
 
 
 class _Read(NamedTuple):
-    """What the file says now, found good."""
+    """Content of the file now, after its checks."""
 
     config: EngineConfig
     server: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Where flags come from that are not on the command line: the environment, then the file's ``[server]``.
+"""Sources of flags that are not on the command line: the environment, then the file's ``[server]``.
 
 The file's other tables are the engine's, which reads them with the flags: see ``cli/flags.py``.
 """

@@ -1,4 +1,4 @@
-"""What the demo knows about its requests and swaps, as told by the engine's events."""
+"""Board: the demo's requests and swaps, as the engine's events report them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row:
     state: State = "soon"
     slot: int | None = None
     replica: int | None = None
-    """Where it runs in a fleet."""
+    """Replica on which it runs, in a fleet."""
     text: str = ""
     tokens: int = 0
     ttft: float | None = None
@@ -54,7 +54,7 @@ class Board:
         return all(row.state == "done" for row in self.rows.values())
 
     def handle(self, event: events.Event) -> None:
-        """To be given to ``engine.add_listener``."""
+        """Take in an event; this is a listener for ``engine.add_listener``."""
         match event:
             case events.RequestAdded(request_id=key):
                 self.rows[key].state = "waiting"

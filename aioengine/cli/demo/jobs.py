@@ -19,7 +19,7 @@ _ORDER = (
     *(None, "sql", "json", "sql", None, "sentiment"),
     *("json", "pirate", None, "sentiment", "pirate", None),
 )
-"""Who asks in which order: more adapters at a time than there are slots, and some come back."""
+"""Adapters in the order of the requests: more at a time than there are slots, and some come back."""
 
 _QUESTIONS = (
     "What is the capital of France?",

@@ -1,4 +1,4 @@
-"""How the demo looks: a live board while it runs, and the tables at its end."""
+"""Display of the demo: a live board while it runs, and the tables at its end."""
 
 from __future__ import annotations
 

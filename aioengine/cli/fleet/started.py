@@ -67,7 +67,7 @@ async def started_fleet(
 
 
 async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
-    """To the end, however often it is cancelled."""
+    """Run to completion, however often it is cancelled."""
     from aioengine.fleet.cluster import Cluster, Door
 
     async def end() -> None:
@@ -116,7 +116,8 @@ class _EndedBySigterm:
         self._told = False
 
     def listen(self) -> None:
-        """Again after Ray has been started, for it takes the signal for itself."""
+        """Listen for the signals; again after Ray has been started, because Ray takes the signal for
+        itself."""
         self._loop.remove_signal_handler(signal.SIGTERM)
         self._loop.add_signal_handler(signal.SIGTERM, self._stop)
 

@@ -90,7 +90,8 @@ async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]
 
 
 def _for_choice(params: SamplingParams, index: int) -> SamplingParams:
-    """With a seed of its own, if the request has one; the first choice is what n=1 would give."""
+    """Return the parameters of one choice, with a seed of its own if the request has one; the first choice
+    equals that of n=1."""
     if params.seed is None or index == 0:
         return params
     # The odd multiplier (2**64 / golden ratio) keeps apart the choices of requests with seeds 1, 2, 3, ...

@@ -47,12 +47,12 @@ class Request(NamedTuple):
     params: SamplingParams
     n: int
     scheduling: dict[str, Any]
-    """Of priority, deadline and tenant those that were given: arguments of ``AsyncEngine.generate``."""
+    """Arguments of ``AsyncEngine.generate`` that were given, out of priority, deadline and tenant."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What the flags say of requests that do not say it themselves."""
+    """Values of the flags, for requests that do not have their own."""
 
     adapter: str | None = None
     n: int = 1

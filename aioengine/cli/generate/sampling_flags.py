@@ -53,7 +53,7 @@ class SamplingFlags:
 @Parameter(name="*", group=_MORE_REQUEST)
 @dataclass(frozen=True, kw_only=True)
 class RequestFlags:
-    """What the scheduler is told of a request, for the policies that look at it."""
+    """Flags with the scheduling arguments of requests, for the policies that look at them."""
 
     priority: int | None = None
     """Higher is more urgent."""

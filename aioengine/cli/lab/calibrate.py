@@ -56,7 +56,7 @@ def calibrate(
 
 
 def _print(costs: CostModel) -> None:
-    """How well the model fits what was timed."""
+    """Print how well the cost model fits the timings."""
     print(f"{costs.name}: {costs.source}")
     if costs.fit is not None:
         median, p90 = costs.fit.median_error, costs.fit.p90_error

@@ -81,7 +81,7 @@ def compare(
 
 
 def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: SystemFlags) -> Comparison:
-    """What the flags say, over what --experiment says. Raises ConfigError."""
+    """Make the comparison from the flags, which override --experiment. Raises ConfigError."""
     from aioengine.lab.report.run_page import read_json
     from aioengine.lab.runs.comparison import Comparison, read_comparison
 

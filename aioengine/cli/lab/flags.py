@@ -136,7 +136,7 @@ class SystemFlags:
 
 
 _NAMES = {"max_loras": "--slots", "max_cpu_loras": "--cpu-loras"}
-"""What the engine's configuration calls them -> what the lab does."""
+"""Names of the lab's flags, by the engine's names of the fields."""
 
 
 def make_experiment(

@@ -37,7 +37,7 @@ def progress(what: str) -> Iterator[Show]:
 
 
 class _Lines:
-    """For logs: nothing of what is over soon, then a line every few seconds."""
+    """Progress for logs: nothing for a short task, else a line every few seconds."""
 
     def __init__(self, what: str) -> None:
         self._what = what

@@ -55,8 +55,9 @@ def print_rankings(compare: Compare) -> None:
 
 
 def _ranking_table(ranking: Ranking, console: Console, joint: str) -> Table:
-    """With ``joint`` between a mean and its interval. The columns of figures are as wide as they need to be:
-    Rich would break lines at no-break spaces too, between a number and its unit."""
+    """Make the table of policies, with ``joint`` between a mean and its interval. The columns of figures
+    are as wide as they need to be: Rich would break lines at no-break spaces too, between a number and its
+    unit."""
     from aioengine.lab.report.style import policy_label
 
     title = Text(ranking.title)

@@ -1,1 +1,1 @@
-"""What ``aioengine serve`` does beside serving: telling systemd and the log, and ending in order."""
+"""Work of ``aioengine serve`` around the server: reports to systemd and the log, and an orderly end."""

@@ -30,7 +30,7 @@ class Served(Protocol):
 
 
 class Ends(Protocol):
-    """How a server ends; see the flags of ``aioengine serve``."""
+    """Settings for the end of a server; see the flags of ``aioengine serve``."""
 
     @property
     def grace_seconds(self) -> float: ...

@@ -22,7 +22,7 @@ class Systemd:
         own = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         timeout = os.environ.get("WATCHDOG_USEC", "") if own else ""
         self.watchdog_seconds = int(timeout) / 1e6 if timeout.isdigit() and int(timeout) else None
-        """Without being fed for so long, the process is killed; None: there is no watchdog."""
+        """Seconds after which systemd kills a process that does not report; None: there is no watchdog."""
 
     def tell(self, *lines: str) -> None:
         """Send assignments such as ``READY=1``. What cannot be sent is lost: systemd has its own timeouts."""

@@ -312,7 +312,7 @@ def _how_it_ended(code: int | None) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    short = "; if nobody did that, the system was short of memory" if -code == signal.SIGKILL else ""
+    short = "; unless somebody did that, memory was short" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{short}"
 
 

@@ -1,4 +1,4 @@
-"""How evenly a run served its clients: its adapters, or its tenants."""
+"""Fairness of a run between its clients, which are its adapters or its tenants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Client = Literal["adapter", "tenant"]
 
 BASE = "(base)"
-"""What requests for the base model are called among the adapters, as the samples of a run have it."""
+"""Name of the base model among the adapters in a run's samples."""
 NO_TENANT = "(none)"
 
 MAX_PAIRED_CLIENTS = 64
@@ -84,7 +84,7 @@ def by_client(requests: pl.DataFrame, client: Client) -> pl.DataFrame:
 
 
 def service_gap(requests: pl.DataFrame, samples: pl.DataFrame) -> ServiceGap:
-    """What fair schedulers bound: the difference of service between clients that both wait.
+    """Compute what fair schedulers bound: the difference of service between clients that both wait.
 
     The clients are tenants, and adapters for requests without a tenant. For clients f and g and any time
     [s, t) in which both have requests waiting without a break, W is the tokens computed for each, and VTC's
@@ -152,7 +152,7 @@ def _backlogs(requests: pl.DataFrame) -> dict[str, list[tuple[float, float]]]:
 
 
 def _covered(times: Sequence[float], spans: Sequence[tuple[float, float]]) -> list[bool]:
-    """For each interval between two times (the first from 0), whether it lies within a span."""
+    """Return for each interval between two times (the first from 0) whether it lies within a span."""
     found, at, before = [], 0, 0.0
     for time in times:
         while at < len(spans) and spans[at][1] < time:

@@ -11,7 +11,7 @@ from aioengine.lab.report.style import Scale, digits_scale, seconds_scale, share
 
 class Measure(NamedTuple):
     name: str
-    """In a summary, as :func:`~aioengine.lab.analysis.summary.flatten` has it."""
+    """Name in a summary, as :func:`~aioengine.lab.analysis.summary.flatten` gives it."""
     label: str
     unit: Literal["seconds", "share", "number", "index"]
     better: Literal["lower", "higher"]

@@ -1,4 +1,5 @@
-"""What a workload is, before anything is run: rates, lengths, popularity, and what prompts have in common."""
+"""Description of a workload before it is run: rates, lengths, popularity, and shared beginnings of
+prompts."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def describe_offered(offered: Offered) -> dict[str, Any]:
 
 
 def _peak(times: Sequence[float]) -> float | None:
-    """Of all intervals of :data:`PEAK_SECONDS` from 0 on."""
+    """Return the highest rate of all intervals of :data:`PEAK_SECONDS` from 0 on."""
     if not times or times[-1] <= PEAK_SECONDS:
         return None
     return max(Counter(int(time / PEAK_SECONDS) for time in times).values()) / PEAK_SECONDS

@@ -1,4 +1,4 @@
-"""What several seeds say of a figure: means, intervals, paired differences."""
+"""Statistics over several seeds: means, intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Estimate | None:
-    """Of the differences ``values - others``, seed by seed: what both see of the same arrivals cancels out,
-    so that fewer seeds tell them apart. None if no seed has both.
+    """Estimate the differences ``values - others``, seed by seed. The arrivals of a seed are the same on both
+    sides and cancel out, so that fewer seeds are needed. None if no seed has both.
 
     From :data:`BOOTSTRAP_FROM` seeds on the interval is that of the bootstrap (BCa: Efron, "Better Bootstrap
     Confidence Intervals", 1987), which does not take differences for normal; it resamples with a fixed seed,

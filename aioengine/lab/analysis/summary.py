@@ -21,7 +21,7 @@ DIGITS = 6
 """Decimal places of every figure: microseconds, where it is a time."""
 
 MOST_STARVED = 10
-"""So many adapters are listed by their worst wait."""
+"""Number of adapters that are listed by their worst wait."""
 
 
 def summarize(folder: str | Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _deadlines(requests: pl.DataFrame) -> dict[str, Any]:
 
 
 def _hits(requests: pl.DataFrame) -> dict[str, Any]:
-    """Where requests found their adapter when they arrived."""
+    """Count where requests found their adapter when they arrived."""
     found = requests["found"].drop_nulls()
     counts = {level: int((found == level).sum()) for level in ("slot", "cpu", "loading", "disk")}
     shares = {f"{level}_share": _ratio(count, len(found)) for level, count in counts.items()}
@@ -217,7 +217,8 @@ def _engine(samples: pl.DataFrame, replicas: int) -> dict[str, Any]:
 
 
 def _fairness(frames: Frames) -> dict[str, Any]:
-    """Of adapters, and of tenants where requests have them; the samples count the service of the latter."""
+    """Compute the fairness between adapters, and between tenants where requests have them; the samples count
+    the tenants' service."""
     tenants = frames.requests["tenant"].drop_nulls().len() > 0
     clients: tuple[Client, ...] = ("adapter", "tenant") if tenants else ("adapter",)
     found: dict[str, Any] = {}

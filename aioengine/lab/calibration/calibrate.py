@@ -30,7 +30,7 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
 
 Progress = Callable[[int, int, str], None]
-"""Told of: timings done, of how many, and what comes next."""
+"""Callback with the number of timings done, their total, and the next one."""
 
 
 def calibrate(

@@ -1,4 +1,4 @@
-"""What a calibration times: steps of these shapes, and loads beside steps."""
+"""Design of a calibration: the shapes of steps that are timed, and loads beside steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Part(NamedTuple):
     """A step."""
 
     what: str
-    """In words."""
+    """Description in words."""
     rows: tuple[Row, ...]
 
 
@@ -29,7 +29,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     contexts: tuple[int, ...] = (64, 384, 1536)
     """...after so many tokens; with the second and further ones only some numbers of rows."""
     tokens: int = 12_288
-    """At most so many positions of all rows together."""
+    """Maximum positions of all rows together."""
     prompts: tuple[int, ...] = (
         8,
         16,
@@ -54,7 +54,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chunks: tuple[int, ...] = (64, 512)
     """...or after one of the longer ``contexts``."""
     ranks: tuple[int, ...] = (8, 16, 64)
-    """Of adapters. Slots are sized for the largest."""
+    """Ranks of adapters. Slots are sized for the largest."""
     adapters: tuple[int, ...] = (1, 2, 4, 8)
     """Distinct ones, of one rank, in a batch of..."""
     adapter_rows: tuple[int, ...] = (1, 4, 8, 32)
@@ -71,7 +71,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seconds: float = 100.0
     """After which what was timed once is enough."""
     live_rows: tuple[int, ...] = (1, 4, 16, 64)
-    """That decode as they do in serving, for the time between steps..."""
+    """Numbers of sequences that decode as in serving, to time the gap between steps."""
     live_steps: int = 20
     """...so many steps."""
     loads: int = 6

@@ -33,8 +33,8 @@ class Timing(NamedTuple):
 
 
 class DirectSteps:
-    """For an engine that serves nobody meanwhile: its KV blocks and its adapter slots are used as if all of
-    them were free. Adapters must be placed before they are used.
+    """Steps that are run directly on an engine without requests: its KV blocks and its adapter slots are used
+    as if all of them were free. Adapters must be placed before they are used.
 
     Prompts are random tokens. So is what a row finds in the KV blocks before it (``fill``), because memory
     that was never written is read faster.

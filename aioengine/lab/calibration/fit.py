@@ -24,7 +24,7 @@ WORTH = 0.95
 OUTLIER = 5.0
 """Errors that are larger than so many times the median do not say which tile is better."""
 ROUNDS = 8
-"""Of reweighting: enough for the weights to settle."""
+"""Rounds of reweighting: enough for the weights to settle."""
 
 
 class Timed(NamedTuple):
@@ -77,7 +77,7 @@ def fit_steps(points: Sequence[Timed]) -> StepFit:
 
 
 class _Terms:
-    """What each coefficient is multiplied with, for every step."""
+    """Factors of each coefficient, for every step."""
 
     def __init__(self, shapes: Sequence[StepShape], tile: int) -> None:
         import numpy as np
@@ -122,7 +122,7 @@ class _Terms:
 
 
 def _knots(tokens: Sequence[int]) -> list[int]:
-    """Those of :data:`KNOTS` that have something between them, and something beyond."""
+    """Return those of :data:`KNOTS` that have timings between them, and beyond."""
     knots = [KNOTS[0]]
     for knot in KNOTS[1:]:
         if any(knots[-1] < n <= knot for n in tokens) and max(tokens) > knot:

@@ -1,4 +1,4 @@
-"""What stands for a trace's requests on a live engine: random prompts, and outputs of a given length."""
+"""Stand-ins for a trace's requests on a live engine: random prompts, and outputs of a given length."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _EndsAfter:
 
 
 def _bits(tokens: Sequence[int]) -> bytes:
-    """As :meth:`~aioengine.request.TokenConstraint.allowed` answers."""
+    """Return a mask in the form of :meth:`~aioengine.request.TokenConstraint.allowed`."""
     bits = bytearray(max(tokens, default=0) // 8 + 1)
     for token in tokens:
         bits[token // 8] |= 1 << token % 8

@@ -1,4 +1,4 @@
-"""What a calibration times on an engine that serves: the time between steps, and loads beside steps."""
+"""Timings on an engine that serves: the gap between steps, and loads beside steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from aioengine.lab.calibration.probe import ProbedEngine, ProbedMove, ProbedStep
 from aioengine.request import SamplingParams
 
 BESIDE_ROWS = 8
-"""That decode while adapters are moved."""
+"""Number of sequences that decode while adapters are moved."""
 CALM_STEPS = 3
 """Between one move and the next, to compare with those beside moves."""
 
 
 class Serving:
-    """For an engine whose slots are free. What was timed is in these lists."""
+    """Timings on an engine whose slots are free; they are collected in these lists."""
 
     def __init__(self, engine: ProbedEngine, design: Design) -> None:
         self.alone: list[ProbedStep] = []
@@ -70,7 +70,7 @@ class Serving:
 
     @asynccontextmanager
     async def _decoding(self, rows: int) -> AsyncIterator[None]:
-        """Its requests decode as long as the body runs: one that has ended begins anew."""
+        """Context in which requests decode: one that has ended begins anew."""
 
         async def decode() -> None:
             while True:

@@ -1,4 +1,4 @@
-"""How far a simulation is from the live engine: the same workload on both."""
+"""Comparison of a simulation with the live engine under the same workload."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
 
 Progress = Callable[[int, int, str], None]
-"""Told of: runs done, of how many, and which comes next."""
+"""Callback with the number of runs done, their total, and the next one."""
 
 ALL_AT_ONCE = "poisson:rate=100000"
 DISTURBED = 0.05
@@ -65,8 +65,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     runs: tuple[Measured, ...]
     """Each live run."""
     waited: tuple[float, ...]
-    """Of each live run: how long threads waited for a processor, as a share of the time in steps. What they
-    do not take from one another, others took."""
+    """Time that threads waited for a processor in each live run, as a share of the time in steps. It shows
+    how much other processes took."""
     simulated: Measured
     error: dict[str, float]
     step_error: float
@@ -98,7 +98,8 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
-    """What :func:`validate` is meant for: a small model, and half as many adapters again as slots.
+    """Make an experiment that :func:`validate` suits: a small model, and half as many adapters again as
+    slots.
 
     With far fewer slots, half of the requests would find their adapter in one, and half would wait for
     seconds: the median would lie between the two, and hang on every millisecond.
@@ -224,7 +225,7 @@ class _Live(NamedTuple):
     kept: _Kept
     waited: float
     step_seconds: float
-    """What all steps took, ..."""
+    """Seconds that all steps took, ..."""
     expected: float
     """...and what the cost model says of them."""
 

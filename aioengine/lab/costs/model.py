@@ -80,7 +80,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far the fitted steps are from those that were timed, as shares of the latter."""
+    """Errors of the fitted steps, as shares of the timed ones."""
 
     steps: int
     """Timed."""
@@ -97,11 +97,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     format: int = FORMAT
     name: str
     source: str
-    """Where the numbers come from: the machine and the versions, or what was published."""
+    """Origin of the numbers: the machine and the versions, or a publication."""
     estimate: bool
     """From published figures instead of measurements."""
     sources: dict[str, str] = msgspec.field(default_factory=dict)
-    """Where single numbers come from, by their name."""
+    """Origin of single numbers, by their name."""
     model: ModelShape
     steps: StepCosts
     step_overhead: float = 0.0

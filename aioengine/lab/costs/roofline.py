@@ -28,15 +28,15 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
     disk: float
     """Achieved, checks and conversion of an adapter included."""
     sources: dict[str, str]
-    """Where each figure comes from."""
+    """Origin of each figure."""
     weights_achieved: float = 0.8
-    """Of the bandwidth, reading weights in decode."""
+    """Share of the bandwidth that is reached when weights are read in decode."""
     kv_achieved: float = 0.6
-    """Of the bandwidth, reading keys and values."""
+    """Share of the bandwidth that is reached when keys and values are read."""
     linear_achieved: float = 0.6
-    """Of the flops, in the linears of a prefill."""
+    """Share of the flops that is reached in the linears of a prefill."""
     attention_achieved: float = 0.5
-    """Of the flops, in the attention of a prefill."""
+    """Share of the flops that is reached in the attention of a prefill."""
     lora_bandwidth_achieved: float = 0.5
     lora_flops_achieved: float = 0.1
     lora_launch: float = 3e-6

@@ -1,4 +1,4 @@
-"""What a step takes: what its time depends on, and the seconds for it.
+"""Cost model of steps: what a step's time depends on, and the seconds that it takes.
 
 No torch here. What the coefficients mean and where they come from is in docs/lab-costs.md.
 """
@@ -21,7 +21,7 @@ NONE: Curve = ((0.0, 0.0),)
 
 
 class StepShape(NamedTuple):
-    """What a step's time depends on."""
+    """Properties of a step that its time depends on."""
 
     decode_rows: int
     """Sequences that compute one token, after their prompt."""
@@ -117,7 +117,7 @@ class StepTimes:
         self._costs = costs
         self._linears: dict[int, float] = {}
         self._ranks: dict[int, tuple[float, float]] = {}
-        """Of each adapter, and of each of its tokens."""
+        """Costs of an adapter and of each of its tokens, by rank."""
 
     def __call__(self, shape: StepShape) -> float:
         rows, kv, prefill, pairs, sequences, adapters = shape
@@ -142,7 +142,7 @@ def in_tiles(tokens: int, tile: int) -> int:
 
 
 def curve_at(curve: Curve, x: float) -> float:
-    """What it gives for ``x``; never less than its last point after that."""
+    """Return the curve's value at ``x``; beyond the last point it does not fall below that."""
     if x <= curve[0][0] or len(curve) == 1:
         return curve[0][1]
     after = min(bisect_right(curve, x, key=lambda point: point[0]), len(curve) - 1)

@@ -1,4 +1,4 @@
-"""What a cost model tells a policy: the ``view.costs`` of a simulated engine."""
+"""View of a cost model for policies: the ``view.costs`` of a simulated engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a simulated fleet is like beside its engines: how old knowledge is, and what goes wrong when."""
+"""Conditions of a simulated fleet: how old a door's knowledge is, and what fails when."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Conditions(NamedTuple):
     silent_after: float = 3.0
     """Seconds without a report after which the door gives a replica up."""
     skew: Mapping[int, float] = {}
-    """By index: how far a replica's clock is from the door's."""
+    """Seconds by which a replica's clock differs from the door's, by index."""
     migration_limit: int = 3
     """How often a request is sent to another replica, at most."""
     plan_seconds: float = 10.0

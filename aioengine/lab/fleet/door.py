@@ -28,7 +28,7 @@ from aioengine.schedulers.routing import (
 
 
 class SimulatedFleet:
-    """As many engines as ``replicas``, one door, and what :class:`Conditions` says.
+    """Fleet of ``replicas`` simulated engines and one door, under the given :class:`Conditions`.
 
     >>> async with SimulatedFleet(3, make_engine, load_router("affinity"), NoPlacement()) as fleet:
     ...     await fleet.complete([0] * 100, adapter="a", request_id="r0")
@@ -58,7 +58,7 @@ class SimulatedFleet:
         self.by_replica = [0] * replicas
         """Requests sent to each, by index."""
         self.replicas: dict[str, SimulatedReplica] = {}
-        """Those that live, by id; one that is started again gets a new id."""
+        """Live replicas by id; one that is started again gets a new id."""
         self.guard = RouterGuard(router)
         self.plan_guard = PlacementGuard(placement)
         self.moves: Counter[str] = Counter()

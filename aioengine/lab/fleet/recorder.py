@@ -15,8 +15,8 @@ from aioengine.lab.workload.requests import Arrival, Objective
 
 
 class FleetRecorder:
-    """Has what :class:`~aioengine.lab.runs.recorder.Recorder` has for one engine. Slots are numbered
-    throughout: those of the second replica follow those of the first."""
+    """Recorder of a fleet, with the interface that :class:`~aioengine.lab.runs.recorder.Recorder` has for one
+    engine. Slots are numbered throughout: those of the second replica follow those of the first."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class FleetRecorder:
 
     @property
     def since_token(self) -> int:
-        """Of the replica that has gone the longest without."""
+        """Return the seconds since the last token, of the replica where that is longest."""
         return max((r.since_token for r in self._recorders.values()), default=0)
 
     def expect(self, request_id: str, arrival: Arrival) -> None:
@@ -193,7 +193,7 @@ class FleetRecorder:
 
 
 class _ReplicaSink:
-    """Where one replica's recorder puts its rows."""
+    """Receiver of the rows of one replica's recorder."""
 
     def __init__(self, fleet: FleetRecorder, first_slot: int) -> None:
         self._fleet = fleet

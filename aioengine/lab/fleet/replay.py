@@ -21,7 +21,7 @@ from aioengine.schedulers.routing import PlacementPolicy, RouterPolicy, ScalingP
 
 
 class FleetReplayed(NamedTuple):
-    """What came of a workload on a fleet."""
+    """Result of a workload on a fleet."""
 
     replayed: Replayed
     requests_by_replica: list[int]
@@ -29,9 +29,9 @@ class FleetReplayed(NamedTuple):
     migrations: int
     """Requests sent to another replica after theirs was lost."""
     rejected: int
-    """By the router, or because no replica was there."""
+    """Requests that were rejected by the router, or because there was no replica."""
     failures: dict[str, int]
-    """Of the router and of the placement policy, by kind."""
+    """Failures of the router and of the placement policy, by kind."""
     moves: dict[str, int]
     """Steps of plans, by kind."""
     scaled: Scaled | None

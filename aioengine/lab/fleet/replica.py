@@ -113,7 +113,7 @@ class SimulatedReplica:
     # What happens to it
 
     def cut(self) -> None:
-        """No message passes the link any more."""
+        """Cut the link: no message passes any more."""
         self._keep_delivered()
         self._open.clear()
 
@@ -126,7 +126,7 @@ class SimulatedReplica:
         return self.alive and self._open.is_set()
 
     async def kill(self) -> None:
-        """Its process is gone, with all that it held."""
+        """End its process, with all that it held."""
         self._keep_delivered()
         self.alive = False
         await self.close()

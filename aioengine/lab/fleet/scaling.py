@@ -10,7 +10,7 @@ from aioengine.schedulers.routing import FleetState, ScalingPolicy
 
 
 class Scaled(NamedTuple):
-    """What a scaling policy did in a run."""
+    """Record of a scaling policy in a run."""
 
     started: int
     """Replicas added after the start."""
@@ -23,7 +23,7 @@ class Scaled(NamedTuple):
 
 
 class ScalableFleet(Protocol):
-    """What :class:`Scaler` needs of a :class:`~aioengine.lab.fleet.door.SimulatedFleet`."""
+    """Interface that :class:`Scaler` needs of a :class:`~aioengine.lab.fleet.door.SimulatedFleet`."""
 
     state: FleetState
 

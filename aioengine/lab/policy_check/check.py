@@ -17,11 +17,11 @@ from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, Schedul
 
 TURNS = 150
 MOST_SECONDS = 5.0
-"""Of one call of the policy. One that takes longer is interrupted, where the platform can."""
+"""Maximum seconds of one call of the policy. A longer one is interrupted, where the platform can."""
 
 
 class Where(NamedTuple):
-    """What to run again to see it happen."""
+    """Arguments that repeat a run."""
 
     scenario: str
     seed: int
@@ -42,14 +42,14 @@ class Finding(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What came of a check."""
+    """Result of a check."""
 
     runs: int
     decisions: int
     slowest: float
     """Seconds of the slowest decision."""
     broken: tuple[Finding, ...]
-    """What no policy should do."""
+    """Faults that no policy should have."""
     refused: tuple[Finding, ...]
     """Items of decisions that the core did not carry out, by reason. It is no fault to name more than
     fits."""

@@ -36,17 +36,17 @@ SMALL = CoreLimits(
 
 
 class Scenario(NamedTuple):
-    """What can happen, and how often in a turn; probabilities."""
+    """Probabilities of what can happen in a turn."""
 
     name: str
     limits: CoreLimits = SMALL
     adapters: int = 5
     base: float = 0.2
-    """Of the requests: for the base model."""
+    """Share of requests for the base model."""
     arrive: float = 0.5
     abort: float = 0.02
     fail: float = 0.0
-    """Of reads and copies."""
+    """Share of reads and copies that fail."""
     replace: float = 0.0
     """An adapter gets a new version, is unloaded, or comes back."""
     pin: float = 0.0
@@ -55,7 +55,7 @@ class Scenario(NamedTuple):
     tenants: int = 0
     priorities: int = 1
     deadlines: float = 0.0
-    """Of the requests: have one."""
+    """Share of requests with a deadline."""
     prefixes: int = 6
     """Beginnings that prompts share."""
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vXph"
-"""So that policies are told apart without colours too."""
+"""Markers by which policies can be told apart without colours."""
 _DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (3, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 _MOST_PANELS = 4
 """Numbers of slots that have a panel each."""
@@ -147,7 +147,7 @@ def _head(measure: Measure) -> str:
 
 
 def _means(compare: Compare, slots: int, scale: float) -> dict[str, float]:
-    """By policy, of the measure that is ranked by."""
+    """Draw the means of the ranked measure, by policy."""
     found = compare.of(compare.measure.name, slots=slots, scale=scale)
     return dict(found.select("policy", "mean").iter_rows())
 

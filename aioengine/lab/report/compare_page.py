@@ -33,7 +33,7 @@ COLUMNS = (
     "fairness.adapters.jain_latency",
     "starvation.worst_wait_seconds",
 )
-"""Of the ranked table, next to what is ranked by."""
+"""Columns of the ranked table, beside the ranked measure."""
 
 
 class Cell(NamedTuple):
@@ -41,15 +41,15 @@ class Cell(NamedTuple):
     interval: str | None
     """Half of it, as in "± 0.2 s"."""
     difference: str | None
-    """To the first policy, if it has an interval that leaves out 0: in percent of its mean, of shares in
-    percentage points."""
+    """Difference to the first policy, if its interval leaves out 0: in percent of that policy's mean, or in
+    percentage points for shares."""
     verdict: str
     """ "good" or "bad", for a difference."""
 
 
 class Row(NamedTuple):
     name: str
-    """Of a policy, or of a figure."""
+    """Name of a policy, or of a figure."""
     cells: list[Cell]
     place: str = ""
     """ "1", or "1=" where others share it."""
@@ -186,7 +186,7 @@ def _cell(compare: Compare, measure: Measure, policy: str, slots: int, scale: fl
 
 
 def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]:
-    """To the first policy, where the seeds say that there is one."""
+    """Return the difference to the first policy, where the seeds show one."""
     low, high, change = row["difference_low"], row["difference_high"], row["difference"]
     if low is None or low <= 0 <= high:
         return None, ""

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class Compare(NamedTuple):
-    """What figures are drawn from."""
+    """Data that figures are drawn from."""
 
     folder: Path
     results: pl.DataFrame
     estimates: pl.DataFrame
     measure: Measure
-    """That policies are ranked by."""
+    """Measure that policies are ranked by."""
 
     @property
     def policies(self) -> list[str]:
-        """In the order in which they were given, which is that of their colours."""
+        """Return the policies in the order in which they were given, which is that of their colours."""
         return self.results["policy"].unique(maintain_order=True).to_list()
 
     def settings(self) -> list[tuple[int, float]]:

@@ -61,9 +61,9 @@ class Run(NamedTuple):
 
 class Plot(NamedTuple):
     name: str
-    """Of its file, less ".png"."""
+    """Name of its file without ".png"."""
     caption: str
-    """How to read it."""
+    """Caption that says how to read it."""
     draw: Callable[[Run, Theme], Figure]
 
 
@@ -314,7 +314,7 @@ def draw_starvation(run: Run, theme: Theme) -> Figure:
         title += f"; shown are the {table.height} longest of {count:,} adapters"
     figure, (axes,) = new_figure(title, height=1.3 + 0.23 * max(table.height, 4))
     if table.is_empty():
-        say(axes, "There is nobody to have waited.")
+        say(axes, "No request waited.")
         return figure
     names = [shorten(name) for name in table["client"]]
     rows = range(len(names))

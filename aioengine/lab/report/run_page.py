@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 Progress = Callable[[int, int], None]
-"""Told of figures drawn, of how many."""
+"""Callback with the number of figures drawn, and their total."""
 
 _SPREADS = (
     ("time to first token", "ttft_seconds"),

@@ -1,4 +1,4 @@
-"""How the lab's figures look: two themes, one layout, and bytes that depend on nothing but the data."""
+"""Style of the lab's figures: two themes, one layout, and files whose bytes depend only on the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTE_SIZE = 9
 MARGIN = 0.012
 """Left of titles and notes, as a share of the width."""
 MAX_POINTS = 600
-"""Of a line: more than that cannot be told apart at this width."""
+"""Maximum points of a line; more cannot be told apart at this width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class Theme:
     muted: str
     grid: str
     neutral: str
-    """For what is there, and not pointed at."""
+    """Colour of things that are shown without emphasis."""
     palette: Sequence[str]
     levels: Sequence[str]
-    """Where an adapter was found: slot, CPU, loading, disk."""
+    """Colours of the places where an adapter was found: slot, CPU, loading, disk."""
 
 
 LIGHT = Theme(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAYS_PER_SLOT = 40
-"""With many more than that the bars would be threads: a part of the run is shown instead."""
+"""Stays in a slot above which only a part of the run is shown, because the bars would be too thin."""
 
 _CHARACTER = 0.075
 """Inches that a character of a bar's label takes."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 KEYS = ("policy", "slots", "scale")
-"""What a setting is told apart by, next to the seed."""
+"""Fields that distinguish settings, beside the seed."""
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,11 +38,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Differences are to the first."""
     slots: list[int]
     scales: list[float]
-    """Of the arrival rate: WorkloadSpec.scale."""
+    """Factors of the arrival rate: WorkloadSpec.scale."""
     seeds: list[int]
     """The same seeds for every policy, so that all are offered the same arrivals."""
     routers: list[str] = []
-    """Of a fleet: each with each policy. []: the experiment's."""
+    """Routers of a fleet, each combined with each policy. []: the experiment's."""
 
     def __post_init__(self) -> None:
         for name in ("policies", "slots", "scales", "seeds"):
@@ -73,8 +73,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return tasks
 
     def label(self, experiment: Experiment) -> str:
-        """What a run's policy is called in results: where routers are compared, theirs, with the policy's
-        name only if there are several."""
+        """Return the name of a run's policy in results. Where routers are compared it is the router's, with
+        the policy's name only if there are several."""
         policy = policy_label(experiment.policy)
         if not self.routers:
             return policy
@@ -91,7 +91,7 @@ class Failure(NamedTuple):
     folder: str
     error: str
     invalid: bool = False
-    """It came to its end, but the policy did not make all of its decisions."""
+    """Whether the run ended, but the policy did not make all of its decisions."""
 
 
 class Compared(NamedTuple):
@@ -110,7 +110,7 @@ def compare(
     say: Callable[[str], None] = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compared:
-    """Does all runs in separate processes, ``jobs`` at a time, and writes their results to ``out``.
+    """Run all settings in separate processes, ``jobs`` at a time, and write their results to ``out``.
 
     Files: ``comparison.json``, ``results.csv``, ``results.parquet``, ``estimates.csv``, and a folder for each
     run below ``runs``, where those of an earlier comparison are removed. A run that fails leaves its error in

@@ -27,11 +27,11 @@ MAX_REPLICAS = 1024
 """All engines of a fleet are simulated in one process."""
 
 Policy = str | dict[str, Any]
-"""As ``EngineConfig.policy``."""
+"""Policy, as in ``EngineConfig.policy``."""
 
 
 def policy_label(policy: Policy) -> str:
-    """What a policy is called in results: its text, or its table as JSON."""
+    """Return a policy's name in results: its text, or its table as JSON."""
     return policy if isinstance(policy, str) else json.dumps(policy, sort_keys=True)
 
 
@@ -43,8 +43,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     workload: WorkloadSpec
     policy: Policy = "fcfs"
-    """As ``EngineConfig.policy``; in the lab "oracle", and any policy or part whose constructor takes
-    ``future``, is given the arrivals to come."""
+    """Policy, as in ``EngineConfig.policy``; in the lab "oracle", and any policy or part whose constructor
+    takes ``future``, is given the arrivals to come."""
     preset: str = "llama3-8b-h100"
     """A cost model that comes with aioengine, or the path of one that ``lab calibrate`` has written."""
     slots: int = 8
@@ -66,28 +66,28 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     enable_prefix_caching: bool = False
     """The lab's prompts have no prefix in common, so there is nothing to be had from it."""
     on_too_long: Literal["reject", "truncate", "fail"] = "reject"
-    """What becomes of requests whose prompt and output are longer than the model's context: the engine gets
-    them as they are (it refuses a prompt that does not fit and ends an output where the context ends), or
-    their prompts are cut until they fit, or the run is refused with a ConfigError before it begins."""
+    """Treatment of requests whose prompt and output are longer than the model's context: the engine gets them
+    as they are (it refuses a prompt that does not fit and ends an output where the context ends), or their
+    prompts are cut until they fit, or the run is refused with a ConfigError before it begins."""
     ageing: bool = True
     """Whether policies serve who has waited for ``max_wait`` out of turn. Without it what tells orders apart
     is seen undiluted, and requests may starve."""
     max_waiting: int | None = None
     seed: int = 0
-    """For the workload: arrivals, adapters, lengths."""
+    """Seed of the workload: arrivals, adapters, lengths."""
     sample_seconds: float = 1.0
     """Between two rows of samples.csv."""
     replicas: int | None = None
     """Engines behind one door, each as the fields above say; None: one engine and no door."""
     router: str = DEFAULT_ROUTER
-    """Where the door sends a request; see :mod:`aioengine.schedulers.routing.registry`."""
+    """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.routing.registry`."""
     placement: str = DEFAULT_PLACEMENT
     """Which adapters should live on which replicas."""
     autoscale: str | None = None
     """Scaling policy by name, with its bounds ("waiting_work:least=1,most=4"); ``replicas`` are there at
     first. None: there are always as many."""
     start_seconds: float = 30.0
-    """What a replica that is added takes to start."""
+    """Seconds that an added replica takes to start."""
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, low=0)

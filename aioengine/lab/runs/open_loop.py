@@ -1,5 +1,5 @@
-"""How requests are sent: each at its time (an open loop), or when the one before it has ended (a closed
-one)."""
+"""Senders of requests: each request at its time (an open loop), or when the one before it has ended (a closed
+loop)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MOST_WITHOUT_TOKEN = 10_000
 """And after so many steps and moves in which no request had a token."""
 
 Progress = Callable[[int, int | None, float], None]
-"""Told of: requests ended, of how many (None: not known), and seconds into the run."""
+"""Callback with the number of requests that have ended, their total (None: not known), and the seconds into
+the run."""
 
 
 class RunStalled(AioEngineError):
@@ -26,7 +27,7 @@ class RunStalled(AioEngineError):
 
 
 class Replayed(NamedTuple):
-    """What came of a workload."""
+    """Result of a workload."""
 
     requests: int
     finished: int
@@ -40,7 +41,7 @@ class Replayed(NamedTuple):
 
 
 class RunRecorder(Protocol):
-    """What records a run, of one engine or of a fleet."""
+    """Recorder of a run, of one engine or of a fleet."""
 
     last_progress: float
     """When a step or a move ended last."""
@@ -98,7 +99,7 @@ class OpenLoop(ABC):
 
     @abstractmethod
     def _state(self) -> str:
-        """How things stand, for who reads that nothing moves."""
+        """Describe the state, for the message that nothing moves."""
 
     async def send_all(self) -> None:
         """Raises RunStalled if nothing has moved for :data:`STALL_SECONDS` while requests wait, or
@@ -113,7 +114,7 @@ class OpenLoop(ABC):
             raise _first(errors) from None
 
     def replayed(self) -> Replayed:
-        """What has come of it."""
+        """Return the result."""
         count = self._finished + self._refused + self._failed
         seconds = self._loop.time() - self._start
         return Replayed(count, self._finished, self._refused, self._failed, seconds)
@@ -177,6 +178,6 @@ class OpenLoop(ABC):
 
 
 def _first(errors: BaseExceptionGroup[AioEngineError]) -> AioEngineError:
-    """Of those that came at once, which are much the same."""
+    """Return the first of the errors that came at once, which are much the same."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -8,7 +8,7 @@ from aioengine import events
 
 
 class PolicyRecord(NamedTuple):
-    """What became of the policy under test."""
+    """Record of the policy under test."""
 
     steps: int
     """Steps of the model in the run."""

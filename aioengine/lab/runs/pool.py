@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 _POLL_SECONDS = 0.2
-"""How soon a wish to stop is seen."""
+"""Seconds after which a request to stop is noticed."""
 
 
 class Task(NamedTuple):
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What becomes of a task: any number of "progress", then one "done" or "failed"."""
+    """Report of a task: any number of "progress", then one "done" or "failed"."""
 
     key: int
     kind: Literal["progress", "done", "failed"]
@@ -113,7 +113,7 @@ def _hear(worker: _Worker, task: Task) -> Report:
 
 
 def _work(pipe: Connection) -> None:
-    """What a worker's process does, until its parent ends it or has ended."""
+    """Run tasks in a worker's process, until its parent ends it or has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all at once: it is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from aioengine.lab.runs.simulate import run

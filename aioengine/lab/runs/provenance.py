@@ -1,4 +1,4 @@
-"""Where a run's files come from, and whether they come out the same again."""
+"""Provenance of a run's files, and the check that a second run gives the same ones."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from aioengine.lab.runs.experiment import Experiment, Policy
 from aioengine.lab.workload.spec import WorkloadSpec
 
 RESULTS = ("requests.csv", "slots.csv", "moves.csv", "samples.csv", "summary.json")
-"""What a run writes that depends on its experiment alone."""
+"""Files of a run that depend on its experiment alone."""
 PACKAGES = ("aioengine", "msgspec", "numpy", "polars", "scipy", "sortedcontainers")
 
 
 class Rerun(NamedTuple):
-    """What came of running an experiment again."""
+    """Result of running an experiment again."""
 
     differing: dict[str, str]
     """File -> its first line that differs, before and now."""
     changed: list[str]
-    """What of its provenance is different now."""
+    """Parts of its provenance that are different now."""
 
     @property
     def same(self) -> bool:
@@ -37,7 +37,7 @@ class Rerun(NamedTuple):
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """What an experiment's results depend on beside its own fields, as far as it can be known."""
+    """Return what an experiment's results depend on beside its own fields, as far as it can be known."""
     return {
         "command": command(experiment),
         "seed": experiment.seed,
@@ -135,7 +135,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _hash(data: bytes, file: str | None) -> str | None:
-    """Of the data and the file's contents; None if there is neither, or the file cannot be read."""
+    """Return the hash of the data and of the file's content; None if there is neither, or the file cannot be
+    read."""
     if not data and file is None:
         return None
     digest = sha256(data)

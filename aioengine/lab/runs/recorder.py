@@ -114,7 +114,8 @@ class Recorder:
         self._expected[request_id] = arrival
 
     def refused(self, request_id: str, now: float, error: Exception) -> bool:
-        """It has failed with ``error``; False if the engine had accepted it: then its end is recorded."""
+        """Record that a request failed with ``error``. Returns False if the engine had accepted it: then its
+        end is recorded."""
         arrival = self._expected.pop(request_id, None)
         if arrival is None:
             return False
@@ -195,7 +196,7 @@ class Recorder:
         )
 
     def _serve(self, request: _Request, tokens: int) -> None:
-        """So many tokens have been computed for it since it was accepted."""
+        """Add the tokens that have been computed for a request since it was accepted."""
         if tokens > request.served:  # less after a preemption: it is not counted twice
             added = request.added
             client = added.tenant if added.tenant is not None else added.adapter or BASE

@@ -32,9 +32,9 @@ class RequestRecord(NamedTuple):
     first_token: float | None
     ended: float
     reason: str
-    """As in :class:`~aioengine.events.RequestEnded`, or "refused": it was never accepted."""
+    """Reason as in :class:`~aioengine.events.RequestEnded`, or "refused": it was never accepted."""
     found: str | None
-    """Where its adapter was when it arrived: "slot", "cpu", "loading" or "disk"; None: the base model."""
+    """Place of its adapter when it arrived: "slot", "cpu", "loading" or "disk"; None: the base model."""
     cached_tokens: int
     preemptions: int
     worst_gap: float | None
@@ -90,7 +90,7 @@ class Sample(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """Receiver of records."""
 
     def request(self, record: RequestRecord) -> None: ...
     def span(self, record: SlotSpan) -> None: ...

@@ -42,7 +42,7 @@ class RunResult(NamedTuple):
     """The folder with the files."""
     replayed: Replayed
     summary: dict[str, Any]
-    """What summary.json holds."""
+    """Content of summary.json."""
 
 
 def run(
@@ -112,7 +112,7 @@ def fitting(experiment: Experiment, costs: CostModel) -> tuple[Workload, TooLong
 
 
 def too_long_text(experiment: Experiment, found: TooLong) -> str:
-    """What is said before a run in which requests are too long."""
+    """Return the warning before a run in which requests are too long."""
     done = (
         "their prompts are cut"
         if experiment.on_too_long == "truncate"

@@ -44,7 +44,7 @@ class RecordedRow(msgspec.Struct, kw_only=True):
     """A line of a recording; a row of a trace has the same fields and more."""
 
     time: float
-    """Of arrival, Unix time in seconds, to the microsecond."""
+    """Time of arrival, as Unix time in seconds, to the microsecond."""
     adapter: str | None
     prompt_tokens: int
     output_tokens: int | None
@@ -72,7 +72,7 @@ class TraceWriter:
         self._held = held
         self._file = _open(self.path)
         self._rows: deque[RecordedRow] = deque()
-        """In order of arrival: those that are open, and those that wait for them."""
+        """Rows in order of arrival: open requests, and ended ones that wait for these."""
         self._under_way: dict[str, RecordedRow] = {}
         self._lines: list[bytes] = []
         self._size = 0
@@ -87,7 +87,7 @@ class TraceWriter:
         self.left_out = 0
         """Requests that lasted too long."""
         self.failed = False
-        """It has ended before it was told to."""
+        """Whether the writer ended before it was told to."""
 
     def attach(self, engine: AsyncEngine) -> None:
         """Begin, on the running loop. ``engine`` has been started."""

@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class NothingToWaitFor(AioEngineError):
-    """In virtual time everything waits and no timer is set: without an error it would wait for ever."""
+    """Error for a virtual-time loop in which everything waits and no timer is set: it would wait for ever."""
 
 
 class _Jumping(selectors.SelectSelector):
-    """Asked to wait, it moves the clock and returns; no file is ever looked at."""
+    """Selector that moves the clock instead of waiting, and never looks at a file."""
 
     loop: VirtualTimeLoop
     now: float = 0.0
@@ -44,7 +44,8 @@ class _Jumping(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """For coroutines that wait for timers and for each other, not for threads or sockets. Starts at 0.
+    """Event loop in virtual time, for coroutines that wait for timers and for each other, not for threads or
+    sockets. Starts at 0.
 
     The same coroutines do the same in the same order on every run. When everything waits and no timer is
     set, the loop's ``run_...`` raises :class:`NothingToWaitFor`.

@@ -19,7 +19,7 @@ from aioengine.runtime.assemble import Built
 from aioengine.schedulers import SchedulerPolicy
 
 TOKEN = 0
-"""What prompts are made of, and every token that is generated but the last."""
+"""Token that prompts consist of, and that is generated until the last one."""
 
 
 class SimulatedEngine(AsyncEngine):

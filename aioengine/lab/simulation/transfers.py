@@ -1,4 +1,4 @@
-"""What a simulated device does at once: transfers that share a stage's bandwidth, and steps beside them."""
+"""Concurrent work of a simulated device: transfers that share a stage's bandwidth, and steps beside them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class SharedStage:
 
 
 class Processor:
-    """Does one piece of work at a time, and that more slowly while it is disturbed."""
+    """Processor that does one piece of work at a time, more slowly while it is disturbed."""
 
     def __init__(self) -> None:
         self._paces: list[float] = [1.0]

@@ -20,7 +20,7 @@ TIMES = {
     "latency": "latency_seconds",
     "queue": "queue_seconds",
 }
-"""What is called so -> the group of a summary's figures."""
+"""Groups of a summary's figures, by the names of objectives."""
 OF = ("mean", "p50", "p90", "p95", "p99", "max")
 SHARES = ("goodput", "served")
 SERVED = 0.99

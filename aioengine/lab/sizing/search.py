@@ -19,12 +19,12 @@ from aioengine.lab.runs.simulate import run
 from aioengine.lab.sizing.objectives import Objective, with_p95
 
 SLOT_LADDER = 4
-"""With a number of replicas: the most slots that make sense, and up to so many halvings of it less one, are
-tried, because slots take memory from the KV cache."""
+"""Numbers of slots that are tried with a number of replicas: the largest that makes sense, then half of it,
+and so on, because slots take memory from the KV cache."""
 
 
 class Size(NamedTuple):
-    """What there is of everything."""
+    """Number of replicas, slots and places in the CPU cache."""
 
     replicas: int
     slots: int
@@ -36,16 +36,16 @@ class Size(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What came of a size."""
+    """Result for a size."""
 
     size: Size
     figures: dict[str, Estimate]
-    """By objective; empty if it cannot be run."""
+    """Figures by objective; empty if the size cannot be run."""
     holds: bool | None
     """None: the intervals over all seeds include a bound, and it counts as not holding."""
     seeds: int
     use: dict[str, float]
-    """What the device was busy with: shares between 0 and 1, means over the seeds."""
+    """Use of the device: shares between 0 and 1, means over the seeds."""
     error: str = ""
     """Why it cannot be run: it does not fit into memory, say."""
 
@@ -58,8 +58,8 @@ class Sized(NamedTuple):
     trials: list[Trial]
     """All that were run, in their order."""
     neighbours: dict[str, Trial | None]
-    """For each of "replicas", "slots" and "cpu_loras": the size with one less of it, as tried, which does not
-    hold; None where it cannot be less, or was fixed."""
+    """Next smaller size for each of "replicas", "slots" and "cpu_loras", which was tried and does not meet
+    the objectives; None where there is none, or it was fixed."""
 
     def trial(self, size: Size) -> Trial:
         return next(trial for trial in self.trials if trial.size == size)
@@ -199,7 +199,8 @@ class _Search:
         return size
 
     def _most_slots(self, adapters: int) -> int:
-        """As many as there are adapters, or as fit into memory."""
+        """Return the largest number of slots that makes sense: as many as there are adapters, or as fit into
+        memory."""
         costs = load_costs(self._experiment.preset)
         fits, failed = 0, adapters + 1
         while failed - fits > 1:

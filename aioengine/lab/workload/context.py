@@ -14,7 +14,7 @@ class TooLong(NamedTuple):
 
     requests: int
     of: int
-    """As many were looked at."""
+    """Number of requests that were looked at."""
     longest: int
     """Tokens of prompt and output."""
     limit: int

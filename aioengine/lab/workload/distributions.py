@@ -1,4 +1,4 @@
-"""How large things are: lengths of prompts and outputs, ranks and sizes of adapters."""
+"""Distributions of lengths of prompts and outputs, and of ranks and sizes of adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOG_NORMAL = {
 
 
 class Distribution(ABC):
-    """Of whole numbers >= 1."""
+    """Distribution of whole numbers >= 1."""
 
     @abstractmethod
     def draw(self, rng: Random) -> int: ...

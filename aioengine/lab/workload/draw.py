@@ -37,7 +37,7 @@ from aioengine.lab.workload.traces import (
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
 CONVERSATIONS = 2**16
-"""So many are remembered, those with the latest requests."""
+"""Maximum conversations that are remembered, those with the latest requests."""
 
 
 class _Draft(NamedTuple):
@@ -179,7 +179,7 @@ class OfferedWorkload(Workload):
         return default if prompt is None else prompt, default if output is None else output
 
     def _drafts(self) -> Iterator[_Draft]:
-        """Without end, if nothing but ``limit`` and ``seconds`` ends it."""
+        """Yield requests, without end if only ``limit`` and ``seconds`` end the workload."""
         drafts = self._timed() if self._trace is None else self._traced(self._trace)
         lengths = (
             (name, None if text == "trace" else parse_lengths(name, text), stream(self.seed, name))
@@ -197,7 +197,8 @@ class OfferedWorkload(Workload):
             yield _Draft(time, row)
 
     def _timed(self) -> Iterator[_Draft]:
-        """At the times of the arrival process, with lengths out of the trace if there is a sample of it."""
+        """Yield requests at the times of the arrival process, with lengths from the trace if there is a
+        sample of it."""
         times: Iterator[int] = repeat(0)  # in a closed loop they do not count
         if self.spec.arrivals is not None:
             process = parse_arrivals("arrivals", self.spec.arrivals, scale=self.spec.scale)
@@ -272,7 +273,7 @@ class _Choices:
         return adapter
 
     def _tenant(self, time: float, row: TraceRow) -> tuple[str | None, int]:
-        """Its name, and whose adapters it has."""
+        """Return a tenant's name, and the number whose adapters it has."""
         if self._tenant_table is None:
             return row.tenant, 0
         table = self._tenant_table if self._bursts is None else self._bursts.table(time)

@@ -25,7 +25,7 @@ class Popularity(ABC):
 
     @abstractmethod
     def draw(self, time: float, tenant: int) -> int:
-        """For a request at ``time`` (seconds) of the ``tenant``-th tenant."""
+        """Draw the adapter of a request at ``time`` (seconds) of the ``tenant``-th tenant."""
 
 
 class FixedPopularity(Popularity):
@@ -40,8 +40,8 @@ class FixedPopularity(Popularity):
 
 
 class ShiftingPopularity(Popularity):
-    """Who is popular changes: ranks are dealt anew after exponential times of the mean ``every`` seconds.
-    The state is a Markov chain, and the requests for one adapter are modulated by it."""
+    """Popularity that changes at once: ranks are dealt anew after exponential times of the mean ``every``
+    seconds. The state is a Markov chain, and the requests for one adapter are modulated by it."""
 
     def __init__(self, shares: list[float], every: float, seed: int) -> None:
         self._table = Weighted(shares)
@@ -121,7 +121,7 @@ def check_tenants(count: int, tenants: int) -> None:
 
 
 class DriftingPopularity(Popularity):
-    """Who is popular changes little by little: every ``every`` seconds two neighbours in the order of
+    """Popularity that changes little by little: every ``every`` seconds two neighbours in the order of
     popularity, drawn at random, change places."""
 
     def __init__(self, shares: list[float], every: float, seed: int) -> None:

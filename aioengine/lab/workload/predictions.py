@@ -1,4 +1,4 @@
-"""What a policy is told of a request: how long its output will be, and by when it must have ended."""
+"""Predictions that a policy is given: how long a request's output will be, and by when it must have ended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LengthView(ABC):
 
     @abstractmethod
     def tell(self, output_tokens: int, rng: Random) -> Told:
-        """Of an output that would be so long. What is more than its ``max_tokens`` is cut."""
+        """Return the prediction for an output of this length. It is at most ``max_tokens``."""
 
 
 class Known(LengthView):

@@ -44,7 +44,7 @@ class SimulatedRequests:
             tokens[place] = digit + 1
 
     def params(self, arrival: Arrival) -> SamplingParams:
-        """That allow what the arrival does."""
+        """Return parameters that allow what the arrival does."""
         allowed = arrival.output_tokens if arrival.max_tokens is None else arrival.max_tokens
         known = self._params.get(allowed)
         if known is None:

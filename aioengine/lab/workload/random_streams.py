@@ -25,18 +25,19 @@ def stable_number(text: str) -> int:
 
 
 def exponential(rng: Random) -> float:
-    """Of mean 1."""
+    """Draw from the exponential distribution of mean 1."""
     return -log(1.0 - rng.random())
 
 
 def normal(rng: Random) -> float:
-    """Of mean 0 and deviation 1 (Box and Muller, 1958, one of the two); always two draws."""
+    """Draw from the normal distribution of mean 0 and deviation 1 (Box and Muller, 1958, one of the two);
+    always two draws."""
     radius = sqrt(-2.0 * log(1.0 - rng.random()))
     return radius * cos(2.0 * pi * rng.random())
 
 
 def gamma(rng: Random, shape: float) -> float:
-    """Of scale 1, so that its mean is ``shape`` (Marsaglia and Tsang, 2000)."""
+    """Draw from the Gamma distribution of scale 1, whose mean is ``shape`` (Marsaglia and Tsang, 2000)."""
     if shape < 1.0:
         # Theirs is for shapes from 1 on; this takes it below.
         return gamma(rng, shape + 1.0) * exp(log(1.0 - rng.random()) / shape)
@@ -50,7 +51,7 @@ def gamma(rng: Random, shape: float) -> float:
 
 
 def shuffle(rng: Random, items: list[int]) -> None:
-    """In place (Fisher and Yates)."""
+    """Shuffle a list in place (Fisher and Yates)."""
     for last in range(len(items) - 1, 0, -1):
         other = int(rng.random() * (last + 1))
         items[last], items[other] = items[other], items[last]

@@ -1,4 +1,4 @@
-"""What a run is offered: requests in order of arrival, and the adapters that they ask for."""
+"""Workload of a run: requests in order of arrival, and the adapters that they ask for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AdapterShape(NamedTuple):
     name: str
     rank: int
     nbytes: int | None = None
-    """On disk and on the CPU; None: what the model's shape gives for the rank."""
+    """Bytes on disk and on the CPU; None: what the model's shape gives for the rank."""
 
 
 class Arrival(NamedTuple):
@@ -31,7 +31,8 @@ class Arrival(NamedTuple):
     output_tokens: int
     """How many it will generate, the end-of-sequence token included, whatever is allowed."""
     max_tokens: int | None = None
-    """What it allows itself, and what policies see; None: just ``output_tokens``, so that they know."""
+    """Bound that the request sets, which policies see; None: exactly ``output_tokens``, so that policies know
+    the length."""
     expected_tokens: int | None = None
     """A prediction that policies see beside it; None: no prediction."""
     tenant: str | None = None
@@ -39,11 +40,11 @@ class Arrival(NamedTuple):
     deadline: float | None = None
     """Seconds from arrival, after which the engine gives it up; policies see it."""
     prefix: tuple[int, ...] = ()
-    """What the prompt begins with, a number for each :data:`PREFIX_BLOCK` tokens: prompts are alike as far as
-    these are. (): it has no content."""
+    """Beginning of the prompt, a number for each :data:`PREFIX_BLOCK` tokens: prompts share as many tokens as
+    these agree. (): it shares none."""
     after: int = 0
-    """In a session: how many requests before this one, in the workload, the one is that has to end first. It
-    is sent ``think`` seconds after that, and ``time`` is when its session began. 0: it waits for none."""
+    """Distance back, in the workload, to the request of its session that has to end first; 0: there is none.
+    This one is sent ``think`` seconds after that end, and ``time`` is when its session began."""
     think: float = 0.0
     more: bool = False
     """Whether requests that wait for this one follow."""
@@ -68,19 +69,19 @@ class Workload(ABC):
 
     @property
     def objective(self) -> Objective | None:
-        """In how many seconds from its arrival a request should end, by its output tokens; it is measured and
+        """Seconds from its arrival in which a request should end, by its output tokens; they are measured and
         not enforced. None: requests are measured by their deadlines."""
         return None
 
     @property
     def concurrency(self) -> int | None:
-        """So many callers, each of which sends its next request when the one before has ended (a closed
+        """Number of callers, each of which sends its next request when the one before has ended (a closed
         loop), whatever the arrivals' times are. None: requests are sent at their times (an open loop)."""
         return None
 
     @property
     def think(self) -> float:
-        """In a closed loop: seconds between the end of a caller's request, or session, and its next one."""
+        """Seconds, in a closed loop, between the end of a caller's request, or session, and its next one."""
         return 0.0
 
     @abstractmethod

@@ -34,7 +34,7 @@ MOST_TURNS = 1000
 _BLOCKS = 4096
 """Numbers for the blocks of one prompt."""
 _SHARED, _SESSION = 2**33, 2**34
-"""Where the numbers of shared beginnings and of sessions start; a trace's are below 2**32."""
+"""First numbers of shared beginnings and of sessions; a trace's numbers are below 2**32."""
 
 
 class Turn(NamedTuple):

@@ -36,16 +36,16 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """"poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30" (2 a second in bursts of 10 s, on
     average, 30 s apart) or "diurnal:rate=2,period=86400,depth=0.8"; rates in requests a second."""
     seconds: float | None = None
-    """No request comes later. With ``arrivals`` and without ``limit`` it must be given."""
+    """Time after which no request comes. With ``arrivals`` and without ``limit`` it must be given."""
     limit: int | None = None
     """Maximum number of requests."""
     scale: float = 1.0
     """Multiplies the rate: a trace's times are divided by it. The lengths of bursts and days stay."""
     repeat: bool = False
-    """At a trace's end begin it again, one mean gap later, up to ``limit`` or ``seconds``."""
+    """Whether a trace begins again at its end, one mean gap later, up to ``limit`` or ``seconds``."""
 
     adapters: int = 0
-    """So many are assigned to the requests whose trace does not say; 0: those are the base model's."""
+    """Number of adapters to spread over trace requests that name none; 0: those are for the base model."""
     sessions: str | None = None
     """Each arrival begins a session of several requests: "chat:turns=5,think=10" (5 turns on average, each 10
     s after the answer before, also on average) or "agents:turns=5,think=0.5,branch=4" (every turn is four
@@ -58,7 +58,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A closed loop: so many callers, each of which sends its next request when the one before has ended.
     Then ``arrivals`` need not be given, and times do not count."""
     think: float = 0.0
-    """In a closed loop: seconds from a request's, or session's, end to the caller's next one."""
+    """Seconds, in a closed loop, from a request's, or session's, end to the caller's next one."""
 
     popularity: str = "uniform"
     """"uniform", "zipf:1.0", "power:0.5" (S-LoRA's: 1 is uniform, less is more skewed),
@@ -67,9 +67,9 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     order is reversed), or "tenant" (every tenant has its own adapters; "tenant:1.0": with a Zipf distribution
     among them)."""
     base_share: float = 0.0
-    """Of the requests that are assigned: how many, out of 1, are for the base model."""
+    """Share (0 to 1) of the requests without an adapter in the trace that are for the base model."""
     tenants: int = 0
-    """So many tenants make the requests whose trace does not say; 0: nobody does."""
+    """Number of tenants to spread over trace requests that name none; 0: they have no tenant."""
     tenant_shares: str = "uniform"
     """"uniform", "zipf:1.0", or a weight for each: "3,1,1"."""
     tenant_bursts: str | None = None
@@ -79,7 +79,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Whole numbers with their shares: "0:0.9,5:0.1". None: 0 for all."""
 
     ranks: int | str = 16
-    """Of the adapters: 16, or "8:0.5,16:0.3,64:0.2" with shares."""
+    """Ranks of the adapters: 16, or "8:0.5,16:0.3,64:0.2" with shares."""
     adapter_bytes: int | str | None = None
     """Size of an adapter: bytes, "64MiB", "uniform:8MiB..64MiB" or "lognormal:median=2e7,sigma=0.5". None:
     what the model's shape gives for its rank."""
@@ -87,14 +87,15 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """128, "uniform:8..512", "lognormal:median=200,sigma=0.8" (with min= and max= that it is clipped to),
     or "trace". None: "trace" if there is one, else "uniform:8..512", as in S-LoRA."""
     output_tokens: int | str | None = None
-    """As ``prompt_tokens``."""
+    """Distribution of output lengths, in the form of ``prompt_tokens``."""
     max_prompt: int | None = None
     """Longer prompts are cut to this, so that a trace fits a small model."""
     max_output: int | None = None
     """Longer outputs are cut to this."""
     lengths: str = "known"
-    """What policies are told of the outputs' lengths: "known", "hidden:max=4096" (all they see is that
-    ``max_tokens``), or "predicted:error=0.5" (hidden, and a prediction that is off by a lognormal factor)."""
+    """Information that policies get about the outputs' lengths: "known", "hidden:max=4096" (all they see is
+    that ``max_tokens``), or "predicted:error=0.5" (hidden, and a prediction that is off by a lognormal
+    factor)."""
     deadline: float | str | None = None
     """When the engine gives a request up: seconds from arrival, or "proportional:0.5+0.05": 0.5 s, and
     0.05 s for each token of output. Policies see it."""
@@ -200,7 +201,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return from_plain(cls, values, source)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, with defaults filled in."""
+        """Return plain data, with defaults filled in."""
         values = msgspec.to_builtins(self)
         assert isinstance(values, dict)
         return values

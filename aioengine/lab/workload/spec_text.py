@@ -118,7 +118,7 @@ def parse_whole(field: str, text: str, number: str, *, low: int, high: int) -> i
 
 
 def number_text(value: float) -> str:
-    """As short as reads back the same: 2.0 -> "2"."""
+    """Return the shortest text that reads back as the same number: 2.0 is "2"."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 

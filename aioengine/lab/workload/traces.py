@@ -91,17 +91,17 @@ class TraceRow(NamedTuple):
     max_tokens: int | None = None
     expected_tokens: int | None = None
     prefix: tuple[int, ...] = ()
-    """As ``Arrival.prefix``."""
+    """Beginning of the prompt, in the form of ``Arrival.prefix``."""
 
 
 class TraceSummary(NamedTuple):
-    """What one reading of a trace finds out. Times are in nanoseconds."""
+    """Facts that one reading of a trace finds out. Times are in nanoseconds."""
 
     rows: int
     first: int
     last: int
     adapters: tuple[str, ...]
-    """Those that its rows name, in alphabetical order."""
+    """Adapters that its rows name, in alphabetical order."""
 
     @property
     def period(self) -> int:
@@ -200,7 +200,7 @@ class _CsvParser:
     def __init__(self) -> None:
         self._second = ""
         self._base = 0
-        """Of ``_second``, in nanoseconds."""
+        """Time of ``_second``, in nanoseconds."""
 
     def __call__(self, raw: bytes) -> TraceRow:
         fields = _text(raw).split(",")

@@ -74,4 +74,4 @@ def explain(error: Exception) -> str:
         if constants.HF_HUB_OFFLINE:
             return "it is not in the Hub's local cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
         return "it is not in the Hub's local cache, and the Hub cannot be reached: check the network"
-    return f"it is not to be had from the Hub: {type(error).__name__}: {error}"
+    return f"it cannot be downloaded from the Hub: {type(error).__name__}: {error}"

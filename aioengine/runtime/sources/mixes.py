@@ -102,7 +102,7 @@ class Mixes:
         idle = next((n for n, entry in self._known.items() if not entry.running and not entry.waiting), None)
         if idle is None:
             raise EngineOverloaded(
-                f"{MAX_MIXES} mixes of adapters are in use, as many as can be; try again later"
+                f"{MAX_MIXES} mixes of adapters are in use, which is the maximum; try again later"
             )
         self._retire(idle, now)
 

@@ -45,7 +45,7 @@ class Identity(NamedTuple):
     """The client that sends a request."""
 
     tenant: str | None = None
-    """Its tenant; None without a known key."""
+    """Tenant of the key; None without a known key."""
     scopes: frozenset[str] = frozenset()
     models: AllowedModels = AllowedModels()
     meters: tuple[Meter, ...] = ()
@@ -55,7 +55,7 @@ class Identity(NamedTuple):
     key: str | None = None
     """The key's hash; None without a key."""
     adapter_meters: Mapping[str, Meter] = {}
-    """By adapter the meter that all its requests count on."""
+    """Meters by adapter; all requests for an adapter count on one."""
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes

@@ -89,7 +89,7 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keys: tuple[KeyEntry, ...]
     tenants: dict[str, TenantLimits] = {}
     adapters: dict[str, Limits] = {}
-    """By adapter what all requests for it together may use, whoever sends them."""
+    """Limits by adapter: what all requests for it together may use, whoever sends them."""
 
     def __post_init__(self) -> None:
         if not self.keys:

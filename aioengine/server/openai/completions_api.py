@@ -32,7 +32,7 @@ class CompletionLogprobs(msgspec.Struct):
     """Null for a prompt's first token."""
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
-    """Of each token in the choice's text."""
+    """Offset of each token in the choice's text."""
 
     def followed_by(self, other: CompletionLogprobs) -> CompletionLogprobs:
         return CompletionLogprobs(

@@ -23,7 +23,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """Seconds since 1970."""
     owned_by: str = "aioengine"
     root: str
-    """Its name; for keys with the scope "admin" where it was loaded from."""
+    """Name; for keys with the scope "admin" the place that it was loaded from."""
     parent: str | None = None
     """An adapter's base model."""
     max_model_len: int
@@ -36,7 +36,7 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 def model_routes(context: Context) -> list[HTTPRouteHandler]:
     def cards(identity: Identity) -> Iterator[ModelCard]:
-        """What ``identity`` may use."""
+        """Return the models that ``identity`` may use."""
         engine = context.engine
         shows_paths = identity.may("admin")
 

@@ -38,7 +38,7 @@ def sampling_params(
     prompt_logprobs: int | None,
     constraint: TokenConstraint | None,
 ) -> SamplingParams:
-    """Of the first choice; ``defaults`` are for what ``fields`` do not name.
+    """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name.
 
     Raises ApiError or RequestInvalid for what cannot be.
     """

@@ -52,7 +52,7 @@ class Detokenized(msgspec.Struct):
 
 
 class TokenizerInfo(msgspec.Struct):
-    """What clients that make prompts themselves need to know; the rest is in ``/tokenize``."""
+    """Facts for clients that make prompts themselves; the rest is in ``/tokenize``."""
 
     bos_token: str | None
     eos_token: str | None

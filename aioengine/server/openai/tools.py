@@ -48,7 +48,7 @@ class ToolParser(Protocol):
     """Takes an answer apart as it comes."""
 
     def push(self, text: str) -> Parsed:
-        """What has become certain."""
+        """Take in text, and return the parts that have become certain."""
 
     def finish(self, stopped_by: str | int | None = None) -> Parsed:
         """The rest. ``stopped_by`` is the stop string or token, not in the text, that ended the answer."""
@@ -68,7 +68,7 @@ class TaggedCalls:
         self._names = names
         self._single = single
         self._held = ""
-        """What may belong to a tag or a call."""
+        """Text that may belong to a tag or a call."""
         self._space = ""
         """Text since the last call, as long as it is white space alone."""
         self._in_text = False
@@ -106,7 +106,7 @@ class TaggedCalls:
         return Parsed(text if self._called else text + self._space, last.calls)
 
     def _text(self, text: str) -> str:
-        """What of the text is to be told now."""
+        """Return the part of the text that can be sent now."""
         if self._in_text:
             return text
         self._space += text
@@ -154,7 +154,7 @@ class ListedCalls:
         self._held = ""
         """From the end of the last call."""
         self._seen = 0
-        """How far ``_held`` has been looked at."""
+        """Number of characters of ``_held`` that have been examined."""
         self._begin = self._depth = 0
         self._in_text = False
 
@@ -196,12 +196,12 @@ _LINE = re.compile(r"\bat (\d+)\(\d+\)")
 
 
 class ToolPlan(NamedTuple):
-    """What a request's ``tools``, ``tool_choice`` and ``parallel_tool_calls`` come to."""
+    """Plan that follows from a request's ``tools``, ``tool_choice`` and ``parallel_tool_calls``."""
 
     tools: list[Tool]
-    """Those that may be called; the model is shown no others."""
+    """Tools that may be called; the model is shown no others."""
     places: list[int]
-    """Of each in the request's ``tools``."""
+    """Index of each in the request's ``tools``."""
     forced: str | None = None
     """A function that must be called."""
     required: bool = False
@@ -253,7 +253,7 @@ class ToolPlan(NamedTuple):
         return f"tools[{self.places[index]}].function.parameters" if 0 <= index < len(self.tools) else None
 
     def parser(self, chat_template: str | None) -> ToolParser | None:
-        """For one answer; None if calls are not looked for."""
+        """Make the parser for one answer; None if calls are not looked for."""
         if self.forced is not None:
             return NamedCall(self.forced)
         if self.required:

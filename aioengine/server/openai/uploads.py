@@ -30,12 +30,12 @@ from aioengine.server.framework import RESPONSES, record_of
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MEMBERS = 1000
 MAX_DIRECTORY_BYTES = 1 << 18
-"""Of a zip archive's directory, which is read before anything else is known."""
+"""Maximum bytes of a zip archive's directory, which is read before anything else is known."""
 MAX_CONFIG_BYTES = 256 << 10
 _FLAGS = {"": False, "false": False, "0": False, "true": True, "1": True}
 _PIECE = 1 << 20
 _BESIDE = 16 << 20
-"""What a tar archive may hold beside the two files."""
+"""Bytes that a tar archive may hold beside the two files."""
 _SEARCHED = 1 << 17
 """Bytes in which zipfile looks for a directory's end."""
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

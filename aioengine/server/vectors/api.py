@@ -107,7 +107,7 @@ class ScoreData(msgspec.Struct, kw_only=True):
 
 
 class VectorList(msgspec.Struct, kw_only=True):
-    """What the answers of all but ``/rerank`` share; ``data`` is in the order of the input."""
+    """Fields that the answers of all routes but ``/rerank`` share; ``data`` is in the order of the input."""
 
     id: str
     model: str
