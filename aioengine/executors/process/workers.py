@@ -312,7 +312,7 @@ def _how_it_ended(code: int | None) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    short = "; unless somebody did that, memory was short" if -code == signal.SIGKILL else ""
+    short = "; the system does that when memory is short" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{short}"
 
 
