@@ -39,7 +39,8 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``slot_memory`` every slot is sized for it."""
     slot_memory: int | str | None = None
     """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes what its own
-    ranks, modules and layers take. None: every slot has room for ``max_lora_rank`` in every module."""
+    ranks, modules and layers take. "shared": they share it with the KV cache, too, whose size
+    (``kv_cache_memory``) is that of both. None: every slot has room for ``max_lora_rank`` in every module."""
     max_cpu_loras: int | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: int | str | None = None
@@ -78,12 +79,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"adapter_root={root!r}: must be a folder's path, or None")
         if self.load_timeout is not None:
             check_seconds("load_timeout", self.load_timeout, ", or None", finite=True)
-        if self.slot_memory == "shared":
-            raise ConfigError(
-                "slot_memory='shared': adapters and the KV cache cannot share one memory yet; give the slots "
-                "bytes of their own, such as slot_memory='256MiB', or None"
-            )
-        if self.slot_memory is not None:
+        if self.slot_memory is not None and not self.shares_memory:
             set_(self, "slot_memory", parse_bytes(self.slot_memory, field="slot_memory"))
         if self.max_cpu_lora_bytes is not None:
             value = parse_bytes(self.max_cpu_lora_bytes, field="max_cpu_lora_bytes")
@@ -116,6 +112,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                         f"{nearest(module, KNOWN_MODULES)}"
                     )
             set_(self, "target_modules", tuple(m for m in KNOWN_MODULES if m in modules))
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether adapters and the KV cache share one memory."""
+        return self.slot_memory == "shared"
 
     @property
     def cpu_capacity(self) -> int:

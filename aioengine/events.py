@@ -131,6 +131,20 @@ class AdapterMoving(AdapterEvent, frozen=True, kw_only=True, gc=False):
     nbytes: int
 
 
+class AdapterShifted(AdapterEvent, frozen=True, kw_only=True, gc=False):
+    """It is moved within the memory that it shares with KV blocks, before the next step."""
+
+    slot: int
+    nbytes: int
+
+
+class BlocksMoved(Event, frozen=True, kw_only=True, gc=False):
+    """KV blocks make way for adapters in the memory that they share: they are moved before the next step."""
+
+    blocks: int
+    nbytes: int
+
+
 class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
     slot: int
     rank: int

@@ -62,6 +62,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The largest rank of an adapter."""
     slot_memory: int | None = None
     """Bytes that the slots share; None: each has a place of ``slot_bytes``."""
+    shared: bool = False
+    """Adapters take their memory from the KV blocks', as much as they need and those can spare."""
 
     @property
     def slot_bytes(self) -> int:
@@ -70,7 +72,17 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slot_pool_bytes(self) -> int:
+        if self.shared:
+            return 0
         return self.num_slots * self.slot_bytes if self.slot_memory is None else self.slot_memory
+
+    @property
+    def adapter_bytes(self) -> int:
+        """What adapters can have at most: the slot pool or, if they share the memory of the KV blocks, all
+        but what one request of the largest length needs."""
+        if not self.shared:
+            return self.slot_pool_bytes
+        return (self.num_blocks - -(-self.max_model_len // self.block_size)) * self.block_bytes
 
     def adapters_that_fit(self) -> list[tuple[int, int, int]]:
         """(rank, adapters in slots of one size, adapters in a memory that slots share) for adapters of some
@@ -80,7 +92,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if not matrices:
             return []
         ranks = [rank for rank in SHOWN_RANKS if rank < self.max_rank]
-        fixed, granules = self.slot_pool_bytes // self.slot_bytes, self.slot_pool_bytes // SLOT_GRANULE
+        fixed, granules = self.adapter_bytes // self.slot_bytes, self.adapter_bytes // SLOT_GRANULE
         return [
             (rank, fixed, granules // -(-matrices * rank // (self.max_rank * SLOT_GRANULE)))
             for rank in (*ranks, self.max_rank)
@@ -107,8 +119,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.stored:
             detail = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
         rows = [("base weights", detail, self.weights_bytes)]
-        parts = {} if self.slot_memory is not None else dict(self.slot_bytes_by_module)
-        if self.num_slots and self.slot_memory is None:
+        fixed = self.slot_memory is None and not self.shared
+        parts = dict(self.slot_bytes_by_module) if fixed else {}
+        if self.num_slots and fixed:
             parts["DoRA and biases"] = self.slot_affine_bytes
         for module, size in parts.items():
             detail = f"{self.num_slots} slots x {format_bytes(size)}"
@@ -116,11 +129,15 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         detail = f"{self.num_slots} slots x {format_bytes(self.slot_bytes)}, {self.lora_dtype}"
         if self.slot_memory is not None:
             detail = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
+        if self.shared:
+            detail = f"at most {self.num_slots} adapters in the memory of the KV blocks, {self.lora_dtype}"
         rows.append(("slot pool", detail, self.slot_pool_bytes))
         detail = f"{self.num_blocks} blocks x {self.block_size} tokens x "
         detail += f"{format_bytes(self.block_bytes // self.block_size)}"
         if self.kv_cache_dtype != "auto":
             detail += f", {self.kv_cache_dtype}"
+        if self.shared:
+            detail += f"; up to {format_bytes(self.adapter_bytes)} of it for adapters"
         rows.append(("KV blocks", detail, self.kv_bytes))
         detail = f"{self.cpu_capacity} adapters x {format_bytes(self.cpu_adapter_bytes)} at most"
         if self.cpu_max_bytes is not None:
@@ -165,6 +182,9 @@ def plan_memory(
     block_bytes = config.block_size * local.kv_bytes_per_token(
         DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
     )
+    shared = lora is not None and lora.shares_memory
+    if shared:
+        block_bytes = _rounded(block_bytes)
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
@@ -187,6 +207,7 @@ def plan_memory(
         num_ranks=size,
         max_rank=1 if lora is None else lora.max_lora_rank,
         slot_memory=None if lora is None or not isinstance(lora.slot_memory, int) else lora.slot_memory,
+        shared=shared,
     )
     return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
 
@@ -220,15 +241,19 @@ def resolve_device(device: str) -> str:
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     """How many KV blocks; raises if there is no room for one request of the full length."""
     needed = -(-plan.max_model_len // plan.block_size)
-    smallest = needed * plan.block_bytes
+    adapter = -(-plan.slot_bytes // plan.block_bytes) if plan.shared else 0
+    smallest = (needed + adapter) * plan.block_bytes
     left = plan.available_bytes - plan.total_bytes
     if isinstance(config.kv_cache_memory, int):
         if config.kv_cache_memory < smallest:
+            what, lower = "needs", "max_model_len"
+            if plan.shared:
+                what = f"and one adapter of max_lora_rank={plan.max_rank} need"
+                lower = "max_model_len or max_lora_rank"
             raise ConfigError(
                 f"kv_cache_memory={format_bytes(config.kv_cache_memory)} is less than one request of "
-                f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
-                f"kv_cache_memory by {format_bytes(smallest - config.kv_cache_memory)} or lower "
-                "max_model_len"
+                f"max_model_len={plan.max_model_len} tokens {what} ({format_bytes(smallest)}); raise "
+                f"kv_cache_memory by {format_bytes(smallest - config.kv_cache_memory)} or lower {lower}"
             )
         if config.kv_cache_memory > left:
             raise _does_not_fit(plan, config.kv_cache_memory, left, "lower kv_cache_memory")
@@ -237,9 +262,16 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
         raise _does_not_fit(plan, smallest, left, "lower max_model_len")
     each = needed if plan.device != "cpu" else min(needed, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
     wanted = config.max_num_seqs * each * plan.block_bytes
+    if plan.shared:
+        wanted += plan.num_slots * plan.slot_bytes
     share = MAX_AUTO_KV_ON_CPU if plan.device == "cpu" else left
     bound = min(int(left * (0.5 if plan.device == "cpu" else 0.9)), share)
     return max(min(wanted, bound), smallest) // plan.block_bytes
+
+
+def _rounded(nbytes: int) -> int:
+    """To a whole granule, where adapters may begin."""
+    return -(-nbytes // SLOT_GRANULE) * SLOT_GRANULE
 
 
 def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:

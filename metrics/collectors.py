@@ -102,6 +102,7 @@ class EngineMetrics(Collector):
             events.AdapterLoaded: self._adapter_loaded,
             events.AdapterPlacing: self._adapter_placing,
             events.AdapterMoving: self._adapter_moving,
+            events.AdapterShifted: self._adapter_shifted,
             events.AdapterPlaced: self._adapter_placed,
             events.AdapterEvicted: self._adapter_evicted,
             events.AdapterFailed: self._adapter_failed,
@@ -270,6 +271,9 @@ class EngineMetrics(Collector):
 
     def _adapter_moving(self, event: events.AdapterMoving) -> None:
         self._residency.moving(event)
+
+    def _adapter_shifted(self, event: events.AdapterShifted) -> None:
+        self._swaps.inc(("move",))
 
     def _adapter_placed(self, event: events.AdapterPlaced) -> None:
         self._prefetched(self._residency.placed(event))

@@ -180,6 +180,10 @@ class MemoryView(Protocol):
     Where slots share one memory (``elastic``), an adapter takes what its own ranks and modules take. Else
     every slot has a place of one size, and an adapter takes that. Memory that is free in several holes can be
     had whole: idle adapters are moved for that.
+
+    Where they share it with the KV cache, too (``shared``), ``total`` is the most that adapters can have, and
+    ``free`` counts the KV blocks that can be theirs without a request being preempted, cached prefixes
+    included. What is worth more is the policy's to say: see ``Decision.evict``.
     """
 
     @property
@@ -195,6 +199,29 @@ class MemoryView(Protocol):
     @property
     def evictable(self) -> int:
         """Bytes of the adapters in slots that are idle and not pinned."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether adapters and the KV cache share one memory."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a KV block where that memory is shared; else 0."""
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks that there are now, in use or not."""
+
+    @property
+    def cached_blocks(self) -> int:
+        """Those of them that no request uses and whose contents may be found again, as a prompt's prefix."""
+
+    def reload_seconds(self, adapter: str) -> float | None:
+        """What it would cost to bring an adapter back into a slot, from the CPU; None: not known yet."""
+
+    def prefill_seconds(self, blocks: int) -> float | None:
+        """What it would cost to compute the contents of so many blocks of a prefix again; None: not known
+        yet."""
 
     def bytes_of(self, adapter: str) -> int:
         """Return the bytes that an adapter takes in a slot; 0 if they are not known before it has been
@@ -304,7 +331,10 @@ class Decision(NamedTuple):
     evict: Sequence[str] = ()
     """Adapters that may leave their slots for those in ``place``, the first first. As many leave as it takes,
     and never one that is running, pinned or being copied. If these are too few, the core evicts the least
-    recently used adapters that no request waits for, and for a ``Place`` without a slot the others, too."""
+    recently used adapters that no request waits for, and for a ``Place`` without a slot the others, too.
+
+    Where adapters and the KV cache share one memory, these leave before any cached prefix does, be it for
+    ``place`` or for the blocks of a sequence; the core's own choice follows after cached prefixes."""
 
 
 class PolicyEvent(NamedTuple):

@@ -66,8 +66,9 @@ def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> 
     )
     console.print(table)
     for rank, fixed, by_bytes in found.adapters_that_fit():
-        line = f"adapters of rank {rank}: {fixed} in slots of one size, {by_bytes} with slot_memory="
-        console.print(f"{line}{format_bytes(found.slot_pool_bytes)}", highlight=False, soft_wrap=True)
+        line = f"adapters of rank {rank}: {fixed} in slots of one size, {by_bytes} "
+        line += "at most" if found.shared else f"with slot_memory={format_bytes(found.slot_pool_bytes)}"
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"model: {ran_by}", highlight=False, soft_wrap=True)
     invariance = "on" if variance is None else f"off: {variance}"
     console.print(f"batch invariance {invariance}", highlight=False, soft_wrap=True)

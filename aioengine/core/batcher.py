@@ -8,6 +8,7 @@ from operator import attrgetter, itemgetter
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
+from aioengine.core.border import Border
 from aioengine.core.guard import Tell
 from aioengine.core.pacing import GRAIN, Allowance, Pacer, StepWork
 from aioengine.core.queues import RequestQueues
@@ -32,6 +33,7 @@ class Batcher:
         self,
         blocks: BlockManager,
         queues: RequestQueues,
+        running: dict[int, Request],
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -42,6 +44,7 @@ class Batcher:
         emit: Callable[[events.Event], None],
         tell: Tell,
         refuse: Callable[[str, str], None],
+        border: Border | None = None,
     ) -> None:
         self.blocks = blocks
         self.queues = queues
@@ -52,12 +55,14 @@ class Batcher:
         self.speculation = speculation
         self._draft_constrained = draft_constrained
         self._max_model_len = max_model_len
-        self.running: dict[int, Request] = {}
+        self.running = running
         """The running requests by ``seq``, in order of admission."""
         self.preemptions = 0
         self._emit = emit
         self._tell = tell
         self._refuse = refuse
+        self.border = border
+        """Where more blocks may be had; None if adapters have a memory of their own."""
 
     def form(
         self,
@@ -200,7 +205,9 @@ class Batcher:
         blocks = self.blocks
         shared = request.find_cached(blocks)
         new = blocks.blocks_for(len(request.tokens)) - len(shared)
-        if not blocks.can_allocate(new, shared):
+        if self.border is not None and new > 0:
+            self.border.before_allocation(new, now)
+        if not blocks.can_allocate(new, shared) and not self._more_blocks(request, new, shared, now):
             return False
         request.blocks = blocks.allocate(new, shared)
         request.committed = len(shared)
@@ -229,12 +236,23 @@ class Batcher:
         self._tell("request_admitted", now, request=request)
         return True
 
+    def _more_blocks(self, request: Request, new: int, shared: Sequence[int], now: float) -> bool:
+        """Have idle adapters make way for a request that is to start; wanted ones only if nothing runs."""
+        if self.border is None:
+            return False
+        count = new + self.blocks.revived(shared)
+        return self.border.make_blocks(count, now, request.adapter, urgent=not self.running)
+
     def _grow(self, request: Request, tokens: int, now: float) -> bool:
         """Give a running request blocks for ``tokens``; returns False if the request itself was preempted.
 
         While no blocks are free, the latest arrival of the tenant with the most blocks is preempted.
         """
         new = self.blocks.blocks_for(tokens) - len(request.blocks)
+        if self.border is not None and new > 0:
+            self.border.before_allocation(new, now)
+            if not self.blocks.can_allocate(new):
+                self.border.make_blocks(new, now, None, urgent=True)
         while new > 0 and not self.blocks.can_allocate(new):
             youngest = max(self._of_who_has_most(), key=lambda r: r.seq)
             self.preempt(youngest, now)

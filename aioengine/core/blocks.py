@@ -27,12 +27,21 @@ class BlockManager:
         self._refs = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks - 1, -1, -1))
+        self.lent = 0
+        """Blocks ``0..lent-1`` are lent to adapters: see :mod:`aioengine.core.border`."""
+        self.num_cached = 0
+        """How many of the free blocks have contents that may be found again."""
 
     @property
     def num_free(self) -> int:
         """Number of blocks that no sequence references; their contents may still be cached."""
         return len(self._free)
+
+    @property
+    def size(self) -> int:
+        """Number of blocks that are not lent."""
+        return self.num_blocks - self.lent
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -77,8 +86,11 @@ class BlockManager:
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
-        revived = sum(1 for block in shared if self._refs[block] == 0)
-        return len(self._free) - revived >= new
+        return len(self._free) - self.revived(shared) >= new
+
+    def revived(self, shared: Sequence[int]) -> int:
+        """How many of these are free now."""
+        return sum(1 for block in shared if self._refs[block] == 0)
 
     def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
         """Take a reference on each of ``shared`` and on ``new`` fresh blocks; returns their ids."""
@@ -86,17 +98,63 @@ class BlockManager:
         for block in shared:
             if self._refs[block] == 0:
                 del self._free[block]
+                self.num_cached -= 1
             self._refs[block] += 1
         fresh = []
         for _ in range(new):
-            block, _none = self._free.popitem(last=False)
-            digest = self._hash_of[block]
-            if digest is not None:
-                self._hash_of[block] = None
-                del self._block_of[digest]
+            block = self._take_free()
             self._refs[block] = 1
             fresh.append(block)
         return [*shared, *fresh]
+
+    def _take_free(self) -> int:
+        """The free block that is reused next; what was in it is forgotten."""
+        block, _ = self._free.popitem(last=False)
+        digest = self._hash_of[block]
+        if digest is not None:
+            self._hash_of[block] = None
+            del self._block_of[digest]
+            self.num_cached -= 1
+        return block
+
+    def lend(self, count: int) -> list[tuple[int, int]]:
+        """Lend the next ``count`` blocks to adapters; as many must be free, anywhere.
+
+        Returns (block, new block) for those whose contents move because others are less worth keeping. Who
+        holds one of these must be told. A cached one counts as freed just now.
+        """
+        assert self.can_allocate(count)
+        first, end = self.lent, self.lent + count
+        empty = [b for b in range(first, end) if self._refs[b] == 0 and self._hash_of[b] is None]
+        for block in empty:
+            del self._free[block]
+        vacant = {*empty, *(self._take_free() for _ in range(count - len(empty)))}
+        moves = [
+            (block, to)
+            for block, to in zip(
+                (block for block in range(first, end) if block not in vacant),
+                (block for block in sorted(vacant) if block >= end),
+                strict=True,
+            )
+        ]
+        for block, to in moves:
+            self._refs[to], self._refs[block] = self._refs[block], 0
+            digest = self._hash_of[to] = self._hash_of[block]
+            self._hash_of[block] = None
+            if digest is not None:
+                self._block_of[digest] = to
+            if self._refs[to] == 0:
+                del self._free[block]
+                self._free[to] = None
+        self.lent = end
+        return moves
+
+    def take_back(self, count: int) -> None:
+        """Take back the last ``count`` blocks that are lent; they are free, and reused first."""
+        for block in range(self.lent - count, self.lent):
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+        self.lent -= count
 
     def commit(self, block: int, digest: bytes) -> None:
         """Enter a full, computed block in the prefix cache, unless an equal one is there."""
@@ -116,10 +174,13 @@ class BlockManager:
                 free[block] = None
                 if hash_of[block] is None:  # nothing to find in it: reuse it first
                     free.move_to_end(block, last=False)
+                else:
+                    self.num_cached += 1
 
     def forget(self) -> None:
         """Forget all contents; no block may be referenced."""
-        assert len(self._free) == self.num_blocks
+        assert len(self._free) == self.size
+        self.num_cached = 0
         self._hash_of = [None] * self.num_blocks
         self._block_of.clear()
 
@@ -134,5 +195,8 @@ class BlockManager:
             for block in blocks:
                 counts[block] += 1
         assert counts == self._refs, "block reference counts do not match their holders"
-        assert {b for b, n in enumerate(counts) if n == 0} == set(self._free)
+        assert not any(counts[: self.lent]), "a sequence holds a block that is lent"
+        assert {b for b, n in enumerate(counts) if n == 0 and b >= self.lent} == set(self._free)
+        assert self.num_cached == sum(self._hash_of[b] is not None for b in self._free)
+        assert not any(self._hash_of[: self.lent])
         assert all(self._hash_of[b] == digest for digest, b in self._block_of.items())

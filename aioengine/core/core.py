@@ -18,13 +18,14 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict
 
 from aioengine import events
-from aioengine.core.adapters.arena import rounded
+from aioengine.core.adapters.arena import Arena, rounded
 from aioengine.core.adapters.cpu_cache import least_recently_used
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
+from aioengine.core.border import Border
 from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
@@ -83,8 +84,23 @@ class Core:
             cpu_max_bytes=limits.cpu_max_bytes,
             cpu_order=self._cpu_order,
             slot_memory=limits.slot_memory,
+            arena=_shared_arena(limits),
         )
-        self.placing = Placing(self.residency)
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
+        self.running: dict[int, Request] = {}
+        """The running requests by ``seq``, in order of admission."""
+        self.border: Border | None = None
+        """Between adapters and KV blocks, if they share a memory."""
+        if limits.shared_block_bytes is not None:
+            self.border = Border(
+                self.residency,
+                self.blocks,
+                self.running,
+                limits.shared_block_bytes,
+                self.blocks.blocks_for(limits.max_model_len),
+                self._emit,
+            )
+        self.placing = Placing(self.residency, self.border)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
@@ -94,8 +110,9 @@ class Core:
         self.queues = RequestQueues(self.room)
         self._speculation = _speculation(limits)
         self.batcher = Batcher(
-            BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching),
+            self.blocks,
             self.queues,
+            self.running,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             pacer=_pacer(limits),
@@ -105,9 +122,8 @@ class Core:
             emit=self._emit,
             tell=self._tell,
             refuse=self._refuse,
+            border=self.border,
         )
-        self.blocks = self.batcher.blocks
-        self.running = self.batcher.running
         self.requests: dict[str, Request] = {}
         """Requests that are accepted and have not ended."""
         self.now = 0.0
@@ -132,7 +148,7 @@ class Core:
             note=lambda event: self.outbox.append(event),
         )
         self._view = CoreView(
-            self.residency, self.queues, self.batcher, costs or self._costs, limits.slot_bytes
+            self.residency, self.queues, self.batcher, costs or self._costs, limits.slot_bytes, self.border
         )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
@@ -372,6 +388,7 @@ class Core:
         assert not self._in_flight
         self.now = now
         self.expire(now)
+        self.residency.step_is_over()
         changed = self._changes != self._arranged_at
         if changed:
             self._fail_shut_out(now)
@@ -419,6 +436,8 @@ class Core:
             self.end(request, "error", now, error)
         self.blocks.forget()
         self.residency.device_lost(now)
+        if self.border is not None:
+            self.border.forget()
 
     def next_due(self) -> float | None:
         """The time when ``schedule`` must be called even if nothing else happens."""
@@ -442,16 +461,20 @@ class Core:
     def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
         if self.placing.any_closed:
             admit = [request for request in admit if not self.placing.is_closed(request.adapter)]
+        if self.placing.short is not None and self.running:
+            # What becomes free is for the adapter that has waited longer.
+            admit = [request for request in admit if request.arrival <= self.placing.short]
         ranks = self.slots.ranks()
         self._in_flight, work = self.batcher.form(admit, self.now, ranks)
-        if not work:
+        moves = () if self.border is None else tuple(self.border.take_moves())
+        if not work and not moves:
             return None
         self.step += 1
         slots = self.slots.slots
         for index in {w.slot for w in work}:
             if index >= 0 and (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = self.now
-        return StepBatch(self.step, work, ranks)
+        return StepBatch(self.step, work, ranks, moves)
 
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float
@@ -470,7 +493,7 @@ class Core:
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""
         learner = self._costs.learner
-        if learner is not None:
+        if learner is not None and batch.sequences and not batch.moves:
             learner.learn(StepWork.of(batch.sequences, batch.slot_ranks), seconds)
 
     # Telling others
@@ -514,6 +537,8 @@ class Core:
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
         self.blocks.check([r.blocks for r in holders])
+        if self.border is not None:
+            self.border.check()
         using: dict[int, int] = {}
         for request in holders:
             if request.adapter is not None:
@@ -532,6 +557,15 @@ def _speculation(limits: CoreLimits) -> Speculation | None:
     if limits.speculation == "none":
         return None
     return Speculation(earlier_outputs=limits.speculation == "suffix")
+
+
+def _shared_arena(limits: CoreLimits) -> Arena | None:
+    """The adapters' part of a memory that they share with KV blocks: nothing at first, and at most what one
+    request of the largest length leaves."""
+    if limits.shared_block_bytes is None:
+        return None
+    most = limits.num_blocks - -(-limits.max_model_len // limits.block_size)
+    return Arena(0, max(0, most) * limits.shared_block_bytes)
 
 
 def _pacer(limits: CoreLimits) -> Pacer | None:

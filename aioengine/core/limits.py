@@ -27,6 +27,8 @@ class CoreLimits(NamedTuple):
     cpu_max_bytes: int | None = None
     slot_memory: int | None = None
     """Bytes that the slots share; None: every slot has a place of its own."""
+    shared_block_bytes: int | None = None
+    """Adapters and KV blocks share one memory, of which each block takes so many bytes; None: they do not."""
     slot_bytes: int = 0
     """Bytes of a slot that has a place of its own; for policies."""
     max_step_seconds: float | None = None

@@ -92,6 +92,7 @@ def build_parts(
         max_loras=plan.num_slots,
         max_lora_rank=max_rank,
         slot_memory=plan.slot_memory,
+        shared_block_bytes=plan.block_bytes if plan.shared else None,
         lora_dtype=lora_dtype,
         target_modules=modules,
         max_model_len=plan.max_model_len,

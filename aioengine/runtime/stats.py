@@ -67,7 +67,7 @@ class Counters:
             waiting_preempted=preempted,
             max_waiting=core.room.max_waiting,
             max_running=core.limits.max_num_seqs,
-            kv_blocks=core.blocks.num_blocks,
+            kv_blocks=core.blocks.size,
             kv_blocks_free=core.blocks.num_free,
             block_size=core.blocks.block_size,
             steps=core.step,

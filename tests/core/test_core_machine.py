@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.core_sim import LIMITS, CoreSim
 from support.hostile_policies import Hostile
 
+from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import EngineOverloaded
@@ -29,7 +30,7 @@ class CoreMachine(RuleBasedStateMachine):
         hostile=st.booleans(),
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
-        slot_memory=st.sampled_from([None, 3000, 4200]),
+        slot_memory=st.sampled_from([None, 3000, 4200, "shared"]),
         bounded=st.booleans(),
         speculation=st.sampled_from(["none", "ngram", "suffix"]),
     )
@@ -39,7 +40,7 @@ class CoreMachine(RuleBasedStateMachine):
         hostile: bool,
         blocks: int,
         max_bytes: int | None,
-        slot_memory: int | None,
+        slot_memory: int | Literal["shared"] | None,
         bounded: bool,
         speculation: Literal["none", "ngram", "suffix"],
     ) -> None:
@@ -48,7 +49,12 @@ class CoreMachine(RuleBasedStateMachine):
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
-        if slot_memory is not None:
+        if slot_memory == "shared":
+            blocks += 4
+            limits = limits._replace(
+                num_blocks=blocks, shared_block_bytes=GRANULE * limits.block_size, num_slots=4, cpu_capacity=6
+            )
+        elif slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)
         if bounded:
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
@@ -171,7 +177,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.sim.lose_device()
         assert [request.id for request in core.queues.all] == waiting
         assert not core.running and not core.cpu.entries
-        assert core.blocks.num_free == core.blocks.num_blocks
+        assert core.blocks.num_free == core.blocks.size
         assert not core.residency.take_moves()
 
     @precondition(lambda self: self.sim.batch is None)
@@ -270,7 +276,7 @@ class CoreMachine(RuleBasedStateMachine):
             sim.take_events()
         sim.run(steps=5000, step_seconds=0.1)
         assert len(sim.ended) == sim.count, "every accepted request ends exactly once"
-        assert sim.core.blocks.num_free == sim.core.blocks.num_blocks
+        assert sim.core.blocks.num_free == sim.core.blocks.size
         assert all(entry.running == 0 for entry in sim.core.residency.entries.values())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from support.shared_memory import DeviceMemory
+
 from aioengine import events
 from aioengine.core import CopyMove, Core, CoreLimits, DropMove, LoadMove, StopMove
 from aioengine.core.state import AdapterEntry, Request
@@ -47,8 +49,13 @@ class CoreSim:
         self.now = 0.0
         self.loads: list[AdapterEntry] = []
         self.copies: list[tuple[AdapterEntry, int]] = []
+        self.memory = None if limits.shared_block_bytes is None else DeviceMemory(limits)
+        self._copy_moves: dict[int, CopyMove] = {}
+        """Those under way, by uid, of a shared memory."""
         self.on_cpu: set[int] = set()
         self.batch: StepBatch | None = None
+        self._read: list[AdapterEntry | None] = []
+        """What the slots held when the batch was made."""
         self.events: list[events.Event] = []
         self.intervals: tuple[events.TokenInterval, ...] = ()
         """Of the last step."""
@@ -96,14 +103,20 @@ class CoreSim:
                 case CopyMove(entry, slot):
                     assert entry.uid in self.on_cpu, "a copy of what is not in CPU memory"
                     self.copies.append((entry, slot))
+                    if self.memory is not None:
+                        self.memory.begin(move)
+                        self._copy_moves[entry.uid] = move
                 case DropMove(entry):
                     self.on_cpu.remove(entry.uid)
         self.take_events()
+        self._read = [slot.entry for slot in self.core.slots.slots]
         return self.batch
 
     def finish_step(self, seconds: float = 0.01) -> None:
         batch, self.batch = self.batch, None
         assert batch is not None
+        if self.memory is not None:
+            self.memory.execute(batch, self._read)
         sampled: list[Sampled | None] = []
         followed: dict[int, list[Sampled]] = {}
         for index, work in enumerate(batch.sequences):
@@ -139,6 +152,8 @@ class CoreSim:
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
         entry, _slot = self.copies.pop(index)
+        if self.memory is not None:
+            self.memory.finish(self._copy_moves.pop(entry.uid))
         if fail:
             error = AdapterLoadError("out of memory", name=entry.label, path=entry.path)
             self.core.adapter_place_failed(entry, self.now, error)
@@ -151,6 +166,8 @@ class CoreSim:
         self.batch = None
         self.loads.clear()
         self.copies.clear()
+        if self.memory is not None:
+            self.memory, self._copy_moves = DeviceMemory(self.core.limits), {}
         self.on_cpu.clear()
         self.core.device_lost(self.now, EngineDead("the device is gone"))
         self.take_events()

@@ -9,6 +9,7 @@ from aioengine.core.adapters.arena import rounded
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.room import find_room
 from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
+from aioengine.core.border import Border
 from aioengine.core.guard import Resolved
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, Place
@@ -26,8 +27,13 @@ Refusal = tuple[str, str]
 class Placing:
     """Turns decisions into the moves of a ``Residency``."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, border: Border | None = None) -> None:
         self._residency = residency
+        self._border = border
+        """None unless adapters and KV blocks share a memory."""
+        self.short: float | None = None
+        """Arrival of the oldest request that has waited long and for whose adapter the shared memory had no
+        room: sequences of later requests must not take what becomes free. None: there is none."""
         self._slots = residency.slots
         self._closed: set[int] = set()
         self._pinned_wait = False
@@ -57,7 +63,7 @@ class Placing:
             self._pinned_wait = True
             if now >= _retry_at(entry):
                 keep = self._slots.superseded()
-                if self._start(entry, None, self._slots.victims(keep), (), keep, now) is not None:
+                if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
                     self._close_for(entry, keep)
 
     def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
@@ -81,15 +87,25 @@ class Placing:
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
         refused: list[Refusal] = []
         given = _GivenUp(decision.evict, self._slots, admitting, refused)
+        self.short = None
+        if self._border is not None:
+            self._border.offered = given.slots
         for entry, place in decision.place:
             reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
                 refused.append((reason, str(place)))
+            if reason == "place_no_room":
+                self._note_short(entry, now)
         for entry in decision.prefetch:
             if entry.location is Location.DISK:
                 self._residency.start_load(entry, now, admitting)
         self._residency.start_wanted(now, admitting)
         return refused
+
+    def _note_short(self, entry: AdapterEntry, now: float) -> None:
+        oldest = entry.oldest_arrival
+        if self._border is not None and oldest is not None and now - oldest >= WANT_PATIENCE_SECONDS:
+            self.short = oldest if self.short is None else min(oldest, self.short)
 
     def _place(
         self, entry: AdapterEntry, place: Place, now: float, admitting: set[int], given: _GivenUp
@@ -114,23 +130,31 @@ class Placing:
         wanted: Iterable[Slot] = ()
         if place.slot is None:  # or the decision counts on nobody else's slot
             wanted = (s for s in given.others() if s.entry is not None and s.entry.waiting)
-        return self._start(entry, slot, chain(given.slots(), unwanted), wanted, admitting, now)
+        return self._start(entry, slot, given.slots(), unwanted, wanted, admitting, now)
 
     def _start(
         self,
         entry: AdapterEntry,
         slot: Slot | None,
-        victims: Iterable[Slot],
+        given: Iterable[Slot],
+        others: Iterable[Slot],
         last: Iterable[Slot],
         keep: set[int],
         now: float,
     ) -> str | None:
-        """Begin a copy into ``slot``, or (None) a free one, else the first of ``victims`` and ``last``; of
-        the others, as many leave as it takes for its bytes. Returns why not, if not."""
-        victims, last = iter(victims), iter(last)
+        """Begin a copy into ``slot``, or (None) a free one, else the first of ``given``, ``others`` and
+        ``last``; of the others, as many leave as it takes for its bytes. Returns why not, if not."""
+        given, others, last = iter(given), iter(others), iter(last)
+        victims = chain(given, others)
         slot = slot or self._slots.free_slot or next(victims, None) or next(last, None)
         if slot is None:
             return "place_no_slot"
+        if self._border is not None:
+            leaving = [] if slot.entry is None else [slot]
+            if not self._border.make_room(entry, leaving, given, others, last, now):
+                return "place_no_room"
+            self._residency.start_copy(entry, slot, now, after_step=bool(self._border.moves))
+            return None
         arena, window = self._slots.arena, None
         if arena is not None:
             leaving = [] if slot.entry is None else [slot]
@@ -139,12 +163,12 @@ class Placing:
             def may_move(offset: int) -> bool:
                 return by_offset[offset].idle and may_leave(by_offset[offset], keep)
 
-            others: list[Slot] = []
+            first: list[Slot] = []
             wanted: list[Slot] = []
             if leaving or not arena.fits(entry.slot_nbytes):
-                others = [s for s in dict.fromkeys(victims) if s is not slot]
-                wanted = [s for s in last if s is not slot and s not in others]
-            room = find_room(arena, entry.slot_nbytes, leaving, others, wanted, may_move)
+                first = [s for s in dict.fromkeys(victims) if s is not slot]
+                wanted = [s for s in last if s is not slot and s not in first]
+            room = find_room(arena, entry.slot_nbytes, leaving, first, wanted, may_move)
             if room is None:
                 return "place_no_room"
             window = room.move

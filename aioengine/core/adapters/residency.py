@@ -36,8 +36,11 @@ class Residency:
         cpu_max_bytes: int | None = None,
         cpu_order: Order = least_recently_used,
         slot_memory: int | None = None,
+        arena: Arena | None = None,
     ) -> None:
-        self.slots = SlotTable(num_slots, None if slot_memory is None else Arena(slot_memory))
+        if slot_memory is not None:
+            arena = Arena(slot_memory)
+        self.slots = SlotTable(num_slots, arena)
         self.cpu = CpuCache(cpu_capacity, cpu_max_bytes, cpu_order)
         self.failures = Failures()
         self.current: dict[str, AdapterEntry] = {}
@@ -53,6 +56,8 @@ class Residency:
         self._max_loads = max_loads
         self._loads = 0
         self._moves: list[Move] = []
+        self._after_step: list[Move] = []
+        """Copies to where something is until the next step has moved it."""
         self._emit = emit
         self._tell = tell
 
@@ -285,11 +290,14 @@ class Residency:
     def refusal(self, entry: AdapterEntry, slot_nbytes: int) -> AdapterTooLarge | None:
         """Why it can never be in a slot, if it cannot."""
         arena = self.slots.arena
-        if arena is None or rounded(slot_nbytes) <= arena.size:
+        if arena is None or rounded(slot_nbytes) <= arena.limit:
             return None
+        what, setting = f"slot_memory={arena.limit:,} is", "LoRAConfig.slot_memory"
+        if arena.limit > arena.size or not arena.size:
+            what = f"the {arena.limit:,} of the KV cache's memory that adapters may have are"
+            setting = "kv_cache_memory"
         return AdapterTooLarge(
-            f"it takes {slot_nbytes:,} bytes in a slot, and slot_memory={arena.size:,} is less than that; "
-            "raise LoRAConfig.slot_memory",
+            f"it takes {slot_nbytes:,} bytes in a slot, and {what} less than that; raise {setting}",
             name=entry.label,
             path=entry.path,
         )
@@ -325,19 +333,32 @@ class Residency:
             if entry.pinned and entry.wanted_since is None:
                 self.want(entry, now)
         self._moves = [move for move in self._moves if isinstance(move, ReleaseMove)]
+        self._after_step = []
 
     # CPU -> slot
 
-    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float, window: Window | None = None) -> None:
+    def start_copy(
+        self,
+        entry: AdapterEntry,
+        slot: Slot,
+        now: float,
+        window: Window | None = None,
+        *,
+        after_step: bool = False,
+    ) -> None:
         """Begin a copy into a slot that is free or idle. In the slots' memory there is room, or there is once
-        the adapters of ``window`` are moved together."""
+        the adapters of ``window`` are moved together, or (``after_step``) once the next step is over."""
         first = len(self._moves)
         if slot.entry is not None:
             self.evict_slot(slot, now)
         if window is not None:
             self._compact(window, now)
         self.slots.begin(slot, entry)
-        self._moves.insert(first, CopyMove(entry, slot.index, slot.offset))  # before those that are moved
+        copy = CopyMove(entry, slot.index, slot.offset)
+        if after_step:
+            self._after_step.append(copy)
+        else:
+            self._moves.insert(first, copy)  # before those that are moved
         self._emit(
             events.AdapterPlacing(time=now, adapter=entry.label, version=entry.version, slot=slot.index)
         )
@@ -406,6 +427,11 @@ class Residency:
         self._tell("adapter_evicted", now, adapter=entry.name)
 
     # Common
+
+    def step_is_over(self) -> None:
+        """Start what waited for that."""
+        self._moves += self._after_step
+        self._after_step = []
 
     def take_moves(self) -> list[Move]:
         moves, self._moves = self._moves, []

@@ -1,0 +1,255 @@
+"""The border in a memory that adapters and KV blocks share: adapters lie below it, blocks above.
+
+The memory is ``num_blocks`` KV blocks of ``block_bytes``. The adapters' arena is what of these is lent, from
+the first on. So lending the next ones moves the border up: their contents, cached or live, move to other
+blocks, and the tables of the sequences follow. Taking some back moves it down: adapters are moved together
+for that. Both are decided between steps, and what moves in memory does so before the next step reads anything
+(``moves``). An adapter is copied to where something was moved from after that step.
+
+Who gives way, in this order:
+
+- to an adapter: free blocks without contents; adapters that the policy's decision gives up
+  (``Decision.evict``); cached prefixes, if requests wait for the adapter or it is pinned; other idle
+  adapters, those that no request waits for first;
+- to a sequence: the same adapters before cached prefixes; then those; and where a sequence would otherwise be
+  preempted, or nothing runs, any idle adapter.
+
+One request of the largest length always has room beside the adapters, so that something can always run.
+
+One memory for both is after S-LoRA's unified paging (Sheng et al., 2023, arXiv:2311.03285). There adapters
+are scattered over pages, which its kernels gather; here everything stays in one piece, and is moved instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from aioengine import events
+from aioengine.core.adapters.arena import Arena, packing, rounded
+from aioengine.core.adapters.residency import Residency
+from aioengine.core.adapters.slots import Slot
+from aioengine.core.blocks import BlockManager
+from aioengine.core.state import AdapterEntry, Request
+from aioengine.step import MemoryMove
+
+
+class _Way(NamedTuple):
+    """How room is made."""
+
+    evict: list[Slot]
+    pack: bool
+    """Whether adapters are moved together."""
+    lend: int
+    """Blocks."""
+
+
+class Border:
+    """Moves the border of a ``Residency`` and a ``BlockManager``.
+
+    ``least`` is how many blocks are never lent. ``running`` are the requests that hold blocks.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        blocks: BlockManager,
+        running: Mapping[int, Request],
+        block_bytes: int,
+        least: int,
+        emit: Callable[[events.Event], None],
+    ) -> None:
+        arena = residency.slots.arena
+        assert arena is not None and block_bytes == rounded(block_bytes)
+        self.arena: Arena = arena
+        self.block_bytes = block_bytes
+        self._residency = residency
+        self._slots = residency.slots
+        self._blocks = blocks
+        self._running = running
+        self._least = least
+        self._emit = emit
+        self.moves: list[MemoryMove] = []
+        """What the next step carries out first."""
+        self.offered: Callable[[], Iterator[Slot]] = lambda: iter(())
+        """The slots that the policy's last decision gives up, in its order."""
+
+    def take_moves(self) -> list[MemoryMove]:
+        moves, self.moves = self.moves, []
+        return moves
+
+    def forget(self) -> None:
+        """Note that all contents are lost."""
+        self.moves = []
+
+    def spare(self, *, cached: bool) -> int:
+        """Blocks that can be lent without anybody being preempted soon; ``cached``: with contents, too."""
+        blocks = self._blocks
+        free = blocks.num_free if cached else blocks.num_free - blocks.num_cached
+        return max(0, min(free, blocks.num_free - len(self._running), blocks.size - self._least))
+
+    # For an adapter
+
+    def make_room(
+        self,
+        entry: AdapterEntry,
+        leaving: list[Slot],
+        given: Iterable[Slot],
+        others: Iterable[Slot],
+        last: Iterable[Slot],
+        now: float,
+    ) -> bool:
+        """Make a hole for an adapter, once ``leaving`` are gone; returns whether there is one. Nothing is
+        changed if not.
+
+        Args:
+            given, others, last: Slots whose adapters may leave, before cached prefixes and after them.
+        """
+        way = self._way(rounded(entry.slot_nbytes), entry, leaving, (given, others, last))
+        if way is None:
+            return False
+        for slot in (*leaving, *way.evict):
+            self._residency.evict_slot(slot, now)
+        if way.pack:
+            self._pack(now)
+        if way.lend:
+            self._lend(way.lend, now)
+        return True
+
+    def _way(
+        self, size: int, entry: AdapterEntry, leaving: list[Slot], groups: tuple[Iterable[Slot], ...]
+    ) -> _Way | None:
+        arena = self.arena.copy()
+        for slot in leaving:
+            assert slot.offset is not None
+            arena.release(slot.offset)
+        evict: list[Slot] = []
+        for group, victims in enumerate(groups):
+            cached = group > 0 and (len(entry.waiting) > 0 or entry.pinned)
+            spare = self.spare(cached=cached)
+            in_order = iter(victims)
+            while True:
+                way = self._fits(arena, size, spare)
+                if way is not None:
+                    return _Way(evict, *way)
+                victim = next(in_order, None)
+                if victim is None:
+                    break
+                if victim in evict or victim in leaving:
+                    continue
+                assert victim.offset is not None
+                arena.release(victim.offset)
+                evict.append(victim)
+        return None
+
+    def _fits(self, arena: Arena, size: int, spare: int) -> tuple[bool, int] | None:
+        """Whether to move adapters together, and how many blocks to lend, for a hole; None: it cannot be."""
+        if arena.fits(size):
+            return False, 0
+        if arena.free + spare * self.block_bytes < size:
+            return None
+        lend = self._missing(arena.size - arena.end, size)
+        if lend <= spare:
+            return False, lend
+        lend = self._missing(arena.size - packing(arena.regions, self._may_move()).end, size)
+        return (True, lend) if lend <= spare else None
+
+    def _missing(self, have: int, size: int) -> int:
+        """Blocks that have the bytes that are missing."""
+        return max(0, -(-(size - have) // self.block_bytes))
+
+    # For sequences
+
+    def before_allocation(self, count: int, now: float) -> None:
+        """Have adapters that the policy's decision gives up make way before a cached prefix does, for
+        ``count`` blocks that are about to be allocated."""
+        blocks = self._blocks
+        missing = min(count - (blocks.num_free - blocks.num_cached), blocks.lent)
+        if missing > 0:
+            self._take_back(missing, self.offered(), now, partly=True)
+
+    def make_blocks(self, count: int, now: float, keep: AdapterEntry | None, *, urgent: bool) -> bool:
+        """Take back what is missing to ``count`` free blocks; returns whether that was possible. ``keep``
+        stays. ``urgent``: requests may wait for the adapters that leave."""
+        count -= self._blocks.num_free
+        if count > self._blocks.lent:
+            return False
+        victims = (
+            slot
+            for slot in self._slots.victims(set() if keep is None else {keep.uid})
+            if urgent or (slot.entry is not None and not slot.entry.waiting)
+        )
+        return self._take_back(count, victims, now)
+
+    def _take_back(self, count: int, victims: Iterator[Slot], now: float, *, partly: bool = False) -> bool:
+        arena = self.arena.copy()
+        evict: list[Slot] = []
+        may_move = self._may_move()
+        while True:
+            pack = arena.end > self._target(count)
+            if not pack or packing(arena.regions, may_move).end <= self._target(count):
+                break
+            victim = next(victims, None)
+            if victim is None:
+                if not partly or not evict:
+                    return False
+                break
+            if victim.offset in arena.regions and victim not in evict:
+                arena.release(victim.offset)
+                evict.append(victim)
+        for slot in evict:
+            self._residency.evict_slot(slot, now)
+        if pack:
+            self._pack(now)
+        count = (self.arena.size - self.arena.end) // self.block_bytes
+        self.arena.resize(self.arena.size - count * self.block_bytes)
+        self._blocks.take_back(count)
+        return True
+
+    def _target(self, count: int) -> int:
+        """Where the last adapter has to end so that ``count`` blocks can be taken back."""
+        return self.arena.size - count * self.block_bytes
+
+    # What moves
+
+    def _may_move(self) -> Callable[[int], bool]:
+        """Whether an adapter may be moved before the next step: even if it is running, but not while it is
+        being copied."""
+        copied = {slot.offset for slot in self._slots.slots if slot.loading}
+        return lambda offset: offset not in copied
+
+    def _pack(self, now: float) -> None:
+        by_offset = {slot.offset: slot for slot in self._slots.slots}
+        for offset, to in packing(self.arena.regions, self._may_move()).moves:
+            slot, size = by_offset[offset], self.arena.regions[offset]
+            assert slot.entry is not None
+            self.arena.release(offset)
+            self.arena.allocate_at(to, size)
+            slot.offset = to
+            self.moves.append(MemoryMove(to, offset, size, slot.index))
+            self._emit(
+                events.AdapterShifted(
+                    time=now,
+                    adapter=slot.entry.label,
+                    version=slot.entry.version,
+                    slot=slot.index,
+                    nbytes=size,
+                )
+            )
+
+    def _lend(self, count: int, now: float) -> None:
+        moved = dict(self._blocks.lend(count))
+        self.arena.resize(self.arena.size + count * self.block_bytes)
+        if not moved:
+            return
+        for request in self._running.values():
+            if not moved.keys().isdisjoint(request.blocks):
+                request.blocks = [moved.get(block, block) for block in request.blocks]
+        size = self.block_bytes
+        self.moves += [MemoryMove(to * size, block * size, size) for block, to in moved.items()]
+        self._emit(events.BlocksMoved(time=now, blocks=len(moved), nbytes=len(moved) * size))
+
+    def check(self) -> None:
+        """Assert that both sides agree on where the border is."""
+        assert self.arena.size == self._blocks.lent * self.block_bytes <= self.arena.limit
+        assert self._blocks.size >= self._least
