@@ -31,8 +31,11 @@ class DecayedCounts:
         self._weights: dict[str, float] = {}
         self._ranking: SortedList[tuple[float, str]] = SortedList()
 
-    def add(self, name: str, now: float) -> None:
-        weight = now * self._rate
+    def add(self, name: str, now: float, amount: float = 1.0) -> None:
+        """Count ``amount`` more."""
+        if amount <= 0:
+            return
+        weight = now * self._rate + log2(amount)
         old = self._weights.get(name)
         if old is not None:
             self._ranking.remove((old, name))

@@ -177,7 +177,9 @@ def test_nobody_without_a_deadline_is_rejected() -> None:
     assert set(sim.ended.values()) == {"length"}
 
 
-@pytest.mark.parametrize("name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission"])
+@pytest.mark.parametrize(
+    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "joint"]
+)
 def test_they_keep_the_contract(name: str) -> None:
     found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)
     assert found.sound, found.broken

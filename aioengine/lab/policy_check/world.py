@@ -66,6 +66,11 @@ SCENARIOS = (
     Scenario("one slot", adapters=4, limits=SMALL._replace(num_slots=1, cpu_capacity=1, max_loads=1)),
     Scenario("a small KV cache", limits=SMALL._replace(num_blocks=17), arrive=0.8),
     Scenario("a CPU cache bounded in bytes", limits=SMALL._replace(cpu_max_bytes=2500)),
+    Scenario(
+        "adapters and the KV cache in one memory",
+        limits=SMALL._replace(num_slots=4, cpu_capacity=6, num_blocks=24, shared_block_bytes=1024),
+        replace=0.02,
+    ),
     Scenario("tenants, priorities and deadlines", tenants=4, priorities=3, deadlines=0.5),
     Scenario("adapters that come and go", replace=0.1, pin=0.1),
     Scenario("reads and copies that fail", fail=0.3, replace=0.02),
