@@ -10,6 +10,7 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.transfers import Processor, SharedStage
 from aioengine.lab.workload.requests import AdapterShape
+from aioengine.model.spec import DTYPE_BYTES
 from aioengine.step import (
     LoadedAdapter,
     ReadOrder,
@@ -31,6 +32,9 @@ class SimulatedDevice(Device):
         self.shapes: dict[str, AdapterShape] = {}
         self._costs = costs
         self._step_seconds = StepTimes(costs.steps)
+        kv_bytes = costs.spec.kv_bytes_per_token(DTYPE_BYTES[costs.spec.dtype])
+        self._byte_seconds = 2 * costs.steps.decode_kv / kv_bytes
+        """For each byte that is moved on the device: it is read and written, as keys are read."""
         self._token = Sampled(token)
         self._end = Sampled(end_token)
         self._processor = Processor()
@@ -44,7 +48,8 @@ class SimulatedDevice(Device):
 
     async def execute(self, batch: StepBatch) -> StepResult:
         overhead = self._costs.step_overhead
-        seconds = self._step_seconds(step_shape(batch))
+        seconds = self._step_seconds(step_shape(batch)) if batch.sequences else 0.0
+        seconds += sum(move.nbytes for move in batch.moves) * self._byte_seconds
         took = await self._processor.work(seconds + overhead)
         token, end, lengths = self._token, self._end, self.lengths
         sampled: list[Sampled | None] = []
