@@ -52,8 +52,8 @@ values are added to those of `other`: a sum over `adapter` never goes down. `rat
 alone, however, and sees such an addition as a jump of `other`; where that matters, set `max_adapter_labels`
 no lower than the number of adapters in use.
 
-The label `tenant` is bounded alike, by `max_tenant_labels` (100); an answer to nobody's key is `none`'s.
-Without keys, clients are tenants by address, under made-up names. The labels of
+The label `tenant` is bounded alike, by `max_tenant_labels` (100); answers without a known key count under
+`none`. Without keys, clients are tenants by address, under made-up names. The labels of
 `aioengine_http_responses_total` are of fixed sets: what no route is for is `other`.
 
 `aioengine_lora_slot_info` and `aioengine_lora_adapter_loaded` carry real names: there are at most

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from aioengine.events import Event
 from aioengine.lab.runs.recorder import Recorder, due
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
+from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan, refused_request
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import Arrival, Objective
 
@@ -137,24 +137,13 @@ class FleetRecorder:
     def _refused(
         self, request_id: str, arrival: Arrival, now: float, error: Exception | None
     ) -> RequestRecord:
-        return RequestRecord(
-            request_id=request_id,
-            adapter=arrival.adapter,
-            tenant=arrival.tenant,
-            prompt_tokens=arrival.prompt_tokens,
-            output_tokens=0,
-            arrival=arrival.time,
-            admitted=None,
-            first_token=None,
+        return refused_request(
+            request_id,
+            arrival,
             ended=now - self._start,
-            reason="refused",
-            found=None,
-            cached_tokens=0,
-            preemptions=0,
-            worst_gap=None,
             deadline=due(arrival, self._objective),
             rank=0 if arrival.adapter is None else self._ranks.get(arrival.adapter, 0),
-            error=type(error).__name__,
+            error=error,
         )
 
     def _write_samples(self, now: float) -> None:

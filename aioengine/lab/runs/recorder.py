@@ -10,7 +10,7 @@ from typing import Any
 
 from aioengine import events
 from aioengine.engine import AsyncEngine
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
+from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan, refused_request
 from aioengine.lab.workload.requests import Arrival, Objective
 
 BASE = "(base)"
@@ -121,24 +121,13 @@ class Recorder:
             return False
         self.ended += 1
         self._sink.request(
-            RequestRecord(
-                request_id=request_id,
-                adapter=arrival.adapter,
-                tenant=arrival.tenant,
-                prompt_tokens=arrival.prompt_tokens,
-                output_tokens=0,
-                arrival=arrival.time,
-                admitted=None,
-                first_token=None,
+            refused_request(
+                request_id,
+                arrival,
                 ended=now - self._start,
-                reason="refused",
-                found=None,
-                cached_tokens=0,
-                preemptions=0,
-                worst_gap=None,
                 deadline=due(arrival, self._objective),
                 rank=self._rank(arrival.adapter),
-                error=type(error).__name__,
+                error=error,
             )
         )
         return True

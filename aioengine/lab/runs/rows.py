@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args,
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.extra import needs_extra
+from aioengine.lab.workload.requests import Arrival
 
 if TYPE_CHECKING:
     import polars as pl
@@ -43,6 +44,37 @@ class RequestRecord(NamedTuple):
     """Seconds from the start of the run."""
     rank: int = 0
     error: str | None = None
+
+
+def refused_request(
+    request_id: str,
+    arrival: Arrival,
+    *,
+    ended: float,
+    deadline: float | None,
+    rank: int,
+    error: Exception | None,
+) -> RequestRecord:
+    """Make the record of a request that was never accepted."""
+    return RequestRecord(
+        request_id=request_id,
+        adapter=arrival.adapter,
+        tenant=arrival.tenant,
+        prompt_tokens=arrival.prompt_tokens,
+        output_tokens=0,
+        arrival=arrival.time,
+        admitted=None,
+        first_token=None,
+        ended=ended,
+        reason="refused",
+        found=None,
+        cached_tokens=0,
+        preemptions=0,
+        worst_gap=None,
+        deadline=deadline,
+        rank=rank,
+        error=type(error).__name__,
+    )
 
 
 class SlotSpan(NamedTuple):
