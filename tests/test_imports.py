@@ -86,7 +86,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "model": {"files", "files.hf", "generic", "parallel", "slots", "text"},
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
     "runtime": {"sources"},
-    "server": {"access", "debug", "messages", "openai", "responses", "transport", "vectors"},
+    "server": {"access", "debug", "formats", "messages", "openai", "responses", "transport", "vectors"},
 }
 """Room -> the folders in it."""
 

@@ -99,6 +99,10 @@ class ServerFlags:
     """Share the prefix cache between tenants, who can then find out what others have sent."""
     generation_config: Annotated[str, _IN_MORE] = "auto"
     """Sampling defaults: auto (the model's generation_config.json), none, or a path to one."""
+    tool_call_parser: Annotated[str, _IN_MORE] = "auto"
+    """Format of calls: hermes, llama3, mistral, gemma, harmony or none; auto: as the chat template says."""
+    reasoning_parser: Annotated[str, _IN_MORE] = "auto"
+    """Format of reasoning: think, harmony or none; auto: as the chat template says."""
     default_max_tokens: Annotated[int | None, _IN_MORE] = None
     """max_tokens of chats that give none; by default what the context has room for."""
     ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
@@ -145,6 +149,8 @@ class ServerFlags:
             max_choices=self.max_choices,
             share_prefix_cache=self.share_prefix_cache,
             generation_config=self.generation_config,
+            tool_call_parser=self.tool_call_parser,
+            reasoning_parser=self.reasoning_parser,
             default_max_tokens=self.default_max_tokens,
             ignore_unknown_fields=self.ignore_unknown_fields,
             schemas=SchemaOptions(

@@ -22,6 +22,7 @@ from aioengine.runtime.vectors import read_label_names
 from aioengine.server.access.auth import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, model_not_found
+from aioengine.server.formats.registry import AnswerFormats
 from aioengine.server.generation import Generation, Scores
 from aioengine.server.openai.api import GenerationFields
 from aioengine.server.openai.constraints import Form
@@ -59,6 +60,7 @@ class Context:
     def change(self, settings: ServerSettings) -> None:
         """Use other settings from now on."""
         self.settings = settings
+        self._formats: AnswerFormats | None = None
         self.model_names = tuple(settings.served_model_names) or (self.engine.config.model_name,)
         self.engine.model_name = self.model_names[0]
 
@@ -122,6 +124,25 @@ class Context:
         if tokenizer is None:
             raise ApiError(400, f"{self.model_names[0]} has no tokenizer: it takes and gives token ids only")
         return tokenizer
+
+    @property
+    def formats(self) -> AnswerFormats:
+        """Return the formats of the model's answers. Raises ApiError if it has no tokenizer."""
+        if self._formats is None:
+            tokenizer, settings = self.tokenizer, self.settings
+            self._formats = AnswerFormats.chosen(
+                tokenizer.chat_template,
+                settings.tool_call_parser,
+                settings.reasoning_parser,
+                tokenizer.added_tokens,
+            )
+            known = self._formats
+            logger.info("formats of answers: tools=%s reasoning=%s", known.tools, known.reasoning)
+        return self._formats
+
+    def ends_with(self, prompt: Sequence[int], text: str) -> bool:
+        """Whether a prompt ends with this text, which is short, and white space."""
+        return self.tokenizer.decode(list(prompt[-16:]), False).rstrip().endswith(text)
 
     def token_bytes(self) -> TokenBytes:
         """Return the table of token bytes, which stays valid for a request whatever happens to the engine."""

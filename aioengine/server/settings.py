@@ -10,6 +10,7 @@ import msgspec
 from aioengine.checks import check_integer, check_seconds
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
+from aioengine.server.formats.registry import REASONING, TOOLS, check_name
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +45,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the defaults of ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and
     ``max_tokens`` are from: "auto" is the model's ``generation_config.json``, if it has one; "none" is the
     API's own; anything else a file of that form, or a folder with one."""
+    tool_call_parser: str = "auto"
+    """Format in which the model calls tools, by its name in :mod:`aioengine.server.formats.registry`; "auto":
+    the one that its chat template speaks of; "none"."""
+    reasoning_parser: str = "auto"
+    """Format of the model's reasoning, which answers have apart; "auto" and "none" as above."""
     default_max_tokens: int | None = None
     """For chat requests that give none; None: as many as the context has room for."""
     ignore_unknown_fields: bool = False
@@ -76,6 +82,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
                 check_seconds(field, value)
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise ConfigError(f"default_max_tokens={self.default_max_tokens}: must be >= 1, or None")
+        check_name("tool_call_parser", self.tool_call_parser, TOOLS)
+        check_name("reasoning_parser", self.reasoning_parser, REASONING)
         if not self.generation_config:
             raise ConfigError("generation_config: is empty; it is 'auto', 'none' or a path")
         if self.keys_file is not None and (self.api_keys or self.admin_keys):

@@ -193,6 +193,11 @@ class Tokenizer:
         except RequestInvalid:
             return True
 
+    @functools.cached_property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Ids of tokens, special or not, that are found in a text before it is tokenized."""
+        return {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
+
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Special tokens by their names: ``bos_token``, ``eos_token``, ..."""

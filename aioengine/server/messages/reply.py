@@ -9,10 +9,10 @@ import msgspec
 
 from aioengine.request import RequestOutput
 from aioengine.server.errors import ApiError
+from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import Usage
 from aioengine.server.openai.chat_api import ToolCall
 from aioengine.server.openai.chat_reply import parse_output
-from aioengine.server.openai.tools import ToolParser
 from aioengine.server.streaming import event
 
 _encode = msgspec.json.Encoder().encode
@@ -22,7 +22,7 @@ class MessagesReply:
     """The reply of a message. Every block is started, filled and stopped before the next one."""
 
     def __init__(
-        self, message_id: str, model: str, parser: ToolParser | None, stop_sequences: Sequence[str]
+        self, message_id: str, model: str, parser: AnswerParser | None, stop_sequences: Sequence[str]
     ) -> None:
         self._id = message_id
         self._model = model
@@ -30,29 +30,29 @@ class MessagesReply:
         self._stop_sequences = frozenset(stop_sequences)
         self._blocks = 0
         """Number of blocks that have ended."""
-        self._begun = self._in_text = self._called = False
+        self._begun = self._called = False
+        self._open: str | None = None
+        """Type of the block that has begun: "text" or "thinking"."""
         self._last: RequestOutput | None = None
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        text, calls = parse_output(self._parser, output.text_delta, output)
+        text, calls, reasoning = parse_output(self._parser, output.text_delta, output)
         self._last = output
         told = b""
         if not self._begun:
             self._begun = True
             usage = _usage(len(output.prompt_token_ids), output.cached_tokens, 0)
             told = _event("message_start", message=self._message([], usage))
-        if text:
-            if not self._in_text:
-                self._in_text = True
-                told += self._start({"type": "text", "text": ""})
-            told += self._delta({"type": "text_delta", "text": text})
+        for kind, part in (("thinking", reasoning), ("text", text)):
+            if part:
+                told += self._begin(kind) + self._delta({"type": f"{kind}_delta", kind: part})
         for call in calls:
             self._called = True
-            told += self._end_text() + self._start(_tool_use(call, b"{}"))
+            told += self._end() + self._start(_tool_use(call, b"{}"))
             told += self._delta({"type": "input_json_delta", "partial_json": call.function.arguments})
             told += self._stop()
         if output.finished:
-            told += self._end_text()
+            told += self._end()
         return told or None
 
     def last_events(self, usage: Usage) -> bytes:
@@ -66,8 +66,9 @@ class MessagesReply:
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         [output] = outputs
-        text, calls = parse_output(self._parser, output.text, output)
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
+        text, calls, reasoning = parse_output(self._parser, output.text, output)
+        content: list[dict[str, Any]] = [{**_THINKING, "thinking": reasoning}] if reasoning else []
+        content += [{"type": "text", "text": text}] if text or not (calls or reasoning) else []
         content += [_tool_use(call, call.function.arguments.encode()) for call in calls]
         return _encode({**self._message(content, _usage_of(usage)), **self._ending(output, bool(calls))})
 
@@ -102,11 +103,23 @@ class MessagesReply:
         self._blocks += 1
         return _event("content_block_stop", index=self._blocks - 1)
 
-    def _end_text(self) -> bytes:
-        if not self._in_text:
+    def _begin(self, kind: str) -> bytes:
+        """Begin a block of this type, unless it has begun."""
+        if self._open == kind:
             return b""
-        self._in_text = False
+        told = self._end()
+        self._open = kind
+        return told + self._start({"type": "text", "text": ""} if kind == "text" else _THINKING)
+
+    def _end(self) -> bytes:
+        if self._open is None:
+            return b""
+        self._open = None
         return self._stop()
+
+
+_THINKING = {"type": "thinking", "thinking": "", "signature": ""}
+"""A block of reasoning; it is not signed, because clients may send back any."""
 
 
 def _event(kind: str, **fields: Any) -> bytes:

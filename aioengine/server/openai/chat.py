@@ -13,13 +13,15 @@ from litestar.response import Response
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
+from aioengine.server.formats.source import AnswerParser
+from aioengine.server.formats.think import OPEN as THINK
 from aioengine.server.framework import RESPONSES, Handled, record_of
 from aioengine.server.generation import Generation
 from aioengine.server.openai.chat_api import ChatCompletion, ChatRequest, Message, Tool
 from aioengine.server.openai.chat_reply import ChatReply
 from aioengine.server.openai.constraints import wanted_form
 from aioengine.server.openai.sampling import sampling_params
-from aioengine.server.openai.tools import ToolParser, ToolPlan, plan_tools
+from aioengine.server.openai.tools import ToolPlan, plan_tools
 from aioengine.server.streaming import ReplyOptions
 from aioengine.server.transport.bounded_json import check_counts
 
@@ -50,8 +52,8 @@ class Chat(NamedTuple):
     """The assistant's next turn while it is generated."""
 
     generation: Generation
-    parsers: list[ToolParser | None]
-    """A parser for each choice; None where tool calls are not parsed."""
+    parsers: list[AnswerParser | None]
+    """A parser for each choice; None where the answer is text alone."""
 
 
 async def start_chat(context: Context, data: ChatRequest, record: RequestRecord, *, prefix: str) -> Chat:
@@ -61,7 +63,8 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
     """
     _refuse_unsupported(data)
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
-    form = wanted_form(data, context.settings.schemas, data.response_format, tools)
+    formats = context.formats
+    form = wanted_form(data, context.settings.schemas, data.response_format, tools, formats)
     prompt = await encode_messages(context, data, tools, record.owner)
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
     if data.truncate_prompt_tokens is not None:
@@ -78,10 +81,10 @@ async def start_chat(context: Context, data: ChatRequest, record: RequestRecord,
         prompt_logprobs=data.prompt_logprobs,
         constraint=None,
     )
-    template = context.tokenizer.chat_template
-    params = tools.stopping_after_a_call(params, template)
+    params = tools.sampling(params, formats)
     generation = context.generation(data, [prompt], params, form, record, prefix=prefix)
-    return Chat(generation, [tools.parser(template) for _ in range(len(generation))])
+    is_thinking = form is None and formats.reasoning == "think" and context.ends_with(prompt, THINK)
+    return Chat(generation, [tools.parser(formats, is_thinking=is_thinking) for _ in range(len(generation))])
 
 
 async def encode_messages(
@@ -114,6 +117,8 @@ def _to_template(message: Message, where: str) -> dict[str, Any]:
     found: dict[str, Any] = {"role": role, "content": _text(message, where)}
     if message.name is not None:
         found["name"] = message.name
+    if message.reasoning_content is not None:
+        found["reasoning_content"] = message.reasoning_content
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     if message.tool_calls:

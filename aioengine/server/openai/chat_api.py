@@ -51,6 +51,8 @@ class Message(msgspec.Struct, kw_only=True):
     content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     refusal: str | None = None
     """The assistant's refusal, instead of content."""
+    reasoning_content: str | None = None
+    """The assistant's reasoning in an earlier answer, for templates that show it."""
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -164,6 +166,8 @@ class ChatLogprobs(msgspec.Struct):
 class AnswerMessage(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    """The reasoning before the answer, of models that write one."""
     refusal: None = None
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
@@ -201,6 +205,7 @@ class ToolCallDelta(msgspec.Struct, kw_only=True):
 class Delta(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 

@@ -10,6 +10,7 @@ from msgspec import UNSET
 
 from aioengine.request import RequestOutput
 from aioengine.server.errors import ApiError
+from aioengine.server.formats.source import AnswerParser, Parsed
 from aioengine.server.openai.api import Usage
 from aioengine.server.openai.chat_api import (
     AnswerMessage,
@@ -23,14 +24,13 @@ from aioengine.server.openai.chat_api import (
 )
 from aioengine.server.openai.completions_api import FinishReason
 from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, new_logprobs, prompt_logprobs
-from aioengine.server.openai.tools import Parsed, ToolParser
 from aioengine.server.streaming import DONE, ReplyOptions, event
 
 
 class _Choice:
     """Progress of a choice's reply."""
 
-    def __init__(self, parser: ToolParser | None) -> None:
+    def __init__(self, parser: AnswerParser | None) -> None:
         self.parser = parser
         self.begun = False
         self.logprobs = 0
@@ -46,7 +46,7 @@ class ChatReply:
         completion_id: str,
         options: ReplyOptions,
         *,
-        parsers: Sequence[ToolParser | None],
+        parsers: Sequence[AnswerParser | None],
         token_bytes: TokenBytes,
         with_logprobs: bool,
         echoed: str = "",
@@ -62,10 +62,11 @@ class ChatReply:
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
         choice = self._choices[index]
-        text, calls = parse_output(choice.parser, output.text_delta, output)
+        text, calls, reasoning = parse_output(choice.parser, output.text_delta, output)
         logprobs = self._logprobs(choice, output)
         new_ids = self._options.token_ids and output.token_ids_delta
-        if not (text or calls or output.finished or (logprobs and logprobs.content) or new_ids):
+        has_numbers = (logprobs and logprobs.content) or new_ids
+        if not (text or reasoning or calls or output.finished or has_numbers):
             return None
         delta = Delta()
         begins = not choice.begun
@@ -74,6 +75,8 @@ class ChatReply:
             delta.role, delta.content = "assistant", self._echoed + text
         elif text:
             delta.content = text
+        if reasoning:
+            delta.reasoning_content = reasoning
         if calls:
             delta.tool_calls = [
                 ToolCallDelta(index=choice.calls + i, id=call.id, function=call.function)
@@ -111,12 +114,14 @@ class ChatReply:
 
     def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
         choice = self._choices[index]
-        text, calls = parse_output(choice.parser, output.text, output)
+        text, calls, reasoning = parse_output(choice.parser, output.text, output)
         text = self._echoed + text
         return ChatChoice(
             index=index,
             message=AnswerMessage(
-                content=text if text or not calls else None, tool_calls=list(calls) if calls else UNSET
+                content=text if text or not calls else None,
+                reasoning_content=reasoning or UNSET,
+                tool_calls=list(calls) if calls else UNSET,
             ),
             logprobs=self._logprobs(choice, output),
             finish_reason=_finish_reason(output, len(calls)),
@@ -137,7 +142,7 @@ class ChatReply:
         return chat_logprobs(entries, self._token_bytes)
 
 
-def parse_output(parser: ToolParser | None, text: str, output: RequestOutput) -> Parsed:
+def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) -> Parsed:
     """Parse the next ``text`` of an answer, and return the part that has become certain; all of the rest once
     it has ended."""
     if parser is None:
@@ -146,7 +151,7 @@ def parse_output(parser: ToolParser | None, text: str, output: RequestOutput) ->
     if not output.finished:
         return parsed
     rest = parser.finish(output.stop_reason)
-    return Parsed(parsed.text + rest.text, [*parsed.calls, *rest.calls])
+    return Parsed(parsed.text + rest.text, [*parsed.calls, *rest.calls], parsed.reasoning + rest.reasoning)
 
 
 def _finish_reason(output: RequestOutput, calls: int) -> FinishReason | None:

@@ -12,6 +12,7 @@ from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, prepare_sc
 from aioengine.guided import Guide
 from aioengine.request import TokenConstraint
 from aioengine.server.errors import ApiError
+from aioengine.server.formats.registry import NO_FORMATS, AnswerFormats
 from aioengine.server.openai.api import GenerationFields, ResponseFormat, StructuredOutputs
 from aioengine.server.openai.tools import ToolPlan
 from aioengine.server.transport.bounded_json import check_counts
@@ -75,6 +76,7 @@ def wanted_form(
     options: SchemaOptions,
     response_format: ResponseFormat | None = None,
     tools: ToolPlan | None = None,
+    formats: AnswerFormats = NO_FORMATS,
 ) -> Form | None:
     """Return the form of a request's answers; None if they are unconstrained. Raises ApiError if the request
     asks for two forms."""
@@ -92,7 +94,7 @@ def wanted_form(
     if older != StructuredOutputs():
         found["guided_json"] = _of_outputs(older, options, "guided_{}")
     if tools is not None and not tools.is_free:
-        found["tool_choice"] = _of_tools(tools, options)
+        found["tool_choice"] = _of_tools(tools, options, formats)
     if len(found) > 1:
         first, second, *_ = found
         raise ApiError(400, f"{first} and {second} cannot both hold", param=second, code="invalid_value")
@@ -149,10 +151,14 @@ def _of_outputs(wanted: StructuredOutputs, options: SchemaOptions, param: str = 
     return found[0]
 
 
-def _of_tools(plan: ToolPlan, options: SchemaOptions) -> Form:
-    if plan.forced is None:
-        return Form("tools", Guide.lark, lambda: plan.grammar(options), plan.blame)
-    place = plan.place(plan.forced)
+def _of_tools(plan: ToolPlan, options: SchemaOptions, formats: AnswerFormats) -> Form:
+    if plan.forced is not None:
+        param = f"tools[{plan.place(plan.forced)}].function.parameters"
+        if formats.written is None:
+            return Form(param, Guide.prepared_schema, lambda: plan.forced_schema(options))
+        plan = plan.only(plan.forced)
+    else:
+        param = "tools"
     return Form(
-        f"tools[{place}].function.parameters", Guide.prepared_schema, lambda: plan.forced_schema(options)
+        param, Guide.lark, lambda: plan.grammar(options, formats.required, formats.tokens), plan.blame
     )

@@ -1,9 +1,7 @@
-"""Calls of tools in an answer.
+"""Which tools a request lets the model call, and whether it must.
 
-Two forms are well defined, and only they are taken for calls. With ``tool_choice`` "required" or a named
-function, a constraint makes the answer JSON of a known shape. With "auto", models whose chat template
-says so write ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>`` (the format of the Hermes and
-Qwen models). Anything else is left as text.
+How models write calls is in ``formats/``. With ``tool_choice`` "required" or a named function a constraint
+holds the answer to calls in the model's own format, or, if that is not known, in JSON of a known shape.
 
 A call is given when it is complete, whatever becomes of the rest of the answer; one that is cut off is not
 given, because its arguments are no JSON.
@@ -11,11 +9,9 @@ given, because its arguments are no JSON.
 
 from __future__ import annotations
 
-import json
 import re
-import uuid
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,175 +19,18 @@ from aioengine.errors import RequestInvalid
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
 from aioengine.request import SamplingParams
 from aioengine.server.errors import ApiError
+from aioengine.server.formats.call_text import FIRST_ARGUMENTS, CallText
+from aioengine.server.formats.registry import AnswerFormats, arguments_parser
+from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.chat_api import (
     AllowedTools,
     CustomTool,
-    FunctionCall,
     NamedCustomTool,
     NamedTool,
     Tool,
-    ToolCall,
     ToolChoice,
 )
 
-MAX_CALLS = 16
-"""Bound on the calls of one answer where calls are required and ``parallel_tool_calls`` is true."""
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-
-
-class Parsed(NamedTuple):
-    text: str
-    calls: Sequence[ToolCall] = ()
-
-
-class ToolParser(Protocol):
-    """Takes an answer apart as it comes."""
-
-    def push(self, text: str) -> Parsed:
-        """Take in text, and return the parts that have become certain."""
-
-    def finish(self, stopped_by: str | int | None = None) -> Parsed:
-        """The rest. ``stopped_by`` is the stop string or token, not in the text, that ended the answer."""
-
-
-class TaggedCalls:
-    """Calls between ``<tool_call>`` and ``</tool_call>``; text around them stays text, and so does what
-    stands between the tags if it is no call of one of ``names``. White space alone before, between and
-    after calls is dropped. How the text is cut makes no difference.
-
-    Args:
-        names: Functions that may be called.
-        single: Nothing is taken after the first call.
-    """
-
-    def __init__(self, names: frozenset[str], *, single: bool = False) -> None:
-        self._names = names
-        self._single = single
-        self._held = ""
-        """Text that may belong to a tag or a call."""
-        self._space = ""
-        """Text since the last call, as long as it is white space alone."""
-        self._in_text = False
-        self._called = False
-
-    def push(self, text: str) -> Parsed:
-        self._held += text
-        certain = ""
-        calls: list[ToolCall] = []
-        while not (self._single and (calls or self._called)):
-            before, tag, rest = self._held.partition(_OPEN)
-            if not tag:
-                keep = len(before) - _beginning_at_end(before, _OPEN)
-                self._held = before[keep:]
-                return Parsed(certain + self._text(before[:keep]), calls)
-            certain += self._text(before)
-            body, end, after = rest.partition(_CLOSE)
-            if not end:
-                self._held = tag + rest
-                return Parsed(certain, calls)
-            call = self._call(body)
-            if call is None:
-                certain += self._text(tag + body + end)
-            else:
-                calls.append(call)
-                self._space, self._in_text, self._called = "", False, True
-            self._held = after
-        self._held = ""
-        return Parsed(certain, calls)
-
-    def finish(self, stopped_by: str | int | None = None) -> Parsed:
-        last = self.push(_CLOSE) if stopped_by == _CLOSE and self._held.startswith(_OPEN) else Parsed("")
-        text = last.text + self._text(self._held)
-        self._held = ""
-        return Parsed(text if self._called else text + self._space, last.calls)
-
-    def _text(self, text: str) -> str:
-        """Return the part of the text that can be sent now."""
-        if self._in_text:
-            return text
-        self._space += text
-        if not self._space.strip():
-            return ""
-        told, self._space, self._in_text = self._space, "", True
-        return told
-
-    def _call(self, body: str) -> ToolCall | None:
-        try:
-            value = msgspec.json.decode(body)
-        except msgspec.DecodeError:
-            return None
-        if not isinstance(value, dict) or value.get("name") not in self._names:
-            return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        return _tool_call(value["name"], arguments) if isinstance(arguments, dict) else None
-
-
-class NamedCall:
-    """The whole answer is one function's arguments."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._text = ""
-
-    def push(self, text: str) -> Parsed:
-        self._text += text
-        return Parsed("")
-
-    def finish(self, stopped_by: str | int | None = None) -> Parsed:
-        try:
-            return Parsed("", [_tool_call(self._name, msgspec.json.decode(self._text))])
-        except msgspec.DecodeError:  # cut off
-            return Parsed("")
-
-
-_MARKS = re.compile(r'[\\"{}\[\]]')
-
-
-class ListedCalls:
-    """The whole answer is a list of {"name", "arguments"}. How the text is cut makes no difference."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        """From the end of the last call."""
-        self._seen = 0
-        """Number of characters of ``_held`` that have been examined."""
-        self._begin = self._depth = 0
-        self._in_text = False
-
-    def push(self, text: str) -> Parsed:
-        self._held += text
-        calls: list[ToolCall] = []
-        while mark := _MARKS.search(self._held, self._seen):
-            self._seen = mark.end()
-            found = mark[0]
-            if self._in_text:
-                if found == "\\":  # whatever comes next, in the next piece perhaps
-                    self._seen += 1
-                self._in_text = found != '"'
-            elif found == '"':
-                self._in_text = True
-            elif found in "{[":
-                self._depth += 1
-                if self._depth == 2:
-                    self._begin = mark.start()
-            elif found in "}]":
-                self._depth -= 1
-                if self._depth == 1:
-                    call = msgspec.json.decode(self._held[self._begin : self._seen])
-                    calls.append(_tool_call(call["name"], call["arguments"]))
-                    self._held, self._seen = self._held[self._seen :], 0
-            if self._seen >= len(self._held):
-                break
-        else:
-            self._seen = len(self._held)
-        return Parsed("", calls)
-
-    def finish(self, stopped_by: str | int | None = None) -> Parsed:
-        return Parsed("")
-
-
-_FIRST_ARGUMENTS = 3
-"""Line of the grammar that has the arguments of the first tool; each has a line of its own."""
 _LINE = re.compile(r"\bat (\d+)\(\d+\)")
 
 
@@ -223,54 +62,59 @@ class ToolPlan(NamedTuple):
         prepared = _arguments(tool, options)
         return prepared, prepared.not_enforced
 
-    def grammar(self, options: SchemaOptions) -> tuple[str, Sequence[str]]:
-        """Grammar of the answer if ``required``, in Lark's notation, and what is not enforced.
+    def grammar(
+        self, options: SchemaOptions, written: CallText, tokens: Mapping[str, int]
+    ) -> tuple[str, Sequence[str]]:
+        """Grammar of the answer if calls are required, in Lark's notation, and what is not enforced.
+        ``tokens`` as in :meth:`CallText.grammar`.
 
         Raises ApiError that names the tool.
         """
-        more = f'("," call){{0,{MAX_CALLS - 1}}} ' if self.parallel else ""
-        rules = [f'start: "[" call {more}"]"']
-        rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(self.tools))))
-        assert len(rules) + 1 == _FIRST_ARGUMENTS
-        openings = []
+        schemas = []
         not_enforced: dict[str, None] = {}
-        for i, tool in enumerate(self.tools):
+        for place, tool in zip(self.places, self.tools, strict=True):
             try:
                 prepared = _arguments(tool, options)
             except RequestInvalid as error:
-                param = f"tools[{self.places[i]}].function.parameters"
+                param = f"tools[{place}].function.parameters"
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
             not_enforced.update(dict.fromkeys(prepared.not_enforced))
-            rules.append(f"arguments_{i}: %json {prepared.text}")
-            opening = f'{{"name": "{tool.function.name}", "arguments": '
-            openings.append(f'call_{i}: {json.dumps(opening)} arguments_{i} "}}"')
-        return "\n".join(rules + openings), tuple(not_enforced)
+            schemas.append(prepared.text)
+        names = [tool.function.name for tool in self.tools]
+        grammar = written.grammar(names, schemas, tokens, parallel=bool(self.parallel))
+        return grammar, tuple(not_enforced)
 
     def blame(self, reason: str) -> str | None:
         """The field whose part of the grammar was refused for ``reason``."""
         found = _LINE.search(reason)
-        index = int(found[1]) - _FIRST_ARGUMENTS if found else -1
+        index = int(found[1]) - FIRST_ARGUMENTS if found else -1
         return f"tools[{self.places[index]}].function.parameters" if 0 <= index < len(self.tools) else None
 
-    def parser(self, chat_template: str | None) -> ToolParser | None:
-        """Make the parser for one answer; None if calls are not looked for."""
+    def only(self, name: str) -> ToolPlan:
+        """The plan with one tool, of which there is to be one call."""
+        at = next(i for i, tool in enumerate(self.tools) if tool.function.name == name)
+        return self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
+
+    def parser(self, formats: AnswerFormats, *, is_thinking: bool) -> AnswerParser | None:
+        """Make the parser for one answer; None if nothing is looked for. ``is_thinking`` says that the prompt
+        has begun the model's reasoning, and that no constraint keeps the answer from going on with it."""
+        names = frozenset(tool.function.name for tool in self.tools)
         if self.forced is not None:
-            return NamedCall(self.forced)
+            written = formats.written
+            return arguments_parser(self.forced) if written is None else formats.held(names, single=True)
+        single = self.parallel is False
         if self.required:
-            return ListedCalls()
-        if self._are_tagged(chat_template):
-            names = frozenset(tool.function.name for tool in self.tools)
-            return TaggedCalls(names, single=self.parallel is False)
-        return None
+            return formats.held(names, single=single)
+        return formats.free(names, single=single, is_thinking=is_thinking)
 
-    def stopping_after_a_call(self, params: SamplingParams, chat_template: str | None) -> SamplingParams:
-        """``params`` under which an answer that is free ends with its first call, if there may be but one."""
-        if self.parallel is False and self.is_free and self._are_tagged(chat_template):
-            return msgspec.structs.replace(params, stop=(*params.stop, _CLOSE))
+    def sampling(self, params: SamplingParams, formats: AnswerFormats) -> SamplingParams:
+        """``params`` under which the answer's text has what parsers look for. An answer that is free ends
+        with its first call, if there may be but one."""
+        if formats.needs_special_tokens(bool(self.tools)):
+            params = msgspec.structs.replace(params, skip_special_tokens=False)
+        if self.parallel is False and self.is_free and self.tools and formats.closing is not None:
+            params = msgspec.structs.replace(params, stop=(*params.stop, formats.closing))
         return params
-
-    def _are_tagged(self, chat_template: str | None) -> bool:
-        return bool(self.tools) and all(tag in (chat_template or "") for tag in (_OPEN, _CLOSE))
 
 
 def plan_tools(
@@ -327,16 +171,3 @@ def _choice_error(reason: str) -> ApiError:
 def _arguments(tool: Tool, options: SchemaOptions) -> PreparedSchema:
     function = tool.function
     return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict))
-
-
-def _tool_call(name: str, arguments: Any) -> ToolCall:
-    text = msgspec.json.encode(arguments).decode()
-    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=text))
-
-
-def _beginning_at_end(text: str, tag: str) -> int:
-    """How many characters at the end of ``text`` may be the beginning of ``tag``."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return length
-    return 0

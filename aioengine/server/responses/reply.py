@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from aioengine.request import RequestOutput
 from aioengine.server.errors import ApiError
+from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import Usage
 from aioengine.server.openai.chat_api import ToolCall
 from aioengine.server.openai.chat_reply import parse_output
-from aioengine.server.openai.tools import ToolParser
 from aioengine.server.responses.api import ResponsesRequest
 from aioengine.server.streaming import event
 
@@ -25,13 +25,15 @@ class ResponsesReply:
     """The reply of a response. Events are numbered from 0. Every item is started, filled and ended before the
     next one."""
 
-    def __init__(self, response_id: str, request: ResponsesRequest, parser: ToolParser | None) -> None:
+    def __init__(self, response_id: str, request: ResponsesRequest, parser: AnswerParser | None) -> None:
         self._parser = parser
         self._next = 0
         self._items: list[dict[str, Any]] = []
         """Items that have ended."""
         self._open: dict[str, Any] | None = None
-        """The message that has begun."""
+        """The message, or the reasoning, that has begun."""
+        self._parts: list[str] = []
+        """Its text so far."""
         self._ended: str | None = None
         """Why the answer ended."""
         text = request.text
@@ -67,19 +69,21 @@ class ResponsesReply:
         }
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        text, calls = parse_output(self._parser, output.text_delta, output)
+        text, calls, reasoning = parse_output(self._parser, output.text_delta, output)
         told = b""
         if self._next == 0:
             told = self._event("response.created", response=self._response)
             told += self._event("response.in_progress", response=self._response)
+        if reasoning:
+            told += self._text(_REASONING, reasoning)
         if text:
-            told += self._text(text)
+            told += self._text(_MESSAGE, text)
         for call in calls:
             told += self._end_text("completed") + self._call(call)
         if output.finished:
             self._ended = output.finish_reason
             if not self._items and self._open is None:
-                told += self._text("")
+                told += self._text(_MESSAGE, "")
             told += self._end_text(self._status)
         return told or None
 
@@ -95,10 +99,12 @@ class ResponsesReply:
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         [output] = outputs
-        text, calls = parse_output(self._parser, output.text, output)
+        text, calls, reasoning = parse_output(self._parser, output.text, output)
         self._ended = output.finish_reason
-        if text or not calls:
-            self._items.append(_message(text, self._status))
+        if reasoning:
+            self._items.append(_REASONING.item(reasoning, self._status))
+        if text or not (calls or reasoning):
+            self._items.append(_MESSAGE.item(text, self._status))
         self._items += [_call_item(call, "completed") for call in calls]
         self._finish(usage)
         return _encode(self._response)
@@ -123,30 +129,33 @@ class ResponsesReply:
             "total_tokens": usage.total_tokens,
         }
 
-    def _text(self, text: str) -> bytes:
+    def _text(self, kind: _Kind, text: str) -> bytes:
         told = b""
-        message = self._open
-        if message is None:
-            message = self._open = _message("", "in_progress")
-            [part] = message["content"]
-            bare = {**message, "content": []}
-            told = self._event("response.output_item.added", output_index=len(self._items), item=bare)
-            told += self._of_text("response.content_part.added", message, part=part)
-        message["content"][0]["text"] += text
+        item = self._open
+        if item is None or item["type"] != kind.type:
+            told = self._end_text("completed")
+            item = self._open = kind.item("", "in_progress")
+            [part] = item["content"]
+            bare = {**item, "content": []}
+            told += self._event("response.output_item.added", output_index=len(self._items), item=bare)
+            told += self._of_text("response.content_part.added", item, part=part)
+        self._parts.append(text)
         if text:
-            told += self._of_text("response.output_text.delta", message, delta=text, logprobs=[])
+            told += self._of_text(f"{kind.event}.delta", item, delta=text, **kind.logprobs)
         return told
 
     def _end_text(self, status: str) -> bytes:
-        message = self._open
-        if message is None:
+        item = self._open
+        if item is None:
             return b""
         self._open = None
-        [part] = message["content"]
-        message["status"] = status
-        told = self._of_text("response.output_text.done", message, text=part["text"], logprobs=[])
-        told += self._of_text("response.content_part.done", message, part=part)
-        return told + self._end_item(message)
+        kind = _MESSAGE if item["type"] == _MESSAGE.type else _REASONING
+        [part] = item["content"]
+        item["status"], part["text"] = status, "".join(self._parts)
+        self._parts.clear()
+        told = self._of_text(f"{kind.event}.done", item, text=part["text"], **kind.logprobs)
+        told += self._of_text("response.content_part.done", item, part=part)
+        return told + self._end_item(item)
 
     def _of_text(self, kind: str, message: dict[str, Any], **fields: Any) -> bytes:
         return self._event(
@@ -174,15 +183,37 @@ class ResponsesReply:
         return event(_encode(data), kind)
 
 
-def _message(text: str, status: str) -> dict[str, Any]:
-    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-    return {
-        "id": f"msg_{uuid.uuid4().hex}",
-        "type": "message",
-        "status": status,
-        "role": "assistant",
-        "content": [part],
-    }
+class _Kind(NamedTuple):
+    """A kind of items with a text."""
+
+    type: str
+    prefix: str
+    """Of ids."""
+    part: str
+    """Type of its part."""
+    event: str
+    """Beginning of the names of its text's events."""
+    fields: dict[str, Any]
+    part_fields: dict[str, Any]
+    logprobs: dict[str, Any]
+    """A field of its events."""
+
+    def item(self, text: str, status: str) -> dict[str, Any]:
+        part = {"type": self.part, "text": text, **self.part_fields}
+        id_ = f"{self.prefix}_{uuid.uuid4().hex}"
+        return {"id": id_, "type": self.type, "status": status, **self.fields, "content": [part]}
+
+
+_MESSAGE = _Kind(
+    "message",
+    "msg",
+    "output_text",
+    "response.output_text",
+    {"role": "assistant"},
+    {"annotations": [], "logprobs": []},
+    {"logprobs": []},
+)
+_REASONING = _Kind("reasoning", "rs", "reasoning_text", "response.reasoning_text", {"summary": []}, {}, {})
 
 
 def _call_item(call: ToolCall, status: str) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""How a format writes calls around their arguments, so that a grammar can hold an answer to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+MAX_CALLS = 16
+"""Bound on the calls of one answer where calls are required and ``parallel_tool_calls`` is true."""
+FIRST_ARGUMENTS = 3
+"""Line of the grammar that has the arguments of the first tool; each has a line of its own."""
+
+
+class CallText(NamedTuple):
+    """The texts of calls whose arguments are JSON."""
+
+    opening: str
+    """Of a call; ``{}`` is its name (and a brace is written twice)."""
+    closing: str
+    begin: str = ""
+    """Before the first call."""
+    between: str = ""
+    end: str = ""
+    """After the last call."""
+    most: int = MAX_CALLS
+
+    def grammar(
+        self, names: Sequence[str], schemas: Sequence[str], tokens: Mapping[str, int], *, parallel: bool
+    ) -> str:
+        """A grammar in Lark's notation: calls of ``names`` whose arguments conform to ``schemas``, JSON
+        schemas that llguidance reads. One call, or up to ``most`` if ``parallel``.
+
+        ``tokens`` are texts that are tokens of their own, and their ids: the model writes these as such.
+        """
+
+        def quoted(text: str) -> str:
+            """The text as terminals, with a space after each; nothing for an empty one, as Lark wants it."""
+            marks = sorted((token for token in tokens if token in text), key=len, reverse=True)
+            parts = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
+            known = (f"<[{tokens[part]}]>" if part in marks else json.dumps(part) for part in parts if part)
+            return "".join(f"{terminal} " for terminal in known)
+
+        again = f"({quoted(self.between)}call){{0,{self.most - 1}}} " if parallel and self.most > 1 else ""
+        start = f"start: {quoted(self.begin)}call {again}{quoted(self.end)}".rstrip()
+        rules = [start, "call: " + " | ".join(f"call_{i}" for i in range(len(names)))]
+        assert len(rules) + 1 == FIRST_ARGUMENTS
+        rules += [f"arguments_{i}: %json {schema}" for i, schema in enumerate(schemas)]
+        for i, name in enumerate(names):
+            opening, closing = quoted(self.opening.format(name)), quoted(self.closing)
+            rules.append(f"call_{i}: {opening}arguments_{i} {closing}".rstrip())
+        return "\n".join(rules)

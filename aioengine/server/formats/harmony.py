@@ -1,0 +1,59 @@
+"""GPT-OSS's messages ("harmony"): an answer is a sequence of
+``<|channel|>NAME to=RECIPIENT<|constrain|>json<|message|>TEXT<|end|>``.
+
+The channel "analysis" is reasoning, a message to ``functions.NAME`` is a call, and everything else is text
+for the user. The prompt ends with ``<|start|>assistant``, so the first message has no start of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from aioengine.server.formats.call_text import CallText
+from aioengine.server.formats.source import Marks, Reasoning, Source, Steps, decoded, tool_call
+
+CHANNEL, MESSAGE, START, CALL = "<|channel|>", "<|message|>", "<|start|>", "<|call|>"
+_BEGIN = Marks(CHANNEL, START)
+_HEADER_END = Marks(MESSAGE, START)
+_BODY_END = Marks("<|end|>", "<|return|>", CALL, START, CHANNEL)
+_CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
+_RECIPIENT = re.compile(r"\bto=functions\.([A-Za-z0-9_.-]+)")
+
+
+def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], Steps[None]]:
+    """Calls of ``names``, and reasoning unless ``reasons`` is false: then it is text, too."""
+
+    def steps(source: Source) -> Steps[None]:
+        to = " to="
+        mark = to if (yield from source.literal(to)) else (yield from source.until(_BEGIN))
+        while mark:
+            header, end = yield from source.read_until(_HEADER_END)
+            header = mark + header
+            if end != MESSAGE:
+                if end != START:
+                    yield header
+                mark = end
+                continue
+            channel, recipient = _CHANNEL_NAME.search(header), _RECIPIENT.search(header)
+            if recipient and recipient[1] in names:
+                body, mark = yield from source.read_until(_BODY_END)
+                arguments = decoded(body or "{}")
+                if isinstance(arguments, dict):
+                    yield tool_call(recipient[1], arguments)
+                else:
+                    yield header + MESSAGE + body
+            elif reasons and channel and channel[1] == "analysis":
+                mark = yield from source.until(_BODY_END, Reasoning)
+            else:
+                mark = yield from source.until(_BODY_END)
+            if mark and mark not in (START, CHANNEL):
+                mark = yield from source.until(_BEGIN)
+
+    return steps
+
+
+WRITTEN = CallText(
+    opening=f"{CHANNEL}commentary to=functions.{{}} <|constrain|>json{MESSAGE}", closing="", most=1
+)
+"""The prompt's end and the answer's are tokens of the model's own; there is one call in an answer."""

@@ -1,0 +1,38 @@
+"""Calls in JSON of our own, where a constraint holds the answer to it: for models whose own format is not
+known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aioengine.server.formats.call_text import CallText
+from aioengine.server.formats.source import Source, Steps, decoded, tool_call
+
+
+def json_calls(source: Source) -> Steps[None]:
+    """The whole answer is a list of {"name", "arguments"}; one that is cut off is not given."""
+    yield from source.literal("[")
+    while True:
+        body, is_complete = yield from source.json_object()
+        call = decoded(body) if is_complete else None
+        if not isinstance(call, dict):
+            return
+        yield tool_call(call["name"], call["arguments"])
+        if not (yield from source.literal(",")):
+            return
+
+
+def named_call(name: str) -> Callable[[Source], Steps[None]]:
+    """The whole answer is the arguments of ``name``."""
+
+    def steps(source: Source) -> Steps[None]:
+        yield from source.blank()
+        body, _ = yield from source.json_object()
+        arguments = decoded(body)
+        if isinstance(arguments, dict):
+            yield tool_call(name, arguments)
+
+    return steps
+
+
+WRITTEN = CallText(opening='{{"name": "{}", "arguments": ', closing="}", begin="[", between=",", end="]")

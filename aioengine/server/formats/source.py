@@ -1,0 +1,274 @@
+"""Incremental parsing of an answer: the text that has come, and what formats read from it.
+
+A format is a generator over a :class:`Source`. It yields pieces of the answer, and None where it needs more
+text; :class:`AnswerParser` runs it as text comes. What a format does depends on the text alone and not on
+how it is cut, and each character is looked at a bounded number of times, so that long answers cost no more.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from aioengine.server.openai.chat_api import FunctionCall, ToolCall
+
+T = TypeVar("T")
+
+
+class Reasoning(str):
+    """Text of an answer that is the model's reasoning."""
+
+
+Piece = str | Reasoning | ToolCall
+Steps = Generator[Piece | None, None, T]
+"""Yields pieces, and None when it needs more text; returns a T."""
+
+
+class Parsed(NamedTuple):
+    """What has become certain."""
+
+    text: str
+    calls: Sequence[ToolCall] = ()
+    reasoning: str = ""
+
+
+class ToolParser(Protocol):
+    """Takes an answer apart as it comes."""
+
+    def push(self, text: str) -> Parsed:
+        """Take in text, and return the parts that have become certain."""
+
+    def finish(self, stopped_by: str | int | None = None) -> Parsed:
+        """Return the rest. ``stopped_by`` is the stop string or token that ended the answer and is not in the
+        text."""
+
+
+class Marks:
+    """Texts that mean something in an answer."""
+
+    def __init__(self, *texts: str) -> None:
+        self.pattern = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")
+        self._texts = texts
+        self._longest = max(map(len, texts), default=0)
+
+    def beginning_of(self, text: str, at: int) -> int:
+        """How many characters at the end of ``text``, from ``at`` on, may be the beginning of a mark."""
+        for begin in range(max(at, len(text) - self._longest + 1), len(text)):
+            if any(mark.startswith(text[begin:]) for mark in self._texts):
+                return len(text) - begin
+        return 0
+
+
+NO_MARKS = Marks()
+
+
+class Source:
+    """Text of an answer that is still to be read."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._at = 0
+        self.ended = False
+
+    def add(self, text: str) -> None:
+        self._text = self._text[self._at :] + text
+        self._at = 0
+
+    def _take(self, end: int) -> str:
+        begin, self._at = self._at, end
+        return self._text[begin:end]
+
+    def until(self, marks: Marks, kind: Callable[[str], Piece] = str) -> Steps[str]:
+        """Yield the text before the next of ``marks`` as ``kind``; return the mark, or "" at the end."""
+        while True:
+            found = marks.pattern.search(self._text, self._at)
+            if found:
+                if found.start() > self._at:
+                    yield kind(self._take(found.start()))
+                return self._take(found.end())
+            end = len(self._text) - (0 if self.ended else marks.beginning_of(self._text, self._at))
+            if end > self._at:
+                yield kind(self._take(end))
+            if self.ended:
+                return ""
+            yield None
+
+    def read_until(self, marks: Marks) -> Steps[tuple[str, str]]:
+        """Take the text before the next of ``marks``, and the mark; "" for it at the end."""
+        parts: list[str] = []
+        steps = self.until(marks)
+        while True:
+            try:
+                piece = next(steps)
+            except StopIteration as ended:
+                return "".join(parts), ended.value
+            if piece is None:
+                yield None
+            else:
+                assert isinstance(piece, str)
+                parts.append(piece)
+
+    def literal(self, text: str) -> Steps[bool]:
+        """Whether ``text`` comes next; if so it is taken."""
+        while True:
+            if self._text.startswith(text, self._at):
+                self._take(self._at + len(text))
+                return True
+            if self.ended or not text.startswith(self._text[self._at :]):
+                return False
+            yield None
+
+    def matching(self, pattern: re.Pattern[str], most: int) -> Steps[str]:
+        """Take the characters that match ``pattern``, a repeated class, but at most about ``most``."""
+        parts: list[str] = []
+        size = 0
+        while True:
+            found = pattern.match(self._text, self._at)
+            part = self._take(found.end()) if found else ""
+            parts.append(part)
+            size += len(part)
+            if self._at < len(self._text) or self.ended or size > most:
+                return "".join(parts)
+            yield None
+
+    def blank(self) -> Steps[str]:
+        """Take white space."""
+        return (yield from self.matching(_BLANK, 2**31))
+
+    def json_object(self) -> Steps[tuple[str, bool]]:
+        """Take a JSON object, if one begins here. Returns its text, and whether it is complete: the text ends
+        early at the answer's end, and at what no JSON has outside of strings ("<") or in them (line ends)."""
+        if not (yield from self._comes("{")):
+            return "", False
+        parts: list[str] = []
+        depth, in_text, escaped = 0, False, False
+        while True:
+            at = self._at + escaped
+            escaped = False
+            while found := _JSON_MARKS.search(self._text, at):
+                mark, at = found[0], found.end()
+                if in_text:
+                    if mark == "\\":
+                        escaped = at == len(self._text)
+                        at += 1
+                    elif mark == '"':
+                        in_text = False
+                    elif mark == "\n":
+                        parts.append(self._take(found.start()))
+                        return "".join(parts), False
+                elif mark == '"':
+                    in_text = True
+                elif mark in "{[":
+                    depth += 1
+                elif mark in "}]":
+                    depth -= 1
+                    if depth == 0:
+                        parts.append(self._take(at))
+                        return "".join(parts), True
+                elif mark == "<":
+                    parts.append(self._take(found.start()))
+                    return "".join(parts), False
+                if at >= len(self._text):
+                    break
+            parts.append(self._take(len(self._text)))
+            if self.ended:
+                return "".join(parts), False
+            yield None
+
+    def _comes(self, char: str) -> Steps[bool]:
+        while self._at == len(self._text) and not self.ended:
+            yield None
+        return self._text.startswith(char, self._at)
+
+
+_BLANK = re.compile(r"\s*")
+_JSON_MARKS = re.compile(r'[\\"{}\[\]<\n]')
+
+
+class AnswerParser:
+    """Runs a format's generator. White space alone before, between and after calls is dropped.
+
+    Args:
+        steps: The format.
+        single: Nothing is taken after the first call.
+        closing: A text that ends a call, and that ends the answer if it is a stop string.
+    """
+
+    def __init__(
+        self, steps: Callable[[Source], Steps[None]], *, single: bool = False, closing: str | None = None
+    ) -> None:
+        self._source = Source()
+        self._steps = steps(self._source)
+        self._single = single
+        self._closing = closing
+        self._space = ""
+        """Text since the last call, as long as it is white space alone."""
+        self._in_text = False
+        self._called = False
+
+    def push(self, text: str) -> Parsed:
+        self._source.add(text)
+        texts: list[str] = []
+        reasoning: list[str] = []
+        calls: list[ToolCall] = []
+        for piece in self._steps:
+            if piece is None:
+                break
+            if self._single and self._called:
+                continue
+            if isinstance(piece, ToolCall):
+                calls.append(piece)
+                self._space, self._in_text, self._called = "", False, True
+            elif isinstance(piece, Reasoning):
+                reasoning.append(piece)
+            else:
+                texts.append(self._told(piece))
+        return Parsed("".join(texts), calls, "".join(reasoning))
+
+    def finish(self, stopped_by: str | int | None = None) -> Parsed:
+        if stopped_by is not None and stopped_by == self._closing:
+            self._source.add(self._closing)
+        self._source.ended = True
+        last = self.push("")
+        return last if self._called else last._replace(text=last.text + self._space)
+
+    def _told(self, text: str) -> str:
+        """Return the part of the text that can be sent now."""
+        if self._in_text:
+            return text
+        self._space += text
+        if not self._space.strip():
+            return ""
+        told, self._space, self._in_text = self._space, "", True
+        return told
+
+
+def plain(source: Source) -> Steps[None]:
+    """All of it is text."""
+    yield from source.until(NO_MARKS)
+
+
+def call_of(body: str, names: frozenset[str]) -> ToolCall | None:
+    """Return the call that JSON with "name" and "arguments" or "parameters" is; None for any other."""
+    value = decoded(body)
+    if not isinstance(value, dict) or value.get("name") not in names:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    return tool_call(value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def decoded(text: str) -> Any:
+    """Return the JSON's value; None if it is none."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def tool_call(name: str, arguments: Any) -> ToolCall:
+    text = msgspec.json.encode(arguments).decode()
+    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=text))
