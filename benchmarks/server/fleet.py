@@ -3,10 +3,11 @@
     python -m benchmarks.server.fleet [--model smollm2-135m] [--rounds 3] [--streams 8 32] [--kill-streams 64]
 
 One engine's own server and a fleet of one replica, each with one thread, in turns: tokens a second and the
-processor time of a token (the door's process alone; with one engine, engine and server are one process). Then
-a fleet of two: the time until it serves, the first new token after `kill -9` of a replica in the middle of
-streams, after SIGSTOP of one, and the time from SIGTERM until no process is left. The client runs on the same
-machine. Prints; asserts nothing.
+processor time of a token (the door's process alone; with one engine, engine and server are one process). What
+the door adds to the time to first token is the median difference between the two for requests of one token,
+one after the other. Then a fleet of two: the time until it serves, the first new token after `kill -9` of a
+replica in the middle of streams, after SIGSTOP of one, and the time from SIGTERM until no process is left.
+The client runs on the same machine. Prints; asserts nothing.
 """
 
 from __future__ import annotations
@@ -118,6 +119,21 @@ def throughput(server: Server, streams: int) -> tuple[float, float]:
     return tokens / seconds, used / tokens * 1e6
 
 
+def added_by_the_door(plain: Server, fleet: Server, pairs: int = 100) -> float:
+    """Seconds, of a request for one token that nothing else disturbs."""
+    body = {"model": "m", "prompt": [1000, 1001], "max_tokens": 1, "temperature": 0}
+    differences = []
+    with httpx.Client(trust_env=False) as client:
+        for _ in range(pairs):
+            took = []
+            for server in (plain, fleet):
+                began = time.monotonic()
+                client.post(f"{server.url}/v1/completions", json=body).raise_for_status()
+                took.append(time.monotonic() - began)
+            differences.append(took[1] - took[0])
+    return statistics.median(differences)
+
+
 async def loss(server: Server, streams: int, number: signal.Signals) -> str:
     """What happens to the streams when one of two replicas gets a signal. Which of them were on it is seen by
     their pauses: the longer half."""
@@ -162,6 +178,7 @@ def main() -> None:
             for name, rows in found.items():
                 rate, used = (statistics.median(column) for column in zip(*rows, strict=True))
                 print(f"| {streams} | {name} | {rate:.0f} | {used:.0f} |", flush=True)
+        print(f"the door adds {1e3 * added_by_the_door(plain, fleet):.1f} ms to the first token", flush=True)
     with served(given.model, *names, "--replicas", "2", "--router", "least_loaded") as fleet:
         print(f"a fleet of two serves after {fleet.start_seconds:.1f} s")
         print("kill -9:", asyncio.run(loss(fleet, given.kill_streams, signal.SIGKILL)), flush=True)
