@@ -149,8 +149,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
     one where it knows the model."""
     quantization: Quantization = "none"
-    """"int8" keeps the linears' weights as int8, with a scale for each output, and where the CPU has
-    instructions for it multiplies them by int8 activations. CPU only."""
+    """"int8" keeps the linears' weights as int8, with a scale for each output; "int4" in four bits, with a
+    step and a low for each group of 32 inputs. Where the CPU has instructions for it, they are multiplied by
+    int8 activations. CPU only; docs/performance.md has what is gained and lost."""
     batch_invariant: Literal["auto"] | bool = "auto"
     """Whether a request's tokens must be the same bits in any batch (docs/determinism.md). "auto": where it
     can be had, which is in the compiled CPU step. True: nowhere else; the engine does not start if it cannot

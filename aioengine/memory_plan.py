@@ -330,8 +330,9 @@ def _each(plan: MemoryPlan) -> str:
 
 
 def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization) -> int:
-    """With int8, the linears' weights take a byte each, and 8 more for each output. (Until they have been
-    loaded and quantized they are there in the dtype.)"""
+    """With int8, the linears' weights take a byte each, and 8 more for each output; with int4 half a byte,
+    and two more for each group of 32 inputs (16, if their number is no multiple). (Until they have been
+    loaded and quantized, they are there in the dtype.)"""
     total = spec.num_parameters() * dtype_bytes
     for (n_in, n_out), packing in spec.packed_weights():
         total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
@@ -339,7 +340,10 @@ def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization
         return total
     linears = [(spec.num_layers, *spec.linear(module)) for module in LORA_MODULES]
     linears.append((1, *spec.linear("lm_head")))
-    return total + sum(n * n_out * (n_in * (1 - dtype_bytes) + 8) for n, n_in, n_out in linears)
+    for count, n_in, n_out in linears:
+        row = n_in if quantization == "int8" else n_in // 2 + 2 * n_in // (16 if n_in % 32 else 32)
+        total += count * n_out * (row + 8 - n_in * dtype_bytes)
+    return total
 
 
 def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int]:

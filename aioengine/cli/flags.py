@@ -82,7 +82,7 @@ class EngineFlags:
     model_impl: Annotated[ModelImpl | None, _IN_MORE] = None
     """What runs it: native, transformers, or auto (native if known)."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
-    """"int8": the linears' weights as int8. CPU only."""
+    """Weights of the linears in fewer bits: int8 or int4. CPU only."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
     """Refuse to start if a request's tokens would depend on its batch."""
     speculation: Annotated[SpeculationName | None, _IN_MORE] = None

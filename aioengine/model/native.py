@@ -16,8 +16,9 @@ from aioengine.kernels import LoRABatch, LoRAPool, PlainWeight, Weight
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
+from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
-from aioengine.kernels.cpu.packed import PackedWeight, pointer
+from aioengine.kernels.cpu.packed import PANEL, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
@@ -168,17 +169,20 @@ class NativeForward:
 
     def _matrix(self, linear: Linear, name: str) -> structs.Matrix:
         weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks))
+        assert isinstance(weight, (PackedWeight, QuantizedWeight, Int4Weight, PackedBlocks))
         if name in ("o", "down") and self._decoder.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
-        matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k)
+        matrix = structs.Matrix(bias=pointer(bias), n=weight.n, k=weight.k, kind=structs.Kind.PACKED)
         if isinstance(weight, PackedBlocks):
-            matrix.part = ctypes.addressof(weight.struct)
+            matrix.kind, matrix.part = structs.Kind.PARTS, ctypes.addressof(weight.struct)
             return matrix
-        matrix.packed = weight.data.data_ptr()
-        if isinstance(weight, QuantizedWeight):
+        matrix.packed, matrix.panel_bytes = weight.data.data_ptr(), weight.data.nbytes // (weight.n // PANEL)
+        if not isinstance(weight, PackedWeight):
+            matrix.kind = structs.Kind.INT8
             matrix.scale, matrix.start = weight.scale.data_ptr(), weight.start_pointer
             matrix.rotation = weight.rotation
+        if isinstance(weight, Int4Weight):
+            matrix.kind, matrix.group = structs.Kind.INT4, weight.group
         return matrix
 
     def _pool(self, pools: Mapping[str, LoRAPool], name: str) -> structs.LoraPool:
@@ -218,16 +222,17 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
 
 
 def _packing(decoder: Decoder, quantization: Quantization) -> Callable[[Weight], Weight]:
-    """Packs the decoder's linears: in place, or as int8 one after the other into memory of their own."""
+    """Packs the decoder's linears: in place, or quantized one after the other into memory of their own."""
     if quantization == "none":
         return _pack
-    sizes = [weight.numel() for weight in decoder.linear_weights()]
+    form: type[QuantizedWeight | Int4Weight] = QuantizedWeight if quantization == "int8" else Int4Weight
+    sizes = [form.packed_bytes(*weight.shape) for weight in decoder.linear_weights()]
     arena = Arena(sum(sizes), len(sizes))
 
     def quantize(weight: Weight) -> Weight:
         assert isinstance(weight, PlainWeight)
-        memory = arena.take(weight.data.numel())
-        return QuantizedWeight.pack(weight.data, memory, int8_activations=has_int8_products())
+        memory = arena.take(form.packed_bytes(weight.n, weight.k))
+        return form.pack(weight.data, memory, int8_activations=has_int8_products())
 
     return quantize
 

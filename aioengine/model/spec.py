@@ -13,7 +13,7 @@ import msgspec
 from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

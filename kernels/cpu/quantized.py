@@ -40,6 +40,11 @@ class QuantizedWeight:
         """Whether a weight can be packed without padding."""
         return dtype in DTYPES and n % PANEL == 0 and k % PANEL == 0
 
+    @staticmethod
+    def packed_bytes(n: int, k: int) -> int:
+        """Of ``data``."""
+        return n * k
+
     @classmethod
     def pack(cls, weight: Tensor, memory: Tensor, *, int8_activations: bool) -> QuantizedWeight:
         """The nearest int8 to ``weight`` [n, k], contiguous, in ``memory`` [n * k] (uint8)."""

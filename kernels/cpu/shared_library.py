@@ -35,6 +35,16 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
         *(c_long, c_long, c_long, c_void_p, c_int),
     ),
+    "aio_quantize_int4": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_int),
+    ),
+    "aio_dequantize_int4": (
+        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_int),
+    ),
+    "aio_linear_int4": (
+        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p),
+        *(c_long, c_long, c_long, c_long, c_void_p, c_int),
+    ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
         *(c_long, c_long, c_long, c_long, c_long, c_long, c_float, c_float, c_int, c_int),

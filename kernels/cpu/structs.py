@@ -46,13 +46,23 @@ class Part(Structure):
     ]
 
 
+class Kind(IntEnum):
+    """How a matrix is stored."""
+
+    PACKED = 0
+    INT8 = 1
+    INT4 = 2
+    PARTS = 3
+
+
 class Matrix(Structure):
-    """A packed linear: weight [n, k], and bias [n] or null; int8 weights have a scale [n] as well, and int8
-    activations what the sums begin with [n]. A weight in parts has these in its place."""
+    """A packed linear: weight [n, k], and bias [n] or null; int8 and int4 weights have a scale [n] as well,
+    and int8 activations what the sums begin with [n]. A weight in parts has these in its place."""
 
     _fields_ = [
-        *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)),
-        *(("scale", c_void_p), ("start", c_void_p), ("rotation", c_int64), ("part", c_void_p)),
+        *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("kind", c_int64)),
+        *(("panel_bytes", c_int64), ("scale", c_void_p), ("start", c_void_p), ("rotation", c_int64)),
+        *(("group", c_int64), ("part", c_void_p)),
     ]
 
 

@@ -16,7 +16,7 @@ from aioengine.kernels.cpu import build
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 COMPILED = {"block_size": 16, "batch_invariant": True, "max_loras": 3, "max_cpu_loras": 16}
-CACHE = {"none": "auto", "int8": "int8"}
+CACHE = {"none": "auto", "int8": "int8", "int4": "auto"}
 """kv_cache_dtype, by quantization."""
 KINDS = [
     SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3),
@@ -45,7 +45,7 @@ def bits(output: RequestOutput) -> Sequence[object]:
     return output.token_ids, output.logprobs, output.prompt_logprobs
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 async def test_a_crowd_changes_no_bit(quantization: str, tiny: Tiny, make_engine: MakeEngine) -> None:
     fields = {
         **COMPILED,

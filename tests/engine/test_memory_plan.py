@@ -65,6 +65,14 @@ def test_the_plan_is_what_is_allocated(
     assert sum(shares) == rows["slot pool"] == plan.slot_pool_bytes
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_are_planned_to_the_byte(quantization: str, tiny: Tiny) -> None:
+    config = EngineConfig(model=str(tiny.model), max_model_len=64, quantization=quantization)  # type: ignore[arg-type]
+    planned = plan_parts(config)
+    assert build_parts(config, planned).runner.weight_bytes == planned.memory.weights_bytes
+    assert (quantization, planned.memory.weights_bytes) == planned.memory.rows()[0][1:]
+
+
 def test_an_int8_cache_has_almost_twice_as_many_tokens(tiny: Tiny) -> None:
     fields: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 64, "kv_cache_memory": "1MiB"}
     plans = [

@@ -51,6 +51,7 @@ def _threads() -> Iterator[None]:
         (torch.float32, "none", False),
         (torch.bfloat16, "none", False),
         (torch.bfloat16, "int8", True),
+        (torch.bfloat16, "int4", False),
     ],
 )
 def test_logits_do_not_depend_on_the_batch(

@@ -144,7 +144,7 @@ def test_int8_is_close_and_smaller(sequences: list[tuple[int, int]]) -> None:
     assert 0 < (weight - true).norm() < 0.02 * true.norm()
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("sequences", [FEW, LONG])
 def test_threads_change_nothing(sequences: list[tuple[int, int]], quantization: Quantization) -> None:
     """Not a bit, and more of them than processors only take longer."""
@@ -160,9 +160,28 @@ def test_threads_change_nothing(sequences: list[tuple[int, int]], quantization: 
         torch.set_num_threads(threads)
 
 
-def test_int8_without_the_library_says_what_is_needed() -> None:
-    with pytest.raises(ConfigError, match=r"quantization='int8'.*C\+\+.*backend 'torch'"):
-        Run(torch.float32, "torch", (4,), "int8")
+@pytest.mark.parametrize("sequences", [FEW, LONG])
+def test_int4_is_the_model_with_the_weights_in_effect(sequences: list[tuple[int, int]]) -> None:
+    """Up to what int8 activations lose, which is little."""
+    ranks = (16, 16, 4, 16)
+    int4, plain = Run(torch.float32, "cpu", ranks, "int4"), Run(torch.float32, "torch", ranks)
+    true = plain(sequences)
+    targets = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in plain.runner.decoder.layers]
+    stored = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in int4.runner.decoder.layers]
+    pairs = [pair for both in zip(targets, stored, strict=True) for pair in zip(*both, strict=True)]
+    for target, source in (*pairs, (plain.runner.decoder.head, int4.runner.decoder.head)):
+        rows = target.weight.rows(0, target.weight.n)
+        rows.copy_(source.weight.rows(0, source.weight.n))
+    expected, found = plain(sequences), int4(sequences)
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    assert (expected - true).norm() > 2 * (found - expected).norm(), "most of the loss is the weights'"
+    assert int4.runner.weight_bytes < 0.3 * plain.runner.weight_bytes
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_without_the_library_it_says_what_is_needed(quantization: Quantization) -> None:
+    with pytest.raises(ConfigError, match=rf"quantization='{quantization}'.*C\+\+.*backend 'torch'"):
+        Run(torch.float32, "torch", (4,), quantization)
 
 
 def test_a_profile_names_every_phase() -> None:

@@ -27,10 +27,9 @@ void linear(const Work& w) {
     const Share mine(me, w.l.rows, w.l.n);
     Blocks<T, T> compute(me, w.l, w.beside, mine.count());
     for (long i = 0; i < mine.count(); i++) {
-      Block block = mine[i];
-      block.next = 0;  // the weights are not where the next block's follow
+      const Block block = mine[i];
       for (long p = 0; p < block.panels; p++) expand_any<T>(w.part, block.first + p, w.l.k, wide.data() + p * panel);
-      compute(wide.data(), block);
+      compute(wide.data(), block, {});  // what follows may be stored in another way
     }
   });
 }

@@ -12,14 +12,18 @@
 
 extern "C" {
 
+// How a matrix is stored; structs.py names these, too.
+enum Kind { PACKED, INT8, INT4, PARTS };
+
 struct Matrix {
   const void* packed;
   const void* bias;  // may be null
-  int64_t n, k;
-  // Of int8 weights (see quantized.cpp); else null and zero.
+  int64_t n, k, kind;
+  int64_t panel_bytes;  // of 16 outputs, where all panels take as many; else 0
+  // Of int8 and int4 weights (see quantized.cpp and int4.cpp); else null and zero.
   const float* scale;
   const int32_t* start;
-  int64_t rotation;
+  int64_t rotation, group;
   const aio::Part* part;  // of weights in parts (see blocks.cpp); else null
 };
 
@@ -146,20 +150,19 @@ struct Run {
     if (stopped) throw Stopped{};
   }
 
-  // None for weights that are widened or expanded before they are used.
-  aio::Panels panels(const Matrix& w) const {
-    if (w.part != nullptr || (w.scale != nullptr && w.start == nullptr)) return {};
-    return {w.packed, w.n, w.k * aio::LANES * long(w.scale != nullptr ? 1 : element())};
-  }
-
   void base(const Matrix& w, const void* x, void* y, long rows, const aio::Beside& beside) const {
-    if (w.part != nullptr)
-      aio_linear_blocks(m.bf16, x, w.k, w.part, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
-    else if (w.scale == nullptr)
-      aio_linear_beside(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
-    else
-      aio_linear_int8(m.bf16, x, w.k, w.packed, w.scale, w.start, w.rotation, w.bias, y, w.n, rows, w.n, w.k, &beside,
-                      threads);
+    switch (w.kind) {
+      case PACKED:
+        return aio_linear_beside(m.bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
+      case INT8:
+        return aio_linear_int8(m.bf16, x, w.k, w.packed, w.scale, w.start, w.rotation, w.bias, y, w.n, rows, w.n, w.k,
+                               &beside, threads);
+      case INT4:
+        return aio_linear_int4(m.bf16, x, w.k, w.packed, w.scale, w.start, w.group, w.rotation, w.bias, y, w.n, rows, w.n,
+                               w.k, &beside, threads);
+      case PARTS:
+        return aio_linear_blocks(m.bf16, x, w.k, w.part, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
+    }
   }
 
   // `next` is the linear that follows: with few rows the arithmetic leaves the memory idle.
@@ -181,7 +184,8 @@ struct Run {
     if (adapted && pool.exchange != NOTHING) exchange(pool.exchange, pool);
     timed(phase, [&] {
       base(w, x, y, rows,
-           {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr, panels(*next.matrix)});
+           {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
+            {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}});
     });
     if (total)
       exchange(TOTAL, pool);

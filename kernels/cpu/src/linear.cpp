@@ -16,7 +16,10 @@ void linear(const Linear& l, const void* packed, const Beside& beside, int threa
   together(threads, [&](const Member& me) {
     const Share mine(me, l.rows, l.n);
     Blocks<T, T> compute(me, l, beside, mine.count());
-    for (long i = 0; i < mine.count(); i++) compute((const uint32_t*)packed + mine[i].first * panel, mine[i]);
+    for (long i = 0; i < mine.count(); i++) {
+      const Block block = mine[i];
+      compute((const uint32_t*)packed + block.first * panel, block, block.following(packed, panel * sizeof(uint32_t)));
+    }
   });
 }
 

@@ -85,6 +85,13 @@ AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* 
                                 int threads);
 AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
+AIO_EXPORT void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n,
+                                  long k, long group, long rotation, int threads);
+AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
+                                    long count, long k, long group, long rotation, int threads);
+AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
+                                const int32_t* start, long group, long rotation, const void* bias, void* y,
+                                long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,

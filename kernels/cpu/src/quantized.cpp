@@ -3,59 +3,18 @@
 // There are two ways to multiply. With the activations as they are, a thread's panels are widened as it comes to them
 // and multiplied as any others: that saves memory, and time where memory is what is waited for. Or the activations
 // become int8 too, each token with a scale of its own, and the products are of whole numbers, which is twice as fast
-// as bfloat16 (LLM.int8(), Dettmers et al., 2022, arXiv:2208.07339). Then a few large values would cost all others
-// their precision, so weights and activations are first multiplied by a Hadamard matrix in blocks, which spreads what
-// is large and cancels in the product (QuaRot, Ashkboos et al., 2024, arXiv:2404.00456).
+// as bfloat16 (LLM.int8(), Dettmers et al., 2022, arXiv:2208.07339).
 #include <cmath>
 #include <vector>
 
-#include "hadamard.h"
-#include "tiles.h"
+#include "int8_rows.h"
 
 namespace aio {
+
+AIO_INT8_ROWS(, Bf16)
+AIO_INT8_ROWS(, F32)
+
 namespace {
-
-constexpr float LARGEST = 127.0f;
-constexpr int ZERO = 128;  // activations are stored as unsigned bytes, with this added
-
-// Elements as floats, in rotated blocks if VECTORS > 0. Returns the largest magnitude; NaN if anything is not finite.
-template <class T, int VECTORS>
-float rotated(const typename T::elem* x, long k, float* out) {
-  constexpr int N = VECTORS > 0 ? VECTORS : 1;
-  vf top = {}, poison = {};
-  for (long i = 0; i < k; i += N * LANES) {
-    vf v[N];
-    for (int j = 0; j < N; j++) v[j] = T::load16(x + i + j * LANES);
-    if (VECTORS > 0) hadamard<N>(v);
-    for (int j = 0; j < N; j++) {
-      const vf magnitude = v[j] < 0.0f ? -v[j] : v[j];
-      top = magnitude > top ? magnitude : top;
-      poison += v[j] * 0.0f;
-      storef(out + i + j * LANES, v[j]);
-    }
-  }
-  return max(top) + sum(poison);
-}
-
-template <class T>
-float rotated(const typename T::elem* x, long k, long rotation, float* out) {
-  switch (rotation / LANES) {
-    case 0: return rotated<T, 0>(x, k, out);
-    case 1: return rotated<T, 1>(x, k, out);
-    case 2: return rotated<T, 2>(x, k, out);
-    case 4: return rotated<T, 4>(x, k, out);
-    default: return rotated<T, 8>(x, k, out);
-  }
-}
-
-// What to multiply by to bring the largest magnitude to 127.
-inline float inverse(float largest) { return largest > 0.0f ? LARGEST / largest : 0.0f; }
-
-// The nearest whole numbers, for magnitudes below 2^22.
-inline vi nearest(vf v) {
-  const vf magic = splatf(12582912.0f);  // 1.5 * 2^23
-  return (vi)(v + magic) - (vi)magic;
-}
 
 template <class T>
 void quantize(const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long rotation,
@@ -85,18 +44,6 @@ void quantize(const void* weight, void* packed, float* scale, int32_t* start, lo
   });
 }
 
-template <class T, int VECTORS>
-void rotate_back(const float* in, long k, float scale, typename T::elem* out) {
-  constexpr int N = VECTORS > 0 ? VECTORS : 1;
-  const float factor = VECTORS > 0 ? scale / (N * LANES) : scale;
-  for (long i = 0; i < k; i += N * LANES) {
-    vf v[N];
-    for (int j = 0; j < N; j++) v[j] = loadf(in + i + j * LANES);
-    if (VECTORS > 0) hadamard<N>(v);
-    for (int j = 0; j < N; j++) T::store16(out + i + j * LANES, v[j] * factor);
-  }
-}
-
 template <class T>
 void dequantize(const void* packed, const float* scale, const int64_t* rows, void* out_, long count, long k,
                 long rotation, int threads) {
@@ -111,30 +58,9 @@ void dequantize(const void* packed, const float* scale, const int64_t* rows, voi
       for (long i = 0; i < lanes; i++)
         for (int j = 0; j < 4; j++) floats[i * 4 + j] = float(int8_t(in[i * LANES] >> (8 * j)));
       elem* out = (elem*)out_ + r * k;
-      switch (rotation / LANES) {
-        case 0: rotate_back<T, 0>(floats.data(), k, scale[row], out); break;
-        case 1: rotate_back<T, 1>(floats.data(), k, scale[row], out); break;
-        case 2: rotate_back<T, 2>(floats.data(), k, scale[row], out); break;
-        case 4: rotate_back<T, 4>(floats.data(), k, scale[row], out); break;
-        default: rotate_back<T, 8>(floats.data(), k, scale[row], out); break;
-      }
+      rotate_back<T>(floats.data(), k, rotation, scale[row], out);
     }
   });
-}
-
-// Int8 lanes as lanes of the activations' type; every int8 is exact in both.
-template <class T>
-void widen(const uint32_t* in, long lanes, uint32_t* out) {
-  constexpr int TIMES = Int8::PER_LANE / T::PER_LANE;
-  for (long i = 0; i < lanes; i++) {
-    const vu v = load(in + i * LANES);
-    vf f[4];
-    for (int j = 0; j < 4; j++) f[j] = to_float((vi)(v << (24 - 8 * j)) >> 24);
-    for (int j = 0; j < TIMES; j++) {
-      const vu lane = T::PER_LANE == 1 ? (vu)f[j] : ((vu)f[2 * j] >> 16) | ((vu)f[2 * j + 1] & 0xffff0000u);
-      store(out + (i * TIMES + j) * LANES, lane);
-    }
-  }
 }
 
 struct Work {
@@ -147,53 +73,30 @@ struct Work {
 
 template <class T>
 void with_activations_as_they_are(const Work& w) {
-  const long lanes = w.l.k / Int8::PER_LANE;
+  const long panel = w.l.k / Int8::PER_LANE * LANES;
   together(w.threads, [&](const Member& me) {
-    std::vector<uint32_t> wide(PANELS * w.l.k / T::PER_LANE * LANES);
+    uint32_t* const wide = room<WIDENED>(PANELS * w.l.k / T::PER_LANE * long(sizeof(vu)));
     const Share mine(me, w.l.rows, w.l.n);
     Blocks<T, T> compute(me, w.l, w.beside, mine.count());
     for (long i = 0; i < mine.count(); i++) {
-      Block block = mine[i];
-      block.next = 0;  // the weights are not where the next block's follow
-      widen<T>(w.packed + block.first * lanes * LANES, block.panels * lanes, wide.data());
-      compute(wide.data(), block);
+      const Block block = mine[i];
+      widen<T>(w.packed + block.first * panel, block.panels * panel / LANES, wide);
+      compute(wide, block, block.following(w.packed, panel * sizeof(uint32_t)));
     }
   });
 }
 
-// A thread's, kept from call to call: a step has some hundred of them.
-inline void* room(long bytes) {
-  static thread_local std::vector<uint32_t> kept;
-  const size_t lanes = (bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t);
-  if (kept.size() < lanes) kept.resize(lanes);
-  return kept.data();
-}
-
 template <class T>
 void with_int8_activations(const Work& w) {
-  const Linear& given = w.l;
-  const long lanes = given.k / Int8::PER_LANE;
+  const long panel = w.l.k / Int8::PER_LANE * LANES;
   together(w.threads, [&](const Member& me) {
-    auto* const row_scale = (float*)me.from_first([&] { return room(given.rows * (given.k + long(sizeof(float)))); });
-    auto* const bytes = (uint8_t*)(row_scale + given.rows);
-    Linear l = given;
-    l.x = bytes, l.x_stride = given.k, l.row_scale = row_scale;
-    std::vector<float> floats(given.k);
-    const Range rows = me.share(given.rows);
-    for (long r = rows.begin; r < rows.end; r++) {
-      const auto* x = (const typename T::elem*)given.x + r * given.x_stride;
-      const float largest = rotated<T>(x, given.k, w.rotation, floats.data()), up = inverse(largest);
-      typedef uint8_t vb __attribute__((vector_size(16)));
-      for (long i = 0; i < given.k; i += LANES) {
-        const vb b = __builtin_convertvector(nearest(loadf(floats.data() + i) * up) + ZERO, vb);
-        std::memcpy(bytes + r * given.k + i, &b, sizeof b);
-      }
-      row_scale[r] = largest / LARGEST / (w.rotation > 0 ? w.rotation : 1);
-    }
-    me.wait();
+    const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
     const Share mine(me, l.rows, l.n);
     Blocks<Int8, T> compute(me, l, w.beside, mine.count());
-    for (long i = 0; i < mine.count(); i++) compute(w.packed + mine[i].first * lanes * LANES, mine[i]);
+    for (long i = 0; i < mine.count(); i++) {
+      const Block block = mine[i];
+      compute(w.packed + block.first * panel, block, block.following(w.packed, panel * sizeof(uint32_t)));
+    }
   });
 }
 

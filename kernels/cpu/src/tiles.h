@@ -9,85 +9,13 @@
 #include <vector>
 
 #include "expand.h"
+#include "fetcher.h"
 #include "team.h"
 
 namespace aio {
 
 constexpr int ROWS = 8, PANELS = 3;
 constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
-
-// Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
-// For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
-// after the linear. The last is left for the last half of the blocks, or what comes in between would drive it out.
-class Fetcher {
- public:
-  // `blocks` are the thread's.
-  Fetcher(const Beside& beside, long index, long threads, long blocks) : later_(beside.fetch), blocks_(blocks) {
-    long total = 0;
-    for (long i = 0; i < beside.fetch_count; i++) total += lines(beside.fetch[i]);
-    const Range mine = share(total, index, threads);
-    left_ = mine.end - mine.begin;
-    line_ = mine.begin;
-    while (left_ > 0 && line_ >= lines(*later_)) line_ -= lines(*later_++);
-    late_ = (blocks + 1) / 2;
-  }
-
-  // A block of so many steps begins. Call want() afterwards.
-  void begin() {
-    ranges_.clear();
-    next_ = 0, at_ = 0, total_ = 0;
-  }
-
-  void want(const void* from, long bytes) {
-    if (bytes <= 0) return;
-    ranges_.push_back({from, bytes});
-    total_ += lines(ranges_.back());
-  }
-
-  // All is wanted; the block has so many steps.
-  void ready(long steps) {
-    if (blocks_ <= late_ && left_ > 0) {
-      for (long quota = (left_ + blocks_ - 1) / blocks_; quota > 0 && left_ > 0;) {
-        if (line_ == lines(*later_)) later_++, line_ = 0;
-        long count = lines(*later_) - line_;
-        if (count > left_) count = left_;
-        if (count > quota) count = quota;
-        want((const char*)later_->begin + line_ * 64, count * 64);
-        line_ += count, left_ -= count, quota -= count;
-      }
-    }
-    blocks_--;
-    twice_ = total_ > steps;
-  }
-
-  // Whether two lines are to be fetched for each step.
-  bool twice() const { return twice_; }
-
-  // Up to `count` lines that adjoin: where they begin, and how many; none if all are given out.
-  inline __attribute__((always_inline)) const char* take(long count, long& taken) {
-    taken = 0;
-    if (next_ == ranges_.size()) return nullptr;
-    const Fetch& range = ranges_[next_];
-    const char* from = (const char*)range.begin + at_ * 64;
-    taken = lines(range) - at_;
-    if (taken <= count) {
-      next_++, at_ = 0;
-    } else {
-      taken = count, at_ += count;
-    }
-    return from;
-  }
-
- private:
-  static long lines(const Fetch& r) { return (r.bytes + 63) / 64; }
-
-  const Fetch* later_;
-  long line_, left_, blocks_, late_;
-  std::vector<Fetch> ranges_;
-  size_t next_ = 0;
-  long at_ = 0, total_ = 0;
-  bool twice_ = false;
-};
 
 // What there is to compute: y = x W^T, times a scale of each row and column if there are such, plus a bias if there
 // is one. x [rows, k] has elements of the tile's type, y [rows, n] of the output's.
@@ -110,20 +38,28 @@ struct Delta {
   long slice[PANELS], lanes[PANELS];
 };
 
-// acc += x W over lanes begin..end-1, fetching FETCH cache lines for each.
-template <class T, int R, int P, int FETCH>
-inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
-                     const char* fetch, typename T::acc (&acc)[R][P]) {
-  for (long k = begin; k < end; k++) {
-    vu b[P];
-    for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
-    for (int f = 0; f < FETCH; f++) __builtin_prefetch(fetch + ((k - begin) * FETCH + f) * 64, 0, 2);
-    for (int r = 0; r < R; r++) {
-      const vu a = splat(x[r * x_stride + k]);
-      for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+// How a panel of T's lanes is stored: as it is. (int4.cpp has one that is not.)
+template <class T>
+struct Stored {
+  static constexpr long STEP = 1;  // lanes that are read together
+
+  static long words(long k) { return k / T::PER_LANE * LANES; }  // of a panel
+
+  // acc += x W over lanes begin..end-1, fetching FETCH cache lines for each; panels are so many words apart.
+  template <int R, int P, int FETCH>
+  static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, long begin, long end,
+                              const char* fetch, typename T::acc (&acc)[R][P]) {
+    for (long k = begin; k < end; k++) {
+      vu b[P];
+      for (int p = 0; p < P; p++) b[p] = load(w + p * panel + k * LANES);
+      for (int f = 0; f < FETCH; f++) __builtin_prefetch(fetch + ((k - begin) * FETCH + f) * 64, 0, 2);
+      for (int r = 0; r < R; r++) {
+        const vu a = splat(x[r * x_stride + k]);
+        for (int p = 0; p < P; p++) acc[r][p] = T::dot(acc[r][p], a, b[p]);
+      }
     }
   }
-}
+};
 
 static inline vf to_float(vf v) { return v; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
@@ -132,7 +68,7 @@ static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 template <class T, class Out, int R, int P>
 void tile(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* delta, long row, long column) {
   using elem = typename Out::elem;
-  const long lanes = l.k / T::PER_LANE, panel = lanes * LANES, stride = l.x_stride / T::PER_LANE;
+  const long lanes = l.k / T::PER_LANE, panel = Stored<T>::words(l.k), stride = l.x_stride / T::PER_LANE;
   const uint32_t* x = (const uint32_t*)l.x + row * stride;
   typename T::acc acc[R][P];
   for (int p = 0; p < P; p++) {
@@ -146,14 +82,15 @@ void tile(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta* del
     long count;
     const char* fetch = fetcher.take((lanes - k) * rate, count);
     if (count == 0) break;
-    const long until = k + (count + rate - 1) / rate;  // an odd line out asks for a neighbour as well
+    // Lines that are too few for a step ask for their neighbours as well.
+    const long until = k + (count + rate * Stored<T>::STEP - 1) / (rate * Stored<T>::STEP) * Stored<T>::STEP;
     if (rate == 1)
-      multiply<T, R, P, 1>(x, stride, w, panel, k, until, fetch, acc);
+      Stored<T>::template multiply<R, P, 1>(x, stride, w, panel, k, until, fetch, acc);
     else
-      multiply<T, R, P, 2>(x, stride, w, panel, k, until, fetch, acc);
+      Stored<T>::template multiply<R, P, 2>(x, stride, w, panel, k, until, fetch, acc);
     k = until;
   }
-  multiply<T, R, P, 0>(x, stride, w, panel, k, lanes, nullptr, acc);
+  Stored<T>::template multiply<R, P, 0>(x, stride, w, panel, k, lanes, nullptr, acc);
   // All of this is unrolled, or the sums would have to leave the registers.
 #pragma GCC unroll 3
   for (int p = 0; p < P; p++) {
@@ -214,6 +151,11 @@ void row_tiles(const Linear& l, const uint32_t* w, Fetcher& fetcher, const Delta
 // these (0: others).
 struct Block {
   long begin, end, first, panels, next;
+
+  // Where those lie in weights whose panels take so many bytes each.
+  Fetch following(const void* weights, long panel_bytes) const {
+    return {(const char*)weights + (first + panels) * panel_bytes, next * panel_bytes};
+  }
 };
 
 // A thread's blocks: blocks of rows outside, panels inside. It has the same panels of all rows where these can be shared
@@ -263,14 +205,14 @@ class Blocks {
     if (adapters_ != nullptr) b_.resize(PANELS * adapters_->width / Out::PER_LANE * LANES);
   }
 
-  // `w` are the block's weights, which those of the next one's `block.next` panels follow.
-  void operator()(const uint32_t* w, const Block& block) {
-    const auto [begin, end, first, panels, next] = block;
+  // `w` are the block's weights; `next` is where those of the next block lie, if it is known.
+  void operator()(const uint32_t* w, const Block& block, const Fetch& next) {
+    const auto [begin, end, first, panels, adjoining] = block;
     const bool afterwards = adapters_ != nullptr && !adapters_->long_segments;
     const long lanes = l_.k / T::PER_LANE, column = first * LANES;
     fetcher_.begin();
     if (afterwards) want_adapters(begin, end, column, panels);
-    fetcher_.want(w + panels * lanes * LANES, next * lanes * long(sizeof(vu)));
+    fetcher_.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
     fetcher_.ready((end - begin + ROWS - 1) / ROWS * lanes);
     if (adapters_ != nullptr && !afterwards) return adapted_in_registers(w, begin, end, column, panels);

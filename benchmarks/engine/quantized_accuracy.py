@@ -1,15 +1,20 @@
-"""How much bfloat16, int8 weights and an int8 KV cache change what the model says, against float32.
+"""How much bfloat16, int8 and int4 weights and an int8 KV cache change what the model says.
 
-    python -m benchmarks.engine.int8_accuracy
+    python -m benchmarks.engine.quantized_accuracy
+    python -m benchmarks.engine.quantized_accuracy --against bfloat16
 
 Every prefix of passages of this repository's documentation, as far as 64 tokens, is given to the model in
-float32, in bfloat16, and in bfloat16 with int8 weights, an int8 KV cache, and both. Prints how often the most
-likely next token is the same, and the Kullback-Leibler divergence of the next token's distribution, in nats.
+float32, in bfloat16, and in bfloat16 with quantized weights, an int8 KV cache, and both. Prints how often the
+most likely next token is the same, and the Kullback-Leibler divergence of the next token's distribution, in
+nats. For comparison with int4, all matrices are also rounded to Q4_0 of GGUF files, which takes as many bits,
+and computed with in bfloat16 (needs the package gguf).
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +37,7 @@ VARIANTS = (
     ("bfloat16", "none", "int8"),
     ("bfloat16", "int8", "auto"),
     ("bfloat16", "int8", "int8"),
+    ("bfloat16", "int4", "auto"),
 )
 """dtype, quantization, kv_cache_dtype"""
 
@@ -68,11 +74,28 @@ def prefixes(passage: list[int]) -> StepBatch:
     return StepBatch(0, work, [])
 
 
+def write_as_q4_0(model: Path, folder: Path) -> None:
+    """The model again, with matrices rounded to Q4_0: 32 weights share a scale of 16 bits."""
+    from gguf import GGMLQuantizationType, quants
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, Tensor] = {}
+    for file in model.glob("*.safetensors"):
+        tensors |= load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            stored = quants.quantize(tensor.float().numpy(), GGMLQuantizationType.Q4_0)
+            rounded = quants.dequantize(stored, GGMLQuantizationType.Q4_0)
+            tensors[name] = torch.from_numpy(rounded).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def log_probabilities(
-    model: str, dtype: str, quantization: str, cache: str, texts: list[list[int]]
+    path: Path, dtype: str, quantization: str, cache: str, texts: list[list[int]]
 ) -> Tensor:
     """[positions, vocab]"""
-    path, logits = resolve_model(model), Logits()
+    logits = Logits()
     runner = ModelRunner(
         read_spec(path),
         path,
@@ -97,19 +120,30 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--passages", type=int, default=12)
+    parser.add_argument("--against", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    texts = passages(Tokenizer.from_dir(resolve_model(args.model)), args.passages)
-    exact, *others = (log_probabilities(args.model, *variant, texts) for variant in VARIANTS)
-    table = Table(title=f"against float32, {len(exact)} positions of English text")
+    model = resolve_model(args.model)
+    texts = passages(Tokenizer.from_dir(model), args.passages)
+    exact = log_probabilities(model, args.against, "none", "auto", texts)
+    table = Table(title=f"against {args.against}, {len(exact)} positions of English text")
     for column in ("", "same next token", "divergence (mean)", "divergence (99%)"):
         table.add_column(column, justify="right" if column else "left")
-    for (dtype, quantization, cache), found in zip(VARIANTS[1:], others, strict=True):
+
+    def add(name: str, found: Tensor) -> None:
         same = (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
         divergence = (exact.exp() * (exact - found)).sum(-1)
-        name = dtype if quantization == "none" else f"{quantization} weights"
-        name += "" if cache == "auto" else f", {cache} cache"
         cells = (f"{same:.1%}", f"{divergence.mean().item():.4f}", f"{divergence.quantile(0.99).item():.4f}")
         table.add_row(name, *cells)
+
+    for dtype, quantization, cache in VARIANTS:
+        if (dtype, quantization, cache) == (args.against, "none", "auto"):
+            continue
+        name = dtype if quantization == "none" else f"{quantization} weights"
+        name += "" if cache == "auto" else f", {cache} cache"
+        add(name, log_probabilities(model, dtype, quantization, cache, texts))
+    with tempfile.TemporaryDirectory() as folder:
+        write_as_q4_0(model, Path(folder) / "model")
+        add("Q4_0 weights", log_probabilities(Path(folder) / "model", "bfloat16", "none", "auto", texts))
     Console(width=100).print(table)
 
 

@@ -1,0 +1,83 @@
+// What a linear fetches from memory while it computes.
+#pragma once
+
+#include <vector>
+
+#include "ops.h"
+
+namespace aio {
+
+// Gives out cache lines to be fetched while a thread computes its blocks, one or two for each step of the inner loop.
+// For each block that is: what is wanted when it is done, then the next block's weights, then a share of what is needed
+// after the linear. The last is left for the last half of the blocks, or what comes in between would drive it out.
+class Fetcher {
+ public:
+  // `blocks` are the thread's.
+  Fetcher(const Beside& beside, long index, long threads, long blocks) : later_(beside.fetch), blocks_(blocks) {
+    long total = 0;
+    for (long i = 0; i < beside.fetch_count; i++) total += lines(beside.fetch[i]);
+    const Range mine = share(total, index, threads);
+    left_ = mine.end - mine.begin;
+    line_ = mine.begin;
+    while (left_ > 0 && line_ >= lines(*later_)) line_ -= lines(*later_++);
+    late_ = (blocks + 1) / 2;
+  }
+
+  // A block of so many steps begins. Call want() afterwards.
+  void begin() {
+    ranges_.clear();
+    next_ = 0, at_ = 0, total_ = 0;
+  }
+
+  void want(const void* from, long bytes) {
+    if (bytes <= 0) return;
+    ranges_.push_back({from, bytes});
+    total_ += lines(ranges_.back());
+  }
+
+  // All is wanted; the block has so many steps.
+  void ready(long steps) {
+    if (blocks_ <= late_ && left_ > 0) {
+      for (long quota = (left_ + blocks_ - 1) / blocks_; quota > 0 && left_ > 0;) {
+        if (line_ == lines(*later_)) later_++, line_ = 0;
+        long count = lines(*later_) - line_;
+        if (count > left_) count = left_;
+        if (count > quota) count = quota;
+        want((const char*)later_->begin + line_ * 64, count * 64);
+        line_ += count, left_ -= count, quota -= count;
+      }
+    }
+    blocks_--;
+    twice_ = total_ > steps;
+  }
+
+  // Whether two lines are to be fetched for each step.
+  bool twice() const { return twice_; }
+
+  // Up to `count` lines that adjoin: where they begin, and how many; none if all are given out.
+  inline __attribute__((always_inline)) const char* take(long count, long& taken) {
+    taken = 0;
+    if (next_ == ranges_.size()) return nullptr;
+    const Fetch& range = ranges_[next_];
+    const char* from = (const char*)range.begin + at_ * 64;
+    taken = lines(range) - at_;
+    if (taken <= count) {
+      next_++, at_ = 0;
+    } else {
+      taken = count, at_ += count;
+    }
+    return from;
+  }
+
+ private:
+  static long lines(const Fetch& r) { return (r.bytes + 63) / 64; }
+
+  const Fetch* later_;
+  long line_, left_, blocks_, late_;
+  std::vector<Fetch> ranges_;
+  size_t next_ = 0;
+  long at_ = 0, total_ = 0;
+  bool twice_ = false;
+};
+
+}  // namespace aio
