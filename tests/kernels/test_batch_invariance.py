@@ -44,7 +44,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("level", "_threads")
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize(
     ("dtype", "quantization", "int8_cache"),
     [

@@ -46,6 +46,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "granite": ("granite", {}),
+    "gemma2": ("gemma2", {"attention_bias": True}),
+    "gemma3": ("gemma3_text", {}),
     "by-three": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}),
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -138,7 +141,7 @@ def check(ranks: Ranks, root: Path, model: str, fully_sharded: bool, kernels: st
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["llama", "mistral", "qwen2", "qwen3", "one-kv-head"])
+@pytest.mark.parametrize("model", ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite"])
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, model: str, fully_sharded: bool
 ) -> None:
@@ -157,7 +160,7 @@ def test_so_they_do_with_the_reference_kernels(two: Ranks, root: Path, fully_sha
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", ["qwen2", "qwen3", "one-kv-head"])
+@pytest.mark.parametrize("model", ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3"])
 @pytest.mark.usefixtures("cpu_library")
 def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
     """The library comes back for what the ranks exchange in the middle of a step."""
