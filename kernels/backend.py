@@ -22,7 +22,7 @@ class HeadNorms(NamedTuple):
     """[d] or [K * d] weight"""
     eps: float
     offset: float | None = None
-    """As :meth:`Backend.add_rms_norm` has it."""
+    """Offset of the norms' weights, as in :meth:`Backend.add_rms_norm`."""
 
 
 class Backend(Protocol):

@@ -79,7 +79,7 @@ class SlotMemory:
         return self._shifted(table, begin)
 
     def moved(self, slot: int, elements: int) -> tuple[Tensor, Tensor]:
-        """What :meth:`rows` would be for the slot's adapter if it began so many elements later."""
+        """Return :meth:`rows` as they would be if the slot's adapter began so many elements later."""
         return self._shifted(self.table[slot], elements)
 
     def _shifted(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class Batcher:
         self._tell = tell
         self._refuse = refuse
         self.border = border
-        """Where more blocks may be had; None if adapters have a memory of their own."""
+        """Border by which more blocks can be obtained; None if adapters have a memory of their own."""
 
     def form(
         self,

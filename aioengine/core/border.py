@@ -35,7 +35,7 @@ from aioengine.step import MemoryMove
 
 
 class _Way(NamedTuple):
-    """How room is made."""
+    """Way to make room."""
 
     evict: list[Slot]
     pack: bool
@@ -70,7 +70,7 @@ class Border:
         self._least = least
         self._emit = emit
         self.moves: list[MemoryMove] = []
-        """What the next step carries out first."""
+        """Moves that the next step carries out first."""
         self.offered: Callable[[], Iterator[Slot]] = lambda: iter(())
         """The slots that the policy's last decision gives up, in its order."""
 
@@ -207,7 +207,7 @@ class Border:
         return True
 
     def _target(self, count: int) -> int:
-        """Where the last adapter has to end so that ``count`` blocks can be taken back."""
+        """Return where the last adapter has to end so that ``count`` blocks can be taken back."""
         return self.arena.size - count * self.block_bytes
 
     # What moves

@@ -33,7 +33,8 @@ EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 TARGETABLE_MODULES = LORA_MODULES + EMBEDDING_MODULES
 
 KNOWN_MODULES = (*LORA_MODULES, QKV, GATE_UP, *EMBEDDING_MODULES)
-"""What an adapter may target in some native family; :meth:`ModelSpec.targets` has those of a model."""
+"""Modules that an adapter may target in some native family; :meth:`ModelSpec.targets` has those of a
+model."""
 
 NO_LAYER = -1
 """The layer under which tables by (layer, module) hold :data:`EMBEDDING_MODULES`."""
@@ -106,7 +107,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     mscale_all_dim: float | None = None
     truncate: bool = True
     divisors: tuple[float, ...] = ()
-    """Of the frequencies, one for each pair."""
+    """Divisors of the frequencies, one for each pair."""
 
 
 class NormNames(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,24 +144,24 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Whether queries, and keys, are normed over all heads together, not each head by itself."""
     norms: NormNames = NormNames()
     norm_offset: float | None = None
-    """What norms add to their weights, and then round only once; None: the normed values are rounded before
-    they are multiplied with the weights."""
+    """Number that norms add to their weights; they then round only once. None: the normed values are rounded
+    before they are multiplied with the weights."""
     fused_qkv: bool = False
     """Whether there is a ``qkv_proj`` instead of ``q_proj``, ``k_proj`` and ``v_proj``."""
     fused_gate_up: bool = False
     """Whether there is a ``gate_up_proj`` instead of ``gate_proj`` and ``up_proj``."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embedding_scale: float = 1.0
-    """On the embeddings, rounded to the compute dtype."""
+    """Factor of the embeddings, rounded to the compute dtype."""
     residual_scale: float = 1.0
-    """On what a layer adds to the hidden state."""
+    """Factor of what a layer adds to the hidden state."""
     attention_scale: float | None = None
-    """On the scores; None: ``head_dim ** -0.5``."""
+    """Factor of the scores; None: ``head_dim ** -0.5``."""
     attention_cap: float | None = None
-    """Of the scores: ``cap * tanh(score / cap)``."""
+    """Soft cap of the scores: ``cap * tanh(score / cap)``."""
     logit_divisor: float = 1.0
     logit_cap: float | None = None
-    """Of the logits, as ``attention_cap``."""
+    """Soft cap of the logits, as ``attention_cap``."""
     rotary_dim: int | None = None
     """How many dimensions of a head are rotated, the first ones; None: all."""
     rotary_neighbours: bool = False

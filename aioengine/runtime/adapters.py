@@ -25,14 +25,10 @@ from aioengine.schedulers.policy import Location
 
 
 class AdapterOps:
-    """The operations on adapters. All methods run on the event loop; those that
-    wait can be cancelled at any point."""
+    """Operations on adapters. All methods run on the event loop; those that wait can be cancelled at any
+    point. ``names`` finds the versions that names stand for."""
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        names: AdapterNames,
-    ) -> None:
+    def __init__(self, stepper: Stepper, names: AdapterNames) -> None:
         self._stepper = stepper
         self._core = stepper.core
         self._residency = stepper.core.residency

@@ -155,8 +155,8 @@ def paged_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, soft_cap: float | None
 ) -> Tensor:
-    """Of queries [..., Q, d] to keys and values [..., L, d]; returns [..., Q, d]. ``mask`` [..., Q, L] is
-    added to the scores; None: causal, Q = L."""
+    """Compute the attention of queries [..., Q, d] to keys and values [..., L, d]; returns [..., Q, d].
+    ``mask`` [..., Q, L] is added to the scores; None: causal, Q = L."""
     if soft_cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)

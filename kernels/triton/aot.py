@@ -60,7 +60,7 @@ HIDDEN = 16384
 """The largest hidden size."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
 CAPPED_HEAD_DIMS = (256,)
-"""Of models that cap their scores."""
+"""Head sizes of models that cap their scores."""
 GROUPS = (1, 3, 4, 7, 8)
 """Query heads of a key head."""
 _DTYPES = {"bf16": 16, "fp16": 16, "fp32": 32}

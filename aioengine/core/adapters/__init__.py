@@ -1,1 +1,1 @@
-"""Where adapter versions are, what is pinned, and which moves to start."""
+"""Places of adapter versions, pins, and the moves to start."""

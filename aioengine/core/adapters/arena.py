@@ -23,7 +23,7 @@ GRANULE = SLOT_GRANULE
 
 
 def rounded(nbytes: int) -> int:
-    """What a region for ``nbytes`` takes."""
+    """Return the bytes that a region for ``nbytes`` takes."""
     return -(-max(nbytes, 1) // GRANULE) * GRANULE
 
 
@@ -33,7 +33,7 @@ class Arena:
     def __init__(self, size: int, limit: int | None = None) -> None:
         self.size = size // GRANULE * GRANULE
         self.limit = self.size if limit is None else limit
-        """What it may be resized to."""
+        """Size that it may be resized to."""
         self.regions: dict[int, int] = {}
         """Size of each region, by offset."""
         self.used = 0
@@ -56,7 +56,7 @@ class Arena:
 
     @property
     def end(self) -> int:
-        """Where the last region ends."""
+        """End of the last region."""
         return self._begin_of.get(self.size, self.size)
 
     def resize(self, size: int) -> None:
@@ -157,7 +157,7 @@ class Packing(NamedTuple):
     """All regions that may be moved, as near to the beginning of the memory as others allow."""
 
     end: int
-    """Where the last region would end."""
+    """End of the last region afterwards."""
     moves: Sequence[tuple[int, int]]
     """(offset, new offset) of those that are moved, in an order in which none overwrites another."""
 

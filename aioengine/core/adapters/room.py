@@ -13,7 +13,7 @@ TRIES = 3
 
 
 class Room(NamedTuple):
-    """What is to be done so that there is a hole."""
+    """Steps that make a hole large enough."""
 
     evict: list[Slot]
     move: Window | None

@@ -28,9 +28,9 @@ class Slot:
         self.entry: AdapterEntry | None = None
         self.loading = False
         self.moving = False
-        """It is written again, at another place, with the adapter that it had."""
+        """Whether it is being written again, at another place, with the adapter that it had."""
         self.offset: int | None = None
-        """Where its region of the arena begins, in bytes; None if there is no arena, or it is free."""
+        """Offset of its region in the arena, in bytes; None if there is no arena, or it is free."""
         self.last_used = 0.0
 
     @property

@@ -21,7 +21,7 @@ class Conflicts:
         """Digests that were found to differ, by adapter."""
 
     def found(self, names: Iterable[str], held: Mapping[str, Sequence[AdapterInfo]]) -> list[str]:
-        """Those of ``names`` with different content, each once for the same contents. ``held`` has the
+        """Return those of ``names`` with different content, each once for the same contents. ``held`` has the
         adapters of each replica."""
         new = []
         for name in names:

@@ -47,7 +47,7 @@ def contents(field: ReaderField) -> Any:
 
 
 def _end_of_strings(data: np.memmap[Any, Any], begin: int, count: int) -> int:
-    """Where ``count`` strings end, each after its length in 8 bytes."""
+    """Return where ``count`` strings end, each of which follows its length in 8 bytes."""
     view, at = data.view(np.ndarray).data, begin
     for _ in range(count):
         at += 8 + int.from_bytes(view[at : at + 8], "little")

@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of A and B."""
+        """Elements of A and B."""
         return self.a_rank * self.shape.in_features + self.shape.out_features * self.b_rank
 
 

@@ -57,7 +57,7 @@ class LoRASlots:
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
         self._begins = [0] * max_loras
-        """Where each slot's adapter begins, in elements."""
+        """Offset of each slot's adapter, in elements."""
         self.heads: list[Head | None] = [None] * max_loras
         """The trained head of each slot's adapter, if it has one, on the device."""
         self.poolings: list[Kind | None] = [None] * max_loras

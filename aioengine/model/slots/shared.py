@@ -11,7 +11,7 @@ from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import MemoryMove
 
 STAGE_BYTES = 1 << 20
-"""Of the memory through which a move goes whose ends overlap."""
+"""Bytes of the memory through which a move goes if its source and target overlap."""
 
 
 class SharedMemory:

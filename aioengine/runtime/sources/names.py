@@ -17,7 +17,7 @@ from aioengine.schedulers.policy import Location
 
 
 class AdapterNames:
-    """Finds versions by name: registered ones, those that a look-up finds, and mixes."""
+    """Versions of adapters by name: registered ones, those that a look-up finds, and mixes."""
 
     def __init__(
         self, stepper: Stepper, resolver: AdapterResolver | None, resolve_timeout: float | None
@@ -52,7 +52,7 @@ class AdapterNames:
         return names[0].partition("@")[0]
 
     async def acquire_wanted(self, adapter: str | Mapping[str, float], tenant: str | None) -> AdapterEntry:
-        """The version, or the mix, that a request asks for."""
+        """Return the version, or the mix, that a request asks for."""
         if isinstance(adapter, str):
             return await self.acquire(adapter, tenant)
         if list(adapter.values()) == [1.0]:
@@ -105,8 +105,8 @@ class AdapterNames:
         return self.publish(name, where, found=True)
 
     def _version(self, name: str) -> AdapterEntry:
-        """The version that "name@version" stands for, if it lives: the current one, or one that was replaced
-        and still has requests. Raises AdapterNotFound."""
+        """Return the version that "name@version" stands for: the current one, or one that was replaced and
+        still has requests. Raises AdapterNotFound."""
         label, _, version = name.rpartition("@")
         current = self.find(label)
         if version == str(current.version):
@@ -114,9 +114,8 @@ class AdapterNames:
         entry = self._residency.by_policy_name.get(name)
         if entry is None:
             raise AdapterNotFound(
-                f"this version does not live: the current one is {current.version}, and one that was "
-                "replaced "
-                "goes when its last request has ended",
+                f"this version is gone: the current one is {current.version}, and a replaced one goes when "
+                "its last request has ended",
                 name=name,
             )
         return entry

@@ -153,4 +153,5 @@ DEFAULTS: dict[Family, dict[str, Any]] = {
         "eos_token_id": [151329, 151336, 151338],
     },
 }
-"""What an absent key of ``config.json`` means, in the family's configuration class of transformers."""
+"""Values of keys that are absent from ``config.json``, as in the family's configuration class of
+transformers."""

@@ -1,4 +1,4 @@
-"""What a ``config.json`` says about rotary positions. No torch here."""
+"""Reader of what a ``config.json`` says about rotary positions. No torch here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aioengine.model.spec import RopeSpec
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _LONGROPE_NAMES = ("longrope", "su", "yarn")
-"""Of Phi-3, which had other names for it."""
+"""Names of LongRoPE, among them Phi-3's earlier ones."""
 
 _PARTIAL: tuple[Family, ...] = ("phi3", "glm4")
 """Families that heed ``partial_rotary_factor``."""
