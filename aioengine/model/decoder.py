@@ -274,6 +274,8 @@ class Decoder:
         self.nbytes += self.head.pack(pack)
         if tied:
             self.embed_tokens = self.head.weight
+        elif isinstance(self.embed_tokens, BlockWeight):
+            self.embed_tokens = pack(self.embed_tokens)
 
     def embed(self, inputs: StepInputs, slots: LoRASlots | None) -> Tensor:
         """The hidden state [T, hidden] that the first layer gets."""

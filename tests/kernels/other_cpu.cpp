@@ -14,7 +14,19 @@ struct Slots {
   int64_t places;
 };
 
+struct Part {
+  int64_t format;
+  const void* data;
+  int64_t panels;
+  const float* scale;
+  const int16_t* zero;
+  const int32_t* group_of;
+  int64_t group, middle;
+};
+
 extern "C" {
+void aio_turn_blocks(void* data, long n, long count, long first, long words, long last, int threads);
+void aio_expand_rows(int bf16, const Part* part, const int64_t* rows, void* out, long count, long k, int threads);
 void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
 void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y, long y_stride,
                 long rows, long n, long k, int threads);
@@ -157,8 +169,36 @@ static void shrink(bool bf16) {
     }
 }
 
+// Blocks of 32 codes of 4 bits after a float16 scale, which is a power of two; that of row 3 is the smallest there is.
+static void blocks(bool bf16) {
+  constexpr long n = 16, k = 64, bytes = 18;
+  std::vector<uint8_t> data(n * k / 32 * bytes);
+  std::vector<float> expected(n * k);
+  for (long row = 0; row < n; row++)
+    for (long b = 0; b < k / 32; b++) {
+      uint8_t* block = &data[(row * k / 32 + b) * bytes];
+      const uint16_t scale = row == 3 ? 0x0001 : row % 2 == 0 ? 0x2c00 : 0xb800;
+      const float d = row == 3 ? 0x1p-24f : row % 2 == 0 ? 0x1p-4f : -0.5f;
+      std::memcpy(block, &scale, 2);
+      for (long i = 0; i < 16; i++) {
+        const int low = int(row + 3 * i + b) % 16, high = int(5 * row + i) % 16;
+        block[2 + i] = uint8_t(low | high << 4);
+        expected[row * k + b * 32 + i] = d * (low - 8);
+        expected[row * k + b * 32 + 16 + i] = d * (high - 8);
+      }
+    }
+  aio_turn_blocks(data.data(), n, k / 32, 1, 4, 0, 2);
+  const Part part{1, data.data(), n / 16, nullptr, nullptr, nullptr, 0, 0};
+  std::vector<int64_t> rows(n);
+  for (long i = 0; i < n; i++) rows[i] = n - 1 - i;
+  Values out(bf16, n * k);
+  aio_expand_rows(bf16, &part, rows.data(), out.data(), n, k, 2);
+  for (long i = 0; i < n; i++)
+    for (long j = 0; j < k; j++) expect("blocks", bf16, out[i * k + j], expected[rows[i] * k + j], 0);
+}
+
 int main() {
-  for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), shrink(bf16);
+  for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), shrink(bf16), blocks(bf16);
   for (const bool bf16 : {false, true}) attention(bf16, false), attention(bf16, true);
   std::printf(wrong == 0 ? "all as expected\n" : "%d are wrong\n", wrong);
   return wrong == 0 ? 0 : 1;
