@@ -26,6 +26,7 @@ from support.parallel_ranks import (
     refusal,
     traffic,
 )
+from support.quantized_checkpoints import Quantize, float8, gptq, write_quantized
 from support.tiny_gguf import tiny_model, write_gguf
 from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
@@ -291,6 +292,29 @@ def test_a_gguf_model_is_split_the_same_way(two: Ranks, tmp_path: Path) -> None:
     tokens = random.Random(1).choices(range(3, 96), k=12)
     script = Script(tmp_path / "model.gguf", [Phase({0: adapter}, [(tokens, -1), (tokens, 0)])], max_loras=1)
     assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
+
+
+QUANTIZED: dict[str, tuple[Quantize, dict[str, Any]]] = {
+    "act-order": (
+        gptq(ordered=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+    ),
+    "float8-blocks": (float8((24, 16)), {"quant_method": "fp8", "weight_block_size": [24, 16]}),
+}
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_a_quantized_model_is_split_the_same_way(two: Ranks, tmp_path: Path, scheme: str) -> None:
+    """Weights stay as stored where a rank's inputs are whole groups; they are expanded where it has parts."""
+    quantize, config = QUANTIZED[scheme]
+    pair = write_quantized(tmp_path, quantize, config)
+    adapter = build_adapter(pair.expanded, tmp_path / "dora", use_dora=True)
+    tokens = random.Random(1).choices(range(3, 96), k=12)
+    script = Script(pair.packed, [Phase({0: adapter}, [(tokens, -1), (tokens, 0)])], max_loras=1)
+    assert two.run(play, script)[0].outputs == play(SoloGroup(), script).outputs
+    kept = set(Partition(read_spec(pair.packed), Shard(1, 2)).local.packed)
+    assert ("model.layers.0.self_attn.o_proj" in kept) == (scheme == "float8-blocks")
+    assert "model.layers.0.self_attn.q_proj" in kept
 
 
 def test_a_model_that_does_not_divide_is_refused_with_the_sizes_that_do(root: Path) -> None:
