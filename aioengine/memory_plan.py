@@ -98,6 +98,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
             for rank in (*ranks, self.max_rank)
         ]
 
+    def bytes_at(self, rank: int) -> int:
+        """What an adapter of this rank in every module takes where slots share a memory."""
+        return _rounded(-(-sum(self.slot_bytes_by_module.values()) * rank // self.max_rank))
+
     @property
     def kv_bytes(self) -> int:
         return self.num_blocks * self.block_bytes

@@ -6,16 +6,23 @@ from typing import TYPE_CHECKING
 
 from aioengine.cli.common import CommonFlags
 from aioengine.cli.flags import EngineFlags
-from aioengine.errors import PolicyError
+from aioengine.errors import ConfigError, PolicyError
 
 if TYPE_CHECKING:
     from aioengine.memory_plan import MemoryPlan
 
 
-def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None) -> int:
+def plan(
+    *, ranks: str | None = None, engine: EngineFlags | None = None, common: CommonFlags | None = None
+) -> int:
     """Print the memory that an engine with these settings needs, without reading weights.
 
     Exits with 2, naming the knob to turn, if it does not fit, or if --batch-invariant cannot be had.
+
+    Parameters
+    ----------
+    ranks
+        Shares of the adapters' ranks, "8:.7,16:.2,64:.1": compare ways to give memory to these.
     """
     from aioengine.cli.progress import load_progress
     from aioengine.memory_plan import plan_from_config
@@ -34,8 +41,62 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
         variance = planned_variance(
             config, spec, device=found.device, dtype=found.dtype, lora_dtype=found.lora_dtype
         )
+    shares = None if ranks is None else _shares(ranks, found)
     _print(found, config.model, spec.ran_by, variance)
+    if shares is not None:
+        _compare(found, shares)
     return 0
+
+
+def _shares(ranks: str, found: MemoryPlan) -> dict[int, float]:
+    """Shares by rank. Raises ConfigError."""
+    from aioengine.lab.workload.distributions import parse_ranks
+
+    if not found.num_slots:
+        raise ConfigError(f"--ranks {ranks}: there are no adapters, because max_loras is 0; raise max_loras")
+    shares = parse_ranks("ranks", ranks).shares
+    if max(shares) > found.max_rank:
+        raise ConfigError(
+            f"--ranks {ranks}: rank {max(shares)} is above max_lora_rank={found.max_rank}; raise "
+            "max_lora_rank"
+        )
+    return shares
+
+
+def _compare(found: MemoryPlan, shares: dict[int, float]) -> None:
+    """Print what each form of ``slot_memory`` would do with the memory of the plan, and which one to take."""
+    from rich.table import Table
+
+    from aioengine.checks import format_bytes
+    from aioengine.cli.tables import box_for, output_console
+
+    console = output_console()
+    mean = sum(share * found.bytes_at(rank) for rank, share in shares.items())
+    pool, tokens = found.slot_pool_bytes, found.num_blocks * found.block_size
+    both = pool + found.kv_bytes
+    longest = -(-found.max_model_len // found.block_size) * found.block_bytes
+    slots = pool // found.slot_bytes if pool else found.num_slots
+    if found.shared:  # what it would be with slots of one size
+        pool = min(slots * found.slot_bytes, both - longest) // found.slot_bytes * found.slot_bytes
+        slots, tokens = pool // found.slot_bytes, (both - pool) // found.block_bytes * found.block_size
+    table = Table(
+        title=f"{format_bytes(both)}, adapters of {format_bytes(round(mean))} on average",
+        title_justify="left",
+        box=box_for(console),
+    )
+    for heading in ("slot_memory", "adapters", "tokens of KV cache"):
+        table.add_column(heading, justify="left" if heading == "slot_memory" else "right")
+    most_tokens = both // found.block_bytes * found.block_size
+    table.add_row("None: slots of one size", f"{slots:,}", f"{tokens:,}")
+    by_bytes = int(pool / mean)
+    table.add_row(f'"{format_bytes(pool)}"'.replace(" ", ""), f"{by_bytes:,}", f"{tokens:,}")
+    table.add_row('"shared"', f"up to {int((both - longest) / mean):,}", f"up to {most_tokens:,}")
+    console.print(table)
+    if by_bytes <= slots:
+        advice = "slots of one size: no more of these adapters would fit by bytes"
+    else:
+        advice = 'slot_memory="shared": nobody waits for memory that the others leave unused'
+    console.print(f"recommended: {advice}", highlight=False, soft_wrap=True)
 
 
 def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> None:

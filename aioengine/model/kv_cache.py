@@ -38,6 +38,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.int8 = int8
+        self.shared_block_bytes = None if memory is None else len(memory) // num_blocks
+        """What each block takes of the memory that is shared with adapters; None: it is not."""
         extra = INT8_SCALE_BYTES if int8 else 0
         dtype = torch.int8 if int8 else dtype
         shapes = [

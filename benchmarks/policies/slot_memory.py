@@ -1,8 +1,9 @@
-"""Slots of one size against slots that share as much memory, in simulation: mixed ranks on a trace.
+"""Slots of one size, by bytes, and in one memory with the KV cache, in simulation: mixed ranks on a trace.
 
     python -m benchmarks.policies.slot_memory AzureLLMInferenceTrace_code.csv
 
-Both have the memory of ``--slots`` slots of rank 64. Where they share it, ``--most`` adapters may be in it.
+All have the same memory: that of ``--slots`` slots of rank 64, and of ``--kv`` for the KV cache. Where slots
+share theirs, ``--most`` adapters may be in it.
 Printed for each policy: copies into slots for each request (moves of adapters counted), and times to first
 token; means over the seeds, with half the width of their 95% intervals (Student's t), and the ratio of means.
 """
@@ -20,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import t as student
 
+from aioengine.checks import parse_bytes
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.presets import load_costs
 
@@ -53,12 +55,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16, help="slots of one size")
     parser.add_argument("--most", type=int, default=128, help="adapters in a memory that slots share")
     parser.add_argument("--scale", type=float, default=2.0, help="how much faster than in the trace")
+    parser.add_argument("--kv", default="16GiB", help="for the KV cache")
     parser.add_argument("--limit", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--preset", default="llama3-8b-h100")
     args = parser.parse_args()
 
-    def experiment(policy: str, seed: int, slots: int, memory: int | None) -> Experiment:
+    kv = parse_bytes(args.kv, field="kv")
+
+    def experiment(policy: str, seed: int, slots: int, memory: int | str | None) -> Experiment:
         workload = WorkloadSpec(
             trace=args.trace,
             limit=args.limit,
@@ -70,15 +75,21 @@ def main() -> None:
         return Experiment(
             workload=workload, policy=policy, preset=args.preset, slots=slots, slot_memory=memory,
             cpu_loras=args.adapters, max_lora_rank=64, seed=seed,
+            kv_cache_memory=kv + (total if memory == "shared" else 0),
         )  # fmt: skip
 
+    total = 0
     fixed = experiment("fcfs", 0, args.slots, None)
-    memory = load_costs(args.preset).plan(fixed.engine_config()).slot_pool_bytes
+    memory = total = load_costs(args.preset).plan(fixed.engine_config()).slot_pool_bytes
     table = Table(title=f"{args.adapters} adapters of ranks {args.ranks}, {memory / 2**30:.2f} GiB for slots")
     for heading in ("policy", "slots", *MEASURES):
         table.add_column(heading, justify="left" if heading in ("policy", "slots") else "right")
     console = Console(stderr=True)
-    modes = {"of one size": (args.slots, None), "by bytes": (args.most, memory)}
+    modes: dict[str, tuple[int, int | str | None]] = {
+        "of one size": (args.slots, None),
+        "by bytes": (args.most, memory),
+        "shared": (args.most, "shared"),
+    }
     for policy in track(args.policies, console=console, disable=not console.is_terminal):
         means: list[list[float]] = []
         for mode, (slots, shared) in modes.items():
@@ -86,8 +97,9 @@ def main() -> None:
             columns = list(zip(*rows, strict=True))
             means.append([statistics.fmean(column) for column in columns])
             table.add_row(policy, mode, *map(text, columns))
-        ratios = [f"{after / before:.2f}" if before else "" for before, after in zip(*means, strict=True)]
-        table.add_row("", "ratio", *ratios, style="bold", end_section=True)
+        for mode, after in zip(list(modes)[1:], means[1:], strict=True):
+            ratios = [f"{b / a:.2f}" if a else "" for a, b in zip(means[0], after, strict=True)]
+            table.add_row("", f"ratio, {mode}", *ratios, style="bold", end_section=mode == "shared")
     Console().print(table)
 
 

@@ -25,6 +25,8 @@ TIGHT: dict[str, Any] = {
 }
 EXECUTORS: dict[str, dict[str, Any]] = {
     "thread": {},
+    "compiled step": {"block_size": 16},
+    "transformers": {"model_impl": "transformers"},
     "process": {"executor": "process"},
     "two ranks": {
         "executor": "process",

@@ -137,61 +137,6 @@ async def test_a_strip_for_each_replica(engine: AsyncEngine) -> None:
         assert numbers == ["0", "1", "0", "1"], "each replica counts its own"
         await drawn(page, ["only-west", "rank-3"])
 
-        def later(stats: EngineStats) -> EngineStats:
-            slots = change(stats).slots
-            copy = msgspec.structs.replace(slots[3], state="READY", adapter="rank-3", version=1)
-            return msgspec.structs.replace(stats, slots=(*slots[:3], copy))
-
-        told.change_stats = later
-        await shows(page, "#slot-names li >> nth=3", "rank-3")
-        await page.wait_for_function(ARROW, timeout=LIMIT)
-
-
-ARROW = """() => {
-  const canvas = document.getElementById("canvas");
-  const probe = document.createElement("canvas").getContext("2d");
-  probe.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
-  probe.fillRect(0, 0, 1, 1);
-  const ink = probe.getImageData(0, 0, 1, 1).data;
-  // There is nothing else between the second row's bar and the third's.
-  const y = Math.round(1.95 * ((canvas.clientHeight - 20) / 4) * devicePixelRatio);
-  const { data } = canvas.getContext("2d").getImageData(0, y, canvas.width, 1);
-  for (let i = 0; i < data.length; i += 4) {
-    if (data[i + 3] > 200 && [0, 1, 2].every((k) => Math.abs(data[i + k] - ink[k]) < 24)) return true;
-  }
-  return false;
-}"""
-"""Whether an arrow crosses the border between two replicas of two slots each."""
-
-COPIES = """async ([updates]) => {
-  const { State } = await import(new URL("state.js", document.querySelector("script[type=module]").src));
-  const state = new State();
-  return updates.map((update) => (state.apply(update), state.copies.map(({ from, to }) => `${from} ${to}`)));
-}"""
-
-
-async def test_an_arrow_for_each_further_copy(engine: AsyncEngine) -> None:
-    def update(time: float, *held: str | None, full: bool = False) -> dict[str, object]:
-        slots = [
-            {"replica": replica, "index": 0, "adapter": name, "version": 1, "state": "READY", "pinned": False}
-            for replica, name in zip(("east", "west", "south"), held, strict=True)
-        ]
-        return {"full": full, "time": time, "since": time, "slots": slots}
-
-    updates = [
-        update(1, "a", "a", None, full=True),  # nobody knows who had it first
-        update(2, "a", "a", "b"),  # the first copy of "b"
-        update(3, "b", "a", "b"),
-        update(4, "b", "a", "b"),  # nothing new
-        update(5, "b", None, "b"),
-        update(6, "b", "b", "b"),
-        update(200, "b", "b", "b"),  # long ago
-    ]
-    async with serve_page(engine, port=0) as url, browser_page(url) as page:
-        seen = await page.evaluate(COPIES, [updates])
-    one, two = ["south/0 east/0"], ["south/0 east/0", "east/0 west/0"]
-    assert seen == [[], [], one, one, one, two, []]
-
 
 async def test_loading_draining_and_queues(engine: AsyncEngine) -> None:
     told = Told(engine)

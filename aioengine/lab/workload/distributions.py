@@ -70,6 +70,7 @@ class Shares(Distribution):
     """Some numbers, each with its share."""
 
     def __init__(self, shares: dict[int, float]) -> None:
+        self.shares = shares
         self.numbers = list(shares)
         self._table = Weighted(list(shares.values()))
 

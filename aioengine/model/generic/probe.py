@@ -84,7 +84,7 @@ def _sequences(model: GenericModel) -> tuple[list[list[int]], list[list[int]]]:
     if sum(needed) + 1 > blocks:
         lengths = [min(lengths[0], (blocks - 1 or 1) * size)]
         needed = [-(-length // size) for length in lengths]
-    free = list(range(blocks))[::-1]
+    free = list(range(blocks))  # from the end: an adapter may have the beginning of the same memory
     tables = [[free.pop() for _ in range(count)] for count in needed]
     return [_tokens(model, length, seed) for seed, length in enumerate(lengths)], tables
 
@@ -251,11 +251,20 @@ def _write_random_adapter(model: GenericModel) -> int:
             b = torch.randn(n_out, rank, generator=generator) * 0.1
             tensors[layer, module] = a.to(model.slots.dtype), b.to(model.slots.dtype)
         image = build_image(layout, _RandomAdapter(rank, tensors), {}, model.slots.dtype)
-        if image.nbytes <= model.slots.nbytes:
+        if image.nbytes <= _room(model):
             model.slots.write(0, image, 0 if model.slots.elastic else None)
             model.slots.before_step()
             return rank
     return 0
+
+
+def _room(model: GenericModel) -> int:
+    """Bytes of the slots' memory that the probe's sequences leave."""
+    assert model.slots is not None
+    cache = model.cache
+    if cache.shared_block_bytes is None:
+        return model.slots.nbytes
+    return min(block for table in _sequences(model)[1] for block in table) * cache.shared_block_bytes
 
 
 @contextmanager

@@ -9,7 +9,6 @@ export class State {
   numbers = null;
   slots = [];
   segments = new Map(); // by slot, as slotKey() calls it: {adapter, version, state, from, to}; to is null while it lasts
-  copies = []; // {adapter, version, from, to, time}: slots of two replicas, the first of which held it already
   swaps = []; // newest last
   swapCount = 0;
   samples = []; // {time, decode, prefill}
@@ -76,7 +75,6 @@ export class State {
   #restart(update) {
     this.adapters.clear();
     this.segments.clear();
-    this.copies = [];
     this.swaps = [];
     this.model = update.model ?? "";
     this.since = update.since;
@@ -113,21 +111,8 @@ export class State {
       if (same || (!open && name === null)) continue;
       const from = Math.max(time, last?.from ?? 0, last?.to ?? 0);
       this.#close(key, from);
-      if (name === null) continue;
-      if (slot.replica && !(open && open.adapter === name)) this.#copied(slot, from);
-      this.#open(key, name, version, state.toLowerCase(), from);
+      if (name !== null) this.#open(key, name, version, state.toLowerCase(), from);
     }
-  }
-
-  // An adapter has come into a slot of one replica. If another's held it already, it is a further copy.
-  #copied(slot, time) {
-    const { adapter: name, version, replica } = slot;
-    const held = this.slots.find((other) => {
-      if (other.replica === replica || other.adapter !== name) return false;
-      const last = this.segments.get(slotKey(other))?.at(-1);
-      return last?.to === null && last.adapter === name && last.from < time;
-    });
-    if (held) this.copies.push({ adapter: name, version, from: slotKey(held), to: slotKey(slot), time });
   }
 
   #open(slot, name, version, state, from) {
@@ -141,7 +126,6 @@ export class State {
   }
 
   #forget(before) {
-    this.copies = this.copies.filter((copy) => copy.time >= before);
     for (const segments of this.segments.values()) {
       while (segments.length && segments[0].to !== null && segments[0].to < before) segments.shift();
     }

@@ -104,32 +104,6 @@ export class Timeline {
         context.fillRect(0, i * this.#row, this.#width, 1);
       }
     });
-    this.#arrows(context);
-  }
-
-  // From the slot that held an adapter to the slot of another replica that has it, too, since then.
-  #arrows(context) {
-    const rows = new Map(this.#state.slots.map((slot, i) => [slotKey(slot), i]));
-    for (const copy of this.#state.copies) {
-      const [from, to] = [rows.get(copy.from), rows.get(copy.to)];
-      const x = this.#x(copy.time);
-      if (from === undefined || to === undefined || x < 0) continue;
-      const down = to > from;
-      const start = this.#top(from) + this.#bar() / 2;
-      const end = this.#top(to) + (down ? 0 : this.#bar());
-      const back = down ? -6 : 6;
-      context.strokeStyle = context.fillStyle = this.#theme.ink;
-      context.lineWidth = 1.5;
-      context.beginPath();
-      context.moveTo(x, start);
-      context.lineTo(x, end + back);
-      context.stroke();
-      context.beginPath();
-      context.moveTo(x, end);
-      context.lineTo(x - 4, end + back);
-      context.lineTo(x + 4, end + back);
-      context.fill();
-    }
   }
 
   #top(i) {
