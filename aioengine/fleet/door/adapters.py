@@ -12,7 +12,6 @@ from typing import Any
 
 from aioengine.errors import AdapterError, AdapterNotFound, AioEngineError, ConfigError, EngineStopped
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.conflicts import contents
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, registry_actor
 from aioengine.info import AdapterInfo
@@ -277,19 +276,15 @@ class FleetAdapters:
     # Content that differs
 
     def _compare(self, member: Member) -> None:
-        names = [info.name for info in member.residency.adapters]
-        for name in self._members.conflicts.found(names, self._held()):
+        for name in self._members.conflicts.holds(member.channel.replica, member.residency.adapters):
             self._spawn(self._agree(name))
-
-    def _held(self) -> dict[str, list[AdapterInfo]]:
-        return {replica: m.residency.adapters for replica, m in self._members.members.items()}
 
     async def _agree(self, name: str) -> None:
         """Have all holders read the adapter again, so that they have what is there now: all, or none."""
         with suppress(EngineStopped):
             async with self._changing(name) as members:
                 await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
-                if len(contents(name, self._held())) < 2:
+                if len(self._members.conflicts.contents(name)) < 2:
                     return
                 known = self._entries.get(name)
                 where = None if known is None else known.path

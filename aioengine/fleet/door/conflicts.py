@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 from aioengine.info import AdapterInfo
 
@@ -17,27 +17,47 @@ class Conflicts:
     def __init__(self) -> None:
         self.count = 0
         """Conflicts found so far."""
+        self._held: dict[str, dict[str, str]] = {}
+        """By adapter: the digest that each replica holds."""
+        self._of: dict[str, dict[str, str]] = {}
+        """The same by replica."""
         self._known: dict[str, frozenset[str]] = {}
         """Digests that were found to differ, by adapter."""
 
-    def found(self, names: Iterable[str], held: Mapping[str, Sequence[AdapterInfo]]) -> list[str]:
-        """Return those of ``names`` with different content, each once for the same contents. ``held`` has the
-        adapters of each replica."""
-        new = []
-        for name in names:
-            digests = contents(name, held)
-            if len(digests) > 1 and self._known.get(name) != digests:
-                self._known[name] = digests
+    def holds(self, replica: str, infos: Iterable[AdapterInfo]) -> list[str]:
+        """Take what a replica holds now, and return the adapters whose content differs from another's, each
+        once for the same contents. Only what has changed is compared with other replicas."""
+        newest: dict[str, AdapterInfo] = {}
+        for info in infos:
+            if info.digest and (info.name not in newest or newest[info.name].version < info.version):
+                newest[info.name] = info
+        before = self._of.get(replica, {})
+        now = self._of[replica] = {name: info.digest for name, info in newest.items()}
+        for name in before.keys() - now.keys():
+            self._drop(name, replica)
+        found = []
+        for name, digest in now.items() - before.items():
+            self._held.setdefault(name, {})[replica] = digest
+            contents = self.contents(name)
+            if len(contents) < 2:
+                self._known.pop(name, None)
+            elif self._known.get(name) != contents:
+                self._known[name] = contents
                 self.count += 1
-                new.append(name)
-        return new
+                found.append(name)
+        return found
 
+    def forget(self, replica: str) -> None:
+        """Drop what a replica held that is gone."""
+        for name in self._of.pop(replica, {}):
+            self._drop(name, replica)
 
-def contents(name: str, held: Mapping[str, Sequence[AdapterInfo]]) -> frozenset[str]:
-    """The digests of an adapter's newest versions, over the replicas that have read it."""
-    found: set[str] = set()
-    for infos in held.values():
-        mine = [info for info in infos if info.name == name and info.digest]
-        if mine:
-            found.add(max(mine, key=lambda info: info.version).digest)
-    return frozenset(found)
+    def contents(self, name: str) -> frozenset[str]:
+        """Return the digests of an adapter, over the replicas that have read it."""
+        return frozenset(self._held.get(name, {}).values())
+
+    def _drop(self, name: str, replica: str) -> None:
+        del self._held[name][replica]
+        if not self._held[name]:
+            del self._held[name]
+            self._known.pop(name, None)

@@ -238,6 +238,7 @@ class Members:
         del self._channels[replica]
         member = self.members.pop(replica, None)
         self.state.leave(replica)
+        self.conflicts.forget(replica)
         channel.close()
         calls, channel.calls = channel.calls, {}
         if not channel.leaving or calls:
@@ -284,6 +285,7 @@ class Members:
             del self._channels[channel.replica]
             self.members.pop(channel.replica, None)
             self.state.leave(channel.replica)
+            self.conflicts.forget(channel.replica)
             channel.close()
             self._tell_change()
 
