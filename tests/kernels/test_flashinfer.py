@@ -99,14 +99,15 @@ def test_what_it_has_no_kernels_for_is_left_to_triton(backend: Any, monkeypatch:
 
     asked: list[torch.Size] = []
 
-    def ours(qkv: Tensor, keys: Tensor, *_: object) -> Tensor:
+    def ours(qkv: Tensor, keys: Tensor, *_: object, **__: object) -> Tensor:
         asked.append(keys.shape)
         return qkv.new_zeros(len(qkv), 1)
 
     monkeypatch.setattr(attention, "paged_attention", ours)
     run(backend, LayerCase([(0, 2)], head_dim=80, dtype=torch.bfloat16))
     run(backend, LayerCase([(0, 2)], head_dim=64, dtype=torch.float32))
-    assert len(asked) == 4 and Wrapper.made == 0
+    run(backend, LayerCase([(0, 2)], head_dim=64, dtype=torch.bfloat16, soft_cap=3.0))
+    assert len(asked) == 6 and Wrapper.made == 0
 
 
 def test_it_is_there_when_asked_for(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
