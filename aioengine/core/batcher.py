@@ -192,7 +192,8 @@ class Batcher:
                 continue
             entry = request.adapter
             if entry is not None and entry.location is not Location.SLOT:
-                self._refuse("admit_adapter_not_ready", request.id)
+                if self.border is None or not self.border.has_taken(entry):
+                    self._refuse("admit_adapter_not_ready", request.id)
                 continue
             if len(self.running) >= self.max_num_seqs:
                 self._refuse("admit_over_max_num_seqs", request.id)

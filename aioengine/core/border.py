@@ -71,11 +71,18 @@ class Border:
         self._emit = emit
         self.moves: list[MemoryMove] = []
         """Moves that the next step carries out first."""
+        self._taken: set[int] = set()
+        """Uids of adapters that have left for sequences since the last step was formed."""
         self.offered: Callable[[], Iterator[Slot]] = lambda: iter(())
         """The slots that the policy's last decision gives up, in its order."""
 
+    def has_taken(self, entry: AdapterEntry) -> bool:
+        """Whether it had to leave for a sequence in this step, which the policy could not know."""
+        return entry.uid in self._taken
+
     def take_moves(self) -> list[MemoryMove]:
         moves, self.moves = self.moves, []
+        self._taken.clear()
         return moves
 
     def forget(self) -> None:
@@ -198,6 +205,8 @@ class Border:
                 arena.release(victim.offset)
                 evict.append(victim)
         for slot in evict:
+            if slot.entry is not None:
+                self._taken.add(slot.entry.uid)
             self._residency.evict_slot(slot, now)
         if pack:
             self._pack(now)

@@ -96,6 +96,7 @@ def _slot_memory(core: Core) -> dict[str, int]:
         return {"slot_memory": size * len(core.slots.slots), "slot_memory_used": size * held}
     return {
         "slot_memory": arena.size,
+        "shared_memory": core.limits.num_blocks * (core.limits.shared_block_bytes or 0),
         "slot_memory_used": arena.used,
         "slot_memory_fragmented": arena.free - arena.largest_hole,
     }

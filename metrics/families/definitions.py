@@ -60,7 +60,8 @@ LORA_SLOT_INFO = Definition(
 LORA_SLOT_BYTES = Definition(
     "aioengine_lora_slot_bytes",
     "gauge",
-    "The slots' memory on each device: used; free, in its largest hole; and free in others (fragmented).",
+    "The slots' memory on each device: used; free, in its largest hole; and free in others (fragmented); "
+    "and, where they share it with the KV cache, that of KV blocks (kv).",
     ("state",),
 )
 LORA_ADAPTER_BYTES = Definition(

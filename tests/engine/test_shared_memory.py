@@ -78,7 +78,11 @@ async def test_an_idle_adapter_gives_way_and_comes_back(tiny: Tiny, make_engine:
         await engine.load_adapter("a", tiny.adapters["all-modules"])
         first = await engine.complete(prompt_of(0, 9), greedy(4), adapter="a")
         stats = engine.stats()
-        assert stats.slot_memory_used > 0 and stats.kv_blocks < 100
+        assert 0 < stats.slot_memory_used <= stats.slot_memory < stats.shared_memory <= 300 * 2**10
+        kv_bytes = stats.shared_memory - stats.slot_memory
+        kv = f'aioengine_lora_slot_bytes{{engine="default",state="kv"}} {kv_bytes}'
+        assert kv in engine.metrics.expose()[0].decode()
+        assert stats.kv_blocks < 100
         base = [engine.complete(prompt_of(i, 40), greedy(20)) for i in range(6)]
         for i, output in enumerate(await asyncio.gather(*base)):
             assert output.token_ids == tiny.expected(prompt_of(i, 40), 20)
