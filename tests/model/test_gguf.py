@@ -209,7 +209,7 @@ def test_llama3_rope_is_recovered_from_its_divisors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "gemma"}, r"'gemma' is not supported.*llama, qwen2, qwen3"),
+        ({"general.architecture": "mamba"}, r"'mamba' is not supported.*llama, qwen2, qwen3"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
         ({"llama.rope.scaling.type": "longrope"}, r"longrope.*supported: none, linear, yarn"),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count=8"),
@@ -314,6 +314,8 @@ def test_byte_level_tokenizer_encodes_as_the_original(tmp_path: Path, pre: str) 
         ("smollm", ["1", "2", "3", "4", "5", "6", "7"]),
         ("qwen2", ["1", "2", "3", "4", "5", "6", "7"]),
         ("llama-bpe", ["123", "456", "7"]),
+        ("glm4", ["123", "456", "7"]),
+        ("refact", ["1", "2", "3", "4", "5", "6", "7"]),
         ("gpt-2", ["1234567"]),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from aioengine.errors import ConfigError
-from aioengine.model.files.schemes import Header
+from aioengine.model.files.methods.scheme import Header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

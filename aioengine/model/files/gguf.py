@@ -7,6 +7,7 @@ and takes seconds on large files, so every function here takes a path or an open
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from os import PathLike
@@ -17,36 +18,31 @@ import torch
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.portable import dequantize as blocks
+from aioengine.model.files.gguf_families import (
+    ARCHITECTURES,
+    family_of,
+    fields,
+    module_names,
+    other_rope,
+    windows,
+)
+from aioengine.model.files.hf.families import TRAITS
 from aioengine.model.files.packing import GGUF_PACKINGS, Packing
 from aioengine.model.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-SUPPORTED_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""``general.architecture`` values that are read; Mistral models are stored as ``llama``."""
-
 _TOP_LEVEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 """Tensor with the divisors of Llama 3 RoPE for each frequency. It goes into the spec; it is not a
 parameter."""
+_SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+"""Tensors with those of LongRoPE."""
 
 
 class GGUFFile:
@@ -79,6 +75,12 @@ class GGUFFile:
                 "join them with llama-gguf-split --merge and give the result"
             )
 
+    @functools.cached_property
+    def modules(self) -> dict[str, str]:
+        """The modules of a layer: their names in the file, and those that Hugging Face has."""
+        arch = str(self.require("general.architecture"))
+        return module_names(family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default)))
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key (str, number, bool or list), or ``default``."""
         field = self._fields.get(key)
@@ -108,26 +110,47 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     """
     file = open_gguf(source)
     arch = str(file.require("general.architecture"))
-    if arch not in SUPPORTED_GGUF_ARCHITECTURES:
+    if arch not in ARCHITECTURES:
         raise ConfigError(
             f"{file.path}: architecture {arch!r} is not supported; "
-            f"supported in GGUF: {', '.join(SUPPORTED_GGUF_ARCHITECTURES)}"
+            f"supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
     if file.get(f"{arch}.expert_count", 0):
         raise ConfigError(f"{file.path}: mixture-of-experts models are not supported")
 
+    def get(key: str, default: Any) -> Any:
+        value = file.get(f"{arch}.{key}", default)
+        return _decimal(value) if isinstance(value, float) else value
+
+    family = family_of(arch, get)
     num_heads = _uniform(file, f"{arch}.attention.head_count")
     hidden = _uniform(file, f"{arch}.embedding_length")
     head_dim = int(file.get(f"{arch}.attention.key_length", hidden // num_heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := file.get(f"{arch}.{key}", head_dim)) != head_dim:
+    rotary_dim = int(file.get(f"{arch}.rope.dimension_count", head_dim))
+    value_dim = file.get(f"{arch}.attention.value_length", head_dim)
+    checked = {"attention.value_length": value_dim}
+    if not ARCHITECTURES[arch].partial:
+        checked["rope.dimension_count"] = rotary_dim
+    for key, found in checked.items():
+        if found != head_dim:
             raise ConfigError(
                 f"{file.path}: {arch}.{key}={found}: only the head dimension, {head_dim}, is supported"
             )
     layers = _uniform(file, f"{arch}.block_count")
-    window = int(file.get(f"{arch}.attention.sliding_window", 0) or 0)
+    own = windows(family, get, layers, file.path)
+    rope = _read_rope(file, arch, rotary_dim)
+    other, other_layers = other_rope(family, get, rope, own, layers)
+    context = _uniform(file, f"{arch}.context_length")
+    qkv = "attn_qkv" if TRAITS[family].get("fused_qkv") else "attn_q"
     return ModelSpec(
-        family="mistral" if arch == "llama" and window else arch,
+        **{
+            **fields(family, get, hidden=hidden, heads=num_heads, head_dim=head_dim, layers=layers),
+            "qkv_bias": f"blk.0.{qkv}.bias" in file.tensors,
+            "o_bias": "blk.0.attn_output.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+            "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+        },
+        family=family,
         vocab_size=int(_tensor(file, "token_embd.weight").shape[1]),
         hidden_size=hidden,
         num_layers=layers,
@@ -136,15 +159,14 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=_uniform(file, f"{arch}.feed_forward_length"),
         rms_norm_eps=_decimal(file.require(f"{arch}.attention.layer_norm_rms_epsilon")),
-        max_position=_uniform(file, f"{arch}.context_length"),
-        rope=_read_rope(file, arch, head_dim),
+        max_position=min(context, rope.original_max_position) if rope.type == "longrope" else context,
+        rope=rope,
+        other_rope=other,
+        other_rope_layers=other_layers,
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         tie_embeddings="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        o_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        sliding_windows=(window,) * layers if window else (),
-        dtype=_stored_dtype(file),
+        sliding_windows=own,
+        dtype=_stored_dtype(file, f"blk.0.{qkv}.weight"),
         bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=_eos_token_ids(file),
         packed=_packed(file),
@@ -161,7 +183,7 @@ class StoredTensor:
         """Number of heads of q or k, whose rows are in another order than in Hugging Face's files; None for
         other tensors."""
         self._head_dim = spec.head_dim
-        if file.require("general.architecture") == "llama":
+        if ARCHITECTURES[file.require("general.architecture")].permuted:
             if name.endswith((".attn_q.weight", ".attn_q.bias")):
                 self._heads = spec.num_heads
             elif name.endswith((".attn_k.weight", ".attn_k.bias")):
@@ -200,7 +222,7 @@ def iter_stored(
     """
     file = open_gguf(source)
     for name in file.tensors:
-        if name != _ROPE_FACTORS:
+        if name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
             yield _hf_name(file, name), StoredTensor(file, name, spec)
 
 
@@ -231,8 +253,8 @@ def _hf_name(file: GGUFFile, name: str) -> str:
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     match name.split("."):
-        case ["blk", layer, module, ("weight" | "bias") as kind] if module in _IN_LAYER:
-            return f"model.layers.{layer}.{_IN_LAYER[module]}.{kind}"
+        case ["blk", layer, module, ("weight" | "bias") as kind] if module in file.modules:
+            return f"model.layers.{layer}.{file.modules[module]}.{kind}"
     raise ConfigError(f"{file.path}: tensor {name!r} is not part of a supported architecture")
 
 
@@ -294,8 +316,8 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _stored_dtype(file: GGUFFile) -> Literal["bfloat16", "float16", "float32"]:
-    name = _tensor(file, "blk.0.attn_q.weight").tensor_type.name
+def _stored_dtype(file: GGUFFile, tensor: str) -> Literal["bfloat16", "float16", "float32"]:
+    name = _tensor(file, tensor).tensor_type.name
     return "float32" if name == "F32" else "float16" if name == "F16" else "bfloat16"
 
 
@@ -315,6 +337,14 @@ def _read_rope(file: GGUFFile, arch: str, head_dim: int) -> RopeSpec:
     original = int(file.get(f"{prefix}.original_context_length", file.require(f"{arch}.context_length")))
     if _ROPE_FACTORS in file.tensors:
         return _llama3_rope(file, theta, head_dim)
+    if _SHORT_FACTORS in file.tensors:
+        return RopeSpec(
+            type="longrope",
+            theta=theta,
+            original_max_position=original,
+            attention_factor=_decimal(file.get(f"{prefix}.attn_factor", 1.0)),
+            divisors=tuple(map(_decimal, _to_torch(file, _tensor(file, _SHORT_FACTORS)).tolist())),
+        )
     if kind == "none":
         return RopeSpec(theta=theta)
     if kind == "linear":

@@ -9,11 +9,11 @@ from typing import Any
 
 from aioengine.errors import ConfigError
 from aioengine.model.files import folder
-from aioengine.model.files.awq import AWQ
-from aioengine.model.files.compressed_tensors import CompressedTensors
-from aioengine.model.files.fp8 import FP8
-from aioengine.model.files.gptq import GPTQ
-from aioengine.model.files.schemes import Header, Layout, Scheme
+from aioengine.model.files.methods.awq import AWQ
+from aioengine.model.files.methods.compressed_tensors import CompressedTensors
+from aioengine.model.files.methods.fp8 import FP8
+from aioengine.model.files.methods.gptq import GPTQ
+from aioengine.model.files.methods.scheme import Header, Layout, Scheme
 
 _SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], Scheme]] = {
     "gptq": GPTQ,

@@ -27,13 +27,14 @@ _WORD_SPLIT = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The pattern published with Llama 3 and Qwen 2, which differ in how many digits make one piece."""
+_THREE_DIGITS = ("llama-bpe", "llama3", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe")
 
 
 def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
     """The file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
 
-    Byte-level BPE (``gpt2``) with the splitting rules named smollm, llama-bpe, qwen2, gpt-2 or
-    default, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
+    Byte-level BPE (``gpt2``) with the splitting rules of Llama 3, Qwen 2, GPT-2, SmolLM, OLMo, Granite and
+    GLM-4, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
     malformed.
     """
     file = open_gguf(source)
@@ -88,18 +89,18 @@ def _merge_pair(merge: str) -> tuple[str, str]:
 
 
 def _splitter(pre: str) -> pre_tokenizers.PreTokenizer | None:
-    if pre in ("default", "gpt-2", "gpt2"):
+    if pre in ("default", "gpt-2", "gpt2", "olmo"):
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre == "smollm":
+    if pre in ("smollm", "refact"):
         return pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    digits = {"llama-bpe": "{1,3}", "llama3": "{1,3}", "qwen2": ""}.get(pre)
-    if digits is None:
+    if pre not in (*_THREE_DIGITS, "qwen2"):
         return None
+    digits = "" if pre == "qwen2" else "{1,3}"
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORD_SPLIT.format(digits=digits)), "isolated"),

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioengine.model.files.packing import Packing
-from aioengine.model.files.schemes import (
+from aioengine.model.files.methods.scheme import (
     FLOATS,
     Expected,
     Header,
@@ -23,6 +22,7 @@ from aioengine.model.files.schemes import (
     integer,
     unpack_int32,
 )
+from aioengine.model.files.packing import Packing
 
 if TYPE_CHECKING:
     from torch import Tensor

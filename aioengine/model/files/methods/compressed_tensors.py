@@ -14,9 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioengine.model.files.fp8 import FP8
+from aioengine.model.files.methods.fp8 import FP8
+from aioengine.model.files.methods.scheme import (
+    FLOATS,
+    Expected,
+    Header,
+    Layout,
+    Wrong,
+    check_group,
+    unpack_int32,
+)
 from aioengine.model.files.packing import Packing
-from aioengine.model.files.schemes import FLOATS, Expected, Header, Layout, Wrong, check_group, unpack_int32
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioengine.model.files.methods.scheme import FLOATS, Expected, Header, Layout, Wrong, check_group, integer
 from aioengine.model.files.packing import Packing
-from aioengine.model.files.schemes import FLOATS, Expected, Header, Layout, Wrong, check_group, integer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioengine.model.files.methods.scheme import FLOATS, FP8_NAN, Header, Layout, Wrong, check_group
 from aioengine.model.files.packing import Packing
-from aioengine.model.files.schemes import FLOATS, FP8_NAN, Header, Layout, Wrong, check_group
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,138 @@
+"""The architectures of GGUF files: their metadata, and how their tensors differ from Hugging Face's.
+
+What a file does not say is what llama.cpp has for the architecture in its code
+(https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aioengine.errors import ConfigError
+from aioengine.model.files.hf.families import TRAITS, Family
+from aioengine.model.spec import RopeSpec
+
+Get = Callable[[str, Any], Any]
+"""The metadata of a file, by the keys below its architecture's: ``get(key, default)``."""
+
+
+class Architecture(NamedTuple):
+    """A ``general.architecture``."""
+
+    family: Family
+    permuted: bool = False
+    """Whether the rows of q and k are in another order: neighbours are rotated, not halves."""
+    plus_one: bool = False
+    """Whether the weights of norms have what norms add to them."""
+    partial: bool = False
+    """Whether heads may be rotated in part."""
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "granite": Architecture("granite", permuted=True),
+    "smollm3": Architecture("smollm3", permuted=True),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture("phi3", partial=True),
+    "gemma": Architecture("gemma", plus_one=True),
+    "gemma2": Architecture("gemma2", plus_one=True),
+    "gemma3": Architecture("gemma3_text", plus_one=True),
+    "glm4": Architecture("glm4", partial=True),
+}
+"""Mistral models are stored as ``llama``, and OLMo 3 as ``olmo2``."""
+
+_IN_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_WITHOUT_ROPE = 4  # every so many-th layer of SmolLM3
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those whose scale is by the hidden size
+
+
+def module_names(family: Family) -> dict[str, str]:
+    """The modules of a layer: their GGUF names, and those that Hugging Face has."""
+    traits = TRAITS[family]
+    names = {**_IN_LAYER, "ffn_up": "mlp.gate_up_proj" if traits.get("fused_gate_up") else "mlp.up_proj"}
+    norms = traits.get("norms")
+    if norms is None:
+        return names | {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    by_place = {
+        "attn_norm": norms.attention_input,
+        "post_attention_norm": norms.attention_output,
+        "ffn_norm": norms.mlp_input,
+        "post_ffw_norm": norms.mlp_output,
+    }
+    return names | {name: ours for name, ours in by_place.items() if ours is not None}
+
+
+def family_of(arch: str, get: Get) -> Family:
+    """The family of an architecture, of which some depend on whether there are windows."""
+    found = ARCHITECTURES[arch].family
+    if get("attention.sliding_window", 0):
+        return {"llama": "mistral", "olmo2": "olmo3"}.get(found, found)  # type: ignore[return-value]
+    return found
+
+
+def windows(family: Family, get: Get, layers: int, path: Path) -> tuple[int | None, ...]:
+    """The window of each layer; empty if no layer has one. Raises ConfigError, naming ``path``."""
+    window = int(get("attention.sliding_window", 0) or 0)
+    if not window:
+        return ()
+    every = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}.get(family)
+    pattern = get("attention.sliding_window_pattern", every)
+    if pattern is None:
+        return (window,) * layers
+    if not isinstance(pattern, list):
+        pattern = [(layer + 1) % int(pattern) != 0 for layer in range(layers)]
+    if len(pattern) != layers:
+        raise ConfigError(
+            f"{path}: attention.sliding_window_pattern has {len(pattern)} entries for {layers} layers"
+        )
+    return tuple(window if slides else None for slides in pattern)
+
+
+def fields(
+    family: Family, get: Get, *, hidden: int, heads: int, head_dim: int, layers: int
+) -> dict[str, Any]:
+    """What the family has beside Llama's shape, as fields of ModelSpec; without rotations and windows."""
+    found = dict(TRAITS[family])
+    if family == "granite":
+        found |= {
+            "embedding_scale": float(get("embedding_scale", 1.0)),
+            "residual_scale": float(get("residual_scale", 1.0)),
+            "attention_scale": float(get("attention.scale", head_dim**-0.5)),
+            "logit_divisor": float(get("logit_scale", 1.0)),
+        }
+    if family.startswith("gemma"):
+        found |= {"norm_offset": 0.0, "embedding_scale": hidden**0.5}  # their norms' weights have the 1
+    if family in _LARGEST_GEMMA:
+        size = hidden // heads if layers == _LARGEST_GEMMA[family] else head_dim
+        found |= {"attention_scale": size**-0.5, "logit_cap": get("final_logit_softcapping", None)}
+    if family == "gemma2":
+        found["attention_cap"] = get("attn_logit_softcapping", None)
+    return found
+
+
+def other_rope(
+    family: Family, get: Get, rope: RopeSpec, of_layer: tuple[int | None, ...], layers: int
+) -> tuple[RopeSpec | None, tuple[int, ...]]:
+    """The rotation of some layers that have one of their own, and these layers."""
+    if family == "smollm3":
+        last = _WITHOUT_ROPE - 1
+        return RopeSpec(type="none"), tuple(i for i in range(layers) if i % _WITHOUT_ROPE == last)
+    if family not in ("gemma3_text", "olmo3"):
+        return None, ()
+    theta = float(get("rope.freq_base_swa", 10000.0 if family == "gemma3_text" else rope.theta))
+    other, sliding = RopeSpec(theta=theta), tuple(i for i in range(layers) if of_layer and of_layer[i])
+    return (other, sliding) if sliding and other != rope else (None, ())

@@ -1,0 +1,1 @@
+"""Ways to quantize a Hugging Face checkpoint: one a file."""
