@@ -30,6 +30,13 @@ void aio_expand_rows(int bf16, const Part* part, const int64_t* rows, void* out,
 void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
 void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y, long y_stride,
                 long rows, long n, long k, int threads);
+void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long group,
+                       long rotation, int threads);
+void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out, long count, long k,
+                         long group, long rotation, int threads);
+void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale, const int32_t* start,
+                     long group, long rotation, const void* bias, void* y, long y_stride, long rows, long n, long k,
+                     const void* beside, int threads);
 void aio_add_rms_norm(int bf16, void* hidden, const void* delta, const void* weight, void* out, long rows, long size,
                       float factor, float eps, int rounded, float offset, int threads);
 void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
@@ -93,6 +100,29 @@ static void linear(bool bf16) {
       float sum = bias[i];
       for (long j = 0; j < k; j++) sum += x[r * k + j] * w[i * k + j];
       expect("linear", bf16, y[r * n + i], sum, 4);
+    }
+}
+
+// With activations as they are, and as int8.
+static void linear_int4(bool bf16, bool int8) {
+  const long rows = 9, n = 48, k = 64, group = 32, rotation = int8 ? 64 : 0;
+  Values x(bf16, rows * k), w(bf16, n * k), effective(bf16, n * k), bias(bf16, n), y(bf16, rows * n);
+  std::vector<uint8_t> packed(n * (k / 2 + 2 * k / group));
+  std::vector<float> scale(n);
+  std::vector<int32_t> start(n);
+  std::vector<int64_t> all(n);
+  for (long i = 0; i < n; i++) all[i] = i;
+  int32_t* const begin = int8 ? start.data() : nullptr;
+  aio_quantize_int4(bf16, w.data(), packed.data(), scale.data(), begin, n, k, group, rotation, 2);
+  aio_dequantize_int4(bf16, packed.data(), scale.data(), all.data(), effective.data(), n, k, group, rotation, 2);
+  aio_linear_int4(bf16, x.data(), k, packed.data(), scale.data(), begin, group, rotation, bias.data(), y.data(), n, rows, n,
+                  k, nullptr, 2);
+  for (long i = 0; i < n * k; i++) expect("int4 weights", true, effective[i], w[i], 8);
+  for (long r = 0; r < rows; r++)
+    for (long i = 0; i < n; i++) {
+      float sum = bias[i];
+      for (long j = 0; j < k; j++) sum += x[r * k + j] * effective[i * k + j];
+      expect("linear of int4", bf16 || int8, y[r * n + i], sum, 4);
     }
 }
 
@@ -199,6 +229,7 @@ static void blocks(bool bf16) {
 
 int main() {
   for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), shrink(bf16), blocks(bf16);
+  for (const bool bf16 : {false, true}) linear_int4(bf16, false), linear_int4(bf16, true);
   for (const bool bf16 : {false, true}) attention(bf16, false), attention(bf16, true);
   std::printf(wrong == 0 ? "all as expected\n" : "%d are wrong\n", wrong);
   return wrong == 0 ? 0 : 1;
