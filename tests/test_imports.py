@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,6 +190,13 @@ def test_every_room_is_known() -> None:
     inner = {f"aioengine.{room}.{name}" for room, names in INNER_ROOMS.items() for name in names}
     known = {f"aioengine.{room}" for room in ROOMS} - {"aioengine.engine", "aioengine.memory_plan"} | inner
     assert packages == known, "a new folder needs its place in ROOMS or INNER_ROOMS"
+
+
+def test_every_room_is_installed() -> None:
+    """An editable installation has what a wheel would lack."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(settings["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_rooms_are_not_crowded() -> None:

@@ -22,14 +22,19 @@ _SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], Scheme]] = {
     "fp8": FP8,
     "fbgemm_fp8": FP8,
 }
+_OTHERWISE = (
+    "give the unquantized model, with quantization='int8' or 'int4', or a GPTQ, AWQ or GGUF checkpoint of it"
+)
 _INSTEAD = {
     "bitsandbytes": (
         "bitsandbytes (nf4, fp4, LLM.int8) keeps codes for a table of its own, which no kernel here reads; "
-        "give the unquantized model, with quantization='int8', or a GPTQ, AWQ or GGUF checkpoint of it"
+        f"{_OTHERWISE}"
     ),
     "mxfp4": "give a checkpoint in bfloat16, or a GPTQ, AWQ or GGUF one",
 }
-_OTHERWISE = "give the unquantized model, with quantization='int8', or a GPTQ, AWQ or GGUF checkpoint of it"
+_OTHERWISE = (
+    "give the unquantized model, with quantization='int8' or 'int4', or a GPTQ, AWQ or GGUF checkpoint of it"
+)
 
 
 class QuantizedFolder:
