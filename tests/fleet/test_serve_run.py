@@ -48,7 +48,13 @@ def test_built_and_run(environment: dict[str, str], tiny_text: Tiny, tmp_path: P
     # With a file, the application is made in a process of the cluster.
     application["runtime_env"] = {"env_vars": {"AIOENGINE_CONFIG": environment["AIOENGINE_CONFIG"]}}
     file.write_text(yaml.safe_dump(built))
-    run = subprocess.Popen([*serve, "run", str(file)], env=environment, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [*serve, "run", str(file)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        # What a shell runs in the background ignores SIGINT, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
 
