@@ -32,9 +32,6 @@ _INSTEAD = {
     ),
     "mxfp4": "give a checkpoint in bfloat16, or a GPTQ, AWQ or GGUF one",
 }
-_OTHERWISE = (
-    "give the unquantized model, with quantization='int8' or 'int4', or a GPTQ, AWQ or GGUF checkpoint of it"
-)
 
 
 class QuantizedFolder:
