@@ -23,6 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 ExecutorName = Literal["thread", "process", "ray"]
 Restart = Literal["never", "on-failure"]
 MetricsCompat = Literal["none", "vllm"]
+LoRADType = Literal["auto", "bfloat16", "float16", "float32", "int8"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
 SpeculationName = Literal["none", "ngram", "suffix"]
 
@@ -50,8 +51,9 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     text. They are kept beside the CPU cache, because there is no disk to read them from again."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
-    lora_dtype: DType = "auto"
-    """dtype of the slot pool; "auto" is the model's dtype."""
+    lora_dtype: LoRADType = "auto"
+    """dtype of the slot pool and the CPU cache; "auto" is the model's dtype. "int8": about half the bytes of
+    bfloat16, with a scale for each rank of every module (docs/adapters.md says what that costs)."""
     target_modules: Sequence[str] | None = None
     """What the pool covers; None covers the seven linears of a layer. ``embed_tokens`` and ``lm_head``
     must be named, because they make a slot much larger. Adapters may target fewer."""
@@ -87,7 +89,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         held = parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
         set_(self, "max_held_lora_bytes", held)
         _choice(self, "max_lora_rank", ALLOWED_RANKS)
-        _choice(self, "lora_dtype", get_args(DType))
+        _choice(self, "lora_dtype", get_args(LoRADType))
         _boolean(self, "fully_sharded_loras")
         _boolean(self, "allow_nonfinite")
         if self.max_cpu_loras is None:

@@ -14,7 +14,7 @@ from aioengine.info import LoadProgress
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, LORA_MODULES, ModelSpec, Quantization
 from aioengine.step import SLOT_GRANULE
 
@@ -44,7 +44,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_slots: int
     slot_bytes_by_module: dict[str, int]
-    """One slot's share by targeted module, over all layers: rank x (in + out) x dtype size each."""
+    """One slot's share by targeted module, over all layers: rank x (in + out) x dtype size each, and the
+    scales if that is int8."""
     slot_affine_bytes: int
     """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
     num_blocks: int
@@ -176,12 +177,15 @@ def plan_memory(
     lora = config.lora
     lora_dtype = dtype if lora is None or lora.lora_dtype == "auto" else lora.lora_dtype
     max_model_len = resolve_max_model_len(config, spec)
+    holds = Elements(lora_dtype == "int8", DTYPE_BYTES[dtype] if lora_dtype == "int8" else 1)
+    if holds.int8:
+        _check_int8_adapters(dtype, shard)
     slot = (
         None
         if lora is None
-        else SlotLayout(spec, lora.max_lora_rank, spec.targets(lora.target_modules), shard)
+        else SlotLayout(spec, lora.max_lora_rank, spec.targets(lora.target_modules), shard, holds)
     )
-    by_module, affine_bytes = _slot_bytes(slot, DTYPE_BYTES[lora_dtype])
+    by_module, affine_bytes = _slot_bytes(slot, 1 if holds.int8 else DTYPE_BYTES[lora_dtype])
     adapter_bytes = sum(by_module.values()) + affine_bytes
     block_bytes = config.block_size * local.kv_bytes_per_token(
         DTYPE_BYTES[dtype], int8=config.kv_cache_dtype == "int8"
@@ -276,6 +280,20 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
 def _rounded(nbytes: int) -> int:
     """To a whole granule, where adapters may begin."""
     return -(-nbytes // SLOT_GRANULE) * SLOT_GRANULE
+
+
+def _check_int8_adapters(dtype: str, shard: Shard) -> None:
+    """Raises ConfigError where slots cannot be int8."""
+    if dtype == "float16":
+        raise ConfigError(
+            "lora.lora_dtype='int8' beside dtype='float16': what A gives would be too small for float16, as "
+            "B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
+        )
+    if shard.size > 1 and shard.fully_sharded:
+        raise ConfigError(
+            "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
+            "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
+        )
 
 
 def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:

@@ -2,6 +2,9 @@
 
 An adapter takes what its own modules, layers and ranks take, whatever the largest rank is. So nothing is
 padded, and no operation reads or multiplies padding.
+
+The memory is of the model's dtype; or it is int8. Then A and B are whole numbers, with one scale in float32
+for each rank: the scale of a row of A, times that of the column of B which it meets.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ class Column(IntEnum):
     """Columns of B. More than A's rows where other ranks of a group have the rest of those."""
     AFFINE = 4
     """Offset of gain and shift [2, out]; below 0 if there are none."""
+    SCALE = 5
+    """Offset of the scales of A's rows [a_rank], float32; below 0 if the matrices are not int8."""
 
 
-OFFSETS = [Column.A, Column.B, Column.AFFINE]
+OFFSETS = [Column.A, Column.B, Column.AFFINE, Column.SCALE]
 
 
 class Where(NamedTuple):
@@ -42,20 +47,32 @@ class Where(NamedTuple):
     b: int
     b_rank: int
     affine: int
+    scale: int
 
 
 class SlotMemory:
     """The memory of all slots, and the table of where each slot's places are in it.
 
     A place is one module of one layer; those of a fused linear follow each other. ``aligned``: every offset
-    is a multiple of ``ALIGNMENT``.
+    is a multiple of ``ALIGNMENT``; that must be so if the memory is int8, and ``dtype`` says then what gains
+    and shifts are (else that of the memory).
     """
 
     def __init__(
-        self, memory: Tensor, num_slots: int, num_places: int, max_rank: int, *, aligned: bool = False
+        self,
+        memory: Tensor,
+        num_slots: int,
+        num_places: int,
+        max_rank: int,
+        *,
+        aligned: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.memory = memory
         """[elements]"""
+        self.int8 = memory.dtype == torch.int8
+        self.dtype = dtype if self.int8 and dtype is not None else memory.dtype
+        """Of gains and shifts, and of all else unless that is int8."""
         self.max_rank = max_rank
         self.unit = ALIGNMENT if aligned else 1
         """Elements that an offset of ``device_table`` counts."""
@@ -65,6 +82,12 @@ class SlotMemory:
         """The same on the memory's device, offsets in ``unit``."""
         if memory.device.type != "cpu" or aligned:
             self.device_table = torch.zeros_like(self.table, device=memory.device)
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The memory as elements of ``dtype`` if it is int8, else as it is."""
+        if not self.int8:
+            return self.memory
+        return self.memory[: len(self.memory) // dtype.itemsize * dtype.itemsize].view(dtype)
 
     @property
     def num_places(self) -> int:
@@ -115,20 +138,29 @@ class LoRAPool(NamedTuple):
         """Return where slice ``j`` of a slot's adapter lies."""
         return self.slots.where(slot, self.first + j)
 
-    def a(self, slot: int, j: int) -> Tensor:
-        """[a_rank, in], a view."""
+    def a(self, slot: int, j: int, columns: Tensor | slice = slice(None)) -> Tensor:
+        """[a_rank, in], or some columns of it. A view; where the matrices are int8, a copy in float32."""
         where = self.where(slot, j)
-        return self._view(where.a, where.a_rank, self.in_features)
+        a = self._view(where.a, where.a_rank, self.in_features)[:, columns]
+        if not self.slots.int8 or where.a_rank == 0:
+            return a
+        scale = self.slots.memory[where.scale :][: 4 * where.a_rank].view(torch.float32)
+        return a.float() * scale[:, None]
 
     def b(self, slot: int, j: int) -> Tensor:
-        """[out, b_rank], a view."""
+        """[out, b_rank], a view. Whole numbers where the matrices are int8, whose scales are A's."""
         where = self.where(slot, j)
         return self._view(where.b, self.widths[j], where.b_rank)
 
     def affine(self, slot: int, j: int) -> Tensor | None:
         """[2, out], a view; None: there is neither gain nor shift."""
-        where = self.where(slot, j)
-        return None if where.affine < 0 else self._view(where.affine, 2, self.affine_widths[j])
+        begin, width = self.where(slot, j).affine, self.affine_widths[j]
+        if begin < 0:
+            return None
+        if not self.slots.int8:
+            return self._view(begin, 2, width)
+        dtype = self.slots.dtype
+        return self.slots.memory[begin:][: 2 * width * dtype.itemsize].view(dtype).view(2, width)
 
     def _view(self, begin: int, rows: int, width: int) -> Tensor:
         return self.slots.memory[begin : begin + rows * width].view(rows, width)

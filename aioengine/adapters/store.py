@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 class AdapterStore:
     """The adapters in the CPU cache. ``weights`` gives the base model's linears, which DoRA needs; ``dtype``
-    is the slots' dtype.
+    is the slots' dtype, and ``affine_dtype`` that of their gains and shifts if ``dtype`` is int8: adapters
+    are read and checked in that, and quantized once.
 
     With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
     """
@@ -41,13 +42,21 @@ class AdapterStore:
         pin_memory: bool = False,
         allow_nonfinite: bool = False,
         shard: Shard = SOLO,
+        affine_dtype: torch.dtype | None = None,
     ) -> None:
-        from aioengine.adapters.peft.fast_pack import KnownContents  # imports torch
+        from aioengine.adapters.peft.fast_pack import KnownContents  # these import torch
         from aioengine.adapters.peft.pack import SlotOrder
+        from aioengine.model.slots.image import elements_of
 
         self._known = KnownContents()
-        self._order = SlotOrder(SlotLayout(spec, max_rank, target_modules, shard), pin_memory)
-        self._dtype = dtype
+        holds = elements_of(dtype, affine_dtype)
+        self._order = SlotOrder(
+            SlotLayout(spec, max_rank, target_modules, shard), pin_memory and not holds.int8
+        )
+        self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds)
+        self._slot_dtype = dtype
+        self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
+        self._pin_memory = pin_memory
         self._weights = weights
         self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
@@ -96,16 +105,19 @@ class AdapterStore:
             packed = add_up(name, path, self._order, parts)
         else:
             packed = read(name, path, files)
-        return Draft(packed, self._order.layout, self._weights)
+        return Draft(packed, self._layout, self._weights, self._slot_dtype)
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
         from aioengine.adapters.peft.dora import output_affine
         from aioengine.model.slots.image import build_image
+        from aioengine.model.slots.quantized import quantize_image
 
         affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
         layout, pin_memory = self._order
         image = build_image(layout, draft.packed, affine, self._dtype, pin_memory=pin_memory)
+        if self._layout.holds.int8:
+            image = quantize_image(image, self._layout, pin_memory=self._pin_memory)
         packed = draft.packed
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
 

@@ -112,5 +112,6 @@ def build_parts(
         pin_memory=plan.device == "cuda",
         allow_nonfinite=lora is not None and lora.allow_nonfinite,
         shard=group.shard,
+        affine_dtype=getattr(torch, plan.dtype),
     )
     return Parts(runner, store)

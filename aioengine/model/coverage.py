@@ -31,7 +31,7 @@ def not_covered(
         return "models that transformers runs"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
-    if lora_dtype not in (None, dtype):
+    if lora_dtype not in (None, dtype, "int8"):
         return f"lora_dtype {lora_dtype} beside dtype {dtype}"
     if block_size % PANEL:
         return f"block_size {block_size}, no multiple of {PANEL}"

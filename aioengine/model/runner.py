@@ -130,6 +130,7 @@ class ModelRunner:
                 self.group.shard,
                 nbytes=slot_memory,
                 shared=shared,
+                affine_dtype=dtype,
             )
             if max_loras > 0
             else None

@@ -114,7 +114,7 @@ def problem(
     rows, end = [], n * rank * n_in
     for j, width in enumerate(widths):
         affine_at = elements - 2 * sum(widths[j:])
-        rows.append([j * rank * n_in, rank, end, rank, affine_at])
+        rows.append([j * rank * n_in, rank, end, rank, affine_at, -1])
         end += rank * width
     for slot in range(used):
         slots.table[slot], slots.device_table[slot] = slots.rows(torch.tensor(rows), slot * elements)

@@ -35,6 +35,7 @@ class Steps:
         rank: int = 16,
         quantization: str = "none",
         int8_cache: bool = False,
+        lora_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         path = resolve_model(model)
         self.spec = read_spec(path)
@@ -48,6 +49,7 @@ class Steps:
             block_size=BLOCK,
             max_loras=slots,
             max_lora_rank=rank,
+            lora_dtype=lora_dtype,
             quantization=quantization,
             int8_cache=int8_cache,
         )
@@ -63,7 +65,8 @@ class Steps:
             self.spec,
             max_rank=self.rank,
             target_modules=LORA_MODULES,
-            dtype=torch.bfloat16,
+            dtype=slots.dtype,
+            affine_dtype=torch.bfloat16,
             weights=self.runner.decoder.base_weight,
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -80,7 +80,7 @@ def segment_table(segments: Iterable[Segment]) -> Tensor:
 
 def slots_struct(slots: SlotMemory) -> structs.Slots:
     """Refers to the memory, which it does not keep."""
-    return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), slots.num_places)
+    return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), slots.num_places, slots.int8)
 
 
 def _slices(widths: Sequence[int], offsets: Sequence[int]) -> Array[structs.LoraSlice]:
@@ -90,5 +90,5 @@ def _slices(widths: Sequence[int], offsets: Sequence[int]) -> Array[structs.Lora
 
 def _ours(pool: LoRAPool, *tensors: Tensor) -> bool:
     """Whether the library can take them: one dtype of its two."""
-    dtype = pool.slots.memory.dtype
+    dtype = pool.slots.dtype
     return dtype in DTYPES and all(t.dtype == dtype and t.stride(-1) == 1 for t in tensors)

@@ -51,8 +51,8 @@ def _scaled(y: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 
 def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
-    h = pool.slots.memory.new_zeros(len(token_ids), 1, batch.width)
+    h = torch.zeros(len(token_ids), 1, batch.width, dtype=pool.slots.dtype, device=pool.slots.memory.device)
     for slot, start, stop, _ in batch.segments:
-        a = pool.a(slot, 0)
-        h[start:stop, 0, : len(a)] = a[:, token_ids[start:stop]].T
+        a = pool.a(slot, 0, token_ids[start:stop])
+        h[start:stop, 0, : len(a)] = a.T
     return h

@@ -75,10 +75,15 @@ class Variant(NamedTuple):
     constants: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    int8: bool = False
+    """Whether the adapters are."""
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={value}" for name, value in self.constants)
-        return f"{self.kernel} {self.dtype} {blocks} warps={self.num_warps} stages={self.num_stages}"
+        adapters = " int8" if self.int8 else ""
+        return (
+            f"{self.kernel} {self.dtype}{adapters} {blocks} warps={self.num_warps} stages={self.num_stages}"
+        )
 
 
 class Usage(NamedTuple):
@@ -101,8 +106,12 @@ def variants() -> list[Variant]:
                 for longest in (SHORT, SHORT + 1):
                     shrink = default_shrink(Key.of("shrink", bits, rank, width, longest))
                     found.update(dict.fromkeys(of_shrink(dtype, shrink)))
+                    if (dtype, rank) == ("bf16", 16):
+                        found.update(dict.fromkeys(of_shrink(dtype, shrink, int8=True)))
                     expand = default_expand(Key.of("expand", bits, rank, width, longest))
                     found[of_expand(dtype, expand)] = None
+                    if (dtype, rank) == ("bf16", 16):
+                        found[of_expand(dtype, expand, int8=True)] = None
         found.update(dict.fromkeys(of_norm(dtype, width) for width in WIDTHS if width <= HIDDEN))
         for head_dim in HEAD_DIMS:
             found.update(dict.fromkeys(of_rope(dtype, head_dim)))
@@ -112,17 +121,17 @@ def variants() -> list[Variant]:
     return list(found)
 
 
-def of_shrink(dtype: str, config: ShrinkConfig) -> Iterator[Variant]:
+def of_shrink(dtype: str, config: ShrinkConfig, *, int8: bool = False) -> Iterator[Variant]:
     """List the specialisations of the shrink kernel: with whole inputs, and with split ones."""
     blocks = {"BLOCK_M": config.block_m, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k}
     for split in sorted({0, int(config.split_k > 1)}):
-        constants = (*blocks.items(), ("PARTS", config.split_k), ("SPLIT", split))
-        yield Variant("shrink", dtype, constants, config.num_warps, config.num_stages)
+        constants = (*blocks.items(), ("PARTS", config.split_k), ("SPLIT", split), ("INT8", int(int8)))
+        yield Variant("shrink", dtype, constants, config.num_warps, config.num_stages, int8)
 
 
-def of_expand(dtype: str, config: ExpandConfig) -> Variant:
+def of_expand(dtype: str, config: ExpandConfig, *, int8: bool = False) -> Variant:
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r}
-    return Variant("expand", dtype, tuple(blocks.items()), config.num_warps, config.num_stages)
+    return Variant("expand", dtype, tuple(blocks.items()), config.num_warps, config.num_stages, int8)
 
 
 def of_attention(dtype: str, bits: int, head_dim: int, group: int) -> Iterator[Variant]:
@@ -156,7 +165,7 @@ def of_elementwise(dtype: str) -> tuple[Variant, ...]:
     return (
         *(Variant("activate", dtype, (("GELU", gelu), ("BLOCK", SILU_COLUMNS)), 4, 3) for gelu in (0, 1)),
         Variant("affine", dtype, (("BLOCK_M", SHORT), ("BLOCK_N", AFFINE_COLUMNS)), 4, 3),
-        Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS)), 4, 3),
+        Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS), ("INT8", 0)), 4, 3),
     )
 
 
@@ -169,6 +178,8 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     kernel = _KERNELS[variant.kernel]
     constants = dict(variant.constants)
     signature = {name: _type(name, variant.dtype, constants) for name in kernel.arg_names}
+    if variant.int8:
+        signature["memory_ptr"] = "*i8"
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -198,7 +209,7 @@ _KERNELS: Mapping[str, Any] = {
 _POINTERS = {
     **dict.fromkeys(("tiles_ptr", "tables_ptr", "arrivals_ptr"), "*i32"),
     **dict.fromkeys(("ids_ptr", "cells_ptr", "table_ptr"), "*i64"),
-    **dict.fromkeys(("partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+    **dict.fromkeys(("scales_ptr", "partials_ptr", "stats_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
 _FLOATS = ("eps", "scale", "soft_cap", "offset", "factor")
 _ANY_NUMBER = (*_FLOATS, "heads", "kv_heads", "window", "table_stride", "most_parts", "place")

@@ -64,7 +64,7 @@ def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) ->
     x = _adjoining(x)
     with on(x.device):
         shrink_kernel[columns * programs, len(tiles)](
-            *(x, slots.memory, slots.device_table, h, tiles),
+            *(x, slots.memory, slots.floats(torch.float32), slots.device_table, h, tiles),
             x.new_empty(outputs * programs * config.block_m * config.block_r, dtype=torch.float32),
             plan.arrivals(outputs),
             *(x.stride(0), slots.device_table.stride(0), pool.first, slots.unit),
@@ -74,6 +74,7 @@ def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) ->
             BLOCK_K=config.block_k,
             PARTS=config.split_k,
             SPLIT=split,
+            INT8=slots.int8,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -107,11 +108,12 @@ def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
         return
     assert y.stride(1) == 1, "columns of y must adjoin"
     tiles, slots = batch.derive(TilePlan).affine_tiles(SHORT), pool.slots
+    unit = slots.unit // slots.dtype.itemsize if slots.int8 else slots.unit
     for first, slices in _launches(pool.affine_widths, pool.offsets):
         with on(y.device):
             affine_kernel[slices.blocks(AFFINE_COLUMNS), len(tiles)](
-                *(y, tiles, slots.memory, slots.device_table),
-                *(slots.device_table.stride(0), pool.first + first, slots.unit),
+                *(y, tiles, slots.floats(slots.dtype), slots.device_table),
+                *(slots.device_table.stride(0), pool.first + first, unit),
                 *(*slices.widths, *slices.offsets, y.stride(0)),
                 BLOCK_M=SHORT,
                 BLOCK_N=AFFINE_COLUMNS,
@@ -122,16 +124,24 @@ def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, 0] = A[slot(t)][:, token_ids[t]]``; see :class:`Backend`."""
     slots, width = pool.slots, batch.width
     if not batch.segments:
-        return slots.memory.new_zeros(len(token_ids), 1, width)
-    h = slots.memory.new_empty(len(token_ids), 1, width)
+        return slots.memory.new_zeros(len(token_ids), 1, width, dtype=slots.dtype)
+    h = slots.memory.new_empty(len(token_ids), 1, width, dtype=slots.dtype)
     h[: batch.segments[0].start] = 0
     tiles = batch.derive(TilePlan).tiles(SHORT)
     with on(h.device):
         embed_kernel[-(-width // EMBED_RANKS), len(tiles)](
-            *(token_ids.contiguous(), slots.memory, slots.device_table, h, tiles),
+            *(
+                token_ids.contiguous(),
+                slots.memory,
+                slots.floats(torch.float32),
+                slots.device_table,
+                h,
+                tiles,
+            ),
             *(slots.device_table.stride(0), pool.first, slots.unit, pool.in_features, width),
             BLOCK_M=SHORT,
             BLOCK_R=EMBED_RANKS,
+            INT8=slots.int8,
         )
     return h
 

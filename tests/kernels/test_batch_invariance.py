@@ -46,18 +46,22 @@ def _threads() -> Iterator[None]:
 @pytest.mark.usefixtures("level", "_threads")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "int8_cache"),
+    ("dtype", "quantization", "int8_cache", "lora_dtype"),
     [
-        (torch.float32, "none", False),
-        (torch.bfloat16, "none", False),
-        (torch.bfloat16, "int8", True),
-        (torch.bfloat16, "int4", False),
+        (torch.float32, "none", False, torch.float32),
+        (torch.bfloat16, "none", False, torch.bfloat16),
+        (torch.bfloat16, "int8", True, torch.bfloat16),
+        (torch.float32, "none", False, torch.int8),
+        (torch.bfloat16, "int8", False, torch.int8),
+        (torch.bfloat16, "int4", False, torch.bfloat16),
     ],
 )
 def test_logits_do_not_depend_on_the_batch(
-    dtype: torch.dtype, quantization: Quantization, int8_cache: bool, family: str
+    dtype: torch.dtype, quantization: Quantization, int8_cache: bool, lora_dtype: torch.dtype, family: str
 ) -> None:
-    steps = InvariantSteps(model(family), dtype, "cpu", quantization, int8_cache=int8_cache)
+    steps = InvariantSteps(
+        model(family), dtype, "cpu", quantization, int8_cache=int8_cache, lora_dtype=lora_dtype
+    )
     assert steps.runner.native is not None
     sequences = make_sequences(0)
     torch.set_num_threads(1)

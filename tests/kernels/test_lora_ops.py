@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.lora_cases import Case, apply, make_case
+from support.lora_cases import Case, apply, make_case, rounded
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
 
@@ -72,6 +72,40 @@ def test_backends_equal_the_reference(name: str, case: Case) -> None:
     expected_h, expected_y = apply(REFERENCE, case)
     torch.testing.assert_close(h, expected_h, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
+    batch, pool = case.batch, case.int8_pool
+    h = REFERENCE.lora_shrink(case.x, pool, batch)
+    y = case.y.clone()
+    REFERENCE.lora_expand(h, pool, y, batch)
+    expected = case.y.clone()
+    max_rank = case.a.shape[1] // len(case.b)
+    for t, slot in enumerate(case.slot_of_token):
+        for j, (b_j, offset) in enumerate(zip(case.b, case.offsets, strict=True)):
+            if slot >= 0:
+                rank = case.ranks[slot]
+                a, b, scale = rounded(case.a[slot, j * max_rank :][:rank], b_j[slot, :, :rank])
+                delta = (b.double() @ torch.diag(scale.double()) @ a.double() @ case.x[t].double()).float()
+                expected[t, offset : offset + b_j.shape[1]] += delta
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_backends_equal_the_reference_in_int8(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    case = data.draw(cases(dtype))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    for found, expected in zip(
+        apply(get_backend("cpu", name), case, int8=True), apply(REFERENCE, case, int8=True), strict=True
+    ):
+        assert found.dtype == dtype
+        scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
+        torch.testing.assert_close(found / scale, expected / scale, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -158,8 +192,8 @@ def test_modules_of_an_adapter_have_ranks_of_their_own(name: str) -> None:
     pool = case.pool
     ranks = {(0, 1): (0, 0), (0, 2): (3, 3), (1, 0): (0, 0), (1, 1): (2, 5), (2, 0): (8, 8)}
     for (slot, j), (a_rank, b_rank) in ranks.items():
-        begin, _, b, _, _ = pool.where(slot, j)
-        pool.slots.table[slot, j] = torch.tensor([begin, a_rank, b, b_rank, -1])
+        where = pool.where(slot, j)._replace(a_rank=a_rank, b_rank=b_rank, affine=-1)
+        pool.slots.table[slot, j] = torch.tensor(where)
     results = []
     for backend in (get_backend("cpu", name), REFERENCE):
         h, y = backend.lora_shrink(case.x, pool, case.batch), case.y.clone()

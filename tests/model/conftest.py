@@ -66,6 +66,7 @@ class Driver:
             max_rank=slots.layout.max_rank,
             target_modules=slots.layout.modules,
             dtype=self.lora_dtype,
+            affine_dtype=self.runner.dtype,
             weights=self.runner.decoder.base_weight,
         )
         image = store.read(folder.name, str(folder))

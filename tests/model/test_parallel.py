@@ -169,6 +169,20 @@ def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_
     check(two, root, model, fully_sharded, "cpu")
 
 
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+@pytest.mark.usefixtures("cpu_library")
+def test_int8_adapters_on_two_ranks(two: Ranks, root: Path, kernels: str) -> None:
+    """Each rank's share has scales of its own, so logits are close to those of whole adapters, not equal."""
+    expected = alone(root, "qwen2", "torch")
+    script = script_of(root, "qwen2", kernels)._replace(int8_adapters=True)
+    found, _ = two.run(play, script)
+    # From the first step on, as long as the tokens are the same.
+    assert len(found.logits) == len(expected.logits)
+    ours, theirs = found.logits[0], expected.logits[0]
+    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    assert 0 < error < 0.02
+
+
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.usefixtures("cpu_library")
 def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:

@@ -42,13 +42,14 @@ class InvariantSteps:
         quantization: Quantization,
         *,
         int8_cache: bool = False,
+        lora_dtype: torch.dtype | None = None,
     ) -> None:
         self._logits = torch.empty(0)
         self._in_slot = [-1] * SLOTS
         self.runner = ModelRunner(
             *(read_spec(model), model), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=BLOCK,
             max_loras=SLOTS, max_lora_rank=MAX_RANK, kernels=kernels, quantization=quantization,
-            sample=self._sample, int8_cache=int8_cache,
+            sample=self._sample, int8_cache=int8_cache, lora_dtype=lora_dtype,
         )  # fmt: skip
 
     def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:

@@ -38,6 +38,14 @@ class Case(NamedTuple):
     @property
     def pool(self) -> LoRAPool:
         """The adapters one behind the other, the last one first, as long as their ranks; NaN lies between."""
+        return self._pool(int8=False)
+
+    @property
+    def int8_pool(self) -> LoRAPool:
+        """The same in int8: A and B are what :func:`rounded` makes of them."""
+        return self._pool(int8=True)
+
+    def _pool(self, *, int8: bool) -> LoRAPool:
         n = len(self.b)
         matrices: dict[tuple[int, int, int], Tensor] = {}
         for slot, rank in enumerate(self.ranks):
@@ -45,25 +53,31 @@ class Case(NamedTuple):
                 matrices[slot, j, 0] = self.a[slot].chunk(n)[j][:rank]
             for j in range(n):
                 matrices[slot, j, 2] = self.b[j][slot, :, :rank]
+                if int8:
+                    a, b, scale = rounded(matrices[slot, j, 0], matrices[slot, j, 2])
+                    matrices[slot, j, 0], matrices[slot, j, 2], matrices[slot, j, 5] = a, b, scale
             for j in range(n):
                 if self.slot_affine and self.slot_affine[slot]:
                     matrices[slot, j, 4] = self.affine[j][slot]
+        dtype = torch.int8 if int8 else self.a.dtype
+        flat = {key: matrix.flatten().view(dtype) for key, matrix in matrices.items()}
         gap = 16
-        length = gap + sum(-(-m.numel() // gap) * gap + gap for m in matrices.values())
+        length = gap + sum(-(-len(m) // gap) * gap + gap for m in flat.values())
         widths = [b.shape[1] for b in self.b]
         numbers = (self.a.shape[2], *widths)
+        empty = torch.full((length,), 127 if int8 else float("nan"), dtype=dtype, device=self.a.device)
         slots = SlotMemory(
-            torch.full((length,), float("nan"), dtype=self.a.dtype, device=self.a.device),
-            len(self.ranks), n, self.a.shape[1] // n, aligned=not any(number % 16 for number in numbers),
+            empty, len(self.ranks), n, self.a.shape[1] // n,
+            aligned=int8 or not any(number % 16 for number in numbers), dtype=self.a.dtype,
         )  # fmt: skip
         begin = gap
         for slot in reversed(range(len(self.ranks))):
-            table = torch.tensor([[0, self.ranks[slot], 0, self.ranks[slot], -1]] * n)
-            for (of, j, column), matrix in matrices.items():
+            table = torch.tensor([[0, self.ranks[slot], 0, self.ranks[slot], -1, -1]] * n)
+            for (of, j, column), matrix in flat.items():
                 if of == slot:
-                    slots.memory[begin : begin + matrix.numel()] = matrix.flatten()
+                    slots.memory[begin : begin + len(matrix)] = matrix
                     table[j, column] = begin
-                    begin += -(-matrix.numel() // gap) * gap + gap
+                    begin += -(-len(matrix) // gap) * gap + gap
             slots.table[slot], rows = slots.rows(table, 0)
             slots.device_table[slot] = rows
         names = tuple(f"slice {j}" for j in range(n))
@@ -114,10 +128,17 @@ def make_case(
     return Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
 
 
-def apply(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
+def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers for A [rank, in] and B [out, rank], and a scale [rank]; kernels take any."""
+    scale = (a.abs().amax(1) / 127).float().nan_to_num(1.0)
+    whole = (a.float() / scale[:, None]).nan_to_num(0.0).round().to(torch.int8)
+    return whole, (b.float() * 40).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8), scale / 40
+
+
+def apply(backend: Backend, case: Case, *, int8: bool = False) -> tuple[Tensor, Tensor]:
     """h, and y after all operations."""
     y = case.y.clone()
-    batch, pool = case.batch, case.pool
+    batch, pool = case.batch, case.int8_pool if int8 else case.pool
     h = backend.lora_shrink(case.x, pool, batch)
     backend.lora_expand(h, pool, y, batch)
     backend.lora_affine(y, pool, batch)

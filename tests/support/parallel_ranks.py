@@ -138,6 +138,7 @@ class Script(NamedTuple):
     """"cuda": each rank has a GPU of its own."""
     chunk: int = 9
     """Prompts are computed in pieces of so many tokens."""
+    int8_adapters: bool = False
 
 
 class Outcome(NamedTuple):
@@ -268,15 +269,18 @@ class Stage:
             max_loras=script.max_loras,
             max_lora_rank=script.max_rank,
             target_modules=script.target_modules,
+            lora_dtype=torch.int8 if script.int8_adapters else script.dtype,
             sample=self._sample,
             kernels=script.kernels,
             group=group,
         )
+        assert self.runner.lora_slots is not None
         self.store = AdapterStore(
             self.runner.spec,
             max_rank=script.max_rank,
             target_modules=script.target_modules,
-            dtype=script.dtype,
+            dtype=self.runner.lora_slots.memory.memory.dtype,
+            affine_dtype=script.dtype,
             weights=self.runner.decoder.base_weight,
             shard=group.shard,
         )
@@ -291,8 +295,9 @@ class Stage:
             for theirs in self._group.all_gather(mine[None], dim=0):
                 draft.add(0, bytes(theirs.cpu().view(torch.uint8).tolist()))
         image = self.store.finish(draft)
-        assert self.runner.lora_slots is not None
-        self.runner.lora_slots.write(slot, image)
+        slots = self.runner.lora_slots
+        assert slots is not None
+        slots.write(slot, image)
         self._ranks[slot] = image.rank
         return image
 

@@ -23,7 +23,10 @@ class Draft:
     Whatever the ranks, all draft the same rows of one adapter, in the same order.
     """
 
-    def __init__(self, packed: PackedAdapter, layout: SlotLayout, weights: BaseWeights) -> None:
+    def __init__(
+        self, packed: PackedAdapter, layout: SlotLayout, weights: BaseWeights, dtype: torch.dtype
+    ) -> None:
+        """``layout`` and ``dtype`` are the slots'."""
         self.packed = packed
         split = layout.shard.size > 1
         keys = sorted(key for key in packed.magnitudes if split and key[1] in SPLIT_INPUTS)
@@ -31,7 +34,7 @@ class Draft:
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))
         self._layout = layout
-        self._dtype = next(iter(packed.tensors.values()))[0].dtype
+        self._dtype = dtype
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +48,7 @@ class Draft:
         packed = self.packed
         affine = packed.magnitudes.keys() | packed.biases.keys()
         ranks = {key: (len(a), b.shape[1]) for key, (a, b) in packed.tensors.items()}
-        return image_shape(self._layout, ranks, affine, self._dtype).elements * self._dtype.itemsize
+        return image_shape(self._layout, ranks, affine, self._dtype).nbytes
 
     @property
     def squares(self) -> bytes:

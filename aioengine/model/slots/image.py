@@ -13,7 +13,7 @@ from aioengine.errors import ConfigError
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Buffer
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.layout import Elements, SlotLayout
 
 SERIAL_ELEMENTS = 32_000
 """torch works on up to so many elements in the calling thread (it goes parallel from 32768)."""
@@ -82,6 +82,10 @@ class ImageShape:
     elements: int
     table: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
     def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
         """``data`` [elements] is kept, not copied."""
         return AdapterImage(rank, digest, self.layout, data, self.table, has_affine)
@@ -99,23 +103,34 @@ def image_shape(
 ) -> ImageShape:
     """Return the shape of the image of an adapter with these rows of A and columns of B, and with gain and
     shift for the places ``affine``."""
-    rows = [[0, 0, 0, 0, -1] for _ in layout.places]
-    end = 0
+    rows = [[0, 0, 0, 0, -1, -1] for _ in layout.places]
+    end, holds = 0, layout.holds
     for fused in layout.fused:
         held = [(fused.layer, module) for module in fused.modules if (fused.layer, module) in ranks]
         for key in held:
             row, rank = rows[layout.index[key]], ranks[key][0]
             row[Column.A], row[Column.A_RANK] = end, rank
-            end += rank * layout.places[key].shape.in_features
+            end += holds.matrix(rank * layout.places[key].shape.in_features)
+        for key in held if holds.int8 else ():
+            rows[layout.index[key]][Column.SCALE] = end
+            end += holds.scales(ranks[key][0])
         for key in held:
             row, rank = rows[layout.index[key]], ranks[key][1]
             row[Column.B], row[Column.B_RANK] = end, rank
-            end += rank * layout.places[key].shape.out_features
+            end += holds.matrix(rank * layout.places[key].shape.out_features)
     for key, place in layout.places.items():
         if key in affine:
             rows[layout.index[key]][Column.AFFINE] = end
-            end += 2 * place.num_outputs
+            end += holds.gain_and_shift(place.num_outputs)
     return ImageShape(layout, dtype, end, torch.tensor(rows, dtype=torch.int64))
+
+
+def elements_of(dtype: torch.dtype, affine_dtype: torch.dtype | None) -> Elements:
+    """What slots of ``dtype`` hold, where gains and shifts are of ``affine_dtype`` if that is int8."""
+    if dtype != torch.int8:
+        return Elements()
+    assert affine_dtype is not None, "int8 slots need the model's dtype for gains and shifts"
+    return Elements(True, affine_dtype.itemsize)
 
 
 def build_image(

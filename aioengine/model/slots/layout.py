@@ -5,6 +5,9 @@ targets, each as large as its own rank; the As of a fused linear adjoin. Then co
 ``lora_bias`` need, for every output of the modules that have it. Offsets here are those of an adapter that
 has ``max_rank`` in every module; :func:`aioengine.model.slots.image.image_shape` has those of any other.
 
+Where a slot holds int8, its elements are bytes, and the scales follow the As; everything begins at a multiple
+of ``INT8_UNIT`` bytes, so there may be gaps.
+
 Under tensor parallelism a slot holds a rank's share, in one of two ways. By default one matrix of each pair
 is split, as the base linear is: B over the outputs, or A over the inputs. Fully sharded, the other one is as
 well: A over the adapter's rank, or B over the outputs (S-LoRA, Sheng et al., 2023,
@@ -21,11 +24,41 @@ from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.parallel.partition import SPLIT_INPUTS, Partition
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
-__all__ = ["FusedPlace", "Place", "Share", "SlotLayout"]
+__all__ = ["Elements", "FusedPlace", "Place", "Share", "SlotLayout"]
+
+INT8_UNIT = 16
+"""Bytes."""
+_SCALE_BYTES = 4
+
+
+class Elements(NamedTuple):
+    """The elements of a slot: of the model's dtype all of them, or, where the matrices are int8, bytes."""
+
+    int8: bool = False
+    affine: int = 1
+    """Of each gain and shift."""
+
+    def matrix(self, numbers: int) -> int:
+        """Elements that a matrix takes."""
+        return self._whole(numbers)
+
+    def scales(self, rank: int) -> int:
+        """Elements that the scales of ``rank`` rows take."""
+        return self._whole(rank * _SCALE_BYTES) if self.int8 else 0
+
+    def gain_and_shift(self, outputs: int) -> int:
+        """Elements that gain and shift take."""
+        return self._whole(2 * outputs * self.affine)
+
+    def _whole(self, elements: int) -> int:
+        return -(-elements // INT8_UNIT) * INT8_UNIT if self.int8 else elements
+
+
+FLOATS = Elements()
 
 
 class Place(NamedTuple):
-    """One module of one layer: its shape, and offsets in elements if every module has the largest rank."""
+    """One module of one layer: its shape, and offsets in numbers if every module has the largest rank."""
 
     shape: LinearShape
     """The inputs that A has and the outputs that B has."""
@@ -42,10 +75,10 @@ class Place(NamedTuple):
     affine: int
     """[2, num_outputs]: gain and shift; see :meth:`aioengine.kernels.Backend.lora_affine`."""
 
-    @property
-    def elements(self) -> int:
-        """Elements of A and B."""
-        return self.a_rank * self.shape.in_features + self.shape.out_features * self.b_rank
+    def elements(self, of: Elements) -> int:
+        """Count the elements of A and B."""
+        a, b = self.a_rank * self.shape.in_features, self.shape.out_features * self.b_rank
+        return of.matrix(a) + of.scales(self.a_rank) + of.matrix(b)
 
 
 class Share(NamedTuple):
@@ -78,8 +111,16 @@ class SlotLayout:
     Raises :class:`ConfigError` for a module that cannot be targeted, and as :class:`Partition`.
     """
 
-    def __init__(self, spec: ModelSpec, max_rank: int, modules: Iterable[str], shard: Shard = SOLO) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_rank: int,
+        modules: Iterable[str],
+        shard: Shard = SOLO,
+        holds: Elements = FLOATS,
+    ) -> None:
         self.spec = spec
+        self.holds = holds
         self.max_rank = max_rank
         self.modules = spec.targets(tuple(modules))
         self.partition = Partition(spec, shard)
@@ -90,7 +131,8 @@ class SlotLayout:
         self.places: dict[tuple[int, str], Place] = {}
         self.matrix_elements = sum(self.matrix_elements_by_module.values())
         """Elements of the LoRA matrices, which begin the slot."""
-        matrices, affine = 0, self.matrix_elements
+        matrices = 0
+        affine = sum(self.spec.layers_with(m) * shape.elements(FLOATS) for m, shape in self._shapes.items())
         for fused in self.fused:
             shapes = [self._shapes[module] for module in fused.modules]
             b = matrices + sum(shape.a_rank * shape.shape.in_features for shape in shapes)
@@ -100,7 +142,9 @@ class SlotLayout:
                 b += shape.shape.out_features * shape.b_rank
                 affine += 2 * shape.num_outputs
             matrices = b
-        self.elements = affine
+        self.affine_elements = sum(holds.gain_and_shift(place.num_outputs) for place in self.places.values())
+        """One slot's elements for DoRA and biases: two for every output of every module."""
+        self.elements = self.matrix_elements + self.affine_elements
         """Elements of a slot that has room for ``max_rank`` everywhere."""
         self.index = {key: index for index, key in enumerate(self.places)}
         """Number of each place; those of a fused linear follow each other."""
@@ -157,20 +201,16 @@ class SlotLayout:
 
     @property
     def matrix_elements_by_module(self) -> dict[str, int]:
-        """One slot's A and B elements by module: layers x max_rank x (in + out), unless it is a share."""
-        return {m: self.spec.layers_with(m) * self._shapes[m].elements for m in self.modules}
-
-    @property
-    def affine_elements(self) -> int:
-        """One slot's elements for DoRA and biases: two for every output of every module."""
-        return self.elements - self.matrix_elements
+        """One slot's A and B elements by module: layers x max_rank x (in + out), unless it is a share or
+        int8."""
+        return {m: self.spec.layers_with(m) * self._shapes[m].elements(self.holds) for m in self.modules}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SlotLayout):
             return NotImplemented
         return self is other or (
-            (self.max_rank, self.modules, self.spec, self.shard)
-            == (other.max_rank, other.modules, other.spec, other.shard)
+            (self.max_rank, self.modules, self.spec, self.shard, self.holds)
+            == (other.max_rank, other.modules, other.spec, other.shard, other.holds)
         )
 
     __hash__ = None  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.copy import Copy, SerialCopier, SlotCopier, StreamCopier
-from aioengine.model.slots.image import AdapterImage
+from aioengine.model.slots.image import AdapterImage, elements_of
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
@@ -25,6 +25,9 @@ class LoRASlots:
     does the same for "embed_tokens" and "lm_head". All slots share one memory: of ``nbytes``, where whoever
     writes an adapter says where it begins; or (None) with room for ``max_rank`` in every module of each slot.
     ``shared`` is memory (uint8) to use for that, which others use, too.
+
+    ``dtype`` may be int8: the matrices are, and gains and shifts are of ``affine_dtype`` (else that is
+    ``dtype``).
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class LoRASlots:
         *,
         nbytes: int | None = None,
         shared: torch.Tensor | None = None,
+        affine_dtype: torch.dtype | None = None,
     ) -> None:
-        self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard)
+        holds = elements_of(dtype, affine_dtype)
+        self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds)
         self.max_loras = max_loras
         nbytes = nbytes if shared is None else shared.nbytes
         self.elastic = nbytes is not None
@@ -52,8 +57,9 @@ class LoRASlots:
             memory = Buffer(elements * dtype.itemsize).tensor.view(dtype)
         else:
             memory = torch.empty(elements, dtype=dtype, device=device)
-        aligned = device.type != "cpu" and _aligned(layout)
-        self.memory = SlotMemory(memory, max_loras, len(layout.places), max_rank, aligned=aligned)
+        aligned = holds.int8 or (device.type != "cpu" and _aligned(layout))
+        places = len(layout.places)
+        self.memory = SlotMemory(memory, max_loras, places, max_rank, aligned=aligned, dtype=affine_dtype)
         self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
         self._has_affine = [False] * max_loras
         self._begins = [0] * max_loras
@@ -122,7 +128,8 @@ class LoRASlots:
             raise ConfigError(f"slot {slot}: there are max_loras={self.max_loras} slots")
         if image.layout != self.layout:
             raise ConfigError(
-                "the adapter was prepared for slots of another model, max_lora_rank or target_modules"
+                "the adapter was prepared for slots of another model, max_lora_rank or target_modules, or of "
+                "another lora_dtype"
             )
         memory = self.memory
         begin = slot * self.layout.elements if offset is None else offset // self.dtype.itemsize

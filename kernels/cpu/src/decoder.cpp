@@ -130,7 +130,8 @@ struct Run {
         rows += where.a_rank;
       }
       if (rows == 0) continue;
-      found.push_back({(const char*)m.slots.memory + begin * long(element()), rows * k * long(element())});
+      const char* const from = m.slots.at(begin, element());
+      found.push_back({from, m.slots.at(begin + rows * k, element()) - from});
       bytes += found.back().bytes;
     }
     if (bytes > FETCH_BYTES) found.clear();

@@ -33,41 +33,80 @@ inline vf sums(const vf (&v)[16]) {
 #endif
 }
 
-// A matrix B from one of its rows on, `rank` elements each, which are `lanes`, the last of them perhaps not whole.
+// A matrix B from one of its rows on, `rank` elements each, which are `lanes` of what is computed in, the last of them
+// perhaps not whole. The elements are T's, or int8.
 template <class T>
 struct B {
-  B(const typename T::elem* at, long rank) : at(at), rank(rank), lanes((rank + T::PER_LANE - 1) / T::PER_LANE) {}
-  const typename T::elem* at;
+  B(const void* at, long rank, bool int8)
+      : at(at), rank(rank), lanes((rank + T::PER_LANE - 1) / T::PER_LANE), int8(int8) {}
+  const void* at;
   long rank, lanes;
+  bool int8;
+
+  long row_bytes() const { return rank * (int8 ? 1 : long(sizeof(typename T::elem))); }
+  B from(long row) const { return {(const char*)at + row * row_bytes(), rank, int8}; }
 };
 
+// Four int8 of each lane as lanes of T, one of which holds PER_LANE elements. Every int8 is exact in them.
+template <class T>
+inline __attribute__((always_inline)) void widen(vu bytes, vu (&out)[Int8::PER_LANE / T::PER_LANE]) {
+  vf f[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) f[j] = __builtin_convertvector((vi)(bytes << (24 - 8 * j)) >> 24, vf);
+#pragma GCC unroll 4
+  for (int j = 0; j < Int8::PER_LANE / T::PER_LANE; j++)
+    out[j] = T::PER_LANE == 1 ? (vu)f[j] : ((vu)f[2 * j] >> 16) | ((vu)f[2 * j + 1] & 0xffff0000u);
+}
+
+// `rows` <= 16 rows of B as lanes [rank][16 rows]. `out` has room for whole lanes of int8.
+template <class T>
+void turn(const B<T>& b, long rows, uint32_t* out) {
+  if (!b.int8) return transpose<T>((const typename T::elem*)b.at, b.rank, b.rank, rows, out);
+  constexpr long TIMES = Int8::PER_LANE / T::PER_LANE;
+  const long words = (b.rank + Int8::PER_LANE - 1) / Int8::PER_LANE;
+  uint32_t* const bytes = out + words * (TIMES - 1) * LANES;  // at the end, so that they are read before they are written over
+  transpose<Int8>((const int8_t*)b.at, b.rank, b.rank, rows, bytes);
+  for (long i = 0; i < words; i++) {
+    vu wide[TIMES];
+    widen<T>(load(bytes + i * LANES), wide);
+    for (long j = 0; j < TIMES; j++) store(out + (i * TIMES + j) * LANES, wide[j]);
+  }
+}
+
 #if defined(AIO_SHUFFLE)
-// y += B h for R rows and so many panels: B, whose lanes are whole, is turned in registers.
-template <class T, int R>
+// y += B h for R rows and so many panels: B, of elements of type E and of whole lanes of these, is turned in registers.
+template <class T, class E, int R>
 inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y,
                         long y_stride) {
+  constexpr int TIMES = E::PER_LANE / T::PER_LANE;
   const uint32_t* row = (const uint32_t*)b.at;
-  const long lanes = b.lanes;
+  const long lanes = b.rank / E::PER_LANE;
   for (long p = 0; p < panels; p++, row += LANES * lanes, y += LANES) {
     vf acc[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
+    // A lane of E is `TIMES` of h.
+    const auto add_lane = [&](long k, vu w) {
+      vu wide[TIMES];
+      if constexpr (TIMES == 1)
+        wide[0] = w;
+      else
+        widen<T>(w, wide);
+#pragma GCC unroll 4
+      for (int i = 0; i < TIMES; i++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = T::dot(acc[r], splat(h[r * h_stride + k * TIMES + i]), wide[i]);
+    };
     long k = 0;
     for (; k + 8 <= lanes; k += 8) {
       vu w[8];
       transpose8(row + k, lanes, w);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; j++)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-          acc[r] = T::dot(acc[r], splat(h[r * h_stride + k + j]), w[j]);
+      for (int j = 0; j < 8; j++) add_lane(k + j, w[j]);
     }
     const auto add = [&](auto& w, int count) {
 #pragma GCC unroll 4
-      for (int j = 0; j < count; j++)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-          acc[r] = T::dot(acc[r], splat(h[r * h_stride + k + j]), w[j]);
+      for (int j = 0; j < count; j++) add_lane(k + j, w[j]);
     };
     if (k + 4 == lanes) {
       vu w[4];
@@ -93,7 +132,7 @@ template <class T, int R>
 void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride,
                    uint32_t* turned) {
   for (long p = 0; p < panels; p++, y += LANES) {
-    transpose<T>(b.at + p * LANES * b.rank, b.rank, b.rank, LANES, turned);
+    turn(b.from(p * LANES), LANES, turned);
     vf acc[R];
     for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
     for (long k = 0; k < b.lanes; k++)
@@ -102,16 +141,18 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
   }
 }
 
-// y += B h for `rows` rows, h_stride lanes apart, and so many panels. `turned` has room for one of B.
-template <class T>
-void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
+// y += B h for `rows` rows, h_stride lanes apart, and so many panels. `turned` has room for one of B. E is the type of
+// B's elements.
+template <class T, class E>
+void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
                    long y_stride, uint32_t* turned) {
   // Taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
-  const bool as_it_lies = b.rank % T::PER_LANE == 0 && (b.lanes % 4 == 0 || b.lanes <= 2);
+  const long lanes = b.rank / E::PER_LANE;
+  const bool as_it_lies = b.rank % E::PER_LANE == 0 && (lanes % 4 == 0 || lanes <= 2);
   for (long r = 0; r < rows; r += 8, h += 8 * h_stride, y += 8 * y_stride) {
 #if defined(AIO_SHUFFLE)
     if (as_it_lies) {
-#define CALL(R) expand_rows<T, R>(h, h_stride, b, panels, y, y_stride)
+#define CALL(R) expand_rows<T, E, R>(h, h_stride, b, panels, y, y_stride)
       AIO_SWITCH_ROWS(rows - r, CALL)
 #undef CALL
       continue;
@@ -121,6 +162,15 @@ void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, l
     AIO_SWITCH_ROWS(rows - r, CALL)
 #undef CALL
   }
+}
+
+template <class T>
+void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
+                   long y_stride, uint32_t* turned) {
+  if (b.int8)
+    expand_panels_of<T, Int8>(h, h_stride, b, rows, panels, y, y_stride, turned);
+  else
+    expand_panels_of<T, T>(h, h_stride, b, rows, panels, y, y_stride, turned);
 }
 
 }  // namespace aio

@@ -1,7 +1,9 @@
 // LoRA shrink and expand over segments of tokens that share an adapter, for several fused slices at once.
 //
 // LoRA: Hu et al., 2021, arXiv:2106.09685. Tokens grouped by adapter: Punica, Chen et al., 2023, arXiv:2310.18547.
-// A slot has A [rank, in] and B [out, rank] of every module that its adapter targets; a table says where.
+// A slot has A [rank, in] and B [out, rank] of every module that its adapter targets; a table says where. In int8 slots both
+// are whole numbers, which are exact in the type that is computed in; what A gives is multiplied by scales of its rows.
+#include <type_traits>
 #include <vector>
 
 #include "expand.h"
@@ -17,16 +19,62 @@ inline vu load_tail(const typename T::elem* p, long count) {
   return v;
 }
 
-// An adapter is read once a step, from memory: what comes next is asked for early.
+// A vector of T's elements from memory, and from as many int8 in the same order.
 template <class T>
-inline void fetch(const typename T::elem* p, long elements) {
-  for (long i = 0; i < elements; i += 64 / long(sizeof *p)) __builtin_prefetch(p + i);
+inline vu load_as(const typename T::elem* p) {
+  return load((const uint32_t*)p);
+}
+// Compilers make a loop of __builtin_convertvector here.
+inline vf load_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  vf out;
+  for (int i = 0; i < 2; i++) {
+    const __m256 half = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i))));
+    std::memcpy((float*)&out + 8 * i, &half, sizeof half);
+  }
+  return out;
+#else
+  vf out;
+  for (int i = 0; i < LANES; i++) out[i] = p[i];
+  return out;
+#endif
+}
+template <class T>
+inline vu load_as(const int8_t* p) {
+  if constexpr (T::PER_LANE == 1) {
+    return (vu)load_int8(p);
+  } else {
+#if defined(__AVX512BF16__)
+    return (vu)_mm512_cvtne2ps_pbh((__m512)load_int8(p + LANES), (__m512)load_int8(p));
+#else
+    typename T::elem wide[LANES * T::PER_LANE];
+    T::store16(wide, load_int8(p)), T::store16(wide + LANES, load_int8(p + LANES));
+    return load((const uint32_t*)wide);
+#endif
+  }
+}
+template <class T>
+inline vu load_tail_as(const typename T::elem* p, long count) {
+  return load_tail<T>(p, count);
+}
+template <class T>
+inline vu load_tail_as(const int8_t* p, long count) {
+  int8_t some[LANES * T::PER_LANE] = {};
+  std::memcpy(some, p, count);
+  return load_as<T>(some);
 }
 
-// Products of up to 4 tokens with up to 4 rows of A: sums[t * 4 + r]. Meanwhile the 4 rows at `later` are fetched.
-template <class T, int TOKENS>
-inline vf products(const typename T::elem* x, long x_stride, const typename T::elem* const (&a)[4], long k,
-                   const typename T::elem* later) {
+// An adapter is read once a step, from memory: what comes next is asked for early.
+inline void fetch(const void* p, long bytes) {
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
+// Products of up to 4 tokens with up to 4 rows of A, of elements of type E: sums[t * 4 + r]. Meanwhile the 4 rows at `later`
+// are fetched.
+template <class T, class E, int TOKENS>
+inline vf products(const typename T::elem* x, long x_stride, const E* const (&a)[4], long k, const E* later) {
   constexpr long STEP = LANES * T::PER_LANE;
   vf acc[16];
   for (int i = 0; i < 16; i++) acc[i] = vf{};
@@ -34,7 +82,7 @@ inline vf products(const typename T::elem* x, long x_stride, const typename T::e
   for (; i + STEP <= k; i += STEP) {
     vu row[4];
     for (int r = 0; r < 4; r++) {
-      row[r] = load((const uint32_t*)(a[r] + i));
+      row[r] = load_as<T>(a[r] + i);
       __builtin_prefetch(later + r * k + i, 0, 2);
     }
     for (int t = 0; t < TOKENS; t++) {
@@ -45,9 +93,29 @@ inline vf products(const typename T::elem* x, long x_stride, const typename T::e
   if (i < k)
     for (int t = 0; t < TOKENS; t++) {
       const vu token = load_tail<T>(x + t * x_stride + i, k - i);
-      for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, load_tail<T>(a[r] + i, k - i));
+      for (int r = 0; r < 4; r++) acc[t * 4 + r] = T::dot(acc[t * 4 + r], token, load_tail_as<T>(a[r] + i, k - i));
     }
   return sums(acc);
+}
+
+template <class T, class E>
+inline vf products(long tokens, const typename T::elem* x, long x_stride, const E* const (&a)[4], long k, const E* later) {
+  switch (tokens) {
+    case 1: return products<T, E, 1>(x, x_stride, a, k, later);
+    case 2: return products<T, E, 2>(x, x_stride, a, k, later);
+    case 3: return products<T, E, 3>(x, x_stride, a, k, later);
+    default: return products<T, E, 4>(x, x_stride, a, k, later);
+  }
+}
+
+template <class T, class E>
+inline void widen_row(const E* from, long k, typename T::elem* to) {
+  long i = 0;
+  for (; i + LANES * T::PER_LANE <= k; i += LANES * T::PER_LANE) store((uint32_t*)(to + i), load_as<T>(from + i));
+  if (i < k) {
+    const vu tail = load_tail_as<T>(from + i, k - i);
+    std::memcpy(to + i, &tail, (k - i) * sizeof *to);
+  }
 }
 
 struct Shrink {
@@ -59,9 +127,11 @@ struct Shrink {
   long k, slices, width;
 };
 
-template <class T>
+// E is the type of A's elements.
+template <class T, class E>
 void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
   using elem = typename T::elem;
+  constexpr bool INT8 = !std::is_same_v<E, elem>;
   struct Task {
     const Segment* segment;
     const Where* where;
@@ -77,28 +147,39 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
         for (long r = 0; r == 0 || r < where->a_rank; r += 4) tasks.push_back({g, where, t, j, r});
       }
   together(threads, [&](const Member& me) {
+    std::vector<elem> wide(INT8 ? 4 * s.k : 0);
     const Range mine = me.share(long(tasks.size()));
     for (long i = mine.begin; i < mine.end; i++) {
       const Task& task = tasks[i];
       const Segment& g = *task.segment;
       const long rank = task.where->a_rank;
       const long rows = rank - task.row < 4 ? rank - task.row : 4;
-      const auto rows_of = [&](const Task& of) { return (const elem*)s.slots->memory + of.where->a + of.row * s.k; };
-      const elem* first = rows_of(task);
-      const elem* later = rows_of(tasks[i + TASKS_AHEAD < mine.end ? i + TASKS_AHEAD : i]);
-      const elem* a[4];
-      for (int r = 0; r < 4; r++) a[r] = first + (r < rows ? r : 0) * s.k;
+      const auto rows_of = [&](const Task& of) { return (const E*)s.slots->at(of.where->a, sizeof(E)) + of.row * s.k; };
+      const E* first = rows_of(task);
+      const E* later = rows_of(tasks[i + TASKS_AHEAD < mine.end ? i + TASKS_AHEAD : i]);
       const long end = task.begin + TOKENS < g.end ? task.begin + TOKENS : g.end;
+      const bool widened = INT8 && end - task.begin > 4;  // once for all tokens
+      const E* a[4];
+      const elem* w[4];
+      vf scale = splatf(1.0f);
+      for (int r = 0; r < 4; r++) {
+        const long row = r < rows ? r : 0;
+        a[r] = first + row * s.k;
+        w[r] = wide.data() + row * s.k;
+        if (INT8 && r < rows) {
+          if (widened) widen_row<T>(a[r], s.k, wide.data() + r * s.k);
+          const float of_row = ((const float*)s.slots->at(task.where->scale, 1))[task.row + r];
+          for (int u = 0; u < 4; u++) scale[u * 4 + r] = of_row;
+        }
+      }
       for (long t = task.begin; t < end; t += 4) {
         const elem* x = (const elem*)s.x + t * s.x_stride;
         const long tokens = end - t < 4 ? end - t : 4;
         vf found = {};
-        switch (rows == 0 ? 0 : tokens) {
-          case 0: break;  // the module is not targeted
-          case 1: found = products<T, 1>(x, s.x_stride, a, s.k, later); break;
-          case 2: found = products<T, 2>(x, s.x_stride, a, s.k, later); break;
-          case 3: found = products<T, 3>(x, s.x_stride, a, s.k, later); break;
-          default: found = products<T, 4>(x, s.x_stride, a, s.k, later); break;
+        if (rows > 0) {  // else the module is not targeted
+          found = widened ? products<T, elem>(tokens, x, s.x_stride, w, s.k, w[0])
+                          : products<T, E>(tokens, x, s.x_stride, a, s.k, later);
+          if (INT8) found *= scale;
         }
         for (long u = 0; u < tokens; u++) {
           elem* h = (elem*)s.h + ((t + u) * s.slices + task.slice) * s.width + task.row;
@@ -109,6 +190,12 @@ void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
       }
     }
   });
+}
+
+template <class T>
+void shrink(const Shrink& s, const Segment* segments, long count, int threads) {
+  s.slots->int8 ? shrink<T, int8_t>(s, segments, count, threads)
+                : shrink<T, typename T::elem>(s, segments, count, threads);
 }
 
 template <class T>
@@ -181,11 +268,11 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
         if (rank == 0) continue;
         const long column = tasks[i].column;
         const long columns = slice.out - column;
-        const elem* from = (const elem*)e.slots->memory + where.b + column * rank;
-        fetch<T>(from + AHEAD * rank, 2 * LANES * rank);
+        const B<T> from = B<T>(e.slots->at(where.b, sizeof(elem)), rank, e.slots->int8).from(column);
+        fetch(from.from(AHEAD).at, 2 * LANES * from.row_bytes());
         for (int p = 0; p < 2 && p * LANES < columns; p++) {
           const long rows = columns - p * LANES < LANES ? columns - p * LANES : LANES;
-          transpose<T>(from + p * LANES * rank, rank, rank, rows, b.data() + p * panel);
+          turn(from.from(p * LANES), rows, b.data() + p * panel);
         }
         for (long t = g->begin; t < g->end; t += 8) {
           const uint32_t* h = (const uint32_t*)e.h + t * h_stride + tasks[i].slice * width;
@@ -215,7 +302,7 @@ void affine(void* y_, long y_stride, const Slots& slots, long first, const Slice
       for (long j = 0; j < slices; j++) {
         const long begin = slots.where(g->slot, first + j).affine;
         if (begin < 0) continue;
-        const elem* gain = (const elem*)slots.memory + begin;
+        const elem* gain = (const elem*)slots.at(begin, sizeof(elem));
         const elem* shift = gain + slice[j].out;
         const Range mine = me.share(g->end - g->begin);
         for (long t = g->begin + mine.begin; t < g->begin + mine.end; t++) {

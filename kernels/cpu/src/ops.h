@@ -15,11 +15,13 @@ struct Segment {
   int32_t slot, begin, end, rank;
 };
 
-// Where a slot has the matrices of a module, in elements from the beginning of the slots' memory. slots.py names these.
+// Where a slot has the matrices of a module, in elements from the beginning of the slots' memory: bytes if the matrices
+// are int8. slots.py names these.
 struct Where {
   int64_t a, a_rank;  // A [a_rank, k]; a_rank 0: the adapter does not target the module
   int64_t b, b_rank;  // B [out, b_rank]
   int64_t affine;     // [2, out]; below 0: there is none
+  int64_t scale;      // [a_rank] of A's rows, float32, if the matrices are int8
 };
 
 // The memory of all slots, and the table [slots][places] of what is where.
@@ -27,6 +29,10 @@ struct Slots {
   const void* memory;
   const Where* table;
   int64_t places;
+  int64_t int8;  // whether the matrices are
+
+  // What is at an offset of a table, which has elements of `size` bytes unless they are int8.
+  const char* at(long offset, long size) const { return (const char*)memory + offset * (int8 ? 1 : size); }
 
   const Where& where(long slot, long place) const { return table[slot * places + place]; }
 };

@@ -236,7 +236,7 @@ class Blocks {
     long row = begin;
     for (const Segment* g = first(begin); g < last() && g->begin < end; g++) {
       if (row < g->begin) rows(w, nullptr, row, g->begin, column, panels);
-      const Delta delta = turn(*g, column, panels);
+      const Delta delta = turned(*g, column, panels);
       const long from = row < g->begin ? g->begin : row;
       row = g->end < end ? g->end : end;
       rows(w, &delta, from, row, column, panels);
@@ -262,7 +262,7 @@ class Blocks {
         const long top = column + panels * LANES - a.slice[j].offset;
         const long high = top < a.slice[j].out ? top : a.slice[j].out;
         const B<Out> b = matrix(j, g->slot, low);
-        if (low < high && b.rank > 0) fetcher_.want(b.at, (high - low) * b.rank * long(sizeof(elem)));
+        if (low < high && b.rank > 0) fetcher_.want(b.at, (high - low) * b.row_bytes());
       }
   }
 
@@ -306,10 +306,10 @@ class Blocks {
   // B of a slice, from one of its rows on.
   B<Out> matrix(long slice, long slot, long row) const {
     const Where& where = adapters_->slots->where(slot, adapters_->first + slice);
-    return {(const elem*)adapters_->slots->memory + where.b + row * where.b_rank, long(where.b_rank)};
+    return B<Out>(adapters_->slots->at(where.b, sizeof(elem)), where.b_rank, adapters_->slots->int8).from(row);
   }
 
-  Delta turn(const Segment& g, long column, long panels) {
+  Delta turned(const Segment& g, long column, long panels) {
     const Adapters& a = *adapters_;
     const long width = a.width / Out::PER_LANE, panel = width * LANES;
     Delta delta{b_.data(), (const uint32_t*)a.h, panel, a.slices * width, {}, {}};
@@ -321,7 +321,7 @@ class Blocks {
       if (b.rank == 0) continue;
       delta.slice[p] = j * width;
       delta.lanes[p] = b.lanes;
-      transpose<Out>(b.at, b.rank, b.rank, LANES, b_.data() + p * panel);
+      turn(b, LANES, b_.data() + p * panel);
     }
     return delta;
   }

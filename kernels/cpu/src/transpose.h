@@ -125,7 +125,7 @@ void transpose(const typename T::elem* b, long stride, long rank, long rows, uin
     for (long r = 0; r < LANES; r++) {
       const long left = rank - i * T::PER_LANE;
       uint32_t lane = 0;
-      if (r < rows) std::memcpy(&lane, b + r * stride + i * T::PER_LANE, left < T::PER_LANE ? sizeof *b : 4);
+      if (r < rows) std::memcpy(&lane, b + r * stride + i * T::PER_LANE, left < T::PER_LANE ? left * sizeof *b : 4);
       out[i * LANES + r] = lane;
     }
 }

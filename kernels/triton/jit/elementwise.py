@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aioengine.kernels.triton.jit.slices import A_RANK, AFFINE, COLUMNS, A, locate, pick
+from aioengine.kernels.triton.jit.slices import A_RANK, AFFINE, COLUMNS, A, locate, pick, scales
 
 
 @triton.jit(do_not_specialize=["place", "table_stride"])
@@ -57,6 +57,7 @@ def affine_kernel(
 def embed_kernel(
     ids_ptr,  # [T]
     memory_ptr,  # [elements]
+    scales_ptr,  # the same as float32, if it is INT8
     table_ptr,  # [S, places, COLUMNS], slots table_stride apart
     h_ptr,  # [T, 1, width], contiguous
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
@@ -67,6 +68,7 @@ def embed_kernel(
     width,
     BLOCK_M: tl.constexpr,  # at least the tokens of a tile
     BLOCK_R: tl.constexpr,
+    INT8: tl.constexpr,  # whether A is, with a scale for each row
 ):
     """Columns of A for one tile of tokens and BLOCK_R ranks. Grid: (rank blocks, tiles)."""
     tile = tl.program_id(1)
@@ -84,4 +86,6 @@ def embed_kernel(
     a_at = memory_ptr + tl.load(row + A) * unit + r[None, :] * vocabulary + ids[:, None]
     a = tl.load(a_at, mask=(m < tokens)[:, None] & (r < rank)[None, :], other=0.0)
     stored = (m < tokens)[:, None] & (r < width)[None, :]
-    tl.store(h_ptr + token[:, None] * width + r[None, :], a, mask=stored)
+    if INT8:
+        a = a.to(tl.float32) * scales(scales_ptr, row, unit, r, r < rank)[None, :]
+    tl.store(h_ptr + token[:, None] * width + r[None, :], a.to(h_ptr.dtype.element_ty), mask=stored)

@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 from aioengine.kernels.triton.jit.product import add_product
-from aioengine.kernels.triton.jit.slices import A_RANK, COLUMNS, A
+from aioengine.kernels.triton.jit.slices import A_RANK, COLUMNS, A, scales
 
 
 @triton.jit(do_not_specialize=["place", "n_slices", "table_stride"])
 def shrink_kernel(
     x_ptr,  # [T, in], rows x_stride apart
     memory_ptr,  # [elements]
+    scales_ptr,  # the same as float32, if it is INT8
     table_ptr,  # [S, places, COLUMNS], slots table_stride apart
     h_ptr,  # [T, n, width], contiguous
     tiles_ptr,  # [tiles, 4] slot, first token, tokens, rank
@@ -30,6 +31,7 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    INT8: tl.constexpr,  # whether A is, with a scale for each row
 ):
     """A program: one tile of tokens, BLOCK_R ranks of a slice, and all PARTS of the inputs, or, with SPLIT,
     one of them.
@@ -100,6 +102,8 @@ def shrink_kernel(
             total += tl.load(sums + i * size, cache_modifier=".cg")
         tl.store(arrivals_ptr + output, 0)
 
+    if INT8:
+        total *= scales(scales_ptr, row, unit, r, r < rank)[None, :]
     # A token that is not finite makes NaN of zero rows, too; h is zero there all the same.
     total = tl.where((r < rank)[None, :], total, 0.0)
     tl.store(h_at, total.to(h_ptr.dtype.element_ty), mask=stored)

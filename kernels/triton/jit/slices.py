@@ -12,10 +12,18 @@ A_RANK = tl.constexpr(Column.A_RANK.value)
 B = tl.constexpr(Column.B.value)
 B_RANK = tl.constexpr(Column.B_RANK.value)
 AFFINE = tl.constexpr(Column.AFFINE.value)
+SCALE = tl.constexpr(Column.SCALE.value)
 COLUMNS = tl.constexpr(len(Column))
 
 MAX_SLICES = 3
 """Slices that one launch takes (q, k and v); more are given to several launches."""
+
+
+@triton.jit
+def scales(scales_ptr, row, unit, r, mask):
+    """The scales of rows ``r`` of A, whose memory is int8; ``row`` is the place's in the table, whose offsets
+    are counted in ``unit`` bytes."""
+    return tl.load(scales_ptr + tl.load(row + SCALE) * (unit // 4) + r, mask=mask, other=0.0)
 
 
 @triton.jit
