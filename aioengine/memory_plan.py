@@ -11,6 +11,7 @@ from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
+from aioengine.model.coverage import check_int8_adapters
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
@@ -179,7 +180,7 @@ def plan_memory(
     max_model_len = resolve_max_model_len(config, spec)
     holds = Elements(lora_dtype == "int8", DTYPE_BYTES[dtype] if lora_dtype == "int8" else 1)
     if holds.int8:
-        _check_int8_adapters(dtype, shard)
+        check_int8_adapters(dtype, shard)
     slot = (
         None
         if lora is None
@@ -280,20 +281,6 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
 def _rounded(nbytes: int) -> int:
     """To a whole granule, where adapters may begin."""
     return -(-nbytes // SLOT_GRANULE) * SLOT_GRANULE
-
-
-def _check_int8_adapters(dtype: str, shard: Shard) -> None:
-    """Raises ConfigError where slots cannot be int8."""
-    if dtype == "float16":
-        raise ConfigError(
-            "lora.lora_dtype='int8' beside dtype='float16': what A gives would be too small for float16, as "
-            "B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
-        )
-    if shard.size > 1 and shard.fully_sharded:
-        raise ConfigError(
-            "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
-            "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
-        )
 
 
 def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:

@@ -20,6 +20,7 @@ from aioengine.config import (
     ExecutorName,
     KVCacheDType,
     LoRAConfig,
+    LoRADType,
     MetricsCompat,
     Restart,
     SpeculationName,
@@ -126,8 +127,8 @@ class EngineFlags:
     """Folder whose subfolders are adapters, by name."""
     slot_memory: Annotated[str | None, _IN_MORE_LORA] = None
     """Bytes that all slots share, such as 256MiB: adapters take what their own ranks take."""
-    lora_dtype: Annotated[DType | None, _IN_MORE_LORA] = None
-    """dtype of the slots."""
+    lora_dtype: Annotated[LoRADType | None, _IN_MORE_LORA] = None
+    """dtype of adapters in slots and cache; int8 halves them."""
     target_modules: Annotated[list[str] | None, _TARGETS] = None
     """Modules that adapters may target; by default the linears of a layer."""
     max_cpu_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None

@@ -49,6 +49,20 @@ def not_covered(
     return None
 
 
+def check_int8_adapters(dtype: str, shard: Shard) -> None:
+    """Raises ConfigError where slots cannot be int8."""
+    if dtype == "float16":
+        raise ConfigError(
+            "lora.lora_dtype='int8' beside dtype='float16': what A gives would be too small for float16, as "
+            "B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
+        )
+    if shard.size > 1 and shard.fully_sharded:
+        raise ConfigError(
+            "lora.lora_dtype='int8' with fully_sharded_loras: the scale of a row of A is also that of B's "
+            "column, which other ranks have; set fully_sharded_loras=False, or lora_dtype='auto'"
+        )
+
+
 def variance(reason: str | None, ranks: int) -> str | None:
     """Why a token's bits depend on its batch; None: they do not (docs/determinism.md). ``reason``: why
     there is no compiled step, if there is none."""
