@@ -65,11 +65,15 @@ def batch_of(case: Case) -> LoRABatch:
 
 
 def run(
-    case: Case, shrink: ShrinkConfig | None = None, expand: ExpandConfig | None = None
+    case: Case,
+    shrink: ShrinkConfig | None = None,
+    expand: ExpandConfig | None = None,
+    *,
+    int8: bool = False,
 ) -> Sequence[Tensor]:
     """h, and y after shrink, expand and affine."""
     case, batch = on_device(case), batch_of(case)
-    y, pool = case.y.clone(), case.pool
+    y, pool = case.y.clone(), case.int8_pool if int8 else case.pool
     h = lora.shrink(case.x, pool, batch, shrink) if shrink else lora.lora_shrink(case.x, pool, batch)
     if expand:
         lora.expand(h, pool, y, batch, expand)
@@ -80,9 +84,9 @@ def run(
     return h.cpu(), y.cpu()
 
 
-def check(case: Case, found: Sequence[Tensor]) -> None:
+def check(case: Case, found: Sequence[Tensor], *, int8: bool = False) -> None:
     tolerance = 1e-5 if case.x.dtype == torch.float32 else 1e-2
-    for value, expected in zip(found, apply(REFERENCE, case), strict=True):
+    for value, expected in zip(found, apply(REFERENCE, case, int8=int8), strict=True):
         assert value.dtype == expected.dtype
         scale = expected.float().abs().max().clamp(min=1.0) if expected.numel() else 1.0
         torch.testing.assert_close(value / scale, expected / scale, rtol=tolerance, atol=tolerance)
@@ -196,6 +200,19 @@ def test_a_token_that_is_not_finite_stays_alone() -> None:
         torch.testing.assert_close(y[others], clean[1][others])
         assert y[token].isnan().all() == (token >= 3)
         assert not h[3, :, 4:].any()  # zero beyond the rank, even there
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_int8_adapters(dtype: torch.dtype, split_k: int) -> None:
+    affine = [True, False, True, True, False]
+    case = make_case(MIXED, [64, 8, 9, 33, 1], 64, n_in=48, dtype=dtype, slot_affine=affine)
+    check(case, run(case, SHRINK._replace(split_k=split_k), EXPAND, int8=True), int8=True)
+    outer = make_case(MIXED, [64, 8, 9, 33, 1], 64, n_in=31, targeted=(0,), dtype=dtype)
+    ids = torch.arange(len(outer.x)) % 31
+    found = lora.lora_embed(ids.to(DEVICE), on_device(outer).int8_pool, batch_of(outer))
+    expected = REFERENCE.lora_embed(ids, outer.int8_pool, outer.batch)
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

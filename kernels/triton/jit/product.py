@@ -13,6 +13,8 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def add_product(acc, rows, weights):
     """``acc + rows @ weights^T``; ``weights`` are rounded to the dtype of ``rows``. See :func:`add_dot`."""
+    if weights.dtype == tl.int8:
+        weights = weights.to(tl.float32)  # the interpreter takes an integer for the bits of a bfloat16
     return add_dot(acc, rows, tl.trans(weights.to(rows.dtype)))
 
 
