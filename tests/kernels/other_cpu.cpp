@@ -6,12 +6,12 @@
 #include <vector>
 
 struct Where {
-  int64_t a, a_rank, b, b_rank, affine;
+  int64_t a, a_rank, b, b_rank, affine, scale;
 };
 struct Slots {
   const void* memory;
   const Where* table;
-  int64_t places;
+  int64_t places, int8;
 };
 
 struct Part {
@@ -188,8 +188,8 @@ static void shrink(bool bf16) {
   for (long i = 0; i < n_in; i++) a.set(stride + 3 * n_in + i, 0.0f);
   for (long i = 0; i < tokens * max_rank; i++) h.set(i, 0.0f);
   const int32_t segment[] = {1, 1, 4, 3};
-  const Where table[] = {{0, 0, 0, 0, -1}, {stride, 3, 0, 0, -1}};
-  const Slots slots{a.data(), table, 1};
+  const Where table[] = {{0, 0, 0, 0, -1, -1}, {stride, 3, 0, 0, -1, -1}};
+  const Slots slots{a.data(), table, 1, 0};
   aio_lora_shrink(bf16, x.data(), n_in, &slots, 0, h.data(), n_in, 1, max_rank, segment, 1, 2);
   for (long t = 0; t < tokens; t++)
     for (long r = 0; r < max_rank; r++) {
