@@ -171,7 +171,6 @@ UNSUPPORTED: dict[str, Any] = {
     "ensure_weight_tying": 1,
     "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 2]],
-    "alora_invocation_tokens": [1, 2],
     "trainable_token_indices": [3],
     "target_parameters": ["experts.gate"],
     "megatron_config": {"x": 1},

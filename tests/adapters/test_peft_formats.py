@@ -188,7 +188,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "token embeddings": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "bias": ({"bias": "lora_only"}, "bias"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-    "aLoRA": ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "pissa"),
     "fast PiSSA": ({"init_lora_weights": "pissa_niter_2"}, "pissa_niter_2"),
     "OLoRA": ({"init_lora_weights": "olora"}, "olora"),

@@ -117,7 +117,8 @@ static void linear_int4(bool bf16, bool int8) {
   aio_dequantize_int4(bf16, packed.data(), scale.data(), all.data(), effective.data(), n, k, group, rotation, 2);
   aio_linear_int4(bf16, x.data(), k, packed.data(), scale.data(), begin, group, rotation, bias.data(), y.data(), n, rows, n,
                   k, nullptr, 2);
-  for (long i = 0; i < n * k; i++) expect("int4 weights", true, effective[i], w[i], 8);
+  // A step is about 0.17 here; rotated back, errors add up to three of their standard deviations and more.
+  for (long i = 0; i < n * k; i++) expect("int4 weights", true, effective[i], w[i], 12);
   for (long r = 0; r < rows; r++)
     for (long i = 0; i < n; i++) {
       float sum = bias[i];

@@ -1,9 +1,5 @@
 // Linears whose weights stay as a quantized checkpoint has them: a thread expands its panels as it comes to them, and
 // multiplies them as any others, so the outputs are the same bits as those of the expanded weight.
-#if defined(__GNUC__) && !defined(__clang__) && !defined(__AVX2__)
-#pragma GCC optimize("O1")  // where vectors are split in four, more takes several times as long to compile
-#endif
-
 #include "blocks.h"
 
 namespace aio {
