@@ -61,7 +61,7 @@ _LEVELS = (
 )
 
 
-_OLD_X86 = ("-O1",)
+_OLD_X86: tuple[str, ...] = ("-O1",)
 """Flags for CPUs without AVX2. There each vector becomes four or more, which takes minutes to optimize."""
 
 
@@ -144,7 +144,7 @@ def _levels_of(machine: str) -> dict[str, tuple[str, ...]]:
     """List the levels of an architecture, whichever of its CPUs this is."""
     if machine not in ("x86_64", "AMD64"):
         return {"generic": ()}
-    return {name: flags for name, _, flags in _LEVELS} | {"generic": _OLD_X86}
+    return {**{name: flags for name, _, flags in _LEVELS}, "generic": _OLD_X86}
 
 
 def _cpu_features() -> set[str]:
