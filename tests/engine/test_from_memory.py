@@ -169,9 +169,9 @@ async def test_checked_as_files_are(tiny: Tiny, make_engine: MakeEngine) -> None
         ({"tensors": tensors | {"x": tensors[key]}, "config": config}, AdapterInvalid, "unknown key"),
         ({"tensors": tensors, "config": config | {"r": 32}}, AdapterTooLarge, "max_lora_rank is 16"),
         (
-            {"tensors": tensors, "config": config | {"alora_invocation_tokens": [1, 2]}},
+            {"tensors": tensors, "config": config | {"use_qalora": True}},
             AdapterInvalid,
-            "alora_invocation_tokens",
+            "use_qalora",
         ),
     ]
     async with make_engine(tiny) as engine:

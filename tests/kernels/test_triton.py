@@ -16,10 +16,13 @@ from aioengine.kernels.triton.plan import TilePlan, cut, padded
 from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expand_config, shrink_config
 
 OPS = [
-    Path(__file__).with_name(name)
-    for name in (
-        *("test_triton_ops.py", "test_triton_order.py", "test_layer_ops.py", "test_played_steps.py"),
-        "../model/test_families.py",
+    Path(__file__).parent.parent / folder / name
+    for folder, name in (
+        ("kernels", "test_triton_ops.py"),
+        ("kernels", "test_triton_order.py"),
+        ("kernels", "test_layer_ops.py"),
+        ("kernels", "test_played_steps.py"),
+        ("model", "test_families.py"),
     )
 ]
 
