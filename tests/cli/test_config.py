@@ -139,7 +139,9 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
 
             changed = (
                 "max_waiting = 17\nblock_size = 8\npolicy = 'edf'\n"
-                + text.replace("1234", "99").replace('["tiny"]', '["alias", "tiny"]\nmax_choices = 9')
+                + text.replace("port = 1234", "port = 99").replace(
+                    '["tiny"]', '["alias", "tiny"]\nmax_choices = 9'
+                )
                 + "default_max_tokens = 3\n"
                 + f'[adapters]\nstays = "{adapter}"\nmoves = "{other}"\ncomes = "{adapter}"\n'
             )
@@ -162,9 +164,9 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
             broken = changed.replace(str(other), str(tmp_path / "nowhere"))
             for wrong, why in (
                 ("max_waiting = 0\n" + text, "max_waiting"),
-                (changed.replace("edf", "efd").replace("17", "18"), "efd"),
+                (changed.replace("'edf'", "'efd'").replace("waiting = 17", "waiting = 18"), "efd"),
                 (changed.replace("tokens = 3", "tokens = 'x'"), "default_max_tokens"),
-                (broken.replace("17", "19"), "there is no such folder"),
+                (broken.replace("waiting = 17", "waiting = 19"), "there is no such folder"),
             ):
                 said = await reload(wrong, "stays as it was")
                 assert why in said[-1]
