@@ -46,7 +46,8 @@ demo: $(VENV)/.demo
 # First most tests, on two processes, where only a time limit that was met is tried once more; then those that look at
 # the clock, one by one. Pytest's status is 5 if there are none of a kind.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timed without --reruns 1 --only-rerun Timeout --durations 10 $(ARGS); many=$$?; \
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timed without --reruns 1 --only-rerun Timeout \
+	  --durations 10 $(ARGS); many=$$?; \
 	$(BIN)/python -m pytest --timed only --durations 10 $(ARGS); alone=$$?; \
 	case "$$many $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
