@@ -108,7 +108,7 @@ class ServerApp:
             before_request=admission(self._gate),
             exception_handlers={Exception: exception_handler(settings)},
             openapi_config=openapi_config(__version__, with_keys=not self._gate.is_open),
-            request_max_body_size=None,  # BoundedBody's business
+            request_max_body_size=None,  # BoundedBody has the bound
             logging_config=None,
         )
         check_routes(route.path_format for route in self._routes.routes)
@@ -121,7 +121,7 @@ class ServerApp:
 
     def change(self, settings: ServerSettings) -> None:
         """Use other limits, timeouts, defaults and names of the base model for requests from now on. Keys,
-        hosts and what is about the model's files stay as they are."""
+        hosts and settings about the model's files stay as they are."""
         self._settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.context.change(self._settings)
 
@@ -212,7 +212,7 @@ class ServerApp:
             self._gate.admit(PAGE_ROUTE, scope, record)
             await until_ended(self._metrics(scope, receive, send), record.ended)
             return
-        # The mount point goes: routes are matched below it.
+        # Without the mount point, because routes are matched below it.
         inner = {**scope, "path": path, "root_path": "", "state": {RECORD: record}}
         if scope["method"] == "HEAD":
             await self._routes({**inner, "method": "GET"}, receive, _without_body(send))  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ class ServerApp:
         if self.context.draining:
             raise ApiError(
                 503,
-                "the server is shutting down and accepts nothing new",
+                "the server is shutting down and accepts no new requests",
                 type="server_error",
                 code="unavailable",
                 retry_after=DRAIN_RETRY_AFTER,
@@ -251,7 +251,7 @@ class ServerApp:
         finally:
             body.release()
             self.context.open_requests.discard(record)
-            record.so_far = int  # it would hold the answer
+            record.so_far = int  # the record may live on; its function would keep the answer in memory
             self._active -= 1
             if self._active == 0:
                 self._idle.set()
@@ -309,7 +309,7 @@ def _without_body(send: Send) -> Send:
 
 
 def _is_page(path: str) -> bool:
-    """Whether the metrics application answers it."""
+    """Whether the metrics application answers requests for this path."""
     return path in _PAGE or path.startswith("/assets/")
 
 
@@ -324,6 +324,6 @@ def _request_id(scope: Scope) -> str | None:
 
 
 def _asks_first(scope: Scope) -> bool:
-    """Whether the client sent ``Expect: 100-continue``. If it is refused it sends no body, and its next
-    request could be mistaken for the body."""
+    """Whether the client sent ``Expect: 100-continue``. If such a client is refused it sends no body, and its
+    next request could be mistaken for the body."""
     return any(name == b"expect" for name, _ in scope["headers"])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 _VERSION = re.compile(r"@[0-9]{1,18}$")
-"""End of an adapter's name if a request wants one of its versions."""
+"""End of an adapter's name in requests for one of its versions."""
 
 logger = logging.getLogger("aioengine.server")
 
@@ -51,7 +51,7 @@ class Context:
         """Open requests, without probes and pages."""
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
-        self._draw = random.Random().getrandbits  # asking the system lets go of the interpreter, each time
+        self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
         self._guide: Guide | None = None
         self._tools_noted = False
         self._defaults: SamplingDefaults | None = None
@@ -74,7 +74,7 @@ class Context:
         if self._defaults is None:
             self._defaults = await self.engine.text_work.run(SHORT + 1, self._read_defaults)
             given = " ".join(f"{name}={value:g}" for name, value in self._defaults.given().items())
-            logger.info("defaults of requests, by generation_config.json: %s", given or "none")
+            logger.info("defaults of requests, from generation_config.json: %s", given or "none")
         return self._defaults
 
     def _read_defaults(self) -> SamplingDefaults:
@@ -87,7 +87,7 @@ class Context:
 
     @property
     def stuck(self) -> bool:
-        """Whether a step has run for longer than any should."""
+        """Whether a step has run for longer than ``stuck_step_seconds``."""
         engine = self.engine
         return (
             engine.state in ("running", "draining") and engine.step_age() > self.settings.stuck_step_seconds
@@ -109,7 +109,7 @@ class Context:
             model == self.engine.config.model and not self.settings.served_model_names
         )
         adapter = None if is_base else model
-        # What is no name would be in the log, however long.
+        # Otherwise any text, however long, would be logged as the adapter's name.
         name = None if adapter is None else _VERSION.sub("", adapter)
         if name is not None and NAME_RULE.fullmatch(name) is None:
             raise model_not_found(model[:300])
@@ -141,7 +141,7 @@ class Context:
         return self._formats
 
     def ends_with(self, prompt: Sequence[int], text: str) -> bool:
-        """Whether a prompt ends with this text, which is short, and white space."""
+        """Whether a prompt ends with this short text; white space after it does not matter."""
         return self.tokenizer.decode(list(prompt[-16:]), False).rstrip().endswith(text)
 
     def token_bytes(self) -> TokenBytes:
@@ -184,7 +184,8 @@ class Context:
         return self._label_names
 
     async def head_labels(self, adapter: str) -> int:
-        """How many labels an adapter's head has; 0 without one. It is loaded if it never was."""
+        """Return the number of labels of an adapter's head; 0 without one. Loads the adapter if it has never
+        been loaded."""
         name = adapter.partition("@")[0]
         info = next((info for info in self.engine.adapters() if info.name == name and info.digest), None)
         return (await self.engine.load_adapter(name) if info is None else info).labels
@@ -200,7 +201,7 @@ class Context:
         """Render messages by the chat template, and tokenize the result as :meth:`encode` does."""
         tokenizer = self.tokenizer
         encode = self._encoder(False, limited, field="messages")
-        # Never on the loop: how long a template takes is up to the template.
+        # Never on the event loop, because a template may take any time.
         size = SHORT + sum(len(message["content"]) + 1 for message in messages)
         return await self.engine.text_work.run(
             size, lambda: encode(tokenizer.render_chat(messages, **variables)), owner
@@ -260,8 +261,8 @@ class Context:
         if len(prompts) * n > self.settings.max_choices:
             raise ApiError(
                 400,
-                f"n: {len(prompts)} prompts with {n} choices each are more than the "
-                f"{self.settings.max_choices} that one request may have",
+                f"n: {len(prompts)} prompts with {n} choices each are too many; one request may have "
+                f"{self.settings.max_choices} choices",
                 param="n",
                 code="invalid_value",
             )
@@ -313,7 +314,7 @@ class Context:
         )
         generation = Generation(
             self.engine,
-            unique,  # whatever id others have chosen for theirs
+            unique,  # even where another request has chosen the same id
             prompts,
             of_choices,
             options,
@@ -330,11 +331,12 @@ class Context:
         return generation
 
     def _mix(self, fields: GenerationFields, record: RequestRecord) -> dict[str, float]:
-        """The adapters that a request mixes. Raises ApiError if it may not, or names another model too."""
+        """Return the adapters that a request mixes. Raises ApiError if its key may not use one of them, or if
+        ``model`` is not the base model."""
         if record.adapter is not None:
             raise ApiError(
                 400,
-                f"adapters: model must be the base model's name ({self.model_names[0]}) with them",
+                f"adapters: with this field, model must be the base model's name ({self.model_names[0]})",
                 param="adapters",
                 code="invalid_value",
             )
@@ -343,7 +345,9 @@ class Context:
             raise ApiError(400, "adapters: is empty", param="adapters", code="invalid_value")
         for name in mix:
             if self.adapter_of(name, record.identity) is None:
-                raise ApiError(400, f"adapters: {name!r} is the base model", param="adapters")
+                raise ApiError(
+                    400, f"adapters: {name!r} is the base model; name adapters only", param="adapters"
+                )
         record.adapter = "+".join(sorted(mix))[:255]
         return mix
 

@@ -123,7 +123,7 @@ _RESPONSES_NAMES = (
     (re.compile(r"^response_format\b"), "text.format"),
     (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
 )
-"""A chat's fields, and where a request for a response, which became that chat, has them."""
+"""Fields of a chat -> the same fields in ``/v1/responses``, whose requests are converted to chats."""
 
 
 def _for_responses(detail: ErrorDetail) -> ErrorDetail:
@@ -179,7 +179,7 @@ _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
 
 
 _OVERLOADED = {
-    "server": "the engine is overloaded: as many requests are waiting as it takes",
+    "server": "the engine is overloaded: as many requests are waiting as it allows",
     "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
     "adapter": "too many requests for this adapter are waiting; other adapters are served",
 }
@@ -206,7 +206,7 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
             return ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json")
         case UnicodeDecodeError():
             return ApiError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json")
-        case RecursionError():  # of what was sent: nothing of ours is recursive
+        case RecursionError():  # caused by the body: no code here is recursive
             return ApiError(400, "something in the body is nested too deeply", code="invalid_value")
         case AdapterNotFound():
             return model_not_found(error.name)

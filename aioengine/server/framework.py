@@ -65,11 +65,11 @@ GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/m
 
 
 class DirectRoute:
-    """An ASGI application that calls a route's function as Litestar does, with less work of its own: for the
-    routes that generate, of whose requests there are many. Litestar has their places and their schemas.
+    """An ASGI application that calls a route's function as Litestar does, with less work per request. The
+    routes that generate use it, because they get many requests. Litestar still has their paths and schemas.
 
-    The function takes ``data`` and ``request``, of which it may use the scope alone, and returns
-    :class:`Handled`. Raises what the function and the gate raise.
+    The function takes ``data`` and ``request``, and returns :class:`Handled`. It may use only the request's
+    scope. Raises what the function and the gate raise.
     """
 
     def __init__(self, route: HTTPRouteHandler, path: str, gate: Gate) -> None:
@@ -115,7 +115,7 @@ async def _body(receive: Any) -> bytes:
 def _check_type(scope: Any) -> None:
     headers = dict(scope["headers"])
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-        text = "bodies are not decompressed: send it without content-encoding"
+        text = "bodies are not decompressed: send the body without content-encoding"
         raise ApiError(415, text, param="content-encoding", code="unsupported_media_type")
     given = headers.get(b"content-type", b"")
     # Browsers send anything else to other sites without asking them first.
@@ -167,7 +167,8 @@ def admission(gate: Gate) -> Any:
     """Check the caller before each route's handler; Litestar calls this. Raises ApiError before the body is
     read."""
 
-    # A coroutine: Litestar calls a plain function in a thread. No guard: for these it copies the handler.
+    # A coroutine, because Litestar calls a plain function in a thread. Not a guard, because Litestar
+    # copies the handler for each guard's call.
     async def check(request: Request[Any, Any, Any]) -> None:
         scope = request.scope
         record: RequestRecord = scope["state"][RECORD]
@@ -219,7 +220,7 @@ def exception_handler(settings: ServerSettings) -> Any:
     def handle(request: Request[Any, Any, Any], error: Exception) -> ErrorResponse:
         if isinstance(error, MethodNotAllowedException):
             found = ApiError(
-                405, f"{request.method} is not for {request.url.path}", code="method_not_allowed"
+                405, f"{request.method} is not allowed for {request.url.path}", code="method_not_allowed"
             )
         elif isinstance(error, HTTPException) and error.status_code == 404:
             found = ApiError(404, _not_found(request.scope["path"]), code="not_found")

@@ -37,7 +37,7 @@ VALUES_PER_SCORE = 16
 
 
 class Scores:
-    """Count of the log-probabilities that open requests hold, or will."""
+    """Count of the log-probabilities that open requests hold or will hold."""
 
     def __init__(self, retry_after: int) -> None:
         self._retry_after = retry_after
@@ -45,13 +45,13 @@ class Scores:
 
     @contextmanager
     def claimed(self, tenant: str | None, prompts: int) -> Iterator[Callable[[int], None]]:
-        """Context that counts ``prompts`` of them; what it gives counts more, as an answer grows. All of them
-        are given back at its end. Raises ApiError if there are too many."""
+        """Context that counts ``prompts`` log-probabilities. It yields a function that counts more of them,
+        as an answer grows. At its end all of them are given back. Raises ApiError if there are too many."""
         if prompts > MAX_SCORES:
             raise ApiError(
                 400,
-                f"prompt: {prompts} log-probabilities of prompts are wanted, and at most {MAX_SCORES} can be "
-                "in one request; send fewer or shorter prompts, or ask for fewer of the most likely tokens",
+                f"prompt: {prompts} log-probabilities of prompts, but one request may have at most "
+                f"{MAX_SCORES}; send fewer or shorter prompts, or ask for fewer of the most likely tokens",
                 param="prompt",
                 code="invalid_value",
             )
@@ -88,7 +88,7 @@ class Generation:
     Args:
         prompts: Token ids, one list for each prompt.
         params: One for each choice, ``n`` for the first prompt, then ``n`` for the second, ...
-        options: Of all choices.
+        options: Options of all choices.
         constrain: Builds a constraint for one choice; None if the choices are unconstrained.
     """
 
@@ -121,7 +121,7 @@ class Generation:
             for index, own in enumerate(params)
             if own.prompt_logprobs is not None
         )
-        """Log-probabilities of the prompts that are wanted."""
+        """Number of log-probabilities of the prompts that the request asks for."""
         self._scores = scores
         self._hold: Callable[[int], None] = lambda _more: None
         record.prompt_tokens = sum(map(len, prompts))
@@ -165,7 +165,8 @@ class Generation:
             self._options = msgspec.structs.replace(self._options, deadline=left)
 
     async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one choice; closing it aborts the engine's request. Raises what the engine does."""
+        """Yield the outputs of one choice. Closing it aborts the engine's request. Raises what the engine
+        raises."""
         options = msgspec.structs.asdict(self._options)
         if (mix := options.pop("mix")) is not None:
             options["adapter"] = mix
@@ -186,7 +187,7 @@ class Generation:
             self._note()
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
-        """Count what an output has more than the last one of its choice, and keep a vector in little room."""
+        """Count the numbers that are new since the choice's last output, and store a vector compactly."""
         before = self._last[index]
         known = 0 if before is None else len(before.logprobs or ())
         more = (len(output.logprobs or ()) - known) * (1 + (self._params[index].logprobs or 0))
@@ -196,13 +197,13 @@ class Generation:
         self._hold(more)
 
     async def beside_the_loop(self, numbers: int, work: Callable[[], T]) -> T:
-        """Run ``work()``, which formats so many log-probabilities or numbers of vectors, in a thread and in
-        turns with other requests."""
+        """Run ``work()`` in a thread, in turns with other requests. It formats ``numbers`` log-probabilities
+        or values of vectors."""
         size = SHORT + numbers * SCORE_BYTES
         return await self._engine.text_work.run(size, work, self._options.tenant)
 
     async def last_outputs(self) -> list[RequestOutput]:
-        """Return the last output of every choice; if one fails the others are aborted."""
+        """Return the last output of every choice. If one fails, the others are aborted."""
 
         turns = asyncio.Semaphore(AT_ONCE)
 
@@ -259,8 +260,8 @@ async def while_connected(
     """Return the result of ``work``, unless the client disconnects or ``ended`` is done first: then ``work``
     is cancelled.
 
-    Raises ClientDisconnected, what ``ended`` has, and what ``work`` raises. ``receive`` is ASGI's, the body
-    read.
+    Raises ClientDisconnected, the error of ``ended``, and what ``work`` raises. ``receive`` is ASGI's, after
+    the body was read.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -289,7 +290,7 @@ async def while_connected(
 
 
 async def until_ended(work: Coroutine[Any, Any, None], ended: asyncio.Future[ApiError] | None) -> None:
-    """Run ``work``, and cancel it when ``ended`` is done, whose error is then raised."""
+    """Run ``work``. When ``ended`` is done, cancel it and raise the error of ``ended``."""
     task = asyncio.ensure_future(work)
     try:
         await _first_of(task, ended)

@@ -13,8 +13,8 @@ from aioengine.server.context import Context
 
 class Health(msgspec.Struct):
     status: str
-    """The engine's state; "degraded" while its processes, which were lost, are started again; "stuck" if a
-    step has run for longer than any should."""
+    """The engine's state; "degraded" while lost processes are started again; "stuck" if a step has run for
+    longer than ``stuck_step_seconds``."""
 
 
 class Version(msgspec.Struct):

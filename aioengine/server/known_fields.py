@@ -50,7 +50,7 @@ class UnknownFields:
         for name in dropped - self._logged:
             if len(self._logged) < MAX_LOGGED_NAMES:
                 self._logged.add(name)
-                logger.warning("a field that is not known is ignored, now and later: %s", name)
+                logger.warning("the unknown field %s is ignored, in this request and in later ones", name)
         return decode(bytes(known), type_)
 
 

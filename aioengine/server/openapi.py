@@ -82,7 +82,7 @@ h2 code { font-size: 1rem; }
 
 
 def openapi_config(version: str, *, with_keys: bool) -> OpenAPIConfig:
-    """``with_keys``: requests must carry an API key."""
+    """Return Litestar's configuration. ``with_keys``: requests must carry an API key."""
     components = Components()
     if with_keys:
         components = Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")})
@@ -99,8 +99,7 @@ def openapi_config(version: str, *, with_keys: bool) -> OpenAPIConfig:
 
 
 def complete(schema: dict[str, Any]) -> dict[str, Any]:
-    """With msgspec's own schemas of the types, which have every bound and say what is refused, and with
-    the streamed answers."""
+    """Add msgspec's schemas of the types, which have every bound, and the streamed answers."""
     _, types = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
     paths = {path: dict(operations) for path, operations in schema["paths"].items()}
     for path in _STREAMED:

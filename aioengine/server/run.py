@@ -25,8 +25,8 @@ logger = logging.getLogger("aioengine.server")
 
 _BACKLOG = 2048
 _ACCEPTS = 16
-"""Connections that are accepted in a pass of the loop: uvloop accepts one for each socket that it listens on.
-With a single socket, who connects while others connect again and again waits in line for seconds."""
+"""Number of connections accepted in one pass of the loop, because uvloop accepts one for each listening
+socket. With a single socket, a client waits for seconds while others connect again and again."""
 FLUSH_SECONDS = 5
 DRAIN_LOG_SECONDS = 5.0
 
@@ -192,12 +192,12 @@ async def serve_until_told(
 async def _drained(
     app: ServerApp, draining: asyncio.Future[None], aborted: asyncio.Future[Any], seconds: float
 ) -> bool:
-    """Log from time to time how many requests are left."""
+    """Wait for the open requests, and log from time to time how many are left."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while not draining.done() and not aborted.done() and (left := end - loop.time()) > 0:
         if app.active:
-            logger.info("draining: %d requests are left, which have %.0f s", app.active, left)
+            logger.info("draining: %d requests are left; they have %.0f s to end", app.active, left)
         await asyncio.wait(
             {draining, aborted}, timeout=min(left, DRAIN_LOG_SECONDS), return_when=asyncio.FIRST_COMPLETED
         )

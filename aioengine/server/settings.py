@@ -39,17 +39,18 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_choices: int = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
-    """Tenants share the prefix cache. A request's ``cached_tokens``, and how soon it is answered, then tell
-    whether another tenant has sent the same text."""
+    """Whether tenants share the prefix cache. A request's ``cached_tokens``, and how soon it is answered,
+    then tell whether another tenant has sent the same text."""
     generation_config: str = "auto"
-    """Where the defaults of ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and
-    ``max_tokens`` are from: "auto" is the model's ``generation_config.json``, if it has one; "none" is the
-    API's own; anything else a file of that form, or a folder with one."""
+    """Source of the defaults of ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and
+    ``max_tokens``. "auto" is the model's ``generation_config.json``, if it has one; "none" is the API's own;
+    anything else a file of that form, or a folder with one."""
     tool_call_parser: str = "auto"
-    """Format in which the model calls tools, by its name in :mod:`aioengine.server.formats.registry`; "auto":
-    the one that its chat template speaks of; "none"."""
+    """Format in which the model calls tools, by its name in :mod:`aioengine.server.formats.registry`. "auto"
+    is the one that its chat template shows; "none" leaves calls in the text."""
     reasoning_parser: str = "auto"
-    """Format of the model's reasoning, which answers have apart; "auto" and "none" as above."""
+    """Format of the model's reasoning, which answers have in a field of its own; "auto" and "none" as
+    above."""
     default_max_tokens: int | None = None
     """For chat requests that give none; None: as many as the context has room for."""
     ignore_unknown_fields: bool = False

@@ -65,13 +65,13 @@ class Reply(Protocol):
         """Format a choice's next part; None if there is nothing to send. Called in order for each choice."""
 
     def last_events(self, usage: Usage) -> bytes:
-        """The end of the stream."""
+        """Format the end of the stream."""
 
     def failure(self, error: ApiError) -> bytes:
-        """The end of a stream that fails."""
+        """Format the end of a stream that fails."""
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        """The answer in one piece."""
+        """Format the answer in one piece."""
 
 
 DONE = b"data: [DONE]\n\n"
@@ -133,7 +133,7 @@ class GenerationResponse:
         await respond(send, 200, [(b"content-type", b"application/json")], body)
 
     async def _stream(self, send: Send) -> None:
-        writing = asyncio.Lock()  # one choice at a time; what the others have meanwhile gathers
+        writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
 
         async def choice(index: int) -> None:
             told, numbers = 0, self._generation.scored  # the prompt's come with the first
@@ -168,7 +168,7 @@ class GenerationResponse:
 
 
 def _numbers(output: RequestOutput) -> int:
-    """How many numbers an output has: log-probabilities, or values of a vector."""
+    """Count an output's numbers: log-probabilities, or values of a vector."""
     if output.logprobs:
         return len(output.logprobs) * (1 + len(output.logprobs[-1].top))
     return len(output.pooled or ())

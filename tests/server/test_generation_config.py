@@ -58,7 +58,7 @@ async def test_the_models_defaults_and_what_wins_over_them(
             assert (text, count) == (await direct(temperature=0.7, seed=7, max_tokens=12), 12)
         lines = [r.getMessage() for r in caplog.records if "generation_config" in r.getMessage()]
         assert lines == [
-            "defaults of requests, by generation_config.json: temperature=0.7 top_k=1 max_new_tokens=5"
+            "defaults of requests, from generation_config.json: temperature=0.7 top_k=1 max_new_tokens=5"
         ]
         async with served_by(engine, settings={"generation_config": "none"}) as served:
             assert await ask(served, seed=7) == (await direct(temperature=1, seed=7, max_tokens=16), 16)

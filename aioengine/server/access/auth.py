@@ -74,7 +74,7 @@ class Authenticator:
         entries: The keys.
         meters: A key's meters.
         anybody: Identity of clients without a key; None if a key is required.
-        adapter_meters: By adapter the meter that all its requests count on.
+        adapter_meters: Adapter -> meter on which all requests for that adapter count.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class Gate:
         self._task: asyncio.Task[None] | None = None
         self._watch: KeysWatch | None = None
         self._open: dict[int, tuple[RequestRecord, Collection[Scope]]] = {}
-        """Open requests with keys, and the scopes of which each needs one."""
+        """Open requests with keys. The key of each must have one of the scopes."""
         self._missing_scope_code = "insufficient_scope"
         if settings.keys_file is None:
             self._use_settings(settings)
@@ -55,14 +55,14 @@ class Gate:
 
     @property
     def is_open(self) -> bool:
-        """Anybody is let in, if not to everything."""
+        """Whether clients without a key are accepted, at least for some routes."""
         return self._auth.is_open
 
     def watch(self) -> None:
         """Watch the keys file from now on until :meth:`close`, and pass on its bounds. Call before each
         request."""
         if self._new_bounds is not None:
-            with contextlib.suppress(EngineStopped):  # not started yet: the next request tells it
+            with contextlib.suppress(EngineStopped):  # not started yet: the next request tries again
                 self._limit_waiting(self._new_bounds)
                 self._new_bounds = None
         if self._watch is not None and self._task is None:
@@ -90,7 +90,7 @@ class Gate:
 
     def admit(self, route: str, scope: MutableMapping[str, Any], record: RequestRecord) -> None:
         """Admit the request to ``route``, a row of :data:`scopes.ROUTES`. Raises ApiError if its key
-        has none of the scopes, or no room within its limits."""
+        has none of the scopes, or has reached a limit."""
         needed = ROUTES[route]
         if needed and not any(map(record.identity.may, needed)):
             names = " or ".join(map(repr, needed))
@@ -99,7 +99,7 @@ class Gate:
                 raise self._refused(scope, record, refusal(text))
             raise ApiError(
                 403,
-                f"this API key may not do that: it takes one with the scope {names}",
+                f"this API key may not do that; use a key with the scope {names}",
                 type="permission_error",
                 code=self._missing_scope_code,
             )
@@ -117,7 +117,7 @@ class Gate:
             record.admission.end(tokens, now)
 
     def take_usage(self) -> dict[str, Usage]:
-        """Return, by meter, what is new since the last call; for the other doors of a fleet."""
+        """Return each meter's usage since the last call, for the other doors of a fleet."""
         found = {}
         for (kind, which), meter in self._meters.items():
             usage = meter.take_usage()
@@ -126,7 +126,7 @@ class Gate:
         return found
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
-        """Count what the other doors of a fleet have let in, on the meters that there are here too."""
+        """Count what the other doors of a fleet have accepted, on those of the meters that exist here too."""
         now = time.monotonic()
         for name, used in usage.items():
             kind, _, which = name.partition(" ")
@@ -140,11 +140,11 @@ class Gate:
             assert record.identity.key is not None and record.ended is not None
             found = self._auth.of_hash(record.identity.key)
             if found is None:
-                why = "the API key was revoked, or has expired, while the request was answered"
+                why = "the API key was revoked, or has expired, while the request was being answered"
             elif needed and not any(map(found.may, needed)):
-                why = "the API key lost the scope for this while the request was answered"
+                why = "the API key lost the scope for this while the request was being answered"
             elif record.completion_id is not None and not found.models.allow(record.adapter):
-                why = "the API key lost the model while the request was answered"
+                why = "the API key lost access to the model while the request was being answered"
             else:
                 continue
             if not record.ended.done():
@@ -198,5 +198,5 @@ class Gate:
 def _entries(settings: ServerSettings, scopes: Iterable[str]) -> Iterator[KeyEntry]:
     for key, tenant in settings.api_keys.items():
         yield KeyEntry(hash=hash_key(key), tenant=tenant, scopes=tuple(scopes))
-    for key, tenant in settings.admin_keys.items():  # last, for a key that is both
+    for key, tenant in settings.admin_keys.items():  # last: a key that is both is an admin key
         yield KeyEntry(hash=hash_key(key), tenant=tenant, scopes=("admin",))

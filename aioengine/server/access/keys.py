@@ -89,7 +89,7 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keys: tuple[KeyEntry, ...]
     tenants: dict[str, TenantLimits] = {}
     adapters: dict[str, Limits] = {}
-    """Limits by adapter: what all requests for it together may use, whoever sends them."""
+    """Limits by adapter. All requests for the adapter count together, whoever sends them."""
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -97,7 +97,10 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         hashes = [entry.hash for entry in self.keys]
         if len(set(hashes)) < len(hashes):
             twice = next(i for i, one in enumerate(hashes) if one in hashes[:i])
-            raise ConfigError(f"keys[{twice}].hash: is that of keys[{hashes.index(hashes[twice])}] too")
+            raise ConfigError(
+                f"keys[{twice}].hash: is also the hash of keys[{hashes.index(hashes[twice])}]; remove one "
+                "of them"
+            )
         known = {entry.tenant for entry in self.keys}
         for tenant in self.tenants:
             if tenant not in known:

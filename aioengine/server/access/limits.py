@@ -147,7 +147,8 @@ class Admission:
         self._charged = 0
 
     def also(self, meter: Meter, now: float) -> None:
-        """Count it on one meter more, which is known only now. Raises ApiError (429) if that has no room."""
+        """Count the request on one more meter, which is known only now. Raises ApiError (429) if that meter
+        has no room."""
         meter.check(now)
         meter.begin(now)
         meter.spend(self._charged, now)

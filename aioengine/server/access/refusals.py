@@ -29,7 +29,8 @@ class Refusals:
         self._timer: asyncio.TimerHandle | None = None
 
     def refuse(self, address: str, error: ApiError) -> ApiError:
-        """Return the answer to ``address``: ``error``, a 401, or a 429 in its place."""
+        """Return the error to send to ``address``: ``error``, which is a 401, or a 429 after too many of
+        these."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._note(address, loop)

@@ -46,7 +46,7 @@ class Now(msgspec.Struct, kw_only=True):
     state: str
     model: str
     step_age: float
-    """Seconds since the step that runs began; 0 if none does."""
+    """Seconds since the running step began; 0 if none runs."""
     stats: EngineStats
     requests: list[OpenRequest]
     """The oldest first."""

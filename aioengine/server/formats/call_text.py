@@ -10,14 +10,14 @@ from typing import NamedTuple
 MAX_CALLS = 16
 """Bound on the calls of one answer where calls are required and ``parallel_tool_calls`` is true."""
 FIRST_ARGUMENTS = 3
-"""Line of the grammar that has the arguments of the first tool; each has a line of its own."""
+"""Number of the grammar's line with the first tool's arguments; each tool has a line of its own."""
 
 
 class CallText(NamedTuple):
     """The texts of calls whose arguments are JSON."""
 
     opening: str
-    """Of a call; ``{}`` is its name (and a brace is written twice)."""
+    """Text before a call's arguments; ``{}`` stands for its name, and a brace is written twice."""
     closing: str
     begin: str = ""
     """Before the first call."""
@@ -29,14 +29,16 @@ class CallText(NamedTuple):
     def grammar(
         self, names: Sequence[str], schemas: Sequence[str], tokens: Mapping[str, int], *, parallel: bool
     ) -> str:
-        """A grammar in Lark's notation: calls of ``names`` whose arguments conform to ``schemas``, JSON
-        schemas that llguidance reads. One call, or up to ``most`` if ``parallel``.
+        """Return a grammar in Lark's notation: calls of ``names`` whose arguments conform to ``schemas``,
+        which are JSON schemas as llguidance reads them. It allows one call, or up to ``most`` if
+        ``parallel``.
 
-        ``tokens`` are texts that are tokens of their own, and their ids: the model writes these as such.
+        ``tokens`` has the ids of texts that are single tokens, because the model writes these as tokens.
         """
 
         def quoted(text: str) -> str:
-            """The text as terminals, with a space after each; nothing for an empty one, as Lark wants it."""
+            """Write the text as terminals, with a space after each; nothing for an empty text, as Lark
+            requires."""
             marks = sorted((token for token in tokens if token in text), key=len, reverse=True)
             parts = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
             known = (f"<[{tokens[part]}]>" if part in marks else json.dumps(part) for part in parts if part)

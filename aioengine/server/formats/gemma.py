@@ -21,7 +21,7 @@ MAX_DEPTH = 64
 
 
 def gemma(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
-    """Calls of ``names``; what stands between the marks and is no such call stays text."""
+    """Parse calls of ``names``. Text between the marks that is no such call stays text."""
 
     def steps(source: Source) -> Steps[None]:
         while (yield from source.until(_MARKS)):
@@ -40,7 +40,7 @@ def gemma(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
 
 
 def _value(text: str) -> Any:
-    """Read a value. Raises ValueError for what is none."""
+    """Read a value. Raises ValueError if there is none."""
     tokens = []
     at = 0
     text = text.rstrip()

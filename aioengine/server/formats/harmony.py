@@ -22,7 +22,7 @@ _RECIPIENT = re.compile(r"\bto=functions\.([A-Za-z0-9_.-]+)")
 
 
 def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], Steps[None]]:
-    """Calls of ``names``, and reasoning unless ``reasons`` is false: then it is text, too."""
+    """Parse calls of ``names``, and reasoning; if ``reasons`` is false, reasoning stays text."""
 
     def steps(source: Source) -> Steps[None]:
         to = " to="
@@ -56,4 +56,5 @@ def harmony(names: frozenset[str], reasons: bool = True) -> Callable[[Source], S
 WRITTEN = CallText(
     opening=f"{CHANNEL}commentary to=functions.{{}} <|constrain|>json{MESSAGE}", closing="", most=1
 )
-"""The prompt's end and the answer's are tokens of the model's own; there is one call in an answer."""
+"""It has no text at the beginning and the end, where the model has tokens of its own. An answer has one
+call."""

@@ -13,7 +13,7 @@ _MARKS = Marks(OPEN)
 
 
 def hermes(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
-    """Calls of ``names``; what stands between the tags and is no such call stays text."""
+    """Parse calls of ``names``. Text between the tags that is no such call stays text."""
 
     def steps(source: Source) -> Steps[None]:
         while (yield from source.until(_MARKS)):

@@ -1,5 +1,5 @@
-"""Calls in JSON of our own, where a constraint holds the answer to it: for models whose own format is not
-known."""
+"""Calls in a JSON format of this server, for models whose own format is not known. A constraint holds the
+answer to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aioengine.server.formats.source import Source, Steps, decoded, tool_call
 
 
 def json_calls(source: Source) -> Steps[None]:
-    """The whole answer is a list of {"name", "arguments"}; one that is cut off is not given."""
+    """Parse an answer that is a list of {"name", "arguments"}. A call that is cut off is left out."""
     yield from source.literal("[")
     while True:
         body, is_complete = yield from source.json_object()
@@ -23,7 +23,7 @@ def json_calls(source: Source) -> Steps[None]:
 
 
 def named_call(name: str) -> Callable[[Source], Steps[None]]:
-    """The whole answer is the arguments of ``name``."""
+    """Parse an answer that is the arguments of ``name`` alone."""
 
     def steps(source: Source) -> Steps[None]:
         yield from source.blank()

@@ -12,7 +12,7 @@ TAG = "<|python_tag|>"
 
 
 def llama3(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
-    """Calls of ``names``; anything else stays text."""
+    """Parse calls of ``names``; anything else stays text."""
 
     def steps(source: Source) -> Steps[None]:
         before = yield from source.blank()

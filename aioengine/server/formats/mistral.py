@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]*")
 
 
 def mistral(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
-    """Calls of ``names``; what follows the mark and is no such call stays text."""
+    """Parse calls of ``names``. Text after the mark that is no such call stays text."""
 
     def listed(source: Source, read: str) -> Steps[None]:
         while True:
@@ -67,7 +67,7 @@ def mistral(names: frozenset[str]) -> Callable[[Source], Steps[None]]:
 
 
 def written(chat_template: str) -> CallText:
-    """How the model of this template writes calls."""
+    """Return how the model with this chat template writes calls."""
     if ARGUMENTS in chat_template:
         return CallText(opening=OPEN + "{}" + ARGUMENTS, closing="")
     opening = '{{"name": "{}", "arguments": '

@@ -21,9 +21,9 @@ class ToolFormat(NamedTuple):
     steps: Callable[[frozenset[str]], Callable[[Source], Steps[None]]]
     """Makes a parser's generator for functions of these names."""
     shows: Callable[[str], bool]
-    """Whether the model of a chat template writes calls so."""
+    """Whether a model with this chat template writes calls in this format."""
     written: Callable[[str], CallText | None]
-    """How calls are written by the model of a chat template; None where arguments are not JSON."""
+    """How a model with this chat template writes calls; None where arguments are not JSON."""
     closing: str | None = None
     """Text that ends every call."""
     special: bool = True
@@ -51,12 +51,12 @@ TOOLS: dict[str, ToolFormat] = {
         lambda _template: llama3.WRITTEN,
     ),
 }
-"""In the order in which a chat template is looked at."""
+"""The first format that a chat template shows is the model's."""
 REASONING: dict[str, Callable[[str], bool]] = {
     "harmony": lambda template: harmony.CHANNEL in template,
     "think": lambda template: think.OPEN in template and think.CLOSE in template,
 }
-"""Name -> whether the model of a chat template reasons so."""
+"""Name -> whether a model with this chat template writes reasoning in this format."""
 
 
 NO_TOKENS: Mapping[str, int] = MappingProxyType({})
@@ -75,7 +75,7 @@ class AnswerFormats(NamedTuple):
     def chosen(
         cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] = NO_TOKENS
     ) -> AnswerFormats:
-        """Formats by name; "auto" is what the chat template speaks of, "none" is none."""
+        """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
         template = chat_template or ""
         if tools == "auto":
             tools = next((name for name, known in TOOLS.items() if known.shows(template)), "none")
@@ -92,12 +92,12 @@ class AnswerFormats(NamedTuple):
 
     @property
     def written(self) -> CallText | None:
-        """How the model writes calls; None if it is not known, or arguments are not JSON then."""
+        """How the model writes calls; None if that is not known, or if arguments are not JSON."""
         return None if self.tools is None else TOOLS[self.tools].written(self.chat_template)
 
     @property
     def required(self) -> CallText:
-        """How calls are to be written where they are required; else in JSON of our own."""
+        """How required calls must be written: in the model's format, or else in this server's JSON."""
         return self.written or JSON_WRITTEN
 
     def needs_special_tokens(self, with_tools: bool) -> bool:
@@ -106,8 +106,8 @@ class AnswerFormats(NamedTuple):
         return is_harmony or (with_tools and self.tools is not None and TOOLS[self.tools].special)
 
     def free(self, names: frozenset[str], *, single: bool, is_thinking: bool) -> AnswerParser | None:
-        """A parser for an answer that may be anything; ``is_thinking`` if the prompt has begun the model's
-        reasoning. None if nothing is looked for."""
+        """Make a parser for an answer without a constraint; None if there is nothing to look for.
+        ``is_thinking`` says whether the prompt has begun the model's reasoning."""
         if "harmony" in (self.tools, self.reasoning):
             reasons = self.reasoning == "harmony"
             known = names if self.tools == "harmony" else frozenset[str]()
@@ -122,7 +122,7 @@ class AnswerFormats(NamedTuple):
         return AnswerParser(steps, single=single, closing=self.closing)
 
     def held(self, names: frozenset[str], *, single: bool) -> AnswerParser:
-        """A parser for an answer that is held to calls by a grammar of :attr:`required`."""
+        """Make a parser for an answer that a grammar of :attr:`required` holds to calls."""
         steps = json_calls if self.written is None or self.tools is None else TOOLS[self.tools].steps(names)
         return AnswerParser(steps, single=single)
 
@@ -131,7 +131,7 @@ NO_FORMATS = AnswerFormats(None, None, "", NO_TOKENS)
 
 
 def arguments_parser(name: str) -> AnswerParser:
-    """A parser for an answer that is held to the arguments of ``name``."""
+    """Make a parser for an answer that a grammar holds to the arguments of ``name``."""
     return AnswerParser(named_call(name))
 
 

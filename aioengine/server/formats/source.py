@@ -113,7 +113,7 @@ class Source:
                 parts.append(piece)
 
     def literal(self, text: str) -> Steps[bool]:
-        """Whether ``text`` comes next; if so it is taken."""
+        """Take ``text`` if it comes next. Returns whether it did."""
         while True:
             if self._text.startswith(text, self._at):
                 self._take(self._at + len(text))
@@ -140,8 +140,9 @@ class Source:
         return (yield from self.matching(_BLANK, 2**31))
 
     def json_object(self) -> Steps[tuple[str, bool]]:
-        """Take a JSON object, if one begins here. Returns its text, and whether it is complete: the text ends
-        early at the answer's end, and at what no JSON has outside of strings ("<") or in them (line ends)."""
+        """Take a JSON object, if one begins here. Returns its text, and whether it is complete. The text ends
+        early where the answer ends, and at a character that JSON cannot have there: "<" outside of strings, a
+        line end within them."""
         if not (yield from self._comes("{")):
             return "", False
         parts: list[str] = []
@@ -194,7 +195,7 @@ class AnswerParser:
 
     Args:
         steps: The format.
-        single: Nothing is taken after the first call.
+        single: Drop everything after the first call.
         closing: A text that ends a call, and that ends the answer if it is a stop string.
     """
 
@@ -248,12 +249,12 @@ class AnswerParser:
 
 
 def plain(source: Source) -> Steps[None]:
-    """All of it is text."""
+    """Parse an answer that is text alone."""
     yield from source.until(NO_MARKS)
 
 
 def call_of(body: str, names: frozenset[str]) -> ToolCall | None:
-    """Return the call that JSON with "name" and "arguments" or "parameters" is; None for any other."""
+    """Convert JSON with "name" and "arguments" or "parameters" to a call; None for any other text."""
     value = decoded(body)
     if not isinstance(value, dict) or value.get("name") not in names:
         return None
@@ -262,7 +263,7 @@ def call_of(body: str, names: frozenset[str]) -> ToolCall | None:
 
 
 def decoded(text: str) -> Any:
-    """Return the JSON's value; None if it is none."""
+    """Return the JSON's value; None if the text is not JSON."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

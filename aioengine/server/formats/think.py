@@ -11,8 +11,8 @@ _END = Marks(CLOSE)
 
 
 def think(then: Callable[[Source], Steps[None]], *, is_open: bool) -> Callable[[Source], Steps[None]]:
-    """Reasoning, if the prompt has opened it (``is_open``) or the answer begins with the tag; the rest is
-    ``then``'s. White space beside the tags is dropped."""
+    """Parse reasoning, if the prompt has opened it (``is_open``) or the answer begins with the tag. ``then``
+    parses the rest. White space beside the tags is dropped."""
 
     def steps(source: Source) -> Steps[None]:
         space = yield from source.blank()

@@ -47,7 +47,7 @@ class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tru
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-    """True: at most one call. False: up to 16 where a call is required, which otherwise is one."""
+    """True: at most one call. False: up to 16 calls where a call is required (by default one)."""
 
 
 class OutputFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -30,9 +30,9 @@ from aioengine.server.openai.chat_api import (
 
 
 def to_chat(data: MessagesRequest) -> ChatRequest:
-    """Raises ApiError for what is not supported."""
+    """Convert a request to a chat. Raises ApiError for fields that are not supported."""
     if data.thinking is not None and data.thinking.type != "disabled":
-        raise unsupported("thinking", "is the template's business: see chat_template_kwargs")
+        raise unsupported("thinking", "is up to the chat template; set its variables in chat_template_kwargs")
     chat = prompt_of(data)
     chat.max_completion_tokens = data.max_tokens
     chat.temperature, chat.top_p, chat.top_k = data.temperature, data.top_p, data.top_k

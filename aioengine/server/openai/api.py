@@ -64,7 +64,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Exactly one of the first four."""
+    """A format of the answer: exactly one of the first four fields."""
 
     json: dict[str, Any] | str | None = None
     """A JSON schema."""

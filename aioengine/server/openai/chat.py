@@ -153,7 +153,7 @@ def _text(message: Message, where: str) -> str:
 
 def _arguments(call: dict[str, Any], where: str) -> Any:
     text = call["function"]["arguments"]
-    if not text.strip():  # what some write for a function without parameters
+    if not text.strip():  # some clients send this for a function without parameters
         return {}
     try:
         return msgspec.json.decode(text)
@@ -165,14 +165,16 @@ def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
     variables = dict(data.chat_template_kwargs or {})
     for name in _OWN_VARIABLES:
         if name in variables:
-            raise ApiError(400, f"chat_template_kwargs: {name} is a field of its own", param=name)
+            raise ApiError(
+                400, f"chat_template_kwargs: {name} is a field of the request; set that", param=name
+            )
     if plan.tools:
         variables["tools"] = tools_to_template(plan.tools)
     if data.continue_final_message:
         if data.add_generation_prompt:
             raise ApiError(
                 400,
-                "add_generation_prompt: not with continue_final_message",
+                "add_generation_prompt: cannot be true with continue_final_message",
                 param="add_generation_prompt",
                 code="invalid_value",
             )
@@ -213,7 +215,9 @@ def _refuse_unsupported(data: ChatRequest) -> None:
         if getattr(data, field) is not None:
             raise unsupported(field, why)
     if data.reasoning_effort not in (None, "none"):
-        raise unsupported("reasoning_effort", "is the template's business: see chat_template_kwargs")
+        raise unsupported(
+            "reasoning_effort", "is up to the chat template; set its variables in chat_template_kwargs"
+        )
     if data.modalities not in (None, ["text"]):
         raise unsupported("modalities", "answers are text")
     if data.top_logprobs and not data.logprobs:

@@ -122,7 +122,7 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    """False: at most one call. True: up to 16 where a call is required, which otherwise is one."""
+    """False: at most one call. True: up to 16 calls where a call is required (by default one)."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as ``enable_thinking``."""
     add_generation_prompt: bool | None = None

@@ -214,6 +214,6 @@ class CompletionReply:
     def _answer_logprobs(self, told: _Choice, output: RequestOutput) -> CompletionLogprobs | None:
         if self._logprobs is None:
             return None
-        entries = (output.logprobs or [])[told.logprobs :]  # with that of a token that ends the answer
+        entries = (output.logprobs or [])[told.logprobs :]  # including the token that ends the answer
         told.logprobs += len(entries)
         return completion_logprobs(entries, self._token_bytes, told.offsets)

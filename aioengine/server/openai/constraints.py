@@ -34,7 +34,8 @@ class Form:
         compile: Builds a choice's constraint.
         write: Returns the input of ``compile``, and the requirements that are not enforced. Called once, in a
             thread. Raises RequestInvalid.
-        blame: ``param``, more exactly, by the reason for which ``compile`` refused it; None: ``param``.
+        blame: Finds a more exact ``param`` in the reason for which ``compile`` refused the form; None:
+            ``param``.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ def _of_format(wanted: ResponseFormat, options: SchemaOptions) -> Form:
 
 
 def _of_outputs(wanted: StructuredOutputs, options: SchemaOptions, param: str = "structured_outputs") -> Form:
-    """``param`` may have a place for the kind of form."""
+    """Return the form that ``wanted`` describes. ``{}`` in ``param`` stands for the kind of form."""
     found: list[Form] = []
     if (schema := wanted.json) is not None:
         if wanted.disable_any_whitespace is not None:
@@ -144,7 +145,7 @@ def _of_outputs(wanted: StructuredOutputs, options: SchemaOptions, param: str = 
     if len(found) != 1:
         raise ApiError(
             400,
-            "structured_outputs: exactly one of json, regex, choice and grammar",
+            "structured_outputs: give exactly one of json, regex, choice and grammar",
             param="structured_outputs",
             code="invalid_value",
         )

@@ -1,4 +1,4 @@
-"""From a request's fields to SamplingParams, one for each choice."""
+"""Converts a request's fields to SamplingParams, one for each choice."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def sampling_params(
 ) -> SamplingParams:
     """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name.
 
-    Raises ApiError or RequestInvalid for what cannot be.
+    Raises ApiError or RequestInvalid for fields that are not valid together.
     """
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise unsupported("best_of", "must be n: every choice is sent back")
     if fields.prompt_logprobs is not None and fields.stream:
         raise unsupported("prompt_logprobs", "not with stream")
     if constraint is not None and fields.ignore_eos:
-        raise ApiError(400, "ignore_eos: the end is where the format says", param="ignore_eos")
+        raise ApiError(
+            400, "ignore_eos: not with a format, which decides where the answer ends", param="ignore_eos"
+        )
     values: dict[str, Any] = {"temperature": 1.0, **defaults.given()}
     values.pop("max_new_tokens", None)
     values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
@@ -63,7 +65,7 @@ def sampling_params(
 
 
 def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """The ``choice``-th of n: the same but for the seed, if there is one."""
+    """Return the parameters of the ``choice``-th of n: the same except for the seed, if there is one."""
     if params.seed is None or choice == 0:
         return params
     # An odd multiplier: distinct seeds for distinct choices, and none near the seeds that people pick.

@@ -73,7 +73,9 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
         _check_model(context, data.model, request)
         owner = record_of(request).owner
         if (data.prompt is None) == (data.messages is None):
-            raise ApiError(400, "prompt: either prompt or messages", param="prompt", code="invalid_value")
+            raise ApiError(
+                400, "prompt: give either prompt or messages", param="prompt", code="invalid_value"
+            )
         if data.prompt is not None:
             special = data.add_special_tokens is not False
             [tokens] = await context.encode([data.prompt], owner=owner, add_special_tokens=special)
@@ -101,7 +103,9 @@ def token_routes(context: Context) -> list[HTTPRouteHandler]:
         _check_model(context, data.model, request)
         limit = context.engine.plan.max_model_len
         if len(data.tokens) > limit:
-            raise ApiError(400, f"tokens: at most {limit} of them", param="tokens", code="invalid_value")
+            raise ApiError(
+                400, f"tokens: may have at most {limit} entries", param="tokens", code="invalid_value"
+            )
         tokenizer = context.tokenizer
         work = context.engine.text_work
         owner = record_of(request).owner
@@ -117,7 +121,7 @@ def _strings(tokens: list[int], token_bytes: TokenBytes) -> list[str]:
 
 
 def _check_model(context: Context, model: str | None, request: Request[Any, Any, Any]) -> None:
-    """An adapter has its base model's tokenizer; that it is there is not asked, only whether the key may
-    use it."""
+    """Raise ApiError if the key may not use ``model``. An adapter has its base model's tokenizer, so whether
+    it exists is not checked."""
     if model is not None:
         context.adapter_of(model, record_of(request).identity)

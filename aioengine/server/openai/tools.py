@@ -3,8 +3,8 @@
 How models write calls is in ``formats/``. With ``tool_choice`` "required" or a named function a constraint
 holds the answer to calls in the model's own format, or, if that is not known, in JSON of a known shape.
 
-A call is given when it is complete, whatever becomes of the rest of the answer; one that is cut off is not
-given, because its arguments are no JSON.
+A call is sent when it is complete, whatever the rest of the answer is. A call that is cut off is not sent,
+because its arguments are no JSON.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class ToolPlan(NamedTuple):
         return grammar, tuple(not_enforced)
 
     def blame(self, reason: str) -> str | None:
-        """The field whose part of the grammar was refused for ``reason``."""
+        """Return the field whose part of the grammar was refused for ``reason``; None if it is not known."""
         found = _LINE.search(reason)
         index = int(found[1]) - FIRST_ARGUMENTS if found else -1
         return f"tools[{self.places[index]}].function.parameters" if 0 <= index < len(self.tools) else None
 
     def only(self, name: str) -> ToolPlan:
-        """The plan with one tool, of which there is to be one call."""
+        """Return the plan with one tool, for exactly one call."""
         at = next(i for i, tool in enumerate(self.tools) if tool.function.name == name)
         return self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
 
@@ -108,8 +108,8 @@ class ToolPlan(NamedTuple):
         return formats.free(names, single=single, is_thinking=is_thinking)
 
     def sampling(self, params: SamplingParams, formats: AnswerFormats) -> SamplingParams:
-        """``params`` under which the answer's text has what parsers look for. An answer that is free ends
-        with its first call, if there may be but one."""
+        """Return ``params``, changed so that the answer's text has what parsers look for. An answer without a
+        constraint ends with its first call, if only one is allowed."""
         if formats.needs_special_tokens(bool(self.tools)):
             params = msgspec.structs.replace(params, skip_special_tokens=False)
         if self.parallel is False and self.is_free and self.tools and formats.closing is not None:
@@ -122,7 +122,7 @@ def plan_tools(
     choice: ToolChoice | None = None,
     parallel: bool | None = None,
 ) -> ToolPlan:
-    """Raises ApiError for custom tools, and if ``choice`` does not fit ``tools``."""
+    """Make the plan. Raises ApiError for custom tools, and if ``choice`` does not fit ``tools``."""
     functions: list[Tool] = []
     for i, tool in enumerate(tools or ()):
         if isinstance(tool, CustomTool):

@@ -39,9 +39,9 @@ _BESIDE = 16 << 20
 _SEARCHED = 1 << 17
 """Bytes in which zipfile looks for a directory's end."""
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Others are decompressed by the standard library without a bound on what comes out."""
+"""The standard library decompresses others without a bound on the output."""
 _LONG_NAMES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
-"""Types of headers that may have the name of the member after them."""
+"""Types of headers that may hold the name of the next member."""
 _OTHER_HEADERS = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 _MAX_TAR_HEADER = 1 << 13
 """Bytes of such a header."""
@@ -105,8 +105,8 @@ def upload_routes(context: Context) -> list[HTTPRouteHandler]:
 
 
 def unpack(body: bytes, content_type: str, most: int) -> tuple[bytes, bytes]:
-    """The two files of an upload. Blocking. Raises ApiError for what is no such upload, has other than one
-    of each, or unpacks to more than ``most`` bytes."""
+    """Return the two files of an upload. Blocking. Raises ApiError if it is no such upload, has not exactly
+    one of each, or unpacks to more than ``most`` bytes."""
     main, options = parse_options_header(content_type)
     try:
         if main == "multipart/form-data":
@@ -125,7 +125,7 @@ def unpack(body: bytes, content_type: str, most: int) -> tuple[bytes, bytes]:
         raise
     except (NotImplementedError, RuntimeError) as error:  # an unknown compression; encrypted
         _refuse(f"the archive is not supported: {error}", error)
-    except Exception as error:  # which errors damaged bytes lead to, the libraries do not say
+    except Exception as error:  # the libraries do not say which errors damaged bytes cause
         _refuse(f"the archive or form is damaged: {str(error)[:200]}", error)
     missing = [name for name in (CONFIG, WEIGHTS) if name not in found]
     if missing:
@@ -136,7 +136,7 @@ def unpack(body: bytes, content_type: str, most: int) -> tuple[bytes, bytes]:
 
 
 def _limit(path: str, most: int) -> int | None:
-    """How long a wanted file may be; None for others."""
+    """Maximum size of a wanted file; None for other files."""
     name = posixpath.basename(path)
     return {CONFIG: min(most, MAX_CONFIG_BYTES), WEIGHTS: most}.get(name)
 
@@ -227,7 +227,7 @@ def _extended_name(data: bytes) -> bytes:
 
 
 class _Gunzip:
-    """A stream of what one gzip member holds; ``gzip`` would go on for as long as others follow."""
+    """A stream of what one gzip member holds; ``gzip`` would also read all members that follow."""
 
     def __init__(self, data: bytes) -> None:
         self._unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
@@ -252,7 +252,7 @@ class _Bounded:
         self._left = most
 
     def exactly(self, size: int) -> bytes:
-        """Raises EOFError if there are fewer."""
+        """Read exactly ``size`` bytes. Raises EOFError if there are fewer."""
         self._left -= size
         if self._left < 0:
             _refuse("the archive unpacks to more than is allowed", status=413)

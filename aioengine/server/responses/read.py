@@ -68,7 +68,7 @@ def _refuse_unsupported(data: ResponsesRequest) -> None:
         (
             "reasoning.effort",
             data.reasoning is not None and data.reasoning.effort not in (None, "none"),
-            "is the template's business: see chat_template_kwargs",
+            "is up to the chat template; set its variables in chat_template_kwargs",
         ),
     ):
         if is_given:

@@ -81,7 +81,8 @@ class BoundedBody:
                 message = await self._receive()
         except TimeoutError:
             text = (
-                f"the body did not come: nothing for {self._timeout} seconds, or less than {MIN_RATE} bytes "
+                f"the body came too slowly: nothing for {self._timeout} seconds, or less than {MIN_RATE} "
+                "bytes "
                 "a second"
             )
             raise ApiError(408, text, code="request_timeout", close=True) from None

@@ -39,12 +39,13 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
 def check_counts(body: bytes, param: str | None = None) -> None:
     """Count lists, objects and strings of JSON, in time linear in its length.
 
-    JSON that is a text in a body is to be counted like the body itself, before it is decoded. Raises ApiError
+    Call it also for JSON that is a text in a body, before that is decoded. Raises ApiError
     that names ``param`` if there are too many.
     """
     if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS:
         return
-    # There are as many of these characters, but they may be in texts. A backslash in JSON begins a pair.
+    # There are too many of these characters, but they may be inside texts. So texts are removed first, and
+    # before that the escapes, each of which is a backslash and one more character.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') > 2 * MAX_STRINGS:
         raise _too_many(f"{MAX_STRINGS} strings", param)

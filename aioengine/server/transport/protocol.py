@@ -277,7 +277,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     # What the parser finds
 
     def on_message_begin(self) -> None:
-        if self._is_blocked:  # lines that end in another way than those that parts are cut at
+        if self._is_blocked:  # the request before ended where no slice was cut
             self._real.close()
         self._unset_keepalive_if_required()
         self._header_bytes = self._left_bytes = self._body_left = 0

@@ -29,7 +29,7 @@ class Connection(Protocol):
 
     @property
     def owner(self) -> str:
-        """Whose it is."""
+        """The connection's owner."""
 
     def take_turn(self) -> None:
         """Parse one request, or one slice of a body."""

@@ -39,15 +39,14 @@ class InputFields(VectorFields, kw_only=True, forbid_unknown_fields=True):
 
 class PoolingRequest(InputFields, kw_only=True, forbid_unknown_fields=True):
     pooling: Literal["auto", "mean", "last", "cls"] | None = None
-    """How the hidden states become one vector; "auto", if it is not given, as the adapter or the model
-    says."""
+    """How the hidden states become one vector. "auto", the default, is what the adapter or the model says."""
     encoding_format: Literal["float", "base64"] | None = None
     """"base64": of float32, little endian."""
 
 
 class EmbeddingRequest(PoolingRequest, kw_only=True, forbid_unknown_fields=True):
     dimensions: Positive | None = None
-    """Keep only the first so many numbers."""
+    """Keep only this many numbers of each vector, the first ones."""
     normalize: bool | None = None
     """Whether vectors have length 1; true if it is not given."""
 
@@ -71,7 +70,7 @@ class RerankRequest(VectorFields, kw_only=True, forbid_unknown_fields=True):
     query: str
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS)]
     top_n: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    """Return only the best so many; 0 returns all."""
+    """Return only this many of the best; 0 returns all."""
     return_documents: bool | None = None
     """True if it is not given."""
 

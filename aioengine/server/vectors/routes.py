@@ -50,7 +50,7 @@ from aioengine.server.vectors.api import (
 )
 
 Form = Callable[[Sequence[RequestOutput], str, VectorUsage], VectorList | Ranked]
-"""Makes the answer of the outputs, its id, and the usage."""
+"""Makes the answer from the outputs, its id, and the usage."""
 
 
 def vector_routes(context: Context) -> list[HTTPRouteHandler]:
@@ -117,7 +117,7 @@ def vector_routes(context: Context) -> list[HTTPRouteHandler]:
         if len(firsts) != len(seconds):
             raise ApiError(
                 400,
-                f"text_1: {len(firsts)} texts for the {len(seconds)} of text_2; give one, or as many",
+                f"text_1: has {len(firsts)} texts, and text_2 has {len(seconds)}; give one, or as many",
                 param="text_1",
                 code="invalid_value",
             )
@@ -210,7 +210,8 @@ async def _scored(
     if labels > 1:
         raise ApiError(
             400,
-            f"model: its head has {labels} labels, and a score needs a head of one, or none: use /classify",
+            f"model: its head has {labels} labels, but a score needs a head of one label, or none; use "
+            "/classify",
             param="model",
             code="invalid_value",
         )
