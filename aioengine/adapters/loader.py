@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from aioengine.step import AdapterSource
 
 STALL_SECONDS = 1.0
-"""A read that has waited this long for one file operation, or for its next retry, gives its place to
-another."""
+"""After a read has waited this long for one file operation, or for its next retry, another read may start in
+its place."""
 IMPATIENT_SECONDS = 0.1
 """The same limit while another read hangs: hanging reads come in groups, and each would delay the rest."""
 MAX_HANGING = 64
@@ -104,16 +104,16 @@ class Backoff:
 
 
 class BaseLoader(ABC, Generic[R]):
-    """Loads with retries and a time limit, wherever the reads are done. How many adapters are loaded at once
-    is the caller's to bound.
+    """Loads with retries and a time limit, wherever the reads are done. The caller bounds how many adapters
+    are loaded at once.
 
     Args:
         retries: How often a read that failed for a passing reason is tried again, after ``backoff``
             seconds, then twice as long, and so on. No thread is held meanwhile.
-        timeout: Seconds that a load may take, retries and all; None for ever. A read that does not
-            return is left behind: it counts no more, and what it may still deliver is dropped.
-        grace: Seconds that the next read waits where those that nobody waits for any more are in its way.
-            Those that do not hang have ended by then.
+        timeout: Seconds that a load may take, retries and all; None for ever. A read that does not return is
+            abandoned: it is not counted any more, and its result is dropped.
+        grace: Seconds that the next read waits for abandoned reads that are in its way. Those that do not
+            hang end within this time.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class BaseLoader(ABC, Generic[R]):
         )
 
     def _slot_nbytes(self, found: R) -> int | None:
-        """Bytes that it takes in a slot, on the rank where that is most; None: all that was read."""
+        """Bytes that it takes in a slot, on the rank with the largest share; None: all that was read."""
         return None
 
     async def _attempt(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
@@ -201,7 +201,7 @@ class BaseLoader(ABC, Generic[R]):
             await asyncio.sleep(POLL_SECONDS)
 
     def _obstacle(self, path: str, reads: set[Progress]) -> str | None:
-        """The reason why no read of this folder may start while ``reads`` run; None if it may."""
+        """Return why no read of this folder may start while ``reads`` run; None if it may."""
         if not reads:
             return None
         self._open = {read: where for read, where in self._open.items() if read.running}
@@ -254,8 +254,8 @@ class BaseLoader(ABC, Generic[R]):
 
     @abstractmethod
     async def _read(self, name: str, path: str, progress: Progress, files: AdapterSource | None) -> R:
-        """Read once, and tell ``progress`` at the end, even if the read was abandoned. After a cancellation,
-        a late result must be dropped."""
+        """Read once, and record the end in ``progress``, even if the read was abandoned. After a
+        cancellation, a late result must be dropped."""
 
     @abstractmethod
     def _keep(self, uid: int, found: R) -> None:
@@ -311,7 +311,7 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
 
 def _obstructed(reason: str, name: str, path: str) -> AdapterLoadError:
     return AdapterLoadError(
-        f"not read, because {reason}; it is read again when that has ended: see to the disk or the network "
+        f"not read, because {reason}; it is read again when that has ended: check the disk or the network "
         "mount",
         name=name,
         path=path,
@@ -341,7 +341,7 @@ def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadErro
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises RuntimeError from its CPU allocator, and a class of its own from CUDA's."""
+    """Whether torch ran out of memory: RuntimeError from the CPU allocator, a separate class from CUDA's."""
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)

@@ -31,7 +31,7 @@ def checked_path(name: str, path: str | os.PathLike[str]) -> str:
 
 
 def check_name(name: str, path: str) -> None:
-    """Raises AdapterInvalid for what no adapter can be called."""
+    """Raise AdapterInvalid for a text that cannot be an adapter's name."""
     if not isinstance(name, str) or NAME_RULE.fullmatch(name) is None:
         raise AdapterInvalid(f"a name is {NAME_RULE_TEXT}", name=str(name), path=path)
 

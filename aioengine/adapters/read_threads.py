@@ -1,9 +1,9 @@
 """Runs blocking reads in threads that can be abandoned.
 
-A read from a network mount whose server is gone may never return, and nothing can interrupt it. The
-threads of ``concurrent.futures``, asyncio's included, are joined when the interpreter exits, and anyio's
-are no daemons either: one such read would keep the process from ending. So each read has a daemon thread
-of its own (starting one costs a tenth of a millisecond, a read several), which can be abandoned: nobody
+A read from a network mount whose server is gone may never return, and nothing can interrupt it. The threads
+of ``concurrent.futures``, asyncio's included, are joined when the interpreter exits, and anyio's threads are
+no daemons either: one such read would keep the process from ending. So each read has a daemon thread of its
+own. (Starting one takes a tenth of a millisecond, a read takes several.) The thread can be abandoned: nobody
 waits for it any more, its result is dropped, and it ends when the read returns.
 """
 
@@ -73,7 +73,7 @@ class ReadThreads:
         ended: asyncio.Future[None] = loop.create_future()
 
         def deliver(value: T | None, error: Exception | None) -> None:
-            thread.join()  # it has nothing left to do; whoever sees the result finds it gone
+            thread.join()  # it ends at once; so it is gone when the caller sees the result
             self._running.pop(number, None)
             self._abandoned.pop(number, None)
             ended.set_result(None)
@@ -91,7 +91,7 @@ class ReadThreads:
                 value = read()
             except BaseException as caught:
                 error = _for_the_loop(caught)
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to tell
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(deliver, value, error)
             value = error = None  # an error refers to this frame: leave no cycle
 
@@ -101,8 +101,8 @@ class ReadThreads:
         return result
 
     async def wait(self, seconds: float) -> None:
-        """Wait until every thread has ended, but at most ``seconds``, and not for threads that were given up
-        earlier than that."""
+        """Wait up to ``seconds`` until every thread has ended, except for those that were abandoned longer
+        ago than that."""
         now = asyncio.get_running_loop().time()
         fresh = [
             ended

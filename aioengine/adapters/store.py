@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 class AdapterStore:
     """The adapters in the CPU cache. ``weights`` gives the base model's linears, which DoRA needs; ``dtype``
-    is the slots' dtype, and ``affine_dtype`` that of their gains and shifts if ``dtype`` is int8: adapters
-    are read and checked in that, and quantized once.
+    is the slots' dtype. If it is int8, ``affine_dtype`` is the dtype of gains and shifts; adapters are read
+    and checked in it, and quantized once.
 
     With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
     """

@@ -20,9 +20,9 @@ T = TypeVar("T", bound=Numbered)
 class ArrivalQueue(Generic[T]):
     """Requests in arrival order; adding a new one and removing any one are O(1).
 
-    Preempted requests come back to a place in the middle. They are few (at most ``max_num_seqs``), so
-    they are kept apart, sorted, and merged in when the queue is read. (An OrderedDict finds its first
-    key at once; a dict whose front was emptied has to look for it.)
+    Preempted requests come back to a place in the middle. They are few (at most ``max_num_seqs``), so they
+    are kept in a separate sorted list, which is merged in when the queue is read. (An OrderedDict finds its
+    first key at once; a dict whose front was emptied has to look for it.)
     """
 
     __slots__ = ("_fresh", "_returned", "head")
@@ -31,7 +31,7 @@ class ArrivalQueue(Generic[T]):
         self._fresh: OrderedDict[int, T] = OrderedDict()
         self._returned: dict[int, T] = {}
         self.head: T | None = None
-        """The first; None if it is empty."""
+        """The first request; None if the queue is empty."""
 
     def add(self, request: T) -> None:
         self._fresh[request.seq] = request

@@ -62,7 +62,8 @@ class Batcher:
         self._tell = tell
         self._refuse = refuse
         self.border = border
-        """Border by which more blocks can be obtained; None if adapters have a memory of their own."""
+        """The border to the adapters' memory, which can give blocks; None if adapters have a separate
+        memory."""
 
     def form(
         self,
@@ -72,7 +73,7 @@ class Batcher:
     ) -> tuple[list[Request], list[SequenceWork]]:
         """Form a batch: a token for each running request that decodes, then chunks of prompts of running
         requests and of those in ``admit``, in the policy's order; sorted by slot. Returns the requests and,
-        in the same order, the range of tokens to compute of each.
+        in the same order, the range of tokens to compute for each.
 
         Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
         tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
@@ -86,7 +87,7 @@ class Batcher:
         for request in self.running.values():
             (prefills if len(request.tokens) - request.computed > 1 else decodes).append(request)
         room = self.max_num_batched_tokens
-        # One of them may be preempted by another.
+        # Growing one request may preempt another one of them.
         size = self.blocks.block_size
         decodes = [
             r
@@ -119,7 +120,7 @@ class Batcher:
             while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
                 self._compute(prefills.popleft(), allowance, shortest, work, now)
                 shortest = 0
-            # The first that does not fit ends it: to let smaller ones pass would starve it.
+            # Stop at the first that does not fit: it would starve if smaller ones passed it.
             if not allowance.has_room(newcomer) or not self._start(request, now):
                 break
             self._compute(request, allowance, newcomer, work, now)
@@ -130,7 +131,7 @@ class Batcher:
         if oldest is not None:
             allowance.give_back()
             self._compute(oldest, allowance, GRAIN, work, now)
-        if self.preemptions > preemptions:  # one in ``work`` may have lost its blocks to a later one
+        if self.preemptions > preemptions:  # a request in ``work`` may have lost its blocks to a later one
             work = [part for part in work if part[1].status is Status.RUNNING]
         work.sort(key=_slot_of)
         return [request for _, request, _ in work], [part for _, _, part in work]
@@ -154,7 +155,7 @@ class Batcher:
         ]
 
     def _draft_limit(self, request: Request) -> int:
-        """How many tokens may be proposed to it: one more than that would be chosen."""
+        """Return how many tokens may be proposed to a request. A step chooses one more than that."""
         params = request.params
         if request.unscored or (params.constraint is not None and not self._draft_constrained):
             return 0
@@ -162,7 +163,7 @@ class Batcher:
         return left - 1
 
     def _may_grow(self, request: Request, tokens: int) -> bool:
-        """Give it blocks for so many tokens more, if they are free."""
+        """Give a request blocks for this many more tokens, if they are free."""
         new = self.blocks.blocks_for(request.computed + tokens) - len(request.blocks)
         if new > 0:
             if not self.blocks.can_allocate(new):
@@ -173,7 +174,7 @@ class Batcher:
     def _compute(
         self, request: Request, allowance: Allowance, at_least: int, work: list[_Part], now: float
     ) -> None:
-        """Add a chunk of its prompt, if the budget allows one."""
+        """Add a chunk of the request's prompt, if the budget allows one."""
         if request.status is Status.RUNNING:
             tokens = allowance.take(request, at_least)
             if tokens > 0 and self._has_blocks(request, tokens, now):
@@ -238,7 +239,8 @@ class Batcher:
         return True
 
     def _more_blocks(self, request: Request, new: int, shared: Sequence[int], now: float) -> bool:
-        """Have idle adapters make way for a request that is to start; wanted ones only if nothing runs."""
+        """Evict idle adapters for a request that is to start; adapters that requests wait for only if nothing
+        runs."""
         if self.border is None:
             return False
         count = new + self.blocks.revived(shared)
@@ -264,7 +266,7 @@ class Batcher:
         return True
 
     def _of_who_has_most(self) -> list[Request]:
-        """The running requests of the tenant that holds the most blocks."""
+        """Return the running requests of the tenant that holds the most blocks."""
         by_tenant: dict[str | None, list[Request]] = {}
         for request in self.running.values():
             by_tenant.setdefault(request.options.tenant, []).append(request)
@@ -297,7 +299,7 @@ class Batcher:
         request.committed = full
 
     def release(self, request: Request) -> None:
-        """Give back its blocks and its claim on the slot."""
+        """Give back the request's blocks and its claim on the slot."""
         self.blocks.release(request.blocks)
         request.blocks = []
         request.committed = request.computed = 0

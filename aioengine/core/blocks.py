@@ -2,11 +2,10 @@
 
 A block holds the keys and values of ``block_size`` tokens in every layer (paging after Kwon et al.,
 "Efficient Memory Management for LLM Serving with PagedAttention", 2023). A *full* block can be shared:
-its identity is the hash of everything it depends on, which is the adapter's content, all earlier
-tokens, and its own tokens, and of the salt that its request came with. Blocks of different adapters, or of
-different contents of one adapter, can therefore never be confused, and a request learns nothing about prompts
-sent with another salt. Freed blocks keep their contents until they are reused, the least recently freed
-first.
+its identity is the hash of everything that it depends on (the adapter's content, all earlier tokens and its
+own tokens) and of its request's salt. So blocks of different adapters, or of different contents of one
+adapter, can never be confused, and a request learns nothing about prompts that were sent with another salt.
+Freed blocks keep their contents until they are reused, the least recently freed first.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class BlockManager:
         self.lent = 0
         """Blocks ``0..lent-1`` are lent to adapters: see :mod:`aioengine.core.border`."""
         self.num_cached = 0
-        """How many of the free blocks have contents that may be found again."""
+        """Number of free blocks with cached contents."""
 
     @property
     def num_free(self) -> int:
@@ -59,7 +58,7 @@ class BlockManager:
         hashed.
 
         ``key`` stands for everything else that two sequences must share to share blocks. If ``turn`` is not
-        0, the blocks from that one on need ``rest_key`` to be the same, too."""
+        0, ``rest_key`` is hashed too, for the blocks from that one on."""
         hashes = list(known)
         parent = hashes[-1] if hashes else blake2b(key, digest_size=16).digest()
         for start in range(len(hashes) * self.block_size, len(tokens), self.block_size):
@@ -89,7 +88,7 @@ class BlockManager:
         return len(self._free) - self.revived(shared) >= new
 
     def revived(self, shared: Sequence[int]) -> int:
-        """How many of these are free now."""
+        """Count those of ``blocks`` that are free now."""
         return sum(1 for block in shared if self._refs[block] == 0)
 
     def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
@@ -108,7 +107,7 @@ class BlockManager:
         return [*shared, *fresh]
 
     def _take_free(self) -> int:
-        """The free block that is reused next; what was in it is forgotten."""
+        """Take the free block that is reused next, and forget its contents."""
         block, _ = self._free.popitem(last=False)
         digest = self._hash_of[block]
         if digest is not None:
@@ -118,10 +117,11 @@ class BlockManager:
         return block
 
     def lend(self, count: int) -> list[tuple[int, int]]:
-        """Lend the next ``count`` blocks to adapters; as many must be free, anywhere.
+        """Lend the next ``count`` blocks to adapters. At least as many blocks must be free, at any place.
 
-        Returns (block, new block) for those whose contents move because others are less worth keeping. Who
-        holds one of these must be told. A cached one counts as freed just now.
+        Returns (block, new block) for each block whose contents move. The sequences that hold these blocks
+        must be updated. The least recently freed contents are overwritten; a moved cached block counts as
+        freed just now.
         """
         assert self.can_allocate(count)
         first, end = self.lent, self.lent + count
@@ -150,7 +150,7 @@ class BlockManager:
         return moves
 
     def take_back(self, count: int) -> None:
-        """Take back the last ``count`` blocks that are lent; they are free, and reused first."""
+        """Take back the last ``count`` blocks that are lent. They are free then, and reused first."""
         for block in range(self.lent - count, self.lent):
             self._free[block] = None
             self._free.move_to_end(block, last=False)
@@ -163,7 +163,7 @@ class BlockManager:
             self._block_of[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference on each. The last blocks of a sequence are reused before its first,
+        """Give back one reference on each block. The last blocks of a sequence are reused before its first,
         because a short prefix is worth more than a long one."""
         refs, free, hash_of = self._refs, self._free, self._hash_of
         for block in reversed(blocks):
@@ -172,7 +172,7 @@ class BlockManager:
             refs[block] = left
             if left == 0:
                 free[block] = None
-                if hash_of[block] is None:  # nothing to find in it: reuse it first
+                if hash_of[block] is None:  # it has no cached contents: reuse it first
                     free.move_to_end(block, last=False)
                 else:
                     self.num_cached += 1
@@ -185,11 +185,11 @@ class BlockManager:
         self._block_of.clear()
 
     def referenced(self, blocks: Sequence[int]) -> bool:
-        """Whether each of them is referenced."""
+        """Whether every one of ``blocks`` is referenced."""
         return all(self._refs[block] > 0 for block in blocks)
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Assert that the reference counts are exactly those of ``held`` (one list a holder)."""
+        """Assert that the reference counts are exactly those of ``held`` (one list for each holder)."""
         counts = [0] * self.num_blocks
         for blocks in held:
             for block in blocks:

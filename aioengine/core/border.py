@@ -1,12 +1,13 @@
 """The border in a memory that adapters and KV blocks share: adapters lie below it, blocks above.
 
-The memory is ``num_blocks`` KV blocks of ``block_bytes``. The adapters' arena is what of these is lent, from
-the first on. So lending the next ones moves the border up: their contents, cached or live, move to other
-blocks, and the tables of the sequences follow. Taking some back moves it down: adapters are moved together
-for that. Both are decided between steps, and what moves in memory does so before the next step reads anything
-(``moves``). An adapter is copied to where something was moved from after that step.
+The memory is ``num_blocks`` KV blocks of ``block_bytes``. The blocks that are lent to adapters, from the
+first on, are the adapters' arena. Lending the next blocks moves the border up: their contents, cached or
+live, move to other blocks, and the sequences' block tables are updated. Taking blocks back moves the border
+down: for that, adapters are moved together. Both are decided between steps, and the data moves before the
+next step reads anything (``moves``). An adapter is copied to a place that such a move frees only after that
+step.
 
-Who gives way, in this order:
+What gives way, in this order:
 
 - to an adapter: free blocks without contents; adapters that the policy's decision gives up
   (``Decision.evict``); cached prefixes, if requests wait for the adapter or it is pinned; other idle
@@ -16,8 +17,9 @@ Who gives way, in this order:
 
 One request of the largest length always has room beside the adapters, so that something can always run.
 
-One memory for both is after S-LoRA's unified paging (Sheng et al., 2023, arXiv:2311.03285). There adapters
-are scattered over pages, which its kernels gather; here everything stays in one piece, and is moved instead.
+The idea of one memory for both is from S-LoRA's unified paging (Sheng et al., 2023, arXiv:2311.03285). There
+adapters are scattered over pages, which its kernels gather. Here each adapter stays in one piece, and is
+moved instead.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ from aioengine.step import MemoryMove
 
 
 class _Way(NamedTuple):
-    """Way to make room."""
+    """A way to make room."""
 
     evict: list[Slot]
     pack: bool
     """Whether adapters are moved together."""
     lend: int
-    """Blocks."""
+    """Number of blocks to lend."""
 
 
 class Border:
@@ -77,7 +79,7 @@ class Border:
         """The slots that the policy's last decision gives up, in its order."""
 
     def has_taken(self, entry: AdapterEntry) -> bool:
-        """Whether it had to leave for a sequence in this step, which the policy could not know."""
+        """Whether the adapter had to leave for a sequence in this step, which the policy could not know."""
         return entry.uid in self._taken
 
     def take_moves(self) -> list[MemoryMove]:
@@ -90,7 +92,8 @@ class Border:
         self.moves = []
 
     def spare(self, *, cached: bool) -> int:
-        """Blocks that can be lent without anybody being preempted soon; ``cached``: with contents, too."""
+        """Return how many blocks can be lent without a preemption soon. ``cached``: also those with
+        contents."""
         blocks = self._blocks
         free = blocks.num_free if cached else blocks.num_free - blocks.num_cached
         return max(0, min(free, blocks.num_free - len(self._running), blocks.size - self._least))
@@ -150,7 +153,8 @@ class Border:
         return None
 
     def _fits(self, arena: Arena, size: int, spare: int) -> tuple[bool, int] | None:
-        """Whether to move adapters together, and how many blocks to lend, for a hole; None: it cannot be."""
+        """Return whether to move adapters together, and how many blocks to lend, for a hole; None if there is
+        no way."""
         if arena.fits(size):
             return False, 0
         if arena.free + spare * self.block_bytes < size:
@@ -162,22 +166,22 @@ class Border:
         return (True, lend) if lend <= spare else None
 
     def _missing(self, have: int, size: int) -> int:
-        """Blocks that have the bytes that are missing."""
+        """Return the number of blocks that make up for the missing bytes."""
         return max(0, -(-(size - have) // self.block_bytes))
 
     # For sequences
 
     def before_allocation(self, count: int, now: float) -> None:
-        """Have adapters that the policy's decision gives up make way before a cached prefix does, for
-        ``count`` blocks that are about to be allocated."""
+        """Make room for ``count`` blocks that are about to be allocated: adapters that the policy's decision
+        gives up leave before a cached prefix does."""
         blocks = self._blocks
         missing = min(count - (blocks.num_free - blocks.num_cached), blocks.lent)
         if missing > 0:
             self._take_back(missing, self.offered(), now, partly=True)
 
     def make_blocks(self, count: int, now: float, keep: AdapterEntry | None, *, urgent: bool) -> bool:
-        """Take back what is missing to ``count`` free blocks; returns whether that was possible. ``keep``
-        stays. ``urgent``: requests may wait for the adapters that leave."""
+        """Take back blocks until ``count`` are free. Returns whether that was possible. ``keep`` stays.
+        ``urgent``: adapters that requests wait for may leave, too."""
         count -= self._blocks.num_free
         if count > self._blocks.lent:
             return False
@@ -222,8 +226,8 @@ class Border:
     # What moves
 
     def _may_move(self) -> Callable[[int], bool]:
-        """Whether an adapter may be moved before the next step: even if it is running, but not while it is
-        being copied."""
+        """Return a function that says whether an adapter may be moved before the next step. It may even if
+        requests run on it, but not while it is being copied."""
         copied = {slot.offset for slot in self._slots.slots if slot.loading}
         return lambda offset: offset not in copied
 

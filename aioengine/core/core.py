@@ -1,11 +1,11 @@
 """The engine's core: a deterministic state machine over requests, slots and KV blocks.
 
-No I/O, no clock, no torch. Events go in (a request is added or aborted, an adapter is on the CPU or in
-its slot, a load failed, a step finished), each with ``now``; ``schedule(now)`` answers with a batch to
-run and adapter moves to start. The policy proposes, the core disposes: every invariant is kept here.
+No I/O, no clock, no torch. Events go in (a request is added or aborted, an adapter is on the CPU or in its
+slot, a load failed, a step finished), each with ``now``. ``schedule(now)`` answers with a batch to run and
+adapter moves to start. The policy only proposes: the core checks every proposal and keeps every invariant.
 
-The file is long because it is the one way in: each event has its method here, and the parts (batcher, queues,
-residency, guard) do the work.
+The file is long because each event has its method here. The parts (batcher, queues, residency, guard) do the
+work.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Core:
     """All methods are synchronous and must be called from one thread.
 
     Events are appended to ``outbox``, a list of :class:`~aioengine.events.Event`, which the caller empties.
-    ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` is what policies are
-    told of times, where these are known beforehand; else they are measured. At most one batch is in
+    ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` tells policies how long
+    steps and moves take, where that is known beforehand; otherwise times are measured. At most one batch is
+    in
     flight: each batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule``
     is called again.
     """
@@ -90,7 +91,7 @@ class Core:
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
         self.border: Border | None = None
-        """Between adapters and KV blocks, if they share a memory."""
+        """The border between adapters and KV blocks, if they share a memory."""
         if limits.shared_block_bytes is not None:
             self.border = Border(
                 self.residency,
@@ -153,13 +154,14 @@ class Core:
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
         self._changes = 0
-        """Grows with everything that happens but that running requests get tokens."""
+        """Number of events so far, except that running requests got tokens."""
         self._arranged_at = -1
-        """The number of changes when pinned adapters were last looked after."""
+        """Value of ``_changes`` when pinned adapters were last placed."""
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         self._zombies: list[Request] = []
-        """Requests that ended while in flight; what they hold is released when the step comes back."""
+        """Requests that ended while in flight. Their blocks and slots are released when the step comes
+        back."""
 
     @property
     def preemptions(self) -> int:
@@ -170,7 +172,7 @@ class Core:
         return self._guard.name
 
     def change_policy(self, policy: SchedulerPolicy) -> None:
-        """Have another policy decide from the next step on."""
+        """Use another policy from the next step on."""
         self._guard.change(policy)
 
     @property
@@ -209,10 +211,10 @@ class Core:
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
 
-        ``given`` is output that another engine has made, not complete yet: the request goes on after it.
+        ``given`` is unfinished output of another engine; the request continues it.
 
-        ``adapter`` is the version that the adapter of ``options`` stands for, ``deadline`` the point in time
-        of its deadline. ``ticket`` is its place among the waiting requests, if it has one; otherwise raises
+        ``adapter`` is the version for the adapter's name in ``options``, and ``deadline`` the time when the
+        request must have ended. ``ticket`` is its place among the waiting requests. Without one, raises
         EngineOverloaded as ``reserve`` does.
         """
         assert request_id not in self.requests
@@ -315,12 +317,10 @@ class Core:
         seconds: float,
         slot_nbytes: int | None = None,
     ) -> AdapterTooLarge | None:
-        """``slot_nbytes``: what it takes in a slot; None: ``nbytes``.
-
-        Returns why it cannot be kept, if it cannot; those who wait for it fail with that.
-
-        Otherwise it is in the cache; or else back on disk, if what others need leaves no room for its
-        bytes just now: then it is read again when there is.
+        """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
+        Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
+        Otherwise it is in the cache, or dropped if there is no room for its bytes beside the adapters that
+        others need. Then it is read again when there is room.
         """
         self.now = max(self.now, now)
         slot_nbytes = nbytes if slot_nbytes is None else slot_nbytes
@@ -363,8 +363,8 @@ class Core:
             self.end(request, "error", now, error)
 
     def _fail_shut_out(self, now: float) -> None:
-        """Fail the requests for adapters that pinned ones leave no slot, or no room in the slots' memory,
-        because they could never run."""
+        """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
+        the slots' memory."""
         room = self.slots.room_beside_pinned()
         if room == inf:
             return
@@ -375,7 +375,7 @@ class Core:
             where = "every slot holds a pinned adapter"
             setting = "max_loras"
             if room > 0:
-                where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,}"
+                where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,} bytes"
                 setting = "slot_memory"
             text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
             text += f"({', '.join(pinned)}); unpin one, or raise LoRAConfig.{setting}"
@@ -392,7 +392,9 @@ class Core:
         changed = self._changes != self._arranged_at
         if changed:
             self._fail_shut_out(now)
-        self.residency.sweep(now)  # after those that end requests: an adapter's last one may be among them
+        self.residency.sweep(
+            now
+        )  # after the calls that end requests: one may be the last of a retired adapter
         if changed or self.placing.pinned_wait:
             self.placing.place_pinned(now)
             self._arranged_at = self._changes
@@ -420,7 +422,7 @@ class Core:
         self.end(request, "error", now, RequestRejected(f"{text}; try again later", reason=reason))
 
     def step_lost(self) -> None:
-        """Note that the batch in flight is lost: what its ended requests hold is released."""
+        """Note that the batch in flight is lost. Blocks and slots of its ended requests are released."""
         self._in_flight = []
         for request in self._zombies:
             self.batcher.release(request)
@@ -428,8 +430,8 @@ class Core:
 
     def device_lost(self, now: float, error: Exception) -> None:
         """Forget everything that was computed and loaded. Running requests fail with ``error``, waiting ones
-        keep waiting, and adapters are on disk again. No batch or move that is under way may be reported
-        later."""
+        keep waiting, and adapters are on disk again. The caller must not report batches or moves that were
+        under way."""
         self.now = max(self.now, now)
         self.step_lost()
         for request in list(self.running.values()):
@@ -462,7 +464,7 @@ class Core:
         if self.placing.any_closed:
             admit = [request for request in admit if not self.placing.is_closed(request.adapter)]
         if self.placing.short is not None and self.running:
-            # What becomes free is for the adapter that has waited longer.
+            # Memory that becomes free is for the adapter that has waited longer.
             admit = [request for request in admit if request.arrival <= self.placing.short]
         ranks = self.slots.ranks()
         self._in_flight, work = self.batcher.form(admit, self.now, ranks)
@@ -506,8 +508,8 @@ class Core:
         self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
 
     def _cpu_order(self, entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
-        """Return the policy's order of eviction from the CPU cache; adapters that it does not name follow by
-        last use. Versions that were never published, which it does not know, go first."""
+        """Return the policy's order of eviction from the CPU cache. Adapters that it does not name follow by
+        last use. Versions that were never published come first, because the policy does not know them."""
         in_order = least_recently_used(entries)
         unknown = [entry for entry in in_order if not self.residency.is_known(entry)]
         rest = {entry.name: entry for entry in in_order if self.residency.is_known(entry)}
@@ -560,8 +562,8 @@ def _speculation(limits: CoreLimits) -> Speculation | None:
 
 
 def _shared_arena(limits: CoreLimits) -> Arena | None:
-    """The adapters' part of a memory that they share with KV blocks: nothing at first, and at most what one
-    request of the largest length leaves."""
+    """Make the adapters' part of a memory that they share with KV blocks. It is empty at first, and always
+    leaves room for one request of the largest length."""
     if limits.shared_block_bytes is None:
         return None
     most = limits.num_blocks - -(-limits.max_model_len // limits.block_size)

@@ -11,8 +11,7 @@ from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.state import AdapterEntry
 
 _ADAPTER_TOKENS = 8
-"""Constant of ``StepWork``: an adapter in a step costs its rank times this, plus its rank times its
-tokens."""
+"""Constant of ``StepWork``: an adapter in a step costs its rank times the sum of this and its tokens."""
 
 
 class MeasuredCosts:
@@ -22,7 +21,7 @@ class MeasuredCosts:
     sizes none begins to learn when a policy first asks.
 
     Args:
-        adapters: Those that the policy knows, by the name that it knows them by.
+        adapters: The adapters that the policy knows, by the names that it uses.
         pacer: The engine's, if it has one.
     """
 

@@ -57,11 +57,11 @@ _NOTHING = Resolved([], [], [], [], [], [])
 class PolicyGuard:
     """Stands between the core and a policy.
 
-    If a policy raises or returns something other than a Decision, the safe policy decides that step, which
-    ``make_safe`` makes when it is first needed. If it takes longer than ``budget`` seconds ``max_overruns``
-    times, the safe policy replaces it for good. ``timer`` measures; without one there is no budget (the core
-    itself has no clock). ``requests`` are those that have not ended, by id; ``adapters`` those that the
-    policy knows, by name.
+    If a policy raises, or returns something other than a Decision, the safe policy decides that step.
+    ``make_safe`` makes the safe policy when it is first needed. If a policy takes longer than ``budget``
+    seconds ``max_overruns`` times, the safe policy replaces it for good. ``timer`` measures the time; without
+    one there is no budget, because the core itself has no clock. ``requests`` has the requests that have not
+    ended, by id, and ``adapters`` the adapters that the policy knows, by name.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PolicyGuard:
         self.policy = policy
         self.name = type(policy).__name__
         self.seconds = 0.0
-        """Seconds of the last decision, including calls made in the course of it."""
+        """Seconds that the policy took for the last decision, including nested calls."""
         self._make_safe = make_safe
         self._safe: SchedulerPolicy | None = None
         self._requests = requests
@@ -96,7 +96,7 @@ class PolicyGuard:
         self._may_be_quiet = _keeps_its_word(policy)
         self._quiet_until = -math.inf
         self._quiet_since = -1
-        """Number of changes when the policy last decided nothing."""
+        """Value of ``changes`` when the policy last decided nothing."""
 
     def change(self, policy: SchedulerPolicy) -> None:
         """Ask ``policy`` from now on. It is told of nothing that happened before."""
@@ -108,8 +108,9 @@ class PolicyGuard:
         self._quiet_since = -1
 
     def decide(self, view: SchedulerView, changes: int) -> Resolved:
-        """Ask the policy. ``changes`` grows whenever something happens but that running requests get tokens:
-        a policy that has decided nothing, and said until when, is not asked again before."""
+        """Ask the policy. ``changes`` counts events, except that running requests get tokens. A policy that
+        decided nothing, and said until when that holds, is not asked again before then while ``changes``
+        stays the same."""
         self.seconds = 0.0
         if changes == self._quiet_since and view.now < self._quiet_until:
             return _NOTHING
@@ -119,7 +120,7 @@ class PolicyGuard:
             if self._may_be_quiet and not any(decision):
                 self._quiet_until, self._quiet_since = self.policy.quiet_until(view), changes
         except BaseException as error:
-            # A stray CancelledError is the policy's own, for nothing is awaited here.
+            # Nothing is awaited here, so the policy itself raised this CancelledError.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._failed(view.now, "schedule", error)
@@ -253,8 +254,8 @@ def _strings(field: str, items: Any) -> list[str]:
 
 
 def _keeps_its_word(policy: SchedulerPolicy) -> bool:
-    """Whether the policy's ``quiet_until`` speaks of its own ``schedule``. A class that overrides the latter
-    alone inherits a promise that it knows nothing of."""
+    """Whether the policy's ``quiet_until`` belongs to its ``schedule``. A class that overrides only
+    ``schedule`` inherits a ``quiet_until`` that need not be true for it."""
     for cls in type(policy).__mro__:
         if "quiet_until" in vars(cls):
             return True
@@ -264,7 +265,7 @@ def _keeps_its_word(policy: SchedulerPolicy) -> bool:
 
 
 def _items(field: str, items: Any) -> Collection[Any]:
-    """Refuse a field without a length (it might never end), and one longer than ``MAX_ITEMS``."""
+    """Refuse a field without a length, which might never end, and a field longer than ``MAX_ITEMS``."""
     if isinstance(items, str) or not isinstance(items, Collection):
         raise TypeError(f"{field} is {items!r}, not a sequence")
     if len(items) > MAX_ITEMS:

@@ -26,11 +26,11 @@ class CoreLimits(NamedTuple):
     policy_max_overruns: int = 20
     cpu_max_bytes: int | None = None
     slot_memory: int | None = None
-    """Bytes that the slots share; None: every slot has a place of its own."""
+    """Bytes that the slots share; None: every slot has a fixed place."""
     shared_block_bytes: int | None = None
-    """Adapters and KV blocks share one memory, of which each block takes so many bytes; None: they do not."""
+    """Bytes of a KV block, if adapters and KV blocks share one memory; None: they do not."""
     slot_bytes: int = 0
-    """Bytes of a slot that has a place of its own; for policies."""
+    """Bytes of a slot with a fixed place; for policies."""
     max_step_seconds: float | None = None
     """None: steps may take any time."""
     pair_tokens: float = 1e-4

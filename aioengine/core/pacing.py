@@ -3,7 +3,7 @@
 All requests in a step get their next token when the whole step is done, and new requests wait for its end
 too, so a long prompt computed in one piece delays all of them. Prompts are therefore cut into chunks that
 take about ``max_step_seconds``, judged by the times of earlier steps. The chunks become smaller as the
-context behind them grows, as more sequences decode beside them, and as the machine becomes slower.
+context before them grows, as more sequences decode in the same step, and as the machine becomes slower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aioengine.step import SequenceWork
 GRAIN = 16
 """Chunks are multiples of this, and never smaller: kernels compute tokens in tiles of 8 or 16."""
 ALONE = 2.0
-"""Factor on the bound for a step without decodes: only a new request waits for its end."""
+"""Factor on the bound for a step without decodes, because only new requests wait for its end."""
 LEAST_SHARE = 1 / 3
 """Chunks may always take this share of the time of the decodes beside them, however long those take."""
 _ADAPTER_TOKENS = 8
@@ -34,8 +34,8 @@ _RISE, _FALL = 0.5, 0.2
 """Share of an upward and of a downward deviation that is learned at once. Upward is larger, because too small
 a chunk is the safer error."""
 _BELIEVED = 4.0
-"""A step that takes more than this many times what was expected (the machine was suspended, say) counts as
-one that takes this many."""
+"""A step that takes more than this many times its expected time counts as one that takes this many. (The
+machine may have been suspended.)"""
 _COMMON = 0.5
 """Share of a deviation that is attributed to the machine as a whole."""
 
@@ -76,10 +76,10 @@ class Pacer:
     """Sizes chunks by a model of a step's seconds that it learns from the steps.
 
     The seconds are a sum of terms: each entry of :class:`StepWork` times a coefficient. When a step is
-    measured, each coefficient is multiplied by a power of measured / predicted, which is the larger the
-    larger its term is: the multiplicative update of Kivinen and Warmuth, "Exponentiated Gradient versus
-    Gradient Descent for Linear Predictors" (1997). Coefficients so stay positive, and no single measurement
-    moves them far. There is no clock here, and equal measurements give equal chunks.
+    measured, each coefficient is multiplied by a power of measured / predicted. The larger its term is, the
+    larger is the exponent. This is the multiplicative update of Kivinen and Warmuth, "Exponentiated Gradient
+    versus Gradient Descent for Linear Predictors" (1997). So coefficients stay positive, and no single
+    measurement changes them much. There is no clock here, and equal measurements give equal chunks.
 
     Args:
         max_step_seconds: Target time of a step that has decodes.
@@ -160,8 +160,8 @@ class Allowance:
         return self._tokens > 0 and (at_least > 0 or self._seconds >= GRAIN * self._coefficients[1])
 
     def take(self, request: Request, at_least: int) -> int:
-        """Return how many of the request's tokens to compute. It is ``at_least`` that many, if the request
-        and the step have them, however little time is left."""
+        """Return how many of the request's tokens to compute. It is at least ``at_least``, however little
+        time is left, if the request has that many tokens and the step has room for them."""
         count = min(request.next_piece, self._tokens)
         if self.paced:
             each, half = self._costs(request)
@@ -174,7 +174,7 @@ class Allowance:
         return count
 
     def hold(self, request: Request) -> None:
-        """Reserve half of it for this request, or less if it needs less."""
+        """Reserve half of the allowance for this request, or less if it needs less."""
         tokens = min(request.remaining, (self._tokens + 1) // 2)
         each, half = self._costs(request)
         seconds = min(request.remaining * (each + half * request.remaining), self._seconds / 2)
@@ -183,7 +183,7 @@ class Allowance:
         self._seconds -= seconds
 
     def give_back(self) -> None:
-        """Return what was reserved to the rest."""
+        """Return the reserved part to the rest."""
         self._tokens += self._held[0]
         self._seconds += self._held[1]
 

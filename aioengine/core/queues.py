@@ -12,7 +12,7 @@ from aioengine.core.waiting_room import WaitingRoom
 class RequestQueues:
     """All waiting requests, those of each adapter, and the adapters in order of their oldest one.
 
-    Every change costs O(log adapters that are waited for), whatever the number of requests.
+    Every change takes O(log n) time for n adapters that requests wait for, whatever the number of requests.
     """
 
     def __init__(self, room: WaitingRoom) -> None:

@@ -1,4 +1,4 @@
-"""Reports of one engine in a fleet to the doors."""
+"""Reports of one engine to the doors of its fleet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ReplicaReporter:
         self._queued: dict[str, float] = {}
         """Seconds that each admitted request had waited."""
         self.version = 0
-        """Counts the changes of what is in slots, in the CPU cache or on the way there."""
+        """Number of changes of the adapters in slots, in the CPU cache, or on the way there."""
         for request in core.queues.all:
             self._wait(request.id, request.remaining)
 

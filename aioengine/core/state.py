@@ -35,10 +35,10 @@ class AdapterFiles(Protocol):
     @property
     def files(self) -> AdapterSource: ...
     def share(self) -> AdapterFiles:
-        """The same files for another version; each is released on its own."""
+        """Return the same files for another version; each is released separately."""
 
     def release(self) -> None:
-        """Free them; nothing that reads them has more to expect."""
+        """Free the files. Nothing may read them afterwards."""
 
 
 class AdapterEntry:
@@ -107,18 +107,18 @@ class AdapterEntry:
         self.rank = 0
         self.nbytes = 0
         self.slot_nbytes = 0
-        """Bytes that it takes in a slot, on the rank where that is most; 0 until it has been read."""
+        """Bytes that it takes in a slot, on the rank with the largest share; 0 until it has been read."""
         self.digest = ""
         self.labels = 0
         """Labels of its classification head."""
         self.invocation: Sequence[int] = ()
-        """The tokens from which on it is applied, if it is an activated LoRA adapter."""
+        """If it is an activated LoRA adapter, it is applied from these tokens on."""
         self.pinned = False
         self.retired = False
         """Whether it is unloaded or replaced: it accepts no new requests, and is freed when the accepted ones
         have ended."""
         self.view: Any = None
-        """View for policies, made when one first looks."""
+        """View for policies, made at first use."""
         self.waiting: ArrivalQueue[Request] = ArrivalQueue()
         self.running = 0
         self.last_tenant: str | None = None
@@ -129,10 +129,10 @@ class AdapterEntry:
         self.pin_when_read = False
         """Whether that load asked for a pin as well."""
         self.error: Exception | None = None
-        """Error of its last read or copy; None once one has succeeded or was asked for again. While it is
-        set, the adapter is read only on demand, never prefetched."""
+        """Error of its last read or copy; None after a success, or after another request for a load. While it
+        is set, the adapter is read only on demand, never prefetched."""
         self.stalled = False
-        """Whether its read makes no progress: then it counts neither as a load nor for the CPU cache."""
+        """Whether its read makes no progress. Then it counts neither as a load nor in the CPU cache."""
         self.copy_failed: float | None = None
         """Time of the last failed copy into a slot."""
         self.disk_seconds: float | None = None
@@ -160,11 +160,11 @@ class Sink(Protocol):
     """Receives a request's tokens as they come."""
 
     def push(self, sampled: Sampled, now: float, *, is_stop: bool) -> bool:
-        """Take one token. ``is_stop``: it is a stop token, and so the last one. Returns True if the text has
-        reached a stop string, which ends the request."""
+        """Take one token. ``is_stop``: it is a stop token, so it is the last one. Returns True if the text
+        has reached a stop string, which ends the request."""
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
-        """The request has ended; called once."""
+        """Note that the request has ended. Called once."""
 
 
 class Request:
@@ -252,18 +252,18 @@ class Request:
         self.hashes: list[bytes] = []
         """Prefix-cache identities of the full blocks of ``tokens``, as far as known."""
         self.hashed_for = b"", 0, b""
-        """The keys that they were worked out with."""
+        """The keys that ``hashes`` was computed with."""
         self.invoked: tuple[Sequence[int], int] = (), 0
-        """The invocation tokens that were looked for, and what ``adapted_from`` is with these."""
+        """The invocation tokens of the last search, and its result, ``adapted_from``."""
         self.committed = 0
-        """How many of ``blocks``, from the first, the prefix cache knows."""
+        """Number of ``blocks``, from the first on, that the prefix cache knows."""
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.admitted: float | None = None
         self.prompt_logprobs: list[TokenLogprob] | None = None if params.prompt_logprobs is None else []
-        """Log-probabilities of the second prompt token, the third, ..., as far as they are computed."""
+        """Log-probabilities of the second prompt token, the third, ..., as far as they have been computed."""
         self.pooled: list[float] | None = None
-        """The vector that ``pooling`` asks for, as far as it is computed."""
+        """The vector that ``pooling`` asks for, as far as it has been computed."""
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.drafting: Drafting | None = None
@@ -300,8 +300,8 @@ class Request:
 
     @property
     def next_piece(self) -> int:
-        """How many of the remaining tokens one step may compute. The adapter is applied to all of these, or
-        to none."""
+        """Return how many of the remaining tokens one step may compute. The adapter is applied to all of them
+        or to none."""
         left = len(self.tokens) - self.computed
         entry = self.adapter
         if entry is None or not entry.invocation or self.computed >= self.adapted_from:
@@ -317,15 +317,15 @@ class Request:
 
     @property
     def unscored(self) -> int:
-        """Prompt tokens whose log-probability is wanted and not known yet."""
+        """Number of prompt tokens whose log-probability is requested and not known yet."""
         known = self.prompt_logprobs
         return 0 if known is None else self.prompt_len - 1 - len(known)
 
     @property
     def cache_key(self) -> bytes:
-        """Key that cached KV must share beside the tokens: the adapter's content, on which it depends, and
-        the caller's salt. The first part is preceded by its length, so that no two pairs have the same
-        key."""
+        """Return the key that cached KV must share beside the tokens: the adapter's content, on which KV
+        depends, and the caller's salt. The first part is preceded by its length, so that no two pairs have
+        the same key."""
         return self._key(b"" if self.adapter is None else self.adapter.digest.encode())
 
     def _key(self, content: bytes) -> bytes:
@@ -333,11 +333,11 @@ class Request:
         return b"%d:%b%b" % (len(content), content, b"" if salt is None else salt.encode())
 
     def hash_blocks(self, cache: BlockManager) -> list[bytes]:
-        """Brings ``hashes`` up to date with ``tokens``, and with the adapter's content, which may be another
-        when it has been read again."""
+        """Bring ``hashes`` up to date with ``tokens`` and with the adapter's content, which may have changed
+        if the adapter was read again."""
         keys = self.cache_key, 0, b""
         turn = self.adapted_from // cache.block_size
-        if turn:  # what stands before the invocation is as the base model computes it
+        if turn:  # the base model computes the tokens before the invocation
             keys = self._key(b""), turn, keys[0]
         known = self.hashes if keys == self.hashed_for else []
         self.hashes = cache.hash_blocks(keys[0], self.tokens, known, turn=turn, rest_key=keys[2])
@@ -346,15 +346,15 @@ class Request:
 
     @property
     def caches(self) -> bool:
-        """Whether its blocks go to the prefix cache and come from it. A vector needs the states of all
-        tokens, and nobody goes on after it."""
+        """Whether its blocks go to the prefix cache and come from it. They do not for a vector, which needs
+        the states of all tokens and is not continued."""
         return self.params.pooling is None
 
     def find_cached(self, cache: BlockManager) -> list[int]:
-        """The blocks of the prefix cache that it would share if it were admitted now.
+        """Return the blocks of the prefix cache that it would share if it were admitted now.
 
-        At least one token is always left to compute, because its logits are needed, and so are all that
-        stand before prompt tokens whose log-probability is wanted.
+        At least one token is always left to compute, because its logits are needed. The same is true of the
+        token before each prompt token whose log-probability is requested, and of all later tokens.
         """
         if (
             not self.caches

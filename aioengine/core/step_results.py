@@ -1,4 +1,4 @@
-"""StepResults: what the result of a step does to the requests that were in it."""
+"""StepResults: applies the result of a step to the requests that were in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepResults:
 
     Args:
         advance: Counts a request's tokens as computed.
-        emit: Takes an event after which the policy may decide otherwise.
+        emit: Takes an event after which the policy may decide differently.
         note: Takes an event that changes nothing for the policy.
     """
 
@@ -55,7 +55,7 @@ class StepResults:
         Returns the times between its tokens and the ones before.
         """
         before: list[tuple[AdapterEntry | None, float]] = []
-        """Adapter and time of the token before, for each token but a request's first."""
+        """Adapter and time of the previous token, for each token except a request's first."""
         advance = self._advance
         rows = zip(requests, batch.sequences, result.sampled, strict=True)
         for index, (request, work, sampled) in enumerate(rows):
@@ -63,7 +63,7 @@ class StepResults:
                 continue
             last = request.last_token
             if last is not None and sampled is not None and _is_plain(work, sampled):
-                # As below and in _take, for nearly all of the tokens that there are.
+                # Fast path for nearly all tokens: does the same as _take_row and _take.
                 advance(request, len(work.tokens))
                 request.tokens.append(sampled.token)
                 request.last_token = now
@@ -92,7 +92,8 @@ class StepResults:
         now: float,
         before: list[tuple[AdapterEntry | None, float]],
     ) -> None:
-        """Take in everything that the step has for one request: scores, a vector, and tokens if there are."""
+        """Take in everything that the step has for one request: scores, a vector, and tokens, if there are
+        any."""
         sampled = result.sampled[index]
         late = sampled is not None and sampled.late
         self._advance(request, len(work.tokens) - len(work.draft) - late)
@@ -125,7 +126,7 @@ class StepResults:
         for token in followed:
             if not goes_on:
                 break
-            self._advance(request, 1)  # the token before was proposed, and computed
+            self._advance(request, 1)  # the previous token was proposed, and its KV has been computed
             goes_on = self._take(request, token, now, before)
 
     def _take(
@@ -150,7 +151,7 @@ class StepResults:
                 request.worst_gap = now - last
         else:
             request.first_token = now
-            self._note(  # not a change: the policy has nothing to decide for it
+            self._note(  # not a change for the policy
                 events.FirstToken(
                     time=now,
                     request_id=request.id,
@@ -180,7 +181,7 @@ def _is_plain(work: SequenceWork, sampled: Sampled) -> bool:
 
 
 def _pool(request: Request, work: SequenceWork, values: Sequence[float]) -> bool:
-    """Add what a step gives to the request's vector; returns False if it is not finite."""
+    """Add a step's part to the request's vector. Returns False if it is not finite."""
     if work.start == 0:  # at first, and again after a preemption
         request.pooled = None
     if values:
@@ -197,5 +198,5 @@ def _sampling_error(request: Request, sampled: Sampled) -> AioEngineError:
     text = f"request {request.id!r} produced unusable logits ({sampled.error})"
     entry = request.adapter
     if entry is None:
-        return AioEngineError(f"{text}; the base model's weights or the dtype are at fault")
+        return AioEngineError(f"{text}; check the base model's weights and the dtype")
     return AdapterInvalid(f"{text}; check the adapter's weights", name=entry.label, path=entry.path)

@@ -1,6 +1,7 @@
-"""The live, read-only windows through which a policy sees the core.
+"""The live, read-only views through which a policy sees the core.
 
-Each wraps one of the core's records and is built once, with it; reading an attribute reads the record.
+Each wraps one of the core's records and is built once, with that record. Reading an attribute reads the
+record.
 """
 
 from __future__ import annotations

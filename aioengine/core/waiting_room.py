@@ -66,7 +66,9 @@ class WaitingRoom:
         if tenant is not None:
             own = self.max_of_tenant.get(tenant, own)
         if own is not None and self._all.count(tenant) >= own:
-            named = f"{self._all.count(tenant)} requests of tenant {tenant!r} are waiting, it may have {own}"
+            named = (
+                f"{self._all.count(tenant)} requests of tenant {tenant!r} are waiting, and it may have {own}"
+            )
             raise EngineOverloaded(f"{named}; retry later, or raise max_waiting_per_tenant", bound="tenant")
         victim: Ticket | None = None
         named = ""
@@ -79,7 +81,7 @@ class WaitingRoom:
             victim = _displaced_by(tenant, _Places() if victim else self._all, named, "server")
         if victim is not None:
             victim.leave()
-            text = f"{named}; tenant {victim.tenant!r} has most of them, and another's took this one's place"
+            text = f"{named}; tenant {victim.tenant!r} has most, so another tenant's took this one's place"
             victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant"), now)
         ticket = Ticket(tenant, adapter, self)
         self._all.add(ticket)
@@ -88,7 +90,7 @@ class WaitingRoom:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Give its place back, if it has one."""
+        """Give the ticket's place back, if it has one."""
         if self._all.remove(ticket) and ticket.adapter in self._of_adapter:
             places = self._of_adapter[ticket.adapter]
             places.remove(ticket)
@@ -141,7 +143,7 @@ class _Places:
             del self._of[ticket.tenant]
         self._moved(ticket.tenant, len(own) + 1, len(own))
         if self._most not in self._having:
-            self._most = len(own)  # that of the only tenant that had as many
+            self._most = len(own)  # this was the only tenant with that many
         return True
 
     def to_displace(self, tenant: Tenant) -> Ticket | None:
@@ -170,5 +172,5 @@ def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound) -
     """Choose the ticket that the new request displaces. Raises EngineOverloaded if there is none."""
     ticket = places.to_displace(newcomer)
     if ticket is None:
-        raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound)
+        raise EngineOverloaded(f"{named}; retry later, or raise this bound", bound=bound)
     return ticket

@@ -41,8 +41,8 @@ def test_a_merged_model(adapter: Path) -> None:
 
 def test_the_folder_above_that_of_a_named_adapter(adapter: Path, tmp_path: Path) -> None:
     shutil.move(adapter, tmp_path / "saved" / "mine")
-    refused(tmp_path / "saved", f"no {CONFIG}", "there is one in its folder mine")
-    with pytest.raises(AdapterNotFound, match="there is one in its folder mine"):
+    refused(tmp_path / "saved", f"no {CONFIG}", "give its folder mine")
+    with pytest.raises(AdapterNotFound, match="give its folder mine"):
         FilesystemResolver(tmp_path).find("saved")
 
 

@@ -82,16 +82,15 @@ class PeftLoraConfig:
     ensure_weight_tying: bool
     """Whether tied embeddings share one adapter."""
     heads: frozenset[str]
-    """Heads of which the file has one; empty: none."""
+    """Possible names of the head that the file has; empty: no head."""
     feature_extraction: bool
-    """Whether it was trained on the model without its head, whose modules' names have no "model." in
-    front."""
+    """Whether it was trained on the model without its head. Modules' names then have no "model." in front."""
     invocation: tuple[int, ...]
-    """Activated LoRA (arXiv:2504.12397): the tokens from which on it is applied; none: to all tokens."""
+    """Activated LoRA (arXiv:2504.12397): the adapter applies from these tokens on; none: to all tokens."""
 
     def targets(self, module: str, *, linear: bool = True) -> bool:
-        """Whether the configuration puts an adapter on what is called ``module``: a ``linear``, or else an
-        embedding or the head, which "all-linear" leaves out."""
+        """Whether the configuration puts an adapter on ``module``. It is a ``linear``, or else an embedding
+        or the head, which "all-linear" leaves out."""
         excluded = self.exclude_modules
         if isinstance(excluded, Pattern):
             if excluded.matches(module):
@@ -126,7 +125,7 @@ class PeftLoraConfig:
         index = _LAYER_INDEX.match(module)
         if index is None or int(index["idx"]) not in self.layers:
             return False
-        # A name has one number in it, so that whatever a pattern finds is that.
+        # A name has only one number in it, so any number that a pattern finds is the layer's.
         return not self.layer_patterns or any(pattern.matches(module) for pattern in self.layer_patterns)
 
 

@@ -8,9 +8,9 @@ length m: ``y = bias + m / |W + BA| * (W + BA) x``, where |.| is the norm of eac
 The bias that ``lora_bias`` trains is one more shift. The slot stores ``scale - 1``, because trained scales
 are close to 1 and bfloat16 would round the difference away.
 
-The norm is over whole rows. Under tensor parallelism a rank has those of the outputs that it computes; but
-where a linear is split over its inputs, it has a part of each row: their squares are added up over the
-ranks, and gain and shift apply once, after the outputs' parts have been added.
+The norm is over whole rows. Under tensor parallelism a rank has the rows of the outputs that it computes. But
+where a linear is split over its inputs, it has a part of each row. The ranks then add up their sums of
+squares, and gain and shift apply once, after the outputs' parts have been added.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from aioengine.errors import AdapterInvalid
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 
 BaseWeights = Callable[[int, str], tuple[Tensor, Tensor | None]]
-"""``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's share of
-them."""
+"""``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
+these."""
 
 _CUDA_ELEMENTS = 1 << 24
 
@@ -77,7 +77,7 @@ def output_affine(
     dtype: torch.dtype,
     known: Mapping[tuple[int, str], Rows] | None = None,
 ) -> dict[tuple[int, str], Tensor]:
-    """Gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
+    """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
     ``known`` gives the rows that ``weights`` has only partly.
     Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
@@ -101,7 +101,7 @@ def output_affine(
             where = module if layer < 0 else f"{module} of layer {layer}"
             raise AdapterInvalid(
                 f"the DoRA scale or the bias of {where} is not finite in {dtype}: a row of the adapted "
-                "weight is zero (was it trained on another base model?), or lora_dtype has to be float32",
+                "weight is zero (was it trained on another base model?), or lora_dtype must be float32",
                 name=adapter.name,
                 path=adapter.path,
             )
@@ -109,7 +109,7 @@ def output_affine(
 
 
 def squares(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The sum of squares of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
+    """Compute the sum of squares of each row of ``weight + b @ a``: [out] in float32, on the weight's device.
 
     ``weight`` [out, in], ``a`` [r, in], ``b`` [out, r]. With w and b a row of each, the square is
     ``w.w + 2 b.(A w) + b.(A A^T) b``, so no temporary of the weight's size is needed: the weight is read in

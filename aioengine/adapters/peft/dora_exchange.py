@@ -44,7 +44,7 @@ class Draft:
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes that it takes in a slot."""
+        """Bytes that the adapter takes in a slot."""
         packed = self.packed
         affine = packed.magnitudes.keys() | packed.biases.keys()
         ranks = {key: (len(a), b.shape[1]) for key, (a, b) in packed.tensors.items()}

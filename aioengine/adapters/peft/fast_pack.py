@@ -43,7 +43,7 @@ class Contents(NamedTuple):
         cls, order: SlotOrder, dtype: torch.dtype, entries: Sequence[Entry],
         parts: Mapping[str, Part], layout: Layout,
     ) -> Contents:  # fmt: skip
-        """Build it from the ``entries`` of a file."""
+        """Build the contents from the ``entries`` of a file."""
         pieces: Sequence[tuple[int, int]] = [(0, sum(entry.nbytes for entry in entries))]
         cuts: dict[str, Cut] = {}
         if order.layout.shard.size > 1:
@@ -126,7 +126,7 @@ class Shortcut:
         cls, order: SlotOrder, dtype: torch.dtype, entries: Sequence[Entry], parts: Mapping[str, Part],
         layout: Layout,
     ) -> Shortcut | None:  # fmt: skip
-        """Build it for a file; None if the file needs more than copying and scaling."""
+        """Build the shortcut for a file; None if the file needs more than copying and scaling."""
         usual = all(
             entry.dtype == dtype
             and parts[entry.key].kind in ("A", "B")
@@ -136,8 +136,8 @@ class Shortcut:
         return cls(order.layout, dtype, entries, parts, layout) if usual else None
 
     def pack(self, data: Tensor, *, allow_nonfinite: bool, pin_memory: bool) -> Packed | None:
-        """``data`` [bytes that were read] in the order of a slot, B scaled. None if the values need the full
-        checks."""
+        """Pack ``data`` [bytes that were read] in the order of a slot, with B scaled. None if the values need
+        the full checks."""
         dtype = self._shape.dtype
         flat = data.view(dtype)
         if not allow_nonfinite:

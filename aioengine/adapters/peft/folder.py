@@ -26,7 +26,7 @@ BIN_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 256 << 10
 """A longer configuration is neither fetched nor read."""
 
-# The medium or whoever serves it may recover; others may give back what the machine ran short of.
+# The disk or the server may recover, and other programs may release memory or file descriptors.
 _TRANSIENT_NAMES = (
     *("EIO", "EREMOTEIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EDEADLK", "EPIPE", "ENOTCONN"),
     *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH"),
@@ -38,7 +38,7 @@ _PIECE_BYTES = 32 << 20
 """Bytes read in one call: any working disk delivers this much within a second."""
 _LOOK_AT = 100
 COPY_SECONDS = 10.0
-"""A file that is too short and was written this recently may still be being copied."""
+"""A file that is too short, and was written within these seconds, may not be complete yet."""
 
 
 class _Version(NamedTuple):
@@ -67,9 +67,9 @@ class OpenFile:
         self._raw = raw
 
     def truncated(self, reason: str) -> NoReturn:
-        """Raises AdapterInvalid; a retry may help if the file was written a moment ago."""
+        """Raise AdapterInvalid; a retry may help if the file was written a moment ago."""
         fresh = abs(time.time() - self._written) < COPY_SECONDS
-        hint = "; is something still writing it?" if fresh else ""
+        hint = "; is a program still writing it?" if fresh else ""
         raise AdapterInvalid(
             f"{self.name}: truncated: {reason}{hint}",
             name=self._folder.name,
@@ -99,7 +99,7 @@ class OpenFile:
                     count = self._raw.readinto(view[done : done + _PIECE_BYTES])
                 if not count:
                     self._folder.failed(
-                        f"{self.name} shrank while it was read; is something still writing it?",
+                        f"{self.name} shrank while it was read; is a program still writing it?",
                         transient=True,
                     )
                 done += count
@@ -117,7 +117,7 @@ class AdapterFolder:
         self._versions: dict[str, _Version] = {}
 
     def check(self) -> None:
-        """Raises AdapterLoadError unless the path is a folder."""
+        """Raise AdapterLoadError unless the path is a folder."""
         try:
             with self.progress:
                 mode = os.stat(self.path).st_mode
@@ -163,7 +163,7 @@ class AdapterFolder:
             yield OpenFile(self, file, raw, size=status.st_size, written=status.st_mtime)
 
     def check_unchanged(self) -> None:
-        """Raises AdapterLoadError if a file that was read is not the same any more.
+        """Raise AdapterLoadError if a file that was read is not the same any more.
 
         Called at the end, it proves that all parts that were read existed at the same time, so a
         configuration is never paired with the weights of another version. (A change within the clock tick of
@@ -224,12 +224,12 @@ def why_no_adapter(path: str) -> str:
     inside = [name for name in names if os.path.isfile(os.path.join(path, name, CONFIG_FILE))]
     reason = f"it has no {CONFIG_FILE}"
     if inside:
-        return f"{reason}; there is one in its folder {', '.join(inside[:5])} (PEFT saves a named adapter so)"
+        return f"{reason}; give its folder {', '.join(inside[:5])}, where PEFT saves named adapters"
     if SAFETENSORS_FILE in names or BIN_FILE in names:
         return f"{reason}, only weights: save the adapter with save_pretrained, which writes both"
     if "config.json" in names:
         return (
-            f"{reason}: it holds a whole model (one that was merged?); serve it as the base model, or save "
+            f"{reason}: it holds a whole model (perhaps a merged one); serve it as the base model, or save "
             "the adapter alone, before merge_and_unload"
         )
     return reason

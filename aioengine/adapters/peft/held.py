@@ -1,8 +1,8 @@
 """Adapters that are given in memory: tensors, or the content of files. No folder is written.
 
-What is given becomes what ``save_pretrained`` would have written, in anonymous memory (``memfd_create``): it
-is read and checked as a folder is, by every rank that needs it, and again after the adapter has left the CPU
-cache or the workers were lost. The giver may change the tensors as soon as the adapter is loaded.
+They are written as ``save_pretrained`` would write them, but to anonymous memory (``memfd_create``). Every
+rank that needs this memory reads and checks it like a folder, and again after the adapter has left the CPU
+cache or the workers were lost. The caller may change the tensors as soon as the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HELD = 256
-"""Adapters that an engine holds so: each keeps a file descriptor."""
+"""Maximum number of such adapters in an engine; each keeps a file descriptor open."""
 _PIECE_BYTES = 64 << 20
 _ALIGN = 8
 
 
 class HeldAdapter:
-    """Owns the memory of an adapter's files until it is released or collected. ``path`` is what errors and
-    ``AdapterInfo`` call it; no file system has it."""
+    """Owns the memory of an adapter's files until it is released or collected. ``path`` is its name in errors
+    and in ``AdapterInfo``; it is not a path of any file system."""
 
     def __init__(self, name: str, path: str, config: bytes, descriptor: int, nbytes: int) -> None:
         self.name = name
@@ -60,7 +60,7 @@ class HeldAdapter:
         self._close()
 
     def share(self) -> HeldAdapter:
-        """The same memory under another owner. Raises AdapterLoadError if there are too many open files."""
+        """Return the same memory under another owner. Raises AdapterLoadError if too many files are open."""
         with _full(self.name, self.path):
             return HeldAdapter(self.name, self.path, self.files.config, os.dup(self._descriptor), self.nbytes)
 
@@ -97,7 +97,7 @@ class HeldFolder(AdapterFolder):
 def folder_of(
     name: str, path: str, files: HeldFiles | None, progress: Progress | None = None
 ) -> AdapterFolder:
-    """The folder at ``path``, or ``files`` in its place."""
+    """Return the folder at ``path``, or ``files`` in its place."""
     return AdapterFolder(name, path, progress) if files is None else HeldFolder(name, path, files, progress)
 
 
@@ -107,13 +107,13 @@ def hold_tensors(
     """Copy ``tensors``, named as PEFT names them in a file, and the configuration. Blocking.
 
     Args:
-        path: What errors call it.
+        path: Name of the adapter's place in errors.
         config: A ``peft.LoraConfig``, or a mapping of its fields.
         room: Bytes that the tensors may take.
 
     Raises:
-        AdapterInvalid: what is given has another form.
-        AdapterLoadError: there is no room for it.
+        AdapterInvalid: the tensors or the configuration have another form.
+        AdapterLoadError: there is no room for them.
     """
     text = _config_text(name, path, config)
     entries = _entries(name, path, tensors)
@@ -135,7 +135,7 @@ def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room
     :func:`hold_tensors`."""
     if len(config) > MAX_CONFIG_BYTES:
         raise AdapterInvalid(
-            f"{CONFIG_FILE}: {len(config)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path
+            f"{CONFIG_FILE}: has {len(config)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path
         )
     _check_room(name, path, len(weights), room)
     descriptor = _memory(name, path)
@@ -162,12 +162,14 @@ def _config_text(name: str, path: str, config: object) -> bytes:
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise AdapterInvalid(f"config: cannot be written as JSON: {error}", name=name, path=path) from error
     if len(text) > MAX_CONFIG_BYTES:
-        raise AdapterInvalid(f"config: {len(text)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path)
+        raise AdapterInvalid(
+            f"config: has {len(text)} bytes, more than {MAX_CONFIG_BYTES}", name=name, path=path
+        )
     return text
 
 
 def _plain(value: Any) -> Any:
-    """A part of PEFT's configuration as its own files have it."""
+    """Convert a part of PEFT's configuration to the form of its files."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -182,7 +184,7 @@ def _plain(value: Any) -> Any:
 
 
 def _entries(name: str, path: str, tensors: object) -> list[tuple[str, Tensor]]:
-    """Sorted, the widest first, so that each is aligned."""
+    """Return the tensors with the widest dtype first, so that each is aligned."""
     import torch
 
     from aioengine.adapters.peft.weights_file import DTYPE_NAMES
@@ -233,18 +235,18 @@ def _check_room(name: str, path: str, nbytes: int, room: int) -> None:
     if nbytes > room:
         raise AdapterLoadError(
             f"it takes {nbytes:,} bytes, and LoRAConfig.max_held_lora_bytes has room for {max(room, 0):,} "
-            "more; "
-            "unload adapters that were given in memory, raise it, or load this one from a folder",
+            "more; unload adapters that were given in memory, raise the bound, or load this one from a "
+            "folder",
             name=name,
             path=path,
         )
 
 
 def _memory(name: str, path: str) -> int:
-    """The descriptor of an empty anonymous file."""
+    """Return the descriptor of an empty anonymous file."""
     if not hasattr(os, "memfd_create"):
         raise AdapterLoadError(
-            "adapters can be given in memory on Linux only: save it with save_pretrained and load the folder",
+            "adapters in memory need Linux: save the adapter with save_pretrained and load the folder",
             name=name,
             path=path,
         )
@@ -263,7 +265,7 @@ def _full(name: str, path: str) -> Iterator[None]:
 
 
 def _write_tensor(descriptor: int, tensor: Tensor) -> None:
-    """From where it is, if that is in order on the CPU."""
+    """Write a tensor, without a copy if it is contiguous on the CPU."""
     here = tensor.detach().to("cpu").contiguous()
     if here.nbytes:
         memory = (ctypes.c_char * here.nbytes).from_address(here.data_ptr())
@@ -271,7 +273,7 @@ def _write_tensor(descriptor: int, tensor: Tensor) -> None:
 
 
 def _write(descriptor: int, data: memoryview) -> None:
-    """All of it. Releases the interpreter lock; in pieces, so that a signal need not wait for all."""
+    """Write all of ``data``. Releases the GIL; in pieces, so that a signal need not wait for the end."""
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done : done + _PIECE_BYTES])

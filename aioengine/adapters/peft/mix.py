@@ -1,7 +1,7 @@
-"""Adapters with weights, added up: what PEFT's ``add_weighted_adapter(combination_type="cat")`` makes.
+"""Weighted sums of adapters, as PEFT's ``add_weighted_adapter(combination_type="cat")`` makes them.
 
-The sum of w_i B_i A_i is B A with the A_i one below the other and the w_i B_i side by side; so a mix is one
-adapter, whose rank is the sum of theirs.
+The sum of w_i B_i A_i is B A, where A has the A_i one below the other and B has the w_i B_i side by side. So
+a mix is one adapter, and its rank is the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_up(
     Raises:
         AdapterInvalid: one of them has more than A and B.
         AdapterTooLarge: their ranks together are larger than the slot's.
-        AdapterLoadError: the files of one are not those that it was loaded from.
+        AdapterLoadError: the files of one have changed since it was loaded.
     """
     digest = hashlib.sha256()
     for part, packed in parts:

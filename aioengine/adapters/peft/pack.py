@@ -1,7 +1,8 @@
-"""Converts a file's tensors to a slot's: scaled, in the slots' dtype, in one buffer in the order of a slot.
+"""Converts a file's tensors to those of a slot: scaled, in the slots' dtype, in one buffer in a slot's order.
 
-Everything works on pieces so small that torch stays in the calling thread: an OpenMP team per loader thread
-would fight for the cores with the model's step; on a busy machine, loads take several times as long.
+Everything works on pieces so small that torch stays in the calling thread. Otherwise each loader thread would
+have an OpenMP team, which competes with the model's step for the cores; on a busy machine, loads would take
+several times as long.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ class Packer:
         return tensor if cut is None else contiguous(tensor[cut.held])
 
     def _computed(self) -> dict[Place, tuple[Tensor, Tensor]]:
-        """Return DoRA's A and B as they were read, where the slot holds only a part of them; converted
-        alike."""
+        """Return DoRA's A and B as they were read, where the slot holds only a part of them, in the slots'
+        dtype."""
         if not self._cuts:
             return {}
         found: dict[Place, tuple[Tensor, Tensor]] = {}
@@ -282,13 +283,13 @@ def _by_factor(tensors: Sequence[Tensor], factors: Sequence[float]) -> dict[floa
 
 
 def _scale(groups: Mapping[float, list[Tensor]]) -> None:
-    """``tensor *= factor`` each, computed in float32 and rounded once."""
+    """Compute ``tensor *= factor`` for each, in float32 and rounded once."""
     for factor, group in groups.items():
         # As a tensor, because a number would be rounded to the group's dtype first.
         torch._foreach_mul_(group, torch.tensor(factor, dtype=torch.float32))
 
 
 def _convert(source: Tensor, factor: float, target: Tensor) -> None:
-    """``target = source * factor``, computed in float32 and rounded once."""
+    """Compute ``target = source * factor`` in float32, rounded once."""
     for piece, result in zip(_pieces(source), _pieces(target), strict=True):
         result.copy_(piece if factor == 1.0 else piece.float().mul_(factor))

@@ -2,9 +2,9 @@
 
 PEFT matches them with Python's ``re``, which backtracks: ``(a+)+b`` on a long name never ends, and holds the
 interpreter lock. Here RE2 matches them (finite automata, https://swtch.com/~rsc/regexp/regexp1.html), after a
-translation of what Python writes otherwise. What RE2 cannot do is refused: look-around, back-references,
-conditions, atomic groups and possessive repeats. On the names of a model's modules, which are ASCII of one
-line, both find the same.
+translation of the syntax that differs from Python's. Expressions that RE2 cannot match are refused:
+look-around, back-references, conditions, atomic groups and possessive repeats. On the names of a model's
+modules, which are ASCII of one line, both find the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Compiled(Protocol):
 
 
 class Pattern:
-    """``before + text + after`` as ``re`` means it; equal if these are. Raises PatternError.
+    """The expression ``before + text + after``, in the syntax of ``re``. Raises PatternError.
 
     Args:
         text: From the configuration.
@@ -98,7 +98,7 @@ def _compile(text: str) -> _Compiled:
 
 
 def _translated(text: str) -> str:
-    """The expression in RE2's syntax. Raises PatternError."""
+    """Return the expression in RE2's syntax. Raises PatternError."""
     out: list[str] = []
     names: set[str] = set()
     at = 0
@@ -185,5 +185,5 @@ def _group(text: str, at: int, out: list[str], names: set[str]) -> int:
         if text.startswith(start, at):
             raise PatternError(f"uses {what}, which cannot be matched in linear time")
     if _FLAGS.match(text, at):
-        raise PatternError("is not valid: flags for all of it belong at its start")
+        raise PatternError("is not valid: flags for the whole expression must be at its start")
     raise PatternError(f"uses {text[at : at + 4]!r}, which is not supported here")

@@ -64,7 +64,7 @@ class PickledFile:
             self._refuse("its numbers are big-endian")
         pickle = records[f"{root}data.pkl"]
         if pickle.file_size > _MAX_DIRECTORY_BYTES:
-            self._refuse(f"describes its tensors in {pickle.file_size} bytes")
+            self._refuse(f"its data.pkl has {pickle.file_size} bytes, more than {_MAX_DIRECTORY_BYTES}")
         self.tensors = self._tensors(self._record(pickle))
         self._begins: dict[str, int] = {}
         """Offsets in the file, in bytes, of the records that hold the tensors."""
@@ -96,12 +96,12 @@ class PickledFile:
             with zipfile.ZipFile(_Bounded(self._file)) as archive:
                 records = archive.infolist()
         except _TooMuch:
-            self._refuse(f"a directory of more than {_MAX_DIRECTORY_BYTES} bytes")
+            self._refuse(f"its directory has more than {_MAX_DIRECTORY_BYTES} bytes")
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
             self._refuse(f"not a torch.save archive ({error})", error)
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-                self._refuse("a compressed record")
+                self._refuse("has a compressed record")
         if sum(record.file_size for record in records) > self._file.size:
             self._refuse("its records overlap")
         return {record.filename: record for record in records}
@@ -115,7 +115,7 @@ class PickledFile:
             begin += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             if header.startswith(b"PK\x03\x04") and begin + record.file_size <= self._file.size:
                 return begin
-        self._refuse("a record that is not where its directory says")
+        self._refuse("has a record that is not where its directory says")
 
     def _record(self, record: zipfile.ZipInfo) -> bytes:
         begin = self._begin(record)
@@ -129,7 +129,7 @@ class PickledFile:
             state = _interpret(pickle)
         except _Foreign as error:
             self._refuse(f"not a file of plain tensors ({error})")
-        except Exception as error:  # a stack that runs empty, a text that is no text, ...
+        except Exception as error:  # an empty stack, a text that is not UTF-8, ...
             self._refuse(f"not a file of plain tensors ({type(error).__name__})", error)
         if not isinstance(state, dict):
             self._refuse("expected a dict of tensors")
@@ -198,8 +198,8 @@ def _interpret(pickle: bytes) -> object:
     """Interpret the pickle; the result is made of str, int, bool, None, tuple, dict, _Global and
     PickledTensor.
 
-    Raises _Foreign for an operation or a call that a dict of tensors does not need, and whatever else comes
-    of malformed bytes. Keys are str, so that no hash is taken of what a file has nested.
+    Raises _Foreign for an operation or a call that a dict of tensors does not need, and any other error for
+    malformed bytes. Keys are str, so that no nested object of the file is hashed.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -258,7 +258,7 @@ def _interpret(pickle: bytes) -> object:
                 stack[-1] = _storage(stack[-1])
             case "REDUCE":
                 stack[-2:] = [_call(*stack[-2:])]
-            case "BUILD":  # the attributes of a dict of tensors, which say the versions of its modules
+            case "BUILD":  # attributes of the dict, with the versions of its modules; not needed
                 stack.pop()
             case "SETITEM":
                 items = stack[-2:]
@@ -306,4 +306,4 @@ def _call(function: Any, arguments: tuple[Any, ...]) -> object:
             return PickledTensor(storage.key, storage.dtype, offset, shape, stride)
         case _Global(module, name), _:
             raise _Foreign(f"{module}.{name}"[:80])
-    raise _Foreign("a call of what is no function")
+    raise _Foreign("a call of an object that is no function")

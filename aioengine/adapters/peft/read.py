@@ -53,8 +53,8 @@ class PackedAdapter:
     rank: int
     """The largest effective rank of its modules."""
     digest: str
-    """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" of a share,
-    of which not all has been read; see :func:`aioengine.adapters.peft.digest.content_digest`."""
+    """SHA-256 (hex) over the configuration and the weights file: the identity of the content. "" for a rank's
+    share, which is not the whole content; see :func:`aioengine.adapters.peft.digest.content_digest`."""
     nbytes: int
     """Bytes of its memory."""
     tensors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
@@ -79,7 +79,7 @@ class PackedAdapter:
     pooling: Kind | None = None
     """Pooling that sentence-transformers' configuration names, if there is one."""
     invocation: tuple[int, ...] = ()
-    """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
+    """If it is an activated LoRA adapter, it applies from these tokens on; none: to all tokens."""
     version: str = ""
     """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
@@ -101,14 +101,15 @@ def read_adapter(
     Args:
         order: The slot whose order the tensors are laid out in, so that its image needs no further copy. If
             it holds a rank's share, only the share is read, checked and returned.
-        dtype: of the returned tensors; the scaling is folded into B in float32 and rounded once.
-        base_weight: the base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
-            saves it along with an adapter on it; it is compared with this and left out.
-        known: Headers that were parsed before, for the same ``order`` and ``dtype``; they are not parsed
+        dtype: The dtype of the returned tensors; the scaling is folded into B in float32 and rounded once.
+        base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
+            saves that weight along with an adapter on it; the saved copy is compared with this one and left
+            out.
+        known: Headers that were parsed before for the same ``order`` and ``dtype``, and need not be parsed
             again.
-        allow_nonfinite: accept NaN and infinity in the weights.
+        allow_nonfinite: Accept NaN and infinity in the weights.
         progress: Told of each call on the folder's files.
-        files: What is read in place of a folder.
+        files: Read these in place of a folder.
 
     Raises:
         AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
@@ -121,7 +122,7 @@ def read_adapter(
     try:
         packed, digest, pooling, invocation = reader.read()
     except AdapterInvalid:
-        folder.check_unchanged()  # half of an old file and half of a new one is no proof of a bad adapter
+        folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
         raise
     folder.check_unchanged()
     return PackedAdapter(
@@ -146,7 +147,7 @@ def read_adapter(
 def _read_config(folder: AdapterFolder) -> bytes:
     with folder.open(CONFIG_FILE) as file:
         if file.size > MAX_CONFIG_BYTES:
-            folder.invalid(f"{CONFIG_FILE}: {file.size} bytes, more than {MAX_CONFIG_BYTES}")
+            folder.invalid(f"{CONFIG_FILE}: has {file.size} bytes, more than {MAX_CONFIG_BYTES}")
         return bytes(file.read(file.size))
 
 
@@ -196,9 +197,8 @@ class _Reader:
     def _safetensors(self, file: OpenFile, config: PeftLoraConfig, digest: hashlib._Hash) -> Packed:
         header = SafetensorsHeader.read(self.folder, file)
         digest.update(header.raw)
-        # Normally the data is hashed while the header is looked at. That comes first if the
-        # file is empty or too large for LoRA weights that fit: nearly always it is refused then, and needs no
-        # memory.
+        # Normally the header is checked while the data is hashed. It is checked first if the file is empty,
+        # or too large for LoRA weights that fit: then it is nearly always refused, without taking memory.
         contents: Contents | None = None
         slot = self.order.layout
         max_rank = min(slot.max_rank, config.max_rank)
@@ -247,7 +247,8 @@ class _Reader:
         held = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in pickled.tensors.values())
         if file.size > held + _BIN_BYTES_BESIDE:
             self.folder.invalid(
-                f"{file.name}: {file.size} bytes for tensors of {held}; save the adapter again with PEFT"
+                f"{file.name}: has {file.size} bytes for tensors of {held} bytes; save the adapter again "
+                "with PEFT"
             )
         buffer = Buffer(file.size)
         file.seek(0)
@@ -264,7 +265,7 @@ class _Reader:
         modules = fold.plan(file.name, {entry.key: entry.shape for entry in entries}, slot)
         if header.data_bytes > max_data_bytes(slot.spec, slot.max_rank, slot.modules):
             self.folder.invalid(
-                f"{file.name}: {header.data_bytes} bytes, more than any adapter takes that fits"
+                f"{file.name}: has {header.data_bytes} bytes of data, more than an adapter that fits can have"
             )
         buffer = Buffer(header.data_bytes)
         file.read_into(buffer.view)
@@ -278,7 +279,7 @@ class _Reader:
     def _pack_whole(
         self, file: OpenFile, layout: Layout, parts: Mapping[str, Part], weights: Weights
     ) -> Packed:
-        """Pack tensors that are in memory as a whole, whatever share of them is wanted."""
+        """Pack tensors that are in memory as a whole, even if only a rank's share is wanted."""
         cuts: Mapping[str, Cut] = {}
         if self._shared:
             cuts = cuts_of(self.order.layout, parts, layout)
@@ -322,9 +323,9 @@ class _Reader:
 def _read_and_hash(file: OpenFile, view: memoryview, digest: hashlib._Hash, helper: Executor) -> Future[None]:
     """Fill ``view`` from ``file`` while ``helper``, a pool of one thread, hashes what has arrived.
 
-    Two small pieces are hashed while the large last one is read. That one is hashed in one go, and has been
-    begun when this returns: the helper needs the interpreter lock to begin a piece, which it gets while this
-    thread reads, but not for long while it runs Python.
+    Two small pieces are hashed while the large last one is read. The last one is hashed in one call, which
+    has begun when this function returns. The helper needs the GIL to begin a piece: it gets the GIL easily
+    while this thread reads, but only late while this thread runs Python.
     """
     begun = Event()
 

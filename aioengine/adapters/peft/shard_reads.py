@@ -1,7 +1,8 @@
 """Decides which parts of a file's tensors a rank reads, and which of those its slots hold.
 
-The two differ only where a value depends on more than the held part: DoRA's norms, and the comparison of tied
-adapters. All ranks together read every value, so it is enough that each checks what it reads.
+The two differ only where a value depends on more than the part that a rank holds: DoRA's norms, and the
+comparison of tied adapters. All ranks together read every value, so it is enough that each checks what it
+reads.
 """
 
 from __future__ import annotations

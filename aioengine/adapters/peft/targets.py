@@ -1,5 +1,5 @@
-"""Derives from configuration and base model which weights an adapter's file must hold, and which key is which
-tensor.
+"""Derives from the configuration and the base model which weights an adapter's file must hold, and which
+tensor each key names.
 
 PEFT's key formats (``get_peft_model_state_dict``): the adapter's name is normally removed from the keys, but
 files written by hand keep it (``lora_A.default.weight``), and some tools drop ``base_model.model.``.
@@ -60,7 +60,7 @@ _PART_NAMES = {
 }
 HEAD_KINDS = ("head", "head_bias")
 MAX_LABELS = 1024
-"""Labels of a classification head, which is kept beside the slot."""
+"""Maximum number of labels of a classification head, which is kept beside the slot."""
 _HEAD = re.compile(
     r"(?:base_model\.model\.)?(score|classifier)\.(?:modules_to_save\.(?:default\.)?)?(weight|bias)", re.ASCII
 )
@@ -159,7 +159,9 @@ class Layout:
                     "modules instead"
                 )
         if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
-            folder.invalid(f"{CONFIG_FILE}: lora_bias on embed_tokens: PEFT has no such adapter")
+            folder.invalid(
+                f"{CONFIG_FILE}: lora_bias with embed_tokens as a target: PEFT has no such adapter"
+            )
         if config.invocation and (NO_LAYER, "embed_tokens") in self.targets:
             folder.invalid(
                 f"{CONFIG_FILE}: alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
@@ -241,7 +243,7 @@ class Layout:
                 f"weight of one of them; it has {', '.join(taken[part] for part in found) or 'none'}"
             )
         if len(set(found.values())) != 1:
-            self._folder.invalid(f"{file}: weight and bias of the head are of different numbers of labels")
+            self._folder.invalid(f"{file}: the head's weight and bias have different numbers of labels")
 
     def _usual_keys(self) -> dict[str, Part]:
         """Keys that nearly all files use, so that a look-up replaces matching."""
@@ -270,13 +272,13 @@ class Layout:
                 f"{file}: {key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
             )
         if kind == "bias" and not self._config.lora_bias:
-            self._folder.invalid(f"{file}: {key!r}: a bias, but {CONFIG_FILE} does not set lora_bias")
+            self._folder.invalid(f"{file}: {key!r}: is a bias, but {CONFIG_FILE} does not set lora_bias")
         if kind == "magnitude" and not self._config.use_dora:
-            self._folder.invalid(f"{file}: {key!r}: of DoRA, but {CONFIG_FILE} does not set use_dora")
+            self._folder.invalid(f"{file}: {key!r}: belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
         return Part((layer, module), kind)
 
     def _find(self, key: str) -> tuple[int, str, str] | None:
-        """The layer, the module, and the kind of part that a key names."""
+        """Find the layer, the module, and the kind of part that a key names."""
         match = _KEY.fullmatch(key)
         place = None if match is None else self._spec.find_module(match[1])
         if match is not None and place is None and self._config.feature_extraction:
@@ -290,7 +292,7 @@ class Layout:
 
     @property
     def _example(self) -> str:
-        """The name of a linear."""
+        """Return the name of a linear, for messages."""
         places = self._spec.adaptable()
         return next((self._spec.module_name(*p) for p in places if p[1] not in EMBEDDING_MODULES), "<linear>")
 

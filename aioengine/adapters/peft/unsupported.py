@@ -13,13 +13,13 @@ Invalid = Callable[[str], NoReturn]
 """Raises AdapterInvalid with a reason."""
 
 # Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
-# loftq, lora_ga) subtract their start from the base weights, which the adapter file does not carry.
+# loftq, lora_ga) subtract the initial B @ A from the base weights, which the adapter file does not hold.
 # PEFT resets the field to true when it converts such an adapter to plain LoRA on saving.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 MERGE = "merge the adapter into the base model with PEFT's merge_and_unload, and serve that as a model"
 _CONVERT = "make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...)"
-_TRAIN = "train a LoRA adapter in its place"
+_TRAIN = "train a LoRA adapter instead"
 
 # The methods of which PEFT can make a LoRA adapter, and those that change no weights.
 _CONVERTIBLE = frozenset(
@@ -113,7 +113,8 @@ def refuse_unsupported(
         if peft_type in _CONVERTIBLE:
             todo = f"{_CONVERT}, or {MERGE}"
         invalid(
-            f"peft_type={short(peft_type)}: only 'LORA' and what can be folded into it are supported: {todo}"
+            f"peft_type={short(peft_type)}: only 'LORA' and methods that can be folded into it are "
+            f"supported: {todo}"
         )
     for field, reason in _UNSUPPORTED.items():
         if field in fields and _is_set(fields[field]):
@@ -125,8 +126,8 @@ def refuse_unsupported(
     if init is not None and not isinstance(init, bool) and init not in list(_PLAIN_INITS):
         invalid(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
-            "other initialisations change the base model's weights, so that A and B alone do not "
-            "carry the adapter: save it with PEFT's path_initial_model_for_weight_conversion, or set this to "
+            "other initialisations change the base model's weights, so that A and B alone are not "
+            "the whole adapter: save it with PEFT's path_initial_model_for_weight_conversion, or set this to "
             "true if the served base model is the changed one"
         )
     for field, value in fields.items():

@@ -22,7 +22,7 @@ from aioengine.model.buffer import Buffer
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_TENSORS = 1 << 13
 _MAX_COLONS = 8 * _MAX_TENSORS
-"""A tensor's description has four. Decoding holds the interpreter lock for about a microsecond for each."""
+"""A tensor's entry has four colons. Decoding holds the GIL for about a microsecond for each."""
 _MAX_DIMS = 8
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -69,14 +69,15 @@ class SafetensorsHeader:
             )
         if length > _MAX_HEADER_BYTES:
             folder.invalid(
-                f"{file.name}: a header of {length} bytes is no LoRA adapter's: at most {_MAX_HEADER_BYTES}"
+                f"{file.name}: the header has {length} bytes; that of a LoRA adapter has at most "
+                f"{_MAX_HEADER_BYTES}"
             )
         return cls(bytes(prefix + file.read(length)), file.size - 8 - length)
 
     def entries(self, folder: AdapterFolder, file: OpenFile) -> list[Entry]:
         """Return the tensors sorted by offset, checked to cover the data exactly. Raises AdapterInvalid."""
         if self.raw.count(b":") > _MAX_COLONS:
-            folder.invalid(f"{file.name}: a header with so many entries is no LoRA adapter's")
+            folder.invalid(f"{file.name}: the header has more entries than that of a LoRA adapter")
         try:
             described = msgspec.json.decode(self.raw[8:], type=dict[str, msgspec.Raw])
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -88,7 +89,7 @@ class SafetensorsHeader:
             folder.invalid(f"{file.name}: contains no tensors")
         if len(described) > _MAX_TENSORS:
             folder.invalid(
-                f"{file.name}: {len(described)} tensors, more than {_MAX_TENSORS}, are no LoRA adapter's"
+                f"{file.name}: has {len(described)} tensors; a LoRA adapter has at most {_MAX_TENSORS}"
             )
         entries = [_entry(folder, file, key, raw) for key, raw in described.items()]
         entries.sort(key=lambda entry: (entry.begin, entry.nbytes))
@@ -151,7 +152,9 @@ def tensors_of(buffer: Buffer, entries: Sequence[Entry]) -> Weights:
     for dtype, group in groupby(entries, key=lambda entry: entry.dtype):
         run, size = list(group), dtype.itemsize
         begin, end = run[0].begin, run[-1].begin + run[-1].nbytes
-        if begin % size:  # behind an odd number of 16-bit values: allowed, though no library writes it
+        if (
+            begin % size
+        ):  # after an odd number of 16-bit values: allowed, although no library writes such files
             flat = torch.frombuffer(bytearray(buffer.view[begin:end]), dtype=dtype)
         else:
             flat = buffer.tensor[begin:end].view(dtype)

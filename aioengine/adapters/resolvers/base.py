@@ -36,12 +36,13 @@ class AdapterResolver(ABC):
     async def resolve(self, name: str) -> str | os.PathLike[str]:
         """Return the folder of the adapter ``name``, in PEFT format.
 
-        It is called once at a time for each name, however many requests wait, and is cancelled when none
-        does any more, or when it has taken ``LoRAConfig.load_timeout`` seconds. Names obey the rule for
-        adapter names, and have no empty, "." or ".." part between slashes. After an AdapterNotFound the next
-        request asks again; after other errors in a row there are pauses.
+        For each name one call runs at a time, however many requests wait for it. It is cancelled when no
+        request waits any more, or after ``LoRAConfig.load_timeout`` seconds. Names obey the rule for adapter
+        names, and have no empty, "." or ".." part between slashes. After an AdapterNotFound the next request
+        asks again. After several other errors in a row there are pauses.
 
-        Raises AdapterNotFound for a name that it does not have, and AdapterLoadError if it cannot tell.
+        Raises AdapterNotFound if there is no adapter of this name, and AdapterLoadError if that cannot be
+        found out.
         """
 
 
@@ -66,7 +67,7 @@ class SharedLookups:
                 )
             found = self._under_way[what] = self._threads.start(find)
             found.add_done_callback(lambda found: self._ended(what, found))
-        await asyncio.wait([found])  # unlike await, leaves it alone when we are cancelled
+        await asyncio.wait([found])  # unlike "await found", does not cancel it when this task is cancelled
         return found.result()
 
     def _ended(self, what: str, found: asyncio.Future[Path]) -> None:
@@ -76,7 +77,8 @@ class SharedLookups:
 
 
 class BlockingResolver(AdapterResolver):
-    """Base of resolvers that wait for disks and networks; ``find`` runs as :class:`SharedLookups` says."""
+    """Base of resolvers that wait for disks and networks. ``find`` runs in a thread
+    (:class:`SharedLookups`)."""
 
     def __init__(self) -> None:
         self._lookups = SharedLookups()
@@ -122,7 +124,7 @@ async def within(seconds: float | None, name: str, look_up: Awaitable[T]) -> T:
             raise
         raise AdapterLoadError(
             f"was not found within load_timeout={seconds:g} seconds: what its resolver asks hangs or is too "
-            "slow; repair it, or raise LoRAConfig.load_timeout",
+            "slow; repair that, or raise LoRAConfig.load_timeout",
             name=name,
             transient=True,
         ) from error
@@ -140,7 +142,9 @@ def too_large(file: str, size: int, max_bytes: int) -> str | None:
     """Return the reason why a file of an adapter is too large to fetch, or None. ``max_bytes`` bounds the
     weights."""
     limit, todo = (
-        (max_bytes, "; raise max_bytes if it is right") if file != CONFIG_FILE else (MAX_CONFIG_BYTES, "")
+        (max_bytes, "; raise max_bytes if the file is right")
+        if file != CONFIG_FILE
+        else (MAX_CONFIG_BYTES, "")
     )
     if size <= limit:
         return None

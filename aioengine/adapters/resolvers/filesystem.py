@@ -16,7 +16,7 @@ class FilesystemResolver(BlockingResolver):
     Nothing outside ``root`` can be reached: not by an absolute path, not by "..", and not by a symbolic link,
     whether of a folder or of an adapter's file. Links are followed when a name is resolved, and what is
     registered is the folder behind them. Anyone who can write in ``root`` could replace a file by a link
-    after that, so ``root`` must be writable only for those who may add adapters.
+    after that. So only people who may add adapters should be able to write there.
 
     Raises ConfigError if ``root`` is not a folder.
     """

@@ -32,18 +32,18 @@ class _Remote(NamedTuple):
 
 
 class FsspecResolver(BlockingResolver):
-    """The adapter "team/sql" is what lies under ``url``/team/sql (extra ``fsspec``).
+    """Resolves the adapter "team/sql" to the files under ``url``/team/sql (extra ``fsspec``).
 
     ``url`` is anything that fsspec knows: "s3://bucket/adapters" (extra ``s3``), "gs://" (extra ``gcs``),
     "memory://". An adapter's two files are fetched into a folder of ``cache_dir`` that is named after the
-    objects' ETags (where there are none, after what else tells that an object has changed). So a resolve only
-    asks for the objects' state; changed objects are fetched into another folder, and an adapter that is being
+    objects' ETags (or, without these, after other values that change with an object). So a resolve only asks
+    for the objects' state. Changed objects are fetched into another folder, and an adapter that is being
     served keeps its own. Several processes share one cache: one of them fetches, and the others wait for it.
     A folder is complete or not there: it is filled under another name and then renamed. The SHA-256 of what
     was fetched is written down beside it, and checked when the folder is used again. When the cache has grown
-    beyond ``max_cache_bytes``, what was resolved least recently is deleted, but nothing that was within the
-    last ten minutes. If the copy is gone when an adapter must be read again, its requests fail and the next
-    one fetches it anew.
+    beyond ``max_cache_bytes``, the copies that were resolved least recently are deleted, but none that was
+    resolved within the last ten minutes. If the copy is gone when an adapter must be read again, its requests
+    fail and the next one fetches it anew.
 
     Args:
         url: Where the adapters are.
@@ -52,7 +52,7 @@ class FsspecResolver(BlockingResolver):
         max_bytes: The largest weights file that is fetched; bytes, or text such as "2GiB".
         max_cache_bytes: Bound on all copies in ``cache_dir``; None for no bound.
 
-    Raises ConfigError if fsspec, or what it needs for this kind of URL, is not installed.
+    Raises ConfigError if fsspec, or the package that it needs for this kind of URL, is not installed.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class RemoteFolders:
         self._copies = LocalCopies(root, bound)
 
     def fetch(self, name: str, folder: str) -> Path:
-        """Return the local copy of ``folder``, a path below the URL, for the adapter ``name``; fetched if
+        """Return the local copy of ``folder``, a path below the URL, for the adapter ``name``. Fetches it if
         there is none. Blocks.
 
         Raises AdapterNotFound, AdapterInvalid, AdapterLoadError.
@@ -136,7 +136,7 @@ class RemoteFolders:
 
     def _look(self, name: str, folder: str) -> list[_Remote]:
         """Return the adapter's objects as they are now."""
-        self._fs.invalidate_cache()  # of listings, which would hide changes
+        self._fs.invalidate_cache()  # cached listings would hide changes
         where = f"{self._url}/{folder}"
         config = self._info(folder, CONFIG_FILE)
         if config is None:
@@ -184,7 +184,7 @@ class RemoteFolders:
 
 
 def check_protocol(url: str) -> None:
-    """Raises ConfigError if fsspec, or what it needs for this kind of URL, is not installed."""
+    """Raise ConfigError if fsspec, or the package that it needs for this kind of URL, is not installed."""
     try:
         from fsspec import get_filesystem_class  # optional
     except ImportError:

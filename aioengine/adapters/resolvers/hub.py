@@ -20,7 +20,7 @@ HUB_SECONDS = 10.0
 
 
 class HubResolver(BlockingResolver):
-    """The adapter "owner/name", or "hf:owner/name", is that repository on the Hub (extra ``hub``).
+    """Resolves the adapter "owner/name", or "hf:owner/name", to that repository on the Hub (extra ``hub``).
 
     Only the adapter's files are downloaded, into the cache of ``huggingface_hub``; the cached files are used
     when the Hub cannot be reached.
@@ -68,7 +68,8 @@ class HubResolver(BlockingResolver):
         return self._fetch(name, hub_id)
 
     async def resolve_path(self, name: str, path: str) -> Path:
-        """The local folder of "hf:owner/name[@revision]", for the adapter ``name``, whoever the owner is.
+        """Return the local folder of "hf:owner/name[@revision]", for the adapter ``name``, whoever the owner
+        is.
 
         Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError.
         """
@@ -102,7 +103,9 @@ class HubResolver(BlockingResolver):
         except errors.LocalEntryNotFoundError as error:
             if offline:
                 raise AdapterNotFound(
-                    "not in the local cache, and the Hub is not to be asked (offline)", name=name, path=path
+                    "it is not in the local cache, and the Hub may not be asked (offline)",
+                    name=name,
+                    path=path,
                 ) from error
             raise AdapterLoadError(
                 "the Hub cannot be reached, and the local cache does not have it",

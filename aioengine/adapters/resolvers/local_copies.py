@@ -40,9 +40,9 @@ class _Copy(NamedTuple):
 
 class LocalCopies:
     """Copies are the folders ``root/KEY/KEY``, each key 32 hexadecimal digits; nothing else in ``root`` is
-    touched. A copy is complete or not there: it is made, and taken away, under another name. When it was
-    used last is its folder's modification time. The SHA-256 of its files stand in ``root/KEY/KEY.sha256``:
-    a copy that does not agree with them is deleted. All methods block.
+    touched. A copy is complete or not there: it is made, and deleted, under another name. Its folder's
+    modification time says when it was used last. ``root/KEY/KEY.sha256`` has the SHA-256 of its files: a copy
+    that does not agree with them is deleted. All methods block.
 
     Args:
         max_bytes: Bound on the size of all copies; None for no bound.
@@ -52,7 +52,7 @@ class LocalCopies:
         self.root = root
         self._max_bytes = max_bytes
         self._checked: dict[Path, str] = {}
-        """State of a copy's files when their digests were last found right."""
+        """State of a copy's files when their digests were last checked."""
 
     def path(self, adapter: str, version: str) -> Path:
         """Return the path of an adapter version's copy, or None. Both arguments are keys."""
@@ -64,14 +64,14 @@ class LocalCopies:
             os.utime(folder)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:  # somebody else's, or on a medium that cannot be written
+        except OSError:  # another user's, or on a read-only disk
             if not folder.is_dir():
                 return False
         try:
             looks = _looks(folder)
             if self._checked.get(folder) != looks:
                 if _digests(folder) != _sealed(folder).read_text(encoding="utf-8"):
-                    raise ValueError("its SHA-256 is another than that of what was fetched")
+                    raise ValueError("its SHA-256 differs from that of the fetched files")
                 self._checked[folder] = looks
         except (OSError, ValueError) as error:
             logger.warning("the local copy %s is fetched again: %s", folder, error)
@@ -82,8 +82,9 @@ class LocalCopies:
 
     @contextmanager
     def lock(self, folder: Path) -> Iterator[None]:
-        """Context that one process at a time is in, for copies of one adapter. It is left when a process
-        ends, however. Where the system has no such locks, several may be in it: that costs a download."""
+        """Context that only one process at a time may be in, for copies of one adapter. The end of a process,
+        of any kind, ends its context. On systems without such locks several may be in it, at the cost of a
+        download."""
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (folder.parent / _LOCK).open("ab") as file:
             if fcntl is not None:
@@ -127,7 +128,7 @@ class LocalCopies:
             if not _KEY.fullmatch(adapter.name):
                 continue
             for folder in _subfolders(adapter):
-                with suppress(OSError):  # it goes as we look
+                with suppress(OSError):  # it may be deleted meanwhile
                     used = folder.stat().st_mtime
                     if _KEY.fullmatch(folder.name):
                         yield _Copy(used, sum(f.stat().st_size for f in folder.iterdir()), folder)
@@ -147,7 +148,7 @@ def _sealed(folder: Path) -> Path:
 
 
 def _looks(folder: Path) -> str:
-    """Return what shows cheaply whether a file has changed."""
+    """Return sizes, times and inodes of the files, which show cheaply whether one has changed."""
     found = []
     for path in sorted(folder.iterdir()):
         status = path.stat()

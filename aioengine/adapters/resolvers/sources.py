@@ -15,7 +15,8 @@ from aioengine.model.files.hub import PREFIX, has_hub, is_source
 def checked_source(name: str, path: str) -> str:
     """Return the source in its usual form: a "file://" URL becomes a local path, and "hf://" becomes "hf:".
 
-    Raises AdapterInvalid for one of another form, and ConfigError if what it needs is not installed.
+    Raises AdapterInvalid for a source of another form, and ConfigError if a package that it needs is not
+    installed.
     """
     if path.startswith("hf://"):
         path = PREFIX + path.removeprefix("hf://")
@@ -48,15 +49,15 @@ def source_below(root: str, name: str, path: str) -> str | None:
 
 
 class AdapterSources:
-    """Fetches what sources name; what is fetched is kept in the caches of the Hub and of remote folders."""
+    """Fetches adapters by their sources, and keeps them in the caches of the Hub and of remote folders."""
 
     def __init__(self) -> None:
         self._hub: HubResolver | None = None
         self._urls = SharedLookups()
-        """Each with the credentials and endpoints of the environment."""
+        """Look-ups of URLs, each with the credentials and endpoints of the environment."""
 
     async def resolve_path(self, name: str, source: str) -> Path:
-        """Return the local folder with what ``source`` names, for the adapter ``name``.
+        """Return a local folder with the content of ``source``, for the adapter ``name``.
 
         Raises AdapterNotFound, AdapterInvalid, AdapterLoadError; ConfigError if an extra is missing.
         """

@@ -1,12 +1,12 @@
-"""The accounting of one memory in which adapters lie: which bytes are whose, and where the holes are.
+"""Accounting of one memory that holds adapters: which adapter has which bytes, and where the holes are.
 
 Best fit with immediate coalescing: a hole never adjoins another one. So the waste is bounded:
 
 - inside: each region is rounded up to ``GRANULE``, so less than that is lost to each adapter;
 - between: an allocation of n bytes fails only if every hole is smaller than n. There is at most one hole more
-  than there are regions. So among k regions less than (k + 1) * n bytes are free when it fails.
+than there are regions, so with k regions less than (k + 1) * n bytes are free then.
 
-What is lost between regions comes back when idle adapters are moved together: see :func:`compaction`.
+Moving idle adapters together makes the bytes between regions usable again: see :func:`compaction`.
 Knuth, The Art of Computer Programming, volume 1, 2.5 (best fit, boundary tags).
 """
 
@@ -28,7 +28,7 @@ def rounded(nbytes: int) -> int:
 
 
 class Arena:
-    """Regions of ``size`` bytes (less what is not a whole granule). Offsets and sizes are in bytes."""
+    """Regions in ``size`` bytes, rounded down to whole granules. Offsets and sizes are in bytes."""
 
     def __init__(self, size: int, limit: int | None = None) -> None:
         self.size = size // GRANULE * GRANULE
@@ -60,7 +60,8 @@ class Arena:
         return self._begin_of.get(self.size, self.size)
 
     def resize(self, size: int) -> None:
-        """Have it end elsewhere: at a whole granule, and at the last region's end at the earliest."""
+        """Change the end of the memory. It must be at a whole granule, and not before the last region's
+        end."""
         end = self.end
         assert size >= end and size % GRANULE == 0
         if end < self.size:
@@ -70,7 +71,7 @@ class Arena:
             self._add_hole(end, size - end)
 
     def copy(self) -> Arena:
-        """Another one, in which something can be tried."""
+        """Return a copy, for a trial."""
         other = Arena(0)
         other.limit = self.limit
         other.size, other.used, other.regions = self.size, self.used, dict(self.regions)
@@ -82,7 +83,8 @@ class Arena:
         return rounded(nbytes) <= self.largest_hole
 
     def allocate(self, nbytes: int) -> int | None:
-        """The offset of a region for ``nbytes`` in the smallest hole that has room; None if there is none."""
+        """Take a region for ``nbytes`` in the smallest hole with room. Returns its offset; None if there is
+        no hole."""
         size = rounded(nbytes)
         index = bisect_left(self._holes, (size, -1))
         if index == len(self._holes):
@@ -92,11 +94,11 @@ class Arena:
         return offset
 
     def allocate_at(self, offset: int, nbytes: int) -> None:
-        """Take a region that begins at ``offset``, where a hole must begin that has room."""
+        """Take a region at ``offset``, where a hole with enough room must begin."""
         self._take(offset, offset, rounded(nbytes))
 
     def release(self, offset: int) -> None:
-        """Give a region back. Raises KeyError if there is none, or it has been given back already."""
+        """Give a region back. Raises KeyError if no region begins at ``offset``."""
         size = self.regions.pop(offset)
         self.used -= size
         begin, end = offset, offset + size
@@ -150,22 +152,22 @@ class Window(NamedTuple):
     regions: Sequence[int]
     """Offsets of the regions to move, in order."""
     moved: int
-    """Bytes of these."""
+    """Bytes of these regions."""
 
 
 class Packing(NamedTuple):
-    """All regions that may be moved, as near to the beginning of the memory as others allow."""
+    """Result of moving regions as near to the beginning of the memory as others allow."""
 
     end: int
     """End of the last region afterwards."""
     moves: Sequence[tuple[int, int]]
-    """(offset, new offset) of those that are moved, in an order in which none overwrites another."""
+    """(offset, new offset) of each moved region, in an order in which none overwrites another."""
 
 
 def packing(regions: Mapping[int, int], may_move: Callable[[int], bool]) -> Packing:
     """Pack regions (sizes by offset). In order of their offsets each goes to the first gap with room."""
     gaps: list[list[int]] = [[0, 0]]
-    """[begin of what is left of it, end]"""
+    """Gaps: [beginning of the part that is still free, end]."""
     for offset in sorted(regions):
         if not may_move(offset):
             gaps[-1][1] = offset
@@ -185,10 +187,11 @@ def packing(regions: Mapping[int, int], may_move: Callable[[int], bool]) -> Pack
 
 
 def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Window | None:
-    """The window whose holes together have room for ``nbytes`` and in which the fewest bytes must be moved.
+    """Find the window whose holes together have room for ``nbytes``, and in which the fewest bytes must be
+    moved.
 
-    ``may_move`` says of a region's offset whether it may be moved; the others stay, and a window ends at
-    them. None if there is no such window. Linear in the number of regions.
+    ``may_move`` takes a region's offset and says whether the region may be moved. Other regions stay, so a
+    window does not contain them. None if there is no such window. Linear in the number of regions.
     """
     size = rounded(nbytes)
     parts = sorted(
@@ -205,7 +208,7 @@ def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Wi
                 first, free, moved = last + 1, 0, 0
             continue
         free += length
-        # A window begins with a hole, and needs no more of them than have room.
+        # A window begins with a hole, and ends with the hole that makes the room sufficient.
         while first < last:
             _, front, front_is_hole = parts[first]
             if front_is_hole and free - front < size:

@@ -20,7 +20,7 @@ from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers.policy import Location
 
 Order = Callable[[Sequence[AdapterEntry]], Sequence[AdapterEntry]]
-"""Which of several equally evictable adapters goes first."""
+"""Decides which of several equally evictable adapters is evicted first."""
 
 
 def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
@@ -161,8 +161,8 @@ class CpuCache:
         return set().union(*(uids for uids in places.values() if len(uids) > share))
 
     def _reserved(self, entry: AdapterEntry) -> int:
-        """Bytes to reserve. An adapter that can never fit is read all the same, and fails when its size is
-        known."""
+        """Return the bytes to reserve. An adapter that can never fit is read all the same, and fails when its
+        size is known."""
         return entry.nbytes if self.can_ever_hold(entry, entry.nbytes) else 0
 
     def _lacking(self, newcomer: AdapterEntry, nbytes: int, places: int = 0) -> bool:

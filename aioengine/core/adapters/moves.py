@@ -25,7 +25,7 @@ class CopyMove(NamedTuple):
     entry: AdapterEntry
     slot: int
     offset: int | None = None
-    """Where it begins in the slots' memory, in bytes; None where every slot has its place."""
+    """Offset in the slots' memory, in bytes; None where every slot has a fixed place."""
 
 
 class DropMove(NamedTuple):

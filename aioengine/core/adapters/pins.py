@@ -40,15 +40,15 @@ class Pins:
     def claim(self, name: str, *, force: bool) -> None:
         """Count ``name`` as pinned while it is on its way to a slot, until :meth:`release`.
 
-        Raises ConfigError if that would leave no slot for the others; with ``force``, if there is none
-        for itself.
+        Raises ConfigError if that would leave no slot for other adapters; with ``force``, only if this one
+        has no slot either.
         """
         others = {label for label, entry in self._current.items() if entry.pinned} | self._claims.keys()
         others.discard(name)
         if len(others) >= (self._num_slots if force else self._num_slots - 1):
             todo = "unpin one or raise LoRAConfig.max_loras"
             if not force:
-                todo = f"one must stay free for the others: {todo}, or force it if no others are to be served"
+                todo = f"one must stay free for other adapters: {todo}, or use force if no others are served"
             raise ConfigError(
                 f"adapter {name!r} cannot be pinned: {len(others)} of max_loras={self._num_slots} slots are "
                 f"pinned already ({', '.join(sorted(others)) or 'none'}); {todo}"
@@ -58,8 +58,8 @@ class Pins:
         claim.count += 1
 
     def release(self, name: str, now: float, *, failed: bool) -> None:
-        """End a claim. If it has failed, ``name`` is unpinned, unless it was pinned before or others have
-        it pinned too."""
+        """End a claim. If it has failed, ``name`` is unpinned, unless it was pinned before or other callers
+        have pinned it too."""
         entry, claim = self._current.get(name), self._claims[name]
         if not failed:
             claim.settled = entry is not None and entry.pinned

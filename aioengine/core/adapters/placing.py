@@ -15,8 +15,8 @@ from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import Location, Place
 
 WANT_PATIENCE_SECONDS = 1.0
-"""Reads that were asked for by name start after those of the policy's decision. After this many seconds they
-start before them, or a policy that always has something to read could delay them for ever."""
+"""Reads that a caller asked for by name start after those of the policy's decision. After this many seconds
+they start before these, because a policy that always has something to read could delay them for ever."""
 PIN_RETRY_SECONDS = 1.0
 """Seconds before a pinned adapter is copied again after its copy into a slot failed."""
 
@@ -39,12 +39,12 @@ class Placing:
         self._pinned_wait = False
 
     def is_closed(self, entry: AdapterEntry | None) -> bool:
-        """Whether its slot admits nothing, because a pinned adapter waits for it."""
+        """Whether its slot admits no requests, because a pinned adapter waits for the slot."""
         return entry is not None and entry.uid in self._closed
 
     @property
     def pinned_wait(self) -> bool:
-        """Whether a pinned adapter was in no slot when they were last looked after."""
+        """Whether a pinned adapter was in no slot at the last call of :meth:`place_pinned`."""
         return self._pinned_wait
 
     @property
@@ -53,8 +53,8 @@ class Placing:
 
     def place_pinned(self, now: float) -> None:
         """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
-        no slot is idle, one is closed: it admits no requests until it is idle, or steady traffic would keep
-        the adapter out for ever."""
+        no slot is idle, one is closed: it admits no requests until it is idle. Otherwise steady traffic would
+        keep the adapter out for ever."""
         self._closed.clear()
         self._pinned_wait = False
         for entry in self._residency.cpu.entries.values():
@@ -77,7 +77,7 @@ class Placing:
             missing -= 1 if arena is None else rounded(self._residency.entries[busy].slot_nbytes)
 
     def next_retry(self, now: float) -> float | None:
-        """When a pinned adapter is due again whose copy has failed; None if there is none."""
+        """Return when a pinned adapter whose copy has failed may be copied again; None if there is none."""
         due = [_retry_at(entry) for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
         return min((at for at in due if at > now), default=None)
 
@@ -142,8 +142,9 @@ class Placing:
         keep: set[int],
         now: float,
     ) -> str | None:
-        """Begin a copy into ``slot``, or (None) a free one, else the first of ``given``, ``others`` and
-        ``last``; of the others, as many leave as it takes for its bytes. Returns why not, if not."""
+        """Begin a copy into ``slot``. None: into a free slot, or else the first of ``given``, ``others`` and
+        ``last``. If there is no room for the bytes, more of these slots are emptied, in the same order.
+        Returns the reason if the copy cannot begin."""
         given, others, last = iter(given), iter(others), iter(last)
         victims = chain(given, others)
         slot = slot or self._slots.free_slot or next(victims, None) or next(last, None)
@@ -178,14 +179,14 @@ class Placing:
         return None
 
     def _offered(self, place: Place) -> AdapterEntry | None:
-        """The adapter whose slot the policy gives to the newcomer. It may leave the CPU cache too, or each
-        could wait for the other for ever."""
+        """Return the adapter whose slot the policy gives to the newcomer. It may leave the CPU cache too.
+        Otherwise each could wait for the other for ever."""
         known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
         return self._slots.slots[place.slot].entry if known and place.slot is not None else None
 
 
 class _GivenUp:
-    """The slots that a decision gives up, in its order. What it may not give up is refused, once."""
+    """The slots that a decision gives up, in its order. A slot that it may not give up is refused, once."""
 
     def __init__(
         self, entries: Sequence[AdapterEntry], slots: SlotTable, admitting: set[int], refused: list[Refusal]
@@ -198,13 +199,14 @@ class _GivenUp:
         self._others: list[Slot] | None = None
 
     def others(self) -> Iterator[Slot]:
-        """All that may leave, in the core's order."""
+        """Yield all slots that may be emptied, in the core's order."""
         if self._others is None:
             self._others = self._slots.victims(self._admitting)
         return (slot for slot in self._others if slot.idle)
 
     def slots(self) -> Iterator[Slot]:
-        """Looked at when they are needed: what is running now may not have been when the policy decided."""
+        """Yield the slots that may be emptied now. A request may have started in one since the policy
+        decided."""
         for entry in self._entries:
             if entry.slot is None:
                 continue
@@ -222,7 +224,8 @@ def _waits_for_slot(entry: AdapterEntry) -> bool:
 
 
 def _retry_at(entry: AdapterEntry) -> float:
-    """When a pinned adapter may be copied, or a copy that always fails would be tried again without pause."""
+    """Return when a pinned adapter may be copied. The pause keeps a copy that always fails from running on
+    and on."""
     return 0.0 if entry.copy_failed is None else entry.copy_failed + PIN_RETRY_SECONDS
 
 

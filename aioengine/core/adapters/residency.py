@@ -3,8 +3,8 @@
 This is bookkeeping only. It says which moves to start; the shell carries them out and reports back
 through ``loaded``, ``load_failed``, ``placed`` and ``place_failed``.
 
-The file is long because it holds every change of an adapter's place: each of them relies on what the others
-leave behind.
+The file is long because it holds every change of an adapter's place, and each change relies on the state that
+the others leave.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Residency:
         self._loads = 0
         self._moves: list[Move] = []
         self._after_step: list[Move] = []
-        """Copies to where something is until the next step has moved it."""
+        """Copies to places whose content the next step moves away; they start after that step."""
         self._emit = emit
         self._tell = tell
 
@@ -73,8 +73,8 @@ class Residency:
         version: int | None = None,
     ) -> AdapterEntry:
         """Declare a new version of ``name``. No request can use it until it is published, which happens at
-        the latest when it has been read, unless it is ``held``. ``found``: whether its path was looked up;
-        ``files``: what is read in place of a folder. ``version`` None: the next one of this name."""
+        the latest when it has been read, unless it is ``held``. ``found``: whether a resolver found its path.
+        ``files``: read in place of a folder. ``version`` None: the next one of this name."""
         if version is None:
             version = self._last_version.get(name, 0) + 1
             self._last_version[name] = version
@@ -84,7 +84,7 @@ class Residency:
         return entry
 
     def publish(self, entry: AdapterEntry, now: float) -> None:
-        """Let new requests use this version, and give it its predecessor's pin; the predecessor only finishes
+        """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
         its accepted requests."""
         assert self._is_candidate(entry)
         old = self.current.get(entry.name)
@@ -147,8 +147,8 @@ class Residency:
         return self._max_loads - self._loads
 
     def want(self, entry: AdapterEntry, now: float, *, pin: bool = False) -> None:
-        """Bring it to the CPU cache as soon as there is room, although no request waits for it, and pin it
-        there. If it is already being read, there may be no room when it arrives, and it is then read again.
+        """Bring the adapter to the CPU cache as soon as there is room, although no request waits for it, and
+        pin it there. If it is already being read and there is no room when it arrives, it is read again.
         ``entry.error`` tells whether it failed."""
         if entry.location is Location.DISK or entry.location is Location.LOADING:
             entry.error = None
@@ -200,7 +200,7 @@ class Residency:
         if entry.location is not Location.DISK:
             return "already_loaded"
         if entry.error is not None and entry.needed_since is None:
-            return "failed_before"  # or a policy that reads ahead would have it tried without pause
+            return "failed_before"  # otherwise a policy that reads ahead would retry it without pause
         if self._loads >= self._max_loads:
             return "loads_at_limit"
         if not self.cpu.fits(entry) and not self._make_room(entry, now, keep, offered):
@@ -232,9 +232,9 @@ class Residency:
     def loaded(
         self, entry: AdapterEntry, now: float, *, rank: int, nbytes: int, digest: str, seconds: float
     ) -> None:
-        """Take in an adapter that has been read; others are evicted if ``max_bytes`` would be exceeded. If
-        too few can be evicted now, it is dropped, and read again when there is room for its size, which is
-        now known."""
+        """Take in an adapter that has been read. Others are evicted if ``max_bytes`` would be exceeded. If
+        too few can be evicted now, it is dropped, and read again when there is room: its size is known
+        now."""
         assert entry.location is Location.LOADING
         self.failures.forget(entry.label)
         entry.error = None
@@ -288,7 +288,7 @@ class Residency:
             self.retire(entry, now)
 
     def refusal(self, entry: AdapterEntry, slot_nbytes: int) -> AdapterTooLarge | None:
-        """Why it can never be in a slot, if it cannot."""
+        """Return the reason if it can never be in a slot."""
         arena = self.slots.arena
         if arena is None or rounded(slot_nbytes) <= arena.limit:
             return None
@@ -346,8 +346,8 @@ class Residency:
         *,
         after_step: bool = False,
     ) -> None:
-        """Begin a copy into a slot that is free or idle. In the slots' memory there is room, or there is once
-        the adapters of ``window`` are moved together, or (``after_step``) once the next step is over."""
+        """Begin a copy into a slot that is free or idle. The slots' memory must have room: now, once the
+        adapters of ``window`` are moved together, or (``after_step``) once the next step is over."""
         first = len(self._moves)
         if slot.entry is not None:
             self.evict_slot(slot, now)
@@ -364,8 +364,8 @@ class Residency:
         )
 
     def _compact(self, window: Window, now: float) -> None:
-        """Begin to move the idle adapters of a window to its beginning: each is copied anew, from the CPU, so
-        it does not matter where it was."""
+        """Begin to move the idle adapters of a window to its beginning. Each is copied again from CPU memory,
+        so its old place may be overwritten."""
         by_offset = {slot.offset: slot for slot in self.slots.slots}
         moving = [(slot, self.slots.release(slot)) for slot in (by_offset[at] for at in window.regions)]
         at = window.begin
@@ -385,7 +385,8 @@ class Residency:
             )
 
     def placed(self, entry: AdapterEntry, now: float, seconds: float) -> bool:
-        """Returns whether it has come into the slot, and was not only moved."""
+        """Note that a copy is complete. Returns whether the adapter is new in the slot, and was not only
+        moved."""
         assert entry.slot is not None
         entry.error = None
         slot = self.slots.slots[entry.slot]
@@ -416,7 +417,7 @@ class Residency:
     def _cancel_copy(self, slot: Slot, entry: AdapterEntry, now: float) -> None:
         moved = slot.moving
         self.slots.cancel(slot)
-        if moved:  # it was in a slot, as far as anyone knows
+        if moved:  # policy and listeners know it as an adapter in a slot
             self._emit(_evicted(entry, now, slot.index))
             self._tell("adapter_evicted", now, adapter=entry.name)
 
@@ -429,7 +430,7 @@ class Residency:
     # Common
 
     def step_is_over(self) -> None:
-        """Start what waited for that."""
+        """Start the moves that waited for the end of the step."""
         self._moves += self._after_step
         self._after_step = []
 
@@ -452,11 +453,11 @@ class Residency:
             assert entry.running == 0 or entry.location is Location.SLOT
 
     def _is_candidate(self, entry: AdapterEntry) -> bool:
-        """Whether it waits to be published."""
+        """Whether the entry waits to be published."""
         return not entry.retired and self.current.get(entry.label) is not entry
 
     def is_known(self, entry: AdapterEntry) -> bool:
-        """Whether the policy knows of it, which is false if it was never published."""
+        """Whether the policy knows the entry; it does not know one that was never published."""
         return self.by_policy_name.get(entry.name) is entry
 
     def _copying(self, entry: AdapterEntry) -> bool:

@@ -9,7 +9,7 @@ from aioengine.core.adapters.arena import Arena, Window, compaction, rounded
 from aioengine.core.adapters.slots import Slot
 
 TRIES = 3
-"""How often, between evictions, it looks whether moving is enough: it goes through all regions."""
+"""Maximum number of searches for a window between evictions; each search visits all regions."""
 
 
 class Room(NamedTuple):
@@ -27,12 +27,12 @@ def find_room(
     last: Sequence[Slot],
     may_move: Callable[[int], bool],
 ) -> Room | None:
-    """Room for ``nbytes``, once the adapters of the slots ``leaving`` are gone; nothing is changed.
+    """Find room for ``nbytes``, once the adapters of the slots ``leaving`` are gone. Changes nothing.
 
-    Adapters are evicted in the order of ``victims``, and no more of them than are needed. Before that, others
-    are moved if that copies no more bytes than the newcomer has; after it, whatever it takes; and only then
-    are those in ``last`` evicted, too. ``may_move`` says of an offset whether what is there may be moved.
-    None if there is no room.
+    Adapters are evicted one by one, in the order of ``victims``, until there is room. A move that copies no
+    more bytes than the newcomer has is preferred to the next eviction. When all of these are evicted, others
+    are moved at any cost. Only then are those in ``last`` evicted, too. ``may_move`` says whether the adapter
+    at an offset may be moved. None if there is no room.
     """
     size = rounded(nbytes)
     slots = (*leaving, *victims, *last)

@@ -1,14 +1,14 @@
-"""The slot table: which adapter each device slot holds, and the only legal ways to change that.
+"""The slot table: which adapter each device slot holds, and the only allowed ways to change that.
 
     FREE --begin--> LOADING --activate--> READY --release--> FREE
                        \\--cancel--> FREE
 
 A slot is released only while no running request uses it, and written only between ``begin`` and
-``activate``: so nothing ever reads a slot that is being written. DRAINING is READY seen from outside
-when the adapter has been unloaded or replaced.
+``activate``: so nothing ever reads a slot that is being written. A READY slot whose adapter has been
+unloaded or replaced is shown as DRAINING.
 
-Where slots share one memory by bytes (an :class:`~aioengine.core.adapters.arena.Arena`), a slot that is not
-free has a region of it, for as long as it is not.
+Where slots share one memory by bytes (an :class:`~aioengine.core.adapters.arena.Arena`), each slot that is
+not free has a region of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Slot:
         self.entry: AdapterEntry | None = None
         self.loading = False
         self.moving = False
-        """Whether it is being written again, at another place, with the adapter that it had."""
+        """Whether its adapter is being written again at another place."""
         self.offset: int | None = None
         """Offset of its region in the arena, in bytes; None if there is no arena, or it is free."""
         self.last_used = 0.0
@@ -51,10 +51,11 @@ class SlotTable:
     def __init__(self, num_slots: int, arena: Arena | None = None) -> None:
         self.slots = [Slot(index) for index in range(num_slots)]
         self.arena = arena
-        """None: every slot has a place of its own, for an adapter of any size."""
+        """None: every slot has a fixed place, for an adapter of any size."""
 
     def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> None:
-        """``offset``: where a hole of the arena begins that the region is to have; None: the best one."""
+        """Begin to write ``entry`` into ``slot``. ``offset``: of the hole in the arena to use; None: the best
+        one."""
         assert slot.entry is None and entry.slot is None and entry.location is Location.CPU
         if self.arena is not None:
             if offset is None:
@@ -96,8 +97,8 @@ class SlotTable:
             slot.offset = None
 
     def room_beside_pinned(self) -> float:
-        """The largest adapter that may still get a slot, in bytes, while those that are pinned stay: 0 if
-        they hold every slot, infinity if none is pinned or slots have places of their own."""
+        """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay. 0 if
+        these hold every slot; infinity if none is pinned, or if slots have fixed places."""
         held = [s.entry for s in self.slots if s.entry is not None and s.entry.pinned]
         if 0 < len(self.slots) == len(held):
             return 0
@@ -106,19 +107,20 @@ class SlotTable:
         return self.arena.limit - sum(rounded(entry.slot_nbytes) for entry in held)
 
     def superseded(self) -> set[int]:
-        """Uids of old versions in slots that accepted requests still wait for."""
+        """Return the uids of old versions in slots that accepted requests still wait for."""
         held = [s.entry for s in self.slots if s.entry is not None]
         return {entry.uid for entry in held if entry.retired and entry.waiting}
 
     def least_busy(self, besides: set[int]) -> int | None:
-        """The uid of the adapter with the fewest running requests whose slot a pinned one could have."""
+        """Return the uid of the adapter with the fewest running requests whose slot a pinned one could
+        have."""
         keep = besides | self.superseded()
         held = [s.entry for s in self.slots if s.entry is not None and not s.loading]
         could = [entry for entry in held if not entry.pinned and entry.uid not in keep]
         return min(could, key=lambda entry: entry.running).uid if could else None
 
     def ranks(self) -> list[int]:
-        """The rank in each usable slot, 0 elsewhere."""
+        """Return the rank in each usable slot, 0 elsewhere."""
         return [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
 
     @property
@@ -126,8 +128,8 @@ class SlotTable:
         return next((s for s in self.slots if s.entry is None), None)
 
     def victims(self, keep: set[int]) -> list[Slot]:
-        """The idle slots that are not pinned and whose adapter (by uid) is not in ``keep``: first those that
-        no request waits for, among equals the least recently used first."""
+        """Return the idle slots that are not pinned and whose adapter (by uid) is not in ``keep``. Those that
+        no request waits for come first; among equals, the least recently used."""
         return sorted(
             (s for s in self.slots if s.idle and may_leave(s, keep)),
             key=lambda s: (s.entry is not None and len(s.entry.waiting) > 0, s.last_used),

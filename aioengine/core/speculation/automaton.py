@@ -9,12 +9,13 @@ from __future__ import annotations
 from array import array
 
 _COUNTED = 64
-"""Suffixes of which a new token is counted as another occurrence, the longest first: a text that repeats one
-token would have as many as it is long."""
+"""Number of suffixes, the longest first, that a new token is counted for. Without a bound, a text that
+repeats one token would have one suffix for each of its tokens."""
 
 
 class SuffixAutomaton:
-    """States are numbers; 0 is the empty text. Most states have one successor, and no dictionary."""
+    """The automaton. States are numbers; 0 is the empty text. Most states have one successor, and no
+    dictionary."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -43,7 +44,8 @@ class SuffixAutomaton:
             state = self._link[state]
 
     def step(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """From the longest piece that a text ends with (its state and length) to that after another token."""
+        """Add ``token`` to a text. Takes and returns the longest known piece that the text ends with, as its
+        state and length."""
         link, lengths = self._link, self._length
         while state and length <= lengths[link[state]]:  # states have been split since
             state = link[state]
@@ -57,8 +59,8 @@ class SuffixAutomaton:
             length = lengths[state]
 
     def likely(self, state: int) -> tuple[int, int, float]:
-        """The token that followed most often, the state after it, and in what share of the occurrences; the
-        token is -1 if none did."""
+        """Return the token that followed most often, the state after it, and the share of occurrences that it
+        followed. The token is -1 if none followed."""
         token = self._token[state]
         if token == -1:
             return -1, 0, 0.0
@@ -97,7 +99,7 @@ class SuffixAutomaton:
         return len(self._length) - 1
 
     def _split(self, state: int, token: int, found: int) -> int:
-        """A state of its own for the shorter ones of ``found``'s pieces: those that ``state`` leads to."""
+        """Make a new state for the shorter ones of ``found``'s pieces, which ``state`` leads to."""
         clone = self._new(self._length[state] + 1, self._link[found], self._count[found])
         self._token[clone], self._target[clone] = self._token[found], self._target[found]
         if self._token[found] == -2:
@@ -109,7 +111,7 @@ class SuffixAutomaton:
         return clone
 
     def _extend(self, last: int, token: int) -> int:
-        """The state after ``last`` and ``token``; the texts before may have it already."""
+        """Return the state after ``last`` and ``token``, which earlier texts may have made already."""
         found = self._next(last, token)
         if found >= 0:
             if self._length[found] == self._length[last] + 1:

@@ -1,4 +1,4 @@
-"""How many tokens to propose: as many as are worth the time that it takes to check them."""
+"""Decides how many tokens to propose: as many as are worth the time to check them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MAX_DEPTH = 16
-"""Tokens proposed to a request in one step."""
+"""Maximum number of tokens proposed to a request in one step."""
 LONG_MATCH = 8
-"""From so many equal tokens on, a match counts as a long one."""
+"""A match of this many equal tokens or more counts as a long one."""
 _PRIOR, _PRIOR_WEIGHT = 0.4, 2.0
 _FORGET = 0.85
 """Weight that earlier trials keep when new ones come."""
 _REVIVE = 0.995
-"""Weight that they keep each time that nothing is proposed because of them, so that proposing is tried
-again."""
+"""Weight that they keep each time that nothing is proposed because of them. So proposing is tried again
+later."""
 
 
 class Acceptance:
-    """How often a request's proposed tokens were right, apart for short and long matches.
+    """How often a request's proposed tokens were right, separately for short and long matches.
 
-    Each is the share of right tokens among those that were checked after only right ones, later trials
-    weighing more.
+    Each is the share of right tokens among those whose predecessors were all right. Later trials weigh more.
     """
 
     __slots__ = ("_right", "_trials")
@@ -41,7 +40,7 @@ class Acceptance:
         self._trials[kind] = self._trials[kind] * _FORGET + min(right + 1, proposed)
 
     def passed_over(self, match: int) -> None:
-        """A match was found, and nothing proposed."""
+        """Note that a match was found, but nothing was proposed."""
         kind = match >= LONG_MATCH
         self._right[kind] = self._right[kind] * _REVIVE + _PRIOR * _PRIOR_WEIGHT * (1 - _REVIVE)
         self._trials[kind] = self._trials[kind] * _REVIVE + _PRIOR_WEIGHT * (1 - _REVIVE)
@@ -55,11 +54,12 @@ class Candidate(NamedTuple):
 
 
 def allot(candidates: Sequence[Candidate], rows: int, fixed: float, room: int) -> list[int]:
-    """How many tokens to propose to each, so that a step yields most tokens a second.
+    """Return how many tokens to propose to each candidate, so that a step yields most tokens a second.
 
-    A step of ``rows`` tokens takes ``fixed + rows`` units of time, and each proposed token one more. The next
-    one of a request is right with the product of the chances; it is taken as long as the step's tokens a unit
-    rise with it. So the more requests decode, the surer a token must be: in a large batch none is.
+    A step of ``rows`` tokens takes ``fixed + rows`` units of time, and each proposed token takes one more. A
+    request's next token is right with the product of the chances up to it. It is proposed as long as it
+    raises the step's tokens per unit of time. So the more requests decode, the more likely a token must be;
+    in a large batch none is likely enough.
     """
     counts = [0] * len(candidates)
     tokens, time = float(rows), fixed + rows

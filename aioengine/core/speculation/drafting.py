@@ -17,4 +17,4 @@ class Drafting:
         self.lookup = PromptLookup()
         self.outputs = OutputPlaces()
         self.match = 0
-        """How long the match was that the last draft came from."""
+        """Length of the match that the last draft came from."""

@@ -1,8 +1,8 @@
-"""Proposes tokens to the requests that decode, and learns from what became of them.
+"""Proposes tokens to the requests that decode, and learns from how many of them were right.
 
-Nothing here changes a token: what is proposed is computed together with the token before it, and kept only
-if it is what would have been chosen anyway (greedy, or the draw that the seed and the position decide). That
-needs logits that do not depend on how many tokens a step computes: docs/determinism.md.
+Nothing here changes an answer: a proposed token is computed together with the token before it, and kept only
+if it would have been chosen anyway (greedily, or by the draw that seed and position decide). That needs
+logits that do not depend on how many tokens a step computes: docs/determinism.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aioengine.core.speculation.prompt_lookup import copy
 from aioengine.core.state import Request
 
 _MIN_MATCH = 3
-"""Tokens that must be the same in an earlier output."""
+"""Number of tokens that must be the same in an earlier output."""
 
 
 class _Found(NamedTuple):
@@ -37,10 +37,10 @@ class Speculation:
     def propose(
         self, requests: Sequence[Request], limits: Sequence[int], fixed: float, room: int
     ) -> list[list[int]]:
-        """A draft for each request, often an empty one, of at most as many tokens as ``limits`` say.
+        """Return a draft for each request, often an empty one, with at most as many tokens as ``limits`` say.
 
-        ``fixed`` is what a step takes beside its tokens, in units of the time that a token takes; ``room``
-        how many tokens may be proposed in all.
+        ``fixed`` is a step's fixed time, in units of the time for one token. ``room`` is how many tokens may
+        be proposed in all.
         """
         if self._outputs is not None:
             self._outputs.take_in()
@@ -59,7 +59,7 @@ class Speculation:
         return drafts
 
     def learn(self, request: Request, proposed: int, right: int) -> None:
-        """Learn that the first ``right`` of so many proposed tokens were right."""
+        """Learn that the first ``right`` of the ``proposed`` tokens were right."""
         if request.drafting is not None:
             request.drafting.acceptance.learn(request.drafting.match, proposed, right)
 
@@ -91,6 +91,7 @@ class Speculation:
 
 
 def _key(request: Request) -> tuple[str | None, str | None, bytes]:
-    """Whose outputs may propose tokens to whom: the tenant, the adapter by name and content, the salt."""
+    """Return the key that requests must share to propose tokens to each other: the tenant, the adapter by
+    name and content, and the salt."""
     adapter = request.adapter
     return request.options.tenant, None if adapter is None else adapter.label, request.cache_key

@@ -2,9 +2,9 @@
 
 SuffixDecoding (Oliaro, Jia, Campos and Qiao, "SuffixDecoding: Extreme Speculative Decoding for Emerging AI
 Applications", 2024, arXiv:2411.04975) drafts from suffix trees over a request's own text and over earlier
-outputs, along what followed most often. Here automata take the place of trees, and nobody's outputs propose
-tokens to another tenant, another adapter or another cache salt: how fast an answer comes would tell what was
-in them.
+outputs, along what followed most often. Here automata take the place of trees. Outputs never propose tokens
+to another tenant, another adapter or another cache salt, because the speed of an answer would tell what is in
+them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MAX_TOKENS_EACH = 2**15
 """Maximum tokens of one adapter and tenant. When they are reached, the outputs stay until as many newer
 tokens have come."""
 _TAKEN_IN_AT_ONCE = 256
-"""Tokens in each step, of requests that have ended."""
+"""Tokens of ended requests that are taken in at each step."""
 _MAX_PENDING = 2**15
 """Tokens of requests that have ended and wait to be taken in; further ones are left out."""
 _REMATCHED = 32
-"""Tokens from which a place in outputs is found anew."""
+"""Number of last tokens that are matched again to find a text's place in other outputs."""
 
 Key = Hashable
 
@@ -39,7 +39,7 @@ class Place:
         self.state = self.length = self.known = 0
 
     def follow(self, automaton: SuffixAutomaton, tokens: Sequence[int]) -> int:
-        """How many of the last tokens are in it."""
+        """Return how many of the last tokens ``automaton`` contains as one piece."""
         if automaton is not self.automaton or len(tokens) - self.known > _REMATCHED:
             self.automaton, self.state, self.length = automaton, 0, 0
             self.known = max(0, len(tokens) - _REMATCHED)
@@ -59,7 +59,7 @@ class OutputPlaces:
 
 
 class EarlierOutputs:
-    """Outputs by key: whoever has another key never sees them."""
+    """Outputs by key. A request with another key never gets tokens from them."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS, max_tokens_each: int = MAX_TOKENS_EACH) -> None:
         self._max_tokens = max_tokens
@@ -67,20 +67,20 @@ class EarlierOutputs:
         self._kept: OrderedDict[Key, list[SuffixAutomaton]] = OrderedDict()
         """The newer outputs of each key, then the older; the least recently used key first."""
         self.tokens = 0
-        """How many are kept."""
+        """Number of tokens that are kept."""
         self._pending: deque[tuple[Key, list[int]]] = deque()
         self._pending_tokens = 0
         self._begun = False
-        """Whether the first pending one is taken in in part."""
+        """Whether a part of the first pending output has been taken in."""
 
     def ended(self, key: Key, output: Sequence[int]) -> None:
-        """A request with this output has ended."""
+        """Note that a request with this output has ended."""
         if self._pending_tokens + len(output) <= _MAX_PENDING and len(output) > 1:
             self._pending.append((key, list(reversed(output))))
             self._pending_tokens += len(output)
 
     def take_in(self, most: int = _TAKEN_IN_AT_ONCE) -> None:
-        """Some of what has ended; to be called in each step."""
+        """Take in up to ``most`` tokens of ended requests. Call it in each step."""
         while self._pending and most > 0:
             key, left = self._pending[0]
             newer = self._newer(key)
@@ -97,7 +97,7 @@ class EarlierOutputs:
                 self._begun = False
 
     def find(self, key: Key, places: OutputPlaces, tokens: Sequence[int]) -> tuple[Place | None, int]:
-        """The place with the longest common end, and how long that is."""
+        """Return the place with the longest common end, and the length of that end."""
         parts = self._kept.get(key)
         if parts is None:
             return None, 0
@@ -124,7 +124,8 @@ class EarlierOutputs:
 
 
 def follow(place: Place, count: int) -> tuple[list[int], list[float]]:
-    """Up to ``count`` tokens that followed most often, and each one's share of what followed there."""
+    """Return up to ``count`` tokens that followed most often, and the share of occurrences that each
+    followed."""
     assert place.automaton is not None
     draft: list[int] = []
     shares: list[float] = []

@@ -1,7 +1,7 @@
-"""Drafts from a request's own text: what followed when its last tokens occurred before.
+"""Drafts from a request's own text: the tokens that followed an earlier occurrence of its last tokens.
 
 Prompt lookup decoding (Apoorv Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding): answers
-that extract, edit or quote repeat long pieces of the prompt.
+that extract, edit or quote text repeat long pieces of the prompt.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 GRAM = 3
-"""Tokens that must be the same."""
+"""Number of tokens that must be the same."""
 _BITS = 21
 """Bits of a token's id in a key, so that keys stay small integers."""
 _INDEXED_AT_ONCE = 4096
-"""Tokens; a longer text is taken in over several steps, since others wait meanwhile."""
+"""Tokens taken in at one step. A longer text takes several steps, because other requests wait meanwhile."""
 _LONGEST = 32
-"""Matches are not followed further back."""
+"""Maximum number of tokens that a match is followed back."""
 
 
 class PromptLookup:
@@ -25,15 +25,15 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._end_of: dict[int, int] = {}
-        """Three tokens -> the index after their latest occurrence but the text's end."""
+        """Three tokens -> the index after their latest occurrence, except at the text's end."""
         self._known = GRAM
-        """The next end to be taken in."""
+        """Index of the next end to be taken in."""
         self._back = 0
-        """Distance to the last place that was found. A copy with single tokens changed goes on there."""
+        """Distance to the last place that was found. A copy in which single tokens differ continues there."""
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The index of what may follow ``tokens``, and how many of the last tokens stand before it as well;
-        (0, 0) if there is nothing."""
+        """Find an earlier occurrence of the last tokens. Returns the index after it, and how many tokens
+        match; (0, 0) if there is none."""
         size = len(tokens)
         end_of = self._end_of
         stop = min(size, self._known + _INDEXED_AT_ONCE)
@@ -55,7 +55,8 @@ class PromptLookup:
 
 
 def copy(tokens: Sequence[int], place: int, count: int) -> list[int]:
-    """``count`` tokens from ``place`` on; a copy that reaches the end of the text goes on with itself."""
+    """Return ``count`` tokens from ``place`` on. At the end of the text, the copy continues with its own
+    tokens."""
     draft = list(tokens[place : place + count])
     period = len(tokens) - place
     while len(draft) < count:
@@ -68,7 +69,7 @@ def _key(tokens: Sequence[int], end: int) -> int:
 
 
 def _common(tokens: Sequence[int], place: int) -> int:
-    """How many tokens before ``place`` are the same as the last ones."""
+    """Count the tokens before ``place`` that are the same as the last ones."""
     size, most = len(tokens), min(place, _LONGEST)
     length = 0
     while length < most and tokens[place - 1 - length] == tokens[size - 1 - length]:

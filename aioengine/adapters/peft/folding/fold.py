@@ -1,6 +1,7 @@
 """Rewrites an adapter of another PEFT method as a LoRA adapter that computes the same.
 
-What comes out is a configuration and tensors as PEFT's LoRA has them, and is checked and packed as these are.
+The result is a configuration and tensors in the form of PEFT's LoRA. They are checked and packed like those
+of any adapter.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Fold:
         try:
             method = msgspec.json.decode(msgspec.json.decode(config, type=_Type).peft_type)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            return None  # what is wrong with it is said when it is parsed
+            return None  # parse_config says what is wrong
         if not isinstance(method, str) or method not in METHODS:
             return None
         fields = msgspec.json.decode(config, type=dict[str, msgspec.Raw])
@@ -122,7 +123,10 @@ class Fold:
         config = self.config
         place = slot.spec.find_module(f"model.{name}" if config.feature_extraction else name)
         if place is None or place[1] == "embed_tokens":
-            self._folder.invalid(f"{file}: {name!r} is no linear of the base model")
+            self._folder.invalid(
+                f"{file}: {name!r} is not a linear of the base model; was the adapter trained on another "
+                "model?"
+            )
         linear = slot.spec.linear(place[1])
         own = {parameter: shapes[key] for parameter, key in keys.items()}
         rank = self._method.rank(own, linear.out_features, linear.in_features)

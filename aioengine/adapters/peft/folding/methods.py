@@ -1,7 +1,7 @@
-"""Methods whose change of a weight is a product B @ A of low rank, and how each is written as one.
+"""PEFT methods whose change of a weight is a low-rank product B @ A, and how to compute A and B for each.
 
-The matrices of a module come by the names of PEFT's parameters, in float32. The work is done in small pieces,
-because torch would use several threads for larger ones (see :mod:`aioengine.adapters.peft.pack`).
+The matrices of a module are given by the names of PEFT's parameters, in float32. The work is done in small
+pieces, because torch would use several threads for larger ones (see :mod:`aioengine.adapters.peft.pack`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Method(NamedTuple):
     """Names of the parameters that all modules share."""
     settings: Mapping[str, str | None]
     """Fields of its configuration -> the field of a LoRA configuration that means the same; None: the field
-    is of training, or is in the shapes."""
+    matters in training only, or the shapes tell its value."""
     rank: Callable[[Shapes, int, int], int | None]
     """(shapes, outputs, inputs) -> the rank of the pair, or None if the shapes do not fit together."""
     fold: Callable[[Parts, Parts, int, int], Pair]
@@ -65,7 +65,7 @@ def _adalora_scaling(config: PeftLoraConfig, name: str) -> float:
 
 
 # LoHa (FedPara, arXiv:2108.06098): the product of (w1_a @ w1_b) and (w2_a @ w2_b), element by element. Its
-# rows are sums over all pairs of a column of w1_a and one of w2_a, and so its rank is the product of theirs.
+# rows are sums over all pairs of a column of w1_a and one of w2_a, so its rank is the product of both ranks.
 
 
 def _loha_rank(shapes: Shapes, outputs: int, inputs: int) -> int | None:
