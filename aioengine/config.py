@@ -27,6 +27,15 @@ LoRADType = Literal["auto", "bfloat16", "float16", "float32", "int8"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
 SpeculationName = Literal["none", "ngram", "suffix"]
 
+WAITING_BOUNDS = (
+    "max_waiting",
+    "max_waiting_per_tenant",
+    "max_waiting_per_adapter",
+    "max_waiting_tokens",
+    "max_waiting_tokens_per_tenant",
+)
+"""Fields that bound waiting requests; they can be changed while the engine runs."""
+
 ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -203,6 +212,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_per_adapter: int | None = None
     """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is; None: no
     bound."""
+    max_waiting_tokens: int | None = None
+    """Bound on the prompt tokens of waiting requests, shared between tenants in equal parts; one request of
+    each tenant is accepted whatever its length. None: no bound."""
+    max_waiting_tokens_per_tenant: int | None = None
+    """Bound on the prompt tokens of each tenant's waiting requests; None: no bound but
+    ``max_waiting_tokens``."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
     """None turns adapters off."""
     policy: str | dict[str, Any] = "fcfs"
@@ -277,7 +292,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _integer(self, "max_tenant_labels", low=0)
         _integer(self, "policy_max_overruns", low=1)
         check_seconds("policy_time_budget", self.policy_time_budget)
-        for bound in ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter"):
+        for bound in WAITING_BOUNDS:
             if getattr(self, bound) is not None:
                 _integer(self, bound, low=1)
         template = self.chat_template

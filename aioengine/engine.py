@@ -482,6 +482,8 @@ class AsyncEngine:
         max_waiting: int | None,
         max_waiting_per_tenant: int | None,
         max_waiting_per_adapter: int | None,
+        max_waiting_tokens: int | None = None,
+        max_waiting_tokens_per_tenant: int | None = None,
     ) -> None:
         """Change the bounds on waiting requests; ``config`` is replaced, and requests that already wait are
         not affected. Raises ConfigError, and changes nothing, if one of them is not acceptable."""
@@ -491,11 +493,15 @@ class AsyncEngine:
             max_waiting=max_waiting,
             max_waiting_per_tenant=max_waiting_per_tenant,
             max_waiting_per_adapter=max_waiting_per_adapter,
+            max_waiting_tokens=max_waiting_tokens,
+            max_waiting_tokens_per_tenant=max_waiting_tokens_per_tenant,
         )
         room = self._core.room
         room.max_waiting = max_waiting
         room.max_per_tenant = max_waiting_per_tenant
         room.max_per_adapter = max_waiting_per_adapter
+        room.max_tokens = max_waiting_tokens
+        room.max_tokens_per_tenant = max_waiting_tokens_per_tenant
 
     def change_policy(self, policy: str) -> None:
         """Have another scheduling policy decide from the next step on; ``config`` is replaced, and requests

@@ -113,6 +113,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Number of requests in ``waiting`` that have run before and were preempted."""
     max_waiting: int | None = None
     """None: there is no bound."""
+    waiting_tokens: int = 0
+    """Prompt tokens of the requests that have not run yet, as far as they are tokenized."""
+    max_waiting_tokens: int | None = None
+    """None: there is no bound."""
     max_running: int = 0
     """Most requests in the batch."""
     kv_blocks: int

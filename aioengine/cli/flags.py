@@ -110,6 +110,10 @@ class EngineFlags:
     """Maximum waiting requests of each tenant."""
     max_waiting_per_adapter: Annotated[int | None, _IN_MORE] = None
     """Maximum waiting requests for each adapter."""
+    max_waiting_tokens: Annotated[int | None, _IN_MORE] = None
+    """Maximum prompt tokens of waiting requests."""
+    max_waiting_tokens_per_tenant: Annotated[int | None, _IN_MORE] = None
+    """The same of each tenant."""
     policy_time_budget: Annotated[float | None, _IN_MORE] = None
     """Maximum seconds of one decision of the policy."""
     policy_max_overruns: Annotated[int | None, _IN_MORE] = None

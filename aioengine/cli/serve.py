@@ -11,12 +11,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
 from cyclopts import Group, Parameter
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.reload import Reloader
+from aioengine.cli.config.reload import Reloader, bounded
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.help import FOLDED
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "AIOENGINE_API_KEYS"
 ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-DEFAULT_MAX_WAITING = 1024
-"""Bound on waiting requests of a server; an engine by itself has none."""
 
 _SERVER = Group("Server", sort_key=5)
 _MORE = Group(f"{FOLDED} server flags", sort_key=25)
@@ -225,9 +222,7 @@ def serve(
             raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
     engine_flags = engine or EngineFlags()
     settings = flags.settings()
-    config = engine_flags.engine_config()
-    if config.max_waiting is None:
-        config = msgspec.structs.replace(config, max_waiting=DEFAULT_MAX_WAITING)
+    config = bounded(engine_flags.engine_config())
     adapters = engine_flags.adapters()
     check_folders(adapters)
     for name in settings.served_model_names or (config.model_name,):
@@ -243,7 +238,7 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
     del aioengine
-    reloader = Reloader(engine_flags, flags, DEFAULT_MAX_WAITING)
+    reloader = Reloader(engine_flags, flags)
     with background_stderr() as log:
         configure_logging(flags.log_format, level)
         return run(_serve(config, adapters, settings, flags, record, log, reloader, replicas))

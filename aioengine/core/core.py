@@ -11,7 +11,8 @@ work.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from typing import NamedTuple
 
@@ -106,7 +107,11 @@ class Core:
         self.cpu = self.residency.cpu
         self.by_policy_name = self.residency.by_policy_name
         self.room = WaitingRoom(
-            limits.max_waiting, limits.max_waiting_per_tenant, limits.max_waiting_per_adapter
+            limits.max_waiting,
+            limits.max_waiting_per_tenant,
+            limits.max_waiting_per_adapter,
+            max_tokens=limits.max_waiting_tokens,
+            max_tokens_per_tenant=limits.max_waiting_tokens_per_tenant,
         )
         self.queues = RequestQueues(self.room)
         self._speculation = _speculation(limits)
@@ -182,15 +187,29 @@ class Core:
 
     # Events in: requests
 
-    def reserve(self, tenant: str | None, adapter: str | None, now: float) -> Ticket:
-        """Reserve a waiting place for a later ``add_request``.
+    def reserve(
+        self, tenant: str | None, adapter: str | None, now: float, tokens: int | None = None
+    ) -> Ticket:
+        """Reserve a waiting place for a later ``add_request``. ``tokens`` is the length of its prompt; if
+        that is not known yet, ``weigh`` follows.
 
         Another tenant's request may be displaced for it: see :mod:`aioengine.core.waiting_room`.
 
         Raises EngineOverloaded if there is none.
         """
+        with self._refusals(tenant, adapter, now):
+            return self.room.enter(tenant, adapter, now, tokens)
+
+    def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
+        """Count the tokens of a prompt whose place was reserved. Raises EngineOverloaded if they are too
+        many."""
+        with self._refusals(ticket.tenant, ticket.adapter, now):
+            self.room.weigh(ticket, tokens, now)
+
+    @contextmanager
+    def _refusals(self, tenant: str | None, adapter: str | None, now: float) -> Iterator[None]:
         try:
-            return self.room.enter(tenant, adapter, now)
+            yield
         except EngineOverloaded as error:
             bound = "server" if error.bound is None else error.bound
             self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
@@ -219,7 +238,8 @@ class Core:
         """
         assert request_id not in self.requests
         if ticket is None:
-            ticket = self.reserve(options.tenant, None if adapter is None else adapter.label, now)
+            label = None if adapter is None else adapter.label
+            ticket = self.reserve(options.tenant, label, now, len(prompt))
         seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
         request = Request(
             request_id,

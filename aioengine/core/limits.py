@@ -20,6 +20,8 @@ class CoreLimits(NamedTuple):
     max_waiting: int | None = None
     max_waiting_per_tenant: int | None = None
     max_waiting_per_adapter: int | None = None
+    max_waiting_tokens: int | None = None
+    max_waiting_tokens_per_tenant: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
     policy_time_budget: float = 0.02

@@ -4,12 +4,19 @@ A bound over all tenants is shared fairly. When it is reached, a new request of 
 requests displaces the newest one of the tenant with the most, so a tenant that fills the queue cannot shut
 the others out. With a single tenant, or none named, new requests are refused. Every change takes constant
 time.
+
+A bound on the tokens of their prompts is shared in equal parts. A tenant may have all of it while nobody else
+waits; when others come, the newest requests of those that have more than their part are displaced. One
+request of each tenant is always accepted, or else a long prompt would never be. Such a change takes
+O(log tenants).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+
+from sortedcontainers import SortedSet
 
 from aioengine.errors import Bound, EngineOverloaded
 
@@ -41,11 +48,19 @@ class WaitingRoom:
     """
 
     def __init__(
-        self, max_waiting: int | None, max_per_tenant: int | None = None, max_per_adapter: int | None = None
+        self,
+        max_waiting: int | None,
+        max_per_tenant: int | None = None,
+        max_per_adapter: int | None = None,
+        *,
+        max_tokens: int | None = None,
+        max_tokens_per_tenant: int | None = None,
     ) -> None:
         self.max_waiting = max_waiting
         self.max_per_tenant = max_per_tenant
         self.max_per_adapter = max_per_adapter
+        self.max_tokens = max_tokens
+        self.max_tokens_per_tenant = max_tokens_per_tenant
         self.max_of_tenant: Mapping[str, int] = {}
         """Bounds of single tenants, which take precedence over ``max_per_tenant``; may be replaced at any
         time."""
@@ -53,15 +68,24 @@ class WaitingRoom:
         """Preempted requests that wait again."""
         self._all = _Places()
         self._of_adapter: dict[str, _Places] = {}
+        self._tokens = _Tokens()
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of the requests that have a place, as far as they are counted."""
+        return self._tokens.total
 
     def __len__(self) -> int:
         return len(self._all) + self.returned
 
-    def enter(self, tenant: Tenant, adapter: str | None, now: float) -> Ticket:
+    def enter(self, tenant: Tenant, adapter: str | None, now: float, tokens: int | None = None) -> Ticket:
         """Take a place for a request of ``tenant`` for ``adapter`` (a registered name, None: the base model).
 
+        ``tokens`` is the length of its prompt; None if it is not known yet (then :meth:`weigh` follows).
         Raises EngineOverloaded, which says which bound is reached.
         """
+        if tokens is not None:
+            self.check_tokens(tenant, tokens)
         own = self.max_per_tenant
         if tenant is not None:
             own = self.max_of_tenant.get(tenant, own)
@@ -87,10 +111,53 @@ class WaitingRoom:
         self._all.add(ticket)
         if adapter is not None and self.max_per_adapter is not None:
             self._of_adapter.setdefault(adapter, _Places()).add(ticket)
+        if tokens is not None:
+            self._tokens.add(ticket, tokens)
+            self._share_tokens(ticket, now)
         return ticket
+
+    def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
+        """Count the tokens of a request's prompt, once they are known; does nothing without a place.
+
+        Raises EngineOverloaded, which says which bound is reached; the ticket keeps its place.
+        """
+        if self._all.has(ticket):
+            self.check_tokens(ticket.tenant, tokens)
+            self._tokens.add(ticket, tokens)
+            self._share_tokens(ticket, now)
+
+    def check_tokens(self, tenant: Tenant, tokens: int) -> None:
+        """Raise EngineOverloaded if the bounds on tokens refuse a prompt of this length, whomever it could
+        displace."""
+        has = self._tokens.of(tenant)
+        if has is None:
+            return
+        named = f"prompts of {has} tokens of tenant {tenant!r} are waiting"
+        own = self.max_tokens_per_tenant
+        if own is not None and has + tokens > own:
+            text = f"{named}, and {tokens} more exceed max_waiting_tokens_per_tenant={own}"
+            raise EngineOverloaded(f"{text}; retry later, or raise it", bound="tenant")
+        most = self.max_tokens
+        if most is not None and self.tokens + tokens > most and has + tokens > most / len(self._tokens):
+            text = f"{named}, and {tokens} more exceed its part of max_waiting_tokens={most}"
+            alone = len(self._tokens) == 1
+            raise EngineOverloaded(f"{text}; retry later, or raise it", bound="server" if alone else "tenant")
+
+    def _share_tokens(self, newcomer: Ticket, now: float) -> None:
+        """Displace what makes the prompts too long, except the newcomer."""
+        most = self.max_tokens
+        if most is None or self.tokens <= most:
+            return
+        part = most / len(self._tokens)
+        while self.tokens > most and (victim := self._tokens.to_displace(part, newcomer)) is not None:
+            victim.leave()
+            text = f"prompts of more than max_waiting_tokens={most} tokens are waiting; tenant "
+            text += f"{victim.tenant!r} has more than its part, and another's took this one's place"
+            victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant"), now)
 
     def leave(self, ticket: Ticket) -> None:
         """Give the ticket's place back, if it has one."""
+        self._tokens.remove(ticket)
         if self._all.remove(ticket) and ticket.adapter in self._of_adapter:
             places = self._of_adapter[ticket.adapter]
             places.remove(ticket)
@@ -105,6 +172,7 @@ class WaitingRoom:
         if self.max_per_adapter is not None:
             named = [ticket for ticket in self._all.tickets() if ticket.adapter is not None]
             assert len(named) == sum(map(len, self._of_adapter.values()))
+        self._tokens.check()
 
 
 class _Places:
@@ -121,6 +189,9 @@ class _Places:
 
     def count(self, tenant: Tenant) -> int:
         return len(self._of.get(tenant, ()))
+
+    def has(self, ticket: Ticket) -> bool:
+        return ticket in self._of.get(ticket.tenant, ())
 
     def tickets(self) -> list[Ticket]:
         return [ticket for own in self._of.values() for ticket in own]
@@ -166,6 +237,62 @@ class _Places:
         assert self._most == max(map(len, self._of.values()), default=0)
         counts = {tenant: count for count, tenants in self._having.items() for tenant in tenants}
         assert counts == {tenant: len(own) for tenant, own in self._of.items()}
+
+
+class _Tokens:
+    """Prompt tokens of tickets, by tenant; and the tenants with several tickets by their tokens."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._of: dict[Tenant, OrderedDict[Ticket, int]] = {}
+        self._sums: dict[Tenant, int] = {}
+        self._several: SortedSet[tuple[int, str]] = SortedSet()
+        """(tokens, tenant): those that still have a request if one is displaced."""
+
+    def __len__(self) -> int:
+        """Number of tenants."""
+        return len(self._of)
+
+    def of(self, tenant: Tenant) -> int | None:
+        """A tenant's tokens; None if it has no ticket."""
+        return self._sums.get(tenant)
+
+    def add(self, ticket: Ticket, tokens: int) -> None:
+        own = self._of.setdefault(ticket.tenant, OrderedDict())
+        own[ticket] = tokens
+        self._changed(ticket.tenant, len(own) - 1, tokens)
+
+    def remove(self, ticket: Ticket) -> None:
+        own = self._of.get(ticket.tenant)
+        if own is None or ticket not in own:
+            return
+        tokens = own.pop(ticket)
+        self._changed(ticket.tenant, len(own) + 1, -tokens)
+        if not own:
+            del self._of[ticket.tenant], self._sums[ticket.tenant]
+
+    def to_displace(self, part: float, newcomer: Ticket) -> Ticket | None:
+        """Return the newest ticket of the tenant with the most tokens, if these are more than ``part`` and it
+        has another ticket."""
+        if not self._several or self._several[-1][0] <= part:
+            return None
+        own = self._of[self._several[-1][1] or None]
+        return None if newcomer in own else next(reversed(own))
+
+    def _changed(self, tenant: Tenant, tickets_before: int, tokens: int) -> None:
+        self.total += tokens
+        before = self._sums.get(tenant, 0)
+        self._sums[tenant] = before + tokens
+        if tickets_before > 1:
+            self._several.remove((before, tenant or ""))
+        if len(self._of[tenant]) > 1:
+            self._several.add((before + tokens, tenant or ""))
+
+    def check(self) -> None:
+        assert self._sums == {tenant: sum(own.values()) for tenant, own in self._of.items()}
+        assert self.total == sum(self._sums.values())
+        several = [(self._sums[tenant], tenant or "") for tenant, own in self._of.items() if len(own) > 1]
+        assert list(self._several) == sorted(several)
 
 
 def _displaced_by(newcomer: Tenant, places: _Places, named: str, bound: Bound) -> Ticket:

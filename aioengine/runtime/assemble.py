@@ -204,6 +204,8 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_waiting=config.max_waiting,
         max_waiting_per_tenant=config.max_waiting_per_tenant,
         max_waiting_per_adapter=config.max_waiting_per_adapter,
+        max_waiting_tokens=config.max_waiting_tokens,
+        max_waiting_tokens_per_tenant=config.max_waiting_tokens_per_tenant,
         eos_token_ids=parts.spec.eos_token_ids,
         seed=config.seed,
         cpu_max_bytes=None if cpu_max_bytes is None else cpu_max_bytes * parts.plan.num_ranks,

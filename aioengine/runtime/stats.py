@@ -66,6 +66,8 @@ class Counters:
             waiting_for_adapter=blocked,
             waiting_preempted=preempted,
             max_waiting=core.room.max_waiting,
+            waiting_tokens=core.room.tokens,
+            max_waiting_tokens=core.room.max_tokens,
             max_running=core.limits.max_num_seqs,
             kv_blocks=core.blocks.size,
             kv_blocks_free=core.blocks.num_free,

@@ -63,7 +63,7 @@ class Submitter:
         tokens = _token_ids(prompt, self._parts.plan.max_model_len)
         if tokens is not None:  # what can never run is refused for that, and not told to come again
             self._check_prompt(tokens, params)
-        ticket = self._reserve(options.tenant, counted, arrival)
+        ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
         try:
             tokens, entry = await self._prepare(prompt, tokens, params, adapter, request_id, due, ticket)
             text = self._output_text(params)
@@ -146,13 +146,19 @@ class Submitter:
             if request_id not in self._core.requests:
                 return request_id
 
-    def _reserve(self, tenant: str | None, adapter: str | None, now: float) -> Ticket:
+    def _reserve(self, tenant: str | None, adapter: str | None, now: float, tokens: int | None) -> Ticket:
         """Reserve a waiting place, before the prompt is tokenized and the adapter looked up. Raises
         EngineOverloaded if there is none."""
         try:
-            return self._core.reserve(tenant, adapter, now)
+            return self._core.reserve(tenant, adapter, now, tokens)
         finally:
             self._stepper.publish()  # another request may have lost its place, or this one was refused
+
+    def _weigh(self, ticket: Ticket, tokens: int) -> None:
+        try:
+            self._core.weigh(ticket, tokens, asyncio.get_running_loop().time())
+        finally:
+            self._stepper.publish()  # as above
 
     async def _prepare(
         self,
@@ -183,6 +189,7 @@ class Submitter:
                 if tokens is None:
                     tokens = await self._tokenize(prompt, ticket.tenant)
                     self._check_prompt(tokens, params)
+                    self._weigh(ticket, len(tokens))
                 entry = None
                 if adapter is not None:
                     entry = await self._adapters.acquire_wanted(adapter, ticket.tenant)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, cast
 
 import msgspec
 
 from aioengine.client import EngineClient
+from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
 from aioengine.metrics.page.plumbing import Receive, disconnected, end_tasks
 from aioengine.request import RequestOptions, RequestOutput, SamplingParams, TokenConstraint
@@ -81,6 +90,37 @@ class Scores:
                 del self._held[tenant]
 
 
+class Room:
+    """Prompt tokens that one API request may have in the engine at a time: half of what the bounds on waiting
+    tokens leave it, or else one with many long prompts could never be accepted.
+
+    None is no bound. One prompt is let in whatever its length.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        bounds = (config.max_waiting_tokens, config.max_waiting_tokens_per_tenant)
+        self.tokens = min((bound // 2 for bound in bounds if bound is not None), default=None)
+        self._held = 0
+        self._freed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def holding(self, tokens: int) -> AsyncIterator[None]:
+        """Context in which a prompt is in the engine; waits until there is room for it."""
+        most = self.tokens
+        if most is None:
+            yield
+            return
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._held == 0 or self._held + tokens <= most)
+            self._held += tokens
+        try:
+            yield
+        finally:
+            self._held -= tokens
+            async with self._freed:
+                self._freed.notify_all()
+
+
 class Generation:
     """``len(prompts)`` x n choices. Every choice is a request of its own to the engine, which shares the
     prompt's blocks among them.
@@ -123,6 +163,7 @@ class Generation:
         )
         """Number of log-probabilities of the prompts that the request asks for."""
         self._scores = scores
+        self._room = Room(engine.config)
         self._hold: Callable[[int], None] = lambda _more: None
         record.prompt_tokens = sum(map(len, prompts))
         record.so_far = self._output_tokens
@@ -170,21 +211,23 @@ class Generation:
         options = msgspec.structs.asdict(self._options)
         if (mix := options.pop("mix")) is not None:
             options["adapter"] = mix
-        stream = self._engine.generate(
-            self._prompt(index),
-            self._params[index],
-            request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
-            **options,
-        )
-        try:
-            async for output in stream:
-                if output.logprobs is not None or output.pooled is not None:
-                    self._hold_numbers(index, output)
-                self._last[index] = output
-                yield output
-        finally:
-            await stream.aclose()
-            self._note()
+        prompt = self._prompt(index)
+        async with self._room.holding(len(prompt)):
+            stream = self._engine.generate(
+                prompt,
+                self._params[index],
+                request_id=self.request_id if len(self) == 1 else f"{self.request_id}-{index}",
+                **options,
+            )
+            try:
+                async for output in stream:
+                    if output.logprobs is not None or output.pooled is not None:
+                        self._hold_numbers(index, output)
+                    self._last[index] = output
+                    yield output
+            finally:
+                await stream.aclose()
+                self._note()
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
         """Count the numbers that are new since the choice's last output, and store a vector compactly."""

@@ -58,9 +58,14 @@ def gauges(
     yield gauge(engine, d.KV_CACHE_USAGE, ((), kv_usage(stats)))
     yield gauge(engine, d.KV_CACHE_BLOCKS, ((), stats.kv_blocks))
     yield gauge(engine, d.REQUESTS_RUNNING_LIMIT, ((), stats.max_running))
-    bound = math.inf if stats.max_waiting is None else stats.max_waiting
-    yield gauge(engine, d.REQUESTS_WAITING_LIMIT, ((), bound))
+    yield gauge(engine, d.REQUESTS_WAITING_LIMIT, ((), _bound(stats.max_waiting)))
+    yield gauge(engine, d.WAITING_TOKENS, ((), stats.waiting_tokens))
+    yield gauge(engine, d.WAITING_TOKENS_LIMIT, ((), _bound(stats.max_waiting_tokens)))
     yield gauge(engine, d.LORA_CPU_ADAPTERS_LIMIT, ((), stats.cpu_capacity))
+
+
+def _bound(most: int | None) -> float:
+    return math.inf if most is None else most
 
 
 def engine_state(engine: str, now: str) -> Family:

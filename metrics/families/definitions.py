@@ -157,6 +157,14 @@ REQUESTS_WAITING_LIMIT = Definition(
     "gauge",
     "Most requests that may wait (max_waiting); +Inf if there is no bound.",
 )
+WAITING_TOKENS = Definition(
+    "aioengine_waiting_tokens", "gauge", "Prompt tokens of the requests that wait and have not run yet."
+)
+WAITING_TOKENS_LIMIT = Definition(
+    "aioengine_waiting_tokens_limit",
+    "gauge",
+    "Most prompt tokens that may wait (max_waiting_tokens); +Inf if there is no bound.",
+)
 REQUESTS_FINISHED = Definition(
     "aioengine_requests_finished",
     "counter",

@@ -31,7 +31,7 @@ class CoreMachine(RuleBasedStateMachine):
         blocks=st.integers(16, 40),
         max_bytes=st.sampled_from([None, MAX_BYTES]),
         slot_memory=st.sampled_from([None, 3000, 4200, "shared"]),
-        bounded=st.booleans(),
+        bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "ngram", "suffix"]),
     )
     def start(
@@ -41,7 +41,7 @@ class CoreMachine(RuleBasedStateMachine):
         blocks: int,
         max_bytes: int | None,
         slot_memory: int | Literal["shared"] | None,
-        bounded: bool,
+        bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram", "suffix"],
     ) -> None:
         self.hostile = hostile
@@ -56,7 +56,9 @@ class CoreMachine(RuleBasedStateMachine):
             )
         elif slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)
-        if bounded:
+        if bounded == "tokens":
+            limits = limits._replace(max_waiting_tokens=60, max_waiting_tokens_per_tenant=50)
+        elif bounded == "requests":
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         # Texts that repeat themselves, so that some of what is proposed is right.
         self.sim = CoreSim(limits, policy, lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3)
@@ -88,8 +90,24 @@ class CoreMachine(RuleBasedStateMachine):
             sim.add(adapter, prompt=prompt, max_tokens=max_tokens, deadline=due, tenant=tenant)
         except EngineOverloaded as error:
             sim.count -= 1  # never accepted
-            self.check_refusal(error, tenant, adapter)
+            if sim.core.room.max_tokens is not None:
+                self.check_tokens_refusal(error, tenant, len(prompt))
+            else:
+                self.check_refusal(error, tenant, adapter)
         sim.take_events()
+
+    def check_tokens_refusal(self, error: EngineOverloaded, tenant: str | None, tokens: int) -> None:
+        """It is not its tenant's only one, and they are more than a tenant may have, or than its part."""
+        limits = self.sim.core.limits
+        fresh = [request for request in self.sim.core.queues.all if request.ticket is not None]
+        sums: Counter[str | None] = Counter()
+        for request in fresh:
+            sums[request.options.tenant] += request.prompt_len
+        assert tenant in sums
+        more = sums[tenant] + tokens
+        if more <= (limits.max_waiting_tokens_per_tenant or 0):
+            assert sums.total() + tokens > (limits.max_waiting_tokens or 0) < more * len(sums)
+            assert error.bound == ("server" if len(sums) == 1 else "tenant")
 
     def check_refusal(self, error: EngineOverloaded, tenant: str | None, adapter: str | None) -> None:
         """Whom it concerns had as many as it may, or no other tenant had many more."""
@@ -235,6 +253,11 @@ class CoreMachine(RuleBasedStateMachine):
         core.check()
         reserved = sum(ticket not in self.lost for ticket in self.tickets)
         assert len(core.room) == len(core.queues) + reserved
+        if core.room.max_tokens is not None:
+            fresh = [request for request in core.queues.all if request.ticket is not None]
+            assert core.room.tokens == sum(request.prompt_len for request in fresh)
+            tenants = {request.options.tenant for request in fresh}
+            assert core.room.tokens <= 60 + 30 * len(tenants), "the bound, and one prompt of each tenant"
         if core.limits.max_waiting is not None:
             assert len(core.room) - core.room.returned <= core.limits.max_waiting
         cpu = {e.uid for e in self.sim.core.cpu.entries.values() if e.location is not Location.LOADING}

@@ -116,17 +116,79 @@ def test_nobody_makes_way_in_vain() -> None:
     assert [r for r in sim.core.queues.all if r.adapter is not None] == waiting
 
 
+def prompt(tokens: int) -> list[int]:
+    return [10] * tokens
+
+
+def test_long_prompts_are_bounded_by_their_tokens() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting_tokens=100, max_waiting_tokens_per_tenant=80))
+    accepted = [sim.add(tenant="hog", prompt=prompt(30)) for _ in range(2)]
+    with pytest.raises(EngineOverloaded, match=r"'hog'.*max_waiting_tokens_per_tenant=80") as caught:
+        sim.add(tenant="hog", prompt=prompt(30))
+    assert caught.value.bound == "tenant"
+    accepted.append(sim.add(tenant="hog", prompt=prompt(20)))
+    accepted += [sim.add(tenant="b", prompt=prompt(5)) for _ in range(4)]
+    assert sim.core.room.tokens == 100 and not endings(sim), "the bound is kept, and nobody was displaced"
+    sim.run()
+    assert all(sim.ended[request.id] == "length" for request in accepted)
+    assert sim.core.room.tokens == 0
+
+
+def test_those_beside_a_flood_of_long_prompts_get_their_part() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting_tokens=100))
+    hog = [sim.add(tenant="hog", prompt=prompt(20)) for _ in range(5)]
+    with pytest.raises(EngineOverloaded, match="max_waiting_tokens=100") as caught:
+        sim.add(tenant="hog", prompt=prompt(20))
+    assert caught.value.bound == "server"
+    others = [sim.add(tenant=name, prompt=prompt(16)) for name in ("b", "b", None)]
+    ended = endings(sim)
+    assert list(ended) == [request.id for request in hog[:1:-1]], "the newest of the hog's make way"
+    for event in ended.values():
+        assert isinstance(event.error, EngineOverloaded) and event.error.bound == "tenant"
+        assert "'hog'" in str(event.error) and "max_waiting_tokens=100" in str(event.error)
+    for tenant in ("hog", "b"):
+        with pytest.raises(EngineOverloaded, match=f"'{tenant}'") as caught:
+            sim.add(tenant=tenant, prompt=prompt(16))
+        assert caught.value.bound == "tenant"
+    sim.run()
+    assert all(sim.ended[request.id] == "length" for request in (*hog[:2], *others))
+
+
+def test_a_prompt_longer_than_the_bound_is_accepted_alone() -> None:
+    sim = CoreSim(LIMITS._replace(max_waiting_tokens=10, max_waiting_tokens_per_tenant=10))
+    first = {name: sim.add(tenant=name, prompt=prompt(40)) for name in ("a", "b", None)}
+    assert not endings(sim)
+    for name in first:
+        with pytest.raises(EngineOverloaded):
+            sim.add(tenant=name, prompt=prompt(1))
+    sim.run()
+    assert all(sim.ended[request.id] == "length" for request in first.values())
+
+
+def test_tokens_that_are_known_later_are_counted_then() -> None:
+    room = WaitingRoom(None, max_tokens_per_tenant=10)
+    first, second = room.enter("a", None, 0.0), room.enter("a", None, 0.0)
+    room.weigh(first, 8, 0.0)
+    with pytest.raises(EngineOverloaded, match="8 tokens of tenant 'a'"):
+        room.weigh(second, 3, 0.0)
+    first.leave()
+    room.weigh(first, 8, 0.0)  # it has no place any more
+    room.weigh(second, 3, 0.0)
+    room.check()
+    assert room.tokens == 3
+
+
 @pytest.mark.timed
 def test_a_place_costs_the_same_however_many_are_taken() -> None:
     def seconds(waiting: int, times: int = 2000) -> float:
-        room = WaitingRoom(max_waiting=waiting, max_per_adapter=waiting)
+        room = WaitingRoom(max_waiting=waiting, max_per_adapter=waiting, max_tokens=waiting)
         for i in range(waiting):
-            room.enter("hog" if i % 2 else f"t{i % 997}", f"a{i % 1000}", 0.0)
+            room.enter("hog" if i % 2 else f"t{i % 997}", f"a{i % 1000}", 0.0, tokens=1)
         best = float("inf")
         for _ in range(5):
             start = time.perf_counter()
             for i in range(times):
-                ticket: Ticket = room.enter(f"n{i}", None, 0.0)
+                ticket: Ticket = room.enter(f"n{i}", None, 0.0, tokens=1)
                 ticket.leave()
             best = min(best, time.perf_counter() - start)
         return best

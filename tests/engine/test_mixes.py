@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.failure_harness import until
 from support.tiny_models import build_adapter
 
 from aioengine.errors import (
@@ -109,6 +110,31 @@ async def test_many_mixes_are_bounded(tiny: Tiny, make_engine: MakeEngine) -> No
         refused = [found for found in results if isinstance(found, BaseException)]
         assert len(refused) == 16 and all(isinstance(found, EngineOverloaded) for found in refused)
         assert not engine.stats().waiting + engine.stats().running
+        engine.check_invariants()
+
+
+async def test_who_has_too_many_mixes_is_in_nobodys_way(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aioengine.runtime.sources.mixes.MAX_MIXES", 4)
+    monkeypatch.setattr("aioengine.runtime.sources.mixes.MAX_KEPT", 10)
+    async with make_engine(tiny, max_num_seqs=4) as engine:
+        engine.register_adapter("x", tiny.adapters["rank-3"])
+        hogs = [
+            asyncio.create_task(engine.complete(PROMPT, greedy(4), adapter={"x": 2 + 0.01 * i}, tenant=who))
+            for number, who in enumerate(("hog", "hog 2", "hog 3", "hog 4"))
+            for i in range(6 * number, 6 * number + 6)
+        ]
+        await until(lambda: engine.stats().waiting >= 10)
+        with pytest.raises(EngineOverloaded, match="tenant 'hog' has 4 mixes"):
+            await engine.complete(PROMPT, greedy(1), adapter={"x": 0.1}, tenant="hog")
+        output = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.5}, tenant="b")
+        assert output.token_ids == expected(tiny, {"rank-3": 0.5}, 8)
+        results = await asyncio.gather(*hogs, return_exceptions=True)
+        assert sum(isinstance(found, EngineOverloaded) for found in results) == 4 * 2
+        for i in range(12):
+            await engine.complete(PROMPT, greedy(1), adapter={"x": 0.5 + 0.01 * i}, tenant=f"t{i}")
+        assert len(engine._core.residency.current) <= 10 + 1
         engine.check_invariants()
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from aioengine.cli.config.file import server_table
 from aioengine.cli.flags import EngineFlags, check_folders
-from aioengine.config import EngineConfig
+from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.errors import AioEngineError, ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioengine.server")
 
-LIMITS = ("max_waiting", "max_waiting_per_tenant", "max_waiting_per_adapter")
-RELOADABLE = (*LIMITS, "policy")
+DEFAULT_BOUNDS = {"max_waiting": 1024, "max_waiting_tokens": 2**20}
+"""Bounds of a server on requests that wait, where the configuration has none."""
+RELOADABLE = (*WAITING_BOUNDS, "policy")
 """Fields of the engine's configuration that can be reloaded."""
 RELOADABLE_SERVER = (
     "served_model_name",
@@ -52,6 +53,12 @@ class ServerFlags(Protocol):
     def settings(self) -> ServerSettings: ...
 
 
+def bounded(config: EngineConfig) -> EngineConfig:
+    """Give a server's configuration the default bounds on waiting requests where it has none."""
+    missing = {name: most for name, most in DEFAULT_BOUNDS.items() if getattr(config, name) is None}
+    return msgspec.structs.replace(config, **missing)
+
+
 class _Read(NamedTuple):
     """Content of the file now, after its checks."""
 
@@ -68,10 +75,9 @@ class Reloader:
     nothing. Flags and variables go before the file now as they did at the start.
     """
 
-    def __init__(self, flags: EngineFlags, server_flags: ServerFlags, default_max_waiting: int) -> None:
+    def __init__(self, flags: EngineFlags, server_flags: ServerFlags) -> None:
         self._engine_flags = flags
         self._flags = server_flags
-        self._default_max_waiting = default_max_waiting
         self._server = self._server_table()
         self._adapters = flags.adapters()
 
@@ -86,9 +92,7 @@ class Reloader:
             return
         changed: list[str] = []
         before = engine.config
-        config = found.config
-        if config.max_waiting is None:
-            config = msgspec.structs.replace(config, max_waiting=self._default_max_waiting)
+        config = bounded(found.config)
         if config.policy != before.policy:
             try:
                 engine.change_policy(str(config.policy))
@@ -97,7 +101,7 @@ class Reloader:
                     engine.discard_adapter(name)
                 logger.error("the configuration stays as it was: %s", error)
                 return
-        engine.change_limits(**{name: getattr(config, name) for name in LIMITS})
+        engine.change_limits(**{name: getattr(config, name) for name in WAITING_BOUNDS})
         changed += [
             f"{name}={getattr(config, name)}"
             for name in RELOADABLE

@@ -7,7 +7,7 @@ it. It is made of the versions that were current when the request came.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.state import AdapterEntry, AdapterFiles
@@ -15,7 +15,9 @@ from aioengine.errors import AdapterInvalid, EngineOverloaded
 from aioengine.step import HeldFiles, MixFiles, MixPart
 
 MAX_MIXES = 64
-"""Mixes that are known at a time."""
+"""Mixes of one tenant that are known at a time."""
+MAX_KEPT = 256
+"""Mixes of all tenants above which those that no request uses are given up."""
 
 
 class Mix:
@@ -58,29 +60,43 @@ class Mix:
 
 
 class Mixes:
-    """``acquire`` finds the version that a name stands for."""
+    """Mixes that are known, and the tenants that they count for: each for the one that asked for it last.
+
+    Only a tenant's own mixes can be in its way. There is no bound on those of all tenants that are in use,
+    because each has a request, and the bounds on requests hold for these.
+
+    ``acquire`` finds the version that a name stands for.
+    """
 
     def __init__(self, residency: Residency, acquire: Callable[..., Awaitable[AdapterEntry]]) -> None:
         self._residency = residency
         self._acquire = acquire
         self._known: dict[str, AdapterEntry] = {}
-        """Mixes by name, the least recently asked for first."""
+        self._of: dict[str | None, dict[str, None]] = {}
+        """Each tenant's mixes by name, the least recently asked for first."""
+        self._owners: dict[str, str | None] = {}
         self._made = 0
 
     async def acquire(self, weights: Mapping[str, float], tenant: str | None, now: float) -> AdapterEntry:
         """The mix, which is made if it is not known. Raises as the look-up of its parts does, and
-        EngineOverloaded if too many others are in use."""
+        EngineOverloaded if its tenant has too many others in use."""
         mix = Mix([(await self._acquire(name, tenant), weight) for name, weight in weights.items()])
         name = mix.name
         self._residency.failures.check(name, now)
-        known = self._known.pop(name, None)
+        known = self._known.get(name)
         if known is None or known.retired:
-            self._make_room(now)
+            self._drop_outdated(now)
+        if self._owners.get(name, _NOBODY) != tenant:
+            self._make_room(tenant, now)
+        if known is None or known.retired:
+            self._forget(name)
             self._made += 1
             mix.hold()
             known = self._residency.declare(name, "mix:" + name, files=mix, version=self._made)
             self._residency.publish(known, now)
-        self._known[name] = known
+        self._forget(name)
+        self._known[name], self._owners[name] = known, tenant
+        self._of.setdefault(tenant, {})[name] = None
         return known
 
     def is_mix(self, entry: AdapterEntry) -> bool:
@@ -92,21 +108,45 @@ class Mixes:
             if isinstance(entry.files, Mix) and label in entry.files.labels:
                 self._retire(name, now)
 
-    def _make_room(self, now: float) -> None:
+    def _drop_outdated(self, now: float) -> None:
         for name, entry in list(self._known.items()):
             old = isinstance(entry.files, Mix) and entry.files.outdated
             if entry.retired or (old and not entry.running and not entry.waiting):
                 self._retire(name, now)
-        if len(self._known) < MAX_MIXES:
-            return
-        idle = next((n for n, entry in self._known.items() if not entry.running and not entry.waiting), None)
-        if idle is None:
-            raise EngineOverloaded(
-                f"{MAX_MIXES} mixes of adapters are in use, which is the maximum; try again later"
-            )
-        self._retire(idle, now)
+
+    def _make_room(self, tenant: str | None, now: float) -> None:
+        """Make room for one more mix of a tenant. Raises EngineOverloaded if all of its own are in use."""
+        own = self._of.get(tenant, {})
+        if len(own) >= MAX_MIXES:
+            idle = self._idle(own)
+            if idle is None:
+                who = "requests without a tenant have" if tenant is None else f"tenant {tenant!r} has"
+                raise EngineOverloaded(
+                    f"{who} {MAX_MIXES} mixes of adapters in use, which is the maximum; try again later"
+                )
+            self._retire(idle, now)
+        if len(self._known) >= MAX_KEPT:  # those of whoever has most go first
+            for names in sorted(self._of.values(), key=len, reverse=True):
+                while len(self._known) >= MAX_KEPT and (idle := self._idle(names)) is not None:
+                    self._retire(idle, now)
+
+    def _idle(self, names: Iterable[str]) -> str | None:
+        """Return the first that no request uses."""
+        known = self._known
+        return next((name for name in names if not known[name].running and not known[name].waiting), None)
 
     def _retire(self, name: str, now: float) -> None:
-        entry = self._known.pop(name)
+        entry = self._known[name]
+        self._forget(name)
         if not entry.retired:
             self._residency.retire(entry, now)
+
+    def _forget(self, name: str) -> None:
+        if self._known.pop(name, None) is not None:
+            tenant = self._owners.pop(name)
+            del self._of[tenant][name]
+            if not self._of[tenant]:
+                del self._of[tenant]
+
+
+_NOBODY = object()
