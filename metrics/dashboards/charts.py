@@ -42,11 +42,13 @@ def rate(counter: str, by: str, where: str = "") -> str:
     return f"sum by ({by}) (rate({counter}{{{HERE}{where}}}[$__rate_interval]))"
 
 
-def quantiles(histogram: str, by: str, where: str = "") -> list[Query]:
+def quantiles(histogram: str, by: str, where: str = "", suffix: str = "") -> list[Query]:
     """Builds the median and the 99th percentile for each combination of the labels ``by``."""
     buckets = rate(f"{histogram}_bucket", f"le, {by}", where)
     label = " ".join(f"{{{{{name.strip()}}}}}" for name in by.split(","))
-    return [Query(f"histogram_quantile({q}, {buckets})", f"{label} p{q * 100:g}") for q in (0.5, 0.99)]
+    return [
+        Query(f"histogram_quantile({q}, {buckets})", f"{label} p{q * 100:g}{suffix}") for q in (0.5, 0.99)
+    ]
 
 
 def hit_ratio(by: str) -> str:
@@ -237,6 +239,27 @@ ENGINE = [
         "Requests taken off the batch for want of KV blocks, to be computed again later.",
         units.OpsPerSecond,
         [Query(rate("aioengine_preemptions_total", "engine"), "{{engine}}")],
+    ),
+    Chart(
+        "Batch size",
+        "Requests in a step, and the distinct adapters among them.",
+        units.Short,
+        [
+            *quantiles("aioengine_batch_sequences", "engine", suffix=" requests"),
+            *quantiles("aioengine_batch_adapters", "engine", suffix=" adapters"),
+        ],
+    ),
+    Chart(
+        "Time in the queue",
+        "From arrival to the first step, for whatever reason. Adapter wait is the part of it without a slot.",
+        units.Seconds,
+        quantiles("aioengine_request_queue_seconds", "engine"),
+    ),
+    Chart(
+        "Grammar compiles by outcome",
+        "Of guided decoding: compiled, refused as invalid, ended at a limit, without room, or failed.",
+        units.OpsPerSecond,
+        [Query(rate("aioengine_grammar_compiles_total", "outcome"), "{{outcome}}")],
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shlex
 import shutil
 import subprocess
@@ -160,6 +161,43 @@ def test_the_unit_is_hardened() -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+def test_the_image_is_built_with_one_version_of_everything() -> None:
+    """All that the image installs is in the constraints, in the version of the lock file. torch is the one of
+    the tests' environment, and names what it needs for GPUs by itself, in one version each."""
+    locked = tomllib.loads((DEPLOY.parents[1] / "uv.lock").read_text())["package"]
+    needs: dict[str, list[dict[str, Any]]] = {}
+    versions: dict[str, set[str]] = {}
+    for package in locked:
+        versions.setdefault(package["name"], set()).add(package.get("version", ""))
+        needs.setdefault(package["name"], []).extend(package.get("dependencies", ()))
+    [own] = [package for package in locked if package["name"] == "aioengine"]
+    (extras,) = re.findall(r'"/src\[([\w,]+)\]"', (DEPLOY / "Dockerfile").read_text())
+    new = [*own["dependencies"], *(one for extra in extras.split(",") for one in extra_needs(own, extra))]
+    wanted: set[str] = set()
+    while new:
+        one = new.pop()
+        elsewhere = re.search(r"sys_platform == '(win32|emscripten)'", one.get("marker", ""))
+        if one["name"] not in wanted and elsewhere is None:
+            wanted.add(one["name"])
+            new += [] if one["name"] == "torch" else needs[one["name"]]
+    torch_needs = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "mpmath", "markupsafe"}
+    lines = (DEPLOY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() - torch_needs == wanted - {"aioengine"} - torch_needs
+    assert {name for name, version in pins.items() if version not in versions[name]} <= {"torch"}
+
+
+def extra_needs(package: dict[str, Any], extra: str) -> list[dict[str, Any]]:
+    """What an extra of this project needs; ``aioengine[other]`` stands in the lock file with its extras."""
+    found: list[dict[str, Any]] = []
+    for one in package["optional-dependencies"][extra]:
+        if one["name"] == package["name"]:
+            found += [need for other in one["extra"] for need in extra_needs(package, other)]
+        else:
+            found.append(one)
+    return found
 
 
 def test_the_pool_is_that_of_the_deployment() -> None:

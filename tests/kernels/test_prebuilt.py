@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,13 +21,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def copy_image_context(to: Path) -> None:
+    """Copy what an image is built from: what ``.dockerignore`` lets through of the sources."""
+    first, *others = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()[1:]
+    assert first == "*", "all is left out but what is named"
+    left_out = shutil.ignore_patterns(*(line.removeprefix("**/") for line in others if line[0] != "!"))
+    for name in (line[1:] for line in others if line[0] == "!"):
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=left_out)
+        else:
+            shutil.copy(ROOT / name, to / name)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the level of this machine; its library comes from the cache the second time."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    """With the level of this machine, as an image's build makes it; its library comes from the cache the
+    second time."""
+    folder, source = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("source")
+    copy_image_context(source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     environment = {**os.environ, "AIOENGINE_PREBUILD_KERNELS": LEVEL}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [*command, str(source)], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = folder.glob("*.whl")
     return made
