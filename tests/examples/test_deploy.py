@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
+from support.custom_resources import check_resource
 from support.tiny_models import build_model
 
 from aioengine import AsyncEngine
@@ -200,9 +202,25 @@ def extra_needs(package: dict[str, Any], extra: str) -> list[dict[str, Any]]:
     return found
 
 
+POOL, ROUTE = yaml.safe_load_all((DEPLOY / "gateway" / "inferencepool.yaml").read_text())
+
+
+@pytest.mark.parametrize("resource", [POOL, ROUTE], ids=["pool", "route"])
+def test_the_gateway_fits_the_schemas_of_its_projects(resource: dict[str, Any]) -> None:
+    check_resource(resource)
+    with pytest.raises(jsonschema.ValidationError, match="unknwon"):
+        check_resource({**resource, "spec": {**resource["spec"], "unknwon": 1}})
+
+
+def test_a_schema_refuses_what_is_of_the_wrong_kind() -> None:
+    (rule,) = ROUTE["spec"]["rules"]
+    backend = {**rule["backendRefs"][0], "port": "http"}
+    with pytest.raises(jsonschema.ValidationError, match="'http' is not of type 'integer'"):
+        check_resource({**ROUTE, "spec": {**ROUTE["spec"], "rules": [{**rule, "backendRefs": [backend]}]}})
+
+
 def test_the_pool_is_that_of_the_deployment() -> None:
-    documents = yaml.safe_load_all((DEPLOY / "gateway" / "inferencepool.yaml").read_text())
-    pool, route = (document for document in documents)
+    pool, route = POOL, ROUTE
     assert pool["spec"]["selector"]["matchLabels"].items() <= POD["metadata"]["labels"].items()
     ports = {port["containerPort"] for port in CONTAINER["ports"]}
     assert {port["number"] for port in pool["spec"]["targetPorts"]} <= ports

@@ -1,4 +1,5 @@
-"""The KubeRay example: its pods fit Kubernetes' schema, its applications Serve's, its configuration ours."""
+"""The KubeRay example: it fits KubeRay's schema, its pods Kubernetes', its applications Serve's, its
+configuration ours."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from support.custom_resources import check_resource
 
 from aioengine.fleet import FleetConfig
 from aioengine.fleet.cluster import TRANSPORT
@@ -18,6 +20,10 @@ MANIFESTS = {document["kind"]: document for document in yaml.safe_load_all(FILE.
 CLUSTER: dict[str, Any] = MANIFESTS["RayService"]["spec"]["rayClusterConfig"]
 WORKERS: dict[str, Any] = CLUSTER["workerGroupSpecs"][0]
 GROUPS = [CLUSTER["headGroupSpec"], WORKERS]
+
+
+def test_the_service_fits_the_schema_of_kuberay() -> None:
+    check_resource(MANIFESTS["RayService"])
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=["head", "workers"])
