@@ -615,6 +615,14 @@ class AsyncEngine:
         self._check_lora()
         return self._adapters.commit(name)
 
+    def expect_adapter(self, name: str, digest: str) -> None:
+        """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
+        replaced or unloaded. If its files are read later and are not the same, requests that need them
+        fail with AdapterChanged. So several engines serve the same, however late each one reads it.
+        Raises AdapterNotFound."""
+        self._check_lora()
+        self._adapters.expect(name, digest)
+
     def discard_adapter(self, name: str) -> None:
         """Drop the version that was prepared, if one was."""
         self._check_lora()

@@ -58,6 +58,10 @@ class AdapterLoadError(AdapterError):
     """The adapter's files could not be read."""
 
 
+class AdapterChanged(AdapterLoadError):
+    """The adapter's files are not those that are expected under its name."""
+
+
 class RequestInvalid(AioEngineError, ValueError):
     """The request can never run as given: empty or too long prompt, invalid sampling values, ..."""
 

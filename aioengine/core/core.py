@@ -38,7 +38,7 @@ from aioengine.core.step_results import StepResults
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import (
-    AdapterTooLarge,
+    AdapterError,
     DeadlineExceeded,
     EngineOverloaded,
     RequestRejected,
@@ -336,7 +336,7 @@ class Core:
         digest: str,
         seconds: float,
         slot_nbytes: int | None = None,
-    ) -> AdapterTooLarge | None:
+    ) -> AdapterError | None:
         """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
         Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
         Otherwise it is in the cache, or dropped if there is no room for its bytes beside the adapters that
@@ -344,9 +344,13 @@ class Core:
         """
         self.now = max(self.now, now)
         slot_nbytes = nbytes if slot_nbytes is None else slot_nbytes
-        error = self.residency.refusal(entry, slot_nbytes) or self.cpu.refusal(entry, nbytes)
+        error = (
+            self.residency.changed(entry, digest)
+            or self.residency.refusal(entry, slot_nbytes)
+            or self.cpu.refusal(entry, nbytes)
+        )
         if error is not None:
-            self.residency.load_too_large(entry, now, error)
+            self.residency.load_refused(entry, now, error)
             self._fail_waiting(entry, now, error)
         else:
             entry.slot_nbytes = slot_nbytes

@@ -49,6 +49,7 @@ class AdapterEntry:
         "digest",
         "disk_seconds",
         "error",
+        "expected",
         "files",
         "found",
         "held",
@@ -109,6 +110,8 @@ class AdapterEntry:
         self.slot_nbytes = 0
         """Bytes that it takes in a slot, on the rank with the largest share; 0 until it has been read."""
         self.digest = ""
+        self.expected = ""
+        """The digest that it must have; "": any."""
         self.labels = 0
         """Labels of its classification head."""
         self.invocation: Sequence[int] = ()

@@ -224,8 +224,11 @@ class EngineReplica:
             "sync": self._sync,
         }
         version = arguments.pop("version", None)
+        digest = arguments.pop("digest", "")
         try:
             answer = await calls[action](**arguments)
+            if digest:
+                self.engine.expect_adapter(arguments["name"], digest)
             if version is not None:
                 self._versions[arguments["name"]] = version
             return answer
@@ -248,6 +251,8 @@ class EngineReplica:
                 await self.engine.prepare_adapter(entry.name, entry.path, read=False)
                 self.engine.commit_adapter(entry.name)
                 self._versions[entry.name] = entry.version
+            if entry.digest:
+                self.engine.expect_adapter(entry.name, entry.digest)
             if entry.pinned:
                 await self.engine.pin_adapter(entry.name)
 

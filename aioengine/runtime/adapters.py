@@ -235,12 +235,17 @@ class AdapterOps:
             self._residency.retire(entry, _now())
             self._stepper.wake()
 
+    def expect(self, name: str, digest: str) -> None:
+        self._names.check_known(name)
+        self._residency.expect(name, digest)
+
     # Unloading
 
     async def unload(self, name: str, *, force: bool) -> None:
         was_loading = name in self._loading
         async with self._loads_ended(name):
             was_fetched = self._names.fetched.pop(name, None) is not None
+            self._residency.expected.pop(name, None)
             if not self._names.is_registered(name) and (was_fetched or was_loading):
                 return  # never needed so far, or its load was ended: there is nothing to free
             entry = self._names.find(name)

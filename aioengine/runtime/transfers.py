@@ -136,7 +136,7 @@ class AdapterMoves:
             self._core.adapter_load_failed(entry, loop.time(), failure, "internal")
         else:
             entry.labels, entry.invocation = done.labels, done.invocation
-            too_large = self._core.adapter_loaded(
+            refused = self._core.adapter_loaded(
                 entry,
                 loop.time(),
                 rank=done.rank,
@@ -145,8 +145,8 @@ class AdapterMoves:
                 seconds=done.seconds,
                 slot_nbytes=done.slot_nbytes,
             )
-            if too_large is not None:
-                log_failure(self._core.residency.failures, entry.label, too_large)
+            if refused is not None:
+                log_failure(self._core.residency.failures, entry.label, refused)
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aioengine import EngineConfig
-from aioengine.errors import AdapterNotFound
+from aioengine.errors import AdapterInvalid, AdapterNotFound
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door import adapters as door_adapters
 from aioengine.fleet.door.adapters import FleetAdapters
@@ -33,7 +34,7 @@ class Replica:
 
     @property
     def content(self) -> str:
-        return self.member.residency.adapters[-1].digest
+        return "".join(info.digest for info in self.member.residency.adapters)
 
     def read(self) -> AdapterInfo:
         if not self.disk:
@@ -63,12 +64,18 @@ class Replica:
             if action == "prepare":
                 self.prepared = self.read()
                 return self.prepared
+            if action == "load":
+                self.hold(info := self.read())
+                return info
         except AdapterNotFound as error:
             return error
         if action == "commit" and self.prepared is not None:
+            assert arguments["digest"] == self.prepared.digest
             self.hold(self.prepared)
-        self.prepared = None
-        return None
+        elif action not in ("commit", "discard"):
+            return None
+        committed, self.prepared = self.prepared, None
+        return committed
 
 
 class Actor:
@@ -81,8 +88,18 @@ class Actor:
         return SimpleNamespace(remote=remote)
 
 
-def contents(*disks: str, held: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
-    """What replicas hold in the end that held other content at first, and the conflicts that were counted."""
+Change = Callable[[FleetAdapters, Members], Awaitable[None]]
+
+
+async def _nothing(adapters: FleetAdapters, members: Members) -> None:
+    pass
+
+
+def contents(
+    *disks: str, held: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, change: Change = _nothing
+) -> tuple[list[str], int]:
+    """What replicas hold in the end that held other content at first ("": nothing), and the conflicts that
+    were counted. ``change`` is done when the disks have what they have."""
     monkeypatch.setattr(door_adapters, "registry_actor", lambda *_: Actor())
 
     async def main() -> tuple[list[str], int]:
@@ -97,8 +114,10 @@ def contents(*disks: str, held: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
         await adapters.start()
         for index, (disk, before) in enumerate(zip(disks, held, strict=True)):
             replica = replicas[f"r{index}"] = Replica(f"r{index}", members, before)
-            replica.hold(replica.read())
+            if before:
+                replica.hold(replica.read())
             replica.disk = disk
+        await change(adapters, members)
         await asyncio.sleep(5)
         assert all(replica.prepared is None for replica in replicas.values())
         await adapters.stop()
@@ -126,3 +145,44 @@ def test_all_or_none(
         found = contents(*disks, held=("old", "other"), monkeypatch=monkeypatch)
     assert found == (["old", "other"], 1), "it is not tried for ever"
     assert why in caplog.text
+
+
+async def _replaced(adapters: FleetAdapters, members: Members) -> None:
+    await adapters.load("sql", "sql", pin=False, force_pin=False, replace=True)
+
+
+async def _replaced_in_vain(adapters: FleetAdapters, members: Members) -> None:
+    with pytest.raises(AdapterInvalid, match=r"not the same on all nodes \(SHA-256 x... on r0, y... on r1\)"):
+        await _replaced(adapters, members)
+
+
+def test_no_replica_takes_a_version_that_is_not_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = contents("x", "y", held=("old", "old"), monkeypatch=monkeypatch, change=_replaced_in_vain)
+    assert found == (["old", "old"], 0), "it was found before, not after"
+    found = contents("x", "x", held=("old", "old"), monkeypatch=monkeypatch, change=_replaced)
+    assert found == (["x", "x"], 0)
+
+
+def test_a_first_load_has_those_agree_that_have_it_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They found it by its name, before anybody loaded it."""
+
+    async def loaded(adapters: FleetAdapters, members: Members) -> None:
+        info = await adapters.load("sql", "sql", pin=False, force_pin=False, replace=False)
+        assert info.digest == "new"
+
+    found, _ = contents("new", "new", held=("new", "old"), monkeypatch=monkeypatch, change=loaded)
+    assert found == ["new", "new"]
+
+
+def test_what_a_replica_refuses_is_taken_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that held nothing has read other content than the others have."""
+
+    async def refused(adapters: FleetAdapters, members: Members) -> None:
+        for _ in range(3):
+            members.on_changed("r1", "sql")
+
+    assert contents("new", "new", held=("old", ""), monkeypatch=monkeypatch, change=refused) == (
+        ["new", "new"],
+        1,
+    )
+    assert contents("x", "y", held=("old", ""), monkeypatch=monkeypatch, change=refused) == (["old", ""], 1)

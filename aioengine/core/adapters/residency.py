@@ -20,7 +20,7 @@ from aioengine.core.adapters.pins import Pins
 from aioengine.core.adapters.slots import Slot, SlotTable
 from aioengine.core.guard import Tell
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import AdapterError, AdapterTooLarge, EngineOverloaded
+from aioengine.errors import AdapterChanged, AdapterError, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers.policy import Location
 
 
@@ -49,6 +49,8 @@ class Residency:
         self.by_policy_name: dict[str, AdapterEntry] = {}
         """All entries that requests may wait for or run on, superseded ones included."""
         self.entries: dict[int, AdapterEntry] = {}
+        self.expected: dict[str, str] = {}
+        """Digests by name, of the current version, or of the one that a look-up finds next."""
         self._retired: dict[int, AdapterEntry] = {}
         self._wanted: dict[int, AdapterEntry] = {}
         self._last_version: dict[str, int] = {}
@@ -88,7 +90,10 @@ class Residency:
         its accepted requests."""
         assert self._is_candidate(entry)
         old = self.current.get(entry.name)
-        if old is not None:
+        if old is None:
+            entry.expected = self.expected.get(entry.name, "")
+        else:
+            self.expected.pop(entry.name, None)
             self.pins.hand_over(old, entry, now)
             self.retire(old, now)
         self.current[entry.name] = entry
@@ -104,6 +109,13 @@ class Residency:
                 replaces=None if old is None else old.version,
             )
         )
+
+    def expect(self, name: str, digest: str) -> None:
+        """Refuse any other content under this name, until it is replaced or unloaded."""
+        self.expected[name] = digest
+        self.failures.forget(name)  # whatever it was, it was of other files
+        if name in self.current:
+            self.current[name].expected = digest
 
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
@@ -287,6 +299,18 @@ class Residency:
         if self._is_candidate(entry) or (lost and not entry.retired):
             self.retire(entry, now)
 
+    def changed(self, entry: AdapterEntry, digest: str) -> AdapterChanged | None:
+        """Why what was read may not be used: it is not the content that is expected."""
+        if entry.expected in ("", digest):
+            return None
+        return AdapterChanged(
+            f"its files have changed since it was loaded: their SHA-256 is {digest[:12]}..., and "
+            f"{entry.expected[:12]}... is expected; load it again with replace",
+            name=entry.label,
+            path=entry.path,
+            transient=True,
+        )
+
     def refusal(self, entry: AdapterEntry, slot_nbytes: int) -> AdapterTooLarge | None:
         """Return the reason if it can never be in a slot."""
         arena = self.slots.arena
@@ -302,9 +326,9 @@ class Residency:
             path=entry.path,
         )
 
-    def load_too_large(self, entry: AdapterEntry, now: float, error: Exception) -> None:
-        """Fail an adapter that was read and is too large to keep."""
-        self.load_failed(entry, now, error, "too_large")
+    def load_refused(self, entry: AdapterEntry, now: float, error: AdapterError) -> None:
+        """Fail an adapter that was read and is not kept."""
+        self.load_failed(entry, now, error, "too_large" if isinstance(error, AdapterTooLarge) else "io")
         self._moves.append(DropMove(entry))
 
     def load_cancelled(self, entry: AdapterEntry) -> None:

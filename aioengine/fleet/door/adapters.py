@@ -10,7 +10,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from aioengine.errors import AdapterError, AdapterNotFound, AioEngineError, ConfigError, EngineStopped
+import msgspec
+
+from aioengine.errors import (
+    AdapterError,
+    AdapterInvalid,
+    AdapterNotFound,
+    AioEngineError,
+    ConfigError,
+    EngineStopped,
+)
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.door.members import Member, Members
 from aioengine.fleet.registry import Entry, registry_actor
@@ -22,6 +31,8 @@ logger = logging.getLogger("aioengine.fleet")
 
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 SYNC_SECONDS = 60.0
+MEND_SECONDS = 10.0
+"""Between two attempts to have replicas agree on an adapter."""
 SETTLE_SECONDS = 1.0
 """After a change, until all replicas have said what they hold."""
 
@@ -35,6 +46,8 @@ class FleetAdapters:
         }
         """Adapters as the registry had them when this door last read or changed it."""
         self.registry: Any = None
+        self._mended: dict[str, float] = {}
+        """When replicas were last made to agree on an adapter that one of them had found changed."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._placement = PlacementGuard(load_placement(config.placement), timer=time.perf_counter)
 
@@ -45,6 +58,7 @@ class FleetAdapters:
             self._members.state.add_adapter(name)
         self._members.on_join.append(self._joined)
         self._members.on_residency.append(self._compare)
+        self._members.on_changed = self._changed
         for member in list(self._members.members.values()):
             await self._sync(member)
         if self._config.placement != "none":
@@ -93,8 +107,9 @@ class FleetAdapters:
         """Have every replica know it. One reads and validates it now, all that hold it if it is replaced.
 
         A replacement happens everywhere or nowhere: all replicas that hold the adapter read the new version,
-        and only when each has it do new requests get it; when this returns, no replica admits the old one. If
-        one fails, the old one stays everywhere, and its error is raised."""
+        and only when each has the same content do new requests get it; when this returns, no replica admits
+        the old one. If one fails, or reads something else, the old one stays everywhere, and an error is
+        raised. A replica that reads it later accepts no other content."""
         where = None if path is None else os.fspath(path)
         async with self._changing(name) as members:
             known = self._entries.get(name)
@@ -146,25 +161,49 @@ class FleetAdapters:
     # Steps
 
     async def _add(self, name: str, where: str | None, members: Sequence[Member]) -> AdapterInfo:
-        first = self._holders(name, members)[:1] or members[:1]
+        first = [member for member in members if _holds(name, member)][:1] or members[:1]
         version = self._next_version(name)
         info = _first([await self._ask(first[0], "load", name=name, path=where, version=version)])
         others = [member for member in members if member is not first[0]]
+        if self._members.conflicts.contents(name) - {info.digest}:
+            return await self._replace(name, where, members)
         path = _source(where, self._entries.get(name), info)
-        await self._ask_all(others, "register", name=name, path=path, version=version)
+        await self._ask_all(others, "register", name=name, path=path, version=version, digest=info.digest)
         return info
 
-    async def _replace(self, name: str, where: str | None, members: Sequence[Member]) -> AdapterInfo:
-        holders = self._holders(name, members) or members[:1]
+    async def _replace(
+        self, name: str, where: str | None, members: Sequence[Member], also: str | None = None
+    ) -> AdapterInfo:
+        """Have those that hold it, and ``also``, read it, compare what they have read, and flip."""
+        holders = [m for m in members if _holds(name, m) or m.channel.replica == also] or members[:1]
         others = [member for member in members if member not in holders]
         answers = await self._ask_all(holders, "prepare", name=name, path=where)
-        answers += await self._ask_all(others, "prepare", name=name, path=where, read=False)
-        errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
+        errors: list[AioEngineError] = [a for a in answers if isinstance(a, AioEngineError)]
+        read = {
+            holder.channel.replica: answer.digest
+            for holder, answer in zip(holders, answers, strict=True)
+            if isinstance(answer, AdapterInfo)
+        }
+        if len(set(read.values())) > 1:
+            found = ", ".join(f"{digest[:12]}... on {replica}" for replica, digest in read.items())
+            errors.append(
+                AdapterInvalid(
+                    f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
+                    name=name,
+                    path=where,
+                )
+            )
+        if not errors:
+            answers = await self._ask_all(others, "prepare", name=name, path=where, read=False)
+            errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
         if errors:
             await self._ask_all(members, "discard", name=name)
             raise errors[0]
-        committed = await self._ask_all(members, "commit", name=name, version=self._next_version(name))
-        return _first(committed)
+        if not read:
+            raise EngineStopped("the replicas that were asked are lost; try again later")
+        digest = next(iter(read.values()))
+        version = self._next_version(name)
+        return _first(await self._ask_all(members, "commit", name=name, version=version, digest=digest))
 
     async def _pin(self, name: str, members: Sequence[Member], force: bool) -> AdapterInfo:
         before = {
@@ -180,9 +219,6 @@ class FleetAdapters:
             raise errors[0]
         return _first(answers)
 
-    def _holders(self, name: str, members: Sequence[Member]) -> list[Member]:
-        return [m for m in members if any(info.name == name for info in m.residency.adapters)]
-
     def _next_version(self, name: str) -> int:
         known = self._entries.get(name)
         return 1 if known is None else known.version + 1
@@ -190,7 +226,8 @@ class FleetAdapters:
     async def _note(self, name: str, info: AdapterInfo, *, pinned: bool) -> None:
         known = self._entries.get(name)
         version = 1 if known is None else max(known.version, 1)
-        await self._put(Entry(name, _source(None, known, info), version, info.digest, pinned))
+        digest = info.digest or ("" if known is None else known.digest)
+        await self._put(Entry(name, _source(None, known, info), version, digest, pinned))
 
     async def _put(self, entry: Entry) -> None:
         self._entries[entry.name] = entry
@@ -279,35 +316,44 @@ class FleetAdapters:
         for name in self._members.conflicts.holds(member.channel.replica, member.residency.adapters):
             self._spawn(self._agree(name))
 
-    async def _agree(self, name: str) -> None:
-        """Have all holders read the adapter again, so that they have what is there now: all, or none."""
+    def _changed(self, replica: str, name: str) -> None:
+        """A replica has refused what it read: that one and all holders read the adapter again."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._mended.get(name, -MEND_SECONDS) + MEND_SECONDS:
+            self._mended[name] = now
+            self._spawn(self._agree(name, replica))
+
+    async def _agree(self, name: str, refused: str | None = None) -> None:
+        """Have all holders read the adapter again, so that they have what is there now: all, or none.
+        ``refused``: a replica that has no version of it, because what it read was not what it should be."""
         with suppress(EngineStopped):
             async with self._changing(name) as members:
-                await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
-                if len(self._members.conflicts.contents(name)) < 2:
-                    return
+                if refused is None:
+                    await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
+                    if len(self._members.conflicts.contents(name)) < 2:
+                        return
+                self._members.conflicts.count += 1
                 known = self._entries.get(name)
-                where = None if known is None else known.path
-                holders = self._holders(name, members)
-                logger.warning(
-                    "adapter %r has different content on %s; all read it again",
-                    name,
-                    ", ".join(holder.channel.replica for holder in holders),
-                )
-                answers = await self._ask_all(holders, "prepare", name=name, path=where)
-                errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
-                read = {answer.digest for answer in answers if isinstance(answer, AdapterInfo)}
-                if errors or len(read) > 1:
-                    await self._ask_all(holders, "discard", name=name)
-                    why = str(errors[0]) if errors else "its files are not the same on all nodes"
-                    logger.error("adapter %r stays different between replicas: %s", name, why)
+                if known is None:  # found by its name; nobody else has to know it
+                    members = [m for m in members if _holds(name, m) or m.channel.replica == refused]
+                logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
+                try:
+                    info = await self._replace(name, None if known is None else known.path, members, refused)
+                except AioEngineError as error:
+                    logger.error("adapter %r stays different between replicas: %s", name, error)
                     return
-                await self._ask_all(holders, "commit", name=name)
+                if known is not None and known.version > 0:
+                    entry = msgspec.structs.replace(known, version=known.version + 1, digest=info.digest)
+                    await self._put(entry)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _holds(name: str, member: Member) -> bool:
+    return any(info.name == name for info in member.residency.adapters)
 
 
 def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:

@@ -16,7 +16,7 @@ class Conflicts:
 
     def __init__(self) -> None:
         self.count = 0
-        """Conflicts found so far."""
+        """Conflicts so far that were none of a replacement; counted by whoever looks into them."""
         self._held: dict[str, dict[str, str]] = {}
         """By adapter: the digest that each replica holds."""
         self._of: dict[str, dict[str, str]] = {}
@@ -43,7 +43,6 @@ class Conflicts:
                 self._known.pop(name, None)
             elif self._known.get(name) != contents:
                 self._known[name] = contents
-                self.count += 1
                 found.append(name)
         return found
 

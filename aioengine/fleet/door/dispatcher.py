@@ -10,7 +10,14 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from aioengine.errors import AioEngineError, DeadlineExceeded, EngineDead, EngineOverloaded, EngineStopped
+from aioengine.errors import (
+    AdapterChanged,
+    AioEngineError,
+    DeadlineExceeded,
+    EngineDead,
+    EngineOverloaded,
+    EngineStopped,
+)
 from aioengine.fleet.door.call import Call
 from aioengine.fleet.door.channel import Channel
 from aioengine.fleet.door.grammars import SentGrammar
@@ -163,7 +170,9 @@ class Dispatcher:
         self.misroutes += delta.misrouted
         if delta.error:
             error = unpack_error(delta.error)
-            elsewhere = isinstance(error, (EngineStopped, EngineDead)) or (
+            if isinstance(error, AdapterChanged):
+                self._members.on_changed(channel.replica, error.name)
+            elsewhere = isinstance(error, (EngineStopped, EngineDead, AdapterChanged)) or (
                 isinstance(error, EngineOverloaded) and not begun and error.bound != "tenant"
             )
             if elsewhere and self._others(call):

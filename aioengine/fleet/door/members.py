@@ -53,6 +53,8 @@ class Members:
         """Callbacks for each replica that has said hello."""
         self.on_residency: list[Callable[[Member], None]] = []
         """Callbacks for each replica whose adapters in memory have changed."""
+        self.on_changed: Callable[[str, str], None] = lambda replica, adapter: None
+        """Callback for an adapter whose files a replica has found to be others than it should have."""
         self.on_delta: Callable[[Channel, Call, Delta], None] = lambda channel, call, delta: None
         """Callback for what a replica reports of a request."""
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
