@@ -155,8 +155,10 @@ class AdapterEntry:
     @property
     def needed_since(self) -> float | None:
         """Time since when a request or caller has waited for it to be in the CPU cache; None if none does."""
-        times = [t for t in (self.oldest_arrival, self.wanted_since) if t is not None]
-        return min(times) if times else None
+        head, wanted = self.waiting.head, self.wanted_since
+        if head is None:
+            return wanted
+        return head.arrival if wanted is None else min(head.arrival, wanted)
 
 
 class Sink(Protocol):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from heapq import merge
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from aioengine.schedulers.parts.base import Ordering
+from aioengine.schedulers.parts.base import Ordering, is_cold
 from aioengine.schedulers.parts.waiting_index import WaitingIndex
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
@@ -31,9 +30,9 @@ class FixedKeyOrdering(Ordering):
         self._index.on_event(event)
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        in_order = merge(*(self._index.in_order(view, name) for name in names))
-        return [entry.request for entry in islice(in_order, limit)]
+        self._index.sync(view)
+        return list(islice(self._index.in_order(names), limit))
 
-    def adapter_key(self, view: SchedulerView, name: str) -> Any:
-        first = next(self._index.in_order(view, name))
-        return first.key, first.arrival
+    def cold(self, view: SchedulerView) -> Iterator[str]:
+        self._index.sync(view)
+        return (name for _, name in self._index.heads() if name is not None and is_cold(view, name))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from heapq import merge
 from itertools import islice
 
 from aioengine.schedulers.parts.base import Ordering, is_cold
 from aioengine.schedulers.parts.compose import SLOT_BOUND, Composed
+from aioengine.schedulers.parts.lazy_merge import by_arrival
 from aioengine.schedulers.parts.lookahead import Lookahead
 from aioengine.schedulers.parts.lru import LRU
 from aioengine.schedulers.parts.none import NoPreemption
@@ -25,8 +25,7 @@ class Arrival(Ordering):
         return request.arrival
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        in_order = merge(*map(view.waiting_for, names), key=lambda request: request.arrival)
-        return list(islice(in_order, limit))
+        return list(islice(by_arrival(view, names), limit))
 
     def adapter_key(self, view: SchedulerView, name: str) -> float:
         oldest = view.adapters[name].oldest_arrival

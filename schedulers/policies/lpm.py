@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from heapq import merge
 from itertools import islice
 from typing import Any
 
+from aioengine.schedulers.parts.lazy_merge import by_arrival
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
@@ -39,8 +39,7 @@ class Windowed(Arrival):
         """Return a key: requests with smaller keys go first, equal ones by arrival."""
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        in_order = merge(*map(view.waiting_for, names), key=lambda request: request.arrival)
-        first = list(islice(in_order, max(self.window, 1)))
+        first = list(islice(by_arrival(view, names), max(self.window, 1)))
         due = view.now - self.age
         aged = sum(request.arrival <= due for request in first)  # they are in order of arrival
         if aged >= limit or len(first) - aged <= 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from heapq import merge
 
 from aioengine.schedulers.parts.base import Preemption
 from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering
@@ -71,5 +70,5 @@ class PreemptLower(Preemption):
     def _candidates(self, view: SchedulerView) -> Iterator[RequestView]:
         """Yield waiting requests that could run now, the highest priority first."""
         usable = (SlotState.READY, SlotState.DRAINING)
-        names = [None, *(slot.adapter for slot in view.slots if slot.state in usable)]
-        return (entry.request for entry in merge(*(self._index.in_order(view, name) for name in names)))
+        self._index.sync(view)
+        return self._index.in_order({None, *(slot.adapter for slot in view.slots if slot.state in usable)})

@@ -7,6 +7,7 @@ from heapq import merge
 from itertools import islice, takewhile
 from math import inf
 
+from aioengine.schedulers.parts.lazy_merge import arrival, by_arrival
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
@@ -45,7 +46,8 @@ class SLoRA(Arrival):
         batch = {request.adapter for request in view.running} - {None}
         room = (self.clusters or len(view.slots)) - len(batch)
         outside = self._by_age(view, [name for name in names if name not in batch])
-        asked_for = any(len(view.waiting_for(name)) > 0 for name in names if name in batch)
+        able = set(names)
+        asked_for = any(name in able and name in batch for name in view.waiting_adapters)
         last_arrival = inf
         while outside and (not asked_for or self._aged(view, outside[0])):
             if room <= 0:
@@ -56,12 +58,9 @@ class SLoRA(Arrival):
             room -= 1
             asked_for = True
 
-        def is_due(request: RequestView) -> bool:
-            return request.arrival <= last_arrival
-
-        queues = [takewhile(is_due, view.waiting_for(name)) for name in names if name in batch]
-        base = view.waiting_for(None) if None in names else ()
-        admit = list(islice(merge(base, *queues, key=lambda request: request.arrival), limit))
+        due = takewhile(lambda r: r.arrival <= last_arrival, by_arrival(view, able & batch))
+        base = view.waiting_for(None) if None in able else ()
+        admit = list(islice(merge(base, due, key=arrival), limit))
         for _, name in outside[: max(0, room)]:
             admit += islice(view.waiting_for(name), limit - len(admit))
         return admit
@@ -73,4 +72,4 @@ class SLoRA(Arrival):
     def _by_age(view: SchedulerView, names: list[str | None]) -> list[tuple[float, str]]:
         """(arrival of the oldest waiting request, adapter), the oldest first."""
         heads = ((view.adapters[name].oldest_arrival, name) for name in names if name is not None)
-        return sorted((arrival, name) for arrival, name in heads if arrival is not None)
+        return sorted((oldest, name) for oldest, name in heads if oldest is not None)

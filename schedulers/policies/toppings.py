@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from heapq import merge
+from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 
+from aioengine.schedulers.parts.lazy_merge import by_arrival
 from aioengine.schedulers.policies.fcfs import Arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 
@@ -38,28 +38,41 @@ class Toppings(Arrival):
         self.age = age
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        batch = {request.adapter for request in view.running}
-        asked = [name for name in names if len(view.waiting_for(name)) > 0]
-        if len(asked) > 1 and view.costs.step(1) is not None:
-            added = {name: self._added(view, batch, name) for name in asked}
-        else:
-            added = dict.fromkeys(asked, 0.0)
+        able = set(names)
+        asked = {name for name in view.waiting_adapters if name in able}
         due = view.now - self.age
-        queues = merge(*map(view.waiting_for, asked), key=lambda request: request.arrival)
-        admit = list(islice(takewhile(lambda request: request.arrival <= due, queues), limit))
+        admit = list(islice(takewhile(lambda r: r.arrival <= due, by_arrival(view, asked)), limit))
         taken = {request.request_id for request in admit}
-        for cost in sorted(set(added.values())):
-            alike = [view.waiting_for(name) for name in asked if added[name] == cost]
-            fresh = (r for r in merge(*alike, key=lambda r: r.arrival) if r.request_id not in taken)
+        for alike in self._by_cost(view, asked):
+            if len(admit) == limit:
+                break
+            fresh = (r for r in by_arrival(view, alike) if r.request_id not in taken)
             admit += islice(fresh, limit - len(admit))
         return self._within(view, admit)
 
-    def _added(self, view: SchedulerView, batch: set[str | None], name: str | None) -> float:
-        """Seconds, to the microsecond, so that what makes no difference is no difference."""
-        running = len(view.running)
-        now = view.costs.step(running, _ranks(view, batch)) if running else 0.0
-        then = view.costs.step(running + 1, _ranks(view, batch | {name}))
-        return 0.0 if now is None or then is None else round(then - now, 6)
+    def _by_cost(self, view: SchedulerView, names: set[str | None]) -> Iterator[set[str | None]]:
+        """Yield the adapters that make a step equally long, the shortest first.
+
+        It is worked out for each rank, and once for what is in the batch, which adds no rank."""
+        if len(names) <= 1 or view.costs.step(1) is None:
+            yield names
+            return
+        running = view.running
+        batch = {request.adapter for request in running}
+        by_rank: dict[int | None, set[str | None]] = {}
+        for name in names:
+            rank = None if name is None or name in batch else view.adapters[name].rank
+            by_rank.setdefault(rank, set()).add(name)
+        ranks = _ranks(view, batch)
+        now = view.costs.step(len(running), ranks) if running else 0.0
+        by_cost: dict[float, set[str | None]] = {}
+        for rank, alike in by_rank.items():
+            then = view.costs.step(len(running) + 1, ranks if rank is None else sorted([*ranks, rank]))
+            # To the microsecond, so that what makes no difference is no difference.
+            added = 0.0 if now is None or then is None else round(then - now, 6)
+            by_cost.setdefault(added, set()).update(alike)
+        for added in sorted(by_cost):
+            yield by_cost[added]
 
     def _within(self, view: SchedulerView, admit: list[RequestView]) -> list[RequestView]:
         """The first of them, as long as a step takes no longer than ``max_step``."""

@@ -153,8 +153,13 @@ class CpuCache:
             return set()
         places: dict[str | None, set[int]] = {newcomer.wanted_by: set()}
         for entry in self.entries.values():
-            if entry is not newcomer and (entry.running or entry.waiting):
-                places.setdefault(entry.wanted_by, set()).add(entry.uid)
+            if entry is newcomer or not (entry.running or entry.waiting.head):
+                continue
+            who = entry.wanted_by
+            if who in places:
+                places[who].add(entry.uid)
+            else:
+                places[who] = {entry.uid}
         share = max(1, self.capacity // len(places))
         if len(places[newcomer.wanted_by]) >= share:
             return set()
