@@ -12,6 +12,7 @@ from pathlib import Path
 import torch  # before the library: its OpenMP runtime must be the one that both use
 
 from aioengine.kernels.cpu.build import PREBUILT, Unavailable, compiled, levels
+from aioengine.kernels.cpu.cores import cores
 
 logger = logging.getLogger("aioengine")
 
@@ -115,6 +116,8 @@ def load(level: str | None = None) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
+    if complaint := cores().complaint(torch.get_num_threads()):
+        logger.warning("%s", complaint)
     return loaded
 
 
@@ -140,5 +143,5 @@ def openmp_runtimes() -> set[str]:
 
 
 def threads() -> int:
-    """Return the number of threads: as many as torch uses."""
-    return torch.get_num_threads()
+    """Return the number of threads of a step: as many as torch was told to use, else see ``cores.py``."""
+    return cores().chosen(torch.get_num_threads())

@@ -14,14 +14,18 @@ logger = logging.getLogger("aioengine.server")
 
 def tell_what_runs(engine: AsyncEngine) -> None:
     """Log the model, the kernels, the memory and the limits."""
-    torch = sys.modules.get("torch")  # not to be imported for this: that takes seconds
+    threads = os.cpu_count()
+    if "torch" in sys.modules:  # not to be imported for this: that takes seconds
+        from aioengine.model.parallel.threads import rank_threads
+
+        threads = rank_threads(1)
     config, plan = engine.config, engine.plan
     fields: dict[str, object] = {
         "model": engine.model_name,
         **engine.build,
         "device": plan.device,
         "dtype": plan.dtype,
-        "threads": os.cpu_count() if torch is None else torch.get_num_threads(),
+        "threads": threads,
         "executor": config.executor,
         "tensor_parallel_size": config.tensor_parallel_size,
         "policy": config.policy if isinstance(config.policy, str) else type(config.policy).__name__,

@@ -157,8 +157,9 @@ class _Model:
     def start(self, request: Start) -> Planned:
         import torch  # takes a second, in which the main thread already watches the engine
 
-        share = request.threads or torch.get_num_threads() // request.size
-        torch.set_num_threads(max(1, share))
+        from aioengine.model.parallel.threads import rank_threads
+
+        torch.set_num_threads(request.threads or rank_threads(request.size))
         self._config = request.config
         lora = request.config.lora
         self._shard = Shard(request.rank, request.size, lora is not None and lora.fully_sharded_loras)

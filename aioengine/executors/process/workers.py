@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -288,9 +288,12 @@ class Workers:
 
 
 def rank_threads(size: int) -> int:
-    """A worker's share of the compute threads of this process; 0 if torch has not been asked here."""
-    torch: Any = sys.modules.get("torch")
-    return 0 if torch is None else max(1, torch.get_num_threads() // size)
+    """A worker's share of the compute threads of this process; 0 if torch is not loaded here."""
+    if "torch" not in sys.modules:
+        return 0
+    from aioengine.model.parallel.threads import rank_threads as share
+
+    return share(size)
 
 
 def _dead(reason: str, cause: Exception | None = None) -> EngineDead:

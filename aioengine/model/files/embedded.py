@@ -34,7 +34,7 @@ def embedded_model_dir(progress: LoadProgress | None = None) -> Path:
     conversion is. Raises ConfigError if the packages are not installed or the cache folder cannot be
     written.
     """
-    source = _find_gguf()
+    source = embedded_gguf()
     with source.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     key = hashlib.sha256(f"{content} {_CONVERTER_VERSION}".encode()).hexdigest()[:12]
@@ -84,7 +84,7 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
         _write_json(folder / "tokenizer_config.json", _tokenizer_config(file, spec))
 
 
-def _find_gguf() -> Path:
+def embedded_gguf() -> Path:
     """The GGUF file in the installed package, found without importing the package.
 
     Its module imports llama-cpp-python, which is neither needed here nor quick to install.
