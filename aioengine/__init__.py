@@ -55,7 +55,7 @@ _HOMES = {
     "SlotInfo": ".info",
     "TokenLogprob": ".request",
 }
-"""Name -> the module that defines it, as the imports above have it."""
+"""Name -> the module that defines it, as in the imports above."""
 
 
 def __getattr__(name: str) -> object:

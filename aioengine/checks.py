@@ -1,4 +1,4 @@
-"""Checks of plain values that a caller or a file gives, with one wording for all of them."""
+"""Checks of plain values from callers and files, with one wording for all of them."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def check_seconds(
     finite: bool = False,
     error: type[AioEngineError] = ConfigError,
 ) -> None:
-    """Raise ``error``, naming ``field``, unless ``value`` is more than 0 and, if it must be, ``finite``;
-    ``allowed`` ends the sentence."""
+    """Raise ``error``, naming ``field``, unless ``value`` is more than 0 and, with ``finite``, finite.
+    ``allowed`` is added to the message."""
     wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
     if wrong or (finite and value == math.inf):
         raise error(f"{field}={value!r}: must be more than 0 seconds{allowed}")
@@ -70,7 +70,7 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def parse_bytes(value: int | str, *, field: str) -> int:
-    """Return the bytes that an int stands for, or text such as "512MiB", "2 GiB" or "1.5GB". Raises
+    """Return a size in bytes from an int, or from text such as "512MiB", "2 GiB" or "1.5GB". Raises
     ConfigError."""
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
@@ -95,7 +95,7 @@ def format_bytes(value: float) -> str:
 
 def _explain(error: msgspec.ValidationError) -> str:
     """Return the message with the field in front: "lora.max_loras: Expected `int`, got `str`". Errors of this
-    package name it already."""
+    package name the field already."""
     if isinstance(error.__cause__, ConfigError):
         return str(error.__cause__)
     text, at, place = str(error).rpartition(" - at `$.")

@@ -1,4 +1,4 @@
-"""EngineClient: the interface that a server needs of an engine; AsyncEngine and FleetClient have it."""
+"""EngineClient: the interface through which a server uses an engine. AsyncEngine and FleetClient have it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GrammarCompiler(Protocol):
-    """Makes constraints out of grammars in llguidance's form."""
+    """Makes constraints from grammars in llguidance's form."""
 
     limits: GrammarLimits
 
@@ -38,18 +38,18 @@ class Usage(NamedTuple):
 
 
 class UsageLedger(Protocol):
-    """A door's count of what it has let in, and what it knows of other doors'."""
+    """A door's count of the usage that it has accepted, and of other doors' usage as far as it knows."""
 
     def take_usage(self) -> dict[str, Usage]:
-        """Return, by limit, what is new since the last call; limits with nothing new are left out."""
+        """Return the new usage since the last call, by limit; limits without new usage are left out."""
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
-        """Count what other doors have let in, too."""
+        """Count the usage that other doors have accepted, too."""
 
 
 @runtime_checkable
 class SharesLimits(Protocol):
-    """A client behind which there may be other doors, whose requests count for the same limits."""
+    """A client of a fleet with other doors, whose requests count for the same limits."""
 
     def share_limits(self, ledger: UsageLedger) -> None: ...
 
@@ -62,13 +62,13 @@ class ModelLimits(Protocol):
 
 
 class ServerMetrics(ScrapedMetrics, Protocol):
-    """Metrics that a server adds to: it tells ``http`` of each of its answers."""
+    """Metrics that a server adds to: it reports each of its answers to ``http``."""
 
     http: HttpMetrics
 
 
 class EngineClient(WatchedEngine, Protocol):
-    """Engine as a server uses it; each method is described in ``AsyncEngine``."""
+    """An engine, as a server uses it. ``AsyncEngine`` describes each method."""
 
     model_name: str
     text_work: TextWork

@@ -48,33 +48,33 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
     ``slot_memory`` every slot is sized for it."""
     slot_memory: int | str | None = None
-    """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes what its own
-    ranks, modules and layers take. "shared": they share it with the KV cache, too, whose size
-    (``kv_cache_memory``) is that of both. None: every slot has room for ``max_lora_rank`` in every module."""
+    """Bytes that all slots share on each device, or text such as "256MiB": an adapter takes only as much as
+    its own ranks, modules and layers need. "shared": slots and the KV cache share one memory, whose size is
+    ``kv_cache_memory``. None: every slot has room for ``max_lora_rank`` in every module."""
     max_cpu_loras: int | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: int | str | None = None
     """A second bound on the CPU cache: bytes, or text such as "2GiB"; None: only ``max_cpu_loras``."""
     max_held_lora_bytes: int | str = "1GiB"
-    """Host memory that the files of adapters may take that were given in memory, or uploaded: bytes, or
-    text. They are kept beside the CPU cache, because there is no disk to read them from again."""
+    """Host memory for the files of adapters that were given in memory, or uploaded: bytes, or text. These
+    files are kept beside the CPU cache, because there is no disk to read them from again."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: LoRADType = "auto"
-    """dtype of the slot pool and the CPU cache; "auto" is the model's dtype. "int8": about half the bytes of
-    bfloat16, with a scale for each rank of every module (docs/adapters.md says what that costs)."""
+    """dtype of the slot pool and the CPU cache; "auto" is the model's dtype. "int8" takes about half the
+    bytes of bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
     target_modules: Sequence[str] | None = None
-    """What the pool covers; None covers the seven linears of a layer. ``embed_tokens`` and ``lm_head``
-    must be named, because they make a slot much larger. Adapters may target fewer."""
+    """Modules that the slots have room for; None: the seven linears of a layer. ``embed_tokens`` and
+    ``lm_head`` must be named, because they make a slot much larger. Adapters may target fewer."""
     max_concurrent_loads: int = 2
     """Maximum adapters read from disk at once."""
     load_retries: int = 2
-    """How often a read that failed for a passing reason is tried again, after about 0.1, 0.2, ... s."""
+    """How often a read that failed for a temporary reason is tried again, after about 0.1, 0.2, ... s."""
     load_timeout: float | None = 60.0
-    """Seconds that a load may take, retries and all, before it fails; and a resolver's look-up, with
-    its downloads, as many again. None: for ever."""
+    """Seconds that a load may take, with its retries, before it fails. A resolver's look-up, with its
+    downloads, may take as many again. None: no limit."""
     allow_nonfinite: bool = False
-    """Accept adapters whose weights contain NaN or infinity. Requests for them fail when that reaches
+    """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
     their logits."""
     adapter_root: str | None = None
     """A folder, or a URL such as s3://bucket/adapters, whose subfolders are found by name: an adapter that
@@ -113,7 +113,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             modules = self.target_modules
             if isinstance(modules, str) or not modules:
                 raise ConfigError(
-                    f"target_modules={modules!r}: must be a non-empty list out of "
+                    f"target_modules={modules!r}: must be a non-empty list of names out of "
                     f"{', '.join(TARGETABLE_MODULES)}, or None for all linears"
                 )
             for module in modules:
@@ -160,31 +160,31 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md); "auto": the native
     one where it knows the model."""
     quantization: Quantization = "none"
-    """"int8" keeps the linears' weights as int8, with a scale for each output; "int4" in four bits, with a
-    step and a low for each group of 32 inputs. Where the CPU has instructions for it, they are multiplied by
-    int8 activations. CPU only; docs/performance.md has what is gained and lost."""
+    """"int8" keeps the linears' weights as int8, with a scale for each output. "int4" keeps them in four
+    bits, with a step and a minimum for each group of 32 inputs. Where the CPU has instructions for it, they
+    are multiplied by int8 activations. CPU only; docs/performance.md has the gains and losses."""
     batch_invariant: Literal["auto"] | bool = "auto"
-    """Whether a request's tokens must be the same bits in any batch (docs/determinism.md). "auto": where it
-    can be had, which is in the compiled CPU step. True: nowhere else; the engine does not start if it cannot
-    be had."""
+    """Whether a request's tokens must not depend on its batch, to the last bit (docs/determinism.md). "auto":
+    where that is possible, which is in the compiled CPU step. True: the engine does not start where it is not
+    possible."""
     speculation: SpeculationName = "none"
-    """Propose tokens and check several in one step, which changes no token (docs/speculation.md): "ngram"
-    from the request's own text, "suffix" from earlier outputs of the same adapter and tenant, too. Only where
-    the engine is batch-invariant."""
+    """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
+    "ngram": from the request's own text; "suffix": also from earlier outputs of the same adapter and tenant.
+    Only where the engine is batch-invariant."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
     max_num_seqs: int = 64
-    """Requests that run at once."""
+    """Maximum number of requests that run at once."""
     max_num_batched_tokens: int = 2048
-    """Tokens computed in one step; longer prompts are prefilled in chunks."""
+    """Maximum number of tokens computed in one step; longer prompts are prefilled in chunks."""
     max_step_seconds: float | None = None
-    """Seconds that a step in which requests decode should take at most: prompts are cut into chunks
-    accordingly, by what steps have taken so far. None: 0.2 on a CPU, no bound on CUDA."""
+    """Maximum seconds that a step in which requests decode should take. Prompts are cut into chunks
+    accordingly, by the times of earlier steps. None: 0.2 on a CPU, no bound on CUDA."""
     block_size: int = 16
     """Tokens in a KV block."""
     kv_cache_memory: int | str | None = None
-    """Bytes, or text such as "2GiB"; None sizes it from what is free."""
+    """Bytes, or text such as "2GiB"; None: by the free memory."""
     kv_cache_dtype: KVCacheDType = "auto"
     """"int8" keeps keys and values as int8, with a scale for each token and head, in about half the memory;
     only in the compiled CPU step. "auto" is the compute dtype."""
@@ -196,17 +196,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Processes that share the model, each with a part of every layer; more than 1 needs
     ``executor="process"`` or "ray"."""
     executor: ExecutorName = "thread"
-    """Where the model runs: "thread" in this process, "process" in ``tensor_parallel_size`` others, where it
-    shares no interpreter lock with the application, "ray" in as many Ray actors, over the nodes of a cluster
-    (extra ``fleet``)."""
+    """Where the model runs. "thread": in this process. "process": in ``tensor_parallel_size`` other
+    processes, which do not share the application's GIL. "ray": in as many Ray actors, over the nodes of a
+    cluster (extra ``fleet``)."""
     restart: Restart = "never"
-    """When a process of the model's is lost: "never" lets the engine die, "on-failure" starts them again;
-    running requests fail, the waiting ones are served. Needs ``executor="process"`` or "ray"."""
+    """What to do when a process of the model is lost. "never": the engine dies. "on-failure": the processes
+    are started again; running requests fail, and waiting ones are served. Needs ``executor="process"`` or
+    "ray"."""
     seed: int = 0
-    """Requests without a seed of their own draw one from this."""
+    """Requests without a seed draw theirs from this one."""
     max_waiting: int | None = None
-    """Bound on waiting requests; beyond it new ones get ``EngineOverloaded``, or the newest one of the tenant
-    that has most does, if the new one's tenant has fewer. None: no bound."""
+    """Bound on waiting requests. Beyond it a new request gets ``EngineOverloaded``. If its tenant has fewer
+    waiting requests than another, the newest one of the tenant with the most gets that error instead. None:
+    no bound."""
     max_waiting_per_tenant: int | None = None
     """Bound on waiting requests of each tenant; None: no bound but ``max_waiting``."""
     max_waiting_per_adapter: int | None = None
@@ -226,11 +228,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     policy_time_budget: float = 0.02
     """Seconds that one decision may take."""
     policy_max_overruns: int = 20
-    """After so many decisions over the budget, fcfs decides in the policy's place."""
+    """After this many decisions over the budget, fcfs replaces the policy."""
     max_adapter_labels: int = 100
-    """Adapters that get a metric label of their own; the rest are counted under "other"."""
+    """Maximum number of adapters with a separate metric label; the rest are counted under "other"."""
     max_tenant_labels: int = 100
-    """Tenants that get a metric label of their own; the rest are counted under "other"."""
+    """Maximum number of tenants with a separate metric label; the rest are counted under "other"."""
     metrics_compat: MetricsCompat = "none"
     """"vllm" also exports the metrics that request routers read, under the names that vLLM gave them."""
     name: str = "default"
@@ -273,8 +275,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _choice(self, "speculation", get_args(SpeculationName))
         if self.speculation != "none" and self.device == "cuda":
             raise ConfigError(
-                f"speculation={self.speculation!r}: on CUDA logits depend on the batch, and so tokens would "
-                "on what is proposed; set device='cpu', or speculation='none'"
+                f"speculation={self.speculation!r}: on CUDA logits depend on the batch, so tokens would "
+                "depend on the proposals; set device='cpu', or speculation='none'"
             )
         _choice(self, "executor", get_args(ExecutorName))
         _choice(self, "restart", get_args(Restart))
@@ -330,7 +332,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
     def refuse_for_transformers(self) -> None:
-        """Raises ConfigError if a field asks for what only the native decoder has."""
+        """Raise ConfigError if a field needs the native decoder."""
         asked = {
             "tensor_parallel_size": (self.tensor_parallel_size, 1, "does not shard models"),
             "quantization": (self.quantization, "none", "does not quantize weights"),
@@ -355,12 +357,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
-        """Build from plain data (a parsed TOML file, say); unknown fields are refused by name."""
+        """Build the configuration from plain data, such as a parsed TOML file. Unknown fields are refused by
+        name."""
         for key in values:
             if key in LoRAConfig.__struct_fields__ and key not in cls.__struct_fields__:
-                raise ConfigError(
-                    f"{source}: {key!r} belongs into the table lora: put it below a line [lora]"
-                )
+                raise ConfigError(f"{source}: {key!r} belongs to the table lora: put it below a line [lora]")
         lora = values.get("lora")
         if isinstance(lora, Mapping):
             refuse_unknown(LoRAConfig, lora, f"{source}, table lora")

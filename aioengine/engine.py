@@ -125,7 +125,7 @@ class AsyncEngine:
         """Name of the base model in requests: the label ``model_name`` of metrics that ``metrics_compat``
         exports. A server sets it to the name that it serves."""
         self.leaving = False
-        """Set by a server that is about to stop or finishes its accepted requests: ``state`` is then
+        """Set by a server that is about to stop, or that finishes its accepted requests; ``state`` is then
         "draining"."""
         self._policy = choose_policy(config, policy)
         self._resolver = resolver
@@ -236,7 +236,7 @@ class AsyncEngine:
         try:
             await asyncio.shield(self._shutdown_task)
         except asyncio.CancelledError:
-            await asyncio.wait([self._shutdown_task])  # nothing may be left behind
+            await asyncio.wait([self._shutdown_task])  # no thread or process may be left behind
             raise
 
     async def _shutdown(self) -> None:
@@ -253,7 +253,7 @@ class AsyncEngine:
         self._state = "stopped"
 
     async def drain(self) -> None:
-        """Accept nothing new, and wait until everything accepted has ended. If it is cancelled, the
+        """Accept no new requests, and wait until all accepted ones have ended. If the call is cancelled, the
         engine accepts requests again."""
         self._check_running()
         self._state = "draining"
@@ -296,28 +296,28 @@ class AsyncEngine:
             adapter: An adapter's name, or "name@version"; None is the base model. A dict of names and
                 weights, such as ``{"sql": 0.7, "pirate": 0.3}``, is the sum of them, and ``{"sql": 0.5}`` a
                 scaled one; see docs/adapters.md.
-            request_id: Must be unique among those that have not ended; made up if None.
+            request_id: Must be unique among requests that have not ended; generated if None.
             priority: For policies that look at it; higher is more urgent.
-            deadline: Seconds from now by which it must have ended, the search for its adapter included.
+            deadline: Seconds from now within which the request must end; the look-up of its adapter counts,
+                too.
             tenant: For policies that are fair between tenants.
-            expected_tokens: How long the output is expected to be, for policies that go by it; None:
-                ``max_tokens``.
+            expected_tokens: Expected length of the output, for policies that use it; None: ``max_tokens``.
             cache_salt: Requests share blocks of the prefix cache only with those of the same salt. Give
-                requests of people who must not learn of each other's prompts different ones.
-            output: Tokens that another engine has generated for this request and delivered: it goes on after
-                them as if it had made them, and yields what follows. Needs the seed that the other engine
-                had, if tokens are drawn.
+                different salts to requests of people who must not learn about each other's prompts.
+            output: Tokens that another engine has generated for this request and delivered. This engine
+                continues after them as if it had made them, and yields only new output. If tokens are drawn,
+                it needs the other engine's seed.
             replay: Decode the tokens of ``output`` again, one in each step, instead of computing them all at
-                once. Slower; the continuation's last bits are then those of an undisturbed run, as they are
-                without it where ``info.batch_invariant`` is true. With
-                ``logprobs`` it is always done, because those of ``output`` are needed too.
+                once. It is slower, but the continuation then equals that of an undisturbed run to the last
+                bit. Where ``info.batch_invariant`` is true, it does so without a replay. With ``logprobs`` a
+                replay is always done, because the log-probabilities of ``output`` are needed, too.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
             AdapterNotFound: No adapter of this name is registered, and the resolver has none.
             AdapterInvalid, AdapterTooLarge, AdapterLoadError: It could not be loaded.
-            EngineOverloaded: As many requests wait as may (``max_waiting`` and its like), or pinned adapters
-                hold every slot.
+            EngineOverloaded: A bound on waiting requests is reached (``max_waiting`` and others), or pinned
+                adapters hold every slot.
             DeadlineExceeded: The deadline passed.
             EngineStopped, EngineDead: The engine is not, or no longer, running.
         """
@@ -349,8 +349,8 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Run one request and return all of its output at once; same arguments and errors as
-        :meth:`generate`. It is cheaper, because the caller is woken once, at the end."""
+        """Run one request and return all of its output at once. Arguments and errors are those of
+        :meth:`generate`. It costs less than that, because the caller is woken once, at the end."""
         self._check_running()
         request_id, options = split_keywords(keywords)
         stream = await self._submitter.submit(prompt, params, options, request_id)
@@ -371,10 +371,10 @@ class AsyncEngine:
         """Turn a prompt into one vector: the model's last hidden states, pooled.
 
         Args:
-            pooling: "mean", "last" or "cls" (the first token). None: what the adapter's sentence-transformers
-                configuration says, or else the model's, or else the mean.
+            pooling: "mean", "last" or "cls" (the first token). None: as in the adapter's
+                sentence-transformers configuration, or else the model's, or else the mean.
             normalize: Bring the vector to length 1.
-            dimensions: Keep only the first so many numbers.
+            dimensions: Keep only this many numbers, the first ones.
 
         The other arguments and the errors are those of :meth:`generate`. The request runs in the same
         batches; it takes nothing from the prefix cache and leaves nothing there.
@@ -421,7 +421,7 @@ class AsyncEngine:
         """Score how well each document fits the query. An adapter with a head of one label scores each pair
         (0 to 1); without a head, it is the cosine of the two vectors (-1 to 1).
 
-        The pairs run side by side, each as a request of its own. Raises RequestInvalid for a head of several
+        The pairs run side by side, each as a separate request. Raises RequestInvalid for a head of several
         labels, and what :meth:`generate` raises.
         """
         check_documents(query, documents)
@@ -442,13 +442,13 @@ class AsyncEngine:
         return await score(complete, query, documents, labels=labels, pair=pair)
 
     async def head_labels(self, adapter: str) -> int:
-        """How many labels an adapter's head has; 0 without one. It is loaded if it has not been read yet.
-        Raises as :meth:`load_adapter` does."""
+        """Return how many labels an adapter's head has; 0 without one. Loads the adapter if it has not been
+        read yet. Raises as :meth:`load_adapter` does."""
         self._check_lora()
         return await self._adapters.labels(adapter)
 
     async def label_names(self) -> list[str]:
-        """The model's ``id2label``; empty if it has none."""
+        """Return the model's ``id2label``; empty if it has none."""
         self._check_running()
         if self._label_names is None:
             path = self._built.model_path
@@ -485,8 +485,8 @@ class AsyncEngine:
         max_waiting_tokens: int | None = None,
         max_waiting_tokens_per_tenant: int | None = None,
     ) -> None:
-        """Change the bounds on waiting requests; ``config`` is replaced, and requests that already wait are
-        not affected. Raises ConfigError, and changes nothing, if one of them is not acceptable."""
+        """Change the bounds on waiting requests. ``config`` is replaced; requests that already wait are not
+        affected. Raises ConfigError, and changes nothing, if a bound is not valid."""
         self._check_started()
         self.config = msgspec.structs.replace(
             self.config,
@@ -504,9 +504,9 @@ class AsyncEngine:
         room.max_tokens_per_tenant = max_waiting_tokens_per_tenant
 
     def change_policy(self, policy: str) -> None:
-        """Have another scheduling policy decide from the next step on; ``config`` is replaced, and requests
-        that wait or run stay where they are. Raises PolicyError, and changes nothing, if there is none of
-        that name."""
+        """Use another scheduling policy from the next step on. ``config`` is replaced; requests that wait or
+        run stay where they are. Raises PolicyError, and changes nothing, if there is no policy of that
+        name."""
         self._check_started()
         config = msgspec.structs.replace(self.config, policy=policy)
         self._core.change_policy(choose_policy(config, None))
@@ -538,21 +538,21 @@ class AsyncEngine:
     ) -> AdapterInfo:
         """Read and validate an adapter and bring it to the CPU cache.
 
-        With ``replace`` it takes the place of the one of this name, as its next version, even if nothing
-        in it has changed, and takes over its pin: requests accepted before finish on the old version,
-        those after run on the new; if it turns out to be bad the old one stays. With ``pin`` it goes to a
-        slot and stays there: see :meth:`pin_adapter`. ``path`` is as in :meth:`register_adapter`, and may
-        be left out for a name that is registered or that the resolver has; a resolver's adapter that is
-        replaced is resolved again.
+        With ``replace`` it replaces the adapter of this name as its next version, even if its content is the
+        same, and takes over its pin. Requests accepted before finish on the old version, and later ones run
+        on the new version. If the new version is not valid, the old one stays. With ``pin`` it goes to a slot
+        and stays there: see :meth:`pin_adapter`. ``path`` is as in :meth:`register_adapter`, and may be left
+        out for a name that is registered or that the resolver has. With ``replace``, a resolver's adapter is
+        then resolved again.
 
-        With ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) it comes from
-        memory, and no file is written: the tensors have the names, shapes and dtypes that PEFT saves
+        With ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) it comes from memory,
+        and no file is written. The tensors have the names, shapes and dtypes that PEFT saves
         (``get_peft_model_state_dict``), on any device. They are copied once, and may be changed when this
         returns. The copy stays in host memory until this version is gone, because it is read again after the
         adapter has left the CPU cache; ``LoRAConfig.max_held_lora_bytes`` bounds all such copies together.
 
         Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
-        an unknown name; ConfigError if ``pin`` would leave no slot for the others; EngineOverloaded if
+        an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if
         pinned adapters fill the CPU cache.
         """
         self._check_lora()
@@ -573,9 +573,9 @@ class AsyncEngine:
         pin: bool = False,
         replace: bool = True,
     ) -> AdapterInfo:
-        """Load the adapter of a live ``peft.PeftModel`` as it stands now: :meth:`load_adapter` with its
-        tensors and configuration. ``adapter_name`` is PEFT's; None: the active one. By default it becomes
-        the next version of ``name``, if there is one. The model must not be trained meanwhile.
+        """Load the adapter of a live ``peft.PeftModel`` in its present state, as :meth:`load_adapter` does
+        with tensors and a configuration. ``adapter_name`` is PEFT's; None: the active one. By default it
+        becomes the next version of ``name``, if there is one. The model must not be trained meanwhile.
 
         Raises AdapterInvalid for another object, and what :meth:`load_adapter` raises.
         """
@@ -585,24 +585,25 @@ class AsyncEngine:
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        """Load an adapter from the content of ``adapter_config.json`` and ``adapter_model.safetensors``, as
-        :meth:`load_adapter` does from tensors: for what comes over a network."""
+        """Load an adapter from the content of ``adapter_config.json`` and ``adapter_model.safetensors``, for
+        example from a network. Otherwise like :meth:`load_adapter` with tensors."""
         self._check_lora()
         return await self._held.load_files(name, config, memoryview(weights), pin=pin, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
-        """Take no new requests for it, wait for those accepted (with ``force``: abort them), and free
-        its slot and CPU memory. A resolver may bring the name back when it is asked for again.
+        """Accept no new requests for the adapter, wait for the accepted ones (with ``force``: abort them),
+        and free its slot and CPU memory. A resolver may bring the name back when a request asks for it again.
 
-        If it is cancelled, the adapter is unloaded all the same. Raises AdapterNotFound."""
+        If the call is cancelled, the adapter is unloaded all the same. Raises AdapterNotFound."""
         self._check_lora()
         await self._adapters.unload(name, force=force)
 
     async def prepare_adapter(
         self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
     ) -> AdapterInfo:
-        """Make the next version of an adapter ready without letting requests use it: they do after
-        :meth:`commit_adapter`, and :meth:`discard_adapter` drops it. So several engines can change at once.
+        """Make the next version of an adapter ready, but do not let requests use it yet. New requests use it
+        after :meth:`commit_adapter`; :meth:`discard_adapter` drops it. So several engines can change to a new
+        version at the same time.
 
         Arguments and errors are those of ``load_adapter(..., replace=True)``. With ``read=False`` it is read
         when a request first needs it."""
@@ -610,8 +611,8 @@ class AsyncEngine:
         return await self._adapters.prepare(name, path, read=read)
 
     def commit_adapter(self, name: str) -> AdapterInfo:
-        """Let new requests use the version that was prepared; those accepted before finish on the old one.
-        Raises AdapterNotFound if none was."""
+        """Let new requests use the prepared version. Requests accepted before finish on the old one. Raises
+        AdapterNotFound if no version was prepared."""
         self._check_lora()
         return self._adapters.commit(name)
 
@@ -624,18 +625,18 @@ class AsyncEngine:
         self._adapters.expect(name, digest)
 
     def discard_adapter(self, name: str) -> None:
-        """Drop the version that was prepared, if one was."""
+        """Drop the prepared version, if there is one."""
         self._check_lora()
         self._adapters.discard(name)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """Bring an adapter to a slot and keep it there. Returns when it is in its slot: if none
-        is idle, one is closed to new requests and taken when those that run in it have ended.
+        """Bring an adapter to a slot and keep it there. Returns when the adapter is in its slot. If no slot
+        is idle, one is closed to new requests, and taken when the requests that run in it have ended.
 
-        At most ``max_loras - 1`` adapters can be pinned, so that one slot is left for the others. With
-        ``force`` all slots can; once pinned adapters hold every slot, requests for other adapters fail
-        with EngineOverloaded, those that wait then as well, until one is unpinned. If the call is
-        cancelled or fails, the adapter is not pinned.
+        At most ``max_loras - 1`` adapters can be pinned, so that one slot is left for other adapters. With
+        ``force`` pinned adapters can hold all slots. Then requests for other adapters, waiting ones too, fail
+        with EngineOverloaded until one adapter is unpinned. If the call is cancelled or fails, the adapter is
+        not pinned.
 
         Raises AdapterNotFound, ConfigError, or what loading it raises.
         """
@@ -655,23 +656,23 @@ class AsyncEngine:
     # Watching
 
     def stats(self) -> EngineStats:
-        """Return the engine's present state; after its stop, its last one."""
+        """Return the engine's present state; after its stop, its last state."""
         self._check_started()
         return self._counters.snapshot(self._core)
 
     def load(self) -> EngineLoad:
-        """Return the engine's load, for routers; cheaper than :meth:`stats`."""
+        """Return the engine's load, for routers. It costs less than :meth:`stats`."""
         self._check_started()
         return engine_load(self._core, self._stepper.step_age())
 
     def resident(self) -> list[AdapterInfo]:
-        """Return the adapters in slots, in the CPU cache, and on their way to it; the cost does not grow with
-        registered ones."""
+        """Return the adapters in slots, in the CPU cache, and on their way to it. The cost does not grow with
+        the number of registered adapters."""
         self._check_started()
         return list(self._adapters.resident())
 
     def slots(self) -> SlotTable:
-        """Return the slots, and a number that changes whenever their contents do; cheaper than
+        """Return the slots, and a number that changes whenever their contents change. It costs less than
         :meth:`stats`."""
         self._check_started()
         return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
@@ -687,21 +688,21 @@ class AsyncEngine:
         return lambda: listeners.remove(listener)
 
     def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
-        """The events from now on, as an async iterator; all, or those of the given types.
+        """Return an async iterator over the events from now on; over all, or those of the given types.
 
         >>> async with engine.events(AdapterEvent) as events:
         ...     async for event in events:
         ...         print(event)
 
-        A reader that falls behind by more than ``buffer`` events loses the oldest and gets an
-        :class:`~aioengine.events.EventsLost` in their place. It ends when the engine has stopped.
+        A reader that falls behind by more than ``buffer`` events loses the oldest ones, and gets an
+        :class:`~aioengine.events.EventsLost` in their place. The iterator ends when the engine has stopped.
         """
         self._check_started()
         return self._event_streams.open(types, buffer)
 
     @property
     def metrics(self) -> EngineMetrics:
-        """Prometheus metrics, in a registry of this engine's own (``engine.metrics.registry``)."""
+        """Prometheus metrics of this engine, in a separate registry (``engine.metrics.registry``)."""
         self._check_started()
         return self._metrics
 
@@ -714,8 +715,7 @@ class AsyncEngine:
 
     @property
     def degraded(self) -> bool:
-        """Whether the model's processes were lost and are being restarted. Requests are accepted, and
-        wait."""
+        """Whether the model's processes were lost and are being restarted. Requests are accepted and wait."""
         return self.state == "running" and self._stepper.recovering
 
     def step_age(self) -> float:
@@ -730,7 +730,7 @@ class AsyncEngine:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The model's own; None if it comes without."""
+        """The model's tokenizer; None if the model has none."""
         self._check_running()
         return self._built.tokenizer
 
@@ -774,7 +774,7 @@ class AsyncEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """Versions, model, kernels and device that run here."""
+        """Versions, model, kernels and device of this engine."""
         self._check_started()
         return self._info
 
@@ -792,7 +792,7 @@ class AsyncEngine:
         if self._stepper.dead is not None:
             raise self._stepper.dead
         if self._state != "running":
-            raise EngineStopped(f"the engine accepts nothing new: it is {self._state}")
+            raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
 
     def _check_lora(self) -> None:
         self._check_running()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Bound = Literal["server", "tenant", "adapter"]
 MAX_MESSAGE_BYTES = 2000
-"""A message is cut to so many bytes of UTF-8: some quote what a client or a file holds."""
+"""Maximum bytes of a message in UTF-8; longer ones are cut, because they may quote a client or a file."""
 _MAX_REASON_BYTES = 1500
 
 
@@ -21,17 +21,17 @@ class AioEngineError(Exception):
         super().__init__(_bounded(message, MAX_MESSAGE_BYTES))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors cross processes as they are: their constructors' arguments are not their ``args``."""
+        """Pickle the error with its fields, because its ``args`` are not the arguments of its constructor."""
         return _restored, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(AioEngineError, ValueError):
-    """A configuration value is not acceptable, or the configuration does not fit the machine."""
+    """A configuration value is not valid, or the configuration does not fit the machine."""
 
 
 class AdapterError(AioEngineError):
-    """Base of the adapter errors; ``name`` and ``path`` say which adapter, and ``transient`` that the same
-    attempt may succeed a little later."""
+    """Base of the adapter errors. ``name`` and ``path`` say which adapter; ``transient`` says whether the
+    same attempt may succeed a little later."""
 
     def __init__(self, reason: str, *, name: str, path: str | None = None, transient: bool = False) -> None:
         self.name = name
@@ -67,8 +67,8 @@ class RequestInvalid(AioEngineError, ValueError):
 
 
 class PromptTooLong(RequestInvalid):
-    """The prompt leaves no room for output. ``tokens`` is its length, or, with ``at_least``, a bound on it
-    that was enough to refuse the prompt before it was tokenized."""
+    """The prompt leaves no room for output. ``tokens`` is its length. With ``at_least`` it is a lower bound,
+    which was enough to refuse the prompt before it was tokenized."""
 
     def __init__(self, tokens: int, max_model_len: int, *, at_least: bool = False) -> None:
         self.tokens = tokens
@@ -83,9 +83,9 @@ class PromptTooLong(RequestInvalid):
 class EngineOverloaded(AioEngineError):
     """A bound on waiting requests is reached; try again later.
 
-    ``bound`` names it: the server's (``max_waiting``), or that of the request's tenant or adapter. A request
-    that already waits can get this error when another tenant's request displaces it: then ``bound`` is
-    "tenant". None: another bound, which the message names.
+    ``bound`` names the bound: "server" (``max_waiting``), or that of the request's "tenant" or "adapter". A
+    waiting request can get this error when another tenant's request displaces it; then ``bound`` is "tenant".
+    None: another bound, which the message names.
     """
 
     def __init__(self, message: str, *, bound: Bound | None = None) -> None:
@@ -94,7 +94,8 @@ class EngineOverloaded(AioEngineError):
 
 
 class RequestRejected(AioEngineError):
-    """The scheduling policy has rejected the request before it ran, to serve others in time; try again later.
+    """The scheduling policy rejected the request before it ran, to serve other requests in time; try again
+    later.
 
     ``reason`` is the policy's."""
 
@@ -120,7 +121,7 @@ class PolicyError(AioEngineError):
 
 
 def _bounded(text: str, limit: int) -> str:
-    """The text in at most ``limit`` bytes of UTF-8; characters that UTF-8 does not have are escaped."""
+    """Cut the text to at most ``limit`` bytes of UTF-8; characters that UTF-8 does not have are escaped."""
     data = text[: limit + 1].encode("utf-8", "backslashreplace")
     if len(data) <= limit:
         return data.decode()

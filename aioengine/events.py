@@ -28,7 +28,7 @@ class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     tenant: str | None
     location: Literal["disk", "loading", "cpu", "slot"] | None = None
-    """Place of its adapter when it arrived; None for the base model."""
+    """Location of its adapter when the request arrived; None for the base model."""
     priority: int = 0
     deadline: float | None = None
     """The time by which it must have ended."""
@@ -67,7 +67,7 @@ class FirstToken(Event, frozen=True, kw_only=True, gc=False):
 
 
 class RequestEnded(Event, frozen=True, kw_only=True, gc=False):
-    """The one end of every accepted request."""
+    """End of a request; there is exactly one for each accepted request."""
 
     request_id: str
     adapter: str | None
@@ -132,14 +132,14 @@ class AdapterMoving(AdapterEvent, frozen=True, kw_only=True, gc=False):
 
 
 class AdapterShifted(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """It is moved within the memory that it shares with KV blocks, before the next step."""
+    """Move of an adapter within the memory that it shares with KV blocks, before the next step."""
 
     slot: int
     nbytes: int
 
 
 class BlocksMoved(Event, frozen=True, kw_only=True, gc=False):
-    """KV blocks make way for adapters in the memory that they share: they are moved before the next step."""
+    """Move of KV blocks, before the next step, to make room for adapters in the memory that they share."""
 
     blocks: int
     nbytes: int
@@ -196,8 +196,8 @@ class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
-    """The policy raised or returned no Decision. If a decision was needed, the built-in safe policy made
-    it."""
+    """The policy raised an exception or returned no Decision. If a decision was needed, the built-in safe
+    policy made it."""
 
     error: str
     call: Literal["schedule", "cpu_victims", "on_event"] = "schedule"

@@ -1,7 +1,7 @@
-"""Guided decoding: constraints out of JSON schemas, regular expressions and grammars (extra ``guided``).
+"""Guided decoding: constraints from JSON schemas, regular expressions and grammars (extra ``guided``).
 
-llguidance does the parsing, in processes of its own (:mod:`aioengine.grammars`): for each token that has been
-chosen it says which may come next.
+llguidance does the parsing in separate processes (:mod:`aioengine.grammars`). After each chosen token it says
+which tokens may come next.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Guide:
     >>> await engine.complete("...", SamplingParams(constraint=constraint))
 
     Grammars are compiled and followed in processes that end with the engine, within ``limits``; compiled ones
-    are kept. The methods may be cancelled. ``tenant`` is who takes turns with others when many grammars are
-    to be compiled.
+    are kept. The methods may be cancelled. Tenants (``tenant``) take turns when many grammars wait to be
+    compiled.
 
     Raises ConfigError if llguidance is not installed, the model has no tokenizer, or the system is Windows.
-    The methods raise RequestInvalid for a grammar that is malformed, uses what llguidance does not support,
-    or takes more time or memory than ``limits`` has; EngineOverloaded if too many are waiting or in use;
-    EngineStopped.
+    The methods raise RequestInvalid for a grammar that is malformed, uses a feature that llguidance does not
+    support, or takes more time or memory than ``limits`` allows; EngineOverloaded if too many are waiting or
+    in use; EngineStopped.
     """
 
     def __init__(self, engine: EngineClient, *, limits: GrammarLimits | None = None) -> None:
@@ -58,14 +58,14 @@ class Guide:
         engine.at_stop(self._thread.close)
 
     async def in_thread(self, work: Callable[[], T], tenant: str | None = None) -> T:
-        """``work()``, which makes a grammar's text and takes a moment, in a thread that is there for that;
-        tenants take turns in it. Raises what it raises, EngineOverloaded, EngineStopped."""
+        """Run ``work()``, which makes a grammar's text, in the thread for such work, in which tenants take
+        turns. Raises what ``work`` raises, EngineOverloaded, and EngineStopped."""
         return await self._thread.run(tenant, work)
 
     async def json_object(
         self, options: SchemaOptions | None = None, *, tenant: str | None = None
     ) -> TokenConstraint:
-        """Any JSON object."""
+        """Constrain the output to any JSON object."""
         return await self.json_schema({"type": "object"}, options, tenant=tenant)
 
     async def json_schema(
@@ -75,7 +75,8 @@ class Guide:
         *,
         tenant: str | None = None,
     ) -> TokenConstraint:
-        """JSON that conforms to ``schema``, by default without undeclared properties and in compact form."""
+        """Constrain the output to JSON that conforms to ``schema``, by default compact and without undeclared
+        properties."""
         chosen = options or SchemaOptions()
         prepared = await self.in_thread(lambda: prepare_schema(schema, chosen), tenant)
         if prepared.not_enforced:
@@ -83,22 +84,23 @@ class Guide:
         return await self.prepared_schema(prepared, tenant=tenant)
 
     async def prepared_schema(self, schema: PreparedSchema, *, tenant: str | None = None) -> TokenConstraint:
-        """JSON that conforms to what :func:`~aioengine.grammars.schemas.prepare_schema` gave."""
+        """Constrain the output to a schema that :func:`~aioengine.grammars.schemas.prepare_schema`
+        returned."""
         text = schema.text
         return await self._constraint(text, lambda: self._from.grammar_from_json_schema(text), tenant)
 
     async def regex(self, pattern: str, *, tenant: str | None = None) -> TokenConstraint:
-        """Text that matches a regular expression (in Rust's syntax) as a whole."""
+        """Constrain the output to text that matches a regular expression (in Rust's syntax) as a whole."""
         return await self._constraint(pattern, lambda: self._from.grammar_from_regex(pattern), tenant)
 
     async def choice(self, options: Sequence[str], *, tenant: str | None = None) -> TokenConstraint:
-        """One of these texts."""
+        """Constrain the output to one of these texts."""
         if not options:
             raise RequestInvalid("choice=[]: must have at least one text")
         return await self.lark("start: " + " | ".join(map(json.dumps, options)), tenant=tenant)
 
     async def lark(self, grammar: str, *, tenant: str | None = None) -> TokenConstraint:
-        """Text of a context-free grammar in Lark's notation, from its rule ``start``."""
+        """Constrain the output to a context-free grammar in Lark's notation, from its rule ``start``."""
         return await self._constraint(grammar, lambda: self._from.grammar_from_lark(grammar), tenant)
 
     async def _constraint(self, text: str, grammar: Callable[[], str], tenant: str | None) -> TokenConstraint:

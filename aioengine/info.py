@@ -1,4 +1,4 @@
-"""Answers of an engine about itself: :class:`EngineInfo`, :class:`AdapterInfo`, and so on."""
+"""Descriptions of an engine and its state: :class:`EngineInfo`, :class:`AdapterInfo`, and others."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 import msgspec
 
 LoadProgress = Callable[[str, int, int], None]
-"""``progress(stage, done, total)``, in bytes: progress of loading a model. It is called often, in the loading
-thread."""
+"""``progress(stage, done, total)``: reports how many bytes of a model are loaded. It is called often, in the
+loading thread."""
 
 EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
 
@@ -50,7 +50,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     model_impl: str
     quantization: str
     batch_invariant: bool
-    """Whether a request's tokens are the same bits in any batch (docs/determinism.md)."""
+    """Whether a request's logits are the same bits in any batch (docs/determinism.md)."""
 
 
 class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,7 +61,7 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     pinned: bool
     replica: str | None = None
-    """Replica whose slot it is, in a fleet; ``index`` counts that replica's slots."""
+    """Replica of a fleet that has the slot; ``index`` counts that replica's slots."""
     offset: int | None = None
     """Offset of its adapter in the memory that slots share, in bytes."""
     bytes: int = 0
@@ -72,8 +72,8 @@ class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
     """The present contents of the slots."""
 
     version: int
-    """Increases whenever an adapter has entered or left a slot or the CPU cache; while it is unchanged, so
-    are the residents."""
+    """Increases whenever an adapter has entered or left a slot or the CPU cache. While it is unchanged, the
+    residents are unchanged, too."""
     slots: tuple[SlotInfo, ...]
 
 
@@ -87,7 +87,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     running_tokens: int
     """Tokens of running requests that are in the KV cache."""
     kv_tokens: int
-    """Tokens that the KV cache holds in all."""
+    """Number of tokens that the KV cache has room for."""
     kv_tokens_free: int
     waiting_for: dict[str | None, int]
     """Waiting requests by adapter (None: the base model); those without any are left out."""
@@ -112,13 +112,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting_preempted: int = 0
     """Number of requests in ``waiting`` that have run before and were preempted."""
     max_waiting: int | None = None
-    """None: there is no bound."""
+    """Bound on waiting requests; None: there is none."""
     waiting_tokens: int = 0
     """Prompt tokens of the requests that have not run yet, as far as they are tokenized."""
     max_waiting_tokens: int | None = None
-    """None: there is no bound."""
+    """Bound on waiting tokens; None: there is none."""
     max_running: int = 0
-    """Most requests in the batch."""
+    """Maximum number of requests in the batch."""
     kv_blocks: int
     kv_blocks_free: int
     block_size: int
@@ -143,12 +143,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_memory: int = 0
     """Bytes of the slots' memory, on each device."""
     shared_memory: int = 0
-    """Bytes of the memory that adapters and KV blocks share; what is not in ``slot_memory`` is for KV blocks.
-    0: they have memories of their own."""
+    """Bytes of the memory that adapters and KV blocks share. The bytes that are not in ``slot_memory`` are
+    for KV blocks. 0: they have separate memories."""
     slot_memory_used: int = 0
     """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0
-    """Free bytes outside of the largest hole: idle adapters are moved before they can be had."""
+    """Free bytes outside of the largest hole. Idle adapters must be moved before they can be used."""
     slot_hits: int
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int

@@ -23,14 +23,14 @@ MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
 SHOWN_RANKS = (8, 16, 32, 64, 128)
 AUTO_TOKENS_ON_CPU = 512
-"""Usual length of a request, prompt and output together; the cache has room for so many tokens of each of
-``max_num_seqs``. On a CPU, memory that is not needed is left to others."""
+"""Usual length of a request, prompt and output together. The cache has room for this many tokens for each of
+``max_num_seqs`` requests. On a CPU, memory that is not needed is left to other programs."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes, for each rank of ``tensor_parallel_size``.
 
-    On a CPU everything comes out of one memory, so all of it counts, and the ranks share what there is.
+    On a CPU everything is in one memory, so all of it counts, and the ranks share the available bytes.
     """
 
     device: str
@@ -38,7 +38,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     lora_dtype: str
     quantization: Quantization = "none"
     stored: tuple[str, ...] = ()
-    """The formats of weights that the checkpoint has quantized, and that stay so."""
+    """The checkpoint's formats of quantized weights, which are kept."""
     kv_cache_dtype: str = "auto"
     """"auto": ``dtype``."""
     max_model_len: int
@@ -63,13 +63,14 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     max_rank: int = 1
     """The largest rank of an adapter."""
     slot_memory: int | None = None
-    """Bytes that the slots share; None: each has a place of ``slot_bytes``."""
+    """Bytes that the slots share; None: each has a fixed place of ``slot_bytes``."""
     shared: bool = False
-    """Adapters take their memory from the KV blocks', as much as they need and those can spare."""
+    """Whether adapters take their memory from that of the KV blocks, as much as they need and these can
+    spare."""
 
     @property
     def slot_bytes(self) -> int:
-        """One slot."""
+        """Bytes of one slot."""
         return sum(self.slot_bytes_by_module.values()) + self.slot_affine_bytes
 
     @property
@@ -80,16 +81,16 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def adapter_bytes(self) -> int:
-        """What adapters can have at most: the slot pool or, if they share the memory of the KV blocks, all
-        but what one request of the largest length needs."""
+        """Maximum bytes for adapters: the slot pool or, if they share the memory of the KV blocks, all of it
+        except the room for one request of the largest length."""
         if not self.shared:
             return self.slot_pool_bytes
         return (self.num_blocks - -(-self.max_model_len // self.block_size)) * self.block_bytes
 
     def adapters_that_fit(self) -> list[tuple[int, int, int]]:
-        """(rank, adapters in slots of one size, adapters in a memory that slots share) for adapters of some
-        ranks in every module, without DoRA and biases. Both are given the memory of this plan, and as many
-        slots as they can use."""
+        """Return (rank, adapters in slots of one size, adapters in a memory that slots share) for some ranks.
+        The adapters have every module, without DoRA and biases. In both cases there are the memory of this
+        plan, and as many slots as can be used."""
         matrices = sum(self.slot_bytes_by_module.values())
         if not matrices:
             return []
@@ -101,7 +102,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def bytes_at(self, rank: int) -> int:
-        """What an adapter of this rank in every module takes where slots share a memory."""
+        """Return the bytes of an adapter of this rank in every module, where slots share a memory."""
         return _rounded(-(-sum(self.slot_bytes_by_module.values()) * rank // self.max_rank))
 
     @property
@@ -120,7 +121,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache
 
     def rows(self) -> list[tuple[str, str, int]]:
-        """(what, how it comes about, bytes), for a table; the last row is the total."""
+        """Return (part, how it is computed, bytes), for a table; the last row is the total."""
         detail = self.dtype if self.quantization == "none" else self.quantization
         if self.stored:
             detail = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
@@ -159,10 +160,11 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_memory(
     spec: ModelSpec, config: EngineConfig, *, device: str, available_bytes: int | None = None
 ) -> MemoryPlan:
-    """Plan for a model on a device ("cpu" or "cuda"), of which every rank has one if it is no CPU.
+    """Plan for a model on a device ("cpu" or "cuda"). On CUDA every rank has a separate device.
 
-    Raises ConfigError if it does not fit into ``available_bytes`` (default: what the device has free),
-    saying by how much and which knob to turn, or if the model does not divide by ``tensor_parallel_size``.
+    Raises ConfigError if it does not fit into ``available_bytes`` (default: the device's free bytes), and
+    says how much is missing and which settings to change. Also if the model cannot be divided by
+    ``tensor_parallel_size``.
     """
     if spec.impl == "transformers":
         config.refuse_for_transformers()
@@ -224,10 +226,10 @@ def plan_memory(
 def plan_from_config(
     config: EngineConfig, *, available_bytes: int | None = None, progress: LoadProgress | None = None
 ) -> MemoryPlan:
-    """The plan for a configuration; reads the model's description, not its weights. ``progress`` is told how
-    far it is if the model must be converted first.
+    """Make the plan for a configuration. Reads the model's description, not its weights. ``progress`` is
+    called if the model must be converted first.
 
-    Raises ConfigError if the model cannot be had, is not supported, or does not fit.
+    Raises ConfigError if the model is not available, is not supported, or does not fit.
     """
     spec = read_spec(resolve_model(config.model, progress), config.model_impl, config.quantization)
     device = resolve_device(config.device)
@@ -235,7 +237,7 @@ def plan_from_config(
 
 
 def resolve_device(device: str) -> str:
-    """ "cpu" or "cuda"; torch is asked only if it matters. Raises ConfigError if there is no CUDA."""
+    """Return "cpu" or "cuda". Asks torch only if necessary. Raises ConfigError if there is no CUDA device."""
     if device == "cpu":
         return device
     import torch  # only now, so that a plan for the CPU does not need it
@@ -248,7 +250,7 @@ def resolve_device(device: str) -> str:
 
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
-    """How many KV blocks; raises if there is no room for one request of the full length."""
+    """Return the number of KV blocks. Raises ConfigError without room for one request of the full length."""
     needed = -(-plan.max_model_len // plan.block_size)
     adapter = -(-plan.slot_bytes // plan.block_bytes) if plan.shared else 0
     smallest = (needed + adapter) * plan.block_bytes
@@ -279,16 +281,17 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
 
 
 def _rounded(nbytes: int) -> int:
-    """To a whole granule, where adapters may begin."""
+    """Round up to a whole granule, where adapters may begin."""
     return -(-nbytes // SLOT_GRANULE) * SLOT_GRANULE
 
 
 def _cpu_max_bytes(lora: LoRAConfig, largest: int, size: int) -> int | None:
-    """A rank's part of the CPU cache's bound, which counts all ranks' shares of the adapters. Raises if the
-    largest adapter that the slots allow could never be served, or if what is in the slots has no room.
+    """Return a rank's part of the CPU cache's bound, which counts all ranks' shares of the adapters. Raises
+    ConfigError if the largest adapter that the slots allow could never be served, or if there is no room for
+    the adapters in the slots.
 
-    Where slots share a memory, the cache goes by bytes, too: it has as many times that memory as it has times
-    the adapters.
+    Where slots share a memory, the cache is bounded in bytes, too: at ``max_cpu_loras / max_loras`` (rounded
+    up) times that memory.
     """
     bound = lora.max_cpu_lora_bytes
     if isinstance(lora.slot_memory, int):
@@ -339,9 +342,9 @@ def _each(plan: MemoryPlan) -> str:
 
 
 def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization) -> int:
-    """With int8, the linears' weights take a byte each, and 8 more for each output; with int4 half a byte,
-    and two more for each group of 32 inputs (16, if their number is no multiple). (Until they have been
-    loaded and quantized, they are there in the dtype.)"""
+    """Return the bytes of the weights. With int8, the linears' weights take a byte each, and 8 more for each
+    output. With int4 they take half a byte each, and two more for each group of 32 inputs (of 16, if their
+    number is no multiple of 32). (Until they have been loaded and quantized, they are in the dtype.)"""
     total = spec.num_parameters() * dtype_bytes
     for (n_in, n_out), packing in spec.packed_weights():
         total += packing.nbytes(n_out, n_in) - n_in * n_out * dtype_bytes
@@ -356,7 +359,7 @@ def _weights_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization
 
 
 def _slot_bytes(slot: SlotLayout | None, dtype_bytes: int) -> tuple[dict[str, int], int]:
-    """One slot's bytes by module, and those for DoRA and biases."""
+    """Return one slot's bytes by module, and those for DoRA and biases."""
     if slot is None:
         return {}, 0
     by_module = {m: n * dtype_bytes for m, n in slot.matrix_elements_by_module.items()}
@@ -381,7 +384,7 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Free bytes on the device: for "cpu" what the system, and a container's limit, leave."""
+    """Return the free bytes on the device; for "cpu", those within the system's and a container's limit."""
     if device == "cuda":
         import torch  # only a CUDA plan needs it
 

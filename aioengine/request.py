@@ -17,24 +17,24 @@ Prompt = str | list[int] | list[dict[str, Any]]
 FinishReason = Literal["stop", "length", "abort"]
 
 PoolingKind = Literal["auto", "mean", "last", "cls", "classify"]
-"""Way to make one vector out of a prompt's hidden states after the last norm: their mean, or the last or
-first token's; "auto": as the adapter's, or else the model's, sentence-transformers configuration says, or
-else the mean. "classify" gives the logits of the adapter's trained head, by default of the last token."""
+"""Way to make one vector from a prompt's hidden states after the last norm: their mean, or the last or first
+token's state. "auto": as in the adapter's sentence-transformers configuration, or else the model's, or else
+the mean. "classify" gives the logits of the adapter's trained head, by default of the last token."""
 
 
 @runtime_checkable
 class TokenConstraint(Protocol):
-    """Says which tokens may come next: guided decoding, for one (:mod:`aioengine.guided`).
+    """Says which tokens may come next, for example for guided decoding (:mod:`aioengine.guided`).
 
     It is asked where the sampler runs, in another thread than the event loop's, once for each token.
     """
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        """The tokens that may follow ``output`` (all tokens generated so far), one bit for each.
+        """Return the tokens that may follow ``output`` (all tokens generated so far), one bit for each.
 
-        Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; what lies
-        beyond the end is not allowed. The answer must depend on ``output`` alone. To let the output
-        end, allow an end-of-sequence token. If nothing is allowed, or it raises, the request fails.
+        Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; tokens beyond the
+        end are not allowed. The answer must depend on ``output`` alone. To let the output end, allow an
+        end-of-sequence token. The request fails if no token is allowed, or if this method raises.
         """
         ...
 
@@ -42,21 +42,21 @@ class TokenConstraint(Protocol):
 class StartedConstraint(TokenConstraint, Protocol):
     """A constraint whose answer is computed elsewhere, beside the model's forward pass.
 
-    If the answer is late, its request gets no token in this step, and nobody waits for it: it is asked again
-    in the next.
+    If the answer is late, the step does not wait for it. Its request gets no token in this step, and the
+    constraint is asked again in the next step.
     """
 
     @property
     def slow(self) -> bool:
-        """Whether steps shall not wait for it at all, unless there is nothing else in them."""
+        """Whether steps should not wait for it at all, unless they contain no other request."""
         ...
 
     def begin(self, output: Sequence[int]) -> None:
-        """Begin with what ``allowed(output)`` will be; called before the forward pass. Returns at once."""
+        """Begin to compute ``allowed(output)``. Called before the forward pass; returns at once."""
         ...
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
-        """``allowed(output)``, if it is known within so many seconds; else None."""
+        """Return ``allowed(output)`` if it is known within ``seconds``; else None."""
         ...
 
 
@@ -64,11 +64,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Parameters that say how tokens are chosen, and when to stop.
 
     ``temperature=0`` (the default) is greedy. The filters apply in this order: logit bias, penalties,
-    constraint, temperature, top-k, top-p, min-p. With ``seed`` the random draws depend on the seed and
-    the position alone, whatever else is in the batch; without it a seed is drawn for each request. The
-    logits do not depend on the batch either where ``engine.info.batch_invariant`` is true
-    (docs/determinism.md); elsewhere their last bits do, and a draw that falls on the very edge between two
-    tokens may go either way.
+    constraint, temperature, top-k, top-p, min-p. With ``seed`` the random draws depend only on the seed and
+    the position, and not on the batch. Without it a seed is drawn for each request. Where
+    ``engine.info.batch_invariant`` is true (docs/determinism.md), the logits do not depend on the batch
+    either. Elsewhere their last bits do, so in rare cases a draw falls on another token.
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
@@ -77,8 +76,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt. 0 only with
     ``prompt_logprobs``: nothing is generated."""
     min_tokens: int = 0
-    """Until so many tokens are generated, no end-of-sequence token and none of ``stop_token_ids`` is chosen
-    (unless ``constraint`` allows nothing else), and no stop string is looked for."""
+    """Until this many tokens are generated, no end-of-sequence token and none of ``stop_token_ids`` is chosen
+    (unless ``constraint`` allows no other token), and stop strings are ignored."""
     temperature: float = 0.0
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
@@ -103,11 +102,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     """Report the log-probability of each output token and of this many most likely ones (0..20)."""
     prompt_logprobs: int | None = None
-    """The same for each token of the prompt but the first. The prompt is computed in full for it: nothing of
-    it is taken from the prefix cache."""
+    """The same for each token of the prompt except the first. The prompt is then computed in full: the prefix
+    cache is not used for it."""
     pooling: PoolingKind | None = None
     """Return a vector in place of tokens, with ``max_tokens=0``: see :class:`PoolingKind`. The prompt is
-    computed in full, and the prefix cache keeps nothing of it."""
+    computed in full, and is not kept in the prefix cache."""
     skip_special_tokens: bool = True
     constraint: TokenConstraint | None = None
     """Constraint that the output must satisfy; sampling chooses among the tokens that it allows."""
@@ -157,7 +156,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the token is chosen from other logits than the model's own."""
+        """Whether the token is chosen from changed logits, not from the model's own."""
         return (
             self.has_penalties or bool(self.logit_bias) or self.constraint is not None or self.min_tokens > 0
         )
@@ -165,7 +164,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Adapter and scheduling arguments of a request: the keyword arguments of ``AsyncEngine.generate``, which
-    says what they mean.
+    describes them.
 
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
@@ -200,12 +199,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 MAX_MIXED = 8
-"""Adapters in one mix."""
+"""Maximum number of adapters in one mix."""
 
 
 def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
     if not 1 <= len(weights) <= MAX_MIXED:
-        raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters: it has 1 to {MAX_MIXED}")
+        raise RequestInvalid(
+            f"adapter: is a mix of {len(weights)} adapters; a mix must have 1 to {MAX_MIXED}"
+        )
     for name, weight in weights.items():
         check_text("adapter", name)
         _check_float(f"adapter[{name!r}]", weight, low=-100.0, high=100.0)
@@ -217,7 +218,7 @@ Wanted = str | Mapping[str, float] | None
 
 
 class CallKeywords(TypedDict, total=False):
-    """Keyword arguments that every kind of request takes; ``AsyncEngine.generate`` says what they mean."""
+    """Keyword arguments that every kind of request takes; ``AsyncEngine.generate`` describes them."""
 
     request_id: str | None
     priority: int
@@ -226,7 +227,7 @@ class CallKeywords(TypedDict, total=False):
 
 
 class RequestKeywords(CallKeywords, total=False):
-    """Keyword arguments of ``AsyncEngine.generate``, which says what they mean."""
+    """Keyword arguments of ``AsyncEngine.generate``, which describes them."""
 
     adapter: Wanted
     expected_tokens: int | None
@@ -259,7 +260,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """Output of a request so far; the ``_delta`` fields are what is new since the last one."""
+    """Output of a request so far; the ``_delta`` fields have only the part since the last one."""
 
     request_id: str
     adapter: str | None
@@ -323,7 +324,7 @@ class Scores(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def check_text(field: str, value: object) -> None:
-    """Raises RequestInvalid unless it is None or text that is not empty and that UTF-8 can encode."""
+    """Raise RequestInvalid unless ``value`` is None, or text that is not empty and that UTF-8 can encode."""
     if value is None:
         return
     if not isinstance(value, str) or not value:
@@ -341,7 +342,7 @@ def _check_pooling(params: SamplingParams) -> None:
         )
     if params.max_tokens or params.prompt_logprobs is not None or params.constraint is not None:
         raise RequestInvalid(
-            "pooling gives a vector and no tokens: it needs max_tokens=0, without prompt_logprobs and "
+            "pooling returns a vector and no tokens: it needs max_tokens=0, without prompt_logprobs and "
             "constraint"
         )
 
@@ -355,7 +356,7 @@ def _tuple(field: str, value: object) -> tuple[Any, ...]:
 
 
 def _checked_bias(bias: object) -> dict[int, float]:
-    """Return the bias with integers as keys: in JSON they are text."""
+    """Return the bias with integers as keys, which are text in JSON."""
     if not isinstance(bias, Mapping):
         raise RequestInvalid(f"logit_bias={bias!r}: must map token ids to numbers in [-100, 100]")
     checked: dict[int, float] = {}

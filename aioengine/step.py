@@ -1,4 +1,4 @@
-"""A model step and a read adapter as plain data: what the core asks of a device, and what comes back.
+"""Model steps and adapters' reads as plain data: the core's requests to a device, and the results.
 
 Nothing here refers to live objects, so that a step can cross a process boundary unchanged; only a request's
 ``params.constraint`` is its caller's object.
@@ -38,17 +38,16 @@ class SequenceWork(NamedTuple):
     """Prompt followed by output so far (for penalties)."""
     prompt_len: int
     score: int = 0
-    """How many of ``tokens``, from the first, are asked for the log-probability of the token that follows
-    them in ``history``."""
+    """Number of ``tokens``, from the first on, for which to report the log-probability of the next token of
+    ``history``."""
     draft: Sequence[int] = ()
-    """Tokens that are proposed to follow ``history``; ``tokens`` end with them, so that they are computed
-    too. A token is sampled after each of them, as long as the proposed tokens before it equal the sampled
-    ones."""
+    """Proposed tokens after ``history``. ``tokens`` end with them, so they are computed, too. A token is
+    sampled after each of them, as long as all proposed tokens before it equal the sampled ones."""
 
 
 class MemoryMove(NamedTuple):
-    """Bytes of the memory that adapters and KV blocks share, to be moved before a step. The ends of an
-    adapter's move may overlap."""
+    """Move of bytes, before a step, in the memory that adapters and KV blocks share. For an adapter, the old
+    and the new place may overlap."""
 
     to: int
     source: int
@@ -70,7 +69,7 @@ class StepBatch(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The token sampled for one sequence, or, in ``error``, why there is none."""
+    """The token sampled for one sequence or, in ``error``, the reason why there is none."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -144,9 +143,9 @@ class LoadedAdapter(NamedTuple):
     labels: int = 0
     """Labels of its classification head."""
     slot_nbytes: int | None = None
-    """Bytes that it takes in a slot, on the rank where that is most; None: ``nbytes``."""
+    """Bytes that it takes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
-    """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
+    """If it is an activated LoRA adapter, it is applied from these tokens on; none: to all tokens."""
 
 
 Retrying = Callable[[int, float, AdapterError], None]
@@ -154,17 +153,17 @@ Retrying = Callable[[int, float, AdapterError], None]
 seconds until the next one, and the error of the last one."""
 
 Stalled = Callable[[], None]
-"""Called once if the read of an adapter makes no progress, so that others need not wait for it."""
+"""Called once if the read of an adapter makes no progress, so that other reads need not wait for it."""
 
 
 class ReadOrder(NamedTuple):
     """An order to read an adapter into the CPU cache."""
 
     uid: int
-    """Number of the version, which the CPU cache knows it by."""
+    """Number of the version, which is its key in the CPU cache."""
     name: str
     path: str
     retrying: Retrying
     stalled: Stalled
     files: AdapterSource | None = None
-    """What is read in place of the folder ``path``."""
+    """Files to read in place of the folder ``path``."""

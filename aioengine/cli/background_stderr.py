@@ -1,6 +1,6 @@
-"""Standard error that nobody waits for: what is written is kept, and a thread writes it out.
+"""Standard error without waits: lines are kept in memory, and a thread writes them.
 
-A pipe that is not read blocks who writes to it, which must not be a server's event loop.
+A pipe that nobody reads blocks its writer, and a server's event loop must not block.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from contextlib import contextmanager
 MAX_BYTES = 2**20
 """Maximum bytes that are kept; lines beyond it are dropped, and counted."""
 GATHER_SECONDS = 0.05
-"""Time for which lines are collected and then written together: to wake the thread for each line would slow
+"""Time for which lines are collected and then written together. Waking the thread for each line would slow
 down the threads that log."""
 FLUSH_SECONDS = 1.0
-"""How long the end waits for what is kept to be written."""
+"""How long the end waits until the kept lines are written."""
 
 
 class BackgroundFile(io.RawIOBase):
-    """A file that is written to by a thread. ``dropped`` counts the lines that found no room, or that
-    could not be written."""
+    """A file that a thread writes to. ``dropped`` counts the lines for which there was no room, or that could
+    not be written."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -77,7 +77,7 @@ class BackgroundFile(io.RawIOBase):
 
 
 def _write(fd: int, data: bytes) -> int:
-    """Write all of it; returns how many lines could not be."""
+    """Write all of ``data``. Returns how many lines could not be written."""
     rest = memoryview(data)
     try:
         while rest:
@@ -89,8 +89,8 @@ def _write(fd: int, data: bytes) -> int:
 
 @contextmanager
 def background_stderr() -> Iterator[BackgroundFile]:
-    """``sys.stderr`` is written by a thread inside. If what is left at the end cannot be written within
-    ``FLUSH_SECONDS``, it stays so: nothing that is written afterwards may block either."""
+    """Have a thread write ``sys.stderr`` while the context lasts. If the last lines cannot be written within
+    ``FLUSH_SECONDS`` at the end, the thread keeps writing, so that later output does not block either."""
     before = sys.stderr
     before.flush()
     file = BackgroundFile(2)

@@ -16,7 +16,7 @@ _TROUBLE = Group(f"{FOLDED}: finding out what went wrong", sort_key=90)
 @Parameter(name="*", group=_TROUBLE)
 @dataclass(frozen=True, kw_only=True)
 class CommonFlags:
-    """A command takes them in a parameter called ``common``, where ``main`` looks for them."""
+    """Common flags. A command takes them in a parameter called ``common``, where ``main`` finds them."""
 
     debug: Annotated[bool, Parameter(negative="")] = False
     """Show an error's traceback before its line."""
@@ -24,7 +24,7 @@ class CommonFlags:
     """Log to standard error, from this level on."""
 
     def configure_logging(self) -> None:
-        """The program configures logging; the library never does."""
+        """Configure logging for the program; the library never does."""
         if self.log_level is not None:
             logging.basicConfig(
                 level=self.log_level.upper(),

@@ -57,7 +57,7 @@ class EngineFlags:
     max_num_seqs: int | None = None
     """Maximum running requests (64)."""
     kv_cache_memory: str | None = None
-    """Bytes, or text such as 2GiB; the default is what fits."""
+    """Bytes, or text such as 2GiB; by default what is free."""
     policy: str | None = None
     """Scheduler policy (fcfs); aioengine policies lists them."""
     seed: int | None = None
@@ -81,7 +81,7 @@ class EngineFlags:
     dtype: Annotated[DType | None, _IN_MORE] = None
     """Compute dtype."""
     model_impl: Annotated[ModelImpl | None, _IN_MORE] = None
-    """What runs it: native, transformers, or auto (native if known)."""
+    """Model code: native, transformers, or auto (native if it knows the model)."""
     quantization: Annotated[Quantization | None, _IN_MORE] = None
     """Weights of the linears in fewer bits: int8 or int4. CPU only."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
@@ -121,16 +121,16 @@ class EngineFlags:
     metrics_compat: Annotated[MetricsCompat | None, _IN_MORE] = None
     """vllm: also export vLLM's metrics, which request routers read."""
     max_adapter_labels: Annotated[int | None, _IN_MORE] = None
-    """Maximum adapters with a metric label of their own."""
+    """Maximum adapters with a separate metric label."""
     max_tenant_labels: Annotated[int | None, _IN_MORE] = None
-    """Maximum tenants with one."""
+    """Maximum tenants with a separate metric label."""
     name: Annotated[str | None, Parameter(group=_MORE_ENGINE, name="--engine-name")] = None
     """Value of the metrics' label "engine"."""
 
     adapter_root: Annotated[str | None, _IN_MORE_LORA] = None
     """Folder whose subfolders are adapters, by name."""
     slot_memory: Annotated[str | None, _IN_MORE_LORA] = None
-    """Bytes that all slots share, such as 256MiB: adapters take what their own ranks take."""
+    """Bytes that all slots share, such as 256MiB; an adapter takes only what its ranks need."""
     lora_dtype: Annotated[LoRADType | None, _IN_MORE_LORA] = None
     """dtype of adapters in slots and cache; int8 halves them."""
     target_modules: Annotated[list[str] | None, _TARGETS] = None
@@ -138,7 +138,7 @@ class EngineFlags:
     max_cpu_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
     """A second bound on the CPU cache: bytes, or text such as 2GiB."""
     max_held_lora_bytes: Annotated[str | None, _IN_MORE_LORA] = None
-    """What adapters may take that are uploaded, and not read from disk."""
+    """Maximum bytes of all uploaded adapters, which are kept in memory."""
     max_concurrent_loads: Annotated[int | None, _IN_MORE_LORA] = None
     """Maximum adapters read from disk at once."""
     load_retries: Annotated[int | None, _IN_MORE_LORA] = None
@@ -151,9 +151,9 @@ class EngineFlags:
     """With tensor parallelism, shard all of the LoRA work."""
 
     def engine_config(self) -> EngineConfig:
-        """The file's fields with the given flags over them.
+        """Return the file's configuration, overridden by the given flags.
 
-        Raises ConfigError for what the file or the flags get wrong.
+        Raises ConfigError for errors in the file or the flags.
         """
         values, source = _read(self.config)
         values.update(_given(self, _ENGINE_FIELDS))
@@ -167,8 +167,8 @@ class EngineFlags:
         return EngineConfig.from_dict(values, source=source)
 
     def adapters(self) -> dict[str, str]:
-        """Name -> path of the file's table ``[adapters]``, and of the ``--lora-modules``, which go before it.
-        Raises ConfigError if one is not name=path."""
+        """Return name -> path of the file's table ``[adapters]`` and of ``--lora-modules``, which overrides
+        it. Raises ConfigError if an entry is not name=path."""
         return {**adapters_table(self.config), **self._modules()}
 
     def _modules(self) -> dict[str, str]:
@@ -184,11 +184,11 @@ class EngineFlags:
 
 
 def check_folders(adapters: Mapping[str, str]) -> None:
-    """Raises ConfigError for the first path of ``--lora-modules`` that leads nowhere, before anything slow
-    begins. (An engine would find out when it is needed.)"""
+    """Raise ConfigError for the first path of ``--lora-modules`` that does not exist, before anything slow
+    begins. (An engine would find out only when a request needs the adapter.)"""
     for name, path in adapters.items():
         if not is_source(path) and not Path(path).expanduser().is_dir():
-            raise ConfigError(f"--lora-modules {name}={path}: there is no such folder")
+            raise ConfigError(f"--lora-modules {name}={path}: there is no such folder; correct the path")
 
 
 _FLAGS = {field.name for field in fields(EngineFlags)}
@@ -197,7 +197,7 @@ _ENGINE_FIELDS = tuple(name for name in EngineConfig.__struct_fields__ if name i
 
 
 def in_flags(text: str) -> str:
-    """An error's text with "--max-loras" for "LoRAConfig.max_loras"."""
+    """Return an error's text with "--max-loras" in place of "LoRAConfig.max_loras"."""
     return re.sub(
         r"\b(?:EngineConfig|LoRAConfig)\.(\w+)",
         lambda found: f"--{found[1].replace('_', '-')}" if found[1] in _FLAGS else found[0],
@@ -210,7 +210,7 @@ def _given(flags: EngineFlags, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read(path: Path | None) -> tuple[dict[str, Any], str]:
-    """The file's content, and what to call it in an error.
+    """Return the file's content, and its name for errors.
 
     The file is merged with the flags before it becomes an EngineConfig: defaults that depend on
     other fields (max_cpu_loras on max_loras) must see both.

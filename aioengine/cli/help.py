@@ -1,4 +1,4 @@
-"""Layout of help pages: the flags that are used most on one screen, the rest with ``--help-all``."""
+"""Layout of help pages: the most used flags on one screen, the rest with ``--help-all``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``aioengine keys``: make API keys for ``serve --keys``, and check the file that they are in."""
+"""``aioengine keys``: makes API keys for ``serve --keys``, and checks the keys file."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def new(
 ) -> int:
     """Create a key, and print its entry for the keys file.
 
-    The entry goes to standard output, so that >> adds it to the file; the key itself goes to standard error,
-    once, and is kept nowhere.
+    The entry goes to standard output, so that >> adds it to the file. The key itself goes to standard error,
+    once, and is not stored.
 
     Args:
-        tenant: Whom the key is for.
+        tenant: Tenant that uses the key.
         scope: metrics, generate, adapters or admin; can be given more than once; generate by default.
         adapter: Adapter, or pattern such as team-a/*, that it may use; any by default.
     """
@@ -64,7 +64,7 @@ def hash(*, common: CommonFlags | None = None) -> int:
         key = sys.stdin.readline().rstrip("\r\n")
     if len(key) < SHORTEST_KEY or not key.isprintable() or " " in key:
         raise ConfigError(
-            f"a key must have at least {SHORTEST_KEY} characters that are drawn at random, and no spaces: a "
+            f"a key must have at least {SHORTEST_KEY} random characters, and no spaces: a "
             "shorter one can be guessed by whoever reads its hash; `aioengine keys new` makes one"
         )
     print(hash_key(key))

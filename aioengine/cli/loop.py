@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main`` to its end on a uvloop loop (asyncio's own where uvloop is not to be had).
+    """Run ``main`` to its end on a uvloop loop (on asyncio's own where uvloop is not available).
 
-    Ctrl-C cancels it. Raises KeyboardInterrupt if that, or output that nobody reads, has ended it.
+    Ctrl-C cancels it. Raises KeyboardInterrupt if Ctrl-C, or output that nobody reads, has ended it.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:

@@ -82,14 +82,14 @@ COMMANDS = {
   aioengine serve --host 0.0.0.0 --port 80 --log-format json""",
 }
 """The commands, each with its examples. ``name`` is the function ``name`` in ``aioengine.cli.name``; "fleet",
-"keys" and "lab" are groups of their own."""
+"keys" and "lab" are groups of commands."""
 
 POLICIES_COMMANDS = {
     "check": """\
   aioengine policies check my_policy.py:MyPolicy
   aioengine policies check edf+gdsf --runs 20""",
 }
-"""The commands beside the list of policies: ``name`` is the function ``name`` in
+"""The commands of policies, beside the list: ``name`` is the function ``name`` in
 ``aioengine.cli.policies``."""
 
 FLEET_COMMANDS = {
@@ -163,10 +163,10 @@ LAB_COMMANDS = {
 
 
 _ALONE = {"policies": "aioengine.cli.policies:policies"}
-"""Groups that do something without a command of theirs, too."""
+"""Groups that are also commands themselves."""
 
 _ROOMS = {"demo", "generate"}
-"""Commands with a room of their own, where they are in the file ``command``."""
+"""Commands with a folder, where they are in the file ``command``."""
 
 GROUPS = {
     "policies": (
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = CommonFlags()
     try:
         app = build_app(full_help=HELP_ALL in tokens)
-        # What is listed is imported, for the line that says what it does.
+        # Listed commands are imported for their one-line descriptions.
         if not tokens or tokens[0] in (*HELP_FLAGS, HELP_ALL):
             for name in COMMANDS:
                 app[name]

@@ -1,4 +1,4 @@
-"""``aioengine plan``: what an engine would take, before it takes it."""
+"""``aioengine plan``: shows the memory that an engine would take."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def plan(
 ) -> int:
     """Print the memory that an engine with these settings needs, without reading weights.
 
-    Exits with 2, naming the knob to turn, if it does not fit, or if --batch-invariant cannot be had.
+    Exits with 2 and names the setting to change if it does not fit, or --batch-invariant is not possible.
 
     Parameters
     ----------
     ranks
-        Shares of the adapters' ranks, "8:.7,16:.2,64:.1": compare ways to give memory to these.
+        Shares of the adapters' ranks, "8:.7,16:.2,64:.1": compares ways to give memory to them.
     """
     from aioengine.cli.progress import load_progress
     from aioengine.memory_plan import plan_from_config
@@ -49,7 +49,7 @@ def plan(
 
 
 def _shares(ranks: str, found: MemoryPlan) -> dict[int, float]:
-    """Shares by rank. Raises ConfigError."""
+    """Parse shares by rank. Raises ConfigError."""
     from aioengine.lab.workload.distributions import parse_ranks
 
     if not found.num_slots:
@@ -64,7 +64,7 @@ def _shares(ranks: str, found: MemoryPlan) -> dict[int, float]:
 
 
 def _compare(found: MemoryPlan, shares: dict[int, float]) -> None:
-    """Print what each form of ``slot_memory`` would do with the memory of the plan, and which one to take."""
+    """Print how each form of ``slot_memory`` would use the memory of the plan, and recommend one."""
     from rich.table import Table
 
     from aioengine.checks import format_bytes
@@ -76,7 +76,7 @@ def _compare(found: MemoryPlan, shares: dict[int, float]) -> None:
     both = pool + found.kv_bytes
     longest = -(-found.max_model_len // found.block_size) * found.block_bytes
     slots = pool // found.slot_bytes if pool else found.num_slots
-    if found.shared:  # what it would be with slots of one size
+    if found.shared:  # the numbers for slots of one size
         pool = min(slots * found.slot_bytes, both - longest) // found.slot_bytes * found.slot_bytes
         slots, tokens = pool // found.slot_bytes, (both - pool) // found.block_bytes * found.block_size
     table = Table(
@@ -95,7 +95,7 @@ def _compare(found: MemoryPlan, shares: dict[int, float]) -> None:
     if by_bytes <= slots:
         advice = "slots of one size: no more of these adapters would fit by bytes"
     else:
-        advice = 'slot_memory="shared": nobody waits for memory that the others leave unused'
+        advice = 'slot_memory="shared": adapters and KV cache use each other\'s free memory'
     console.print(f"recommended: {advice}", highlight=False, soft_wrap=True)
 
 
@@ -115,7 +115,7 @@ def _print(found: MemoryPlan, model: str, ran_by: str, variance: str | None) -> 
     rows = found.rows()
     for index, (label, detail, size) in enumerate(rows):
         last = index == len(rows) - 1
-        # A module's share is part of the slot pool's row, so it is set apart from what adds up.
+        # A module's share is part of the slot pool's row, so it is not among the rows that add up.
         style = "bold" if last else "dim" if label.startswith("slot pool: ") else ""
         if last:
             table.add_section()

@@ -1,5 +1,4 @@
-"""``aioengine policies``: which scheduler policies and parts there are, and whether one keeps its
-contract."""
+"""``aioengine policies``: lists scheduler policies and parts, and checks whether one keeps its contract."""
 
 from __future__ import annotations
 
@@ -21,9 +20,8 @@ EXIT_BROKEN = 3
 def policies(*, common: CommonFlags | None = None) -> int:
     """List the scheduler policies, and the parts to compose one from.
 
-    A policy is named alone (fcfs), with options (fcfs:max_wait=2), out of parts (edf+gdsf+lookahead),
-    or by path (package.module:Class).
-    """
+    A policy is named alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), or by path
+    (package.module:Class)."""
     from rich.table import Table
     from rich.text import Text
 
@@ -50,7 +48,7 @@ def policies(*, common: CommonFlags | None = None) -> int:
         for info in infos:
             details = [info.summary]
             if "future:" in info.options:
-                details.append("lab only: it must know all arrivals beforehand, as where a trace is replayed")
+                details.append("lab only: it must know all arrivals beforehand, as in a trace")
             elif info.options:
                 details.append(f"options: {info.options}")
             if info.starvation_bound:
@@ -82,7 +80,7 @@ def policies(*, common: CommonFlags | None = None) -> int:
         console.print(table)
         console.print()
     console.print(
-        "Name one alone (fcfs), with options (fcfs:max_wait=2), out of parts (edf+gdsf+lookahead), "
+        "Name one alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), "
         "or by path (package.module:Class).",
         highlight=False,
     )
@@ -96,19 +94,19 @@ def check(
     runs: Annotated[int, Parameter(name="--runs")] = 5,
     common: CommonFlags | None = None,
 ) -> int:
-    """Run a policy through random scenarios in virtual time, and say what it breaks.
+    """Run a policy through random scenarios in virtual time, and report what it breaks.
 
-    Requests, tenants, deadlines, reads that fail, adapters that come and go, a device that is lost: after
-    each event the engine's invariants are checked, and in the end everything must have been served. Exits
-    with 3 if the policy raises, answers with something else than a Decision, lets requests wait for ever, or
-    decides otherwise where the same happens again.
+    Scenarios have requests, tenants, deadlines, failed reads, adapters that come and go, and a lost device.
+    After each event the engine's invariants are checked; at the end all requests must have been served. Exits
+    with 3 if the policy raises, returns something other than a Decision, lets requests wait for ever, or
+    decides differently when the same events happen again.
 
     Parameters
     ----------
     policy
         A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
     runs
-        Of each scenario, with other events each time.
+        Runs of each scenario, with other events each time.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.cli.tables import output_console
@@ -140,7 +138,7 @@ def _print_checked(console: Console, policy: str, found: Checked) -> None:
         console.print(Text(f"broken: {_once(finding)}", style="bold red"))
         console.print(Text("  " + finding.details.strip().replace("\n", "\n  "), style="dim"))
     if found.refused:
-        console.print("refused by the core, item by item (naming more than fits is no fault):")
+        console.print("refused by the core, item by item (to name more than fits is no fault):")
     for finding in sorted(found.refused, key=lambda finding: -finding.times):
         console.print(Text(f"  {_once(finding)}: {finding.details}"))
     if found.sound:

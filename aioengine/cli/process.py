@@ -1,8 +1,8 @@
 """The program's own signals and standard streams: how a command ends before it is done.
 
-Ctrl-C and output that nobody reads are the process's business, not the engine's, so this is installed by
-the program ``aioengine`` alone, before anything slow is imported. Nothing here raises into the command:
-an asynchronous command is cancelled and unwinds, any other has nothing to unwind.
+Ctrl-C and output that nobody reads concern the process and not the engine. So only the program ``aioengine``
+installs this, before slow imports. Nothing here raises into the command: an asynchronous command is cancelled
+and unwinds; any other command has nothing to unwind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Ending(NamedTuple):
 
     code: int
     line: str | None
-    """Line for standard error; None: nothing is printed, as by other tools whose reader has gone."""
+    """Line for standard error; None: print nothing, as other tools do when their reader has gone."""
 
 
 INTERRUPTED = Ending(EXIT_INTERRUPTED, "interrupted")
@@ -48,7 +48,7 @@ class Process:
 
     def install(self) -> None:
         """Take over Ctrl-C and the standard streams."""
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background job
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a shell's background job
             signal.signal(signal.SIGINT, self._on_interrupt)
         _open_missing_streams()
         sys.stdout = _guarded(sys.stdout, 1, self._on_output_error)
@@ -56,7 +56,7 @@ class Process:
 
     @contextmanager
     def cancelling(self, cancel: Callable[[], object]) -> Iterator[None]:
-        """Inside, an early end calls ``cancel``, which must be safe in a signal handler."""
+        """Context in which an early end calls ``cancel``, which must be safe in a signal handler."""
         self._cancel = cancel
         try:
             yield
@@ -64,12 +64,12 @@ class Process:
             self._cancel = None
 
     def exit(self, code: int) -> NoReturn:
-        """End the process as the command has ended, or as it was ended."""
-        with suppress(ValueError):  # closed by the command itself
+        """End the process with the command's exit code, or with that of its early end."""
+        with suppress(ValueError):  # the command has closed it
             sys.stdout.flush()
         if self.ending is None:
             sys.exit(code)
-        self._exit_now(self.ending)  # a thread may still load a model: nobody waits for that
+        self._exit_now(self.ending)  # a thread may still load a model: do not wait for it
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         self._end(INTERRUPTED, at_once=True)
@@ -82,8 +82,8 @@ class Process:
             self._end(Ending(EXIT_FAILED, text), at_once=False)
 
     def _end(self, ending: Ending, *, at_once: bool) -> None:
-        """Cancel the command. Where there is nothing to cancel, or it is the second time, exit if
-        ``at_once``, else let it come to its end."""
+        """Cancel the command. If there is nothing to cancel, or at the second call, exit if ``at_once``; else
+        let the command end."""
         if at_once and (self._cancel is None or self.ending == ending):
             self._exit_now(ending)
         first = self.ending is None
@@ -100,15 +100,15 @@ class Process:
         use it."""
         if ending.line is not None:
             interactive = os.isatty(2)
-            # A live view may have hidden the cursor, and "^C" stands in the line.
+            # A live view may have hidden the cursor, and the line may contain "^C".
             before = _SHOW_CURSOR + b"\n" if interactive else b""
             _write_at_once(2, before + f"aioengine: {ending.line}\n".encode())
         os._exit(ending.code)
 
 
 def _write_at_once(fd: int, line: bytes) -> None:
-    """Write a short line, unless nobody takes it now: a terminal that is stopped, a pipe that nobody reads.
-    What has room for anything has room for a line."""
+    """Write a short line, unless it would block: on a stopped terminal, or a pipe that nobody reads. A stream
+    with any room has room for a line."""
     with suppress(OSError):
         writable = select.poll()
         writable.register(fd, select.POLLOUT)
@@ -117,7 +117,7 @@ def _write_at_once(fd: int, line: bytes) -> None:
 
 
 class _GuardedFile(io.FileIO):
-    """A stream whose first failed write is reported, and which swallows everything from then on."""
+    """A stream that reports its first failed write, and drops everything from then on."""
 
     def __init__(self, fd: int, report: Callable[[OSError], None]) -> None:
         super().__init__(fd, "wb", closefd=False)
@@ -135,7 +135,7 @@ class _GuardedFile(io.FileIO):
 
 
 def _guarded(stream: TextIO | Any, fd: int, report: Callable[[OSError], None]) -> io.TextIOWrapper:
-    """``stream`` (None if there is none) over a guarded file, with the same encoding and buffering."""
+    """Return ``stream`` (None if there is none) over a guarded file, with the same encoding and buffering."""
     raw = _GuardedFile(fd, report)
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
@@ -147,9 +147,9 @@ def _guarded(stream: TextIO | Any, fd: int, report: Callable[[OSError], None]) -
 
 
 def _open_missing_streams() -> None:
-    """Give the numbers 0, 1 and 2 to something, so that no file or socket of ours gets them.
+    """Open the file descriptors 0, 1 and 2 if they are closed, so that no other file or socket gets them.
 
-    A missing input or output is opened the wrong way round: using it then fails, as it should.
+    A missing input is opened for writing, and a missing output for reading, so that using them fails.
     """
     for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:

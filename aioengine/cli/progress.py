@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 async def started(
     config: EngineConfig, adapters: Mapping[str, str], also: LoadProgress | None = None
 ) -> AsyncIterator[AsyncEngine]:
-    """A running engine with ``adapters`` (name -> path) registered; its loading is shown, and told to
-    ``also``."""
+    """Context with a running engine and registered ``adapters`` (name -> path). The progress of loading is
+    shown, and passed to ``also``."""
     engine = AsyncEngine(config)
     try:
         with load_progress() as shown:
@@ -40,7 +40,7 @@ async def started(
 
 @contextmanager
 def load_progress() -> Iterator[LoadProgress | None]:
-    """A bar for each stage of loading a model; None where there is no terminal."""
+    """Context with a bar for each stage of loading a model; None where there is no terminal."""
     console = _terminal()
     if console is None:
         yield None
@@ -61,9 +61,9 @@ def load_progress() -> Iterator[LoadProgress | None]:
 
 @contextmanager
 def batch_progress(total: int) -> Iterator[Callable[[], None]]:
-    """Counts requests as they end, by a function to call for each.
+    """Context with a function to call for each request that has ended; it shows their number.
 
-    Nothing is shown where the answers go to the terminal themselves.
+    Shows nothing if the answers go to the terminal.
     """
     console = None if sys.stdout.isatty() else _terminal()
     if console is None:

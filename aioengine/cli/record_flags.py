@@ -24,8 +24,8 @@ class RecordFlags:
     """Append a line per request to this file, a trace for the lab without any text."""
 
     def writer(self) -> AbstractAsyncContextManager[TraceWriter | None]:
-        """Make the writer, to be attached to the engine and entered before it, so that it also records the
-        requests that the engine's stop ends.
+        """Make the writer. Attach it to the engine, and enter it before the engine, so that it also records
+        the requests that end with the engine.
 
         Raises ConfigError if the file cannot be written.
         """

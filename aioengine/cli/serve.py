@@ -56,9 +56,9 @@ logger = logging.getLogger("aioengine.server")
 @dataclass(frozen=True, kw_only=True)
 class ServerFlags:
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every one."""
+    """Address to listen on; 0.0.0.0 is all addresses."""
     port: int = 8000
-    """0 chooses a free one."""
+    """Port to listen on; 0 chooses a free one."""
     served_model_name: Annotated[list[str] | None, _LIST] = None
     """The base model's name in requests; repeatable."""
     api_key: Annotated[list[str] | None, _KEY] = None
@@ -79,7 +79,7 @@ class ServerFlags:
     api_key_file: Annotated[Path | None, _IN_MORE] = None
     """File with one key per line, as for --api-key; or set AIOENGINE_API_KEYS."""
     admin_key: Annotated[list[str] | None, _MORE_KEY] = None
-    """Key that may also load and unload adapters, which others then may not; repeatable."""
+    """Key that may also load and unload adapters; other keys then may not. Repeatable."""
     admin_key_file: Annotated[Path | None, _IN_MORE] = None
     """File with one admin key per line; or set AIOENGINE_ADMIN_KEYS."""
     trusted_proxy: Annotated[list[str] | None, _MORE_LIST] = None
@@ -93,17 +93,17 @@ class ServerFlags:
     max_choices: Annotated[int, _IN_MORE] = 128
     """Maximum prompts x n in one request."""
     share_prefix_cache: Annotated[bool, _IN_MORE] = False
-    """Share the prefix cache between tenants, who can then find out what others have sent."""
+    """Share the prefix cache between tenants, which can then find out what others have sent."""
     generation_config: Annotated[str, _IN_MORE] = "auto"
     """Sampling defaults: auto (the model's generation_config.json), none, or a path to one."""
     tool_call_parser: Annotated[str, _IN_MORE] = "auto"
-    """Format of calls: hermes, llama3, mistral, gemma, harmony or none; auto: as the chat template says."""
+    """Format of calls: hermes, llama3, mistral, gemma, harmony or none; auto: by the chat template."""
     reasoning_parser: Annotated[str, _IN_MORE] = "auto"
-    """Format of reasoning: think, harmony or none; auto: as the chat template says."""
+    """Format of reasoning: think, harmony or none; auto: by the chat template."""
     default_max_tokens: Annotated[int | None, _IN_MORE] = None
-    """max_tokens of chats that give none; by default what the context has room for."""
+    """max_tokens of chats that give none; by default as many as the context has room for."""
     ignore_unknown_fields: Annotated[bool, _IN_MORE] = False
-    """Ignore unknown fields of requests, which otherwise are refused."""
+    """Ignore unknown fields of requests instead of refusing the request."""
     open_objects: Annotated[bool, _IN_MORE] = False
     """Allow properties in guided JSON that its schema does not declare; by default only where the schema has
     additionalProperties."""
@@ -123,13 +123,13 @@ class ServerFlags:
     keep_alive: Annotated[float, _IN_MORE] = 75.0
     """Maximum seconds that a connection may be idle."""
     otlp_endpoint: Annotated[str | None, _IN_MORE] = None
-    """URL of an OpenTelemetry collector that gets the traces of requests, such as http://localhost:4318."""
+    """URL of an OpenTelemetry collector for traces of requests, such as http://localhost:4318."""
     stuck_step_seconds: Annotated[float, _IN_MORE] = 120.0
     """After a step of this length /health answers 503, and systemd's watchdog is not fed."""
 
     def settings(self) -> ServerSettings:
-        """Raises ConfigError."""
-        if self.keys is not None:  # found out now, not when the model has been loaded
+        """Return the server's settings. Raises ConfigError."""
+        if self.keys is not None:  # check now, and not after the model has been loaded
             read_keys_file(self.keys)
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
@@ -182,12 +182,12 @@ class ServerFlags:
 
 
 def server_fields() -> tuple[str, ...]:
-    """The fields of ``[server]`` in a configuration file: the flags' names, with underscores."""
+    """Return the fields of ``[server]`` in a configuration file: the flags' names, with underscores."""
     return tuple(field.name for field in fields(ServerFlags))
 
 
 def _keys(flag: str, given: Sequence[str] | None, variable: str, file: Path | None) -> Mapping[str, str]:
-    """Key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
+    """Return key -> tenant, from a flag, a variable and a file together. Raises ConfigError."""
     keys = parse_keys(given or [], source=f"--{flag}")
     keys |= parse_keys(os.environ.get(variable, "").split(), source=variable)
     if file is not None:
@@ -197,7 +197,7 @@ def _keys(flag: str, given: Sequence[str] | None, variable: str, file: Path | No
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source}: cannot be read: {error}") from error
         entries = [line for line in lines if line.strip() and not line.startswith("#")]
-        if not entries:  # or else a file that was emptied by mistake would let everybody in
+        if not entries:  # otherwise a file that was emptied by mistake would let everybody in
             raise ConfigError(f"{source}: has no key; remove the flag or add one")
         keys |= parse_keys(entries, source=source)
     return keys
@@ -213,8 +213,8 @@ def serve(
 ) -> int:
     """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
-    "model" in a request is the base model's name or an adapter's. SIGTERM lets accepted requests finish, a
-    second one does not. With --adapter-root, adapters can be loaded over HTTP.
+    "model" in a request is the name of the base model or of an adapter. SIGTERM lets accepted requests
+    finish; a second SIGTERM ends them. With --adapter-root, adapters can be loaded over HTTP.
     """
     flags = server or ServerFlags()
     for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
@@ -227,11 +227,11 @@ def serve(
     check_folders(adapters)
     for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
-            raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; take another")
+            raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; use another")
     replicas = (fleet or FleetFlags()).fleet_config(config, adapters, flags.otlp_endpoint)
     record = recording or RecordFlags()
     if replicas is not None and record.record is not None:
-        raise ConfigError("--record: records one engine's requests, and with --replicas there are several")
+        raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
     level = common.log_level if common is not None and common.log_level is not None else "info"
     try:
         import aioengine.server.run
@@ -266,7 +266,7 @@ async def _serve(
 
     listen = flags.listen_settings()
     signals = Signals()
-    # Before the model is loaded: a port in use is found out, and probes are answered.
+    # Before the model is loaded, so that a port in use is reported, and probes are answered.
     entrance = Entrance(config.name)
     async with (
         recording.writer() as writer,
@@ -297,7 +297,7 @@ async def _serve(
                 with signals.handled():
                     finished = await serve_to_the_end(client, app, signals, flags, reloader)
                 dead = client.state == "dead"
-                if not finished:  # so that what is cut off says so, as its last event
+                if not finished:  # so that each stream that is cut off ends with an error event
                     await client.stop()
             finally:
                 await ending.aclose()  # connections end before the engine

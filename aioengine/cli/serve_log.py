@@ -1,4 +1,4 @@
-"""Log of ``aioengine serve``: lines for people, or JSON for machines.
+"""Log of ``aioengine serve``: lines for people, or JSON for programs.
 
 Warnings and errors name flags where the engine names fields of its configuration.
 """
@@ -20,15 +20,17 @@ class TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # the library's name
+    def formatMessage(self, record: logging.LogRecord) -> str:  # this name is given by the library
         record.message = _worded(record, record.message)
         return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: time, level, logger, message, and a request's fields, if it is of a request.
+    """One JSON object a line: time, level, logger, message, and the request's fields for a record of a
+    request.
 
-    Other records may bring fields in an attribute ``data``, which the text has in the message."""
+    Other records may have fields in an attribute ``data``; in lines for people the message has them.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {

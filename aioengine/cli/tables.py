@@ -11,7 +11,7 @@ _PLAIN_WIDTH = 160
 
 
 def output_console() -> Console:
-    """Standard output; wide enough for a row to be a line where it is no terminal."""
+    """Return a console on standard output; if it is no terminal, it is wide enough for a row on one line."""
     console = Console()
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
@@ -19,5 +19,5 @@ def output_console() -> Console:
 
 
 def box_for(console: Console) -> Box | None:
-    """The frame of a table: none where it would get in the way of grep and awk."""
+    """Return the frame of a table; no frame if the output is no terminal, for grep and awk."""
     return HEAVY_HEAD if console.is_terminal else None

@@ -1,4 +1,4 @@
-"""``aioengine top``: what a running server is doing, in the terminal, as it goes."""
+"""``aioengine top``: shows a running server live in the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def top(
     """Show a running server live: slots, queues, rates, and the oldest requests.
 
     Args:
-        url: The server.
+        url: URL of the server.
         key: A key with the scope admin; better set AIOENGINE_KEY, which other users cannot see.
         every: Seconds between two updates.
         once: Print once and exit.
@@ -57,7 +57,7 @@ def top(
 
 
 def look(url: str, key: str | None) -> dict[str, Any]:
-    """Return the answer of ``/debug/requests``. Raises ConfigError if it does not."""
+    """Return the answer of ``/debug/requests``. Raises ConfigError if there is no good answer."""
     request = urllib.request.Request(f"{url.rstrip('/')}/debug/requests")
     request.add_header("user-agent", f"aioengine/{__version__}")
     if key:
@@ -74,7 +74,7 @@ def look(url: str, key: str | None) -> dict[str, Any]:
 
 
 def frame(now: dict[str, Any], before: dict[str, Any] | None) -> Group:
-    """One picture of the server; ``before`` is the look that rates are counted from."""
+    """Draw the server's state; rates are counted from ``before``, the previous answer."""
     from rich.console import Group
     from rich.text import Text
 

@@ -338,7 +338,9 @@ class Core:
         slot_nbytes: int | None = None,
     ) -> AdapterError | None:
         """Take in an adapter that has been read. ``slot_nbytes``: its bytes in a slot; None: ``nbytes``.
+
         Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
+
         Otherwise it is in the cache, or dropped if there is no room for its bytes beside the adapters that
         others need. Then it is read again when there is room.
         """

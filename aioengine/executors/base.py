@@ -43,16 +43,16 @@ class Device(ABC):
 
     @abstractmethod
     def drop(self, uid: int) -> None:
-        """Free an adapter's memory in the CPU cache. A copy under way still ends well."""
+        """Free an adapter's memory in the CPU cache. A copy under way still completes."""
 
     def forget(self, request_id: str) -> None:  # noqa: B027 # a device without a memory of requests
-        """Note that a request has ended: it is in no further batch, and its id may be used again."""
+        """Note that a request has ended. It is in no further batch, and its id may be used again."""
 
     def watch(self, lost: Callable[[EngineDead], None]) -> None:  # noqa: B027 # a device that cannot be lost
         """Call ``lost`` on the loop when the device is lost, whether a step is in flight or not."""
 
     async def restart(self) -> None:
-        """Start again with the model and nothing else. Only where ``can_restart``, and after a loss.
+        """Start again with only the model. Only where ``can_restart``, and after a loss.
 
         Raises EngineDead if that fails for good. If it is cancelled, nothing runs.
         """

@@ -38,8 +38,8 @@ class Parts(NamedTuple):
 def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress | None = None) -> PartsPlan:
     """Plan what one rank's process allocates.
 
-    Raises ConfigError if the model cannot be had, is not supported, or this rank's share does not fit, or if
-    there are fewer devices than ranks.
+    Raises ConfigError if the model is not available, is not supported, or this rank's share does not fit, or
+    if there are fewer devices than ranks.
     """
     device = resolve_device(config.device)
     if device == "cuda" and shard.size > 1:
@@ -64,8 +64,8 @@ def build_parts(
 ) -> Parts:
     """Load the model, or the share of it that ``group`` gives to this rank, and allocate what is planned.
 
-    Raises ConfigError if the weights cannot be read, or ``config`` demands that tokens do not depend on the
-    batch and they do.
+    Raises ConfigError if the weights cannot be read, or if ``config`` requires batch invariance and these
+    kernels do not have it.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""The default device: the model in this process, stepped in a thread of its own.
+"""The default device: the model in this process, stepped in a separate thread.
 
-torch's operators release the GIL while they compute, so the event loop goes on beside a step.
+torch's operators release the GIL while they compute, so the event loop runs during a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decides whether two schemas are plainly disjoint."""
+"""Decides whether two schemas are clearly disjoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_NAMES = 4
 
 
 def are_disjoint(one: Any, other: Any) -> bool:
-    """Whether plainly no value satisfies both schemas."""
+    """Whether it is clear that no value satisfies both schemas."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return one is False or other is False
     values, others = _constants(one), _constants(other)
@@ -42,7 +42,7 @@ def _required(schema: dict[str, Any]) -> list[str]:
 
 
 def _constants(schema: Any) -> set[Any] | None:
-    """Return the only values that satisfy it; None if unknown."""
+    """Return the only values that satisfy the schema; None if unknown."""
     if not isinstance(schema, dict):
         return None
     if "const" in schema:
@@ -53,7 +53,7 @@ def _constants(schema: Any) -> set[Any] | None:
         return None
     if any(isinstance(value, (dict, list)) for value in values):
         return None
-    # In JSON true is no number, and 1 is 1.0.
+    # In JSON true is not a number, and 1 equals 1.0.
     return {(isinstance(value, bool), value) for value in values}
 
 
@@ -61,7 +61,7 @@ _TYPES = frozenset({"object", "array", "string", "number", "boolean", "null"})
 
 
 def types(schema: dict[str, Any]) -> frozenset[str]:
-    """Return the JSON types of the values that may satisfy it; integers are numbers."""
+    """Return the JSON types of the values that may satisfy the schema; integers are numbers."""
     found = schema.get("type")
     names = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     types = frozenset("number" if name == "integer" else name for name in names if isinstance(name, str))

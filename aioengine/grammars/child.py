@@ -35,7 +35,7 @@ MEASURE_SECONDS = 0.5
 
 
 MAX_REASON = 2000
-"""Characters."""
+"""Maximum characters of a reason."""
 
 
 class Limits(NamedTuple):
@@ -71,13 +71,13 @@ def run(
 
 
 def _compile(tokenizer: LLTokenizer, text: str, nice: int) -> LLMatcher:
-    """Compile in a thread, which can have a large stack; on Linux only the thread becomes nicer."""
+    """Compile in a thread, which can have a large stack. On Linux only this thread becomes nicer."""
     found: list[LLMatcher] = []
 
     def work() -> None:
         if sys.platform == "linux":
-            os.nice(nice)  # than the engine is
-        # As measured with ambiguous grammars; a row's items are what an object's properties need.
+            os.nice(nice)  # nicer than the engine
+        # Measured with ambiguous grammars; the properties of an object need items of a row.
         limits = LLParserLimits(step_max_items=5_000, step_lexer_fuel=50_000, verbose_errors=False)
         found.append(LLMatcher(tokenizer, text, log_level=0, limits=limits))
 
@@ -140,7 +140,7 @@ class _Masks:
             mask = matcher.compute_bitmask()
             if not matcher.is_error():
                 return mask, ""
-        del self._rows[row]  # an error stays: the row begins afresh
+        del self._rows[row]  # the row begins again; its error stays
         return b"", _reason(matcher)
 
     def _give_way(self, seconds: float) -> None:
@@ -178,13 +178,13 @@ class _Memory:
 
 def _own_kib() -> int:
     if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # what is shared included
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # with shared memory
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
 
 
 def _silence() -> None:
-    """Silence the library's output before an abort: the client caused it, so it does not belong into the
+    """Silence the library's output before an abort. The client caused it, so it does not belong in the
     server's log."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for known in (0, 1, 2):

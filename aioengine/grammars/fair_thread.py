@@ -15,8 +15,8 @@ _Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 
 class FairThread:
-    """Thread that does short pieces of work one after another. Used on one loop. At most ``most`` of one
-    tenant may wait."""
+    """Thread that does short pieces of work one after another. Used on one loop. At most ``most`` pieces of
+    one tenant may wait."""
 
     def __init__(self, name: str, *, most: int) -> None:
         self._most = most
@@ -31,7 +31,7 @@ class FairThread:
         if self._is_closed:
             raise EngineStopped("the engine has stopped")
         if self._queue.count(tenant) >= self._most:
-            raise EngineOverloaded(f"{self._most} schemas wait to be read already; try again later")
+            raise EngineOverloaded(f"already {self._most} schemas wait to be read; try again later")
         loop = asyncio.get_running_loop()
         item = (work, loop.create_future())
         self._queue.put(tenant, item)
@@ -56,7 +56,7 @@ class FairThread:
                 if not done.done():
                     done.set_result(found)
             finally:
-                if not done.done():  # this is cancelled
+                if not done.done():  # this thread is cancelled
                     done.set_exception(EngineStopped("the engine was stopped before the schema was read"))
 
     async def close(self) -> None:

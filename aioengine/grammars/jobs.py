@@ -21,23 +21,23 @@ class Job:
         self.waiters: dict[str | None, int] = {}
         """Number of waiting requests by tenant."""
         self.queue: FairQueue[Job] | None = None
-        """The queue in which it waits for its turn, once for each tenant."""
+        """The queue in which the job waits for its turn, once for each tenant."""
         self.attempt: asyncio.Task[Outcome] | None = None
 
     def enqueue(self, queue: FairQueue[Job]) -> None:
-        """Put it into a queue, once for each tenant that waits."""
+        """Put the job into a queue, once for each tenant that waits."""
         self.queue = queue
         for tenant in self.waiters:
             queue.put(tenant, self)
 
     def join(self, tenant: str | None) -> None:
-        """Note that one more request of a tenant waits for it."""
+        """Note that one more request of a tenant waits for the job."""
         if tenant not in self.waiters and self.queue is not None:
             self.queue.put(tenant, self)
         self.waiters[tenant] = self.waiters.get(tenant, 0) + 1
 
     def leave(self, tenant: str | None) -> None:
-        """Note that one of these requests waits no more."""
+        """Note that one of these requests has stopped waiting."""
         self.waiters[tenant] -= 1
         if self.waiters[tenant] == 0:
             del self.waiters[tenant]
@@ -45,7 +45,7 @@ class Job:
                 self.queue.discard(tenant, self)
 
     def begin(self) -> None:
-        """Take it out of its queue: it is its turn."""
+        """Take the job out of its queue, because it is its turn."""
         queue, self.queue = self.queue, None
         assert queue is not None
         for tenant in self.waiters:

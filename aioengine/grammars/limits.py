@@ -16,8 +16,8 @@ top."""
 MAX_SCHEMAS = 20_000
 """Bound on the schemas within a schema, those behind references included."""
 MAX_PROPERTIES = 2_000
-"""Bound on the properties of one object. The compiler's time grows with their square, since after each that
-may be left out all others may follow: 2,000 take 0.3 s, 5,000 two to seven."""
+"""Bound on the properties of one object. The compiler's time grows with the square of their number, because
+any other property may follow an optional one: 2,000 take 0.3 s, 5,000 take two to seven."""
 MAX_COMPARED = 5_000
 """Bound on the pairs of alternatives of ``oneOf`` that are compared; beyond it they count as overlapping."""
 
@@ -29,8 +29,8 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_characters: int = 2**18
     """Maximum characters of a grammar's text."""
     quick_seconds: float = 0.5
-    """A compile that takes longer is stopped, and begins again, nicer, when no other long one runs. One short
-    and one long compile run at a time, so that no long one holds up a short one."""
+    """A compile that takes longer is stopped. It begins again, with a higher nice value, when no other long
+    one runs. One short and one long compile run at a time, so that no long one delays a short one."""
     compile_seconds: float = 5.0
     """A compile that takes longer is given up."""
     compile_wall_seconds: float = 30.0
@@ -42,10 +42,11 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     memory: int = 256 * MiB
     """Maximum bytes of one grammar's process, with the parsers of all its requests."""
     total_memory: int = 1024 * MiB
-    """Maximum bytes of all of them together. Above it unused ones are dropped first, and then the largest."""
+    """Maximum bytes of all processes together. Above it unused ones are dropped first, and then the
+    largest."""
     max_grammars: int = 128
     """Maximum processes, unused ones of recent grammars included. One tenant's requests may use its share of
-    them: half if there is one tenant, a third each if there are two, ..."""
+    the processes: half if there is one tenant, a third each if there are two, ..."""
     max_queued: int = 32
     """Maximum grammars of one tenant that wait to be compiled."""
     room_seconds: float = 0.5

@@ -1,7 +1,7 @@
 """The engine's side of a compiled grammar: its process, and the requests that follow it.
 
-Called by the step thread and by the loop's thread. Nothing is computed here: a constraint asks the grammar's
-process for a mask before the forward pass, and collects it afterwards.
+The step thread and the loop's thread call it. It computes no masks: a constraint asks the grammar's process
+for a mask before the forward pass, and collects it afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 60.0
 
 
 class _Ask:
-    """A mask that is being computed, or that lies in its place."""
+    """A mask that is being computed, or is in its place."""
 
     __slots__ = ("asked", "mask", "number", "place", "seconds", "why")
 
@@ -37,7 +37,7 @@ class _Ask:
         self.asked = time.monotonic()
         self.mask = b""
         self.seconds = 0.0
-        """Seconds of processor time that it took."""
+        """Seconds of processor time that the mask took."""
         self.why = ""
         """The fault, if there is no mask."""
 
@@ -47,11 +47,11 @@ class Grammar:
 
     Args:
         text: The grammar.
-        connection: The engine's end of the process's socket; non-blocking, and closed with this.
+        connection: The engine's end of the process's socket; non-blocking, and closed with this object.
         places: Where the process writes masks.
-        wall_seconds: A mask that takes longer makes the process be killed.
+        wall_seconds: The process is killed if a mask takes longer.
         kill: Ends the process; called on any thread.
-        unused: Called on any thread when no request uses it any more.
+        unused: Called on any thread when no request uses the grammar any more.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Grammar:
         self.memory = memory
         """Private bytes of its process, as last reported."""
         self.rows: dict[int, str | None] = {}
-        """The constraints that follow it now, and their tenants."""
+        """The constraints that follow the grammar now, and their tenants."""
         self.failure: str | None = None
-        """Reason why it can no longer be used."""
+        """Reason why the grammar can no longer be used."""
         self.is_lost = False
         """Whether its process ended for a reason other than the grammar."""
         self._connection = connection
@@ -105,7 +105,7 @@ class Grammar:
         constraint.use(self, row)
 
     def fail(self, why: str) -> None:
-        """Mark it as unusable, and kill its process if that still runs."""
+        """Mark the grammar as unusable, and kill its process if that still runs."""
         with self._lock:
             if self.failure is not None:
                 return
@@ -114,7 +114,7 @@ class Grammar:
             self._connection.close()
 
     def process_ended(self, why: str, *, is_lost: bool = False) -> None:
-        """Note that its process has ended and writes to no place any more."""
+        """Note that the grammar's process has ended, so it writes to no place any more."""
         with self._lock:
             self.is_lost = is_lost and self.failure is None
             self.fail(why)
@@ -126,8 +126,9 @@ class Grammar:
     # For one row
 
     def ask(self, row: int, tokens: Sequence[int], *, afresh: bool) -> _Ask | None:
-        """Ask for the mask after ``tokens`` more (or after ``tokens`` alone); None if there is no free place,
-        because other rows' masks are late. Raises ValueError if the grammar is unusable."""
+        """Ask for a row's mask after ``tokens`` more (or, with ``afresh``, after ``tokens`` alone). None if
+        there is no free place, because other rows' masks are late. Raises ValueError if the grammar is
+        unusable."""
         with self._lock:
             self._check()
             place = self._places.take()
@@ -165,12 +166,12 @@ class Grammar:
                 waits.register(self._connection, select.POLLIN | (select.POLLOUT if self._out else 0))
                 cut_off = self._is_cut_off
             if cut_off:
-                self._ended.wait(left)  # somebody is about to say why
+                self._ended.wait(left)  # the reason arrives soon
             else:
                 waits.poll(left * 1000)
 
     def _drop(self, row: int) -> None:
-        """Called by the garbage collector on any thread at any moment, so it must not lock."""
+        """Forget a row. The garbage collector calls it on any thread at any moment, so it must not lock."""
         self.rows.pop(row, None)
         self._forgotten.append(row)
         if not self.rows:
@@ -227,19 +228,19 @@ class GrammarConstraint:
         """Set while there is a grammar to follow, or a reason for its absence."""
 
     def use(self, grammar: Grammar, row: int) -> None:
-        """Follow it from the beginning of the output."""
+        """Follow ``grammar`` from the beginning of the output."""
         with self._lock:
             self._grammar = grammar
             self._row = row
             self._known: list[int] | None = []
-            """The output as the parser has it; None: it has to begin afresh."""
+            """The output that the parser has seen; None: the parser must begin again."""
             self._ask: _Ask | None = None
             self._seconds = 0.0
             self._why = ""
         self._there.set()
 
     def give_up(self, why: str) -> None:
-        """Fail it, because no grammar replaces the lost one."""
+        """Fail the constraint, because no grammar replaces the lost one."""
         self._why = why
         self._there.set()
 
@@ -248,14 +249,14 @@ class GrammarConstraint:
         return self._seconds > SLOW_SECONDS
 
     def begin(self, output: Sequence[int]) -> None:
-        """Raises ValueError if the grammar's process has ended."""
+        """Ask for the mask after ``output``. Raises ValueError if the grammar's process has ended."""
         if self._is_there(0.0):
             with self._lock:
                 self._begin(output)
 
     def _is_there(self, seconds: float) -> bool:
         """Wait for a grammar, at most ``seconds``; returns whether there is one. A lost one is requested
-        again, because a process may be killed for what others do."""
+        again, because a process may be killed for the memory that others take."""
         if not self._there.wait(seconds):
             return False
         if self._why:
@@ -279,7 +280,8 @@ class GrammarConstraint:
             self._known = tokens
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
-        """Raises ValueError if ``output`` does not conform, or the parser gives up."""
+        """Return the mask if it arrives within ``seconds``. Raises ValueError if ``output`` does not conform,
+        or the parser gives up."""
         if not self._is_there(seconds):
             return None
         try:

@@ -35,7 +35,7 @@ class Places:
         return self._memory[begin : begin + count]
 
     def close(self) -> None:
-        """Close it; masks that were read stay valid."""
+        """Close the memory; masks that were read stay valid."""
         os.close(self.file)
         self._memory.close()
 

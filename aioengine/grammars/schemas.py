@@ -1,14 +1,13 @@
 """Prepares JSON schemas for the grammar compiler: closed objects, compact text, nothing ignored silently.
 
-A schema that declares ``properties`` and does not say whether there may be others allows any others. A small
-model then invents them until its tokens are spent. So objects are closed here: only declared names are left.
-The rules keep two promises (tests/grammars/test_schemas.py checks them with generated schemas):
+A schema that declares ``properties`` and does not say whether others are allowed allows any others. A small
+model then invents properties until its tokens are used up. So objects are closed here: only declared names
+stay allowed. The rules keep two promises (tests/grammars/test_schemas.py checks them with generated schemas):
 
-- What satisfies the closed schema satisfies the original.
-- What satisfies the original with declared names only satisfies the closed one. "Declared" are the names
-  in ``properties``, ``patternProperties`` and ``required`` of the schemas that apply to the object at once:
-  those in ``allOf`` and behind ``$ref`` count together, each alternative of an ``anyOf`` that stands alone
-  counts for itself.
+- A value that satisfies the closed schema satisfies the original.
+- A value that satisfies the original, with declared names only, satisfies the closed one. "Declared" are the
+  names in ``properties``, ``patternProperties`` and ``required`` of the schemas that apply to the object at
+  once. Those in ``allOf`` and behind ``$ref`` count together; each alternative of a single ``anyOf`` alone.
 
 ``additionalProperties: true`` (or a schema) keeps an object open.
 """
@@ -40,15 +39,15 @@ _ANNOTATIONS = frozenset(
 """Keywords that do not affect validity. References are resolved here."""
 _ALTERNATIVES = ("anyOf", "oneOf")
 _IN_PLACE = ("$ref", "allOf", *_ALTERNATIVES)
-"""Keywords whose schemas apply to the same value as the schema that they stand in."""
+"""Keywords whose schemas apply to the same value as the schema that contains them."""
 _OF_ITEMS = ("items", "prefixItems", "additionalItems")
 _KEEP_OPEN = frozenset(
     {"const", "enum", "not", "if", "then", "else", "propertyNames", "unevaluatedProperties"}
     | {"dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
 )
-"""Beside these, closing could leave no valid value."""
+"""Keywords beside which an object stays open, because closing it could leave no valid value."""
 _MANY_FOR_ONE = frozenset(("patternProperties", "contains"))
-"""Keywords that can say something about a value that another keyword describes as well."""
+"""Keywords that can describe a value that another keyword describes as well."""
 
 Schema = dict[str, Any]
 _Write = Callable[[Any, int], Any]
@@ -64,16 +63,16 @@ class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
     there is at most one space, after a comma or a colon."""
     lenient: bool = True
     """Accept requirements that cannot be enforced token by token but hardly matter to readers of the answer:
-    ``uniqueItems``, unknown formats, ``oneOf`` whose alternatives overlap (any one that
-    matches will do). Otherwise such a schema is refused."""
+    ``uniqueItems``, unknown formats, and ``oneOf`` with overlapping alternatives (then any match is
+    accepted). Otherwise such a schema is refused."""
 
     def for_strict(self, strict: bool | None) -> SchemaOptions:
-        """These options for a schema whose ``strict`` is given: true closes objects in any case."""
+        """Return these options for a schema with the given ``strict``: true always closes objects."""
         return msgspec.structs.replace(self, open_objects=False) if strict else self
 
     @property
     def guidance(self) -> Mapping[str, Any]:
-        """The compiler's own options."""
+        """Options of the compiler."""
         if self.any_whitespace:
             return {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
         return {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -151,7 +150,7 @@ class _Writer:
     # Three ways of writing a schema
 
     def _value(self, schema: Any, depth: int) -> Any:
-        """Write a schema that alone describes a value: closed."""
+        """Write, closed, a schema that alone describes a value."""
         if not self._begin(schema, depth):
             return schema
         if self._options.open_objects:
@@ -185,7 +184,7 @@ class _Writer:
             member.keys() & _MANY_FOR_ONE or isinstance(member.get("additionalProperties"), dict)
             for member in members
         )
-        # What two of them describe must satisfy both: closing one would forbid what the other asks for.
+        # A value that two of them describe must satisfy both: closing one could forbid names of the other.
         once = frozenset() if many else frozenset(name for name, count in declared.items() if count == 1)
         one_has_items = not many and sum(bool(member.keys() & set(_OF_ITEMS)) for member in members) == 1
         written: Schema = self._member(schema, depth, once, one_has_items)
@@ -202,8 +201,8 @@ class _Writer:
         return written
 
     def _member(self, schema: Any, depth: int, once: frozenset[str], items: bool) -> Any:
-        """One of those that apply to a value together. Values of the names in ``once``, and items if
-        ``items``, are described by it alone."""
+        """Write one of the schemas that apply to a value together. It alone describes values of the names in
+        ``once``, and the items if ``items``."""
         if not self._begin(schema, depth):
             return schema
 
@@ -241,8 +240,8 @@ class _Writer:
         in_place: _Write | None = None,
         closed_reference: bool = False,
     ) -> Schema:
-        """The schema with those within it written by ``nested``, or ``in_place`` if they apply to the same
-        value, and with what cannot be enforced left out."""
+        """Copy the schema. Schemas within it are written by ``nested``, or by ``in_place`` if they apply to
+        the same value. Requirements that cannot be enforced are left out."""
         in_place = in_place or nested
         written: Schema = {}
         for key, value in schema.items():
@@ -269,7 +268,7 @@ class _Writer:
                 if value is not False:
                     self._leave_out("uniqueItems")
             elif key == "format" and isinstance(value, str) and value not in FORMATS:
-                if schema.get("type", "string") == "string":  # of numbers it only names their size
+                if schema.get("type", "string") == "string":  # for numbers, a format only names their size
                     self._leave_out(f"format {value[:40]!r}")
             else:
                 written[key] = value
@@ -287,7 +286,8 @@ class _Writer:
     # What is behind a schema
 
     def _members(self, schema: Any, depth: int, path: tuple[str, ...]) -> Iterator[Schema]:
-        """All that apply to the same value: this one, and those within it in place."""
+        """Return all schemas that apply to the same value: this one, and those within it that apply in
+        place."""
         if not self._begin(schema, depth):
             return
         yield schema
@@ -303,8 +303,8 @@ class _Writer:
             )
 
     def _declares(self, schema: Any) -> bool:
-        """Whether every object that satisfies it has only declared properties, whichever alternatives it
-        satisfies. References do not lead back."""
+        """Whether every object that satisfies the schema has only declared properties, for all alternatives.
+        References must not be circular."""
         if not isinstance(schema, dict):
             return False
         return (
@@ -324,7 +324,8 @@ class _Writer:
         return f"#/$defs/{name}"
 
     def _check_one_of(self, alternatives: Sequence[Any]) -> None:
-        """``oneOf`` is written as ``anyOf``: the same where no value satisfies two alternatives."""
+        """Check a ``oneOf``, which is written as ``anyOf``: both are the same if no value satisfies two
+        alternatives."""
         if not self._told_apart(alternatives):
             self._leave_out(
                 "oneOf",

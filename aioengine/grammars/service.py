@@ -1,4 +1,4 @@
-"""Grammars of one engine: each text is compiled once for all its requests, and a bounded number is kept."""
+"""Grammars of one engine. Each text is compiled once for all its requests, and a bounded number is kept."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from aioengine.grammars.zygote_process import ChildProcess, Tokens, ZygoteProces
 
 QUICK_NICE = 5
 LONG_NICE = 10
-"""Niceness of compiles beside the model's own threads."""
+"""Nice value of compiles, so that the model's threads go first."""
 MEMORY_SECONDS = 0.5
-"""Seconds between two measurements of the memory of all of them."""
+"""Seconds between two measurements of the memory of all processes."""
 
 _STOPPED = "the engine was stopped, and guided decoding with it"
 
@@ -38,12 +38,12 @@ logger = logging.getLogger("aioengine")
 
 
 class Grammars:
-    """Compiles grammars and keeps them, each in a process of its own.
+    """Compiles grammars and keeps them, each in a separate process.
 
     Args:
         tokens: Builds the description of the model's tokens for the processes; called in a thread.
         vocab: The size of the model's vocabulary.
-        rows: Requests that may be in one step.
+        rows: Maximum number of requests in one step.
         told: Called after each compile with its outcome (see :func:`outcome_name`) and seconds of wall time.
 
     Nothing is started before it is needed. All methods are called on one loop.
@@ -62,7 +62,7 @@ class Grammars:
         self._make_tokens = tokens
         self._told = told
         self._tokens: Tokens | None = None
-        self._num_places = 2 * rows + 8  # as many again: a row that has ended may still be written
+        self._num_places = 2 * rows + 8  # twice the rows: the mask of an ended row may still be written
         self._width = -(-vocab // 32) * 4 + 64
         self._zygote: asyncio.Task[ZygoteProcess] | None = None
         """Start of the zygote, on first use and after a loss."""
@@ -92,7 +92,7 @@ class Grammars:
         """Raise RequestInvalid if a grammar has too many characters."""
         most = self.limits.max_characters
         if len(text) > most:
-            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are compiled")
+            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are allowed")
 
     async def constraint(self, text: str, tenant: str | None) -> GrammarConstraint:
         """Build a constraint for one request. If the call is cancelled and no other request waits for this
@@ -146,7 +146,7 @@ class Grammars:
         if job is None or tenant not in job.waiters:
             waiting = self._quick.count(tenant) + self._long.count(tenant)
             if waiting >= self.limits.max_queued:
-                raise EngineOverloaded(f"{waiting} grammars wait to be compiled already; try again later")
+                raise EngineOverloaded(f"already {waiting} grammars wait to be compiled; try again later")
         if job is None:
             job = self._jobs[text] = Job(text)
             job.join(tenant)
@@ -161,7 +161,7 @@ class Grammars:
             if not job.waiters and not job.done.done():
                 self._give_up(job)
         if isinstance(found, AioEngineError):
-            raise type(found)(str(found))  # each waiter gets one of its own
+            raise type(found)(str(found))  # each waiter gets a separate one
         return found
 
     async def _share(self, tenant: str | None) -> None:
@@ -243,7 +243,7 @@ class Grammars:
             return AioEngineError(f"the grammar could not be compiled: {type(error).__name__}: {error}")
 
     async def _compile(self, text: str, seconds: float, nice: int) -> Grammar:
-        """Raises RequestInvalid, ConfigError, TooLong, Lost, OSError."""
+        """Compile one text. Raises RequestInvalid, ConfigError, TooLong, Lost, OSError."""
         zygote = await self._live_zygote()
         try:
             child = zygote.fork(self.limits, compile_seconds=seconds, nice=nice)
@@ -272,7 +272,7 @@ class Grammars:
                 child.connection.close()
 
     async def _follow(self, child: ChildProcess, text: str, seconds: float) -> int:
-        """Wait for its compile; returns its memory in bytes."""
+        """Wait for a child's compile; returns the child's memory in bytes."""
         limits = self.limits
         loop = asyncio.get_running_loop()
         try:
@@ -355,7 +355,9 @@ class Grammars:
         self._drop_unused(too_much)
         while too_much():
             largest = max(self._kept.values(), key=lambda grammar: grammar.memory)
-            self._drop(largest, f"all grammars together took more than {most // MiB} MiB, and it the most")
+            self._drop(
+                largest, f"all grammars together took more than {most // MiB} MiB, and this one took the most"
+            )
         self._watch = None
         if self._kept:
             self._watch = asyncio.get_running_loop().call_later(MEMORY_SECONDS, self._look_at_memory)

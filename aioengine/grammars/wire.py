@@ -1,6 +1,6 @@
-"""Messages between the engine, the zygote and its children; all of one version, on one machine.
+"""Messages between the engine, the zygote and its children. All have one version and run on one machine.
 
-The zygote imports it, so it must stay small.
+The zygote imports this module, so it must stay small.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ text."""
 ASK = struct.Struct("=BxxxIIII")
 """Engine to child: what, row, number, place, tokens. The ids of the tokens follow, as int32."""
 GO_ON, AFRESH, FORGET = 1, 2, 3
-"""The tokens follow those that the row has, or are all that it has; or the row is forgotten."""
+"""The tokens continue those of the row, or replace them; or the row is forgotten."""
 MASK = struct.Struct("=IIIIII")
 """Child to engine: row, number, bytes of the mask in its place, microseconds that it took, memory in KiB,
-bytes of text. The text follows, and says what is wrong if there are no bytes of a mask."""
+bytes of text. The text follows; without a mask it says what is wrong."""
 
 
 def text_frame(text: str) -> bytes:

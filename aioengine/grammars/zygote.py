@@ -26,9 +26,9 @@ from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, t
 
 
 def main() -> NoReturn:
-    # Ending is the engine's business: this is a group of its own. It is no session of its own, to which
-    # Linux would give as much of the processors as to the engine (sched(7), autogroup), however nice its
-    # children are.
+    # Only the engine ends this process, so it is in a separate process group. It is not in a separate
+    # session, because Linux would give that as much of the processors as the engine, whatever the nice
+    # values (sched(7), autogroup).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.setpgid(0, 0)
@@ -56,7 +56,7 @@ def _serve(control: socket.socket, memory: int, die_with_parent: Callable[[], No
     del text
     control.sendall(text_frame(""))
     gc.collect()
-    gc.freeze()  # or each child would copy what its collector touches
+    gc.freeze()  # otherwise each child would copy the pages that its garbage collector touches
     engine = os.getpid()
 
     woken, wake = socket.socketpair()
@@ -72,7 +72,7 @@ def _serve(control: socket.socket, memory: int, die_with_parent: Callable[[], No
     def end(number: int) -> None:
         pid = next((pid for pid, known in running.items() if known == number), None)
         if pid is not None:
-            os.kill(pid, signal.SIGKILL)  # it has not been waited for, so the id is still its own
+            os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the id is still its own
 
     def fork(connection: socket.socket, number: int, limits: child.Limits) -> None:
         pid = os.fork()
@@ -83,7 +83,7 @@ def _serve(control: socket.socket, memory: int, die_with_parent: Callable[[], No
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             die_with_parent()
-            if os.getppid() == engine:  # not: it went before that
+            if os.getppid() == engine:  # otherwise the engine ended before die_with_parent
                 watch.close()
                 for other in (control, woken, wake):
                     other.close()
@@ -125,7 +125,7 @@ def _reap(running: dict[int, int], control: socket.socket) -> None:
 
 def _parental_death() -> Callable[[], None]:
     """Return a function that lets the kernel end this process with its parent, where the system supports it.
-    Elsewhere the closed connection tells: the zygote at once, a child after its compile."""
+    Elsewhere they notice the closed connection: the zygote at once, a child after its compile."""
     if sys.platform != "linux":
         return lambda: None
     prctl = ctypes.CDLL(None).prctl

@@ -67,7 +67,7 @@ class ZygoteProcess:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
-                    "-P",  # nothing in the current folder may stand in for a module
+                    "-P",  # no file in the current folder may take the place of a module
                     "-m",
                     "aioengine.grammars.zygote",
                     str(theirs.fileno()),
@@ -152,7 +152,7 @@ class ZygoteProcess:
                 child.exited.set_result(None)
 
     async def close(self) -> None:
-        """End it and its children, and wait for its end. Safe to call twice."""
+        """End the zygote and its children, and wait for its end. Safe to call twice."""
         if self._control.fileno() < 0:
             return
         if self._listener is not None:

@@ -1,1 +1,1 @@
-"""The async shell: one task that drives the core, and what callers await of it."""
+"""The async shell: one task that drives the core, and the operations that callers await."""

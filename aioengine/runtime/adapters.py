@@ -40,7 +40,7 @@ class AdapterOps:
         self._unloads: Counter[str] = Counter()
         """Names that are being unloaded."""
         self._prepared: dict[str, tuple[AdapterEntry, str | None]] = {}
-        """Prepared versions by name, with the path that each was given by."""
+        """Prepared versions by name, each with the path that it was prepared from."""
 
     # Registering
 
@@ -72,7 +72,7 @@ class AdapterOps:
         force_pin: bool = False,
         held: AdapterFiles | None = None,
     ) -> AdapterInfo:
-        """``held``: what is read in place of a folder; ``path`` is then only what it is called."""
+        """Load an adapter. ``held`` has its files in memory; ``path`` is then only a name for messages."""
         with self._claimed(name, force=force_pin) if pin else nullcontext():
             async with self._locks.hold(name):
                 with self._under_way(name):
@@ -85,7 +85,8 @@ class AdapterOps:
         return self.info(name)
 
     async def labels(self, name: str) -> int:
-        """How many labels the head of the current version has; reads it if it never was read."""
+        """Return how many labels the head of the current version has. Reads the version if it was never
+        read."""
         self._names.check_known(name)
         entry = await self._names.acquire(name)
         if not entry.digest:
@@ -107,8 +108,8 @@ class AdapterOps:
             self._stepper.wake()
 
     def _is_in_slot(self, name: str) -> bool:
-        """Whether it is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or the
-        error of its copy."""
+        """Whether the adapter is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or
+        the error of its copy."""
         entry = self._residency.current.get(name)
         if entry is None:
             raise AdapterNotFound("it was unloaded while it waited for a slot", name=name)
@@ -125,7 +126,7 @@ class AdapterOps:
         known = self._registered_path(name)
         if source is not None and known is not None and not replace:
             check_same_path(name, known, source)
-            source = None  # it is the registered one
+            source = None  # it is the registered path
         if source is None and not (replace and self._names.is_registered(name)):
             entry = await self._names.acquire(name, check=lambda: self._check_not_unloaded(name))
         else:
@@ -163,8 +164,8 @@ class AdapterOps:
             self._loading.discard(name)
 
     def _check_not_unloaded(self, name: str) -> None:
-        """Raise AdapterLoadError if the name is being unloaded: an unload does not wait for loads, which may
-        hang."""
+        """Raise AdapterLoadError if the name is being unloaded. An unload does not wait for loads, because
+        these may hang."""
         if name in self._unloads:
             raise AdapterLoadError("it was unloaded while it was being loaded", name=name)
 
@@ -199,7 +200,7 @@ class AdapterOps:
             await self._stepper.until(is_read, entry.label)
         except BaseException:
             if self._residency.current.get(entry.label) is entry:
-                if not entry.pinned:  # what is pinned is read again after a loss of the device
+                if not entry.pinned:  # a pinned adapter is read again after a loss of the device
                     self._residency.forget_want(entry)
             elif not entry.retired:
                 self._residency.retire(entry, _now())
@@ -223,7 +224,7 @@ class AdapterOps:
     def commit(self, name: str) -> AdapterInfo:
         entry, source = self._prepared.pop(name, (None, None))
         if entry is None:
-            raise AdapterNotFound("no version of it was prepared", name=name)
+            raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
         self._residency.publish(entry, _now())
         self._found_at(name, source)
         self._stepper.wake()
@@ -247,7 +248,7 @@ class AdapterOps:
             was_fetched = self._names.fetched.pop(name, None) is not None
             self._residency.expected.pop(name, None)
             if not self._names.is_registered(name) and (was_fetched or was_loading):
-                return  # never needed so far, or its load was ended: there is nothing to free
+                return  # it was never needed, or its load was ended: there is nothing to free
             entry = self._names.find(name)
             self._stepper.check_goes_on()
             self._names.mixes.forget(name, _now())
@@ -259,7 +260,7 @@ class AdapterOps:
 
     @asynccontextmanager
     async def _loads_ended(self, name: str) -> AsyncIterator[None]:
-        """Take the name's lock; loads that are under way or wait for it fail."""
+        """Take the name's lock. Loads that are under way, or wait for the lock, fail."""
         self._unloads[name] += 1
         self._stepper.ask_again(name)
         try:
@@ -297,11 +298,11 @@ class AdapterOps:
         ]
 
     def resident(self) -> Sequence[AdapterInfo]:
-        """Return the adapters that hold memory, or are about to."""
+        """Return the adapters that hold memory or will soon hold it."""
         return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
 
     def info(self, name: str) -> AdapterInfo:
-        """Raises AdapterNotFound."""
+        """Return the adapter's present state. Raises AdapterNotFound."""
         path = self._names.fetched.get(name)
         if path is not None and not self._names.is_registered(name):
             return not_fetched(name, path)

@@ -62,7 +62,7 @@ class Built(NamedTuple):
     metrics: bool = True
     """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
-    """Times that policies are told; None: they are measured."""
+    """Times of steps and moves, for policies; None: they are measured."""
 
 
 def build(
@@ -91,7 +91,7 @@ async def build_with_workers(
     chosen = await loop.run_in_executor(work, _choose_resolver, config, resolver)
     path = await loop.run_in_executor(work, resolve_model, config.model, progress)
     spec = await loop.run_in_executor(work, read_spec, path, config.model_impl)
-    # The policy is the engine's business, and may not fit into a message.
+    # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
     device = ProcessDevice(theirs, RayWorkers if config.executor == "ray" else Workers)
     reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
@@ -170,7 +170,7 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
 
 
 def _slots_text(plan: MemoryPlan) -> str:
-    """How many adapters fit, for each of some ranks."""
+    """Describe how many adapters fit, for some ranks."""
     if not plan.num_slots:
         return "none"
     size = format_bytes(plan.slot_pool_bytes)
@@ -183,7 +183,7 @@ def _slots_text(plan: MemoryPlan) -> str:
 
 
 def build_labels(info: EngineInfo) -> dict[str, str]:
-    """The labels of the metric ``aioengine_build_info``."""
+    """Return the labels of the metric ``aioengine_build_info``."""
     fields = msgspec.structs.asdict(info)
     return {**fields, "batch_invariant": "true" if info.batch_invariant else "false"}
 

@@ -1,8 +1,8 @@
 """Continues a request whose first tokens another engine has generated and delivered.
 
 Normally these tokens are computed in one piece, like a preempted request's. A replay decodes them again, one
-a step: a constraint leaves the sampler no other choice, so everything else (draws, penalties, shapes of the
-steps) is as it was the first time.
+in each step. A constraint leaves the sampler no other choice, so everything else (draws, penalties, shapes of
+the steps) is the same as the first time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_output(
     vocab: int,
     ends: Collection[int],
 ) -> None:
-    """Check that an engine can have made this output. ``ends`` are the tokens that end an output. Raises
+    """Check that an engine could have made this output. ``ends`` are the tokens that end an output. Raises
     RequestInvalid."""
     if len(output) > params.max_tokens:
         raise RequestInvalid(f"output: has {len(output)} tokens, more than max_tokens={params.max_tokens}")
@@ -36,12 +36,12 @@ def check_output(
         raise RequestInvalid(f"output: token {max(output)} is outside the vocabulary 0..{vocab - 1}")
     for index, token in enumerate(output[:-1]):
         if token in ends:
-            raise RequestInvalid(f"output: token {token} at {index} ends it, and more tokens follow")
+            raise RequestInvalid(f"output: token {token} at {index} ends the output, but more tokens follow")
 
 
 def replayed(output: Sequence[int], constraint: TokenConstraint | None, *, vocab: int) -> TokenConstraint:
-    """Build a constraint that allows only ``output``, token by token, and afterwards what ``constraint``
-    allows."""
+    """Build a constraint that allows only ``output``, token by token, and afterwards the same as
+    ``constraint``."""
     if constraint is not None and hasattr(constraint, "begin"):
         return _ReplayedStarted(output, cast(StartedConstraint, constraint), vocab)
     return _Replayed(output, constraint, vocab)

@@ -1,4 +1,4 @@
-"""Streams of events, for callers who prefer an async iterator to a callback."""
+"""Streams of events, for callers that prefer an async iterator to a callback."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BUFFER = 10_000
 class EventStream(Generic[E]):
     """An async iterator over the events from the moment it was made; ``AsyncEngine.events`` makes it.
 
-    The engine never waits for a reader. One who falls behind by more than the buffer loses the oldest
-    events, and reads an :class:`~aioengine.events.EventsLost` in their place. It ends when the engine has
-    stopped, after the last event. Leave it with ``aclose()``, ``async with``, or by dropping it.
+    The engine never waits for a reader. A reader that falls behind by more than the buffer loses the oldest
+    events, and reads an :class:`~aioengine.events.EventsLost` in their place. The stream ends when the engine
+    has stopped, after the last event. Leave it with ``aclose()``, ``async with``, or by dropping it.
     Cancelling the task that waits for an event loses none.
     """
 
@@ -85,7 +85,7 @@ class EventStreams:
     """The open streams of an engine; an event listener."""
 
     def __init__(self) -> None:
-        # Weak, so that a stream that its reader has dropped goes, whether it was closed or not.
+        # Weak references, so that a stream that its reader has dropped is freed, closed or not.
         self._streams: WeakSet[EventStream[Any]] = WeakSet()
         self._ended = False
 
@@ -93,7 +93,8 @@ class EventStreams:
         return len(self._streams)
 
     def open(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
-        """A stream of these types; of all, if none are given. Raises ConfigError for anything else."""
+        """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
+        types."""
         check_integer("buffer", buffer, low=1)
         for kind in types:
             if not (isinstance(kind, type) and issubclass(kind, Event)):
@@ -106,7 +107,7 @@ class EventStreams:
         return stream
 
     def __call__(self, event: Event) -> None:
-        if not self._streams:  # going through none of a WeakSet takes longer than this
+        if not self._streams:  # iterating over an empty WeakSet takes longer than this check
             return
         for stream in self._streams:
             stream.offer(event)

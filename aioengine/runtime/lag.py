@@ -21,7 +21,7 @@ class LoopLagMeter:
         self._due = 0.0
 
     def start(self) -> None:
-        # A timer, for the loop's own clock may not do: uvloop's stands still while a callback runs.
+        # Not the loop's own clock: uvloop's stands still while a callback runs.
         self._due = self._timer() + LAG_INTERVAL_SECONDS
         self._handle = asyncio.get_running_loop().call_later(LAG_INTERVAL_SECONDS, self._tick)
 

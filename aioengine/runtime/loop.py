@@ -27,7 +27,7 @@ logger = logging.getLogger("aioengine")
 
 IDLE_WARNING_SECONDS = 5.0
 POLICY_RETRY_SECONDS = 0.05
-"""Pause before a policy is asked again that admitted nothing although nothing runs or loads."""
+"""Pause before a policy is asked again, if it admitted nothing although nothing runs or loads."""
 
 Listener = Callable[[events.Event], None]
 
@@ -89,7 +89,7 @@ class Stepper:
         if self.dead is not None:
             raise self.dead
         if self._stopping:
-            raise EngineStopped("the engine was stopped before it happened")
+            raise EngineStopped("the engine was stopped before the call was complete")
 
     def step_age(self) -> float:
         """Seconds since the step that runs now began; 0 if none does."""
@@ -104,8 +104,9 @@ class Stepper:
     async def until(self, happened: Callable[[], bool], adapter: str | None = None) -> None:
         """Wait until ``happened()`` is true.
 
-        It is called at once, and again after each event of this adapter or, without an adapter, after the end
-        of each request. Raises what it raises, and EngineStopped or EngineDead if the engine ends first.
+        ``happened`` is called at once, and again after each event of this adapter or, without an adapter,
+        after the end of each request. Raises what ``happened`` raises, and EngineStopped or EngineDead if the
+        engine ends first.
         """
         if not happened():
             self.check_goes_on()
@@ -124,8 +125,8 @@ class Stepper:
         await asyncio.wait([moves] if self._task is None else [moves, self._task])
         self._lag.stop()
         self._free_retired()
-        self._waits.fail(EngineStopped("the engine was stopped before it happened"))
-        await asyncio.sleep(0)  # who waited may have versions to give up
+        self._waits.fail(EngineStopped("the engine was stopped before the call was complete"))
+        await asyncio.sleep(0)  # callers that waited may now give up versions
         self._free_retired()
 
     # The loop
@@ -204,7 +205,7 @@ class Stepper:
 
     async def _recover(self, error: EngineDead) -> None:
         """Fail the running requests and restart the device. Other requests wait meanwhile; they may be added,
-        be aborted, or reach their deadlines. Raises EngineDead if it cannot be started."""
+        be aborted, or reach their deadlines. Raises EngineDead if the device cannot be started."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._lost = None
@@ -250,7 +251,7 @@ class Stepper:
         self._waits.fail(self.dead)
 
     def _free_retired(self) -> None:
-        """Free retired adapters, for callers that wait for it, because nothing will be scheduled any more."""
+        """Free retired adapters, because callers wait for that and nothing will be scheduled any more."""
         self.core.residency.sweep(asyncio.get_running_loop().time())
         for move in self.core.residency.take_moves():
             if isinstance(move, (DropMove, StopMove)):
@@ -302,7 +303,7 @@ class Stepper:
     def _log_once(self, what: str, item: str) -> None:
         if what not in self._logged:
             self._logged.add(what)
-            logger.warning("%s (first: %s; said once, counted always)", what, item)
+            logger.warning("%s (first: %s; logged once, counted each time)", what, item)
 
 
 class IdleWatch:

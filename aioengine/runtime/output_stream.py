@@ -22,7 +22,7 @@ class OutputText:
     def __init__(self, stream: TextStream | None, params: SamplingParams) -> None:
         self.text = ""
         self.stop: str | int | None = None
-        """The stop string or stop token that was found."""
+        """The stop string or stop token that ended the output."""
         self._stream = stream
         self.is_empty = stream is None
         """Whether there is never any text."""
@@ -45,13 +45,14 @@ class OutputText:
         return delta.stop is not None
 
     def push_all(self, tokens: Sequence[int], ends: Collection[int]) -> None:
-        """Add tokens that were delivered before. Raises RequestInvalid if they go on after a stop string."""
+        """Add tokens that were delivered before. Raises RequestInvalid if more tokens follow a stop
+        string."""
         for index, token in enumerate(tokens):
             if self.push(token, is_stop=token in ends) and index < len(tokens) - 1:
-                raise RequestInvalid(f"output: token {index} completes a stop string, and more tokens follow")
+                raise RequestInvalid(f"output: token {index} completes a stop string, but more tokens follow")
 
     def finish(self) -> bool:
-        """Finish the text. Returns True if this reveals a stop string."""
+        """Finish the text. Returns True if it contains a stop string only now."""
         if self._stream is None or isinstance(self.stop, str):
             return False
         self.text += self._stream.finish()
@@ -64,7 +65,7 @@ class OutputStream:
     """Collects tokens and text; everything collected since the reader's last visit becomes one
     :class:`RequestOutput`.
 
-    So a slow reader costs no memory beyond its own output, and never delays a step. ``text`` already holds
+    So a slow reader costs no memory beyond its own output, and never delays a step. ``text`` already contains
     the output that the request came with. The first ``replayed`` tokens were delivered before and are not
     passed on.
     """

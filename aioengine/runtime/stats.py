@@ -1,4 +1,4 @@
-"""Keeps running totals of events, and describes the engine and its adapters as they stand now."""
+"""Keeps running totals of events, and describes the present state of the engine and its adapters."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def adapter_info(entry: AdapterEntry) -> AdapterInfo:
 
 
 def not_fetched(name: str, path: str) -> AdapterInfo:
-    """Declared, and nothing of it is here yet."""
+    """Describe an adapter that is declared and has not been fetched yet."""
     return AdapterInfo(
         name=name,
         version=0,

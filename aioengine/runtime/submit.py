@@ -61,7 +61,7 @@ class Submitter:
         counted = None if adapter is None else self._adapters.check_wanted(adapter)
         self._check_params(params)
         tokens = _token_ids(prompt, self._parts.plan.max_model_len)
-        if tokens is not None:  # what can never run is refused for that, and not told to come again
+        if tokens is not None:  # a request that can never run must get this error, and not "try again later"
             self._check_prompt(tokens, params)
         ticket = self._reserve(options.tenant, counted, arrival, None if tokens is None else len(tokens))
         try:
@@ -83,7 +83,9 @@ class Submitter:
         except BaseException:
             ticket.leave()
             raise
-        if params.min_tokens and not params.ignore_eos:  # so that the sampler knows what must not come yet
+        if (
+            params.min_tokens and not params.ignore_eos
+        ):  # so the sampler knows which tokens are not allowed yet
             params = msgspec.structs.replace(params, stop_token_ids=self._ends(params))
         if options.output and replay:
             vocab = self._parts.spec.vocab_size
@@ -174,7 +176,7 @@ class Submitter:
 
         Gives up at the request's deadline, or when another request displaces it.
         """
-        if tokens is not None and adapter is None:  # there is nothing to wait for
+        if tokens is not None and adapter is None:  # nothing to wait for
             return tokens, None
         lost: list[EngineOverloaded] = []
 
@@ -220,7 +222,7 @@ class Submitter:
         def encode_chat() -> list[int]:
             return tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)
 
-        # Never on the loop: how long a template takes is up to the template.
+        # Never on the event loop, because a template may take any time.
         return await self._text_work.run(SHORT + size_of(messages, limit), encode_chat, owner)
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
@@ -265,7 +267,7 @@ def size_of(messages: list[Any], limit: int) -> int:
         parts = content if isinstance(content, list) else [{"text": content}]
         if len(parts) > limit:
             raise RequestInvalid(
-                f"a message has {len(parts)} parts, and at most {limit} are taken: join them"
+                f"a message has {len(parts)} parts, and at most {limit} are allowed: join them"
             )
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else None
@@ -273,6 +275,6 @@ def size_of(messages: list[Any], limit: int) -> int:
         size += 1
     if len(messages) > limit:
         raise RequestInvalid(
-            f"{len(messages)} messages: at most {limit} are taken, as many as tokens of a prompt"
+            f"{len(messages)} messages: at most {limit} are allowed, as many as a prompt may have tokens"
         )
     return size

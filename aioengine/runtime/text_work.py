@@ -27,11 +27,11 @@ RATE = 2**20
 
 class _Waiter(NamedTuple):
     ends: float
-    """Virtual time at which it would end if it ran alone."""
+    """Virtual time at which the text would end if it ran alone."""
     arrival: int
     size: int
     turn: asyncio.Future[None]
-    """Set when a thread is free for it."""
+    """Set when a thread is free for the text."""
 
 
 class _Lane:
@@ -47,7 +47,7 @@ class _Lane:
         self._starts: dict[Owner, float] = {}
         """Start tag of the next text of each owner with texts here."""
         self._waiting: dict[Owner, list[_Waiter]] = {}
-        """Heaps; none is empty."""
+        """Waiting texts by owner, as heaps; none is empty."""
         self._here: Counter[Owner] = Counter()
         """Number of texts that run or wait."""
 
@@ -107,9 +107,10 @@ class TextWork:
 
     Short ones run at once, on the loop. Longer ones run in ``threads`` threads that nothing else uses.
     Owners have equal shares of these: an owner's text waits at most for those that already run and for one of
-    each other owner, whoever sends many or long texts. An owner's own texts are done in the order in which
-    each would end if it ran alone at ``RATE``, so a long one does not delay the shorter ones behind it, and a
-    flood of short ones does not delay a long one for ever. Texts over ``LONG`` have all threads but one.
+    each other owner, even if others send many or long texts. An owner's own texts are done in the order in
+    which each would end if it ran alone at ``RATE``, so a long one does not delay the shorter ones behind it,
+    and a flood of short ones does not delay a long one for ever. Texts over ``LONG`` have all threads but
+    one.
     """
 
     def __init__(self, threads: int = 2) -> None:

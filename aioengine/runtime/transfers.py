@@ -1,4 +1,4 @@
-"""Carries out the core's adapter moves beside the steps, and reports back to it."""
+"""Carries out the core's adapter moves beside the steps, and reports to the core."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ class AdapterMoves:
         task = asyncio.current_task()
 
         def stalled() -> None:
-            if self._reads.get(entry.uid) is task:  # else it was given up, and has not been cancelled yet
+            if (
+                self._reads.get(entry.uid) is task
+            ):  # otherwise it was given up, but has not been cancelled yet
                 self._core.adapter_load_stalled(entry)
                 self._changed(entry.label)
 
@@ -123,7 +125,7 @@ class AdapterMoves:
             order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
             done = await self._device.load(order)
         except EngineDead:
-            return  # the device was lost, and that is dealt with as a whole
+            return  # the device was lost: the restart handles all moves together
         except AdapterError as error:
             self._core.adapter_load_failed(entry, loop.time(), error, _load_failure(error))
             log_failure(self._core.residency.failures, entry.label, error)

@@ -1,4 +1,4 @@
-"""Vectors, labels and scores out of what prompts are pooled to."""
+"""Vectors, labels and scores from the pooled hidden states of prompts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Complete(Protocol):
 
 
 def pooling_params(pooling: PoolingKind | None) -> SamplingParams:
-    """Raises RequestInvalid."""
+    """Return the parameters of a request for a vector. Raises RequestInvalid."""
     return SamplingParams(max_tokens=0, pooling="auto" if pooling is None else pooling)
 
 
@@ -61,7 +61,7 @@ def check_dimensions(dimensions: int, hidden: int) -> None:
 
 
 def classification_of(output: RequestOutput, names: Sequence[str]) -> Classification:
-    """``names``: of the labels, if they are known."""
+    """Turn logits into a classification. ``names``: of the labels, if they are known."""
     logits = output.pooled or []
     probabilities = probabilities_of(logits)
     best = max(range(len(logits)), key=logits.__getitem__)
@@ -116,11 +116,11 @@ async def score(
     labels: int,
     pair: Callable[[str, str], Awaitable[list[int]]],
 ) -> Scores:
-    """Score documents against a query: with a head of one label, each pair by it (a cross-encoder); without
-    a head, by the cosine of the two vectors. ``pair`` tokenizes two texts together."""
+    """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder).
+    Without a head, the score is the cosine of the two vectors. ``pair`` tokenizes two texts together."""
     if labels > 1:
         raise RequestInvalid(
-            f"the adapter's head has {labels} labels: a score needs a head of one label, or none; use "
+            f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
             "classify"
         )
     if labels == 1:
@@ -141,11 +141,13 @@ async def score(
 
 
 def check_documents(query: object, documents: object) -> None:
-    """Raises RequestInvalid."""
+    """Raise RequestInvalid unless these are texts, or lists of token ids, of a valid number."""
     if not isinstance(documents, Sequence) or isinstance(documents, str) or not documents:
         raise RequestInvalid("documents: expected a list of at least one text, or list of token ids")
     if len(documents) > MAX_DOCUMENTS:
-        raise RequestInvalid(f"documents: {len(documents)}, more than {MAX_DOCUMENTS}: send them in parts")
+        raise RequestInvalid(
+            f"documents: has {len(documents)}, more than {MAX_DOCUMENTS}: send them in parts"
+        )
     for name, text in (("query", query), *((f"documents[{i}]", text) for i, text in enumerate(documents))):
         if isinstance(text, str):
             check_text(name, text)
@@ -159,12 +161,12 @@ async def _pair(
     if isinstance(query, str) and isinstance(document, str):
         return await pair(query, document)
     if isinstance(query, str) or isinstance(document, str):
-        raise RequestInvalid("query and documents: give texts, or lists of token ids, and not both")
+        raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
     return [*query, *document]
 
 
 async def together(works: Sequence[Awaitable[T]]) -> list[T]:
-    """All results; when one fails, the others are cancelled before its error is raised."""
+    """Return all results. When one fails, the others are cancelled before its error is raised."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
@@ -176,7 +178,7 @@ async def together(works: Sequence[Awaitable[T]]) -> list[T]:
 
 
 def tokenize_pair(tokenizer: Tokenizer | None, first: str, second: str, limit: int) -> list[int]:
-    """Raises RequestInvalid if the model has no tokenizer."""
+    """Tokenize two texts together. Raises RequestInvalid if the model has no tokenizer."""
     if tokenizer is None:
         raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
     return tokenizer.encode_pair(first, second, limit=limit)

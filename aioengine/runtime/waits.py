@@ -1,4 +1,4 @@
-"""Lets callers wait until something has happened in the core, or until a name is theirs alone."""
+"""Lets callers wait for events in the core, and for a name's lock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Waits:
         return sum(map(len, self._waiting.values()))
 
     async def until(self, happened: Condition, adapter: str | None) -> None:
-        """Wait until ``happened()``, which is false now. Raises what it raises, or the error given to
+        """Wait until ``happened()`` is true; it is false now. Raises what it raises, or the error given to
         :meth:`fail`."""
         waiting = self._waiting.setdefault(adapter, {})
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -13,7 +13,8 @@ from aioengine.step import SequenceWork, StepBatch
 _PROMPT = 32
 _PARAMS = (SamplingParams(), SamplingParams(temperature=1.0))
 _FIRST_CONTEXT, _CONTEXTS = 512, 6
-"""Contexts of decodes on a GPU: half of the first, the first, and each time twice as many tokens."""
+"""Contexts of decodes on a GPU, in tokens: half of the first, the first, and then each twice the one
+before."""
 
 
 async def warm_up(device: Device, plan: MemoryPlan, config: EngineConfig) -> list[tuple[StepBatch, float]]:
@@ -56,11 +57,11 @@ def first_requests(plan: MemoryPlan) -> Iterator[StepBatch]:
 
 
 def kernel_shapes(plan: MemoryPlan, config: EngineConfig) -> Iterator[StepBatch]:
-    """Yield steps that need every kernel in every form that later steps need it in.
+    """Yield steps that need each kernel in every form that later steps need.
 
     Kernels that are compiled when they are first needed take up to a second each. Their forms differ by the
     length of segments, by adapter or none, and by the number of programs that share a long context. Every
-    block table leads to block 0 alone: what is computed means nothing, and nothing is sampled from it.
+    block table contains block 0 only: the results have no meaning, and nothing is sampled from them.
     """
     most = min(config.max_num_batched_tokens, plan.max_model_len - 1)
     slots = (-1,) if config.lora is None else (-1, 0)

@@ -145,7 +145,7 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
                 + "default_max_tokens = 3\n"
                 + f'[adapters]\nstays = "{adapter}"\nmoves = "{other}"\ncomes = "{adapter}"\n'
             )
-            said = await reload(changed, "take a restart")
+            said = await reload(changed, "need a restart")
             assert said[-1].endswith("block_size, [server] port")
             assert said[-2] == (
                 "read the configuration again; changed: max_waiting=17, policy=edf, "

@@ -191,7 +191,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.
     (tmp_path / "thesis.tex").write_text("")
     for command in ("run", "compare"):
         assert main(["lab", command, *SMALL, *SYSTEM, "--slots", "2", "--out", str(tmp_path)]) == 2
-        assert "take another folder" in capsys.readouterr().err
+        assert "use another folder" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 

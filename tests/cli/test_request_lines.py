@@ -89,8 +89,8 @@ def test_chat_and_system_apply_to_lines() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"prompt": "a", "id": 1}, {"prompt": "b"}], "line 2: id 1 is that of line 1"),
-        ([{"prompt": "a", "id": "x"}, "", {"prompt": "b", "id": "x"}], "line 3: id 'x' is that of line 1"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b"}], "line 2: line 1 has the id 1 too"),
+        ([{"prompt": "a", "id": "x"}, "", {"prompt": "b", "id": "x"}], "line 3: line 1 has the id 'x' too"),
         ([{"prompt": "a", "id": 1.0}], "id=1.0: must be text or a whole number"),
         ([{"prompt": "a", "id": True}], "id=True"),
         ([{"prompt": "a", "id": None}], "id=None"),

@@ -150,7 +150,7 @@ async def test_score(
             ("q", ["a"] * 1025, "more than 1024"),
             ("", ["a"], "query"),
             ("q", [3], r"documents\[0\]"),
-            ([1], ["a"], "and not both"),
+            ([1], ["a"], "give only texts"),
         ]:
             with pytest.raises(RequestInvalid, match=words):
                 await engine.score(query_, texts, adapter="cross")  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def test_the_command_refuses(
 
     assert "must be >= 1" in refused("--replicas", "0")
     assert "did you mean 'affinity'" in refused("--replicas", "1", "--router", "afinity")
-    assert "--router: is of a fleet; add --replicas" in refused("--router", "affinity")
+    assert "--router: needs a fleet; add --replicas" in refused("--router", "affinity")
     assert "CPUs are needed" in refused("--replicas", "4000")
     memory = refused("--replicas", "1", "--kv-cache-memory", "900000GiB")
     assert "too little" in memory

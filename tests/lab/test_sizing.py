@@ -114,5 +114,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "what bounds it" in said
     assert json.loads((out / "size.json").read_text())["size"]["slots"] == 1
     assert main(["lab", "size", "--workload", str(file), "--slo", "ttft_p99=0.0001", *flags]) == 1
-    assert "nothing that was tried keeps the objectives" in capsys.readouterr().out
+    assert "no size that was tried keeps the objectives" in capsys.readouterr().out
     assert main(["lab", "size", "--workload", str(tmp_path / "no.toml"), "--slo", "ttft_p99=1"]) == 2

@@ -1,8 +1,8 @@
 """``aioengine config``: check, show and describe the configuration of a server.
 
-One TOML file has everything: the fields of EngineConfig at its top, the adapters' in ``[lora]``, and the
-flags of ``aioengine serve`` in ``[server]``. Environment variables (``AIOENGINE_`` and a flag's name) go
-before the file, and flags before both.
+One TOML file has everything: the fields of EngineConfig at its top, those of LoRAConfig in ``[lora]``, and
+the flags of ``aioengine serve`` in ``[server]``. Environment variables (``AIOENGINE_`` and a flag's name)
+override the file, and flags override both.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ def check(
     check_folders(engine_flags.adapters())
     root = None if config.lora is None else config.lora.adapter_root
     if root is not None and not is_source(root) and not Path(root).expanduser().is_dir():
-        raise ConfigError(f"LoRAConfig.adapter_root={root!r}: there is no such folder")
+        raise ConfigError(
+            f"LoRAConfig.adapter_root={root!r}: there is no such folder; create it, or correct the path"
+        )
     path = Path(config.model).expanduser()
     looks_like_a_path = path.is_absolute() or config.model.startswith((".", "~"))
-    if looks_like_a_path or path.exists():  # what is on the Hub is fetched at the start, not now
+    if looks_like_a_path or path.exists():  # a model on the Hub is fetched at the start, not now
         read_spec(resolve_model(config.model), config.model_impl)
     print("the configuration is good")
     return 0
@@ -55,7 +57,7 @@ def show(
 ) -> int:
     """Print the effective configuration as TOML: the file, the environment and the flags together.
 
-    What has its default is a comment; keys are left out.
+    Fields with their default are comments; API keys are left out.
     """
     flags = server or ServerFlags()
     config = (engine or EngineFlags()).engine_config()
@@ -81,7 +83,7 @@ def schema(*, common: CommonFlags | None = None) -> int:
 
 
 def file_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a configuration file."""
+    """Return the JSON Schema (2020-12) of a configuration file."""
     (engine, flags), parts = msgspec.json.schema_components(
         (EngineConfig, ServerFlags), schema_hook=_path_schema, ref_template="#/$defs/{name}"
     )

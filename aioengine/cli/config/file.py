@@ -10,9 +10,9 @@ from aioengine.errors import ConfigError
 
 
 def server_table(file: str) -> dict[str, Any]:
-    """The table as it stands. Raises ConfigError if ``server`` is something else.
+    """Return the table ``[server]``, unchecked. Raises ConfigError if ``server`` is no table.
 
-    Empty also if the file cannot be read: that is said where the engine's part is read.
+    It is empty if the file cannot be read: the engine's part of the file is read later, with an error.
     """
     try:
         table = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("server", {})
@@ -24,9 +24,9 @@ def server_table(file: str) -> dict[str, Any]:
 
 
 def adapters_table(file: Path | None) -> dict[str, str]:
-    """Name -> path of the adapters that are there from the start. Raises ConfigError if one is no text.
+    """Return the adapters of the table ``[adapters]``: name -> path. Raises ConfigError if a path is no text.
 
-    Empty also if the file cannot be read: that is said where the engine's part is read.
+    It is empty if the file cannot be read: the engine's part of the file is read later, with an error.
     """
     if file is None:
         return {}

@@ -1,4 +1,4 @@
-"""SIGHUP: reading the configuration again, and applying what can be changed while requests run."""
+"""SIGHUP: reads the configuration again, and applies the changes that are possible while requests run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ changes."""
 
 
 class ServerFlags(Protocol):
-    """The flags of ``aioengine serve``: a dataclass with all that is reloadable."""
+    """The flags of ``aioengine serve``: a dataclass with all reloadable fields."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -60,7 +60,7 @@ def bounded(config: EngineConfig) -> EngineConfig:
 
 
 class _Read(NamedTuple):
-    """Content of the file now, after its checks."""
+    """Present content of the file, after its checks."""
 
     config: EngineConfig
     server: Mapping[str, Any]
@@ -69,10 +69,10 @@ class _Read(NamedTuple):
 
 
 class Reloader:
-    """Compares what the file says now with what it said before.
+    """Compares the present content of the file with the earlier one.
 
-    Either all that is reloadable is applied, or, if any of the file is wrong or an adapter cannot be read,
-    nothing. Flags and variables go before the file now as they did at the start.
+    Either all reloadable changes are applied or, if a part of the file is wrong or an adapter cannot be read,
+    none. Flags and variables override the file as they did at the start.
     """
 
     def __init__(self, flags: EngineFlags, server_flags: ServerFlags) -> None:
@@ -82,7 +82,7 @@ class Reloader:
         self._adapters = flags.adapters()
 
     async def reload(self, engine: AsyncEngine, app: ServerApp) -> None:
-        """Log what was changed, what would need a restart, and what is wrong."""
+        """Apply the changes. Log which were applied, which need a restart, and what is wrong."""
         try:
             found = await asyncio.to_thread(self._read)
             settings = found.flags.settings()
@@ -120,7 +120,7 @@ class Reloader:
             for name in sorted(found.server.keys() | self._server.keys())
             if name not in RELOADABLE_SERVER and found.server.get(name) != self._server.get(name)
         ]
-        # What takes a restart is compared with the start, for as long as it is not done.
+        # Fields that need a restart are compared with the start, so the log names them until the restart.
         self._flags, self._adapters = found.flags, dict(found.adapters)
         self._server = {
             **{name: value for name, value in self._server.items() if name not in RELOADABLE_SERVER},
@@ -128,7 +128,7 @@ class Reloader:
         }
         logger.info("read the configuration again; changed: %s", ", ".join(changed) or "nothing")
         if kept:
-            logger.warning("these are changed in the configuration and take a restart: %s", ", ".join(kept))
+            logger.warning("these changes in the configuration need a restart: %s", ", ".join(kept))
 
     def _read(self) -> _Read:
         config, server = self._engine_flags.engine_config(), self._server_table()
@@ -137,12 +137,12 @@ class Reloader:
         flags = self._merged(server)
         for name in flags.served_model_name or (config.model_name,):
             if name in adapters:
-                raise ConfigError(f"[adapters]: {name!r} is the base model's name in requests; take another")
+                raise ConfigError(f"[adapters]: {name!r} is the base model's name in requests; use another")
         return _Read(config, server, flags, adapters)
 
     def _merged(self, server: Mapping[str, Any]) -> ServerFlags:
-        """The flags with what the file says now, except where a flag or variable had the last word. Raises
-        ConfigError."""
+        """Return the flags with the file's present values, except where a flag or variable overrides them.
+        Raises ConfigError."""
         kind = type(self._flags)
         defaults = {field.name: field.default for field in dataclasses.fields(self._flags)}
         new: dict[str, Any] = {}
@@ -156,8 +156,8 @@ class Reloader:
         return dataclasses.replace(self._flags, **{name: getattr(checked, name) for name in new})
 
     async def _prepared(self, engine: AsyncEngine, adapters: Mapping[str, str]) -> list[str]:
-        """Read the adapters whose path has changed; none stays read if one cannot be. Raises AdapterLoadError
-        and other errors of adapters."""
+        """Read the adapters whose path has changed. If one cannot be read, all of them are dropped. Raises
+        AdapterLoadError and other errors of adapters."""
         moved = [n for n, path in adapters.items() if n in self._adapters and self._adapters[n] != path]
         for index, name in enumerate(moved):
             try:
@@ -169,7 +169,7 @@ class Reloader:
         return moved
 
     async def _adapted(self, engine: AsyncEngine, adapters: Mapping[str, str], moved: list[str]) -> list[str]:
-        """Have the engine know these adapters; returns what was done."""
+        """Register, replace and unload adapters in the engine. Returns descriptions of the changes."""
         for name in moved:
             engine.commit_adapter(name)
         new, gone = adapters.keys() - self._adapters.keys(), self._adapters.keys() - adapters.keys()
@@ -178,7 +178,7 @@ class Reloader:
         for name in gone:
             try:
                 await engine.unload_adapter(name)
-            except AioEngineError as error:  # pinned by somebody, or unloaded over HTTP
+            except AioEngineError as error:  # pinned, or unloaded over HTTP
                 logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
         done = {"registered": new, "replaced": moved, "unloaded": gone}
         return [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]

@@ -1,6 +1,6 @@
 """Sources of flags that are not on the command line: the environment, then the file's ``[server]``.
 
-The file's other tables are the engine's, which reads them with the flags: see ``cli/flags.py``.
+``cli/flags.py`` reads the engine's parts of the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _CONFIGURED = (("serve",), ("config", "check"), ("config", "show"))
 
 
 def use_sources(app: App, tokens: Sequence[str]) -> None:
-    """Have the command that ``tokens`` call take its flags from the environment and the file, too.
+    """Let the command that ``tokens`` name take its flags from the environment and the file, too.
 
-    A flag goes before its variable, and that before the file. Raises ConfigError for a ``[server]`` that is
+    A flag overrides its variable, and the variable overrides the file. Raises ConfigError if ``[server]`` is
     no table, or has a field that is no flag of ``aioengine serve``.
     """
     path = next((names for names in _CONFIGURED if tuple(tokens[: len(names)]) == names), None)
@@ -37,7 +37,7 @@ def use_sources(app: App, tokens: Sequence[str]) -> None:
     file = _config_file(tokens[len(path) :])
     table = {} if file is None else _flags(file)
     if table:
-        for name in reversed(path):  # as cyclopts has it: below the names of the commands
+        for name in reversed(path):  # cyclopts wants it below the names of the commands
             table = {name: table}
         sources.append(Dict(table, source=f"[server] of {file}"))
     command.config = tuple(sources)
@@ -53,8 +53,8 @@ def _config_file(tokens: Sequence[str]) -> str | None:
 
 
 def _flags(file: str) -> dict[str, Any]:
-    """The table ``[server]``, by the names of flags."""
-    from aioengine.cli.serve import server_fields  # imports much
+    """Return the table ``[server]``, by the names of flags."""
+    from aioengine.cli.serve import server_fields  # a slow import
 
     table, known = server_table(file), server_fields()
     for name in table:

@@ -15,7 +15,7 @@ State = Literal["soon", "waiting", "running", "done", "failed"]
 
 @dataclass
 class Row:
-    """One request as far as it has got. Times are seconds on the loop's clock."""
+    """One request and its progress. Times are seconds on the loop's clock."""
 
     job: Job
     state: State = "soon"
@@ -41,7 +41,7 @@ class Row:
 class Board:
     """An event listener that keeps one row for each request and the latest adapter moves.
 
-    ``say`` is called with a line of text for everything worth telling.
+    ``say`` is called with a line of text for each event that is shown.
     """
 
     def __init__(self, jobs: list[Job], say: Callable[[str], None]) -> None:

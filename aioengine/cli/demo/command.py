@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
 
 ARRIVAL_SECONDS = 0.15
-"""Between one request's arrival and the next one's."""
+"""Seconds between the arrivals of two requests."""
 
 
 def demo(
@@ -49,9 +49,9 @@ def demo(
     adapters
         Folder of the example adapters [examples/adapters of the source checkout].
     requests
-        How many requests [12].
+        Number of requests [12].
     max_tokens
-        Most tokens to generate for each [48].
+        Maximum tokens to generate for each [48].
     seed
         Which exercises the adapters get [0].
     model
@@ -101,14 +101,14 @@ async def _demo(config: EngineConfig, folder: Path, jobs: list[Job], params: Sam
     start = time.perf_counter()
 
     def say(line: str) -> None:
-        """Everything that happens, where there is no live board to show it."""
+        """Print one line, where there is no live board."""
         if not console.is_terminal:
             print(f"{time.perf_counter() - start:6.2f}  {line}", flush=True)
 
     board = Board(jobs, say)
 
     async def ask(row: Row, delay: float) -> None:
-        """One client: sends its prompt, reads its answer."""
+        """Run one client: send its prompt and read its answer."""
         await asyncio.sleep(delay)
         job = row.job
         try:

@@ -19,7 +19,7 @@ _ORDER = (
     *(None, "sql", "json", "sql", None, "sentiment"),
     *("json", "pirate", None, "sentiment", "pirate", None),
 )
-"""Adapters in the order of the requests: more at a time than there are slots, and some come back."""
+"""Adapters in the order of the requests: more at a time than slots, and some more than once."""
 
 _QUESTIONS = (
     "What is the capital of France?",
@@ -38,7 +38,7 @@ class Job(NamedTuple):
     question: str
     messages: list[dict[str, Any]]
     check: Callable[[str], bool] | None
-    """Whether an answer is right; None where no program can tell."""
+    """Checks whether an answer is right; None where no program can tell."""
 
 
 def default_folder() -> Path:
@@ -47,9 +47,9 @@ def default_folder() -> Path:
 
 
 def make_jobs(folder: Path, count: int, seed: int) -> list[Job]:
-    """``count`` jobs; the same seed gives the same ones.
+    """Make ``count`` jobs; the same seed gives the same jobs.
 
-    Raises ConfigError if the adapters, or the tasks that they were trained on, are not there.
+    Raises ConfigError if the adapters, or the tasks that they were trained on, are missing.
     """
     for name in ADAPTERS:
         if not (folder / name / "adapter_config.json").is_file():
@@ -85,7 +85,7 @@ def _load_tasks(path: Path) -> ModuleType:
     name = "_aioengine_example_tasks"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigError(f"the demo's tasks are not at {path}: they belong beside the adapters")
+        raise ConfigError(f"the demo's tasks are not at {path}: put them beside the adapters")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

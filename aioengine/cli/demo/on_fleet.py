@@ -31,7 +31,7 @@ async def demo_on_fleet(
     say: Callable[[str], None],
     arrival_seconds: float,
 ) -> int:
-    """Start the fleet, send the board's requests one after the other, and show what becomes of them."""
+    """Start the fleet, send the board's requests one after the other, and show their progress."""
     from aioengine.cli.demo.view import print_fleet_summary, result_line
     from aioengine.cli.fleet.started import started_fleet
 
@@ -68,7 +68,7 @@ async def demo_on_fleet(
 
 @asynccontextmanager
 async def _watched(client: FleetClient, board: Board, console: Console) -> AsyncIterator[None]:
-    """Look at the slots now and then: tell what has moved, and redraw the board, if there is a terminal."""
+    """Look at the slots at intervals: report moves, and redraw the board if there is a terminal."""
     from rich.live import Live
 
     from aioengine.cli.demo.view import live_board
@@ -106,5 +106,5 @@ async def _watched(client: FleetClient, board: Board, console: Console) -> Async
 
 
 def _number(client: FleetClient, replica: str | None) -> int:
-    """A replica's place among those that are there, as its slots are counted."""
+    """Return a replica's place among the members, by which its slots are numbered."""
     return next((i for i, name in enumerate(client.members.members) if name == replica), -1)

@@ -29,7 +29,7 @@ def _colour(adapter: str | None) -> str:
 
 
 def live_board(board: Board, stats: EngineStats, slots_each: int | None = None) -> RenderableType:
-    """The requests with the tails of their answers, the slots, and the latest adapter moves.
+    """Draw the requests with the ends of their answers, the slots, and the latest adapter moves.
 
     Args:
         slots_each: Slots of each replica of a fleet; None: there is one engine.
@@ -81,7 +81,7 @@ def _tail(row: Row, width: int = 60) -> str:
 
 
 def result_line(row: Row) -> str:
-    """A request's end in one line, for output that is no terminal."""
+    """Describe a request's end in one line, for output that is no terminal."""
     if row.error is not None:
         return f"{row.job.id} failed: {row.error}"
     verdict = {True: " [right]", False: " [wrong]", None: ""}[row.passed]
@@ -89,7 +89,7 @@ def result_line(row: Row) -> str:
 
 
 def print_summary(console: Console, board: Board, stats: EngineStats, seconds: float) -> None:
-    """The tables at the end: by adapter, and what the slots did."""
+    """Print the tables at the end: by adapter, and by slot."""
     console.print(_by_adapter(board, seconds, box_for(console)))
     arrivals = stats.slot_hits + stats.slot_misses
     rate = f"{stats.slot_hits / arrivals:.0%} of {arrivals}" if arrivals else "-"
@@ -117,7 +117,7 @@ def print_summary(console: Console, board: Board, stats: EngineStats, seconds: f
 
 
 def print_fleet_summary(console: Console, board: Board, replicas: int, seconds: float) -> None:
-    """The tables at the end: by adapter, and by replica."""
+    """Print the tables at the end: by adapter, and by replica."""
     console.print(_by_adapter(board, seconds, box_for(console)))
     table = Table(title=f"{replicas} replicas", box=box_for(console))
     for heading in ("replica", "requests", "tokens", "adapters"):

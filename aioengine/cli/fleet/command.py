@@ -1,4 +1,4 @@
-"""``aioengine fleet``: a look at a fleet that runs, and what can be done to it."""
+"""``aioengine fleet``: shows a running fleet, and drains its replicas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AppName = Annotated[str, Parameter(name="--app-name")]
 def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
     """Print the replicas of a fleet, their load, and the adapters in their slots.
 
-    Looks on the cluster that RAY_ADDRESS names, or on each that runs on this machine.
+    Searches the cluster that RAY_ADDRESS names, or each cluster on this machine.
     """
     from rich.table import Table
 
@@ -83,14 +83,14 @@ def drain(
 
     Args:
         replica: Its name, as ``aioengine fleet status`` prints it.
-        undo: Have it take requests again.
+        undo: Let it take new requests again.
     """
     from aioengine.checks import nearest
 
     names = [row["replica"] for row in _described(app_name)]
     if replica not in names:
         there = ", ".join(names)
-        raise ConfigError(f"replica {replica!r} is not there{nearest(replica, names)}; there are: {there}")
+        raise ConfigError(f"there is no replica {replica!r}{nearest(replica, names)}; there are: {there}")
     _call(app_name, "drain", not undo, to=replica)
     print(f"replica {replica} {'takes requests again' if undo else 'drains'}")
     return 0

@@ -20,15 +20,15 @@ _IN_MORE = Parameter(group=Group(f"{FOLDED} fleet flags", sort_key=28))
 @dataclass(frozen=True, kw_only=True)
 class FleetFlags:
     replicas: int | None = None
-    """Engines behind this server, on Ray (RAY_ADDRESS, or started here)."""
+    """Engines behind this server, on Ray (at RAY_ADDRESS, or started here)."""
     router: Annotated[str | None, _IN_MORE] = None
     """Routing policy (affinity)."""
     placement: Annotated[str | None, _IN_MORE] = None
     """Placement policy, which loads adapters in advance (none)."""
     autoscale: Annotated[str | None, _IN_MORE] = None
-    """Replicas by the work that waits: waiting_work:least=1,most=4 (as many as --replicas, always)."""
+    """Number of replicas by the waiting work: waiting_work:least=1,most=4 (always --replicas)."""
     cpus_per_replica: Annotated[int | None, _IN_MORE] = None
-    """CPUs, and threads, of each replica (1)."""
+    """CPUs and threads of each replica (1)."""
     migration_limit: Annotated[int | None, _IN_MORE] = None
     """How often a request may continue on another replica after losing its own (3)."""
     registry: Annotated[str | None, _IN_MORE] = None
@@ -39,7 +39,7 @@ class FleetFlags:
     def fleet_config(
         self, engine: EngineConfig, adapters: dict[str, str], otlp_endpoint: str | None = None
     ) -> FleetConfig | None:
-        """None: one engine in this process. Raises ConfigError."""
+        """Return the fleet's configuration; None: one engine in this process. Raises ConfigError."""
         given: dict[str, Any] = {
             "replicas": self.replicas,
             "router": self.router,
@@ -54,5 +54,5 @@ class FleetFlags:
         if not given:
             return None
         if self.replicas is None:
-            raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: is of a fleet; add --replicas")
+            raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: needs a fleet; add --replicas")
         return FleetConfig(engine=engine, adapters=adapters, otlp_endpoint=otlp_endpoint, **given)

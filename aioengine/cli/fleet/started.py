@@ -1,4 +1,4 @@
-"""Starting a fleet for a server, and ending it without leaving a process behind."""
+"""Starts a fleet for a server, and ends it without leaving a process behind."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ logger = logging.getLogger("aioengine.fleet")
 async def started_fleet(
     config: FleetConfig, progress: LoadProgress, tracer_provider: TracerProvider | None = None
 ) -> AsyncIterator[FleetClient]:
-    """A running fleet behind a client. At this door's end, or if anything fails, what it started ends:
-    Ray itself, if it was started here; the replicas, if this was their last door.
+    """Context with a running fleet behind a client. At its end, or after a failure, it ends Ray, if Ray was
+    started here, and the replicas, if this was their last door.
 
-    Raises ConfigError, before anything is started if it can be known by then.
+    Raises ConfigError, if possible before anything is started.
     """
     from aioengine.fleet import cluster
     from aioengine.fleet.deployment import make_client, plan_replica, replica_application
@@ -67,7 +67,7 @@ async def started_fleet(
 
 
 async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
-    """Run to completion, however often it is cancelled."""
+    """Run ``work`` to completion, even if it is cancelled several times."""
     from aioengine.fleet.cluster import Cluster, Door
 
     async def end() -> None:
@@ -86,8 +86,8 @@ async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:
-    """``work()`` in a thread. If this is cancelled it goes on to its end, and is undone by the caller: so the
-    result of a cancelled call is lost only if it failed."""
+    """Run ``work()`` in a thread. If the call is cancelled, ``work`` still runs to its end, because the
+    caller undoes it afterwards. The result of a cancelled call is lost only if ``work`` failed."""
     task: Awaitable[T] = asyncio.ensure_future(asyncio.to_thread(work))
     cancelled = False
     while True:
@@ -106,7 +106,7 @@ async def _to_its_end(work: Callable[[], T]) -> T:
 
 
 class _EndedBySigterm:
-    """Until the server handles signals itself, SIGTERM cancels the task, so that it can clean up."""
+    """Cancels the task at SIGTERM until the server handles signals itself, so that the task can clean up."""
 
     def __init__(self) -> None:
         task = asyncio.current_task()
@@ -116,8 +116,7 @@ class _EndedBySigterm:
         self._told = False
 
     def listen(self) -> None:
-        """Listen for the signals; again after Ray has been started, because Ray takes the signal for
-        itself."""
+        """Listen for SIGTERM. Call it again after the start of Ray, which installs its own handler."""
         self._loop.remove_signal_handler(signal.SIGTERM)
         self._loop.add_signal_handler(signal.SIGTERM, self._stop)
 

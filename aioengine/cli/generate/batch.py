@@ -1,4 +1,4 @@
-"""A batch of requests: run together, answered in order as JSON lines."""
+"""Runs a batch of requests together, and writes the answers in order as JSON lines."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ async def run_batch(
     out: BinaryIO,
     recording: RecordFlags,
 ) -> int:
-    """Run the requests and write one line for each, in their order; returns 0, or 1 if some failed.
+    """Run the requests and write one line for each, in their order. Returns 0, or 1 if some failed.
 
-    At most four times ``max_num_seqs`` requests are in the engine at a time: enough for a policy to
-    choose from, and few enough for a batch of any length; and no more than ``max_waiting`` allows.
+    At most four times ``max_num_seqs`` requests are in the engine at a time, and no more than ``max_waiting``
+    allows. These are enough for a policy to choose from, and few enough for a batch of any length.
     """
     failed = False
     encoder = msgspec.json.Encoder()
@@ -75,7 +75,7 @@ async def _answer(engine: AsyncEngine, request: Request, ended: Callable[[], Non
 
 
 async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]:
-    """``n`` outputs; the first that fails ends the others."""
+    """Return ``n`` outputs; the first failure cancels the others."""
 
     async def one(index: int) -> RequestOutput:
         params = _for_choice(request.params, index)
@@ -90,11 +90,11 @@ async def _choices(engine: AsyncEngine, request: Request) -> list[RequestOutput]
 
 
 def _for_choice(params: SamplingParams, index: int) -> SamplingParams:
-    """Return the parameters of one choice, with a seed of its own if the request has one; the first choice
-    equals that of n=1."""
+    """Return the parameters of one choice. If the request has a seed, each choice gets a different one; the
+    first choice equals that of n=1."""
     if params.seed is None or index == 0:
         return params
-    # The odd multiplier (2**64 / golden ratio) keeps apart the choices of requests with seeds 1, 2, 3, ...
+    # The odd multiplier (2**64 / golden ratio) keeps choices of requests with seeds 1, 2, 3, ... different.
     return msgspec.structs.replace(params, seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**64)
 
 

@@ -39,8 +39,8 @@ def generate(
 ) -> int:
     """Complete a prompt, or JSON lines from standard input.
 
-    Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}, with
-    fields that win over the flags; answers come in their order. --help-all describes all fields.
+    Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}. Its
+    fields override the flags. Answers come in the same order. --help-all describes all fields.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def generate(
     flags = engine or EngineFlags()
     sampling_flags = sampling or SamplingFlags()
     if prompt is not None and not json and (n != 1 or sampling_flags.logprobs is not None):
-        raise RequestInvalid("--n and --logprobs with PROMPT: there is no room for them in text; add --json")
+        raise RequestInvalid("--n and --logprobs with PROMPT: plain text cannot show them; add --json")
     config = flags.engine_config()
     adapters = flags.adapters()
     check_folders(adapters)
@@ -98,7 +98,7 @@ def _read_standard_input(defaults: Defaults) -> list[Request]:
 
 
 def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) -> str:
-    """The name to ask the engine for; a folder or a Hub id is added to ``adapters``."""
+    """Return the adapter's name in the engine; a folder or a Hub id is added to ``adapters``."""
     if adapter.startswith("hf:"):
         name = adapter.removeprefix("hf:").split("@")[0]
         adapters[name] = adapter
@@ -114,7 +114,9 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
         )
     name = path.resolve().name
     if name in adapters:
-        raise RequestInvalid(f"--adapter {adapter}: --lora-modules has a {name!r} too; use its name")
+        raise RequestInvalid(
+            f"--adapter {adapter}: --lora-modules already has an adapter {name!r}; use that name"
+        )
     adapters[name] = str(path)
     return name
 

@@ -1,4 +1,4 @@
-"""Requests as JSON lines: each line checked in full before anything runs."""
+"""Reads requests from JSON lines, and checks every line before any request runs."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Request(NamedTuple):
     params: SamplingParams
     n: int
     scheduling: dict[str, Any]
-    """Arguments of ``AsyncEngine.generate`` that were given, out of priority, deadline and tenant."""
+    """Those of the arguments priority, deadline and tenant of ``AsyncEngine.generate`` that were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Values of the flags, for requests that do not have their own."""
+    """Values of the flags, for requests without these fields."""
 
     adapter: str | None = None
     n: int = 1
@@ -64,7 +64,7 @@ class Defaults:
     scheduling: Mapping[str, Any] = field(default_factory=dict)
 
     def request(self, fields: Mapping[str, Any], index: int) -> Request:
-        """The request that ``fields`` describe, the ``index``-th. Raises RequestInvalid,
+        """Return the request that ``fields`` describe, the ``index``-th. Raises RequestInvalid,
         msgspec.ValidationError or TypeError if they are wrong."""
         for name in fields:
             if name not in _OWN and name not in _SAMPLING:
@@ -97,7 +97,7 @@ class Defaults:
         if not self.chat and self.system is None:
             return prompt
         if not isinstance(prompt, str):
-            raise RequestInvalid("--chat and --system need a prompt that is text, and this one is token ids")
+            raise RequestInvalid("--chat and --system need a text prompt, but this prompt is token ids")
         return [*self._system_message(), {"role": "user", "content": prompt}]
 
     def _system_message(self) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:
         first = line_of.setdefault(request.id, number)
         if first != number:
             raise RequestInvalid(
-                f"standard input, line {number}: id {request.id!r} is that of line {first} too; ids must "
+                f"standard input, line {number}: line {first} has the id {request.id!r} too; ids must "
                 'differ, and a line without "id" has its number, from 0'
             )
         found.append(request)

@@ -17,12 +17,12 @@ _MORE_REQUEST = Group(f"{FOLDED} request flags", sort_key=21)
 @Parameter(name="*", group=_SAMPLING)
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
-    """Values that are not given have the defaults of SamplingParams."""
+    """Flags for sampling. Those that are not given have the defaults of SamplingParams."""
 
     max_tokens: int | None = None
     """Maximum tokens to generate (256)."""
     temperature: float | None = None
-    """0, the default, is greedy."""
+    """Sampling temperature; 0, the default, is greedy."""
     top_p: float | None = None
     """Keep the most likely tokens that together have this probability."""
     stop: Annotated[list[str] | None, Parameter(negative="")] = None
@@ -37,13 +37,13 @@ class SamplingFlags:
     repetition_penalty: Annotated[float | None, Parameter(group=_MORE_SAMPLING)] = None
     """Above 1: make tokens that have occurred less likely."""
     presence_penalty: Annotated[float | None, Parameter(group=_MORE_SAMPLING)] = None
-    """Taken off the logit of each token in the output."""
+    """Subtracted from the logit of each token in the output."""
     frequency_penalty: Annotated[float | None, Parameter(group=_MORE_SAMPLING)] = None
-    """Taken off once for each occurrence."""
+    """Subtracted once for each occurrence in the output."""
     stop_token_ids: Annotated[list[int] | None, Parameter(group=_MORE_SAMPLING, negative="")] = None
     """Token that ends the output; can be given more than once."""
     ignore_eos: Annotated[bool | None, Parameter(group=_MORE_SAMPLING, negative="")] = None
-    """Go on after the end-of-sequence token."""
+    """Continue after the end-of-sequence token."""
 
     def given(self) -> dict[str, Any]:
         """The flags that were given, by field of SamplingParams."""
@@ -60,7 +60,7 @@ class RequestFlags:
     deadline: float | None = None
     """Seconds within which a request must end, or it fails."""
     tenant: str | None = None
-    """Whose request it is."""
+    """Tenant that sends the request."""
 
     def given(self) -> dict[str, Any]:
         """The flags that were given, by argument of ``AsyncEngine.generate``."""

@@ -1,4 +1,4 @@
-"""``aioengine lab calibrate``: a cost model of the machine at hand."""
+"""``aioengine lab calibrate``: makes a cost model of this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def calibrate(
 ) -> int:
     """Time the live engine for some minutes, and write a cost model for --preset.
 
-    Nothing else should run on the machine meanwhile.
+    No other program should run on the machine meanwhile.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def calibrate(
     out
         File for the cost model (costs.json).
     name
-        What the cost model is called; by default as its file.
+        Name of the cost model; by default that of its file.
     dtype
         Compute dtype.
     device

@@ -50,7 +50,7 @@ class CompareFlags:
     rank_by: str = "ttft_seconds.p99"
     """Measure that policies are ranked by."""
     allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
-    """Rank policies that failed as well, though others decided in their place."""
+    """Also rank policies that failed, and in whose place another one decided."""
 
 
 def compare(
@@ -119,7 +119,7 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
             seeds=seed_list,
             routers=routers or before.routers,
         )
-    # Where routers are compared, the engines are alike unless it is said otherwise.
+    # Where routers are compared, engines have the same policy unless flags say otherwise.
     default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
     return Comparison(
         experiment=experiment,
@@ -132,8 +132,8 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
 
 
 def split_policies(texts: Iterable[str]) -> list[str]:
-    """ "fcfs,vtc:input_weight=1,output_weight=2" is two policies: what follows a comma and looks like an
-    option belongs to the policy before it."""
+    """Split a list of policies: "fcfs,vtc:input_weight=1,output_weight=2" is two policies, because an option
+    after a comma belongs to the policy before it."""
     found: list[str] = []
     for text in texts:
         parts: list[str] = []

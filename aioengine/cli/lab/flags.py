@@ -28,7 +28,7 @@ _MORE_SYSTEM = Parameter(group=Group(f"{FOLDED} of the engine", sort_key=26))
 @Parameter(name="*", group=_WORKLOAD)
 @dataclass(frozen=True, kw_only=True)
 class WorkloadFlags:
-    """Fields of WorkloadSpec; None: as --experiment has it, or the field's default."""
+    """Fields of WorkloadSpec; None: as in --experiment, or the field's default."""
 
     trace: str | None = None
     """Azure LLM trace (CSV), JSON lines, or a recording of --record; .gz too."""
@@ -56,9 +56,9 @@ class WorkloadFlags:
     tenant_bursts: Annotated[str | None, _MORE_WORKLOAD] = None
     """Bursts of single tenants: bursts:factor=5,on=10,off=60."""
     seconds: Annotated[float | None, _MORE_WORKLOAD] = None
-    """No request comes later than this."""
+    """Latest arrival of a request."""
     repeat: Annotated[bool | None, _MORE_WORKLOAD] = None
-    """Begin a trace again at its end, up to --limit or --seconds."""
+    """Repeat a trace from its beginning, up to --limit or --seconds."""
     base_share: Annotated[float | None, _MORE_WORKLOAD] = None
     """Share of the requests that are for the base model (0)."""
     tenant_shares: Annotated[str | None, _MORE_WORKLOAD] = None
@@ -76,13 +76,13 @@ class WorkloadFlags:
     max_output: Annotated[int | None, _MORE_WORKLOAD] = None
     """Longer outputs are cut to this."""
     lengths: Annotated[str | None, _MORE_WORKLOAD] = None
-    """What policies are told of them: known, hidden:max=4096 or predicted:error=0.5."""
+    """What policies know about output lengths: known, hidden:max=4096 or predicted:error=0.5."""
     deadline: Annotated[str | None, _MORE_WORKLOAD] = None
-    """As --timeout."""
+    """Deadline of each request; the same form as --timeout."""
     timeout: Annotated[str | None, _MORE_WORKLOAD] = None
-    """Requests are given up after so many seconds, or proportional:0.5+0.05 with seconds for each token."""
+    """Seconds after which clients give up, or proportional:0.5+0.05 with seconds for each token."""
     slo: Annotated[str | None, _MORE_WORKLOAD] = None
-    """Requests should end in this time (same form as --timeout); measured, not enforced."""
+    """Time in which requests should end (same form as --timeout); measured, not enforced."""
 
 
 @Parameter(name="*", group=_SYSTEM)
@@ -99,13 +99,13 @@ class SystemFlags:
     replicas: int | None = None
     """Engines behind one door; without this flag, one engine and no door."""
     router: Annotated[str | None, _MORE_SYSTEM] = None
-    """As in aioengine policies, or my_router.py:MyRouter (affinity); lab compare takes several: a,b."""
+    """Name in aioengine policies, or my_router.py:MyRouter (affinity); lab compare takes several: a,b."""
     placement: Annotated[str | None, _MORE_SYSTEM] = None
     """Which adapters should live on which replicas (none)."""
     autoscale: Annotated[str | None, _MORE_SYSTEM] = None
-    """Replicas by the work that waits: waiting_work:least=1,most=4 (as many as --replicas, always)."""
+    """Number of replicas by the waiting work: waiting_work:least=1,most=4 (always --replicas)."""
     start_seconds: Annotated[float | None, _MORE_SYSTEM] = None
-    """What a replica that --autoscale adds takes to start (30)."""
+    """Seconds that a replica of --autoscale takes to start (30)."""
 
     max_num_seqs: Annotated[int | None, _MORE_SYSTEM] = None
     """Maximum running requests (64)."""
@@ -114,9 +114,9 @@ class SystemFlags:
     max_model_len: Annotated[int | None, _MORE_SYSTEM] = None
     """Maximum prompt plus output, in tokens."""
     on_too_long: Annotated[str | None, _MORE_SYSTEM] = None
-    """What becomes of requests that are longer: reject, truncate (the prompt) or fail (reject)."""
+    """What to do with longer requests: reject, truncate (the prompt) or fail (reject)."""
     ageing: Annotated[bool | None, _MORE_SYSTEM] = None
-    """Whether policies serve who has waited for max_wait out of turn (yes)."""
+    """Whether policies serve requests that have waited for max_wait first (yes)."""
     block_size: Annotated[int | None, _MORE_SYSTEM] = None
     """Tokens in a KV block (16)."""
     kv_cache_memory: Annotated[str | None, _MORE_SYSTEM] = None
@@ -124,7 +124,7 @@ class SystemFlags:
     max_waiting: Annotated[int | None, _MORE_SYSTEM] = None
     """Bound on waiting requests; those beyond it are refused."""
     slot_memory: Annotated[str | None, _MORE_SYSTEM] = None
-    """Bytes that all slots share, such as 2GiB: adapters take what their own ranks take."""
+    """Bytes that all slots share, such as 2GiB; an adapter takes only what its rank needs."""
     max_cpu_lora_bytes: Annotated[str | None, _MORE_SYSTEM] = None
     """A second bound on the CPU cache."""
     max_concurrent_loads: Annotated[int | None, _MORE_SYSTEM] = None
@@ -146,13 +146,14 @@ def make_experiment(
     own: Mapping[str, Any],
     base: WorkloadSpec | None = None,
 ) -> Experiment:
-    """The fields of ``file`` (an experiment, or a comparison's) with the given flags over them.
+    """Make an experiment from ``file`` (an experiment, or that of a comparison), overridden by the given
+    flags.
 
     Args:
-        base: Takes the place of the file's workload.
+        base: Workload in place of the file's.
         own: From the command's own flags: seed, policy, slots, and the workload's scale.
 
-    Raises ConfigError for what the file or the flags get wrong.
+    Raises ConfigError for errors in the file or the flags.
     """
     from aioengine.lab.runs.experiment import Experiment
 
@@ -195,10 +196,10 @@ def _in_lab_flags(text: str) -> str:
 
 
 def check_out(out: Path, mark: str) -> None:
-    """Raises ConfigError if the folder has files that a run did not make: they might be overwritten.
+    """Raise ConfigError if the folder has files that no run made, because they might be overwritten.
 
     Args:
-        mark: A file that shows that an earlier run has.
+        mark: A file that shows that an earlier run used the folder.
     """
     try:
         foreign = out.exists() and any(out.iterdir()) and not (out / mark).exists()
@@ -207,11 +208,11 @@ def check_out(out: Path, mark: str) -> None:
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be used: {error.strerror}") from error
     if foreign:
-        raise ConfigError(f"--out {out}: has files, and no {mark} of an earlier run; take another folder")
+        raise ConfigError(f"--out {out}: has files, but no {mark} of an earlier run; use another folder")
 
 
 def numbers(flag: str, texts: Iterable[str] | None, kind: type[Number]) -> list[Number] | None:
-    """ "4,8,16", given once or several times; None if it was not given. Raises ConfigError."""
+    """Parse "4,8,16", given once or several times; None if it was not given. Raises ConfigError."""
     if texts is None:
         return None
     parts = [part.strip() for text in texts for part in text.split(",")]

@@ -1,4 +1,4 @@
-"""``aioengine lab new``: a folder to begin a study with."""
+"""``aioengine lab new``: writes the folder of a new study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def new(
     Parameters
     ----------
     folder
-        Name of the study, a folder that is not there yet.
+        Name of the study, and of its new folder.
     """
     from aioengine.lab.runs.study import new_study
 

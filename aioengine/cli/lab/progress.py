@@ -10,12 +10,12 @@ from contextlib import contextmanager
 LINE_SECONDS = 10.0
 
 Show = Callable[[float, float | None, str], None]
-"""Shows how much is done, of how much (None: not known), and what it is now."""
+"""Shows how much is done, of how much (None: not known), and the current item."""
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Show]:
-    """Inside, a function that shows how far ``what`` has come."""
+    """Context with a function that shows the progress of ``what``."""
     from rich.console import Console
 
     console = Console(stderr=True)

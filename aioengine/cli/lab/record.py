@@ -1,4 +1,4 @@
-"""``aioengine lab record``: a server whose requests become a trace."""
+"""``aioengine lab record``: runs a server and records its requests as a trace."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def record(
 ) -> int:
     """Serve, and append a line per request to a file for --trace.
 
-    The same as serve --record FILE. Times, lengths and names are written, and never what was said.
+    The same as serve --record FILE. It writes times, lengths and names, and never any text.
 
     Parameters
     ----------
     file
-        JSON lines; it may be there already, as a recording.
+        JSON lines; may be an earlier recording, to which lines are added.
     """
     return serve(server=server, engine=engine, recording=RecordFlags(record=file), common=common)

@@ -1,4 +1,4 @@
-"""``aioengine lab report``: the report again, from the files."""
+"""``aioengine lab report``: makes the report again, from the files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def report(
     Parameters
     ----------
     folder
-        What was given to --out.
+        The folder that was given to --out.
     rank_by
-        The figure that a comparison's policies are ranked by.
+        Measure that a comparison's policies are ranked by.
     vector
         Write the figures as PDF and SVG too, and captions with all parameters.
     """

@@ -1,4 +1,4 @@
-"""``aioengine lab rerun``: a run again, from its folder alone."""
+"""``aioengine lab rerun``: repeats a run from its folder alone."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def rerun(
     out: Path | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Run the experiment of a folder again: the same bytes come out, or it says what has changed.
+    """Run the experiment of a folder again, and compare all files byte for byte.
 
     Exits with 1 if a file differs.
 
     Parameters
     ----------
     folder
-        What was given to --out of lab run; it is only read.
+        The folder that was given to --out of lab run; it is only read.
     out
-        Folder for the new files (none: they are compared and thrown away).
+        Folder for the new files (by default they are compared and deleted).
     """
     from aioengine.cli.lab.flags import check_out
     from aioengine.cli.lab.progress import progress

@@ -1,4 +1,4 @@
-"""``aioengine lab run``: one policy on one workload."""
+"""``aioengine lab run``: runs one policy on one workload."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MORE = Group(f"{FOLDED} of the run", sort_key=24)
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
     policy: str | None = None
-    """As in aioengine policies, or my_policy.py:MyPolicy (fcfs)."""
+    """Name in aioengine policies, or my_policy.py:MyPolicy (fcfs)."""
     slots: int | None = None
     """Adapter slots on the device (8)."""
     scale: float | None = None
@@ -38,11 +38,11 @@ class RunFlags:
     out: Path = DEFAULT_OUT
     """Folder for the results."""
     experiment: Path | None = None
-    """Repeat the run of this experiment.json, or take a workload.toml; flags override it."""
+    """Repeat the run of this experiment.json, or use a workload.toml; flags override it."""
     report: Annotated[bool, Parameter(negative="--no-report")] = True
     """Draw figures and write report.html."""
     allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
-    """Take the run for valid though the policy failed and another one decided in its place."""
+    """Accept a run in which the policy failed and another one decided in its place."""
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
 ) -> int:
     """Replay a trace, or synthetic arrivals, through the engine in simulated time.
 
-    The policy and the engine are the serving ones; a cost model gives the time of steps and loads. The
+    The policy and the engine are those of serving; a cost model gives the time of steps and loads. The
     same flags give the same files, byte for byte.
     """
     flags = flags or RunFlags()
@@ -100,5 +100,5 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
     print(f"aioengine: this run is {invalid_text(policy)}", file=sys.stderr)
     if policy["traceback"] is not None:
         print(policy["traceback"], end="", file=sys.stderr)
-    print("aioengine: with --allow-fallback it counts all the same", file=sys.stderr)
+    print("aioengine: with --allow-fallback the run is accepted", file=sys.stderr)
     return EXIT_NOT_VALID

@@ -1,4 +1,4 @@
-"""``aioengine lab size``: how many replicas, slots and places in CPU memory a workload needs."""
+"""``aioengine lab size``: finds how many replicas, slots and places in CPU memory a workload needs."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class SizeFlags:
     slo: Annotated[list[str], Parameter(consume_multiple=True, show_default=False, negative="")]
     """Objectives: ttft_p99=2.0, itl_p95=0.05, latency_mean=8, goodput=0.95, served=0.99."""
     policy: str | None = None
-    """As in aioengine policies (fcfs)."""
+    """Name in aioengine policies (fcfs)."""
     slots: int | None = None
-    """Number of slots, if it is not to be searched."""
+    """Number of slots, which is then not searched."""
     max_replicas: int = 16
-    """Most replicas that are tried."""
+    """Maximum replicas to try."""
     seeds: int = 3
-    """Runs of a size; up to three times as many where these do not tell."""
+    """Runs of each size; up to three times as many where the result is not clear."""
     seed: int | None = None
     """First seed (0)."""
     limit: int | None = None
-    """Most requests of the workload."""
+    """Maximum requests of the workload."""
     jobs: int | None = None
-    """Runs at a time (the number of cores)."""
+    """Parallel runs (as many as cores)."""
     out: Path = DEFAULT_OUT
     """Folder for the results: size.json, and the runs."""
 
@@ -60,9 +60,9 @@ def size(
 ) -> int:
     """Find the smallest number of replicas, slots and adapters in CPU memory that keeps an SLO.
 
-    Every size is run with the serving engine in simulated time, over several seeds; it counts if the whole
-    95% interval keeps every objective. Prints what bounds the answer. --replicas, --slots and --cpu-loras fix
-    theirs. Exits with 1 if nothing that was tried keeps the objectives.
+    Every size is run with the serving engine in simulated time, over several seeds. It is accepted if the
+    whole 95% interval keeps every objective. Prints what bounds the answer. --replicas, --slots and
+    --cpu-loras fix their numbers. Exits with 1 if no size that was tried keeps the objectives.
     """
     from aioengine.cli.lab.progress import progress
     from aioengine.lab.sizing.objectives import parse_objectives
@@ -136,7 +136,7 @@ def _verdict(trial: Trial) -> str:
 
 def _print(found: Sized, objectives: Sequence[Objective]) -> None:
     if found.size is None:
-        print("nothing that was tried keeps the objectives:")
+        print("no size that was tried keeps the objectives:")
         for trial in found.trials[-3:]:
             print(f"  {trial.size}: {_broken(trial, objectives)}")
         _print_use(found.trials[-1])
@@ -158,7 +158,7 @@ def _print(found: Sized, objectives: Sequence[Objective]) -> None:
 
 
 def _broken(trial: Trial, objectives: Sequence[Objective]) -> str:
-    """The objectives that a size does not keep, or is not told to keep."""
+    """Describe the objectives that a size does not keep, or for which the result is not clear."""
     if trial.error:
         return _verdict(trial)
     texts = []
@@ -166,7 +166,7 @@ def _broken(trial: Trial, objectives: Sequence[Objective]) -> str:
         figure = trial.figures[objective.name]
         verdict = objective.verdict(figure)
         if verdict is not True:
-            texts.append(objective.text(figure) + (" (not told apart)" if verdict is None else ""))
+            texts.append(objective.text(figure) + (" (not clear)" if verdict is None else ""))
     return "; ".join(texts) or _verdict(trial)
 
 

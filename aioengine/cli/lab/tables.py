@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The table at the end of a run."""
+    """Print the table at the end of a run."""
     from aioengine.lab.analysis.measures import MEASURES
     from aioengine.lab.analysis.summary import flatten
 
@@ -38,7 +38,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def print_rankings(compare: Compare) -> None:
-    """A table for each setting of a comparison: best first."""
+    """Print a table for each setting of a comparison, the best policy first."""
     from aioengine.lab.report.compare_page import rankings
 
     console = output_console()

@@ -1,4 +1,4 @@
-"""``aioengine lab validate``: how far simulation is from the live engine."""
+"""``aioengine lab validate``: compares simulation with the live engine."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class ValidateFlags:
     preset: str = "smollm2-135m-cpu"
     """Cost model of this machine: a file of lab calibrate, or a preset's name."""
     model: str = DEFAULT_MODEL
-    """The model that it was calibrated with."""
+    """The model that the cost model was calibrated with."""
     loads: Annotated[str, Parameter(metavar="A,B,...")] = "0.4,0.8"
-    """Shares of what the engine can do; "" takes an experiment's arrivals as they are."""
+    """Loads, as shares of the engine's capacity; "" keeps an experiment's arrivals."""
     repeats: int = 3
-    """Runs of each load, each with a workload of its own; figures are over all of them."""
+    """Runs of each load, each with a different workload; figures are over all of them."""
     max_error: float = 0.1
-    """Exit with 1 if a figure is further off than this."""
+    """Exit with 1 if the error of a figure is larger than this."""
     experiment: Path | None = None
-    """The workload and the engine of this experiment.json, instead of a small one."""
+    """Use workload and engine of this experiment.json, instead of small ones."""
     seed: int | None = None
-    """Of the workload."""
+    """Seed of the workload."""
     dtype: DType = "auto"
     """Compute dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -48,7 +48,7 @@ class ValidateFlags:
 def validate(*, flags: ValidateFlags | None = None, common: CommonFlags | None = None) -> int:
     """Run the same workload live and simulated, and print the differences.
 
-    Nothing else should run on the machine meanwhile: it takes some minutes.
+    It takes some minutes. No other program should run on the machine meanwhile.
     """
     flags = flags or ValidateFlags()
     from aioengine.cli.lab.progress import progress

@@ -1,4 +1,4 @@
-"""``aioengine lab workload``: what a workload is, before anything is run."""
+"""``aioengine lab workload``: describes a workload before it is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def workload(
     out: Path = DEFAULT_OUT,
     common: CommonFlags | None = None,
 ) -> int:
-    """Show what a workload is: its rates, lengths, popularity, and what prompts have in common.
+    """Describe a workload: rates, lengths, popularity, and common beginnings of prompts.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def workload(
     seed
         Seed of everything drawn.
     limit
-        Most requests that are read (200,000).
+        Maximum requests to read (200,000).
     plot
         Draw it, too: workload.png, .pdf and .svg in --out.
     out

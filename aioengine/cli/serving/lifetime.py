@@ -1,4 +1,4 @@
-"""From the first request to the last: signals, systemd, and an engine that dies."""
+"""Runs a server until its end: signals, systemd, and an engine that dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aioengine.server.run import Signals, serve_until_told
 logger = logging.getLogger("aioengine.server")
 
 LINGER_SECONDS = 2.0
-"""How long a server with a dead engine stays, so that those it fails are told, and probes see it."""
+"""How long a server with a dead engine stays, so that clients get their errors, and probes see it."""
 
 
 class Served(Protocol):
@@ -43,9 +43,9 @@ class Ends(Protocol):
 async def serve_to_the_end(
     engine: Served, app: ServerApp, signals: Signals, ends: Ends, reloader: Reloader
 ) -> bool:
-    """Serve until a signal says to end and what was accepted is answered, or the engine is dead.
+    """Serve until a signal asks to end and accepted requests are answered, or until the engine is dead.
 
-    Returns False if requests were cut off. Tells systemd about it, if that has started this process.
+    Returns False if requests were cut off. Reports to systemd, if systemd has started this process.
     """
     systemd = Systemd()
     systemd.tell("READY=1", "STATUS=serving")
@@ -88,5 +88,5 @@ async def _reload(
         if isinstance(engine, AsyncEngine):
             await reloader.reload(engine, app)
         else:
-            logger.warning("a fleet's configuration is not read again: that takes a restart")
+            logger.warning("a fleet's configuration is not read again: restart the server to apply it")
         systemd.tell("READY=1")

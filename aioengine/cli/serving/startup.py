@@ -1,4 +1,4 @@
-"""The line of the log that says what determines how fast this server is."""
+"""The line of the log with everything that determines the speed of this server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("aioengine.server")
 def tell_what_runs(engine: AsyncEngine) -> None:
     """Log the model, the kernels, the memory and the limits."""
     threads = os.cpu_count()
-    if "torch" in sys.modules:  # not to be imported for this: that takes seconds
+    if "torch" in sys.modules:  # not imported just for this, because that takes seconds
         from aioengine.model.parallel.threads import rank_threads
 
         threads = rank_threads(1)

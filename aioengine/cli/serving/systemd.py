@@ -1,7 +1,7 @@
-"""Telling systemd how it goes: readiness, the end, and a watchdog that only progress feeds.
+"""Reports to systemd: readiness, the end, and a watchdog that only progress feeds.
 
-The protocol is that of sd_notify(3): datagrams to the socket that ``NOTIFY_SOCKET`` names. Without one
-nothing is sent.
+The protocol is that of sd_notify(3): datagrams to the socket that ``NOTIFY_SOCKET`` names. Without that
+variable nothing is sent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Systemd:
         """Seconds after which systemd kills a process that does not report; None: there is no watchdog."""
 
     def tell(self, *lines: str) -> None:
-        """Send assignments such as ``READY=1``. What cannot be sent is lost: systemd has its own timeouts."""
+        """Send assignments such as ``READY=1``. Those that cannot be sent are dropped: systemd has its own
+        timeouts."""
         if not self._address:
             return
         try:
@@ -35,9 +36,9 @@ class Systemd:
             pass
 
     async def feed(self, goes_on: Callable[[], bool]) -> None:
-        """Feed the watchdog for as long as ``goes_on()`` is true when it is asked; until cancelled.
+        """Feed the watchdog at intervals while ``goes_on()`` is true, until cancelled.
 
-        This runs on the event loop, so a loop that stands still feeds nothing either.
+        This runs on the event loop, so a blocked loop does not feed it either.
         """
         while self.watchdog_seconds is not None:
             if goes_on():

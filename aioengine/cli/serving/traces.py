@@ -1,4 +1,4 @@
-"""Traces of a server: sent while it runs, and the last of them when it ends."""
+"""Traces of a server: sent while it runs, and the last ones when it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("aioengine.server")
 
 
 def trace_engine(engine: AsyncEngine, provider: TracerProvider) -> None:
-    """Have the engine's requests traced, until it ends."""
+    """Trace the engine's requests until it ends."""
     from aioengine.metrics.tracing import trace_requests
 
     trace_requests(engine, provider)
@@ -28,7 +28,7 @@ def trace_engine(engine: AsyncEngine, provider: TracerProvider) -> None:
 
 @asynccontextmanager
 async def tracing(endpoint: str | None, engine: str) -> AsyncIterator[TracerProvider | None]:
-    """A provider of tracers, if there is a collector to send spans to. Raises ConfigError."""
+    """Context with a provider of tracers, if there is a collector to send spans to. Raises ConfigError."""
     provider = otlp_provider(
         endpoint,
         resource={

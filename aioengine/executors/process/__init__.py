@@ -1,1 +1,1 @@
-"""The model in processes of its own, one for each tensor-parallel rank."""
+"""The model in separate processes, one for each tensor-parallel rank."""

@@ -1,7 +1,7 @@
-"""The process device: the model in processes of its own, one for each tensor-parallel rank.
+"""The process device: the model in separate processes, one for each tensor-parallel rank.
 
-The application and the model share no interpreter lock, and the engine outlives the model: workers that were
-lost can be started again.
+The application and the model do not share a GIL, and the engine survives a loss of the model: lost workers
+can be started again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ProcessDevice(Device):
     async def start(self, progress: LoadProgress | None = None) -> msgspec.Raw:
         """Start the workers; returns rank 0's memory plan, whose KV blocks are what all ranks have room for.
 
-        Raises ConfigError if the model cannot be had or does not fit, and EngineDead if a worker ends.
+        Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends.
         """
         self._renew_workers(progress)
         plan, self._num_blocks = await self.workers.start()
@@ -89,9 +89,9 @@ class ProcessDevice(Device):
         return StepResult(sampled, seconds, first.scored, first.followed, first.pooled)
 
     async def _constraints(self, batch: StepBatch, workers: Workers) -> dict[int, str]:
-        """Send the workers, which compute meanwhile, the masks of the batch's constraints; returns the errors
-        of those that failed, by index. Constraints are objects of this process, so one of its threads asks
-        them."""
+        """Send the masks of the batch's constraints to the workers, which compute meanwhile. Returns the
+        errors of the constraints that failed, by index. Constraints are objects of this process, so one of
+        its threads asks them."""
         rows = enumerate(batch.sequences)
         places = [i for i, row in rows if row.sample and row.params.constraint is not None]
         if not places:

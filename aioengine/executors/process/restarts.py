@@ -12,7 +12,7 @@ FIRST_WAIT_SECONDS = 0.5
 
 
 class RestartLimit:
-    """Limit of ``most`` restarts within ``window`` seconds: the first at once, the others after growing
+    """Limit of ``most`` restarts within ``window`` seconds. The first is at once, the others after growing
     waits."""
 
     def __init__(self, most: int = MAX_RESTARTS, window: float = WINDOW_SECONDS) -> None:

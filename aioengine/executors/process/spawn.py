@@ -22,10 +22,10 @@ class WorkerProcess(Protocol):
     def pid(self) -> int: ...
 
     def kill(self) -> None:
-        """End it at once. May raise ProcessLookupError if it has ended."""
+        """Kill the process at once. May raise ProcessLookupError if it has ended."""
 
     async def wait(self) -> int | None:
-        """Wait until it has ended. Returns its exit status; None if nobody knows it."""
+        """Wait until the process has ended. Returns its exit status; None if it is not known."""
 
 
 class WorkerConnection:
@@ -54,7 +54,7 @@ async def spawn(rank: int) -> WorkerConnection:
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-P",  # nothing in the current folder may stand in for a module
+                "-P",  # no file in the current folder may take the place of a module
                 "-m",
                 WORKER_MODULE,
                 str(theirs.fileno()),
@@ -80,24 +80,24 @@ async def spawn(rank: int) -> WorkerConnection:
 
 
 def _environment() -> dict[str, str]:
-    """A worker finds the modules that this process does, gloo talks over the loopback interface, and OpenMP's
-    threads soon sleep where they wait for each other."""
+    """Return a worker's environment: it finds the same modules as this process, gloo uses the loopback
+    interface, and OpenMP's threads soon sleep when they wait for each other."""
     environment = dict(os.environ)
     folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     environment["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     if "OMP_WAIT_POLICY" not in environment:
-        # If the application computes, one of a team's threads may have to wait for a core. After each of
-        # torch's operations the others would spin for a millisecond, on the very core that it waits for.
+        # If the application computes, one thread of a team may have to wait for a core. Without this, the
+        # others would spin for a millisecond after each of torch's operations, on the core that it needs.
         environment.setdefault("GOMP_SPINCOUNT", "1000")
-    # It looks into the rendezvous file, which is gone by then.
+    # NCCL's monitoring reads the rendezvous file, which is deleted by then.
     environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     return environment
 
 
 async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work`` to completion despite repeated cancellation, then raise that: stopped halfway, it would
-    leave processes behind."""
+    """Run ``work`` to completion despite repeated cancellation, then raise the cancellation. If it stopped
+    halfway, it would leave processes behind."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

@@ -95,7 +95,7 @@ def _same(known: list[int], table: Sequence[int]) -> int:
 
 
 class SentMasks:
-    """Masks of the running step, which arrive after the step itself."""
+    """Masks of the running step. They arrive after the step itself."""
 
     def __init__(self) -> None:
         self._latest = Masks(-1, {})
@@ -124,7 +124,7 @@ class SentConstraint:
         """The running step, and the request's index in it."""
 
     def begin(self, output: Sequence[int]) -> None:
-        """Do nothing: the engine has done it."""
+        """Do nothing, because the engine has already begun."""
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         return self._masks.of(self.step).get(self.index)

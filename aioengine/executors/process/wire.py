@@ -1,7 +1,7 @@
 """Messages between an engine and its workers: msgspec structs in msgpack, each preceded by its length.
 
-Both ends have the same version of the package, so the format is private. A message grows only with what is
-new: a request's tokens and blocks are sent once (see ``step_delta``).
+Both ends have the same version of the package, so the format is private. A message contains only new data: a
+request's tokens and blocks are sent once (see ``step_delta``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Start(_Message, frozen=True):
     rank: int
     size: int
     threads: int
-    """Compute threads for this rank; 0: its share of what torch would take."""
+    """Compute threads for this rank; 0: its share of torch's default."""
     rendezvous: str
     """A file where the ranks find each other; "" for one rank."""
 
@@ -87,7 +87,7 @@ class Work(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Step(_Message, frozen=True):
-    """Answered with Stepped."""
+    """Runs a step; answered with Stepped."""
 
     number: int
     step: int
@@ -108,7 +108,7 @@ class Masks(_Message, frozen=True):
 
 
 class Read(_Message, frozen=True):
-    """Read an adapter; answered with ReadDone or Failed, if it was discarded meanwhile too."""
+    """Read an adapter; answered with ReadDone or Failed, even if it was discarded meanwhile."""
 
     number: int
     name: str
@@ -134,14 +134,14 @@ class Finish(_Message, frozen=True):
 
 
 class Keep(_Message, frozen=True):
-    """Put what was read as ``number`` into the CPU cache."""
+    """Put the result of the read ``number`` into the CPU cache."""
 
     number: int
     uid: int
 
 
 class Discard(_Message, frozen=True):
-    """Forget what was read, or is still being read, as ``number``."""
+    """Forget the read ``number`` and its result."""
 
     number: int
 
@@ -213,10 +213,10 @@ class ReadDone(_Message, frozen=True):
     labels: int
     """Labels of its classification head."""
     invocation: tuple[int, ...]
-    """The tokens from which on it is applied; none: to all tokens."""
+    """The adapter is applied from these tokens on; none: to all tokens."""
     squares: bytes
-    """Sums that every rank must add before the read can be finished; equally long on all ranks. Empty if it
-    is finished."""
+    """Sums that every rank must add before the read can be finished. They have the same length on all ranks;
+    empty if it is finished."""
     slot_nbytes: int
     """Bytes of the share that slots hold."""
 
@@ -263,13 +263,13 @@ class WireError(msgspec.Struct, array_like=True, frozen=True):
         return cls(name, str(error), None, trace)
 
     def error(self) -> Exception:
-        """Rebuild the exception; a :class:`WorkerError` for one that is not of :mod:`aioengine.errors`."""
+        """Rebuild the exception: a :class:`WorkerError` if its class is not in :mod:`aioengine.errors`."""
         if self.fields is None:
             error: Exception = WorkerError(f"{self.type}: {self.text}" if self.text else self.type)
             error.add_note(f"in the worker:\n{self.trace}")
             return error
         kind: type[errors.AioEngineError] = getattr(errors, self.type)
-        error = kind.__new__(kind)  # its __init__ makes the message that is here already
+        error = kind.__new__(kind)  # without __init__, which would build the message again
         error.args = (self.text,)
         vars(error).update(self.fields)
         return error
@@ -315,7 +315,7 @@ def read_request(connection: socket.socket) -> Request | None:
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray | None:
-    """Receive exactly ``size`` bytes; None if the other end closes before."""
+    """Receive exactly ``size`` bytes; None if the other end closes first."""
     data = bytearray(count)
     view, got = memoryview(data), 0
     while got < count:

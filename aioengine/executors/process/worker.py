@@ -1,8 +1,8 @@
-"""A worker: one rank of the model in a process of its own.
+"""A worker: one rank of the model in a separate process.
 
-Started as ``python -m aioengine.executors.process.worker FD``. It exits when the other end of its socket FD
-closes, whatever it is doing, and leaves nothing to clean up. The main thread receives requests; steps run in
-one thread, copies in another, and each read in its own, as with the thread device.
+Started as ``python -m aioengine.executors.process.worker FD``. It exits at once when the other end of its
+socket FD closes, and leaves nothing to clean up. The main thread receives requests. Steps run in one thread,
+copies in another, and each read in its own, as with the thread device.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class Worker:
             case Drop():
                 self._model.store.drop(request.uid)
             case Place():
-                image = self._model.store.get(request.uid)  # now: it may be dropped before it is copied
+                image = self._model.store.get(
+                    request.uid
+                )  # before the copy's turn: it may be dropped until then
                 self._copies.submit(self._place, request, image)
             case Start():
                 self._steps.submit(self._or_break, lambda: self._model.start(request))
@@ -228,9 +230,9 @@ def _leave_ending_to_the_engine() -> None:
 
     The engine may have to drain first when Ctrl-C, or a service manager, signals all of its processes. On
     Linux the kernel ends a worker with its engine, even if the worker's threads are stuck, or a fork of the
-    engine keeps the socket open. A process group of its own shields it from Ctrl-C. A session of its own
-    would get as much of the processors as the rest of the engine (sched(7), autogroup): compiles of grammars
-    could not give way to it by being nice."""
+    engine keeps the socket open. A separate process group shields it from Ctrl-C. It is not a separate
+    session, because the scheduler shares the processors between sessions (sched(7), autogroup): then compiles
+    of grammars could not give way to the worker by their nice value."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.setpgid(0, 0)
@@ -242,7 +244,9 @@ def _leave_ending_to_the_engine() -> None:
 
 
 def main() -> NoReturn:
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's: nothing of ours needs it
+    warnings.filterwarnings(
+        "ignore", "Failed to initialize NumPy"
+    )  # torch's warning; NumPy is not needed here
     _leave_ending_to_the_engine()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)

@@ -1,4 +1,4 @@
-"""Loads adapters into the workers' memory: each rank reads and holds its share; either all ranks hold an
+"""Loads adapters into the workers' memory. Each rank reads and holds its share; either all ranks hold an
 adapter, or none does."""
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class _Found(NamedTuple):
 class WorkerLoader(BaseLoader[_Found]):
     """Loads adapters through the workers, which read them beside the steps. Call ``use`` first.
 
-    With several ranks, none reads the whole file, so the digest is computed here, in a thread. The arguments
-    are those of :class:`~aioengine.adapters.loader.BaseLoader`.
+    With several ranks, no rank reads the whole file, so the digest is computed here, in a thread. The
+    arguments are those of :class:`~aioengine.adapters.loader.BaseLoader`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class WorkerLoader(BaseLoader[_Found]):
         """Abandoned reads that have not ended in every worker."""
 
     def use(self, workers: Workers) -> None:
-        """Use these workers from now on. Hanging reads ended with the processes of the workers before."""
+        """Use these workers from now on. Hanging reads have ended with the earlier workers' processes."""
         for call in list(self._given_up):
             self._ended(call)
         self._workers = workers
@@ -121,7 +121,7 @@ class WorkerLoader(BaseLoader[_Found]):
         self._workers.tell(Keep(found.number, uid))
 
     async def close(self) -> None:
-        """Close. The workers free what they hold when they exit."""
+        """Close the loader. The workers free their memory when they exit."""
         await self._digests.wait(STOP_SECONDS)
 
 

@@ -41,7 +41,7 @@ class WorkerOutput:
     async def ended(self) -> None:
         """Wait until everything is logged; the worker must have ended."""
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=1.0)  # what it has started may still have the pipe
+            await asyncio.wait([self._task], timeout=1.0)  # a process that it started may still hold the pipe
             self._task.cancel()
 
     async def _log(self, lines: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:

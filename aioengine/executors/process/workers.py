@@ -46,15 +46,15 @@ A = TypeVar("A", bound=Answer)
 
 
 class Call:
-    """Something that was asked of all workers. ``answers`` has one answer by rank, or the first failure; and
-    that at once, or, if the call is ``patient``, when all have answered."""
+    """A request to all workers. ``answers`` has one answer by rank, or the first failure. A failure is set at
+    once or, if the call is ``patient``, when all have answered."""
 
     def __init__(self, number: int, size: int, *, patient: bool) -> None:
         self.number = number
         self.answers: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         self.all_answered: Callable[[], None] = _nothing
         self.moved: Callable[[], None] = _nothing
-        """Called when a worker says that it has got further."""
+        """Called when a worker reports progress."""
         self._patient = patient
         self._found: dict[int, Answer] = {}
         self._size = size
@@ -81,7 +81,7 @@ class Call:
             self.answers.set_exception(error)
 
     async def of(self, kind: type[A]) -> list[A]:
-        """The answers by rank, each of which is a ``kind``. Raises the first failure, or EngineDead."""
+        """Wait for the answers, by rank; each is a ``kind``. Raises the first failure, or EngineDead."""
         answers = await self.answers
         found: list[A] = [answer for answer in answers if isinstance(answer, kind)]
         assert len(found) == len(answers), f"expected {kind.__name__}, not {answers}"
@@ -89,13 +89,13 @@ class Call:
 
 
 class Workers:
-    """Started once and closed once; all methods are called on one loop.
+    """The workers, which are started once and closed once. All methods are called on one loop.
 
     Args:
-        config: What each of them builds its share of; ``model`` is a path.
-        lost: Called once, with EngineDead, if a worker ends or a step fails after the start; by then all
-            have been killed, and whatever was asked of them fails with the same error.
-        progress: Told how far rank 0's weights are read.
+        config: The engine's configuration; ``model`` is a path.
+        lost: Called once, with EngineDead, if a worker ends or a step fails after the start. By then all
+            workers have been killed, and all open calls fail with the same error.
+        progress: Called with the progress of reading rank 0's weights.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Workers:
         self._lost = lost
         self._progress = progress
         self.kernels = ""
-        """Name of what computes the steps; known when they have started."""
+        """Names of the kernels that compute the steps; known when the workers have started."""
         self.variance: str | None = None
-        """Why a token's bits depend on its batch; known when they have started."""
+        """Why a token's bits depend on its batch; known when the workers have started."""
         self._workers: list[WorkerConnection] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._calls: dict[int, Call] = {}
@@ -124,11 +124,11 @@ class Workers:
     # Life
 
     async def start(self, num_blocks: int | None = None) -> tuple[msgspec.Raw, int]:
-        """Returns rank 0's memory plan (in msgpack) and the number of KV blocks: ``num_blocks``, or, if it is
-        None, what all ranks have room for.
+        """Start the workers. Returns rank 0's memory plan (in msgpack) and the number of KV blocks:
+        ``num_blocks`` or, if that is None, as many as all ranks have room for.
 
-        Raises ConfigError if the model cannot be had or does not fit, and EngineDead if a worker ends. If it
-        fails or is cancelled, no process is left.
+        Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends. If
+        it fails or is cancelled, no process is left.
         """
         folder = tempfile.mkdtemp(prefix="aioengine-") if self.size > 1 else None
         try:
@@ -151,7 +151,7 @@ class Workers:
         return plans[0].plan, blocks
 
     async def close(self) -> None:
-        """End all of them, and wait until they have. Safe to call twice."""
+        """End all workers, and wait until they have ended. Safe to call twice."""
         await run_to_completion(self._close())
 
     async def _close(self) -> None:
@@ -207,22 +207,23 @@ class Workers:
     # Asking
 
     def ask(self, make: Callable[[int], Request], *, patient: bool = False) -> Call:
-        """Ask all of them for what ``make(number)`` says. Raises what they were lost with, if they were."""
+        """Send the request ``make(number)`` to all workers. Raises the error of their loss, if they were
+        lost."""
         call = self._open(patient=patient)
         self.tell(make(call.number))
         return call
 
     def tell(self, message: Request) -> None:
-        """Say something to all of them that has no answer."""
+        """Send a message that has no answer to all workers."""
         if self.dead is None:
             data = frame(message)
             for worker in self._workers:
                 worker.writer.write(data)
 
     async def flush(self) -> None:
-        """Wait until not too much that was said is still to be sent."""
+        """Wait until the buffers of unsent messages are small enough."""
         for worker in self._workers:
-            with contextlib.suppress(ConnectionError):  # its listener says so too
+            with contextlib.suppress(ConnectionError):  # its listener reports that, too
                 await worker.writer.drain()
 
     def _open(self, *, patient: bool) -> Call:
@@ -288,7 +289,7 @@ class Workers:
 
 
 def rank_threads(size: int) -> int:
-    """A worker's share of the compute threads of this process; 0 if torch is not loaded here."""
+    """Return a worker's share of the compute threads of this process; 0 if torch is not loaded here."""
     if "torch" not in sys.modules:
         return 0
     from aioengine.model.parallel.threads import rank_threads as share

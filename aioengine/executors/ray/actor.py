@@ -1,4 +1,4 @@
-"""RankActor: a worker of :mod:`aioengine.executors.process`, in an actor's process and over TCP."""
+"""RankActor: a worker of :mod:`aioengine.executors.process` in the process of a Ray actor, over TCP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Place(NamedTuple):
     host: str
     """Address of its node."""
     free_port: int
-    """A port of that node that nobody listened on a moment ago."""
+    """A port of that node that was free a moment ago."""
     pid: int
 
 
@@ -28,7 +28,7 @@ class RankActor:
             return Place(host, server.getsockname()[1], os.getpid())
 
     def run(self, host: str, port: int, greeting: bytes) -> None:
-        """Serve the engine that listens there, until it is gone; then this process ends."""
+        """Serve the engine that listens at this address, until it is gone; then this process ends."""
         from aioengine.executors.process.worker import Worker
 
         connection = socket.create_connection((host, port), timeout=30)

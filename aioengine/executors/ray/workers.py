@@ -23,19 +23,19 @@ from aioengine.memory_plan import resolve_device
 START_SECONDS = 60.0
 """Time for Ray to place the actors, and for each of them to connect."""
 JOIN_SECONDS = 3.0
-"""Nodes that have just joined are heard of by then."""
+"""Time after which nodes that have just joined are known."""
 _RANK = struct.Struct("<I")
 _SECRET_BYTES = 32
 _ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class RayWorkers(Workers):
-    """Workers as :class:`~aioengine.executors.process.workers.Workers` has them, but Ray actors, over TCP.
+    """Like :class:`~aioengine.executors.process.workers.Workers`, but each worker is a Ray actor, over TCP.
     Each actor has a CPU for every thread of its rank, and a GPU on CUDA. Ray is joined (``RAY_ADDRESS``) or
     started on this machine, unless the application has done so; it stays until the application ends it.
 
-    What the engine and its ranks tell each other is neither encrypted nor signed, as between torch's own
-    ranks: the network between the nodes has to be trusted.
+    Messages between the engine and its ranks are neither encrypted nor signed, like those between torch's own
+    ranks. So the network between the nodes must be trusted.
     """
 
     _group: Any = None
@@ -105,7 +105,7 @@ class RayWorkers(Workers):
         self._group = placement_group([bundle] * self.size, strategy="PACK")
         if not self._group.wait(START_SECONDS):
             raise ConfigError(
-                f"executor='ray': no room for {self.size} ranks of {bundle} came free in the Ray cluster "
+                f"executor='ray': no room for {self.size} ranks of {bundle} became free in the Ray cluster "
                 f"within {START_SECONDS:g} s; other programs use it"
             )
         kind = ray.remote(RankActor)
@@ -143,17 +143,17 @@ class RayWorkers(Workers):
 
 
 class _Actor:
-    """An actor, as far as a :class:`~aioengine.executors.process.spawn.WorkerProcess` is needed of it."""
+    """An actor with the methods of a :class:`~aioengine.executors.process.spawn.WorkerProcess`."""
 
     def __init__(self, handle: Any, pid: int) -> None:
         self.handle = handle
         self.pid = pid
         self.ended: Any = None
-        """Result of its ``run``, which comes when the actor has ended."""
+        """Result of its ``run``; it arrives when the actor has ended."""
 
     async def wait(self) -> int | None:
         if self.ended is not None:
-            with contextlib.suppress(Exception):  # that it died is all that it says
+            with contextlib.suppress(Exception):  # the error says only that the actor died
                 await asyncio.wrap_future(self.ended.future())
         return None
 

@@ -1,1 +1,1 @@
-"""Adapters that come from no folder: given in memory, and mixes of others."""
+"""Sources of adapters: look-ups by name, adapters given in memory, and mixes of adapters."""

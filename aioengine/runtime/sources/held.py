@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Loads(Protocol):
-    """The part of ``AdapterOps`` that is needed here."""
+    """The part of ``AdapterOps`` that this module needs."""
 
     async def load(
         self,
@@ -36,8 +36,8 @@ class Loads(Protocol):
 
 
 class HeldAdapters:
-    """Copies what is given in ``work``, a thread, and has it loaded. ``most`` bytes of such copies may
-    live."""
+    """Copies adapters that are given in memory, in the thread of ``work``, and loads them. All copies
+    together may take ``most`` bytes."""
 
     def __init__(self, adapters: Loads, work: ThreadPoolExecutor, most: int) -> None:
         self._adapters = adapters
@@ -46,7 +46,7 @@ class HeldAdapters:
         self._given = 0
         self._living: WeakSet[HeldAdapter] = WeakSet()
         self._coming: list[int] = []
-        """Sizes of those that are being copied."""
+        """Sizes of the adapters that are being copied."""
 
     async def load_tensors(
         self,
@@ -67,7 +67,7 @@ class HeldAdapters:
     async def load_state(
         self, name: str, model: object, adapter_name: str | None, *, pin: bool, replace: bool
     ) -> AdapterInfo:
-        peft: Any = sys.modules.get("peft")  # who has such a model has imported it
+        peft: Any = sys.modules.get("peft")  # a caller with such a model has imported peft
         if peft is None or not isinstance(model, peft.PeftModel):
             raise AdapterInvalid(f"model={type(model).__name__}: expected a peft.PeftModel", name=str(name))
         live: Any = model
@@ -76,7 +76,7 @@ class HeldAdapters:
             raise AdapterInvalid(
                 f"adapter_name={active!r}: the model has {', '.join(live.peft_config)}", name=str(name)
             )
-        # Embeddings of the base model are not the adapter's, and to look for them may take a network.
+        # Embeddings of the base model are not part of the adapter, and PEFT might ask the Hub for them.
         state = peft.get_peft_model_state_dict(live, adapter_name=active, save_embedding_layers=False)
         return await self.load_tensors(name, state, live.peft_config[active], pin=pin, replace=replace)
 
@@ -97,11 +97,11 @@ class HeldAdapters:
             )
         except BaseException:
             if not self._adapters.holds(held):
-                held.release()  # and not when whoever keeps the error lets go of it
+                held.release()  # at once, and not when the last reference to the error goes
             raise
 
     def close(self) -> None:
-        """Free all of it: the engine has stopped."""
+        """Free all copies, because the engine has stopped."""
         for held in self._living:
             held.release()
 
@@ -113,16 +113,15 @@ class HeldAdapters:
         count = len(living) + len(self._coming)
         if count >= MAX_HELD:
             raise AdapterLoadError(
-                f"{count} adapters that were given in memory live, as many as can: unload some, or load "
-                "this one "
-                "from a folder",
+                f"there are {count} adapters that were given in memory, which is the maximum: unload some, "
+                "or load this one from a folder",
                 name=name,
                 path=path,
             )
         room = self._most - sum(held.nbytes for held in living) - sum(self._coming)
         self._coming.append(nbytes)
         try:
-            # If the caller is cancelled, the copy ends by itself and is freed.
+            # If the caller is cancelled, the copy still ends, and is freed then.
             held = await asyncio.get_running_loop().run_in_executor(self._work, hold, path, room)
         finally:
             self._coming.remove(nbytes)

@@ -26,7 +26,8 @@ logger = logging.getLogger("aioengine")
 
 MAX_LOOKUPS = 128
 """Maximum look-ups under way at once. A tenant's next name waits while the tenant has as many look-ups under
-way as places are left; so a single tenant can take half of the places, and some always remain for others."""
+way as there are free places. So a single tenant can take half of the places, and some always remain for
+others."""
 
 Tenant = str | None
 Key = tuple[str, str | None]
@@ -37,9 +38,9 @@ class _Lookup:
         self.key = key
         self.task: asyncio.Task[str]
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when it may begin."""
+        """Done when the look-up may begin."""
         self.charged: Tenant = None
-        """The tenant whose turn it took."""
+        """The tenant in whose turn it began."""
         self.waiting: dict[Tenant, int] = {}
         """Number of waiting callers, by tenant."""
 
@@ -47,9 +48,10 @@ class _Lookup:
 class Resolution:
     """Shared look-ups.
 
-    A look-up that no caller waits for any more is cancelled; results are not cached. None may take longer
-    than ``timeout`` seconds once it has begun. ``failed`` is called for each that fails. Tenants take turns
-    in starting look-ups; a name that several tenants wait for starts at the first turn of any of them.
+    A look-up that no caller waits for any more is cancelled; results are not cached. No look-up may take
+    longer than ``timeout`` seconds once it has begun. ``failed`` is called for each one that fails. Tenants
+    take turns in starting look-ups; a name that several tenants wait for starts at the first turn of any of
+    them.
     """
 
     def __init__(
@@ -182,7 +184,9 @@ class Resolution:
                 del self._under_way[lookup.charged]
         for tenant in lookup.waiting:  # it was cancelled before its turn
             self._unqueue(lookup, tenant)
-        error = None if lookup.task.cancelled() else lookup.task.exception()  # seen, even if nobody waits
+        error = (
+            None if lookup.task.cancelled() else lookup.task.exception()
+        )  # read, even if nobody waits: asyncio would log it
         if isinstance(error, (AdapterError, ConfigError)) and not isinstance(error, AdapterNotFound):
             self._stepper.report(_failure(lookup.key[0], error))
         if isinstance(error, (AdapterInvalid, AdapterLoadError)):

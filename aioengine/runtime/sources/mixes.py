@@ -1,8 +1,8 @@
 """Mixes: requests that name several adapters with weights, or one with a scale.
 
-A mix is an adapter of its own, made when a request first asks for it: it is read from the files of its
-parts, and takes a place in the CPU cache and a slot as others do, so that policies need to know nothing of
-it. It is made of the versions that were current when the request came.
+A mix is a separate adapter, made when a request first asks for it. It is read from the files of its parts,
+and takes a place in the CPU cache and a slot like any other, so policies need not know about mixes. It is
+made of the versions that were current when the request came.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from aioengine.errors import AdapterInvalid, EngineOverloaded
 from aioengine.step import HeldFiles, MixFiles, MixPart
 
 MAX_MIXES = 64
-"""Mixes of one tenant that are known at a time."""
+"""Maximum number of mixes of one tenant that are known at a time."""
 MAX_KEPT = 256
-"""Mixes of all tenants above which those that no request uses are given up."""
+"""Number of mixes of all tenants above which those that no request uses are removed."""
 
 
 class Mix:
@@ -48,7 +48,7 @@ class Mix:
         return files if isinstance(files, HeldFiles) else None
 
     def share(self) -> AdapterFiles:
-        raise AdapterInvalid("a mix has no versions of its own: load its parts", name=self.name)
+        raise AdapterInvalid("a mix has no versions: load its parts", name=self.name)
 
     @property
     def outdated(self) -> bool:
@@ -60,10 +60,10 @@ class Mix:
 
 
 class Mixes:
-    """Mixes that are known, and the tenants that they count for: each for the one that asked for it last.
+    """Makes mixes, keeps them, and counts each for the tenant that asked for it last.
 
-    Only a tenant's own mixes can be in its way. There is no bound on those of all tenants that are in use,
-    because each has a request, and the bounds on requests hold for these.
+    Only a tenant's own mixes count against its bound. There is no bound on the mixes of all tenants that are
+    in use, because each has a request, and requests have bounds.
 
     ``acquire`` finds the version that a name stands for.
     """
@@ -78,8 +78,8 @@ class Mixes:
         self._made = 0
 
     async def acquire(self, weights: Mapping[str, float], tenant: str | None, now: float) -> AdapterEntry:
-        """The mix, which is made if it is not known. Raises as the look-up of its parts does, and
-        EngineOverloaded if its tenant has too many others in use."""
+        """Return the mix, and make it first if it is not known. Raises as the look-up of its parts does, and
+        EngineOverloaded if its tenant has too many other mixes in use."""
         mix = Mix([(await self._acquire(name, tenant), weight) for name, weight in weights.items()])
         name = mix.name
         self._residency.failures.check(name, now)
@@ -103,7 +103,7 @@ class Mixes:
         return isinstance(entry.files, Mix)
 
     def forget(self, label: str, now: float) -> None:
-        """Make no more of what has this adapter in it: it is being unloaded."""
+        """Retire all mixes that contain this adapter, because it is being unloaded."""
         for name, entry in list(self._known.items()):
             if isinstance(entry.files, Mix) and label in entry.files.labels:
                 self._retire(name, now)

@@ -40,11 +40,11 @@ class AdapterNames:
         return entry
 
     def check_wanted(self, adapter: str | Mapping[str, float]) -> str:
-        """Check what a request asks for before anything is done for it, and return the name that it counts
-        on.
+        """Check the adapter that a request asks for before any work is done for it. Returns the adapter's
+        name for bounds on waiting requests.
 
-        Raises AdapterNotFound for a name that is neither registered nor resolvable, and again, for a while,
-        the error of an adapter that has failed more than once in a row."""
+        Raises AdapterNotFound for a name that is neither registered nor resolvable. For an adapter that has
+        failed more than once in a row, raises its last error again for a while."""
         names = [adapter] if isinstance(adapter, str) else list(adapter)
         for name in names:
             self.check_known(name)
@@ -60,7 +60,7 @@ class AdapterNames:
         return await self.mixes.acquire(adapter, tenant, _now())
 
     def check_lives(self, entry: AdapterEntry) -> None:
-        """Raise AdapterNotFound if a version that was acquired is gone meanwhile."""
+        """Raise AdapterNotFound if an acquired version has been removed since."""
         if entry.uid not in self._residency.entries:
             raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
 
@@ -97,7 +97,7 @@ class AdapterNames:
         source = self.fetched.get(name)
         where = await self.lookups.locate(name, source, tenant, check)
         entry = self._residency.current.get(name)
-        if entry is not None:  # another one who waited was first
+        if entry is not None:  # another caller that waited was first
             return entry
         if source is not None and self.fetched.get(name) != source:  # unloaded meanwhile
             raise self._not_found(name)
