@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from aioengine.config import EngineConfig, LoRAConfig
     from aioengine.engine import AsyncEngine
     from aioengine.info import AdapterInfo, EngineInfo, EngineStats, SlotInfo
-    from aioengine.request import RequestOutput, SamplingParams, TokenLogprob
+    from aioengine.runtime.output import RequestOutput
+from aioengine.request import SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -50,7 +51,7 @@ _HOMES = {
     "FsspecResolver": ".adapters.resolvers.fsspec",
     "HubResolver": ".adapters.resolvers.hub",
     "LoRAConfig": ".config",
-    "RequestOutput": ".request",
+    "RequestOutput": ".runtime.output",
     "SamplingParams": ".request",
     "SlotInfo": ".info",
     "TokenLogprob": ".request",

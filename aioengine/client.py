@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkabl
 
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
-from aioengine.request import Prompt, RequestKeywords, RequestOutput, SamplingParams, TokenConstraint
+from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint
+from aioengine.runtime.output import RequestOutput
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:

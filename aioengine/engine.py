@@ -38,7 +38,6 @@ from aioengine.request import (
     Prompt,
     RequestKeywords,
     RequestOptions,
-    RequestOutput,
     SamplingParams,
     Scores,
     Wanted,
@@ -56,6 +55,7 @@ from aioengine.runtime.assemble import (
 )
 from aioengine.runtime.event_stream import BUFFER, EventStream, EventStreams
 from aioengine.runtime.loop import Stepper
+from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.sources.held import HeldAdapters
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters, engine_load, slot_infos

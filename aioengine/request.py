@@ -1,4 +1,4 @@
-"""SamplingParams, RequestOptions and RequestOutput: what a caller sends, and what comes back."""
+"""SamplingParams and RequestOptions: what a caller sends. (What comes back is in ``runtime/output.py``.)"""
 
 from __future__ import annotations
 
@@ -257,39 +257,6 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """The most likely (token id, logprob) pairs, best first; as many as ``logprobs`` asked for."""
-
-
-class RequestOutput(msgspec.Struct, kw_only=True):
-    """Output of a request so far; the ``_delta`` fields have only the part since the last one."""
-
-    request_id: str
-    adapter: str | None
-    text_delta: str
-    token_ids_delta: list[int]
-    text: str
-    token_ids: list[int]
-    finished: bool
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    """The stop string or stop token id that ended the output, if one did."""
-    logprobs: list[TokenLogprob] | None = None
-    """One entry for each of ``token_ids``, when asked for."""
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    """One entry for each of ``prompt_token_ids``, None for the first, when asked for."""
-    pooled: list[float] | None = None
-    """The vector that ``pooling`` asks for, at the end: [hidden], or [labels] of a head."""
-    cached_tokens: int = 0
-    """Prompt tokens whose KV was taken from the prefix cache."""
-    arrival: float = 0.0
-    """Times are seconds on the engine's clock (the event loop's ``time()``)."""
-    first_token: float | None = None
-    last_token: float | None = None
-
-    @property
-    def ttft(self) -> float | None:
-        """Seconds from arrival to the first token."""
-        return None if self.first_token is None else self.first_token - self.arrival
 
 
 class Embedding(msgspec.Struct, kw_only=True, frozen=True):

@@ -130,7 +130,7 @@ class EngineReplica:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
-            seen = len(order.options.output)
+            known = len(order.options.output)  # log-probabilities that the door has already
             scored = False
             options = order.options
             async for output in self.engine.generate(
@@ -150,9 +150,8 @@ class EngineReplica:
                 delta = Delta(order.key, output.token_ids_delta, output.text_delta)
                 delta.finish, delta.stop = output.finish_reason, output.stop_reason
                 delta.cached_tokens = output.cached_tokens
-                if output.logprobs is not None:
-                    delta.logprobs = output.logprobs[seen:]
-                    seen = len(output.logprobs)
+                delta.logprobs = list(output.logprobs_delta[known:])
+                known = max(0, known - len(output.logprobs_delta))
                 if output.prompt_logprobs is not None and not scored:
                     delta.prompt_logprobs, scored = output.prompt_logprobs, True
                 delta.pooled = output.pooled

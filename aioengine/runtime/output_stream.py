@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from aioengine.core.state import Request
 from aioengine.errors import RequestInvalid
 from aioengine.events import EndReason
-from aioengine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from aioengine.request import FinishReason, SamplingParams, TokenLogprob
+from aioengine.runtime.output import GrowingText, Grown, RequestOutput
 from aioengine.step import Sampled
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class OutputText:
     """The text of an output that grows token by token; empty if there is no tokenizer."""
 
     def __init__(self, stream: TextStream | None, params: SamplingParams) -> None:
-        self.text = ""
+        self.text = GrowingText()
         self.stop: str | int | None = None
         """The stop string or stop token that ended the output."""
         self._stream = stream
@@ -39,7 +40,7 @@ class OutputText:
             return False
         early = self._tokens <= self._params.min_tokens
         delta = self._stream.push([token], look=not early and not is_stop)
-        self.text += delta.text
+        self.text.add(delta.text)
         if delta.stop is not None:
             self.stop = delta.stop
         return delta.stop is not None
@@ -55,7 +56,7 @@ class OutputText:
         """Finish the text. Returns True if it contains a stop string only now."""
         if self._stream is None or isinstance(self.stop, str):
             return False
-        self.text += self._stream.finish()
+        self.text.add(self._stream.finish())
         if self._stream.stopped is not None:
             self.stop = self._stream.stopped
         return self._stream.stopped is not None
@@ -74,9 +75,12 @@ class OutputStream:
         self.request = request
         self._text = text
         self._text_seen = len(text.text)
+        """Pieces of the text that were passed on."""
         self._tokens_seen = request.prompt_len + request.given
         self._replayed = replayed
         self._logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
+        self._logprobs_seen = 0
+        self._grown = Grown(request.tokens, request.tokens, request.prompt_len, text.text, self._logprobs)
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
@@ -122,28 +126,29 @@ class OutputStream:
         if self._error is not None:
             raise self._error
         request = self.request
-        output, text = request.tokens[request.prompt_len :], self._text.text
+        tokens, pieces, logprobs = len(request.tokens), len(self._text.text), self._logprobs or ()
         result = RequestOutput(
             request_id=request.id,
             adapter=None if request.adapter is None else request.adapter.label,
-            text_delta=text[self._text_seen :],
+            text_delta=self._text.text.between(self._text_seen, pieces),
             token_ids_delta=request.tokens[self._tokens_seen :],
-            text=text,
-            token_ids=output,
+            logprobs_delta=logprobs[self._logprobs_seen :],
             finished=self._finish is not None,
             finish_reason=self._finish,
             stop_reason=self._text.stop,
-            logprobs=None if self._logprobs is None else list(self._logprobs),
-            prompt_token_ids=request.tokens[: request.prompt_len],
+            prompt_tokens=request.prompt_len,
+            output_tokens=tokens - request.prompt_len,
             prompt_logprobs=self._prompt(),
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
             arrival=request.arrival,
             first_token=request.first_token,
             last_token=self._last_token,
+            grown=self._grown,
+            pieces=pieces,
+            scores=len(logprobs),
         )
-        self._text_seen = len(text)
-        self._tokens_seen = len(request.tokens)
+        self._text_seen, self._tokens_seen, self._logprobs_seen = pieces, tokens, len(logprobs)
         return result
 
     def _prompt(self) -> list[TokenLogprob | None] | None:

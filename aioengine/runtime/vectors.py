@@ -16,11 +16,11 @@ from aioengine.request import (
     Embedding,
     PoolingKind,
     Prompt,
-    RequestOutput,
     SamplingParams,
     Scores,
     check_text,
 )
+from aioengine.runtime.output import RequestOutput
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | No
     if normalize:
         length = math.sqrt(math.fsum(x * x for x in vector))
         vector = [x / max(length, 1e-12) for x in vector]
-    return Embedding(vector=vector, prompt_tokens=len(output.prompt_token_ids), adapter=output.adapter)
+    return Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
 
 
 def check_dimensions(dimensions: int, hidden: int) -> None:
@@ -69,7 +69,7 @@ def classification_of(output: RequestOutput, names: Sequence[str]) -> Classifica
         logits=logits,
         probabilities=probabilities,
         label=label_names(names, len(logits))[best],
-        prompt_tokens=len(output.prompt_token_ids),
+        prompt_tokens=output.prompt_tokens,
         adapter=output.adapter,
     )
 
@@ -128,14 +128,14 @@ async def score(
         outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
         return Scores(
             scores=[sigmoid((output.pooled or [0.0])[0]) for output in outputs],
-            prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+            prompt_tokens=sum(output.prompt_tokens for output in outputs),
             adapter=outputs[0].adapter if outputs else None,
         )
     outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
     first, *others = outputs
     return Scores(
         scores=[cosine(first.pooled or [], other.pooled or []) for other in others],
-        prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+        prompt_tokens=sum(output.prompt_tokens for output in outputs),
         adapter=first.adapter,
     )
 

@@ -23,7 +23,8 @@ from aioengine.client import EngineClient
 from aioengine.config import EngineConfig
 from aioengine.errors import DeadlineExceeded
 from aioengine.metrics.page.plumbing import Receive, disconnected, end_tasks
-from aioengine.request import RequestOptions, RequestOutput, SamplingParams, TokenConstraint
+from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
+from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected
@@ -221,7 +222,7 @@ class Generation:
             )
             try:
                 async for output in stream:
-                    if output.logprobs is not None or output.pooled is not None:
+                    if output.logprobs_delta or output.pooled is not None:
                         self._hold_numbers(index, output)
                     self._last[index] = output
                     yield output
@@ -231,9 +232,7 @@ class Generation:
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
         """Count the numbers that are new since the choice's last output, and store a vector compactly."""
-        before = self._last[index]
-        known = 0 if before is None else len(before.logprobs or ())
-        more = (len(output.logprobs or ()) - known) * (1 + (self._params[index].logprobs or 0))
+        more = len(output.logprobs_delta) * (1 + (self._params[index].logprobs or 0))
         if output.pooled is not None:
             more += 1 + len(output.pooled) // VALUES_PER_SCORE
             output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
@@ -263,7 +262,7 @@ class Generation:
         """Sum the usage. A prompt counts once, however many choices it has."""
         outputs = [output for output in self._last if output is not None]
         prompt = sum(map(len, self._prompts))
-        completion = sum(len(output.token_ids) for output in outputs)
+        completion = sum(output.output_tokens for output in outputs)
         per_prompt = len(self._params) // len(self._prompts)
         firsts = self._last[::per_prompt]
         cached = sum(output.cached_tokens for output in firsts if output is not None)
@@ -275,7 +274,7 @@ class Generation:
         )
 
     def _output_tokens(self) -> int:
-        return sum(len(output.token_ids) for output in self._last if output is not None)
+        return sum(output.output_tokens for output in self._last if output is not None)
 
     def _note(self) -> None:
         outputs = [output for output in self._last if output is not None]

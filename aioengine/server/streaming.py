@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from aioengine.metrics.page.plumbing import Receive, Send, respond
-from aioengine.request import RequestOutput
+from aioengine.request import TokenLogprob
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.errors import ApiError, ClientDisconnected, to_api_error
 from aioengine.server.generation import Generation, together, while_connected
@@ -49,7 +50,7 @@ class ReplyOptions(NamedTuple):
         """A choice's usage so far, if each chunk should report it."""
         if not self.continuous_usage:
             return None
-        prompt, answer = len(output.prompt_token_ids), len(output.token_ids)
+        prompt, answer = output.prompt_tokens, output.output_tokens
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=answer,
@@ -127,7 +128,7 @@ class GenerationResponse:
 
     async def _whole(self, send: Send) -> None:
         outputs = await self._generation.last_outputs()
-        numbers = self._generation.scored + sum(map(_numbers, outputs))
+        numbers = self._generation.scored + sum(_numbers(output, output.logprobs) for output in outputs)
         body = await self._formed(numbers, self._reply.whole, outputs, self._generation.usage)
         self._started = True
         await respond(send, 200, [(b"content-type", b"application/json")], body)
@@ -136,12 +137,12 @@ class GenerationResponse:
         writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
 
         async def choice(index: int) -> None:
-            told, numbers = 0, self._generation.scored  # the prompt's come with the first
+            numbers = self._generation.scored  # the prompt's come with the first
             async with contextlib.aclosing(self._generation.outputs(index)) as outputs:
                 async for output in outputs:
-                    numbers += (so_far := _numbers(output)) - told
+                    numbers += _numbers(output, output.logprobs_delta)
                     events = await self._formed(numbers, self._reply.events, index, output)
-                    told, numbers = so_far, 0
+                    numbers = 0
                     if events is not None:
                         async with writing:
                             await self._send(send, events)
@@ -167,10 +168,10 @@ class GenerationResponse:
             raise ClientDisconnected from error
 
 
-def _numbers(output: RequestOutput) -> int:
-    """Count an output's numbers: log-probabilities, or values of a vector."""
-    if output.logprobs:
-        return len(output.logprobs) * (1 + len(output.logprobs[-1].top))
+def _numbers(output: RequestOutput, logprobs: Sequence[TokenLogprob] | None) -> int:
+    """How many numbers an output has: those of ``logprobs``, or values of a vector."""
+    if logprobs:
+        return len(logprobs) * (1 + len(logprobs[-1].top))
     return len(output.pooled or ())
 
 

@@ -23,7 +23,7 @@ from aioengine.errors import (
     RequestInvalid,
     RequestRejected,
 )
-from aioengine.request import RequestOutput
+from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers import Location
 
 

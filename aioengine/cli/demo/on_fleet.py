@@ -45,12 +45,12 @@ async def demo_on_fleet(
                 async for out in client.generate(
                     row.job.messages, params, adapter=row.job.adapter, request_id=row.job.id
                 ):
-                    if row.ttft is None and out.token_ids:
+                    if row.ttft is None and out.output_tokens:
                         row.ttft = time.perf_counter() - sent
                         row.state, row.admitted = "running", time.perf_counter()
                         row.replica = _number(client, client.replica_of(row.job.id))
                         say(f"{row.job.id} runs on replica {row.replica}, first token after {row.ttft:.2f} s")
-                    row.text, row.tokens = out.text, len(out.token_ids)
+                    row.text, row.tokens = out.text, out.output_tokens
             except AioEngineError as error:
                 row.state, row.error = "failed", str(error)
             else:

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -18,7 +18,10 @@ from aioengine.cli.record_flags import RecordFlags
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError
-from aioengine.request import RequestOutput, SamplingParams
+from aioengine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from aioengine.runtime.output import RequestOutput
 
 
 async def run_batch(
@@ -67,7 +70,7 @@ async def _answer(engine: AsyncEngine, request: Request, ended: Callable[[], Non
         ended()
     choices = [_choice(out) for out in outputs]
     answer |= choices[0] if request.n == 1 else {"choices": choices}
-    answer["prompt_tokens"] = len(outputs[0].prompt_token_ids)
+    answer["prompt_tokens"] = outputs[0].prompt_tokens
     if outputs[0].pooled is not None:
         answer["pooled"] = outputs[0].pooled
     scored = outputs[0].prompt_logprobs  # the same for all choices

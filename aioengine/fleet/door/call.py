@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from aioengine.errors import AioEngineError
 from aioengine.fleet.wire import Delta, unpack_error
-from aioengine.request import FinishReason, RequestOptions, RequestOutput, SamplingParams, TokenLogprob
+from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
+from aioengine.runtime.output import GrowingText, Grown, RequestOutput
 from aioengine.schedulers.routing import RouteRequest
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Call:
         """Set if it is traced."""
         self.ended = False
         """Nothing more comes of it."""
-        self._text = ""
+        self._text = GrowingText()
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._pooled: list[float] | None = None
@@ -57,6 +58,8 @@ class Call:
         self._error: AioEngineError | None = None
         self._text_seen = 0
         self._tokens_seen = len(self.tokens)
+        self._logprobs_seen = 0
+        self._grown = Grown(prompt, self.tokens, 0, self._text, self._logprobs)
         self._ready = asyncio.Event()
 
     @property
@@ -70,7 +73,7 @@ class Call:
             self._last = now
             if self._first is None:
                 self._first = now
-        self._text += delta.text
+        self._text.add(delta.text)
         if self._logprobs is not None:
             self._logprobs += delta.logprobs
         if delta.prompt_logprobs is not None and self._prompt_logprobs is None:
@@ -99,25 +102,27 @@ class Call:
         self._ready.clear()
         if self._error is not None:
             raise self._error
+        tokens, pieces, logprobs = len(self.tokens), len(self._text), self._logprobs or ()
         output = RequestOutput(
             request_id=self.request_id,
             adapter=self.options.adapter,
-            text_delta=self._text[self._text_seen :],
+            text_delta=self._text.between(self._text_seen, pieces),
             token_ids_delta=self.tokens[self._tokens_seen :],
-            text=self._text,
-            token_ids=self.tokens[:],
+            logprobs_delta=logprobs[self._logprobs_seen :],
             finished=self._finish is not None,
             finish_reason=self._finish,
             stop_reason=self._stop,
-            logprobs=None if self._logprobs is None else self._logprobs[:],
-            prompt_token_ids=self.prompt,
+            prompt_tokens=len(self.prompt),
+            output_tokens=tokens,
             prompt_logprobs=self._prompt_logprobs,
             pooled=self._pooled,
             cached_tokens=self._cached_tokens or 0,
             arrival=self.arrival,
             first_token=self._first,
             last_token=self._last,
+            grown=self._grown,
+            pieces=pieces,
+            scores=len(logprobs),
         )
-        self._text_seen = len(self._text)
-        self._tokens_seen = len(self.tokens)
+        self._text_seen, self._tokens_seen, self._logprobs_seen = pieces, tokens, len(logprobs)
         return output

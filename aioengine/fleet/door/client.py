@@ -39,11 +39,11 @@ from aioengine.request import (
     Prompt,
     RequestKeywords,
     RequestOptions,
-    RequestOutput,
     SamplingParams,
     check_text,
     split_keywords,
 )
+from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.submit import size_of
 from aioengine.runtime.text_work import SHORT, TextWork
 from aioengine.step import BytesLike

@@ -13,7 +13,8 @@ from aioengine.lab.fleet.replica import ReplicaLost, SimulatedReplica
 from aioengine.lab.fleet.scaling import Scaler
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.request import RequestOutput, SamplingParams
+from aioengine.request import SamplingParams
+from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers.routing import (
     FleetState,
     PlacementGuard,

@@ -12,7 +12,8 @@ from aioengine.core.replica_report import ReplicaReporter
 from aioengine.errors import AioEngineError, EngineDead, EngineStopped
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.simulation.engine import TOKEN, SimulatedEngine
-from aioengine.request import RequestOutput, SamplingParams
+from aioengine.request import SamplingParams
+from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers.routing import Move, ReplicaLimits, Report
 
 IDLE_REPORTS = 20

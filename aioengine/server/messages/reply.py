@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from aioengine.request import RequestOutput
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import Usage
@@ -41,7 +41,7 @@ class MessagesReply:
         told = b""
         if not self._begun:
             self._begun = True
-            usage = _usage(len(output.prompt_token_ids), output.cached_tokens, 0)
+            usage = _usage(output.prompt_tokens, output.cached_tokens, 0)
             told = _event("message_start", message=self._message([], usage))
         for kind, part in (("thinking", reasoning), ("text", text)):
             if part:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET
 
-from aioengine.request import RequestOutput
+from aioengine.request import TokenLogprob
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser, Parsed
 from aioengine.server.openai.api import Usage
@@ -23,7 +24,7 @@ from aioengine.server.openai.chat_api import (
     ToolCallDelta,
 )
 from aioengine.server.openai.completions_api import FinishReason
-from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, new_logprobs, prompt_logprobs
+from aioengine.server.openai.logprobs import TokenBytes, chat_logprobs, prompt_logprobs, without_end
 from aioengine.server.streaming import DONE, ReplyOptions, event
 
 
@@ -33,7 +34,6 @@ class _Choice:
     def __init__(self, parser: AnswerParser | None) -> None:
         self.parser = parser
         self.begun = False
-        self.logprobs = 0
         self.calls = 0
 
 
@@ -63,7 +63,7 @@ class ChatReply:
     def events(self, index: int, output: RequestOutput) -> bytes | None:
         choice = self._choices[index]
         text, calls, reasoning = parse_output(choice.parser, output.text_delta, output)
-        logprobs = self._logprobs(choice, output)
+        logprobs = self._logprobs(output, output.logprobs_delta)
         new_ids = self._options.token_ids and output.token_ids_delta
         has_numbers = (logprobs and logprobs.content) or new_ids
         if not (text or reasoning or calls or output.finished or has_numbers):
@@ -123,7 +123,7 @@ class ChatReply:
                 reasoning_content=reasoning or UNSET,
                 tool_calls=list(calls) if calls else UNSET,
             ),
-            logprobs=self._logprobs(choice, output),
+            logprobs=self._logprobs(output, output.logprobs or ()),
             finish_reason=_finish_reason(output, len(calls)),
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if self._options.token_ids else UNSET,
@@ -134,12 +134,10 @@ class ChatReply:
             id=self._id, created=self._created, model=self._options.model, choices=choices, usage=usage
         )
 
-    def _logprobs(self, choice: _Choice, output: RequestOutput) -> ChatLogprobs | None:
+    def _logprobs(self, output: RequestOutput, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        entries = new_logprobs(output, choice.logprobs)
-        choice.logprobs += len(entries)
-        return chat_logprobs(entries, self._token_bytes)
+        return chat_logprobs(without_end(output, entries), self._token_bytes)
 
 
 def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) -> Parsed:

@@ -12,7 +12,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 from litestar.response import Response
 
-from aioengine.request import RequestOutput
+from aioengine.request import TokenLogprob
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, unsupported
 from aioengine.server.framework import RESPONSES, Handled, record_of
@@ -132,7 +133,6 @@ class _Choice:
     def __init__(self, prompt: str | None) -> None:
         self.prompt = prompt
         """Data to send before its answer."""
-        self.logprobs = 0
         self.offsets = TextOffsets(begin=len(prompt or ""))
         self.begun = False
 
@@ -160,7 +160,7 @@ class CompletionReply:
         self._encode = msgspec.json.Encoder().encode
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        choice = self._choice(index, output, output.text_delta, output.token_ids_delta)
+        choice = self._choice(index, output, output.text_delta)
         if not choice.text and not output.finished and choice.logprobs is None and not choice.token_ids:
             return None
         return event(self._completion([choice], self._options.usage_so_far(output)))
@@ -172,20 +172,23 @@ class CompletionReply:
         return event(error.body) + DONE
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [self._choice(i, output, output.text, output.token_ids) for i, output in enumerate(outputs)]
+        choices = [self._choice(i, output, output.text, whole=True) for i, output in enumerate(outputs)]
         return self._completion(choices, usage)
 
-    def _choice(self, index: int, output: RequestOutput, text: str, token_ids: list[int]) -> CompletionChoice:
+    def _choice(
+        self, index: int, output: RequestOutput, text: str, *, whole: bool = False
+    ) -> CompletionChoice:
         told = self._choices[index]
+        entries = output.logprobs or () if whole else output.logprobs_delta
         choice = CompletionChoice(
             index=index,
             text=text,
-            logprobs=self._answer_logprobs(told, output),
+            logprobs=self._answer_logprobs(told, entries),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )
         if self._options.token_ids:
-            choice.token_ids = token_ids
+            choice.token_ids = output.token_ids if whole else output.token_ids_delta
         if not told.begun:
             told.begun = True
             self._begin(choice, told, output)
@@ -211,9 +214,8 @@ class CompletionReply:
             )
         )
 
-    def _answer_logprobs(self, told: _Choice, output: RequestOutput) -> CompletionLogprobs | None:
+    def _answer_logprobs(self, told: _Choice, entries: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
+        """Format them, including the token that ends the answer."""
         if self._logprobs is None:
             return None
-        entries = (output.logprobs or [])[told.logprobs :]  # including the token that ends the answer
-        told.logprobs += len(entries)
         return completion_logprobs(entries, self._token_bytes, told.offsets)

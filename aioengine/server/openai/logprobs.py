@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from aioengine.request import RequestOutput, TokenLogprob
+from aioengine.request import TokenLogprob
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.openai.api import PromptLogprob
 from aioengine.server.openai.chat_api import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from aioengine.server.openai.completions_api import CompletionLogprobs
@@ -43,14 +44,11 @@ class TextOffsets:
         return begin
 
 
-def new_logprobs(output: RequestOutput, since: int) -> Sequence[TokenLogprob]:
-    """Return the log-probabilities from the ``since``-th token on, without a token that ended the output,
-    which is not part of the text."""
-    entries = output.logprobs or []
-    end = len(entries)
-    if output.finished and isinstance(output.stop_reason, int):
-        end -= 1
-    return entries[since:end]
+def without_end(output: RequestOutput, entries: Sequence[TokenLogprob]) -> Sequence[TokenLogprob]:
+    """Drop the last log-probability if it is that of a token that ended the output, which is not part of the
+    text."""
+    ended = output.finished and isinstance(output.stop_reason, int)
+    return entries[:-1] if ended else entries
 
 
 def completion_logprobs(

@@ -13,7 +13,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import JSONBody
 from litestar.response import Response
 
-from aioengine.request import RequestOutput
+from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.vectors import (
     classification_of,
     cosine,

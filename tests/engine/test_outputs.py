@@ -1,0 +1,133 @@
+"""An output costs the same however much was delivered before it."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from support.core_sim import CoreSim
+
+from aioengine.core.state import Request
+from aioengine.fleet.door.call import Call
+from aioengine.fleet.wire import Delta
+from aioengine.model.text.detokenizer import TextDelta
+from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
+from aioengine.runtime.output import GrowingText, RequestOutput
+from aioengine.runtime.output_stream import OutputStream, OutputText
+from aioengine.server.openai.chat_reply import ChatReply
+from aioengine.server.openai.completions import CompletionReply
+from aioengine.server.streaming import Reply, ReplyOptions
+from aioengine.step import Sampled
+
+OUTPUTS = 10_000
+LARGEST = 8_000
+"""Bytes that one output may take; a list of 10,000 tokens takes 80,000."""
+PARAMS = SamplingParams(max_tokens=2 * OUTPUTS, logprobs=1)
+
+
+class Words:
+    """A tokenizer's stream of text, in which every token is a word."""
+
+    stopped = None
+
+    def push(self, tokens: list[int], *, look: bool) -> TextDelta:
+        return TextDelta("".join(f" {token}" for token in tokens))
+
+    def finish(self) -> str:
+        return ""
+
+
+def logprob(token: int) -> TokenLogprob:
+    return TokenLogprob(token, -0.5, ((token, -0.5),))
+
+
+class OfEngine:
+    """Outputs as an engine makes them."""
+
+    def __init__(self) -> None:
+        sim = CoreSim()
+        self.request: Request = sim.add(prompt=[5, 6, 7])
+        object.__setattr__(self.request, "params", PARAMS)
+        self.stream = OutputStream(self.request, OutputText(Words(), PARAMS))  # type: ignore[arg-type]
+
+    def add(self, token: int) -> None:
+        self.request.tokens.append(token)
+        self.stream.push(Sampled(token, logprob(token)), 0.0, is_stop=False)
+
+    async def next(self) -> RequestOutput:
+        return await self.stream.next()
+
+
+class OfFleet:
+    """Outputs as a fleet's door makes them."""
+
+    def __init__(self) -> None:
+        self.call = Call(0, "r", [5, 6, 7], PARAMS, RequestOptions(), 0.0)
+
+    def add(self, token: int) -> None:
+        self.call.take(Delta(0, [token], f" {token}", logprobs=[logprob(token)]), 0.0)
+
+    async def next(self) -> RequestOutput:
+        return await self.call.next()
+
+
+def replies() -> list[Reply]:
+    options = ReplyOptions("m", True, True, True, None)
+    return [
+        ChatReply("c", options, parsers=[None], token_bytes=lambda _: b" 1", with_logprobs=True),
+        CompletionReply("c", options, 1, logprobs=1, echoed=None, token_bytes=lambda _: b" 1"),
+    ]
+
+
+@pytest.mark.parametrize("source", [OfEngine, OfFleet])
+async def test_an_output_takes_no_more_memory_however_long_the_answer_is(
+    source: Callable[[], OfEngine | OfFleet],
+) -> None:
+    outputs = source()
+    formats = replies()
+    peaks = []
+    for token in range(OUTPUTS):
+        outputs.add(token)
+        watched = token % 1000 == 999
+        if watched:
+            tracemalloc.start()
+        output = await outputs.next()
+        for reply in formats:
+            reply.events(0, output)
+        if watched:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert max(peaks) < LARGEST, peaks
+    assert output.token_ids == list(range(OUTPUTS)) and output.output_tokens == OUTPUTS
+    assert output.text == "".join(f" {token}" for token in range(OUTPUTS))
+    assert output.logprobs == [logprob(token) for token in range(OUTPUTS)]
+    assert (output.prompt_token_ids, output.prompt_tokens) == ([5, 6, 7], 3)
+
+
+@pytest.mark.parametrize("source", [OfEngine, OfFleet])
+async def test_an_output_stays_what_it_was(source: Callable[[], OfEngine | OfFleet]) -> None:
+    outputs = source()
+    kept = []
+    for tokens in ([1], [2, 3], [4]):
+        for token in tokens:
+            outputs.add(token)
+        kept.append(await outputs.next())
+    assert [output.token_ids_delta for output in kept] == [[1], [2, 3], [4]]
+    assert [output.text_delta for output in kept] == [" 1", " 2 3", " 4"]
+    assert [len(output.logprobs_delta) for output in kept] == [1, 2, 1]
+    for output in (kept[2], kept[0], kept[1]):  # in any order
+        assert output.text == "".join(f" {token}" for token in output.token_ids)
+        assert output.logprobs == [logprob(token) for token in output.token_ids]
+    assert [output.token_ids for output in kept] == [[1], [1, 2, 3], [1, 2, 3, 4]]
+    kept[0].token_ids.append(9)  # its reader's own
+    assert kept[2].token_ids == [1, 2, 3, 4]
+
+
+def test_a_text_that_grows() -> None:
+    text = GrowingText()
+    for piece in ("a", "", "bc", "d"):
+        text.add(piece)
+    assert (len(text), text.first(3), text.first(1), text.between(1, 3)) == (3, "abcd", "a", "bcd")
+    text.add("e")
+    assert (text.first(4), text.first(3)) == ("abcde", "abcd")
