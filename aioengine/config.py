@@ -64,8 +64,9 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """dtype of the slot pool and the CPU cache; "auto" is the model's dtype. "int8" takes about half the
     bytes of bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
     target_modules: Sequence[str] | None = None
-    """Modules that the slots have room for; None: the seven linears of a layer. ``embed_tokens`` and
-    ``lm_head`` must be named, because they make a slot much larger. Adapters may target fewer."""
+    """Modules that the slots have room for; None: all linears of a layer, those of experts included.
+    ``embed_tokens`` and ``lm_head`` must be named, because they make a slot much larger. Adapters may target
+    fewer. Names are the model's: ``q_proj``, ``c_attn``, ``experts``."""
     max_concurrent_loads: int = 2
     """Maximum adapters read from disk at once."""
     load_retries: int = 2
@@ -113,16 +114,14 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             modules = self.target_modules
             if isinstance(modules, str) or not modules:
                 raise ConfigError(
-                    f"target_modules={modules!r}: must be a non-empty list of names out of "
+                    f"target_modules={modules!r}: must be a non-empty list of names, for most models out of "
                     f"{', '.join(TARGETABLE_MODULES)}, or None for all linears"
                 )
             for module in modules:
-                if module not in KNOWN_MODULES:
-                    raise ConfigError(
-                        f"target_modules contains {module!r}: allowed are {', '.join(KNOWN_MODULES)}"
-                        f"{nearest(module, KNOWN_MODULES)}"
-                    )
-            set_(self, "target_modules", tuple(m for m in KNOWN_MODULES if m in modules))
+                if not isinstance(module, str) or not module:
+                    raise ConfigError(f"target_modules contains {module!r}: must be the name of a linear")
+            known = [module for module in KNOWN_MODULES if module in modules]
+            set_(self, "target_modules", tuple(dict.fromkeys((*known, *modules))))
 
     @property
     def shares_memory(self) -> bool:

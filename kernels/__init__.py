@@ -6,6 +6,7 @@
 from aioengine.kernels.backend import Backend, HeadNorms
 from aioengine.kernels.dispatch import available_backends, get_backend
 from aioengine.kernels.plan.attention import AttentionPlan, Span
+from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.plan.lora import LoRABatch, Segment
 from aioengine.kernels.slots import LoRAPool, SlotMemory
 from aioengine.kernels.weight import PlainWeight, Weight
@@ -13,6 +14,7 @@ from aioengine.kernels.weight import PlainWeight, Weight
 __all__ = [
     "AttentionPlan",
     "Backend",
+    "ExpertPlan",
     "HeadNorms",
     "LoRABatch",
     "LoRAPool",

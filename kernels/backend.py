@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.weight import Weight
@@ -49,6 +50,12 @@ class Backend(Protocol):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``: ``x`` [T, in], ``weight`` [out, in], ``bias`` [out]; returns [T, out]."""
+
+    def expert_linear(self, x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
+        """``y[s] = W[expert(s)] x[s]`` for the rows of ``plan``.
+
+        ``x`` [S, in], ``weight`` [experts * out, in], one expert's below the other's; returns [S, out].
+        """
 
     def add_rms_norm(
         self,

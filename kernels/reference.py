@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.slots import LoRAPool
 from aioengine.kernels.weight import Weight
@@ -23,6 +24,16 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``; see :class:`aioengine.kernels.backend.Backend`."""
     y = x.float() @ weight.rows(0, weight.n).float().T
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def expert_linear(x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
+    """``y[s] = W[expert(s)] x[s]``; see :class:`Backend`."""
+    out = weight.n // plan.experts
+    y = x.new_empty(len(x), out)
+    for expert, start, stop in plan.groups:
+        w = weight.rows(expert * out, (expert + 1) * out)
+        y[start:stop] = (x[start:stop].float() @ w.float().T).to(x.dtype)
+    return y
 
 
 def add_rms_norm(

@@ -9,6 +9,7 @@ for each rank: the scale of a row of A, times that of the column of B which it m
 
 from __future__ import annotations
 
+import copy
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -73,6 +74,8 @@ class SlotMemory:
         self.int8 = memory.dtype == torch.int8
         self.dtype = dtype if self.int8 and dtype is not None else memory.dtype
         """Of gains and shifts, and of all else unless that is int8."""
+        self.per_slot = num_places
+        """Places of a slot."""
         self.max_rank = max_rank
         self.unit = ALIGNMENT if aligned else 1
         """Elements that an offset of ``device_table`` counts."""
@@ -93,8 +96,20 @@ class SlotMemory:
     def num_places(self) -> int:
         return self.table.shape[1]
 
+    def by_place(self) -> SlotMemory:
+        """Return the same memory with every place of every slot as a slot of one place, for operations that
+        begin at a place of their own in each segment. What is written here is seen there."""
+        found = copy.copy(self)
+        found.per_slot = self.num_places
+        found.table = self.table.view(-1, 1, len(Column))
+        found.device_table = found.table
+        if self.device_table is not self.table:
+            found.device_table = self.device_table.view(-1, 1, len(Column))
+        return found
+
     def where(self, slot: int, place: int) -> Where:
-        return Where(*self.table[slot, place].tolist())
+        """Return where a place of a slot is, or so many places after the slot's first."""
+        return Where(*self.table.view(-1, len(Column))[slot * self.num_places + place].tolist())
 
     def rows(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:
         """The rows [places, columns] of a slot whose adapter begins at element ``begin``, for ``table`` and

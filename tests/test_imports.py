@@ -84,7 +84,7 @@ INNER_ROOMS: dict[str, set[str]] = {
         "workload",
     },
     "metrics": {"collect", "families", "page"},
-    "model": {"files", "files.hf", "files.methods", "generic", "parallel", "slots", "text"},
+    "model": {"experts", "files", "files.hf", "files.methods", "generic", "parallel", "slots", "text"},
     "schedulers": {"parts", "policies", "routing", "routing.placement", "routing.routers"},
     "runtime": {"sources"},
     "server": {"access", "debug", "formats", "messages", "openai", "responses", "transport", "vectors"},

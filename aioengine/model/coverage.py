@@ -7,6 +7,7 @@ import os
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import ModelSpec, Quantization
@@ -29,6 +30,8 @@ def not_covered(
     it can. ``lora_dtype`` is None without adapters."""
     if spec.impl != "native":
         return "models that transformers runs"
+    if isinstance(spec, MixtureSpec):
+        return "experts"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
     if lora_dtype not in (None, dtype, "int8"):

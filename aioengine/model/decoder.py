@@ -13,9 +13,11 @@ from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LoRABatch, Plai
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
+from aioengine.model.experts.layer import PLAIN, Mixing, Mixture
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.linear import Linear
+from aioengine.model.linear import Linear, Mlp
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Ropes
@@ -33,9 +35,13 @@ class Layer:
     o: Linear
     attention_output: Tensor | None
     mlp_input: Tensor | None
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp | Mixture
     mlp_output: Tensor | None
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """By the names that :meth:`ModelSpec.fused` has for them."""
+        return {"qkv": self.qkv, "o": self.o, **self.mlp.linears}
 
 
 @dataclass(slots=True)
@@ -141,7 +147,7 @@ class Decoder:
         memory = _Memory(spec, dtype, device)
 
         def linear(layer: int, fused: str, has_bias: bool) -> Linear:
-            weight = memory.matrix(*((layer, module) for module in spec.layer_linears[fused]))
+            weight = memory.matrix(*((layer, module) for module in spec.fused(layer)[fused]))
             return Linear(weight, empty(weight.n) if has_bias else None)
 
         self.spec = spec
@@ -163,6 +169,17 @@ class Decoder:
             q, k = map(empty, spec.qk_norm_sizes)
             return HeadNorms(q, k, spec.rms_norm_eps, spec.norm_offset) if spec.qk_norm else None
 
+        mixing: Mixing | None = None
+        if isinstance(spec, MixtureSpec):
+            mixing = Mixing(spec, self.adapted, kernels, self._activate)
+
+        def mlp(layer: int) -> Mlp | Mixture:
+            names = [name for name in spec.fused(layer) if name not in ("qkv", "o")]
+            linears = {name: linear(layer, name, spec.mlp_bias) for name in names}
+            if mixing is None or "gate_up" in linears:
+                return Mlp(**linears)
+            return Mixture.of(linears, mixing)
+
         self.layers = [
             Layer(
                 attention_input=norm(spec.norms.attention_input),
@@ -171,8 +188,7 @@ class Decoder:
                 o=linear(i, "o", spec.o_bias),
                 attention_output=norm(spec.norms.attention_output),
                 mlp_input=norm(spec.norms.mlp_input),
-                gate_up=linear(i, "gate_up", spec.mlp_bias),
-                down=linear(i, "down", spec.mlp_bias),
+                mlp=mlp(i),
                 mlp_output=norm(spec.norms.mlp_output),
             )
             for i in range(spec.num_layers)
@@ -204,9 +220,9 @@ class Decoder:
             if layer.head_norms is not None:
                 out[f"{prefix}.self_attn.q_norm.weight"] = layer.head_norms.q
                 out[f"{prefix}.self_attn.k_norm.weight"] = layer.head_norms.k
-            for fused, linear in self._linears(layer).items():
+            for fused, linear in layer.linears.items():
                 if linear.bias is not None:
-                    modules = self.spec.layer_linears[fused]
+                    modules = self.spec.fused(i)[fused]
                     sizes = [self.spec.linear(module).out_features for module in modules]
                     for module, bias in zip(modules, torch.split(linear.bias, sizes), strict=True):
                         out[f"{self.spec.module_name(i, module)}.bias"] = bias
@@ -223,9 +239,9 @@ class Decoder:
         if not self.spec.tie_embeddings:
             yield name(NO_LAYER, "lm_head"), self.head.weight, 0, self.head.weight.n
         for i, layer in enumerate(self.layers):
-            for fused, linear in self._linears(layer).items():
+            for fused, linear in layer.linears.items():
                 row, weight = 0, linear.weight
-                for place, module in enumerate(self.spec.layer_linears[fused]):
+                for place, module in enumerate(self.spec.fused(i)[fused]):
                     rows = self.spec.linear(module).out_features
                     if isinstance(weight, StackedWeight):
                         yield name(i, module), weight.parts[place], 0, rows
@@ -243,9 +259,9 @@ class Decoder:
             if module == "lm_head":
                 return whole[: _length(self.partition.outputs(module))], None
             return whole[: _length(self.partition.inputs(module))].T, None
-        for fused, linear in self._linears(self.layers[layer]).items():
+        for fused, linear in self.layers[layer].linears.items():
             row = 0
-            for member in self.spec.layer_linears[fused]:
+            for member in self.spec.fused(layer)[fused]:
                 end = row + self.spec.linear(member).out_features
                 if member == module:
                     bias = None if linear.bias is None else linear.bias[row:end]
@@ -253,21 +269,18 @@ class Decoder:
                 row = end
         raise KeyError(module)
 
-    @staticmethod
-    def _linears(layer: Layer) -> dict[str, Linear]:
-        return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
-
     def linear_weights(self) -> list[Tensor]:
         """The plain weights, which :meth:`pack` rearranges; the head's may be the embedding's too."""
-        linears = [linear for layer in self.layers for linear in self._linears(layer).values()]
+        linears = [linear for layer in self.layers for linear in layer.linears.values()]
         weights = [linear.weight for linear in (*linears, self.head)]
         return [weight.data for weight in weights if isinstance(weight, PlainWeight)]
 
     def pack(self, pack: Callable[[Weight], Weight]) -> None:
         """Store the weights of all linears in another form, one after the other."""
         for layer in self.layers:
-            for linear in self._linears(layer).values():
-                self.nbytes += linear.pack(pack)
+            for name, linear in layer.linears.items():
+                if name not in PLAIN:
+                    self.nbytes += linear.pack(pack)
         tied = self.head.weight is self.embed_tokens
         if tied:
             self.embed_tokens = PlainWeight(self.norm)  # or it would be kept beside its packed copy
@@ -315,8 +328,11 @@ class Decoder:
             delta = self._norm_outputs(delta, layer.attention_output)
 
             x = self._sum(hidden, delta, layer.mlp_input)
-            x = self._activate(begin(layer.gate_up, x, pools.get("gate_up"), lora))
-            delta = end(layer.down, x, pools.get("down"), lora)
+            if isinstance(layer.mlp, Mixture):
+                delta = layer.mlp.forward(x, pools, lora)
+            else:
+                x = self._activate(begin(layer.mlp.gate_up, x, pools.get("gate_up"), lora))
+                delta = end(layer.mlp.down, x, pools.get("down"), lora)
             delta = self._norm_outputs(delta, layer.mlp_output)
         return LastLayer(hidden, delta)
 

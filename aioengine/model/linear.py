@@ -1,4 +1,4 @@
-"""A linear layer: a weight in any form, and a bias."""
+"""Linear layers: a weight in any form, and a bias; and an MLP of two of them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ class Linear:
         before = self.weight.nbytes
         self.weight = pack(self.weight)
         return self.weight.nbytes - before
+
+
+@dataclass(slots=True)
+class Mlp:
+    """A gated MLP; gate and up are one linear."""
+
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return {"gate_up": self.gate_up, "down": self.down}

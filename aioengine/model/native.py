@@ -58,7 +58,7 @@ class NativeForward:
         found = []
         for i, layer in enumerate(self._decoder.layers):
             pools = self._slots.layers[i] if self._slots else {}
-            linears = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
+            linears = layer.linears
             found.append(
                 structs.Layer(
                     input_norm=pointer(layer.attention_input),

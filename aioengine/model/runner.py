@@ -22,6 +22,7 @@ from aioengine.kernels.transfer import send
 from aioengine.model import constraints, coverage
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
 from aioengine.model.drafted import sample_drafted
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.weights import load_weights
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.kv_cache import KVCache
@@ -165,7 +166,7 @@ class ModelRunner:
 
     @property
     def _can_record(self) -> bool:
-        native = isinstance(self.decoder, Decoder)
+        native = isinstance(self.decoder, Decoder) and not isinstance(self.spec, MixtureSpec)
         return native and self.decoder.kernels.capturable and self.group.shard.size == 1
 
     @property

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
 
@@ -65,6 +66,10 @@ SUPPORTED_ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
     "Glm4ForCausalLM": "glm4",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
 }
 """Hugging Face ``architectures`` entry -> family."""
 
@@ -224,12 +229,23 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         known = (*self.layer_modules, *EMBEDDING_MODULES)
         chosen = set(self.layer_modules if asked is None else asked)
         if unknown := sorted(chosen - set(known)):
-            raise ConfigError(f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(known)}")
+            raise ConfigError(
+                f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(known)}"
+                f"{nearest(unknown[0], known)}"
+            )
         return tuple(module for module in known if module in chosen)
 
     def layers_with(self, module: str) -> int:
         """Return the number of layers in which an adapter may target a module; 1 if it is outside of them."""
         return 1 if module in EMBEDDING_MODULES else self.num_layers
+
+    def kind_of(self, module: str) -> str:
+        """Return the name under which a module and others like it are counted together."""
+        return module
+
+    def copies(self, linear: str) -> int:
+        """Return how many linears of one shape are one below the other in one of :meth:`fused`."""
+        return 1
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         """The linears of a layer with the modules that each fuses; those outside of layers: ``NO_LAYER``."""

@@ -15,7 +15,7 @@ from aioengine.kernels.cpu.layer import (
     soft_cap_,
 )
 from aioengine.kernels.cpu.lora import lora_affine, lora_embed, lora_expand, lora_shrink
-from aioengine.kernels.portable.plain import linear
+from aioengine.kernels.portable.plain import expert_linear, linear
 
 name = "cpu"
 capturable = False
@@ -23,6 +23,7 @@ capturable = False
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "expert_linear",
     "gelu_and_mul",
     "linear",
     "lora_affine",

@@ -59,6 +59,25 @@ class LoRABatch(Derivable):
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.affine: tuple[Segment, ...] = tuple(s for s in segments if slot_affine and slot_affine[s.slot])
         """The segments whose slots scale or shift outputs; mostly none, and then that costs nothing."""
-        largest = max((segment.rank for segment in segments), default=0)
-        self.width = -(-largest // _WIDTH) * _WIDTH
+        self.width = _width(segments)
         """Width of A's outputs: the largest rank of the segments, rounded up."""
+
+    @classmethod
+    def of(
+        cls,
+        segments: Sequence[Segment],
+        affine: Sequence[Segment],
+        num_tokens: int,
+        device: torch.device,
+    ) -> LoRABatch:
+        """Return a batch of these segments, which may have gaps between them."""
+        batch = cls([], [], [], device)
+        batch.num_tokens = num_tokens
+        batch.segments, batch.affine = tuple(segments), tuple(affine)
+        batch.width = _width(segments)
+        return batch
+
+
+def _width(segments: Sequence[Segment]) -> int:
+    largest = max((segment.rank for segment in segments), default=0)
+    return -(-largest // _WIDTH) * _WIDTH

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from aioengine.kernels.backend import HeadNorms
 from aioengine.kernels.plan.attention import AttentionPlan
+from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable.cells import put
 from aioengine.kernels.portable.grouped import lora_affine, lora_embed, lora_expand, lora_shrink
 from aioengine.kernels.portable.sdpa import paged_attention
@@ -19,6 +20,7 @@ capturable = False
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "expert_linear",
     "gelu_and_mul",
     "linear",
     "lora_affine",
@@ -36,6 +38,15 @@ __all__ = [
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``; see :class:`Backend`."""
     return weight.linear(x, bias)
+
+
+def expert_linear(x: Tensor, weight: Weight, plan: ExpertPlan) -> Tensor:
+    """``y[s] = W[expert(s)] x[s]``, an expert after the other; see :class:`Backend`."""
+    out = weight.n // plan.experts
+    y = x.new_empty(len(x), out)
+    for expert, start, stop in plan.groups:
+        y[start:stop] = F.linear(x[start:stop], weight.rows(expert * out, (expert + 1) * out))
+    return y
 
 
 def add_rms_norm(

@@ -18,9 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.attention import PART, default_config, rows_of_prompts
+from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
+from aioengine.kernels.triton.jit.experts import expert_kernel
 from aioengine.kernels.triton.jit.layer import (
     activate_kernel,
     add_rms_norm_kernel,
@@ -161,10 +163,14 @@ def of_rope(dtype: str, head_dim: int) -> Iterator[Variant]:
 
 
 def of_elementwise(dtype: str) -> tuple[Variant, ...]:
-    """Activation, affine, and embedding."""
+    """Activation, affine, embedding, and the experts' linears."""
     return (
         *(Variant("activate", dtype, (("GELU", gelu), ("BLOCK", SILU_COLUMNS)), 4, 3) for gelu in (0, 1)),
         Variant("affine", dtype, (("BLOCK_M", SHORT), ("BLOCK_N", AFFINE_COLUMNS)), 4, 3),
+        *(
+            Variant("expert", dtype, (("BLOCK_M", rows), ("BLOCK_N", BLOCK_N), ("BLOCK_K", BLOCK_K)), 4, 3)
+            for rows in ROWS
+        ),
         Variant("embed", dtype, (("BLOCK_M", SHORT), ("BLOCK_R", EMBED_RANKS), ("INT8", 0)), 4, 3),
     )
 
@@ -201,6 +207,7 @@ _KERNELS: Mapping[str, Any] = {
     "expand": expand_kernel,
     "affine": affine_kernel,
     "embed": embed_kernel,
+    "expert": expert_kernel,
     "attention": attention_kernel,
     "add_rms_norm": add_rms_norm_kernel,
     "activate": activate_kernel,

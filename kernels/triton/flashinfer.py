@@ -19,6 +19,7 @@ from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton import attention
 from aioengine.kernels.triton.backend import (
     add_rms_norm,
+    expert_linear,
     gelu_and_mul,
     linear,
     lora_affine,
@@ -36,6 +37,7 @@ capturable = True
 __all__ = [
     "add_rms_norm",
     "capturable",
+    "expert_linear",
     "gelu_and_mul",
     "linear",
     "lora_affine",

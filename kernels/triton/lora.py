@@ -55,7 +55,7 @@ def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) ->
     if not batch.segments:
         return x.new_zeros(len(x), n_slices, width)
     h = x.new_empty(len(x), n_slices, width)
-    h[: batch.segments[0].start] = 0  # the kernel writes all of what follows
+    _clear_others(h, batch)
     plan, slots = batch.derive(TilePlan), pool.slots
     tiles = plan.tiles(config.block_m)
     columns = n_slices * -(-width // config.block_r)
@@ -162,6 +162,16 @@ def _launches(widths: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[i
         chosen = slice(first, first + MAX_SLICES)
         missing = [0] * (MAX_SLICES - len(widths[chosen]))
         yield first, _Slices([*widths[chosen], *missing], [*offsets[chosen], *missing])
+
+
+def _clear_others(h: Tensor, batch: LoRABatch) -> None:
+    """Sets the rows of no segment to zero: normally those before the first, as base rows come first."""
+    end = 0
+    for _, start, stop, _ in batch.segments:
+        if start > end:
+            h[end:start] = 0
+        end = stop
+    h[end:] = 0
 
 
 def _adjoining(tensor: Tensor) -> Tensor:

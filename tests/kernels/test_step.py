@@ -166,8 +166,8 @@ def test_int4_is_the_model_with_the_weights_in_effect(sequences: list[tuple[int,
     ranks = (16, 16, 4, 16)
     int4, plain = Run(torch.float32, "cpu", ranks, "int4"), Run(torch.float32, "torch", ranks)
     true = plain(sequences)
-    targets = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in plain.runner.decoder.layers]
-    stored = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in int4.runner.decoder.layers]
+    targets = [layer.linears.values() for layer in plain.runner.decoder.layers]
+    stored = [layer.linears.values() for layer in int4.runner.decoder.layers]
     pairs = [pair for both in zip(targets, stored, strict=True) for pair in zip(*both, strict=True)]
     for target, source in (*pairs, (plain.runner.decoder.head, int4.runner.decoder.head)):
         rows = target.weight.rows(0, target.weight.n)

@@ -27,6 +27,7 @@ from aioengine.adapters.peft.folder import (
     OpenFile,
 )
 from aioengine.adapters.peft.folding.fold import Fold
+from aioengine.adapters.peft.folding.parameters import ParameterFold
 from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import Packed, Packer, SlotOrder, contiguous
 from aioengine.adapters.peft.pickled_file import PickledFile
@@ -162,7 +163,9 @@ class _Reader:
 
     def read(self) -> tuple[Packed, str, Kind | None, tuple[int, ...]]:
         config_bytes = _read_config(self.folder)
-        fold = Fold.of(config_bytes, self.folder)
+        fold = ParameterFold.of(config_bytes, self.folder, self.order.layout.spec) or Fold.of(
+            config_bytes, self.folder
+        )
         config = (
             fold.config if fold else parse_config(config_bytes, name=self.folder.name, path=self.folder.path)
         )
@@ -256,13 +259,13 @@ class _Reader:
         digest.update(buffer.view)
         return self._pack_whole(file, layout, parts, pickled.views(buffer))
 
-    def _folded(self, file: OpenFile, fold: Fold, digest: hashlib._Hash) -> Packed:
+    def _folded(self, file: OpenFile, fold: Fold | ParameterFold, digest: hashlib._Hash) -> Packed:
         if file.name != SAFETENSORS_FILE:
             self.folder.invalid(f"{file.name}: save the adapter again with PEFT, as {SAFETENSORS_FILE}")
         header = SafetensorsHeader.read(self.folder, file)
         entries = header.entries(self.folder, file)
         slot = self.order.layout
-        modules = fold.plan(file.name, {entry.key: entry.shape for entry in entries}, slot)
+        folded = fold.plan(file.name, {entry.key: entry.shape for entry in entries}, slot)
         if header.data_bytes > max_data_bytes(slot.spec, slot.max_rank, slot.modules):
             self.folder.invalid(
                 f"{file.name}: has {header.data_bytes} bytes of data, more than an adapter that fits can have"
@@ -271,8 +274,8 @@ class _Reader:
         file.read_into(buffer.view)
         digest.update(header.raw)
         digest.update(buffer.view)
-        tensors = fold.lora_tensors(modules, tensors_of(buffer, entries).tensors)
-        layout = self._layout(fold.lora_config(modules))
+        tensors = folded.tensors(tensors_of(buffer, entries).tensors)
+        layout = self._layout(folded.config)
         parts = layout.parts(file.name, {key: tensor.shape for key, tensor in tensors.items()})
         return self._pack_whole(file, layout, parts, Weights(tensors, list(tensors.values())))
 

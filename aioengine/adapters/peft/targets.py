@@ -191,6 +191,11 @@ class Layout:
 
         Raises AdapterInvalid.
         """
+        if not any(".experts." in key for key in shapes):
+            # Names such as gate_proj mean experts' linears only to libraries in which these are modules.
+            spec = self._spec
+            others = {p: t for p, t in self.targets.items() if spec.kind_of(p[1]) == p[1]}
+            self.targets = others or self.targets
         usual = self._usual_keys()
         parts: dict[str, Part] = {}
         taken: dict[Part, str] = {}

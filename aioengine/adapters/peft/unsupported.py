@@ -54,7 +54,9 @@ _PROMPTS = frozenset(
 _UNSUPPORTED = {
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
     "trainable_token_indices": f"trained token embeddings are not supported: {MERGE}",
-    "target_parameters": f"LoRA on bare parameters (expert weights) is not supported: {MERGE}",
+    "target_parameters": (
+        "LoRA on bare parameters is supported only in models whose experts the native decoder runs: " + MERGE
+    ),
     "megatron_config": f"Megatron parallel layers are not supported: {MERGE}",
     "use_qalora": f"QA-LoRA pools its inputs, which is not supported: {_TRAIN}",
     "use_bdlora": f"block-diagonal LoRA is not supported: {MERGE}",

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
+from aioengine.model.files.hf.experts import read_experts
 from aioengine.model.files.hf.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
 from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.packing import Packing
@@ -18,7 +20,7 @@ from aioengine.model.spec import DTYPE_BYTES, SUPPORTED_ARCHITECTURES, ModelSpec
 
 __all__ = ["NotNative", "read_spec", "special_tokens"]
 
-_NO_WINDOWS: tuple[Family, ...] = ("llama", "granite", "olmo2", "gemma", "glm4")
+_NO_WINDOWS: tuple[Family, ...] = ("llama", "granite", "olmo2", "gemma", "glm4", "olmoe")
 """Families that always attend to everything."""
 
 
@@ -48,10 +50,13 @@ def read_spec(model_dir: Path) -> ModelSpec:
     ropes = read_ropes(config, family, head_dim, windows, num_layers)
     max_position = config.positive("max_position_embeddings")
     fields = {**TRAITS[family], **_multipliers(config, family, hidden_size)}
+    if family == "qwen2_moe" and config.flag("qkv_bias"):
+        fields["qkv_bias"] = True
     if config.flag("attention_bias"):
         fields |= dict.fromkeys(BIASES.get(family, ()), True)
     bos, eos = _special_tokens(config, model_dir / "generation_config.json")
-    return ModelSpec(
+    experts = read_experts(config, family, num_layers)
+    return (MixtureSpec if experts else ModelSpec)(
         family=family,
         vocab_size=config.positive("vocab_size"),
         hidden_size=hidden_size,
@@ -74,6 +79,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
         eos_token_ids=eos,
         packed=_packed(model_dir, config),
         **fields,
+        **experts,
     )
 
 
@@ -140,16 +146,17 @@ def _family(config: ConfigFile) -> Family:
 def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Per layer the window or None; empty if no layer has one.
 
-    qwen2 and qwen3 have it only with ``use_sliding_window``, in the layers from ``max_window_layers`` on;
-    others in all layers but every ``sliding_window_pattern``-th. An explicit ``layer_types`` list takes
-    precedence.
+    The families of Qwen have it only with ``use_sliding_window``, and qwen2 and qwen3 in the layers from
+    ``max_window_layers`` on; others in all layers but every ``sliding_window_pattern``-th. An explicit
+    ``layer_types`` list takes precedence.
     """
-    if family in _NO_WINDOWS or config.get("sliding_window") is None:
+    unused = family.startswith(("qwen", "smollm3")) and not config.flag("use_sliding_window")
+    if family in _NO_WINDOWS or unused or config.get("sliding_window") is None:
         window = None
     else:
         window = config.positive("sliding_window")
-    if family in ("qwen2", "qwen3", "smollm3") and not config.flag("use_sliding_window"):
-        window = None
+    if family == "qwen2_moe" and window is not None and config.get("layer_types") is None:
+        raise config.error("use_sliding_window", True, "only with layer_types", NotNative)
 
     layer_types = config.get("layer_types") if family not in _NO_WINDOWS else None
     pattern = config.get("sliding_window_pattern")
@@ -157,7 +164,7 @@ def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tup
         pattern = config.positive("sliding_window_pattern")
         windows = [window if (layer + 1) % pattern else None for layer in range(num_layers)]
     elif layer_types is None:
-        first = config.get("max_window_layers", 0) if family.startswith("qwen") else 0
+        first = config.get("max_window_layers", 0) if family in ("qwen2", "qwen3") else 0
         if not isinstance(first, int):
             raise config.error("max_window_layers", first, "must be an integer")
         windows = [window if layer >= first else None for layer in range(num_layers)]

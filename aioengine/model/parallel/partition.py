@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from aioengine.errors import ConfigError
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.parallel.group import Shard
 from aioengine.model.spec import ModelSpec
@@ -74,9 +75,11 @@ class Partition:
 
         ``shape`` is what the rank allocates for it.
         """
-        *_, module, kind = name.split(".")
-        if kind not in ("weight", "bias") or module.endswith("norm"):
+        path, _, kind = name.rpartition(".")
+        place = self.whole.find_module(path)
+        if place is None or kind not in ("weight", "bias"):
             return tuple(shape), tuple(slice(0, n) for n in shape)
+        module = place[1]
         n_in, n_out = self.whole.linear(module)
         if kind == "bias":
             return (n_out,), (self.outputs(module),)
@@ -100,6 +103,8 @@ def _obstacle(spec: ModelSpec, shard: Shard) -> str | None:
     ):
         if count % size:
             return f"{count} {what} cannot be split evenly"
+    if size > 1 and isinstance(spec, MixtureSpec):
+        return f"{spec.family} has experts, which are not split yet"
     if size > 1 and (spec.fused_qkv or spec.fused_gate_up):
         return f"{spec.family} has several linears in one matrix, and adapters on that are not split yet"
     if size > 1 and spec.qk_norm and spec.qk_norm_whole:

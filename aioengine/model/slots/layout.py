@@ -201,9 +201,14 @@ class SlotLayout:
 
     @property
     def matrix_elements_by_module(self) -> dict[str, int]:
-        """One slot's A and B elements by module: layers x max_rank x (in + out), unless it is a share or
-        int8."""
-        return {m: self.spec.layers_with(m) * self._shapes[m].elements(self.holds) for m in self.modules}
+        """One slot's A and B elements by kind of module: layers x max_rank x (in + out), unless it is a share
+        or int8."""
+        found: dict[str, int] = {}
+        for module in self.modules:
+            kind = self.spec.kind_of(module)
+            elements = self.spec.layers_with(module) * self._shapes[module].elements(self.holds)
+            found[kind] = found.get(kind, 0) + elements
+        return found
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SlotLayout):

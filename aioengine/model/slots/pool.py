@@ -76,16 +76,19 @@ class LoRASlots:
             pools[fused.name] = self._pool(fused)
 
     def _pool(self, fused: FusedPlace) -> LoRAPool:
-        places = [self.layout.places[fused.layer, module] for module in fused.modules]
+        """The pool of a linear; of several copies below each other, as if there were only the first."""
+        copies = self.layout.spec.copies(fused.name)
+        modules = fused.modules[: len(fused.modules) // copies]
+        places = [self.layout.places[fused.layer, module] for module in modules]
         return LoRAPool(
-            self.memory,
-            fused.modules,
-            self.layout.index[fused.layer, fused.modules[0]],
+            self.memory if copies == 1 else self.memory.by_place(),
+            modules,
+            self.layout.index[fused.layer, modules[0]],
             places[0].shape.in_features,
             tuple(place.shape.out_features for place in places),
-            fused.b_columns,
+            fused.b_columns[: len(modules)],
             tuple(place.num_outputs for place in places),
-            fused.columns,
+            fused.columns[: len(modules)],
         )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -40,6 +40,14 @@ class _Module(NamedTuple):
     rank: int
     """Rank of the folded pair."""
     scaling: float
+
+
+class Folded(NamedTuple):
+    """A LoRA adapter that computes the same."""
+
+    config: PeftLoraConfig
+    tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """Makes its tensors, by PEFT's keys, of those in the file."""
 
 
 class Fold:
@@ -82,13 +90,18 @@ class Fold:
             )
         return cls(method, parsed, folder)
 
-    def plan(
-        self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout
-    ) -> Mapping[str, _Module]:
-        """Check the file's keys and shapes. Returns its modules by their names in the base model.
+    def plan(self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
+        """Check the file's keys and shapes, and return what it is folded to.
 
         Raises AdapterInvalid, and AdapterTooLarge for a folded rank that no slot has room for.
         """
+        modules = self._modules(file, shapes, slot)
+        return Folded(self._lora_config(modules), lambda tensors: self._lora_tensors(modules, tensors))
+
+    def _modules(
+        self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout
+    ) -> Mapping[str, _Module]:
+        """Return the file's modules by their names in the base model."""
         shared = {name: f"base_model.{name}" for name in self._method.shared}
         missing = [key for key in shared.values() if key not in shapes]
         if missing:
@@ -146,7 +159,7 @@ class Fold:
             )
         return _Module(linear, keys, rank, self._method.scaling(config, name))
 
-    def lora_config(self, modules: Mapping[str, _Module]) -> PeftLoraConfig:
+    def _lora_config(self, modules: Mapping[str, _Module]) -> PeftLoraConfig:
         """Return the configuration of the LoRA adapter, whose scaling is 1."""
         ranks = {name: module.rank for name, module in modules.items()}
         usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
@@ -163,7 +176,7 @@ class Fold:
             alpha_patterns=tuple((pattern, float(rank)) for pattern, rank in others),
         )
 
-    def lora_tensors(
+    def _lora_tensors(
         self, modules: Mapping[str, _Module], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the tensors of the LoRA adapter, in float32, by PEFT's keys."""

@@ -21,6 +21,10 @@ Family = Literal[
     "gemma2",
     "gemma3_text",
     "glm4",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
 ]
 
 _OUTPUT_NORMS = NormNames(
@@ -53,13 +57,23 @@ TRAITS: dict[Family, dict[str, Any]] = {
     "gemma2": {**_GEMMA, "norms": _GEMMA_NORMS},  # arXiv:2408.00118
     "gemma3_text": {**_GEMMA, "norms": _GEMMA_NORMS, "qk_norm": True},  # arXiv:2503.19786
     "glm4": {"norms": _GLM_NORMS, "fused_gate_up": True, "rotary_neighbours": True},
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {"qk_norm": True},
+    "olmoe": {"qk_norm": True, "qk_norm_whole": True},  # arXiv:2409.02060
 }
 """Fields of ModelSpec."""
 
 _BOTH = ("qkv_bias", "o_bias")
 
 BIASES: dict[Family, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "qwen3", "granite", "smollm3", "olmo2", "olmo3"), _BOTH),
+    **dict.fromkeys(
+        (
+            *("llama", "qwen3", "granite", "smollm3", "olmo2", "olmo3"),
+            *("qwen3_moe", "olmoe"),
+        ),
+        _BOTH,
+    ),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _BOTH),
     "glm4": ("qkv_bias",),
 }
@@ -151,6 +165,40 @@ DEFAULTS: dict[Family, dict[str, Any]] = {
         "attention_bias": True,
         "partial_rotary_factor": 0.5,
         "eos_token_id": [151329, 151336, 151338],
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        **_LLAMA_TOKENS,
+    },
+    "qwen2_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 16,
+        "sliding_window": 4096,
+        "qkv_bias": True,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "olmoe": {
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "eos_token_id": 50279,
     },
 }
 """Values of keys that are absent from ``config.json``, as in the family's configuration class of

@@ -1,0 +1,228 @@
+"""Rewrites an adapter on bare parameters (``target_parameters``), such as the stacked weights of experts, as
+one on the linears that are in them.
+
+PEFT has one A [experts * r, in] and one B [out, r * experts] for all experts of a layer; each expert's rank
+is r. Gate and up are one parameter there and two linears here, so both get a copy of its A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import msgspec
+from torch import Tensor
+
+from aioengine.adapters.peft.config import PeftLoraConfig, parse_config
+from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.folding.fold import Folded
+from aioengine.adapters.peft.pack import contiguous
+from aioengine.adapters.peft.targets import WRAPPERS
+from aioengine.errors import AdapterTooLarge
+from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
+
+_FIELD = "target_parameters"
+_EXPERTS = ("gate_up_proj", "down_proj")
+"""The parameters of a layer's experts in transformers, in the order in which PEFT wraps them."""
+_PREFIX = "base_model.model."
+MAX_PARAMETERS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class _FoldedConfig(PeftLoraConfig):
+    """A configuration of which some modules come from parameters."""
+
+    folded: Mapping[str, tuple[int, float]]
+    """Their ranks and scalings."""
+    as_trained: PeftLoraConfig
+
+    def targets(self, module: str, *, linear: bool = True) -> bool:
+        return module in self.folded or self.as_trained.targets(module, linear=linear)
+
+    def rank(self, module: str) -> int:
+        found = self.folded.get(module)
+        return self.as_trained.rank(module) if found is None else found[0]
+
+    def scaling(self, module: str, rank: int) -> float:
+        found = self.folded.get(module)
+        return self.as_trained.scaling(module, rank) if found is None else found[1]
+
+
+class _Parameter(NamedTuple):
+    """A targeted parameter and the linears in it."""
+
+    key: str
+    """Beginning of its keys in the file."""
+    experts: Sequence[Sequence[str]]
+    """For each expert the names of its linears, one below the other in B."""
+    rank: int
+    scaling: float
+
+
+class ParameterFold:
+    """An adapter with ``target_parameters`` on a model whose experts the engine runs itself."""
+
+    def __init__(self, config: PeftLoraConfig, wanted: Sequence[str], folder: AdapterFolder) -> None:
+        self.config = config
+        self._wanted = tuple(wanted)
+        self._folder = folder
+
+    @classmethod
+    def of(cls, config: bytes, folder: AdapterFolder, spec: ModelSpec) -> ParameterFold | None:
+        """Return how to fold the adapter that ``config``, the content of its configuration file, describes;
+        None if it has no ``target_parameters``, or there are no experts in the model.
+
+        Raises AdapterInvalid for settings that are malformed or not supported.
+        """
+        try:
+            raw = msgspec.json.decode(config.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
+            wanted = msgspec.json.decode(raw.get(_FIELD, msgspec.Raw(b"null")))
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None  # what is wrong with it is said when it is parsed
+        if not wanted or not isinstance(spec, MixtureSpec):
+            return None
+        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+            folder.invalid(f"{CONFIG_FILE}: {_FIELD}: expected a list of strings")
+        if len(wanted) > MAX_PARAMETERS:
+            folder.invalid(f"{CONFIG_FILE}: {_FIELD}: more than {MAX_PARAMETERS} names")
+        del raw[_FIELD]
+        if bytes(raw.get("target_modules", b"null")) == b"null":
+            raw["target_modules"] = msgspec.Raw(b"[]")
+        parsed = parse_config(msgspec.json.encode(raw), name=folder.name, path=folder.path)
+        if parsed.use_dora or parsed.lora_bias or parsed.heads or parsed.invocation:
+            folder.invalid(
+                f"{CONFIG_FILE}: {_FIELD} with use_dora, lora_bias, modules_to_save or "
+                "alora_invocation_tokens is not supported; train it without them"
+            )
+        return cls(parsed, wanted, folder)
+
+    def plan(self, file: str, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Folded:
+        """Check the parameters' keys and shapes, and return what the file is folded to.
+
+        Raises AdapterInvalid, and AdapterTooLarge for a rank that no slot has room for.
+        """
+        assert isinstance(slot.spec, MixtureSpec)
+        spec, known = slot.spec, {WRAPPERS.sub("", key): key for key in shapes}
+        found = list(self._parameters(spec))
+        keys: dict[str, tuple[_Parameter, str]] = {}
+        for parameter in found:
+            self._check_room(parameter, slot)
+            for part in ("A", "B"):
+                key = next((k for k in _spellings(parameter.key, part) if k in known), None)
+                if key is None:
+                    self._folder.invalid(
+                        f"{file}: {CONFIG_FILE} targets a parameter, but the file has no "
+                        f"{_spellings(parameter.key, part)[0]!r}; save the adapter again with PEFT"
+                    )
+                expected = _shape(parameter, part, spec)
+                if shapes[known[key]] != expected:
+                    self._folder.invalid(
+                        f"{file}: {key!r}: expected shape {list(expected)} (rank {parameter.rank} of "
+                        f"{CONFIG_FILE}, {len(parameter.experts)} experts), found "
+                        f"{list(shapes[known[key]])[:8]}"
+                    )
+                keys[known[key]] = parameter, part
+        folded = {
+            name: (parameter.rank, parameter.scaling)
+            for parameter in found
+            for names in parameter.experts
+            for name in names
+        }
+        if both := [name for name in folded if self.config.targets(name)]:
+            self._folder.invalid(f"{CONFIG_FILE}: {both[0]} is in {_FIELD} and in target_modules")
+        own = {field.name: getattr(self.config, field.name) for field in fields(PeftLoraConfig)}
+        own["r"] = max([self.config.r, *(rank for rank, _ in folded.values())])
+        return Folded(
+            _FoldedConfig(**own, folded=folded, as_trained=self.config),
+            lambda tensors: dict(_tensors(tensors, keys)),
+        )
+
+    def _parameters(self, spec: MixtureSpec) -> Iterator[_Parameter]:
+        """The targeted parameters, by the rules of PEFT's ``_inject_parameters``."""
+        names = spec.names
+        for layer in range(spec.num_layers):
+            if not spec.is_dense(layer):
+                base = f"model.layers.{layer}.mlp.experts"
+                wanted = [name for name in _EXPERTS if self._targets(f"{base}.{name}")]
+                for inside, name in enumerate(wanted):
+                    kinds = (names.gate, names.up) if name == "gate_up_proj" else (names.down,)
+                    experts = [
+                        [spec.module_name(layer, f"experts.{expert}.{kind}") for kind in kinds]
+                        for expert in range(spec.experts)
+                    ]
+                    wrapped = ".base_layer" * (len(wanted) - 1 - inside)
+                    yield self._parameter(f"{base}{wrapped}", f"{base}.{name}", experts)
+        for layer, module in spec.adaptable():
+            if layer == NO_LAYER or module.startswith("experts.") or module in EMBEDDING_MODULES:
+                continue
+            name = spec.module_name(layer, module)
+            path = name.replace(f".{names.block}.", ".mlp.")  # transformers' own name
+            if self._targets(f"{path}.weight"):
+                yield self._parameter(path, f"{path}.weight", [[name]])
+
+    def _targets(self, name: str) -> bool:
+        return any(name == wanted or name.endswith(f".{wanted}") for wanted in self._wanted)
+
+    def _parameter(self, key: str, name: str, experts: Sequence[Sequence[str]]) -> _Parameter:
+        rank = self.config.rank(name)
+        return _Parameter(key, experts, rank, self.config.scaling(name, rank))
+
+    def _check_room(self, parameter: _Parameter, slot: SlotLayout) -> None:
+        for name in parameter.experts[0]:
+            place = slot.spec.find_module(name)
+            if place is not None and place[1] not in slot.modules:
+                module = slot.spec.kind_of(place[1])
+                self._folder.invalid(
+                    f"{CONFIG_FILE}: {_FIELD} means {name}, and the slots do not hold {module}: add it to "
+                    "LoRAConfig.target_modules"
+                )
+        if parameter.rank > slot.max_rank:
+            raise AdapterTooLarge(
+                f"{CONFIG_FILE}: {parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is "
+                f"{slot.max_rank}; raise LoRAConfig.max_lora_rank (PEFT doubles the rank of gate_up_proj, "
+                "which holds two linears, where 'all-linear' or the names of these have chosen it)",
+                name=self._folder.name,
+                path=self._folder.path,
+            )
+
+
+def _spellings(key: str, part: str) -> list[str]:
+    """The keys under which a part may be in a file."""
+    return [
+        f"{prefix}{key}.lora_{part}.{suffix}"
+        for prefix in (_PREFIX, "")
+        for suffix in ("weight", "default.weight")
+    ]
+
+
+def _shape(parameter: _Parameter, part: str, spec: MixtureSpec) -> tuple[int, int]:
+    places = [spec.find_module(name) for name in parameter.experts[0]]
+    linears = [spec.linear(place[1]) for place in places if place is not None]
+    rows = parameter.rank * len(parameter.experts)
+    if part == "A":
+        return rows, linears[0].in_features
+    return sum(linear.out_features for linear in linears), rows
+
+
+def _tensors(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[_Parameter, str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by PEFT's keys for the linears; A's are views."""
+    for key, tensor in tensors.items():
+        if key not in keys:
+            yield key, tensor
+            continue
+        parameter, part = keys[key]
+        count = len(parameter.experts)
+        for expert, names in enumerate(parameter.experts):
+            if part == "A":
+                pieces: Sequence[Tensor] = [tensor.view(count, parameter.rank, -1)[expert]] * len(names)
+            else:
+                pieces = contiguous(tensor.view(len(tensor), parameter.rank, count)[:, :, expert]).chunk(
+                    len(names)
+                )
+            for name, piece in zip(names, pieces, strict=True):
+                yield f"{_PREFIX}{name}.lora_{part}.weight", piece

@@ -1,0 +1,107 @@
+"""A layer's experts on plain tensors: each token goes through some of them, whose outputs are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aioengine.kernels import Backend, ExpertPlan, LoRABatch, LoRAPool
+from aioengine.kernels.portable import routing
+from aioengine.model.adapted import AdaptedLinears
+from aioengine.model.experts.spec import (
+    DOWN,
+    GATE_UP,
+    ROUTER,
+    SHARED_DOWN,
+    SHARED_GATE,
+    SHARED_GATE_UP,
+    MixtureSpec,
+)
+from aioengine.model.linear import Linear
+
+PLAIN = (ROUTER, SHARED_GATE)
+"""Linears that stay as they are: small, and computed in float32."""
+
+
+@dataclass(slots=True)
+class Shared:
+    """An expert that all tokens go through, and the gate of its outputs."""
+
+    gate_up: Linear
+    down: Linear
+    gate: Linear
+
+
+@dataclass(slots=True)
+class Mixing:
+    """What the layers' experts have in common."""
+
+    spec: MixtureSpec
+    adapted: AdaptedLinears
+    kernels: Backend
+    activate: Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Mixture:
+    """A layer's router and experts."""
+
+    router: Linear
+    gate_up: Linear
+    """All experts' gate and up: [experts * 2 * size, hidden]."""
+    down: Linear
+    """[experts * hidden, size]"""
+    shared: Shared | None
+    mixing: Mixing
+
+    @classmethod
+    def of(cls, linears: Mapping[str, Linear], mixing: Mixing) -> Mixture:
+        """Build it from linears by the names of :meth:`MixtureSpec.fused`."""
+        shared = None
+        if SHARED_GATE in linears:
+            shared = Shared(linears[SHARED_GATE_UP], linears[SHARED_DOWN], linears[SHARED_GATE])
+        return cls(linears[ROUTER], linears[GATE_UP], linears[DOWN], shared, mixing)
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        found = {ROUTER: self.router, GATE_UP: self.gate_up, DOWN: self.down}
+        if self.shared is not None:
+            shared = self.shared
+            found |= {SHARED_GATE_UP: shared.gate_up, SHARED_DOWN: shared.down, SHARED_GATE: shared.gate}
+        return found
+
+    def forward(self, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
+        """Return what the experts make of ``x`` [T, hidden]: [T, hidden]."""
+        by, spec = self.mixing, self.mixing.spec
+        scores = routing.logits(x, self.router.weight, pools.get(ROUTER), lora)
+        weights, chosen = routing.choose(scores, spec.experts_per_token, normalized=spec.normalized)
+        plan = ExpertPlan(chosen, spec.experts)
+        y = _linear(by.kernels, x[plan.tokens], self.gate_up, plan, pools.get(GATE_UP), lora)
+        y = _linear(by.kernels, by.activate(y), self.down, plan, pools.get(DOWN), lora)
+        out = plan.total(y, weights)
+        if self.shared is not None:
+            out += self._through(self.shared, x, pools, lora)
+        return out
+
+    def _through(self, shared: Shared, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
+        by = self.mixing
+        y = by.adapted.split_outputs(shared.gate_up, x, pools.get(SHARED_GATE_UP), lora)
+        y = by.adapted.split_inputs(shared.down, by.activate(y), pools.get(SHARED_DOWN), lora)
+        gate = routing.logits(x, shared.gate.weight, pools.get(SHARED_GATE), lora)
+        return (gate.sigmoid() * y).to(y.dtype)
+
+
+def _linear(
+    kernels: Backend, x: Tensor, linear: Linear, plan: ExpertPlan, pool: LoRAPool | None, lora: LoRABatch
+) -> Tensor:
+    """The outputs of the experts' linears for their rows, with the adapters on them: [S, in] -> [S, out]."""
+    y = kernels.expert_linear(x, linear.weight, plan)
+    if pool is not None and lora.segments:
+        per_expert = len(pool.modules)
+        rows = plan.lora(lora, pool.slots.per_slot, per_expert)
+        kernels.lora_expand(kernels.lora_shrink(x, pool, rows), pool, y, rows)
+        if rows.affine:
+            kernels.lora_affine(y, pool, rows)
+    return y

@@ -1,0 +1,195 @@
+"""Description of decoders with experts: Shazeer et al., 2017, arXiv:1701.06538; Mixtral, arXiv:2401.04088.
+
+No torch in this module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from aioengine.errors import ConfigError
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
+
+ROUTER, GATE_UP, DOWN = "router", "experts_gate_up", "experts_down"
+"""The router, and two matrices with those of all experts one below the other."""
+SHARED_GATE_UP, SHARED_DOWN, SHARED_GATE = "shared_gate_up", "shared_down", "shared_gate"
+"""The expert that all tokens go through, and the gate of what it adds."""
+
+_EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.(\w+)", re.ASCII)
+_DENSE = ("gate_proj", "up_proj", "down_proj")
+_SHARED = "shared_expert"
+
+
+class ExpertNames(msgspec.Struct, frozen=True, kw_only=True):
+    """Names in a checkpoint, and those of PEFT's adapters that target modules."""
+
+    block: str = "mlp"
+    router: str = "gate"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
+    """A decoder that sends each token to some of the experts that a layer has in the place of an MLP.
+
+    The linears of expert 3 are called ``experts.3.gate_proj`` and so on, and all experts have the same.
+    """
+
+    experts: int
+    experts_per_token: int
+    expert_size: int
+    """Intermediate size of an expert."""
+    normalized: bool
+    """Whether the weights of a token's experts are divided by their sum."""
+    shared_size: int = 0
+    """Intermediate size of an expert that all tokens go through; 0: there is none."""
+    dense_layers: tuple[int, ...] = ()
+    """The layers that have an MLP of ``intermediate_size``."""
+    names: ExpertNames = ExpertNames()
+
+    def is_dense(self, layer: int) -> bool:
+        return layer in self.dense_layers
+
+    def linear(self, module: str) -> LinearShape:
+        h, names = self.hidden_size, self.names
+        if module in (names.router, f"{_SHARED}_gate"):
+            return LinearShape(h, self.experts if module == names.router else 1)
+        parent, _, kind = module.rpartition(".")
+        if not parent:
+            return super().linear(module)
+        size = self.shared_size if parent == _SHARED else self.expert_size
+        return LinearShape(size, h) if kind in ("down_proj", names.down) else LinearShape(h, size)
+
+    def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the modules that slots hold, as :meth:`ModelSpec.targets` does.
+
+        ``gate_proj`` means all that are called so, ``experts`` all linears of the experts. What one expert
+        has, all have.
+        """
+        known = (*self.layer_modules, *EMBEDDING_MODULES)
+        if asked is None:
+            return self.layer_modules
+        kinds = {module: self.kind_of(module) for module in known}
+        wanted = set()
+        for name in asked:
+            kind = self.kind_of(name)
+            found = {
+                k for k in kinds.values() if k == kind or k.endswith(f".{kind}") or k.startswith(f"{kind}.")
+            }
+            if not found:
+                raise ConfigError(
+                    f"target_modules: {name!r} cannot be targeted; allowed: experts, "
+                    f"{', '.join(dict.fromkeys(kinds.values()))}"
+                )
+            wanted |= found
+        return tuple(module for module, kind in kinds.items() if kind in wanted)
+
+    def kind_of(self, module: str) -> str:
+        match = _EXPERT.fullmatch(module)
+        return module if match is None else f"experts.{match[2]}"
+
+    def layers_with(self, module: str) -> int:
+        if module in EMBEDDING_MODULES:
+            return 1
+        if module in self._attention_modules:
+            return self.num_layers
+        return len(self.dense_layers) if module in _DENSE else self.num_layers - len(self.dense_layers)
+
+    def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        if layer == NO_LAYER:
+            return super().fused(layer)
+        linears = dict(super().fused(layer))
+        if self.is_dense(layer):
+            return linears
+        del linears["gate_up"], linears["down"]
+        return {**linears, **self._mixture}
+
+    def copies(self, linear: str) -> int:
+        return self.experts if linear in (GATE_UP, DOWN) else 1
+
+    @property
+    def _mixture(self) -> dict[str, tuple[str, ...]]:
+        names, every = self.names, range(self.experts)
+        found: dict[str, tuple[str, ...]] = {
+            ROUTER: (names.router,),
+            GATE_UP: tuple(f"experts.{e}.{kind}" for e in every for kind in (names.gate, names.up)),
+            DOWN: tuple(f"experts.{e}.{names.down}" for e in every),
+        }
+        if self.shared_size:
+            found[SHARED_GATE_UP] = (f"{_SHARED}.gate_proj", f"{_SHARED}.up_proj")
+            found[SHARED_DOWN] = (f"{_SHARED}.down_proj",)
+            found[SHARED_GATE] = (f"{_SHARED}_gate",)
+        return found
+
+    @property
+    def _attention_modules(self) -> tuple[str, ...]:
+        linears = super().layer_linears
+        return (*linears["qkv"], *linears["o"])
+
+    @property
+    def layer_modules(self) -> tuple[str, ...]:
+        mixture = [m for modules in self._mixture.values() for m in modules] if self._sparse_layers else []
+        return (*self._attention_modules, *(_DENSE if self.dense_layers else ()), *mixture)
+
+    @property
+    def _sparse_layers(self) -> int:
+        return self.num_layers - len(self.dense_layers)
+
+    def adaptable(self) -> Iterator[tuple[int, str]]:
+        yield from ((NO_LAYER, module) for module in EMBEDDING_MODULES)
+        for layer in range(self.num_layers):
+            yield from ((layer, module) for modules in self.fused(layer).values() for module in modules)
+
+    def module_name(self, layer: int, module: str) -> str:
+        if layer == NO_LAYER or module in self._attention_modules:
+            return super().module_name(layer, module)
+        block = "mlp" if self.is_dense(layer) else self.names.block
+        return f"model.layers.{layer}.{block}.{module}"
+
+    def find_module(self, name: str) -> tuple[int, str] | None:
+        prefix, _, rest = name.partition("model.layers.")
+        number, _, path = rest.partition(".")
+        module = path.partition(".")[2]
+        if prefix or not number.isdecimal() or len(number) > 6 or path.startswith("self_attn."):
+            return super().find_module(name)
+        layer, match = int(number), _EXPERT.fullmatch(module)
+        if match is not None:
+            known = int(match[1]) < self.experts and match[2] in (
+                self.names.gate,
+                self.names.up,
+                self.names.down,
+            )
+        else:
+            known = module in self.layer_modules
+        dense = module in _DENSE
+        if not known or dense != self.is_dense(layer) or name != self.module_name(layer, module):
+            return None
+        return layer, module
+
+    def num_parameters(self) -> int:
+        linears = sum(
+            n_in * n_out
+            for layer in range(self.num_layers)
+            for modules in self.fused(layer).values()
+            for n_in, n_out in map(self.linear, modules)
+        )
+        dense = sum(n_in * n_out for n_in, n_out in map(super().linear, self._dense_modules))
+        return super().num_parameters() + linears - self.num_layers * dense
+
+    @property
+    def _dense_modules(self) -> tuple[str, ...]:
+        """The modules of a layer without experts."""
+        return (*self._attention_modules, *_DENSE)
+
+    @property
+    def pair_tokens(self) -> float:
+        h = self.hidden_size
+        attention = sum(n_in * n_out for n_in, n_out in map(self.linear, self._attention_modules))
+        sparse = 3 * h * (self.experts_per_token * self.expert_size + self.shared_size) + h * self.experts
+        share = len(self.dense_layers) / self.num_layers
+        linears = attention + share * 3 * h * self.intermediate_size + (1 - share) * sparse
+        return 2 * self.q_size / linears

@@ -1,0 +1,93 @@
+"""ExpertPlan: which tokens go to which expert, for one layer of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aioengine.kernels.plan.lora import LoRABatch, Segment
+
+
+class Group(NamedTuple):
+    """Rows ``start..stop-1`` go through this expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+class ExpertPlan:
+    """A row for each token and each of its experts, sorted by expert and then by token.
+
+    ``chosen`` [T, k] (int64) are the experts of each of T tokens, out of ``experts``.
+    """
+
+    def __init__(self, chosen: Tensor, experts: int) -> None:
+        self.experts = experts
+        self.per_token = chosen.shape[1]
+        self.device = chosen.device
+        self.order = chosen.flatten().argsort(stable=True)
+        """[T * k] the rows' places in ``chosen``, flattened."""
+        self.tokens = self.order // self.per_token
+        """[T * k] the rows' tokens."""
+        counts = torch.bincount(chosen.flatten(), minlength=experts).tolist()
+        ends = list(accumulate(counts))
+        self.groups: tuple[Group, ...] = tuple(
+            Group(expert, end - count, end)
+            for expert, (count, end) in enumerate(zip(counts, ends, strict=True))
+            if count
+        )
+        """The experts that have rows; on the host."""
+
+    @cached_property
+    def _host_tokens(self) -> Tensor:
+        return self.tokens.cpu()
+
+    def total(self, y: Tensor, weights: Tensor) -> Tensor:
+        """Return the sum of each token's rows of ``y`` [T * k, out], times ``weights`` [T, k]: [T, out].
+
+        It is added up in float32, in the order in which the token has its experts.
+        """
+        by_token = torch.empty_like(y)
+        by_token[self.order] = y
+        by_token = by_token.view(*weights.shape, -1)
+        out = by_token[:, 0].float() * weights[:, 0, None]
+        for i in range(1, self.per_token):
+            out += by_token[:, i].float() * weights[:, i, None]
+        return out.to(y.dtype)
+
+    def lora(self, batch: LoRABatch, per_slot: int, per_expert: int) -> LoRABatch:
+        """Return the rows of the tokens of ``batch`` by adapter and expert.
+
+        Their slots are numbers of places in a table that has ``per_slot`` of them for each slot, and
+        ``per_expert`` for each expert, one expert after the other; see ``SlotMemory.by_place``.
+        """
+        ranks = {segment.slot: segment.rank for segment in batch.segments}
+        affine = {segment.slot for segment in batch.affine}
+        slot_of = torch.full((batch.num_tokens,), -1, dtype=torch.long)
+        for segment in batch.segments:
+            slot_of[segment.start : segment.stop] = segment.slot
+        slots = slot_of[self._host_tokens]
+        segments: list[Segment] = []
+        scaled: list[Segment] = []
+        for group, slot, start, stop in self._runs(slots):
+            place = slot * per_slot + group.expert * per_expert
+            segments.append(Segment(place, start, stop, ranks[slot]))
+            if slot in affine:
+                scaled.append(segments[-1])
+        return LoRABatch.of(segments, scaled, len(slots), batch.device)
+
+    def _runs(self, slots: Tensor) -> Iterator[tuple[Group, int, int, int]]:
+        """Rows of one expert and one slot that adjoin, if there is an adapter in it."""
+        for group in self.groups:
+            start = group.start
+            for slot, run in groupby(slots[group.start : group.stop].tolist()):
+                stop = start + sum(1 for _ in run)
+                if slot >= 0:
+                    yield group, slot, start, stop
+                start = stop

@@ -1,0 +1,69 @@
+"""Mixtures of experts that the native decoder runs, served: against transformers and peft in float32."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.moe_adapters import PARAMETERS, MoeModel
+from support.served_models import engine_of, prompt
+
+from aioengine import SamplingParams
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning"),
+]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"sliding_window": 9}),
+    "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}),
+    "qwen3_moe": ("qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True, "num_experts": 20}),
+    "olmoe": ("olmoe", {"num_experts_per_tok": 3}),
+}
+NEW = 5
+
+
+def build(root: Path, case: str) -> MoeModel:
+    """A model with an adapter of each form."""
+    family, fields = CASES[case]
+    model = MoeModel(root, family, **fields)
+    model.add_by_peft("attention", 1, target_modules=["q_proj", "o_proj"])
+    model.add_by_peft("all-linear", 2, target_modules="all-linear")
+    model.add_by_peft("parameters", 3, target_modules=["v_proj"], target_parameters=PARAMETERS)
+    model.add_by_peft("one-parameter", 4, target_modules=[], target_parameters=PARAMETERS[1:])
+    model.add_by_peft("router", 5, target_modules=["k_proj"], target_parameters=["mlp.gate.weight"])
+    model.add_by_module("modules", 6, (0, 1, 2))
+    model.add_by_module("up-alone", 7, (1,))
+    return model
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("case", CASES)
+async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All forms of adapters in mixed batches, with swaps; twice, so that slots and prefixes are reused."""
+    monkeypatch.setenv("AIOENGINE_KERNELS", backend)
+    model = build(tmp_path, case)
+    names = [None, *model.adapters]
+    prompts = [prompt(seed, 5 + 3 * seed) for seed in range(len(names))]
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
+    lora = {"max_loras": 3, "max_cpu_loras": 3, "max_lora_rank": 8}
+    async with engine_of(model.folder, model_impl="auto", block_size=16, lora=lora) as engine:
+        assert engine.info.model_impl == "native"
+        for name, folder in model.adapters.items():
+            engine.register_adapter(name, folder)
+        for _ in range(2):
+            outputs = await asyncio.gather(
+                *(engine.complete(p, params, adapter=n) for n, p in zip(names, prompts, strict=True))
+            )
+            for name, tokens, output in zip(names, prompts, outputs, strict=True):
+                logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
+                assert output.token_ids == logits.argmax(-1).tolist(), name
+                assert output.logprobs is not None
+                found = torch.tensor([entry.logprob for entry in output.logprobs])
+                expected = logits.log_softmax(-1).amax(-1)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+        assert engine.stats().cached_tokens > 0
+        engine.check_invariants()
