@@ -99,6 +99,25 @@ ADAPTERS = [
         stacked=True,
     ),
     Chart(
+        "Memory of the slots",
+        "What adapters take of it on each device, and what is free: in the largest hole, or in others "
+        '(fragmented). Where it is shared with the KV cache (slot_memory="shared"), what blocks have (kv).',
+        units.BytesIEC,
+        [Query(f"sum by (state) (aioengine_lora_slot_bytes{{{HERE}}})", "{{state}}")],
+        stacked=True,
+    ),
+    Chart(
+        "Largest adapters",
+        "The ten adapters that take most memory on the CPU, and the fastest place that holds each.",
+        units.BytesIEC,
+        [
+            Query(
+                f"topk(10, max by (adapter, level) (aioengine_lora_adapter_bytes{{{HERE}}}))",
+                "{{adapter}}, {{level}}",
+            )
+        ],
+    ),
+    Chart(
         "Hit rate by level",
         "Arriving requests that found their adapter in a slot and, of those that did not, on the CPU. "
         "A miss on the CPU is a read from disk.",
@@ -109,7 +128,8 @@ ADAPTERS = [
     Chart(
         "Swaps by kind",
         "Adapters copied into a slot (load), taken out of one (evict), superseded by a new version "
-        "(replace). As many loads as evictions, all the time, is thrashing.",
+        "(replace), and moved together to make a hole (move). As many loads as evictions, all the time, is "
+        "thrashing.",
         units.OpsPerSecond,
         [Query(rate("aioengine_lora_swaps_total", "kind"), "{{kind}}")],
     ),

@@ -142,8 +142,10 @@ class Composed(SchedulerPolicy):
         for, or has been in its slot, long enough."""
         if not self._by_events or (self._shares is not None and self._shares.clients.several):
             return -inf
-        if view.memory.elastic:
-            return -inf  # adapters are moved, and room is found, without an event
+        if self._refused:
+            return -inf  # what has found no room is tried anew
+        if view.memory.shared and next(self.order.cold(view), None) is not None:
+            return -inf  # what adapters may have of the memory becomes less as sequences grow
         if len(view.waiting_adapters) > SCAN_LIMIT:
             return -inf
         adapters, now = view.adapters, view.now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from support.metric_script import (
     added,
@@ -51,6 +52,14 @@ def test_swaps_are_counted_timed_and_weighed() -> None:
     assert value(found, "lora_swap_seconds_sum", stage="slot") == pytest.approx(0.008)
     assert value(found, "lora_swap_bytes_total", stage="disk") == 2000
     assert value(found, "lora_swap_bytes_total", stage="slot") == 2000
+
+
+def test_moves_within_the_memory_of_the_slots_are_swaps_of_their_own_kind() -> None:
+    again = msgspec.structs.replace(placed("sql", 0), moved=True)
+    shifted = events.AdapterShifted(time=0.0, adapter="sql", version=1, slot=0, nbytes=1000)
+    found = samples(metrics(registered("sql"), loaded("sql"), placed("sql", 0), again, shifted))
+    assert value(found, "lora_swaps_total", kind="move") == 2
+    assert value(found, "lora_swaps_total", kind="load") == 1
 
 
 def test_cache_requests_by_level_and_version() -> None:

@@ -138,6 +138,49 @@ async def test_a_strip_for_each_replica(engine: AsyncEngine) -> None:
         await drawn(page, ["only-west", "rank-3"])
 
 
+SHARED = {
+    "slot_memory": "shared",
+    "max_loras": 4,
+    "max_cpu_loras": 6,
+    "max_model_len": 64,
+    "kv_cache_memory": "300KiB",
+}
+
+
+async def test_the_memory_of_the_slots_is_drawn_to_scale(make_engine: MakeEngine, tiny: Tiny) -> None:  # noqa: F811
+    async with (
+        make_engine(tiny, **SHARED) as engine,
+        serve_page(engine, port=0) as url,
+        browser_page(url) as page,
+    ):
+        for name in ("rank-3", "all-modules"):
+            engine.register_adapter(name, tiny.adapters[name])
+            await engine.complete(prompt_of(1, 6), greedy(4), adapter=name)
+        await shows(page, "#arena-sub", "2 adapters in")
+        await shows(page, "#arena-sub", "for the KV cache")
+        stats = engine.stats()
+        parts = {slot.adapter: (slot.offset, slot.bytes) for slot in stats.slots if slot.adapter is not None}
+        parts["KV cache"] = stats.slot_memory, stats.shared_memory - stats.slot_memory
+        strip = await page.locator("#arena").bounding_box()
+        for name, (offset, size) in parts.items():
+            part = page.locator(f'#arena i[title^="{name}:"]')
+            await api.expect(part).to_have_count(1, timeout=LIMIT)
+            box = await part.bounding_box()
+            assert box["x"] - strip["x"] == pytest.approx(
+                offset / stats.shared_memory * strip["width"], abs=1.5
+            )
+            assert box["width"] == pytest.approx(size / stats.shared_memory * strip["width"], abs=1.5)
+        said = await page.locator("#arena").get_attribute("aria-label")
+        assert said == await page.locator("#arena-sub").text_content()
+
+
+async def test_slots_of_one_size_have_no_strip(engine: AsyncEngine) -> None:
+    async with serve_page(engine, port=0) as url, browser_page(url) as page:
+        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
+        await shows(page, "#slot-names", "rank-3")
+        await api.expect(page.locator("#memory")).to_be_hidden()
+
+
 async def test_loading_draining_and_queues(engine: AsyncEngine) -> None:
     told = Told(engine)
     async with serve_page(told, port=0) as url, browser_page(url) as page:  # type: ignore[arg-type]

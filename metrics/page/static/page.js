@@ -1,5 +1,6 @@
 // The live page: wires the engine's messages to what is shown.
 
+import { arena } from "./arena.js";
 import { setText } from "./format.js";
 import { follow } from "./feed.js";
 import { cpuCache, rates, swaps, tiles } from "./panels.js";
@@ -38,6 +39,7 @@ function frame() {
     changed = false;
     setText("model", state.model);
     tiles(state);
+    arena(state);
     cpuCache(state);
     swaps(state, full);
     table.update();

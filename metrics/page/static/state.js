@@ -8,6 +8,7 @@ export class State {
   adapters = new Map();
   numbers = null;
   slots = [];
+  sharesMemory = false; // whether an adapter takes what its own rank takes
   segments = new Map(); // by slot, as slotKey() calls it: {adapter, version, state, from, to}; to is null while it lasts
   swaps = []; // newest last
   swapCount = 0;
@@ -76,6 +77,7 @@ export class State {
     this.adapters.clear();
     this.segments.clear();
     this.swaps = [];
+    this.sharesMemory = false;
     this.model = update.model ?? "";
     this.since = update.since;
     this.#offset = -Infinity;
