@@ -4,5 +4,6 @@
 
 ``engine`` measures whole engines, ``kernels`` steps and operations, ``adapters`` reads and slot writes,
 ``server`` the HTTP server and metrics, ``policies`` scheduling decisions and published results in simulation,
-``attacks`` what harmful requests do to a client beside them, ``peers`` other engines on the same work.
+``attacks`` what harmful requests do to a client beside them, ``endurance`` leaks and bad days;
+``beside_peers`` runs other engines on the same work, with what ``peers`` has of each.
 """

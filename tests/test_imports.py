@@ -99,7 +99,8 @@ BENCHMARKS: dict[str, set[str]] = {
     "policies": set(),
     "attacks": set(),
     "endurance": set(),
-    "peers": {"engine"},
+    "peers": set(),
+    "benchmarks": {"engine", "peers"},
 }
 """Folder of benchmarks -> the folders that it may import from, beside the package."""
 
