@@ -1,7 +1,9 @@
 """Wheels with the CPU kernels compiled: ``make wheel``. All else is in pyproject.toml.
 
 ``AIOENGINE_PREBUILD_KERNELS`` names the levels to compile, separated by commas, or is "all" for every level
-of this machine's architecture. Without it a wheel has the sources alone, and works on any machine.
+of this machine's architecture. Without it a wheel has the sources alone, and works on any machine. For
+another architecture set ``CXX`` to a compiler for it, and ``_PYTHON_HOST_PLATFORM`` ("linux-aarch64"), as
+Python's own cross builds do.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class BuildWithKernels(build_py):
             names = None if WANTED == "all" else WANTED.split(",")
             folder = Path(self.build_lib) / "aioengine" / "kernels" / "cpu" / "prebuilt"
             shutil.rmtree(folder, ignore_errors=True)  # what an earlier build of other sources has left
-            builder().prebuild(folder, names)
+            builder().prebuild(folder, names, os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2])
 
 
 class PlatformWheel(bdist_wheel):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from cyclopts import Group, Parameter
 
@@ -28,6 +28,7 @@ from aioengine.grammars.schemas import SchemaOptions
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.server.access.keys import read_keys_file
 from aioengine.server.settings import ServerSettings, parse_keys
+from aioengine.server.transport.tls import Certificate
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -122,6 +123,10 @@ class ServerFlags:
     """Seconds after which a client that reads nothing is disconnected."""
     keep_alive: Annotated[float, _IN_MORE] = 75.0
     """Maximum seconds that a connection may be idle."""
+    tls_cert: Annotated[Path | None, _IN_MORE] = None
+    """PEM file with the certificate and its chain, to serve HTTPS; SIGHUP reads it again."""
+    tls_key: Annotated[Path | None, _IN_MORE] = None
+    """PEM file with the certificate's key."""
     otlp_endpoint: Annotated[str | None, _IN_MORE] = None
     """URL of an OpenTelemetry collector for traces of requests, such as http://localhost:4318."""
     stuck_step_seconds: Annotated[float, _IN_MORE] = 120.0
@@ -162,7 +167,16 @@ class ServerFlags:
             reword=in_flags,
         )
 
-    def listen_settings(self) -> ListenSettings:
+    def certificate(self) -> Certificate | None:
+        """Read it. Raises ConfigError."""
+        if self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_cert is None or self.tls_key is None:
+            raise ConfigError("--tls-cert, --tls-key: one is of no use without the other")
+        return Certificate(str(self.tls_cert), str(self.tls_key))
+
+    def listen_settings(self, certificate: Certificate | None = None) -> ListenSettings:
+        """Raises ConfigError."""
         from aioengine.server.run import ListenSettings
 
         return ListenSettings(
@@ -172,6 +186,7 @@ class ServerFlags:
             max_connections=self.max_connections,
             header_timeout=self.header_timeout,
             keep_alive=self.keep_alive,
+            tls=certificate,
         )
 
     def _allowed_hosts(self, has_keys: bool) -> Sequence[str]:
@@ -216,11 +231,34 @@ def serve(
     "model" in a request is the name of the base model or of an adapter. SIGTERM lets accepted requests
     finish; a second SIGTERM ends them. With --adapter-root, adapters can be loaded over HTTP.
     """
-    flags = server or ServerFlags()
+    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
+    checked = check_all(flags, engine_flags, fleet or FleetFlags())
+    record = recording or RecordFlags()
+    if checked.replicas is not None and record.record is not None:
+        raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
+    level = common.log_level if common is not None and common.log_level is not None else "info"
+    reloader = Reloader(engine_flags, flags, checked.listen.tls)
+    with background_stderr() as log:
+        configure_logging(flags.log_format, level)
+        return run(_serve(checked, flags, record, log, reloader))
+
+
+class Checked(NamedTuple):
+    """A whole configuration after its checks."""
+
+    config: EngineConfig
+    adapters: dict[str, str]
+    settings: ServerSettings
+    listen: ListenSettings
+    replicas: FleetConfig | None
+    """None: one engine in this process."""
+
+
+def check_all(flags: ServerFlags, engine_flags: EngineFlags, fleet: FleetFlags) -> Checked:
+    """Check everything that can be known before anything is started. Raises ConfigError."""
     for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
         if not seconds >= 0:
             raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
-    engine_flags = engine or EngineFlags()
     settings = flags.settings()
     config = bounded(engine_flags.engine_config())
     adapters = engine_flags.adapters()
@@ -228,31 +266,16 @@ def serve(
     for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; use another")
-    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, flags.otlp_endpoint)
-    record = recording or RecordFlags()
-    if replicas is not None and record.record is not None:
-        raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
-    level = common.log_level if common is not None and common.log_level is not None else "info"
+    replicas = fleet.fleet_config(config, adapters, flags.otlp_endpoint, engine_flags.config)
     try:
-        import aioengine.server.run
+        listen = flags.listen_settings(flags.certificate())
     except ImportError as error:
         raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
-    del aioengine
-    reloader = Reloader(engine_flags, flags)
-    with background_stderr() as log:
-        configure_logging(flags.log_format, level)
-        return run(_serve(config, adapters, settings, flags, record, log, reloader, replicas))
+    return Checked(config, adapters, settings, listen, replicas)
 
 
 async def _serve(
-    config: EngineConfig,
-    adapters: dict[str, str],
-    settings: ServerSettings,
-    flags: ServerFlags,
-    recording: RecordFlags,
-    log: BackgroundFile,
-    reloader: Reloader,
-    replicas: FleetConfig | None,
+    checked: Checked, flags: ServerFlags, recording: RecordFlags, log: BackgroundFile, reloader: Reloader
 ) -> int:
     from aioengine.cli.fleet.started import started_fleet
     from aioengine.cli.progress import started
@@ -264,7 +287,7 @@ async def _serve(
     from aioengine.server.entrance import Entrance
     from aioengine.server.run import Signals, listening
 
-    listen = flags.listen_settings()
+    config, replicas = checked.config, checked.replicas
     signals = Signals()
     # Before the model is loaded, so that a port in use is reported, and probes are answered.
     entrance = Entrance(config.name)
@@ -273,10 +296,11 @@ async def _serve(
         tracing(flags.otlp_endpoint, config.name) as traces,
         contextlib.AsyncExitStack() as ending,
     ):
-        url = await ending.enter_async_context(listening(entrance, listen))
+        ending.enter_context(signals.reload_handled())
+        url = await ending.enter_async_context(listening(entrance, checked.listen))
         opened: AbstractAsyncContextManager[AsyncEngine | FleetClient]
         if replicas is None:
-            opened = started(config, adapters, entrance.progress)
+            opened = started(config, checked.adapters, entrance.progress)
         else:
             opened = started_fleet(replicas, entrance.progress, traces)
         async with opened as client:
@@ -287,11 +311,11 @@ async def _serve(
                 client.metrics.export_process()
                 if traces is not None:
                     trace_engine(client, traces)
-            app = create_app(client, settings, tracer_provider=traces)
+            app = create_app(client, checked.settings, tracer_provider=traces)
             await app.context.defaults()
             entrance.open(app)
             try:
-                _tell(url, flags, settings)
+                _tell(url, flags, checked.settings)
                 if isinstance(client, AsyncEngine):
                     tell_what_runs(client)
                 with signals.handled():

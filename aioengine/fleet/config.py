@@ -121,11 +121,16 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name, table in (("fleet", fleet), ("adapters", adapters)):
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{source}: {name}={table!r}: must be a table [{name}]")
+        return cls.from_table(EngineConfig.from_dict(engine, source=source), adapters, fleet, source=source)
+
+    @classmethod
+    def from_table(
+        cls, engine: EngineConfig, adapters: Mapping[str, str], fleet: Mapping[str, Any], *, source: str
+    ) -> Self:
+        """From the fields of ``[fleet]``. Raises ConfigError."""
         refuse_unknown(cls, fleet, f"{source}, table fleet")
         try:
-            return msgspec.convert(
-                {"engine": EngineConfig.from_dict(engine, source=source), "adapters": adapters, **fleet}, cls
-            )
+            return msgspec.convert({"engine": engine, "adapters": adapters, **fleet}, cls)
         except msgspec.ValidationError as error:
             cause = error.__cause__
             text = str(cause) if isinstance(cause, ConfigError) else str(error)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import Any
 
@@ -20,6 +21,7 @@ from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import bounded_protocol
+from aioengine.server.transport.tls import Certificate
 
 logger = logging.getLogger("aioengine.server")
 
@@ -44,6 +46,8 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     header_timeout: float = 10.0
     keep_alive: float = 75.0
     """How long a connection may be idle between two requests."""
+    tls: Certificate | None = None
+    """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 
     def __post_init__(self) -> None:
         for field in ("max_connections", "header_timeout", "keep_alive"):
@@ -96,6 +100,7 @@ async def listening(
     available.
     """
     with contextlib.ExitStack() as sockets:
+        tls = settings.tls
         bound = sockets.enter_context(bind(settings) if bound is None else bound)
         same = [sockets.enter_context(bound.dup()) for _ in range(_ACCEPTS - 1)]
         config = uvicorn.Config(
@@ -110,6 +115,7 @@ async def listening(
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
             backlog=_BACKLOG,
+            ssl_context_factory=None if tls is None else lambda config, default: tls.context,
         )
         server = _Server(config)
         task = asyncio.get_running_loop().create_task(
@@ -123,7 +129,7 @@ async def listening(
             error = task.exception() if task.done() else None
             if error is not None:  # another process listened first, after both had bound the port
                 raise _cannot_listen(settings, error) from error
-            yield f"http://{name}:{port}"
+            yield f"{'http' if tls is None else 'https'}://{name}:{port}"
         finally:
             listens.cancel()
             app.close()
@@ -145,21 +151,33 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
+        """Handle SIGTERM and SIGINT. While a server starts nothing is to be drained, and they end it."""
         numbers = (signal.SIGTERM, signal.SIGINT)
-        for number in numbers:
-            loop.add_signal_handler(number, self._received, number)
-        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
-        try:
+        with _handlers({number: functools.partial(self._received, number) for number in numbers}):
             yield
-        finally:
-            for number in (*numbers, signal.SIGHUP):
-                loop.remove_signal_handler(number)
+
+    @contextlib.contextmanager
+    def reload_handled(self) -> Iterator[None]:
+        """Handle SIGHUP, which otherwise ends the process."""
+        with _handlers({signal.SIGHUP: self.reload.set}):
+            yield
 
     def _received(self, number: int) -> None:
         first = not self.drain.is_set()
         logger.info("%s: %s", signal.Signals(number).name, "draining" if first else "giving up")
         (self.drain if first else self.abort).set()
+
+
+@contextlib.contextmanager
+def _handlers(handlers: Mapping[signal.Signals, Callable[[], object]]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number in handlers:
+            loop.remove_signal_handler(number)
 
 
 async def serve_until_told(

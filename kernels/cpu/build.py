@@ -88,20 +88,24 @@ def prebuilt(level: str) -> Path | None:
     """The package's own library, if it has one that was made of these sources."""
     if os.environ.get("CXX") or os.environ.get(SANITIZE) == "1":
         return None
-    path = PREBUILT / _prebuilt_name(level)
+    path = PREBUILT / _prebuilt_name(level, platform.machine())
     return path if path.exists() else None
 
 
-def prebuild(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Compile the library for other machines of this architecture, once for each of the levels ``names``
-    (None: all of them), into ``folder``. Raises Unavailable, ValueError for a level that there is not."""
-    known = _levels_of(platform.machine())
+def prebuild(folder: Path, names: Sequence[str] | None = None, machine: str = "") -> None:
+    """Compile the library for other machines, once for each of the levels ``names`` (None: all of them) of
+    the architecture ``machine`` ("": this one's), into ``folder``. For another architecture ``CXX`` has to be
+    a compiler for it. Raises Unavailable, ValueError for a level that there is not."""
+    machine = machine or platform.machine()
+    if machine != platform.machine():
+        _check_target(machine)
+    known = _levels_of(machine)
     for name in names if names is not None else known:
         if name not in known:
-            raise ValueError(f"{name!r} is no level of {platform.machine()}; these are: {', '.join(known)}")
+            raise ValueError(f"{name!r} is no level of {machine}; these are: {', '.join(known)}")
         logger.info("compiling the CPU kernels (%s) for a wheel", name)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(_cached(name, known[name], _PORTABLE), folder / _prebuilt_name(name))
+        shutil.copy(_cached(name, known[name], _PORTABLE), folder / _prebuilt_name(name, machine))
 
 
 def _cached(level: str, flags: Sequence[str], extra_flags: Sequence[str]) -> Path:
@@ -167,8 +171,17 @@ def _compiler() -> str:
     raise Unavailable(f"no C++ compiler is found ({', '.join(names)}); install g++ or clang++, or set CXX")
 
 
-def _prebuilt_name(level: str) -> str:
-    digest = hashlib.sha256("\0".join([*FLAGS, *_levels_of(platform.machine())[level]]).encode())
+def _check_target(machine: str) -> None:
+    """Raises ValueError if the compiler compiles for another architecture than ``machine``."""
+    compiler = _compiler()
+    said = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=False).stdout
+    if said.partition("-")[0] != machine:
+        target = said.strip() or "an unknown machine"
+        raise ValueError(f"{compiler} compiles for {target}; set CXX to a compiler for {machine}")
+
+
+def _prebuilt_name(level: str, machine: str) -> str:
+    digest = hashlib.sha256("\0".join([*FLAGS, *_levels_of(machine)[level]]).encode())
     _digest_sources(digest, sorted(SOURCES.glob("*.cpp")))
     return f"cpu-{level}-{digest.hexdigest()[:16]}.so"
 

@@ -69,6 +69,16 @@ def test_keys_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> N
         ('[server]\nkeys = "/nowhere/keys.toml"', "/nowhere/keys.toml"),
         ('[lora]\nadapter_root = "/nowhere/adapters"', "there is no such folder"),
         ("[server]\ngrace_secs = 1", "has no field 'grace_secs'"),
+        ("[server]\ngrace_seconds = -1", "--grace-seconds -1"),
+        ("fleet = 3", "must be a table [fleet]"),
+        ("[fleet]\nreplcas = 2", "did you mean 'replicas'?"),
+        ("[fleet]\nreplicas = 0", "replicas=0"),
+        ("[fleet]\nrouter = 'nobody'", "nobody"),
+        ("[fleet]\nserved_model_names = ['x']", "from [server], as served_model_name"),
+        ("[adapters]\nx = '/nowhere'", "x=/nowhere"),
+        ("[adapters]\nx = '/tmp'\n[server]\nserved_model_name = ['x']", "'x' is the base model's name"),
+        ("[server]\ntls_cert = '/nowhere.pem'", "--tls-key"),
+        ("[server]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'", "No such file"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -90,9 +100,33 @@ def test_the_schema_refuses_what_the_program_refuses(capsys: pytest.CaptureFixtu
     assert main(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     jsonschema.Draft202012Validator.check_schema(schema)
-    for wrong in ({"server": {"prt": 1}}, {"max_nm_seqs": 1}, {"dtype": "int3"}, {"lora": {"max_lora": 1}}):
+    jsonschema.validate({"model": "m", "fleet": {"replicas": 2}, "server": {"tls_cert": "a"}}, schema)
+    for wrong in (
+        {"server": {"prt": 1}},
+        {"max_nm_seqs": 1},
+        {"dtype": "int3"},
+        {"lora": {"max_lora": 1}},
+        {"fleet": {"replcas": 2}},
+        {"fleet": {"served_model_names": ["x"]}},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({"model": "m", **wrong}, schema)
+
+
+def test_the_table_of_a_fleet_makes_one(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags go before it, and without it there is none."""
+    assert "fleet" not in shown(capsys, "--config", str(file))
+    file.write_text(file.read_text() + "[fleet]\nreplicas = 2\nsilent_seconds = 4.0\n")
+    found = shown(capsys, "--config", str(file), "--router", "p2c")
+    assert found["fleet"] == {"replicas": 2, "silent_seconds": 4.0, "router": "p2c"}
+    assert main(["serve", "--config", str(file), "--record", "trace.jsonl"]) == 2
+    assert "remove --replicas" in capsys.readouterr().err
+
+
+def test_adapters_are_shown(file: Path, tiny_text: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tiny_text.adapters["a"])
+    file.write_text(f'{file.read_text()}[adapters]\n"one.two" = "{path}"\n')
+    assert shown(capsys, "--config", str(file))["adapters"] == {"one.two": path}
 
 
 class Reloaded:
@@ -167,9 +201,14 @@ async def test_sighup_reads_the_file_again(file: Path, tiny_text: Tiny, tmp_path
                 (changed.replace("'edf'", "'efd'").replace("waiting = 17", "waiting = 18"), "efd"),
                 (changed.replace("tokens = 3", "tokens = 'x'"), "default_max_tokens"),
                 (broken.replace("waiting = 17", "waiting = 19"), "there is no such folder"),
+                (f'{changed}"no name" = "{adapter}"\n'.replace("waiting = 17", "waiting = 20"), "no name"),
             ):
                 said = await reload(wrong, "stays as it was")
                 assert why in said[-1]
                 assert f"{limit}17.0" in (await http.get("/metrics")).text
+            assert (await reload(changed, "need a restart"))[-2].endswith("; changed: nothing")
+            assert (await reload(f"{changed}[fleet]\nreplicas = 2\n", "need a restart"))[-1].endswith(
+                "[fleet]"
+            )
         server.process.send_signal(signal.SIGTERM)
         assert await server.end() == 0

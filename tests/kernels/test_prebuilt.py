@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,12 @@ def test_a_prebuilt_library_of_other_sources_is_not_used(
 def test_levels_are_those_of_the_architecture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'avx1024' is no level of \w+; these are: .*generic"):
         build.prebuild(tmp_path, ["avx1024"])
+
+
+def test_a_library_for_another_architecture_takes_a_compiler_for_it(tmp_path: Path) -> None:
+    machine = "riscv64" if platform.machine() != "riscv64" else "aarch64"
+    with pytest.raises(ValueError, match=f"compiles for .*; set CXX to a compiler for {machine}"):
+        build.prebuild(tmp_path, machine=machine)
 
 
 def test_a_cache_that_cannot_be_executed_from(tmp_path: Path) -> None:

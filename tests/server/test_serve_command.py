@@ -152,6 +152,8 @@ async def test_probes_are_answered_while_the_engine_starts(tiny_text: Tiny, tmp_
             refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "starting")
             assert "retry-after" in refused.headers
+            process.send_signal(signal.SIGHUP)  # is for when it has started, and does not end it
+            assert (await get("/health")).status_code == 200
             go_on.touch()  # the compilers fail now, and plain torch is used
             async with asyncio.timeout(60):
                 while (await get("/ready")).status_code != 200:

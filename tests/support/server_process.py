@@ -75,7 +75,7 @@ async def serving(model: Path | str, *flags: str, **environment: str) -> AsyncIt
             while True:
                 line = (await process.stderr.readline()).decode()
                 assert line, "it ended before it served"
-                found = re.search(r"serving at (http://\S+)", line)
+                found = re.search(r"serving at (https?://\S+)", line)
                 if found:
                     break
         yield Serving(process, found[1])

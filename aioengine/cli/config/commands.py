@@ -14,10 +14,13 @@ from typing import Any
 import msgspec
 
 from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags, check_folders
-from aioengine.cli.serve import ServerFlags
+from aioengine.cli.config.reload import bounded
+from aioengine.cli.flags import EngineFlags
+from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
+from aioengine.cli.serve import ServerFlags, check_all
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.fleet.config import FleetConfig
 from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
 
@@ -28,14 +31,11 @@ def check(
     *,
     server: ServerFlags | None = None,
     engine: EngineFlags | None = None,
+    fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Check a configuration and its paths as serve would, without starting anything."""
-    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
-    config = engine_flags.engine_config()
-    flags.settings()
-    flags.listen_settings()
-    check_folders(engine_flags.adapters())
+    config = check_all(server or ServerFlags(), engine or EngineFlags(), fleet or FleetFlags()).config
     root = None if config.lora is None else config.lora.adapter_root
     if root is not None and not is_source(root) and not Path(root).expanduser().is_dir():
         raise ConfigError(
@@ -53,6 +53,7 @@ def show(
     *,
     server: ServerFlags | None = None,
     engine: EngineFlags | None = None,
+    fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Print the effective configuration as TOML: the file, the environment and the flags together.
@@ -60,13 +61,23 @@ def show(
     Fields with their default are comments; API keys are left out.
     """
     flags = server or ServerFlags()
-    config = (engine or EngineFlags()).engine_config()
+    engine_flags = engine or EngineFlags()
+    config = bounded(engine_flags.engine_config())
+    adapters = engine_flags.adapters()
+    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, file=engine_flags.config)
     values = {name: getattr(config, name) for name in config.__struct_fields__ if name != "lora"}
     _print_table(values, dict(zip(EngineConfig.__struct_fields__[1:], _defaults(EngineConfig), strict=True)))
     if config.lora is not None:
         print("\n[lora]")
         own = {name: getattr(config.lora, name) for name in config.lora.__struct_fields__}
         _print_table(own, {name: getattr(LoRAConfig(), name) for name in LoRAConfig.__struct_fields__})
+    if adapters:
+        print("\n[adapters]")
+        _print_table({msgspec.json.encode(name).decode(): path for name, path in adapters.items()}, {})
+    if replicas is not None:
+        print("\n[fleet]")
+        defaults = {field.name: field.default for field in msgspec.structs.fields(FleetConfig)}
+        _print_table({name: getattr(replicas, name) for name in defaults if name not in ELSEWHERE}, defaults)
     print("\n[server]")
     given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
     _print_table(
@@ -84,16 +95,19 @@ def schema(*, common: CommonFlags | None = None) -> int:
 
 def file_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a configuration file."""
-    (engine, flags), parts = msgspec.json.schema_components(
-        (EngineConfig, ServerFlags), schema_hook=_path_schema, ref_template="#/$defs/{name}"
+    _, parts = msgspec.json.schema_components(
+        (EngineConfig, ServerFlags, FleetConfig), schema_hook=_path_schema, ref_template="#/$defs/{name}"
     )
-    del engine, flags
     fields = parts.pop("EngineConfig")
     fields["properties"]["server"] = {"$ref": "#/$defs/ServerFlags"}
-    fields["properties"]["fleet"] = {"type": "object"}
+    fields["properties"]["fleet"] = {"$ref": "#/$defs/FleetConfig"}
     fields["properties"]["adapters"] = {"type": "object", "additionalProperties": {"type": "string"}}
     fields["required"] = []
     parts["ServerFlags"]["additionalProperties"] = False
+    of_fleet = parts["FleetConfig"]
+    of_fleet["required"] = []
+    for name in ELSEWHERE:
+        del of_fleet["properties"][name]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields, "$defs": parts}
 
 

@@ -1,4 +1,4 @@
-"""The tables ``[server]`` and ``[adapters]`` of a configuration file."""
+"""The tables ``[server]``, ``[fleet]`` and ``[adapters]`` of a configuration file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ def server_table(file: str) -> dict[str, Any]:
         return {}
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: server={table!r}: must be a table [server]")
+    return table
+
+
+def fleet_table(file: Path | None) -> dict[str, Any] | None:
+    """Return the table ``[fleet]``, unchecked; None if there is none. Raises ConfigError if it is no table.
+
+    It is None if the file cannot be read: the engine's part of the file is read later, with an error.
+    """
+    if file is None:
+        return None
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8")).get("fleet")
+    except (OSError, ValueError):
+        return None
+    if table is not None and not isinstance(table, dict):
+        raise ConfigError(f"{file}: fleet={table!r}: must be a table [fleet]")
     return table
 
 

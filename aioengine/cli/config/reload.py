@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import msgspec
 
-from aioengine.cli.config.file import server_table
+from aioengine.cli.config.file import fleet_table, server_table
 from aioengine.cli.flags import EngineFlags, check_folders
 from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.errors import AioEngineError, ConfigError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
     from aioengine.server.app import ServerApp
     from aioengine.server.settings import ServerSettings
+    from aioengine.server.transport.tls import Certificate, Loaded
 
 logger = logging.getLogger("aioengine.server")
 
@@ -66,6 +68,8 @@ class _Read(NamedTuple):
     server: Mapping[str, Any]
     flags: ServerFlags
     adapters: Mapping[str, str]
+    fleet: Mapping[str, Any] | None
+    tls: Loaded | None
 
 
 class Reloader:
@@ -75,51 +79,53 @@ class Reloader:
     none. Flags and variables override the file as they did at the start.
     """
 
-    def __init__(self, flags: EngineFlags, server_flags: ServerFlags) -> None:
+    def __init__(
+        self, flags: EngineFlags, server_flags: ServerFlags, certificate: Certificate | None = None
+    ) -> None:
         self._engine_flags = flags
         self._flags = server_flags
+        self._certificate = certificate
         self._server = self._server_table()
+        self._fleet = fleet_table(flags.config)
         self._adapters = flags.adapters()
 
     async def reload(self, engine: AsyncEngine, app: ServerApp) -> None:
         """Apply the changes. Log which were applied, which need a restart, and what is wrong."""
+        before = engine.config
         try:
             found = await asyncio.to_thread(self._read)
             settings = found.flags.settings()
-            moved = await self._prepared(engine, found.adapters)
+            adapters = _AdapterChanges.between(self._adapters, found.adapters)
+            config = bounded(found.config)
+            async with contextlib.AsyncExitStack() as undo:
+                await adapters.begin(engine, found.adapters, undo)
+                if config.policy != before.policy:
+                    engine.change_policy(str(config.policy))
+                undo.pop_all()
         except AioEngineError as error:
             logger.error("the configuration stays as it was: %s", error)
             return
-        changed: list[str] = []
-        before = engine.config
-        config = bounded(found.config)
-        if config.policy != before.policy:
-            try:
-                engine.change_policy(str(config.policy))
-            except AioEngineError as error:
-                for name in moved:
-                    engine.discard_adapter(name)
-                logger.error("the configuration stays as it was: %s", error)
-                return
+        # Nothing can fail from here on.
         engine.change_limits(**{name: getattr(config, name) for name in WAITING_BOUNDS})
-        changed += [
-            f"{name}={getattr(config, name)}"
-            for name in RELOADABLE
-            if getattr(config, name) != getattr(before, name)
-        ]
         app.change(settings)
-        changed += [
-            f"[server] {name}={getattr(found.flags, name)}"
-            for name in RELOADABLE_SERVER
-            if getattr(found.flags, name) != getattr(self._flags, name)
+        changed = [
+            *(f"{n}={getattr(config, n)}" for n in RELOADABLE if getattr(config, n) != getattr(before, n)),
+            *(
+                f"[server] {name}={getattr(found.flags, name)}"
+                for name in RELOADABLE_SERVER
+                if getattr(found.flags, name) != getattr(self._flags, name)
+            ),
+            *await adapters.finish(engine),
         ]
-        changed += await self._adapted(engine, found.adapters, moved)
+        if self._certificate is not None and found.tls is not None and self._certificate.use(found.tls):
+            changed.append("the TLS certificate")
         kept = [name for name in _differing(config, before) if name not in RELOADABLE]
         kept += [
             f"[server] {name}"
             for name in sorted(found.server.keys() | self._server.keys())
             if name not in RELOADABLE_SERVER and found.server.get(name) != self._server.get(name)
         ]
+        kept += ["[fleet]"] if found.fleet != self._fleet else []
         # Fields that need a restart are compared with the start, so the log names them until the restart.
         self._flags, self._adapters = found.flags, dict(found.adapters)
         self._server = {
@@ -130,6 +136,18 @@ class Reloader:
         if kept:
             logger.warning("these changes in the configuration need a restart: %s", ", ".join(kept))
 
+    async def reload_certificate(self) -> None:
+        """Read the TLS certificate again, and log the result. For a fleet, which can reload nothing else."""
+        if self._certificate is None:
+            return
+        try:
+            context = await asyncio.to_thread(self._certificate.read)
+        except ConfigError as error:
+            logger.error("the TLS certificate stays as it was: %s", error)
+            return
+        new = self._certificate.use(context)
+        logger.info("read the TLS certificate again; it is %s", "a new one" if new else "the same")
+
     def _read(self) -> _Read:
         config, server = self._engine_flags.engine_config(), self._server_table()
         adapters = self._engine_flags.adapters()
@@ -138,7 +156,9 @@ class Reloader:
         for name in flags.served_model_name or (config.model_name,):
             if name in adapters:
                 raise ConfigError(f"[adapters]: {name!r} is the base model's name in requests; use another")
-        return _Read(config, server, flags, adapters)
+        fleet = fleet_table(self._engine_flags.config)
+        tls = None if self._certificate is None else self._certificate.read()
+        return _Read(config, server, flags, adapters, fleet, tls)
 
     def _merged(self, server: Mapping[str, Any]) -> ServerFlags:
         """Return the flags with the file's present values, except where a flag or variable overrides them.
@@ -155,37 +175,46 @@ class Reloader:
             raise ConfigError(f"{self._engine_flags.config}, table server: {error}") from error
         return dataclasses.replace(self._flags, **{name: getattr(checked, name) for name in new})
 
-    async def _prepared(self, engine: AsyncEngine, adapters: Mapping[str, str]) -> list[str]:
-        """Read the adapters whose path has changed. If one cannot be read, all of them are dropped. Raises
-        AdapterLoadError and other errors of adapters."""
-        moved = [n for n, path in adapters.items() if n in self._adapters and self._adapters[n] != path]
-        for index, name in enumerate(moved):
-            try:
-                await engine.prepare_adapter(name, adapters[name])
-            except AioEngineError:
-                for other in moved[:index]:
-                    engine.discard_adapter(other)
-                raise
-        return moved
+    def _server_table(self) -> Mapping[str, Any]:
+        config = self._engine_flags.config
+        return {} if config is None else server_table(str(config))
 
-    async def _adapted(self, engine: AsyncEngine, adapters: Mapping[str, str], moved: list[str]) -> list[str]:
-        """Register, replace and unload adapters in the engine. Returns descriptions of the changes."""
-        for name in moved:
+
+class _AdapterChanges(NamedTuple):
+    """Names of configured adapters, by the change that they need."""
+
+    new: Set[str]
+    moved: Set[str]
+    gone: Set[str]
+
+    @classmethod
+    def between(cls, before: Mapping[str, str], now: Mapping[str, str]) -> Self:
+        moved = {name for name, path in now.items() if before.get(name, path) != path}
+        return cls(now.keys() - before.keys(), moved, before.keys() - now.keys())
+
+    async def begin(
+        self, engine: AsyncEngine, paths: Mapping[str, str], undo: contextlib.AsyncExitStack
+    ) -> None:
+        """Make the changes that can fail; ``undo`` gets callbacks that undo them. Raises AdapterLoadError and
+        other errors of adapters."""
+        for name in sorted(self.moved):
+            await engine.prepare_adapter(name, paths[name])
+            undo.callback(engine.discard_adapter, name)
+        for name in sorted(self.new):
+            engine.register_adapter(name, paths[name])
+            undo.push_async_callback(engine.unload_adapter, name)
+
+    async def finish(self, engine: AsyncEngine) -> list[str]:
+        """Make the other changes. Returns descriptions of all changes."""
+        for name in self.moved:
             engine.commit_adapter(name)
-        new, gone = adapters.keys() - self._adapters.keys(), self._adapters.keys() - adapters.keys()
-        for name in new:
-            engine.register_adapter(name, adapters[name])
-        for name in gone:
+        for name in self.gone:
             try:
                 await engine.unload_adapter(name)
             except AioEngineError as error:  # pinned, or unloaded over HTTP
                 logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
-        done = {"registered": new, "replaced": moved, "unloaded": gone}
+        done = {"registered": self.new, "replaced": self.moved, "unloaded": self.gone}
         return [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]
-
-    def _server_table(self) -> Mapping[str, Any]:
-        config = self._engine_flags.config
-        return {} if config is None else server_table(str(config))
 
 
 def _differing(one: EngineConfig, other: EngineConfig) -> list[str]:

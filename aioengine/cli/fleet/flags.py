@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from aioengine.cli.config.file import fleet_table
 from aioengine.cli.help import FOLDED
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
@@ -14,6 +16,13 @@ from aioengine.fleet.config import FleetConfig
 
 _SERVER = Group("Server", sort_key=5)
 _IN_MORE = Parameter(group=Group(f"{FOLDED} fleet flags", sort_key=28))
+ELSEWHERE = {
+    "engine": "the top of the file",
+    "adapters": "[adapters]",
+    "otlp_endpoint": "[server]",
+    "served_model_names": "[server], as served_model_name",
+}
+"""Fields of FleetConfig that a server has from other tables."""
 
 
 @Parameter(name="*", group=_SERVER)
@@ -37,9 +46,15 @@ class FleetFlags:
     """Name of the Serve application (aioengine)."""
 
     def fleet_config(
-        self, engine: EngineConfig, adapters: dict[str, str], otlp_endpoint: str | None = None
+        self,
+        engine: EngineConfig,
+        adapters: dict[str, str],
+        otlp_endpoint: str | None = None,
+        file: Path | None = None,
     ) -> FleetConfig | None:
-        """Return the fleet's configuration; None: one engine in this process. Raises ConfigError."""
+        """Return the table ``[fleet]`` of ``file``, overridden by the flags. None if there is neither: one
+        engine in this process. Raises ConfigError."""
+        table = fleet_table(file)
         given: dict[str, Any] = {
             "replicas": self.replicas,
             "router": self.router,
@@ -51,8 +66,13 @@ class FleetFlags:
             "name": self.app_name,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if not given:
-            return None
-        if self.replicas is None:
-            raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: needs a fleet; add --replicas")
-        return FleetConfig(engine=engine, adapters=adapters, otlp_endpoint=otlp_endpoint, **given)
+        if table is None:
+            if not given:
+                return None
+            if self.replicas is None:
+                raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: needs a fleet; add --replicas")
+        for name in ELSEWHERE.keys() & (table or {}).keys():
+            raise ConfigError(f"{file}, table fleet: `aioengine serve` reads {name} from {ELSEWHERE[name]}")
+        given = {**(table or {}), "otlp_endpoint": otlp_endpoint, **given}
+        source = "flags" if file is None else f"{file} and flags"
+        return FleetConfig.from_table(engine, adapters, given, source=source)

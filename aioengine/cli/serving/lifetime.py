@@ -85,8 +85,12 @@ async def _reload(
         await signals.reload.wait()
         signals.reload.clear()
         systemd.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        if isinstance(engine, AsyncEngine):
-            await reloader.reload(engine, app)
-        else:
-            logger.warning("a fleet's configuration is not read again: restart the server to apply it")
+        try:
+            if isinstance(engine, AsyncEngine):
+                await reloader.reload(engine, app)
+            else:
+                await reloader.reload_certificate()
+                logger.warning("a fleet's configuration is not read again: restart the server to apply it")
+        except Exception:  # otherwise later signals would be ignored, and systemd would wait for READY=1
+            logger.exception("the configuration could not be read again")
         systemd.tell("READY=1")
