@@ -31,7 +31,11 @@ def not_covered(
     if spec.impl != "native":
         return "models that transformers runs"
     if isinstance(spec, MixtureSpec):
-        return "experts"
+        if quantization != "none":
+            return "quantized experts"
+        if spec.expert_size % PANEL or spec.shared_size % PANEL:
+            sizes = spec.expert_size, spec.shared_size
+            return f"intermediate sizes of experts of {sizes}, not all multiples of {PANEL}"
     if dtype not in DTYPES:
         return f"dtype {dtype}"
     if lora_dtype not in (None, dtype, "int8"):

@@ -23,11 +23,16 @@ from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder, LastLayer, StepInputs
+from aioengine.model.experts.layer import PLAIN, Mixture
+from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.parallel.exchange import StepExchange, between
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import Quantization
+from aioengine.model.spec import ModelSpec, Quantization
+
+_LINEARS = ("qkv", "o", "gate_up", "down")
+"""Linears of a layer that has no experts."""
 
 
 class NativeForward:
@@ -47,18 +52,26 @@ class NativeForward:
         self._parallel = decoder.partition.shard.size > 1
         self._pools: list[LoRAPool] = []
         """Pools, by their ids in the library."""
+        self._mixtures: list[structs.Mixture] = []
+        """Layers refer to them."""
         self._layers = (structs.Layer * len(decoder.layers))(*self._layer_structs(cache))
         self._model = self._model_struct(cache)
         spec = decoder.spec
-        self._wide = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
-        self._narrow = max(spec.intermediate_size, spec.num_heads * spec.head_dim)
+        shared = spec.shared_size if isinstance(spec, MixtureSpec) else 0
+        inner = max(spec.intermediate_size, shared)
+        self._wide = max(2 * inner, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+        self._narrow = max(inner, spec.num_heads * spec.head_dim)
         self._slices = max((len(pool.modules) for pool in self._pools), default=0)
 
     def _layer_structs(self, cache: KVCache) -> list[structs.Layer]:
         found = []
         for i, layer in enumerate(self._decoder.layers):
             pools = self._slots.layers[i] if self._slots else {}
-            linears = layer.linears
+            linears = {name: linear for name, linear in layer.linears.items() if name in _LINEARS}
+            mixture = None
+            if isinstance(layer.mlp, Mixture):
+                mixture = self._mixture_struct(layer.mlp, pools)
+                self._mixtures.append(mixture)
             found.append(
                 structs.Layer(
                     input_norm=pointer(layer.attention_input),
@@ -71,11 +84,26 @@ class NativeForward:
                     values=cache.v[i].data_ptr(),
                     window=self._decoder.spec.window(i) or 0,
                     rope=self._decoder.spec.rope_of(i),
+                    mixture=None if mixture is None else ctypes.pointer(mixture),
                     **{name: self._matrix(linear, name) for name, linear in linears.items()},
                     **{f"lora_{name}": self._pool(pools, name) for name in linears},
                 )
             )
         return found
+
+    def _mixture_struct(self, mixture: Mixture, pools: Mapping[str, LoRAPool]) -> structs.Mixture:
+        spec, linears = mixture.mixing.spec, mixture.linears
+        packed = {name: linears[name] for name in linears if name not in PLAIN}
+        return structs.Mixture(
+            experts=spec.experts,
+            per_token=spec.experts_per_token,
+            size=spec.expert_size,
+            normalized=int(spec.normalized),
+            shared_size=spec.shared_size,
+            **{name: _plain(linears[name]).data_ptr() for name in PLAIN if name in linears},
+            **{name.removeprefix("experts_"): self._matrix(linear, name) for name, linear in packed.items()},
+            **{f"lora_{name.removeprefix('experts_')}": self._pool(pools, name) for name in linears},
+        )
 
     def _model_struct(self, cache: KVCache) -> structs.Model:
         decoder, spec = self._decoder, self._decoder.spec
@@ -135,6 +163,7 @@ class NativeForward:
         # Tables stay referenced by these names while the library reads them.
         batches = [_Segments(batch) for batch in (inputs.lora, inputs.sample_lora)]
         head = self._slots.outer.get("lm_head") if self._slots else None
+        mixed = _mixture_scratch(spec, tokens, inputs.lora.width, decoder.dtype)
         exchange = StepExchange(decoder.adapted, self._pools, head, inputs, x, h.view(-1))
         step = structs.Step(
             tokens=tokens,
@@ -158,6 +187,7 @@ class NativeForward:
                 wide=wide,
                 narrow=narrow,
                 h=h,
+                **mixed,
             ),
             seconds=pointer(self.seconds),
             exchange=structs.ExchangeFunction(exchange if self._parallel else 0),
@@ -200,6 +230,25 @@ class NativeForward:
             id=len(self._pools) - 1,
             slice=(structs.LoraSlice * structs.MAX_SLICES)(*slices),
         )
+
+
+def _mixture_scratch(spec: ModelSpec, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Memory in which tokens go through experts, by the fields of ``structs.Step``."""
+    if not isinstance(spec, MixtureSpec):
+        return {}
+    rows = tokens * spec.experts_per_token
+    sizes = {"rows": spec.hidden_size, "rows_wide": 2 * spec.expert_size, "rows_narrow": spec.expert_size}
+    sizes["rows_h"] = 2 * width
+    found = {name: torch.empty(rows, size, dtype=dtype) for name, size in sizes.items()}
+    numbers = {"scores": tokens * spec.experts, "weights": rows, "gates": tokens}
+    found |= {name: torch.empty(count) for name, count in numbers.items()}
+    found["routes"] = torch.empty(7 * rows + spec.experts + 1, dtype=torch.int32)
+    return found
+
+
+def _plain(linear: Linear) -> Tensor:
+    assert isinstance(linear.weight, PlainWeight)
+    return linear.weight.data
 
 
 class _Segments:

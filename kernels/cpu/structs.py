@@ -9,7 +9,7 @@ MAX_SLICES = 3
 
 PHASES = (
     *("norm", "qkv", "rope", "attention", "o", "gate_up", "activation", "down", "head"),
-    *("shrink", "affine", "exchange"),
+    *("shrink", "affine", "exchange", "route"),
 )
 """Phases that a profile distinguishes, in the library's order."""
 
@@ -87,6 +87,19 @@ class LoraPool(Structure):
     ]
 
 
+class Mixture(Structure):
+    """A layer's experts, whose matrices are one below the other, their router, and a shared expert."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("experts", "per_token", "size", "normalized", "shared_size")),
+        ("router", c_void_p),
+        ("shared_gate", c_void_p),
+        *((name, Matrix) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((f"lora_{name}", LoraPool) for name in ("router", "gate_up", "down")),
+        *((f"lora_shared_{name}", LoraPool) for name in ("gate_up", "down", "gate")),
+    ]
+
+
 class Layer(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "attention_norm", "q_norm", "k_norm")),
@@ -97,6 +110,7 @@ class Layer(Structure):
         ("values", c_void_p),
         ("window", c_int64),
         ("rope", c_int64),
+        ("mixture", POINTER(Mixture)),
     ]
 
 
@@ -135,6 +149,8 @@ class Step(Structure):
         ("sample_rows", c_void_p),
         ("lora", LoraBatch),
         ("sample_lora", LoraBatch),
-        *((name, c_void_p) for name in ("logits", "x", "wide", "narrow", "h", "seconds")),
+        *((name, c_void_p) for name in ("logits", "x", "wide", "narrow", "h")),
+        *((name, c_void_p) for name in ("rows", "rows_wide", "rows_narrow", "rows_h")),
+        *((name, c_void_p) for name in ("scores", "weights", "gates", "routes", "seconds")),
         ("exchange", ExchangeFunction),
     ]

@@ -37,6 +37,7 @@ def build(root: Path, case: str) -> MoeModel:
     model.add_by_peft("router", 5, target_modules=["k_proj"], target_parameters=["mlp.gate.weight"])
     model.add_by_module("modules", 6, (0, 1, 2))
     model.add_by_module("up-alone", 7, (1,))
+    model.add_by_module("dora", 8, (0, 2), dora=True)
     return model
 
 
@@ -52,6 +53,7 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
     lora = {"max_loras": 3, "max_cpu_loras": 3, "max_lora_rank": 8}
     async with engine_of(model.folder, model_impl="auto", block_size=16, lora=lora) as engine:
         assert engine.info.model_impl == "native"
+        assert engine.info.batch_invariant == (backend == "cpu")
         for name, folder in model.adapters.items():
             engine.register_adapter(name, folder)
         for _ in range(2):
@@ -66,4 +68,29 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
                 expected = logits.log_softmax(-1).amax(-1)
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
         assert engine.stats().cached_tokens > 0
+        if backend == "cpu":
+            for name, tokens, output in zip(names, prompts, outputs, strict=True):
+                alone = await engine.complete(tokens, params, adapter=name)
+                assert alone.logprobs == output.logprobs, "bits that depend on the batch"
         engine.check_invariants()
+
+
+async def test_adapters_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled step computes what torch does, and that is close to what is not rounded."""
+    model = MoeModel(tmp_path, "qwen2_moe")
+    model.add_by_module("modules", 6, (0, 1, 2), dora=True)
+    tokens, params = prompt(3, 30), SamplingParams(max_tokens=0, prompt_logprobs=0)
+    found: dict[str, torch.Tensor] = {}
+    for backend in ("cpu", "torch"):
+        monkeypatch.setenv("AIOENGINE_KERNELS", backend)
+        lora = {"lora_dtype": "int8"}
+        async with engine_of(model.folder, model_impl="native", block_size=16, lora=lora) as engine:
+            engine.register_adapter("modules", model.adapters["modules"])
+            scored = await engine.complete(tokens, params, adapter="modules")
+        assert scored.prompt_logprobs is not None
+        found[backend] = torch.tensor(
+            [entry.logprob for entry in scored.prompt_logprobs if entry is not None]
+        )
+    torch.testing.assert_close(found["cpu"], found["torch"], rtol=1e-3, atol=1e-3)
+    exact = model.logits(tokens, "modules").log_softmax(-1)[range(29), tokens[1:]]
+    assert (found["cpu"] - exact).norm() < 0.05 * exact.norm()

@@ -52,7 +52,7 @@ class MoeModel:
         peft.save_pretrained(self._root / name)
         self.adapters[name], self._references[name] = self._root / name, peft.eval()
 
-    def add_by_module(self, name: str, seed: int, kinds: Sequence[int]) -> None:
+    def add_by_module(self, name: str, seed: int, kinds: Sequence[int], *, dora: bool = False) -> None:
         """Add an adapter on each expert's linears (0: gate, 1: up, 2: down) and the router, as files have it
         that were trained where these were modules; the reference has it merged into its weights."""
         block, *linears = NAMES.get(self.family, USUAL)
@@ -67,6 +67,10 @@ class MoeModel:
             tensors[f"base_model.model.{key}.lora_A.weight"] = a
             tensors[f"base_model.model.{key}.lora_B.weight"] = b
             weight += ALPHA / RANK * b @ a
+            if dora:
+                magnitude = weight.norm(dim=1) * (1 + 0.2 * torch.randn(len(weight), generator=generator))
+                tensors[f"base_model.model.{key}.lora_magnitude_vector"] = magnitude.clone()
+                weight *= (magnitude / weight.norm(dim=1))[:, None]
 
         with torch.no_grad():
             for i, layer in enumerate(model.model.layers):
@@ -84,5 +88,6 @@ class MoeModel:
         save_file(tensors, folder / "adapter_model.safetensors")
         modules = sorted({key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors})
         settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": modules}
+        settings["use_dora"] = dora
         (folder / "adapter_config.json").write_text(json.dumps(settings))
         self.adapters[name], self._references[name] = folder, model.eval()

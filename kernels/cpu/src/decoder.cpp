@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "experts.h"
 #include "ops.h"
 #include "team.h"
 
@@ -36,6 +37,15 @@ struct LoraPool {
   aio::Slice slice[3];
 };
 
+// What a layer has in the place of an MLP. The matrices of all experts are one below the other; the router and the gate of
+// the shared expert are as they were loaded.
+struct Mixture {
+  int64_t experts, per_token, size, normalized, shared_size;
+  const void *router, *shared_gate;  // [experts, hidden], [1, hidden]; without a shared expert its parts are null
+  Matrix gate_up, down, shared_gate_up, shared_down;
+  LoraPool lora_router, lora_gate_up, lora_down, lora_shared_gate_up, lora_shared_down, lora_shared_gate;
+};
+
 struct Layer {
   // Before attention and of its outputs, of queries and keys, before the MLP and of its outputs; those that a layer does
   // not have are null.
@@ -45,6 +55,7 @@ struct Layer {
   void *keys, *values;
   int64_t window;  // 0: full attention
   int64_t rope;    // which of the step's rotations
+  const Mixture* mixture;  // null: gate_up and down are the layer's
 };
 
 struct Model {
@@ -80,6 +91,11 @@ struct Step {
   LoraBatch lora, sample_lora;
   void* logits;  // [samples, head.n]
   void *x, *wide, *narrow, *h;  // scratch: tokens x hidden, x the widest linear, x intermediate or heads, x 3 widths
+  // Scratch of mixtures, with R = tokens x per_token: R x hidden, R x 2 size, R x size, R x 2 widths; tokens x experts and
+  // R and tokens floats; 7 R + experts + 1 integers.
+  void *rows, *rows_wide, *rows_narrow, *rows_h;
+  float *scores, *weights, *gates;
+  int32_t* routes;
   double* seconds;  // [PHASES] to which the time of each is added; may be null
   // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id,
   // or returns other than 0 to have the step end. Null: there are no others.
@@ -87,7 +103,7 @@ struct Step {
 };
 
 // structs.py names these.
-enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, PHASES };
+enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, ROUTE, PHASES };
 // GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up. TOTAL adds up x, the
 // outputs of a linear that is split over its inputs, and scales and shifts the sum.
 enum Exchange { NOTHING, GATHER, SUM, TOTAL };
@@ -114,6 +130,7 @@ struct Run {
   const Step& s;
   const aio::Member& me;
   bool& stopped;  // the team's
+  long& segment_count;  // the team's
   int threads = int(me.count);
 
   size_t element() const { return m.bf16 ? 2 : 4; }
@@ -246,11 +263,96 @@ struct Run {
     linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);
     norm_outputs(l.attention_norm);
     x = norm(s.x, l.mlp_input_norm, s.tokens);
+    if (l.mixture != nullptr) {
+      mixture(*l.mixture, x);
+      return norm_outputs(l.mlp_norm);
+    }
     linear(GATE_UP, gate_up, s.lora, x, s.wide, s.tokens, down);
     const auto activate = m.gelu ? aio_gelu_and_mul : aio_silu_and_mul;
     timed(ACTIVATION, [&] { activate(m.bf16, s.wide, s.narrow, s.tokens, m.intermediate, threads); });
     linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, next);
     norm_outputs(l.mlp_norm);
+  }
+
+  // The scores of a small linear, in float32.
+  void scores(const void* weight, long n, const LoraPool& pool, const void* x, float* y) const {
+    timed(ROUTE, [&] {
+      const bool adapted = pool.slices > 0 && s.lora.count > 0;
+      aio::small_linear(m.bf16, x, m.hidden, weight, n, adapted ? &m.slots : nullptr, pool.first,
+                        (const aio::Segment*)s.lora.segments, s.lora.count, y, s.tokens, threads);
+    });
+  }
+
+  // The experts' linears for their rows, with the adapters on them. `segments` has room for a segment of each row.
+  void experts(Phase phase, const Matrix& w, const LoraPool& pool, const aio::Routes& r, aio::Segment* segments,
+               const void* x, void* y) const {
+    const long n = w.n / r.experts, panels = n / aio::LANES;
+    const auto packed = [&](long e) { return (const char*)w.packed + e * panels * w.panel_bytes; };
+    timed(phase, [&] {
+      for (long e = 0, next; e < r.experts; e = next) {
+        for (next = e + 1; next < r.experts && r.begin[next] == r.begin[next + 1];) next++;
+        const long begin = r.begin[e], count = r.begin[e + 1] - begin;
+        if (count == 0) continue;
+        const aio::Beside beside{nullptr, 0, nullptr, {next < r.experts ? packed(next) : nullptr, n, w.panel_bytes}};
+        aio_linear_beside(m.bf16, (const char*)x + begin * w.k * element(), w.k, packed(e), nullptr,
+                          (char*)y + begin * n * element(), n, count, n, w.k, &beside, threads);
+      }
+    });
+    if (pool.slices == 0 || s.lora.count == 0) return;
+    const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8};
+    const auto run = [&](const int32_t* of, long count, const auto& work) {
+      long* found = (long*)me.from_first([&] {
+        segment_count = r.segments((const aio::Segment*)of, count, m.slots.places, pool.slices, segments);
+        return (void*)&segment_count;
+      });
+      work((const int32_t*)segments, *found);
+    };
+    run(s.lora.segments, s.lora.count, [&](const int32_t* found, long count) {
+      timed(SHRINK, [&] {
+        aio_lora_shrink(m.bf16, x, w.k, &places, pool.first, s.rows_h, w.k, pool.slices, s.lora.width, found, count, threads);
+      });
+      timed(phase, [&] {
+        aio_lora_expand(m.bf16, s.rows_h, &places, pool.first, pool.slice, pool.slices, s.lora.width, y, n, found, count,
+                        threads);
+      });
+    });
+    if (s.lora.affine_count == 0) return;
+    run(s.lora.affine, s.lora.affine_count, [&](const int32_t* found, long count) {
+      timed(AFFINE, [&] {
+        aio_lora_affine(m.bf16, y, n, &places, pool.first, pool.slice, pool.slices, found, count, threads);
+      });
+    });
+  }
+
+  // What experts make of x [tokens, hidden], to s.x, which x may be.
+  void mixture(const Mixture& e, const void* x) const {
+    const long rows = s.tokens * e.per_token;
+    const auto activate = m.gelu ? aio_gelu_and_mul : aio_silu_and_mul;
+    const Matrix no_matrix{};
+    const LoraPool no_pool{};
+    const Adapted nothing{&no_matrix, &no_pool};
+    const aio::Routes r{s.tokens,       e.experts,           e.per_token,         s.weights, s.routes,
+                        s.routes + rows, s.routes + 2 * rows, s.routes + 7 * rows};
+    scores(e.router, e.experts, e.lora_router, x, s.scores);
+    timed(ROUTE, [&] {
+      r.choose(s.scores, e.normalized, threads);
+      me.once([&] { r.sort(); });
+      r.spread(x, s.rows, m.hidden * element(), threads);
+    });
+    if (e.shared_size > 0) {
+      const Adapted down{&e.shared_down, &e.lora_shared_down};
+      scores(e.shared_gate, 1, e.lora_shared_gate, x, s.gates);
+      linear(GATE_UP, {&e.shared_gate_up, &e.lora_shared_gate_up}, s.lora, x, s.wide, s.tokens, down);
+      timed(ACTIVATION, [&] { activate(m.bf16, s.wide, s.narrow, s.tokens, e.shared_size, threads); });
+      linear(DOWN, down, s.lora, s.narrow, s.x, s.tokens, nothing);
+    }
+    aio::Segment* segments = (aio::Segment*)(s.routes + 3 * rows);
+    experts(GATE_UP, e.gate_up, e.lora_gate_up, r, segments, s.rows, s.rows_wide);
+    timed(ACTIVATION, [&] { activate(m.bf16, s.rows_wide, s.rows_narrow, rows, e.size, threads); });
+    experts(DOWN, e.down, e.lora_down, r, segments, s.rows_narrow, s.rows);
+    timed(ROUTE, [&] {
+      r.total(m.bf16, s.rows, e.shared_size > 0 ? s.x : nullptr, s.gates, s.x, m.hidden, threads);
+    });
   }
 
   void operator()() const {
@@ -281,9 +383,10 @@ struct Run {
 
 AIO_EXPORT void aio_step(const Model* model, const Step* step) {
   bool stopped = false;
+  long segment_count = 0;
   aio::step_together(int(step->threads), [&](const aio::Member& me) {
     try {
-      Run{*model, *step, me, stopped}();
+      Run{*model, *step, me, stopped, segment_count}();
     } catch (const Stopped&) {
     }
   });
