@@ -170,6 +170,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
     "ngram": from the request's own text; "suffix": also from earlier outputs of the same adapter and tenant.
     Only where the engine is batch-invariant."""
+    overlap: Literal["auto"] | bool = "auto"
+    """Whether the next step is formed, and given to the device, while a step computes (docs/overlap.md).
+    "auto": wherever it can be done. True: the engine does not start where it cannot. It changes no token."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None means the model's own limit (at most 8192)."""
@@ -259,6 +262,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 "batch_invariant=True: on CUDA the linears are cuBLAS's, whose order of sums depends on the "
                 "batch; set device='cpu', or batch_invariant='auto'"
+            )
+        if not isinstance(self.overlap, bool) and self.overlap != "auto":
+            raise ConfigError(f"overlap={self.overlap!r}: must be 'auto', True or False")
+        if self.overlap is True and self.executor != "thread":
+            raise ConfigError(
+                f"overlap=True: executor={self.executor!r} is given one step at a time; set "
+                "executor='thread', or overlap='auto'"
+            )
+        if self.overlap is True and self.speculation != "none":
+            raise ConfigError(
+                f"overlap=True: speculation={self.speculation!r} needs the tokens of a step to form the next "
+                "one; set overlap='auto', or speculation='none'"
             )
         if self.kv_cache_dtype == "fp8":
             raise ConfigError(

@@ -175,7 +175,9 @@ class AsyncEngine:
         self._core = Core(core_limits(self.config, built), self._policy, timer=built.timer, costs=built.costs)
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
-        self._stepper = Stepper(self._core, built.device, timer=built.timer)
+        self._stepper = Stepper(
+            self._core, built.device, timer=built.timer, overlap=self.config.overlap is not False
+        )
         timeout = None if self.config.lora is None else self.config.lora.load_timeout
         names = AdapterNames(self._stepper, built.resolver, timeout)
         self._adapters = AdapterOps(self._stepper, names)

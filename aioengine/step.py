@@ -19,6 +19,10 @@ SLOT_GRANULE = 256
 vectors."""
 
 
+UNKNOWN = -1
+"""In the place of a token that the step before has not sampled yet."""
+
+
 class SequenceWork(NamedTuple):
     """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``."""
 
@@ -66,6 +70,23 @@ class StepBatch(NamedTuple):
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
     moves: Sequence[MemoryMove] = ()
     """Moves to carry out before the step, in order."""
+    follows: bool = False
+    """Whether each sequence has one token, and that is the token that the step before samples for it.
+    ``tokens`` then has ``UNKNOWN`` in its place, and ``history`` may end before it."""
+
+    def after(self, tokens: Mapping[str, int]) -> StepBatch:
+        """Fill in the tokens that the step before has sampled, by request id, where this one follows it.
+
+        Histories are copied up to there, since their owner may add to them at any time.
+        """
+        work = []
+        for row in self.sequences:
+            token = tokens[row.request_id]
+            history = row.history
+            if row.params.changes_logits or not row.params.greedy:
+                history = [*history[: row.start], token]
+            work.append(row._replace(tokens=(token,), history=history))
+        return self._replace(sequences=work, follows=False)
 
 
 class Sampled(NamedTuple):

@@ -86,6 +86,8 @@ class EngineFlags:
     """Weights of the linears in fewer bits: int8 or int4. CPU only."""
     batch_invariant: Annotated[bool | None, _IN_MORE] = None
     """Refuse to start if a request's tokens would depend on its batch."""
+    overlap: Annotated[bool | None, _IN_MORE] = None
+    """Form the next step while a step computes (wherever possible)."""
     speculation: Annotated[SpeculationName | None, _IN_MORE] = None
     """Check several proposed tokens in one step, from ngrams or suffixes."""
     chat_template: Annotated[str | None, _IN_MORE] = None

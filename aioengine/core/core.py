@@ -46,7 +46,7 @@ from aioengine.errors import (
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
-from aioengine.step import StepBatch, StepResult
+from aioengine.step import SequenceWork, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -61,10 +61,9 @@ class Core:
 
     Events are appended to ``outbox``, a list of :class:`~aioengine.events.Event`, which the caller empties.
     ``timer`` measures the policy's decisions; the core itself has no clock. ``costs`` tells policies how long
-    steps and moves take, where that is known beforehand; otherwise times are measured. At most one batch is
-    in
-    flight: each batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule``
-    is called again.
+    steps and moves take, where that is known beforehand; otherwise times are measured. Each batch that
+    ``schedule`` returns must come back through ``step_finished`` before ``schedule`` is called again. While
+    it is in flight, ``schedule_next`` may form the one batch that follows it.
     """
 
     def __init__(
@@ -164,6 +163,9 @@ class Core:
         """Value of ``_changes`` when pinned adapters were last placed."""
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
+        """The requests of the step in flight or, if there are two, of the first one."""
+        self._following: list[Request] = []
+        """The requests of the second step in flight; they are among those of the first one."""
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
@@ -439,6 +441,39 @@ class Core:
         batch = self._form_batch(decision.admit)
         return Step(batch, self.residency.take_moves())
 
+    def schedule_next(self, batch: StepBatch, now: float) -> StepBatch | None:
+        """Form the step after ``batch``, which is in flight, before its tokens are known.
+
+        That is done only where ``schedule`` would find nothing to decide: nobody waits, the policy has said
+        that it has nothing to do, and all requests decode. Returns None otherwise. If a request ends with
+        ``batch``, what the next step computes for it is dropped. The step must come back through
+        ``step_finished`` after ``batch``, or be given up by ``take_back``.
+        """
+        assert self._in_flight and not self._following
+        if (
+            self._speculation is not None
+            or self.queues
+            or self._zombies
+            or self.placing.pinned_wait
+            or len(self._in_flight) != len(self.running)
+            or not self._guard.is_quiet(now, self._changes)
+        ):
+            return None
+        due = self.next_due()
+        if due is not None and due <= now:
+            return None
+        work = self.batcher.follow(self._in_flight, batch)
+        if work is None:
+            return None
+        self.now = now
+        self._following = self._in_flight
+        self._begin(work)
+        return StepBatch(self.step, work, batch.slot_ranks, follows=True)
+
+    def take_back(self) -> None:
+        """Give up the batch of ``schedule_next``, which no device has begun."""
+        self._following = []
+
     def _reject(self, request: Request, reason: str, now: float) -> None:
         """End a request by the policy's decision, if it has never run."""
         if request.status is not Status.WAITING or request.admitted is not None:
@@ -448,8 +483,9 @@ class Core:
         self.end(request, "error", now, RequestRejected(f"{text}; try again later", reason=reason))
 
     def step_lost(self) -> None:
-        """Note that the batch in flight is lost. Blocks and slots of its ended requests are released."""
+        """Note that what is in flight is lost. Blocks and slots of its ended requests are released."""
         self._in_flight = []
+        self._following = []
         for request in self._zombies:
             self.batcher.release(request)
         self._zombies = []
@@ -497,12 +533,16 @@ class Core:
         moves = () if self.border is None else tuple(self.border.take_moves())
         if not work and not moves:
             return None
+        self._begin(work)
+        return StepBatch(self.step, work, ranks, moves)
+
+    def _begin(self, work: Sequence[SequenceWork]) -> None:
+        """Count a step, and note which slots it uses."""
         self.step += 1
         slots = self.slots.slots
         for index in {w.slot for w in work}:
             if index >= 0 and (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = self.now
-        return StepBatch(self.step, work, ranks, moves)
 
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float
@@ -512,10 +552,13 @@ class Core:
         Returns the times between these tokens and the ones before.
         """
         self.learn(batch, result.seconds)
-        requests, self._in_flight = self._in_flight, []
-        for request in self._zombies:
-            self.batcher.release(request)
-        self._zombies = []
+        requests, self._in_flight, self._following = self._in_flight, self._following, []
+        ended, self._zombies = self._zombies, []
+        for request in ended:
+            if request in self._in_flight:
+                self._zombies.append(request)
+            else:
+                self.batcher.release(request)
         return self._results.take(requests, batch, result, now)
 
     def learn(self, batch: StepBatch, seconds: float) -> None:

@@ -112,7 +112,7 @@ class PolicyGuard:
         decided nothing, and said until when that holds, is not asked again before then while ``changes``
         stays the same."""
         self.seconds = 0.0
-        if changes == self._quiet_since and view.now < self._quiet_until:
+        if self.is_quiet(view.now, changes):
             return _NOTHING
         start = self._timer() if self._timer is not None else 0.0
         try:
@@ -128,6 +128,10 @@ class PolicyGuard:
         if self._timer is not None:
             self._measure(view.now, self._timer() - start)
         return self._resolve(decision)
+
+    def is_quiet(self, now: float, changes: int) -> bool:
+        """Whether ``decide`` would answer that there is nothing to do, without asking the policy."""
+        return changes == self._quiet_since and now < self._quiet_until
 
     def _resolve(self, decision: Decision) -> Resolved:
         for name in decision.merge:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
 
 from aioengine.errors import EngineDead
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
+
+
+class QueuedStep(Protocol):
+    """A step that a device will run after the one before. Awaiting it gives its result."""
+
+    def __await__(self) -> Generator[Any, None, StepResult]: ...
+
+    def take_back(self) -> bool:
+        """Give it up if it has not begun; returns whether it was given up."""
 
 
 class Device(ABC):
@@ -23,12 +33,18 @@ class Device(ABC):
     """Names of the kernels that compute the steps, for display."""
     variance: str | None = None
     """Reason why a token's bits depend on its batch; None if they do not."""
+    overlaps: bool = False
+    """Whether it has ``queue``, by which a step may be given to it while one is in flight."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
 
     @abstractmethod
     async def execute(self, batch: StepBatch) -> StepResult:
         """Run one step. At most one is in flight."""
+
+    def queue(self, batch: StepBatch) -> QueuedStep:
+        """Run one step after the one in flight, if there is one; ``batch`` may follow that one."""
+        raise NotImplementedError
 
     @abstractmethod
     async def load(self, order: ReadOrder) -> LoadedAdapter:

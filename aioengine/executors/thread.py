@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from aioengine.adapters.loader import AdapterLoader
 from aioengine.executors.base import Device
@@ -20,8 +21,26 @@ if TYPE_CHECKING:
     from aioengine.model.slots.image import AdapterImage
 
 
+class ThreadStep:
+    """A :class:`~aioengine.executors.base.QueuedStep`."""
+
+    def __init__(self, future: Future[StepResult]) -> None:
+        self._future = future
+        self._on_loop = asyncio.wrap_future(future)
+        # The step before may have failed: then nobody waits for this one, which fails as well.
+        self._on_loop.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def __await__(self) -> Generator[Any, None, StepResult]:
+        return self._on_loop.__await__()
+
+    def take_back(self) -> bool:
+        return self._future.cancel()
+
+
 class ThreadDevice(Device):
     """Steps in one thread, copies into slots in another, and each read of ``loader`` in its own."""
+
+    overlaps = True
 
     def __init__(self, runner: ModelRunner, loader: AdapterLoader) -> None:
         self.runner = runner
@@ -33,8 +52,10 @@ class ThreadDevice(Device):
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
     async def execute(self, batch: StepBatch) -> StepResult:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._step_thread, self.runner.execute, batch)
+        return await self.queue(batch)
+
+    def queue(self, batch: StepBatch) -> ThreadStep:
+        return ThreadStep(self._step_thread.submit(self.runner.execute, batch))
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)

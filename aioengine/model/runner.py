@@ -159,6 +159,8 @@ class ModelRunner:
         self.pooling: Kind = model_pooling(weights)
         """Pooling of requests for which neither the request nor its adapter chooses one."""
         self._sample = sample
+        self._last: dict[str, int] = {}
+        """Token that the last step sampled for each of its requests."""
         self.decode_steps: DecodeSteps | None = None
         """Decode steps that are played back, if there are any."""
         if fixed_decode is not None and self._can_record:
@@ -244,6 +246,8 @@ class ModelRunner:
         """Runs one step; samples a token for the sequences that ask for one, and scores tokens for those that
         ask for that, on rank 0."""
         began = time.perf_counter()
+        if batch.follows:
+            batch = batch.after(self._last)
         sampled: list[Sampled | None] = [None] * len(batch.sequences)
         followed: dict[int, list[Sampled]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
@@ -276,6 +280,11 @@ class ModelRunner:
                 error = pooled[i].error if i in pooled else None
                 sampled[i] = Sampled(-1, error=error, fault="request")
         values = {i: part.values for i, part in pooled.items()}
+        self._last = {
+            work.request_id: max(token.token, 0)  # one without a token has ended: any will do
+            for work, token in zip(batch.sequences, sampled, strict=True)
+            if token is not None
+        }
         return StepResult(sampled, time.perf_counter() - began, scored, followed, values)
 
     def _move(self, batch: StepBatch) -> None:

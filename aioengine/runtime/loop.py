@@ -16,12 +16,12 @@ from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
-from aioengine.executors.base import Device
+from aioengine.executors.base import Device, QueuedStep
 from aioengine.runtime.lag import LoopLagMeter
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.runtime.waits import Waits
 from aioengine.schedulers.policy import Location
-from aioengine.step import StepBatch
+from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
@@ -35,7 +35,8 @@ Listener = Callable[[events.Event], None]
 class Stepper:
     """Drives a core with a device.
 
-    ``listeners`` are called for every event, in order.
+    ``listeners`` are called for every event, in order. With ``overlap`` the core forms a step while the one
+    before computes, where that is possible; any change to the core takes it back if it has not begun.
     """
 
     def __init__(
@@ -44,12 +45,17 @@ class Stepper:
         device: Device,
         *,
         timer: Callable[[], float] = time.perf_counter,
+        overlap: bool = False,
     ) -> None:
         self.core = core
         self.listeners: list[Listener] = []
         self.dead: EngineDead | None = None
         self._device = device
         self._timer = timer
+        self._overlap = overlap and device.overlaps
+        self._next: tuple[StepBatch, QueuedStep, float] | None = None
+        """A step that was given to the device while the one before was in flight, and the seconds that it
+        took to form it."""
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits = Waits()
         self._idle = IdleWatch(core)
@@ -75,6 +81,7 @@ class Stepper:
         if self.dead is not None:
             self._free_retired()
             return
+        self._take_back()
         self.publish()
         self._wake.set()
 
@@ -159,16 +166,43 @@ class Stepper:
         if batch is None:
             await self._sleep(loop)
             return
-        self._step_began = loop.time()
-        try:
-            result = await self._device.execute(batch)
-        except EngineDead as error:
-            self._step_began = None
-            await self._recover(error)
-            return
-        finally:
-            self._step_began = None
-        now = loop.time()
+        running = self._device.queue(batch) if self._overlap else self._device.execute(batch)
+        while True:
+            self._step_began = loop.time()
+            if self._overlap:
+                self._queue_next(batch)
+            try:
+                result = await running
+            except EngineDead as error:
+                self._next = None
+                self._step_began = None
+                await self._recover(error)
+                return
+            finally:
+                self._step_began = None
+            self._finished(batch, result, schedule_seconds, policy_seconds)
+            if self._next is None:
+                return
+            (batch, running, schedule_seconds), self._next = self._next, None
+            policy_seconds = 0.0
+
+    def _queue_next(self, batch: StepBatch) -> None:
+        """Give the device the step after ``batch`` as well, if it is certain already."""
+        start = self._timer()
+        following = self.core.schedule_next(batch, asyncio.get_running_loop().time())
+        if following is not None:
+            self._next = following, self._device.queue(following), self._timer() - start
+
+    def _take_back(self) -> None:
+        """Have the core decide anew, unless the step that it has formed runs already."""
+        if self._next is not None and self._next[1].take_back():
+            self._next = None
+            self.core.take_back()
+
+    def _finished(
+        self, batch: StepBatch, result: StepResult, schedule_seconds: float, policy_seconds: float
+    ) -> None:
+        now = asyncio.get_running_loop().time()
         intervals = self.core.step_finished(batch, result, now)
         self.core.outbox.append(
             events.StepFinished(

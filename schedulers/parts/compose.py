@@ -140,8 +140,10 @@ class Composed(SchedulerPolicy):
     def quiet_until(self, view: SchedulerView) -> float:
         """Return the time until which a decision holds if nothing happens: until an adapter has been waited
         for, or has been in its slot, long enough."""
-        if not self._by_events or (self._shares is not None and self._shares.clients.several):
+        if not self._by_events:
             return -inf
+        if view.waiting_adapters and self._shares is not None and self._shares.clients.several:
+            return -inf  # whose turn it is changes with what the others get
         if self._refused:
             return -inf  # what has found no room is tried anew
         if view.memory.shared and next(self.order.cold(view), None) is not None:

@@ -32,7 +32,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_bytes=st.sampled_from([None, MAX_BYTES]),
         slot_memory=st.sampled_from([None, 3000, 4200, "shared"]),
         bounded=st.sampled_from([None, "requests", "tokens"]),
-        speculation=st.sampled_from(["none", "ngram", "suffix"]),
+        speculation=st.sampled_from(["none", "none", "ngram", "suffix"]),
     )
     def start(
         self,
@@ -70,7 +70,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(
         adapter=st.sampled_from([None, *NAMES]),
         prompt=st.lists(st.integers(2, 4), min_size=1, max_size=30),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
         tenant=st.sampled_from([None, "x", "x", "x", "y"]),
     )
@@ -164,6 +164,32 @@ class CoreMachine(RuleBasedStateMachine):
                 slots = self.sim.core.slots.slots
                 self.in_flight = [(slot.entry, slot.offset) for slot in slots]
         sim.now += seconds
+
+    @rule(steps=st.integers(3, 16), seconds=st.sampled_from([0.01, 0.2]))
+    def overlap(self, steps: int, seconds: float) -> None:
+        """Each step is formed while the one before is in flight, where that can be done. The last two of them
+        may be in flight when the next rule comes."""
+        sim = self.sim
+        for _ in range(steps):
+            before = sim.batch
+            if before is None:
+                self.step(seconds)
+            elif sim.following is not None:
+                self.step(seconds)
+                self.holds()
+            else:
+                following = sim.schedule_next()
+                if following is None:
+                    self.step(seconds)
+                    continue
+                for work, last in zip(following.sequences, before.sequences, strict=True):
+                    assert (work.request_id, work.slot) == (last.request_id, last.slot)
+                    assert work.start == last.start + len(last.tokens)
+
+    @precondition(lambda self: self.sim.following is not None)
+    @rule()
+    def take_the_next_step_back(self) -> None:
+        self.sim.take_back()
 
     @rule(name=st.sampled_from(NAMES), nbytes=st.sampled_from(SIZES))
     def resize(self, name: str, nbytes: int) -> None:
@@ -262,9 +288,10 @@ class CoreMachine(RuleBasedStateMachine):
             assert len(core.room) - core.room.returned <= core.limits.max_waiting
         cpu = {e.uid for e in self.sim.core.cpu.entries.values() if e.location is not Location.LOADING}
         assert cpu <= self.sim.on_cpu
-        if self.sim.batch is not None:  # what it reads and writes is not given to anybody else
-            core = self.sim.core
-            for work in self.sim.batch.sequences:
+        for batch in (self.sim.batch, self.sim.following):
+            if batch is None:
+                continue
+            for work in batch.sequences:  # what it reads and writes is not given to anybody else
                 assert core.blocks.referenced(work.block_table)
                 if work.slot >= 0:
                     slot = core.slots.slots[work.slot]
@@ -291,7 +318,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         sim = self.sim
-        if sim.batch is not None:
+        while sim.batch is not None:
             sim.finish_step()
         if self.hostile:
             for request in list(sim.core.requests.values()):

@@ -54,6 +54,8 @@ class CoreSim:
         """Those under way, by uid, of a shared memory."""
         self.on_cpu: set[int] = set()
         self.batch: StepBatch | None = None
+        self.following: StepBatch | None = None
+        """The step after ``batch``, if it was formed beforehand."""
         self._read: list[AdapterEntry | None] = []
         """What the slots held when the batch was made."""
         self.events: list[events.Event] = []
@@ -112,8 +114,17 @@ class CoreSim:
         self._read = [slot.entry for slot in self.core.slots.slots]
         return self.batch
 
+    def schedule_next(self) -> StepBatch | None:
+        assert self.batch is not None and self.following is None
+        self.following = self.core.schedule_next(self.batch, self.now)
+        return self.following
+
+    def take_back(self) -> None:
+        self.following = None
+        self.core.take_back()
+
     def finish_step(self, seconds: float = 0.01) -> None:
-        batch, self.batch = self.batch, None
+        batch, self.batch, self.following = self.batch, self.following, None
         assert batch is not None
         if self.memory is not None:
             self.memory.execute(batch, self._read)
@@ -163,7 +174,7 @@ class CoreSim:
 
     def lose_device(self) -> None:
         """What ran, was loaded, or was under way is gone."""
-        self.batch = None
+        self.batch = self.following = None
         self.loads.clear()
         self.copies.clear()
         if self.memory is not None:
