@@ -449,9 +449,10 @@ class Core:
         ``batch``, what the next step computes for it is dropped. The step must come back through
         ``step_finished`` after ``batch``, or be given up by ``take_back``.
         """
-        assert self._in_flight and not self._following
+        assert not self._following
         if (
-            self._speculation is not None
+            not self._in_flight  # it only moves memory
+            or self._speculation is not None
             or self.queues
             or self._zombies
             or self.placing.pinned_wait
