@@ -2,6 +2,8 @@
 
 Every rejected value raises :class:`~aioengine.errors.ConfigError` that names the field, the value,
 what is allowed, and what to do.
+
+The file is long because it has every setting of an engine, with its documentation and its check.
 """
 
 from __future__ import annotations
