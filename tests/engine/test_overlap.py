@@ -124,10 +124,12 @@ KINDS = [
 async def crowd(engine: AsyncEngine, seed: int) -> list[Any]:
     """The outputs of requests that come and go; some are given up."""
     rng = random.Random(seed)
+    names = [rng.choice((None, *list(ADAPTERS)[:4])) for _ in range(30)]
+    times = [rng.random() * 0.2 for _ in range(30)]
 
     async def one(i: int) -> Any:
-        await asyncio.sleep(rng.random() * 0.2)
-        name = rng.choice((None, *list(ADAPTERS)[:4]))
+        await asyncio.sleep(times[i])
+        name = names[i]
         stream = engine.generate(prompt_of(i % 4, 3 + i), KINDS[i % len(KINDS)], adapter=name)
         seen = None
         async for seen in stream:
@@ -160,6 +162,8 @@ async def test_tokens_are_the_same(
             for name, folder in tiny.adapters.items():
                 engine.register_adapter(name, folder)
             answers.append([await crowd(engine, seed) for seed in range(2)])
+            alone = await engine.complete(prompt_of(0, 9), KINDS[1])
+            answers[-1].append((alone.token_ids, alone.logprobs))
         assert (followed > 0) == overlap
         followed = 0
     assert answers[0] == answers[1]
