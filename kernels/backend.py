@@ -14,8 +14,8 @@ from aioengine.kernels.weight import Weight
 
 
 class HeadNorms(NamedTuple):
-    """Norms of queries and keys, which some models have before the rotation: of each head if the weights are
-    as long as a head, or of as many heads together as they are long."""
+    """Norms of queries and keys before the rotation, which some models have. A norm covers as many heads
+    together as its weight is long: one head, or all of them."""
 
     q: Tensor
     """[d] or [H * d] weight"""
@@ -31,10 +31,10 @@ class Backend(Protocol):
 
     Shapes: T tokens of N sequences, H query heads and K key heads of size d (H a multiple of K), blocks of
     ``block_size`` tokens, S adapter slots, n slices of a fused linear (3 for q, k and v). Tensors are of the
-    model's dtype and on the backend's device unless it says otherwise; sums are float32. What is cached of
-    keys and values, ``keys`` and ``values``, has the shape [blocks, block_size, K, d]; how a block is laid
-    out inside is the backend's business, so only what a backend stored itself can be read by it. A block is
-    contiguous, and both have the same distance from one block to the next: other layers may lie between.
+    model's dtype and on the backend's device unless it says otherwise; sums are float32. The caches ``keys``
+    and ``values`` have the shape [blocks, block_size, K, d]. Each backend has its own layout within a block,
+    so it can read only blocks that it has stored itself. A block is contiguous. Both caches have the same
+    distance from one block to the next; blocks of other layers may lie between.
 
     Metadata (:class:`AttentionPlan`, :class:`LoRABatch`) is built once for all layers of a step.
     """
@@ -44,8 +44,8 @@ class Backend(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether equal shapes give equal launches, whatever the metadata's tensors hold: then a step can
-        be recorded as a CUDA graph, and tokens whose cell is below 0 are padding that nothing is stored of.
+        """Whether equal shapes give equal launches for any values in the metadata's tensors. Then a step can
+        be recorded as a CUDA graph, and tokens whose cell is below 0 are padding, of which nothing is stored.
         """
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -67,12 +67,12 @@ class Backend(Protocol):
         offset: float | None = None,
         factor: float = 1.0,
     ) -> Tensor:
-        """``hidden += factor * delta`` in place, if there is one, and then its root-mean-square norm times
-        ``weight``, or times ``offset + weight``.
+        """Compute ``hidden += factor * delta`` in place, if there is a delta, and then the root-mean-square
+        norm times ``weight``, or times ``offset + weight``.
 
         ``hidden``, ``delta`` [T, size], contiguous, ``weight`` [size]; returns [T, size]. Rounded to the
         dtype after the sum, after the norm, and after the weight; with an ``offset`` (which may be 0) not
-        before the weight: as the models were trained. Zhang & Sennrich, 2019, arXiv:1910.07467.
+        before the weight, as when the models were trained. Zhang & Sennrich, 2019, arXiv:1910.07467.
         """
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class Backend(Protocol):
 
         ``qkv`` [T, H + 2 K, d], contiguous; ``cos``, ``sin`` [T, 1, half] float32, contiguous, dimension i
         paired with i + half (RoFormer: Su et al., 2021, arXiv:2104.09864), or 2 i with 2 i + 1 if they are
-        ``neighbours``; dimensions from 2 * half on are not rotated. Queries are changed in place; whether
-        keys are, too, is left open.
+        ``neighbours``; dimensions from 2 * half on are not rotated. Queries are changed in place; keys may
+        be, too.
         """
 
     def paged_attention(
@@ -131,8 +131,8 @@ class Backend(Protocol):
         ``x`` [T, in]; returns h [T, n, ``batch.width``] in x's dtype, zero wherever no adapter reaches
         (tokens without one, and columns from A's rows on).
 
-        Of all LoRA operations: only the tokens of ``batch.segments`` are touched, and of the memory only what
-        the table gives to their slots.
+        Like all LoRA operations, it touches only the tokens of ``batch.segments``, and in the memory only the
+        parts that the table gives to their slots.
         """
 
     def lora_expand(self, h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
@@ -144,8 +144,8 @@ class Backend(Protocol):
     def lora_affine(self, y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
         """``y[t, offsets[j] : offsets[j] + affine_widths[j]] += gain * y[t, ...] + shift``, in place.
 
-        Only the tokens of ``batch.affine`` are touched, and only slices that have gain and shift. DoRA and
-        trained biases come to this.
+        Touches only the tokens of ``batch.affine``, and only slices with gain and shift. DoRA and trained
+        biases use it.
         """
 
     def lora_embed(self, token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:

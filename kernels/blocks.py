@@ -1,4 +1,4 @@
-"""Weights in the form that a quantized checkpoint has them in, on any device; and several of them as one."""
+"""Weights in the form of a quantized checkpoint, on any device, and several of them as one weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aioengine.kernels.portable.dequantize import GGUF_FORMATS, codes, dequantiz
 from aioengine.kernels.weight import Weight
 
 _PIECE = 1 << 22
-"""Elements that are expanded at once, so that a product takes little memory beside the weight."""
+"""Number of elements that are expanded at a time, so that a product takes little extra memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +31,7 @@ class BlockWeight:
     dtype: torch.dtype
     """dtype of activations and biases."""
     scale: Tensor | None = None
-    """[n, groups] float32; None: the blocks have theirs."""
+    """[n, groups] float32; None: the scales are in the blocks."""
     zero: Tensor | None = None
     """[n, groups] int16; None: ``middle`` everywhere."""
     group_of: Tensor | None = None
@@ -59,7 +59,7 @@ class BlockWeight:
         return self._expand(indices)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x W^T + bias``, some rows of the weight after the other."""
+        """Compute ``x W^T + bias``, a few rows of the weight at a time."""
         y = x.new_empty(len(x), self.n)
         size = max(1, _PIECE // self.k)
         for begin in range(0, self.n, size):
@@ -82,7 +82,7 @@ class BlockWeight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedWeight:
-    """Weights of as many inputs, whose outputs follow each other."""
+    """Several weights with the same inputs, as one weight whose outputs follow each other."""
 
     parts: Sequence[Weight]
 

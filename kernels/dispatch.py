@@ -19,9 +19,9 @@ ENV = "AIOENGINE_KERNELS"
 
 
 def available_backends(device_type: str) -> list[str]:
-    """The names that :func:`get_backend` takes on this type of device ("cpu", "cuda"), best first.
+    """Return the names that :func:`get_backend` accepts for this type of device ("cpu", "cuda"), best first.
 
-    On a CPU, the first call in the life of a machine compiles the library (blocking, a few seconds).
+    On a CPU, the first call on a machine compiles the library (blocking).
     """
     return list(_backends(device_type))
 
@@ -31,7 +31,7 @@ def _backends(device_type: str) -> dict[str, Backend]:
     if device_type == "cuda" and (triton := _triton_backend()) is not None:
         found = {"triton": triton, **found}
         if (library := _flashinfer_backend()) is not None:
-            found["flashinfer"] = library  # never the default: it has not been measured
+            found["flashinfer"] = library  # never the default, because it has not been measured
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted and (triton := _triton_backend()) is not None:
         found = {**found, "triton": triton}  # never the default: thousands of times slower, for tests
@@ -52,7 +52,7 @@ def _triton_backend() -> Backend | None:
     if torch.cuda.is_available():
         try:
             launch.check_launch()
-        except Exception as error:  # of the compiler's, the linker's or the driver's
+        except Exception as error:  # errors of the compiler, the linker or the driver
             logger.warning(
                 "the GPU kernels cannot be launched: %s: %s. Plain torch is used in their place; triton "
                 "needs a C compiler and the headers of Python (on Debian: gcc and python3-dev)",
@@ -60,7 +60,7 @@ def _triton_backend() -> Backend | None:
                 error,
             )
             return None
-    table.measured(os.environ.get(table.ENV))  # a file that cannot be used is refused now, not by a step
+    table.measured(os.environ.get(table.ENV))  # refuse a bad file now, and not in a step
     return backend
 
 
@@ -68,7 +68,7 @@ def _triton_backend() -> Backend | None:
 def _flashinfer_backend() -> Backend | None:
     try:
         from aioengine.kernels.triton import flashinfer
-    except ImportError:  # an extra, which most do without
+    except ImportError:  # an optional extra
         return None
     return flashinfer
 
@@ -92,7 +92,8 @@ def _cpu_backend() -> Backend | None:
 
 
 def get_backend(device_type: str, name: str | None = None) -> Backend:
-    """The backend called ``name``; else by the variable AIOENGINE_KERNELS; else the device's best.
+    """Return the backend called ``name``, else that of the variable AIOENGINE_KERNELS, else the device's
+    best.
 
     Raises ValueError, listing what is available, if there is no such backend for the device, or naming the
     file if AIOENGINE_TRITON_TABLE is no table of block sizes.

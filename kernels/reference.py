@@ -182,11 +182,11 @@ def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """``x`` [..., k] in float32, every ``block`` (a power of two) neighbours times a Hadamard matrix; 0: as
-    it is.
+    """Return ``x`` [..., k] in float32, with every ``block`` neighbours (a power of two) multiplied by a
+    Hadamard matrix; 0: unchanged.
 
-    The matrix is orthogonal and symmetric, hence its own inverse, and a product of two rotated vectors is
-    that of the vectors.
+    The matrix is orthogonal and symmetric, so it is its own inverse, and the product of two rotated vectors
+    equals that of the vectors.
     """
     x = x.float()
     if block == 0:
@@ -199,7 +199,8 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest int8 of each row of ``x`` [n, k], and the scales [n, 1]: ``x`` is about their product."""
+    """Round each row of ``x`` [n, k] to int8. Returns these and the scales [n, 1]; their product is about
+    ``x``."""
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
     return (x / scale.where(scale > 0, 1)).round().to(torch.int8), scale
 

@@ -1,10 +1,10 @@
 """Adapter slots in memory: the matrices of a slot may lie anywhere, and a table says where.
 
-An adapter takes what its own modules, layers and ranks take, whatever the largest rank is. So nothing is
-padded, and no operation reads or multiplies padding.
+An adapter takes only as much as its own modules, layers and ranks need. So there is no padding, and no
+operation reads or multiplies padding.
 
-The memory is of the model's dtype; or it is int8. Then A and B are whole numbers, with one scale in float32
-for each rank: the scale of a row of A, times that of the column of B which it meets.
+The memory has the model's dtype, or int8. With int8, A and B are whole numbers, with one scale in float32 for
+each rank: the scale of a row of A times that of the matching column of B.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Elements. Where all matrices begin at multiples of this, GPU kernels load whole vectors."""
+"""Number of elements. Where all matrices begin at multiples of this, GPU kernels load whole vectors."""
 
 
 class Column(IntEnum):
@@ -30,7 +30,7 @@ class Column(IntEnum):
     B = 2
     """Offset of B [out, b_rank]."""
     B_RANK = 3
-    """Columns of B. More than A's rows where other ranks of a group have the rest of those."""
+    """Columns of B. More than A's rows where other ranks of the group have the rest of A's rows."""
     AFFINE = 4
     """Offset of gain and shift [2, out]; below 0 if there are none."""
     SCALE = 5
@@ -55,8 +55,8 @@ class SlotMemory:
     """The memory of all slots, and the table of where each slot's places are in it.
 
     A place is one module of one layer; those of a fused linear follow each other. ``aligned``: every offset
-    is a multiple of ``ALIGNMENT``; that must be so if the memory is int8, and ``dtype`` says then what gains
-    and shifts are (else that of the memory).
+    is a multiple of ``ALIGNMENT``, which is required if the memory is int8. ``dtype`` is then the dtype of
+    gains and shifts (otherwise that of the memory).
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SlotMemory:
         """[elements]"""
         self.int8 = memory.dtype == torch.int8
         self.dtype = dtype if self.int8 and dtype is not None else memory.dtype
-        """Of gains and shifts, and of all else unless that is int8."""
+        """dtype of gains and shifts, and of everything else unless the memory is int8."""
         self.per_slot = num_places
         """Places of a slot."""
         self.max_rank = max_rank
@@ -87,7 +87,7 @@ class SlotMemory:
             self.device_table = torch.zeros_like(self.table, device=memory.device)
 
     def floats(self, dtype: torch.dtype) -> Tensor:
-        """The memory as elements of ``dtype`` if it is int8, else as it is."""
+        """The memory as elements of ``dtype`` if it is int8, else unchanged."""
         if not self.int8:
             return self.memory
         return self.memory[: len(self.memory) // dtype.itemsize * dtype.itemsize].view(dtype)
@@ -112,12 +112,12 @@ class SlotMemory:
         return Where(*self.table.view(-1, len(Column))[slot * self.num_places + place].tolist())
 
     def rows(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-        """The rows [places, columns] of a slot whose adapter begins at element ``begin``, for ``table`` and
-        ``device_table``; ``table`` [places, columns] has offsets from there."""
+        """Return the rows [places, columns] of a slot whose adapter begins at element ``begin``, for
+        ``table`` and ``device_table``. The given ``table`` [places, columns] has offsets from ``begin``."""
         return self._shifted(table, begin)
 
     def moved(self, slot: int, elements: int) -> tuple[Tensor, Tensor]:
-        """Return :meth:`rows` as they would be if the slot's adapter began so many elements later."""
+        """Return :meth:`rows` for the slot's adapter if it began this many elements later."""
         return self._shifted(self.table[slot], elements)
 
     def _shifted(self, table: Tensor, begin: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class LoRAPool(NamedTuple):
     b_offsets: tuple[int, ...]
     """First output column of the fused linear that each B adds to."""
     affine_widths: tuple[int, ...]
-    """Outputs of each slice that gain and shift are for: the same, unless B is a share of them."""
+    """Number of outputs of each slice with gain and shift: the same as B's rows, unless B is a share."""
     offsets: tuple[int, ...]
     """First output column of each slice in the fused linear."""
 

@@ -1,7 +1,7 @@
-"""Small tensors on their way to a device, without anybody waiting for them.
+"""Copies small tensors to a device without waiting.
 
-A copy to a GPU waits for all work before it, unless it comes from page-locked memory and is told not to.
-On a CPU there is nothing to copy.
+A copy to a GPU waits for all earlier work, unless it comes from page-locked memory and is asynchronous. On a
+CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-"""Bytes that parts of one buffer begin at multiples of: Triton loads such pointers 16 bytes at a time."""
+"""Alignment in bytes of the parts of one buffer: Triton loads from such pointers 16 bytes at a time."""
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """These tensors of the host on ``device``, all in one copy that is queued behind the work before it."""
+    """Return these tensors of the host on ``device``. All are in one copy, queued after earlier work."""
     if device.type == "cpu":
         return list(tensors)
     packed = HostBuffer([(tensor.shape, tensor.dtype) for tensor in tensors], device)
@@ -27,7 +27,7 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class HostBuffer:
-    """Tensors that lie side by side in memory of the host, and again on the device; on a CPU once.
+    """Tensors side by side in memory of the host, and a copy of them on the device; on a CPU only once.
 
     ``fields`` are shapes and dtypes.
     """
@@ -59,7 +59,8 @@ class HostBuffer:
         return self._device.nbytes
 
     def wait(self) -> None:
-        """Until the host's memory may be written again. The last copy was over long ago, if its step is."""
+        """Wait until the host's memory may be written again. If the last copy's step has ended, so has the
+        copy."""
         if self._sent is not None:
             self._sent.synchronize()
 

@@ -1,4 +1,4 @@
-"""A linear's weight in whatever form it is stored: plain, rearranged, or quantized."""
+"""A linear's weight in any form of storage: plain, rearranged, or quantized."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 
 class Weight(Protocol):
-    """A matrix [n, k] that is used without knowing how it is stored.
+    """A matrix [n, k] with any form of storage.
 
-    Whoever makes a weight chooses its form, so a form runs where its maker says: what is packed for the CPU
-    library has no use on a GPU.
+    The code that makes a weight chooses the form for the device: a weight that is packed for the CPU library
+    cannot be used on a GPU.
     """
 
     @property
@@ -26,13 +26,14 @@ class Weight(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, scales and the like included."""
+        """Bytes of the weight, with scales and other data."""
 
     def rows(self, begin: int, end: int) -> Tensor:
-        """Rows ``begin..end-1`` of the matrix that is in effect: [end - begin, k], a view where it can be."""
+        """Return rows ``begin..end-1`` of the effective matrix: [end - begin, k], as a view where
+        possible."""
 
     def gather(self, indices: Tensor) -> Tensor:
-        """The rows ``indices`` [T] (int64), as an embedding has them: [T, k]."""
+        """Return the rows ``indices`` [T] (int64), as for an embedding: [T, k]."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias`` for ``x`` [T, k] and ``bias`` [n]: [T, n] in x's dtype."""

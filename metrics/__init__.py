@@ -1,4 +1,4 @@
-"""Prometheus metrics of an engine, in a registry of its own, and the ways out for them."""
+"""Prometheus metrics of an engine, in a separate registry, and the ways to export them."""
 
 from aioengine.metrics.collectors import EngineMetrics
 from aioengine.metrics.combined import combined_registry

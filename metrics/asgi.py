@@ -1,7 +1,7 @@
 """An ASGI application to mount: ``/metrics`` for Prometheus, ``/`` for people.
 
-Plain ASGI, so that it runs in whatever the application runs in. Every URL that the page uses is
-relative: it works under any mount path.
+It is plain ASGI, so it runs in any ASGI server. Every URL of the page is relative, so it works under any
+mount path.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from aioengine.metrics.page.targets import PARAMETER, ManySources, scrape_target
 UPDATE_SECONDS = 0.2
 """The shortest time between two updates of one page."""
 SEND_SECONDS = 30.0
-"""A client that takes nothing for so long is let go; a page that is still there connects again."""
+"""Seconds after which a client that reads nothing is disconnected; an open page connects again."""
 MAX_STREAMS = 100
-"""Pages served at once."""
+"""Maximum number of pages that are served at once."""
 
 _SECURITY: Headers = [
     (
@@ -66,7 +66,7 @@ class MetricsApp:
         self._feed = Feed(engine, interval)
         self._streams: set[asyncio.Task[None]] = set()
         self._closed = False
-        # Of its own: what others do in the loop's threads, and how long, is up to the application.
+        # A separate thread, because the application may keep the loop's threads busy.
         self._rendering = ThreadPoolExecutor(1, thread_name_prefix="aioengine-metrics")
         self._files = {
             path.name: path.read_bytes() for path in (Path(__file__).parent / "page" / "static").iterdir()
@@ -74,11 +74,12 @@ class MetricsApp:
 
     @property
     def watching(self) -> int:
-        """Pages connected now; while it is 0 the engine is not listened to."""
+        """Number of connected pages; while it is 0, the feed does not listen to the engine."""
         return len(self._feed.watchers)
 
     def close(self) -> None:
-        """End the event streams, which a server that shuts down would wait for; refuse new ones."""
+        """End the event streams, because a server that shuts down would wait for them, and refuse new
+        ones."""
         self._closed = True
         for stream in self._streams:
             stream.cancel()
@@ -97,7 +98,7 @@ class MetricsApp:
         found = path in ("/", "/metrics", "/metrics/targets", "/events") or (
             asset != path and asset in self._files
         )
-        if not path:  # mounted, and asked for without the final slash that relative URLs need
+        if not path:  # mounted, and requested without the final slash that relative URLs need
             to = f"./{quote(root.rsplit('/', 1)[-1])}/".encode()
             await _text(send, 307, "see /", head, [(b"location", to)])
         elif not found:
@@ -136,7 +137,7 @@ class MetricsApp:
                 text, content_type = metrics.expose(accept)
             return gzip.compress(text, 1) if compress else text, content_type
 
-        try:  # in a thread: it asks this loop for a snapshot, and the loop need not wait for the text
+        try:  # in a thread: only the snapshot is made on this loop, and the text in the thread
             body, content_type = await asyncio.get_running_loop().run_in_executor(self._rendering, render)
         except LookupError as error:
             await _text(send, 404, str(error.args[0]), head)
@@ -172,7 +173,7 @@ class MetricsApp:
         try:
             await send(start)
             await self._stream(watcher, send, gone)
-            if gone.cancelled():  # by close(): the client is still there
+            if gone.cancelled():  # by close(); the client is still connected
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             pass  # it went away in the middle of a message
@@ -182,7 +183,7 @@ class MetricsApp:
             await end_tasks([gone])
 
     async def _stream(self, watcher: Watcher, send: Send, gone: asyncio.Task[None]) -> None:
-        """Updates, until the client is gone or takes none for ``SEND_SECONDS``."""
+        """Send updates until the client is gone, or reads none for ``SEND_SECONDS``."""
         loop = asyncio.get_running_loop()
         while not gone.done():
             update = watcher.next(loop.time())
@@ -203,13 +204,12 @@ class MetricsApp:
 
 
 def metrics_app(engine: WatchedEngine, *, interval: float = UPDATE_SECONDS) -> MetricsApp:
-    """An ASGI application that shows ``engine`` (an AsyncEngine, started or not yet).
+    """Make an ASGI application that shows ``engine`` (an AsyncEngine, started or not yet).
 
     ``GET /metrics`` is for Prometheus, ``GET /metrics/targets`` for its service discovery, ``GET /`` the
     live page, ``GET /events`` what feeds it. It must
     run on the engine's event loop. ``interval`` is the shortest time in seconds between two updates of
-    a page. It asks nobody for a password: mount it where only those can reach it who may see the
-    names of the adapters.
+    a page. It has no access control: mount it where only people who may see the adapters' names can reach it.
     """
     return MetricsApp(engine, interval)
 

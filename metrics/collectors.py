@@ -1,4 +1,4 @@
-"""The engine's metrics: what its events add up to, and a snapshot of it at each scrape."""
+"""The engine's metrics: sums over its events, and a snapshot of its state at each scrape."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from aioengine.metrics.families.storage import Counters, Family, Histograms
 
 
 class EngineMetrics(Collector):
-    """Collects one engine's metrics; ``registry`` is a registry of its own that has them all.
+    """Collects one engine's metrics; ``registry`` is a separate registry that has them all.
 
     ``handle`` belongs on the event loop's thread. Scrapes of ``registry``, ``collect``, ``families``
     and ``expose`` may come from any: they take a snapshot on the loop's thread and render it on theirs.
 
-    ``handle`` only keeps the event. What it means is worked out the next time that the loop is free,
-    when the next model step runs already, or by a scrape that comes first: so a step does not wait for
-    its metrics, and no scrape misses what has happened.
+    ``handle`` only keeps the event. The event is counted when the loop is free the next time, while the next
+    model step already runs, or by a scrape that comes first. So a step does not wait for its metrics, and no
+    scrape misses an event.
 
     Args:
-        max_adapter_labels: Adapters that get an ``adapter`` label of their own in the request
+        max_adapter_labels: Maximum number of adapters with a separate ``adapter`` label in the request
             metrics; see :class:`~aioengine.metrics.families.labels.AdapterLabels`.
         snapshot: Returns the engine's state now.
         adapters: Returns the registered adapters.
         engine: Value of the label ``engine`` of every series.
         compat: "vllm" adds the series that request routers read.
         model_name: Returns the base model's name in requests, which routers read.
-        max_tenant_labels: Tenants that get a ``tenant`` label of their own.
+        max_tenant_labels: Maximum number of tenants with a separate ``tenant`` label.
         state: Returns the engine's state; None: it is not exported.
         build: The labels of ``aioengine_build_info``; None: it is not exported.
-        clock: Unix time, for exemplars and for what carries the time as its value.
+        clock: Unix time, for exemplars and for metrics whose value is the time.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class EngineMetrics(Collector):
         self.registry.register(self)
 
     def export_process(self) -> None:
-        """Export the process's own metrics from now on. For a program that is the process, and only once:
-        in an application, they are the application's business."""
+        """Export the process's own metrics from now on. Only a program that is the whole process calls it,
+        once; in an application, the application decides."""
         self._process = ProcessMetrics()
 
     def handle(self, event: events.Event) -> None:
@@ -136,7 +136,7 @@ class EngineMetrics(Collector):
                 self._apply()
 
     def _apply(self) -> None:
-        self._applying = False  # first: after a handler that raised, the next event has the rest applied
+        self._applying = False  # first, so that after an error in a handler the next event applies the rest
         pending, handlers = self._pending, self._handlers
         while pending:
             event = pending.popleft()
@@ -161,8 +161,9 @@ class EngineMetrics(Collector):
         return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm, *process))
 
     def expose(self, accept: str = "") -> tuple[bytes, str]:
-        """The exposition and its content type: OpenMetrics, which has the exemplars, if the ``Accept``
-        header asks for it. The same as ``prometheus_client`` writes of ``registry``, but quicker."""
+        """Return the exposition and its content type: OpenMetrics, which has the exemplars, if the ``Accept``
+        header asks for it. The text is the same as ``prometheus_client`` writes for ``registry``, but is made
+        faster."""
         openmetrics = "application/openmetrics-text" in accept
         text = self._writer.write(self.families(), openmetrics=openmetrics)
         return text, OPENMETRICS if openmetrics else TEXT

@@ -39,10 +39,10 @@ class _Combined(Collector):
 
 
 def combined_registry(*engines: HasMetrics) -> CollectorRegistry:
-    """A registry of all the engines' metrics, told apart by the label ``engine``.
+    """Make a registry of the metrics of several engines, which differ by the label ``engine``.
 
-    The exposition format wants each metric's series in one group, so the engines' registries cannot
-    simply be put one after the other.
+    The exposition format requires each metric's series in one group, so the engines' registries cannot simply
+    be concatenated.
 
     Raises ValueError if two engines have the same ``EngineConfig.name``.
     """

@@ -1,4 +1,4 @@
-"""Metrics over HTTP, from a thread of their own, for applications without a web server."""
+"""Metrics over HTTP, from a separate thread, for applications without a web server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 from aioengine.metrics.combined import HasMetrics
 
 Expose = Callable[[str], tuple[bytes, str]]
-"""From an ``Accept`` header to the text and its content type."""
+"""Function from an ``Accept`` header to the text and its content type."""
 
 
 class MetricsServer:
@@ -61,7 +61,7 @@ def serve_metrics(
     scrape takes a snapshot on the engine's event loop and does the rest in the server's thread; if the
     loop does not answer within 5 s the scrape fails with 503.
 
-    Raises OSError if the port cannot be had.
+    Raises OSError if the port is not available.
     """
     if isinstance(source, CollectorRegistry):
         return MetricsServer(_of_registry(source), port, addr)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioengine")
 
 FLUSH_SECONDS = 3.0
-"""How long the last spans may take to be sent; a collector may be gone."""
+"""Maximum seconds to send the last spans, because the collector may be gone."""
 SERVICE_NAME = "aioengine"
 PROTOCOL = "http/protobuf"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -27,7 +27,7 @@ _TRACES_PATH = "/v1/traces"
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raises ConfigError unless it is an http or https URL."""
+    """Raise ConfigError unless ``endpoint`` is an http or https URL."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
@@ -48,25 +48,25 @@ def otlp_wanted(endpoint: str | None) -> bool:
 def otlp_provider(
     endpoint: str | None = None, *, resource: dict[str, str] | None = None
 ) -> TracerProvider | None:
-    """A provider whose spans go to a collector over HTTP, in batches from a thread; None if none are wanted.
-
-    Whoever gets it calls :func:`end_tracing` in the end.
+    """Make a provider that sends spans to a collector over HTTP, in batches from a thread; None if none are
+    wanted. At the end the caller must call :func:`end_tracing`.
 
     Args:
         endpoint: The collector's URL; the path ``/v1/traces`` is added if it has none. None: the one that
             ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` or ``OTEL_EXPORTER_OTLP_ENDPOINT`` names. OpenTelemetry's
             other variables (headers, certificates, sampler, sizes of batches, resource) have their effect.
-        resource: What made the spans; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` go before it.
+        resource: Attributes of the sender; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` override
+            them.
 
     Raises:
-        ConfigError: for a URL that is none, for a protocol other than HTTP, or without the packages.
+        ConfigError: The URL is not valid, the protocol is not HTTP, or the packages are missing.
     """
     if not otlp_wanted(endpoint):
         return None
     for name in _PROTOCOLS:
         if os.environ.get(name, PROTOCOL) != PROTOCOL:
             raise ConfigError(
-                f"{name}={os.environ[name]!r}: only {PROTOCOL} is spoken, on port 4318 as a rule"
+                f"{name}={os.environ[name]!r}: only {PROTOCOL} is supported, usually on port 4318"
             )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -91,7 +91,7 @@ def otlp_provider(
 
 
 async def end_tracing(provider: TracerProvider, within: float = FLUSH_SECONDS) -> None:
-    """Send what is left, for that many seconds at most."""
+    """Send the remaining spans, for at most ``within`` seconds."""
     loop, sent = asyncio.get_running_loop(), asyncio.Event()
 
     def end() -> None:
@@ -99,7 +99,7 @@ async def end_tracing(provider: TracerProvider, within: float = FLUSH_SECONDS) -
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(sent.set)
 
-    # A daemon, because nothing ends the exporter's tries before their own time is over.
+    # A daemon thread, because the exporter's retries cannot be stopped early.
     threading.Thread(target=end, name="aioengine-last-spans", daemon=True).start()
     try:
         async with asyncio.timeout(within):

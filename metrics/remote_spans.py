@@ -1,4 +1,4 @@
-"""Spans that go from process to process, in the form of W3C Trace Context (extra ``otel``)."""
+"""Spans across processes, in the form of W3C Trace Context (extra ``otel``)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class HttpSpans:
 
     @contextmanager
     def request(self, headers: Headers, record: Answered) -> Iterator[None]:
-        """The span is the current one inside, and ``record.trace_id`` says which trace it belongs to; it is
-        named after what the record has at the end."""
+        """Context in which the span is the current one; ``record.trace_id`` is its trace. At the end it gets
+        its name from the record."""
         carrier = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
         span = self._tracer.start_span(
             record.method, context=propagate.extract(carrier), kind=SpanKind.SERVER
@@ -82,9 +82,9 @@ def _describe(span: Span, record: Answered) -> None:
 
 
 class CallSpans:
-    """A door's side: a span of each request to the fleet, with a child for each replica that it was sent to.
+    """A door's side: a span of each request to the fleet, with a child for each replica of the request.
 
-    It is a child of the span that is current where it is made.
+    The span is a child of the span that is current when it is made.
     """
 
     def __init__(self, provider: TracerProvider, request_id: str, adapter: str | None) -> None:
@@ -96,8 +96,8 @@ class CallSpans:
         self._sent: Span | None = None
 
     def sent(self, replica: str, delivered: int) -> dict[str, str]:
-        """Note that it goes to ``replica``, after ``delivered`` of its tokens; returns the carrier for the
-        replica."""
+        """Note that the request goes to ``replica``, after ``delivered`` of its tokens. Returns the carrier
+        for the replica."""
         self._sent = self._tracer.start_span(
             "aioengine.fleet.attempt",
             context=set_span_in_context(self._root),
@@ -109,7 +109,7 @@ class CallSpans:
         return carrier
 
     def lost(self, how: str) -> None:
-        """Note that its replica is lost, or has refused it."""
+        """Note that the request's replica is lost, or has refused it."""
         if self._sent is not None:
             self._sent.set_status(Status(StatusCode.ERROR, how))
             self._sent.end()

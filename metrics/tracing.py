@@ -24,14 +24,15 @@ class Traceable(Protocol):
 def trace_requests(
     engine: Traceable, tracer_provider: TracerProvider, *, clock: Callable[[], float] | None = None
 ) -> Callable[[], None]:
-    """Make a span of each request, with children; returns what ends it. Call it on the event loop.
+    """Make a span of each request, with children. Returns a function that ends this. Call it on the event
+    loop.
 
     The span ``aioengine.request`` is a child of the span that is current where the request is made. Its
     own children are ``queue`` (waiting to be admitted; once more after a preemption), ``adapter_wait``
     (that part of the waiting in which the adapter was in no slot), ``prefill`` (admission to first
     token) and ``decode`` (first token to the end). The last two name the steps that they took, from
     ``aioengine.first_step`` to ``aioengine.last_step``: events and logs have the same numbers. Requests that
-    are under way already are passed over.
+    are already under way are left out.
 
     ``clock`` is the engine's; None means the running loop's.
     """
@@ -63,13 +64,13 @@ class _Trace:
         self.stage: Span | None = None
         self.wait: Span | None = None
         self.computes = False
-        """The open stage is one of steps, not of waiting."""
+        """Whether the open stage consists of steps, and not of waiting."""
         self.generating = False
         """Whether it has had its first token."""
 
 
 class RequestTracer:
-    """Turns events into spans. ``offset`` is Unix time less the events' clock, in seconds; ``step`` is the
+    """Turns events into spans. ``offset`` is Unix time minus the events' clock, in seconds; ``step`` is the
     number of the engine's next step."""
 
     def __init__(self, tracer: Tracer, versions: dict[str, int], *, offset: float, step: int = 1) -> None:
@@ -78,7 +79,7 @@ class RequestTracer:
         self._offset = offset
         self._traces: dict[str, _Trace] = {}
         self._step = step
-        """The step that runs, or is next."""
+        """The running or next step."""
         self._waiting: dict[tuple[str, int], dict[str, _Trace]] = {}
         """Traces of the requests that wait to be admitted, by adapter and version."""
 

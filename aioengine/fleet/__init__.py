@@ -1,7 +1,7 @@
-"""Many replicas of one engine behind one door, on Ray (extra ``fleet``).
+"""A fleet: several replicas of one engine behind one door, on Ray (extra ``fleet``).
 
-:data:`app` is a Serve application, built from the TOML file that ``AIOENGINE_CONFIG`` names when it is first
-asked for: ``serve run aioengine.fleet:app``. Importing this package imports neither Ray nor torch.
+:data:`app` is a Serve application, built at first use from the TOML file that ``AIOENGINE_CONFIG`` names:
+``serve run aioengine.fleet:app``. Importing this package imports neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["FleetConfig", "app", "build_app"]
 
 
 def build_app(config: FleetConfig) -> Application:
-    """A Serve application of ``config.replicas`` engines and a door in front of them, to be deployed with
+    """Build a Serve application of ``config.replicas`` engines and a door in front of them. Deploy it with
     ``serve.run`` or ``serve build``.
 
-    Raises ConfigError if Ray is missing or of another version, or the configuration is not right.
+    Raises ConfigError if Ray is missing or has another version, or if the configuration is not valid.
     """
     from aioengine.fleet.deployment import fleet_application
 

@@ -9,11 +9,11 @@ from aioengine.schedulers.routing import load_autoscaler
 
 POLICY_PATH = f"{__name__}:ServeAutoscaler"
 METRICS_SECONDS = 0.5
-"""Between two reports of a replica to Serve's controller."""
+"""Seconds between two reports of a replica to Serve's controller."""
 
 
 class Load(NamedTuple):
-    """A replica's :class:`~aioengine.schedulers.routing.autoscaling.ReplicaLoad`, as its reports give it."""
+    """A replica's :class:`~aioengine.schedulers.routing.autoscaling.ReplicaLoad`, from its reports."""
 
     waiting: float = 0
     running: float = 0
@@ -31,16 +31,17 @@ class Fleet(NamedTuple):
 
 
 class ServeAutoscaler:
-    """Asks the scaling policy that ``spec`` names, with what replicas reported: means over two reports.
+    """Asks the scaling policy that ``spec`` names, and gives it the replicas' reports as means over two
+    reports.
 
-    Serve makes it, and calls it some ten times a second with its ``AutoscalingContext``.
+    Serve makes it, and calls it about ten times a second with its ``AutoscalingContext``.
     """
 
     def __init__(self, spec: str) -> None:
         self._policy = load_autoscaler(spec)
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """How many replicas there should be, and what Serve shows of the reason."""
+        """Return the wanted number of replicas, and the reason that Serve shows."""
         loads: dict[Any, dict[str, float]] = {}
         for name, by_replica in (context.aggregated_metrics or {}).items():
             for replica, value in by_replica.items():
@@ -49,7 +50,7 @@ class ServeAutoscaler:
             context.current_time,
             [Load(**{k: v for k, v in load.items() if k in Load._fields}) for load in loads.values()],
         )
-        # Calls that wait at the doors for a replica that answers: one is enough to wake a fleet that sleeps.
+        # Calls that wait at the doors for a replica: one is enough to start a replica when there is none.
         waiting = 0 if loads else ceil(context.total_queued_requests or 0)
         found = self._policy.replicas(view, context.target_num_replicas, waiting=waiting)
         return found.replicas, {"reason": found.reason}

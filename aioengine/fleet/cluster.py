@@ -1,4 +1,4 @@
-"""Ray for a fleet: found, started or joined, and ended without leaving anything behind."""
+"""Finds, starts or joins Ray for a fleet, and ends it without leaving processes behind."""
 
 from __future__ import annotations
 
@@ -26,40 +26,41 @@ TRANSPORT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
-"""Variables that Serve reads when it is imported, the same in all processes of a fleet. With them, calls go
-by gRPC and run on the event loops of the door and the replica."""
+"""Variables that Serve reads when it is imported, the same in all processes of a fleet. With them, calls use
+gRPC and run on the event loops of the door and the replica."""
 _LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Workers that are nicer than everything else starve on a busy machine."""
+"""Nice value of workers. With Ray's default, which is higher than that of other programs, they starve on a
+busy machine."""
 CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Hardly anything goes through it."""
+"""Memory of Ray's object store, which is hardly used."""
 
 
 def require_ray() -> None:
-    """Raises ConfigError, with the command that installs it, if Ray is missing or of another version."""
+    """Raise ConfigError, with the command that installs it, if Ray is missing or has another version."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"a fleet needs Ray, which is not installed: {INSTALL}")
     version = importlib.metadata.version("ray")
     if tuple(int(part) for part in version.split(".")[:2]) != RAY_VERSION:
         wanted = ".".join(map(str, RAY_VERSION))
-        raise ConfigError(f"Ray {version} is installed, and a fleet needs {wanted}: {INSTALL}")
-    # Not find_spec("ray.serve"): that imports ray, which reads the environment then.
+        raise ConfigError(f"Ray {version} is installed, but a fleet needs {wanted}: {INSTALL}")
+    # Not find_spec("ray.serve"), because that imports ray, which reads the environment at import.
     if importlib.util.find_spec("starlette") is None:
         raise ConfigError(f"a fleet needs Ray Serve, which is not installed: {INSTALL}")
 
 
 def check_cpus(replicas: int, cpus_each: int) -> None:
-    """Raises ConfigError if so many replicas need more CPUs than this machine has."""
+    """Raise ConfigError if the replicas need more CPUs than this machine has."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if replicas * cpus_each > cpus:
         raise ConfigError(
             f"replicas={replicas}: {replicas * cpus_each} CPUs are needed (cpus_per_replica={cpus_each}), "
-            f"and this machine has {cpus}; lower replicas, or join a Ray cluster with RAY_ADDRESS"
+            f"but this machine has {cpus}; lower replicas, or join a Ray cluster with RAY_ADDRESS"
         )
 
 
 def address() -> str | None:
-    """The cluster that ``RAY_ADDRESS`` names; None if a cluster of one's own is to be started."""
+    """Return the cluster that ``RAY_ADDRESS`` names; None if this process must start one."""
     found = os.environ.get("RAY_ADDRESS", "").strip()
     return None if found in ("", "local") else found
 
@@ -72,7 +73,7 @@ def current_address() -> str:
 
 
 def check_address(where: str) -> None:
-    """Raises ConfigError if nothing answers there."""
+    """Raise ConfigError if nothing answers at this address."""
     if where == "auto" or "://" in where:
         return
     host, _, port = where.rpartition(":")
@@ -87,22 +88,22 @@ def check_address(where: str) -> None:
 
 
 class Cluster:
-    """A connection to Ray. ``own``: this process has started it, and ends it."""
+    """A connection to Ray. ``own``: this process has started Ray, and ends it."""
 
     def __init__(self, own: bool) -> None:
         self.own = own
 
     def close(self) -> None:
-        """End the connection; with it, Ray and every process of it, if this process has started it."""
+        """End the connection, and also Ray and all its processes, if this process has started it."""
         import ray
 
         ray.shutdown()
 
 
 def connect(cpus: int | None = None) -> Cluster:
-    """Start Ray on this machine, with as many ``cpus`` for replicas, or join ``RAY_ADDRESS``. Blocks.
+    """Start Ray on this machine, with ``cpus`` CPUs for replicas, or join ``RAY_ADDRESS``. Blocks.
 
-    Raises ConfigError if it cannot be had; nothing is left running then.
+    Raises ConfigError if that fails; then nothing is left running.
     """
     require_ray()
     where = address()
@@ -113,7 +114,7 @@ def connect(cpus: int | None = None) -> Cluster:
         check_address(where)
     import ray
 
-    if ray.is_initialized():  # the application's own
+    if ray.is_initialized():  # by the application
         return Cluster(own=False)
     common: dict[str, Any] = {
         "log_to_driver": False,
@@ -142,7 +143,7 @@ def connect(cpus: int | None = None) -> Cluster:
 
 
 class Door:
-    """A door's hold on the replicas that it has deployed, or found. ``handle`` is Serve's."""
+    """A door's connection to the replicas that it has deployed or found. ``handle`` is Serve's."""
 
     def __init__(self, config: FleetConfig, handle: Any, registry: Any) -> None:
         self.handle = handle
@@ -157,7 +158,7 @@ class Door:
         return self
 
     def close(self) -> None:
-        """The last door takes the replicas with it. Blocks."""
+        """End the connection, and the replicas, too, if this was the last door. Blocks."""
         import ray
 
         if ray.get(self._registry.leave.remote(self.name)) == 0:
@@ -166,10 +167,10 @@ class Door:
 
 
 def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
-    """Have ``application`` run, unless it does already, and wait until its replicas are up. Blocks.
+    """Run ``application``, unless it runs already, and wait until its replicas are up. Blocks.
 
-    Raises ConfigError if they do not come up, with what Serve says of it; then nothing of it is left. Also if
-    replicas of another configuration have this name.
+    Raises ConfigError, with Serve's reason, if the replicas do not start; then nothing of the application is
+    left. Also raises it if replicas of another configuration have this name.
     """
     import ray
     from ray import serve
@@ -194,13 +195,14 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
         why = _why(config.name) or str(error)
         _remove(config.name)
         ray.kill(registry)
-        raise ConfigError(f"the fleet did not come up: {why}") from error
+        raise ConfigError(f"the fleet did not start: {why}") from error
     return Door(config, handle, registry).open()
 
 
 def _remove(name: str) -> None:
-    """An application, and Serve with it if nobody else uses it. Serve keeps the proxies that it was started
-    with: were it left, a later `serve run` on this cluster would never have one. Blocks."""
+    """Remove an application, and Serve with it if no other application uses it. Serve keeps the proxy
+    settings of its start. If it were left running, a later `serve run` on this cluster would never have a
+    proxy. Blocks."""
     from ray import serve
 
     status = serve.status()
@@ -211,7 +213,7 @@ def _remove(name: str) -> None:
 
 
 def _check_cluster(config: FleetConfig) -> None:
-    """Raises ConfigError if the cluster has too few CPUs for the replicas."""
+    """Raise ConfigError if the cluster has too few CPUs for the replicas."""
     import ray
 
     most = config.bounds[1]
@@ -219,12 +221,12 @@ def _check_cluster(config: FleetConfig) -> None:
     if there < needed:
         raise ConfigError(
             f"replicas={most}: {needed} CPUs are needed (cpus_per_replica="
-            f"{config.cpus_per_replica}), and the Ray cluster has {there:g}; lower replicas, or add nodes"
+            f"{config.cpus_per_replica}), but the Ray cluster has {there:g}; lower replicas, or add nodes"
         )
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:
-    """The fields in which two configurations differ, with both values."""
+    """Describe the fields in which two configurations differ, with both values."""
     found = []
     for name, value in one.items():
         new = other.get(name)

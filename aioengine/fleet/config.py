@@ -22,7 +22,7 @@ CONFIG_VARIABLE = "AIOENGINE_CONFIG"
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A fleet of ``replicas`` engines of one configuration.
 
-    In a TOML file the engine's fields stand at the top, as in ``EngineConfig.from_toml``; those of the fleet
+    In a TOML file the engine's fields are at the top, as in ``EngineConfig.from_toml``. The fleet's fields
     are in the table ``[fleet]``, and ``[adapters]`` has a line ``name = "path"`` for each adapter.
 
     Raises ConfigError on construction if a value is out of range, or there is no such router.
@@ -33,37 +33,37 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     router: str = "affinity"
     """A router by name; ``aioengine policies`` lists them."""
     placement: str = "none"
-    """Which adapters are brought where, apart from requests that need them; by name."""
+    """Placement policy by name: it brings adapters to replicas before requests need them."""
     autoscale: str | None = None
-    """Scaling policy by name, with its bounds: "waiting_work:least=1,most=4". ``replicas`` are there at
-    first. None: there are always as many."""
+    """Scaling policy by name, with its bounds: "waiting_work:least=1,most=4". ``replicas`` is then the number
+    at the start. None: the number does not change."""
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
     served_model_names: tuple[str, ...] = ()
     """Names of the base model in requests, where Serve runs the door."""
     name: str = "aioengine"
-    """The Serve application's."""
+    """Name of the Serve application."""
     cpus_per_replica: int = 1
     """Processors of a replica, and the number of its threads."""
     migration_limit: int = 3
-    """How often a request that has begun may lose its replica and go on at another one."""
+    """How often a request that has begun may lose its replica and continue on another one."""
     replay: bool | None = None
-    """A request that goes on decodes again what was delivered before, and so has the same last bits. None:
-    in any dtype but float32. Replicas whose bits do not depend on the batch (``batch_invariant``) need not,
-    and never do."""
+    """Whether a request that continues on another replica decodes its delivered tokens again, so that it has
+    the same last bits. None: in any dtype except float32. Batch-invariant replicas (``batch_invariant``) need
+    no replay, and never do one."""
     heartbeat_seconds: float = 0.5
-    """A replica is heard of at least this often."""
+    """Longest time between two reports of a replica."""
     silent_seconds: float = 3.0
-    """A replica that is not heard of for longer is left alone, and its requests go elsewhere."""
+    """A replica without a report for longer gets no requests, and its requests continue on others."""
     step_seconds: float = 120.0
     """A replica whose model takes longer for one step counts as hung."""
     replica_wait_seconds: float = 30.0
     """How long a request waits for a replica when there is none."""
     placement_seconds: float = 5.0
-    """Between two plans of ``placement``."""
+    """Seconds between two plans of ``placement``."""
     otlp_endpoint: str | None = None
-    """URL of the OpenTelemetry collector that doors and replicas send their spans to; None: the one that
-    OpenTelemetry's own variables name, if they do."""
+    """URL of the OpenTelemetry collector for the spans of doors and replicas; None: the one that
+    OpenTelemetry's variables name, if any."""
     registry: str | None = None
     """Folder (any fsspec URL) where the registry of adapters is kept, so that it outlives Ray's head."""
 
@@ -91,7 +91,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """How many replicas there are at least and at most."""
+        """Minimum and maximum number of replicas."""
         if self.autoscale is None:
             return self.replicas, self.replicas
         policy = load_autoscaler(self.autoscale)
@@ -104,7 +104,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
-        """Raises ConfigError."""
+        """Read a TOML file. Raises ConfigError."""
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -115,7 +115,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
-        """From plain data as in a TOML file. Raises ConfigError."""
+        """Build the configuration from plain data, as in a TOML file. Raises ConfigError."""
         engine = {key: value for key, value in values.items() if key not in ("fleet", "adapters")}
         fleet, adapters = values.get("fleet", {}), values.get("adapters", {})
         for name, table in (("fleet", fleet), ("adapters", adapters)):
@@ -138,7 +138,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_environment(cls) -> Self:
-        """From the file that ``AIOENGINE_CONFIG`` names. Raises ConfigError."""
+        """Read the file that ``AIOENGINE_CONFIG`` names. Raises ConfigError."""
         path = os.environ.get(CONFIG_VARIABLE)
         if not path:
             raise ConfigError(
@@ -149,7 +149,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def check_policies(router: str, placement: str, autoscale: str | None = None) -> None:
-    """Raises ConfigError if one cannot be had; the message names the nearest."""
+    """Raise ConfigError, with the nearest known name, if one of the policies does not exist."""
     try:
         load_router(router)
         load_placement(placement)

@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from aioengine.fleet.door.client import FleetClient
 
 MAX_STREAMS = 10_000
-"""Calls that a replica takes at once: one for each door, and those that are short."""
+"""Maximum concurrent calls to a replica: one for each door, and short ones."""
 START_TRIES = 2
-"""How often Serve begins a replica that does not come up; then the fleet has failed, and says why."""
+"""How often Serve starts a replica that fails; after that the fleet has failed, and reports the reason."""
 
 
 def encode_config(config: FleetConfig) -> bytes:
-    """The same for equal configurations."""
+    """Encode a configuration; equal configurations have equal bytes."""
     return msgspec.json.encode(config)
 
 
 def replica_application(config: FleetConfig) -> Application:
-    """Replicas alone, for a door that is a process of its own."""
+    """Make an application of replicas alone, for a door in another process."""
     return _replicas(config)
 
 
 def fleet_application(config: FleetConfig) -> Application:
-    """Replicas, and a door that Serve runs behind its proxy. Raises ConfigError."""
+    """Make an application of replicas and a door that Serve runs behind its proxy. Raises ConfigError."""
     require_ray()
     from ray import serve
 
     door = serve.deployment(
-        serve.ingress()(Door),  # its ASGI application is made when it has started
+        serve.ingress()(Door),  # its ASGI application is made after its start
         name="Door",
         num_replicas=1,
         max_ongoing_requests=MAX_STREAMS,
@@ -91,7 +91,7 @@ def _replicas(config: FleetConfig) -> Any:
 
 
 def _autoscaling(config: FleetConfig) -> Any:
-    """Serve's own delays are 0: the policy has its own."""
+    """Return Serve's settings of autoscaling. Its delays are 0, because the policy has its own."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     from aioengine.fleet.autoscaling import METRICS_SECONDS, POLICY_PATH
@@ -110,27 +110,27 @@ def _autoscaling(config: FleetConfig) -> Any:
 
 
 def _quiet() -> Any:
-    """A line for each call would be one for each step."""
+    """Turn off Serve's log line for each call, because there would be one for each step."""
     from ray.serve.schema import LoggingConfig
 
     return LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
 def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[FleetConfig, MemoryPlan]:
-    """A replica's memory plan, and the configuration with the KV cache that it comes to.
+    """Return a replica's memory plan, and the configuration with its KV cache set accordingly.
 
-    ``share``: replicas that come to this machine, each of which gets as much of what is free; None: one.
-    Raises ConfigError if it does not fit.
+    ``share``: number of replicas on this machine, each of which gets an equal part of the free memory; None:
+    one. Raises ConfigError if it does not fit.
     """
     device = resolve_device(config.engine.device)
     free = available_memory(device)
     if share is not None and share > 1 and device == "cpu":
-        plan_from_config(config.engine, available_bytes=sys.maxsize)  # any other fault is found here
+        plan_from_config(config.engine, available_bytes=sys.maxsize)  # finds any other error
         try:
             plan = plan_from_config(config.engine, available_bytes=free // share)
         except ConfigError as error:
             raise ConfigError(
-                f"{share} replicas do not fit into the {format_bytes(free)} that are free; of one: {error}"
+                f"{share} replicas do not fit into the {format_bytes(free)} that are free; for one: {error}"
             ) from error
     else:
         plan = plan_from_config(config.engine)
@@ -147,7 +147,7 @@ async def make_client(
     *,
     door: str | None = None,
 ) -> FleetClient:
-    """A client that is not started yet; reads the model's description and its tokenizer."""
+    """Make a client, which is not started yet. Reads the model's description and its tokenizer."""
     from aioengine.fleet.door.client import FleetClient
     from aioengine.model.files.resolve import resolve_model
     from aioengine.runtime.assemble import load_tokenizer
@@ -170,7 +170,7 @@ class Door:
         from aioengine.server.app import create_app
         from aioengine.server.settings import ServerSettings
 
-        # Whoever runs the application names it; the replicas are found by that name.
+        # The application gets its name when it is run; the replicas are found by that name.
         config = msgspec.structs.replace(config, name=serve.get_replica_context().app_name)
         self._traces = otlp_provider(config.otlp_endpoint)
         self._client = await make_client(config, replicas, tracer_provider=self._traces)

@@ -1,4 +1,4 @@
-"""A fleet that runs, found by its name: on the cluster of ``RAY_ADDRESS``, or on those of this machine."""
+"""Finds a running fleet by its name, on the cluster of ``RAY_ADDRESS`` or on those of this machine."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ WHERE = (
 
 
 def existing_fleet(name: str) -> Any:
-    """Serve's handle of the replicas of a fleet that runs. Without ``RAY_ADDRESS``, each Ray cluster of this
-    machine is asked for it. Blocks. Raises ConfigError if it is on none of them."""
+    """Return Serve's handle of the replicas of a running fleet. Without ``RAY_ADDRESS``, searches each Ray
+    cluster of this machine. Blocks. Raises ConfigError if no cluster has the fleet."""
     require_ray()
-    os.environ.update({**TRANSPORT, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"})  # it waits for results
+    os.environ.update(
+        {**TRANSPORT, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}
+    )  # because this process waits for results
     named = address()
     if named is not None:
         check_address(named)
-    if _TOKEN.is_file():  # a cluster that was started on this machine asks for it
+    if _TOKEN.is_file():  # a cluster that was started on this machine requires it
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray import serve
@@ -46,7 +48,8 @@ def existing_fleet(name: str) -> Any:
 
 
 def local_clusters() -> list[str]:
-    """Addresses of the Ray clusters that have a node on this machine, by their processes' command lines."""
+    """Return the addresses of the Ray clusters with a node on this machine, from their processes' command
+    lines."""
     found: set[str] = set()
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -58,7 +61,8 @@ def local_clusters() -> list[str]:
 
 
 def _join(name: str, clusters: Sequence[str]) -> None:
-    """Connect this process to the cluster that has the fleet. Raises ConfigError if there is not just one."""
+    """Connect this process to the cluster that has the fleet. Raises ConfigError if not exactly one has
+    it."""
     import ray
 
     refused: list[str] = []
@@ -78,7 +82,7 @@ def _join(name: str, clusters: Sequence[str]) -> None:
             refused.append(f"{cluster}: {first_line(error)}")
         ray.shutdown()
     if not having:
-        raise ConfigError(f"no fleet {name!r} is found ({'; '.join(refused)}); {WHERE}")
+        raise ConfigError(f"there is no fleet {name!r} ({'; '.join(refused)}); {WHERE}")
     if len(having) > 1:
         raise ConfigError(
             f"there is a fleet {name!r} on several clusters of this machine: {', '.join(having)}; set "

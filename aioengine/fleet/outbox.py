@@ -1,4 +1,4 @@
-"""A replica's side of the channel to one door: the requests that it runs for it, and what is new of them."""
+"""A replica's side of the channel to one door: the door's requests, and their new output."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from aioengine.fleet.wire import Delta
 
 
 class Outbox:
-    """Gathers deltas until the channel takes them: all that one step has brought go in one frame."""
+    """Gathers deltas until the channel takes them, so that all deltas of one step are in one frame."""
 
     def __init__(self) -> None:
         self.received = 0
-        """Requests that came from the door so far."""
+        """Number of requests from the door so far."""
         self.ended = 0
         self._deltas: list[Delta] = []
         self._filled = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def begin(self, key: int, work: Coroutine[None, None, None]) -> None:
-        """Run a request; ``work`` puts what comes of it."""
+        """Run a request; ``work`` puts its deltas here."""
         self.received += 1
         task = self._tasks[key] = asyncio.get_running_loop().create_task(
             work, name=f"aioengine-request-{key}"
@@ -29,7 +29,7 @@ class Outbox:
         task.add_done_callback(lambda _: self._end(key))
 
     def abort(self, key: int) -> None:
-        """Abort a request; one that has ended is left alone."""
+        """Abort a request; does nothing if it has ended."""
         task = self._tasks.get(key)
         if task is not None:
             task.cancel()
@@ -44,7 +44,7 @@ class Outbox:
         return deltas
 
     async def filled(self, seconds: float) -> None:
-        """Wait until there is something, but not for longer than that."""
+        """Wait until there is a delta, at most ``seconds``."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._filled.wait()

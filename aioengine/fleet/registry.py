@@ -16,7 +16,7 @@ logger = logging.getLogger("aioengine.fleet")
 
 NAMESPACE = "aioengine"
 LEASE_SECONDS = 600.0
-"""A door that began to change an adapter and was lost holds up others for no longer."""
+"""Maximum seconds that a lost door, which was changing an adapter, blocks other doors."""
 _FILE = "adapters.json"
 _SUFFIX = "-registry"
 """End of the actor's name, after the fleet's."""
@@ -27,9 +27,9 @@ class Entry(msgspec.Struct, frozen=True):
 
     name: str
     path: str
-    """A folder or a URL, as it was given."""
+    """The given folder or URL."""
     version: int
-    """Counts up with every load and replacement."""
+    """Increases with every load and replacement."""
     digest: str = ""
     """SHA-256 of its files, as the replica that read it reports it."""
     pinned: bool = False
@@ -48,29 +48,29 @@ class AdapterRegistry:
             self._entries = {entry.name: entry for entry in _read(self._file)}
 
     async def configure(self, config: bytes) -> bytes:
-        """The configuration of the fleet: the first one that anybody has brought."""
+        """Return the fleet's configuration: the one of the first call."""
         if self._config is None:
             self._config = config
         return self._config
 
     async def join(self, door: str, config: bytes) -> None:
-        """A door is there; it says so again if it is not known any more, because this actor was restarted."""
+        """Note that a door exists. It calls this again if this actor was restarted and does not know it."""
         await self.configure(config)
         self._usage.join(door)
 
     async def leave(self, door: str) -> int:
-        """How many doors are left."""
+        """Forget a door. Returns the number of doors left."""
         return self._usage.leave(door)
 
     async def exchange(self, door: str, usage: dict[str, Usage]) -> dict[str, Usage] | None:
-        """Exchange usage as :meth:`SharedUsage.exchange` does; by this a door also shows that it is there."""
+        """Exchange usage as :meth:`SharedUsage.exchange` does. This also shows that the door is alive."""
         return self._usage.exchange(door, usage)
 
     async def entries(self) -> list[Entry]:
         return list(self._entries.values())
 
     async def begin(self, name: str, owner: str) -> None:
-        """Wait until nobody else changes the adapter; then ``owner`` may, until :meth:`end`."""
+        """Wait until no other door changes the adapter. Then ``owner`` may change it, until :meth:`end`."""
         loop = asyncio.get_running_loop()
         while True:
             holder = self._leases.get(name)
@@ -108,7 +108,7 @@ def _read(url: str) -> list[Entry]:
 
 
 def _write(url: str, data: bytes) -> None:
-    """Under another name first, so that no half of it is ever read."""
+    """Write the checkpoint under another name first, so that no half-written file is ever read."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(url)
@@ -118,8 +118,8 @@ def _write(url: str, data: bytes) -> None:
 
 
 def registry_actor(application: str, checkpoint: str | None) -> Any:
-    """The actor of an application, made if there is none yet. It runs on Ray's head node, so that no other
-    node's death ends it."""
+    """Return the actor of an application; makes it if there is none yet. It runs on Ray's head node, so that
+    the loss of another node does not end it."""
     import ray
 
     actor = ray.remote(AdapterRegistry)
@@ -137,7 +137,8 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
 
 
 def fleets_of_cluster() -> list[str]:
-    """Names of the fleets on the cluster that this process has joined, by their registries. Blocks."""
+    """Return the names of the fleets on the cluster that this process has joined, by their registries.
+    Blocks."""
     import ray
 
     actors = ray.util.list_named_actors(all_namespaces=True)

@@ -1,4 +1,4 @@
-"""EngineReplica: one engine in a process of its own, and its side of the channels to the doors."""
+"""EngineReplica: one engine in a separate process, and its side of the channels to the doors."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _SMOOTHING = 0.2
 
 
 class EngineReplica:
-    """The deployment's class. Serve makes it; every method is called over a handle. ``to``, which most of
-    them take, is for the request router alone: it names the replica that shall answer."""
+    """The deployment's class. Serve makes it; every method is called over a handle. Most methods take ``to``,
+    which names the replica that must answer; only the request router uses it."""
 
     async def __init__(self, config: FleetConfig, digest: str) -> None:  # type: ignore[misc] # Serve awaits it
         import torch
@@ -74,7 +74,8 @@ class EngineReplica:
     # Channels
 
     async def channel(self, door: str, to: str | None = None) -> AsyncIterator[bytes]:
-        """All that a door is told, as encoded frames, until it stops listening: then its requests end."""
+        """Yield a door's messages, as encoded frames, until the door stops listening. Then its requests
+        end."""
         before = self._boxes.pop(door, None)
         if before is not None:
             await before.close()
@@ -101,7 +102,7 @@ class EngineReplica:
             await box.close()
 
     async def submit(self, door: str, orders: bytes, to: str | None = None) -> None:
-        """Carry out a door's orders. Raises LookupError if there is no channel to it."""
+        """Carry out a door's orders. Raises LookupError if there is no channel to the door."""
         box = self._boxes.get(door)
         if box is None:
             raise LookupError(f"no channel to door {door}")
@@ -144,7 +145,7 @@ class EngineReplica:
                 expected_tokens=options.expected_tokens,
                 cache_salt=options.cache_salt,
                 output=options.output,
-                # Where bits do not depend on the batch, computing them all at once gives the same.
+                # With batch invariance, computing all tokens at once gives the same bits.
                 replay=options.replay and not self.engine.info.batch_invariant,
             ):
                 delta = Delta(order.key, output.token_ids_delta, output.text_delta)
@@ -209,8 +210,8 @@ class EngineReplica:
     # Adapters
 
     async def adapter(self, action: str, arguments: dict[str, Any], to: str | None = None) -> Any:
-        """One of the engine's methods for adapters, by name. Returns its answer, or the error that it raised:
-        Ray would wrap it."""
+        """Call one of the engine's methods for adapters, by name. Returns its answer, or the error that it
+        raised, because Ray would wrap a raised error."""
         calls: dict[str, Callable[..., Awaitable[Any]]] = {
             "load": self.engine.load_adapter,
             "unload": self.engine.unload_adapter,
@@ -258,7 +259,7 @@ class EngineReplica:
     # Watching
 
     async def scrape(self, accept: str, to: str | None = None) -> str:
-        """The engine's metrics, as text."""
+        """Return the engine's metrics as text."""
         text, _ = await asyncio.to_thread(self.engine.metrics.expose, accept)
         return text.decode()
 
@@ -278,11 +279,12 @@ class EngineReplica:
         }
 
     async def drain(self, draining: bool = True, to: str | None = None) -> None:
-        """Take no new requests (or take them again); those accepted finish."""
+        """Accept no new requests (or accept them again). Accepted requests finish."""
         self._draining = draining
 
     async def check_health(self) -> None:
-        """Serve asks this; what it raises has the replica replaced."""
+        """Raise an error if the engine has failed or hangs. Serve calls this, and then replaces the
+        replica."""
         if self.engine.state == "dead":
             raise EngineDead("the engine has failed")
         took = self.engine.step_age()
@@ -290,8 +292,8 @@ class EngineReplica:
             raise EngineDead(f"a step has taken {took:.0f} s: the model hangs")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks this for the scaling policy, of whose :class:`~aioengine.fleet.autoscaling.Load` these
-        are the fields."""
+        """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`. Serve calls this for the scaling
+        policy."""
         load = self.engine.load()
         slots = {slot.adapter for slot in self.engine.slots().slots}
         waiting = {name for name in load.waiting_for if name is not None}
@@ -315,7 +317,7 @@ class EngineReplica:
             await end_tracing(self._traces)
 
     async def __del__(self) -> None:
-        """Serve awaits this when it lets the replica go."""
+        """End the engine. Serve awaits this when it removes the replica."""
         if hasattr(self, "engine"):
             await self.stop()
 
@@ -333,14 +335,14 @@ def _own_actor() -> str:
 
 
 class Beliefs:
-    """Adapters that doors took to be in memory when they chose this replica. If the adapter is on disk when
-    the request arrives, the door is told. This is a listener of the engine's events."""
+    """Adapters that doors believed to be in memory when they chose this replica. If such an adapter is on
+    disk when the request arrives, the door is told. It is a listener of the engine's events."""
 
     def __init__(self) -> None:
         self._believed: dict[str, tuple[Outbox, int]] = {}
 
     def believed(self, request_id: str, box: Outbox, key: int) -> None:
-        """``key`` is the door's number for the request."""
+        """Note a door's belief about a request's adapter. ``key`` is the door's number for the request."""
         self._believed[request_id] = box, key
 
     def forget(self, request_id: str) -> None:
@@ -355,11 +357,11 @@ class Beliefs:
 
 
 class _Speed:
-    """Moving averages of what loads, copies, prompt tokens and requests take, in seconds."""
+    """Moving averages of the seconds that loads, copies, prompt tokens and requests take."""
 
     def __init__(self) -> None:
         self.service: float | None = None
-        """From a request's admission to its end."""
+        """Seconds from a request's admission to its end."""
         self._queued: dict[str, float] = {}
         """Seconds that each admitted request had waited."""
         self.load: float | None = None

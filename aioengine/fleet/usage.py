@@ -1,4 +1,4 @@
-"""SharedUsage: how much each door of a fleet has let in within each limit, exchanged between the doors."""
+"""SharedUsage: each door's usage within each limit, exchanged between the doors of a fleet."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable, Mapping
 from aioengine.client import Usage
 
 DOOR_SECONDS = 30.0
-"""A door that is not heard of for longer is gone, with the requests that it was answering."""
+"""Seconds without a call after which a door, with its open requests, counts as gone."""
 
 
 class SharedUsage:
     """Passes each door's usage on to the others. Runs in the registry's actor.
 
     Args:
-        clock: Seconds, from whenever.
+        clock: Returns seconds, from any starting point.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._heard: dict[str, float] = {}
         self._mail: dict[str, dict[str, Usage]] = {}
-        """Usage that the other doors have let in since a door last asked, by door."""
+        """Usage of the other doors since a door's last call, by door."""
         self._active: dict[str, dict[str, int]] = {}
         """Requests that each door answers now, for each limit."""
         self._told: dict[str, dict[str, int]] = {}
-        """Requests of the other doors, as each door was last told."""
+        """Open requests of the other doors, as last reported to each door."""
 
     def join(self, door: str) -> None:
         self._heard[door] = self._clock()
@@ -41,9 +41,9 @@ class SharedUsage:
         return len(self._heard)
 
     def exchange(self, door: str, usage: Mapping[str, Usage]) -> dict[str, Usage] | None:
-        """Take what a door has let in since its last call, and return what the others have: by limit the
-        requests and tokens since then, and the requests that they answer now. None: the door is not known,
-        and nothing was taken."""
+        """Take a door's usage since its last call, and return that of the others: by limit the requests and
+        tokens since then, and their open requests. None: the door is not known, and its usage was not
+        counted."""
         if door not in self._heard:
             return None
         self._heard[door] = self._clock()

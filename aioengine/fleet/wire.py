@@ -1,7 +1,7 @@
-"""Messages between a door and a replica: MessagePack, in frames that gather what is new.
+"""Messages between a door and a replica: MessagePack, in frames that gather new output.
 
-Upstream go lists of :data:`Order`; downstream come :class:`Frame`, one for each step that had something for
-the door, and at least one in each heartbeat.
+A door sends lists of :data:`Order`. A replica sends one :class:`Frame` for each step with output for the
+door, and at least one in each heartbeat.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     params: dict[str, Any]
     options: RequestOptions
     grammar: str | None = None
-    """The text that its constraint is made of."""
+    """Text of its constraint."""
     trace: dict[str, str] = {}
-    """Headers that name the span that it belongs to, in W3C's form; empty: it is not traced."""
+    """Headers that name its span, in W3C's form; empty: it is not traced."""
     believed: bool = False
-    """The door takes the replica to have its adapter in memory."""
+    """Whether the door believes that the replica has its adapter in memory."""
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -47,7 +47,7 @@ Order = Submit | Abort | LimitWaiting
 
 
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
-    """News of one request."""
+    """New output of one request."""
 
     key: int
     tokens: list[int] = []
@@ -58,9 +58,9 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     logprobs: list[TokenLogprob] = []
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: bytes = b""
-    """A pickled error; nothing follows."""
+    """A pickled error, which ends the request."""
     misrouted: bool = False
-    """The replica does not have the adapter that the door believed it to have."""
+    """Whether the replica lacks the adapter that the door believed it to have."""
     pooled: list[float] | None = None
 
 
@@ -90,17 +90,17 @@ class Status(msgspec.Struct, array_like=True):
     step_age: float
     draining: bool
     state: str
-    """The engine's."""
+    """State of the engine."""
 
 
 class Hello(msgspec.Struct, array_like=True):
-    """The first thing that is heard of a replica."""
+    """A replica's first message."""
 
     replica: str
     pid: int
     node: str
     actor: str
-    """Ray's name of it."""
+    """Ray's name of the actor."""
     slots: int
     cpu_loras: int
     max_running: int
@@ -138,7 +138,7 @@ def decode_frame(data: bytes) -> Frame:
 
 
 def pack_params(params: SamplingParams) -> dict[str, Any]:
-    """The fields that differ from their defaults; the constraint goes another way."""
+    """Return the fields that differ from their defaults, without the constraint, which is sent separately."""
     return {
         name: value
         for name, value in msgspec.structs.asdict(params).items()
@@ -147,13 +147,13 @@ def pack_params(params: SamplingParams) -> dict[str, Any]:
 
 
 def pack_error(error: Exception) -> bytes:
-    """Pack an error: one of this package as it is, another one as its text."""
+    """Pack an error: an error of this package unchanged, another one as its text."""
     if not isinstance(error, AioEngineError):
         error = AioEngineError(f"the replica failed: {type(error).__name__}: {error}")
     return pickle.dumps(error)
 
 
 def unpack_error(data: bytes) -> AioEngineError:
-    error = pickle.loads(data)  # a replica is as trusted as the door: it unpickles what Ray brings, too
+    error = pickle.loads(data)  # replicas are as trusted as the door, which also unpickles Ray's messages
     assert isinstance(error, AioEngineError)
     return error

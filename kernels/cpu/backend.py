@@ -1,7 +1,7 @@
 """The backend ``cpu``: the compiled library, an operation at a time.
 
-What it does not cover (float16, LoRA on embeddings, head dimensions and block sizes that are no multiples
-of 16) is left to plain torch. Whole steps are one call where a model allows for it: ``decoder.cpp``.
+Plain torch does what the library does not cover: float16, LoRA on embeddings, head dimensions and block sizes
+that are no multiples of 16. Whole steps are one call where a model allows for it: ``decoder.cpp``.
 """
 
 from __future__ import annotations

@@ -46,12 +46,12 @@ class PackedBlocks:
 
     @staticmethod
     def fits(n: int, k: int, format: str, dtype: torch.dtype) -> bool:
-        """Whether such a part can be packed."""
+        """Whether a part of this format and shape can be packed."""
         return dtype in DTYPES and n % PANEL == 0 and k % _LAYOUT[format][0] == 0
 
     @classmethod
     def pack(cls, parts: Sequence[BlockWeight | PackedWeight]) -> PackedBlocks:
-        """Parts of one dtype, in the memory that they have, which no longer holds them as they were."""
+        """Pack parts of one dtype in place: their memory no longer holds the original form."""
         packed = [_turn(part) if isinstance(part, BlockWeight) else part for part in parts]
         dtype = next(part.dtype for part in parts if isinstance(part, BlockWeight))
         return cls(packed, (Part * len(packed))(*map(_struct, packed)), dtype)
@@ -92,7 +92,7 @@ class PackedBlocks:
 
 
 def _turn(weight: BlockWeight) -> BlockWeight:
-    """``weight`` as panels; each tensor keeps its shape and its memory."""
+    """Rearrange ``weight`` into panels; each tensor keeps its shape and its memory."""
     size, *fields = _LAYOUT[weight.format]
     assert PackedBlocks.fits(weight.n, weight.k, weight.format, weight.dtype) and weight.data.is_contiguous()
     load().aio_turn_blocks(weight.data.data_ptr(), weight.n, weight.k // size, *fields, threads())

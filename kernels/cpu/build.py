@@ -2,7 +2,7 @@
 
 The library has a plain C interface and needs neither torch nor Python to be built: any C++ compiler with
 OpenMP will do, in a few seconds. The cache's key covers the sources, the compiler and the flags, so a new
-version, another compiler or another CPU gets a library of its own.
+version, another compiler or another CPU gets a separate library.
 """
 
 from __future__ import annotations
@@ -66,15 +66,14 @@ _OLD_X86: tuple[str, ...] = ("-O1",)
 
 
 class Unavailable(Exception):
-    """The library cannot be had; the message says why and what would help."""
+    """The library is not available; the message says why and what would help."""
 
 
 def compiled(level: str | None = None, *, extra_flags: Sequence[str] = (), use_prebuilt: bool = True) -> Path:
-    """The compiled library. Compiles it (blocking, some seconds) if neither package nor cache has it.
+    """Return the compiled library. Compiles it (blocking) if neither the package nor the cache has it.
 
     ``level`` is one of :func:`levels`, by default the best; ``extra_flags`` are for the compiler. With the
-    environment variable ``CXX`` nothing prebuilt is used.
-    Raises Unavailable.
+    environment variable ``CXX`` no prebuilt library is used. Raises Unavailable.
     """
     supported = levels()
     level = level or next(iter(supported))
@@ -85,7 +84,7 @@ def compiled(level: str | None = None, *, extra_flags: Sequence[str] = (), use_p
 
 
 def prebuilt(level: str) -> Path | None:
-    """The package's own library, if it has one that was made of these sources."""
+    """Return the package's prebuilt library, if it has one made from these sources."""
     if os.environ.get("CXX") or os.environ.get(SANITIZE) == "1":
         return None
     path = PREBUILT / _prebuilt_name(level, platform.machine())
@@ -94,8 +93,8 @@ def prebuilt(level: str) -> Path | None:
 
 def prebuild(folder: Path, names: Sequence[str] | None = None, machine: str = "") -> None:
     """Compile the library for other machines, once for each of the levels ``names`` (None: all of them) of
-    the architecture ``machine`` ("": this one's), into ``folder``. For another architecture ``CXX`` has to be
-    a compiler for it. Raises Unavailable, ValueError for a level that there is not."""
+    the architecture ``machine`` ("": this one's), into ``folder``. For another architecture ``CXX`` must be
+    a compiler for it. Raises Unavailable, and ValueError for an unknown level."""
     machine = machine or platform.machine()
     if machine != platform.machine():
         _check_target(machine)
@@ -122,7 +121,7 @@ def _cached(level: str, flags: Sequence[str], extra_flags: Sequence[str]) -> Pat
 
 
 def obstacle() -> str | None:
-    """Why there will be no library, as far as that is known without compiling it."""
+    """Return why there will be no library, as far as that is known without compiling it."""
     if prebuilt(next(iter(levels()))) is not None:
         return None
     try:
@@ -134,7 +133,8 @@ def obstacle() -> str | None:
 
 
 def levels() -> dict[str, tuple[str, ...]]:
-    """The instruction sets that the kernels can be compiled for here, best first, with compiler flags."""
+    """Return the instruction sets that the kernels can be compiled for here, best first, with compiler
+    flags."""
     features = _cpu_features()
     needed = {name: needs for name, needs, _ in _LEVELS}
     return {
@@ -145,7 +145,7 @@ def levels() -> dict[str, tuple[str, ...]]:
 
 
 def _levels_of(machine: str) -> dict[str, tuple[str, ...]]:
-    """List the levels of an architecture, whichever of its CPUs this is."""
+    """List the levels of an architecture, for all of its CPUs."""
     if machine not in ("x86_64", "AMD64"):
         return {"generic": ()}
     return {**{name: flags for name, _, flags in _LEVELS}, "generic": _OLD_X86}
@@ -207,13 +207,13 @@ def _cache_folder() -> Path:
 
 
 def _check_executable(folder: Path) -> None:
-    """Raises Unavailable if what is compiled into ``folder`` could not be loaded from there: better known
-    before it takes half a minute, at every start."""
+    """Raise Unavailable if a library in ``folder`` could not be loaded from there. The check comes first,
+    because compiling takes half a minute at every start."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         noexec = os.statvfs(there).f_flag & getattr(os, "ST_NOEXEC", 0)
     except OSError:
-        return  # whatever it is, compiling will say so
+        return  # compiling will report the error
     if noexec:
         raise Unavailable(
             f"{folder} is on a file system that is mounted noexec ({there}), from which no library can be "
@@ -226,7 +226,7 @@ def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-            # The largest first, or it would be waited for alone.
+            # The largest file first; otherwise the others would end long before it.
             pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 commands = ([*command, "-c", str(source), "-o", str(to)] for source, to in pairs)
@@ -234,13 +234,13 @@ def _compile(command: list[str], sources: Sequence[Path], path: Path) -> None:
                     pass
             built = Path(folder) / "kernels.so"
             _run_compiler(folder, [*command, *map(str, objects), "-o", str(built)])
-            os.replace(built, path)  # whole or not at all, whoever else compiles
+            os.replace(built, path)  # atomic, even if other processes compile, too
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the kernels cannot be compiled into {path.parent}: {error}") from error
 
 
 def _run_compiler(folder: str, command: Sequence[str]) -> None:
-    """``folder`` takes its temporary files: it can be written to, which nobody knows of ``/tmp``."""
+    """Run the compiler. ``folder`` takes its temporary files, because ``/tmp`` might not be writable."""
     with subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -253,7 +253,7 @@ def _run_compiler(folder: str, command: Sequence[str]) -> None:
         try:
             _, said = driver.communicate(timeout=COMPILE_SECONDS)
         except BaseException:
-            # The driver alone would leave the compiler proper running, for minutes.
+            # Ending the driver alone would leave the compiler itself running, for minutes.
             with suppress(ProcessLookupError):
                 os.killpg(driver.pid, signal.SIGKILL)
             raise

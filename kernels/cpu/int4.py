@@ -1,4 +1,4 @@
-"""Weights as four bits, made of any weight at load, for the packed linear."""
+"""Weights in four bits, made from any weight at load, for the packed linear."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from aioengine.kernels.cpu.shared_library import load, threads
 class Int4Weight:
     """A weight [n, k] as panels of 16 rows with four bits for each weight; see ``src/int4.cpp``.
 
-    A group of 32 neighbouring inputs of a row has a step and a low of a byte each, and a row a scale: 4.5
-    bits for a weight. With ``int8_activations`` those become int8, each token with a scale of its own.
+    A group of 32 neighbouring inputs of a row has a step and a minimum ("low") of a byte each, and a row has
+    a scale: 4.5 bits for a weight. With ``int8_activations`` activations become int8, with a scale for each
+    token.
     """
 
     data: Tensor
@@ -32,7 +33,7 @@ class Int4Weight:
     rotation: int
     """Size of the blocks that are multiplied by a Hadamard matrix; 0: none are."""
     dtype: torch.dtype
-    """Of activations and biases."""
+    """dtype of activations and biases."""
 
     @staticmethod
     def fits(n: int, k: int, dtype: torch.dtype) -> bool:
@@ -41,14 +42,14 @@ class Int4Weight:
 
     @staticmethod
     def packed_bytes(n: int, k: int) -> int:
-        """Of ``data``: half a byte for each weight, and two for each group of a row."""
+        """Return the bytes of ``data``: half a byte for each weight, and two for each group of a row."""
         return n * (k // 2 + 2 * k // group_size(k))
 
     @classmethod
     def pack(cls, weight: Tensor, memory: Tensor, *, int8_activations: bool) -> Int4Weight:
         """Quantizes ``weight`` [n, k], contiguous, into ``memory`` [packed_bytes(n, k)] (uint8).
 
-        Of the steps and lows about those that span a group, it takes those whose squared error is smallest.
+        Tries steps and lows near those that span a group, and takes those with the smallest squared error.
         """
         n, k = weight.shape
         assert (
@@ -106,5 +107,5 @@ class Int4Weight:
 
 
 def group_size(k: int) -> int:
-    """Of how many of ``k`` inputs, a multiple of 16, a group has."""
+    """Return the number of inputs in a group, for ``k`` inputs, a multiple of 16."""
     return 32 if k % 32 == 0 else 16

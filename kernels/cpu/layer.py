@@ -126,7 +126,7 @@ def paged_attention(
 
 
 def _block_bytes(keys: Tensor) -> int:
-    """From one block of a layer to the next."""
+    """Return the bytes from one block of a layer to the next."""
     return keys.stride(0) * keys.itemsize
 
 

@@ -1,6 +1,6 @@
 """The LoRA operations of the CPU library; see :class:`Backend`.
 
-What is rare (float16, LoRA on embeddings) is left to plain torch.
+Plain torch does the rare cases (float16, LoRA on embeddings).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def segment_table(segments: Iterable[Segment]) -> Tensor:
 
 
 def slots_struct(slots: SlotMemory) -> structs.Slots:
-    """Refers to the memory, which it does not keep."""
+    """Make the C structure, which points to the memory and does not keep it alive."""
     return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), slots.num_places, slots.int8)
 
 
@@ -89,6 +89,6 @@ def _slices(widths: Sequence[int], offsets: Sequence[int]) -> Array[structs.Lora
 
 
 def _ours(pool: LoRAPool, *tensors: Tensor) -> bool:
-    """Whether the library can take them: one dtype of its two."""
+    """Whether the library supports these tensors: all of one of its two dtypes."""
     dtype = pool.slots.dtype
     return dtype in DTYPES and all(t.dtype == dtype and t.stride(-1) == 1 for t in tensors)

@@ -28,7 +28,7 @@ class PackedWeight:
 
     @classmethod
     def pack(cls, weight: Tensor) -> PackedWeight:
-        """``weight`` [n, k], contiguous, in the memory that it has, which no longer holds it as it was."""
+        """Pack ``weight`` [n, k], contiguous, in place: its memory no longer holds the original order."""
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
         data = weight.view(-1)
@@ -40,7 +40,7 @@ class PackedWeight:
         return self.data.nbytes
 
     def rows(self, begin: int, end: int) -> Tensor:
-        """A copy of rows ``begin..end-1``: [end - begin, k]."""
+        """Return a copy of rows ``begin..end-1``: [end - begin, k]."""
         out = torch.empty(end - begin, self.k, dtype=self.data.dtype)
         load().aio_unpack(is_bf16(self.data), self.data.data_ptr(), out.data_ptr(), begin, end, self.k)
         return out

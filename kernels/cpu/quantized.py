@@ -11,14 +11,15 @@ from aioengine.kernels.cpu.packed import DTYPES, PANEL, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
 
 BLOCK = 64
-"""Inputs that are rotated together where activations are int8 too; fewer if their number is no multiple."""
+"""Number of inputs that are rotated together where activations are int8, too; fewer if it does not divide
+their number."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight [n, k] as int8 panels of 16 rows; see ``src/quantized.cpp``.
 
-    With ``int8_activations`` those become int8 as well, each token with a scale of its own.
+    With ``int8_activations`` activations become int8 as well, with a scale for each token.
     """
 
     data: Tensor
@@ -42,12 +43,12 @@ class QuantizedWeight:
 
     @staticmethod
     def packed_bytes(n: int, k: int) -> int:
-        """Of ``data``."""
+        """Return the bytes of ``data``."""
         return n * k
 
     @classmethod
     def pack(cls, weight: Tensor, memory: Tensor, *, int8_activations: bool) -> QuantizedWeight:
-        """The nearest int8 to ``weight`` [n, k], contiguous, in ``memory`` [n * k] (uint8)."""
+        """Round ``weight`` [n, k], contiguous, to int8 in ``memory`` [n * k] (uint8)."""
         n, k = weight.shape
         assert cls.fits(n, k, weight.dtype) and weight.is_contiguous()
         packed = cls(
@@ -97,5 +98,5 @@ class QuantizedWeight:
 
 
 def rotation(k: int) -> int:
-    """The size of the blocks that ``k`` inputs, a multiple of 16, are rotated in."""
+    """Return the size of the blocks in which ``k`` inputs, a multiple of 16, are rotated."""
     return min(BLOCK, k & -k)

@@ -83,11 +83,11 @@ _SIGNATURES = {
 
 @functools.cache
 def load(level: str | None = None) -> ctypes.CDLL:
-    """The library, compiled first if need be. ctypes releases the GIL while its functions run.
+    """Load the library, and compile it first if necessary. ctypes releases the GIL while its functions run.
 
     ``level``: see :func:`aioengine.kernels.cpu.build.compiled`.
 
-    A prebuilt one that cannot be loaded here, for want of a newer C library, is compiled after all.
+    If a prebuilt library cannot be loaded here, because it needs a newer C library, it is compiled here.
 
     Raises Unavailable if it cannot be compiled or loaded, or would bring a second OpenMP runtime: two of
     them in one process fight for the cores, and everything becomes several times slower.
@@ -134,7 +134,7 @@ def has_int8_products() -> bool:
 
 
 def openmp_runtimes() -> set[str]:
-    """The files of the OpenMP runtimes in this process; Linux only, elsewhere empty."""
+    """Return the files of the OpenMP runtimes in this process; on Linux only, elsewhere none."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:
             return set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)\b\S*)", maps.read()))

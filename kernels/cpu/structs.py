@@ -23,7 +23,7 @@ class Exchange(IntEnum):
     SUM = 2
     """Add up ``h``: each rank has some of the inputs."""
     TOTAL = 3
-    """The outputs of a linear whose inputs are shared out, which are then scaled and shifted."""
+    """Add up the outputs of a linear whose inputs are split; they are scaled and shifted afterwards."""
 
 
 ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64)
@@ -56,8 +56,8 @@ class Kind(IntEnum):
 
 
 class Matrix(Structure):
-    """A packed linear: weight [n, k], and bias [n] or null; int8 and int4 weights have a scale [n] as well,
-    and int8 activations what the sums begin with [n]. A weight in parts has these in its place."""
+    """A packed linear: weight [n, k], and bias [n] or null. int8 and int4 weights also have a scale [n], and
+    with int8 activations initial values of the sums [n]. A weight in parts has the parts instead."""
 
     _fields_ = [
         *(("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("kind", c_int64)),
@@ -79,7 +79,7 @@ class LoraSlice(Structure):
 
 
 class LoraPool(Structure):
-    """A fused linear's places in the slots; no slices: nothing of it is targeted."""
+    """A fused linear's places in the slots; no slices: no adapter may target it."""
 
     _fields_ = [
         *((name, c_int64) for name in ("slices", "first", "exchange", "id")),

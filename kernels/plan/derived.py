@@ -15,7 +15,7 @@ class Derivable:
         self._derived: dict[Any, Any] = {}
 
     def derive(self, build: Callable[[Self], T]) -> T:
-        """``build(self)``, called once and kept."""
+        """Return ``build(self)``, which is called once and kept."""
         if build not in self._derived:
             self._derived[build] = build(self)
         derived: T = self._derived[build]

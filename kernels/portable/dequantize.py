@@ -1,9 +1,9 @@
 """Block formats of quantized checkpoints, expanded to float32 with torch on any device.
 
-The reference for :mod:`aioengine.kernels.cpu.blocks`, and what runs where there is no compiled library. The
+It is the reference for :mod:`aioengine.kernels.cpu.blocks`, and runs where there is no compiled library. The
 formats that begin with "q" are llama.cpp's, byte for byte as GGUF files have them
 (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h); their results equal those of the package
-``gguf`` bit for bit. The others are codes alone, whose scales are kept beside them.
+``gguf`` bit for bit. The others are codes alone; their scales are stored separately.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 GGUF_FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-"""Blocks with their scales in them."""
+"""Formats of blocks that contain their scales."""
 GROUPED_FORMATS = ("int4", "int8", "fp8")
-"""Codes [n, k] with scales for groups of inputs beside them: unsigned 4 bits, the lower ones first; int8; and
-float8 (e4m3fn)."""
+"""Formats of codes [n, k] with separate scales for groups of inputs: unsigned 4 bits, the lower ones first;
+int8; float8 (e4m3fn)."""
 
 
 def dequantize(format: str, data: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """LoRA in plain torch, on any device: a product for each segment and matrix.
 
-It serves where neither the compiled library nor Triton does.
+It is used where neither the compiled library nor Triton is available.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The backend ``torch``: plain torch on any device. It serves where nothing else can be had."""
+"""The backend ``torch``: plain torch on any device. It is used where no other backend is available."""
 
 from __future__ import annotations
 

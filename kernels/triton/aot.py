@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that need not be there, and reads what each would take of it.
+"""Compiles the kernels for a GPU, which this machine need not have, and reads the resources that each needs.
 
 For tests and ``python -m benchmarks.kernels.gpu --compile``; serving does not need it. Uses the ptxas that
 comes with triton.
@@ -78,7 +78,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     int8: bool = False
-    """Whether the adapters are."""
+    """Whether the adapters are int8."""
 
     def __str__(self) -> str:
         blocks = " ".join(f"{name}={value}" for name, value in self.constants)
@@ -100,7 +100,7 @@ class Usage(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """All that the default table chooses over every rank, width, dtype and phase."""
+    """Return all variants that the default table chooses for any rank, width, dtype and phase."""
     found: dict[Variant, None] = {}
     for dtype, bits in _DTYPES.items():
         for rank in RANKS:
@@ -231,7 +231,7 @@ def _type(argument: str, dtype: str, constants: Mapping[str, int]) -> str:
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills, by the first ptxas that knows this PTX version."""
+    """Return a thread's registers and spilled bytes, by the first ptxas that knows this PTX version."""
     target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     assert target is not None
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

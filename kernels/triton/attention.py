@@ -14,10 +14,11 @@ from aioengine.kernels.triton.launch import on, power_of_two
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, MANY_ROWS, QueryTiles, Tiles
 
 _PROGRAMS = 256
-"""Keys are split if there were fewer programs: about two for each multiprocessor of a large GPU."""
+"""Keys are split if there would be fewer programs than this: about two for each multiprocessor of a large
+GPU."""
 _MAX_SPLITS = 16
 PART = 512
-"""Keys that are attended to on their own, before they are joined with those before them: a fixed number,
+"""Keys in a part, which is computed separately and then joined with the earlier parts. The number is fixed,
 because bits depend on it. A program computes one part or several."""
 
 
@@ -33,7 +34,8 @@ class AttentionConfig(NamedTuple):
 
 
 def attention_config(tiles: Tiles, kv_heads: int, head_dim: int, bits: int) -> AttentionConfig:
-    """Splits for decoding only, where otherwise most of a GPU would be idle."""
+    """Choose the configuration. Keys are split only for decoding, where otherwise most of a GPU would be
+    idle."""
     splits = 1
     if tiles.block_m == FEW_ROWS:
         programs = len(tiles.table) * kv_heads

@@ -1,6 +1,6 @@
-"""The backend ``triton``: what a layer consists of beside its linears as Triton kernels, for GPUs.
+"""The backend ``triton``: the operations of a layer except its linears as Triton kernels, for GPUs.
 
-The linears themselves are cuBLAS's, by way of torch.
+The linears are cuBLAS's, through torch.
 """
 
 from aioengine.kernels.portable.plain import linear, soft_cap_

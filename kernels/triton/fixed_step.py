@@ -41,9 +41,8 @@ class _Fields(NamedTuple):
 class FixedStep:
     """Steps of up to ``size`` sequences with one token each; the rows beyond them are padding.
 
-    No operation does anything for a padding row but what concerns that row alone: it is token 0, stores
-    nothing, looks at no key, and has no adapter. ``table_width`` blocks are a sequence's most; the pool has
-    ``slots`` slots of ``max_rank``.
+    A padding row changes no other row: it is token 0, stores nothing, attends to no key, and has no adapter.
+    A sequence has at most ``table_width`` blocks; the pool has ``slots`` slots of ``max_rank``.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class FixedStep:
         tables: Sequence[Sequence[int]],
         lora: LoRABatch,
     ) -> None:
-        """Makes this the step of these sequences, ``size`` at most, in the order of ``lora``'s slots."""
+        """Write the step of these sequences, at most ``size``, in the order of ``lora``'s slots."""
         self._buffer.wait()
         host, count, block_size = self._host, len(token_ids), self.attention.block_size
         places = zip(tables, positions, strict=True)
@@ -116,7 +115,7 @@ class FixedStep:
 
 
 def most_tiles(size: int, slots: int) -> int:
-    """The most tiles of ``SHORT`` tokens that ``size`` tokens over ``slots`` adapters can give."""
+    """Return the largest number of tiles of ``SHORT`` tokens for ``size`` tokens over ``slots`` adapters."""
     segments = min(size, slots)
     return segments + (size - segments) // SHORT
 
@@ -130,14 +129,14 @@ def _write(target: Tensor, values: Sequence[int] | Sequence[tuple[int, ...]], pa
 def _lora_batch(
     size: int, max_rank: int, device: torch.device, tiles: TilePlan, *, affine: bool
 ) -> LoRABatch:
-    """One in which anything may be, whose tiles say what there is."""
+    """Make a batch with any possible content; its tiles say what it contains."""
     batch = LoRABatch([0], [size], [max_rank], device, slot_affine=[affine])
     batch.provide(TilePlan, tiles)
     return batch
 
 
 class _FixedAttention(AttentionPlan):
-    """Spans are not known to the host: only a backend that reads none of them can use this."""
+    """A plan without spans on the host; only a backend that does not read them can use it."""
 
     def __init__(self, fields: _Fields, block_size: int) -> None:
         Derivable.__init__(self)

@@ -1,8 +1,8 @@
 """The backend ``flashinfer``: Triton's, with attention by FlashInfer (Ye et al., 2025, arXiv:2501.01005).
 
-Optional, and asked for by name only: it compiles kernels of its own at first use, for which a CUDA compiler
-must be there. It attends for prompts and mixed steps. Decode steps that are played back keep the Triton
-kernel, whose plan is made on the device; FlashInfer's is made by the host before each step.
+It is optional, and used only if it is named. It compiles its kernels at first use, which needs a CUDA
+compiler. It computes the attention of prompts and mixed steps. Decode steps that are played back keep the
+Triton kernel, whose plan is made on the device; FlashInfer's plan is made by the host before each step.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HEAD_DIMS = (64, 128, 256)
 """Head sizes that FlashInfer has kernels for; others, and float32, use the Triton kernels, and so do scores
 that a model scales or caps in its own way."""
 _WORKSPACE = 128 * 2**20
-"""Bytes for what it computes in parts; its documentation recommends this much."""
+"""Bytes for partial results; FlashInfer's documentation recommends this number."""
 
 _mine = threading.local()
 """A thread's wrappers, which hold the plan of a step: a model steps in one thread."""
@@ -97,7 +97,7 @@ class _Planned:
         self._made: dict[int | None, Any] = {}
 
     def of(self, window: int | None, heads: int, keys: Tensor) -> Any:
-        """The wrapper for layers of this window, planned."""
+        """Return the planned wrapper for layers with this window."""
         if window not in self._made:
             _, block_size, kv_heads, d = keys.shape
             wrapper = _wrapper(window, keys.device)
@@ -114,7 +114,8 @@ class _Planned:
 
 
 def _wrapper(window: int | None, device: torch.device) -> Any:
-    """This thread's for a window: layers of different windows need plans of their own in one step."""
+    """Return this thread's wrapper for a window, because layers with different windows need different
+    plans."""
     wrappers: dict[tuple[int | None, torch.device], Any] = _mine.__dict__.setdefault("wrappers", {})
     if (window, device) not in wrappers:
         workspaces: dict[torch.device, Tensor] = _mine.__dict__.setdefault("workspaces", {})
@@ -125,7 +126,7 @@ def _wrapper(window: int | None, device: torch.device) -> Any:
 
 
 def _indptr(counts: list[int]) -> Tensor:
-    """[len + 1] where each begins, and where the last one ends."""
+    """Return [len + 1] offsets: the beginning of each part, and the end of the last one."""
     return _int32([0, *accumulate(counts)])
 
 

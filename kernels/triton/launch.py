@@ -9,20 +9,20 @@ import torch
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Context in which Triton launches on ``device``, because it uses the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below ``number``."""
+    """Return the smallest power of two that is not below ``number``."""
     return 1 << (number - 1).bit_length()
 
 
 def check_launch() -> None:
-    """Compile and launch a kernel on the current GPU. Raises what goes wrong.
+    """Compile and launch a kernel on the current GPU. Raises any error of these.
 
-    That triton can be imported does not mean that it works: its first launch needs a C compiler and the
-    headers of Python, and a GPU that its compiler knows.
+    An import of triton does not show that it works: its first launch needs a C compiler, the headers of
+    Python, and a GPU that its compiler knows.
     """
     from aioengine.kernels.triton.jit.probe import probe_kernel
 

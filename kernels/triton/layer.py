@@ -25,7 +25,7 @@ def norm_warps(size: int) -> int:
 
 
 def rope_heads(head_dim: int) -> int:
-    """Heads of a program."""
+    """Return the number of heads of a program."""
     return max(1, ROPE_ELEMENTS // power_of_two(head_dim))
 
 

@@ -1,8 +1,8 @@
 """The LoRA operations as Triton kernels; see :class:`Backend`.
 
-The grids run over tiles of the segments that there are, cut on the host (:mod:`.plan`): no program is
-started for a slot without tokens, and nothing waits for the device. Grouping tokens by adapter follows
-Punica (Chen et al., 2023, https://arxiv.org/abs/2310.18547) and S-LoRA (Sheng et al., 2023,
+The grids run over tiles of the step's segments, which the host cuts (:mod:`.plan`). So no program is started
+for a slot without tokens, and nothing waits for the device. Grouping tokens by adapter follows Punica (Chen
+et al., 2023, https://arxiv.org/abs/2310.18547) and S-LoRA (Sheng et al., 2023,
 https://arxiv.org/abs/2311.03285).
 """
 
@@ -33,8 +33,8 @@ from aioengine.kernels.triton.table import (
 )
 
 _PROGRAMS = 128
-"""The parts of the inputs go to programs of their own if a shrink had fewer than this: about as many as a
-large GPU has multiprocessors. Bits do not depend on it."""
+"""If a shrink would have fewer programs than this, each part of the inputs gets a separate program. It is
+about the number of multiprocessors of a large GPU. Bits do not depend on it."""
 
 
 def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
@@ -157,7 +157,7 @@ class _Slices(NamedTuple):
 
 
 def _launches(widths: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[int, _Slices]]:
-    """The slices as arguments of as few launches as possible, each with the number of its first slice."""
+    """Group the slices into as few launches as possible, each with the number of its first slice."""
     for first in range(0, len(widths), MAX_SLICES):
         chosen = slice(first, first + MAX_SLICES)
         missing = [0] * (MAX_SLICES - len(widths[chosen]))
@@ -175,7 +175,7 @@ def _clear_others(h: Tensor, batch: LoRABatch) -> None:
 
 
 def _adjoining(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, whose elements adjoin in every row."""
+    """Return the tensor, or a copy if the elements of a row are not adjacent."""
     inner = 1
     for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
         if size != 1 and stride != inner:

@@ -1,4 +1,4 @@
-"""A step's segments cut into tiles: what the kernels' grids run over."""
+"""Cuts a step's segments into tiles, over which the kernels' grids run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aioengine.kernels.plan.lora import LoRABatch, Segment
 
 
 def padded(count: int) -> int:
-    """``count`` rounded up to one of few sizes: all up to 8, then four for each doubling.
+    """Round ``count`` up to one of few sizes: all up to 8, then four for each doubling.
 
     A captured CUDA graph has a fixed grid, so steps of one size can share a graph; at most a fifth of the
     tiles are padding.
@@ -21,7 +21,7 @@ def padded(count: int) -> int:
 
 
 def cut(segments: Iterable[Segment], length: int) -> list[tuple[int, int, int, int]]:
-    """The segments as tiles of at most ``length`` tokens: (slot, first token, tokens, rank)."""
+    """Cut the segments into tiles of at most ``length`` tokens: (slot, first token, tokens, rank)."""
     return [
         (slot, first, min(length, stop - first), rank)
         for slot, start, stop, rank in segments
@@ -32,7 +32,7 @@ def cut(segments: Iterable[Segment], length: int) -> list[tuple[int, int, int, i
 class TilePlan:
     """The tiles of one batch on its device, made on first use and kept for all layers of the step.
 
-    Nothing here waits for the device: the lists are built from what the host knows, and go there from
+    Nothing here waits for the device: the lists are built from data on the host, and are copied from
     page-locked memory.
     """
 
@@ -62,7 +62,8 @@ class TilePlan:
         return table
 
     def arrivals(self, count: int) -> Tensor:
-        """[>= count] int32 zeros. Whoever counts in them leaves zeros behind, for the next layer."""
+        """Return [>= count] int32 zeros. A kernel that counts in them sets them to zero again, for the next
+        layer."""
         if len(self._arrivals) < count:
             self._arrivals = torch.zeros(count, dtype=torch.int32, device=self._device)
         return self._arrivals

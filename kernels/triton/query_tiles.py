@@ -1,4 +1,4 @@
-"""A step's query tokens cut into tiles: what the attention kernel's grid runs over."""
+"""Cuts a step's query tokens into tiles, over which the attention kernel's grid runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aioengine.kernels.transfer import send
 from aioengine.kernels.triton.launch import power_of_two
 
 FEW_ROWS, MANY_ROWS = 16, 64
-"""Rows (tokens times query heads of a key head) of tiles for decoding and for prompts, at least."""
+"""Minimum rows (tokens times query heads of a key head) of tiles for decoding and for prompts."""
 
 
 class Tiles(NamedTuple):
@@ -24,11 +24,12 @@ class Tiles(NamedTuple):
     block_m: int
     """Rows of a tile, a power of two."""
     longest: int
-    """Keys that a tile may look at, at most."""
+    """Maximum number of keys that a tile may attend to."""
 
 
 def cut(spans: Iterable[tuple[int, Span]], rows: int, group: int) -> list[tuple[int, int, int, int]]:
-    """Spans, with the index of their sequence, as tiles of at most ``rows`` rows: ``group`` for a token."""
+    """Cut spans, with the index of their sequence, into tiles of at most ``rows`` rows: ``group`` for a
+    token."""
     size = rows // group
     return [
         (i, row + at, min(size, length - at), start + at)
@@ -40,7 +41,7 @@ def cut(spans: Iterable[tuple[int, Span]], rows: int, group: int) -> list[tuple[
 class QueryTiles:
     """The tiles of one step on its device, for all layers; see :func:`cut`.
 
-    What fits into a tile of few rows gets one; longer chunks are cut into tiles of many.
+    A span that fits into a tile of few rows gets one; longer chunks are cut into tiles of many rows.
     """
 
     def __init__(self, plan: AttentionPlan) -> None:
@@ -49,8 +50,8 @@ class QueryTiles:
         self._made: dict[tuple[int, int], list[Tiles]] = {}
 
     def of(self, group: int, rows: int) -> list[Tiles]:
-        """The launches for models with ``group`` query heads for each key head; long chunks in tiles of
-        ``rows``."""
+        """Return the launches for models with ``group`` query heads for each key head; long chunks are in
+        tiles of ``rows``."""
         key = group, rows
         if key not in self._made:
             few, many = (max(at_least, power_of_two(group)) for at_least in (FEW_ROWS, rows))
@@ -67,7 +68,8 @@ class QueryTiles:
         return self._made[key]
 
     def arrivals(self, count: int) -> Tensor:
-        """[>= count] int32 zeros. Whoever counts in them leaves zeros behind, for the next layer."""
+        """Return [>= count] int32 zeros. A kernel that counts in them sets them to zero again, for the next
+        layer."""
         if len(self._arrivals) < count:
             self._arrivals = torch.zeros(count, dtype=torch.int32, device=self._device)
         return self._arrivals

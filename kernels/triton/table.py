@@ -1,7 +1,7 @@
 """Block sizes of the kernels: measured ones from a file, or else rules that always work.
 
-``python -m benchmarks.kernels.gpu --tune FILE`` measures on the GPU at hand and writes the file; the
-environment variable AIOENGINE_TRITON_TABLE names it. Nothing is measured while serving.
+``python -m benchmarks.kernels.gpu --tune FILE`` measures on this machine's GPU and writes the file. The
+environment variable AIOENGINE_TRITON_TABLE names the file. Nothing is measured while serving.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ORDER = {"shrink": ("block_k", "split_k"), "expand": ("block_r",)}
 """Block sizes that the order of sums depends on."""
 
 _SMALLEST, _LARGEST = 16, 512
-"""Smallest and largest side of a block. Tensor cores work on 16 rows; masks fill up what a rank or a tile
-lacks."""
+"""Smallest and largest side of a block. Tensor cores work on 16 rows; masks fill up smaller ranks and
+tiles."""
 
 
 class ShrinkConfig(NamedTuple):
@@ -37,7 +37,7 @@ class ShrinkConfig(NamedTuple):
     block_r: int
     block_k: int
     split_k: int
-    """Parts that the inputs are cut into, each summed for itself."""
+    """Number of parts of the inputs; each is summed separately."""
     num_warps: int
     num_stages: int
     """Blocks of A and x in flight at once."""
@@ -91,7 +91,7 @@ def expand_config(bits: int, rank: int, width: int, longest: int) -> ExpandConfi
     return config
 
 
-@functools.cache  # asked for in every layer of every step
+@functools.cache  # called in every layer of every step
 def _chosen(
     op: str, bits: int, rank: int, width: int, decode: bool, path: str | None
 ) -> ShrinkConfig | ExpandConfig:
@@ -100,13 +100,14 @@ def _chosen(
     found = measured(path).get(str(key), default)
     if decode:
         return found
-    # What the order of sums depends on is that of decoding: a token's bits are the same in a prompt.
+    # The order of sums depends on sizes that are those of decoding, so a prompt gives the same bits.
     same = _chosen(op, bits, rank, width, True, path)
     return found._replace(**{field: getattr(same, field) for field in ORDER[op]})
 
 
 def default_shrink(key: Key) -> ShrinkConfig:
-    """Enough bytes in flight to keep the memory busy, within a third of an A100's shared memory."""
+    """Choose blocks with enough bytes in flight to keep the memory busy, within a third of an A100's shared
+    memory."""
     block_m = 16 if key.phase == "decode" else 64
     block_r = min(64, max(_SMALLEST, key.rank))
     rows = block_m + block_r
@@ -124,7 +125,7 @@ def default_expand(key: Key) -> ExpandConfig:
 
 @functools.cache
 def measured(path: str | None) -> dict[str, ShrinkConfig | ExpandConfig]:
-    """The configurations in a file that ``benchmarks.kernels.gpu --tune`` wrote; none without a path.
+    """Read the configurations from a file of ``benchmarks.kernels.gpu --tune``; none without a path.
 
     Raises ValueError, naming the file and the entry, if it cannot be used.
     """

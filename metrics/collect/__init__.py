@@ -1,1 +1,1 @@
-"""Listeners that count engine events, and what is read from the engine when it is scraped."""
+"""Listeners that count engine events, and gauges that are read from the engine at each scrape."""

@@ -11,8 +11,8 @@ from aioengine.metrics.families.storage import Counters, Histograms
 
 
 class AdapterMetrics:
-    """When an adapter loses its label, its history is added to "other": sums over the label ``adapter``
-    never go down. ``clock`` is Unix time, for exemplars."""
+    """Request metrics by adapter. When an adapter loses its label, its values are added to "other", so sums
+    over the label ``adapter`` never go down. ``clock`` is Unix time, for exemplars."""
 
     def __init__(self, max_labels: int, clock: Callable[[], float]) -> None:
         self.labels = AdapterLabels(max_labels, self._fold)

@@ -12,7 +12,8 @@ from aioengine.metrics.families.storage import Counters, Family
 
 
 class TenantMetrics:
-    """Sums over the label ``tenant`` never go down: a tenant that loses its label is added to "other"."""
+    """Metrics by tenant. A tenant that loses its label is added to "other", so sums over ``tenant`` never go
+    down."""
 
     def __init__(self, max_labels: int) -> None:
         self._labels = TenantLabels(max_labels, self._fold)
@@ -50,7 +51,8 @@ class HttpMetrics:
         """Function that counts the requests that have not been answered in full; called at each scrape."""
 
     def responded(self, route: str, status: int, code: str | None, tenant: str | None) -> None:
-        """``route`` and ``code``, an error's, are of fixed sets. ``status`` is 499 if the client had gone."""
+        """Count an answer. ``route`` and ``code`` (of an error) are from fixed sets. ``status`` is 499 if the
+        client had gone."""
         self._responses.inc((route, str(status), code or ""))
         self._tenants.responded(tenant, status)
 

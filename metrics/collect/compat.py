@@ -1,6 +1,6 @@
 """The series that request routers read, under the names that vLLM gave them.
 
-As two protocols have it: the model server protocol of the Kubernetes Gateway API inference extension
+Two protocols define them: the model server protocol of the Kubernetes Gateway API inference extension
 (https://github.com/kubernetes-sigs/gateway-api-inference-extension, its proposal 003-model-server-protocol),
 and llm-d's plugin metric protocol (https://github.com/llm-d/llm-d-router, docs/plugin-metric-protocol.md).
 
@@ -25,7 +25,7 @@ _TRANSITIONS = {"disk": "load", "slot": "activate"}
 def vllm_gauges(
     engine: str, model: str, stats: EngineStats, adapters: list[AdapterInfo], now: float
 ) -> Iterator[Family]:
-    """``model`` is the base model's name in requests, ``now`` Unix time."""
+    """Return the gauges. ``model`` is the base model's name in requests, ``now`` Unix time."""
     ready = [slot.adapter for slot in stats.slots if slot.state == "READY" and slot.adapter is not None]
     in_slot = set(ready)
     waiting = [info.name for info in adapters if info.waiting and info.name not in in_slot]

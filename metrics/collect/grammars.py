@@ -1,4 +1,4 @@
-"""Guided decoding: what compiles of grammars come to, and how many are kept."""
+"""Metrics of guided decoding: the outcomes of compiles, and the number of grammars that are kept."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class GrammarMetrics:
         self._kept: list[Callable[[], int]] = []
 
     def compiled(self, outcome: str, seconds: float) -> None:
-        """``outcome`` is one of ``OUTCOMES``."""
+        """Count a compile. ``outcome`` is one of ``OUTCOMES``."""
         self._compiles.inc((outcome,))
         self._seconds.at().observe(seconds)
 
     def count(self, kept: Callable[[], int]) -> None:
-        """Ask ``kept`` at each scrape how many grammars there are, beside those of others."""
+        """Add ``kept()``, a number of grammars, to the gauge at each scrape."""
         self._kept.append(kept)
 
     def families(self, engine: str) -> Iterator[Family]:

@@ -1,4 +1,4 @@
-"""Running a short function on the event loop's thread, from whichever thread asks."""
+"""Runs a short function on the event loop's thread, from any thread."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _CHECK_SECONDS = 0.05
-"""How often a caller that waits looks whether the loop has ended."""
+"""Seconds between two checks of a waiting caller whether the loop has ended."""
 
 
 class OnLoop:
     """Remembers the loop and thread that it was made on.
 
-    What belongs to the loop is touched there only: a scrape served by another thread asks the loop for
-    a snapshot, and waits for it for at most ``timeout`` seconds. A loop that has ended is not asked:
-    nothing changes any more.
+    State of the loop is used only there: a scrape in another thread asks the loop for a snapshot, and waits
+    at most ``timeout`` seconds for it. A loop that has ended is not asked, because its state does not change
+    any more.
     """
 
     def __init__(self, timeout: float = 5.0) -> None:
@@ -41,7 +41,7 @@ class OnLoop:
         return True
 
     def call(self, function: Callable[[], T]) -> T:
-        """``function()``; TimeoutError if the loop is too busy to run it."""
+        """Return ``function()``. Raises TimeoutError if the loop is too busy to run it."""
         loop = self._loop
         if loop is None or threading.get_ident() == self._thread or not loop.is_running():
             return function()

@@ -1,4 +1,4 @@
-"""The process that the engine is in, as ``prometheus_client`` and psutil know it."""
+"""Metrics of the engine's process, from ``prometheus_client`` and psutil."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _THEIRS = {definition.name: definition for definition in d.PROCESS}
 
 
 class ProcessMetrics:
-    """Nothing that ``/proc`` must be there for is exported where it is not."""
+    """Metrics of the process. Those that need ``/proc`` are exported only where it exists."""
 
     def __init__(self) -> None:
         self._collector = ProcessCollector(registry=None)

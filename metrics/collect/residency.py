@@ -1,4 +1,4 @@
-"""ResidencyTracker: where each adapter version is, and which requests wait for it, worked out from events."""
+"""ResidencyTracker: derives from events where each adapter version is, and which requests wait for it."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ class Version:
         self.copying = False
         """Whether it is being copied into a slot."""
         self.waiting = 0
-        """Requests for it that wait."""
+        """Number of waiting requests for it."""
         self.early = False
         """Whether its read was started while no request waited for it, and it has not been used or dropped
         yet."""
         self.blocked_since: float | None = None
-        """Since when it has been on the CPU, in no slot, with requests waiting for it."""
+        """Time since when it has been on the CPU, in no slot, with requests waiting for it."""
         self.absent_seconds = 0.0
         self.absent_since: float | None = now
-        """Since when it has been in no slot; ``absent_seconds`` is what went before."""
+        """Time since when it has been in no slot; ``absent_seconds`` has the earlier periods."""
 
     @property
     def in_slot(self) -> bool:
         return self.absent_since is None
 
     def absent(self, now: float) -> float:
-        """Total seconds for which it was in no slot: the difference between two moments is a wait."""
+        """Return the total seconds for which it was in no slot. The difference between two moments is a
+        wait."""
         return self.absent_seconds + (0.0 if self.absent_since is None else now - self.absent_since)
 
     def wait_begins(self, now: float) -> None:
@@ -87,7 +88,8 @@ class ResidencyTracker:
         return 0 if found is None else found.rank
 
     def lookup(self, adapter: str, now: float) -> tuple[Lookup, ...]:
-        """Return what a request for ``adapter`` finds; the CPU is looked at only if no slot has it."""
+        """Return the result of a request's look-up of ``adapter``; the CPU level is checked only if no slot
+        has it."""
         version = self.current(adapter, now)
         if version.in_slot:
             return (Lookup("slot", True),)
@@ -115,7 +117,7 @@ class ResidencyTracker:
         return None if since is None else event.time - since
 
     def moving(self, event: events.AdapterMoving) -> None:
-        """Note that it leaves its slot for a moment."""
+        """Note that the version leaves its slot for a moment."""
         version = self._of(event)
         version.copying = True
         version.absent_since = event.time
@@ -142,7 +144,7 @@ class ResidencyTracker:
 
     def failed(self, event: events.AdapterFailed) -> None:
         version = self._of(event)
-        if version.copying:  # it was the copy: it is still on the CPU
+        if version.copying:  # the event is about the copy: the adapter is still on the CPU
             version.copying = False
             version.check_blocked(event.time)
         else:

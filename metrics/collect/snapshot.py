@@ -1,4 +1,4 @@
-"""Gauges that are read from the engine at the moment of a scrape, so that they can never drift."""
+"""Gauges that are read from the engine at each scrape, so that they are always right."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def _bound(most: int | None) -> float:
 
 
 def engine_state(engine: str, now: str) -> Family:
-    """``now`` is an :data:`~aioengine.engine.EngineState`; an engine that was stopped is in no state."""
+    """Return the gauge of the state. ``now`` is an :data:`~aioengine.engine.EngineState`; a stopped engine
+    has no state."""
     shown = _SHOWN.get(now, now)
     return gauge(engine, d.ENGINE_STATE, *(((name,), float(name == shown)) for name in STATES))
 

@@ -1,4 +1,4 @@
-"""How long each request waited for its adapter, as told by the events."""
+"""Measures from events how long each request waited for its adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AdapterWaits:
     """Follows requests for adapters from arrival to end, in O(1) for each event.
 
     A request's wait is the time that its adapter was in no slot between its arrival and its first
-    admission; what an adapter's version has been absent in all is kept by :class:`Version`.
+    admission; :class:`Version` has the total time that a version was in no slot.
     """
 
     def __init__(self, residency: ResidencyTracker) -> None:

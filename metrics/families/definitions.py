@@ -3,7 +3,7 @@
 Names and units follow the Prometheus conventions: seconds, bytes, ratios (0 to 1), ``_total`` on
 counters. Each series also carries the label ``engine``, which is not repeated here.
 
-The file is long because it is one table, which is read whole and edited by the line.
+The file is long because it is one table, with one entry for each metric.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["counter", "gauge", "histogram"]
 
 _LONG = (30.0, 60.0, 120.0, 300.0, 600.0)
-"""Upper buckets, as long as requests may wait, so that a histogram tells bad waits from worse ones."""
+"""Upper bounds up to the longest waits of requests, so that a histogram distinguishes long waits."""
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, *_LONG)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SWAP_SECONDS = (*STEP_SECONDS, *_LONG)

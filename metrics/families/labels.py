@@ -12,12 +12,12 @@ NOBODY = "none"
 class BoundedLabels:
     """Maps names to label values, of which there are at most ``limit``, "other", and ``nobody`` for None.
 
-    The first ``limit`` names get a label of their own, the others share "other". A name in "other" that has
-    had more than twice the requests of the least used one that has a label takes its place. Twice, so that
-    two names in equal use do not take it in turns: a label changes hands only as often as usage doubles.
+    The first ``limit`` names get separate labels, the others share "other". A name in "other" with more than
+    twice the requests of the least used labelled name takes its label. The factor of two keeps two names of
+    equal use from taking turns: a label changes only as often as usage doubles.
 
-    ``folded(label)`` is called when a label ceases to be: its series must be added to "other". ``kind`` is
-    what the names are names of.
+    ``folded(label)`` is called when a label is removed: its series must be added to "other". ``kind`` says
+    what the names stand for.
     """
 
     def __init__(self, limit: int, folded: Callable[[str], None], *, nobody: str, kind: str) -> None:
@@ -41,7 +41,7 @@ class BoundedLabels:
         return label
 
     def used(self, name: str) -> None:
-        """Counts a request for ``name``, which may give the name a label of its own."""
+        """Counts a request for ``name``, which may then get a separate label."""
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         if name in self._labels or self._limit == 0:
             return
@@ -61,8 +61,8 @@ class BoundedLabels:
             self._take(name)
 
     def _give(self, name: str) -> str:
-        # What is really called "base" or "other" must not pass for something else, and no adapter's
-        # name can contain a space.
+        # A name that is really "base" or "other" gets a label with a space, which no adapter's name can
+        # contain.
         label = f"{name} ({self._kind})" if name in (self._nobody, OTHER) else name
         self._labels[name] = label
         self._least = min(self._least, self._uses.get(name, 0))

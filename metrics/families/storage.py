@@ -1,7 +1,7 @@
 """Counters and histograms as plain numbers, written by one thread.
 
-``prometheus_client``'s own take a lock for each number and one observation at a time, and cannot give
-one series' history to another; a step of 256 requests asks for less than that costs.
+Those of ``prometheus_client`` take a lock for each number, accept one observation at a time, and cannot add
+one series to another. That would cost too much for a step of 256 requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Labels = tuple[str, ...]
 
 
 class ExemplarPoint(NamedTuple):
-    """One observation by name: which request it was."""
+    """One observation, with the id of its request."""
 
     request_id: str
     value: float

@@ -1,1 +1,1 @@
-"""The live page: what feeds it, and a server for it alone."""
+"""The live page: its feed, and a server for it alone."""

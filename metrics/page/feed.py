@@ -1,8 +1,8 @@
 """Feed of the live page: the engine's state, which is followed only while a client watches.
 
-All watchers share one copy of the state, in which every part carries the tick at which it last changed.
-A watcher is one number, the tick that it has seen: however slow it is, it costs no memory, and when it
-asks again it gets everything newer at once, with nothing queued for it in between.
+All watchers share one copy of the state, in which every part has the tick of its last change. A watcher is
+one number, the last tick that it has seen. So a slow watcher takes no memory: nothing is queued for it, and
+its next call returns everything that is newer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from aioengine.config import EngineConfig
 
 LOG_LENGTH = 1000
-"""Adapter movements that a newcomer is told, and that a slow watcher can be behind."""
+"""Number of adapter movements that are kept, for new and for slow watchers."""
 TOMBSTONES = 1000
-"""Unloaded adapters remembered; a watcher further behind is told everything anew."""
+"""Number of unloaded adapters that are kept; a watcher that is further behind gets the whole state again."""
 QUIET_SECONDS = 1.0
-"""How often the state is read when no event says that it changed; to declare an adapter on the Hub causes
+"""Interval at which the state is read without an event; for example, declaring an adapter on the Hub causes
 none."""
 HEARTBEAT_SECONDS = 5.0
-"""After so long without news a watcher is told the time, so that it knows the line is up."""
+"""After this time without changes a watcher gets a message with the time, which shows that the connection
+works."""
 
 Kind = Literal[
     "loading", "loaded", "placing", "placed", "draining", "evicted", "dropped", "failed", "unloaded"
@@ -199,7 +200,7 @@ class Feed:
     # To the watchers
 
     def newer_than(self, seen: int, now: float) -> tuple[int, Update | None]:
-        """The tick now, and what changed after the tick ``seen`` (None: nothing did)."""
+        """Return the present tick, and the changes after the tick ``seen`` (None: no changes)."""
         self.collect(now)
         full = seen == 0 or seen < self._floor
         if full:

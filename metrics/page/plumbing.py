@@ -26,8 +26,8 @@ def below_mount(scope: Scope) -> tuple[str, str]:
 
 
 async def answer_no_http(scope: Scope, receive: Receive, send: Send, close: Callable[[], None]) -> None:
-    """Answer what is no HTTP request: the lifespan protocol, whose end calls ``close``, and WebSockets,
-    which are refused."""
+    """Answer the other protocols of ASGI: lifespan, whose end calls ``close``, and WebSockets, which are
+    refused."""
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1000})
@@ -40,14 +40,14 @@ async def answer_no_http(scope: Scope, receive: Receive, send: Send, close: Call
 
 
 async def respond(send: Send, status: int, headers: Headers, body: bytes, *, head: bool = False) -> None:
-    """Send an answer in one piece; to HEAD its headers alone."""
+    """Send an answer in one piece; for HEAD only its headers."""
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": b"" if head else body})
 
 
 async def disconnected(receive: Receive) -> None:
-    """Wait until the client is gone. ``receive`` is ASGI's, the body read."""
+    """Wait until the client is gone. ``receive`` is ASGI's, after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

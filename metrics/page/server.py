@@ -27,7 +27,7 @@ async def serve(app: Any, host: str, port: int, *, before_shutdown: Callable[[],
     """Serve an ASGI application while the context lasts; yields its URL."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
-        # Connections inherit it. asyncio sets it itself only for sockets that name their protocol.
+        # Connections inherit it; asyncio sets it only for sockets that name their protocol.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
         server = EmbeddedServer(config)

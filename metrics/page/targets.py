@@ -21,9 +21,9 @@ class ManySources(Protocol):
 
 
 def scrape_targets(scope: Scope, root: str, metrics: object) -> bytes:
-    """One target for each source, all at the address that ``scope``'s request was sent to, with an
-    ``instance`` of its own; the application itself, if there is but one source. ``root`` is where it is
-    mounted. https://prometheus.io/docs/prometheus/latest/http_sd/ describes the form."""
+    """Return one target for each source, all at the address of ``scope``'s request, each with a different
+    ``instance``; if there is only one source, the application itself. ``root`` is where it is mounted.
+    https://prometheus.io/docs/prometheus/latest/http_sd/ describes the form."""
     address = next(
         (value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"), ""
     )

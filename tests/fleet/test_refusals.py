@@ -98,7 +98,7 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_version_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.3")
-    with pytest.raises(ConfigError, match=r"Ray 2\.9\.3 is installed, and a fleet needs 2\.60: pip install"):
+    with pytest.raises(ConfigError, match=r"Ray 2\.9\.3 is installed, but a fleet needs 2\.60: pip install"):
         require_ray()
 
 

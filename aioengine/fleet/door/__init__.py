@@ -1,1 +1,1 @@
-"""A door of the fleet: what sends requests to replicas, and knows how they are."""
+"""A door of the fleet: it sends requests to replicas, and follows their state."""

@@ -1,4 +1,4 @@
-"""A request as the door holds it: what has come of it so far, whichever replicas it came from."""
+"""A request at the door: its output so far, from all replicas that have run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """Gathers deltas, for one reader. ``params`` has a seed."""
+    """A request that gathers deltas for one reader. ``params`` has a seed."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class Call:
         self.route: RouteRequest | None = None
         """Last request to the router."""
         self.replica: str | None = None
-        """Replica that it runs on; None if it runs nowhere."""
+        """Replica that runs it; None if it runs nowhere."""
         self.tried: frozenset[str] = frozenset()
         self.migrations = 0
-        """How often it went on elsewhere after it had begun."""
+        """How often it continued on another replica after it had begun."""
         self.tokens: list[int] = list(options.output)
         self.spans: CallSpans | None = None
         """Set if it is traced."""
         self.ended = False
-        """Nothing more comes of it."""
+        """Whether it has ended."""
         self._text = GrowingText()
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -67,7 +67,7 @@ class Call:
         return len(self.tokens) > len(self.options.output)
 
     def take(self, delta: Delta, now: float) -> None:
-        """Take in what a replica reports of it."""
+        """Take in a replica's report on it."""
         if delta.tokens:
             self.tokens += delta.tokens
             self._last = now
@@ -97,7 +97,7 @@ class Call:
         self._ready.set()
 
     async def next(self) -> RequestOutput:
-        """Wait for something new. Raises the error that it ended with, if it did."""
+        """Wait for new output. Raises the error that the request ended with, if any."""
         await self._ready.wait()
         self._ready.clear()
         if self._error is not None:

@@ -1,4 +1,5 @@
-"""The door's side of the channel to one replica: one long stream of frames down, batches of orders up."""
+"""The door's side of the channel to one replica: one long stream of frames comes in, batches of orders go
+out."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ logger = logging.getLogger("aioengine.fleet")
 
 
 class Channel:
-    """Begins at once. ``frame(channel, frame)`` is called for each frame, ``lost(channel, why)`` once, when
-    nothing will come any more; not after :meth:`close`.
+    """A channel, which begins at once. ``frame(channel, frame)`` is called for each frame, and
+    ``lost(channel, why)`` once when the replica is lost; neither after :meth:`close`.
 
     ``handle`` is Serve's, of the deployment of replicas.
     """
@@ -32,10 +33,11 @@ class Channel:
     ) -> None:
         self.replica = replica
         self.calls: dict[int, Call] = {}
-        """Calls that run there, by key."""
+        """Calls that run on the replica, by key."""
         self.heard = asyncio.get_running_loop().time()
         self.leaving = False
-        """Serve has taken it out: it gets nothing new, and is closed when its calls have ended."""
+        """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
+        ended."""
         self._handle = handle
         self._door = door
         self._frame = frame
@@ -56,7 +58,7 @@ class Channel:
         self._wake.set()
 
     def close(self) -> None:
-        """Stop listening: the replica aborts what it runs for this door."""
+        """Stop listening. The replica then aborts this door's requests."""
         self._closed = True
         if self._stream is not None:
             with suppress(Exception):
@@ -65,7 +67,7 @@ class Channel:
             task.cancel()
 
     async def ended(self) -> None:
-        """Wait until its tasks are over, after :meth:`close`."""
+        """Wait until the channel's tasks have ended, after :meth:`close`."""
         await asyncio.wait(self._tasks)
 
     async def _guarded(self, work: Any) -> None:

@@ -1,4 +1,4 @@
-"""FleetClient: a fleet of replicas that is used as one engine is."""
+"""FleetClient: a fleet of replicas with the interface of one engine."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class FleetClient:
     """Sends requests to the replicas of ``handle``, and is an :class:`~aioengine.client.EngineClient`.
 
     Args:
-        config: What the replicas were deployed with.
-        handle: Serve's, of their deployment.
-        plan: A replica's.
+        config: The configuration that the replicas were deployed with.
+        handle: Serve's handle of their deployment.
+        plan: Memory plan of a replica.
         model_path: Where the model's tokenizer is on this machine.
-        tracer_provider: Requests are traced if there is one; it stays the caller's.
+        tracer_provider: Requests are traced if there is one. The caller closes it.
         door: This door's name among others; None: any.
     """
 
@@ -85,7 +85,7 @@ class FleetClient:
         self.model_name = config.engine.model_name
         self.text_work = TextWork()
         self.leaving = False
-        """New requests are refused; set by whoever serves the fleet."""
+        """Whether new requests are refused; the server of the fleet sets it."""
         self.plan = plan
         self.model_path = model_path
         self.tokenizer = tokenizer
@@ -105,7 +105,7 @@ class FleetClient:
     # Life cycle
 
     async def start(self, within: float = 120.0) -> None:
-        """Wait until every replica has been heard of. Raises EngineStopped if one is not in time."""
+        """Wait until every replica has reported. Raises EngineStopped if one is too late."""
         self._state = "starting"
         self.members.start()
         self.metrics.start()
@@ -115,7 +115,7 @@ class FleetClient:
         self._state = "running"
 
     async def stop(self) -> None:
-        """End what runs, with EngineStopped. The replicas stay."""
+        """End all requests with EngineStopped. The replicas keep running."""
         if self._state == "stopped":
             return
         self._state = "stopped"
@@ -127,12 +127,12 @@ class FleetClient:
         await self.text_work.close()
 
     def at_stop(self, close: Callable[[], Awaitable[None]]) -> None:
-        """Have ``close()`` awaited when this stops."""
+        """Await ``close()`` when this client stops."""
         self._closers.append(close)
 
     @property
     def state(self) -> EngineState:
-        """ "running" while there is a replica that takes requests, or none because none is needed."""
+        """State: "running" while a replica takes requests, or while no replica is needed."""
         members = self.members
         if self._state == "running" and not members.state.view.accepting and not members.asleep:
             return "starting"
@@ -140,16 +140,16 @@ class FleetClient:
 
     @property
     def degraded(self) -> bool:
-        """A replica is lost and has not come back yet. Requests go to the others."""
+        """Whether a replica is lost and has not come back yet. Requests go to the others."""
         return self.state == "running" and self.members.missing > 0
 
     def step_age(self) -> float:
-        """Return the smallest step age of the replicas: as long as one makes progress, the fleet does."""
+        """Smallest step age of the replicas, because the fleet makes progress as long as one replica does."""
         statuses = [member.status for member in self.members.members.values()]
         return min((status.step_age for status in statuses if status is not None), default=0.0)
 
     async def until_dead(self) -> EngineDead:
-        """Wait for ever: a lost replica comes back, or another one takes its place."""
+        """Wait for ever, because a lost replica comes back, or another one takes its place."""
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 
@@ -161,8 +161,8 @@ class FleetClient:
         params: SamplingParams | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Run one request as ``AsyncEngine.generate`` does. If its replica is lost, the request goes on at
-        another one; after ``migration_limit`` of them it raises EngineDead."""
+        """Run one request as ``AsyncEngine.generate`` does. If its replica is lost, the request continues on
+        another one; after ``migration_limit`` losses it raises EngineDead."""
         self._check_running()
         request_id, options = split_keywords(keywords)
         if options.mix is not None:
@@ -196,7 +196,7 @@ class FleetClient:
         return last
 
     def replica_of(self, request_id: str) -> str | None:
-        """The replica where a request runs now; None if it runs nowhere, or has ended."""
+        """Return the replica that runs a request now; None if it runs nowhere, or has ended."""
         call = self._ids.get(request_id)
         return None if call is None else call.replica
 
@@ -229,7 +229,7 @@ class FleetClient:
         request_id = f"request-{key}" if request_id is None else request_id
         if request_id in self._ids:
             raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
-        if params.seed is None:  # drawn now, so that whichever replica goes on draws the same tokens
+        if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         tokens = await self._tokens(prompt, options.tenant)
         call = Call(key, request_id, tokens, params, options, now)
@@ -269,11 +269,11 @@ class FleetClient:
         self._dispatcher.limit_waiting(max_waiting)
 
     def share_limits(self, ledger: UsageLedger) -> None:
-        """Have the limits that ``ledger`` counts for hold for all doors to this fleet."""
+        """Make the limits of ``ledger`` apply to all doors of this fleet together."""
         self._limits.share(ledger)
 
     def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
-        """Checks grammars' sizes; they are compiled where the request runs."""
+        """Compiler that only checks grammars' sizes; the replica that runs the request compiles them."""
         if self.tokenizer is None:
             raise ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
         return FleetGrammars(limits)
@@ -297,15 +297,15 @@ class FleetClient:
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        """Raises ConfigError: replicas read adapters from folders."""
+        """Raise ConfigError, because replicas read adapters from folders."""
         raise ConfigError(
-            f"adapter {name!r}: a fleet takes no adapters from memory: write it to a folder that every "
+            f"adapter {name!r}: a fleet accepts no adapters from memory: write it to a folder that every "
             "replica can "
             "read, and load that"
         )
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
-        """From every replica. Raises AdapterNotFound if none knows it."""
+        """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""
         self._check_lora()
         await self._adapters.unload(name, force=force)
 
@@ -319,13 +319,13 @@ class FleetClient:
         return await self._adapters.unpin(name)
 
     def adapters(self) -> list[AdapterInfo]:
-        """Every registered adapter, at the fastest place that holds it."""
+        """Return every registered adapter, with the fastest place that holds it."""
         return self._adapters.all()
 
     # Watching
 
     def stats(self) -> EngineStats:
-        """The replicas' together; the slots one replica's after the other's."""
+        """Return the sums over all replicas; the slots are listed replica by replica."""
         return self.members.stats()
 
     def add_listener(self, listener: Callable[[Event], None]) -> Callable[[], None]:
@@ -335,7 +335,7 @@ class FleetClient:
 
     def _check_running(self) -> None:
         if self._state != "running":
-            raise EngineStopped(f"the fleet accepts nothing: it is {self._state}")
+            raise EngineStopped(f"the fleet accepts no requests: it is {self._state}")
 
     def _check_lora(self) -> None:
         self._check_running()

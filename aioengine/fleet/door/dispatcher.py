@@ -1,4 +1,4 @@
-"""Requests on their way to replicas, and to others when theirs are lost."""
+"""Sends requests to replicas, and to other replicas when theirs are lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router,
 logger = logging.getLogger("aioengine.fleet")
 
 MAX_TRIES = 16
-"""Replicas that a request which has not begun is offered, one after the other."""
+"""Maximum number of replicas that a request is offered to before it has begun."""
 
 
 class Dispatcher:
@@ -43,7 +43,7 @@ class Dispatcher:
             load_router(self._config.router), timer=time.perf_counter, failed=self._router_failed
         )
         self.migrations: Counter[str] = Counter()
-        """Requests that went on elsewhere, by what became of their replica."""
+        """Requests that continued on another replica, by the fate of their first one."""
         self.misroutes = 0
         """Requests whose replica had lost the adapter that it was chosen for."""
         self.route_seconds: list[float] = []
@@ -55,8 +55,8 @@ class Dispatcher:
         members.on_loss = self._again
 
     async def place(self, call: Call) -> None:
-        """Send it to a replica; wait for one if there is none. Raises EngineOverloaded if the router rejects
-        it, EngineStopped if no replica comes, DeadlineExceeded."""
+        """Send a call to a replica; wait for one if there is none. Raises EngineOverloaded if the router
+        rejects it, EngineStopped if no replica comes, DeadlineExceeded."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._config.replica_wait_seconds
         while not call.ended:
@@ -71,7 +71,7 @@ class Dispatcher:
             if any(view.replica_id not in call.tried for view in self._state.view.accepting):
                 raise EngineOverloaded(f"the router rejects the request: {route.reject}", bound="server")
             if call.tried and self._state.view.accepting:
-                # All have been lost or refused once; those that live may be asked again.
+                # All replicas were lost or refused once; the live ones may be asked again.
                 call.tried = frozenset()
                 if not call.begun:
                     await asyncio.sleep(0.05)
@@ -81,7 +81,7 @@ class Dispatcher:
             if now >= due:
                 if call.deadline is not None and now >= call.deadline:
                     raise DeadlineExceeded(
-                        f"request {call.request_id!r}: its deadline passed before a replica came"
+                        f"request {call.request_id!r}: its deadline passed before a replica was available"
                     )
                 raise EngineStopped("no replica of the fleet takes requests now; try again later")
             self._members.wake()
@@ -92,7 +92,7 @@ class Dispatcher:
                 pass
 
     def abandon(self, call: Call) -> None:
-        """Give a call up that nobody waits for any more: if it runs, it is aborted."""
+        """Give up a call that nobody waits for any more; if it runs, it is aborted."""
         if call.replica is None:
             return
         channel = self._members.channel(call.replica)
@@ -112,7 +112,7 @@ class Dispatcher:
             self._share_limits([member] if fixed else self._members.members.values())
 
     def _share_limits(self, members: Iterable[Member]) -> None:
-        """Each replica gets its share of the bounds, rounded up."""
+        """Send each replica its share of the bounds, rounded up."""
         share = self._config.replicas if self._config.autoscale is None else len(self._members.members)
         limits = {tenant: -(-limit // max(share, 1)) for tenant, limit in self._max_waiting.items()}
         for member in members:
@@ -165,7 +165,7 @@ class Dispatcher:
         channel.send(order)
 
     def _take(self, channel: Channel, call: Call, delta: Delta) -> None:
-        """Take in what a replica reports of a request."""
+        """Take in a replica's report on a request."""
         begun = call.begun
         self.misroutes += delta.misrouted
         if delta.error:
@@ -195,7 +195,7 @@ class Dispatcher:
         return any(view.replica_id not in tried for view in self._state.view.accepting)
 
     def _again(self, call: Call, replica: str, how: str) -> None:
-        """Have it go on at another replica, or fail."""
+        """Continue the call on another replica, or fail it."""
         call.replica = None
         if call.spans is not None:
             call.spans.lost(how)

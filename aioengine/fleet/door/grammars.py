@@ -1,4 +1,5 @@
-"""Guided decoding through a fleet: the grammar's text travels, and is compiled where its request runs."""
+"""Guided decoding in a fleet: the grammar's text is sent to the replica of its request, and compiled
+there."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from aioengine.grammars.limits import GrammarLimits
 
 
 class SentGrammar:
-    """Stands for a constraint until its request has come to a replica."""
+    """Stand-in for a constraint until its request has reached a replica."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        raise RequestInvalid("this constraint belongs to a fleet: an engine needs one of its own Guide")
+        raise RequestInvalid("this constraint belongs to a fleet: make one with the engine's own Guide")
 
 
 class FleetGrammars:
@@ -25,12 +26,13 @@ class FleetGrammars:
         self.limits = GrammarLimits() if limits is None else limits
 
     def check_size(self, text: str) -> None:
-        """Raises RequestInvalid if it has too many characters."""
+        """Raise RequestInvalid if the grammar has too many characters."""
         most = self.limits.max_characters
         if len(text) > most:
-            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are compiled")
+            raise RequestInvalid(f"the grammar has {len(text)} characters, and at most {most} are allowed")
 
     async def constraint(self, text: str, tenant: str | None) -> SentGrammar:
-        """Make a constraint that the replica compiles: a fault in the grammar becomes the request's error."""
+        """Make a constraint that the replica compiles. An error in the grammar becomes the request's
+        error."""
         self.check_size(text)
         return SentGrammar(text)

@@ -1,4 +1,4 @@
-"""Replicas that hang: ended for good once Serve, too, has given them up."""
+"""Kills hanging replicas, once Serve has given them up, too."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ logger = logging.getLogger("aioengine.fleet")
 
 
 class Hung:
-    """The replicas that this door has lost because they stood still.
+    """The replicas that this door has lost because they hang.
 
-    A process that stands still does not end when Serve asks it to, and keeps its CPUs while Serve waits for
-    that (``graceful_shutdown_timeout_s``), so there is no room for another one in its place. This door's word
-    alone does not have it killed: the network between the two might be what is broken. Serve checks each
-    replica's health by itself, and takes out those that do not answer.
+    A process that hangs does not end when Serve asks it to, and keeps its CPUs while Serve waits for that
+    (``graceful_shutdown_timeout_s``), so there is no room for another one in its place. This door does not
+    kill it on its own judgement, because the network between the two might be broken. Serve checks each
+    replica's health, too, and removes those that do not answer.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class Hung:
         self._lost[replica] = hello
 
     def back(self, replica: str) -> None:
-        """Note that the replica is heard of again."""
+        """Note that the replica reports again."""
         self._lost.pop(replica, None)
 
     async def end_all_but(self, kept: Set[str]) -> None:
-        """Kill those that are not among Serve's replicas any more."""
+        """Kill the hanging replicas that Serve does not list any more."""
         for replica in self._lost.keys() - kept:
             hello = self._lost.pop(replica)
             logger.warning(
@@ -43,7 +43,9 @@ class Hung:
             )
             try:
                 await asyncio.to_thread(_kill, hello)
-            except Exception as error:  # Ray's head is gone, for one; Serve tries too, half a minute later
+            except (
+                Exception
+            ) as error:  # for example, Ray's head is gone; Serve tries, too, half a minute later
                 logger.warning("replica %s cannot be killed: %s", replica, error)
 
 
@@ -52,6 +54,6 @@ def _kill(hello: Hello) -> None:
 
     for found in ray.util.list_named_actors(all_namespaces=True):
         if found["name"] == hello.actor:
-            with suppress(ValueError):  # it has gone meanwhile: several doors may do this
+            with suppress(ValueError):  # another door may have done this already
                 # Ray's own daemon on that node sends SIGKILL after some seconds, if the process does not end.
                 ray.kill(ray.get_actor(**found))

@@ -11,14 +11,14 @@ from aioengine.client import UsageLedger
 logger = logging.getLogger("aioengine.fleet")
 
 SHARE_SECONDS = 0.5
-"""Between two exchanges. A limit is exceeded by at most what comes in within two: one until a door has told
-what it let in, one until the others have heard of it."""
+"""Seconds between two exchanges. A limit is exceeded by at most the requests of two intervals: one until a
+door has reported its usage, and one until the others have received the report."""
 
 
 class SharedLimits:
-    """Tells the registry what this door has let in, and learns what the others have.
+    """Reports this door's usage to the registry, and gets that of the other doors.
 
-    While the registry does not answer, each door counts for itself, and tells it later.
+    While the registry does not answer, each door counts for itself, and reports later.
     """
 
     def __init__(self, door: str, config: bytes) -> None:

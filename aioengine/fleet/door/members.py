@@ -1,4 +1,4 @@
-"""The replicas as a door knows them: which there are, how each is, and when one is lost."""
+"""The replicas as a door knows them: their ids, their states, and their losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WATCH_SECONDS = 0.25
 
 
 class Member:
-    """A replica that has been heard of."""
+    """A replica that has reported."""
 
     def __init__(self, channel: Channel, hello: Hello) -> None:
         self.channel = channel
@@ -35,11 +35,12 @@ class Member:
         self.status: Status | None = None
         self.residency = Residency([], [])
         self.ready = True
-        """Whether it knows the fleet's adapters."""
+        """Whether the replica knows the fleet's adapters."""
 
 
 class Members:
-    """All methods are called on one loop. ``door`` is this door's name among others."""
+    """The replicas of a fleet. All methods are called on one loop. ``door`` is this door's name among
+    others."""
 
     def __init__(self, config: FleetConfig, handle: Any, *, door: str) -> None:
         self.config = config
@@ -47,7 +48,7 @@ class Members:
         self.state = FleetState(time.monotonic, silent_after=config.silent_seconds)
         self.members: dict[str, Member] = {}
         self.losses: Counter[str] = Counter()
-        """Replicas lost, by how."""
+        """Number of lost replicas, by cause."""
         self.conflicts = Conflicts()
         self.on_join: list[Callable[[Member], None]] = []
         """Callbacks for each replica that has said hello."""
@@ -56,18 +57,18 @@ class Members:
         self.on_changed: Callable[[str, str], None] = lambda replica, adapter: None
         """Callback for an adapter whose files a replica has found to be others than it should have."""
         self.on_delta: Callable[[Channel, Call, Delta], None] = lambda channel, call, delta: None
-        """Callback for what a replica reports of a request."""
+        """Callback for a replica's report on a request."""
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
         """Callback for each request whose replica is lost."""
         self.door = door
         self._channels: dict[str, Channel] = {}
         self._changed = asyncio.Event()
-        """Set, and replaced, whenever a replica comes or goes."""
+        """Set and replaced whenever a replica appears or disappears."""
         self._known: set[str] = set()
         """Replicas that exist, as Serve reports them."""
         self._hung = Hung()
         self._waking = False
-        """A call waits for a replica to be started."""
+        """Whether a call waits for the start of a replica."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unwatch: Callable[[], None] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,18 +87,18 @@ class Members:
         self.spawn(self._watch())
 
     async def complete(self, within: float) -> None:
-        """Wait until as many replicas as are configured have said hello; where their number changes, until
-        one has. Raises EngineStopped."""
+        """Wait until all configured replicas have said hello or, where their number changes, until one has.
+        Raises EngineStopped if that takes too long."""
         wanted = self.config.replicas if self.config.autoscale is None else 1
         try:
             async with asyncio.timeout(within):
-                # The first call makes Serve's router, which then says which replicas there are.
+                # The first call makes Serve's router, which then reports the ids of the replicas.
                 await self.handle.options(method_name="describe").remote()
                 while len(self.members) < wanted:
                     await self.change()
         except TimeoutError:
             raise EngineStopped(
-                f"{len(self.members)} of {wanted} replicas were heard of within {within:g} s"
+                f"{len(self.members)} of {wanted} replicas have reported within {within:g} s"
             ) from None
 
     async def stop(self, error: AioEngineError) -> None:
@@ -121,24 +122,24 @@ class Members:
 
     @property
     def missing(self) -> int:
-        """Replicas that there should be, and that are not heard of."""
+        """Number of replicas that should exist and do not report."""
         wanted = self.config.replicas if self.config.autoscale is None else len(self._known)
         return max(wanted - len(self.members), 0)
 
     # For whoever sends requests
 
     def channel(self, replica: str) -> Channel | None:
-        """None: the replica is lost, or has left."""
+        """Return the channel to a replica; None if the replica is lost or has left."""
         return self._channels.get(replica)
 
     def wake(self) -> None:
-        """Have Serve start a replica, if there is none because nothing was asked of the fleet."""
+        """Ask Serve to start a replica, if there is none because there were no requests."""
         if self.asleep and not self._waking:
             self._waking = True
             self.spawn(self._wake())
 
     async def _wake(self) -> None:
-        """A call that waits for a replica: Serve starts one for it."""
+        """Make a call that waits for a replica, so that Serve starts one."""
         try:
             async with asyncio.timeout(self.config.replica_wait_seconds):
                 await self.handle.options(method_name="describe").remote()
@@ -233,7 +234,7 @@ class Members:
         self._lose(channel, "lost", why)
 
     def _lose(self, channel: Channel, how: str, why: str) -> None:
-        """The replica is lost to this door: its requests go on elsewhere."""
+        """Note that this door has lost the replica; its requests continue on others."""
         replica = channel.replica
         if self._channels.get(replica) is not channel:
             return
@@ -255,8 +256,8 @@ class Members:
         self._tell_change()
 
     async def _reopen(self, replica: str) -> None:
-        """Try a lost replica again now and then, as long as Serve keeps it: it may only have been cut off, or
-        paused."""
+        """Try a lost replica again at intervals, as long as Serve keeps it, because it may only have been
+        disconnected or paused."""
         while True:
             await asyncio.sleep(1.0)
             if replica not in self._known or replica in self._channels:
@@ -265,7 +266,7 @@ class Members:
             return
 
     async def _watch(self) -> None:
-        """See who is silent."""
+        """Look for replicas that do not report."""
         loop = asyncio.get_running_loop()
         last = loop.time()
         while True:
@@ -273,16 +274,16 @@ class Members:
             now = loop.time()
             late = now - last - WATCH_SECONDS
             last = now
-            if late > 1.0:  # this process stood still: nothing is known of the others
+            if late > 1.0:  # this process itself was stopped: the ages of the reports mean nothing
                 for channel in self._channels.values():
                     channel.heard += late
             self.state.check()
             for channel in list(self._channels.values()):
                 if channel.replica in self.members and now - channel.heard > self.config.silent_seconds:
-                    self._lose(channel, "silent", f"not heard of for {now - channel.heard:.1f} s")
+                    self._lose(channel, "silent", f"no report for {now - channel.heard:.1f} s")
 
     def close_if_left(self, channel: Channel) -> None:
-        """Serve waits for the channel before it ends a replica that it has taken out."""
+        """Close the channel of a removed replica, because Serve waits for that before it ends the replica."""
         if channel.leaving and not channel.calls and self._channels.get(channel.replica) is channel:
             del self._channels[channel.replica]
             self.members.pop(channel.replica, None)
@@ -296,11 +297,11 @@ class Members:
         self._changed = asyncio.Event()
 
     async def change(self) -> None:
-        """Wait until a replica comes or goes."""
+        """Wait until a replica appears or disappears."""
         await self._changed.wait()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside, until :meth:`stop`."""
+        """Run a task in the background, until :meth:`stop`."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -308,7 +309,7 @@ class Members:
     # Watching
 
     def stats(self) -> EngineStats:
-        """Sums over the replicas; totals since their start are their own metrics' business."""
+        """Return sums over the replicas. Totals since their start are in the replicas' own metrics."""
         slots: list[SlotInfo] = []
         for member in self.members.values():
             replica = member.channel.replica

@@ -1,4 +1,5 @@
-"""One scrape for the whole fleet: every replica's series with a label ``replica``, and the door's own."""
+"""One scrape for the whole fleet: the series of every replica, with a label ``replica``, and those of the
+door."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
 from aioengine.metrics.families.exposition import TextWriter
 
 SCRAPE_SECONDS = 3.0
-"""A replica that takes longer is left out of a scrape."""
+"""Seconds after which a replica is left out of a scrape."""
 DOOR = "door"
 """The value of ``replica`` in the door's own series."""
 _TEXT = "text/plain"
@@ -27,7 +28,8 @@ _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 
 
 class FleetMetrics:
-    """Scraped from any thread but the loop's; has what a server needs of an engine's metrics."""
+    """Metrics of a fleet, with the interface that a server needs. Any thread except the loop's may scrape
+    it."""
 
     def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
         self.registry = CollectorRegistry()
@@ -54,12 +56,12 @@ class FleetMetrics:
         self._loop = asyncio.get_running_loop()
 
     def sources(self) -> list[str]:
-        """The values of ``replica``, each of which can be asked for by itself."""
+        """Return the values of ``replica``; each can be scraped separately."""
         return [DOOR, *self._members.members]
 
     def expose(self, accept: str, source: str | None = None) -> tuple[bytes, str]:
-        """The text of a scrape and its content type: of all, or of one of :meth:`sources`. Raises
-        TimeoutError if the door's loop is too busy."""
+        """Return the text of a scrape and its content type, for all replicas or for one of :meth:`sources`.
+        Raises TimeoutError if the door's loop is too busy."""
         encode, content_type = choose_encoder(accept)
         kind = "application/openmetrics-text" if "openmetrics" in content_type else _TEXT
         if source not in (None, DOOR):
@@ -75,7 +77,7 @@ class FleetMetrics:
         return _merged(texts, openmetrics=kind != _TEXT).encode(), content_type
 
     def scraped(self, accept: str, replica: str | None = None) -> list[tuple[str, str]]:
-        """(replica, text) of those that answer, or of one."""
+        """Return (replica, text) of each replica that answers, or of one."""
         assert self._loop is not None
         asked = asyncio.run_coroutine_threadsafe(self._scrape(accept, replica), self._loop)
         return asked.result(SCRAPE_SECONDS + 2)
@@ -87,7 +89,9 @@ class FleetMetrics:
             try:
                 async with asyncio.timeout(SCRAPE_SECONDS):
                     return replica, await call.remote(accept, to=replica)
-            except Exception:  # it is lost, or does not answer: its age and its absence say so
+            except (
+                Exception
+            ):  # it is lost or does not answer: its absence and the age of its report show that
                 return None
 
         found = await asyncio.gather(
@@ -109,7 +113,7 @@ class _Everything(Collector):
 
 
 class _Door(Collector):
-    """Collector of the door's own numbers, which are read at each scrape."""
+    """Collector of the door's own numbers, read at each scrape."""
 
     def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
         self._members = members
@@ -180,8 +184,8 @@ class _Door(Collector):
 
 
 def _merged(texts: list[tuple[str, str]], *, openmetrics: bool) -> str:
-    """Scrapes as one: the format wants each metric's samples in one group. A text whose replica is "" has its
-    labels already."""
+    """Merge scrapes, because the format requires each metric's samples in one group. A text whose replica is
+    "" has its labels already."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for replica, text in texts:

@@ -1,4 +1,5 @@
-"""A Serve request router that sends each call where its caller says: routing is the door's business."""
+"""A Serve request router that sends each call to the replica that its caller names, because the door does the
+routing."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ ROUTER_PATH = f"{__name__}:ObeyingRouter"
 
 
 class ObeyingRouter(RequestRouter):  # type: ignore[misc] # Ray has no types for it
-    """Takes the replica that the keyword ``to`` names; any, if it names none.
+    """Chooses the replica that the keyword ``to`` names, or any replica without it.
 
-    Ray sends this class by value, with copies of the module's own variables: state has to be elsewhere."""
+    Ray sends this class by value, with copies of the module's variables, so state must be elsewhere.
+    """
 
     def update_replicas(self, replicas: list[Any]) -> None:
         super().update_replicas(replicas)
