@@ -85,7 +85,7 @@ def parse_bytes(value: int | str, *, field: str) -> int:
 
 
 def format_bytes(value: float) -> str:
-    """Return bytes as people read them: 1536 is "1.5 KiB"."""
+    """Return the bytes as people read them: 1536 is "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

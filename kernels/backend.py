@@ -81,7 +81,8 @@ class Backend(Protocol):
         """
 
     def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """The same with GELU in its approximation by tanh: Hendrycks & Gimpel, 2016, arXiv:1606.08415."""
+        """Return the same with GELU in its approximation by tanh: Hendrycks & Gimpel, 2016,
+        arXiv:1606.08415."""
 
     def soft_cap_(self, x: Tensor, cap: float) -> None:
         """``cap * tanh(x / cap)`` in place; ``x`` [N, size], contiguous."""

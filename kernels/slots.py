@@ -87,7 +87,7 @@ class SlotMemory:
             self.device_table = torch.zeros_like(self.table, device=memory.device)
 
     def floats(self, dtype: torch.dtype) -> Tensor:
-        """The memory as elements of ``dtype`` if it is int8, else unchanged."""
+        """Return the memory as elements of ``dtype`` if it is int8, else unchanged."""
         if not self.int8:
             return self.memory
         return self.memory[: len(self.memory) // dtype.itemsize * dtype.itemsize].view(dtype)

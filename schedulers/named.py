@@ -18,7 +18,7 @@ Supply = Mapping[str, Callable[[], Any]]
 
 
 def parse_named(what: str, token: str, known: Collection[str]) -> tuple[str, dict[str, Any]]:
-    """ "gdsf:x=1,y=2" -> ("gdsf", {"x": "1", "y": "2"}); "module:Class:x=1" likewise.
+    """Parse "gdsf:x=1,y=2" to ("gdsf", {"x": "1", "y": "2"}); "module:Class:x=1" likewise.
 
     Raises ValueError, which begins with ``what``, for an option without a value."""
     name, _, rest = token.strip().partition(":")

@@ -2,8 +2,8 @@
 
 A policy is asked once before every model step. It looks at a :class:`SchedulerView` and returns a
 :class:`Decision`: which requests to admit, which adapters to place in slots, which to prefetch into the CPU
-cache, and which requests to preempt. The engine's core checks every item, refuses what would break an
-invariant, clamps to the budgets, and carries the rest out; a policy can be wrong but cannot do harm.
+cache, and which requests to preempt. The engine's core checks every item, refuses those that would break an
+invariant, keeps to the budgets, and carries out the rest. So a policy can be wrong but cannot do harm.
 
 This module, like all of ``aioengine.schedulers``, is pure Python: no torch, no engine, no clock.
 """
@@ -23,8 +23,8 @@ were written for version 1 run unchanged."""
 
 
 class SlotState(StrEnum):
-    """FREE: empty. LOADING: being written. READY: usable. DRAINING: usable by those who run in it now,
-    closed to new ones, and free when they have ended."""
+    """FREE: empty. LOADING: being written. READY: usable. DRAINING: usable by the requests that run in it
+    now, closed to new ones, and free when these have ended."""
 
     FREE = "FREE"
     LOADING = "LOADING"
@@ -48,8 +48,8 @@ class RequestView(Protocol):
     def request_id(self) -> str: ...
     @property
     def adapter(self) -> str | None:
-        """The adapter's name; None for the base model. A version that has been replaced, and only
-        finishes what it had accepted, is called "name@version"."""
+        """The adapter's name; None for the base model. A version that has been replaced, and only finishes
+        its accepted requests, is called "name@version"."""
 
     @property
     def arrival(self) -> float:
@@ -83,9 +83,9 @@ class RequestView(Protocol):
 
     @property
     def cached_tokens(self) -> int:
-        """While it waits: prompt tokens that the prefix cache would save if it were admitted now (0 while its
-        adapter has never been read). The first look at a prompt costs as much as hashing it. After admission:
-        those that the cache has saved."""
+        """For a waiting request: prompt tokens that the prefix cache would save if it were admitted now (0 if
+        its adapter has never been read). The first access costs as much as hashing the prompt. After
+        admission: the tokens that the cache has saved."""
 
 
 class SlotView(Protocol):
@@ -154,36 +154,38 @@ class CostsView(Protocol):
     """
 
     def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
-        """A step in which ``tokens`` requests generate a token each.
+        """Return the seconds of a step in which ``tokens`` requests generate a token each.
 
         Args:
             ranks: The rank of each distinct adapter in the step; the tokens are spread evenly over them.
                 Empty: all are the base model's.
-            context: Tokens before it whose keys and values each of them reads.
+            context: Number of earlier tokens whose keys and values each token reads.
         """
 
     def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
-        """All steps that it takes to compute ``tokens`` of a prompt, alone, after ``cached`` that are there.
+        """Return the seconds of all steps that compute ``tokens`` of a prompt, alone, after ``cached``
+        tokens.
 
         Args:
-            rank: Of its adapter; 0: the base model.
+            rank: Rank of its adapter; 0: the base model.
         """
 
     def load(self, adapter: str, stage: Literal["disk", "slot"]) -> float | None:
-        """Moving an adapter from disk to the CPU ("disk"), or from the CPU into a slot ("slot"), with the
-        stage to itself. In the engine: what it took last, else what others took on average."""
+        """Return the seconds to move an adapter from disk to the CPU ("disk"), or from the CPU into a slot
+        ("slot"), without other moves at the same time. In the engine: the last measured time, else the
+        average of other adapters."""
 
 
 class MemoryView(Protocol):
     """The memory of the slots, in bytes.
 
-    Where slots share one memory (``elastic``), an adapter takes what its own ranks and modules take. Else
-    every slot has a place of one size, and an adapter takes that. Memory that is free in several holes can be
-    had whole: idle adapters are moved for that.
+    Where slots share one memory (``elastic``), an adapter takes only as much as its own ranks and modules
+    need. Otherwise every slot has the same size, and an adapter takes a whole slot. Free memory in several
+    holes can be joined: idle adapters are moved for that.
 
-    Where they share it with the KV cache, too (``shared``), ``total`` is the most that adapters can have, and
-    ``free`` counts the KV blocks that can be theirs without a request being preempted, cached prefixes
-    included. What is worth more is the policy's to say: see ``Decision.evict``.
+    Where they share it with the KV cache, too (``shared``), ``total`` is the maximum for adapters, and
+    ``free`` counts the KV blocks that adapters can get without a preemption, cached prefixes included. The
+    policy decides which of both is worth more: see ``Decision.evict``.
     """
 
     @property
@@ -194,7 +196,7 @@ class MemoryView(Protocol):
     def free(self) -> int: ...
     @property
     def largest_hole(self) -> int:
-        """The largest adapter that can be placed without another leaving or moving."""
+        """Bytes of the largest adapter that can be placed without an eviction or a move."""
 
     @property
     def evictable(self) -> int:
@@ -210,18 +212,17 @@ class MemoryView(Protocol):
 
     @property
     def blocks(self) -> int:
-        """KV blocks that there are now, in use or not."""
+        """Present number of KV blocks, in use or not."""
 
     @property
     def cached_blocks(self) -> int:
-        """Those of them that no request uses and whose contents may be found again, as a prompt's prefix."""
+        """Number of KV blocks that no request uses, but that may be found again as a prompt's prefix."""
 
     def reload_seconds(self, adapter: str) -> float | None:
-        """What it would cost to bring an adapter back into a slot, from the CPU; None: not known yet."""
+        """Return the seconds to bring an adapter back into a slot from the CPU; None: not known yet."""
 
     def prefill_seconds(self, blocks: int) -> float | None:
-        """What it would cost to compute the contents of so many blocks of a prefix again; None: not known
-        yet."""
+        """Return the seconds to compute this many blocks of a prefix again; None: not known yet."""
 
     def bytes_of(self, adapter: str) -> int:
         """Return the bytes that an adapter takes in a slot; 0 if they are not known before it has been
@@ -244,7 +245,7 @@ class SchedulerView(Protocol):
         """All waiting requests in arrival order."""
 
     def waiting_for(self, adapter: str | None) -> WaitingView:
-        """The waiting requests of one adapter (None: of the base model) in arrival order."""
+        """Return the waiting requests of one adapter (None: of the base model) in arrival order."""
 
     @property
     def waiting_adapters(self) -> WaitingAdaptersView:
@@ -270,8 +271,8 @@ class SchedulerView(Protocol):
 
     @property
     def cpu_room(self) -> int:
-        """Adapters that the CPU cache can take without an eviction (the core can make more room by evicting).
-        Where its bytes are bounded, each is counted as large as the largest in it."""
+        """Number of adapters for which the CPU cache has room without an eviction (the core can make more
+        room by evicting). Where its bytes are bounded, each counts as large as the largest one in it."""
 
     @property
     def cpu_bytes_room(self) -> int | None:
@@ -305,8 +306,8 @@ class WaitingAdaptersView(Protocol):
 
 
 class Place(NamedTuple):
-    """Put an adapter into a slot: into this one, or (None) a free one, else the least recently used
-    idle one. If the adapter is not in the CPU cache yet, its load is started and no slot is taken."""
+    """Put an adapter into a slot. None: a free slot, else the least recently used idle one. If the adapter is
+    not in the CPU cache yet, its load is started and no slot is taken."""
 
     adapter: str
     slot: int | None = None
@@ -316,25 +317,27 @@ class Decision(NamedTuple):
     """A policy's answer. Every field may be empty; the core keeps to the given order."""
 
     admit: Sequence[str] = ()
-    """Request ids to start, in order; the rest of the batch (what already runs) goes on by itself."""
+    """Request ids to start, in order. Running requests continue without being named."""
     place: Sequence[Place] = ()
     prefetch: Sequence[str] = ()
     """Adapters to bring from disk to the CPU cache."""
     preempt: Sequence[str] = ()
     """Request ids to preempt; they lose their KV and wait again."""
     reject: Sequence[tuple[str, str]] = ()
-    """(request id, reason) of waiting requests to end with ``RequestRejected``. Only requests that never ran:
-    one that has delivered output is served to the end."""
+    """(request id, reason) of waiting requests to end with ``RequestRejected``. Only requests that never ran;
+    a request that has delivered output is served to its end."""
     merge: Sequence[str] = ()
     """Adapters to merge into the base model's weights. No engine has a merged mode yet: every item is
     refused."""
     evict: Sequence[str] = ()
-    """Adapters that may leave their slots for those in ``place``, the first first. As many leave as it takes,
-    and never one that is running, pinned or being copied. If these are too few, the core evicts the least
-    recently used adapters that no request waits for, and for a ``Place`` without a slot the others, too.
+    """Adapters that may leave their slots for those in ``place``, in this order. Only as many leave as
+    needed, and never one that is running, pinned or being copied. If these are too few, the core evicts the
+    least recently used adapters that no request waits for, and for a ``Place`` without a slot the others,
+    too.
 
-    Where adapters and the KV cache share one memory, these leave before any cached prefix does, be it for
-    ``place`` or for the blocks of a sequence; the core's own choice follows after cached prefixes."""
+    Where adapters and the KV cache share one memory, these leave before any cached prefix, for ``place`` as
+    well as for the blocks of a sequence. The adapters that the core itself chooses leave only after cached
+    prefixes."""
 
 
 class PolicyEvent(NamedTuple):
@@ -343,8 +346,8 @@ class PolicyEvent(NamedTuple):
     ``kind`` is one of: "request_added", "request_admitted", "request_preempted", "request_finished"
     (however it ended), "adapter_loaded" (it is on the CPU), "adapter_placed" (it is in a slot),
     "adapter_evicted" (it has left its slot), "adapter_dropped" (it has left the CPU cache),
-    "adapter_retired" (it was unloaded or replaced: it is called "name@version" from now on, and ``name``,
-    if there is such an adapter, is another).
+    "adapter_retired" (it was unloaded or replaced: it is called "name@version" from now on, and ``name`` is
+    the new version, if there is one).
     """
 
     kind: str
@@ -363,19 +366,19 @@ class SchedulerPolicy(ABC):
     starvation_bound: str = "none"
     """Text that says how long a request can wait while the engine makes progress."""
     source: str = ""
-    """The paper or project that it is from, in one line."""
+    """Its source, a paper or a project, in one line."""
 
     @abstractmethod
     def schedule(self, view: SchedulerView) -> Decision:
         """Decide the next step."""
 
     def quiet_until(self, view: SchedulerView) -> float:
-        """The time before which ``schedule`` would decide nothing again, if nothing happens but that running
-        requests get tokens. Asked after it has decided nothing; until then, or until something happens, it is
-        not called.
+        """Return the time until which ``schedule`` would return an empty decision again, if the only events
+        are that running requests get tokens. It is called after an empty decision. Until that time, or until
+        another event, ``schedule`` is not called.
 
-        By default ``schedule`` is called before every step, as it is for a class that overrides it and not
-        this.
+        By default ``schedule`` is called before every step. The same is true for a class that overrides
+        ``schedule`` and not this method.
         """
         return -inf
 
@@ -383,11 +386,11 @@ class SchedulerPolicy(ABC):
         """Called for every event, in order."""
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
-        """Order of eviction from the CPU cache, when room is needed there.
+        """Return the order of eviction from the CPU cache, when room is needed there.
 
-        Optional; asked only then, so it must be as fast as ``schedule``. All ``candidates`` may be evicted;
-        they come least recently used first. None is pinned, running, being read or copied, or needed by a
-        request that has waited longer than the one that needs the room. Candidates that the answer does not
-        name go last, in that order.
+        It is optional, and must be as fast as ``schedule``. All ``candidates`` may be evicted; they come
+        least recently used first. None is pinned, running, being read or copied, or needed by a request that
+        has waited longer than the one that needs the room. Candidates that are not in the answer are evicted
+        last, in that order.
         """
         return ()

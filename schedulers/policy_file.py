@@ -1,4 +1,4 @@
-"""Policies in files of their own, which need not be installed: "my_policy.py:MyPolicy"."""
+"""Policies in files that need not be installed: "my_policy.py:MyPolicy"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from aioengine.schedulers.nearest import nearest
 
 
 def import_file(path: str, attribute: str) -> Any:
-    """Return what the Python file defines under this name; ``path`` is relative to the working directory.
+    """Return the object that the Python file defines under this name; ``path`` is relative to the working
+    directory.
 
     The file is run once, and again when it has changed. Raises ImportError if there is none or it fails,
     AttributeError if it does not define the name.
@@ -36,7 +37,7 @@ def import_file(path: str, attribute: str) -> Any:
 
 
 def _module(path: Path) -> ModuleType:
-    # A name of its own: two files called policy.py are two modules, and neither hides an installed one.
+    # A unique name: two files called policy.py are two modules, and neither hides an installed one.
     name = f"_aioengine_policy_{blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
     try:
         status = path.stat()
@@ -51,7 +52,7 @@ def _module(path: Path) -> ModuleType:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     vars(module)["_aioengine_stamp"] = stamp
-    sys.modules[name] = module  # before it runs: annotations are looked up there
+    sys.modules[name] = module  # before it runs, because annotations are looked up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

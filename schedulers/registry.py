@@ -1,10 +1,10 @@
-"""Finding policies and parts by name, and building them with options.
+"""Finds policies and parts by name, and builds them with options.
 
 A policy is named by text: "fcfs", "vtc:input_weight=1,output_weight=2", "edf+gdsf+lookahead",
 "package.module:Class", "my_policy.py:MyPolicy" (a file, relative to the working directory); or by a table
 such as ``{"order": "edf", "replace": {"name": "gdsf"}, "max_wait": 2}``. Installed packages add to the
-built-in names through the entry point group ``aioengine.schedulers`` (whole policies, and parts, which are
-told apart by their base class).
+built-in names through the entry point group ``aioengine.schedulers`` (whole policies and parts, which differ
+by their base class).
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def compose(
     max_wait: float = 1.0,
     supply: Supply | None = None,
 ) -> Composed:
-    """Compose a policy of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or
-    as an instance. Left out: order fcfs, replace lru, prefetch lookahead (or what the order prefers),
+    """Compose a policy of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or as
+    an instance. Defaults: order fcfs, replace lru, prefetch lookahead (or the one that the order prefers),
     preempt none. Raises ValueError as :func:`load_policy` does.
     """
     supply = supply or {}
@@ -219,8 +219,8 @@ def _kind_of(text: str, name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _all_names(spec: str | None = None) -> set[str]:
-    """All that is installed; or the built-in names, if ``spec`` has no others: to look for packages takes
-    time."""
+    """Return all installed names, or only the built-in ones if ``spec`` has no others, because searching
+    packages takes time."""
     if spec is not None and all(token.strip().partition(":")[0] in _BUILT_IN for token in spec.split("+")):
         return _BUILT_IN
     return set(_installed("policy")).union(*(_installed(kind) for kind in KINDS))
@@ -230,7 +230,7 @@ def _all_names(spec: str | None = None) -> set[str]:
 
 
 def _target(kind: str, name: str) -> str | None:
-    """The class, as "module:Class", of this name and kind (or "policy"); None if there is none."""
+    """Return the class, as "module:Class", of this name and kind (or "policy"); None if there is none."""
     if ":" in name:
         return name
     if name in _BUILT_IN:
@@ -239,7 +239,7 @@ def _target(kind: str, name: str) -> str | None:
 
 
 def _installed(kind: str) -> dict[str, str]:
-    """Yield names and targets of a kind (or "policy"): the built-in ones, then those of entry points."""
+    """Yield the names and targets of a kind (or "policy"): the built-in ones, then those of entry points."""
     found = dict(_POLICIES if kind == "policy" else _PARTS[kind])
     base = SchedulerPolicy if kind == "policy" else KINDS[kind]
     for point in entry_points(group=ENTRY_POINT_GROUP):
@@ -247,7 +247,7 @@ def _installed(kind: str) -> dict[str, str]:
             try:
                 cls = _import(point.name, point.value)
             except ValueError:
-                continue  # somebody's broken package; whoever asks for it by name is told
+                continue  # a broken package; naming its policy raises the error
             if issubclass(cls, base):
                 found[point.name] = point.value
     return found

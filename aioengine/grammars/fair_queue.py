@@ -20,7 +20,7 @@ class FairQueue(Generic[T]):
         return bool(self._of)
 
     def count(self, tenant: str | None) -> int:
-        """Number of the tenant's waiting items."""
+        """Return the number of the tenant's waiting items."""
         return len(self._of.get(tenant, ()))
 
     def put(self, tenant: str | None, item: T) -> None:

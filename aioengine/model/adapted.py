@@ -26,7 +26,7 @@ class AdaptedLinears:
         """Whether the ranks exchange A's outputs."""
 
     def split_outputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
-        """The rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
+        """Return the rank's outputs of a linear that is split over its outputs: [T, in] -> [T, out]."""
         y = self._kernels.linear(x, linear.weight, linear.bias)
         if pool is not None and batch.segments:
             h = self._kernels.lora_shrink(x, pool, batch)
@@ -37,7 +37,8 @@ class AdaptedLinears:
         return y
 
     def split_inputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
-        """All outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T, out]."""
+        """Return all outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T,
+        out]."""
         y = self._kernels.linear(x, linear.weight, None if self._parallel else linear.bias)
         if pool is not None and batch.segments:
             h = self._kernels.lora_shrink(x, pool, batch)
@@ -52,7 +53,8 @@ class AdaptedLinears:
         pool: LoRAPool | None,
         batch: LoRABatch,
     ) -> Tensor:
-        """The embeddings [T, hidden] of ``token_ids`` [T]; ``weight`` begins with the token ``first``."""
+        """Return the embeddings [T, hidden] of ``token_ids`` [T]; ``weight`` begins with the token
+        ``first``."""
         absent: Tensor | None = None
         if self._parallel:
             token_ids = token_ids - first
@@ -94,7 +96,8 @@ class AdaptedLinears:
             self._kernels.lora_affine(y, pool, batch)
 
     def gather(self, h: Tensor, batch: LoRABatch) -> Tensor:
-        """All of A's outputs [T, n, width] from what this rank has of them: its rows of A come first."""
+        """Return all of A's outputs [T, n, width] from what this rank has of them: its rows of A come
+        first."""
         first, size = batch.segments[0].start, self._group.shard.size
         held = -(-max(segment.rank for segment in batch.segments) // size)
         # Row i of A is row i // size on rank i % size, so that the last axis becomes the rows' order.

@@ -1,4 +1,4 @@
-"""Large pieces of CPU memory that are cheap to touch for the first time."""
+"""Large pieces of CPU memory, on huge pages, so that the first access is cheap."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ class Arena:
         self._rest = Buffer(nbytes + count * _LINE).tensor
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """The next ``nbytes`` (> 0) as uint8, beginning at a cache line; zero as long as nobody wrote."""
+        """Return the next ``nbytes`` (> 0) as uint8, aligned to a cache line; they are zero until written."""
         taken, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // _LINE) * _LINE :]
         return taken

@@ -57,10 +57,11 @@ def not_covered(
 
 
 def check_int8_adapters(dtype: str, shard: Shard) -> None:
-    """Raises ConfigError where slots cannot be int8."""
+    """Raise ConfigError where slots cannot be int8."""
     if dtype == "float16":
         raise ConfigError(
-            "lora.lora_dtype='int8' beside dtype='float16': what A gives would be too small for float16, as "
+            "lora.lora_dtype='int8' with dtype='float16': A's outputs would be too small for float16, "
+            "because "
             "B is whole numbers; set dtype='bfloat16', or lora_dtype='auto'"
         )
     if shard.size > 1 and shard.fully_sharded:
@@ -91,10 +92,10 @@ def check_invariant(config: EngineConfig, found: str | None) -> None:
     if found is None:
         return
     if config.batch_invariant is True:
-        raise ConfigError(f"batch_invariant=True: {found}; set batch_invariant='auto' to go without")
+        raise ConfigError(f"batch_invariant=True: {found}; set batch_invariant='auto' to start without it")
     if config.speculation != "none":
         raise ConfigError(
-            f"speculation={config.speculation!r}: tokens would depend on what is proposed: {found}; set "
+            f"speculation={config.speculation!r}: tokens would depend on the proposals: {found}; set "
             "speculation='none'"
         )
 
@@ -102,8 +103,8 @@ def check_invariant(config: EngineConfig, found: str | None) -> None:
 def planned_variance(
     config: EngineConfig, spec: ModelSpec, *, device: str, dtype: str, lora_dtype: str
 ) -> str | None:
-    """The ``variance`` that an engine will have, with ``auto`` settings resolved to these; compiles and loads
-    nothing.
+    """Return the ``variance`` that an engine will have, with ``auto`` settings resolved to these; compiles
+    and loads nothing.
 
     Raises ConfigError if ``config`` demands that there is none.
     """

@@ -89,8 +89,8 @@ class DecodeSteps:
         return self._logits.nbytes + sum(step.nbytes for step in self._steps.values())
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
-        """The logits [N, vocab] of these sequences, valid until the next call; None if they are no decode
-        step of the recorded sizes."""
+        """Return the logits [N, vocab] of these sequences, valid until the next call; None if they are no
+        decode step of the recorded sizes."""
         if any(len(work.tokens) != 1 or not work.sample for work in sequences):
             return None
         step = next((step for size, step in self._steps.items() if size >= len(sequences)), None)

@@ -82,7 +82,7 @@ class _Memory:
             self._arena = Arena(nbytes, (len(spec.layer_modules) * spec.num_layers + 2))
 
     def matrix(self, *modules: tuple[int, str]) -> Weight:
-        """A weight of (layer, module)s that read the same input: theirs, one after the other."""
+        """Return a weight of (layer, module)s that read the same input: theirs, one after the other."""
         names = [self._spec.module_name(layer, module) for layer, module in modules]
         shapes = [self._spec.linear(_rows_of(module)) for _, module in modules]
         if not any(name in self._spec.packed for name in names):
@@ -118,7 +118,7 @@ class _Memory:
 
 
 def _rows_of(module: str) -> str:
-    """The linear of a module's shape as it is stored: an embedding is one row for each token."""
+    """Return the linear of a module's shape as it is stored: an embedding is one row for each token."""
     return "lm_head" if module == "embed_tokens" else module
 
 
@@ -203,7 +203,8 @@ class Decoder:
         """Bytes of the weights."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter that is not in blocks under its Hugging Face name, as a view of where it is stored.
+        """Return every parameter that is not in blocks under its Hugging Face name, as a view of where it is
+        stored.
 
         Views and :meth:`block_weights` cover the decoder's weights exactly once; a tied head appears as the
         embedding. To be called before they are packed.
@@ -229,7 +230,7 @@ class Decoder:
         return out
 
     def block_weights(self) -> dict[str, BlockWeight]:
-        """The weights that stay as the checkpoint has quantized them, by their Hugging Face names."""
+        """Return the weights that stay as the checkpoint has quantized them, by their Hugging Face names."""
         return {f"{name}.weight": w for name, w, _, _ in self._matrices() if isinstance(w, BlockWeight)}
 
     def _matrices(self) -> Iterator[tuple[str, Weight, int, int]]:
@@ -270,7 +271,7 @@ class Decoder:
         raise KeyError(module)
 
     def linear_weights(self) -> list[Tensor]:
-        """The plain weights, which :meth:`pack` rearranges; the head's may be the embedding's too."""
+        """Return the plain weights, which :meth:`pack` rearranges; the head's may be the embedding's too."""
         linears = [linear for layer in self.layers for linear in layer.linears.values()]
         weights = [linear.weight for linear in (*linears, self.head)]
         return [weight.data for weight in weights if isinstance(weight, PlainWeight)]
@@ -291,19 +292,19 @@ class Decoder:
             self.embed_tokens = pack(self.embed_tokens)
 
     def embed(self, inputs: StepInputs, slots: LoRASlots | None) -> Tensor:
-        """The hidden state [T, hidden] that the first layer gets."""
+        """Return the hidden state [T, hidden] that the first layer gets."""
         pool = slots.outer.get("embed_tokens") if slots else None
         first = self.partition.inputs("embed_tokens").start
         hidden = self.adapted.embed(inputs.token_ids, self.embed_tokens, first, pool, inputs.lora)
         return hidden if self._embedding_scale == 1 else hidden.mul_(self._embedding_scale)
 
     def forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> Tensor:
-        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
+        """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype, on every rank."""
         last = self.layers_forward(inputs, cache, slots)
         return self.logits(last, inputs.sample_rows, inputs.sample_lora, slots)
 
     def layers_forward(self, inputs: StepInputs, cache: KVCache, slots: LoRASlots | None) -> LastLayer:
-        """All layers, up to the last norm and the head."""
+        """Return all layers, up to the last norm and the head."""
         spec, plan, kernels = self.spec, inputs.attention, self.kernels
         rotations = list(zip(*self.ropes.cos_sin(plan.positions), strict=True))
         hidden = self.embed(inputs, slots)
@@ -354,14 +355,14 @@ class Decoder:
         return self.kernels.add_rms_norm(x, None, norm, spec.rms_norm_eps, offset=spec.norm_offset)
 
     def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None) -> Tensor:
-        """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the compute
-        dtype, on every rank."""
+        """Return the logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab] in the
+        compute dtype, on every rank."""
         x = self.normed(last, rows)
         head = slots.outer.get("lm_head") if slots else None
         return self.finish_logits(self.adapted.split_outputs(self.head, x, head, lora))
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
-        """The hidden states of the tokens ``rows`` [n] after the last norm: [n, hidden]."""
+        """Return the hidden states of the tokens ``rows`` [n] after the last norm: [n, hidden]."""
         hidden = last.hidden.index_select(0, rows)
         delta = None if last.delta is None else last.delta.index_select(0, rows)
         return self._sum(hidden, delta, self.norm)

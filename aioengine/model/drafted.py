@@ -13,7 +13,7 @@ Sample = Callable[[Tensor, Sequence[SequenceWork]], list[Sampled]]
 
 
 def sample_drafted(logits: Tensor, works: Sequence[SequenceWork], sample: Sample) -> list[list[Sampled]]:
-    """The tokens of each sequence, at least one.
+    """Return the tokens of each sequence, at least one.
 
     Rows without a constraint are sampled all at once. A constraint is asked again only when a proposed token
     was right: what it allows next depends on it, and it follows the output from token to token.
@@ -46,7 +46,7 @@ def sample_drafted(logits: Tensor, works: Sequence[SequenceWork], sample: Sample
 
 
 def _right(work: SequenceWork, tokens: Sequence[Sampled]) -> int:
-    """How many of ``work.draft`` ``tokens`` agree with, from the first on."""
+    """Return how many of ``work.draft`` ``tokens`` agree with, from the first on."""
     right = 0
     for proposed, token in zip(work.draft, tokens, strict=False):
         if token.token != proposed or token.late or token.error is not None:

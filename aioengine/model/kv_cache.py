@@ -20,8 +20,8 @@ class KVCache:
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
 
-    Each layer's blocks follow each other. In a ``memory`` that adapters share (uint8) it is the other way
-    round: all layers of a block do, and every block takes ``len(memory) / num_blocks`` bytes.
+    The blocks of each layer are adjacent. In a ``memory`` that adapters share (uint8), instead all layers of
+    a block are adjacent, and every block takes ``len(memory) / num_blocks`` bytes.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class KVCache:
         self.block_size = block_size
         self.int8 = int8
         self.shared_block_bytes = None if memory is None else len(memory) // num_blocks
-        """What each block takes of the memory that is shared with adapters; None: it is not."""
+        """Bytes of each block in the memory that adapters share; None: it is not shared."""
         extra = INT8_SCALE_BYTES if int8 else 0
         dtype = torch.int8 if int8 else dtype
         shapes = [
@@ -63,7 +63,7 @@ class KVCache:
 
     @property
     def block_stride_bytes(self) -> int:
-        """From one block of a layer to the next."""
+        """Bytes from one block of a layer to the next."""
         return self.k[0].stride(0) * self.k[0].itemsize
 
     @property

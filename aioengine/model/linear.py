@@ -17,7 +17,7 @@ class Linear:
     bias: Tensor | None
 
     def pack(self, pack: Callable[[Weight], Weight]) -> int:
-        """Store the weight in another form; what was a view of it no longer is.
+        """Store the weight in another form; earlier views of it are no longer valid.
 
         Returns how many bytes it takes more than before; below zero if it takes fewer.
         """

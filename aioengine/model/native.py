@@ -1,7 +1,7 @@
 """A decoder's step as one call into the compiled CPU library, for models and settings that it covers.
 
-The weights are packed, or quantized, in the place of what was loaded. The KV cache keeps its memory and gets
-a layout of the library's own inside each block. What the library does not cover runs as it would without it.
+The packed or quantized weights replace the loaded ones. The KV cache keeps its memory, and each block gets
+the library's layout. Operations that the library does not cover run without it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class NativeForward:
         )
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
+        """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         decoder = self._decoder
         logits = torch.empty(len(inputs.sample_rows), decoder.spec.vocab_size, dtype=decoder.dtype)
         self._run(inputs, logits)
@@ -252,7 +252,7 @@ def _plain(linear: Linear) -> Tensor:
 
 
 class _Segments:
-    """A LoRABatch as the library reads it."""
+    """A LoRABatch in the library's form."""
 
     def __init__(self, batch: LoRABatch) -> None:
         self._all, self._affine = segment_table(batch.segments), segment_table(batch.affine)

@@ -1,7 +1,7 @@
 """Repetition, presence and frequency penalties.
 
-Which tokens a request has seen is kept from step to step, so that a step costs what is new in it and not the
-length of the history.
+The tokens of each request are kept from step to step, so the cost of a step depends on its new tokens and not
+on the length of the history.
 """
 
 from __future__ import annotations
@@ -99,5 +99,5 @@ class Penalties:
 
 
 def _tensor(values: array[int] | array[float], dtype: torch.dtype) -> Tensor:
-    """A view, which must be gone before the array grows."""
+    """Return a view, which must be gone before the array grows."""
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

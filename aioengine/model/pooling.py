@@ -1,7 +1,6 @@
-"""From the last hidden states of a prompt to one vector: pooling, and an adapter's trained head.
+"""Turns the last hidden states of a prompt into one vector: pooling, and an adapter's trained head.
 
-Everything here is a sum over tokens, so a prompt that is computed in several steps adds up what each step
-gives.
+Everything here is a sum over tokens, so the parts of a prompt that is computed in several steps are added up.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Pooled(NamedTuple):
 
 
 def parse_pooling(data: bytes) -> Kind:
-    """Read sentence-transformers' pooling configuration. Raises ValueError for another mode than mean, last
-    token or first token, and for what is no such configuration."""
+    """Read sentence-transformers' pooling configuration. Raises ValueError if the mode is not mean, last
+    token or first token, and for content that is no such configuration."""
     try:
         fields = msgspec.json.decode(data, type=dict[str, object])
     except msgspec.MsgspecError as error:
@@ -96,8 +95,8 @@ def pool(
     Args:
         normed: The hidden states after the model's last norm of some of the step's tokens: [n, hidden].
         heads: By slot.
-        kinds: By slot: how its adapter pools, where it says so.
-        default: How the model does.
+        kinds: By slot: its adapter's pooling, if the adapter chooses one.
+        default: The model's pooling.
 
     Returns what each gives, by index.
     """

@@ -1,6 +1,6 @@
 """Rotary position embedding, RoFormer (Su et al., 2021), https://arxiv.org/abs/2104.09864, and scalings.
 
-Which dimensions are a pair is up to the kernels.
+The kernels decide which dimensions are a pair.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ropes:
 
 
 def inverse_frequencies(spec: RopeSpec, dim: int) -> Tensor:
-    """The rotation per position of each pair of ``dim`` dimensions, in radians: [dim / 2], float32."""
+    """Return the rotation per position of each pair of ``dim`` dimensions, in radians: [dim / 2], float32."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     if spec.type == "none":
         return torch.zeros_like(exponent)
@@ -56,7 +56,8 @@ def inverse_frequencies(spec: RopeSpec, dim: int) -> Tensor:
 
 
 def attention_scaling(spec: RopeSpec) -> float:
-    """The factor on cos and sin: 1, but for YaRN its attention temperature (section 3.4), and LongRoPE's."""
+    """Return the factor on cos and sin: 1, but for YaRN its attention temperature (section 3.4), and
+    LongRoPE's."""
     if spec.type not in ("yarn", "longrope"):
         return 1.0
     if spec.attention_factor is not None:
@@ -89,7 +90,7 @@ def _yarn(spec: RopeSpec, inv_freq: Tensor, dim: int) -> Tensor:
     """
 
     def dimension(turns: float) -> float:
-        """The (fractional) pair that makes this many turns within the original context."""
+        """Return the (fractional) pair that makes this many turns within the original context."""
         wavelength = spec.original_max_position / (turns * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(spec.theta))
 

@@ -305,8 +305,8 @@ class ModelRunner:
     def _logits(
         self, batch: StepBatch, scored: dict[int, list[TokenLogprob]], pooled: dict[int, Pooled]
     ) -> tuple[Tensor, list[int]]:
-        """The logits of the sequences that ask for tokens, a row for each token, and the indices of these
-        sequences. Fills in ``scored`` and ``pooled``."""
+        """Return the logits of the sequences that ask for tokens, a row for each token, and the indices of
+        these sequences. Fills in ``scored`` and ``pooled``."""
         pools = any(work.params.pooling is not None for work in batch.sequences)
         if self.decode_steps is not None and not pools:
             logits = self.decode_steps.run(batch.sequences, batch.slot_ranks)
@@ -355,7 +355,7 @@ class ModelRunner:
         return pool(batch.sequences, normed, heads, kinds, self.pooling)
 
     def _prepare(self, batch: StepBatch) -> tuple[StepInputs, list[int]]:
-        """The step's tensors, and the indices of the sequences that ask for a token."""
+        """Return the step's tensors, and the indices of the sequences that ask for a token."""
         token_ids: list[int] = []
         spans: list[Span] = []
         sample_rows: list[int] = []

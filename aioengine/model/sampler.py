@@ -43,7 +43,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
         logits: [N, vocab], any floating dtype; not modified.
         rows: the N sequences; uses ``params``, ``seed``, ``history``, ``prompt_len``, and ``draft``, which
             stands for tokens after the history.
-        penalties: The same for successive steps, so that what was seen is not counted anew.
+        penalties: The same for successive steps, so that earlier tokens are not counted again.
 
     Returns:
         N results in the same order. A row whose largest logit is NaN or infinite, or whose constraint
@@ -81,7 +81,7 @@ def sample(logits: Tensor, rows: Sequence[SequenceWork], penalties: Penalties | 
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
-    """The log-probability, in float32, of each of ``tokens`` (N of them) under its row of ``logits``
+    """Return the log-probability, in float32, of each of ``tokens`` (N of them) under its row of ``logits``
     [N, vocab], beside the ``most`` most likely tokens of the row."""
     table = logits.float().log_softmax(dim=-1)
     own = table.gather(1, _sent(torch.tensor(tokens), table)[:, None])[:, 0].tolist()
@@ -100,12 +100,12 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Tok
 
 
 def uniform(seed: int, index: int) -> float:
-    """The uniform number in [0, 1) of a request's ``index``-th output token; 53 random bits."""
+    """Return the uniform number in [0, 1) of a request's ``index``-th output token; 53 random bits."""
     return (_mix(_mix(seed & _MASK) + (index + 1) * _GAMMA) >> 11) * 2.0**-53
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """The first index of each row's largest value; a NaN counts as the largest.
+    """Return the first index of each row's largest value; a NaN counts as the largest.
 
     On a CPU torch finds the largest value of a row several times faster than where it is: so the block that
     it is in comes first.
@@ -133,7 +133,7 @@ def _choose(
     """Tokens of the rows that are not a plain argmax, and what became of their constraints, by index in
     ``changed``."""
     work = [rows[i] for i in changed]
-    # The one copy of the logits; what follows works in place, for fresh pages cost more than math.
+    # The only copy of the logits. Later operations work in place: new pages cost more than arithmetic.
     scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)
     penalties.apply(scores, work)
@@ -167,7 +167,7 @@ def _sent(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, places: Sequence[int]) -> Tensor:
-    """The rows ``places`` (ascending) of ``x``, or ``x`` itself if that is all of them."""
+    """Return the rows ``places`` (ascending) of ``x``, or ``x`` itself if that is all of them."""
     if len(places) == len(x):
         return x
     return x.index_select(0, _sent(torch.tensor(places), x))
@@ -217,7 +217,7 @@ def _apply_constraints(scores: Tensor, rows: Sequence[SequenceWork], *, alone: b
         best: list[float] = allowed.amax(dim=-1).tolist()
         for i, value in zip(places, best, strict=True):
             if not math.isfinite(value):
-                masks.failed[i] = "its constraint allows no token here"
+                masks.failed[i] = "its constraint allows no token at this place"
     for i in (*masks.failed, *masks.late):
         scores[i] = 0.0
     return masks
@@ -246,7 +246,7 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _mass(x: Tensor) -> Tensor:
-    """The sum of e^x of each row of ``x`` [N, vocab]: [N] float64.
+    """Return the sum of e^x of each row of ``x`` [N, vocab]: [N] float64.
 
     Block by block: torch adds up a row that is alone, and long, in as many parts as there are threads.
     """
@@ -308,7 +308,7 @@ def _draw_by_rank(x: Tensor, params: Sequence[SamplingParams], draws: Sequence[f
 
 
 def _kept(x: Tensor, values: Tensor, ends: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """How many of the most likely tokens each row keeps, and whether ``values`` suffice to know it.
+    """Return how many of the most likely tokens each row keeps, and whether ``values`` suffice to know it.
 
     ``values`` [N, width] are the row's largest of ``x``, descending; ``ends`` the running sums of
     their exponentials.

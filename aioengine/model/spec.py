@@ -202,7 +202,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_kv_heads * self.head_dim
 
     def linear(self, module: str) -> LinearShape:
-        """The shape of what LoRA can target, by its name in :data:`TARGETABLE_MODULES`.
+        """Return the shape of what LoRA can target, by its name in :data:`TARGETABLE_MODULES`.
 
         An embedding is a linear over one-hot tokens.
         """
@@ -222,7 +222,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         }[module]
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """The modules that slots hold if ``LoRAConfig.target_modules`` is ``asked``; None: the usual ones.
+        """Return the modules that slots hold if ``LoRAConfig.target_modules`` is ``asked``; None: the usual
+        ones.
 
         Raises :class:`ConfigError` for a name that this model does not have.
         """
@@ -248,7 +249,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return 1
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        """The linears of a layer with the modules that each fuses; those outside of layers: ``NO_LAYER``."""
+        """Return the linears of a layer with the modules that each fuses; those outside of layers:
+        ``NO_LAYER``."""
         return {name: (name,) for name in EMBEDDING_MODULES} if layer == NO_LAYER else self.layer_linears
 
     @property
@@ -276,7 +278,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return f"model.layers.{layer}.{block}.{module}"
 
     def find_module(self, name: str) -> tuple[int, str] | None:
-        """The (layer, module) that :meth:`module_name` gives this name, for any number of layers."""
+        """Return the (layer, module) that :meth:`module_name` gives this name, for any number of layers."""
         if name in _OUTER.values():
             return NO_LAYER, name.rpartition(".")[2]
         prefix, _, rest = name.partition("model.layers.")
@@ -288,7 +290,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return (layer, module) if name == self.module_name(layer, module) else None
 
     def packed_weights(self) -> Iterator[tuple[LinearShape, Packing]]:
-        """The weights of :attr:`packed`, with their shapes; an embedding's is that of a head."""
+        """Yield the weights of :attr:`packed`, with their shapes; an embedding's is that of a head."""
         for name, packing in self.packed.items():
             module = name.rpartition(".")[2]
             shape = self.linear("lm_head" if module == "embed_tokens" else module)

@@ -66,7 +66,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         self.reason = detail.message[:200]
 
     def fields(self) -> dict[str, Any]:
-        """The known fields, for a structured log."""
+        """Return the known fields, for a structured log."""
         return {
             name: round(value, 6) if isinstance(value, float) else value
             for name in _LOGGED

@@ -278,7 +278,7 @@ def create_app(
     *,
     tracer_provider: TracerProvider | None = None,
 ) -> ServerApp:
-    """An OpenAI-compatible ASGI application that serves ``engine``.
+    """Return an OpenAI-compatible ASGI application that serves ``engine``.
 
     Mount it under any prefix, or run it by itself. The caller keeps owning the engine, and starts and stops
     it; both must be on the same event loop. Logging is not configured: each request is one record of the

@@ -177,7 +177,7 @@ class Context:
         return await self.engine.text_work.run(size, lambda: [encode(*pair) for pair in pairs], owner)
 
     async def label_names(self) -> list[str]:
-        """The model's ``id2label``; empty if it has none."""
+        """Return the model's ``id2label``; empty if it has none."""
         if self._label_names is None:
             path = self.engine.model_path
             self._label_names = await self.engine.text_work.run(SHORT + 1, lambda: read_label_names(path))

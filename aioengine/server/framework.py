@@ -48,7 +48,7 @@ class JsonRequest(Request[Any, Any, Any]):
     _unread: bytes | None = None
 
     async def body(self) -> bytes:
-        """The body, until :meth:`json` has decoded it."""
+        """Return the body, until :meth:`json` has decoded it."""
         if self._unread is None:
             self._unread = await _body(self.receive)
         return self._unread

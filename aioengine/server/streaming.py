@@ -47,7 +47,7 @@ class ReplyOptions(NamedTuple):
         return cls(fields.model, usage, continuous, bool(fields.return_token_ids), fields.prompt_logprobs)
 
     def usage_so_far(self, output: RequestOutput) -> Usage | None:
-        """A choice's usage so far, if each chunk should report it."""
+        """Return a choice's usage so far, if each chunk should report it."""
         if not self.continuous_usage:
             return None
         prompt, answer = output.prompt_tokens, output.output_tokens
@@ -80,7 +80,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(data: bytes, name: str | None = None) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return b"data: %b\n\n" % data if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), data)
 
 
@@ -169,7 +169,7 @@ class GenerationResponse:
 
 
 def _numbers(output: RequestOutput, logprobs: Sequence[TokenLogprob] | None) -> int:
-    """How many numbers an output has: those of ``logprobs``, or values of a vector."""
+    """Return how many numbers an output has: those of ``logprobs``, or values of a vector."""
     if logprobs:
         return len(logprobs) * (1 + len(logprobs[-1].top))
     return len(output.pooled or ())

@@ -73,7 +73,7 @@ class PackedBlocks:
         return self.gather(torch.arange(begin, end))
 
     def gather(self, indices: Tensor) -> Tensor:
-        """The rows ``indices`` [T] (int64): [T, k]."""
+        """Return the rows ``indices`` [T] (int64): [T, k]."""
         out = torch.empty(len(indices), self.k, dtype=self.dtype)
         load().aio_expand_rows(
             *(is_bf16(out), self.struct, indices.data_ptr(), out.data_ptr(), len(indices), self.k, threads())

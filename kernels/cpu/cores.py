@@ -39,11 +39,12 @@ class Cores(NamedTuple):
         return max(1, math.floor(min(self.quota, self.physical)))
 
     def chosen(self, asked: int) -> int:
-        """The number of threads where torch has ``asked`` of them: that, unless it is torch's default."""
+        """Return the number of threads where torch has ``asked`` of them: that, unless it is torch's
+        default."""
         return asked if ENV in os.environ or asked != self.logical else self.threads
 
     def complaint(self, asked: int) -> str | None:
-        """What to tell a user whose torch has more threads than the quota allows."""
+        """Return what to tell a user whose torch has more threads than the quota allows."""
         if asked <= self.quota:
             return None
         enough = max(1, math.floor(self.quota))
@@ -57,12 +58,13 @@ class Cores(NamedTuple):
 
 @functools.cache
 def cores() -> Cores:
-    """What this process may compute on, found out once."""
+    """Return what this process may compute on, found out once."""
     return find_cores(_affinity())
 
 
 def find_cores(processors: Iterable[int], root: Path = Path("/")) -> Cores:
-    """The cores and the quota for these processors, as the files below ``root`` say; see :class:`Cores`."""
+    """Return the cores and the quota for these processors, as the files below ``root`` say; see
+    :class:`Cores`."""
     numbers = list(processors)
     siblings = {
         _read(root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") or str(number)

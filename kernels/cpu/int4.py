@@ -86,7 +86,7 @@ class Int4Weight:
         return self.gather(torch.arange(begin, end))
 
     def gather(self, indices: Tensor) -> Tensor:
-        """The rows ``indices`` [T] (int64): [T, k]."""
+        """Return the rows ``indices`` [T] (int64): [T, k]."""
         out = torch.empty(len(indices), self.k, dtype=self.dtype)
         load().aio_dequantize_int4(
             *(is_bf16(out), self.data.data_ptr(), self.scale.data_ptr(), indices.data_ptr(), out.data_ptr()),

@@ -46,7 +46,7 @@ class PackedWeight:
         return out
 
     def gather(self, indices: Tensor) -> Tensor:
-        """The rows ``indices`` [T] (int64): [T, k]."""
+        """Return the rows ``indices`` [T] (int64): [T, k]."""
         out = torch.empty(len(indices), self.k, dtype=self.data.dtype)
         load().aio_gather(
             *(is_bf16(self.data), self.data.data_ptr(), indices.data_ptr(), out.data_ptr()),

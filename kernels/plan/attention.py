@@ -72,6 +72,7 @@ class AttentionPlan(Derivable):
 
 
 def locate(tables: Tensor, block_size: int, sequence: Tensor, positions: Tensor) -> Tensor:
-    """The cells of ``positions`` in the sequences of these indices (broadcast), whose tables are the rows."""
+    """Return the cells of ``positions`` in the sequences of these indices (broadcast), whose tables are the
+    rows."""
     block = tables[sequence, positions // block_size].long()
     return block * block_size + positions % block_size

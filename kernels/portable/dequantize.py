@@ -34,7 +34,7 @@ def codes(format: str, data: Tensor) -> Tensor:
 
 
 def _half(block: Tensor, at: int) -> Tensor:
-    """A float16 at a byte of each block: [blocks, 1]."""
+    """Return a float16 at a byte of each block: [blocks, 1]."""
     return block[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
@@ -81,7 +81,7 @@ def _q3_k(block: Tensor) -> Tensor:
 
 
 def _scales_and_minima(block: Tensor) -> tuple[Tensor, Tensor]:
-    """The eight scales and minima of q4_k and q5_k, of six bits each in twelve bytes."""
+    """Return the eight scales and minima of q4_k and q5_k, of six bits each in twelve bytes."""
     a, b, c = block[:, 4:8], block[:, 8:12], block[:, 12:16]
     scale = torch.cat((a & 63, (c & 15) | ((a >> 2) & 48)), 1)
     minimum = torch.cat((b & 63, (c >> 4) | ((b >> 2) & 48)), 1)

@@ -49,7 +49,7 @@ class TilePlan:
         return self._table("all", length)
 
     def affine_tiles(self, length: int) -> Tensor:
-        """The same of ``batch.affine``."""
+        """Return the same of ``batch.affine``."""
         return self._table("affine", length)
 
     def _table(self, name: str, length: int) -> Tensor:

@@ -86,7 +86,7 @@ def build() -> models.Dashboard:
 
 
 def _label_variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
-    """A choice of any number of a label's values, all of them to begin with."""
+    """Return a choice of any number of a label's values, all of them to begin with."""
     return (
         dashboard.QueryVariable(name)
         .label(label)

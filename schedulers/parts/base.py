@@ -1,12 +1,12 @@
-"""The four dimensions of a composed policy, each a small class that can be varied alone.
+"""The four parts of a composed policy, each a small class that can be replaced separately.
 
 - :class:`Ordering`: which request goes first.
 - :class:`Replacement`: which idle adapter gives up its slot, and which one leaves the CPU cache.
 - :class:`Prefetch`: which adapters to bring from disk to the CPU.
 - :class:`Preemption`: which requests leave the batch.
 
-:mod:`aioengine.schedulers.parts.compose` puts them together. Parts may keep state, fed by ``on_event``; they
-must not assume that what they proposed was carried out (the events say what was).
+:mod:`aioengine.schedulers.parts.compose` puts them together. Parts may keep state, which ``on_event``
+updates. They must not assume that their proposals were carried out; the events say which were.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Part(ABC):  # noqa: B024 - its children have the abstract methods
     """Base of the parts."""
 
     source: str = ""
-    """The paper or project that it comes from, in one line."""
+    """Its source, a paper or a project, in one line."""
 
     def on_event(self, event: PolicyEvent) -> None:  # noqa: B027 - optional hook
         """Called for every event, in order."""
@@ -56,19 +56,20 @@ class Ordering(Part):
     """Time, in units of ``max_wait``, that an adapter keeps its slot before the slot may be closed. Without
     it, an overload, in which all requests have waited long, would close slots as soon as they are filled."""
     fill_within: float = 1.0
-    """A closed slot admits what generates at most so many times the tokens that its longest running request
-    has left. Above 1 it can be kept busy for ever."""
+    """A closed slot admits requests that generate at most this many times the remaining tokens of its longest
+    running request. Above 1 the slot can be kept busy for ever."""
 
     sharing: Literal["none", "one", "equal"] = "none"
-    """Guarantee for each of several tenants: nothing; one sequence and one slot, for which other tenants'
-    requests are preempted; or equal shares of both, which take precedence over the ordering."""
+    """Guarantee for each of several tenants. "none": nothing. "one": one sequence and one slot, for which
+    other tenants' requests are preempted. "equal": equal shares of both, which take precedence over the
+    ordering."""
 
     by_events: bool = False
-    """Whether what goes first changes only with events, and not with time or with running requests' tokens.
-    It must be said by the class itself, and is not inherited."""
+    """Whether the order changes only with events, and not with time or with running requests' tokens. Each
+    class must declare it itself; it is not inherited."""
 
     default_prefetch: str = "lookahead"
-    """The prefetch to use with it if none is named."""
+    """The prefetch for this ordering if none is named."""
 
     @abstractmethod
     def key(self, request: RequestView, view: SchedulerView) -> Any:
@@ -84,7 +85,8 @@ class Ordering(Part):
         return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
 
     def may_go_first(self, request: RequestView) -> bool:
-        """Whether a request whose tenant has none running may go before all; for ``sharing`` "one"."""
+        """Whether a request may go before all others if its tenant has no running request; for ``sharing``
+        "one"."""
         return True
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
@@ -101,7 +103,7 @@ class Replacement(Part):
         """Value of keeping ``adapter`` in ``slot``; the lowest is evicted first."""
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
-        """Value of keeping it in the CPU cache; by default, the time of its last use."""
+        """Value of keeping ``adapter`` in the CPU cache; by default, the time of its last use."""
         return adapter.last_used
 
 

@@ -1,4 +1,4 @@
-"""Tracks requests by client: what each waits for and since when, and what it runs."""
+"""Tracks the waiting and running requests of each client."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Clients:
     def __init__(self, client_of: Callable[[RequestView], Hashable]) -> None:
         self._client_of = client_of
         self._stale = True
-        """Something is not known, such as what happened before this was made."""
+        """Whether the state is incomplete, for example because this object was made late."""
         self._count = 0
         self._clear()
 
@@ -209,7 +209,7 @@ class Clients:
                 self._happened(event.kind, request)
             elif event.kind == "adapter_retired":
                 self._rename(event.was, event.adapter)
-        except (KeyError, ValueError):  # of something that happened before, nothing was said
+        except (KeyError, ValueError):  # this object missed an earlier event
             self._stale = True
 
     def sync(self, view: SchedulerView) -> None:
@@ -322,7 +322,7 @@ class Clients:
         self._waiting_for.setdefault(adapter, {})[client] = None
 
     def _take_out(self, clients: Iterable[Client]) -> list[tuple[Client, int, int]]:
-        """Take these clients out of the orders that a change of theirs would upset. What it returns is for
+        """Take these clients out of the sorted orders before they change. Pass the result to
         :meth:`_put_back`."""
         moving = [(client, len(client.running), client.held) for client in dict.fromkeys(clients)]
         for client, _, held in moving:

@@ -1,4 +1,4 @@
-"""Policies put together from parts: ``compose(order="edf", replace="gdsf")``, or "edf+gdsf" as text."""
+"""Policies composed of parts: ``compose(order="edf", replace="gdsf")``, or "edf+gdsf" as text."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from aioengine.schedulers.policy import (
 )
 
 SCAN_LIMIT = 256
-"""Maximum cold adapters that one decision examines; the rest follow when these have moved."""
+"""Maximum number of cold adapters that one decision examines; later decisions examine the rest."""
 SLOT_BOUND = (
     "for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras older "
     "adapters that wait too, and once more"
 )
 EARLY = 1e-6
-"""Seconds by which a policy has itself asked before its time: sums of times are rounded."""
+"""Seconds by which a policy is asked before its time, because sums of times are rounded."""
 SOON = 16
-"""How many requests are admitted before one is not yet urgent."""
+"""Number of requests in the queue beyond which a request is not yet urgent."""
 FILL_LIMIT = 32
 """Maximum waiting requests of a closed slot that one decision examines."""
 
@@ -39,12 +39,11 @@ class Composed(SchedulerPolicy):
     """A policy composed of four parts, with ageing.
 
     Requests whose adapter is in no slot are skipped, not waited for; the others are admitted in the
-    ordering's order. A cold adapter gets a free slot, or an idle one that nobody waits for, chosen by
-    the replacement. If there is none for ``max_wait`` seconds, an idle slot that only later requests
-    wait for is taken, else the busy slot that will be free soonest (the fewest tokens left to
-    generate) is closed: it finishes what runs in it, admits only what ends before that does, and then
-    goes to the adapter that has waited longest. A slot is not closed within 2 ``max_wait`` after it was
-    filled.
+    ordering's order. A cold adapter gets a free slot, or an idle one that no request waits for, chosen by the
+    replacement. If there is none for ``max_wait`` seconds, it gets an idle slot that only later requests wait
+    for. Otherwise the busy slot that will be free soonest (with the fewest tokens left to generate) is
+    closed: its running requests finish, it admits only requests that end before these, and then it goes to
+    the adapter that has waited longest. A slot is not closed within 2 ``max_wait`` after it was filled.
 
     Args:
         order, replace, prefetch, preempt: The parts.
@@ -74,8 +73,8 @@ class Composed(SchedulerPolicy):
         parts = (order, prefetch, preempt)
         self._by_events = all(vars(type(part)).get("by_events", False) for part in parts)
         self._refused: dict[str, int] = {}
-        """How often, one decision after the other, each adapter was placed before: it is placed again only if
-        the core had no room for it."""
+        """Number of consecutive decisions that placed each adapter; it is placed again only if the core had
+        no room for it."""
         self._close_after = max_wait if order.close_after is None else order.close_after
         if self._close_after == inf:
             self.starvation_bound = "none"
@@ -118,7 +117,7 @@ class Composed(SchedulerPolicy):
         )
 
     def _schedule_shared(self, view: SchedulerView, shares: Shares) -> Decision:
-        """The decision where several tenants have requests."""
+        """Make the decision when several tenants have requests."""
         settling = self._settling(view)
         place, read, closed, preempt, evict, cold = shares.assign_slots(view, self.replace, settling)
         room = view.free_seqs + len(preempt)
@@ -138,8 +137,8 @@ class Composed(SchedulerPolicy):
         )
 
     def quiet_until(self, view: SchedulerView) -> float:
-        """Return the time until which a decision holds if nothing happens: until an adapter has been waited
-        for, or has been in its slot, long enough."""
+        """Return the time until which a decision holds without events: until an adapter has been waited for,
+        or has been in its slot, long enough."""
         if not self._by_events:
             return -inf
         if view.waiting_adapters and self._shares is not None and self._shares.clients.several:
@@ -211,21 +210,21 @@ class Composed(SchedulerPolicy):
                 may_take = may_close = False
             if not pool.has_any(oldest, may_take=may_take, may_close=may_close):
                 if waited >= self.max_wait or not may_take:
-                    break  # those after it have waited less: there is nothing for them either
+                    break  # later ones have waited less, so they get no slot either
                 continue
             location = adapter.location
-            # What the last decision placed, and is as cold as before, found no room.
+            # The last decision placed these adapters; they are still cold, because there was no room.
             refused = self._refused.get(name, 0) if location is Location.CPU and may_close else 0
             if location is Location.CPU and not refused and (way := pool.take_unwanted(name)) is not None:
                 assert way.place is not None
                 place.append(way.place)
                 evict += way.evict
             elif location is Location.DISK and view.cpu_room > 0 and lacking(view, adapter) <= 0:
-                # It can be read without anybody making way, and is if there will be a slot for it.
+                # There is room in the CPU cache: read it if there will be a slot for it.
                 if len(read) < load_room and pool.has_idle(oldest if may_take else None):
                     read.append(name)
             elif location is not Location.LOADING:
-                # On disk, and the cache is full: the core finds what may leave it, if anything may.
+                # On disk, and the cache is full: the core evicts from it, if possible.
                 if location is Location.DISK and len(read) < load_room:
                     read += [name] if pool.has_idle(oldest if may_take else None) else []
                 way = pool.make_way(adapter, oldest, take=may_take, close=may_close, refused=refused)
@@ -266,10 +265,11 @@ def _fill(
 
 
 def _soon(view: SchedulerView) -> float:
-    """Arrival of the last request that is to be admitted soon, of those whose adapters are in slots.
+    """Return the arrival of the last request that will be admitted soon, of those with adapters in slots.
 
-    Where many adapters share a memory, more of them are idle than can run. If one of them left for a request
-    that is further back, that would only be the first of two copies."""
+    Where many adapters share a memory, more of them are idle than can run. If an adapter that is needed soon
+    left for a later request, it would only have to be copied again.
+    """
     count = 0
     for request in islice(view.waiting, FILL_LIMIT * 2):
         name = request.adapter

@@ -13,15 +13,15 @@ from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 
 class FixedKeyOrdering(Ordering):
-    """Smallest ``fixed_key`` first, equal ones in order of arrival. The cost of a decision grows with what it
-    admits, because the waiting requests are kept sorted."""
+    """Smallest ``fixed_key`` first, equal ones in order of arrival. The waiting requests are kept sorted, so
+    the cost of a decision grows only with the number of admitted requests."""
 
     def __init__(self) -> None:
         self._index = WaitingIndex(self.fixed_key)
 
     @abstractmethod
     def fixed_key(self, request: RequestView) -> Any:
-        """Must not change while the request waits."""
+        """Return the sort key, which must not change while the request waits."""
 
     def key(self, request: RequestView, view: SchedulerView) -> Any:
         return self.fixed_key(request)

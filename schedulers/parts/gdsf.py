@@ -22,8 +22,8 @@ class GreedyDual:
     """Values of the adapters in one place: H = L + max(1, uses since it came) * worth, with L as of its last
     use.
 
-    L rises to the H of an evicted adapter, if it was scored since its last use. One that was evicted for
-    another reason (its slot was closed for a request that has waited too long) says nothing about worth.
+    L rises to the H of an evicted adapter, if it was scored since its last use. An adapter that was evicted
+    for another reason (its slot was closed for a request that has waited too long) does not change L.
     """
 
     def __init__(self) -> None:
@@ -62,19 +62,19 @@ class GreedyDual:
 class GDSF(Replacement):
     """Frequency times load cost over size, plus an inflation term that lets unused adapters go.
 
-    H = L + frequency * cost / size, with L as of the adapter's last use. The lowest H goes, and L rises
-    to it, so that those used since then are ahead of those that were not. Slots and CPU cache each have
-    their own L and their own frequencies.
+    H = L + frequency * cost / size, with L as of the adapter's last use. The adapter with the lowest H is
+    evicted, and L rises to this H. So adapters that are used later have a higher H than unused ones. Slots
+    and CPU cache each have their own L and their own frequencies.
 
-    - frequency: requests admitted since the adapter came there, at least 1.
+    - frequency: requests admitted since the adapter came to this place, at least 1.
     - cost: measured seconds of its last copy into a slot; plus those of its last read from disk while
       the CPU cache is full, since there it would be among the first to be dropped. In the CPU cache: the
       seconds of its last read.
     - size: MiB in the CPU cache, else its rank.
 
     Args:
-        cost: "seconds", as above, or "one": every load costs the same, which aims at few loads rather
-            than at little time spent loading.
+        cost: "seconds", as above, or "one": every load costs the same, which minimizes the number of loads
+            instead of their time.
     """
 
     source = "Cherkasova 1998, Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching"

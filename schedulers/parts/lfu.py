@@ -17,8 +17,8 @@ MAX_NAMES = 16384
 class DecayedCounts:
     """Counts of names, in which each count weighs half as much after ``half_life`` seconds.
 
-    What is kept is log2(sum of 2^(t_i / half_life)) over the times t_i. As all counts fade at the same
-    rate, this need not be touched as time passes, and neither does the order.
+    The stored value is log2(sum of 2^(t_i / half_life)) over the times t_i. All counts fade at the same rate,
+    so neither this value nor the order changes with time.
 
     Args:
         half_life: Seconds; 0 for counts that do not fade.
@@ -47,15 +47,16 @@ class DecayedCounts:
             del self._weights[self._ranking.pop(0)[1]]
 
     def weight(self, name: str) -> float:
-        """A number that orders names by their counts, the same at all times; -inf if never counted."""
+        """Return a number that orders names by their counts and does not change with time; -inf if never
+        counted."""
         return self._weights.get(name, -inf)
 
     def count(self, name: str, now: float) -> float:
-        """The count as of ``now``."""
+        """Return the count at the time ``now``."""
         return float(2 ** (self.weight(name) - now * self._rate))
 
     def most(self) -> Iterator[str]:
-        """Names, the most frequent first. Lazy."""
+        """Yield names, the most frequent first. Lazy."""
         return (name for _, name in reversed(self._ranking))
 
     def __len__(self) -> int:
@@ -63,7 +64,7 @@ class DecayedCounts:
 
 
 class LFU(Replacement):
-    """The least frequently used idle adapter goes; uses count less the longer ago they are.
+    """Evicts the least frequently used idle adapter; older uses count less.
 
     score = sum over the adapter's admitted requests of 2^(-age / half_life), on a scale of logarithms
     (which keeps the order). Counts outlive the stay in a slot.

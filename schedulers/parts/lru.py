@@ -7,7 +7,7 @@ from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotView
 
 
 class LRU(Replacement):
-    """The least recently used idle adapter goes: score = the time of its last use."""
+    """Evicts the least recently used idle adapter: score = the time of its last use."""
 
     source = "the classic page replacement; analysed by Mattson et al. 1970"
 

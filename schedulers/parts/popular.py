@@ -11,7 +11,7 @@ from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerView
 
 
 class Popular(Lookahead):
-    """Reads what requests wait for, as lookahead does, and then the most requested adapters, if there is
+    """Reads adapters that requests wait for, as lookahead does, and then the most requested ones, if there is
     room.
 
     An adapter's popularity is its request rate, faded: the sum over its requests of
@@ -41,7 +41,7 @@ class Popular(Lookahead):
         names = list(super().choose(view, cold))
         room = min(view.load_room, view.cpu_room) - len(names)
         if room <= 0 or next(cold, None) is not None:
-            return names  # the rest of the room is for those who wait further back
+            return names  # keep the rest of the room for adapters of later requests
         return names + list(islice(self._guesses(view, set(names)), room))
 
     def _guesses(self, view: SchedulerView, chosen: set[str]) -> Iterator[str]:

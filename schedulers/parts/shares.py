@@ -1,10 +1,10 @@
 """Shares of slots, sequences and KV blocks between tenants, for :mod:`aioengine.schedulers.parts.compose`.
 
-With n tenants that want some, each tenant's share is an n-th, at least one. A tenant that has less than its
-share and waits gets what another has beyond its share at once: running requests of the tenant with the most,
-the last admitted first, are preempted for it. A preempted request keeps its output and its turn, and what the
-prefix cache still holds of its KV. So that this cannot turn into mere recomputing, the next preemption comes
-only after twice the steps that computing the last one's tokens again takes.
+If n tenants want some, each tenant's share is an n-th, at least one. A waiting tenant with less than its
+share takes at once from a tenant with more: running requests of the tenant with the most are preempted for
+it, the last admitted first. A preempted request keeps its output and its turn, and the KV that the prefix
+cache still holds. The next preemption comes only after twice the steps that are needed to compute the last
+one's tokens again, so that most steps make progress.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from aioengine.schedulers.policy import (
 SCAN_LIMIT = 128
 """Maximum cold adapters that one decision examines, each once for each tenant that waits for it."""
 LOOKAHEAD = 32
-"""Maximum that it examines where no slot is available."""
+"""Maximum cold adapters that it examines where no slot is available."""
 TENANTS_LIMIT, OLDEST = 32, 4
-"""Tenants that it looks at, and adapters that were waited for longest, whose tenants it looks at besides."""
+"""Number of tenants that it examines, and of the longest waiting adapters whose tenants it examines, too."""
 LOOKS = 24
-"""Slots that it examines for one of them before it examines all, which only turns by age need."""
+"""Number of slots that it examines for one of them before it examines all; only turns by age need all."""
 MAKE_WAY_LIMIT = 2
 """Number of them for which it examines the slots of other tenants."""
 
@@ -77,7 +77,7 @@ class Shares:
         self._next_step = 0
         """Step before which no request is preempted."""
         self._refused: dict[str, int] = {}
-        """How often, one decision after the other, each adapter was placed before, by bytes."""
+        """Number of consecutive decisions that placed each adapter, where slots share a memory by bytes."""
         self._asked: set[str] = set()
         """Adapters whose reads the last decision asked for."""
 
@@ -102,8 +102,8 @@ class Shares:
         return chosen[: max(0, seqs + len(victims))], victims
 
     def _in_turn(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
-        """Yield each time the oldest request of the tenant with the fewest running ones, the yielded ones
-        included."""
+        """Yield, one after the other, the oldest request of the tenant with the fewest running ones; yielded
+        requests count as running."""
         ranked = iter(self.clients.ready)
         following = next(ranked, None)
         heap: list[tuple[int, float, int, Iterator[Waiting]]] = []
@@ -125,12 +125,13 @@ class Shares:
         return chosen
 
     def _of_who_has_none(self, names: AbstractSet[str | None], limit: int) -> list[RequestView]:
-        """Yield the oldest request of each tenant without a running one, if the ordering lets it go first."""
+        """Yield the oldest request of each tenant without a running request, if the ordering lets it go
+        first."""
         found: list[Waiting] = []
         for client in takewhile(lambda client: not client.running, self.clients.ready):
             assert client.first is not None
             if len(found) >= limit and client.first[:2] > found[limit - 1][:2]:
-                break  # and what those after it wait for is younger still
+                break  # later clients wait for even younger requests
             entry = next(client.waiting_for(names))
             if self._order.may_go_first(entry.request):
                 insort(found, entry, key=lambda entry: entry[:2])
@@ -201,7 +202,7 @@ class Shares:
         self.clients.set_slots(names)
         spare = SpareSlots(view, replace, names, self.clients)
         held = _Counts(lambda client: client.held)
-        claims = _Counts(lambda client: client.held)  # and what they will have when it has been read
+        claims = _Counts(lambda client: client.held)  # with the slots that they will have after the reads
         share = self._slot_share(view) if self._equal else 1
         taken = spare.taken
         tries, asked = MAKE_WAY_LIMIT, set[str]()
@@ -230,7 +231,7 @@ class Shares:
                 if name not in self._asked or _can_be_read(view, adapter):
                     claims[client] += 1
                     continue
-                # There was no room for it in the CPU cache: a slot's adapter must leave that too.
+                # There was no room for it in the CPU cache: a slot's adapter must leave the cache, too.
             if location is Location.LOADING:
                 claims[client] += 1
                 continue
@@ -269,8 +270,8 @@ class Shares:
         return changes
 
     def _make_way(self, view: SchedulerView, changes: SlotChanges, room: RoomByBytes, under: bool) -> None:
-        """Empty the slots that were found, or close them until they are idle. If they are too few, they are
-        closed all the same: what becomes free is kept for the adapter by its turn."""
+        """Empty the slots that were found, or close them until they are idle. They are closed even if they
+        are too few: by its turn, the adapter gets the memory that becomes free."""
         changes.evict.extend(room.evict)
         if (room.missing <= 0 or room.refused) and (
             under or all(found.slot.running == 0 for found in room.found)
@@ -330,8 +331,8 @@ class Shares:
         settling: set[str | None],
         taken: set[str],
     ) -> HeldSlot | None:
-        """Choose the slot for a tenant's adapter: an idle one, else the one in which the least was
-        computed."""
+        """Choose the slot for a tenant's adapter: an idle slot, else the slot with the least computed
+        tokens."""
         aged = view.now - entry.arrival >= self._max_wait
         may_preempt = view.step >= self._next_step
         clients = self.clients
@@ -351,7 +352,7 @@ class Shares:
                     return None
                 if not settled and name not in clients.idle:
                     return None
-            # Where nobody has more than its share, there are more tenants than slots: they take turns.
+            # No tenant has more than its share, so there are more tenants than slots: they take turns.
             elif (
                 client in users
                 or not (least > share or (aged and settled and least == share))
@@ -385,5 +386,5 @@ class Shares:
 
 
 def _can_be_read(view: SchedulerView, adapter: AdapterView) -> bool:
-    """Whether the CPU cache has room for it without an eviction."""
+    """Whether the CPU cache has room for the adapter without an eviction."""
     return view.cpu_room > 0 and lacking(view, adapter) <= 0

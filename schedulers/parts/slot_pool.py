@@ -30,20 +30,20 @@ class _Wanted(NamedTuple):
 
 
 class Way(NamedTuple):
-    """Way for an adapter to get a slot."""
+    """A way for an adapter to get a slot."""
 
     closed: Sequence[str]
     """Adapters whose slots admit no more requests."""
     place: Place | None
-    """None: it has to wait until those are idle."""
+    """The slot to take; None: the adapter must wait until the closed slots are idle."""
     evict: Sequence[str]
 
 
 class SlotPool:
     """The slots of one decision that can still be assigned.
 
-    An overload asks for a slot for each of many cold adapters. So the answer does not examine the slots
-    again: one is available if the latest of the oldest waiting requests arrived after.
+    Under an overload a slot is requested for each of many cold adapters, so each answer must not examine all
+    slots again. A slot is available if the latest of the slots' oldest waiting requests arrived later.
 
     Args:
         settling: Adapters whose slots must not be closed yet.
@@ -117,7 +117,8 @@ class SlotPool:
         return Way((), Place(name), evict)
 
     def _evict_unwanted(self, memory: MemoryView, need: int) -> list[str]:
-        """Have adapters leave until ``need`` bytes and a slot are free, or all that may have left."""
+        """Evict adapters until ``need`` bytes and a slot are free, or all adapters that may leave have
+        left."""
         names: list[str] = []
         while need > self._free_bytes or not self._free:
             slot = next(self._unwanted, None)
@@ -135,10 +136,10 @@ class SlotPool:
     ) -> Way:
         """Close the slots of other adapters for one: idle ones, or busy ones that will be idle soon; several
         if more bytes must leave the CPU cache, or the slots' memory. ``oldest`` is the arrival of its first
-        request. ``refused`` is how often the core found no room although there were bytes enough, between
-        adapters that are running: so many times as much is closed.
+        request. ``refused`` is how often the core found no room although enough bytes were free, in holes
+        between running adapters. Then that many times as many bytes are closed.
 
-        Where slots share a memory, the adapter keeps what is free of it from those that come after it.
+        Where slots share a memory, its free bytes are then reserved for this adapter.
         """
         found: list[_Wanted] = []
         missing, bytes_missing = lacking(self._view, adapter), 0
@@ -149,10 +150,10 @@ class SlotPool:
             if take or close:
                 evict = self._evict_unwanted(memory, bytes_missing)
             bytes_missing -= self._free_bytes
-        # For one that is yet to be read, at least one must leave the CPU cache.
+        # For an adapter that must still be read, at least one must leave the CPU cache.
         enough = memory is not None and adapter.location is Location.CPU and bool(self._free)
         while missing > 0 or bytes_missing > 0 or not (found or enough):
-            # Idle, if only later requests wait for it; else the one that will be idle soonest.
+            # An idle slot, if only later requests wait for it; else the slot that will be idle soonest.
             wanted = self._idle.first(oldest) if take else None
             if wanted is None and close:
                 wanted = self._closable.first(oldest)

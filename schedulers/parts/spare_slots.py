@@ -1,4 +1,4 @@
-"""Slots that can be given to other adapters, and the bytes that become free with them."""
+"""Slots that can be given to other adapters, and the bytes that they free."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class SpareSlots:
         return self._has_unwanted() or bool(self._free and (self._memory is None or self.free_bytes > 0))
 
     def take(self, name: str) -> tuple[Place, list[str]] | None:
-        """A slot for an adapter, and the adapters that leave for it; only if there is a slot. None if too few
-        bytes can be had."""
+        """Take a slot for an adapter. Returns it with the adapters that leave for it; None if too few bytes
+        can be freed. Call it only if there is a slot."""
         if self._memory is None:
             if self._free:
                 return Place(name, self._free.pop()), []
@@ -54,8 +54,8 @@ class SpareSlots:
         return Place(name), evict
 
     def make_room(self, need: int) -> list[str]:
-        """Have adapters that no request waits for leave, until ``need`` bytes of the memory and a slot are
-        free, or all of them have left."""
+        """Evict adapters that no request waits for, until ``need`` bytes of the memory and a slot are free,
+        or all of them have left."""
         assert self._memory is not None
         evict: list[str] = []
         while (need > self.free_bytes or not self._free) and self._has_unwanted():
@@ -95,7 +95,7 @@ class RoomByBytes:
     def __init__(self, view: SchedulerView, spare: SpareSlots, name: str, refused: int) -> None:
         self.name = name
         self.refused = refused
-        """How often the core found no room although bytes enough were free: then more is freed."""
+        """How often the core found no room although enough bytes were free; then more are freed."""
         self.found: list[HeldSlot] = []
         self.missing = view.memory.bytes_of(name) * (1 + refused)
         """Bytes."""

@@ -1,4 +1,4 @@
-"""Goodput by rejecting early: whoever cannot be served in time is told so at once."""
+"""Goodput by early rejection: requests that cannot be served in time are rejected at once."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Decision, Location, RequestView, SchedulerView
 
 SCAN_LIMIT = 256
-"""Waiting requests that one decision looks at, the oldest first."""
+"""Maximum number of waiting requests that one decision examines, the oldest first."""
 
 
 class Admission(FCFS):
     """First come, first served, but requests that would miss their deadline are rejected while they wait.
 
-    Under overload a queue without rejections serves everybody late. Here the end of each waiting request is
-    estimated: what is before it (the prompts, and its part of the generation: tokens times the seconds of a
-    full step, divided by the requests that run at once), the first seat that becomes free if all are taken,
-    its adapter's load and copy, its own prompt and its own tokens, all by ``view.costs``. If that is later
-    than the deadline it is rejected, and takes no time from those after it. Requests without a deadline are
-    never rejected, nor is anybody before steps have been measured.
+    Under overload, a queue without rejections serves all requests late. Here the end of each waiting request
+    is estimated by ``view.costs``. The estimate is the sum of the work before it (the prompts, and its part
+    of the generation: tokens times the seconds of a full step, divided by the requests that run at once), the
+    wait for a place in the batch if all are taken, its adapter's load and copy, its own prompt and its own
+    tokens. If the end is later than the deadline, the request is rejected, and takes no time from later ones.
+    Requests without a deadline are never rejected, and none is before steps have been measured.
 
     Args:
-        margin: What estimates are multiplied with: more than 1 rejects more, less than 1 fewer.
+        margin: Factor on the estimates: more than 1 rejects more requests, less than 1 fewer.
         max_wait, fair: As for ``fcfs``.
     """
 
@@ -46,7 +46,7 @@ class Admission(FCFS):
         return decision._replace(admit=admit, reject=reject)
 
     def _too_late(self, view: SchedulerView) -> Iterator[tuple[str, str]]:
-        """(request, reason) of those that cannot be served in time."""
+        """Yield (request, reason) for each request that cannot be served in time."""
         waiting = list(islice(view.waiting, SCAN_LIMIT))
         if all(request.deadline is None for request in waiting):
             return
@@ -59,7 +59,7 @@ class Admission(FCFS):
         free = view.free_seqs
         left = sorted(max(r.expected_tokens - r.output_tokens, 1) for r in running)
         before = 0.0
-        """Seconds of the device that those take who go first."""
+        """Seconds of the device for all earlier requests."""
         for place, request in enumerate(waiting):
             own = request.expected_tokens * step
             prompt = self._prompt(view, request)

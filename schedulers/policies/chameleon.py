@@ -36,10 +36,10 @@ class ChameleonOrder(Arrival):
     where output is ``expected_tokens``; the base model, and an adapter that has never been read, count as the
     smallest one. The sizes of the last ``window`` requests are clustered (k-means in one dimension)
     every ``refresh`` requests, and the lanes' borders are halfway between the means. Places are divided
-    in proportion to the work in each lane (requests x mean size), at least one each. First every lane,
-    the smallest sizes first, fills its places in order of arrival; then the places of lanes where
-    nobody is left waiting go to the others, again the smallest first. Who has waited for ``age``
-    seconds goes before all that.
+    in proportion to the work in each lane (requests x mean size), at least one each. First every lane, the
+    smallest sizes first, fills its places in order of arrival. Then the places of lanes without waiting
+    requests go to the other lanes, again the smallest sizes first. A request that has waited for ``age``
+    seconds goes before all of these.
 
     Differences from the paper: shares are of ``max_num_seqs`` and not of memory, which the core guards; they
     follow the load instead of a latency target; the caller may predict the output; the number of lanes is the
@@ -48,7 +48,7 @@ class ChameleonOrder(Arrival):
     request is squashed.
 
     Args:
-        queues: Most lanes.
+        queues: Maximum number of lanes.
         refresh: Requests between two clusterings.
         window: Recent requests that are clustered.
         age: Seconds for which a request may be delayed in favour of later ones.
@@ -116,7 +116,7 @@ class ChameleonOrder(Arrival):
             self._lane_of.pop(request_id, None)
 
     def size(self, view: SchedulerView, tokens_in: int, tokens_out: int, adapter: str | None) -> float:
-        """The weighted request size."""
+        """Return the weighted request size."""
         most = self._largest
         length = self.input_weight * tokens_in / most.input + self.output_weight * tokens_out / most.output
         return length * min(1.0, (_bytes_of(view, adapter) or most.smallest_adapter) / most.adapter)
@@ -154,7 +154,9 @@ class ChameleonOrder(Arrival):
             admit += waiting[:taken]
             rest += waiting[taken:]
             if taken == len(waiting):
-                spare += places - taken  # less than 0 if the lane has borrowed: that is gone already
+                spare += (
+                    places - taken
+                )  # less than 0 if the lane has borrowed places, which are already taken
         return (admit + rest[: max(0, spare)])[:limit]
 
     def _sync(self, view: SchedulerView) -> None:
@@ -221,8 +223,8 @@ def _bytes_of(view: SchedulerView, name: str | None) -> int:
 
 
 def cluster(sizes: Sequence[float], most: int) -> list[Sequence[float]]:
-    """Split ascending numbers into the fewest clusters, at most ``most``, that leave no more than a
-    tenth of their variance within; by k-means, from equal parts."""
+    """Split ascending numbers into the fewest clusters, at most ``most``, that leave at most a tenth of the
+    variance within clusters. Uses k-means, which starts from equal parts."""
     sums = [0.0, *accumulate(sizes)]
     squares = [0.0, *accumulate(size * size for size in sizes)]
 
@@ -275,8 +277,8 @@ class ChameleonCache(Replacement):
 
     score = 0.45 frequency + 0.10 recency + 0.45 size, each between 0 and 1 among the adapters in slots:
     admitted requests (faded by half every ``half_life`` seconds) over those of the most used; last use,
-    from the longest ago (0) to the latest (1); bytes over those of the largest. Adapters outside the
-    slots, of which one has to leave the CPU cache, are measured by those in slots too.
+    from the longest ago (0) to the latest (1); bytes over those of the largest. For the CPU cache, adapters
+    outside the slots are compared with those in slots, too.
 
     Args:
         frequency, recency, size: The weights.
@@ -330,7 +332,7 @@ class ChameleonCache(Replacement):
 
 
 class Chameleon(Composed):
-    """Chameleon whole: lanes by request size, and the cache that weighs frequency, recency and size.
+    """The whole of Chameleon: lanes by request size, and the cache that weighs frequency, recency and size.
 
     Args:
         queues, refresh, window, age: See :class:`ChameleonOrder`.

@@ -6,18 +6,18 @@ from aioengine.schedulers.policies.fcfs import Arrival
 
 
 class Drainer(Arrival):
-    """Arrival order as in SGLang with ``--enable-lora`` and its drainer: an idle slot is taken at once; when
+    """Arrival order as in SGLang with ``--enable-lora`` and its drainer. An idle slot is taken at once. When
     every slot is busy and an adapter's oldest request has waited for ``patience`` seconds, the slot with the
     fewest tokens left to generate is drained for it.
 
-    A draining slot admits requests that generate at most ``tolerance`` times what is left of its longest
-    running one, so it may be renewed while such requests come: the wait has no bound. Adapters may be drained
+    A draining slot admits requests that generate at most ``tolerance`` times the remaining tokens of its
+    longest running request. Such requests can keep it busy, so the wait has no bound. Adapters may be drained
     as soon as they have come in. What differs here: reading and copying take time beside the steps, and the
     core's CPU cache is the engine's.
 
     Args:
         patience: Seconds after which an adapter counts as starving.
-        tolerance: Times what is left.
+        tolerance: Factor on the remaining tokens.
     """
 
     source = "SGLang, python/sglang/srt/lora/lora_drainer.py (3 s, tolerance 1.2)"

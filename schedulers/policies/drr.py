@@ -16,9 +16,9 @@ class DRR(Arrival):
     """Deficit round robin: adapters take turns, each turn worth the same number of tokens.
 
     At its turn an adapter's deficit grows by ``quantum``; its requests are admitted in order of arrival
-    while cost = prompt_tokens + max_tokens - output_tokens <= deficit, each lowering the deficit by its
-    cost; what is left is kept for the next turn, unless nobody waits any more. Only adapters in slots
-    (and the base model) take turns. What a request allows itself counts, not what it will generate.
+    while cost = prompt_tokens + max_tokens - output_tokens <= deficit, each lowering the deficit by its cost.
+    The rest is kept for the next turn, unless no request waits any more. Only adapters in slots (and the base
+    model) take turns. The cost counts ``max_tokens``, and not the tokens that are really generated.
 
     Bound: between two adapters that are waited for, and in slots, all the time, the cost admitted
     differs by at most quantum + 2 x the largest cost.
@@ -91,7 +91,7 @@ class DRR(Arrival):
             self._deficits.move_to_end(now)
 
     def _turns(self, view: SchedulerView, names: Sequence[Flow]) -> Iterator[_Turn]:
-        """Yield the turns as if every proposed request were admitted. Ends when nothing is left."""
+        """Yield the turns as if every proposed request were admitted, until no request is left."""
         able = set(names)
         deficits = OrderedDict((f, d) for f, d in self._deficits.items() if f in able)
         queues: dict[Flow, Iterator[RequestView]] = {}
@@ -117,7 +117,7 @@ class DRR(Arrival):
                     heads[flow] = following
             if not deficits:
                 return
-            if fruitless == len(deficits):  # nobody can afford anything: skip such rounds
+            if fruitless == len(deficits):  # no flow can afford a request: skip such rounds
                 rounds = min(-(-(_cost(head(f)) - d) // self.quantum) for f, d in deficits.items()) - 1
                 for f in deficits:
                     deficits[f] += rounds * self.quantum
@@ -131,7 +131,7 @@ class DRR(Arrival):
 
 
 class _Turn(NamedTuple):
-    """One thing that happens to a flow: a grant, perhaps at the beginning of its turn, or an admission."""
+    """One event of a flow: a grant, perhaps at the beginning of its turn, or an admission."""
 
     flow: Flow
     grant: int = 0

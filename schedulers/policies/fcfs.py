@@ -39,12 +39,12 @@ class FairArrival(Arrival):
     """Order of arrival among the requests of a tenant, and equal shares between tenants.
 
     The next request admitted is the oldest of the tenant that has the fewest running; the next adapter
-    brought in is one of the tenant that has the fewest slots. Requests without a tenant are one tenant's.
+    brought in is one of the tenant that has the fewest slots. Requests without a tenant count as one tenant.
     See :mod:`aioengine.schedulers.parts.shares`.
 
-    Bound: a tenant with one request, while there are no more tenants than sequences and slots, waits for the
-    step under way, for one read or copy under way, for twice the steps that it takes to compute again what
-    the last preemption cost, and for the chunks of one longest prompt; from then on it runs to its end.
+    Bound, while there are no more tenants than sequences and slots: a tenant with one request waits for the
+    step under way, for one read or copy under way, for twice the steps to compute the last preempted tokens
+    again, and for the chunks of one longest prompt. Then it runs to its end.
     """
 
     by_events = True
@@ -56,15 +56,17 @@ class FairArrival(Arrival):
 
 
 class FCFS(Composed):
-    """Admit in arrival order whatever can run now; give slots to the adapters that wait longest.
+    """Admits requests that can run now, in order of arrival, and gives slots to the adapters that wait
+    longest.
 
-    A cold adapter gets a free slot, or the least recently used idle one that nobody waits for. After
-    ``max_wait`` seconds others make way for it; see :class:`~aioengine.schedulers.parts.compose.Composed`.
-    Where several tenants have requests, they have equal shares: see :class:`FairArrival`.
+    A cold adapter gets a free slot, or the least recently used idle slot that no request waits for. After
+    ``max_wait`` seconds other adapters make way for it; see
+    :class:`~aioengine.schedulers.parts.compose.Composed`. Where several tenants have requests, they have
+    equal shares: see :class:`FairArrival`.
 
     Args:
         max_wait: Seconds that an adapter's oldest request waits before others make way for it.
-        fair: Whether tenants have shares; if not, all requests are as those of one tenant.
+        fair: Whether tenants have shares; if not, all requests count as one tenant's.
     """
 
     source = "aioengine's own"

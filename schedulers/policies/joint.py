@@ -1,4 +1,4 @@
-"""Adapters and cached prefixes in one memory: what costs least to bring back goes first."""
+"""Adapters and cached prefixes in one memory: the content that costs least to bring back leaves first."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from aioengine.schedulers.policy import (
 )
 
 SAMPLE_BLOCKS = 32
-"""Blocks whose computation is asked for: that of one alone would be mostly a step's fixed time."""
+"""Number of blocks whose cost is requested, because the cost of one block would be mostly a step's fixed
+time."""
 
 
 class ReloadWorth(Replacement):
-    """Keeps adapters whose reload would cost most, for each byte that they take.
+    """Keeps the adapters with the highest reload cost for each byte.
 
     value = uses x seconds of a copy into a slot / bytes in a slot. As long as no copy has been timed, every
     one counts as a second.
@@ -41,7 +42,7 @@ class ReloadWorth(Replacement):
             self.counts.add(event.adapter, event.now)
 
     def worth(self, view: SchedulerView, name: str) -> float:
-        """Seconds for each byte that would be lost if it left its slot."""
+        """Return the seconds for each byte that would be lost if the adapter left its slot."""
         seconds = view.memory.reload_seconds(name)
         nbytes = max(view.memory.bytes_of(name), 1)
         return self.counts.count(name, view.now) * (1.0 if seconds is None else seconds) / nbytes
@@ -51,16 +52,16 @@ class ReloadWorth(Replacement):
 
 
 class Joint(Composed):
-    """First come, first served; what costs least to bring back leaves first, be it an adapter or a prefix.
+    """First come, first served; the adapter or prefix that costs least to bring back leaves first.
 
     For adapters and the KV cache in one memory. An idle adapter is worth its uses x the seconds of its reload
     from the CPU, and a cached prefix the blocks that requests found x the seconds to compute one; both for
     each byte. Idle adapters that are worth less than cached prefixes on average leave before any of these
-    (``Decision.evict``); the others stay until the prefixes are gone. Where slots have a memory of their own,
-    only the order among adapters is left of it.
+    (``Decision.evict``); the others stay until the prefixes are gone. Where slots have a separate memory, it
+    only orders the adapters.
 
-    Differences from the paper: prefixes are weighed as a whole, and which of them goes is decided by when
-    they were used last; they are computed again, and not kept on the CPU.
+    Differences from the paper: prefixes are weighed as a whole, and the least recently used one leaves first;
+    they are computed again, and not kept on the CPU.
 
     Args:
         half_life: Seconds after which a use counts half; 0: it counts in full for ever.
@@ -101,8 +102,8 @@ class Joint(Composed):
         return decision._replace(evict=[*decision.evict, *(name for _, name in sorted(cheap))])
 
     def _prefix_worth(self, view: SchedulerView) -> float:
-        """Seconds for each byte that would be lost with an average cached block; 0 as long as that is not
-        known."""
+        """Return the seconds for each byte that would be lost with an average cached block; 0 while that is
+        not known."""
         memory = view.memory
         seconds = memory.prefill_seconds(SAMPLE_BLOCKS)
         if seconds is None:

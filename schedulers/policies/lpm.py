@@ -1,4 +1,4 @@
-"""Longest prefix match, and sessions that go on: what the prefix cache has goes first."""
+"""Longest prefix match, and sessions that continue: requests with cached prefixes go first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
 class Windowed(Arrival):
-    """The first ``window`` requests that could run, in an order of one's own; whoever has waited for ``age``
-    seconds goes before them, in order of arrival.
+    """The first ``window`` requests that could run, in the order of :meth:`rank`. Requests that have waited
+    for ``age`` seconds go before them, in order of arrival.
 
-    For keys that change while a request waits. A decision costs as much as there are requests in the window,
-    and nothing more with a longer queue. Adapters are brought in by arrival.
+    It is for keys that change while a request waits. The cost of a decision grows with the window, and not
+    with the queue. Adapters are brought in by arrival.
 
     Args:
         window: Most waiting requests that a decision looks at, the oldest first.
@@ -49,11 +49,11 @@ class Windowed(Arrival):
 
 
 class LPM(Windowed):
-    """The longest prefix in the KV cache first, so that it is used before it is given to others.
+    """The longest prefix in the KV cache first, so that it is used before it is evicted.
 
-    SGLang sorts its waiting queue so, and serves in order of arrival when more than 128 wait. Here the 128
-    oldest are sorted then. It has no bound on how long a request without a cached prefix waits; here that is
-    ``age``.
+    SGLang sorts its waiting queue in this order, and serves in order of arrival when more than 128 requests
+    wait. Here the 128 oldest are sorted then. In SGLang the wait of a request without a cached prefix has no
+    bound; here the bound is ``age``.
 
     Args:
         window: Most waiting requests that a decision looks at, the oldest first.
@@ -69,15 +69,16 @@ class LPM(Windowed):
 
 
 class Session(Windowed):
-    """Sessions that go on before new ones: requests of which the cache has ``share`` of the prompt go first,
-    in order of arrival.
+    """Sessions that continue go before new ones: requests with at least ``share`` of their prompt in the
+    cache go first, in order of arrival.
 
     A session's next turn finds its history in the cache if it comes soon enough. New sessions take blocks
-    from it, so under load they wait until those that are there have had their turn. Among sessions nobody is
-    preferred for having a longer history, unlike with ``lpm``.
+    from the cache, so under load they wait until the earlier sessions have had their turn. Unlike with
+    ``lpm``, a longer history gives no advantage.
 
     Args:
-        share: Of a prompt, between 0 and 1, that must be cached for a request to count as going on.
+        share: Share of a prompt, between 0 and 1, that must be cached so that a request counts as a continued
+            session.
         window: Most waiting requests that a decision looks at, the oldest first.
         age: Seconds for which a request may be put off in favour of later ones.
     """

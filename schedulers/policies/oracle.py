@@ -17,8 +17,8 @@ from aioengine.schedulers.policy import AdapterView, SchedulerView, SlotView
 class Belady(Replacement):
     """Evicts the idle adapter whose next use lies furthest in the future; for replayed traces only.
 
-    score = -(time of the next use): now if somebody waits for the adapter, else its next arrival in
-    ``future``, infinity if there is none. For slots filled on demand by one request after the other, no
+    score = -(time of the next use). That is now if a request waits for the adapter, else its next arrival in
+    ``future``, or infinity if there is none. For slots filled on demand by one request after the other, no
     replacement makes fewer swaps. With prefetch, batches, or adapters of unequal load times it is a
     yardstick, not a bound.
 
@@ -32,7 +32,7 @@ class Belady(Replacement):
     def __init__(self, future: Sequence[tuple[float, str]] | None = None, start: float = 0.0) -> None:
         if future is None:
             raise ValueError(
-                "future=None: must be the (arrival time, adapter) of all requests to come; this policy only "
+                "future=None: must be the (arrival time, adapter) of all future requests; this policy only "
                 "makes sense where a trace is replayed, so that they are known"
             )
         self._arrivals: dict[str, list[float]] = {}

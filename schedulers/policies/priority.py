@@ -26,10 +26,10 @@ class Priority(FixedKeyOrdering):
 class PreemptLower(Preemption):
     """When the batch is full, preempts the youngest request of the lowest priority for a higher one.
 
-    "Full" means no free sequence, or not enough free KV blocks for the one that waits. Only a strictly
-    lower priority makes way, only for a request whose adapter is in a slot (or the base model), and only
-    if enough can be freed for it. No request has others make way for it twice, so that one that is then
-    not admitted for another reason does no more harm. A preempted request keeps its output.
+    "Full" means no free sequence, or not enough free KV blocks for the waiting request. Only requests of
+    strictly lower priority are preempted, only for a request whose adapter is in a slot (or for the base
+    model), and only if enough can be freed for it. This happens only once for each request, so a request that
+    is then not admitted for another reason does no more harm. A preempted request keeps its output.
     """
 
     source = "recompute preemption by priority, as in vLLM's 'priority' scheduling policy"

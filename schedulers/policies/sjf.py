@@ -11,13 +11,13 @@ class SJF(FixedKeyOrdering):
 
     key = input_weight x prompt_tokens + output_weight x expected_tokens
 
-    How long an output will be is what its caller says that it expects, or else what the request allows
-    itself (``max_tokens``). The mean waiting time is the least if that is exact; a long request may wait
-    while shorter ones come.
+    The expected length of the output is the caller's ``expected_tokens``, or else ``max_tokens``. If it is
+    exact, the mean waiting time is the smallest possible. A long request may wait as long as shorter ones
+    arrive.
 
     Args:
-        input_weight: What a prompt token counts, >= 0.
-        output_weight: What an expected output token counts, >= 0.
+        input_weight: Weight of a prompt token, >= 0.
+        output_weight: Weight of an expected output token, >= 0.
     """
 
     source = "Smith, 'Various optimizers for single-stage production', Naval Res. Logist. Q. 3, 1956"

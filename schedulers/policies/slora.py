@@ -15,10 +15,10 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 class SLoRA(Arrival):
     """Requests for the adapters of the running batch first, so that a batch has few distinct ones.
 
-    In the batch are the adapters of running requests. Their requests, and those for the base model,
-    which counts for nothing, are admitted in order of arrival. Only when none waits for an adapter in
-    the batch, or there is room left, does another adapter join, the one whose request has waited
-    longest, as long as there are fewer than ``clusters``. A request outside the batch that has waited
+    The adapters of running requests are "in the batch". Requests for them, and for the base model, which does
+    not count as an adapter, are admitted in order of arrival. Another adapter joins only when no request
+    waits for an adapter in the batch, or when there is room left, and only while there are fewer than
+    ``clusters``. It is the one whose request has waited longest. A request outside the batch that has waited
     ``age`` seconds brings its adapter in at once; if the batch is full, nothing that arrived later is
     admitted to the adapters in it until one of them has no request left.
 
@@ -27,7 +27,7 @@ class SLoRA(Arrival):
     preferred, the number is never exceeded, and ``age`` bounds how long others are put off.
 
     Args:
-        clusters: Most distinct adapters in a batch; 0: as many as there are slots.
+        clusters: Maximum number of distinct adapters in a batch; 0: the number of slots.
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
@@ -70,6 +70,6 @@ class SLoRA(Arrival):
 
     @staticmethod
     def _by_age(view: SchedulerView, names: list[str | None]) -> list[tuple[float, str]]:
-        """(arrival of the oldest waiting request, adapter), the oldest first."""
+        """Return (arrival of the oldest waiting request, adapter), the oldest first."""
         heads = ((view.adapters[name].oldest_arrival, name) for name in names if name is not None)
         return sorted((oldest, name) for oldest, name in heads if oldest is not None)

@@ -1,4 +1,4 @@
-"""Rank-aware: what makes a step least longer goes first."""
+"""Rank-aware: requests that add the least to a step's time go first."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
 class Toppings(Arrival):
-    """Requests by what their adapter adds to the step: those for adapters in the batch and of low ranks
-    first.
+    """Requests in the order of the time that their adapter adds to the step: those for adapters in the batch
+    and of low ranks first.
 
-    A step waits for its largest rank, so one request for a large adapter makes all others slower. What each
-    adapter would add is asked of ``view.costs``: the time of a step with one request more and the ranks that
-    it would have then, less the time of the step as it is. Equal ones go in order of arrival. With
-    ``max_step``, nobody is admitted while a step would take longer than that, unless nothing runs.
+    A step waits for its largest rank, so one request for a large adapter makes all others slower.
+    ``view.costs`` gives the time that each adapter would add: the time of a step with one more request and
+    the ranks that it would then have, minus the time of the present step. Equal requests go in order of
+    arrival. With ``max_step``, no request is admitted that would make a step longer than that, unless nothing
+    runs.
 
-    The paper's system does so between servers: a request goes to the one whose step it makes least longer,
-    within its objective. Here it is the order within one.
+    The paper's system chooses between servers: a request goes to the server where it adds the least to a
+    step, within its objective. Here it is the order within one engine.
 
     Args:
-        max_step: Seconds that a decoding step may take; 0: any.
+        max_step: Maximum seconds of a decoding step; 0: no limit.
         age: Seconds for which a request may be put off in favour of later ones.
     """
 
@@ -75,7 +76,7 @@ class Toppings(Arrival):
             yield by_cost[added]
 
     def _within(self, view: SchedulerView, admit: list[RequestView]) -> list[RequestView]:
-        """The first of them, as long as a step takes no longer than ``max_step``."""
+        """Yield requests as long as a step takes no longer than ``max_step``."""
         if not self.max_step:
             return admit
         batch = {request.adapter for request in view.running}

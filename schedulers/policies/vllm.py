@@ -6,7 +6,7 @@ from aioengine.schedulers.policies.fcfs import Arrival
 
 
 class VLLMOrder(Arrival):
-    """Arrival order as in vLLM V1: never hold a busy slot back for a cold adapter, however long it waits.
+    """Arrival order as in vLLM V1: a busy slot is never closed for a cold adapter, however long that waits.
 
     vLLM walks its waiting queue in arrival order. A request whose adapter is among those scheduled in
     this step (running, or admitted earlier in the walk) is admitted; one that would need a further
@@ -15,10 +15,9 @@ class VLLMOrder(Arrival):
     adapter in it (``take_after = 0``), and a busy slot goes on admitting (``close_after = inf``).
 
     What differs here: vLLM loads an adapter inside the step that admits its request, and all others wait
-    for that. Here reading and copying take time beside the steps, and nothing is held back meanwhile:
-    the slot of an adapter that is idle while another is read may be busy again when that is done.
-    Nothing is read ahead (``default_prefetch = "none"``), and what is on the CPU stays as the engine's
-    cache decides.
+    for that. Here reads and copies take time beside the steps, and no slot is reserved meanwhile: a slot that
+    is idle while another adapter is read may be busy again after the read. No adapter is read ahead
+    (``default_prefetch = "none"``), and the engine's cache decides which adapters stay on the CPU.
     """
 
     source = "vLLM V1, vllm/v1/core/sched/scheduler.py (the loop over waiting requests, max_loras)"

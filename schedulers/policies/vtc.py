@@ -11,17 +11,18 @@ from aioengine.schedulers.parts.clients import Client, Clients, Waiting
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 IDLE_LIMIT = 4096
-"""Counters of clients with no request that are remembered."""
+"""Maximum number of counters that are kept for clients without requests."""
 
 
 class VTC(Ordering):
-    """Virtual token counter: the client who has been served least goes first.
+    """Virtual token counter: the client that has been served least goes first.
 
     A client is a tenant; requests without one count for their adapter, or for "base". Its counter grows
     by (input_weight x prompt tokens) / weight when a request is first admitted, and by output_weight /
     weight with each token generated. The next request admitted is the first of the client with the
-    smallest counter. A client that begins to wait is lifted to the smallest counter of those that wait
-    (if none does, to that of the last that ceased to), so that no one saves up service by being idle.
+    smallest counter. The counter of a client that begins to wait is raised to the smallest counter of the
+    waiting clients (or, if none waits, to that of the last client that stopped waiting). So a client cannot
+    save up service by being idle.
 
     Bound (proved in the paper for equal weights): between two clients that both wait all the time,
     with their adapters in slots, the service received differs by at most 2 x max(input_weight x
@@ -29,9 +30,9 @@ class VTC(Ordering):
     service / weight that is compared.
 
     Args:
-        input_weight: What a prompt token costs, >= 0.
-        output_weight: What a generated token costs, >= 0.
-        weights: Shares by client, > 0; 1 for who is not named.
+        input_weight: Cost of a prompt token, >= 0.
+        output_weight: Cost of a generated token, >= 0.
+        weights: Shares by client, > 0; 1 for clients that are not named.
     """
 
     sharing = "one"
@@ -70,7 +71,8 @@ class VTC(Ordering):
         return self._counters.get(client, 0.0)
 
     def may_go_first(self, request: RequestView) -> bool:
-        """Whether its client has been served no more than any other that waits, as a new one has."""
+        """Whether the request's client has been served no more than any other waiting client; true for a new
+        one."""
         return self.counter(self._client_of(request)) <= self._lowest()
 
     def key(self, request: RequestView, view: SchedulerView) -> float:
@@ -172,7 +174,7 @@ class VTC(Ordering):
         self._waiting[client] = self._waiting.get(client, 0) + 1
 
     def _lowest(self) -> float:
-        """The smallest counter of those that wait; inf if none does."""
+        """Return the smallest counter of the waiting clients; inf if none waits."""
         heap = self._heap
         while heap:
             known, client = heap[0]

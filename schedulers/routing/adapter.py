@@ -10,9 +10,9 @@ from aioengine.schedulers.routing.replica import _Clock
 DEMAND_SECONDS = 60.0
 """Time constant of the moving average of demand."""
 CHANGED_SHARE = 0.25
-"""A demand has changed when it is off by more than this share from what it was at the last plan."""
+"""A demand has changed when it differs by more than this share from that of the last plan."""
 NO_DEMAND = 1e-3
-"""Tokens a second that are as good as none."""
+"""Tokens a second that count as none."""
 
 
 class Demand:
@@ -80,7 +80,7 @@ class Adapter:
         return abs(demand - self._planned) > max(CHANGED_SHARE * self._planned, NO_DEMAND)
 
     def _needed(self) -> bool:
-        """Whether there is anything to remember of it."""
+        """Whether the door must still remember the adapter."""
         if self.registered or self.in_flight or self._holders or self._targets:
             return True
         return self.demand >= NO_DEMAND

@@ -1,4 +1,4 @@
-"""Decides how many replicas a fleet should have, by waiting work and not by the number of requests."""
+"""Decides how many replicas a fleet should have, by the waiting work and not by the number of requests."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ class Scaling(NamedTuple):
 
 
 class ScalingPolicy(ABC):
-    """Base of all policies that say how many replicas there should be. ``least`` and ``most`` are its bounds:
-    what it answers lies between them."""
+    """Base of all scaling policies. Their answers are between the bounds ``least`` and ``most``."""
 
     source: str = ""
     """The paper or project that it is from, in one line."""
     worst_case: str = ""
-    """Text that says what is the worst that it can do to the fleet."""
+    """Text with the worst effect that it can have on the fleet."""
     least: int = 1
     most: int = 1
 
@@ -67,9 +66,9 @@ class ScalingPolicy(ABC):
 
 
 class WaitingWork(ScalingPolicy):
-    """Adds replicas when the work that waits is more than ``target`` seconds of what the fleet can do, and
-    takes them away when what is left would still be less than ``low`` times that, for ``cool_down`` seconds
-    on end.
+    """Adds replicas when the waiting work is more than ``target`` seconds for the fleet. Removes replicas
+    when the work would be less than ``low`` times that for the remaining ones, for ``cool_down`` seconds
+    without interruption.
 
     Work is seconds of computing that wait (prompt tokens at the measured speed), seconds of loading and of
     waiting for slots for the adapters that wait, and, for requests beyond those that may run at once, the
@@ -80,7 +79,7 @@ class WaitingWork(ScalingPolicy):
         least: Minimum number of replicas; 0 lets the fleet scale to zero.
         most: Maximum number of replicas.
         target: Seconds of work that may wait on each replica.
-        low: Share of ``target`` below which one replica less is enough.
+        low: Share of ``target`` below which one replica is removed.
         cool_down: Seconds for which that must hold.
         settle: Seconds between two steps of growth.
 

@@ -1,4 +1,4 @@
-"""FleetState: what a door knows of its fleet, and the view of it that policies are given."""
+"""FleetState: a door's knowledge of its fleet, and the view of it for policies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aioengine.schedulers.routing.replica import Replica, ReplicaLimits, Report,
 
 
 class View:
-    """A :class:`~aioengine.schedulers.routing.interface.FleetView`: live, or standing still."""
+    """A :class:`~aioengine.schedulers.routing.interface.FleetView`: live, or a fixed copy."""
 
     __slots__ = ("_accepting", "_adapters", "_changed", "_clock", "_demand", "_prefixes", "_replicas")
 
@@ -71,16 +71,15 @@ class View:
 
 
 class FleetState:
-    """The knowledge of one door: fed with what replicas report and with what the door does itself.
+    """The knowledge of one door, from the replicas' reports and from the door's own actions.
 
-    Nothing here waits or keeps time: ``clock`` is asked at every call, and whoever owns the state calls
-    :meth:`check` now and then. All calls must come from one thread; :meth:`snapshot` makes what another
-    may read.
+    Nothing here waits: ``clock`` is read at every call, and the owner of the state calls :meth:`check` at
+    intervals. All calls must come from one thread; :meth:`snapshot` makes a copy for another thread.
 
     Args:
-        clock: Seconds, from whenever; it must not go back.
-        silent_after: A replica that has not reported for so many seconds is not sent anything.
-        prefix_blocks: Blocks of prefixes that are remembered of each replica.
+        clock: Returns seconds from any starting point; it must not go back.
+        silent_after: A replica that has not reported for this many seconds gets no requests.
+        prefix_blocks: Number of prefix blocks that are remembered for each replica.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class FleetState:
         if not silent_after > 0:
             raise ValueError(f"silent_after={silent_after!r}: must be more than 0 seconds")
         self.listeners: list[Callable[[RouteEvent], None]] = []
-        """Each is told of every event; they must not raise."""
+        """Listeners, called for every event; they must not raise."""
         self._time = clock
         self._silent_after = silent_after
         self._clock = _Clock(clock())
@@ -122,8 +121,8 @@ class FleetState:
         self._tell("replica_joined", now, None, replica_id)
 
     def leave(self, replica_id: str) -> list[RouteRequest]:
-        """Remove a replica. Returns the requests that it had, which the door sends elsewhere or fails; for
-        none of them :meth:`ended` is to be called. Of an unknown replica, nothing is to be done."""
+        """Remove a replica. Returns its requests, which the door sends to other replicas or fails;
+        :meth:`ended` must not be called for them. Does nothing for an unknown replica."""
         now = self._tick()
         replica = self._replicas.pop(replica_id, None)
         if replica is None:
@@ -142,7 +141,8 @@ class FleetState:
         return lost
 
     def drain(self, replica_id: str, draining: bool = True) -> None:
-        """Send it nothing more (or again). Raises KeyError for an unknown replica."""
+        """Send the replica no more requests (or send requests again). Raises KeyError for an unknown
+        replica."""
         now = self._tick()
         self._replicas[replica_id].draining = draining
         if self._decide(self._replicas[replica_id]) and draining:
@@ -163,8 +163,8 @@ class FleetState:
         self._decide(replica)
 
     def check(self) -> list[str]:
-        """Find the replicas that have been silent for too long; returns those found so now. To be called
-        about as often as replicas report."""
+        """Find the replicas that have been silent for too long, and return the new ones. Call it about as
+        often as replicas report."""
         self._tick()
         before = {replica_id for replica_id, replica in self._replicas.items() if replica.accepting}
         return [i for i, replica in self._replicas.items() if self._decide(replica) and i in before]
@@ -196,7 +196,7 @@ class FleetState:
             self._demand.add(tokens, now)
         if request.adapter is not None:
             adapter = self._adapter(request.adapter)
-            if not request.tried:  # the same tokens are not asked for twice
+            if not request.tried:  # do not count the same tokens twice
                 adapter._demand.add(tokens, now)
             adapter.in_flight += 1
             if replica._send(request):
@@ -213,11 +213,11 @@ class FleetState:
         self._about("started", request_id)
 
     def ended(self, request_id: str) -> None:
-        """Note that a request has ended, for whatever reason. Nothing happens if it is not in flight."""
+        """Note that a request has ended, for any reason. Does nothing if it is not in flight."""
         self._finish("ended", request_id)
 
     def failed(self, request_id: str) -> None:
-        """Note that a request's replica could not take it, or broke off; the replica itself may live."""
+        """Note that a request's replica refused it or broke off; the replica itself may be alive."""
         self._finish("failed", request_id)
 
     @property
@@ -228,8 +228,8 @@ class FleetState:
     # Plans
 
     def snapshot(self) -> View:
-        """The fleet as it stands, for a placement policy in another thread. What has changed since the last
-        snapshot is in its ``changed``; give it to :meth:`not_planned` if no plan comes of it."""
+        """Return a copy of the fleet's state, for a placement policy in another thread. Its ``changed`` has
+        the changes since the last snapshot; pass it to :meth:`not_planned` if it leads to no plan."""
         now = self._tick()
         clock = _Clock(now)
         changed = set()
@@ -280,7 +280,7 @@ class FleetState:
         return found
 
     def _decide(self, replica: Replica) -> bool:
-        """Whether it may be sent anything; True if that has changed."""
+        """Decide whether the replica may get requests. Returns whether that has changed."""
         accepting = not replica.draining and self._clock.now - replica._heard <= self._silent_after
         if accepting == replica._accepting:
             return False

@@ -32,9 +32,9 @@ Failed = Callable[[str, str], None]
 class RouterGuard:
     """Stands between a door and a router.
 
-    If a router raises or answers nonsense, ``safe`` decides for that request. If it takes longer than
-    ``budget`` seconds ``max_overruns`` times, ``safe`` replaces it for good. No fault of a router raises
-    here.
+    If a router raises or returns an invalid answer, ``safe`` decides for that request. If it takes longer
+    than ``budget`` seconds ``max_overruns`` times, ``safe`` replaces it for good. No error of a router is
+    raised here.
 
     Args:
         timer: Seconds, for measuring decisions. None: they are not measured.
@@ -93,7 +93,7 @@ class RouterGuard:
         try:
             answer = router.route(request, view)
         except BaseException as error:
-            # A stray CancelledError is the router's own, for nothing is awaited here.
+            # Nothing is awaited here, so the router itself raised this CancelledError.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._fail("raised", f"{name}: {type(error).__name__}: {error}")
@@ -127,11 +127,12 @@ class RouterGuard:
 
 
 class PlacementGuard:
-    """Stands between a fleet and a placement policy: nothing that the policy does raises here.
+    """Stands between a fleet and a placement policy. No error of the policy is raised here.
 
     Args:
         budget: Seconds for a plan; a slower plan is dropped, because the fleet has changed since.
-        max_moves: The most moves of one plan that are carried out; the rest is left to the next.
+        max_moves: Maximum number of moves of one plan that are carried out; the rest is left to the next
+            plan.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class _Nonsense(ValueError):
 
 
 def _usable(answer: Any, request: RouteRequest, view: FleetView) -> Route | None:
-    """The route, less the replicas that cannot take the request; None if none is left."""
+    """Return the route without the replicas that cannot take the request; None if none is left."""
     if type(answer) is not Route:
         raise TypeError(f"route() returned {type(answer).__name__}, not Route")
     replicas, reject, reason = answer

@@ -1,8 +1,9 @@
 """The routing interface: how routers and placement policies see a fleet, and what they answer.
 
 A fleet is several replicas of one engine behind a door. For every request the door asks a
-:class:`RouterPolicy` which replica it should go to; now and then it asks a :class:`PlacementPolicy` which
-adapters should live where. Both see a :class:`FleetView`, the door's knowledge, which is never quite up to
+:class:`RouterPolicy` which replica the request should go to. At intervals it asks a :class:`PlacementPolicy`
+which adapters should be on which replicas. Both see a :class:`FleetView`, the door's knowledge, which is
+never quite up to
 date: each replica's ``age`` says how old it is.
 
 This package is pure Python: no engine, no clock, no network. The same classes route in a live fleet and in
@@ -29,7 +30,7 @@ class RouteRequest(NamedTuple):
     prompt_tokens: int
     max_tokens: int
     expected_tokens: int | None = None
-    """Output tokens that its caller expects; None: nothing was said."""
+    """Output tokens that its caller expects; None if not given."""
     tenant: str | None = None
     priority: int = 0
     """Higher is more urgent."""
@@ -50,22 +51,22 @@ class Route(NamedTuple):
     replicas: Sequence[str] = ()
     """Replica ids, the preferred one first. The door takes the next if one cannot be reached."""
     reject: str | None = None
-    """Why no replica should take it (the caller is told); None: it is not rejected."""
+    """Reason to reject the request, which the caller gets; None: it is not rejected."""
     reason: str = ""
-    """Why the first replica was preferred, in a word or two; metrics count decisions by it."""
+    """Reason for the first replica, in a word or two; metrics count decisions by it."""
 
 
 class ReplicaView(Protocol):
     """A replica as far as the door knows, read-only and live.
 
-    What it reported last, plus what this door has sent it and heard back from it since. Counts are of
-    requests, ``*_tokens`` of tokens."""
+    The values are those of its last report, corrected by this door's messages since then. Counts are numbers
+    of requests, and ``*_tokens`` numbers of tokens."""
 
     @property
     def replica_id(self) -> str: ...
     @property
     def accepting(self) -> bool:
-        """Whether requests may be sent to it: it is connected, it is heard of, and it is not draining."""
+        """Whether requests may be sent to it: it is connected, reports, and is not draining."""
 
     @property
     def age(self) -> float:
@@ -92,7 +93,7 @@ class ReplicaView(Protocol):
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that its KV cache holds in all."""
+        """Number of tokens that its KV cache has room for."""
 
     @property
     def free_kv_tokens(self) -> int: ...
@@ -131,14 +132,15 @@ class ReplicaView(Protocol):
     @property
     def queue_seconds(self) -> float:
         """Seconds of computing before a request that is sent now: ``waiting_tokens``, and a token for each
-        running request, at the measured speed (until there is one, at a guess)."""
+        running request, at the measured speed (at first, at a guessed speed)."""
 
     def location(self, adapter: str) -> Location:
-        """Fastest place there that holds the adapter. LOADING too where a request for it has been sent and
-        the replica has not answered yet."""
+        """Return the fastest place of the replica that holds the adapter. Also LOADING if a request for it
+        has been sent and the replica has not answered yet."""
 
     def held(self, tier: Location) -> Collection[str]:
-        """Names of the adapters in SLOT, in CPU (and in no slot) or LOADING; () for DISK, all others."""
+        """Return the names of the adapters in SLOT, in CPU (and in no slot) or LOADING; () for DISK, all
+        others."""
 
     def waiting_for(self, adapter: str | None) -> int:
         """Queued requests for this adapter (None: for the base model)."""
@@ -151,7 +153,7 @@ class AdapterView(Protocol):
     def name(self) -> str: ...
     @property
     def demand(self) -> float:
-        """Tokens (prompt and expected output) asked of it a second: an exponential moving average."""
+        """Requested tokens (prompt and expected output) a second, as an exponential moving average."""
 
     @property
     def in_flight(self) -> int:
@@ -163,7 +165,7 @@ class AdapterView(Protocol):
 
     @property
     def target_holders(self) -> Set[str]:
-        """Ids of replicas that should hold it, by the last plan; empty: no plan says."""
+        """Ids of replicas that should hold it by the last plan; empty if no plan names any."""
 
     @property
     def nbytes(self) -> int:
@@ -186,19 +188,19 @@ class FleetView(Protocol):
 
     @property
     def adapters(self) -> Mapping[str, AdapterView]:
-        """Adapters by name: registered ones, and those that are held or asked for."""
+        """Adapters by name: registered ones, and those that are held or requested."""
 
     @property
     def demand(self) -> float:
-        """Tokens asked of the fleet a second, the base model's included."""
+        """Tokens requested from the fleet a second, for the base model, too."""
 
     @property
     def changed(self) -> Collection[str]:
         """Adapters whose demand or holders have changed since the last plan."""
 
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
-        """Number of these leading blocks that a replica's KV cache probably has, by replica id; replicas with
-        none are left out. The memory behind it is bounded, so it forgets."""
+        """Return the number of these leading blocks that a replica's KV cache probably has, by replica id;
+        replicas with none are left out. The memory behind it is bounded, so it forgets."""
 
 
 RouteEventKind = Literal[
@@ -208,8 +210,8 @@ RouteEventKind = Literal[
 
 class RouteEvent(NamedTuple):
     """Something that happened: "routed" (sent to a replica), "started" (its first token came), "ended"
-    (however), "failed" (the replica could not take it or was lost: it is routed again or ends), or a
-    replica joined, left (died, or not heard of for too long) or drains."""
+    (however), "failed" (the replica refused it or was lost: it is routed again or ends), or a replica joined,
+    left (it died, or did not report for too long) or drains."""
 
     kind: RouteEventKind
     now: float
@@ -224,7 +226,7 @@ class RouterPolicy(ABC):
     source: str = ""
     """The paper or project that it is from, in one line."""
     worst_case: str = ""
-    """Text that says what is the worst that it can do to a request or to the fleet."""
+    """Text with the worst effect that it can have on a request or on the fleet."""
 
     @abstractmethod
     def route(self, request: RouteRequest, view: FleetView) -> Route:
@@ -235,7 +237,7 @@ class RouterPolicy(ABC):
 
 
 class Move(NamedTuple):
-    """One step towards a plan: bring an adapter to a replica, or let it go."""
+    """One step towards a plan: bring an adapter to a replica, or release it there."""
 
     kind: Literal["load", "unload", "pin", "unpin"]
     """"load": into the CPU cache. "unload": it is not wanted there any more, and its replica may drop it.
@@ -245,12 +247,12 @@ class Move(NamedTuple):
 
 
 class PlacementPolicy(ABC):
-    """Base of all placement policies: which adapters live where, and how many copies of each."""
+    """Base of all placement policies, which decide which replicas have which adapters."""
 
     source: str = ""
     worst_case: str = ""
 
     @abstractmethod
     def plan(self, view: FleetView) -> Sequence[Move]:
-        """Say what should change. It is asked off the loop, on a view that stands still, and should look
-        at ``view.changed`` only: everything else is as the last plan left it."""
+        """Return the moves to make. It is called outside the event loop, on a fixed view, and should read
+        only ``view.changed``: the rest is unchanged since the last plan."""

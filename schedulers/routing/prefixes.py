@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 PREFIX_BLOCK = 256
-"""Tokens that one hash stands for: coarser than a KV block, so that a long prompt has few."""
+"""Tokens for each hash: more than in a KV block, so that a long prompt has few hashes."""
 MAX_HASHES = 64
-"""Leading blocks of a prompt that are looked at."""
+"""Maximum number of leading blocks of a prompt that are hashed."""
 
 
 def prefix_hashes(
     tokens: Sequence[int], adapter: str | None, *, salt: str | None = None, block: int = PREFIX_BLOCK
 ) -> tuple[int, ...]:
-    """Chained 64-bit hashes of the first full blocks of a prompt: each stands for all tokens up to its end,
-    for the adapter and for the salt, because prefixes are shared within these only."""
+    """Return chained 64-bit hashes of the first full blocks of a prompt. Each stands for all tokens up to its
+    end, for the adapter and for the salt, because prefixes are shared only within these."""
     parent = blake2b(repr((adapter, salt)).encode(), digest_size=8).digest()
     found = []
     for start in range(0, min(len(tokens) // block, MAX_HASHES) * block, block):
@@ -62,7 +62,7 @@ class PrefixIndex:
     def add(self, replica: str, prefixes: Sequence[int]) -> None:
         """Note that these blocks were sent to the replica."""
         recent, bit, where = self._recent[replica], self._bits[replica], self._where
-        # The last first: what is forgotten first is then the end of a prefix, not its beginning.
+        # The last block first, so that the end of a prefix is forgotten before its beginning.
         for digest in reversed(prefixes):
             recent[digest] = None
             recent.move_to_end(digest)

@@ -1,6 +1,6 @@
-"""Finding routers, placement and scaling policies by name, and building them with options.
+"""Finds routers, placement and scaling policies by name, and builds them with options.
 
-Named as scheduler policies are: "affinity", "affinity:margin=0.5", "package.module:Class",
+They are named like scheduler policies: "affinity", "affinity:margin=0.5", "package.module:Class",
 "my_router.py:MyRouter". Installed packages add to the built-in names through the entry point groups
 ``aioengine.routers``, ``aioengine.placements`` and ``aioengine.autoscalers``.
 """
@@ -51,17 +51,17 @@ class RoutingInfo(NamedTuple):
 
 
 def available_routers() -> dict[str, RoutingInfo]:
-    """The routers, by name. A package whose entry point cannot be imported is left out."""
+    """Return the routers by name. A package whose entry point cannot be imported is left out."""
     return _available("router")
 
 
 def available_placements() -> dict[str, RoutingInfo]:
-    """The placement policies, by name."""
+    """Return the placement policies by name."""
     return _available("placement")
 
 
 def available_autoscalers() -> dict[str, RoutingInfo]:
-    """The policies for the number of replicas, by name."""
+    """Return the scaling policies by name."""
     return _available("autoscaler")
 
 
@@ -123,7 +123,7 @@ def _available(kind: str) -> dict[str, RoutingInfo]:
         except ValueError:
             if name in _KINDS[kind].built_in:
                 raise
-            continue  # somebody's broken package; whoever asks for it by name is told
+            continue  # a broken package; naming its policy raises the error
         found[name] = RoutingInfo(name, summary(cls), options_text(cls), cls.source, cls.worst_case, target)
     return found
 

@@ -11,9 +11,9 @@ from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing.interface import RouteRequest
 
 GUESSED_SECONDS_PER_TOKEN = 1e-4
-"""Until it is measured."""
+"""Seconds for each token until it is measured."""
 OFFSET_DRIFT = 1e-4
-"""Seconds a second by which the shortest delay seen is forgiven: clocks drift, and routes change."""
+"""Seconds a second by which the shortest known delay grows, because clocks drift and routes change."""
 
 
 class ReplicaLimits(NamedTuple):
@@ -26,7 +26,7 @@ class ReplicaLimits(NamedTuple):
 
 
 class Tiers(NamedTuple):
-    """Which adapters a replica holds, and where. A name stands in one of them."""
+    """The adapters that a replica holds, and where. Each name is in only one of the fields."""
 
     slot: Collection[str] = ()
     cpu: Collection[str] = ()
@@ -41,7 +41,7 @@ class Report(NamedTuple):
     sent_at: float
     """The replica's own clock."""
     received: int
-    """Requests from this door that it had taken in: those beyond are still on their way."""
+    """Number of requests from this door that had arrived; later ones are still on their way."""
     ended: int
     """Requests from this door that had ended."""
     waiting: int
@@ -57,7 +57,7 @@ class Report(NamedTuple):
     seconds_per_token: float | None = None
     service_seconds: float | None = None
     tiers: Tiers | None = None
-    """None: as in the report before."""
+    """None: as in the previous report."""
 
 
 class _OnItsWay(NamedTuple):
@@ -68,7 +68,7 @@ class _OnItsWay(NamedTuple):
 
 class Replica:
     """A :class:`~aioengine.schedulers.routing.interface.ReplicaView`. Only
-    :class:`~aioengine.schedulers.routing.fleet.FleetState` calls what begins with an underscore."""
+    :class:`~aioengine.schedulers.routing.fleet.FleetState` calls the methods with an underscore."""
 
     __slots__ = (
         "_accepting", "_adapters_waiting", "_age_at", "_clock", "_ended", "_expected", "_free_slots",
@@ -143,7 +143,8 @@ class Replica:
     # What FleetState does
 
     def _send(self, request: RouteRequest) -> bool:
-        """A request is on its way; True if the replica is now expected to load its adapter."""
+        """Note that a request is on its way. Returns True if the replica is now expected to load its
+        adapter."""
         self._sent += 1
         adapter = request.adapter
         self._on_the_way.append(_OnItsWay(self._sent, adapter, request.prompt_tokens))
@@ -157,7 +158,8 @@ class Replica:
         return new
 
     def _take(self, report: Report, now: float) -> tuple[set[str], set[str]]:
-        """Take in a report; returns the adapters that it holds anew, and those that it no longer holds."""
+        """Take in a report. Returns the adapters that the replica holds newly, and those that it no longer
+        holds."""
         self._heard = now
         offset = now - report.sent_at
         best = offset if self._offset is None else self._offset + (now - self._age_at) * OFFSET_DRIFT
@@ -196,12 +198,12 @@ class Replica:
         return after - before, before - after
 
     def _end(self) -> None:
-        """One of this door's requests has ended there."""
+        """Note that one of this door's requests has ended on the replica."""
         self._ended += 1
         self._count()
 
     def _count(self) -> None:
-        """The report, corrected by what is on its way and by what has ended since."""
+        """Correct the report by the requests that are on their way, and by those that have ended since."""
         report = self._report
         self._running = max(report.running - max(self._ended - report.ended, 0), 0)
         self._waiting = report.waiting + len(self._on_the_way)

@@ -1,18 +1,18 @@
-"""How long a replica takes for a prompt token, measured on the steps that it runs anyway."""
+"""Measures the time of a replica for a prompt token, on its normal steps."""
 
 from __future__ import annotations
 
 from math import exp
 
 TOKENS_REMEMBERED = 16384
-"""A token that was measured so many tokens ago counts 1/e as much as one that is measured now."""
+"""A token that was measured this many tokens ago counts 1/e as much as a new one."""
 TOKENS_NEEDED = 256
-"""Fewer say nothing: the first steps are slow for reasons of their own, and a router that believed them
-would send nothing more, by which it could learn better."""
+"""Fewer tokens are not used, because the first steps are slow for other reasons. A router that used them
+would send no more requests, and so could not learn the true speed."""
 
 
 class TokenSpeed:
-    """Mean seconds for a token, over tokens and not over steps: a short step is mostly overhead."""
+    """Mean seconds for a token, over tokens and not over steps, because a short step is mostly overhead."""
 
     def __init__(self) -> None:
         self._seconds = self._tokens = 0.0

@@ -92,12 +92,12 @@ def test_settings(config: Any, message: str, tmp_path: Path) -> None:
             lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].flatten()}),
             "expected a matrix",
         ),
-        (gptq(), GPTQ, lambda t: t[f"{Q0}.g_idx"].sub_(1).neg_(), "no neighbours"),
+        (gptq(), GPTQ, lambda t: t[f"{Q0}.g_idx"].sub_(1).neg_(), "not neighbours"),
         (
             gptq(ordered=True),
             {**GPTQ, "desc_act": True},
             lambda t: t[f"{Q0}.g_idx"].fill_(7),
-            "groups that there are not",
+            "groups that do not exist",
         ),
         (
             gptq(),

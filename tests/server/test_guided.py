@@ -394,7 +394,7 @@ async def test_another_chat_template(tiny_text: Tiny, make_engine: MakeEngine, t
     async with make_engine(tiny_text, chat_template=str(file)) as engine:
         assert engine.tokenizer is not None
         assert engine.tokenizer.render_chat(USER) == "Hi!"
-    for text, reason in (("{% for %}", "is no Jinja template"), (None, "cannot be read")):
+    for text, reason in (("{% for %}", "is not a Jinja template"), (None, "cannot be read")):
         file.unlink()
         if text is not None:
             file.write_text(text)

@@ -153,7 +153,7 @@ class StepDecoder:
         self.masks = SentMasks()
 
     def __len__(self) -> int:
-        """Number of requests that are known."""
+        """Return the number of requests that are known."""
         return len(self._known)
 
     def decode(self, step: Step) -> StepBatch:

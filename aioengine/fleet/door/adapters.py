@@ -257,8 +257,8 @@ class FleetAdapters:
     # Asking replicas
 
     async def _ask(self, member: Member, action: str, **arguments: Any) -> Any:
-        """A replica's answer, or the error that it met; None if the replica is lost: when it is back, it gets
-        what the registry has."""
+        """Return a replica's answer, or the error that it met; None if the replica is lost: when it is back,
+        it gets what the registry has."""
         call = self._members.handle.options(method_name="adapter")
         try:
             return await call.remote(action, arguments, to=member.channel.replica)
@@ -364,7 +364,7 @@ def _source(given: str | None, known: Entry | None, info: AdapterInfo) -> str:
 
 
 def _first(answers: Sequence[Any]) -> AdapterInfo:
-    """The first answer of a replica that lives. Raises the first error instead, if there is one."""
+    """Return the first answer of a replica that lives. Raises the first error instead, if there is one."""
     for answer in answers:
         if isinstance(answer, AioEngineError):
             raise answer

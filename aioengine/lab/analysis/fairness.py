@@ -51,7 +51,7 @@ def max_min(values: Iterable[float]) -> float | None:
 
 
 def by_client(requests: pl.DataFrame, client: Client) -> pl.DataFrame:
-    """A row for each client, the one with the most requests first (then by name).
+    """Return a row for each client, the one with the most requests first (then by name).
 
     Columns: ``client``; ``offered``, ``finished``; ``tokens`` computed (prompt and output); means over the
     finished of ``ttft_seconds`` and ``latency_seconds``; ``tokens_per_second``: tokens over the seconds that

@@ -53,7 +53,7 @@ def read_offered(workload: Workload, most: int = MOST) -> Offered:
 
 
 def describe_offered(offered: Offered) -> dict[str, Any]:
-    """The figures of a workload, by name; units are in the names."""
+    """Return the figures of a workload, by name; units are in the names."""
     count = len(offered.times)
     seconds = offered.times[-1] if count else 0.0
     gaps = [b - a for a, b in zip(offered.times, offered.times[1:], strict=False)]
@@ -105,7 +105,7 @@ def _spread(values: Sequence[int]) -> dict[str, float | None]:
 
 
 def _for_half(counts: Sequence[int]) -> int | None:
-    """How many of the most popular have half of the requests for adapters."""
+    """Return how many of the most popular have half of the requests for adapters."""
     total = 0
     for index, count in enumerate(counts, 1):
         total += count

@@ -59,7 +59,7 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Es
 
 
 def regret(values: Sequence[float | None], best: Sequence[float | None]) -> Estimate | None:
-    """How much more than the oracle's, as a share of it, seed by seed: 0.2 is 20% more. Below 0: it is better
-    in this figure, which the oracle (it knows when adapters are asked for) need not be best in."""
+    """Return how much more than the oracle's, as a share of it, seed by seed: 0.2 is 20% more. Below 0: it is
+    better in this figure, which the oracle (it knows when adapters are asked for) need not be best in."""
     both = [a / b - 1 for a, b in zip(values, best, strict=True) if a is not None and b]
     return estimate(both) if both else None

@@ -25,7 +25,7 @@ MOST_STARVED = 10
 
 
 def summarize(folder: str | Path) -> dict[str, Any]:
-    """The figures of the run whose files are in ``folder``, by groups; docs/lab.md lists them.
+    """Return the figures of the run whose files are in ``folder``, by groups; docs/lab.md lists them.
 
     Units are in the names; a ``_share`` is between 0 and 1. What nothing was measured for is None.
     Raises ConfigError if a file is missing, or is none of a run's.
@@ -257,13 +257,13 @@ def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
 
 
 def slots_of(folder: Path) -> int | None:
-    """Number of slots of all replicas, from the run's experiment; None if that file is missing."""
+    """Return the number of slots of all replicas, from the run's experiment; None if that file is missing."""
     slots = _of_experiment(folder, "slots")
     return slots * replicas_of(folder) if isinstance(slots, int) else None
 
 
 def replicas_of(folder: Path) -> int:
-    """Number of replicas in the run's experiment, where it changes the largest; 1 without a fleet."""
+    """Return the number of replicas in the experiment, the largest if it changes; 1 without a fleet."""
     autoscale = _of_experiment(folder, "autoscale")
     if isinstance(autoscale, str):
         return load_autoscaler(autoscale).most
@@ -297,8 +297,8 @@ def _rounded(value: Any) -> Any:
 
 
 def flatten(summary: Mapping[str, Any]) -> dict[str, float | int | None]:
-    """The numbers of a summary by dotted names, such as "ttft_seconds.p99"; counts by reason or by adapter,
-    whose names differ from run to run, are left out."""
+    """Return the numbers of a summary by dotted names, such as "ttft_seconds.p99"; counts by reason or by
+    adapter, whose names differ from run to run, are left out."""
     return dict(_flat(summary, ""))
 
 

@@ -192,7 +192,7 @@ def _stage(moves: Sequence[ProbedMove], stage: str) -> Stage:
 
 
 def machine() -> str:
-    """The GPU's name; where there is none the processor's, and how many threads compute."""
+    """Return the GPU's name; where there is none the processor's, and how many threads compute."""
     import torch
 
     if torch.cuda.is_available():

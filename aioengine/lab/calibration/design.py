@@ -98,12 +98,12 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return min(rank for rank in ALLOWED_RANKS if rank >= max(self.ranks))
 
     def names(self, rank: int) -> list[str]:
-        """Names of the adapters of one rank."""
+        """Return the names of the adapters of one rank."""
         return [f"rank-{rank}-{i}" for i in range(max(self.adapters))]
 
     def parts(self, longest: int) -> list[Part]:
-        """All steps that are timed, but those that have more than ``longest`` positions, which the model does
-        not have, or more than the design's own bounds."""
+        """Return all steps that are timed, but those that have more than ``longest`` positions, which the
+        model does not have, or more than the design's own bounds."""
         found = (*self._decodes(), *self._prompts(), *self._with_adapters(), *self._mixtures())
         return [part for part in found if self._fits(part, longest)]
 

@@ -51,7 +51,7 @@ class Rounds:
         return sum(map(_is_calm, self._timings[i]))
 
     def _point(self, timings: list[Timing]) -> Timed:
-        """The median of those that count; if none does, the one that was disturbed the least."""
+        """Return the median of those that count; if none does, the one that was disturbed the least."""
         counting = [timing for timing in timings if _is_calm(timing)]
         if not counting:
             counting = [min(timings, key=_share)]

@@ -53,8 +53,8 @@ def move_points(moves: Iterable[ProbedMove], stage: str) -> list[tuple[float, fl
 
 
 def slowdown(costs: CostModel, steps: Sequence[ProbedStep], moves: Iterable[ProbedMove], stage: str) -> float:
-    """How many times as long steps take while adapters are moved in this stage: from steps some of which
-    moves overlap.
+    """Return how many times as long steps take while adapters are moved in this stage: from steps some of
+    which moves overlap.
 
     A step of s seconds that is disturbed for o of the w seconds that it takes in the end has
     w = s + o (1 - 1 / slowdown).

@@ -69,7 +69,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def of(cls, spec: ModelSpec, dtype: str) -> Self:
-        """The shape of a model that runs in ``dtype``."""
+        """Return the shape of a model that runs in ``dtype``."""
         values = {field: getattr(spec, field) for field in cls.__struct_fields__}
         return msgspec.convert({**values, "dtype": dtype}, cls)
 
@@ -120,11 +120,12 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         check_integer("device_memory", self.device_memory, low=1)
 
     def step_seconds(self, shape: StepShape) -> float:
-        """The device's time for a step, without :attr:`step_overhead`; to ask often, make a StepTimes."""
+        """Return the device's time for a step, without :attr:`step_overhead`; to ask often, make a
+        StepTimes."""
         return StepTimes(self.steps)(shape)
 
     def adapter_nbytes(self, rank: int) -> int:
-        """An adapter on the CPU, A and B of every layer's linears in the model's dtype."""
+        """Return the bytes of an adapter on the CPU: A and B of all layers' linears, in the model's dtype."""
         spec = self.spec
         per_rank = sum(sum(spec.linear(module)) for module in LORA_MODULES) * spec.num_layers
         return rank * per_rank * DTYPE_BYTES[spec.dtype]
@@ -134,7 +135,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.model.spec()
 
     def plan(self, config: EngineConfig) -> MemoryPlan:
-        """The memory of an engine on this device. Raises ConfigError if it does not fit."""
+        """Return the memory of an engine on this device. Raises ConfigError if it does not fit."""
         return plan_memory(self.spec, config, device=self.device, available_bytes=self.device_memory)
 
     def to_json(self) -> bytes:

@@ -17,7 +17,7 @@ def available_presets() -> tuple[str, ...]:
 
 
 def load_costs(preset: str | Path) -> CostModel:
-    """The preset of this name, or the cost model in a JSON file (a path that ends in ``.json``).
+    """Return the preset of this name, or the cost model in a JSON file (a path that ends in ``.json``).
 
     Raises ConfigError if there is none, or it is not sound.
     """

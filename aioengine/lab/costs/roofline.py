@@ -52,7 +52,7 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def estimate(name: str, device_name: str, model: ModelShape, device: DeviceFigures) -> CostModel:
-    """The cost model of ``model`` on ``device``.
+    """Return the cost model of ``model`` on ``device``.
 
     Decode reads all weights but the input embedding once a step. A LoRA step launches a shrink and an
     expand for each of a layer's four fused linears, and reads A and B of every distinct adapter.

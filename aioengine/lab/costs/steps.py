@@ -36,7 +36,7 @@ class StepShape(NamedTuple):
 
 
 def step_shape(batch: StepBatch) -> StepShape:
-    """The shape of a step; the calibration and the simulation both use this."""
+    """Return the shape of a step; the calibration and the simulation both use this."""
     decode_rows = decode_kv = prefill_tokens = twice_pairs = 0
     adapters: list[tuple[int, int]] = []
     ranks = batch.slot_ranks

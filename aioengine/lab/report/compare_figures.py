@@ -107,7 +107,7 @@ def draw_load(compare: Compare, theme: Theme) -> Figure:
 
 
 def draw_slots(compare: Compare, theme: Theme) -> Figure:
-    """The measure against the number of slots: a panel for each scale, a line for each policy."""
+    """Draw the measure against the number of slots: a panel for each scale, a line for each policy."""
     scales = sorted(compare.results["scale"].unique())
     measure = compare.measure
     title = f"{_head(measure)} by the number of slots ({measure.better} is better)"
@@ -153,7 +153,7 @@ def _means(compare: Compare, slots: int, scale: float) -> dict[str, float]:
 
 
 def _apart(counts: Sequence[int], policies: int) -> float:
-    """The factor between the places of two policies at the same number of slots, so that no mark hides
+    """Return the factor between the places of two policies at the same number of slots, so that no mark hides
     another; less where there would be no room before the next number."""
     steps = [math.log(b / a) for a, b in itertools.pairwise(counts)]
     return math.exp(min(0.022 * sum(steps), 0.6 * min(steps) / policies))
@@ -192,7 +192,7 @@ def draw_cdf(compare: Compare, theme: Theme) -> Figure:
 
 
 def _shown(compare: Compare) -> list[tuple[int, float]]:
-    """The settings with the most load, of so many numbers of slots as there are panels."""
+    """Return the settings with the most load, of so many numbers of slots as there are panels."""
     slots = sorted(compare.results["slots"].unique())
     load: Any = compare.results["scale"].max()
     return [(count, load) for count in slots[:: -(-len(slots) // _MOST_PANELS)]]
@@ -228,8 +228,8 @@ def _range(values: Mapping[str, float], text: Callable[[float], str], *, named: 
 
 
 def draw_regret(compare: Compare, theme: Theme) -> Figure:
-    """How much worse than the oracle, in four figures: a row of panels for each, a column for each number of
-    slots."""
+    """Draw how much worse than the oracle, in four figures: a row of panels for each, a column for each
+    number of slots."""
     names = ("ttft_seconds.mean", "ttft_seconds.p99", "latency_seconds.mean", "swaps.slot_copies_per_request")
     measures = [measure for measure in MEASURES if measure.name in names]
     settings = _shown(compare)
@@ -303,8 +303,8 @@ def _colors(policies: Sequence[str], theme: Theme) -> dict[str, str]:
 
 
 def _styles(policies: Sequence[str], theme: Theme) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A colour, a marker and a dash for each policy. Later lines are thinner, so that those which coincide
-    show as stripes, and through each other's gaps."""
+    """Yield a colour, a marker and a dash for each policy. Later lines are thinner, so that those which
+    coincide show as stripes, and through each other's gaps."""
     colors = _colors(policies, theme)
     for index, policy in enumerate(policies):
         yield (

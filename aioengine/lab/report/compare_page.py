@@ -115,7 +115,7 @@ def write_compare_report(
 
 
 def rankings(compare: Compare) -> Iterator[Ranking]:
-    """A table for each setting, in the order of places."""
+    """Yield a table for each setting, in the order of places."""
     names = dict.fromkeys((compare.measure.name, *COLUMNS))
     measures = [find_measure(name) for name in names]
     for slots, scale in compare.settings():
@@ -133,7 +133,7 @@ def rankings(compare: Compare) -> Iterator[Ranking]:
 
 
 def ranked(compare: Compare, slots: int, scale: float) -> list[str]:
-    """The policies of a setting, best first; those without a figure last."""
+    """Return the policies of a setting, best first; those without a figure last."""
     table = compare.of(compare.measure.name, slots=slots, scale=scale)
     best = table.sort("mean", descending=compare.measure.better == "higher", maintain_order=True)
     order = best["policy"].to_list()
@@ -141,8 +141,8 @@ def ranked(compare: Compare, slots: int, scale: float) -> list[str]:
 
 
 def places(compare: Compare, slots: int, scale: float) -> dict[str, str]:
-    """The place of each policy of a setting, best first. Those that the seeds do not tell from the best share
-    its place, and so on with those that are left; "–" without a figure."""
+    """Return the place of each policy of a setting, best first. Those that the seeds do not tell from the
+    best share its place, and so on with those that are left; "–" without a figure."""
     setting = compare.results.filter(slots=slots, scale=scale).sort("seed")
 
     def values(policy: str) -> list[float | None]:
@@ -167,7 +167,7 @@ def _is_tie(difference: Estimate | None) -> bool:
 
 
 def _details(compare: Compare) -> Iterator[Ranking]:
-    """All figures of a setting: a row for each, a column for each policy."""
+    """Yield all figures of a setting: a row for each, a column for each policy."""
     for slots, scale in compare.settings():
         rows = [
             Row(m.label, [_cell(compare, m, policy, slots, scale) for policy in compare.policies])

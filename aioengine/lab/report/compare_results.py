@@ -30,7 +30,7 @@ class Compare(NamedTuple):
         return sorted(self.results.select("slots", "scale").unique().iter_rows())
 
     def of(self, figure: str, **where: Any) -> pl.DataFrame:
-        """The estimates of a figure, where columns have these values."""
+        """Return the estimates of a figure, where columns have these values."""
         frame = self.estimates.filter(self.estimates["figure"] == figure)
         for column, value in where.items():
             frame = frame.filter(frame[column] == value)

@@ -123,7 +123,7 @@ def drawing(theme: Theme) -> Iterator[None]:
 def new_figure(
     title: str, *, height: float, rows: int = 1, columns: int = 1, **kwargs: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with its axes, row by row.
+    """Return a figure with its axes, row by row.
 
     Args:
         title: What is seen, in a sentence; broken into lines as needed.
@@ -188,8 +188,8 @@ class Drawn(NamedTuple):
 
 
 def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> Drawn:
-    """The figure that ``make`` makes, as a PNG without a date or the name of the program in it, so that the
-    same figure is the same bytes."""
+    """Return the figure that ``make`` makes, as a PNG without a date or the name of the program in it, so
+    that the same figure is the same bytes."""
     file = io.BytesIO()
     with drawing(theme):
         figure = make()
@@ -200,8 +200,8 @@ def draw(name: str, caption: str, theme: Theme, make: Callable[[], Figure]) -> D
 
 
 def vectors(drawn: Drawn) -> dict[str, bytes]:
-    """The figure as PDF, with its fonts embedded, and as SVG, with its letters as outlines; the same bytes
-    each time. By kind: "pdf" and "svg"."""
+    """Return the figure as PDF, with its fonts embedded, and as SVG, with its letters as outlines; the same
+    bytes each time. By kind: "pdf" and "svg"."""
     found: dict[str, bytes] = {}
     with drawing(drawn.theme):
         figure = drawn.make()
@@ -228,14 +228,15 @@ def legend_above(axes: Axes, **kwargs: Any) -> None:
 
 
 def in_rows(axes: Axes, columns: int) -> tuple[list[Any], list[str]]:
-    """The entries of a legend, so ordered that they are read row by row: it is filled column by column."""
+    """Return the entries of a legend, so ordered that they are read row by row: it is filled column by
+    column."""
     entries = [*zip(*axes.get_legend_handles_labels(), strict=True)]
     ordered = [entry for column in range(columns) for entry in entries[column::columns]]
     return [handle for handle, _ in ordered], [label for _, label in ordered]
 
 
 def text_on(color: str, theme: Theme) -> str:
-    """The one of the theme's text and background that is easier to read on the colour."""
+    """Return the one of the theme's text and background that is easier to read on the colour."""
     from matplotlib.colors import to_rgb
 
     def luminance(of: str) -> float:  # as WCAG 2 defines it
@@ -309,7 +310,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def share_text(share: float | None) -> str:
-    """A share in percent: "84%", "0.4%"; "-" for None."""
+    """Return a share in percent: "84%", "0.4%"; "-" for None."""
     return "–" if share is None else share_scale(share).text(share)
 
 

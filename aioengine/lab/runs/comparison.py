@@ -55,7 +55,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError("Comparison.routers: there is no fleet to route in; give replicas")
 
     def tasks(self, out: Path) -> list[Task]:
-        """The runs, each with a folder below ``out``; the seeds of a setting follow each other.
+        """Return the runs, each with a folder below ``out``; the seeds of a setting follow each other.
 
         Raises ConfigError if one of them cannot be.
         """
@@ -201,7 +201,7 @@ def read_comparison(path: str | Path) -> Comparison:
 
 
 def load_results(folder: str | Path) -> pl.DataFrame:
-    """The results of a comparison as a frame. Raises ConfigError if there are none."""
+    """Return the results of a comparison as a frame. Raises ConfigError if there are none."""
     with needs_extra():
         import polars as pl
     path = Path(folder) / "results.parquet"

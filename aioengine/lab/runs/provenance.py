@@ -51,7 +51,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
 
 
 def command(experiment: Experiment) -> str:
-    """The command that runs an experiment, by the flags that differ from their defaults."""
+    """Return the command that runs an experiment, by the flags that differ from their defaults."""
     flags = _flags(experiment.workload, WorkloadSpec.__struct_fields__)
     names = [name for name in Experiment.__struct_fields__ if name != "workload"]
     flags += _flags(experiment, names)
@@ -104,7 +104,7 @@ def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Pa
 
 
 def _difference(before: Path, now: Path) -> str | None:
-    """The first line that differs; None if the files are the same."""
+    """Return the first line that differs; None if the files are the same."""
     if not before.is_file():
         return "is not there"
     one, two = before.read_bytes(), now.read_bytes()

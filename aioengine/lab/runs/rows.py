@@ -230,7 +230,7 @@ def load_frame(folder: str | Path, name: str) -> pl.DataFrame:
 
 
 def _columns(record: type[Any]) -> dict[str, type]:
-    """Names of the fields, with their types without None."""
+    """Return the names of the fields, with their types without None."""
     return {name: _plain(hint) for name, hint in get_type_hints(record).items()}
 
 

@@ -96,7 +96,7 @@ def run(
 
 
 def fitting(experiment: Experiment, costs: CostModel) -> tuple[Workload, TooLong]:
-    """The workload as the experiment wants it, and how much of it is longer than the model's context.
+    """Return the workload as the experiment wants it, and how much of it is longer than the model's context.
 
     Raises ConfigError if something is and ``on_too_long`` is "fail", and what
     :meth:`Experiment.open_workload` raises.
@@ -129,7 +129,8 @@ async def simulate(
     progress: Progress | None = None,
     watch: PolicyWatch | None = None,
 ) -> tuple[Replayed, dict[str, Any] | None]:
-    """The run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is one.
+    """Return the run itself, on a loop in virtual time; and what summary.json says of the fleet, if there is
+    one.
 
     ``watch`` hears what becomes of the policy, on all replicas.
     """
@@ -204,8 +205,8 @@ async def _start(experiment: Experiment, costs: CostModel) -> None:
 
 
 def without_ageing(spec: Policy) -> Policy:
-    """The same policy, in which waiting alone takes nobody out of turn. Raises PolicyError if it has no
-    ``max_wait`` to be told so."""
+    """Return the same policy, in which waiting alone takes nobody out of turn. Raises PolicyError if it has
+    no ``max_wait`` to be told so."""
     policy = check_policy(spec)
     if not isinstance(policy, Composed):
         text = f"policy {policy_label(spec)!r} with ageing=False: {type(policy).__name__} has no max_wait"
@@ -216,8 +217,8 @@ def without_ageing(spec: Policy) -> Policy:
 
 
 def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
-    """Which policies serve who has waited for so long out of turn. Raises PolicyError if there is no such
-    policy, or one that cannot do without where ``ageing`` is False."""
+    """Return which policies serve who has waited for so long out of turn. Raises PolicyError if there is no
+    such policy, or one that cannot do without where ``ageing`` is False."""
     waits = {}
     for spec in policies:
         policy = check_policy(spec if ageing else without_ageing(spec))
@@ -231,12 +232,12 @@ def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
 
 
 def check_policy(spec: str | dict[str, Any]) -> SchedulerPolicy:
-    """The policy that ``spec`` names, knowing of no arrivals. Raises PolicyError if there is none."""
+    """Return the policy that ``spec`` names, knowing of no arrivals. Raises PolicyError if there is none."""
     return _load_policy(spec, list)
 
 
 def lab_policy(spec: str | dict[str, Any], workload: Workload, *, start: float = 0.0) -> SchedulerPolicy:
-    """The policy that ``spec`` names; the clairvoyant ones are told of the workload's arrivals.
+    """Return the policy that ``spec`` names; the clairvoyant ones are told of the workload's arrivals.
 
     Args:
         start: What the engine's clock reads when the workload begins.

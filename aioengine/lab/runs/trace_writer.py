@@ -270,7 +270,7 @@ def _check_end(file: FileIO, path: Path) -> None:
 
 
 def _write(file: FileIO, data: bytes) -> OSError | None:
-    """All of it, or, if that fails, nothing of it."""
+    """Return all of it, or, if that fails, nothing of it."""
     before = None
     try:
         before = os.fstat(file.fileno()).st_size

@@ -29,7 +29,7 @@ of them away would be the fastest."""
 
 
 def with_p95(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A run's summary with the 95th percentiles, which only its files have."""
+    """Return a run's summary with the 95th percentiles, which only its files have."""
     times = times_of(load_frames(folder).requests)
     groups = {
         group: {**summary[group], "p95": times[group].drop_nulls().quantile(0.95, "linear")}
@@ -50,7 +50,7 @@ class Objective(NamedTuple):
         return self.name in SHARES
 
     def of(self, summary: Mapping[str, Any]) -> float:
-        """The figure of a run, by its summary; infinite (a share: 0) where nothing was served."""
+        """Return the figure of a run, by its summary; infinite (a share: 0) where nothing was served."""
         if self.name == "goodput":
             slo = summary["slo"]
             asked = slo["requests_with_deadline"]

@@ -148,7 +148,7 @@ class _Search:
         return Sized(found, list(self._trials.values()), self._less if found is not None else {})
 
     def _replicas(self, bounds: Bounds, slots: tuple[int, int], adapters: int) -> Size | None:
-        """The fewest replicas with which a number of slots holds: doubling, then bisection."""
+        """Return the fewest replicas with which a number of slots holds: doubling, then bisection."""
         low, most = bounds.replicas
         failed = low - 1
         count = low
@@ -170,7 +170,7 @@ class _Search:
         return best
 
     def _any_slots(self, replicas: int, slots: tuple[int, int], bounds: Bounds, adapters: int) -> Size | None:
-        """A size with so many replicas that holds; None if there is none."""
+        """Return a size with so many replicas that holds; None if there is none."""
         low, count = slots
         for _ in range(SLOT_LADDER):
             cpu_loras = max(count, bounds.cpu_loras[1] if bounds.cpu_loras else adapters)
@@ -186,7 +186,7 @@ class _Search:
         return None
 
     def _lower(self, size: Size, name: str, least: int) -> Size:
-        """The least of one dimension that still holds, by bisection."""
+        """Return the least of one dimension that still holds, by bisection."""
         failed = least - 1
         while getattr(size, name) - failed > 1:
             middle = size._replace(**{name: (getattr(size, name) + failed) // 2})
@@ -286,7 +286,7 @@ class _Search:
 
 
 def _use(experiment: Experiment, replicas: int, summaries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How much of what there is was in use."""
+    """Return how much of what there is was in use."""
     engines = [summary["engine"] for summary in summaries]
     hits = [summary["hits"] for summary in summaries]
 

@@ -95,7 +95,7 @@ def parse_ranks(field: str, value: int | str) -> Shares:
 
 
 def draw_shape(name: str, ranks: Shares, sizes: Distribution | None, seed: int) -> AdapterShape:
-    """The adapter's shape depends on its name and on nothing else that is drawn."""
+    """Return the adapter's shape depends on its name and on nothing else that is drawn."""
     rank = ranks.draw(stream(seed, f"rank of {name}"))
     nbytes = None if sizes is None else sizes.draw(stream(seed, f"size of {name}"))
     return AdapterShape(name, rank, nbytes)

@@ -91,7 +91,7 @@ class OfferedWorkload(Workload):
         return self.spec.think
 
     def describe(self) -> dict[str, Any]:
-        """The fields of the spec, and the seed."""
+        """Return the fields of the spec, and the seed."""
         return {**msgspec.to_builtins(self.spec), "seed": self.seed}
 
     def __iter__(self) -> Iterator[Arrival]:
@@ -136,7 +136,7 @@ class OfferedWorkload(Workload):
             )
 
     def _requests(self) -> Iterator[tuple[float, TraceRow, Turn | None]]:
-        """The drafts, each as one request (None), or as those of a session."""
+        """Yield the drafts, each as one request (None), or as those of a session."""
         spec = self.spec
         if spec.sessions is None and spec.shared_prefix is None:
             for time, row in self._drafts():
@@ -209,7 +209,7 @@ class OfferedWorkload(Workload):
             yield _Draft(time / _MICRO, TraceRow(time, prompt, output))
 
     def _traced(self, summary: TraceSummary) -> Iterator[_Draft]:
-        """The rows of the trace, from time 0 on; over and over again if it is to be repeated."""
+        """Yield the rows of the trace, from time 0 on; over and over again if it is to be repeated."""
         assert self.spec.trace is not None
         start = -summary.first
         while True:
@@ -264,7 +264,7 @@ class _Choices:
         return adapter, tenant, priority if row.priority is None else row.priority
 
     def _conversation(self, number: int, adapter: str | None) -> str | None:
-        """The adapter that its first request was given."""
+        """Return the adapter that its first request was given."""
         known = self._conversations
         adapter = known.pop(number, adapter)
         known[number] = adapter

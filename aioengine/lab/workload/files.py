@@ -13,7 +13,7 @@ from aioengine.lab.workload.spec import WorkloadSpec
 
 
 def read_workload(path: str | Path) -> WorkloadSpec:
-    """The workload that a file describes.
+    """Return the workload that a file describes.
 
     ``.toml`` and ``.json`` hold the fields of :class:`WorkloadSpec`, at the top or in a table ``workload``
     (so an experiment.json will do); a trace that they name is looked for beside the file first. Anything else

@@ -73,7 +73,7 @@ class TenantPopularity(Popularity):
 
 
 def zipf(count: int, alpha: float) -> list[float]:
-    """The share of the i-th is in proportion to 1 / i^alpha; 0 makes them equal."""
+    """Return the share of the i-th is in proportion to 1 / i^alpha; 0 makes them equal."""
     weights = [float(i) ** -alpha for i in range(1, count + 1)]
     total = sum(weights)
     return [weight / total for weight in weights]
@@ -171,7 +171,7 @@ class TenantBursts:
         self._table = Weighted(weights)
 
     def table(self, time: float) -> Weighted:
-        """The shares of the tenants at a time, which never goes back from call to call."""
+        """Return the shares of the tenants at a time, which never goes back from call to call."""
         if time >= self._next:
             for index, at in enumerate(self._changes):
                 while at <= time:

@@ -15,12 +15,13 @@ from random import Random
 
 
 def stream(seed: int, aspect: str) -> Random:
-    """The stream of ``aspect``: what is drawn from it does not depend on what others draw from theirs."""
+    """Return the stream of ``aspect``: what is drawn from it does not depend on what others draw from
+    theirs."""
     return Random(stable_number(f"{seed}/{aspect}"))
 
 
 def stable_number(text: str) -> int:
-    """A number out of 2**128 for a text, the same in every process."""
+    """Return a number out of 2**128 for a text, the same in every process."""
     return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")
 
 

@@ -89,4 +89,4 @@ class Workload(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """All parameters, as plain data; enough to build it again."""
+        """Return all parameters, as plain data; enough to build it again."""

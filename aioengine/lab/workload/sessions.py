@@ -118,7 +118,7 @@ class Sessions:
         return turns
 
     def _prefix(self, session: int, group: int, history: int, prompt: int, branch: int) -> tuple[int, ...]:
-        """A number for each whole block of the prompt; of a branch's own question there is none."""
+        """Return a number for each whole block of the prompt; of a branch's own question there is none."""
         shared = self._shared // PREFIX_BLOCK
         own = (prompt if branch == 0 else history) // PREFIX_BLOCK
         common = [_SHARED + group * _BLOCKS + block for block in range(shared)]

@@ -111,7 +111,7 @@ class TraceSummary(NamedTuple):
 
 
 def read_trace(path: str | Path) -> Iterator[TraceRow]:
-    """The rows, checked one at a time. Raises ConfigError."""
+    """Yield the rows, checked one at a time. Raises ConfigError."""
     last = None
     line = 0
     try:
@@ -331,7 +331,7 @@ def has_times(path: str | Path) -> bool:
 
 
 def _share_gpt(data: bytes) -> Iterator[TraceRow]:
-    """A row for each question that is followed by an answer."""
+    """Yield a row for each question that is followed by an answer."""
     try:
         found = msgspec.json.decode(data, type=list[_Conversation])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -96,7 +96,8 @@ class Mixture:
 def _linear(
     kernels: Backend, x: Tensor, linear: Linear, plan: ExpertPlan, pool: LoRAPool | None, lora: LoRABatch
 ) -> Tensor:
-    """The outputs of the experts' linears for their rows, with the adapters on them: [S, in] -> [S, out]."""
+    """Return the outputs of the experts' linears for their rows, with the adapters on them: [S, in] -> [S,
+    out]."""
     y = kernels.expert_linear(x, linear.weight, plan)
     if pool is not None and lora.segments:
         per_expert = len(pool.modules)

@@ -10,7 +10,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 
 
 def cache_root() -> Path:
-    """The folder for what can be made or fetched again: ``$XDG_CACHE_HOME/aioengine``."""
+    """Return the folder for what can be made or fetched again: ``$XDG_CACHE_HOME/aioengine``."""
     # The XDG base directory specification: a relative value is to be ignored.
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (configured if configured.is_absolute() else Path.home() / ".cache") / "aioengine"

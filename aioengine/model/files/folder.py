@@ -40,7 +40,7 @@ def shards(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of a folder, without its data. Raises :class:`ConfigError`, naming the file."""
+    """Return every tensor of a folder, without its data. Raises :class:`ConfigError`, naming the file."""
     found: dict[str, Header] = {}
     for path in shards(folder):
         check_exists(path)

@@ -82,7 +82,7 @@ class GGUFFile:
         return module_names(family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default)))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata key (str, number, bool or list), or ``default``."""
+        """Return the value of a metadata key (str, number, bool or list), or ``default``."""
         field = self._fields.get(key)
         try:
             return default if field is None else self._contents(field)
@@ -90,7 +90,7 @@ class GGUFFile:
             raise ConfigError(f"{self.path}: metadata key {key!r} is not readable: {e}") from e
 
     def require(self, key: str) -> Any:
-        """The value of a metadata key; ConfigError if the file does not have it."""
+        """Return the value of a metadata key; ConfigError if the file does not have it."""
         value = self.get(key)
         if value is None:
             raise ConfigError(f"{self.path}: metadata key {key!r} is missing; convert the model again")
@@ -103,7 +103,7 @@ def open_gguf(source: str | PathLike[str] | GGUFFile) -> GGUFFile:
 
 
 def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
-    """The model's shape, from metadata and the tensor directory; no weights are read.
+    """Return the model's shape, from metadata and the tensor directory; no weights are read.
 
     ``dtype`` is that of the unquantised matrices, and bfloat16 for quantised files. Raises
     ConfigError for an unsupported architecture, RoPE variant, or layers of unequal shape.
@@ -215,7 +215,7 @@ class StoredTensor:
 def iter_stored(
     source: str | PathLike[str] | GGUFFile, spec: ModelSpec
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """Every parameter by its Hugging Face name.
+    """Yield every parameter by its Hugging Face name.
 
     The q and k rows of the ``llama`` architecture are put back into the Hugging Face order. Raises
     ConfigError for a tensor that the Llama family does not have.
@@ -229,13 +229,13 @@ def iter_stored(
 def iter_tensors(
     source: str | PathLike[str] | GGUFFile, spec: ModelSpec
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter as (Hugging Face name, tensor), one at a time, quantized ones as float32."""
+    """Yield every parameter as (Hugging Face name, tensor), one at a time, quantized ones as float32."""
     for name, stored in iter_stored(source, spec):
         yield name, stored.tensor()
 
 
 def _packed(file: GGUFFile) -> dict[str, Packing]:
-    """The quantized matrices, by the names of their modules."""
+    """Return the quantized matrices, by the names of their modules."""
     found = {}
     for name, stored in file.tensors.items():
         packing = _packing(stored)
@@ -301,16 +301,16 @@ def _tensor(file: GGUFFile, name: str) -> ReaderTensor:
 
 
 def _uniform(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """An integer; GGUF allows a list with one value a layer, which must then be equal."""
+    """Return an integer; GGUF allows a list with one value a layer, which must then be equal."""
     value = file.require(key) if default is None else file.get(key, default)
     values = set(value) if isinstance(value, list) else {value}
     if len(values) != 1:
-        raise ConfigError(f"{file.path}: {key} differs between layers: {value}; not supported")
+        raise ConfigError(f"{file.path}: {key} differs between layers, which is not supported: {value}")
     return int(values.pop())
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that the float32 ``value`` stands for: 9.9999997e-06 -> 1e-05."""
+    """Return the shortest decimal that the float32 ``value`` stands for: 9.9999997e-06 -> 1e-05."""
     import numpy as np
 
     return float(str(np.float32(value)))
@@ -383,6 +383,7 @@ def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeSpec:
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
         raise ConfigError(
-            f"{file.path}: {_ROPE_FACTORS} does not hold Llama 3's RoPE divisors; not supported"
+            f"{file.path}: {_ROPE_FACTORS} does not contain Llama 3's RoPE divisors, and others are not "
+            "supported"
         )
     return RopeSpec(type="llama3", theta=theta, factor=factor, original_max_position=8192)

@@ -61,7 +61,7 @@ _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those whose scal
 
 
 def module_names(family: Family) -> dict[str, str]:
-    """The modules of a layer: their GGUF names, and those that Hugging Face has."""
+    """Return the modules of a layer: their GGUF names, and those that Hugging Face has."""
     traits = TRAITS[family]
     names = {**_IN_LAYER, "ffn_up": "mlp.gate_up_proj" if traits.get("fused_gate_up") else "mlp.up_proj"}
     norms = traits.get("norms")
@@ -77,7 +77,7 @@ def module_names(family: Family) -> dict[str, str]:
 
 
 def family_of(arch: str, get: Get) -> Family:
-    """The family of an architecture, of which some depend on whether there are windows."""
+    """Return the family of an architecture, of which some depend on whether there are windows."""
     found = ARCHITECTURES[arch].family
     if get("attention.sliding_window", 0):
         return {"llama": "mistral", "olmo2": "olmo3"}.get(found, found)  # type: ignore[return-value]
@@ -85,7 +85,7 @@ def family_of(arch: str, get: Get) -> Family:
 
 
 def windows(family: Family, get: Get, layers: int, path: Path) -> tuple[int | None, ...]:
-    """The window of each layer; empty if no layer has one. Raises ConfigError, naming ``path``."""
+    """Return the window of each layer; empty if no layer has one. Raises ConfigError, naming ``path``."""
     window = int(get("attention.sliding_window", 0) or 0)
     if not window:
         return ()
@@ -105,7 +105,8 @@ def windows(family: Family, get: Get, layers: int, path: Path) -> tuple[int | No
 def fields(
     family: Family, get: Get, *, hidden: int, heads: int, head_dim: int, layers: int
 ) -> dict[str, Any]:
-    """What the family has beside Llama's shape, as fields of ModelSpec; without rotations and windows."""
+    """Return what the family has beside Llama's shape, as fields of ModelSpec; without rotations and
+    windows."""
     found = dict(TRAITS[family])
     if family == "granite":
         found |= {
@@ -127,7 +128,7 @@ def fields(
 def other_rope(
     family: Family, get: Get, rope: RopeSpec, of_layer: tuple[int | None, ...], layers: int
 ) -> tuple[RopeSpec | None, tuple[int, ...]]:
-    """The rotation of some layers that have one of their own, and these layers."""
+    """Return the rotation of some layers that have one of their own, and these layers."""
     if family == "smollm3":
         last = _WITHOUT_ROPE - 1
         return RopeSpec(type="none"), tuple(i for i in range(layers) if i % _WITHOUT_ROPE == last)

@@ -35,7 +35,7 @@ class FastReader(GGUFReader):
 
 
 def contents(field: ReaderField) -> Any:
-    """The value of a field: str, number, bool, or a list. Raises ValueError if it is malformed."""
+    """Return the value of a field: str, number, bool, or a list. Raises ValueError if it is malformed."""
     if field.types != [GGUFValueType.ARRAY, GGUFValueType.STRING]:
         return field.contents()
     data, at, found = field.parts[field.data[0]].tobytes(), 0, []

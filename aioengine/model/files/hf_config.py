@@ -25,7 +25,7 @@ _NO_WINDOWS: tuple[Family, ...] = ("llama", "granite", "olmo2", "gemma", "glm4",
 
 
 def read_spec(model_dir: Path) -> ModelSpec:
-    """The spec of the model in ``model_dir`` (``config.json``, and ``generation_config.json`` if any).
+    """Return the spec of the model in ``model_dir`` (``config.json``, and ``generation_config.json`` if any).
 
     Raises :class:`ConfigError`, naming the file and the key, if ``config.json`` is missing or
     malformed, or describes a model that the native decoder does not run.
@@ -84,7 +84,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
 
 
 def _packed(model_dir: Path, config: ConfigFile) -> dict[str, Packing]:
-    """The quantized linears, by name."""
+    """Return the quantized linears, by name."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
@@ -192,7 +192,8 @@ def _dtype(config: ConfigFile) -> Literal["bfloat16", "float16", "float32"]:
 
 
 def _special_tokens(config: ConfigFile, generation: Path) -> tuple[int | None, tuple[int, ...]]:
-    """The bos id, and every eos id that either file names (instruct models list more in the second)."""
+    """Return the bos id, and every eos id that either file names (instruct models list more in the
+    second)."""
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
     own = config.raw.get("eos_token_id")
     return special_tokens(config.path, generation, bos=bos, eos=eos, own=own)
@@ -201,8 +202,9 @@ def _special_tokens(config: ConfigFile, generation: Path) -> tuple[int | None, t
 def special_tokens(
     path: Path, generation: Path, *, bos: Any, eos: Any, own: Any
 ) -> tuple[int | None, tuple[int, ...]]:
-    """The bos id and all eos ids, of a configuration's values (``own``: what it says itself, where ``eos``
-    may be a default) and the file ``generation``. Raises ConfigError, naming ``path``, for odd values."""
+    """Return the bos id and all eos ids, of a configuration's values (``own``: what it says itself, where
+    ``eos`` may be a default) and the file ``generation``. Raises ConfigError, naming ``path``, for odd
+    values."""
     extra = ConfigFile(generation).get("eos_token_id") if generation.exists() else None
     ids: list[int] = []
     for value in (own if extra is not None else eos, extra):

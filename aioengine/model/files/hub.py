@@ -72,6 +72,6 @@ def explain(error: Exception) -> str:
         return "the Hub has no such repository or revision (a private one needs HF_TOKEN)"
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         if constants.HF_HUB_OFFLINE:
-            return "it is not in the Hub's local cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
+            return "it is not in the Hub's local cache, and HF_HUB_OFFLINE forbids downloads: unset it"
         return "it is not in the Hub's local cache, and the Hub cannot be reached: check the network"
     return f"it cannot be downloaded from the Hub: {type(error).__name__}: {error}"

@@ -44,7 +44,7 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True):
         return self.format not in GGUF_PACKINGS
 
     def row_bytes(self, k: int) -> int:
-        """Bytes of a row's blocks. ``k`` must be a whole number of blocks."""
+        """Return the bytes of a row's blocks. ``k`` must be a whole number of blocks."""
         inputs, nbytes = _BLOCKS[self.format]
         return k // inputs * nbytes
 

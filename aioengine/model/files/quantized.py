@@ -64,7 +64,8 @@ class QuantizedFolder:
 
 
 def quantized_folder(path: Path) -> QuantizedFolder | None:
-    """The quantized linears of a folder; None if its ``config.json`` speaks of none, or is not readable."""
+    """Return the quantized linears of a folder; None if its ``config.json`` speaks of none, or is not
+    readable."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):

@@ -17,9 +17,9 @@ from aioengine.model.spec import ModelImpl, ModelSpec, Quantization
 def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     """Return the folder or GGUF file that ``model`` names.
 
-    A path wins over a name. "smollm2-135m" is the embedded default; "org/name", "org/name@revision" or
-    "hf:org/name" is looked up on the Hugging Face Hub when ``huggingface_hub`` is installed (offline, its
-    cache is enough).
+    A path takes precedence over a name. "smollm2-135m" is the embedded default; "org/name",
+    "org/name@revision" or "hf:org/name" is looked up on the Hugging Face Hub when ``huggingface_hub`` is
+    installed (offline, its cache is enough).
 
     Raises ConfigError if there is nothing of this name.
     """
@@ -61,9 +61,9 @@ def read_spec(path: Path, impl: ModelImpl = "auto", quantization: Quantization =
     """Read the spec of a model folder or GGUF file, without reading weights.
 
     ``impl`` says what is to run it: "native", "transformers" (then it is a
-    :class:`~aioengine.model.generic.spec.GenericSpec`), or "auto", the first of them that can. With a
-    ``quantization`` of its own, what the checkpoint has quantized is expanded, to be quantized anew.
-    Raises ConfigError if it cannot be run so.
+    :class:`~aioengine.model.generic.spec.GenericSpec`), or "auto", the first of them that can. With
+    ``quantization``, the checkpoint's quantized weights are expanded, and quantized again. Raises ConfigError
+    if the model cannot be run in this way.
     """
     spec = _read_spec(path, impl)
     return spec if quantization == "none" else msgspec.structs.replace(spec, packed={})
@@ -89,7 +89,8 @@ def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
 
 
 def _generic(path: Path, error: ConfigError) -> ModelSpec:
-    """The spec for transformers, of a model that the native decoder does not run because of ``error``."""
+    """Return the spec for transformers, of a model that the native decoder does not run because of
+    ``error``."""
     from aioengine.model.generic import library
 
     if not library.available():

@@ -38,7 +38,7 @@ class StoredBlocks(NamedTuple):
 
 
 def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored | StoredBlocks]]:
-    """Every parameter of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
+    """Yield every parameter of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
 
     Of safetensors files, only what is asked for is read; a weight that is quantized is read as a whole.
     Raises :class:`ConfigError`, naming the file, if one is missing, malformed or disagrees with the
@@ -60,7 +60,7 @@ def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored |
 
 
 def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = None) -> None:
-    """Fills all of the decoder's parameters, converting to its dtype; ``progress`` is told how far it is.
+    """Fill all of the decoder's parameters, converted to its dtype. ``progress`` is called with the progress.
 
     A decoder that is a rank's share gets the parts that it holds. Quantized weights for which the decoder
     has blocks stay as they are; the others are expanded.

@@ -27,7 +27,7 @@ _MASK = "_aioengine_allowed"
 
 
 class Unsuitable(Exception):
-    """A model's attention cannot be the engine's."""
+    """Error for a model whose attention the engine cannot replace."""
 
 
 def register() -> None:
@@ -76,7 +76,7 @@ def _attend(
     if attention_mask is not None:
         allowed = getattr(attention_mask, _MASK, None)
         if allowed is None:
-            raise Unsuitable(f"layer {layer} makes a mask of its own")
+            raise Unsuitable(f"layer {layer} makes its own mask")
     kind = holder.kinds.get(layer)
     if kind is None:
         kind = holder.kinds[layer] = kind_of(allowed, attends.longest, query.device)

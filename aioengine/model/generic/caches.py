@@ -15,7 +15,7 @@ from aioengine.model.kv_cache import KVCache
 
 
 class KeepsMore(Exception):
-    """A model wants to keep something other than keys and values."""
+    """Error for a model that keeps something other than keys and values."""
 
 
 class EngineCache(Cache):
@@ -29,7 +29,7 @@ class EngineCache(Cache):
 
 
 class PassingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Gives back what it gets: where attention keeps the keys and values."""
+    """Returns its inputs unchanged, because the attention stores the keys and values."""
 
     is_sliding = False
 
@@ -101,12 +101,12 @@ def _passing_layer() -> PassingLayer:
 
 
 def passing(layers: int) -> EngineCache:
-    """A cache for attention that keeps keys and values itself."""
+    """Return a cache for attention that keeps keys and values itself."""
     return EngineCache(layers=[_passing_layer() for _ in range(layers)])
 
 
 def gathering(cache: KVCache, layer_ids: tuple[int, ...], layers: int, pages: Pages) -> EngineCache:
-    """A cache for one sequence and attention of the model's own."""
+    """Return a cache for one sequence and attention of the model's own."""
     made: list[Any] = [_passing_layer() for _ in range(layers)]
     for i, layer in enumerate(layer_ids):
         made[layer] = GatheringLayer(pages, cache.k[i], cache.v[i])

@@ -1,4 +1,4 @@
-"""From a model's folder to its spec: the model is built without weights, and watched in one pass."""
+"""Makes the spec of a model's folder: builds the model without weights, and observes one pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_FUSED = 4
 
 
 def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
-    """The spec of the model in a folder. Imports torch and transformers; reads no weights.
+    """Return the spec of the model in a folder. Imports torch and transformers; reads no weights.
 
     Raises ConfigError, with the reason, if transformers does not run it or the engine cannot serve it.
     """
@@ -76,7 +76,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
 
 
 def _trace(found: Found, model: Any) -> tuple[Any, bool]:
-    """The pass, and whether the model's attention can be the engine's."""
+    """Return the pass, and whether the model's attention can be the engine's."""
     from aioengine.model.generic.caches import KeepsMore
     from aioengine.model.generic.trace import trace_on_meta
 
@@ -101,8 +101,8 @@ def _trace(found: Found, model: Any) -> tuple[Any, bool]:
     if not errors:
         raise found.no_keys_and_values("no layer puts keys and values into a cache")
     raise ConfigError(
-        f"{found.path}: {type(model).__name__} cannot be looked into before it is loaded, as the memory plan "
-        f"needs it: {'; '.join(errors)}"
+        f"{found.path}: {type(model).__name__} cannot be examined before it is loaded, but the memory plan "
+        f"needs that:  {'; '.join(errors)}"
     )
 
 
@@ -138,7 +138,7 @@ def _linears(model: Any, trace: Any) -> tuple[tuple[Adaptable, ...], dict[str, L
 
 
 def _first(value: Any) -> int:
-    """A number, or the first of those that layers have."""
+    """Return a number, or the first of those that layers have."""
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, int) else 0
 

@@ -76,7 +76,7 @@ class Found:
             raise ConfigError(f"{self.path}/config.json: {_line(wrong)}") from wrong
 
     def _refuse(self, raw: dict[str, Any]) -> None:
-        """Refuse models that cannot run here whatever a probe would find."""
+        """Refuse models that can never run here, before any probe."""
         where, kind = f"{self.path}/config.json", self.config.model_type
         if getattr(self.config, "is_encoder_decoder", False):
             raise ConfigError(
@@ -102,7 +102,7 @@ class Found:
         return self.config.get_text_config(decoder=True)
 
     def on_meta(self) -> Any:
-        """The model without memory for its weights. Raises ConfigError if it cannot be built."""
+        """Return the model without memory for its weights. Raises ConfigError if it cannot be built."""
         import torch
         import transformers
 
@@ -121,7 +121,7 @@ class Found:
         return _quiet(model)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The model with its weights, which are read once, into their place.
+        """Return the model with its weights, which are read once, into their place.
 
         Raises ConfigError if they cannot be read or do not fit the configuration.
         """
@@ -143,7 +143,7 @@ class Found:
         return _quiet(model).requires_grad_(False).to(device)
 
     def _check(self, model: Any, report: Any) -> None:
-        """Nothing of the model may be left random, and nothing of its layers out."""
+        """Check that the checkpoint has all parameters of the model, and no other ones of its layers."""
         missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
         if missing:
             raise ConfigError(

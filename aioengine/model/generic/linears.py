@@ -1,6 +1,6 @@
-"""Adapters on the linears of a model: each hooked module adds what its tokens' adapters make of its input.
+"""Adapters on the linears of a model: each hooked module adds the outputs of its tokens' adapters.
 
-Linears that read the same input share one product with their As: the first of them to be called makes it.
+Linears with the same input share one product with their As, which the first called one computes.
 """
 
 from __future__ import annotations

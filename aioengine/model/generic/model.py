@@ -1,8 +1,8 @@
 """A model of transformers as the runner sees it: a step's inputs in, logits out.
 
-All but the head is called first, for all tokens of the step; then the head, for the tokens whose logits are
-wanted. The second call is the whole model's, in which the first one's result stands in for the body, so that
-what a model does to its logits is done.
+First everything except the head is called, for all tokens of the step, and then the head, for the tokens
+whose logits are needed. The second call is one of the whole model, in which the first result replaces the
+body's. So the model also applies its own changes to the logits.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ class GenericModel:
             self._packed = None
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """The logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
+        """Return the logits of ``inputs.sample_rows``: [N, vocab] in the compute dtype."""
         return self.logits(self.layers_forward(inputs), inputs.sample_rows, inputs.sample_lora)
 
     def layers_forward(self, inputs: StepInputs) -> LastLayer:
-        """All but the head."""
+        """Return all but the head."""
         try:
             hidden = self._flat(inputs) if self.flat else self._one_by_one(inputs)
         finally:
@@ -130,7 +130,7 @@ class GenericModel:
     def logits(
         self, last: LastLayer, rows: Tensor, lora: LoRABatch, slots: LoRASlots | None = None
     ) -> Tensor:
-        """The logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab]."""
+        """Return the logits of the tokens ``rows`` [N], whose adapters ``lora`` has: [N, vocab]."""
         if not len(rows):
             return torch.empty(0, self.spec.vocab_size, dtype=self.dtype, device=self.device)
         result = self._with_hidden(last.hidden.index_select(0, rows)[None])
@@ -145,11 +145,11 @@ class GenericModel:
         return logits[0]
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
-        """The hidden states of the tokens ``rows`` [N], as the head gets them: [N, hidden]."""
+        """Return the hidden states of the tokens ``rows`` [N], as the head gets them: [N, hidden]."""
         return last.hidden.index_select(0, rows)
 
     def _flat(self, inputs: StepInputs) -> Tensor:
-        """All tokens of the step as one row."""
+        """Return all tokens of the step as one row."""
         self.holder.step = Step(inputs.lora, inputs.attention)
         return self._run(inputs.token_ids, inputs.attention.positions, passing(self._layers))
 
@@ -177,7 +177,7 @@ class GenericModel:
         return hidden[0]
 
     def _with_hidden(self, hidden: Tensor) -> Any:
-        """The body's last result, with ``hidden`` [1, N, size] in the place of what it gave."""
+        """Return the body's last result, with ``hidden`` [1, N, size] in the place of what it gave."""
         if isinstance(self._result, tuple):
             return (hidden, *self._result[1:])
         result = copy.copy(self._result)
@@ -186,7 +186,7 @@ class GenericModel:
 
 
 def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
-    """The batch of the tokens ``begin..end-1``, which are one sequence's."""
+    """Return the batch of the tokens ``begin..end-1``, which are one sequence's."""
     for segment in lora.segments:
         if segment.start <= begin < segment.stop:
             ranks = [0] * segment.slot + [segment.rank]
@@ -198,8 +198,8 @@ def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
 def inputs_of(
     model: GenericModel, work: list[tuple[list[int], int, list[int], int]], ranks: list[int]
 ) -> StepInputs:
-    """A step in which all tokens' logits are wanted. ``work``: each sequence's new tokens, where they start,
-    its block table and slot, sorted by slot."""
+    """Return a step in which all tokens' logits are wanted. ``work``: each sequence's new tokens, where they
+    start, its block table and slot, sorted by slot."""
     ids: list[int] = []
     spans = []
     for tokens, start, _, _ in work:
@@ -218,7 +218,7 @@ def inputs_of(
 
 
 def _body_name(model: Any) -> str:
-    """The submodule that does all but the head: the first one of transformers' kind that is called."""
+    """Return the submodule that does all but the head: the first one of transformers' kind that is called."""
     from transformers import PreTrainedModel
 
     called: list[str] = []
@@ -236,5 +236,5 @@ def _body_name(model: Any) -> str:
         for handle in handles:
             handle.remove()
     if not called:
-        raise ConfigError(f"{type(model).__name__} has no body apart from its head, which the engine needs")
+        raise ConfigError(f"{type(model).__name__} has no separate body and head, which the engine needs")
     return called[0]

@@ -160,7 +160,7 @@ def _fits(module: Any, shared: set[int]) -> bool:
 
 
 def _shared(modules: dict[str, Any]) -> set[int]:
-    """The ids of parameters that several modules have."""
+    """Return the ids of parameters that several modules have."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in modules.values():

@@ -1,8 +1,8 @@
 """Probe that compares a model's logits here with those of transformers alone, once, when it is loaded.
 
-Two sequences run through the engine's pages: in chunks, one beside the other, token by token, and beside a
-third one at the last position. Their logits have to be those of an uncached pass of each by itself.
-The same is asked of a random adapter beside a base row.
+Two sequences run through the engine's pages: in chunks, side by side, token by token, and with a third one at
+the last position. Their logits must equal those of a separate uncached pass of each. A random adapter beside
+a base row must pass the same test.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ input may send a token to another expert."""
 
 
 def check(model: GenericModel) -> None:
-    """Tries the ways in which a model can run, the fast ones first, and leaves it in one that is right: with
-    its linears on the CPU library or by themselves, with the engine's attention or its own.
+    """Try the ways in which the model can run, the fast ones first, and keep the first that is right: with
+    its linears on the CPU library or unchanged, with the engine's attention or its own.
 
     Raises ConfigError, naming the layer that differs first.
     """
@@ -63,7 +63,8 @@ def check(model: GenericModel) -> None:
     if problem is not None:
         raise ConfigError(
             f"{model.path}: {model.spec.architecture} does not compute the same over the engine's cache and "
-            f"batches as in one pass by itself: {problem}. It is not served: its answers would be wrong"
+            f"batches as in one separate pass: {problem}. It is not served, because its answers would be "
+            "wrong"
         )
 
 
@@ -163,7 +164,7 @@ def _off(model: GenericModel, found: Tensor, expected: Tensor) -> str | None:
 
 
 def _first_layer(model: GenericModel, tokens: list[int], table: list[int]) -> str:
-    """The first numbered module whose output differs."""
+    """Return the first numbered module whose output differs."""
     split = len(tokens) - 2
     with _outputs(model.model) as alone:
         _alone(model, tokens)
@@ -209,7 +210,7 @@ def _outputs(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _adapter_differs(model: GenericModel) -> str | None:
-    """The same for an adapter in slot 0, beside a base row."""
+    """Return the same for an adapter in slot 0, beside a base row."""
     assert model.slots is not None
     sequences, tables = _sequences(model)
     rank = _write_random_adapter(model)
@@ -259,7 +260,7 @@ def _write_random_adapter(model: GenericModel) -> int:
 
 
 def _room(model: GenericModel) -> int:
-    """Bytes of the slots' memory that the probe's sequences leave."""
+    """Return the bytes of the slots' memory that the probe's sequences leave."""
     assert model.slots is not None
     cache = model.cache
     if cache.shared_block_bytes is None:

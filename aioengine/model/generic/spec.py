@@ -23,8 +23,8 @@ class Adaptable(NamedTuple):
 
 
 class GenericSpec(ModelSpec, frozen=True, kw_only=True):
-    """A decoder of transformers. The fields of :class:`ModelSpec` that say how a layer computes mean nothing
-    here: its modules know."""
+    """A decoder of transformers. It does not use the fields of :class:`ModelSpec` that say how a layer
+    computes, because its modules know that."""
 
     architecture: str
     """The class that runs it."""

@@ -56,15 +56,15 @@ class Group(ABC):
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x``, which must be contiguous and is overwritten with it."""
+        """Return the sum of all ranks' ``x``, which must be contiguous and is overwritten with it."""
 
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """All ranks' ``x``, of one shape, concatenated along ``dim`` in the order of the ranks."""
+        """Return all ranks' ``x``, of one shape, concatenated along ``dim`` in the order of the ranks."""
 
 
 class SoloGroup(Group):
-    """One process that holds everything: nothing to sum or to gather."""
+    """A group of one process with the whole model, which sums and gathers nothing."""
 
     def __init__(self) -> None:
         super().__init__(SOLO)
@@ -77,7 +77,7 @@ class SoloGroup(Group):
 
 
 class DistributedGroup(Group):
-    """Over ``torch.distributed``. gloo on a CPU and NCCL on CUDA differ by the process group alone."""
+    """A group over ``torch.distributed``. gloo on a CPU and NCCL on CUDA differ only by the process group."""
 
     def __init__(self, process_group: ProcessGroup, shard: Shard) -> None:
         super().__init__(shard)

@@ -1,7 +1,7 @@
 """Which part of each matrix a rank holds: Megatron's partition, Shoeybi et al., 2019, arXiv:1909.08053.
 
 Linears that begin a block (q, k, v, gate, up) and lm_head are split over their outputs, those that end one
-(o, down) and the embedding over their inputs: what is between them needs no communication. No torch here.
+(o, down) and the embedding over their inputs: between them no communication is needed. No torch here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Partition:
         return packing.divides(part.start, part.stop, self.whole.linear(module).in_features)
 
     def outputs(self, module: str) -> slice:
-        """The outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``."""
+        """Return the outputs of which the rank has the whole rows; all of those of ``SPLIT_INPUTS``."""
         if module in SPLIT_INPUTS:
             return slice(0, self.whole.linear(module).out_features)
         return self._range(module, self.local.linear(module).out_features)
@@ -71,7 +71,8 @@ class Partition:
         return self._range(module, self.local.linear(module).in_features)
 
     def parameter(self, name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[slice, ...]]:
-        """The shape of a checkpoint's parameter and the part that the rank takes, by its Hugging Face name.
+        """Return the shape of a checkpoint's parameter and the part that the rank takes, by its Hugging Face
+        name.
 
         ``shape`` is what the rank allocates for it.
         """

@@ -67,7 +67,7 @@ class SerialCopier:
 
 
 class StreamCopier:
-    """Copier for slots in CUDA memory, which copies on a stream of its own, beside the steps.
+    """Copier for slots in CUDA memory, which copies on a separate stream, beside the steps.
 
     Images should be page-locked, or the copies are not asynchronous. A write returns when the device has
     finished it, known by an event on which the calling thread sleeps. That thread is never the step's:

@@ -16,7 +16,8 @@ from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.layout import Elements, SlotLayout
 
 SERIAL_ELEMENTS = 32_000
-"""torch works on up to so many elements in the calling thread (it goes parallel from 32768)."""
+"""Number of elements up to which torch works in the calling thread (it uses several threads from 32768
+on)."""
 
 Key = tuple[int, str]
 """Layer and module."""
@@ -75,7 +76,7 @@ class AdapterImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageShape:
-    """All of an image but its data; adapters of the same modules and ranks have the same."""
+    """Everything of an image except its data. Adapters with the same modules and ranks share one."""
 
     layout: SlotLayout
     dtype: torch.dtype
@@ -126,7 +127,7 @@ def image_shape(
 
 
 def elements_of(dtype: torch.dtype, affine_dtype: torch.dtype | None) -> Elements:
-    """What slots of ``dtype`` hold, where gains and shifts are of ``affine_dtype`` if that is int8."""
+    """Return what slots of ``dtype`` hold, where gains and shifts are of ``affine_dtype`` if that is int8."""
     if dtype != torch.int8:
         return Elements()
     assert affine_dtype is not None, "int8 slots need the model's dtype for gains and shifts"

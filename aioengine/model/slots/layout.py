@@ -160,13 +160,13 @@ class SlotLayout:
         return Place(LinearShape(n_in, n_out), share, share * size, n_out, 0, 0, 0)
 
     def held(self, module: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The shapes of what the slot holds of A and B, for an adapter of ``rank``."""
+        """Return the shapes of what the slot holds of A and B, for an adapter of ``rank``."""
         n_in, n_out = self.spec.linear(module)
         (rows, inputs), outputs, _ = self._shares[module]
         return (len(range(rank)[rows]), len(range(n_in)[inputs])), (len(range(n_out)[outputs]), rank)
 
     def num_held_outputs(self, module: str) -> int:
-        """The outputs whose gain and shift the slot holds."""
+        """Return the outputs whose gain and shift the slot holds."""
         return len(range(self.spec.linear(module).out_features)[self._shares[module].outputs])
 
     def share(self, module: str) -> Share:

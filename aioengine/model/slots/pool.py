@@ -22,8 +22,8 @@ class LoRASlots:
     ``TARGETABLE_MODULES``).
 
     ``layers[i]`` maps the fused linear's name ("qkv", "o", "gate_up", "down") to its pool, and ``outer``
-    does the same for "embed_tokens" and "lm_head". All slots share one memory: of ``nbytes``, where whoever
-    writes an adapter says where it begins; or (None) with room for ``max_rank`` in every module of each slot.
+    does the same for "embed_tokens" and "lm_head". All slots share one memory. It has ``nbytes``, and each
+    write of an adapter gives its offset; or (None) it has room for ``max_rank`` in every module of each slot.
     ``shared`` is memory (uint8) to use for that, which others use, too.
 
     ``dtype`` may be int8: the matrices are, and gains and shifts are of ``affine_dtype`` (else that is
@@ -76,7 +76,8 @@ class LoRASlots:
             pools[fused.name] = self._pool(fused)
 
     def _pool(self, fused: FusedPlace) -> LoRAPool:
-        """The pool of a linear; of several copies below each other, as if there were only the first."""
+        """Return the pool of a linear; of several copies below each other, as if there were only the
+        first."""
         copies = self.layout.spec.copies(fused.name)
         modules = fused.modules[: len(fused.modules) // copies]
         places = [self.layout.places[fused.layer, module] for module in modules]

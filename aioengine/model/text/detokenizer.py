@@ -1,10 +1,10 @@
-"""Incremental detokenization: token ids in, text that will not change out; and stop strings.
+"""Incremental detokenization, which turns token ids into text that will not change, and stop strings.
 
 The text of a token depends on its neighbours: a byte-level token may hold part of a character, and
 decoders treat the first token of a sequence specially. So each step decodes a short window whose
-start has been emitted already, and emits what lies beyond it. Held back is what the next token could
-still change: an incomplete UTF-8 sequence (byte-level BPE decodes it to one trailing U+FFFD) and a
-run of byte-fallback tokens (``<0xE4>``), which is decoded as a whole and, if invalid, differently.
+start has been emitted already, and emits what lies beyond it. It holds back text that the next token could
+still change: an incomplete UTF-8 sequence (byte-level BPE decodes it to one trailing U+FFFD) and a run of
+byte-fallback tokens (``<0xE4>``), which is decoded as a whole and, if invalid, differently.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Detokenizer:
         return delta
 
     def finish(self) -> str:
-        """The text held back; an incomplete UTF-8 sequence at the end becomes U+FFFD."""
+        """Return the text held back; an incomplete UTF-8 sequence at the end becomes U+FFFD."""
         text = self._decode(self._window)
         delta = text[self._emitted :]
         self._emitted = len(text)
@@ -133,7 +133,7 @@ class TextStream:
         return self._emit(min(at, possible))
 
     def finish(self) -> str:
-        """The text held back, cut at a stop string if it holds one (then ``stopped`` is set)."""
+        """Return the text held back, cut at a stop string if it holds one (then ``stopped`` is set)."""
         if self.stopped is not None:
             return ""
         self._held += self._detokenizer.finish()

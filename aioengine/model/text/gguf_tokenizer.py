@@ -31,7 +31,7 @@ _THREE_DIGITS = ("llama-bpe", "llama3", "smaug-bpe", "dbrx", "glm4", "chatglm-bp
 
 
 def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
-    """The file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
+    """Return the file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
 
     Byte-level BPE (``gpt2``) with the splitting rules of Llama 3, Qwen 2, GPT-2, SmolLM, OLMo, Granite and
     GLM-4, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
@@ -61,7 +61,7 @@ def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
 
 
 def chat_template(source: str | PathLike[str] | GGUFFile) -> str | None:
-    """The model's Jinja chat template, or None if the file has none."""
+    """Return the model's Jinja chat template, or None if the file has none."""
     template = open_gguf(source).get("tokenizer.chat_template")
     return None if template is None else str(template)
 

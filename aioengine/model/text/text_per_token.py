@@ -65,7 +65,7 @@ def _of_model(tokenizer: tokenizers.Tokenizer, *, byte_level: bool) -> TextPerTo
 
 
 def _parts(component: Any, plural: str) -> list[dict[str, Any]]:
-    """The settings of a normalizer or pre-tokenizer, one for each member of a sequence."""
+    """Return the settings of a normalizer or pre-tokenizer, one for each member of a sequence."""
     if component is None:
         return []
     state = json.loads(component.__getstate__())

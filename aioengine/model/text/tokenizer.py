@@ -19,7 +19,7 @@ from aioengine.model.text.text_per_token import text_per_token
 from aioengine.model.text.token_bytes import TokenBytes
 
 _SHORT = 512
-"""Characters of a text that is not worth another thread's help."""
+"""Maximum characters of a text that is tokenized without other threads' help."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -179,7 +179,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
         except (jinja2.TemplateError, RecursionError) as error:
-            raise ConfigError(f"chat_template {path}: is no Jinja template: {error}") from error
+            raise ConfigError(f"chat_template {path}: is not a Jinja template: {error}") from error
 
     @functools.cached_property
     def shows_tools(self) -> bool:
@@ -209,14 +209,14 @@ class Tokenizer:
         return self._chat_template
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for; they need not be whole characters. Empty for ids
+        """Return the bytes of text that a token stands for; they need not be whole characters. Empty for ids
         outside the vocabulary."""
         if self._token_bytes is None:
             self._token_bytes = TokenBytes(self._tokenizer)
         return self._token_bytes(token_id)
 
     def to_json(self) -> str:
-        """The content of a ``tokenizer.json`` that makes this tokenizer."""
+        """Return the content of a ``tokenizer.json`` that makes this tokenizer."""
         text: str = self._tokenizer.to_str()
         return text
 
@@ -234,7 +234,7 @@ class Tokenizer:
 
 
 def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
-    """A message's content, with ``mark`` at the end of its text."""
+    """Return a message's content, with ``mark`` at the end of its text."""
     if isinstance(content, str):
         return content + mark
     return [*content, {"type": "text", "text": mark}]
@@ -261,7 +261,7 @@ def _check_messages(messages: object) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
+    """Return the JSON object in a file; empty if there is no such file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -56,7 +56,8 @@ class Marks:
         self._longest = max(map(len, texts), default=0)
 
     def beginning_of(self, text: str, at: int) -> int:
-        """How many characters at the end of ``text``, from ``at`` on, may be the beginning of a mark."""
+        """Return how many characters at the end of ``text``, from ``at`` on, may be the beginning of a
+        mark."""
         for begin in range(max(at, len(text) - self._longest + 1), len(text)):
             if any(mark.startswith(text[begin:]) for mark in self._texts):
                 return len(text) - begin

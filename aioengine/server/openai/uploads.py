@@ -209,8 +209,8 @@ def _tarred(body: bytes, most: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _extended_name(data: bytes) -> bytes:
-    """The name in a header of records, each of which is "LENGTH KEY=VALUE" and a line's end (POSIX.1-2001,
-    pax); empty if it has none."""
+    """Return the name in a header of records, each of which is "LENGTH KEY=VALUE" and a line's end
+    (POSIX.1-2001, pax); empty if it has none."""
     at, name = 0, b""
     while at < len(data):
         space = data.find(b" ", at, at + 10)

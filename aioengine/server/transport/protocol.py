@@ -38,7 +38,7 @@ class _Limits(NamedTuple):
 def bounded_protocol(
     max_connections: int, header_timeout: float, is_busy: Callable[[], bool] = lambda: False
 ) -> type[asyncio.Protocol]:
-    """A protocol class for ``uvicorn.Config(http=...)``.
+    """Return a protocol class for ``uvicorn.Config(http=...)``.
 
     Args:
         max_connections: Maximum open connections; further ones are answered with 503 and closed.

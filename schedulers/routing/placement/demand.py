@@ -26,17 +26,17 @@ class _Arc(NamedTuple):
 
 
 class DemandPlacement(PlacementPolicy):
-    """Every adapter with demand gets as many copies as its share of it needs, where that costs least: a
-    copy that is there costs nothing, a new one a load, and a replica's load costs the more the higher it is.
+    """Every adapter with demand gets as many copies as its share of the demand needs, at the lowest cost. An
+    existing copy costs nothing, a new one costs a load, and the cost of a replica's load rises with the load.
 
     Demand flows from adapters over the possible copies to replicas, whose load has a convex price, and the
-    flow of least cost is found as a linear program (HiGHS, through scipy: extra ``routing``). What has not
-    changed since the last plan stays where it is, and counts as load.
+    flow of least cost is found as a linear program (HiGHS, through scipy: extra ``routing``). Adapters that
+    have not changed since the last plan stay where they are, and count as load.
 
     Args:
-        share: Of one replica's mean share of the demand: what one copy should carry at most.
+        share: Maximum demand for one copy, as a share of one replica's mean demand.
         idle: Demand in tokens a second below which no copy is kept ready.
-        most: The most adapters that one plan looks at, those with the most demand.
+        most: Maximum number of adapters that one plan examines, those with the most demand.
 
     Raises ValueError if scipy is missing, and says how to get it.
     """

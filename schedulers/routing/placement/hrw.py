@@ -10,11 +10,11 @@ from aioengine.schedulers.routing.routers.common import RendezvousOrder
 
 
 class RendezvousPlacement(PlacementPolicy):
-    """Each adapter lives on the first replicas of its order by hash: one, and one more for each ``share`` of
-    the fleet's demand that it has, times the number of replicas.
+    """Each adapter is on the first replicas of its order by hash: on one, and on one more for each ``share``
+    of a replica's mean demand that it has.
 
     Args:
-        share: Of one replica's mean share of the demand: what one copy should carry at most.
+        share: Maximum demand for one copy, as a share of one replica's mean demand.
         idle: Demand in tokens a second below which no copy is kept ready.
     """
 

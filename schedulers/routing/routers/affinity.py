@@ -22,18 +22,20 @@ from aioengine.schedulers.routing.routers.common import MAX_NAMED, RendezvousOrd
 DEFAULT_TOKEN_SECONDS = 1e-4
 DEFAULT_LOAD_SECONDS = 0.25
 DEFAULT_SLOT_SECONDS = 0.02
-"""Taken while nothing has been measured."""
+"""Seconds of a load while none has been measured."""
 CROWDING = 0.05
-"""Share by which a request runs longer in a full batch than alone."""
+"""Share of additional time that a request takes in a full batch."""
 MAX_HOLDERS = 4
-"""Holders whose cost is reckoned in full; where there are more, the two with the shortest queues."""
+"""Maximum number of holders whose costs are all computed; of more, only those of the two with the shortest
+queues."""
 FRESH_SECONDS = 1.0
-"""Knowledge of this age is as good as new; each second beyond counts as a second of waiting."""
+"""Reports up to this age count as new; each second beyond counts as a second of waiting."""
 SHRINK = 0.7
-"""The number of homes falls when this share of fewer homes' capacity would do."""
+"""The number of homes falls when this share of the capacity of fewer homes would be enough."""
 SLACK_SECONDS = 0.02
 SLACK_SHARE = 0.25
-"""Costs that differ by less than either are equal: measured speeds of equal machines do, by chance."""
+"""Costs that differ by less than either count as equal, because measured speeds of equal machines differ a
+little."""
 SERVICE_MEMORY = 0.02
 """Weight of the newest request in the moving average of how long requests run."""
 
@@ -46,13 +48,14 @@ class Affinity(RouterPolicy):
     the part of its prompt that is not cached there, all as measured.
 
     Every adapter has homes, in an order by hash, and as many of them as its demand needs. A replica that
-    holds it or is a home of it is taken before a stranger, until the stranger is cheaper by ``margin``
-    times what the load costs: a new copy pushes another adapter out, whose next request pays for that.
+    holds the adapter or is one of its homes is preferred to other replicas, until another one is cheaper by
+    ``margin`` times the cost of a load: a new copy evicts another adapter, whose next request then waits for
+    a load.
 
     Args:
-        margin: How many times a load is counted where a new copy would be made; 1: only once.
-        homes: Share of a replica's time, or of the requests that it runs at once, that one adapter may ask
-            for before it gets another home.
+        margin: Factor on the cost of a load where a new copy would be made; at least 1.
+        homes: Share of a replica's time, or of its maximum running requests, that one adapter may need before
+            it gets another home.
     """
 
     source = (
@@ -132,14 +135,14 @@ class Affinity(RouterPolicy):
         homes: Collection[str],
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Return for each replica the seconds before the request's first token there, and how many of these
-        are for its adapter. They are what is computed first, its own prompt, and the requests that must end
-        first because as many run as may."""
+        are for its adapter. They are the work before it, its own prompt, and the wait until other requests
+        end if the batch is full."""
         service, adapter = self._service, request.adapter
         costs, loads = {}, {}
         for replica_id in replicas:
             replica = index[replica_id]
             share = _share(replica)
-            # The more run at once, the slower each; and beyond as many as may, some must end first.
+            # With more running requests each is slower; if the batch is full, some must end first.
             seconds = service * (CROWDING * share if share <= 1.0 else CROWDING + share - 1.0)
             stale = replica.age - FRESH_SECONDS
             if stale > 0:
@@ -162,7 +165,7 @@ class Affinity(RouterPolicy):
         if where is Location.SLOT:
             return 0.0
         slot = replica.slot_seconds or DEFAULT_SLOT_SECONDS
-        # Those that wait for a slot already are first, and each waits until one is free.
+        # Adapters that already wait for a slot come first, and each waits until one is free.
         slot += replica.adapters_waiting * (slot + self._service / max(replica.slots, 1))
         if where is Location.CPU:
             return slot
@@ -174,8 +177,8 @@ class Affinity(RouterPolicy):
     def _homes_of(
         self, name: str, adapter: AdapterView | None, view: FleetView, index: Mapping[str, ReplicaView]
     ) -> Collection[str]:
-        """Replicas that should hold it: those of the plan, or as many as it needs, the first by hash of
-        those that hold it, then of the others."""
+        """Return the replicas that should hold the adapter: those of the plan, or as many as it needs, in
+        order of hash, first holders and then others."""
         if adapter is None:
             return list(islice((i for i in self._order.of(name, view) if i in index), 1))
         if adapter.target_holders:
@@ -183,19 +186,21 @@ class Affinity(RouterPolicy):
             if planned:
                 return planned
         count, holding = self._count(name, adapter, view), adapter.holders
-        if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # as usual: no order of all replicas is needed
+        if (
+            count == 1 and 0 < len(holding) <= MAX_HOLDERS
+        ):  # the usual case: no order of all replicas is needed
             there = [i for i in holding if i in index]
             if there:
                 return there if len(there) == 1 else [self._order.first(name, view, there)]
         order = self._order.of(name, view)
         homes = list(islice((i for i in order if i in holding and i in index), count)) if holding else []
-        if len(homes) < count:  # else a copy more would be one too many
+        if len(homes) < count:  # otherwise one more copy would be too many
             homes += islice((i for i in order if i in index and i not in holding), count - len(homes))
         return homes
 
     def _count(self, name: str, adapter: AdapterView, view: FleetView) -> int:
-        """How many homes it needs, by the time that its tokens take or by its requests that run at once; all
-        replicas are taken to be as fast, and as large, as the first."""
+        """Return how many homes the adapter needs, by the time of its tokens or by its concurrent requests.
+        All replicas are assumed to be as fast and as large as the first one."""
         first = view.accepting[0]
         share = adapter.demand * (first.seconds_per_token or self._token_seconds)
         share = max(share, adapter.in_flight / first.max_running) / self._home_share
@@ -211,12 +216,12 @@ class Affinity(RouterPolicy):
 
 
 def _share(replica: ReplicaView) -> float:
-    """Requests there, one more included, of as many as it runs at once."""
+    """Return the replica's requests plus one, as a share of its maximum running requests."""
     return (replica.waiting + replica.running + 1) / replica.max_running
 
 
 def _shortest_queues(found: Sequence[ReplicaView]) -> list[str]:
-    """Ids of the two replicas with the least to compute."""
+    """Return the ids of the two replicas with the least work."""
     if len(found) < 2:
         return [replica.replica_id for replica in found]
     queues = list(map(_QUEUE, found))
@@ -232,9 +237,9 @@ def _answer(
     cached: Mapping[str, int],
     reason: str,
 ) -> Route:
-    """The replicas by cost. Those that hold as much of the request as the first, and cost about as much,
-    take turns: the one with the fewest requests is first."""
-    # Equal ones by name, so that the same knowledge gives the same route.
+    """Return the replicas by cost. Replicas that hold as much for the request as the first, at about the same
+    cost, take turns: the one with the fewest requests is first."""
+    # Equal replicas by name, so that the same knowledge gives the same route.
     ranked = sorted(zip(costs.values(), costs, strict=True))
     order = [i for _, i in ranked]
     least, best = ranked[0]

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
 
 MAX_NAMED = 4
-"""Replicas in a route: the door takes the next if one fails, and asks again after the last."""
+"""Maximum replicas in a route: the door takes the next if one fails, and asks again after the last."""
 _WAITING_WEIGHT = 4
 _KEYS = 16384
 _MASK = (1 << 64) - 1
@@ -19,27 +19,27 @@ _ODD = 0x9E3779B97F4A7C15
 
 
 def candidates(request: RouteRequest, view: FleetView) -> Sequence[ReplicaView]:
-    """Replicas that the request may be sent to."""
+    """Return the replicas that the request may be sent to."""
     if not request.tried:
         return view.accepting
     return [replica for replica in view.accepting if replica.replica_id not in request.tried]
 
 
 def load(replica: ReplicaView) -> int:
-    """Requests there; one that waits counts as four that run, as in vLLM's balancer between data-parallel
-    ranks, because it stands for work that has not begun."""
+    """Return the load of a replica: its requests, where a waiting one counts as four running ones, as in
+    vLLM's balancer between data-parallel ranks, because its work has not begun."""
     return _WAITING_WEIGHT * replica.waiting + replica.running
 
 
 def by_load(replicas: Collection[ReplicaView]) -> list[str]:
-    """Ids of the least loaded, the first first; equally loaded ones in the order given."""
+    """Return the ids by load, the least loaded first; equal ones in the given order."""
     return [replica.replica_id for replica in sorted(replicas, key=load)[:MAX_NAMED]]
 
 
 class RendezvousOrder:
     """Order of the replicas for each key, which looks random, and in which a replica that joins or leaves
     moves no other (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", IEEE/ACM
-    Transactions on Networking 1998: highest random weight). The orders last asked for are kept."""
+    Transactions on Networking 1998: highest random weight). The latest orders are kept."""
 
     def __init__(self) -> None:
         self._seen: Sequence[ReplicaView] | None = None
@@ -47,7 +47,7 @@ class RendezvousOrder:
         self._orders: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def of(self, key: str, view: FleetView) -> tuple[str, ...]:
-        """Ids of all replicas that are known, accepting or not."""
+        """Return the ids of all known replicas, accepting or not."""
         self._see(view)
         orders = self._orders
         found = orders.get(key)
@@ -68,7 +68,7 @@ class RendezvousOrder:
         return max(among, key=lambda name: _score(seed, weights[name]))
 
     def _see(self, view: FleetView) -> None:
-        if view.accepting is not self._seen:  # it is another whenever a replica joins or leaves
+        if view.accepting is not self._seen:  # it is another object whenever a replica joins or leaves
             self._seen = view.accepting
             if self._weights.keys() != view.replicas.keys():
                 self._weights = {name: _digest(name) for name in view.replicas}
@@ -76,7 +76,7 @@ class RendezvousOrder:
 
 
 def _score(seed: int, weight: int) -> int:
-    """The high bits of a product depend on all bits of its factors."""
+    """Return a hash: the high bits of a product, which depend on all bits of its factors."""
     return ((seed ^ weight) * _ODD) & _MASK
 
 

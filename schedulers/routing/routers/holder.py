@@ -11,7 +11,7 @@ class Holder(RouterPolicy):
     ``spill`` requests or more wait on every holder.
 
     Args:
-        spill: Requests that may wait on a holder before others are taken too; 0: any number.
+        spill: Requests that may wait on a holder before other replicas are used, too; 0: any number.
     """
 
     source = "Ray Serve's model multiplexing, and gateways that look at what is loaded"

@@ -10,7 +10,7 @@ from aioengine.schedulers.routing.routers.common import MAX_NAMED, RendezvousOrd
 
 class Rendezvous(RouterPolicy):
     """Each adapter has an order of all replicas by hash, and a request goes to the first that has less than
-    ``bound`` times the mean number of requests. Needs no knowledge of who holds what.
+    ``bound`` times the mean number of requests. Needs no knowledge of which replica holds which adapter.
 
     Args:
         bound: At least 1: how far above the mean a replica's load may be.

@@ -7,7 +7,7 @@ from aioengine.schedulers.routing.routers.common import by_load, candidates
 
 
 class LeastLoaded(RouterPolicy):
-    """The replica with the fewest requests, those that wait counted four times; equals take turns.
+    """The replica with the fewest requests, where a waiting one counts as four; equal replicas take turns.
 
     The safe router that others fall back to."""
 

@@ -12,8 +12,8 @@ class Prefix(RouterPolicy):
     otherwise.
 
     Args:
-        share: Least share of the prompt that is worth it, between 0 and 1.
-        slack: Requests that it may have more than the least loaded.
+        share: Smallest cached share of the prompt that matters, between 0 and 1.
+        slack: Number of requests that it may have more than the least loaded replica.
     """
 
     source = (

@@ -7,7 +7,7 @@ from aioengine.schedulers.routing.routers.common import MAX_NAMED, candidates
 
 
 class RoundRobin(RouterPolicy):
-    """Each request goes to the next replica in turn, whatever it asks for."""
+    """Each request goes to the next replica in turn, whatever its adapter or prompt."""
 
     source = "the classic; the baseline of every balancer"
     worst_case = (

@@ -7,9 +7,9 @@ from aioengine.schedulers.routing.routers.common import RendezvousOrder, by_load
 
 
 class ShuffleSharding(RouterPolicy):
-    """Each tenant has ``shards`` replicas of its own choosing by hash, and uses the least loaded of them. A
-    tenant that kills or floods its replicas leaves most others with one that it cannot reach. Requests
-    without a tenant go by their adapter.
+    """Each tenant has ``shards`` replicas, chosen by hash, and uses the least loaded of them. If a tenant
+    kills or floods its replicas, most other tenants still have a replica that it cannot reach. For requests
+    without a tenant, the adapter takes its place.
 
     Args:
         shards: Replicas for each tenant.
@@ -35,6 +35,6 @@ class ShuffleSharding(RouterPolicy):
         if mine:
             return Route(by_load(mine), reason="shard")
         if all(name in request.tried for name in own):
-            # It may be the request that fails them: it must not be tried on everybody's.
+            # The request itself may be the cause: it must not be tried on all replicas.
             return Route(reject="the replicas of this tenant have failed", reason="shard")
         return Route(by_load(found), reason="shard is down")

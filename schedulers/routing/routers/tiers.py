@@ -1,4 +1,4 @@
-"""Scores of where the adapter is, of the queue, and of the KV cache."""
+"""Routes by scores of the adapter's place, of the queue, and of the KV cache."""
 
 from __future__ import annotations
 

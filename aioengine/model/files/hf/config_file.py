@@ -11,11 +11,11 @@ from aioengine.errors import ConfigError
 
 
 class NotNative(ConfigError):
-    """The native decoder does not run such a model; transformers may."""
+    """Error for a model that the native decoder does not run; transformers may run it."""
 
 
 class ConfigFile:
-    """A JSON object with typed access; every complaint names the file, the key and the value."""
+    """A JSON object with typed access; every error names the file, the key and the value."""
 
     def __init__(self, path: Path, *, scope: str = "", raw: dict[str, Any] | None = None) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class ConfigFile:
         self.defaults: dict[str, Any] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value; if the key is absent, the family's default, then ``default``."""
+        """Return the value; if the key is absent, the family's default, then ``default``."""
         return self.raw.get(key, self.defaults.get(key, default))
 
     def error(
@@ -33,7 +33,7 @@ class ConfigFile:
         return kind(f"{self.path}: {self.scope}{key}={value!r}: {problem}")
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        """A finite number > 0; ``default`` stands in for an absent key and for null."""
+        """Return a finite number > 0; ``default`` stands in for an absent key and for null."""
         value = self.get(key)
         value = default if value is None else value
         if value is None:
@@ -44,7 +44,7 @@ class ConfigFile:
         return float(value)
 
     def positive(self, key: str, *, default: int | None = None) -> int:
-        """An integer > 0."""
+        """Return an integer > 0."""
         value = self.number(key, default=default)
         if value != int(value):
             raise self.error(key, value, "must be an integer")

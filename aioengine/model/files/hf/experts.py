@@ -44,7 +44,7 @@ def read_experts(config: ConfigFile, family: Family, num_layers: int) -> dict[st
 
 
 def _dense_layers(config: ConfigFile, num_layers: int) -> tuple[int, ...]:
-    """The layers of ``mlp_only_layers``, and all but every ``decoder_sparse_step``-th."""
+    """Return the layers of ``mlp_only_layers``, and all but every ``decoder_sparse_step``-th."""
     listed, step = config.get("mlp_only_layers") or [], config.positive("decoder_sparse_step", default=1)
     if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
         raise config.error("mlp_only_layers", listed, "must be a list of layers")

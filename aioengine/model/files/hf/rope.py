@@ -39,7 +39,8 @@ class RopeConfig(NamedTuple):
 def read_ropes(
     config: ConfigFile, family: Family, head_dim: int, windows: Sequence[int | None], num_layers: int
 ) -> RopeConfig:
-    """The rotations of a model. Raises ConfigError for odd values, and NotNative for what is not known."""
+    """Return the rotations of a model. Raises ConfigError for odd values, and NotNative for what is not
+    known."""
     if family in _BY_LAYER_TYPE:
         sliding = tuple(layer for layer, window in enumerate(windows) if window is not None)
         full, local = _by_layer_type(config, family)
@@ -73,7 +74,7 @@ def _flat(config: ConfigFile, family: Family, head_dim: int) -> RopeConfig:
 
 
 def _by_layer_type(config: ConfigFile, family: Family) -> tuple[RopeSpec, RopeSpec]:
-    """The rotations of layers with full attention, and of those with a window."""
+    """Return the rotations of layers with full attention, and of those with a window."""
     raw = config.get("rope_parameters") or {}
     if raw and not (isinstance(raw, dict) and all(isinstance(value, dict) for value in raw.values())):
         raise config.error(
@@ -98,7 +99,7 @@ def _by_layer_type(config: ConfigFile, family: Family) -> tuple[RopeSpec, RopeSp
 
 
 def _layers_without(config: ConfigFile, num_layers: int) -> tuple[int, ...]:
-    """The layers that rotate nothing: every n-th, or those for which ``no_rope_layers`` has a 0."""
+    """Return the layers that rotate nothing: every n-th, or those for which ``no_rope_layers`` has a 0."""
     listed = config.get("no_rope_layers")
     if listed is None:
         interval = config.positive("no_rope_layer_interval")

@@ -46,7 +46,9 @@ class CompressedTensors:
                 raise wrong.setting(key, "{...}", "is not supported; use a checkpoint without it")
         settings = [self._weights(name, group, config) for name, group in groups.items()]
         if any(other != settings[0] for other in settings):
-            raise wrong.setting("config_groups", list(groups), "groups that differ are not supported")
+            raise wrong.setting(
+                "config_groups", list(groups), "different settings for groups are not supported"
+            )
         self._format, self._bits, self._symmetric, self._group, block = settings[0]
         self._float = FP8(path, {"weight_block_size": block, "quant_method": "compressed-tensors"})
 
@@ -128,6 +130,6 @@ class CompressedTensors:
         if packing.ordered:
             group_of = tensors["weight_g_idx"]
             if not 0 <= int(group_of.min()) <= int(group_of.max()) < packing.groups(layout.k):
-                raise self._wrong.tensor(f"{module}.weight_g_idx", "names groups that there are not")
+                raise self._wrong.tensor(f"{module}.weight_g_idx", "names groups that do not exist")
             found["group_of"] = group_of.int()
         return found

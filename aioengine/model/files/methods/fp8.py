@@ -48,7 +48,7 @@ class FP8:
             raise self._wrong.tensor(f"{module}.weight_scale", "is missing")
         found = headers[kind]
         if found.dtype not in _SCALE_TYPES:
-            raise self._wrong.tensor(f"{module}.{kind}", f"{found.dtype} is no type of scales")
+            raise self._wrong.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
         if found.shape in ((), (1,), (n,), (n, 1), (1, 1)):
             return Layout(n, k, Packing(format="fp8"))
         if self._block is None:

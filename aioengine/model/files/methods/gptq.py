@@ -86,10 +86,10 @@ class GPTQ:
         if layout.packing.ordered:
             assert group_of is not None
             if len(group_of) and not 0 <= int(group_of.min()) <= int(group_of.max()) < len(tensors["scales"]):
-                raise self._wrong.tensor(f"{module}.g_idx", "names groups that there are not")
+                raise self._wrong.tensor(f"{module}.g_idx", "names groups that do not exist")
             found["group_of"] = group_of
         elif group_of is not None and not torch.equal(group_of, usual):
             raise self._wrong.tensor(
-                f"{module}.g_idx", "has groups that are no neighbours, which desc_act=false rules out"
+                f"{module}.g_idx", "has groups of inputs that are not neighbours, but desc_act is false"
             )
         return found

@@ -47,29 +47,29 @@ class Scheme(Protocol):
 
 
 class Wrong:
-    """Makes messages about one folder's ``quantization_config``."""
+    """Makes errors about one folder's ``quantization_config``."""
 
     def __init__(self, path: Path, method: str) -> None:
         self.path = path
         self.method = method
 
     def setting(self, key: str, value: object, what: str) -> ConfigError:
-        """About a setting."""
+        """Make an error about a setting."""
         where = f"{self.path}/config.json: quantization_config.quant_method={self.method!r}"
         return ConfigError(f"{where}: {key}={value!r}: {what}")
 
     def tensor(self, name: str, what: str) -> ConfigError:
-        """About a tensor."""
+        """Make an error about a tensor."""
         return ConfigError(f"{self.path}: {name}: {what} (quant_method={self.method!r})")
 
     def matrix(self, name: str, header: Header) -> tuple[int, int]:
-        """The shape of a tensor, which must have two dimensions."""
+        """Return the shape of a tensor, which must have two dimensions."""
         if len(header.shape) != 2:
             raise self.tensor(name, f"expected a matrix, found shape {header.shape}")
         return header.shape[0], header.shape[1]
 
     def check(self, module: str, headers: Mapping[str, Header], expected: Expected) -> None:
-        """Raises ConfigError unless the module has these tensors, as they are expected."""
+        """Raise ConfigError unless the module has these tensors with the expected shapes and types."""
         for kind, (shape, dtypes) in expected.items():
             name, header = f"{module}.{kind}", headers.get(kind)
             if header is None:
@@ -95,7 +95,7 @@ def unpack_int32(packed: Tensor, bits: int) -> Tensor:
 
 
 def integer(config: Mapping[str, Any], key: str, wrong: Wrong, default: int | None = None) -> int:
-    """A whole number of ``quantization_config``."""
+    """Return a whole number of ``quantization_config``."""
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
         raise wrong.setting(key, value, "must be an integer")
@@ -103,6 +103,6 @@ def integer(config: Mapping[str, Any], key: str, wrong: Wrong, default: int | No
 
 
 def check_group(group: int, k: int, name: str, wrong: Wrong) -> None:
-    """Raises ConfigError for groups whose inputs are not whole bytes, or more than there are."""
+    """Raise ConfigError for groups whose inputs are not whole bytes, or that are larger than a row."""
     if group < 0 or group % 8 or group > k:
         raise wrong.tensor(name, f"groups of {group} inputs, of {k}, are not supported; a multiple of 8 is")
