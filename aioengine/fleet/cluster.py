@@ -7,6 +7,8 @@ import importlib.util
 import logging
 import os
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any, Self
@@ -32,6 +34,7 @@ _LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_EN
 """Nice value of workers. With Ray's default, which is higher than that of other programs, they starve on a
 busy machine."""
 CONNECT_SECONDS = 5.0
+POLL_SECONDS = 0.25
 OBJECT_STORE_BYTES = 100 * 2**20
 """Memory of Ray's object store, which is hardly used."""
 
@@ -116,6 +119,8 @@ def connect(cpus: int | None = None) -> Cluster:
 
     if ray.is_initialized():  # by the application
         return Cluster(own=False)
+    # Half a second of imports, while Ray's processes start.
+    threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -178,7 +183,11 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     _check_cluster(config)
     registry = registry_actor(config.name, config.registry)
     wanted = msgspec.json.encode(config)
-    found = ray.get(registry.configure.remote(wanted))
+    told = registry.configure.remote(wanted)
+    # Serve's controller starts while the registry does. Had the fleet another door, Serve would run already.
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+    found = ray.get(told)
     if found != wanted:
         differs = _differences(msgspec.json.decode(found), msgspec.json.decode(wanted))
         raise ConfigError(
@@ -187,16 +196,27 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
         )
     if config.name in serve.status().applications:
         return Door(config, serve.get_deployment_handle("EngineReplica", config.name), registry).open()
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(proxy_location="Disabled", logging_config=quiet)
     try:
-        handle = serve.run(application(), name=config.name, route_prefix=None)
+        target = serve.RunTarget(application(), name=config.name, route_prefix=None)
+        [handle] = serve.run_many([target], wait_for_applications_running=False)
+        _wait_until_it_runs(config.name)
     except Exception as error:
         why = _why(config.name) or str(error)
         _remove(config.name)
         ray.kill(registry)
         raise ConfigError(f"the fleet did not start: {why}") from error
     return Door(config, handle, registry).open()
+
+
+def _wait_until_it_runs(name: str) -> None:
+    """Wait as ``serve.run`` does, which looks only once a second. Raises RuntimeError if it fails. Blocks."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while (found := serve.status().applications[name]).status is not ApplicationStatus.RUNNING:
+        if found.status is ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(found.message)
+        time.sleep(POLL_SECONDS)
 
 
 def _remove(name: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from aioengine.fleet.door.client import FleetClient
+    from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_STREAMS = 10_000
 """Maximum concurrent calls to a replica: one for each door, and short ones."""
@@ -139,26 +140,37 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
     return msgspec.structs.replace(config, engine=engine), plan
 
 
-async def make_client(
+class DoorModel(NamedTuple):
+    """What a door needs of the model."""
+
+    plan: MemoryPlan
+    """A replica's."""
+    path: Path
+    tokenizer: Tokenizer | None
+
+
+def read_model(config: FleetConfig, plan: MemoryPlan | None = None) -> DoorModel:
+    """Read the model's description and its tokenizer. Blocks."""
+    from aioengine.model.files.resolve import resolve_model
+    from aioengine.runtime.assemble import load_tokenizer
+
+    path = resolve_model(config.engine.model)
+    tokenizer = load_tokenizer(path, config.engine.chat_template)
+    return DoorModel(plan_replica(config)[1] if plan is None else plan, path, tokenizer)
+
+
+def make_client(
     config: FleetConfig,
     handle: Any,
-    plan: MemoryPlan | None = None,
+    model: DoorModel,
     tracer_provider: TracerProvider | None = None,
     *,
     door: str | None = None,
 ) -> FleetClient:
-    """Make a client, which is not started yet. Reads the model's description and its tokenizer."""
+    """Make a client that is not started yet."""
     from aioengine.fleet.door.client import FleetClient
-    from aioengine.model.files.resolve import resolve_model
-    from aioengine.runtime.assemble import load_tokenizer
 
-    def read() -> tuple[MemoryPlan, Path, Any]:
-        found = plan if plan is not None else plan_replica(config)[1]
-        path = resolve_model(config.engine.model)
-        return found, path, load_tokenizer(path, config.engine.chat_template)
-
-    found, path, tokenizer = await asyncio.to_thread(read)
-    return FleetClient(config, handle, found, path, tokenizer, tracer_provider, door=door)
+    return FleetClient(config, handle, model.plan, model.path, model.tokenizer, tracer_provider, door=door)
 
 
 class Door:
@@ -173,7 +185,8 @@ class Door:
         # The application gets its name when it is run; the replicas are found by that name.
         config = msgspec.structs.replace(config, name=serve.get_replica_context().app_name)
         self._traces = otlp_provider(config.otlp_endpoint)
-        self._client = await make_client(config, replicas, tracer_provider=self._traces)
+        model = await asyncio.to_thread(read_model, config)
+        self._client = make_client(config, replicas, model, tracer_provider=self._traces)
         await self._client.start()
         self._app = create_app(
             self._client,

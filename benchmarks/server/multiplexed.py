@@ -26,7 +26,7 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.engine import AsyncEngine
 from aioengine.fleet.cluster import connect, open_door
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.deployment import make_client, plan_replica, replica_application
+from aioengine.fleet.deployment import make_client, plan_replica, read_model, replica_application
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.request import SamplingParams
@@ -75,7 +75,7 @@ async def our_fleet(engine: EngineConfig, adapter: str, router: str) -> AsyncIte
     config = FleetConfig(engine=engine, replicas=2, router=router, adapters={HOT: adapter}, name="ours")
     config, plan = await asyncio.to_thread(plan_replica, config, share=2)
     door = await asyncio.to_thread(open_door, config, lambda: replica_application(config))
-    client = await make_client(config, door.handle, plan, door=door.name)
+    client = make_client(config, door.handle, read_model(config, plan), door=door.name)
     await client.start()
 
     async def ask(user: int, turn: int) -> str:

@@ -33,7 +33,7 @@ async def started_fleet(
     Raises ConfigError, if possible before anything is started.
     """
     from aioengine.fleet import cluster
-    from aioengine.fleet.deployment import make_client, plan_replica, replica_application
+    from aioengine.fleet.deployment import make_client, plan_replica, read_model, replica_application
 
     cluster.require_ray()
     where = cluster.address()
@@ -45,16 +45,18 @@ async def started_fleet(
     planned, plan = await asyncio.to_thread(plan_replica, config, share=most if where is None else None)
     with _EndedBySigterm() as sigterm:
         progress("starting Ray", 0, 1)
+        reading = asyncio.ensure_future(asyncio.to_thread(read_model, config, plan))  # while Ray starts
         ray = await _to_its_end(lambda: cluster.connect(most * config.cpus_per_replica))
         sigterm.listen()
         client: FleetClient | None = None
         joined: cluster.Door | None = None
         try:
             progress("starting replicas", 0, config.replicas)
+            model = await reading
             joined = await _to_its_end(
                 lambda: cluster.open_door(config, lambda: replica_application(planned))
             )
-            client = await make_client(config, joined.handle, plan, tracer_provider, door=joined.name)
+            client = make_client(config, joined.handle, model, tracer_provider, door=joined.name)
             await client.start()
             logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
         except BaseException:
