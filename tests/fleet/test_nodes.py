@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +62,14 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def flags(registry: str, keys: Path) -> list[str]:
     """Of every door to this fleet."""
-    scaling = "waiting_work:least=1,most=2,target=0.02,cool_down=1.5,settle=0"
+    scaling = "waiting_work:least=0,most=2,target=0.02,cool_down=1.5,settle=0"
     found = ["--registry", registry, "--autoscale", scaling, "--max-num-seqs", "4", "--keys", str(keys)]
     return [*found, "--router", "least_loaded"]
 
 
 @pytest.fixture(scope="module")
 def fleet(nodes: Nodes, flags: list[str], tiny_text: Tiny) -> Iterator[FleetServer]:
-    """One replica at first; another on the other node while work waits."""
+    """One replica at first; another on the other node while work waits, and none while nothing does."""
     with fleet_server(tiny_text.model, *flags, replicas=1, RAY_ADDRESS=nodes.address) as server:
         server.key = "free"
         yield server
@@ -101,6 +103,24 @@ async def busy(fleet: FleetServer) -> AsyncIterator[openai.AsyncOpenAI]:
         assert {type(result) for result in ended} == {asyncio.CancelledError}, "no request failed"
 
 
+@contextmanager
+def awake(fleet: FleetServer) -> Iterator[None]:
+    """A request at a time, so that it does not fall asleep; none fails."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            fleet.complete("x", max_tokens=20)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            yield
+        finally:
+            over.set()
+        asking.result()
+
+
 def test_adapters_come_back_after_the_head(fleet: FleetServer, tiny_text: Tiny) -> None:
     prompt = [4, 5, 6]
     found = fleet.complete(prompt, max_tokens=8, ignore_eos=True, model="kept")
@@ -116,7 +136,10 @@ def test_a_second_door_to_the_same_replicas(
         with door.client() as client:
             return client.post("/v1/completions", json=body, headers=headers).status_code
 
-    with fleet_server(tiny_text.model, *flags, replicas=1, RAY_ADDRESS=nodes.address) as second:
+    with (
+        awake(fleet),
+        fleet_server(tiny_text.model, *flags, replicas=1, RAY_ADDRESS=nodes.address) as second,
+    ):
         assert [ask(fleet) for _ in range(6)] == [200] * 5 + [429]
         time.sleep(1.2)
         assert ask(second) == 429, "what one door let in counts at the other"
@@ -131,20 +154,27 @@ def test_a_door_with_another_configuration_is_refused(
 ) -> None:
     other = [*flags, "--migration-limit", "7"]
     with (
+        awake(fleet),
         pytest.raises(AssertionError, match="migration_limit: 3 there, 7 here"),
         fleet_server(tiny_text.model, *other, replicas=1, RAY_ADDRESS=nodes.address),
     ):
         pass
-    assert fleet.complete("x", max_tokens=1)
 
 
-async def test_grows_onto_the_other_node_and_shrinks(fleet: FleetServer, nodes: Nodes) -> None:
-    assert len(nodes.replicas()) == 1
+async def test_grows_onto_the_other_node_shrinks_to_nothing_and_wakes(
+    fleet: FleetServer, nodes: Nodes
+) -> None:
     async with busy(fleet):
         await asyncio.to_thread(until, lambda: fleet.healthy(2), 90)
         assert len(set(nodes.replicas().values())) == 2, "one on each node"
-    await asyncio.to_thread(until, lambda: fleet.healthy(1) and len(nodes.replicas()) == 1, 60)
-    assert fleet.metric("aioengine_fleet_losses_total") == 0, "it went without losing anything"
+    await asyncio.to_thread(until, lambda: fleet.healthy(0) and not nodes.replicas(), 60)
+    assert fleet.metric("aioengine_fleet_losses_total") == 0, "they went without losing anything"
+    with fleet.client() as client:
+        assert client.get("/ready").status_code == 200, "requests are accepted"
+    answers = await asyncio.gather(
+        *[asyncio.to_thread(fleet.complete, [4, 5], max_tokens=4) for _ in range(4)]
+    )
+    assert len({tuple(answer["token_ids"]) for answer in answers}) == 1, "the first ones wait for a replica"
 
 
 async def test_streams_outlive_a_node(fleet: FleetServer, nodes: Nodes) -> None:

@@ -16,7 +16,7 @@ from support.engine_fixtures import Tiny
 from aioengine import EngineConfig
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
-from aioengine.fleet import FleetConfig
+from aioengine.fleet import FleetConfig, existing
 from aioengine.fleet.cluster import check_address, check_cpus, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
 from aioengine.fleet.existing import local_clusters
@@ -87,6 +87,57 @@ def test_clusters_of_this_machine_are_found() -> None:
         assert process.stdin is not None
         process.stdin.close()
     assert where not in local_clusters()
+
+
+class Clusters:
+    """Ray clusters of this machine with the fleets that each has; None: it refuses to be joined."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **fleets: list[str] | None) -> None:
+        ray = pytest.importorskip("ray")
+        self.joined = ""
+        self._fleets = fleets
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        for name, value in {
+            "local_clusters": lambda: list(fleets),
+            "check_address": lambda where: None,
+            "_connect": self._connect,
+            "current_address": lambda: self.joined,
+            "fleets_of_cluster": lambda: fleets[self.joined],
+        }.items():
+            monkeypatch.setattr(existing, name, value)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "shutdown", self._leave)
+        monkeypatch.setattr(ray.serve, "get_deployment_handle", lambda *names: (self.joined, *names))
+        monkeypatch.setattr(os, "environ", {**os.environ})
+
+    def _connect(self, where: str) -> None:
+        if self._fleets[where] is None:
+            raise ConnectionError("wrong token\nand more")
+        self.joined = where
+
+    def _leave(self) -> None:
+        self.joined = ""
+
+
+def test_the_cluster_that_has_the_fleet_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clusters(monkeypatch, one=["other"], two=None, three=["aioengine"], four=[])
+    assert existing.existing_fleet("aioengine") == ("three", "EngineReplica", "aioengine")
+
+
+def test_several_clusters_that_have_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = Clusters(monkeypatch, one=["aioengine"], two=["other"], three=["other", "aioengine"])
+    with pytest.raises(ConfigError, match=r"on several clusters.*: one, three; set RAY_ADDRESS to one"):
+        existing.existing_fleet("aioengine")
+    assert not clusters.joined, "none is left joined"
+
+
+def test_no_cluster_that_has_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clusters(monkeypatch, one=["a", "b"], two=None, three=[])
+    with pytest.raises(ConfigError) as refused:
+        existing.existing_fleet("sql")
+    assert "the cluster at one has a, b; two: wrong token; the cluster at three has none" in str(
+        refused.value
+    )
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
-import pytest
 from support.engine_fixtures import Tiny
-from support.fleet_process import FleetServer, command_line, fleet_server, needs_ray, until
-from support.otlp_collector import Collector, collector
-from support.tiny_models import build_adapter
+from support.fleet_process import FleetServer, needs_ray, until
+from support.otlp_collector import Collector
 
 needs_ray()
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_text: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter root with "a" (another's copy is to replace it) and, by the registry, nothing else."""
-    root = tmp_path_factory.mktemp("adapters")
-    shutil.copytree(tiny_text.adapters["a"], root / "a")
-    build_adapter(tiny_text.model, root / "b", seed=5)
-    shutil.copytree(root / "b", root / "broken")
-    (root / "broken" / "adapter_model.safetensors").write_bytes(b"not this")
-    return root
-
-
-@pytest.fixture(scope="module")
-def traces() -> Iterator[Collector]:
-    with collector() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def fleet(tiny_text: Tiny, adapters: Path, traces: Collector) -> Iterator[FleetServer]:
-    flags = ["--router", "affinity", "--adapter-root", str(adapters), "--otlp-endpoint", traces.url]
-    with fleet_server(tiny_text.model, *flags, OTEL_BSP_SCHEDULE_DELAY="200") as server:
-        yield server
 
 
 def test_two_processes_answer_as_one_engine(fleet: FleetServer, tiny_text: Tiny) -> None:
@@ -194,7 +163,7 @@ def test_replaced_everywhere_or_nowhere(fleet: FleetServer, tiny_text: Tiny, ada
         assert gone.status_code == 404
 
 
-def test_the_commands(fleet: FleetServer) -> None:
+def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:
     def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         return subprocess.run(
@@ -203,7 +172,7 @@ def test_the_commands(fleet: FleetServer) -> None:
             text=True,
             check=False,
             timeout=60,
-            env={**clean, **environment},
+            env={**clean, **tls, **environment},
         )
 
     fleet.complete("x", max_tokens=1, model="a")
@@ -220,19 +189,3 @@ def test_the_commands(fleet: FleetServer) -> None:
     until(fleet.healthy, 10)
     refused = command("drain", "nobody", **there)
     assert refused.returncode == 2 and names[1] in refused.stderr
-
-
-def test_sigterm_leaves_no_process(fleet: FleetServer) -> None:
-    """The last test of this fleet."""
-    processes = [psutil.Process(fleet.process.pid), *fleet.processes()]
-    assert any("EngineReplica" in command_line(process) for process in processes)
-    fleet.process.send_signal(signal.SIGTERM)
-    fleet.process.wait(60)
-    assert fleet.process.returncode == 0, fleet.log
-    left = [process for process in processes if process.is_running() and process.status() != "zombie"]
-    assert [command_line(process) for process in left] == []
-
-
-def test_json_of_logs_is_not_broken_by_ray(fleet: FleetServer) -> None:
-    assert "Traceback" not in fleet.log
-    assert json.dumps(fleet.log)

@@ -1,4 +1,4 @@
-"""Replicas that die or hang while they stream."""
+"""Replicas that die or hang while they stream, and at last the fleet's own end."""
 
 from __future__ import annotations
 
@@ -7,34 +7,16 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import psutil
-import pytest
-from support.certificates import ray_tls
-from support.engine_fixtures import Tiny
-from support.fleet_process import FleetServer, fleet_server, needs_ray, until
+from support.fleet_process import FleetServer, command_line, needs_ray, until
 
 needs_ray()
 
 STREAMS = 32
 TOKENS = 300
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return ray_tls(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(scope="module")
-def fleet(tiny_text: Tiny, tls: dict[str, str]) -> Iterator[FleetServer]:
-    adapter = f"a={tiny_text.adapters['a']}"
-    # Half of the streams wait for the other half: so they last, however late this process hears of them.
-    flags = ["--router", "least_loaded", "--max-num-seqs", str(STREAMS // 4)]
-    with fleet_server(tiny_text.model, "--lora-modules", adapter, *flags, **tls) as server:
-        yield server
 
 
 def request(index: int) -> dict[str, Any]:
@@ -117,3 +99,15 @@ async def test_a_hung_replica(fleet: FleetServer) -> None:
     pid = await disturbed(fleet, signal.SIGSTOP)
     await asyncio.to_thread(until, fleet.healthy, 60)
     assert not psutil.pid_exists(pid)
+
+
+def test_sigterm_leaves_no_process(fleet: FleetServer) -> None:
+    """The last test of this fleet."""
+    processes = [psutil.Process(fleet.process.pid), *fleet.processes()]
+    assert any("EngineReplica" in command_line(process) for process in processes)
+    fleet.process.send_signal(signal.SIGTERM)
+    fleet.process.wait(60)
+    assert fleet.process.returncode == 0, fleet.log
+    left = [process for process in processes if process.is_running() and process.status() != "zombie"]
+    assert [command_line(process) for process in left] == []
+    assert "Traceback" not in fleet.log
