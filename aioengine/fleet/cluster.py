@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -34,6 +35,7 @@ _LOCAL = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_EN
 """Nice value of workers. With Ray's default, which is higher than that of other programs, they starve on a
 busy machine."""
 CONNECT_SECONDS = 5.0
+_CERTIFICATES = ("CA_CERT", "SERVER_KEY", "SERVER_CERT")
 POLL_SECONDS = 0.25
 OBJECT_STORE_BYTES = 100 * 2**20
 """Memory of Ray's object store, which is hardly used."""
@@ -76,7 +78,10 @@ def current_address() -> str:
 
 
 def check_address(where: str) -> None:
-    """Raise ConfigError if nothing answers at this address."""
+    """Check that Ray's head answers there. Raises ConfigError.
+
+    Ray itself would try for a minute, and then end this process.
+    """
     if where == "auto" or "://" in where:
         return
     host, _, port = where.rpartition(":")
@@ -88,6 +93,37 @@ def check_address(where: str) -> None:
             f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
             "unset RAY_ADDRESS to start Ray on this machine"
         ) from error
+    if not _speaks_grpc(where):
+        tls = "with TLS, as RAY_USE_TLS says" if _has_tls() else "without TLS, as RAY_USE_TLS is not set"
+        raise ConfigError(
+            f"RAY_ADDRESS={where}: what listens there does not answer as Ray's head does ({tls}); give the "
+            "address that `ray start --head` has printed, and the cluster's own RAY_USE_TLS and certificates"
+        )
+
+
+def _has_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _speaks_grpc(where: str) -> bool:
+    """Whether a server of gRPC is there, with TLS if this process is told to use it. Raises ConfigError if
+    a certificate cannot be read."""
+    import grpc
+
+    if _has_tls():
+        try:
+            files = [Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in _CERTIFICATES]
+        except (KeyError, OSError) as error:
+            raise ConfigError(f"RAY_USE_TLS is set, and a certificate cannot be read: {error}") from error
+        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*files))
+    else:
+        channel = grpc.insecure_channel(where)
+    with channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 class Cluster:

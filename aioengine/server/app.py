@@ -75,7 +75,7 @@ class ServerApp:
         self, engine: EngineClient, settings: ServerSettings, tracer_provider: TracerProvider | None = None
     ) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
-        if isinstance(engine, SharesLimits):
+        if isinstance(engine, SharesLimits) and settings.keys_file is not None:  # it has the limits
             engine.share_limits(self._gate)
         # From here on no key is held, only their hashes.
         settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})

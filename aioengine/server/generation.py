@@ -297,12 +297,12 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def while_connected(
-    receive: Receive, work: Coroutine[Any, Any, T], ended: asyncio.Future[ApiError] | None
+    receive: Receive, work: Coroutine[Any, Any, T], *ends: asyncio.Future[ApiError] | None
 ) -> T:
-    """Return the result of ``work``, unless the client disconnects or ``ended`` is done first: then ``work``
-    is cancelled.
+    """Return the result of ``work``, unless the client disconnects or one of ``ends`` is done first: then
+    ``work`` is cancelled.
 
-    Raises ClientDisconnected, the error of ``ended``, and what ``work`` raises. ``receive`` is ASGI's, after
+    Raises ClientDisconnected, the error that ended it, and what ``work`` raises. ``receive`` is ASGI's, after
     the body was read.
     """
     task = asyncio.current_task()
@@ -312,11 +312,11 @@ async def while_connected(
 
     def end(first: asyncio.Future[Any]) -> None:
         if not why and not first.cancelled():
-            why.append(first.exception() or (first.result() if first is ended else ClientDisconnected()))
+            why.append(first.exception() or (ClientDisconnected() if first is gone else first.result()))
             task.cancel()  # as asyncio.timeout does, so that the work needs no task of its own
 
     gone = asyncio.ensure_future(disconnected(receive))
-    watched: list[asyncio.Future[Any]] = [gone] if ended is None else [gone, ended]
+    watched: list[asyncio.Future[Any]] = [gone, *(end for end in ends if end is not None)]
     for future in watched:
         future.add_done_callback(end)
     try:

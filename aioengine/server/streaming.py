@@ -84,6 +84,40 @@ def event(data: bytes, name: str | None = None) -> bytes:
     return b"data: %b\n\n" % data if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), data)
 
 
+class SendLimit:
+    """A limit on the time that a client may take to accept one part of an answer.
+
+    One timer watches all parts: a timer for each would cost a tenth of what a streamed token costs."""
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seconds = seconds
+        self._began: float | None = None
+        """When the part that is being sent was begun."""
+        self.exceeded: asyncio.Future[Any] = self._loop.create_future()
+        """Its result is a ClientDisconnected."""
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def begin(self) -> None:
+        """Note that a part is being sent, until :meth:`end`."""
+        self._began = self._loop.time()
+
+    def end(self) -> None:
+        self._began = None
+
+    def close(self) -> None:
+        self._timer.cancel()
+        self.exceeded.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._began is None else self._began) + self._seconds
+        if due > now:
+            self._timer = self._loop.call_at(due, self._look)
+        else:
+            self.exceeded.set_result(ClientDisconnected())
+
+
 class GenerationResponse:
     """An ASGI application that answers one request.
 
@@ -109,9 +143,10 @@ class GenerationResponse:
         self._started = False
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        self._limit = SendLimit(self._settings.send_timeout)
         try:
             with self._generation.claimed():
-                await while_connected(receive, self._answer(send), self._record.ended)
+                await while_connected(receive, self._answer(send), self._record.ended, self._limit.exceeded)
         except Exception as error:
             api_error = to_api_error(error, self._settings)
             self._record.refused(api_error.detail)
@@ -119,8 +154,11 @@ class GenerationResponse:
             if not self._started:
                 await send_error(send, api_error, self._record.path)
             elif not isinstance(error, ClientDisconnected):
-                with contextlib.suppress(ClientDisconnected):
-                    await self._send(send, self._reply.failure(api_error), last=True)
+                with contextlib.suppress(ClientDisconnected, TimeoutError):
+                    async with asyncio.timeout(self._settings.send_timeout):
+                        await self._send(send, self._reply.failure(api_error), last=True)
+        finally:
+            self._limit.close()
 
     async def _answer(self, send: Send) -> None:
         await self._generation.prepare()
@@ -134,6 +172,7 @@ class GenerationResponse:
         await respond(send, 200, [(b"content-type", b"application/json")], body)
 
     async def _stream(self, send: Send) -> None:
+        several = len(self._generation) > 1
         writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
 
         async def choice(index: int) -> None:
@@ -143,9 +182,13 @@ class GenerationResponse:
                     numbers += _numbers(output, output.logprobs_delta)
                     events = await self._formed(numbers, self._reply.events, index, output)
                     numbers = 0
-                    if events is not None:
+                    if events is None:
+                        continue
+                    if several:
                         async with writing:
                             await self._send(send, events)
+                    else:
+                        await self._send(send, events)
 
         await together([choice(index) for index in range(len(self._generation))])
         await self._send(send, self._reply.last_events(self._generation.usage), last=True)
@@ -157,15 +200,15 @@ class GenerationResponse:
 
     async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
         try:
-            async with asyncio.timeout(self._settings.send_timeout):
-                if not self._started:
-                    self._started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
-                await send({"type": "http.response.body", "body": body, "more_body": not last})
-        except TimeoutError:
-            raise ClientDisconnected from None
+            self._limit.begin()
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+            await send({"type": "http.response.body", "body": body, "more_body": not last})
         except OSError as error:  # it went away in the middle of a message
             raise ClientDisconnected from error
+        finally:
+            self._limit.end()
 
 
 def _numbers(output: RequestOutput, logprobs: Sequence[TokenLogprob] | None) -> int:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.certificates import ray_tls
 from support.engine_fixtures import Tiny
 
 from aioengine import EngineConfig
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
-from aioengine.fleet import FleetConfig, existing
+from aioengine.fleet import FleetConfig, cluster, existing
 from aioengine.fleet.cluster import check_address, check_cpus, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
 from aioengine.fleet.existing import local_clusters
@@ -79,6 +80,25 @@ def test_an_address_that_does_not_answer() -> None:
             check_address(where)
 
 
+@pytest.mark.parametrize("tls", [False, True])
+def test_an_address_of_something_else(tls: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray would try for a minute, and end the process."""
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.3)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    for name, value in (ray_tls(tmp_path) if tls else {}).items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        how = "with TLS" if tls else "without TLS"
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: what listens there.*{how}"):
+            check_address(where)
+        if tls:
+            monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(tmp_path / "nothing"))
+            with pytest.raises(ConfigError, match=r"certificate cannot be read.*nothing"):
+                check_address(where)
+
+
 def test_clusters_of_this_machine_are_found() -> None:
     where = "127.0.0.1:1"
     command = [sys.executable, "-c", "input()", f"--gcs-address={where}"]
@@ -93,7 +113,7 @@ class Clusters:
     """Ray clusters of this machine with the fleets that each has; None: it refuses to be joined."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **fleets: list[str] | None) -> None:
-        ray = pytest.importorskip("ray")
+        ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
         self.joined = ""
         self._fleets = fleets
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -107,7 +127,7 @@ class Clusters:
             monkeypatch.setattr(existing, name, value)
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "shutdown", self._leave)
-        monkeypatch.setattr(ray.serve, "get_deployment_handle", lambda *names: (self.joined, *names))
+        monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: (self.joined, *names))
         monkeypatch.setattr(os, "environ", {**os.environ})
 
     def _connect(self, where: str) -> None:

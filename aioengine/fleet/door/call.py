@@ -60,11 +60,14 @@ class Call:
         self._tokens_seen = len(self.tokens)
         self._logprobs_seen = 0
         self._grown = Grown(prompt, self.tokens, 0, self._text, self._logprobs)
-        self._ready = asyncio.Event()
+        self._new = False
+        """There is something that the reader has not seen."""
+        self._waits: asyncio.Future[None] | None = None
+        """The reader's, while it waits."""
 
     @property
     def begun(self) -> bool:
-        return len(self.tokens) > len(self.options.output)
+        return self._first is not None
 
     def take(self, delta: Delta, now: float) -> None:
         """Take in a replica's report on it."""
@@ -86,20 +89,27 @@ class Call:
             self.fail(unpack_error(delta.error))
         elif delta.finish is not None:
             self.finish(delta.finish, delta.stop)
-        self._ready.set()
+        self._tell()
 
     def finish(self, reason: FinishReason, stop: str | int | None = None) -> None:
         self._finish, self._stop, self.ended = reason, stop, True
-        self._ready.set()
+        self._tell()
 
     def fail(self, error: AioEngineError) -> None:
         self._error, self.ended = error, True
-        self._ready.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._new = True
+        if self._waits is not None and not self._waits.done():
+            self._waits.set_result(None)
 
     async def next(self) -> RequestOutput:
         """Wait for new output. Raises the error that the request ended with, if any."""
-        await self._ready.wait()
-        self._ready.clear()
+        if not self._new:
+            self._waits = asyncio.get_running_loop().create_future()
+            await self._waits
+        self._new = False
         if self._error is not None:
             raise self._error
         tokens, pieces, logprobs = len(self.tokens), len(self._text), self._logprobs or ()

@@ -164,8 +164,8 @@ class Dispatcher:
         channel.calls[call.key] = call
         channel.send(order)
 
-    def _take(self, channel: Channel, call: Call, delta: Delta) -> None:
-        """Take in a replica's report on a request."""
+    def _take(self, channel: Channel, call: Call, delta: Delta, now: float) -> None:
+        """Take in a replica's report on a request, which came at ``now``."""
         begun = call.begun
         self.misroutes += delta.misrouted
         if delta.error:
@@ -180,8 +180,8 @@ class Dispatcher:
                 self._state.failed(str(call.key))
                 self._again(call, channel.replica, "refused")
                 return
-        call.take(delta, _now())
-        if call.begun and not begun:
+        call.take(delta, now)
+        if not begun and call.begun:
             self._state.started(str(call.key))
         if call.ended:
             del channel.calls[call.key]

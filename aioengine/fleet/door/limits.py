@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 from aioengine.client import UsageLedger
@@ -13,6 +14,10 @@ logger = logging.getLogger("aioengine.fleet")
 SHARE_SECONDS = 0.5
 """Seconds between two exchanges. A limit is exceeded by at most the requests of two intervals: one until a
 door has reported its usage, and one until the others have received the report."""
+
+
+ALIVE_SECONDS = 10.0
+"""The same where there are no limits: the registry has to hear now and then that this door lives."""
 
 
 class SharedLimits:
@@ -25,10 +30,12 @@ class SharedLimits:
         self._door = door
         self._config = config
         self._ledgers: list[UsageLedger] = []
+        self._has_limits = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def share(self, ledger: UsageLedger) -> None:
         self._ledgers.append(ledger)
+        self._has_limits.set()
 
     def start(self, registry: Any) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(registry), name="aioengine-limits")
@@ -53,7 +60,12 @@ class SharedLimits:
                     ledger.used_elsewhere(found)
             except Exception as error:  # the actor is being restarted, or Ray's head is gone
                 logger.warning("limits are not shared now: %s", type(error).__name__)
-            await asyncio.sleep(SHARE_SECONDS)
+            if self._ledgers:
+                await asyncio.sleep(SHARE_SECONDS)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALIVE_SECONDS):
+                    await self._has_limits.wait()
 
 
 def _added(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class Members:
         """Callbacks for each replica whose adapters in memory have changed."""
         self.on_changed: Callable[[str, str], None] = lambda replica, adapter: None
         """Callback for an adapter whose files a replica has found to be others than it should have."""
-        self.on_delta: Callable[[Channel, Call, Delta], None] = lambda channel, call, delta: None
-        """Callback for a replica's report on a request."""
+        self.on_delta: Callable[[Channel, Call, Delta, float], None] = lambda channel, call, delta, now: None
+        """Callback for a replica's report on a request, and the time at which it came."""
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
         """Callback for each request whose replica is lost."""
         self.door = door
@@ -173,7 +173,7 @@ class Members:
         for delta in frame.deltas:
             call = channel.calls.get(delta.key)
             if call is not None:
-                self.on_delta(channel, call, delta)
+                self.on_delta(channel, call, delta, channel.heard)
         member = self.members.get(channel.replica)
         if member is not None and frame.status is not None:
             self._report(member, frame.status, frame.residency)
