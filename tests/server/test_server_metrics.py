@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from support.engine_fixtures import Tiny
-from support.process_harness import worker_pids
 from support.server_fixtures import MODEL, Serve
-from support.server_process import serving
 
 from aioengine.metrics.starting import starting_metrics
 
@@ -114,30 +110,6 @@ async def test_an_unmounted_adapter_root_is_counted(serve: Serve, tmp_path: Path
         found = await scrape(served.http)
     assert found['aioengine_lora_resolver_failures_total{reason="io"}'] == 1
     assert found['aioengine_lora_load_failures_total{reason="io"}'] == 0
-
-
-async def test_the_state_while_workers_are_started_again(tiny_text: Tiny) -> None:
-    flags = ["--executor", "process", "--restart", "on-failure"]
-    async with (
-        serving(tiny_text.model, *flags) as server,
-        httpx.AsyncClient(base_url=server.url, trust_env=False) as http,
-        asyncio.timeout(60),
-    ):
-        found = await scrape(http)
-        assert found["process_resident_memory_bytes{}"] > 2**20 and found["process_threads{}"] >= 1
-        assert found["aioengine_event_loop_tasks{}"] >= 1 and found["process_start_time_seconds{}"] > 0
-        for pid in worker_pids(server.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        while (await scrape(http))['aioengine_engine_state{state="degraded"}'] != 1:
-            await asyncio.sleep(0.005)
-        assert (await http.get("/ready")).json() == {"status": "degraded"}
-        assert (await http.get("/health")).status_code == 200
-        while (await http.get("/ready")).json() != {"status": "running"}:
-            await asyncio.sleep(0.01)
-        assert (await scrape(http))['aioengine_engine_state{state="ready"}'] == 1
-        server.process.send_signal(signal.SIGTERM)
-        assert await server.end() == 0
-    assert any("the workers run again" in line["message"] for line in server.lines)
 
 
 def test_an_engine_that_starts_has_a_state_and_nothing_else() -> None:
