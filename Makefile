@@ -20,7 +20,7 @@
 #                     and what a scheduling decision costs
 #   make wheel        a wheel with compiled CPU kernels for every level of this architecture, in dist
 #   make sbom         what the environment is made of, as CycloneDX has it, in build/sbom.json
-#   make lock         uv.lock for the dependencies that pyproject.toml names
+#   make lock         uv.lock for the dependencies that pyproject.toml names, and the image's constraints
 #   make clean        remove the environments and everything that was built
 #
 # PYTHON=python3.12 picks the interpreter, which must be 3.11 or newer. ARGS are passed on to the command.
@@ -105,6 +105,9 @@ sbom: $(VENV)/.dev
 lock: $(VENV)/.dev
 	$(PIP) install uv
 	$(BIN)/uv lock
+	{ echo '# What the image is built with, exactly: the versions of uv.lock. Written by `make lock`.'; \
+	  $(BIN)/uv export --frozen --no-emit-project --no-hashes --no-annotate --no-header \
+	  --extra gguf --extra hub --extra otel --extra server; } > examples/deploy/constraints.txt
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
