@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,6 +53,7 @@ class Guide:
             raise ConfigError("guided decoding needs processes that can be forked: Linux or macOS")
         if engine.tokenizer is None:
             raise ConfigError(f"guided decoding needs a tokenizer, and {engine.config.model} has none")
+        self._tokenizer = engine.tokenizer
         self._from = llguidance.LLMatcher
         self._grammars = engine.grammars(limits)
         self._thread = FairThread("aioengine-schemas", most=self._grammars.limits.max_queued)
@@ -97,7 +99,9 @@ class Guide:
         """Constrain the output to one of these texts."""
         if not options:
             raise RequestInvalid("choice=[]: must have at least one text")
-        return await self.lark("start: " + " | ".join(map(json.dumps, options)), tenant=tenant)
+        marks = self._tokenizer.text_tokens
+        grammar = await self.in_thread(lambda: _choice_grammar(options, marks), tenant)
+        return await self.lark(grammar, tenant=tenant)
 
     async def lark(self, grammar: str, *, tenant: str | None = None) -> TokenConstraint:
         """Constrain the output to a context-free grammar in Lark's notation, from its rule ``start``."""
@@ -110,3 +114,22 @@ class Guide:
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestInvalid(f"the grammar is malformed: {error}") from error
         return await self._grammars.constraint(whole, tenant)
+
+
+def _choice_grammar(options: Sequence[str], marks: Mapping[str, int]) -> str:
+    """Write options as a grammar in Lark's notation. ``marks`` has the ids of texts that are tokens of their
+    own, such as "<think>": each may come as that token, which is how a model writes it, or letter by letter.
+    """
+    if not any(mark in text for mark in marks for text in options):
+        return "start: " + " | ".join(map(json.dumps, options))
+    split = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})")
+    rules: dict[str, str] = {}
+
+    def terminal(part: str) -> str:
+        if part not in marks:
+            return json.dumps(part)
+        rules[f"mark_{marks[part]}"] = f"<[{marks[part]}]> | {json.dumps(part)}"
+        return f"mark_{marks[part]}"
+
+    written = [" ".join(terminal(part) for part in split.split(text) if part) or '""' for text in options]
+    return "\n".join(["start: " + " | ".join(written), *(f"{name}: {rule}" for name, rule in rules.items())])

@@ -19,9 +19,8 @@ from array import array
 from collections.abc import Callable
 from typing import NoReturn
 
-from llguidance import LLTokenizer
-
 from aioengine.grammars import child
+from aioengine.grammars.vocabulary import load_vocabulary
 from aioengine.grammars.wire import EXITED, HELLO, KILL, LENGTH, ORDER, START, text_frame
 
 
@@ -49,7 +48,7 @@ def _serve(control: socket.socket, memory: int, die_with_parent: Callable[[], No
     shared = mmap.mmap(memory, size)
     os.close(memory)
     try:
-        tokenizer = LLTokenizer(text, n_vocab=vocab, eos_token=list(eos) or None)
+        tokenizer = load_vocabulary(text, vocab, eos)
     except Exception as error:
         control.sendall(text_frame(f"{type(error).__name__}: {error}"[:2000]))
         return

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.tiny_models import build_model
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from aioengine import SamplingParams
 from aioengine.errors import ConfigError, RequestInvalid
@@ -45,6 +47,57 @@ async def test_each_request_has_its_own_format(tiny_text: Tiny, make_engine: Mak
             assert set(json.loads(output.text)) == {"a", "b"}
         assert pattern.text in ("xxxy", "xxxxy", "xxxxxy")
         assert again.text == free.text
+
+
+@pytest.fixture(scope="module")
+def tiny_marks(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny llama whose tokenizer has added tokens beside one for each byte."""
+    model = build_model(tmp_path_factory.mktemp("marks"), "llama", vocab_size=260, eos_token_id=259)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (THINK, "</think>")])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (TURN, "<|end|>")])
+    tokenizer.save(str(model / "tokenizer.json"))
+    return Tiny(model, {})
+
+
+THINK, TURN = "<think>", "<|turn|>"
+MARKED: list[tuple[str, Any, Sequence[str]]] = [
+    ("choice", [THINK], [THINK]),
+    ("choice", [f"{THINK}a", f"{THINK}b", TURN], [f"{THINK}a", f"{THINK}b", TURN]),
+    ("choice", [f"x{TURN}y", f"x{TURN}z"], [f"x{TURN}y", f"x{TURN}z"]),
+    ("regex", "<think>[ab]</think>", [f"{THINK}a</think>", f"{THINK}b</think>"]),
+    ("json_schema", {"const": f"a{THINK}{TURN}"}, [json.dumps(f"a{THINK}{TURN}")]),
+    ("json_schema", {"enum": [THINK, TURN]}, [json.dumps(THINK), json.dumps(TURN)]),
+    (
+        "json_schema",
+        {"properties": {THINK: {"const": 1}}, "required": [THINK], "type": "object"},
+        [json.dumps({THINK: 1})],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "wanted", "allowed"), MARKED)
+async def test_texts_that_are_tokens_of_their_own(
+    tiny_marks: Tiny, make_engine: MakeEngine, kind: str, wanted: Any, allowed: Sequence[str]
+) -> None:
+    async with make_engine(tiny_marks) as engine:
+        constraint = [await getattr(Guide(engine), kind)(wanted) for _ in range(2)]
+        outputs = await asyncio.gather(
+            *(engine.complete("Hi", sampled(seed=i, constraint=own)) for i, own in enumerate(constraint))
+        )
+        for output in outputs:
+            assert (output.finish_reason, output.text in allowed) == ("stop", True), output
+
+
+async def test_a_choice_may_come_as_the_token_that_it_is(tiny_marks: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(tiny_marks) as engine:
+        constraint = await Guide(engine).choice([THINK, f"x{THINK}"])
+        params = SamplingParams(constraint=constraint, logit_bias={256: 100.0})
+        output = await engine.complete("Hi", params)
+        assert (output.text, output.token_ids[0]) == (THINK, 256)
 
 
 async def test_a_preempted_request_goes_on_in_its_format(tiny_text: Tiny, make_engine: MakeEngine) -> None:
