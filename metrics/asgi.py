@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +38,7 @@ UPDATE_SECONDS = 0.2
 SEND_SECONDS = 30.0
 """Seconds after which a client that reads nothing is disconnected; an open page connects again."""
 MAX_STREAMS = 100
-"""Maximum number of pages that are served at once."""
+"""Maximum number of pages that are served at once; one address may have half of what others leave."""
 
 _SECURITY: Headers = [
     (
@@ -65,6 +66,8 @@ class MetricsApp:
         self._engine = engine
         self._feed = Feed(engine, interval)
         self._streams: set[asyncio.Task[None]] = set()
+        self._watching_from: Counter[str] = Counter()
+        """Pages by their client's address."""
         self._closed = False
         # A separate thread, because the application may keep the loop's threads busy.
         self._rendering = ThreadPoolExecutor(1, thread_name_prefix="aioengine-metrics")
@@ -112,7 +115,7 @@ class MetricsApp:
             headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store"), *_SECURITY]
             await respond(send, 200, headers, body, head=head)
         elif path == "/events":
-            await self._events(receive, send, head)
+            await self._events(scope, receive, send, head)
         else:
             name = "page.html" if path == "/" else asset
             headers = [(b"content-type", _TYPES[Path(name).suffix]), (b"cache-control", b"no-cache")]
@@ -151,7 +154,7 @@ class MetricsApp:
         headers = [*headers, (b"cache-control", b"no-store"), *_SECURITY]
         await respond(send, 200, headers, body, head=head)
 
-    async def _events(self, receive: Receive, send: Send, head: bool) -> None:
+    async def _events(self, scope: Scope, receive: Receive, send: Send, head: bool) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would collect the stream otherwise
         start = {"type": "http.response.start", "status": 200, "headers": [*headers, *_SECURITY]}
@@ -159,7 +162,9 @@ class MetricsApp:
             await send(start)
             await send({"type": "http.response.body", "body": b""})
             return
-        if self._closed or self.watching >= MAX_STREAMS:
+        client = (scope.get("client") or ("",))[0]
+        own = self._watching_from[client]
+        if self._closed or own >= max(1, (MAX_STREAMS - (self.watching - own)) // 2):
             await _text(send, 503, "no more streams", head, [(b"retry-after", b"5")])
             return
         loop = asyncio.get_running_loop()
@@ -170,6 +175,7 @@ class MetricsApp:
             return
         gone = loop.create_task(disconnected(receive), name="aioengine-page-client")
         self._streams.add(gone)
+        self._watching_from[client] += 1
         try:
             await send(start)
             await self._stream(watcher, send, gone)
@@ -179,6 +185,9 @@ class MetricsApp:
             pass  # it went away in the middle of a message
         finally:
             self._streams.discard(gone)
+            self._watching_from[client] -= 1
+            if not self._watching_from[client]:
+                del self._watching_from[client]
             watcher.close()
             await end_tasks([gone])
 

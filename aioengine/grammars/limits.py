@@ -42,8 +42,8 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     memory: int = 256 * MiB
     """Maximum bytes of one grammar's process, with the parsers of all its requests."""
     total_memory: int = 1024 * MiB
-    """Maximum bytes of all processes together. Above it unused ones are dropped first, and then the
-    largest."""
+    """Maximum bytes of all processes together. Above it unused ones are dropped first, and then the largest
+    of the tenant whose processes take the most."""
     max_grammars: int = 128
     """Maximum processes, unused ones of recent grammars included. One tenant's requests may use its share of
     the processes: half if there is one tenant, a third each if there are two, ..."""

@@ -131,7 +131,7 @@ class Grammar:
         unusable."""
         with self._lock:
             self._check()
-            place = self._places.take()
+            place = self._places.take(self.rows.get(row))
             if place is None:
                 return None
             number = self._next_number = (self._next_number + 1) & 0xFFFFFFFF

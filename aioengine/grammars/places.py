@@ -7,11 +7,13 @@ import os
 import sys
 import tempfile
 import threading
+from collections import Counter
 
 
 class Places:
     """``count`` places of ``width`` bytes each. A place belongs to one child until the child has answered or
-    ended, because late masks are still written."""
+    ended, because late masks are still written. One tenant's may be half of what others leave, so that one
+    that leaves many slow masks behind does not take the places of all."""
 
     def __init__(self, count: int, width: int) -> None:
         self.width = width
@@ -19,15 +21,26 @@ class Places:
         self.file = _file(self.size)
         self._memory = mmap.mmap(self.file, self.size)
         self._free = list(range(count))
+        self._taken: dict[int, str | None] = {}
+        self._of: Counter[str | None] = Counter()
         self._lock = threading.Lock()
 
-    def take(self) -> int | None:
-        """Take a place; None if none is free."""
+    def take(self, tenant: str | None) -> int | None:
+        """Take a place for a tenant; None if none is free for it."""
         with self._lock:
-            return self._free.pop() if self._free else None
+            if self._of[tenant] >= len(self._free):  # with its own: half of what others leave
+                return None
+            place = self._free.pop()
+            self._taken[place] = tenant
+            self._of[tenant] += 1
+            return place
 
     def give_back(self, place: int) -> None:
         with self._lock:
+            tenant = self._taken.pop(place)
+            self._of[tenant] -= 1
+            if not self._of[tenant]:
+                del self._of[tenant]
             self._free.append(place)
 
     def read(self, place: int, count: int) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.endings import (
@@ -354,9 +354,9 @@ class Grammars:
 
         self._drop_unused(too_much)
         while too_much():
-            largest = max(self._kept.values(), key=lambda grammar: grammar.memory)
             self._drop(
-                largest, f"all grammars together took more than {most // MiB} MiB, and this one took the most"
+                largest_of_most(self._kept.values()),
+                f"all grammars together took more than {most // MiB} MiB, and its tenant's the most of them",
             )
         self._watch = None
         if self._kept:
@@ -396,3 +396,16 @@ class Grammars:
         self._room.set()
         if self._replacing:
             await asyncio.wait(self._replacing)
+
+
+def largest_of_most(grammars: Collection[Grammar]) -> Grammar:
+    """Return the largest grammar of the tenant whose grammars take the most memory. A grammar's is divided
+    among the tenants that use it."""
+    taken: Counter[str | None] = Counter()
+    for grammar in grammars:
+        users = set(grammar.rows.values())
+        for tenant in users:
+            taken[tenant] += grammar.memory // len(users)
+    most = max(taken, key=lambda tenant: taken[tenant], default=None)
+    of_most = [grammar for grammar in grammars if most in grammar.rows.values()]
+    return max(of_most or grammars, key=lambda grammar: grammar.memory)

@@ -41,7 +41,7 @@ MAX_SCORES = 2**18
 """Maximum log-probabilities of prompts in one request: prompt tokens x (1 + most likely ones)."""
 MAX_SCORES_HELD = 2**22
 """Maximum for all open requests together, of prompts and answers, at about 120 bytes each; one tenant may
-have half of them."""
+have half of what others leave."""
 VALUES_PER_SCORE = 16
 """Numbers of a vector that take as much memory as a log-probability."""
 
@@ -69,8 +69,8 @@ class Scores:
 
         def hold(more: int) -> None:
             nonlocal own
-            of_tenant, of_all = self._held[tenant] + more, self._held.total() + more
-            if of_tenant > MAX_SCORES_HELD // 2 or of_all > MAX_SCORES_HELD:
+            others = self._held.total() - self._held[tenant]
+            if self._held[tenant] + more > (MAX_SCORES_HELD - others) // 2:
                 raise ApiError(
                     429,
                     "too many log-probabilities or vectors are being computed; try again later, or ask for "

@@ -153,6 +153,22 @@ async def test_cancelled_request_leaves_nothing(app: MetricsApp, engine: FakeEng
     assert not engine.listeners and app.watching == 0 and asyncio.all_tasks() == before
 
 
+async def test_one_address_has_half_of_the_streams(app: MetricsApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioengine.metrics.asgi.MAX_STREAMS", 4)
+    tasks, statuses = [], []
+    for address in ("a", "a", "a", "b", "b", "a"):
+        client = Client()
+        from_there = {**scope("/events"), "client": (address, 1)}
+        tasks.append(asyncio.create_task(app(from_there, client.receive, client.send)))
+        statuses.append((await asyncio.wait_for(client.sent.get(), 5))["status"])
+    assert statuses == [200, 200, 503, 200, 503, 503]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with connected(app) as client:
+        await client.next()
+
+
 async def test_close_ends_the_streams(app: MetricsApp, engine: FakeEngine) -> None:
     async with connected(app) as client:
         await client.next()

@@ -169,12 +169,12 @@ def test_memory_for_scores_is_bounded_and_shared_fairly() -> None:
         with pytest.raises(ApiError) as caught:
             hold(1)
         assert caught.value.status == 429
-        with scores.claimed("b", MAX_SCORES) as hold_of_b:  # not all, so that a third has room
-            hold_of_b(half - MAX_SCORES)
-            with pytest.raises(ApiError), scores.claimed("c", 1):
+        with scores.claimed("b", MAX_SCORES) as hold_of_b:
+            hold_of_b(half // 2 - MAX_SCORES)
+            with pytest.raises(ApiError):
+                hold_of_b(1)
+            with scores.claimed("c", half // 4):  # half of what those two leave
                 pass
-        with scores.claimed("c", 1):
-            pass
     with scores.claimed("a", 0) as hold:
         hold(MAX_SCORES)
 

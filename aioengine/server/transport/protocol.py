@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aioengine.server.access.addresses import network_of
+from aioengine.server.transport.crowd import Crowd
 from aioengine.server.transport.turns import Turns
 
 HEADER_BYTES = 64 * 1024
@@ -21,18 +22,11 @@ SLICE = 16 * 1024
 """Maximum bytes that the parser gets at a time, because every few of them may be a header or a chunk."""
 INPUT_BYTES = 64 * 1024
 """A connection with more unparsed bytes than this is not read from."""
-HELD_BYTES = 128 * 2**20
-"""Bound on what all connections together have sent ahead of their turn."""
 LEFT_BYTES = 64 * 2**20
 """Bytes of a refused body that are read and dropped, so that a client that sends it to the end before it
 reads still gets its answer; beyond it the connection is closed."""
 LINGER_SECONDS = 5.0
 """Seconds for which they are read and dropped if the connection is to be closed."""
-
-
-class _Limits(NamedTuple):
-    max_connections: int
-    header_timeout: float
 
 
 def bounded_protocol(
@@ -41,7 +35,8 @@ def bounded_protocol(
     """Return a protocol class for ``uvicorn.Config(http=...)``.
 
     Args:
-        max_connections: Maximum open connections; further ones are answered with 503 and closed.
+        max_connections: Maximum open connections, of which one address may have three quarters of what others
+            leave; further ones are answered with 503 and closed.
         header_timeout: Seconds from a connection's beginning, or from a request's first byte, to the end
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
@@ -49,9 +44,10 @@ def bounded_protocol(
     """
 
     class BoundedProtocol(_BoundedProtocol):
-        limits = _Limits(max_connections, header_timeout)
+        crowd = Crowd(max_connections)
         turns = Turns(is_busy)
 
+    BoundedProtocol.header_timeout = header_timeout
     return BoundedProtocol
 
 
@@ -105,7 +101,8 @@ class _BoundedProtocol(HttpToolsProtocol):
     a request may end. So a connection has one request at a time: the next is parsed in a separate turn, once
     the first is answered."""
 
-    limits: _Limits
+    crowd: Crowd
+    header_timeout: float
     turns: Turns
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -117,7 +114,9 @@ class _BoundedProtocol(HttpToolsProtocol):
         """Number of bytes of ``_input`` that were parsed; the last ones are kept, because the end of a
         request may begin in them."""
         self._held = 0
-        """Bytes that ``turns.held`` counts for this connection."""
+        """Bytes that ``turns`` counts for this connection."""
+        self._counts = False
+        """Whether it is one of the crowd."""
         self.lingers = False
         """Whether the answer has been written and incoming bytes are dropped."""
         self._is_full = self._is_paused = self._is_upgraded = False
@@ -131,13 +130,17 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._real = transport
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
-        if len(self.connections) > self.limits.max_connections:
+        self._counts = self.crowd.enter(self.owner)
+        if not self._counts:
             self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
             self._real.close()
         else:
-            self._watch(self.limits.header_timeout)
+            self._watch(self.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._counts:
+            self._counts = False
+            self.crowd.leave(self.owner)
         self._stop_watch()
         self._drop_input()
         super().connection_lost(exc)
@@ -253,16 +256,16 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def _count_input(self) -> None:
         left = self._left
-        self.turns.held += left - self._held
+        is_too_much = self.turns.hold(self.owner, left - self._held)
         self._held = left
-        if self.turns.held > HELD_BYTES and left:
+        if is_too_much and left:
             self._drop_input()
             self._real.abort()
         if self._is_paused or left > INPUT_BYTES:
             self._pace()
 
     def _drop_input(self) -> None:
-        self.turns.held -= self._held
+        self.turns.hold(self.owner, -self._held)
         self._input, self._at, self._held = b"", 0, 0
 
     def _pace(self) -> None:
@@ -281,7 +284,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._real.close()
         self._unset_keepalive_if_required()
         self._header_bytes = self._left_bytes = self._body_left = 0
-        self._watch(self.limits.header_timeout)
+        self._watch(self.header_timeout)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:

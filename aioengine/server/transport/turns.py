@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +16,10 @@ PASS_SECONDS = 0.02
 many turns, and at least ``FEWEST``."""
 PATIENCE = 0.1
 """Seconds of a non-empty queue after which it counts as a flood."""
+
+
+HELD_BYTES = 256 * 2**20
+"""Bound on what all connections together have sent ahead of their turn."""
 
 
 class Connection(Protocol):
@@ -58,8 +62,19 @@ class Turns:
         self._waited_since: float | None = None
         """Time since when the queue has not been empty."""
         self._pass_began = 0.0
-        self.held = 0
-        """Bytes that waiting connections hold."""
+        self._held: Counter[str] = Counter()
+        """Bytes that waiting connections hold, by owner."""
+        self._all_held = 0
+
+    def hold(self, owner: str, more: int) -> bool:
+        """Count bytes that a connection has sent ahead of its turn. Returns whether its owner's are more than
+        half of what others leave of ``HELD_BYTES``."""
+        self._all_held += more
+        self._held[owner] += more
+        own = self._held[owner]
+        if not own:
+            del self._held[owner]
+        return own > (HELD_BYTES - (self._all_held - own)) // 2
 
     def ask(self, connection: Connection) -> None:
         """Give ``connection`` a turn, at once if no other waits."""
