@@ -6,6 +6,7 @@ that are no multiples of 16. Whole steps are one call where a model allows for i
 
 from __future__ import annotations
 
+from aioengine.kernels.cpu.experts import expert_linear
 from aioengine.kernels.cpu.layer import (
     add_rms_norm,
     gelu_and_mul,
@@ -15,7 +16,7 @@ from aioengine.kernels.cpu.layer import (
     soft_cap_,
 )
 from aioengine.kernels.cpu.lora import lora_affine, lora_embed, lora_expand, lora_shrink
-from aioengine.kernels.portable.plain import expert_linear, linear
+from aioengine.kernels.portable.plain import linear
 
 name = "cpu"
 capturable = False

@@ -75,6 +75,7 @@ _SIGNATURES = {
     "aio_head_norm": (
         *(c_int, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_float, c_int, c_float, c_int),
     ),
+    "aio_linear_experts": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
     "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),

@@ -21,6 +21,7 @@ from aioengine.kernels import (
     available_backends,
     get_backend,
 )
+from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.slots import Column
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +64,10 @@ def test_linears_equal_the_reference(
     found = get_backend(device, name).expert_linear(
         x[plan.tokens].to(device), PlainWeight(weight.to(device)), there
     )
+    if name == "cpu" and PackedWeight.fits(n, k, dtype):
+        packed = PackedWeight.pack(weight.clone())
+        whole = get_backend(device, name).expert_linear(x[plan.tokens], packed, plan)
+        torch.testing.assert_close(whole, found, rtol=1e-2, atol=1e-2 * k**0.5)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance * k**0.5)
     by_token = torch.einsum("ti,tkoi->tko", x.float(), weight.float().view(experts, n, k)[chosen])

@@ -286,18 +286,8 @@ struct Run {
   // The experts' linears for their rows, with the adapters on them. `segments` has room for a segment of each row.
   void experts(Phase phase, const Matrix& w, const LoraPool& pool, const aio::Routes& r, aio::Segment* segments,
                const void* x, void* y) const {
-    const long n = w.n / r.experts, panels = n / aio::LANES;
-    const auto packed = [&](long e) { return (const char*)w.packed + e * panels * w.panel_bytes; };
-    timed(phase, [&] {
-      for (long e = 0, next; e < r.experts; e = next) {
-        for (next = e + 1; next < r.experts && r.begin[next] == r.begin[next + 1];) next++;
-        const long begin = r.begin[e], count = r.begin[e + 1] - begin;
-        if (count == 0) continue;
-        const aio::Beside beside{nullptr, 0, nullptr, {next < r.experts ? packed(next) : nullptr, n, w.panel_bytes}};
-        aio_linear_beside(m.bf16, (const char*)x + begin * w.k * element(), w.k, packed(e), nullptr,
-                          (char*)y + begin * n * element(), n, count, n, w.k, &beside, threads);
-      }
-    });
+    const long n = w.n / r.experts;
+    timed(phase, [&] { aio_linear_experts(m.bf16, x, w.packed, y, r.begin, r.experts, n, w.k, threads); });
     if (pool.slices == 0 || s.lora.count == 0) return;
     const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8};
     const auto run = [&](const int32_t* of, long count, const auto& work) {

@@ -23,6 +23,30 @@ void linear(const Linear& l, const void* packed, const Beside& beside, int threa
   });
 }
 
+// The experts' rows lie in y apart from each other, so nobody has to wait between them.
+template <class T>
+void experts(const void* x, const void* packed, void* y, const int32_t* begin, long count, long n, long k, int threads) {
+  using elem = typename T::elem;
+  const long panel = k / T::PER_LANE * LANES, expert = n / LANES * panel;
+  together(threads, [&](const Member& me) {
+    for (long e = 0, next; e < count; e = next) {
+      for (next = e + 1; next < count && begin[next] == begin[next + 1];) next++;
+      const long first = begin[e], rows = begin[e + 1] - first;
+      if (rows == 0) continue;
+      const Linear l{(const elem*)x + first * k, k, nullptr, (elem*)y + first * n, n, rows, n, k, nullptr, nullptr, nullptr};
+      const uint32_t* const weights = (const uint32_t*)packed + e * expert;
+      const Panels after{next < count ? (const uint32_t*)packed + next * expert : nullptr, n, panel * long(sizeof(uint32_t))};
+      const Beside beside{nullptr, 0, nullptr, after};
+      const Share mine(me, rows, n);
+      Blocks<T, T> compute(me, l, beside, mine.count());
+      for (long i = 0; i < mine.count(); i++) {
+        const Block block = mine[i];
+        compute(weights + block.first * panel, block, block.following(weights, panel * sizeof(uint32_t)));
+      }
+    }
+  });
+}
+
 template <class T>
 void pack(const void* weight, void* packed, long n, long k, int threads) {
   using elem = typename T::elem;
@@ -77,6 +101,14 @@ AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, vo
                            int threads) {
   bf16 ? aio::gather<aio::Bf16>(packed, rows, out, count, k, threads)
        : aio::gather<aio::F32>(packed, rows, out, count, k, threads);
+}
+
+// y [rows, n] = x [rows, k] W[expert]^T for rows that are sorted by expert, with begin [experts + 1] the first row of each, and
+// packed weights [experts * n, k]; n is a multiple of 16.
+AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, void* y, const int32_t* begin, long experts,
+                                   long n, long k, int threads) {
+  bf16 ? aio::experts<aio::Bf16>(x, packed, y, begin, experts, n, k, threads)
+       : aio::experts<aio::F32>(x, packed, y, begin, experts, n, k, threads);
 }
 
 // y [rows, n] = x [rows, k] W^T + bias (may be null). Strides in elements, whole numbers of lanes.

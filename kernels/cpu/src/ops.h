@@ -79,6 +79,8 @@ AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* p
                            long y_stride, long rows, long n, long k, int threads);
 AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
                                   long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
+AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, void* y, const int32_t* begin, long experts,
+                                   long n, long k, int threads);
 AIO_EXPORT void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k,
                              long rotation, int threads);
 AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
