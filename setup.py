@@ -40,7 +40,9 @@ class BuildWithKernels(build_py):
             names = None if WANTED == "all" else WANTED.split(",")
             folder = Path(self.build_lib) / "aioengine" / "kernels" / "cpu" / "prebuilt"
             shutil.rmtree(folder, ignore_errors=True)  # what an earlier build of other sources has left
-            builder().prebuild(folder, names, os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2])
+            compiling = builder()
+            compiling.COMPILE_SECONDS = 3600  # nobody waits to be served, and the machine may be slow
+            compiling.prebuild(folder, names, os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2])
 
 
 class PlatformWheel(bdist_wheel):

@@ -58,6 +58,8 @@ def top(
 
 def look(url: str, key: str | None) -> dict[str, Any]:
     """Return the answer of ``/debug/requests``. Raises ConfigError if there is no good answer."""
+    if "://" not in url:
+        url = f"http://{url}"
     request = urllib.request.Request(f"{url.rstrip('/')}/debug/requests")
     request.add_header("user-agent", f"aioengine/{__version__}")
     if key:
@@ -70,7 +72,8 @@ def look(url: str, key: str | None) -> dict[str, Any]:
         why = "a key with the scope admin is needed: --key, or AIOENGINE_KEY"
         raise ConfigError(f"{url}: {why if error.code in (401, 403) else error}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{url}: no aioengine server answers there: {error}") from error
+        reason = getattr(error, "reason", error)  # what urllib has put into an error of its own
+        raise ConfigError(f"{url}: no aioengine server answers there: {reason}") from error
 
 
 def frame(now: dict[str, Any], before: dict[str, Any] | None) -> Group:

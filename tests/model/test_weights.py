@@ -15,6 +15,7 @@ from support.tiny_models import build_model
 from aioengine.errors import ConfigError
 from aioengine.kernels import get_backend
 from aioengine.model.decoder import Decoder
+from aioengine.model.files.folder import unreadable
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.files.weights import iter_checkpoint, load_weights
 
@@ -110,6 +111,9 @@ def test_a_missing_or_broken_file_is_refused_by_name(model: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"model\.safetensors: not a readable"):
         load(model)
+    # A file without permission looks to safetensors like one that does not exist.
+    error = unreadable(path / "below", FileNotFoundError("No such file or directory"))
+    assert str(error).endswith("model.safetensors/below: cannot be read: Not a directory")
     path.unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors: no such file"):
         load(model)

@@ -63,5 +63,10 @@ def check_exists(path: Path) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> ConfigError:
-    """Make the error for a file that is not in the safetensors format."""
+    """Make the error for a file that is not in the safetensors format, or cannot be read: safetensors says
+    "No such file or directory" for a file without permission."""
+    try:
+        path.open("rb").close()
+    except OSError as why:
+        return ConfigError(f"{path}: cannot be read: {why.strerror}")
     return ConfigError(f"{path}: not a readable safetensors file: {error}")
